@@ -1,0 +1,66 @@
+"""Asks the model the data module's questions at each validation and in the test.
+
+Metrics: `val/recall_FORM` and `test/recall_FORM` (exact match), `.../choice_FORM` (best of four options),
+`.../bits_FORM` (bits of knowledge per fact, prior less model). Data modules without `recall_items` are left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+
+from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.recall import ItemScore, score_items, summarise
+
+
+class Recall(L.Callback):
+    """Scores questions over all ranks.
+
+    Args:
+        val_items: questions a form at each validation; 0 for none.
+        test_items: questions a form in the test; None for all.
+
+    Attributes:
+        scores: each question of the last test.
+        report: their means by form, relation and decile (`pkm_lightning.training.recall.summarise`).
+    """
+
+    def __init__(self, *, val_items: int, test_items: int | None) -> None:
+        self.val_items, self.test_items = val_items, test_items
+        self.scores: list[ItemScore] = []
+        self.report: dict[str, Any] = {}
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A small sample."""
+        if self.val_items:
+            self._log("val", self._score(trainer, pl_module, self.val_items), pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The full sample, kept for the report."""
+        self.scores = self._score(trainer, pl_module, self.test_items)
+        self.report = self._log("test", self.scores, pl_module)
+
+    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, limit: int | None) -> list[ItemScore]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "recall_items"):
+            return []
+        assert isinstance(pl_module, LanguageModule)
+        items = data.recall_items(limit)
+        own = items[trainer.global_rank :: trainer.world_size]
+        scores = score_items(pl_module.model, data.tokenizer, own, device=pl_module.device) if own else []
+        if trainer.world_size == 1:
+            return scores
+        gathered: list[list[ItemScore]] = [[] for _ in range(trainer.world_size)]
+        dist.all_gather_object(gathered, scores)
+        return [score for of_rank in gathered for score in of_rank]
+
+    def _log(self, prefix: str, scores: list[ItemScore], pl_module: L.LightningModule) -> dict[str, Any]:
+        report = summarise(scores)
+        for form, means in report.items():
+            for metric in ("recall", "choice", "bits"):
+                if metric in means:
+                    on_bar = prefix == "val" and metric == "recall" and form == "paraphrase"
+                    pl_module.log(f"{prefix}/{metric}_{form}", means[metric], prog_bar=on_bar, rank_zero_only=False)
+        return report

@@ -1,0 +1,80 @@
+"""Checkpoints that a killed run continues from exactly, every n optimizer steps and when the run is asked to stop.
+
+Where a validation follows a step, the checkpoint waits for it: else a resumed run would lack that validation's row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class RunInterrupted(Exception):  # noqa: N818 - not an error of the run
+    """Raised after a checkpoint was written because the run was asked to stop."""
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Keeps the latest checkpoint, `step-00000500.ckpt`, and writes one at the end of training.
+
+    `request_stop` (from a signal handler, say) saves at the end of the step under way and raises `RunInterrupted`.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        every_n_steps: optimizer steps between checkpoints.
+    """
+
+    def __init__(self, *, dirpath: str, every_n_steps: int) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step-{step:08d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every_n_steps,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self._due = False
+        self._stop_reason: str | None = None
+
+    def request_stop(self, reason: str) -> None:
+        """Asks for a checkpoint and a stop; safe in a signal handler."""
+        self._stop_reason = reason
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Saves after the last micro-batch of a step that is due, unless a validation comes first."""
+        loop = trainer.fit_loop
+        if loop._should_accumulate():
+            return
+        stopping = self._stop_is_agreed(trainer)
+        self._due = stopping or trainer.global_step % self._every_n_train_steps == 0
+        if self._due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            self._save_due(trainer, stopping)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves what has waited for the validation."""
+        if trainer.state.fn == "fit" and self._due:
+            self._save_due(trainer, self._stop_is_agreed(trainer))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the end of training, if it is not saved yet."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Epochs do not matter."""
+
+    def _save_due(self, trainer: L.Trainer, stopping: bool) -> None:
+        self._due = False
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        if stopping:
+            raise RunInterrupted(self._stop_reason or "asked to stop")
+
+    def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
+        """True on every rank if any rank was asked: ranks that stop at different steps would wait for ever."""
+        asked = torch.tensor(float(self._stop_reason is not None), device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce(asked, reduce_op="sum")  # type: ignore[assignment]
+        return bool(asked > 0)

@@ -1,0 +1,98 @@
+"""What every verb needs: a resolved configuration, a data module, a module, a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.build import build_meta_model
+from pkm_lightning.training.instantiate import instantiate
+from pkm_lightning.training.optimizer import schedule_factor
+from pkm_lightning.training.sizing import solve_size
+
+
+def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataModule]:
+    """The configuration with vocabulary and plugin size filled in, checked as far as shapes go, and its data module.
+
+    Nothing is built or written: the data module is only constructed, the model only on the meta device.
+
+    Raises:
+        ConfigError: whatever cannot work.
+    """
+    data = instantiate(config["data"], "data")
+    if not isinstance(data, L.LightningDataModule):
+        raise ConfigError(f"data._target_={config['data']['_target_']} is no LightningDataModule.")
+    config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
+    config = solve_size(config)
+    build_meta_model(config)
+    check_schedule(config)
+    return config, data
+
+
+def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
+    given, needed = config["model"]["vocab_size"], getattr(data, "vocab_size", None)
+    if given == "auto":
+        if needed is None:
+            raise ConfigError(
+                f"model.vocab_size=auto, but {type(data).__name__} has no vocab_size; set model.vocab_size to a number."
+            )
+        return int(needed)
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise ConfigError(f"model.vocab_size={given!r} is neither auto nor a number.")
+    if needed is not None and given < needed:
+        raise ConfigError(
+            f"model.vocab_size={given} is too small: the data's tokens need {needed}; "
+            "say model.vocab_size=auto or lower data.vocab_size."
+        )
+    return given
+
+
+def check_schedule(config: dict[str, Any]) -> None:
+    """Refuse a learning-rate schedule that cannot be built, before any data is."""
+    optim = config["optim"]
+    schedule_factor(
+        optim["schedule"],
+        max_steps=int(config["trainer"]["max_steps"]),
+        warmup_steps=optim["warmup_steps"],
+        final_factor=optim["final_factor"],
+        decay_share=optim["decay_share"],
+    )
+
+
+def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers: list[Any]) -> L.Trainer:
+    """Lightning's Trainer with the configured strategy.
+
+    Raises:
+        ConfigError: several devices without a strategy for them, or a value that Lightning refuses.
+    """
+    strategy: Any = "auto"
+    devices = config["trainer"]["devices"]
+    if config["strategy"]:
+        strategy = instantiate(config["strategy"], "strategy")
+    elif devices not in (1, "1"):
+        raise ConfigError(f"trainer.devices={devices} needs a strategy for several processes; say strategy=ddp.")
+    try:
+        trainer: L.Trainer = instantiate(
+            config["trainer"], "trainer", strategy=strategy, callbacks=callbacks, logger=loggers or False
+        )
+    except Exception as error:
+        raise ConfigError(f"trainer: {' '.join(str(error.__cause__ or error).split())}") from error
+    return trainer
+
+
+def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
+    """The configured callbacks, in the order of the configuration."""
+    return [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
+
+
+def make_loggers(config: dict[str, Any]) -> list[Any]:
+    """The configured loggers."""
+    return [instantiate(c, f"logger.{name}") for name, c in (config["logger"] or {}).items() if c]
+
+
+def make_module(config: dict[str, Any]) -> LanguageModule:
+    """The LightningModule; its model is built when a Trainer asks for it."""
+    return LanguageModule(config)

@@ -1,0 +1,56 @@
+"""Hydra's and OmegaConf's errors in one line, with the allowed values and the nearest spelling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from pkm_lightning.errors import nearest
+
+_NOT_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
+
+
+def explain(error: BaseException, arguments: list[str]) -> str:
+    """One sentence for `error`; `arguments` is the command line after the verb."""
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option} is not known; allowed: {', '.join(error.options)}.{nearest(option, error.options)}"
+    if isinstance(error, ConfigCompositionException):
+        unknown = _NOT_OVERRIDDEN.search(str(error))
+        if unknown:
+            return _unknown_key(unknown.group(1))
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; choose another path or free the disk."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unknown_key(key: str) -> str:
+    known = sorted(set(_keys(_default_config(), "")))
+    parent, _, leaf = key.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    hint = nearest(leaf, [k.rpartition(".")[2] for k in siblings]) or nearest(key, known)
+    where = f"{parent} has" if parent else "the configuration has"
+    names = ", ".join(k.rpartition(".")[2] for k in siblings)
+    allowed = f" {where} (by default): {names}." if names else ""
+    return f"{key} is no key of the configuration; +{key}=VALUE would add one.{hint}{allowed}"
+
+
+def _default_config() -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
+        return compose("config")
+
+
+def _keys(node: object, path: str) -> Iterator[str]:
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=False)
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            where = f"{path}.{name}" if path else str(name)
+            yield where
+            yield from _keys(value, where)

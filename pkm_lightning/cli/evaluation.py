@@ -1,0 +1,91 @@
+"""What `validate`, `test` and `predict` share: the saved configuration, its weights and a Trainer without logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import OmegaConf
+
+from pkm_lightning.callbacks import Recall, StepProgressBar
+from pkm_lightning.cli.assembly import complete, make_callbacks, make_module, make_trainer
+from pkm_lightning.cli.job import Job, plain
+from pkm_lightning.cli.resume import checkpoint_config, load_checkpoint, saved_config
+from pkm_lightning.cli.run_directory import latest_checkpoint
+from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.training import LanguageModule
+
+#: What a saved run is; a command that evaluates it cannot change it.
+_FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
+_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format")
+
+
+class SavedRun:
+    """A run read back from `run_dir=` or `ckpt=`, ready to be evaluated.
+
+    Attributes:
+        config: the saved configuration, with the command's `data`, `trainer`, `strategy` and `callbacks` on top.
+        folder: the run's directory, or None for a bare checkpoint.
+
+    Raises:
+        ConfigError: neither is given, or the command tries to change what the run is.
+        CheckpointError: no readable checkpoint.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.folder, self.path = _locate(job)
+        checkpoint = load_checkpoint(self.path)
+        trust = bool(job.config.trust_config)
+        if self.folder is not None:
+            config = saved_config(self.folder, trust=trust)
+        else:
+            config = checkpoint_config(checkpoint, str(self.path), trust=trust)
+        self._weights = checkpoint["state_dict"]
+        self.config, self.data = complete(_with_overrides(config, job))
+
+    def trainer(self) -> L.Trainer:
+        """A Trainer with the callbacks that score and show, without loggers."""
+        kept = [c for c in make_callbacks(self.config) if isinstance(c, Recall | StepProgressBar)]
+        return make_trainer(self.config, callbacks=kept, loggers=[])
+
+    def module(self) -> LanguageModule:
+        """The module with the saved weights."""
+        module = make_module(self.config)
+        module.configure_model()
+        try:
+            module.load_state_dict(self._weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"ckpt={self.path} does not fit its configuration ({reason}).") from None
+        return module
+
+
+def _locate(job: Job) -> tuple[Path | None, Path]:
+    if job.config.ckpt is not None:
+        folder = Path(job.config.run_dir) if job.names("run_dir") else None
+        return folder, Path(str(job.config.ckpt))
+    if not job.names("run_dir"):
+        raise ConfigError(f"{job.verb} needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT_FILE.")
+    folder = Path(job.config.run_dir)
+    if not folder.is_dir():
+        raise ConfigError(f"run_dir={folder} is no directory; give that of a run.")
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        raise CheckpointError(f"run_dir={folder} has no checkpoint yet; train first, or give ckpt=PATH.")
+    return folder, checkpoint
+
+
+def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The saved configuration with the command's own keys on top."""
+    merged = OmegaConf.create(saved)
+    for override in job.overrides:
+        key = override.lstrip("+~").split("=")[0]
+        root = key.split(".")[0].split("@")[0]
+        if root in _FIXED:
+            raise ConfigError(f"{override}: the saved configuration of a run wins; {root} cannot be changed here.")
+        if root in _WHERE:
+            continue
+        value = OmegaConf.select(job.config, key)
+        OmegaConf.update(merged, key, value, force_add=True, merge=False)
+    return plain(merged)

@@ -1,0 +1,168 @@
+"""`fit`: trains, tests and records a run; continues it where it was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from pkm_lightning.callbacks import MetricsCSV, Recall, RunInterrupted, StepCheckpoint
+from pkm_lightning.cli.assembly import complete, make_callbacks, make_loggers, make_module, make_trainer
+from pkm_lightning.cli.job import Interrupted, Job, plain
+from pkm_lightning.cli.resume import differences, load_checkpoint, saved_config
+from pkm_lightning.cli.run_directory import RunDirectory
+from pkm_lightning.cli.summary import print_summary
+from pkm_lightning.errors import PkmError, RunDirectoryError
+from pkm_lightning.model import model_cost
+from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.build import build_meta_model
+from pkm_lightning.training.run_record import now, peak_memory_bytes, start_record
+
+_log = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run(job: Job) -> float | None:
+    """Trains the configured model; returns the test loss, which sweepers minimise."""
+    config, data = complete(plain(job.config))
+    # Ranks that the first one starts find its decisions made: they neither hold the directory nor write the record.
+    if rank_zero_only.rank != 0:
+        return _train(config, data, _resume_point(Path(config["run_dir"])), None)
+    directory = RunDirectory(config["run_dir"], resume=config["resume"])
+    try:
+        if directory.resumes:
+            config, data = _take_up(job, directory, config, data)
+        return _recorded(directory, config, data)
+    finally:
+        directory.close()
+
+
+def _take_up(
+    job: Job, directory: RunDirectory, config: dict[str, Any], data: L.LightningDataModule
+) -> tuple[dict[str, Any], L.LightningDataModule]:
+    """The saved configuration, if the command says nothing else."""
+    said = [o for o in job.overrides if o.split("=")[0] not in ("run_dir", "resume", "trust_config")]
+    saved = saved_config(directory.path, trust=bool(said) or config["trust_config"])
+    if not said:
+        return complete({**saved, "resume": config["resume"], "trust_config": config["trust_config"]})
+    different = differences(saved, config)
+    if different:
+        raise RunDirectoryError(
+            f"run_dir={directory.path} holds an interrupted run with another configuration ({'; '.join(different[:5])}"
+            f"{'; ...' if len(different) > 5 else ''}); leave the overrides out to continue it, choose another "
+            "run_dir, or replace it with resume=never."
+        )
+    return config, data
+
+
+def _recorded(directory: RunDirectory, config: dict[str, Any], data: L.LightningDataModule) -> float | None:
+    """Trains with run.json kept up to date, whatever happens."""
+    cost = model_cost(build_meta_model(config), int(config["data"].get("seq_len") or 1))
+    earlier = directory.record.get("seconds", {}).get("total", 0.0) if directory.resumes else 0.0
+    record = start_record(config, cost, getattr(data, "fingerprint", None))
+    if directory.resumes:
+        record["started"] = directory.record.get("started", record["started"])
+        _log.info("continues the run in %s", directory.path)
+    directory.save_config(config)
+    directory.save_record(record)
+    began = time.perf_counter()
+
+    def end(status: str, **fields: Any) -> None:
+        total = round(earlier + time.perf_counter() - began, 3)
+        record.update(status=status, ended=now(), peak_memory_bytes=peak_memory_bytes(), **fields)
+        record["seconds"] = {**record["seconds"], "total": total}
+        directory.save_record(record)
+
+    try:
+        loss = _train(config, data, _resume_point(directory.path), record)
+    except (RunInterrupted, KeyboardInterrupt) as stop:
+        end("interrupted")
+        code = 143 if "SIGTERM" in str(stop) else 130
+        raise Interrupted(f"interrupted; the same command with run_dir={directory.path} continues", code) from None
+    except BaseException as error:
+        end("failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        raise
+    end("finished")
+    _log.info("run directory: %s", directory.path)
+    return loss
+
+
+def _resume_point(path: Path) -> Path | None:
+    """The checkpoint to continue from, known to be readable."""
+    from pkm_lightning.cli.run_directory import latest_checkpoint
+
+    checkpoint = latest_checkpoint(path)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _train(
+    config: dict[str, Any], data: L.LightningDataModule, checkpoint: Path | None, record: dict[str, Any] | None
+) -> float | None:
+    """Builds the data, fits, tests; fills `record` where there is one (rank 0)."""
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    data.prepare_data()
+    callbacks = make_callbacks(config)
+    trainer = make_trainer(config, callbacks=callbacks, loggers=make_loggers(config))
+    if record is not None:
+        record.update(world_size=trainer.world_size, device=_device_name(trainer))
+    module = make_module(config)
+    with _stops_gracefully(callbacks):
+        trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
+        results = trainer.test(module, datamodule=data, verbose=False)
+    metrics = {k: float(v) for result in results for k, v in result.items()}
+    if record is not None:
+        _fill(record, module, callbacks, metrics)
+        print_summary(record, callbacks)
+    return metrics.get("test/loss")
+
+
+def _fill(
+    record: dict[str, Any], module: LanguageModule, callbacks: list[L.Callback], metrics: dict[str, float]
+) -> None:
+    record["tokens"] = int(module.tokens_seen)
+    record["metrics"] = metrics
+    for callback in callbacks:
+        if isinstance(callback, MetricsCSV):
+            record["seconds"]["train"] = round(callback.stopwatch.seconds, 3)
+            record["tokens_per_second"] = round(record["tokens"] / max(callback.stopwatch.seconds, 1e-9), 1)
+        if isinstance(callback, Recall) and callback.report:
+            record["metrics"] = {**record["metrics"], "recall": callback.report}
+
+
+def _device_name(trainer: L.Trainer) -> str:
+    import torch
+
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+
+
+@contextlib.contextmanager
+def _stops_gracefully(callbacks: list[L.Callback]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a checkpoint at the end of the step; a second one stops at once."""
+    checkpoints = [c for c in callbacks if isinstance(c, StepCheckpoint)]
+    if not checkpoints:
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def stop(number: int, _frame: object) -> None:
+        for earlier_number, handler in before.items():
+            signal.signal(earlier_number, handler)
+        checkpoints[0].request_stop(signal.Signals(number).name)
+
+    for number in _SIGNALS:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,124 @@
+"""One Hydra job: its run directory, and a command line that Lightning can start the other ranks with.
+
+Lightning starts ranks 1.. by running `sys.argv` again. What Hydra was given will not do: the verb has been split off,
+`-m` would start the whole sweep in every rank, and a time in the run directory's name differs between ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from pkm_lightning.errors import ConfigError, PkmError
+
+_RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+@dataclass(frozen=True)
+class JobFailure:
+    """How a job ended that did not succeed."""
+
+    message: str
+    exit_code: int
+
+
+class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
+    """A job was asked to stop and left everything in order."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Job:
+    """A composed configuration together with where it came from.
+
+    Args:
+        verb: the verb under way.
+        arguments: the command line after the verb.
+        config: the composed configuration; `run_dir` becomes absolute here.
+
+    Attributes:
+        config: the same, struct-locked.
+        overrides: the task overrides of this job, as `KEY=VALUE` texts.
+    """
+
+    def __init__(self, verb: str, arguments: list[str], config: DictConfig) -> None:
+        self.verb, self.config = verb, config
+        self._arguments = arguments
+        hydra = HydraConfig.get()
+        self.overrides = list(hydra.overrides.task)
+        swept = hydra.mode == RunMode.MULTIRUN
+        run_dir = str(hydra.runtime.output_dir) if swept else str(config.run_dir)
+        with open_dict(config):
+            config.run_dir = str(Path(run_dir).absolute())
+
+    def names(self, key: str) -> bool:
+        """True if the command line sets `key`."""
+        return any(override.lstrip("+~").split("=")[0] == key for override in self.overrides)
+
+    def execute(self, run: Callable[[Job], float | None], failures: list[JobFailure]) -> float | None:
+        """Runs the verb; an error of the user's is kept for the end, so that the other jobs of a sweep still run."""
+        before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
+        self._check_external_launch(before)
+        sys.argv = self._rank_command()
+        try:
+            return run(self)
+        except PkmError as error:
+            failures.append(JobFailure(str(error), 2))
+        except Interrupted as stop:
+            failures.append(JobFailure(str(stop), stop.exit_code))
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise KeyboardInterrupt from None
+        finally:
+            _leave_process_group(before)
+        return None
+
+    def _check_external_launch(self, environment: dict[str, str | None]) -> None:
+        external = environment["RANK"] is not None or environment["LOCAL_RANK"] is not None
+        if self.verb == "fit" and external and not self.names("run_dir"):
+            raise ConfigError("run_dir is not set; ranks started from outside need run_dir=PATH to agree on one.")
+
+    def _rank_command(self) -> list[str]:
+        flags = get_args_parser().parse_args(self._arguments)
+        command = [sys.argv[0], self.verb]
+        for name in ("config_dir", "config_path", "config_name"):
+            if getattr(flags, name):
+                command.append(f"--{name.replace('_', '-')}={getattr(flags, name)}")
+        hydra_overrides = [o for o in HydraConfig.get().overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
+        own = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
+        escaped = str(self.config.run_dir).replace("\\", "\\\\").replace("'", "\\'")
+        return [*command, *hydra_overrides, *own, f"run_dir='{escaped}'"]
+
+
+def plain(config: DictConfig) -> dict[str, object]:
+    """The configuration as plain dicts and lists with every interpolation resolved.
+
+    Raises:
+        ConfigError: a mandatory value (`???`) was not given.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        key = missing[0]
+        raise ConfigError(f"{key} is not set; give it as {key}=VALUE.")
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _leave_process_group(before: dict[str, str | None]) -> None:
+    """Lets the next job of a sweep start its own group; what was set from outside stays."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)

@@ -1,0 +1,83 @@
+"""Splits off the verb, lets Hydra compose the configuration, runs the verb, and prints errors in one line.
+
+A verb's module has `run(job)`; what it raises as `PkmError` reaches the user without a traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pkm_lightning.cli.composition_errors import explain
+from pkm_lightning.cli.job import Job, JobFailure
+from pkm_lightning.errors import PkmError, nearest
+
+VERBS = {
+    "fit": "train a model; an interrupted run in the same run_dir is resumed",
+    "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
+    "test": "the same on the full test questions",
+    "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
+    "info": "parameters, FLOPs, bytes and memory of a configuration, without allocating it",
+}
+
+USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
+
+verbs:
+{verbs}
+
+examples:
+  python -m pkm_lightning fit ffn=dense model=tiny trainer.max_steps=200 seed=1
+  python -m pkm_lightning fit -m ffn=dense,memory_plus seed=1,2,3
+  python -m pkm_lightning test run_dir=runs/2030-01-31/12-00-00
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `argv` (the process's own by default).
+
+    Exits with 0 on success, 2 on an error that is the user's to mend, 130 or 143 after an interruption.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments else None
+    if verb in (None, "-h", "--help"):
+        print(_usage(), file=sys.stderr if verb is None else sys.stdout)
+        sys.exit(2 if verb is None else 0)
+    if verb not in VERBS:
+        print(f"error: unknown verb {verb!r}; allowed: {', '.join(VERBS)}.{nearest(str(verb), VERBS)}", file=sys.stderr)
+        print("\n" + _usage(), file=sys.stderr)
+        sys.exit(2)
+    sys.exit(_run(str(verb), arguments[1:]))
+
+
+def _usage() -> str:
+    return USAGE.format(verbs="\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items()))
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv = [sys.argv[0], *arguments]
+    failures: list[JobFailure] = []
+
+    def job(config: DictConfig) -> float | None:
+        run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
+        return Job(verb, arguments, config).execute(run, failures)
+
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name="config")(job)()
+    except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error, arguments)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before the work started", file=sys.stderr)
+        return 130
+    for failure in failures:
+        print(f"{'error: ' if failure.exit_code == 2 else ''}{failure.message}", file=sys.stderr)
+    return failures[-1].exit_code if failures else 0

@@ -1,0 +1,33 @@
+"""`predict`: greedy answers to prompts, as JSON lines `{"index", "prompt", "answer"}` in the order of the prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pkm_lightning.cli.evaluation import SavedRun
+from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.run_directory import write_beside
+
+
+def run(job: Job) -> None:
+    """Answers `data.prompts` or `data.prompts_file` and writes the file that `out` names."""
+    saved = SavedRun(job)
+    trainer, module = saved.trainer(), saved.module()
+    saved.data.prepare_data()
+    batches = trainer.predict(module, datamodule=saved.data) or []
+    records = [record for batch in batches for record in batch]  # type: ignore[union-attr]
+    if trainer.world_size > 1:
+        gathered: list[list[dict[str, object]]] = [[] for _ in range(trainer.world_size)]
+        dist.all_gather_object(gathered, records)
+        records = [record for of_rank in gathered for record in of_rank]
+    if trainer.is_global_zero:
+        by_index = {record["index"]: record for record in records}
+        lines = [json.dumps(by_index[i], ensure_ascii=False) for i in sorted(by_index)]
+        path = Path(job.config.out or (saved.folder or Path.cwd()) / "predictions.jsonl")
+        write_beside(path, "".join(line + "\n" for line in lines))
+        for line in lines[:20]:
+            print(line)
+        print(f"{len(lines)} answers in {path}")

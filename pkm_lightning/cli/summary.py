@@ -1,0 +1,83 @@
+"""What a run ends with on the screen: its figures in a table, and a few questions with answers beside the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from pkm_lightning.callbacks import Recall
+from pkm_lightning.training.recall import ItemScore
+
+#: Form, and how a reader calls it.
+_FORMS = (
+    ("seen", "recall, statements as seen in training"),
+    ("paraphrase", "recall, paraphrases held out for the fact"),
+    ("question", "recall, questions about subjects never asked about"),
+    ("unseen_template", "recall, wordings that no fact was seen in"),
+    ("control", "recall, subjects never trained (chance)"),
+    ("validation", "recall, validation prompts"),
+)
+
+
+def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback]) -> None:
+    """Prints the table of `record` and, where questions were asked, six of them."""
+    console = Console()
+    console.print(_figures(record))
+    for callback in callbacks:
+        if isinstance(callback, Recall) and callback.scores:
+            console.print(_answers(callback.scores))
+
+
+def _figures(record: dict[str, Any]) -> Table:
+    table = Table(title=f"{record['ffn']}, seed {record['seed']}", show_header=False)
+    metrics, recall = record["metrics"], record["metrics"].get("recall", {})
+    for form, label in _FORMS:
+        if form in recall:
+            choice = f", {recall[form]['choice']:.1%} of four options" if "choice" in recall[form] else ""
+            table.add_row(label, f"{recall[form]['recall']:.1%}{choice}")
+    for key in ("test/perplexity", "val/perplexity"):
+        if key in metrics:
+            table.add_row("perplexity of held-out text", f"{metrics[key]:.3f}")
+    if record.get("tokens_per_second"):
+        table.add_row("training tokens/s", f"{record['tokens_per_second']:,.0f}")
+    for label, value in cost_rows(record):
+        table.add_row(label, value)
+    return table
+
+
+def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of the cost figures."""
+    params, flops, moved = record["params"], record["flops_per_token"], record["bytes_per_token"]
+    rows = [
+        ("parameters total / active", f"{params['total']:,} / {params['active']:,}"),
+        ("FLOPs a token, training / decoding", f"{flops['train']:,} / {flops['decode']:,}"),
+        ("  of which trunk", f"{flops['trunk']['train']:,} / {flops['trunk']['decode']:,}"),
+        ("bytes a token, training / decoding", f"{moved['train']:,} / {moved['decode']:,}"),
+    ]
+    if record["unknown_cost"]:
+        rows.append(("without the cost of", ", ".join(record["unknown_cost"])))
+    return rows
+
+
+def _answers(scores: Sequence[ItemScore]) -> Table:
+    table = Table(title="held-out paraphrases and questions")
+    for column in ("prompt", "answer", "truth"):
+        table.add_column(column)
+    shown = [s for form in ("paraphrase", "question", "validation") for s in _spread(scores, form)]
+    for score in shown:
+        mark = "[green]" if score.exact else "[red]"
+        table.add_row(score.prompt, mark + score.answer.replace("[", "\\["), score.truth)
+    return table
+
+
+def _spread(scores: Sequence[ItemScore], form: str) -> list[ItemScore]:
+    """Three of a form, of different relations where there are several, chosen by position and not by success."""
+    by_relation: dict[str, ItemScore] = {}
+    for score in scores:
+        if score.form == form:
+            by_relation.setdefault(score.relation, score)
+    return list(by_relation.values())[:3]

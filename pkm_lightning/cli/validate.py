@@ -1,0 +1,29 @@
+"""`validate`: held-out loss and a sample of the recall questions."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from pkm_lightning.cli.evaluation import SavedRun
+from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.run_directory import write_beside
+
+
+def run(job: Job) -> float | None:
+    """Prints the metrics; writes `VERB.json` into the run directory, if one was given. Returns the loss."""
+    saved = SavedRun(job)
+    trainer, module = saved.trainer(), saved.module()
+    saved.data.prepare_data()
+    evaluate = trainer.validate if job.verb == "validate" else trainer.test
+    metrics = {k: float(v) for result in evaluate(module, datamodule=saved.data, verbose=False) for k, v in result.items()}
+    if trainer.is_global_zero:
+        table = Table(title=f"{job.verb} {saved.path}", show_header=False)
+        for name, value in metrics.items():
+            table.add_row(name, f"{value:.4f}")
+        Console().print(table)
+        if saved.folder is not None:
+            write_beside(saved.folder / f"{job.verb}.json", json.dumps(metrics, indent=2) + "\n")
+    return next((v for k, v in metrics.items() if k.endswith("/loss")), None)

@@ -1,0 +1,57 @@
+"""Errors that a user can mend: one sentence with the value, where it came from, what is allowed and what to do.
+
+The command line prints them without a traceback; a program that imports the package can catch `PkmError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PkmError(Exception):
+    """Base of every error that is the user's to mend."""
+
+
+class ConfigError(PkmError, ValueError):
+    """A configuration value, key or combination that cannot work."""
+
+
+class DataError(PkmError, ValueError):
+    """Missing, empty or unreadable data."""
+
+
+class CheckpointError(PkmError, RuntimeError):
+    """A checkpoint that is missing, damaged or not ours."""
+
+
+class RunDirectoryError(PkmError, OSError):
+    """A run directory that cannot be used: unwritable, full, held by another process, or already finished."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the spelling in `choices` that is closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuse a `value` of `key` that is not among `allowed`.
+
+    Raises:
+        ConfigError: naming the key, the value, the allowed values and the nearest spelling.
+    """
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{key}={value!r} is not known; allowed: {', '.join(allowed)}.{nearest(str(value), allowed)}")
+
+
+def check_range(key: str, value: float, low: float | None = None, high: float | None = None) -> None:
+    """Refuse a `value` of `key` outside the closed interval [`low`, `high`]; None leaves that side open.
+
+    Raises:
+        ConfigError: naming the key, the value and the interval.
+    """
+    if (low is not None and value < low) or (high is not None and value > high):
+        interval = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
+        raise ConfigError(f"{key}={value} is out of range; allowed: {interval}.")

@@ -1,0 +1,28 @@
+"""FFN plugins, one paper a file. A new plugin is one Python file here, one YAML and one test; nothing else is edited.
+
+Modules are imported when a name is first asked for: `from pkm_lightning.ffn import MemoryPlus` reads `memory_plus.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, HasAfterStep, HasCost, TableSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["FFNContext", "FFNCost", "FFNOutput", "HasAfterStep", "HasCost", "TableSpec"]
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """The public class `name` of the plugin module whose `__all__` lists it."""
+    for module_info in pkgutil.iter_modules(__path__):
+        if name.startswith("_") or name == module_info.name:
+            break
+        module = importlib.import_module(f"{__name__}.{module_info.name}")
+        if name in getattr(module, "__all__", ()):
+            return getattr(module, name)  # type: ignore[no-any-return]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

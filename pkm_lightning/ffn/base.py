@@ -1,0 +1,88 @@
+"""The contract between the transformer and an FFN plugin: what goes in, what comes out, what it costs.
+
+Letters: B sequences, T tokens, D model dimension, N slots.
+
+A plugin is any `nn.Module` with `forward(x_BTD, context) -> FFNOutput`; it need not inherit from anything. The builder
+passes `dim`, `layer`, `n_layers` and `table` to a constructor that asks for them; the YAML gives everything else.
+Optional members: `cost() -> FFNCost`, `reset_parameters()`, `after_step(stats)`, the class method
+`table_spec(**arguments) -> TableSpec` (asked for before construction when the constructor takes a `table`), and
+`parameter_roles`, a dict from own parameter names to roles (`table`, `norm`, `bias`, `embedding`, `matrix`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FFNContext(NamedTuple):
+    """What a plugin may know of the tokens besides their hidden states."""
+
+    #: Token ids, (B, T) int64: memories that are addressed by token use them.
+    input_ids_BT: Tensor
+    #: False at padding, (B, T) bool, or None where all tokens are real: padding enters no statistics and no counts.
+    valid_BT: Tensor | None = None
+    #: Document number of each token, (B, T) int64, or None for one document a row.
+    doc_ids_BT: Tensor | None = None
+    #: Somebody watches: fill `FFNOutput.trace`.
+    observe: bool = False
+
+
+class FFNOutput(NamedTuple):
+    """What a plugin returns; only `y_BTD` is required. Plain tensors and dicts, so that blocks compile."""
+
+    y_BTD: Tensor
+    #: Named scalars, already weighted, each a mean over the tokens of the micro-batch; added to the loss.
+    aux_losses: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes to it
+    #: What was read or routed (slot ids, weights, expert ids), detached, on the device; empty unless `context.observe`.
+    trace: dict[str, Tensor] = {}  # noqa: RUF012
+    #: Summable statistics of this micro-batch; `after_step` gets their sum over micro-batches and ranks. They leave
+    #: through the return value, so a forward that activation checkpointing recomputes cannot count twice.
+    step_stats: dict[str, Tensor] = {}  # noqa: RUF012
+    #: Added to the residual stream `placement.write_after` layers later instead of here.
+    deferred_BTD: Tensor | None = None
+
+
+class TableSpec(NamedTuple):
+    """The value table that a plugin asks the model for."""
+
+    rows: int
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNCost:
+    """What one layer costs. Multiply and add count as two FLOPs; comparisons and element-wise work are left out.
+
+    Args:
+        params: parameters of the plugin itself, without the value table.
+        table_params: parameters of the value table that it reads (a shared table counts once in the model's sum).
+        active_params: parameters that one token's output depends on through arithmetic, table rows included.
+        flops: forward FLOPs a token; backward is counted as twice that.
+        lookup_bytes: bytes of table rows (or experts) that one token gathers in forward and no other token shares.
+    """
+
+    params: int
+    table_params: int = 0
+    active_params: int
+    flops: int
+    lookup_bytes: int = 0
+
+
+@runtime_checkable
+class HasCost(Protocol):
+    """A plugin that states its cost; one that does not still trains, and reports say that the figure is missing."""
+
+    def cost(self) -> FFNCost:
+        """The cost of this layer."""
+
+
+@runtime_checkable
+class HasAfterStep(Protocol):
+    """A plugin that acts on its own statistics once per optimizer step, after the update of the weights."""
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """`stats` is the sum of `FFNOutput.step_stats` over ranks and micro-batches."""

@@ -1,0 +1,55 @@
+"""The dense feed-forward network that every other plugin is compared with.
+
+Letters: B sequences, T tokens, D model dimension, F hidden dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn import functional
+
+from pkm_lightning.errors import check_range
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Dense"]
+
+
+class Dense(nn.Module):
+    """SwiGLU: `y = W_out (silu(W_gate x) * W_up x)` (Shazeer 2020, arXiv 2002.05202, eq. 6), without biases.
+
+    Args:
+        dim: model dimension D.
+        n_layers: layers of the model, for the residual scale of the output's initialisation.
+        hidden_dim: hidden dimension F.
+    """
+
+    def __init__(self, *, dim: int, n_layers: int, hidden_dim: int) -> None:
+        super().__init__()
+        check_range("ffn.hidden_dim", hidden_dim, low=1)
+        self.n_layers = n_layers
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.out = nn.Linear(hidden_dim, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, 1/fan_in); the output besides by 1/sqrt(2 n_layers), so that the residual stream keeps its scale."""
+        dim, hidden_dim = self.out.weight.shape
+        nn.init.normal_(self.gate.weight, std=dim**-0.5)
+        nn.init.normal_(self.up.weight, std=dim**-0.5)
+        nn.init.normal_(self.out.weight, std=(hidden_dim * 2 * self.n_layers) ** -0.5)
+
+    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+        """Every token through the same weights; the context is not needed."""
+        hidden_BTF = functional.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        return FFNOutput(self.out(hidden_BTF))
+
+    def cost(self) -> FFNCost:
+        """Three matrices, all of them active for every token."""
+        params = sum(p.numel() for p in self.parameters())
+        return FFNCost(params=params, active_params=params, flops=2 * params)

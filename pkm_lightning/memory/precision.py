@@ -1,0 +1,31 @@
+"""Half scores are compared, so they are computed in IEEE fp32, whatever the precision of the model.
+
+In bf16 about two thirds of the rows tie at rank 32, and TF32 differs between devices: both pick other slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for an fp64 model."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def ieee_scores(x: Tensor) -> Iterator[None]:
+    """Inside, autocast is off on the device of `x` and CUDA matmuls do not use TF32."""
+    tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    if tf32:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        if tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True

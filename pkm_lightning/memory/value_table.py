@@ -1,0 +1,56 @@
+"""The rows that a memory reads: N x D parameters of which one token touches a few.
+
+Letters: N rows, D values a row, T reads, K rows a read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from pkm_lightning.ops import weighted_gather
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+class ValueTable(nn.Module):
+    """A table of `rows` x `dim` values, read by ids and weights.
+
+    The model owns a table once; layers that share it hold a reference that is not registered (`TableReference`), so
+    that no class attribute and no global is needed and two models in one process never meet.
+
+    Args:
+        rows: slots N.
+        dim: values a row D.
+    """
+
+    #: The optimizer gives tables a learning rate, a decay and a clipping norm of their own.
+    parameter_roles: ClassVar[dict[str, str]] = {"weight": "table"}
+
+    def __init__(self, *, rows: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Rows from N(0, 1/D)."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self, ids_TK: Int[Tensor, "T K"], weights_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T D"]:
+        """`sum_k weights[t, k] * weight[ids[t, k]]` in the table's dtype."""
+        return weighted_gather(self.weight, ids_TK, weights_TK)
+
+    def extra_repr(self) -> str:
+        """Rows and values a row, for `print(model)`."""
+        return f"rows={self.weight.shape[0]}, dim={self.weight.shape[1]}"
+
+
+class TableReference:
+    """Holds a table without registering it as a sub-module of the holder; deep copies keep pointing at one copy."""
+
+    def __init__(self, table: ValueTable) -> None:
+        self.table = table

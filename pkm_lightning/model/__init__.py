@@ -1,0 +1,7 @@
+"""The transformer around the plugins: attention, blocks, placement, initialisation and what it all costs."""
+
+from pkm_lightning.model.accounting import ModelCost, model_cost
+from pkm_lightning.model.placement import Placement
+from pkm_lightning.model.transformer import ModelOutput, Transformer
+
+__all__ = ["ModelCost", "ModelOutput", "Placement", "Transformer", "model_cost"]

@@ -1,0 +1,84 @@
+"""Causal grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) through torch's fused kernels.
+
+Letters: B sequences, T tokens, D model dimension, H query heads, G key-value heads, C head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pkm_lightning.errors import ConfigError, check_range
+from pkm_lightning.model.rope import apply_rope
+
+
+class AttentionInputs(NamedTuple):
+    """What every layer's attention shares in one forward."""
+
+    cos_B1TF: Tensor
+    sin_B1TF: Tensor
+    #: True where a query may look, (B, 1, T, T); None for plain causal attention, which has faster kernels.
+    mask_B1TT: Tensor | None
+
+
+class Attention(nn.Module):
+    """RoPE on queries and keys, `n_kv_heads` key-value heads shared by groups of query heads, no biases.
+
+    Raises:
+        ConfigError: `dim` not divisible by `n_heads`, `n_heads` not by `n_kv_heads`, or an odd head dimension.
+    """
+
+    def __init__(self, *, dim: int, n_heads: int, n_kv_heads: int) -> None:
+        super().__init__()
+        check_range("model.n_heads", n_heads, low=1)
+        check_range("model.n_kv_heads", n_kv_heads, low=1, high=n_heads)
+        if dim % n_heads:
+            raise ConfigError(f"model.dim={dim} is not divisible by model.n_heads={n_heads}; {_divisors(dim)}.")
+        if n_heads % n_kv_heads:
+            raise ConfigError(
+                f"model.n_heads={n_heads} is not divisible by model.n_kv_heads={n_kv_heads}; {_divisors(n_heads)}."
+            )
+        head_dim = dim // n_heads
+        if head_dim % 2:
+            raise ConfigError(
+                f"model.dim={dim} / model.n_heads={n_heads} gives the odd head dimension {head_dim}; "
+                "rotary positions need an even one: change either."
+            )
+        self.head_dim = head_dim
+        self.query = nn.Linear(dim, n_heads * head_dim, bias=False)
+        self.key = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, shared: AttentionInputs) -> Tensor:
+        """Attends within `shared.mask_B1TT`, or causally."""
+        q_BHTC = self._heads(self.query(x_BTD))
+        k_BGTC = self._heads(self.key(x_BTD))
+        v_BGTC = self._heads(self.value(x_BTD))
+        q_BHTC = apply_rope(q_BHTC, shared.cos_B1TF, shared.sin_B1TF)
+        k_BGTC = apply_rope(k_BGTC, shared.cos_B1TF, shared.sin_B1TF)
+        y_BHTC = functional.scaled_dot_product_attention(
+            q_BHTC,
+            k_BGTC,
+            v_BGTC,
+            attn_mask=shared.mask_B1TT,
+            is_causal=shared.mask_B1TT is None,
+            enable_gqa=k_BGTC.shape[1] != q_BHTC.shape[1],
+        )
+        return self.out(y_BHTC.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x_BTX: Tensor) -> Tensor:
+        return x_BTX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def document_mask(doc_ids_BT: Tensor) -> Tensor:
+    """Causal and within the same document, (B, 1, T, T); every token sees at least itself, so no row is empty."""
+    same_BTT = doc_ids_BT.unsqueeze(2) == doc_ids_BT.unsqueeze(1)
+    return torch.tril(same_BTT).unsqueeze(1)
+
+
+def _divisors(number: int) -> str:
+    return f"allowed: {', '.join(str(d) for d in range(1, number + 1) if number % d == 0)}"

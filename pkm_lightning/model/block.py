@@ -1,0 +1,43 @@
+"""One pre-norm transformer block: attention, then whatever FFN plugin the layer was given.
+
+Letters: B sequences, T tokens, D model dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pkm_lightning.ffn import FFNContext, FFNOutput
+from pkm_lightning.model.attention import Attention, AttentionInputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))` (Xiong et al. 2020, arXiv 2002.04745)."""
+
+    def __init__(self, *, attention: Attention, ffn: nn.Module, dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention = attention
+        self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.ffn = ffn
+
+    def forward(self, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:
+        """The plugin's output with `y_BTD` replaced by the new residual stream."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), shared)
+        output = self._run_ffn(self.ffn_norm(x_BTD), context)
+        return output._replace(y_BTD=x_BTD + output.y_BTD)
+
+    def _run_ffn(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+        ffn: Callable[..., object] = self.ffn
+        output = ffn(x_BTD, context)
+        if not isinstance(output, FFNOutput):
+            raise TypeError(
+                f"{type(self.ffn).__name__}.forward returned {type(output).__name__}; an FFN plugin returns "
+                "pkm_lightning.ffn.FFNOutput(y_BTD)."
+            )
+        return output

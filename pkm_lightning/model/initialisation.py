@@ -1,0 +1,71 @@
+"""Initialisation of the whole model, as one table.
+
+| weight                      | distribution                                   |
+|-----------------------------|------------------------------------------------|
+| embedding, unembedding      | N(0, 1/dim)                                    |
+| attention query, key, value | N(0, 1/dim)                                    |
+| attention out               | N(0, 1/dim) / sqrt(2 n_layers)                 |
+| RMSNorm gains               | 1                                              |
+| FFN plugins, value tables   | their own `reset_parameters`                   |
+
+Every module draws from a generator seeded by (seed, its name): changing the FFN leaves the other weights as they were,
+so that two variants of one seed start from the same attention and embeddings. Modules without `reset_parameters` keep
+what their constructor gave them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pkm_lightning.model.placement import Beside
+
+if TYPE_CHECKING:
+    from pkm_lightning.model.transformer import Transformer
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """Applies the table above to `model`, in place; the global random state is left as it was."""
+    std = model.embedding.embedding_dim**-0.5
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        for name, module in _parts(model):
+            torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            if name.endswith("attention.out"):
+                nn.init.normal_(module.weight, std=std * (2 * len(model.blocks)) ** -0.5)  # type: ignore[arg-type]
+            elif isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+            elif ".ffn" in name or name.startswith("tables."):
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()  # type: ignore[operator]
+            else:
+                nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
+
+
+def plugins(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The plugins that a block's FFN holds, with their names below the block: one, or the base and the variant."""
+    if isinstance(ffn, Beside):
+        yield "ffn.base", ffn.base
+        yield "ffn.variant", ffn.variant
+    else:
+        yield "ffn", ffn
+
+
+def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    yield "embedding", model.embedding
+    yield "norm", model.norm
+    if model.unembedding is not None:
+        yield "unembedding", model.unembedding
+    for i, table in enumerate(model.tables):
+        yield f"tables.{i}", table
+    for i, block in enumerate(model.blocks):
+        for part in ("attention_norm", "ffn_norm"):
+            yield f"blocks.{i}.{part}", getattr(block, part)
+        for part in ("query", "key", "value", "out"):
+            yield f"blocks.{i}.attention.{part}", getattr(block.attention, part)
+        for name, plugin in plugins(block.ffn):  # type: ignore[arg-type]
+            yield f"blocks.{i}.{name}", plugin

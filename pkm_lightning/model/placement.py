@@ -1,0 +1,104 @@
+"""Which layers carry the FFN variant, and how: a decision in the configuration, not in code.
+
+Letters: B sequences, T tokens, D model dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pkm_lightning.errors import ConfigError, check_choice, check_range
+from pkm_lightning.ffn import FFNContext, FFNOutput
+
+
+class Placement:
+    """The layers that get the variant; the others keep the base FFN.
+
+    Args:
+        layers: `"all"`, `"centred"`, or a list of layer numbers from 0.
+        count: layers, for `centred`.
+        stride: distance between them, for `centred`; None takes n_layers // count.
+        mode: `replace` the base FFN, or add the variant `parallel` to it (ResM of Kim & Jung 2020, arXiv 2010.03881).
+        write_after: add the variant's output this many layers later (UltraMem, arXiv 2411.12364, section 3); needs
+            `mode=parallel`.
+
+    Raises:
+        ConfigError: an unknown word, a negative number, or `write_after` together with `replace`.
+    """
+
+    def __init__(
+        self, *, layers: str | Sequence[int], count: int, stride: int | None, mode: str, write_after: int
+    ) -> None:
+        check_choice("placement.mode", mode, ("replace", "parallel"))
+        check_range("placement.write_after", write_after, low=0)
+        if isinstance(layers, str):
+            check_choice("placement.layers", layers, ("all", "centred"))
+        if write_after and mode == "replace":
+            raise ConfigError(
+                f"placement.write_after={write_after} leaves the reading layer without any FFN under "
+                "placement.mode=replace; use placement.mode=parallel."
+            )
+        self.layers, self.count, self.stride = layers, count, stride
+        self.mode, self.write_after = mode, write_after
+
+    def resolve(self, n_layers: int) -> list[int]:
+        """Layer numbers, ascending.
+
+        `centred` puts `count` layers around layer n_layers // 2: 4, 12, 20 of 24 for count 3 and stride 8
+        (Berges et al. 2024, section 4 and table 3).
+
+        Raises:
+            ConfigError: a layer, or the layer that its output is written after, outside 0 to n_layers - 1, or twice.
+        """
+        layers = self._numbers(n_layers)
+        if len(set(layers)) != len(layers):
+            raise ConfigError(f"placement.layers={layers} names a layer twice.")
+        last = n_layers - 1 - self.write_after
+        for layer in layers:
+            if not 0 <= layer <= last:
+                reason = f" less placement.write_after={self.write_after}" if self.write_after else ""
+                raise ConfigError(
+                    f"placement puts a layer at {layer}; allowed: 0 to {last} (model.n_layers={n_layers}{reason}). "
+                    "Set placement.layers, or placement.count and placement.stride."
+                )
+        return sorted(layers)
+
+    def _numbers(self, n_layers: int) -> list[int]:
+        if self.layers == "all":
+            return list(range(n_layers))
+        if self.layers != "centred":
+            return [int(layer) for layer in self.layers]
+        check_range("placement.count", self.count, low=0, high=n_layers)
+        if self.stride is not None:
+            check_range("placement.stride", self.stride, low=1)
+        stride = self.stride or max(1, n_layers // max(1, self.count))
+        first = n_layers // 2 - stride * (self.count // 2)
+        return [first + stride * i for i in range(self.count)]
+
+    def combine(self, base: nn.Module, variant: nn.Module) -> nn.Module:
+        """The module that a placed layer runs."""
+        if self.mode == "replace":
+            return variant
+        return Beside(base, variant, defer=self.write_after > 0)
+
+
+class Beside(nn.Module):
+    """A variant beside the base FFN: `y = base(x) + variant(x)`, or the variant's part handed on for a later layer."""
+
+    def __init__(self, base: nn.Module, variant: nn.Module, *, defer: bool) -> None:
+        super().__init__()
+        self.base, self.variant, self.defer = base, variant, defer
+
+    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+        """The losses, statistics and traces of both."""
+        base: FFNOutput = self.base(x_BTD, context)
+        variant: FFNOutput = self.variant(x_BTD, context)
+        return FFNOutput(
+            y_BTD=base.y_BTD if self.defer else base.y_BTD + variant.y_BTD,
+            aux_losses={**base.aux_losses, **variant.aux_losses},
+            trace={**base.trace, **variant.trace},
+            step_stats={**base.step_stats, **variant.step_stats},
+            deferred_BTD=variant.y_BTD if self.defer else None,
+        )

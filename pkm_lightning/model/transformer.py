@@ -1,0 +1,154 @@
+"""A decoder-only transformer (Llama's shape) whose layers each run an FFN plugin.
+
+Letters: B sequences, T tokens, D model dimension, M selected positions, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from pkm_lightning.errors import check_range
+from pkm_lightning.ffn import FFNContext, FFNOutput
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
+from pkm_lightning.model.block import Block
+from pkm_lightning.model.initialisation import initialise
+from pkm_lightning.model.rope import document_positions, rope_table
+
+
+@dataclass
+class ModelOutput:
+    """What one forward gives: the normed last hidden state, and what the plugins reported.
+
+    `aux_losses` sums equal names over layers; `step_stats` and `traces` are by layer number.
+    """
+
+    hidden_BTD: Tensor
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)
+    step_stats: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    traces: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm, unembedding.
+
+    Args:
+        vocab_size: tokens W.
+        dim: model dimension D.
+        n_heads: attention heads.
+        n_kv_heads: key-value heads; divides `n_heads`.
+        ffns: one plugin a layer.
+        tables: the value tables that plugins refer to, owned here.
+        write_after: layers between a plugin's read and the layer after which its deferred output is added.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of the RMSNorms.
+        tied: unembed with the embedding's matrix.
+        document_mask: attend within a document only, where the batch has `doc_ids`.
+        reset_positions: positions start at 0 with every document, where the batch has `doc_ids`.
+        activation_checkpointing: recompute each block in backward instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        ffns: Sequence[nn.Module],
+        tables: Iterable[ValueTable] = (),
+        write_after: int = 0,
+        rope_theta: float,
+        norm_eps: float,
+        tied: bool,
+        document_mask: bool,
+        reset_positions: bool,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        check_range("model.vocab_size", vocab_size, low=2)
+        self.head_dim, self.rope_theta, self.write_after = dim // n_heads, rope_theta, write_after
+        self.document_mask, self.reset_positions = document_mask, reset_positions
+        self.activation_checkpointing = activation_checkpointing
+        self.tables = nn.ModuleList(tables)
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                attention=Attention(dim=dim, n_heads=n_heads, n_kv_heads=n_kv_heads),
+                ffn=ffn,
+                dim=dim,
+                norm_eps=norm_eps,
+            )
+            for ffn in ffns
+        )
+        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.unembedding = None if tied else nn.Linear(dim, vocab_size, bias=False)
+
+    def init_weights(self, seed: int) -> None:
+        """Draws every weight anew from `seed`; see `pkm_lightning.model.initialisation`."""
+        initialise(self, seed)
+
+    def compile_blocks(self) -> None:
+        """Compiles each block in place; parameter names stay as they are."""
+        for block in self.blocks:
+            block.compile()
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        doc_ids_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+        observe: bool = False,
+    ) -> ModelOutput:
+        """Hidden states for token ids; `observe` asks the plugins for their traces."""
+        shared = self._attention_inputs(input_ids_BT, doc_ids_BT)
+        context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
+        output = ModelOutput(self.embedding(input_ids_BT))
+        deferred: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            result = self._run_block(block, output.hidden_BTD, shared, context)
+            output.hidden_BTD = result.y_BTD
+            if result.deferred_BTD is not None:
+                deferred[layer + self.write_after] = result.deferred_BTD
+            if layer in deferred:
+                output.hidden_BTD = output.hidden_BTD + deferred.pop(layer)
+            _collect(output, layer, result)
+        output.hidden_BTD = self.norm(output.hidden_BTD)
+        return output
+
+    def unembed(self, hidden_MD: Tensor) -> Tensor:
+        """Logits over the vocabulary for any selection of hidden states, (..., D) -> (..., W)."""
+        weight = self.embedding.weight if self.unembedding is None else self.unembedding.weight
+        return functional.linear(hidden_MD, weight)
+
+    def _attention_inputs(self, input_ids_BT: Tensor, doc_ids_BT: Tensor | None) -> AttentionInputs:
+        if doc_ids_BT is not None and self.reset_positions:
+            positions_BT = document_positions(doc_ids_BT)
+        else:
+            positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).unsqueeze(0)
+        mask_B1TT = document_mask(doc_ids_BT) if doc_ids_BT is not None and self.document_mask else None
+        return AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta), mask_B1TT)
+
+    def _run_block(self, block: nn.Module, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            result: FFNOutput = checkpoint(block, x_BTD, shared, context, use_reentrant=False)
+            return result
+        result = block(x_BTD, shared, context)
+        return result
+
+
+def _collect(output: ModelOutput, layer: int, result: FFNOutput) -> None:
+    """Adds one layer's report to the model's."""
+    for name, loss in result.aux_losses.items():
+        output.aux_losses[name] = output.aux_losses[name] + loss if name in output.aux_losses else loss
+    if result.step_stats:
+        output.step_stats[layer] = result.step_stats
+    if result.trace:
+        output.traces[layer] = result.trace

@@ -1,0 +1,10 @@
+"""Tensors in, tensors out: the operations that a sparse memory is made of.
+
+One folder an op: a public function that chooses the backend, a naive `reference.py`, the faster backends beside it,
+and a README.md with the mathematics. Needs nothing but torch (and, for GPU kernels, triton).
+"""
+
+from pkm_lightning.ops.product_topk import product_topk
+from pkm_lightning.ops.weighted_gather import weighted_gather
+
+__all__ = ["product_topk", "weighted_gather"]

@@ -1,0 +1,52 @@
+"""Product top-k in plain torch operations, on any device: top-k of each half, then of the pairs that can still win.
+
+Letters: `...` any leading shape, S sub-keys a half, K slots kept, J = min(K, S) kept a half, C candidate pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def product_topk_eager(scores1_XS: Tensor, scores2_XS: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `pkm_lightning.ops.product_topk`; README.md there proves that the dropped pairs cannot win."""
+    n_keys = scores1_XS.shape[-1]
+    per_half = min(k, n_keys)
+    with torch.no_grad():
+        key1_XJ = ranked_topk(scores1_XS, per_half)
+        key2_XJ = ranked_topk(scores2_XS, per_half)
+        rank1_C, rank2_C = _candidate_ranks(k, per_half, scores1_XS.device)
+        half1_XC = scores1_XS.gather(-1, key1_XJ)[..., rank1_C]
+        half2_XC = scores2_XS.gather(-1, key2_XJ)[..., rank2_C]
+        best_XK = ranked_topk(half1_XC + half2_XC, k)
+        key1_XK = key1_XJ.gather(-1, rank1_C[best_XK])
+        key2_XK = key2_XJ.gather(-1, rank2_C[best_XK])
+    sums_XK = scores1_XS.gather(-1, key1_XK) + scores2_XS.gather(-1, key2_XK)
+    return sums_XK, (key1_XK * n_keys + key2_XK).int()
+
+
+def ranked_topk(scores_XS: Tensor, k: int) -> Tensor:
+    """Indices of the `k` largest scores, best first, equal scores by lower index (which `torch.topk` leaves open)."""
+    # Where a branch on data is dear (a GPU, a traced graph), the stable sort is taken at once.
+    if scores_XS.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.sort(scores_XS, dim=-1, descending=True, stable=True).indices[..., :k]
+    # One more than k: a tie across the k-th place also leaves open which of the equals is in.
+    rows_RS = scores_XS.reshape(-1, scores_XS.shape[-1])
+    values_RJ, indices_RJ = torch.topk(rows_RS, min(k + 1, rows_RS.shape[-1]), dim=-1)
+    indices_RK = indices_RJ[:, :k]
+    unclear_R = ~(values_RJ[:, :-1] > values_RJ[:, 1:]).all(-1)
+    if bool(unclear_R.any()):
+        exact_US = torch.sort(rows_RS[unclear_R], dim=-1, descending=True, stable=True).indices
+        indices_RK = indices_RK.masked_scatter(unclear_R[:, None], exact_US[:, :k].contiguous())
+    return indices_RK.reshape(*scores_XS.shape[:-1], k)
+
+
+@functools.lru_cache(maxsize=64)
+def _candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ranks (i, j), zero-based and in lexicographic order, with (i + 1) * (j + 1) <= k: 119 pairs of 1,024 at k = 32."""
+    pairs = [(i, j) for i in range(per_half) for j in range(per_half) if (i + 1) * (j + 1) <= k]
+    rank1_C, rank2_C = torch.tensor(pairs, device=device).unbind(-1)
+    return rank1_C.contiguous(), rank2_C.contiguous()

@@ -1,0 +1,74 @@
+"""From a resolved configuration to a model: plugins in their layers, tables shared or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.ffn import TableSpec
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.model import Placement, Transformer
+from pkm_lightning.training.instantiate import accepted_keywords, instantiate, target_class
+
+Config = Mapping[str, Any]
+
+#: Keys of `model` that the transformer does not take as they stand.
+_BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
+
+
+def build_model(config: Config) -> Transformer:
+    """The transformer of `config`, a plain dict or DictConfig with `model.vocab_size` resolved to a number.
+
+    On the device of the current `torch.device` context; `meta` allocates nothing.
+
+    Raises:
+        ConfigError: sizes, layers or classes that do not fit.
+    """
+    model = config["model"]
+    n_layers = int(model["n_layers"])
+    if not isinstance(model["vocab_size"], int):
+        raise ConfigError(
+            f"model.vocab_size={model['vocab_size']} needs a data module with a vocab_size; set it to a number."
+        )
+    placement: Placement = instantiate(config["placement"], "placement")
+    placed = placement.resolve(n_layers)
+    tables = _build_tables(config, len(placed))
+    ffns: list[nn.Module] = []
+    for layer in range(n_layers):
+        common = {"dim": int(model["dim"]), "layer": layer, "n_layers": n_layers}
+        if layer not in placed:
+            ffns.append(instantiate(model["base_ffn"], "model.base_ffn", **common))
+            continue
+        table = tables[placed.index(layer) % len(tables)] if tables else None
+        variant = instantiate(config["ffn"], "ffn", **common, **({"table": table} if tables else {}))
+        base = instantiate(model["base_ffn"], "model.base_ffn", **common) if placement.mode == "parallel" else nn.Identity()
+        ffns.append(placement.combine(base, variant))
+    arguments = {name: value for name, value in model.items() if name not in _BUILDER_KEYS}
+    return Transformer(**arguments, ffns=ffns, tables=tables, write_after=placement.write_after)
+
+
+def build_meta_model(config: Config) -> Transformer:
+    """The same model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def _build_tables(config: Config, n_placed: int) -> list[ValueTable]:
+    """One table if `table.shared`, else one a placed layer; none if the plugin asks for none."""
+    cls = target_class(config["ffn"], "ffn")
+    if "table" not in accepted_keywords(cls, {"table": None}) or not n_placed:
+        return []
+    arguments = {str(k): v for k, v in config["ffn"].items() if not str(k).startswith("_")}
+    if not hasattr(cls, "table_spec"):
+        raise ConfigError(
+            f"ffn._target_={config['ffn']['_target_']} asks for a table, but has no class method "
+            "table_spec(**arguments) that says its rows and dim."
+        )
+    spec = cast("TableSpec", cls.table_spec(dim=int(config["model"]["dim"]), **arguments))
+    settings = {name: value for name, value in config["table"].items() if name != "shared"}
+    count = 1 if config["table"]["shared"] else n_placed
+    return [instantiate(settings, "table", rows=spec.rows, dim=spec.dim) for _ in range(count)]

@@ -1,0 +1,38 @@
+"""Clipping by norm that is right for sharded parameters: norms per device mesh, added up, one factor for all.
+
+`torch.nn.utils.clip_grad_norm_` refuses gradients of different meshes; here each mesh's norm is reduced on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scales the gradients of `parameters` so that their common L2 norm is at most `max_norm`; None only measures.
+
+    Returns:
+        The norm before clipping, a scalar tensor, the same on every rank.
+    """
+    by_mesh: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+    if not by_mesh:
+        return torch.zeros(())
+    norms = [_total_norm(group) for group in by_mesh.values()]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if max_norm is not None:
+        for group in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total
+
+
+def _total_norm(group: list[nn.Parameter]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,119 @@
+"""The one place where a configuration becomes objects: what may be named, and errors that say what is wrong.
+
+Command line and `--config-dir` are trusted. A configuration read back from a run directory or a checkpoint is data:
+it may only name classes of this package, lightning and torch, unless the user says `trust_config=true`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from pkm_lightning.errors import ConfigError, PkmError
+
+_TRUSTED_ROOTS = ("pkm_lightning", "lightning", "torch")
+
+
+def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: Any) -> Any:
+    """The object that `config` describes by `_target_` and keywords; `key` says in errors where it stands.
+
+    Only those of `keywords` are passed that the class asks for (or that its `**kwargs` would take).
+
+    Raises:
+        ConfigError: no `_target_`, a class that cannot be imported, or arguments that it does not take.
+    """
+    cls = target_class(config, key)
+    plain = {name: value for name, value in config.items() if not str(name).startswith("_") or name in _HYDRA_KEYS}
+    try:
+        # Partial first: Hydra copies what it is handed, and a value table must stay the one object that it is.
+        make = hydra_instantiate({"_convert_": "all", **plain}, _partial_=True)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, PkmError):
+            raise error.__cause__ from None
+        raise
+    try:
+        return make(**accepted_keywords(cls, keywords))
+    except TypeError as error:
+        if "argument" not in str(error) or not _is_of_call(error):
+            raise
+        names = ", ".join(inspect.signature(cls).parameters)
+        raise ConfigError(f"{key}: {error}; {cls.__name__} takes: {names}.") from None
+
+
+def _is_of_call(error: TypeError) -> bool:
+    """The arguments did not fit: the error was raised by the call itself, not somewhere inside the constructor."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
+
+
+_HYDRA_KEYS = ("_target_", "_convert_", "_recursive_", "_args_")
+
+
+def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
+    """The class that `config._target_` names.
+
+    Raises:
+        ConfigError: it is missing or cannot be imported.
+    """
+    missing = isinstance(config, DictConfig) and OmegaConf.is_missing(config, "_target_")
+    if missing or not config.get("_target_"):
+        raise ConfigError(f"{key}._target_ is not set; name your class, as in {key}._target_=my_module.MyClass.")
+    target = str(config["_target_"])
+    try:
+        return get_class(target)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key}._target_={target} cannot be imported ({reason}); its file must lie on the import path or in the "
+            "working directory."
+        ) from None
+
+
+def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `keywords` that the constructor of `cls` names or takes through `**kwargs`."""
+    parameters = inspect.signature(cls).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return dict(keywords)
+    names = {p.name for p in parameters}
+    return {name: value for name, value in keywords.items() if name in names}
+
+
+def check_trusted(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a configuration read back from `source` that names anything but classes of trusted packages.
+
+    Raises:
+        ConfigError: naming the offending key and target, and how to trust it.
+    """
+    for key, target in _targets(config, ""):
+        try:
+            trusted = target.split(".")[0] in _TRUSTED_ROOTS and _is_trusted_class(target)
+        except Exception:  # an import that fails for any reason is not trusted either
+            trusted = False
+        if not trusted:
+            raise ConfigError(
+                f"{source} names {key}={target}, which is no class of {', '.join(_TRUSTED_ROOTS)}; "
+                "if you trust that file, say trust_config=true."
+            )
+
+
+def _is_trusted_class(target: str) -> bool:
+    # The class must be at home there too: a trusted module may import, say, subprocess.Popen.
+    return get_class(target).__module__.split(".")[0] in (*_TRUSTED_ROOTS, "pytorch_lightning")
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            where = f"{path}.{key}" if path else str(key)
+            if key == "_target_" and value is not None:
+                yield where, str(value)
+            else:
+                yield from _targets(value, where)
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from _targets(value, f"{path}[{i}]")

@@ -1,0 +1,235 @@
+"""The LightningModule around the transformer: steps, loss over the whole optimizer step, optimizer, counters.
+
+Built from a plain configuration dict, so that a checkpoint says by itself what it holds.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from pkm_lightning.ffn import HasAfterStep
+from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
+from pkm_lightning.model.initialisation import plugins
+from pkm_lightning.training.build import build_model
+from pkm_lightning.training.clipping import clip_by_norm
+from pkm_lightning.training.generation import greedy
+from pkm_lightning.training.instantiate import instantiate
+from pkm_lightning.training.loss import check_batch, token_nll
+from pkm_lightning.training.normalisation import StepNormaliser
+from pkm_lightning.training.optimizer import parameter_groups, schedule_factor
+
+
+class LanguageModule(L.LightningModule):
+    """Trains, validates and answers with the model that `config` describes.
+
+    Args:
+        config: the resolved configuration as plain dicts, lists and numbers; `model.vocab_size` is a number.
+
+    Attributes:
+        model: the transformer, after `configure_model`.
+        cost: its analytic cost with `data.seq_len` tokens in attention (1 if the data names no such length).
+        tokens_seen: real input tokens trained on so far, over all ranks, a scalar tensor.
+    """
+
+    model: Transformer
+    cost: ModelCost
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.config = config
+        self.heldout_nll = MeanMetric()
+        self.tokens_seen = torch.zeros((), dtype=torch.int64)
+        self._normaliser = StepNormaliser()
+        self._step_nll: Tensor | None = None
+        self._step_stats: dict[int, dict[str, Tensor]] = {}
+        self._batch_checked = False
+
+    # --- building
+
+    def configure_model(self) -> None:
+        """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
+        if hasattr(self, "model"):
+            return
+        self.model = build_model(self.config)
+        self.model.init_weights(int(self.config["seed"]))
+        self.cost = model_cost(self.model, int(self.config["data"].get("seq_len") or 1))
+        if self.config["model"]["compile"]:
+            self.model.compile_blocks()
+
+    def configure_optimizers(self) -> Any:
+        """`optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
+        optim = self.config["optim"]
+        optimizer = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
+        factor = schedule_factor(
+            optim["schedule"],
+            max_steps=int(self.config["trainer"]["max_steps"]),
+            warmup_steps=optim["warmup_steps"],
+            final_factor=optim["final_factor"],
+            decay_share=optim["decay_share"],
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- one micro-batch
+
+    def forward(self, batch: dict[str, Tensor]) -> ModelOutput:
+        """The model on a batch of the contract: `input_ids`, optional `doc_ids` and `valid`."""
+        output: ModelOutput = self.model(
+            batch["input_ids"], doc_ids_BT=batch.get("doc_ids"), valid_BT=batch.get("valid")
+        )
+        return output
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes every random draw of the step a function of (seed, step, micro-batch, rank): resume is then exact."""
+        place = f"{self.config['seed']}/{self.global_step}/{batch_idx}/{self.global_rank}"
+        seed = zlib.crc32(place.encode())
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Summed loss of the micro-batch, scaled so that the gradients of the whole step add up to its mean's."""
+        if not self._batch_checked:
+            check_batch(batch, self.model.embedding.num_embeddings)
+            self._batch_checked = True
+        output = self(batch)
+        nll_M = token_nll(self.model, output.hidden_BTD, batch["labels"])
+        targets, tokens = self._count(nll_M, batch)
+        self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens
+        self._add_statistics(output)
+        factor = self._normaliser.scale(
+            targets, world_size=self.trainer.world_size, accumulate=self.trainer.accumulate_grad_batches
+        )
+        nll = nll_M.sum()
+        self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
+        # Auxiliary losses are means over a micro-batch; weighted by its targets they add up to a mean over the step.
+        auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(())) * nll_M.numel()
+        return (nll + auxiliary) * factor
+
+    def _count(self, nll_M: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Targets and real tokens of this micro-batch over all ranks."""
+        valid_BT = batch.get("valid")
+        tokens = batch["labels"].numel() if valid_BT is None else valid_BT.sum()
+        counts = torch.as_tensor(tokens, device=nll_M.device).new_tensor([nll_M.numel(), 0])
+        counts[1] += tokens
+        targets, tokens = self._sum_over_ranks(counts).unbind()
+        return targets, tokens
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        total = self.trainer.strategy.reduce(value, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _add_statistics(self, output: ModelOutput) -> None:
+        for layer, stats in output.step_stats.items():
+            kept = self._step_stats.setdefault(layer, {})
+            for name, value in stats.items():
+                kept[name] = kept[name] + value.detach() if name in kept else value.detach()
+
+    # --- one optimizer step
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Corrects the gradients to the mean over all targets of the step; logs the step's loss when a log is due."""
+        correction = self._normaliser.correction()
+        if correction is not None:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, correction)
+        if self._log_is_due():
+            assert self._step_nll is not None
+            loss = self._sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
+            self.log("train/loss", loss, prog_bar=True)
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips tables and the rest each by a norm of their own (`optim.table_clip_norm`, `optim.clip_norm`).
+
+        `trainer.gradient_clip_val`, where set, takes the place of `optim.clip_norm`.
+        """
+        optim = self.config["optim"]
+        dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
+        tables = [p for group in optimizer.param_groups if group["name"] == "table" for p in group["params"]]
+        dense = [p for group in optimizer.param_groups if group["name"] != "table" for p in group["params"]]
+        for name, parameters, limit in (("dense", dense, dense_limit), ("table", tables, optim["table_clip_norm"])):
+            if parameters:
+                norm = clip_by_norm(parameters, limit)
+                if self._log_is_due():
+                    self.log(f"train/grad_norm_{name}", norm)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
+    ) -> None:
+        """The update; then each plugin that asks for it gets its statistics of the whole step."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for layer, stats in self._step_stats.items():
+            reduced = {name: self._sum_over_ranks(value) for name, value in stats.items()}
+            for _, plugin in plugins(self.model.blocks[layer].ffn):  # type: ignore[arg-type]
+                if isinstance(plugin, HasAfterStep):
+                    plugin.after_step(reduced)
+        self._step_stats = {}
+        self._step_nll = None
+        self._normaliser.reset()
+
+    def _log_is_due(self) -> bool:
+        # Before the update `global_step` still counts the steps already taken.
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    # --- held-out text, answers
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds the batch to a mean over all held-out target tokens."""
+        nll_M = token_nll(self.model, self(batch).hidden_BTD, batch["labels"])
+        if nll_M.numel():
+            self.heldout_nll.update(nll_M.mean(), weight=nll_M.numel())
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs loss and perplexity, weighted by tokens over all batches and ranks."""
+        self._log_heldout("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self._log_heldout("test")
+
+    def _log_heldout(self, prefix: str) -> None:
+        loss = self.heldout_nll.compute()
+        self.heldout_nll.reset()
+        self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val")
+        self.log(f"{prefix}/perplexity", loss.exp())
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
+        records = zip(batch["index"], batch["prompt"], answers, strict=True)
+        return [{"index": int(i), "prompt": prompt, "answer": answer} for i, prompt, answer in records]
+
+    # --- checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the token counter."""
+        checkpoint["tokens_seen"] = int(self.tokens_seen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the token counter."""
+        self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)

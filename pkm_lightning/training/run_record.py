@@ -1,0 +1,110 @@
+"""The content of run.json: what a run was, what it cost and what it reached. Reports read it; none of them needs a model.
+
+| key | meaning |
+|---|---|
+| schema | version of this table |
+| status | running, finished, failed (with `reason`), interrupted |
+| ffn, seed, precision, world_size, threads, device | what ran where |
+| params | total, active (parameters of one token's arithmetic), table |
+| flops_per_token | train and decode of the whole model, trunk likewise |
+| bytes_per_token | train (rows a token moves for itself) and decode (parameters read at batch 1) |
+| tokens, seconds, tokens_per_second | real input tokens, {train, total} over all sittings |
+| peak_memory_bytes | of the process, or of the device where it is a GPU |
+| versions, commit | of the libraries; of the working directory, if it is this package's checkout |
+| data | fingerprint of the data set |
+| started, ended | UTC, ISO 8601 |
+| metrics | of the final test; recall by form, relation and decile under `recall` |
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pkm_lightning
+from pkm_lightning.model import ModelCost
+
+SCHEMA = 1
+
+
+def start_record(config: dict[str, Any], cost: ModelCost, fingerprint: str | None) -> dict[str, Any]:
+    """The record at the start of a run, with `"status": "running"`."""
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "ffn": config["ffn"]["_target_"].rsplit(".", 1)[-1],
+        "seed": config["seed"],
+        "params": {"total": cost.params_total, "active": cost.params_active, "table": cost.table_params},
+        "flops_per_token": {
+            "train": cost.train_flops,
+            "decode": cost.model_flops,
+            "trunk": {"train": 3 * cost.trunk_flops, "decode": cost.trunk_flops},
+        },
+        "bytes_per_token": {"train": cost.train_bytes, "decode": cost.decode_bytes},
+        "unknown_cost": list(cost.unknown),
+        "tokens": 0,
+        "seconds": {"train": 0.0, "total": 0.0},
+        "tokens_per_second": None,
+        "peak_memory_bytes": None,
+        "device": None,
+        "versions": versions(),
+        "commit": commit(),
+        "precision": str(config["trainer"]["precision"]),
+        "world_size": None,
+        "threads": torch.get_num_threads(),
+        "data": fingerprint,
+        "started": now(),
+        "ended": None,
+        "metrics": {},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what its results depend on."""
+    names = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "triton")
+    found = {"python": platform.python_version(), "pkm_lightning": pkm_lightning.__version__}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of the checkout that this package runs from, with `+dirty` if files differ; None elsewhere."""
+    package = Path(pkm_lightning.__file__).parent
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", "__init__.py"], cwd=package, capture_output=True, check=False
+        )
+        if tracked.returncode:
+            return None
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=package, capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=package, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
+
+
+def now() -> str:
+    """UTC to the second, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def peak_memory_bytes() -> int:
+    """The peak of the GPU's allocator where there is one, else of the process's resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,116 @@
+"""Sizes a plugin to a budget: one integer of its configuration is solved so that FLOPs or parameters match.
+
+The knob is named in the plugin's YAML: `_size_by_: {flops: value_dim, params: n_keys}`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from pkm_lightning.errors import ConfigError, check_choice
+from pkm_lightning.model import model_cost
+from pkm_lightning.training.build import build_meta_model
+
+_TOLERANCE = 0.02
+_LARGEST = 2**24
+
+
+def solve_size(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with the plugin's knob solved for `match` (`none`, `flops` or `params`) and `match_budget`.
+
+    The basis is the trunk's forward FLOPs a token (all layers, without embeddings) or total parameters; the default
+    budget is that of the same model with its base FFN everywhere.
+
+    Raises:
+        ConfigError: the plugin names no knob, or no value of it comes within 2% of the budget; the message says which
+            bound stops it.
+    """
+    match = str(config["match"])
+    check_choice("match", match, ("none", "flops", "params"))
+    config = copy.deepcopy(config)
+    if match == "none":
+        return config
+    knob = (config["ffn"].get("_size_by_") or {}).get(match)
+    if knob is None:
+        raise ConfigError(
+            f"match={match}: ffn._target_={config['ffn']['_target_']} names no knob to size; add "
+            f"_size_by_: {{{match}: NAME_OF_AN_INTEGER}} to its YAML, or say match=none."
+        )
+    budget = float(config["match_budget"] or _basis(_dense_twin(config), match))
+
+    def measure(value: int) -> float:
+        trial = copy.deepcopy(config)
+        trial["ffn"][knob] = value
+        return _basis(trial, match)
+
+    config["ffn"][knob] = _closest(measure, budget, f"match={match} through ffn.{knob}")
+    return config
+
+
+def _dense_twin(config: dict[str, Any]) -> dict[str, Any]:
+    twin = copy.deepcopy(config)
+    twin["ffn"] = twin["model"]["base_ffn"]
+    twin["placement"].update(mode="replace", write_after=0)
+    return twin
+
+
+def _basis(config: dict[str, Any], match: str) -> float:
+    cost = model_cost(build_meta_model(config), int(config["data"].get("seq_len") or 1))
+    if match == "params":
+        return cost.params_total
+    if cost.unknown:
+        raise ConfigError(f"match=flops: {', '.join(cost.unknown)} states no cost(); say match=params or match=none.")
+    return cost.trunk_flops
+
+
+def _closest(measure: Callable[[int], float], budget: float, what: str) -> int:
+    """The integer whose measure is nearest to `budget`; the measure grows with it."""
+    low, smallest = _smallest_valid(measure, what)
+    if smallest > budget * (1 + _TOLERANCE):
+        raise ConfigError(f"{what}: even its least value {low} gives {smallest:,.0f}, above the budget {budget:,.0f}.")
+    high = low
+    while measure(high) < budget:
+        low, high = high, high * 2
+        if high > _LARGEST or not _is_valid(measure, high):
+            high = _largest_valid(measure, low, high)
+            break
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if measure(middle) < budget else (low, middle)
+    best = min((low, high), key=lambda value: abs(measure(value) - budget))
+    if abs(measure(best) - budget) > _TOLERANCE * budget:
+        raise ConfigError(
+            f"{what}: the nearest value {best} gives {measure(best):,.0f}, not within {_TOLERANCE:.0%} of the budget "
+            f"{budget:,.0f}; set match_budget, or change the plugin's other sizes."
+        )
+    return best
+
+
+def _smallest_valid(measure: Callable[[int], float], what: str) -> tuple[int, float]:
+    """The least power of two that the plugin accepts (n_keys, say, must not be below knn), refined downwards."""
+    value = 1
+    while not _is_valid(measure, value):
+        value *= 2
+        if value > _LARGEST:
+            measure(1)  # raises the plugin's own error
+            raise ConfigError(f"{what}: no value up to {_LARGEST} is accepted.")
+    while value > 1 and _is_valid(measure, value - 1):
+        value -= 1
+    return value, measure(value)
+
+
+def _largest_valid(measure: Callable[[int], float], low: int, high: int) -> int:
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _is_valid(measure, middle) else (low, middle)
+    return low
+
+
+def _is_valid(measure: Callable[[int], float], value: int) -> bool:
+    try:
+        measure(value)
+    except ConfigError:
+        return False
+    return True
