@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.build import build_meta_model
 from pkm_lightning.training.instantiate import instantiate
 from pkm_lightning.training.optimizer import schedule_factor
@@ -62,6 +62,24 @@ def check_schedule(config: dict[str, Any]) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Assembly:
+    """A Trainer and the callbacks in it, by what they do for the run's record."""
+
+    trainer: L.Trainer
+    callbacks: list[L.Callback]
+
+
+def assemble(config: dict[str, Any]) -> Assembly:
+    """The Trainer of a training run with its callbacks and loggers; nothing is started or written yet.
+
+    Raises:
+        ConfigError: as `make_trainer`.
+    """
+    callbacks = make_callbacks(config)
+    return Assembly(make_trainer(config, callbacks=callbacks, loggers=make_loggers(config)), callbacks)
+
+
 def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers: list[Any]) -> L.Trainer:
     """Lightning's Trainer with the configured strategy.
 
@@ -91,8 +109,3 @@ def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
 def make_loggers(config: dict[str, Any]) -> list[Any]:
     """The configured loggers."""
     return [instantiate(c, f"logger.{name}") for name, c in (config["logger"] or {}).items() if c]
-
-
-def make_module(config: dict[str, Any]) -> LanguageModule:
-    """The LightningModule; its model is built when a Trainer asks for it."""
-    return LanguageModule(config)

@@ -26,7 +26,7 @@ def explain(error: BaseException, arguments: list[str]) -> str:
             return _unknown_key(unknown.group(1))
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; choose another path or free the disk."
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join((str(error) or str(error.__cause__ or "")).split()) or type(error).__name__
 
 
 def _unknown_key(key: str) -> str:

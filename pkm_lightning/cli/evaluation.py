@@ -9,7 +9,7 @@ import lightning as L
 from omegaconf import OmegaConf
 
 from pkm_lightning.callbacks import Recall, StepProgressBar
-from pkm_lightning.cli.assembly import complete, make_callbacks, make_module, make_trainer
+from pkm_lightning.cli.assembly import complete, make_callbacks, make_trainer
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import checkpoint_config, load_checkpoint, saved_config
 from pkm_lightning.cli.run_directory import latest_checkpoint
@@ -51,7 +51,7 @@ class SavedRun:
 
     def module(self) -> LanguageModule:
         """The module with the saved weights."""
-        module = make_module(self.config)
+        module = LanguageModule(self.config)
         module.configure_model()
         try:
             module.load_state_dict(self._weights)

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from pkm_lightning.callbacks import MetricsCSV, Recall, RunInterrupted, StepCheckpoint
-from pkm_lightning.cli.assembly import complete, make_callbacks, make_loggers, make_module, make_trainer
+from pkm_lightning.cli.assembly import Assembly, assemble, complete
 from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.cli.resume import differences, load_checkpoint, saved_config
-from pkm_lightning.cli.run_directory import RunDirectory
+from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
 from pkm_lightning.cli.summary import print_summary
-from pkm_lightning.errors import PkmError, RunDirectoryError
+from pkm_lightning.errors import RunDirectoryError
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.build import build_meta_model
@@ -32,14 +33,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def run(job: Job) -> float | None:
     """Trains the configured model; returns the test loss, which sweepers minimise."""
     config, data = complete(plain(job.config))
+    assembly = assemble(config)
     # Ranks that the first one starts find its decisions made: they neither hold the directory nor write the record.
     if rank_zero_only.rank != 0:
-        return _train(config, data, _resume_point(Path(config["run_dir"])), None)
+        return _train(config, data, assembly, latest_checkpoint(Path(config["run_dir"])), None)
     directory = RunDirectory(config["run_dir"], resume=config["resume"])
     try:
         if directory.resumes:
             config, data = _take_up(job, directory, config, data)
-        return _recorded(directory, config, data)
+            assembly = assemble(config)
+        return _recorded(directory, config, data, assembly)
     finally:
         directory.close()
 
@@ -62,7 +65,9 @@ def _take_up(
     return config, data
 
 
-def _recorded(directory: RunDirectory, config: dict[str, Any], data: L.LightningDataModule) -> float | None:
+def _recorded(
+    directory: RunDirectory, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly
+) -> float | None:
     """Trains with run.json kept up to date, whatever happens."""
     cost = model_cost(build_meta_model(config), int(config["data"].get("seq_len") or 1))
     earlier = directory.record.get("seconds", {}).get("total", 0.0) if directory.resumes else 0.0
@@ -81,7 +86,7 @@ def _recorded(directory: RunDirectory, config: dict[str, Any], data: L.Lightning
         directory.save_record(record)
 
     try:
-        loss = _train(config, data, _resume_point(directory.path), record)
+        loss = _train(config, data, assembly, directory.checkpoint(), record)
     except (RunInterrupted, KeyboardInterrupt) as stop:
         end("interrupted")
         code = 143 if "SIGTERM" in str(stop) else 130
@@ -94,27 +99,22 @@ def _recorded(directory: RunDirectory, config: dict[str, Any], data: L.Lightning
     return loss
 
 
-def _resume_point(path: Path) -> Path | None:
-    """The checkpoint to continue from, known to be readable."""
-    from pkm_lightning.cli.run_directory import latest_checkpoint
-
-    checkpoint = latest_checkpoint(path)
-    if checkpoint is not None:
-        load_checkpoint(checkpoint)
-    return checkpoint
-
-
 def _train(
-    config: dict[str, Any], data: L.LightningDataModule, checkpoint: Path | None, record: dict[str, Any] | None
+    config: dict[str, Any],
+    data: L.LightningDataModule,
+    assembly: Assembly,
+    checkpoint: Path | None,
+    record: dict[str, Any] | None,
 ) -> float | None:
     """Builds the data, fits, tests; fills `record` where there is one (rank 0)."""
+    trainer, callbacks = assembly.trainer, assembly.callbacks
+    if checkpoint is not None:
+        load_checkpoint(checkpoint)  # refuses a damaged one in one sentence
     L.seed_everything(config["seed"], workers=True, verbose=False)
     data.prepare_data()
-    callbacks = make_callbacks(config)
-    trainer = make_trainer(config, callbacks=callbacks, loggers=make_loggers(config))
     if record is not None:
         record.update(world_size=trainer.world_size, device=_device_name(trainer))
-    module = make_module(config)
+    module = LanguageModule(config)
     with _stops_gracefully(callbacks):
         trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
         results = trainer.test(module, datamodule=data, verbose=False)
@@ -139,8 +139,6 @@ def _fill(
 
 
 def _device_name(trainer: L.Trainer) -> str:
-    import torch
-
     device = trainer.strategy.root_device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 

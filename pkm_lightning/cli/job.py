@@ -6,8 +6,10 @@ Lightning starts ranks 1.. by running `sys.argv` again. What Hydra was given wil
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,7 @@ class Job:
         before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
         self._check_external_launch(before)
         sys.argv = self._rank_command()
+        _quieten_libraries()
         try:
             return run(self)
         except PkmError as error:
@@ -113,6 +116,13 @@ def plain(config: DictConfig) -> dict[str, object]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _quieten_libraries() -> None:
+    """Leaves out Lightning's tips and device lists, and a deprecation that its tree code sets off in torch."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 def _leave_process_group(before: dict[str, str | None]) -> None:

@@ -7,11 +7,11 @@ it may only name classes of this package, lightning and torch, unless the user s
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_class
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,6 +29,8 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
         ConfigError: no `_target_`, a class that cannot be imported, or arguments that it does not take.
     """
     cls = target_class(config, key)
+    accepted = accepted_keywords(cls, keywords)
+    _check_arguments(cls, config, accepted, key)
     plain = {name: value for name, value in config.items() if not str(name).startswith("_") or name in _HYDRA_KEYS}
     try:
         # Partial first: Hydra copies what it is handed, and a value table must stay the one object that it is.
@@ -37,18 +39,17 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
         if isinstance(error.__cause__, PkmError):
             raise error.__cause__ from None
         raise
+    return make(**accepted)
+
+
+def _check_arguments(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
+    own = {str(name): None for name in config if not str(name).startswith("_")}
+    signature = inspect.signature(cls)
     try:
-        return make(**accepted_keywords(cls, keywords))
+        signature.bind(**{**own, **keywords})
     except TypeError as error:
-        if "argument" not in str(error) or not _is_of_call(error):
-            raise
-        names = ", ".join(inspect.signature(cls).parameters)
-        raise ConfigError(f"{key}: {error}; {cls.__name__} takes: {names}.") from None
-
-
-def _is_of_call(error: TypeError) -> bool:
-    """The arguments did not fit: the error was raised by the call itself, not somewhere inside the constructor."""
-    return error.__traceback__ is not None and error.__traceback__.tb_next is None
+        names = ", ".join(signature.parameters)
+        raise ConfigError(f"{key}: {cls.__name__} {error}; it takes: {names}.") from None
 
 
 _HYDRA_KEYS = ("_target_", "_convert_", "_recursive_", "_args_")
@@ -65,13 +66,16 @@ def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
         raise ConfigError(f"{key}._target_ is not set; name your class, as in {key}._target_=my_module.MyClass.")
     target = str(config["_target_"])
     try:
-        return get_class(target)
+        cls = pkgutil.resolve_name(target)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"{key}._target_={target} cannot be imported ({reason}); its file must lie on the import path or in the "
             "working directory."
         ) from None
+    if not isinstance(cls, type):
+        raise ConfigError(f"{key}._target_={target} is no class.")
+    return cls
 
 
 def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +107,8 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
 
 def _is_trusted_class(target: str) -> bool:
     # The class must be at home there too: a trusted module may import, say, subprocess.Popen.
-    return get_class(target).__module__.split(".")[0] in (*_TRUSTED_ROOTS, "pytorch_lightning")
+    cls = pkgutil.resolve_name(target)
+    return isinstance(cls, type) and cls.__module__.split(".")[0] in (*_TRUSTED_ROOTS, "pytorch_lightning")
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:
