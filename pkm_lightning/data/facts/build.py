@@ -1,0 +1,70 @@
+"""Fill a cache folder: the facts, a tokenizer learned from what training shows, and each shown sentence once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from pkm_lightning.data.facts.exposures import exposure_list
+from pkm_lightning.data.facts.selection import Fact, FactsChoice, choose_facts
+from pkm_lightning.data.facts.templates import FORMS, prompt
+from pkm_lightning.data.statements import write_statements
+from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+
+
+def build_facts(folder: Path, choice: FactsChoice, tokenizer_choice: TokenizerChoice) -> None:
+    """Write the data set of `choice` into `folder`.
+
+    Files: `facts.json`; `tokenizer.json`; the statements (see `StatementStore`) with `codes.npy`, fact * 16 + form of
+    each; `exposures.npy`, the statement of every exposure of an epoch; `validation.npy`, statements in the form that
+    their fact lacks; `sample.npy`, facts in the order in which evaluation draws on them.
+    """
+    facts = choose_facts(choice)
+    rng = np.random.default_rng([choice.seed, FORMS])
+    shown = exposure_list(
+        np.asarray([fact.exposures for fact in facts]),
+        np.asarray([fact.held_out for fact in facts]),
+        np.asarray([fact.questioned for fact in facts]),
+        choice.question_share,
+        rng,
+    )
+    sample = rng.permutation(len(facts))
+    evaluated = [i for i in sample.tolist() if not facts[i].control][: choice.eval_facts]
+    trained_codes, exposures = np.unique(shown, return_inverse=True)
+    validation_codes = np.asarray([i * FORMS + facts[i].held_out for i in evaluated], dtype=np.int64)
+    codes = np.concatenate([trained_codes, validation_codes])
+
+    tokenizer = tokenizer_choice.make(lambda: _texts(facts, trained_codes))
+    _write_tokens(folder, facts, codes, tokenizer)
+    tokenizer.save(folder / "tokenizer.json")
+    np.save(folder / "codes.npy", codes)
+    np.save(folder / "exposures.npy", exposures.astype(np.int32))
+    np.save(folder / "validation.npy", np.arange(len(trained_codes), len(codes), dtype=np.int32))
+    np.save(folder / "sample.npy", sample)
+    (folder / "facts.json").write_text(json.dumps([asdict(fact) for fact in facts], indent=0), encoding="utf-8")
+
+
+def read_facts(folder: Path) -> list[Fact]:
+    """The facts of a cache folder."""
+    return [Fact(**entry) for entry in json.loads((folder / "facts.json").read_text(encoding="utf-8"))]
+
+
+def _texts(facts: list[Fact], codes: np.ndarray) -> Iterator[str]:
+    for code in codes.tolist():
+        fact = facts[code // FORMS]
+        yield f"{prompt(fact.relation, code % FORMS, fact.subject)} {fact.answer}"
+
+
+def _write_tokens(folder: Path, facts: list[Fact], codes: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Prompts and answers are tokenised apart, which byte-level tokens allow: an answer is the same in every form."""
+    answers = tokenizer.encode_batch([f" {fact.answer}" for fact in facts])
+    prompts = tokenizer.encode_batch(
+        [prompt(facts[code // FORMS].relation, code % FORMS, facts[code // FORMS].subject) for code in codes.tolist()]
+    )
+    end = [tokenizer.eos_id]
+    token_lists = (ids + answers[code // FORMS] + end for ids, code in zip(prompts, codes.tolist(), strict=True))
+    write_statements(folder, token_lists, (len(ids) for ids in prompts), tokenizer.vocab_size)

@@ -1,0 +1,143 @@
+"""Data order as a pure function: a position counts samples consumed by all ranks together since the start of training.
+
+Everything else follows: a rank's micro-batch is a slice at a position, resuming is starting at a position, and the
+number of ranks, micro-batches or workers cannot change what one optimizer step sees.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from pkm_lightning.errors import ConfigError
+
+
+class EpochOrder(Protocol):
+    """Which rows an epoch holds, in which order; both methods depend on the seed and the epoch alone."""
+
+    def size(self, epoch: int) -> int:
+        """Number of rows of this epoch, at least 1."""
+
+    def rows(self, epoch: int) -> Sequence[Any]:
+        """The row keys of this epoch in training order."""
+
+
+class ShuffledOrder:
+    """Rows 0..n-1, shuffled anew in every epoch."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self._n = n
+        self._seed = seed
+
+    def size(self, epoch: int) -> int:
+        """Number of rows, the same in every epoch."""
+        return self._n
+
+    def rows(self, epoch: int) -> Sequence[int]:
+        """The permutation of this epoch."""
+        permutation: Sequence[int] = epoch_generator(self._seed, epoch).permutation(self._n).tolist()
+        return permutation
+
+
+def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
+    """The random generator of one epoch."""
+    return np.random.Generator(np.random.PCG64([seed, epoch]))
+
+
+class Timeline:
+    """All epochs of an order laid end to end; looks rows up by global position.
+
+    Epochs may differ in size (packing), so the starts of the epochs are summed up as they are first needed.
+    """
+
+    def __init__(self, order: EpochOrder) -> None:
+        self._order = order
+        self._starts = [0]
+        self._epoch = -1
+        self._rows: Sequence[Any] = ()
+
+    def keys(self, position: int, count: int) -> list[Any]:
+        """The `count` row keys from `position` on, across epochs where needed."""
+        found: list[Any] = []
+        while len(found) < count:
+            epoch = self._find_epoch(position + len(found))
+            if epoch != self._epoch:
+                self._rows, self._epoch = self._order.rows(epoch), epoch
+            begin = position + len(found) - self._starts[epoch]
+            found.extend(self._rows[begin : begin + count - len(found)])
+        return found
+
+    def _find_epoch(self, position: int) -> int:
+        while self._starts[-1] <= position:
+            self._starts.append(self._starts[-1] + self._order.size(len(self._starts) - 1))
+        return bisect_right(self._starts, position) - 1
+
+
+class StepBatchSampler:
+    """Endless micro-batches of one rank: at global position p, rank r of W takes the b rows from p + r * b on.
+
+    Args:
+        order: the rows of every epoch.
+        start: asked for the global position whenever an iteration begins.
+        rank: this rank, 0 to `world_size` - 1.
+        world_size: number of ranks that read different data.
+        micro_batch: b, rows per rank and micro-batch.
+    """
+
+    def __init__(
+        self, order: EpochOrder, start: Callable[[], int], *, rank: int, world_size: int, micro_batch: int
+    ) -> None:
+        self._timeline = Timeline(order)
+        self._start = start
+        self._offset = rank * micro_batch
+        self._stride = world_size * micro_batch
+        self._micro_batch = micro_batch
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        # Asked here and not in the generator: its body would run only after training has already moved on.
+        return self._batches(self._start())
+
+    def _batches(self, position: int) -> Iterator[list[Any]]:
+        while True:
+            yield self._timeline.keys(position + self._offset, self._micro_batch)
+            position += self._stride
+
+
+class ShareBatchSampler:
+    """One finite pass: rank r of W takes the rows r, r + W, ... of `rows`; every rank makes the same number of batches.
+
+    A rank that runs out yields empty batches, which the row source turns into batches without targets.
+    """
+
+    def __init__(self, rows: Sequence[Any], *, rank: int, world_size: int, batch_size: int) -> None:
+        self._share = [rows[i] for i in range(rank, len(rows), world_size)]
+        self._batch_size = batch_size
+        largest_share = -(-len(rows) // world_size)
+        self._n_batches = -(-largest_share // batch_size)
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for i in range(self._n_batches):
+            yield self._share[i * self._batch_size : (i + 1) * self._batch_size]
+
+
+def micro_batch_size(global_batch_size: int, world_size: int, accumulate: int) -> int:
+    """Rows per rank and micro-batch.
+
+    Raises:
+        ConfigError: if the global batch does not divide evenly; names the nearest size that would.
+    """
+    parts = world_size * accumulate
+    if global_batch_size % parts == 0:
+        return global_batch_size // parts
+    closest = max(parts, round(global_batch_size / parts) * parts)
+    raise ConfigError(
+        f"data.global_batch_size={global_batch_size} does not divide over {world_size} ranks (trainer.devices x "
+        f"trainer.num_nodes) x trainer.accumulate_grad_batches={accumulate}; it must be a multiple of {parts}: "
+        f"the nearest is data.global_batch_size={closest}."
+    )

@@ -1,0 +1,91 @@
+"""Running text as rows: windows of T + 1 tokens side by side over one long array of documents.
+
+Every document ends with the end token, so a row finds its documents by itself.
+
+Letters: B rows, T columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from pkm_lightning.data.batch import IGNORE, Batch, filler, to_batch, token_dtype
+from pkm_lightning.data.tokenizer import Tokenizer
+
+CHUNK_CHARACTERS = 20_000
+CHUNKS_AT_ONCE = 64
+
+
+class WindowRows:
+    """Row source over a token file; a row key is the number of a window.
+
+    Args:
+        path: the file, as `write_tokens` leaves it.
+        tokenizer: gives the type of the file and the end and pad ids.
+        seq_len: T.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
+        self._args = (path, tokenizer, seq_len)
+        dtype = token_dtype(tokenizer.vocab_size)
+        # An empty file cannot be mapped.
+        self._tokens = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+        self._seq_len = seq_len
+        self._eos_id = tokenizer.eos_id
+        self._pad_id = tokenizer.pad_id
+
+    def __reduce__(self) -> tuple[type[WindowRows], tuple[Path, Tokenizer, int]]:
+        # A worker started by spawn opens the file itself instead of receiving a copy of it.
+        return WindowRows, self._args
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the file."""
+        return len(self._tokens)
+
+    def __len__(self) -> int:
+        return max(0, len(self._tokens) - 1) // self._seq_len
+
+    def __getitems__(self, keys: list[int]) -> Batch:
+        """Whole windows; the end token predicts nothing, since the next document is another matter."""
+        if not keys:
+            return filler(self._seq_len, self._pad_id)
+        columns = np.arange(self._seq_len + 1)
+        tokens = self._tokens[np.asarray(keys)[:, None] * self._seq_len + columns].astype(np.int64)
+        input_BT, labels_BT = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        is_end_BT = input_BT == self._eos_id
+        labels_BT[is_end_BT] = IGNORE
+        docs_BT = np.cumsum(is_end_BT, axis=1) - is_end_BT
+        return to_batch(input_BT, labels_BT, docs_BT)
+
+
+def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Append the tokens of each document and an end token to `path`, without ever holding more than a few chunks."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    with path.open("wb") as file:
+        for document in documents:
+            pieces = chunks(document)
+            for i in range(0, len(pieces), CHUNKS_AT_ONCE):
+                for ids in tokenizer.encode_batch(pieces[i : i + CHUNKS_AT_ONCE]):
+                    file.write(np.asarray(ids, dtype=dtype).tobytes())
+            file.write(np.asarray([tokenizer.eos_id], dtype=dtype).tobytes())
+
+
+def chunks(text: str, size: int = CHUNK_CHARACTERS) -> list[str]:
+    """Pieces of at least `size` characters that are tokenised apart as they would be together.
+
+    A cut is made before a single space between two words only, which no byte-level token spans.
+    """
+    pieces, begin = [], 0
+    while len(text) - begin > size:
+        cut = text.find(" ", begin + size)
+        while 0 < cut < len(text) - 1 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+            cut = text.find(" ", cut + 1)
+        if cut <= 0 or cut == len(text) - 1:
+            break
+        pieces.append(text[begin:cut])
+        begin = cut
+    return [*pieces, text[begin:]]

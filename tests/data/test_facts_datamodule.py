@@ -1,0 +1,149 @@
+"""What training shows, read back from its own batches: nothing held out, nothing about controls, all else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pkm_lightning.data import IGNORE, FactsDataModule
+from pkm_lightning.data.facts import Fact
+from pkm_lightning.data.facts.templates import QUESTIONS, STATEMENTS, TEMPLATES, UNSEEN_STATEMENTS, prompt
+from pkm_lightning.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def facts_of(prepared: FactsDataModule) -> list[Fact]:
+    return prepared.facts()
+
+
+def read_epoch(datamodule: FactsDataModule) -> list[tuple[str, str]]:
+    """Text and target text of every document of the first epoch, decoded from the training batches."""
+    rows, documents = datamodule.splits.order.size(0), []
+    loader = iter(datamodule.train_dataloader())
+    while rows > 0:
+        batch = next(loader)
+        for b in range(min(rows, len(batch["input_ids"]))):
+            ids, labels, docs = (batch[name][b] for name in ("input_ids", "labels", "doc_ids"))
+            for doc in range(int(docs.max()) + 1):
+                targets = labels[(docs == doc) & (labels != IGNORE)].tolist()
+                assert targets[-1] == datamodule.tokenizer.eos_id
+                text = datamodule.tokenizer.decode([*ids[docs == doc].tolist()])
+                documents.append((text, datamodule.tokenizer.decode(targets)))
+        rows -= len(batch["input_ids"])
+    return documents
+
+
+@pytest.fixture(scope="module")
+def epoch(prepared: FactsDataModule) -> list[tuple[str, str]]:
+    return read_epoch(prepared)
+
+
+def test_an_epoch_shows_every_fact_as_often_as_it_should(epoch: list[tuple[str, str]], facts_of: list[Fact]) -> None:
+    told = {
+        f"{prompt(f.relation, form, f.subject)} {f.answer}": f
+        for f in facts_of
+        for form in (*STATEMENTS, *QUESTIONS)
+        if form != f.held_out and not f.control
+    }
+    shown = Counter(told[text] for text, _ in epoch)
+    assert shown == {fact: fact.exposures for fact in facts_of if not fact.control}
+    assert all(target == f" {told[text].answer}" for text, target in epoch)
+
+
+def test_each_fact_lacks_its_form_which_others_show(epoch: list[tuple[str, str]], facts_of: list[Fact]) -> None:
+    texts = {text for text, _ in epoch}
+    shown_by = defaultdict(set)
+    for i, fact in enumerate(facts_of):
+        for form in STATEMENTS:
+            if f"{prompt(fact.relation, form, fact.subject)} {fact.answer}" in texts:
+                assert form != fact.held_out
+                shown_by[fact.relation, form].add(i)
+    assert all(shown_by[relation, form] for relation in ("birth_date", "capital") for form in STATEMENTS)
+
+
+def test_unseen_templates_never_appear(epoch: list[tuple[str, str]]) -> None:
+    heads = [TEMPLATES[relation][form].split("{s}")[0] for relation in TEMPLATES for form in UNSEEN_STATEMENTS]
+    assert not any(text.startswith(head) for text, _ in epoch for head in heads if head)
+
+
+def test_half_of_the_subjects_are_never_questioned(epoch: list[tuple[str, str]], facts_of: list[Fact]) -> None:
+    questions = [text for text, _ in epoch if text.startswith("Question:")]
+    asked = {f.subject for f in facts_of if f.questioned}
+    silent = {f.subject for f in facts_of if not f.questioned and not f.control}
+    assert len(asked) == len(silent) == 45
+    assert len(questions) / sum(f.exposures for f in facts_of if f.questioned) == pytest.approx(0.3, abs=0.05)
+    for f in facts_of:
+        if not f.questioned:
+            assert not {f"{prompt(f.relation, form, f.subject)} {f.answer}" for form in QUESTIONS} & set(questions)
+
+
+def test_controls_occur_in_no_training_text(epoch: list[tuple[str, str]], facts_of: list[Fact]) -> None:
+    everything = "\n".join(text for text, _ in epoch)
+    assert not [fact.subject for fact in facts_of if fact.control and fact.subject in everything]
+
+
+def test_validation_asks_in_the_held_out_form(prepared: FactsDataModule, facts_of: list[Fact]) -> None:
+    held_out = {prompt(f.relation, f.held_out, f.subject) for f in facts_of if not f.control}
+    documents = [
+        prepared.tokenizer.decode(ids[docs == doc].tolist())
+        for batch in prepared.val_dataloader()
+        for ids, docs in zip(batch["input_ids"], batch["doc_ids"], strict=True)
+        for doc in range(int(docs.max()) + 1)
+    ]
+    assert len(documents) == 40
+    assert all(any(text.startswith(head) for head in held_out) for text in documents)
+
+
+def test_one_statement_a_row_and_loss_on_all(facts: Callable[..., FactsDataModule]) -> None:
+    datamodule = facts(packing="none", loss="all")
+    datamodule.prepare_data()
+    batch = next(iter(datamodule.train_dataloader()))
+    assert batch["input_ids"].shape[1] % 8 == 0
+    assert batch["doc_ids"].max() == 0
+    assert ((batch["labels"] != IGNORE) == batch["valid"]).all()
+    assert batch["labels"].max() < datamodule.vocab_size == 600
+
+
+def test_zipf_shows_prominent_subjects_more_often(facts: Callable[..., FactsDataModule]) -> None:
+    datamodule = facts(exposure_distribution="zipf", countries=0, max_exposures=50, tokenizer="bytes", seq_len=128)
+    counts = [fact.exposures for fact in datamodule.facts() if fact.relation == "debut_year" and not fact.control]
+    assert counts[0] == 50
+    assert counts == sorted(counts, reverse=True)
+    assert datamodule.vocab_size == 258
+
+
+def test_a_short_row_is_refused_when_the_data_are_built(facts: Callable[..., FactsDataModule]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.seq_len=8 is too short for the longest statement; set data\.seq_len="
+    ):
+        facts(seq_len=8).prepare_data()
+
+
+@pytest.mark.parametrize("key", ["packing", "loss"])
+def test_unknown_choices_are_refused(facts: Callable[..., FactsDataModule], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key}='x' is not known; allowed: "):
+        facts(**{key: "x"})
+
+
+def test_fingerprint_tells_data_apart_but_not_orders(facts: Callable[..., FactsDataModule]) -> None:
+    one = facts().fingerprint
+    assert one == facts(order_seed=9, num_workers=2).fingerprint
+    assert len({one, facts(loss="all").fingerprint, facts(seq_len=96).fingerprint, facts(seed=1).fingerprint}) == 4
+
+
+def test_two_processes_build_equal_files(prepared: FactsDataModule, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from conftest import FACTS, LOADER; "
+        "from pkm_lightning.data import FactsDataModule; "
+        "FactsDataModule(**LOADER, **FACTS, cache_dir=sys.argv[2]).prepare_data()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True)
+    ours = prepared.cache_folder()
+    theirs = tmp_path / ours.name
+    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
+    assert [p.name for p in ours.iterdir() if p.read_bytes() != (theirs / p.name).read_bytes()] == []

@@ -1,0 +1,96 @@
+"""Records: loss on the answer or on the text, a split that appending does not move, and errors with file and line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pkm_lightning.data import IGNORE, JsonlDataModule
+from pkm_lightning.data.jsonl import validation_split
+from pkm_lightning.errors import ConfigError, DataError
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return str(path)
+
+
+def documents(datamodule: JsonlDataModule, rows: int) -> list[tuple[str, str]]:
+    decode = datamodule.tokenizer.decode
+    found = []
+    for key in datamodule.splits.order.rows(0)[0:rows]:
+        batch = datamodule.splits.train.__getitems__([key])
+        ids, labels, docs = (batch[name][0] for name in ("input_ids", "labels", "doc_ids"))
+        for doc in range(int(docs.max()) + 1):
+            targets = labels[(docs == doc) & (labels != IGNORE)].tolist()
+            found.append((decode(ids[docs == doc].tolist()), decode(targets)))
+    return found
+
+
+@pytest.mark.parametrize("packing", ["documents", "none"])
+def test_prompt_and_answer(jsonl: Callable[..., JsonlDataModule], tmp_path: Path, packing: str) -> None:
+    path = write(tmp_path / "qa.jsonl", [{"q": f"Double {i}?", "a": str(2 * i), "z": None} for i in range(40)])
+    datamodule = jsonl(path, packing=packing, prompt_field="q", answer_field="a")
+    datamodule.prepare_data()
+    items = datamodule.recall_items()
+    trained = documents(datamodule, datamodule.splits.order.size(0))
+    assert all(text.endswith(target) and target.startswith(" ") for text, target in trained)
+    assert {text for text, _ in trained} | {f"{i.prompt} {i.answer}" for i in items} == {
+        f"Double {i}? {2 * i}" for i in range(40)
+    }
+    assert len(trained) + len(items) == 40
+    assert {(i.form, i.options, math.isnan(i.prior_bits)) for i in items} == {("validation", (), True)}
+    assert [item.prompt for item in datamodule.recall_items(limit=1)] == [items[0].prompt]
+    n_validation = sum(int(b["doc_ids"].max(dim=1).values.add(1).sum()) for b in datamodule.val_dataloader())
+    assert n_validation == len(items)
+
+
+def test_texts_longer_than_a_row_are_continued(jsonl: Callable[..., JsonlDataModule], tmp_path: Path) -> None:
+    texts = ["abcdefghij" * 5 + str(i) for i in range(10)]
+    datamodule = jsonl(write(tmp_path / "t.jsonl", [{"text": t} for t in texts]), seq_len=16, packing="none")
+    datamodule.prepare_data()
+    pieces = documents(datamodule, datamodule.splits.order.size(0))
+    assert all(target == text[1:] or target[:-1] == text[1:] for text, target in pieces)
+    assert max(len(text) for text, _ in pieces) == 16
+    assert sum(len(text) for text, _ in pieces) in {51 * n for n in range(5, 10)}
+    with pytest.raises(ConfigError, match="holds no records with 'prompt' and 'answer'"):
+        datamodule.recall_items()
+
+
+def test_appending_moves_no_record() -> None:
+    few, many = validation_split(500, 0.1, 0), validation_split(1000, 0.1, 0)
+    assert many[:500] == few
+    assert 0.07 < sum(many) / 1000 < 0.13
+    assert sum(validation_split(2, 0.001, 0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"is empty; write a JSON object a line"),
+        ('{"text": "a"}\n{"text": }', r"r\.jsonl:2 is not JSON"),
+        ('{"text": "a"}\n\n[1]', r"r\.jsonl:3 is a JSON list"),
+        ('{"text": "a"}\n{"body": "b", "n": 1}', r"r\.jsonl:2: field 'text' is missing \(fields present: body, n\)"),
+        ('{"text": "a"}\n{"text": " "}', r"r\.jsonl:2: field 'text' is blank"),
+        ('{"text": "a"}\n{"text": 3}', r"r\.jsonl:2: field 'text' is not text"),
+        ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', r"r\.jsonl:2: field 'answer' is missing"),
+        ('{"text": "a"}', r"has 1 record; training and validation need one each"),
+    ],
+)
+def test_bad_records_are_refused(
+    jsonl: Callable[..., JsonlDataModule], tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "r.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        jsonl(str(tmp_path)).prepare_data()
+
+
+def test_a_long_record_names_its_line_and_the_length(jsonl: Callable[..., JsonlDataModule], tmp_path: Path) -> None:
+    path = write(tmp_path / "qa.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "a" * 30, "answer": "b"}])
+    with pytest.raises(ConfigError, match=r"qa\.jsonl:2: .* need 32 tokens, data\.seq_len=16 .* set data\.seq_len=32"):
+        jsonl(path, seq_len=16).prepare_data()

@@ -1,0 +1,143 @@
+"""Text: windows that tile the documents, splits that share nothing, and errors that name the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pkm_lightning.data import IGNORE, TextDataModule
+from pkm_lightning.data.text import head, tail
+from pkm_lightning.data.tokenizer import bytes_tokenizer
+from pkm_lightning.data.windows import chunks
+from pkm_lightning.errors import ConfigError, DataError
+
+STORY = "".join(f"Sentence number {i} of the story has its own number. " for i in range(200))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "deep").mkdir()
+    for i in range(20):
+        (tmp_path / "deep" / f"{i:02}.txt").write_text(f"document {i} " * 30, encoding="utf-8")
+    (tmp_path / "note.md").write_text("a note " * 20)
+    (tmp_path / "ignored.py").write_text("x = 1")
+    return tmp_path
+
+
+def windows(datamodule: TextDataModule) -> list[dict[str, torch.Tensor]]:
+    rows = datamodule.splits.train
+    return [rows.__getitems__([i]) for i in range(datamodule.splits.order.size(0))]
+
+
+def test_windows_tile_the_documents(text: Callable[..., TextDataModule], corpus: Path) -> None:
+    datamodule = text(str(corpus), tokenizer="bytes")
+    datamodule.prepare_data()
+    eos = datamodule.tokenizer.eos_id
+    batches = windows(datamodule)
+    stream = torch.cat([batch["input_ids"][0] for batch in batches])
+    for batch, after in pairwise(batches):
+        ids, labels, docs = batch["input_ids"][0], batch["labels"][0], batch["doc_ids"][0]
+        following = torch.cat([ids[1:], after["input_ids"][0, :1]])
+        assert torch.equal(labels, torch.where(ids == eos, IGNORE, following))
+        assert torch.equal(docs[1:] - docs[:-1], (ids[:-1] == eos).long())
+        assert batch["valid"].all()
+    documents = datamodule.tokenizer.decode(stream.tolist())
+    assert documents.count("document") > 500
+
+
+def test_validation_holds_whole_documents(text: Callable[..., TextDataModule], corpus: Path) -> None:
+    datamodule = text(str(corpus / "deep"), val_fraction=0.1)
+    datamodule.prepare_data()
+    numbers = {}
+    for name, rows, n in (
+        ("train", datamodule.splits.train, datamodule.splits.order.size(0)),
+        ("validation", datamodule.splits.validation, len(datamodule.splits.validation_keys)),
+    ):
+        decoded = datamodule.tokenizer.decode(rows.__getitems__(list(range(n)))["input_ids"].flatten().tolist())
+        numbers[name] = set(decoded.replace("document", " ").split())
+    assert not {f"{i}" for i in range(20)} & numbers["train"] & numbers["validation"]
+
+
+def test_one_document_is_split_at_its_end(text: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    datamodule = text(str(tmp_path / "story.txt"), val_fraction=0.2)
+    datamodule.prepare_data()
+    first = datamodule.splits.validation.__getitems__([0])["input_ids"][0].tolist()
+    assert any(f"number {i}" in datamodule.tokenizer.decode(first) for i in (159, 160, 161))
+
+
+def test_separator_lists_and_globs(text: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(f"para {i} " * 10 for i in range(30)))
+    for path in (str(tmp_path / "*.txt"), [str(tmp_path / "a.txt"), str(tmp_path)]):
+        datamodule = text(path, document_separator=1)
+        datamodule.prepare_data()
+        ids = torch.cat([batch["input_ids"][0] for batch in windows(datamodule)])
+        assert (ids == datamodule.tokenizer.eos_id).sum() >= 25
+
+
+def test_an_edited_file_is_read_again(text: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    file = tmp_path / "story.txt"
+    file.write_text(STORY)
+    before = text(str(file)).fingerprint
+    assert text(str(file)).fingerprint == before
+    file.write_text(STORY + "More of it.")
+    assert text(str(file)).fingerprint != before
+
+
+@given(text=st.text(st.sampled_from("ab \n"), max_size=200), size=st.integers(1, 30))
+def test_chunks_are_tokenised_as_the_whole(text: str, size: int) -> None:
+    tokenizer = bytes_tokenizer()
+    pieces = chunks(text, size)
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+@given(documents=st.lists(st.text(st.sampled_from("abc "), min_size=1), min_size=1), share=st.floats(0, 1))
+def test_head_and_tail_share_nothing_and_lose_no_letter(documents: list[str], share: float) -> None:
+    cut = round(sum(map(len, documents)) * share)
+    both = "".join([*head(iter(documents), cut), *tail(iter(documents), cut)])
+    assert both.replace(" ", "") == "".join(documents).replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ({}, r"missing does not exist; give a file, a directory with \*\.txt, \*\.md, or a glob"),
+        ({"missing/x.py": b"1"}, r"missing matches no file; directories are searched for \*\.txt"),
+        ({"missing/x.txt": b" \n"}, r"all 1 files are empty"),
+        ({"missing/x.txt": b"ab\xff"}, r"x\.txt is not UTF-8 at byte 2"),
+        ({"missing/x.txt": b"a b"}, r"the training part has \d+ tokens, a row of data\.seq_len=16 needs 17"),
+        ({"missing/x.txt": b"many words " * 5}, r"the validation part has \d+ tokens.* raise data\.val_fraction"),
+    ],
+)
+def test_bad_text_is_refused(
+    text: Callable[..., TextDataModule], tmp_path: Path, make: dict[str, bytes], message: str
+) -> None:
+    for name, content in make.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        text(str(tmp_path / "missing"), tokenizer="bytes").prepare_data()
+
+
+def test_bad_keys_are_refused(text: Callable[..., TextDataModule]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path=\[\] names no files"):
+        text([]).prepare_data()
+    with pytest.raises(DataError, match=r"no/\*\.txt matches no file"):
+        text("no/*.txt").prepare_data()
+    with pytest.raises(ConfigError, match=r"data\.val_fraction=0\.9 is out of range; allowed: 0\.001 to 0\.5"):
+        text("x", val_fraction=0.9)
+    with pytest.raises(ConfigError, match=r"data\.document_separator=0 is out of range"):
+        text("x", document_separator=0)
+    with pytest.raises(ConfigError, match=r"data\.seq_len=1 is out of range"):
+        text("x", seq_len=1)
+    with pytest.raises(ConfigError, match="missing or unknown keys: wrong"):
+        text("x", wrong=1)
+    with pytest.raises(ConfigError, match="not prepared; call prepare_data"):
+        _ = text("x").tokenizer
