@@ -5,6 +5,7 @@ Where a validation follows a step, the checkpoint waits for it: else a resumed r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -59,18 +60,25 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the end of training, if it is not saved yet."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save_step(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Epochs do not matter."""
 
     def _save_due(self, trainer: L.Trainer, stopping: bool) -> None:
         self._due = False
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save_step(trainer)
         if stopping:
             raise RunInterrupted(self._stop_reason or "asked to stop")
+
+    def _save_step(self, trainer: L.Trainer) -> None:
+        if self._last_global_step_saved == trainer.global_step:
+            return
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        if trainer.is_global_zero:
+            # A run killed between a save and the removal of the one before leaves an older file behind.
+            for older in sorted(Path(str(self.dirpath)).glob("step-*.ckpt"))[:-1]:
+                older.unlink(missing_ok=True)
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
         """True on every rank if any rank was asked: ranks that stop at different steps would wait for ever."""

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from pkm_lightning.errors import ConfigError
+from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pkm_lightning.training.build import build_meta_model
 from pkm_lightning.training.instantiate import instantiate
 from pkm_lightning.training.optimizer import schedule_factor
@@ -94,7 +95,12 @@ def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers
         raise ConfigError(f"trainer.devices={devices} needs a strategy for several processes; say strategy=ddp.")
     try:
         trainer: L.Trainer = instantiate(
-            config["trainer"], "trainer", strategy=strategy, callbacks=callbacks, logger=loggers or False
+            config["trainer"],
+            "trainer",
+            strategy=strategy,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=[AtomicCheckpointIO()],
         )
     except Exception as error:
         raise ConfigError(f"trainer: {' '.join(str(error.__cause__ or error).split())}") from error

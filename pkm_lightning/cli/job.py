@@ -119,10 +119,11 @@ def plain(config: DictConfig) -> dict[str, object]:
 
 
 def _quieten_libraries() -> None:
-    """Leaves out Lightning's tips and device lists, and a deprecation that its tree code sets off in torch."""
+    """Leaves out Lightning's tips and device lists, a deprecation inside it, and its surprise at a resumed run's files."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    for message in (r".*isinstance\(treespec, LeafSpec\).*", "Checkpoint directory .* exists and is not empty"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _leave_process_group(before: dict[str, str | None]) -> None:
