@@ -1,7 +1,9 @@
 """Callbacks that watch a run, one idea a file. They ship as `pkm_lightning.callbacks`."""
 
 if __name__ != "pkm_lightning.callbacks":
-    raise ImportError(f"'{__name__}' is pkm_lightning.callbacks; import it by that name: import pkm_lightning.callbacks")
+    raise ImportError(
+        f"'{__name__}' is pkm_lightning.callbacks; import it by that name: import pkm_lightning.callbacks"
+    )
 
 from pkm_lightning.callbacks.metrics_csv import MetricsCSV
 from pkm_lightning.callbacks.progress_bar import StepProgressBar

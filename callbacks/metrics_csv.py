@@ -54,7 +54,8 @@ class MetricsCSV(L.Callback):
         """A row after the last micro-batch of a step that logs, before that step's checkpoint is written."""
         metrics = trainer.callback_metrics
         stepped = not trainer.fit_loop._should_accumulate()
-        if stepped and trainer.global_step % trainer.log_every_n_steps == 0:
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if stepped and due:
             self._append(trainer, pl_module, {k: v for k, v in metrics.items() if k.startswith("train/")})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -20,7 +20,7 @@ class StepProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """What modules and callbacks put on the bar, without Lightning's version number of the log directory."""
-        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}  # type: ignore[misc]
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"

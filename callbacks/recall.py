@@ -62,5 +62,5 @@ class Recall(L.Callback):
             for metric in ("recall", "choice", "bits"):
                 if metric in means:
                     on_bar = prefix == "val" and metric == "recall" and form == "paraphrase"
-                    pl_module.log(f"{prefix}/{metric}_{form}", means[metric], prog_bar=on_bar, rank_zero_only=False)
+                    pl_module.log(f"{prefix}/{metric}_{form}", means[metric], prog_bar=on_bar, sync_dist=True)
         return report

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
-class RunInterrupted(Exception):  # noqa: N818 - not an error of the run
+class RunInterrupted(Exception):
     """Raised after a checkpoint was written because the run was asked to stop."""
 
 
@@ -84,5 +84,6 @@ class StepCheckpoint(ModelCheckpoint):
         """True on every rank if any rank was asked: ranks that stop at different steps would wait for ever."""
         asked = torch.tensor(float(self._stop_reason is not None), device=trainer.strategy.root_device)
         if trainer.world_size > 1:
-            asked = trainer.strategy.reduce(asked, reduce_op="sum")  # type: ignore[assignment]
+            total = trainer.strategy.reduce(asked, reduce_op="sum")
+            return bool(total > 0)
         return bool(asked > 0)

@@ -1,0 +1,1 @@
+"""The Hydra groups that ship with the package: `pkg://pkm_lightning.configs`."""

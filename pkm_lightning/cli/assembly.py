@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pkm_lightning.training.build import build_meta_model
-from pkm_lightning.training.instantiate import instantiate
+from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
+from pkm_lightning.training.instantiate import instantiate, target_class
 from pkm_lightning.training.optimizer import schedule_factor
 from pkm_lightning.training.sizing import solve_size
 
@@ -71,14 +72,18 @@ class Assembly:
     callbacks: list[L.Callback]
 
 
-def assemble(config: dict[str, Any]) -> Assembly:
+def assemble(config: dict[str, Any], *, resumed_step: int | None = None) -> Assembly:
     """The Trainer of a training run with its callbacks and loggers; nothing is started or written yet.
+
+    Args:
+        config: a completed configuration.
+        resumed_step: step that the run continues after; TensorBoard forgets what an earlier sitting logged later.
 
     Raises:
         ConfigError: as `make_trainer`.
     """
     callbacks = make_callbacks(config)
-    return Assembly(make_trainer(config, callbacks=callbacks, loggers=make_loggers(config)), callbacks)
+    return Assembly(make_trainer(config, callbacks=callbacks, loggers=make_loggers(config, resumed_step)), callbacks)
 
 
 def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers: list[Any]) -> L.Trainer:
@@ -112,6 +117,13 @@ def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
     return [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
 
 
-def make_loggers(config: dict[str, Any]) -> list[Any]:
+def make_loggers(config: dict[str, Any], resumed_step: int | None = None) -> list[Any]:
     """The configured loggers."""
-    return [instantiate(c, f"logger.{name}") for name, c in (config["logger"] or {}).items() if c]
+    loggers = []
+    for name, logger in (config["logger"] or {}).items():
+        if logger:
+            key = f"logger.{name}"
+            board = issubclass(target_class(logger, key), TensorBoardLogger)
+            purge = {"purge_step": resumed_step + 1} if board and resumed_step is not None else {}
+            loggers.append(instantiate(logger, key, **purge))
+    return loggers

@@ -46,7 +46,7 @@ class SavedRun:
 
     def trainer(self) -> L.Trainer:
         """A Trainer with the callbacks that score and show, without loggers."""
-        kept = [c for c in make_callbacks(self.config) if isinstance(c, Recall | StepProgressBar)]
+        kept: list[L.Callback] = [c for c in make_callbacks(self.config) if isinstance(c, Recall | StepProgressBar)]
         return make_trainer(self.config, callbacks=kept, loggers=[])
 
     def module(self) -> LanguageModule:

@@ -34,35 +34,50 @@ def run(job: Job) -> float | None:
     """Trains the configured model; returns the test loss, which sweepers minimise."""
     config, data = complete(plain(job.config))
     assembly = assemble(config)
-    # Ranks that the first one starts find its decisions made: they neither hold the directory nor write the record.
-    if rank_zero_only.rank != 0:
-        return _train(config, data, assembly, latest_checkpoint(Path(config["run_dir"])), None)
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return _run_other_rank(job, config, data, assembly)
     directory = RunDirectory(config["run_dir"], resume=config["resume"])
     try:
         if directory.resumes:
-            config, data = _take_up(job, directory, config, data)
-            assembly = assemble(config)
+            config, data = _take_up(job, directory.path, config, data)
+            assembly = assemble(config, resumed_step=_step(directory.checkpoint()))
         return _recorded(directory, config, data, assembly)
     finally:
         directory.close()
 
 
+def _run_other_rank(job: Job, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly) -> float | None:
+    """Ranks that the first one starts find its decisions made: they neither hold the directory nor write the record."""
+    path = Path(config["run_dir"])
+    if (path / "config.yaml").exists():
+        config, data = _take_up(job, path, config, data)
+        assembly = assemble(config)
+    try:
+        return _train(config, data, assembly, latest_checkpoint(path), None)
+    except RunInterrupted as stop:
+        raise Interrupted("", _exit_code(stop)) from None
+
+
 def _take_up(
-    job: Job, directory: RunDirectory, config: dict[str, Any], data: L.LightningDataModule
+    job: Job, path: Path, config: dict[str, Any], data: L.LightningDataModule
 ) -> tuple[dict[str, Any], L.LightningDataModule]:
     """The saved configuration, if the command says nothing else."""
     said = [o for o in job.overrides if o.split("=")[0] not in ("run_dir", "resume", "trust_config")]
-    saved = saved_config(directory.path, trust=bool(said) or config["trust_config"])
+    saved = saved_config(path, trust=bool(said) or config["trust_config"])
     if not said:
         return complete({**saved, "resume": config["resume"], "trust_config": config["trust_config"]})
     different = differences(saved, config)
     if different:
         raise RunDirectoryError(
-            f"run_dir={directory.path} holds an interrupted run with another configuration ({'; '.join(different[:5])}"
+            f"run_dir={path} holds an interrupted run with another configuration ({'; '.join(different[:5])}"
             f"{'; ...' if len(different) > 5 else ''}); leave the overrides out to continue it, choose another "
             "run_dir, or replace it with resume=never."
         )
     return config, data
+
+
+def _step(checkpoint: Path | None) -> int | None:
+    return None if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
 
 
 def _recorded(
@@ -89,14 +104,19 @@ def _recorded(
         loss = _train(config, data, assembly, directory.checkpoint(), record)
     except (RunInterrupted, KeyboardInterrupt) as stop:
         end("interrupted")
-        code = 143 if "SIGTERM" in str(stop) else 130
-        raise Interrupted(f"interrupted; the same command with run_dir={directory.path} continues", code) from None
+        message = f"interrupted; the same command with run_dir={directory.path} continues"
+        raise Interrupted(message, _exit_code(stop)) from None
     except BaseException as error:
         end("failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:500])
         raise
     end("finished")
     _log.info("run directory: %s", directory.path)
     return loss
+
+
+def _exit_code(stop: BaseException) -> int:
+    """128 and the number of the signal, as a shell would say it."""
+    return 128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT)
 
 
 def _train(

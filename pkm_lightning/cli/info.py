@@ -25,7 +25,9 @@ def run(job: Job) -> None:
     if config["format"] == "json":
         print(json.dumps(figures, indent=2))
         return
-    table = Table(title=f"{figures['ffn']}, {config['model']['n_layers']} layers of {config['model']['dim']}", show_header=False)
+    table = Table(
+        title=f"{figures['ffn']}, {config['model']['n_layers']} layers of {config['model']['dim']}", show_header=False
+    )
     for label, value in cost_rows(figures):
         table.add_row(label, value)
     size = figures["table"]

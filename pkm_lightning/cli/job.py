@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.errors import ConfigError, PkmError
 
 _RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
@@ -33,7 +34,7 @@ class JobFailure:
     exit_code: int
 
 
-class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
+class Interrupted(Exception):
     """A job was asked to stop and left everything in order."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -76,8 +77,8 @@ class Job:
         _quieten_libraries()
         try:
             return run(self)
-        except PkmError as error:
-            failures.append(JobFailure(str(error), 2))
+        except (PkmError, OSError) as error:
+            failures.append(JobFailure(explain(error), 2))
         except Interrupted as stop:
             failures.append(JobFailure(str(stop), stop.exit_code))
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -119,7 +120,7 @@ def plain(config: DictConfig) -> dict[str, object]:
 
 
 def _quieten_libraries() -> None:
-    """Leaves out Lightning's tips and device lists, a deprecation inside it, and its surprise at a resumed run's files."""
+    """Leaves out Lightning's tips, a deprecation inside it, and its surprise at the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (r".*isinstance\(treespec, LeafSpec\).*", "Checkpoint directory .* exists and is not empty"):

@@ -73,11 +73,11 @@ def _run(verb: str, arguments: list[str]) -> int:
     try:
         hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name="config")(job)()
     except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, arguments)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted before the work started", file=sys.stderr)
         return 130
-    for failure in failures:
+    for failure in filter(lambda failure: failure.message, failures):
         print(f"{'error: ' if failure.exit_code == 2 else ''}{failure.message}", file=sys.stderr)
     return failures[-1].exit_code if failures else 0

@@ -18,13 +18,14 @@ def run(job: Job) -> None:
     trainer, module = saved.trainer(), saved.module()
     saved.data.prepare_data()
     batches = trainer.predict(module, datamodule=saved.data) or []
-    records = [record for batch in batches for record in batch]  # type: ignore[union-attr]
+    records = [record for batch in batches for record in batch]
     if trainer.world_size > 1:
         gathered: list[list[dict[str, object]]] = [[] for _ in range(trainer.world_size)]
         dist.all_gather_object(gathered, records)
         records = [record for of_rank in gathered for record in of_rank]
     if trainer.is_global_zero:
-        by_index = {record["index"]: record for record in records}
+        # Ranks that ran out of prompts answered fillers, numbered -1.
+        by_index = {record["index"]: record for record in records if record["index"] >= 0}
         lines = [json.dumps(by_index[i], ensure_ascii=False) for i in sorted(by_index)]
         path = Path(job.config.out or (saved.folder or Path.cwd()) / "predictions.jsonl")
         write_beside(path, "".join(line + "\n" for line in lines))

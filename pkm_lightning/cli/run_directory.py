@@ -126,4 +126,6 @@ def write_beside(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be written ({error.strerror}); free the disk or move run_dir.") from None
+        raise RunDirectoryError(
+            f"{path} cannot be written ({error.strerror}); free the disk or move run_dir."
+        ) from None

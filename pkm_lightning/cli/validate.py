@@ -18,7 +18,9 @@ def run(job: Job) -> float | None:
     trainer, module = saved.trainer(), saved.module()
     saved.data.prepare_data()
     evaluate = trainer.validate if job.verb == "validate" else trainer.test
-    metrics = {k: float(v) for result in evaluate(module, datamodule=saved.data, verbose=False) for k, v in result.items()}
+    metrics = {
+        k: float(v) for result in evaluate(module, datamodule=saved.data, verbose=False) for k, v in result.items()
+    }
     if trainer.is_global_zero:
         table = Table(title=f"{job.verb} {saved.path}", show_header=False)
         for name, value in metrics.items():

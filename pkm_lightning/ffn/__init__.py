@@ -24,5 +24,5 @@ def __getattr__(name: str) -> type[nn.Module]:
             break
         module = importlib.import_module(f"{__name__}.{module_info.name}")
         if name in getattr(module, "__all__", ()):
-            return getattr(module, name)  # type: ignore[no-any-return]
+            return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

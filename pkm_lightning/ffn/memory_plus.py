@@ -100,9 +100,9 @@ class MemoryPlus(nn.Module):
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
         """Looks up every token of `x_BTD`; the slots read and their weights are the trace."""
         x_TD = x_BTD.flatten(0, -2)
-        scores1_THS, scores2_THS = self.keys(self.query(x_TD))
-        scores_THK, ids_THK = product_topk(scores1_THS, scores2_THS, self.knn)
-        weights_THK = torch.softmax(scores_THK, dim=-1)
+        scores1_HTS, scores2_HTS = self.keys(self.query(x_TD))
+        scores_HTK, ids_HTK = product_topk(scores1_HTS, scores2_HTS, self.knn)
+        weights_THK, ids_THK = torch.softmax(scores_HTK, dim=-1).transpose(0, 1), ids_HTK.transpose(0, 1)
         y_TV = self._table.table(ids_THK.flatten(1), weights_THK.flatten(1))
         y_TD = self.out(y_TV.to(x_TD.dtype) * functional.silu(self.gate(x_TD)))
         trace = {}

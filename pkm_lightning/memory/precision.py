@@ -24,7 +24,8 @@ def ieee_scores(x: Tensor) -> Iterator[None]:
     if tf32:
         torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.autocast(x.device.type, enabled=False):
+        # torch knows no autocast of the meta device, on which models are costed.
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             yield
     finally:
         if tf32:

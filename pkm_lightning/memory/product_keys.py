@@ -43,11 +43,11 @@ class ProductKeys(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(self, q_TH2E: Float[Tensor, "T H 2 E"]) -> tuple[Float[Tensor, "T H S"], Float[Tensor, "T H S"]]:
-        """Scores of the first and of the second half, IEEE fp32."""
+    def forward(self, q_TH2E: Float[Tensor, "T H 2 E"]) -> tuple[Float[Tensor, "H T S"], Float[Tensor, "H T S"]]:
+        """Scores of the first and of the second half, IEEE fp32, head-major: so the products leave them in memory."""
         with ieee_scores(q_TH2E):
             keys_H2SE = self.keys.to(score_dtype(q_TH2E))
             if self.norm is not None:
                 keys_H2SE = half_norm(self.norm, keys_H2SE) * keys_H2SE.shape[-1] ** -0.5
-            scores_2THS = torch.einsum("thpe,hpse->pths", q_TH2E, keys_H2SE)
-        return scores_2THS[0], scores_2THS[1]
+            q_2HTE, keys_2HES = q_TH2E.permute(2, 1, 0, 3), keys_H2SE.permute(1, 0, 3, 2)
+            return torch.bmm(q_2HTE[0], keys_2HES[0]), torch.bmm(q_2HTE[1], keys_2HES[1])

@@ -29,9 +29,9 @@ class QueryNetwork(nn.Module):
 
     def __init__(self, *, dim: int, heads: int, key_dim: int, norm: bool) -> None:
         super().__init__()
-        self.heads, self.half = heads, key_dim // 2
+        self.heads, self.half_dim = heads, key_dim // 2
         self.projection = nn.Linear(dim, heads * key_dim)
-        self.norm = nn.RMSNorm(self.half) if norm else None
+        self.norm = nn.RMSNorm(self.half_dim) if norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -43,7 +43,7 @@ class QueryNetwork(nn.Module):
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T H 2 E"]:
         """Half queries, in fp32 whatever the model's precision."""
-        q_TH2E = self.projection(x_TD).view(-1, self.heads, 2, self.half)
+        q_TH2E = self.projection(x_TD).view(-1, self.heads, 2, self.half_dim)
         with ieee_scores(q_TH2E):
             q_TH2E = q_TH2E.to(score_dtype(q_TH2E))
             return q_TH2E if self.norm is None else half_norm(self.norm, q_TH2E)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from pkm_lightning.ffn import FFNCost, HasCost
 from pkm_lightning.model.initialisation import plugins
@@ -59,7 +59,7 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
     """The cost of `model` with `context` tokens in attention; weights may be on the meta device."""
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
     costs, unknown = _plugin_costs(blocks)
-    tables = [table.weight for table in model.tables]
+    tables: list[Tensor] = [table.weight for table in model.tables]  # type: ignore[misc]
     total = sum(p.numel() for p in model.parameters())
     embedding = model.embedding.weight
     shared = sum(p.numel() for b in blocks for part in (b.attention, b.attention_norm, b.ffn_norm)
@@ -72,9 +72,9 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
     return ModelCost(
         params_total=total,
         params_active=active,
-        table_rows=sum(t.shape[0] for t in tables),  # type: ignore[misc]
-        table_dim=max((t.shape[1] for t in tables), default=0),  # type: ignore[misc]
-        table_params=sum(t.numel() for t in tables),  # type: ignore[misc]
+        table_rows=sum(t.shape[0] for t in tables),
+        table_dim=max((t.shape[1] for t in tables), default=0),
+        table_params=sum(t.numel() for t in tables),
         trunk_flops=trunk,
         model_flops=trunk + 2 * embedding.numel(),
         train_bytes=3 * lookup_bytes + 2 * row_bytes,

@@ -68,7 +68,7 @@ class Attention(nn.Module):
             is_causal=shared.mask_B1TT is None,
             enable_gqa=k_BGTC.shape[1] != q_BHTC.shape[1],
         )
-        return self.out(y_BHTC.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.out(y_BHTC.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTX: Tensor) -> Tensor:
         return x_BTX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -92,13 +92,17 @@ class Beside(nn.Module):
         self.base, self.variant, self.defer = base, variant, defer
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """The losses, statistics and traces of both."""
+        """The traces and statistics of both, the latter under `base.NAME` and `variant.NAME`; equal losses add up."""
         base: FFNOutput = self.base(x_BTD, context)
         variant: FFNOutput = self.variant(x_BTD, context)
+        names = {**base.aux_losses, **variant.aux_losses}
         return FFNOutput(
             y_BTD=base.y_BTD if self.defer else base.y_BTD + variant.y_BTD,
-            aux_losses={**base.aux_losses, **variant.aux_losses},
+            aux_losses={n: base.aux_losses.get(n, 0) + variant.aux_losses.get(n, 0) for n in names},  # type: ignore[misc]
             trace={**base.trace, **variant.trace},
-            step_stats={**base.step_stats, **variant.step_stats},
+            step_stats={
+                **{f"base.{name}": value for name, value in base.step_stats.items()},
+                **{f"variant.{name}": value for name, value in variant.step_stats.items()},
+            },
             deferred_BTD=variant.y_BTD if self.defer else None,
         )

@@ -45,7 +45,11 @@ def build_model(config: Config) -> Transformer:
             continue
         table = tables[placed.index(layer) % len(tables)] if tables else None
         variant = instantiate(config["ffn"], "ffn", **common, **({"table": table} if tables else {}))
-        base = instantiate(model["base_ffn"], "model.base_ffn", **common) if placement.mode == "parallel" else nn.Identity()
+        base = (
+            instantiate(model["base_ffn"], "model.base_ffn", **common)
+            if placement.mode == "parallel"
+            else nn.Identity()
+        )
         ffns.append(placement.combine(base, variant))
     arguments = {name: value for name, value in model.items() if name not in _BUILDER_KEYS}
     return Transformer(**arguments, ffns=ffns, tables=tables, write_after=placement.write_after)

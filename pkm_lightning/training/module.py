@@ -178,18 +178,18 @@ class LanguageModule(L.LightningModule):
     ) -> None:
         """The update; then each plugin that asks for it gets its statistics of the whole step."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        for layer, stats in self._step_stats.items():
-            reduced = {name: self._sum_over_ranks(value) for name, value in stats.items()}
-            for _, plugin in plugins(self.model.blocks[layer].ffn):  # type: ignore[arg-type]
+        for layer, block in enumerate(self.model.blocks):
+            stats = {name: self._sum_over_ranks(value) for name, value in self._step_stats.get(layer, {}).items()}
+            for name, plugin in plugins(block.ffn):  # type: ignore[arg-type]
                 if isinstance(plugin, HasAfterStep):
-                    plugin.after_step(reduced)
+                    plugin.after_step(_own_stats(name, stats))
         self._step_stats = {}
         self._step_nll = None
         self._normaliser.reset()
 
     def _log_is_due(self) -> bool:
         # Before the update `global_step` still counts the steps already taken.
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     # --- held-out text, answers
 
@@ -214,8 +214,9 @@ class LanguageModule(L.LightningModule):
     def _log_heldout(self, prefix: str) -> None:
         loss = self.heldout_nll.compute()
         self.heldout_nll.reset()
-        self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val")
-        self.log(f"{prefix}/perplexity", loss.exp())
+        # The metric is already summed over ranks; `sync_dist` only tells Lightning so.
+        self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val", sync_dist=True)
+        self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
@@ -233,3 +234,9 @@ class LanguageModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the token counter."""
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)
+
+
+def _own_stats(plugin: str, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics of one plugin; where two stand side by side, `Beside` wrote `base.` or `variant.` before each."""
+    prefix = "" if plugin == "ffn" else f"{plugin.removeprefix('ffn.')}."
+    return {name.removeprefix(prefix): value for name, value in stats.items() if name.startswith(prefix)}

@@ -44,7 +44,7 @@ class ItemScore:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and English articles, single spaces: the usual rule of open question answering."""
+    """Lower case, without punctuation and English articles, single spaces: the rule of open question answering."""
     text = "".join(" " if c in string.punctuation else c for c in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -124,7 +124,7 @@ def _padded(rows: Sequence[tuple[list[int], int]], filler: int, device: torch.de
 def summarise(scores: Iterable[ItemScore]) -> dict[str, Any]:
     """Means by form: `recall`, `choice`, `bits` (prior less model bits, per fact), also by relation and decile.
 
-    `bits` is the plain mean, which over-confident errors can make negative; `bits_clipped` takes each fact at 0 or more.
+    `bits` is the plain mean, which over-confident errors make negative; `bits_clipped` takes each fact at 0 or more.
     """
     scores = list(scores)
     by_form = _grouped(scores, lambda s: s.form)

@@ -1,4 +1,4 @@
-"""The content of run.json: what a run was, what it cost and what it reached. Reports read it; none of them needs a model.
+"""The content of run.json: what a run was, what it cost and what it reached. Reports read it and need no model.
 
 | key | meaning |
 |---|---|

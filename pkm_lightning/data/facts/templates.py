@@ -7,7 +7,7 @@ name is learned both at the start of a text and within one.
 
 from __future__ import annotations
 
-STATEMENTS = range(0, 10)
+STATEMENTS = range(10)
 UNSEEN_STATEMENTS = range(10, 12)
 QUESTIONS = range(12, 14)
 UNSEEN_QUESTIONS = range(14, 16)

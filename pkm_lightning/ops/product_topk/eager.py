@@ -46,7 +46,7 @@ def ranked_topk(scores_XS: Tensor, k: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ranks (i, j), zero-based and in lexicographic order, with (i + 1) * (j + 1) <= k: 119 pairs of 1,024 at k = 32."""
+    """Ranks (i, j) from 0, in lexicographic order, with (i + 1) * (j + 1) <= k: 119 pairs of 1,024 at k = 32."""
     pairs = [(i, j) for i in range(per_half) for j in range(per_half) if (i + 1) * (j + 1) <= k]
     rank1_C, rank2_C = torch.tensor(pairs, device=device).unbind(-1)
     return rank1_C.contiguous(), rank2_C.contiguous()
