@@ -12,7 +12,7 @@ from pkm_lightning.errors import ConfigError
 from pkm_lightning.training.build import build_meta_model
 from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pkm_lightning.training.instantiate import instantiate, target_class
-from pkm_lightning.training.optimizer import schedule_factor
+from pkm_lightning.training.optimizer import configured_schedule
 from pkm_lightning.training.sizing import solve_size
 
 
@@ -30,7 +30,7 @@ def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataMod
     config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
     config = solve_size(config)
     build_meta_model(config)
-    check_schedule(config)
+    configured_schedule(config["optim"], int(config["trainer"]["max_steps"]))
     return config, data
 
 
@@ -50,18 +50,6 @@ def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
             "say model.vocab_size=auto or lower data.vocab_size."
         )
     return given
-
-
-def check_schedule(config: dict[str, Any]) -> None:
-    """Refuse a learning-rate schedule that cannot be built, before any data is."""
-    optim = config["optim"]
-    schedule_factor(
-        optim["schedule"],
-        max_steps=int(config["trainer"]["max_steps"]),
-        warmup_steps=optim["warmup_steps"],
-        final_factor=optim["final_factor"],
-        decay_share=optim["decay_share"],
-    )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+            # Of a full disk torch's own writer says no more than that the positions do not add up.
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "cut short: is the disk full?"
             raise CheckpointError(
                 f"{path} cannot be written ({reason}); free the disk or move run_dir: the previous checkpoint is whole."
             ) from error

@@ -1,7 +1,8 @@
 """The one place where a configuration becomes objects: what may be named, and errors that say what is wrong.
 
 Command line and `--config-dir` are trusted. A configuration read back from a run directory or a checkpoint is data:
-it may only name classes of this package, lightning and torch, unless the user says `trust_config=true`.
+it may only name classes of this package, and such of lightning and torch as a configuration is made of, unless the
+user says `trust_config=true`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError, PkmError
 
 _TRUSTED_ROOTS = ("pkm_lightning", "lightning", "torch")
+# Not every class of torch is harmless to construct: torch.distributed.elastic's SubprocessHandler starts a program.
+_TRUSTED_KINDS = (nn.Module, Optimizer, L.Trainer, L.Callback, L.LightningDataModule, Logger, Strategy, Profiler)
 
 
 def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: Any) -> Any:
@@ -44,6 +53,8 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
 
 def _check_arguments(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
     own = {str(name): None for name in config if not str(name).startswith("_")}
+    for name in own.keys() & keywords.keys():
+        raise ConfigError(f"{key}.{name} follows from the rest of the configuration; remove it.")
     signature = inspect.signature(cls)
     try:
         signature.bind(**{**own, **keywords})
@@ -88,7 +99,7 @@ def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_trusted(config: Mapping[str, Any], source: str) -> None:
-    """Refuse a configuration read back from `source` that names anything but classes of trusted packages.
+    """Refuse a configuration read back from `source` that names anything but trusted classes.
 
     Raises:
         ConfigError: naming the offending key and target, and how to trust it.
@@ -100,7 +111,8 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
             trusted = False
         if not trusted:
             raise ConfigError(
-                f"{source} names {key}={target}, which is no class of {', '.join(_TRUSTED_ROOTS)}; "
+                f"{source} names {key}={target}, which is no class of pkm_lightning, nor a "
+                f"{', '.join(kind.__name__ for kind in _TRUSTED_KINDS)} of lightning or torch; "
                 "if you trust that file, say trust_config=true."
             )
 
@@ -108,7 +120,10 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
 def _is_trusted_class(target: str) -> bool:
     # The class must be at home there too: a trusted module may import, say, subprocess.Popen.
     cls = pkgutil.resolve_name(target)
-    return isinstance(cls, type) and cls.__module__.split(".")[0] in (*_TRUSTED_ROOTS, "pytorch_lightning")
+    if not isinstance(cls, type):
+        return False
+    home = cls.__module__.split(".")[0]
+    return home == "pkm_lightning" or (home in _TRUSTED_ROOTS and issubclass(cls, _TRUSTED_KINDS))
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:

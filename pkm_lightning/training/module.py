@@ -26,7 +26,7 @@ from pkm_lightning.training.generation import greedy
 from pkm_lightning.training.instantiate import instantiate
 from pkm_lightning.training.loss import check_batch, token_nll
 from pkm_lightning.training.normalisation import StepNormaliser
-from pkm_lightning.training.optimizer import parameter_groups, schedule_factor
+from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
 
 
 class LanguageModule(L.LightningModule):
@@ -71,13 +71,7 @@ class LanguageModule(L.LightningModule):
         """`optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
         optim = self.config["optim"]
         optimizer = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
-        factor = schedule_factor(
-            optim["schedule"],
-            max_steps=int(self.config["trainer"]["max_steps"]),
-            warmup_steps=optim["warmup_steps"],
-            final_factor=optim["final_factor"],
-            decay_share=optim["decay_share"],
-        )
+        factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

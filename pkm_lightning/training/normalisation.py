@@ -17,7 +17,7 @@ class StepNormaliser:
     def __init__(self) -> None:
         self._expected: Tensor | None = None
         self._seen: Tensor | None = None
-        self._micro_batches = 0
+        self._exact = False
 
     def scale(self, targets: Tensor, *, world_size: int, accumulate: int) -> Tensor:
         """The factor for this micro-batch's summed loss.
@@ -31,12 +31,13 @@ class StepNormaliser:
             self._expected = (targets * accumulate).clamp(min=1).float()
             self._seen = torch.zeros_like(self._expected)
         self._seen = self._seen + targets
-        self._micro_batches += 1
+        # An epoch may end within a step: then even one micro-batch is not all that was expected.
+        self._exact = accumulate == 1
         return world_size * accumulate / self._expected
 
     def correction(self) -> Tensor | None:
         """What the accumulated gradients must be multiplied by, or None where the expectation was exact."""
-        if self._micro_batches <= 1 or self._expected is None or self._seen is None:
+        if self._exact or self._expected is None or self._seen is None:
             return None
         return self._expected / self._seen.clamp(min=1)
 

@@ -66,6 +66,22 @@ def parameter_groups(model: nn.Module, optim: Mapping[str, Any]) -> list[dict[st
     ]
 
 
+def configured_schedule(optim: Mapping[str, Any], max_steps: int) -> Callable[[int], float]:
+    """`schedule_factor` with the arguments of the `optim` group; the shares are of `max_steps`.
+
+    Raises:
+        ConfigError: as `schedule_factor`, or a share outside 0 to 1.
+    """
+    check_range("optim.warmup_share", optim["warmup_share"], 0, 1)
+    return schedule_factor(
+        optim["schedule"],
+        max_steps=max_steps,
+        warmup_steps=int(max_steps * optim["warmup_share"]),
+        final_factor=optim["final_factor"],
+        decay_share=optim["decay_share"],
+    )
+
+
 def schedule_factor(
     schedule: str, *, max_steps: int, warmup_steps: int, final_factor: float, decay_share: float
 ) -> Callable[[int], float]:

@@ -1,0 +1,52 @@
+# Every target works in the project's own .venv. `make` alone lists them.
+PYTHON ?= python3
+TORCH ?=
+OVERRIDES ?=
+WORKERS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+.DEFAULT_GOAL := help
+.PHONY: help setup fit test test-slow check format bench build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=python3.12  TORCH=torch==2.13.0  OVERRIDES='ffn=dense seed=2'  WORKERS=4"
+
+setup: $(STAMP) ## create .venv with the package (editable) and its tools; nothing to do when it is up to date
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: PYTHON=$(PYTHON) is not a Python of version 3.11 or later; try: make setup PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[dev]'
+	@touch $@
+
+fit: setup ## train with the default configuration; OVERRIDES= takes Hydra overrides
+	$(BIN)/python -m pkm_lightning fit $(OVERRIDES)
+
+test: setup ## the tests that need no GPU and little time
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not gpu'
+
+test-slow: setup ## all other tests; those for a GPU are skipped without one
+	$(BIN)/python -m pytest -m 'slow or gpu'
+
+check: setup ## formatting, lint, types and floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## run every scripts/bench_*.py
+	@for script in $(sort $(wildcard scripts/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+build: setup ## sdist and wheel in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove builds and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""Seconds add up over stops, and stand still in between."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pkm_lightning.callbacks.stopwatch import Stopwatch
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Sets the time by hand: `clock[0] = 5.0`."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_it_starts_stopped_from_what_an_earlier_sitting_had(clock: list[float]) -> None:
+    watch = Stopwatch(7.0)
+    clock[0] += 5
+    assert watch.seconds == 7.0
+
+
+def test_running_time_adds_up_and_pauses_do_not(clock: list[float]) -> None:
+    watch = Stopwatch()
+    watch.start()
+    clock[0] += 2
+    watch.start()  # no effect while running
+    clock[0] += 1
+    assert watch.seconds == 3.0
+    watch.stop()
+    clock[0] += 10
+    watch.stop()  # no effect while stopped
+    assert watch.seconds == 3.0
+    watch.start()
+    clock[0] += 4
+    assert watch.seconds == 7.0

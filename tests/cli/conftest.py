@@ -1,0 +1,52 @@
+"""Runs the command line in this process: what it printed, and how it exited."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from small import Outcome, Run
+
+from pkm_lightning.cli.main import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One data cache for all workers and for the processes that tests start."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data-cache"
+    before = os.environ.get("PKM_LIGHTNING_CACHE")
+    os.environ["PKM_LIGHTNING_CACHE"] = str(folder)
+    yield
+    if before is None:
+        del os.environ["PKM_LIGHTNING_CACHE"]
+    else:
+        os.environ["PKM_LIGHTNING_CACHE"] = before
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """`cli("fit", "seed=1")`, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    argv, handlers = list(sys.argv), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: str) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        printed = capfd.readouterr()
+        return Outcome(int(ended.value.code or 0), printed.out, printed.err)
+
+    yield run
+    sys.argv = argv
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+    GlobalHydra.instance().clear()
+    assert {s: signal.getsignal(s) for s in handlers} == handlers, "signal handlers must be put back"

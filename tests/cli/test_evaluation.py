@@ -1,0 +1,75 @@
+"""`validate`, `test` and `predict` on a run directory or a bare checkpoint; the saved configuration wins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small import SMALL_RUN, Run
+
+
+@pytest.fixture
+def trained(cli: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory, trained once a worker and copied for each test."""
+    kept = tmp_path_factory.getbasetemp() / "trained-run"
+    if not kept.exists():
+        assert cli("fit", *SMALL_RUN, "run_dir=run", "model.tied=true").code == 0
+        shutil.copytree(tmp_path / "run", kept)
+    shutil.copytree(kept, tmp_path / "run", dirs_exist_ok=True)
+    return tmp_path / "run"
+
+
+def test_test_repeats_the_figures_of_the_run(cli: Run, trained: Path) -> None:
+    shown = cli("test", "run_dir=run")
+    assert shown.code == 0, shown.err
+    recorded = json.loads((trained / "run.json").read_text())["metrics"]
+    again = json.loads((trained / "test.json").read_text())
+    assert again == {name: recorded[name] for name in again}
+
+
+def test_validate_takes_a_bare_checkpoint(cli: Run, trained: Path) -> None:
+    shown = cli("validate", f"ckpt={next((trained / 'checkpoints').iterdir())}")
+    assert shown.code == 0, shown.err
+    assert "val/loss" in shown.out
+
+
+def test_predict_answers_in_order_from_the_command_line_and_from_a_file(cli: Run, trained: Path) -> None:
+    shown = cli("predict", "run_dir=run", 'data.prompts=["The capital of France is","Who"]', "out=answers.jsonl")
+    assert shown.code == 0, shown.err
+    answers = [json.loads(line) for line in (trained.parent / "answers.jsonl").read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == ["The capital of France is", "Who"]
+    assert [a["index"] for a in answers] == [0, 1]
+    (trained.parent / "prompts.txt").write_text("One prompt\nAnother prompt, with a comma\n")
+    assert cli("predict", "run_dir=run", "data.prompts_file=prompts.txt").code == 0
+    answers = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == ["One prompt", "Another prompt, with a comma"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT_FILE"),
+        (["run_dir=elsewhere"], "is no directory"),
+        (["ckpt=elsewhere.ckpt"], "does not exist"),
+        (["run_dir=run", "ffn=dense"], "the saved configuration of a run wins"),
+        (["run_dir=run", "model.dim=128"], "the saved configuration of a run wins"),
+        (["run_dir=run", "data.eval_facts=0"], "data.eval_facts=0"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(cli: Run, trained: Path, arguments: list[str], said: str) -> None:
+    shown = cli("test", *arguments)
+    assert shown.code == 2
+    assert said in shown.err
+
+
+def test_predict_without_prompts_names_the_keys(cli: Run, trained: Path) -> None:
+    shown = cli("predict", "run_dir=run")
+    assert shown.code == 2
+    assert "data.prompts" in shown.err
+
+
+def test_a_run_without_a_checkpoint_says_so(cli: Run, trained: Path) -> None:
+    shutil.rmtree(trained / "checkpoints")
+    assert "has no checkpoint yet" in cli("test", "run_dir=run").err

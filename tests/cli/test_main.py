@@ -1,0 +1,126 @@
+"""Verbs, help, and the errors of the command line: one line each, before anything is written."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small import SMALL_RUN, Run
+
+from pkm_lightning.cli.main import VERBS
+
+
+def test_without_a_verb_the_verbs_and_three_examples(cli: Run) -> None:
+    shown = cli()
+    assert shown.code == 2
+    assert all(f"  {verb} " in shown.err for verb in VERBS)
+    assert shown.err.count("python -m pkm_lightning ") >= 4  # the usage line and three examples
+
+
+def test_help_is_no_error(cli: Run) -> None:
+    shown = cli("--help")
+    assert shown.code == 0
+    assert "usage:" in shown.out
+
+
+def test_cfg_job_prints_the_composed_configuration(cli: Run) -> None:
+    shown = cli("fit", "--cfg", "job", "ffn=dense", "seed=7")
+    assert shown.code == 0
+    assert "_target_: pkm_lightning.ffn.Dense" in shown.out
+    assert "seed: 7" in shown.out
+
+
+# What is typed after `fit`, and what the one line must say: the value, the key, the allowed values or the way out.
+BAD_INPUT = {
+    "group option": (["ffn=memry_plus"], ["ffn=memry_plus", "dense", "Did you mean 'memory_plus'?"]),
+    "group": (["fnn=dense"], ["fnn", "Did you mean 'ffn'?"]),
+    "key": (["trainer.max_step=3"], ["trainer.max_step", "Did you mean 'max_steps'?"]),
+    "syntax": (["seed"], ["seed", "EQUAL"]),
+    "n_keys": (["ffn.n_keys=0"], ["ffn.n_keys=0", "1 to 46340"]),
+    "knn": (["ffn.knn=129"], ["ffn.knn=129", "1 to 128"]),
+    "odd key dimension": (["ffn.key_dim=31"], ["ffn.key_dim=31", "odd", "32"]),
+    "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "1, 2, 4, 8"]),
+    "kv heads": (["model.n_kv_heads=3"], ["model.n_heads=4", "model.n_kv_heads=3", "1, 2, 4"]),
+    "layers": (["placement.layers=[0,3]"], ["3", "0 to 2", "model.n_layers=3"]),
+    "layer twice": (["placement.layers=[1,1]"], ["twice"]),
+    "write_after": (["placement.write_after=1"], ["placement.write_after=1", "placement.mode=parallel"]),
+    "mode": (["placement.mode=paralel"], ["placement.mode='paralel'", "Did you mean 'parallel'?"]),
+    "match": (["match=flop"], ["match='flop'", "Did you mean 'flops'?"]),
+    "unreachable match": (["match=flops", "match_budget=10"], ["ffn.value_dim", "budget 10"]),
+    "schedule": (["optim.schedule=cos"], ["optim.schedule='cos'", "cosine"]),
+    "warm-up": (["optim.warmup_share=1.5"], ["optim.warmup_share=1.5", "0 to 1"]),
+    "no steps": (["trainer.max_steps=-1"], ["trainer.max_steps=-1"]),
+    "vocabulary of the model": (["model.vocab_size=300"], ["model.vocab_size=300", "auto"]),
+    "vocabulary of the data": (["data.vocab_size=200"], ["data.vocab_size=200", "258"]),
+    "devices": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
+    "precision": (["trainer.precision=31"], ["trainer", "31", "bf16-mixed"]),
+    "missing target": (["ffn=custom"], ["ffn._target_"]),
+    "unknown module": (["ffn=custom", "ffn._target_=no_such.Thing"], ["no_such.Thing", "import path"]),
+    "function as a class": (["ffn=custom", "ffn._target_=os.getcwd"], ["os.getcwd", "no class"]),
+    "argument of a class": (["+ffn.colour=red"], ["colour", "n_keys"]),
+    "no data module": (["data=custom", "data._target_=torch.nn.ReLU"], ["torch.nn.ReLU", "LightningDataModule"]),
+    "text without a path": (["data=text"], ["data.path"]),
+    "text that does not exist": (["data=text", "data.path=nowhere.txt"], ["nowhere.txt"]),
+    "resume": (["resume=yes"], ["resume", "auto, always, never"]),
+    "batch": (["data.global_batch_size=7", "trainer.accumulate_grad_batches=2"], ["data.global_batch_size=7"]),
+}
+
+
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_bad_input_gets_one_helpful_line(cli: Run, tmp_path: Path, what: str) -> None:
+    overrides, said = BAD_INPUT[what]
+    kept = [o for o in SMALL_RUN if o.split("=")[0] not in {p.split("=")[0] for p in overrides}]
+    if any(p.startswith(("data=", "model.memory")) for p in overrides):
+        kept = [o for o in kept if not o.startswith("data.")]
+    if any(p.startswith(("ffn.n", "ffn.knn")) for p in overrides):
+        kept = [o for o in kept if not o.startswith("model.memory")]
+    shown = cli("fit", *kept, *overrides, "run_dir=run")
+    lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert shown.code == 2, shown
+    assert len(lines) == 1, shown.err
+    assert "Traceback" not in shown.err
+    for text in said:
+        assert text in lines[0], lines[0]
+
+
+def test_an_unknown_verb_is_named_with_the_nearest(cli: Run) -> None:
+    shown = cli("train")
+    assert shown.code == 2
+    assert "unknown verb 'train'" in shown.err
+    assert "Did you mean 'fit'?" in cli("fti").err
+
+
+@pytest.mark.parametrize("overrides", [["ffn.knn=999"], ["trainer.devices=2"], ["optim.schedule=x"]])
+def test_a_refused_configuration_leaves_nothing_behind(cli: Run, tmp_path: Path, overrides: list[str]) -> None:
+    assert cli("fit", *SMALL_RUN, *overrides, "run_dir=run").code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_run_directory_is_refused(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    shown = cli("fit", *SMALL_RUN, "run_dir=file/run")
+    assert shown.code == 2
+    assert "run_dir=" in shown.err
+    assert "choose another" in shown.err
+
+
+def _limit_file_size() -> None:
+    """Like a full disk, but only for this process: a file cannot grow beyond 64 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_leaves_no_part(cli: Run, tmp_path: Path) -> None:
+    assert cli("info", *SMALL_RUN).code == 0
+    prepared = cli("fit", *SMALL_RUN, "trainer.max_steps=2", "run_dir=first")  # builds the data
+    assert prepared.code == 0, prepared.err
+    command = [sys.executable, "-m", "pkm_lightning", "fit", *SMALL_RUN, "run_dir=full"]
+    ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=_limit_file_size, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "step-00000004.ckpt cannot be written" in ended.stderr
+    assert "free the disk" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
+    assert '"status": "failed"' in (tmp_path / "full" / "run.json").read_text()

@@ -1,0 +1,180 @@
+"""Memory+ against a brute-force definition that scores every slot: outputs, every gradient, ties, precision.
+
+Letters: B sequences, T tokens, D model dimension, H heads, N slots, S sub-keys a half, K slots read, V values a slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ffn import brute_force
+from tolerances import assert_close
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pkm_lightning.ffn import FFNContext, MemoryPlus
+from pkm_lightning.memory import ValueTable
+
+# Odd sizes; k = 1 and k = n_keys; 1 to 8 heads; one slot only; values narrower and wider than the model.
+SIZES: list[dict[str, Any]] = [
+    {"dim": 6, "n_keys": 5, "heads": 1, "knn": 1, "key_dim": 4, "value_dim": None},
+    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 5, "key_dim": 6, "value_dim": 9},
+    {"dim": 10, "n_keys": 9, "heads": 8, "knn": 4, "key_dim": 4, "value_dim": 3},
+    {"dim": 5, "n_keys": 11, "heads": 2, "knn": 7, "key_dim": 10, "value_dim": 1},
+    {"dim": 3, "n_keys": 1, "heads": 4, "knn": 1, "key_dim": 6, "value_dim": 2},
+]
+
+
+def context(x_BTD: Tensor, *, observe: bool = False) -> FFNContext:
+    return FFNContext(torch.zeros(x_BTD.shape[:2], dtype=torch.int64), observe=observe)
+
+
+def build(sizes: dict[str, Any], *, qk_norm: bool, dtype: torch.dtype = torch.float64) -> tuple[MemoryPlus, ValueTable]:
+    """A layer whose biases and gains are not at their initial values."""
+    table = ValueTable(rows=sizes["n_keys"] ** 2, dim=sizes["value_dim"] or sizes["dim"])
+    layer = MemoryPlus(**sizes, table=table, qk_norm=qk_norm)
+    for name, parameter in layer.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return layer.to(dtype), table.to(dtype)
+
+
+def assert_same_gradients(actual: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> None:
+    upstream = torch.randn_like(expected)
+    actual_grads = torch.autograd.grad(actual, list(inputs.values()), upstream.to(actual.dtype))
+    expected_grads = torch.autograd.grad(expected, list(inputs.values()), upstream)
+    for name, grad, expected_grad in zip(inputs, actual_grads, expected_grads, strict=True):
+        assert expected_grad.any(), f"the test gives no gradient to {name}"
+        assert_close(grad, expected_grad, kind="grad")
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_output_and_gradients_equal_brute_force(sizes: dict[str, Any], qk_norm: bool) -> None:
+    layer, table = build(sizes, qk_norm=qk_norm)
+    x_BTD = torch.randn(2, 5, sizes["dim"], dtype=torch.float64, requires_grad=True)
+    output = layer(x_BTD, context(x_BTD))
+    expected_BTD = brute_force.memory_plus(layer, table.weight, x_BTD.flatten(0, 1)).view_as(x_BTD)
+    assert_close(output.y_BTD, expected_BTD)
+    inputs = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
+    # With one slot read its weight is 1 whatever the scores: query and keys then rightly get a zero gradient.
+    if sizes["knn"] == 1:
+        addressing = ("query", "keys")
+        silent = [p for name, p in layer.named_parameters() if name.startswith(addressing)]
+        grads = torch.autograd.grad(output.y_BTD.sum(), silent, retain_graph=True)
+        assert not any(bool(grad.any()) for grad in grads)
+        inputs = {name: p for name, p in inputs.items() if not name.startswith(addressing)}
+    assert_same_gradients(output.y_BTD, expected_BTD, inputs)
+
+
+def by_rank_in_both_halves(scores_THN: Tensor, k: int) -> Tensor:
+    """The documented order of equal scores: by rank in half 1, then in half 2; within a half by lower sub-key index.
+
+    Ranks are read off the N scores: slots (i, 0) are ordered as the first half is, slots (0, j) as the second.
+    """
+    size = round(scores_THN.shape[-1] ** 0.5)
+    grid_THSS = scores_THN.unflatten(-1, (size, size))
+    rank1_THS = grid_THSS[..., 0].sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    rank2_THS = grid_THSS[..., 0, :].sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    rank_THN = (rank1_THS.unsqueeze(-1) * size + rank2_THS.unsqueeze(-2)).flatten(-2)
+    in_rank_order_THN = rank_THN.argsort(-1)
+    best_THN = scores_THN.gather(-1, in_rank_order_THN).sort(dim=-1, descending=True, stable=True).indices
+    return in_rank_order_THN.gather(-1, best_THN[..., :k])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_ties_are_broken_as_documented(sizes: dict[str, Any]) -> None:
+    """Small whole numbers give exact scores, so that equal ones are equal in both computations, and many are."""
+    layer, table = build(sizes, qk_norm=False)
+    for parameter in (layer.keys.keys, layer.query.projection.weight, layer.query.projection.bias):
+        parameter.data = torch.randint(-1, 2, parameter.shape).double()
+    x_BTD = torch.randint(-1, 2, (3, 4, sizes["dim"])).double().requires_grad_()
+    output = layer(x_BTD, context(x_BTD))
+    expected_BTD = brute_force.memory_plus(
+        layer, table.weight, x_BTD.flatten(0, 1), choose=by_rank_in_both_halves
+    ).view_as(x_BTD)
+    assert_close(output.y_BTD, expected_BTD)
+    assert_close(
+        torch.autograd.grad(output.y_BTD.sum(), table.weight)[0],
+        torch.autograd.grad(expected_BTD.sum(), table.weight)[0],
+        kind="grad",
+    )
+
+
+def test_two_layers_that_share_a_table_add_up_its_gradient() -> None:
+    first, table = build(SIZES[1], qk_norm=True)
+    second = MemoryPlus(**SIZES[1], table=table, qk_norm=True).double()
+    x_BTD = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    middle_BTD = x_BTD + first(x_BTD, context(x_BTD)).y_BTD
+    actual_BTD = second(middle_BTD, context(x_BTD)).y_BTD
+    x_TD = x_BTD.flatten(0, 1)
+    middle_TD = x_TD + brute_force.memory_plus(first, table.weight, x_TD)
+    expected_BTD = brute_force.memory_plus(second, table.weight, middle_TD).view_as(x_BTD)
+    assert_close(actual_BTD, expected_BTD)
+    layers = torch.nn.ModuleDict({"first": first, "second": second})
+    assert_same_gradients(
+        actual_BTD, expected_BTD, {"x": x_BTD, "table": table.weight, **dict(layers.named_parameters())}
+    )
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_bf16_model_scores_in_fp32_and_is_close_to_float64(qk_norm: bool) -> None:
+    layer, table = build(SIZES[1], qk_norm=qk_norm, dtype=torch.bfloat16)
+    x_BTD = torch.randn(2, 5, 7, dtype=torch.bfloat16)
+    q_TH2E = layer.query(x_BTD.flatten(0, 1))
+    assert {scores.dtype for scores in layer.keys(q_TH2E)} == {torch.float32}
+    output = layer(x_BTD, context(x_BTD))
+    assert output.y_BTD.dtype is torch.bfloat16
+    # The same queries go in: rounding them otherwise would choose other slots, which is no error of either side.
+    expected_TD = brute_force.memory_plus(
+        layer, table.weight.double(), x_BTD.flatten(0, 1).double(), q_TH2E.flatten(2).double()
+    )
+    assert_close(output.y_BTD.flatten(0, 1), expected_TD)
+
+
+def test_bf16_autocast_scores_in_fp32_and_is_close_to_float64() -> None:
+    layer, table = build(SIZES[1], qk_norm=True, dtype=torch.float32)
+    x_BTD = torch.randn(2, 5, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q_TH2E = layer.query(x_BTD.flatten(0, 1))
+        assert {scores.dtype for scores in layer.keys(q_TH2E)} == {torch.float32}
+        output = layer(x_BTD, context(x_BTD, observe=True))
+    assert output.y_BTD.dtype is torch.bfloat16
+    assert output.trace["slot_weights"].dtype is torch.float32
+    expected_TD = brute_force.memory_plus(
+        layer, table.weight.double(), x_BTD.flatten(0, 1).double(), q_TH2E.flatten(2).double()
+    )
+    assert_close(output.y_BTD.flatten(0, 1), expected_TD)
+
+
+def test_trace_says_what_was_read_only_when_asked() -> None:
+    layer, _ = build(SIZES[1], qk_norm=True)
+    x_BTD = torch.randn(2, 5, 7, dtype=torch.float64)
+    assert layer(x_BTD, context(x_BTD)).trace == {}
+    trace = layer(x_BTD, context(x_BTD, observe=True)).trace
+    scores_THN = torch.einsum(
+        "the,hne->thn", brute_force.queries(layer, x_BTD.flatten(0, 1)), brute_force.full_keys(layer)
+    )
+    best_THK, ids_THK = scores_THN.topk(5, dim=-1)
+    assert trace["slot_ids"].dtype is torch.int32
+    assert torch.equal(trace["slot_ids"], ids_THK.view(2, 5, 3, 5).int())
+    assert_close(trace["slot_weights"], best_THK.softmax(-1).view(2, 5, 3, 5).detach())
+    assert not trace["slot_weights"].requires_grad
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
+    layer, table = build(sizes, qk_norm=True, dtype=torch.float32)
+    x_BTD = torch.randn(2, 5, sizes["dim"])
+    with FlopCounterMode(display=False) as counter:
+        layer(x_BTD, context(x_BTD))
+    cost = layer.cost()
+    rows_read = sizes["heads"] * sizes["knn"] * table.weight.shape[1]
+    # The counter sees a table lookup as free; its multiplications and additions are counted by hand.
+    assert cost.flops * 10 == counter.get_total_flops() + 10 * 2 * rows_read
+    assert cost.params == sum(p.numel() for p in layer.parameters())
+    assert cost.table_params == table.weight.numel()
+    assert cost.active_params == cost.params + rows_read
+    assert cost.lookup_bytes == 4 * rows_read

@@ -1,0 +1,53 @@
+"""The value table: one registered parameter, read by ids and weights, referred to without being registered again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import nn
+
+from pkm_lightning.memory import TableReference, ValueTable
+
+
+class Holder(nn.Module):
+    def __init__(self, table: ValueTable) -> None:
+        super().__init__()
+        self.reference = TableReference(table)
+
+
+def test_reads_weighted_rows() -> None:
+    table = ValueTable(rows=6, dim=3)
+    ids_TK = torch.tensor([[5, 0], [2, 2]], dtype=torch.int32)
+    y_TD = table(ids_TK, torch.tensor([[0.25, 0.75], [0.5, 1.0]]))
+    rows_ND = table.weight.detach()
+    assert_close(y_TD, torch.stack([0.25 * rows_ND[5] + 0.75 * rows_ND[0], 1.5 * rows_ND[2]]))
+
+
+def test_rows_start_with_variance_one_over_dim() -> None:
+    table = ValueTable(rows=400, dim=64)
+    assert table.weight.mean().item() == pytest.approx(0, abs=0.005)
+    assert table.weight.std().item() == pytest.approx(1 / 8, rel=0.03)
+
+
+def test_is_a_parameter_with_the_role_of_a_table() -> None:
+    table = ValueTable(rows=6, dim=3)
+    assert [name for name, _ in table.named_parameters()] == ["weight"]
+    assert table.parameter_roles == {"weight": "table"}
+    assert repr(table) == "ValueTable(rows=6, dim=3)"
+
+
+def test_a_reference_registers_nothing() -> None:
+    holder = Holder(ValueTable(rows=6, dim=3))
+    assert not list(holder.parameters())
+    assert not list(holder.children())
+    assert not holder.state_dict()
+
+
+def test_copies_of_holders_share_one_copy() -> None:
+    table = ValueTable(rows=6, dim=3)
+    copied_table, first, second = copy.deepcopy([table, Holder(table), Holder(table)])
+    assert first.reference.table is second.reference.table is copied_table
+    assert copied_table is not table

@@ -1,0 +1,126 @@
+"""Which layers get the variant, and what replace, parallel and write_after do to the residual stream.
+
+Letters: B sequences, T tokens, D model dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor, nn
+from toys import Constant, Reporter, token_ids, transformer
+
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.ffn import FFNContext, FFNOutput
+from pkm_lightning.model import Placement, Transformer
+
+
+def placement(**changes: Any) -> Placement:
+    return Placement(
+        **{"layers": "centred", "count": 3, "stride": None, "mode": "replace", "write_after": 0, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "changes", "expected"),
+    [
+        (24, {}, [4, 12, 20]),
+        (12, {}, [2, 6, 10]),
+        (3, {}, [0, 1, 2]),
+        (24, {"stride": 4}, [8, 12, 16]),
+        (24, {"count": 1}, [12]),
+        (24, {"count": 0}, []),
+        (5, {"count": 2}, [0, 2]),
+        (4, {"layers": "all"}, [0, 1, 2, 3]),
+        (9, {"layers": [7, 0, 3]}, [0, 3, 7]),
+        (9, {"layers": []}, []),
+        (9, {"layers": [6], "mode": "parallel", "write_after": 2}, [6]),
+    ],
+)
+def test_resolve(n_layers: int, changes: dict[str, Any], expected: list[int]) -> None:
+    assert placement(**changes).resolve(n_layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "changes", "message"),
+    [
+        (4, {"layers": [1, 4]}, r"puts a layer at 4; allowed: 0 to 3 \(model.n_layers=4\)"),
+        (4, {"layers": [-1]}, r"puts a layer at -1; allowed: 0 to 3"),
+        (4, {"layers": [2, 2]}, r"placement.layers=\[2, 2\] names a layer twice"),
+        (4, {"count": 5}, r"placement.count=5 is out of range; allowed: 0 to 4"),
+        (4, {"count": 3, "stride": 3}, r"puts a layer at -1; .*placement.stride"),
+        (4, {"stride": 0}, r"placement.stride=0 is out of range"),
+        (4, {"layers": "all", "mode": "parallel", "write_after": 1}, r"at 3; .*less placement.write_after=1\)"),
+    ],
+)
+def test_resolve_refuses(n_layers: int, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        placement(**changes).resolve(n_layers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "center"}, r"placement.layers='center' is not known; allowed: all, centred\. Did you mean"),
+        ({"mode": "beside"}, r"placement.mode='beside' is not known; allowed: replace, parallel"),
+        ({"write_after": 1}, r"placement.write_after=1 leaves the reading layer without any FFN"),
+        ({"mode": "parallel", "write_after": -1}, r"placement.write_after=-1 is out of range"),
+    ],
+)
+def test_construction_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        placement(**changes)
+
+
+def residual_stream(model: Transformer, ids_BT: Tensor) -> list[Tensor]:
+    """The stream before each layer's FFN and after the last layer, with attention and final norm switched off."""
+    for block in model.blocks:
+        nn.init.zeros_(block.attention.out.weight)
+    model.norm = nn.Identity()
+    seen: list[Tensor] = []
+    hooks = [block.ffn_norm.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for block in model.blocks]
+    output = model(ids_BT)
+    for hook in hooks:
+        hook.remove()
+    return [*seen, output.hidden_BTD]
+
+
+def added_to_embedding(where: Placement, n_layers: int, layer: int) -> list[float]:
+    """What the stream holds besides the embedding, where base FFNs add 1, 10, 100... and the variant adds 0.5."""
+    ffns: list[nn.Module] = [Constant(10.0**i) for i in range(n_layers)]
+    ffns[layer] = where.combine(ffns[layer], Constant(0.5))
+    ids_BT = token_ids()
+    model = transformer(ffns, write_after=where.write_after)
+    stream = residual_stream(model, ids_BT)
+    added = [x_BTD - model.embedding(ids_BT) for x_BTD in stream]
+    for x_BTD in added:
+        assert_close(x_BTD, x_BTD.flatten()[0].expand_as(x_BTD))
+    return [round(x_BTD.flatten()[0].item(), 3) for x_BTD in added]
+
+
+def test_replace() -> None:
+    assert added_to_embedding(placement(), 3, layer=1) == [0, 1, 1.5, 101.5]
+
+
+def test_parallel_adds_to_the_base() -> None:
+    assert added_to_embedding(placement(mode="parallel"), 3, layer=1) == [0, 1, 11.5, 111.5]
+
+
+def test_write_after_adds_the_output_after_a_later_layer() -> None:
+    deferred = placement(mode="parallel", write_after=2)
+    assert added_to_embedding(deferred, 4, layer=0) == [0, 1, 11, 111.5, 1111.5]
+    assert added_to_embedding(deferred, 4, layer=1) == [0, 1, 11, 111, 1111.5]
+
+
+def test_parallel_reports_both_and_sums_losses_of_one_name() -> None:
+    x_BTD, context = torch.randn(2, 3, 8), FFNContext(token_ids(2, 3), observe=True)
+    base, variant = Reporter(dim=8, aux_weight=1.0), Reporter(dim=8, aux_weight=3.0)
+    output: FFNOutput = placement(mode="parallel").combine(base, variant)(x_BTD, context)
+    parts = [base(x_BTD, context), variant(x_BTD, context)]
+    assert_close(output.y_BTD, parts[0].y_BTD + parts[1].y_BTD)
+    assert_close(output.aux_losses["toy"], parts[0].aux_losses["toy"] + parts[1].aux_losses["toy"])
+    assert output.trace.keys() == parts[0].trace.keys()
+    assert output.step_stats.keys() == {"base.tokens", "base.ids", "variant.tokens", "variant.ids"}

@@ -1,0 +1,43 @@
+"""Runs of the command line as processes of their own, for what needs one: kills, signals, several ranks."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from small import SMALL_RUN
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """`python -m pkm_lightning ...`, its output in one pipe."""
+    command = [sys.executable, "-m", "pkm_lightning", *arguments]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def fit(*overrides: str, cwd: Path) -> subprocess.Popen[str]:
+    """`fit` on the small run."""
+    return start("fit", *SMALL_RUN, *overrides, cwd=cwd)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it printed; it must end well."""
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out
+    return out
+
+
+def metrics(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without the time."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def last_checkpoint(run_dir: Path) -> dict[str, Any]:
+    """The content of the newest checkpoint."""
+    path = sorted((run_dir / "checkpoints").glob("*.ckpt"))[-1]
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content

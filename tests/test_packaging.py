@@ -1,0 +1,136 @@
+"""The package runs as a wheel (built through the sdist) and as a bare checkout, whole, with nothing foreign in it."""
+
+from __future__ import annotations
+
+import email
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from tree import ROOT, copy_of_the_tree, listed_files
+
+SHIPPED = ("pkm_lightning", "callbacks", "configs")
+LINKS = ("callbacks", "configs")
+COMPOSE = ("-m", "pkm_lightning", "fit", "--cfg", "job")
+
+# Installed after torch and triton: whatever else ops and memory ask for is refused.
+BLOCKER = """
+import importlib, pkgutil, sys
+import torch
+try:
+    import triton
+except ImportError:
+    pass
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in {"torch", "triton", "pkm_lightning"} | sys.stdlib_module_names:
+            raise ImportError(f"{name} is refused")
+sys.meta_path.insert(0, Refuse())
+for floor in ("pkm_lightning.ops", "pkm_lightning.memory"):
+    package = importlib.import_module(floor)
+    for module in pkgutil.walk_packages(package.__path__, floor + "."):
+        importlib.import_module(module.name)
+from pkm_lightning.ops import weighted_gather
+print(weighted_gather(torch.ones(4, 2), torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5)).tolist())
+"""
+
+
+def run(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A Python process with `path` alone on PYTHONPATH, and no bytecode written."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"} | ({"PYTHONPATH": str(path)} if path else {})
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def succeed(*arguments: str, cwd: Path, path: Path | None = None) -> str:
+    done = run(*arguments, cwd=cwd, path=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a clone of the working tree would hold."""
+    return copy_of_the_tree(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel that was built from it."""
+    source = copy_of_the_tree(tmp_path_factory.mktemp("source"))
+    out = tmp_path_factory.mktemp("dist")
+    succeed("-m", "build", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    return next(built.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    options = ["--quiet", "--no-deps", "--no-index", "--no-compile", "--target", str(target)]
+    succeed("-m", "pip", "install", *options, str(wheel), cwd=target)
+    return target
+
+
+def test_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:
+    tree = {path for path in listed_files() if path.parts[0] in SHIPPED and not (ROOT / path).is_symlink()}
+    expected = {str(path if path.parts[0] == "pkm_lightning" else "pkm_lightning" / path) for path in tree}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == expected
+
+
+def test_wheel_says_what_it_is(wheel: Path, built: Path) -> None:
+    from pkm_lightning import __version__
+
+    archive = zipfile.ZipFile(wheel)
+    info = f"pkm_lightning-{__version__}.dist-info"
+    metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+    assert (metadata["Version"], metadata["License-Expression"]) == (__version__, "Apache-2.0")
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(archive.namelist())
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"LICENSE", "NOTICE", "README.md"} <= names
+
+
+def test_wheel_imports(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import pkm_lightning, pkm_lightning.callbacks, pkm_lightning.cli.main, pkm_lightning.configs, sys;"
+        "print(pkm_lightning.__file__, 'deepspeed' in sys.modules)"
+    )
+    output = succeed("-c", code, cwd=tmp_path, path=installed)
+    assert output.split() == [str(installed / "pkm_lightning/__init__.py"), "False"]
+
+
+def test_wheel_runs(installed: Path, tmp_path: Path) -> None:
+    assert "_target_: pkm_lightning." in succeed(*COMPOSE, cwd=tmp_path, path=installed)
+
+
+def test_bare_checkout_runs(checkout: Path) -> None:
+    assert "_target_: pkm_lightning." in succeed(*COMPOSE, cwd=checkout)
+    where = succeed("-c", "import pkm_lightning.configs as c; print(c.__file__)", cwd=checkout)
+    assert where.strip() == str(checkout / "pkm_lightning/configs/__init__.py")
+
+
+def test_ops_and_memory_need_torch_and_triton_only(checkout: Path) -> None:
+    assert succeed("-c", BLOCKER, cwd=checkout).strip() == str([[5.0, 5.0]] * 3)
+
+
+def test_callbacks_have_one_name(checkout: Path) -> None:
+    done = run("-c", "import callbacks", cwd=checkout)
+    assert done.returncode != 0
+    assert "import pkm_lightning.callbacks" in done.stderr
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_are_relative(name: str) -> None:
+    assert os.readlink(ROOT / "pkm_lightning" / name) == f"../{name}"

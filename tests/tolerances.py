@@ -1,0 +1,32 @@
+"""The one table of tolerances. A test that needs a looser one explains a defect, so there are no others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# dtype -> (rtol, atol). Values: a few roundings of the dtype; gradients: sums of many products, twice that or more.
+VALUE = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (1.6e-2, 1e-2),
+    torch.float16: (2e-3, 1e-3),
+}
+GRAD = {
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (3.2e-2, 2e-2),
+    torch.float16: (4e-3, 2e-3),
+}
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, kind: Literal["value", "grad"] = "value") -> None:
+    """`actual` equals `expected` to the tolerance of `actual`'s dtype; NaN equals nothing, shapes must agree.
+
+    `expected` may come in a wider dtype (a float64 reference); the two are compared in the wider one, unrounded.
+    """
+    rtol, atol = {"value": VALUE, "grad": GRAD}[kind][actual.dtype]
+    wider = torch.promote_types(actual.dtype, expected.dtype)
+    torch.testing.assert_close(actual.to(wider), expected.to(wider), rtol=rtol, atol=atol)

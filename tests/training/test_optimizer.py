@@ -1,0 +1,143 @@
+"""Optimizer groups by role, each parameter once, and the learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from torch import nn
+from toys import Constant, config, dense, memory_ffns, transformer
+
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.training.optimizer import parameter_groups, parameter_roles, schedule_factor
+
+OPTIM = {"lr": 0.01, "weight_decay": 0.1, "table_lr_factor": 4.0, "table_weight_decay": 0.03}
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    return {name: role for name, _, role in parameter_roles(model)}
+
+
+def test_roles_of_a_memory_model() -> None:
+    found = roles(transformer(*memory_ffns()))
+    assert found["tables.0.weight"] == "table"
+    assert found["embedding.weight"] == "embedding"
+    assert found["unembedding.weight"] == "matrix"
+    assert found["norm.weight"] == "norm"
+    assert found["blocks.0.attention_norm.weight"] == "norm"
+    assert found["blocks.0.attention.query.weight"] == "matrix"
+    assert found["blocks.1.ffn.keys.keys"] == "matrix"
+    assert found["blocks.1.ffn.keys.norm.weight"] == "norm"
+    assert found["blocks.1.ffn.query.projection.bias"] == "bias"
+    assert list(found.values()).count("table") == 1
+
+
+def test_roles_of_foreign_modules() -> None:
+    model = nn.ModuleDict(
+        {"batch": nn.BatchNorm1d(3), "bag": nn.EmbeddingBag(4, 3), "linear": nn.Linear(3, 3), "scalar": Constant()}
+    )
+    assert roles(model) == {
+        "batch.weight": "norm",
+        "batch.bias": "norm",
+        "bag.weight": "embedding",
+        "linear.weight": "matrix",
+        "linear.bias": "bias",
+        "scalar.value": "norm",
+    }
+
+
+def test_frozen_and_shared_parameters() -> None:
+    first, second, frozen = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    frozen.weight.requires_grad_(False)
+    found = roles(nn.ModuleList([first, second, frozen]))
+    assert found == {"0.weight": "matrix", "0.bias": "bias", "1.bias": "bias", "2.bias": "bias"}
+
+
+def test_groups_hold_each_parameter_once_with_its_rate_and_decay() -> None:
+    model = transformer(*memory_ffns())
+    groups = {group["name"]: group for group in parameter_groups(model, OPTIM)}
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
+        "matrix": (0.01, 0.1),
+        "gain": (0.01, 0.0),
+        "table": (0.04, 0.03),
+    }
+    grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in model.parameters()}
+    assert [id(p) for p in groups["table"]["params"]] == [id(model.tables[0].weight)]
+
+
+def test_empty_groups_are_left_out() -> None:
+    assert [group["name"] for group in parameter_groups(transformer([dense()]), OPTIM)] == ["matrix", "gain"]
+
+
+class WrongRole(nn.Linear):
+    parameter_roles = {"weight": "gate"}  # noqa: RUF012
+
+
+def test_a_declared_role_wins_and_must_exist() -> None:
+    layer = nn.Linear(3, 3)
+    layer.parameter_roles = {"weight": "embedding"}
+    assert roles(layer)["weight"] == "embedding"
+    with pytest.raises(ConfigError, match=r"WrongRole.parameter_roles\['weight'\]='gate' is not known; allowed: "):
+        roles(WrongRole(3, 3))
+
+
+def factor_at(step: int, schedule: str = "cosine", **changes: Any) -> float:
+    settings = {"max_steps": 110, "warmup_steps": 10, "final_factor": 0.2, "decay_share": 0.5, **changes}
+    return schedule_factor(schedule, **settings)(step)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_schedules_start_warm_up_and_end_alike(schedule: str) -> None:
+    assert factor_at(0, schedule) == pytest.approx(0.1)
+    assert factor_at(4, schedule) == pytest.approx(0.5)
+    assert factor_at(9, schedule) == pytest.approx(1.0)
+    assert factor_at(10, schedule) == pytest.approx(1.0)
+    assert factor_at(110, schedule) == pytest.approx(0.2)
+    assert factor_at(500, schedule) == pytest.approx(0.2)
+    assert factor_at(0, schedule, warmup_steps=0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("linear", 60, 0.6),
+        ("linear", 85, 0.4),
+        ("cosine", 60, 0.6),
+        ("cosine", 35, 0.2 + 0.8 * (0.5 + math.sqrt(0.125))),
+        ("wsd", 30, 1.0),
+        ("wsd", 55, 1.0),
+        ("wsd", 82.5, 0.6),
+    ],
+)
+def test_schedules_in_the_middle(schedule: str, step: int, expected: float) -> None:
+    assert factor_at(step, schedule) == pytest.approx(expected)
+
+
+def test_wsd_with_a_decay_longer_than_what_warm_up_leaves() -> None:
+    factors = [factor_at(step, "wsd", decay_share=1.0) for step in range(10, 111)]
+    assert factors == sorted(factors, reverse=True)
+    assert (factors[0], factors[50], factors[-1]) == pytest.approx((1.0, 0.6, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosin"}, r"optim.schedule='cosin' is not known; .* Did you mean 'cosine'\?"),
+        ({"final_factor": 1.5}, r"optim.final_factor=1.5 is out of range; allowed: 0 to 1"),
+        ({"decay_share": -0.1}, r"optim.decay_share=-0.1 is out of range"),
+        ({"warmup_steps": 111}, r"optim.warmup_steps=111 is out of range; allowed: 0 to 110"),
+        ({"max_steps": -1}, r"trainer.max_steps=-1 gives the schedule no length"),
+    ],
+)
+def test_schedules_refuse(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        factor_at(0, **changes)
+
+
+def test_the_shipped_configuration_makes_a_schedule_and_groups() -> None:
+    optim = config()["optim"]
+    assert [group["lr"] for group in parameter_groups(transformer(*memory_ffns()), optim)] == [0.004, 0.004, 0.016]
