@@ -11,10 +11,9 @@ shape_checks.install()
 import pytest  # noqa: E402  the checks come before anything could import the package
 import torch  # noqa: E402
 
-# Workers of xdist share the cores; the processes that tests start inherit the limit.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
+# Threads that fight for shared cores cost far more than they bring; the processes that tests start inherit the limit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pkm_lightning.errors import ConfigError
@@ -86,12 +87,14 @@ def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers
         strategy = instantiate(config["strategy"], "strategy")
     elif devices not in (1, "1"):
         raise ConfigError(f"trainer.devices={devices} needs a strategy for several processes; say strategy=ddp.")
+    # Without this Lightning would add a checkpoint callback of its own, which writes where it likes.
+    checkpointing = any(isinstance(callback, Checkpoint) for callback in callbacks)
     try:
         trainer: L.Trainer = instantiate(
-            config["trainer"],
+            {"enable_checkpointing": checkpointing, "default_root_dir": config["run_dir"], **config["trainer"]},
             "trainer",
             strategy=strategy,
-            callbacks=callbacks,
+            callbacks=list(callbacks),
             logger=loggers or False,
             plugins=[AtomicCheckpointIO()],
         )

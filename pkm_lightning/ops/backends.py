@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import torch
+
 _log = logging.getLogger(__name__)
 Implementation = TypeVar("Implementation", bound=Callable[..., object])
 
@@ -20,7 +22,8 @@ def choose_backend(op: str, backend: str, default: str, available: Mapping[str, 
     name = default if backend == "auto" else backend
     if name not in available:
         raise ValueError(f"{op}: backend={backend!r} is not available; allowed: auto, {', '.join(available)}.")
-    _announce(op, name)
+    if not torch.compiler.is_compiling():
+        _announce(op, name)
     return available[name]
 
 

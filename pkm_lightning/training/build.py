@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import ConfigError, nearest
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Placement, Transformer
@@ -51,7 +52,10 @@ def build_model(config: Config) -> Transformer:
             else nn.Identity()
         )
         ffns.append(placement.combine(base, variant))
-    arguments = {name: value for name, value in model.items() if name not in _BUILDER_KEYS}
+    arguments = {str(name): value for name, value in model.items() if name not in _BUILDER_KEYS}
+    unknown = arguments.keys() - inspect.signature(Transformer).parameters.keys()
+    if unknown:
+        raise ConfigError(f"model.{min(unknown)} is no key of model; remove it.{nearest(min(unknown), model)}")
     return Transformer(**arguments, ffns=ffns, tables=tables, write_after=placement.write_after)
 
 

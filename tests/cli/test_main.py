@@ -60,6 +60,7 @@ BAD_INPUT = {
     "missing target": (["ffn=custom"], ["ffn._target_"]),
     "unknown module": (["ffn=custom", "ffn._target_=no_such.Thing"], ["no_such.Thing", "import path"]),
     "function as a class": (["ffn=custom", "ffn._target_=os.getcwd"], ["os.getcwd", "no class"]),
+    "key added to the model": (["+model.n_head=3"], ["model.n_head", "Did you mean 'n_heads'?"]),
     "argument of a class": (["+ffn.colour=red"], ["colour", "n_keys"]),
     "no data module": (["data=custom", "data._target_=torch.nn.ReLU"], ["torch.nn.ReLU", "LightningDataModule"]),
     "text without a path": (["data=text"], ["data.path"]),

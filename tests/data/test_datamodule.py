@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,7 +127,6 @@ def test_an_indivisible_batch_is_refused_before_training(facts: Callable[..., Fa
 
 TWO_RANKS = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
 import lightning.pytorch as pl
 from conftest import FACTS, LOADER
 from test_datamodule import Recorder
@@ -134,7 +134,7 @@ from pkm_lightning.data import FactsDataModule
 
 class Reporter(Recorder):
     def on_fit_end(self):
-        with open(f"{sys.argv[2]}/{self.global_rank}.json", "w") as file:
+        with open(f"{sys.argv[1]}/{self.global_rank}.json", "w") as file:
             json.dump([self.rows, self.fillers], file)
 
 trainer = pl.Trainer(
@@ -142,13 +142,14 @@ trainer = pl.Trainer(
     enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
     check_val_every_n_epoch=None, val_check_interval=4, num_sanity_val_steps=0,
 )
-trainer.fit(Reporter(), FactsDataModule(**LOADER, **{**FACTS, "eval_facts": 1}, cache_dir=sys.argv[2]))
+trainer.fit(Reporter(), FactsDataModule(**LOADER, **{**FACTS, "eval_facts": 1}, cache_dir=sys.argv[1]))
 """
 
 
 def test_two_processes_share_the_global_batch(facts: Callable[..., FactsDataModule], tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent)
-    subprocess.run([sys.executable, "-c", TWO_RANKS, tests, str(tmp_path)], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", TWO_RANKS, str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     (one, fillers_one), (two, fillers_two) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
     together = [row for i in range(0, 16, 4) for rank in (one, two) for row in rank[i : i + 4]]
     assert together == fit(facts(eval_facts=1), tmp_path / "alone", steps=4)

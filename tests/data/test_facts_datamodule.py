@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -138,11 +139,12 @@ def test_fingerprint_tells_data_apart_but_not_orders(facts: Callable[..., FactsD
 
 def test_two_processes_build_equal_files(prepared: FactsDataModule, tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from conftest import FACTS, LOADER; "
+        "import sys; from conftest import FACTS, LOADER; "
         "from pkm_lightning.data import FactsDataModule; "
-        "FactsDataModule(**LOADER, **FACTS, cache_dir=sys.argv[2]).prepare_data()"
+        "FactsDataModule(**LOADER, **FACTS, cache_dir=sys.argv[1]).prepare_data()"
     )
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
     ours = prepared.cache_folder()
     theirs = tmp_path / ours.name
     assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())

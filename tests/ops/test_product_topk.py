@@ -16,7 +16,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from pkm_lightning.ops import product_topk
-from pkm_lightning.ops.product_topk.eager import _candidate_ranks, product_topk_eager
+from pkm_lightning.ops.product_topk.eager import candidate_ranks, product_topk_eager
 
 BACKENDS = ["eager", "reference"]
 # leading shape, sub-keys a half, slots kept: odd sizes, k = 1, k = S, k = S * S, no and several leading dimensions
@@ -149,7 +149,7 @@ def test_tied_slots_share_no_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize(("k", "candidates"), [(1, 1), (4, 8), (8, 20), (16, 50), (32, 119), (64, 280), (128, 645)])
 def test_number_of_candidates(k: int, candidates: int) -> None:
-    rank1_C, rank2_C = _candidate_ranks(k, k, torch.device("cpu"))
+    rank1_C, rank2_C = candidate_ranks(k, k, torch.device("cpu"))
     assert len(rank1_C) == len(rank2_C) == candidates
 
 

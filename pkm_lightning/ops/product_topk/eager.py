@@ -18,7 +18,9 @@ def product_topk_eager(scores1_XS: Tensor, scores2_XS: Tensor, k: int) -> tuple[
     with torch.no_grad():
         key1_XJ = ranked_topk(scores1_XS, per_half)
         key2_XJ = ranked_topk(scores2_XS, per_half)
-        rank1_C, rank2_C = _candidate_ranks(k, per_half, scores1_XS.device)
+        # A traced graph holds the ranks as constants; a cache inside it would only break the trace.
+        ranks = candidate_ranks if torch.compiler.is_compiling() else _cached_ranks
+        rank1_C, rank2_C = ranks(k, per_half, scores1_XS.device)
         half1_XC = scores1_XS.gather(-1, key1_XJ)[..., rank1_C]
         half2_XC = scores2_XS.gather(-1, key2_XJ)[..., rank2_C]
         best_XK = ranked_topk(half1_XC + half2_XC, k)
@@ -44,9 +46,11 @@ def ranked_topk(scores_XS: Tensor, k: int) -> Tensor:
     return indices_RK.reshape(*scores_XS.shape[:-1], k)
 
 
-@functools.lru_cache(maxsize=64)
-def _candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ranks (i, j) from 0, in lexicographic order, with (i + 1) * (j + 1) <= k: 119 pairs of 1,024 at k = 32."""
     pairs = [(i, j) for i in range(per_half) for j in range(per_half) if (i + 1) * (j + 1) <= k]
     rank1_C, rank2_C = torch.tensor(pairs, device=device).unbind(-1)
     return rank1_C.contiguous(), rank2_C.contiguous()
+
+
+_cached_ranks = functools.lru_cache(maxsize=64)(candidate_ranks)

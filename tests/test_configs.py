@@ -1,0 +1,73 @@
+"""Every YAML of every group composes with the defaults, and what it describes can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from tree import ROOT
+
+from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.training import LanguageModule
+
+CONFIGS = ROOT / "configs"
+OPTIONS = sorted(
+    f"{path.parent.relative_to(CONFIGS)}={path.stem}" for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS
+)
+# What a user must give, for the options that are nothing without it.
+GIVEN = {
+    "ffn=custom": ["ffn._target_=pkm_lightning.ffn.Dense", "+ffn.hidden_dim=8"],
+    "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
+    "data=text": ["data.path=somewhere"],
+    "data=jsonl": ["data.path=somewhere"],
+    "strategy=ddp": ["trainer.devices=2"],
+}
+
+
+def composed(overrides: list[str], run_dir: Path) -> dict[str, Any]:
+    with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
+        config = compose("config", overrides=[*overrides, f"run_dir={run_dir}", "trainer.accelerator=cpu"])
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return dict(plain)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
+    (tmp_path / "somewhere").mkdir()
+    overrides = [o.replace("somewhere", str(tmp_path / "somewhere")) for o in GIVEN.get(option, [])]
+    config, data = complete(composed([option, *overrides], tmp_path / "run"))
+    assembly = assemble(config)
+    assert isinstance(data, L.LightningDataModule)
+    assert assembly.trainer.max_steps == config["trainer"]["max_steps"]
+    assert len(assembly.callbacks) == len(config["callbacks"])
+
+
+@pytest.mark.parametrize("ffn", ["dense", "memory_plus"])
+def test_the_module_builds_with_its_optimizer(ffn: str, tmp_path: Path) -> None:
+    config, _ = complete(composed([f"ffn={ffn}"], tmp_path))
+    module = LanguageModule(config)
+    module.configure_model()
+    names = [group["name"] for group in module.configure_optimizers()["optimizer"].param_groups]
+    assert names == ["matrix", "gain", "table"][: 3 if ffn == "memory_plus" else 2]
+
+
+def test_two_ffns_differ_in_nothing_but_the_ffn(tmp_path: Path) -> None:
+    dense, memory = composed(["ffn=dense"], tmp_path), composed(["ffn=memory_plus"], tmp_path)
+    assert dense.pop("ffn") != memory.pop("ffn")
+    assert dense == memory
+
+
+def test_every_key_has_a_comment() -> None:
+    """The YAML is the documentation of every key."""
+    bare = []
+    for path in CONFIGS.rglob("*.yaml"):
+        for line in path.read_text().splitlines():
+            key, _, rest = line.strip().partition(":")
+            is_leaf = rest.strip() and not key.startswith(("#", "-", "_", "defaults"))
+            if path.parent.name in ("ffn", "placement", "data", "optim") and is_leaf and "#" not in rest:
+                bare.append(f"{path.relative_to(CONFIGS)}: {line.strip()}")
+    assert [b for b in bare if not b.startswith("placement/all.yaml")] == []
