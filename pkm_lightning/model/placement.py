@@ -18,7 +18,7 @@ class Placement:
 
     Args:
         layers: `"all"`, `"centred"`, or a list of layer numbers from 0.
-        count: layers, for `centred`.
+        count: layers, for `centred`; all of a model that has fewer.
         stride: distance between them, for `centred`; None takes n_layers // count.
         mode: `replace` the base FFN, or add the variant `parallel` to it (ResM of Kim & Jung 2020, arXiv 2010.03881).
         write_after: add the variant's output this many layers later (UltraMem, arXiv 2411.12364, section 3); needs
@@ -70,12 +70,13 @@ class Placement:
             return list(range(n_layers))
         if self.layers != "centred":
             return [int(layer) for layer in self.layers]
-        check_range("placement.count", self.count, low=0, high=n_layers)
+        check_range("placement.count", self.count, low=0)
+        count = min(self.count, n_layers)
         if self.stride is not None:
             check_range("placement.stride", self.stride, low=1)
-        stride = self.stride or max(1, n_layers // max(1, self.count))
-        first = n_layers // 2 - stride * (self.count // 2)
-        return [first + stride * i for i in range(self.count)]
+        stride = self.stride or max(1, n_layers // max(1, count))
+        first = n_layers // 2 - stride * (count // 2)
+        return [first + stride * i for i in range(count)]
 
     def combine(self, base: nn.Module, variant: nn.Module) -> nn.Module:
         """The module that a placed layer runs."""

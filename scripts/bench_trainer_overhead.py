@@ -1,0 +1,111 @@
+"""How much time Lightning's Trainer and the default callbacks add to a bare loop over the same model and data.
+
+Rounds are interleaved in one process; validation and the recall questions are off on both sides. Prints a line a round
+and the ratio of the medians; `--out FILE.csv` appends the rounds with versions and date.
+
+    python scripts/bench_trainer_overhead.py --steps 100 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.clipping import clip_by_norm
+from pkm_lightning.training.loss import token_nll
+from pkm_lightning.training.run_record import versions
+
+
+def configuration(overrides: list[str], steps: int, run_dir: str) -> dict[str, Any]:
+    """The default configuration without validation."""
+    with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
+        fixed = [f"run_dir={run_dir}", f"trainer.max_steps={steps}", "~callbacks.recall"]
+        config = compose("config", overrides=[*overrides, *fixed, "+trainer.limit_val_batches=0"])
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return dict(plain)
+
+
+def bare_loop(config: dict[str, Any], data: Any) -> float:
+    """Seconds a step of the plain loop: loader, forward, backward, clipping, update, schedule."""
+    module = LanguageModule(config)
+    module.configure_model()
+    optimization = module.configure_optimizers()
+    optimizer, scheduler = optimization["optimizer"], optimization["lr_scheduler"]["scheduler"]
+    groups = {group["name"]: group["params"] for group in optimizer.param_groups}
+    batches = iter(data.train_dataloader())
+    steps = config["trainer"]["max_steps"]
+    started = time.perf_counter()
+    for _ in range(steps):
+        batch = next(batches)
+        loss = token_nll(module.model, module(batch).hidden_BTD, batch["labels"]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        clip_by_norm([*groups["matrix"], *groups["gain"]], config["optim"]["clip_norm"])
+        clip_by_norm(groups.get("table", []), config["optim"]["table_clip_norm"])
+        optimizer.step()
+        scheduler.step()
+    return (time.perf_counter() - started) / steps
+
+
+def through_trainer(config: dict[str, Any], data: Any) -> float:
+    """Seconds a step of `trainer.fit`, from the first batch to the last."""
+    assembly = assemble(config)
+    assembly.trainer.fit(LanguageModule(config), datamodule=data)
+    watches = [c.stopwatch.seconds for c in assembly.callbacks if hasattr(c, "stopwatch")]
+    return watches[0] / config["trainer"]["max_steps"]
+
+
+def main() -> None:
+    """Runs the rounds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    seconds: dict[str, list[float]] = {"bare": [], "trainer": []}
+    for number in range(arguments.rounds + 1):
+        for name, way in (("bare", bare_loop), ("trainer", through_trainer)):
+            with tempfile.TemporaryDirectory() as run_dir:
+                config, data = complete(configuration(arguments.overrides, arguments.steps, run_dir))
+                data.prepare_data()
+                data.setup("fit")
+                taken = way(config, data)
+            if number:  # the first round warms up
+                seconds[name].append(taken)
+                print(f"round {number} {name:8} {taken * 1e3:8.2f} ms a step", flush=True)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"trainer / bare = {medians['trainer'] / medians['bare']:.3f} (medians of {arguments.rounds} rounds)")
+    if arguments.out:
+        write(arguments.out, seconds, arguments.steps)
+
+
+def write(path: Path, seconds: dict[str, list[float]], steps: int) -> None:
+    """Appends a row a round."""
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if fresh:
+            writer.writerow(["date", "round", "bare_s", "trainer_s", "steps", "threads", "torch", "lightning"])
+        date, found = datetime.date.today().isoformat(), versions()
+        for number, pair in enumerate(zip(seconds["bare"], seconds["trainer"], strict=True), start=1):
+            numbers = [f"{value:.6f}" for value in pair]
+            writer.writerow(
+                [date, number, *numbers, steps, torch.get_num_threads(), found["torch"], found["lightning"]]
+            )
+
+
+if __name__ == "__main__":
+    main()
