@@ -24,7 +24,7 @@ def test_the_table_and_the_json_agree(cli: Run, tmp_path: Path) -> None:
     assert f"{figures['params']['total']:,} / {figures['params']['active']:,}" in shown
     assert f"{figures['flops_per_token']['train']:,}" in shown
     assert f"{figures['bytes_per_token']['decode']:,}" in shown
-    assert figures["table"] == {"rows": 16384, "dim": 64, "bytes": 16384 * 64 * 4}
+    assert figures["table"] == {"rows": 65536, "dim": 64, "bytes": 65536 * 64 * 4}
     assert figures["optimizer_bytes"] == 2 * figures["weight_bytes"] == 8 * figures["params"]["total"]
     assert list(tmp_path.iterdir()) == []
 
