@@ -82,8 +82,8 @@ class StepCheckpoint(ModelCheckpoint):
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
         """True on every rank if any rank was asked: ranks that stop at different steps would wait for ever."""
-        asked = torch.tensor(float(self._stop_reason is not None), device=trainer.strategy.root_device)
-        if trainer.world_size > 1:
-            total = trainer.strategy.reduce(asked, reduce_op="sum")
-            return bool(total > 0)
-        return bool(asked > 0)
+        asked = self._stop_reason is not None
+        if trainer.world_size == 1:
+            return asked
+        votes = torch.tensor(float(asked), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(votes, reduce_op="sum") > 0)

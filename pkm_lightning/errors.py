@@ -50,8 +50,21 @@ def check_range(key: str, value: float, low: float | None = None, high: float | 
     """Refuse a `value` of `key` outside the closed interval [`low`, `high`]; None leaves that side open.
 
     Raises:
-        ConfigError: naming the key, the value and the interval.
+        ConfigError: naming the key, the value and the interval; also if the value is no number.
     """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key}={value!r} is no number.")
     if (low is not None and value < low) or (high is not None and value > high):
         interval = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
         raise ConfigError(f"{key}={value} is out of range; allowed: {interval}.")
+
+
+def check_integer(key: str, value: int, low: int | None = None, high: int | None = None) -> None:
+    """`check_range` for whole numbers.
+
+    Raises:
+        ConfigError: as `check_range`; also for a fraction.
+    """
+    check_range(key, value, low, high)
+    if not isinstance(value, int):
+        raise ConfigError(f"{key}={value} is no whole number.")

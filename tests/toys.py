@@ -112,8 +112,12 @@ def token_ids(batch: int = 2, length: int = 9) -> Tensor:
 
 
 def config(*overrides: str) -> dict[str, Any]:
-    """The package's own configuration as plain values, for a vocabulary of a fixed size."""
-    return copy.deepcopy(_composed(("model.vocab_size=50", *overrides)))
+    """The package's own configuration as plain values, with three layers and a vocabulary of a fixed size."""
+    named = {override.split("=")[0] for override in overrides}
+    fixed = [] if "model.vocab_size" in named else ["model.vocab_size=50"]
+    if not named & {"model", "model.n_layers"}:
+        fixed.append("model.n_layers=3")
+    return copy.deepcopy(_composed((*fixed, *overrides)))
 
 
 @functools.cache

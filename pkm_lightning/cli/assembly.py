@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.training.build import build_meta_model
 from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pkm_lightning.training.instantiate import instantiate, target_class
@@ -25,13 +25,14 @@ def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataMod
     Raises:
         ConfigError: whatever cannot work.
     """
+    check_integer("seed", config["seed"], 0, 2**32 - 1)
     data = instantiate(config["data"], "data")
     if not isinstance(data, L.LightningDataModule):
         raise ConfigError(f"data._target_={config['data']['_target_']} is no LightningDataModule.")
     config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
     config = solve_size(config)
     build_meta_model(config)
-    configured_schedule(config["optim"], int(config["trainer"]["max_steps"]))
+    configured_schedule(config["optim"], config["trainer"]["max_steps"])
     return config, data
 
 

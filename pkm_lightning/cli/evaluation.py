@@ -15,6 +15,7 @@ from pkm_lightning.cli.resume import checkpoint_config, load_checkpoint, saved_c
 from pkm_lightning.cli.run_directory import latest_checkpoint
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.module import check_tokenizer
 
 #: What a saved run is; a command that evaluates it cannot change it.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
@@ -41,8 +42,10 @@ class SavedRun:
             config = saved_config(self.folder, trust=trust)
         else:
             config = checkpoint_config(checkpoint, str(self.path), trust=trust)
-        self._weights = checkpoint["state_dict"]
+        self._checkpoint = checkpoint
         self.config, self.data = complete(_with_overrides(config, job))
+        self.data.prepare_data()
+        check_tokenizer(checkpoint, self.data)
 
     def trainer(self) -> L.Trainer:
         """A Trainer with the callbacks that score and show, without loggers."""
@@ -54,7 +57,7 @@ class SavedRun:
         module = LanguageModule(self.config)
         module.configure_model()
         try:
-            module.load_state_dict(self._weights)
+            module.load_state_dict(self._checkpoint["state_dict"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"ckpt={self.path} does not fit its configuration ({reason}).") from None

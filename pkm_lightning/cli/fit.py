@@ -20,11 +20,11 @@ from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.cli.resume import differences, load_checkpoint, saved_config
 from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
 from pkm_lightning.cli.summary import print_summary
-from pkm_lightning.errors import RunDirectoryError
+from pkm_lightning.errors import ConfigError, RunDirectoryError
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.build import build_meta_model
-from pkm_lightning.training.run_record import now, peak_memory_bytes, start_record
+from pkm_lightning.training.run_record import now, peak_memory_bytes, reset_peak_memory, start_record
 
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,6 +32,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def run(job: Job) -> float | None:
     """Trains the configured model; returns the test loss, which sweepers minimise."""
+    if job.config.ckpt is not None:
+        raise ConfigError(
+            f"ckpt={job.config.ckpt}: fit takes no checkpoint; continue a run with run_dir=ITS_DIRECTORY."
+        )
     config, data = complete(plain(job.config))
     assembly = assemble(config)
     if getattr(rank_zero_only, "rank", 0) != 0:
@@ -55,7 +59,8 @@ def _run_other_rank(job: Job, config: dict[str, Any], data: L.LightningDataModul
     try:
         return _train(config, data, assembly, latest_checkpoint(path), None)
     except RunInterrupted as stop:
-        raise Interrupted("", _exit_code(stop)) from None
+        # Lightning kills the first rank when another ends with an error, before it could write its record.
+        raise Interrupted("", 0) from stop
 
 
 def _take_up(
@@ -86,27 +91,31 @@ def _recorded(
     """Trains with run.json kept up to date, whatever happens."""
     cost = model_cost(build_meta_model(config), int(config["data"].get("seq_len") or 1))
     earlier = directory.record.get("seconds", {}).get("total", 0.0) if directory.resumes else 0.0
-    record = start_record(config, cost, getattr(data, "fingerprint", None))
+    record = start_record(config, cost)
     if directory.resumes:
         record["started"] = directory.record.get("started", record["started"])
         _log.info("continues the run in %s", directory.path)
     directory.save_config(config)
     directory.save_record(record)
     began = time.perf_counter()
+    reset_peak_memory()
 
     def end(status: str, **fields: Any) -> None:
+        peak = peak_memory_bytes(assembly.trainer.strategy.root_device)
+        record.update(status=status, ended=now(), peak_memory_bytes=peak, **fields)
         total = round(earlier + time.perf_counter() - began, 3)
-        record.update(status=status, ended=now(), peak_memory_bytes=peak_memory_bytes(), **fields)
         record["seconds"] = {**record["seconds"], "total": total}
         directory.save_record(record)
 
     try:
         loss = _train(config, data, assembly, directory.checkpoint(), record)
-    except (RunInterrupted, KeyboardInterrupt) as stop:
-        end("interrupted")
-        message = f"interrupted; the same command with run_dir={directory.path} continues"
-        raise Interrupted(message, _exit_code(stop)) from None
     except BaseException as error:
+        # Lightning turns a KeyboardInterrupt inside the Trainer into SystemExit.
+        stopped = isinstance(error, SystemExit) and assembly.trainer.interrupted
+        if stopped or isinstance(error, RunInterrupted | KeyboardInterrupt):
+            end("interrupted")
+            message = f"interrupted; the same command with run_dir={directory.path} continues"
+            raise Interrupted(message, _exit_code(error)) from None
         end("failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:500])
         raise
     end("finished")
@@ -131,31 +140,35 @@ def _train(
     if checkpoint is not None:
         load_checkpoint(checkpoint)  # refuses a damaged one in one sentence
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    data.prepare_data()
-    if record is not None:
-        record.update(world_size=trainer.world_size, device=_device_name(trainer))
     module = LanguageModule(config)
-    with _stops_gracefully(callbacks):
-        trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    with _stops_gracefully(trainer, callbacks):
+        data.prepare_data()
+        if record is not None:
+            fingerprint = getattr(data, "fingerprint", None)
+            record.update(world_size=trainer.world_size, device=_device_name(trainer), data=fingerprint)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
+        finally:
+            if record is not None:
+                _count(record, module, callbacks)
         results = trainer.test(module, datamodule=data, verbose=False)
     metrics = {k: float(v) for result in results for k, v in result.items()}
     if record is not None:
-        _fill(record, module, callbacks, metrics)
+        record["metrics"] = metrics
+        for callback in callbacks:
+            if isinstance(callback, Recall) and callback.report:
+                record["metrics"] = {**metrics, "recall": callback.report}
         print_summary(record, callbacks)
     return metrics.get("test/loss")
 
 
-def _fill(
-    record: dict[str, Any], module: LanguageModule, callbacks: list[L.Callback], metrics: dict[str, float]
-) -> None:
+def _count(record: dict[str, Any], module: LanguageModule, callbacks: list[L.Callback]) -> None:
+    """Tokens and training time so far, also of a run that did not come to its end."""
     record["tokens"] = int(module.tokens_seen)
-    record["metrics"] = metrics
     for callback in callbacks:
         if isinstance(callback, MetricsCSV):
             record["seconds"]["train"] = round(callback.stopwatch.seconds, 3)
             record["tokens_per_second"] = round(record["tokens"] / max(callback.stopwatch.seconds, 1e-9), 1)
-        if isinstance(callback, Recall) and callback.report:
-            record["metrics"] = {**record["metrics"], "recall": callback.report}
 
 
 def _device_name(trainer: L.Trainer) -> str:
@@ -164,18 +177,19 @@ def _device_name(trainer: L.Trainer) -> str:
 
 
 @contextlib.contextmanager
-def _stops_gracefully(callbacks: list[L.Callback]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a checkpoint at the end of the step; a second one stops at once."""
+def _stops_gracefully(trainer: L.Trainer, callbacks: list[L.Callback]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a checkpoint at the end of the step; outside training, or twice, they stop at once."""
     checkpoints = [c for c in callbacks if isinstance(c, StepCheckpoint)]
-    if not checkpoints:
-        yield
-        return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    asked = False
 
     def stop(number: int, _frame: object) -> None:
-        for earlier_number, handler in before.items():
-            signal.signal(earlier_number, handler)
-        checkpoints[0].request_stop(signal.Signals(number).name)
+        nonlocal asked
+        name = signal.Signals(number).name
+        if asked or not checkpoints or trainer.state.fn != "fit":
+            raise KeyboardInterrupt(name)
+        asked = True
+        checkpoints[0].request_stop(name)
 
     for number in _SIGNALS:
         signal.signal(number, stop)

@@ -13,6 +13,7 @@ from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.errors import check_choice
 from pkm_lightning.model import model_cost
+from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.training.build import build_meta_model
 from pkm_lightning.training.run_record import start_record
 
@@ -41,13 +42,12 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
     """Parameters, FLOPs and bytes a token, table size, weight and optimizer memory of a completed configuration."""
     model = build_meta_model(config)
     cost = model_cost(model, int(config["data"].get("seq_len") or 1))
-    record = start_record(config, cost, None)
+    record = start_record(config, cost)
     shared = ("ffn", "params", "flops_per_token", "bytes_per_token", "unknown_cost")
     itemsize = next(model.parameters()).element_size()
     return {
         **{key: record[key] for key in shared},
         "table": {"rows": cost.table_rows, "dim": cost.table_dim, "bytes": cost.table_params * itemsize},
         "weight_bytes": cost.params_total * itemsize,
-        # AdamW keeps two moments of every parameter in the parameter's own dtype.
-        "optimizer_bytes": 2 * cost.params_total * itemsize,
+        "optimizer_bytes": optimizer_bytes(model),
     }

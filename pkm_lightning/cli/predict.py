@@ -16,7 +16,6 @@ def run(job: Job) -> None:
     """Answers `data.prompts` or `data.prompts_file` and writes the file that `out` names."""
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
-    saved.data.prepare_data()
     batches = trainer.predict(module, datamodule=saved.data) or []
     records = [record for batch in batches for record in batch]
     if trainer.world_size > 1:

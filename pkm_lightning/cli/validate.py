@@ -16,7 +16,6 @@ def run(job: Job) -> float | None:
     """Prints the metrics; writes `VERB.json` into the run directory, if one was given. Returns the loss."""
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
-    saved.data.prepare_data()
     evaluate = trainer.validate if job.verb == "validate" else trainer.test
     metrics = {
         k: float(v) for result in evaluate(module, datamodule=saved.data, verbose=False) for k, v in result.items()

@@ -25,7 +25,7 @@ from pkm_lightning.data.cache import CacheKey, Source, open_cache, read_manifest
 from pkm_lightning.data.order import EpochOrder, ShareBatchSampler, StepBatchSampler, micro_batch_size
 from pkm_lightning.data.prompts import PromptBatches, collect_prompts
 from pkm_lightning.data.tokenizer import Tokenizer
-from pkm_lightning.errors import ConfigError, check_range
+from pkm_lightning.errors import ConfigError, DataError, check_range
 
 log = logging.getLogger(__name__)
 
@@ -212,12 +212,13 @@ class TokenDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a saved position, also with other ranks and micro-batches than before."""
-        current = {"order_seed": self.order_seed, "fingerprint": self.fingerprint}
-        changed = [key for key, value in current.items() if state_dict.get(key) != value]
-        if changed:
-            log.warning(
-                "The data differ from the checkpoint in %s; the resumed order is not exact.", " and ".join(changed)
+        if state_dict.get("fingerprint") != self.fingerprint:
+            raise DataError(
+                "The data are not those that the checkpoint was trained on: a source or a data.* key has changed "
+                "since; restore it, or start afresh in another run_dir."
             )
+        if state_dict.get("order_seed") != self.order_seed:
+            log.warning("The data differ from the checkpoint in order_seed; the resumed order is not exact.")
         self._loaded_samples = int(state_dict["samples"])
         self._loaded_batches = None
 

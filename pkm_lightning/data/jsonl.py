@@ -143,17 +143,8 @@ class JsonlDataModule(TokenDataModule):
         )
 
     def recall_items(self, limit: int | None = None) -> list[RecallItem]:
-        """The validation prompts and answers, without options; at most `limit`.
-
-        Raises:
-            ConfigError: if the records have no prompts and answers.
-        """
+        """The validation prompts and answers, without options; at most `limit`. Records of plain text give none."""
         questions = json.loads((self.cache_folder() / "questions.json").read_text(encoding="utf-8"))
-        if not questions:
-            raise ConfigError(
-                f"data.path={self.path} holds no records with '{self.prompt_field}' and '{self.answer_field}'; recall "
-                "items need both."
-            )
         return [
             RecallItem(prompt, answer, (), "record", "validation", 0, 0, math.nan, False)
             for prompt, answer in questions[:limit]

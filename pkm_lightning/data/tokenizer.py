@@ -6,6 +6,7 @@ Text never becomes a control token: a literal "<eos>" in it is spelled out.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides how text becomes ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without an end token."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn import functional
 
-from pkm_lightning.errors import check_range
+from pkm_lightning.errors import check_integer
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Dense(nn.Module):
 
     def __init__(self, *, dim: int, n_layers: int, hidden_dim: int) -> None:
         super().__init__()
-        check_range("ffn.hidden_dim", hidden_dim, low=1)
+        check_integer("ffn.hidden_dim", hidden_dim, low=1)
         self.n_layers = n_layers
         self.gate = nn.Linear(dim, hidden_dim, bias=False)
         self.up = nn.Linear(dim, hidden_dim, bias=False)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pkm_lightning.errors import ConfigError, check_range
+from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
 from pkm_lightning.memory import ProductKeys, QueryNetwork, TableReference, ValueTable
 from pkm_lightning.ops import product_topk
@@ -85,9 +85,9 @@ class MemoryPlus(nn.Module):
     @classmethod
     def table_spec(cls, *, dim: int, n_keys: int, value_dim: int | None, **_: object) -> TableSpec:
         """n_keys**2 rows of `value_dim` values."""
-        check_range("ffn.n_keys", n_keys, low=1, high=46_340)
+        check_integer("ffn.n_keys", n_keys, low=1, high=46_340)
         if value_dim is not None:
-            check_range("ffn.value_dim", value_dim, low=1)
+            check_integer("ffn.value_dim", value_dim, low=1)
         return TableSpec(rows=n_keys**2, dim=dim if value_dim is None else value_dim)
 
     def reset_parameters(self) -> None:
@@ -130,8 +130,8 @@ class MemoryPlus(nn.Module):
 
 
 def _check_sizes(*, heads: int, knn: int, n_keys: int, key_dim: int) -> None:
-    check_range("ffn.heads", heads, low=1)
-    check_range("ffn.knn", knn, low=1, high=n_keys)
-    check_range("ffn.key_dim", key_dim, low=2)
+    check_integer("ffn.heads", heads, low=1)
+    check_integer("ffn.knn", knn, low=1, high=n_keys)
+    check_integer("ffn.key_dim", key_dim, low=2)
     if key_dim % 2:
         raise ConfigError(f"ffn.key_dim={key_dim} is odd; it is split into two half keys: use {key_dim + 1}.")

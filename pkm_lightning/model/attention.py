@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pkm_lightning.errors import ConfigError, check_range
+from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.model.rope import apply_rope
 
 
@@ -33,8 +33,8 @@ class Attention(nn.Module):
 
     def __init__(self, *, dim: int, n_heads: int, n_kv_heads: int) -> None:
         super().__init__()
-        check_range("model.n_heads", n_heads, low=1)
-        check_range("model.n_kv_heads", n_kv_heads, low=1, high=n_heads)
+        check_integer("model.n_heads", n_heads, low=1)
+        check_integer("model.n_kv_heads", n_kv_heads, low=1, high=n_heads)
         if dim % n_heads:
             raise ConfigError(f"model.dim={dim} is not divisible by model.n_heads={n_heads}; {_divisors(dim)}.")
         if n_heads % n_kv_heads:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pkm_lightning.errors import ConfigError, check_choice, check_range
+from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
 
 
@@ -32,9 +32,14 @@ class Placement:
         self, *, layers: str | Sequence[int], count: int, stride: int | None, mode: str, write_after: int
     ) -> None:
         check_choice("placement.mode", mode, ("replace", "parallel"))
-        check_range("placement.write_after", write_after, low=0)
+        check_integer("placement.write_after", write_after, low=0)
         if isinstance(layers, str):
             check_choice("placement.layers", layers, ("all", "centred"))
+        elif not isinstance(layers, Sequence):
+            raise ConfigError(f"placement.layers={layers!r} is neither all nor centred nor a list of layer numbers.")
+        else:
+            for layer in layers:
+                check_integer("placement.layers", layer)  # type: ignore[arg-type]
         if write_after and mode == "replace":
             raise ConfigError(
                 f"placement.write_after={write_after} leaves the reading layer without any FFN under "
@@ -70,10 +75,10 @@ class Placement:
             return list(range(n_layers))
         if self.layers != "centred":
             return [int(layer) for layer in self.layers]
-        check_range("placement.count", self.count, low=0)
+        check_integer("placement.count", self.count, low=0)
         count = min(self.count, n_layers)
         if self.stride is not None:
-            check_range("placement.stride", self.stride, low=1)
+            check_integer("placement.stride", self.stride, low=1)
         stride = self.stride or max(1, n_layers // max(1, count))
         first = n_layers // 2 - stride * (count // 2)
         return [first + stride * i for i in range(count)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pkm_lightning.errors import check_range
+from pkm_lightning.errors import check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
@@ -72,7 +72,9 @@ class Transformer(nn.Module):
         activation_checkpointing: bool,
     ) -> None:
         super().__init__()
-        check_range("model.vocab_size", vocab_size, low=2)
+        check_integer("model.vocab_size", vocab_size, low=2)
+        check_integer("model.dim", dim, low=1)
+        check_integer("model.n_heads", n_heads, low=1)
         self.head_dim, self.rope_theta, self.write_after = dim // n_heads, rope_theta, write_after
         self.document_mask, self.reset_positions = document_mask, reset_positions
         self.activation_checkpointing = activation_checkpointing

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pkm_lightning.errors import ConfigError, nearest
+from pkm_lightning.errors import ConfigError, check_integer, nearest
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Placement, Transformer
@@ -17,6 +17,7 @@ from pkm_lightning.training.instantiate import accepted_keywords, instantiate, t
 
 Config = Mapping[str, Any]
 
+_WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 #: Keys of `model` that the transformer does not take as they stand.
 _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
 
@@ -30,6 +31,8 @@ def build_model(config: Config) -> Transformer:
         ConfigError: sizes, layers or classes that do not fit.
     """
     model = config["model"]
+    check_integer("model.n_layers", model["n_layers"], low=1)
+    check_integer("model.dim", model["dim"], low=1)
     n_layers = int(model["n_layers"])
     if not isinstance(model["vocab_size"], int):
         raise ConfigError(
@@ -55,14 +58,21 @@ def build_model(config: Config) -> Transformer:
     arguments = {str(name): value for name, value in model.items() if name not in _BUILDER_KEYS}
     unknown = arguments.keys() - inspect.signature(Transformer).parameters.keys()
     if unknown:
-        raise ConfigError(f"model.{min(unknown)} is no key of model; remove it.{nearest(min(unknown), model)}")
+        raise ConfigError(
+            f"model.{min(unknown)} is no key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
+        )
     return Transformer(**arguments, ffns=ffns, tables=tables, write_after=placement.write_after)
 
 
 def build_meta_model(config: Config) -> Transformer:
-    """The same model on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return build_model(config)
+    """The same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_WEIGHT_DTYPES.get(str(config["trainer"]["precision"]), torch.float32))
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _build_tables(config: Config, n_placed: int) -> list[ValueTable]:

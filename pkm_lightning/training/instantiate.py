@@ -23,10 +23,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError, PkmError
+from pkm_lightning.model.placement import Placement
 
 _TRUSTED_ROOTS = ("pkm_lightning", "lightning", "torch")
 # Not every class of torch is harmless to construct: torch.distributed.elastic's SubprocessHandler starts a program.
-_TRUSTED_KINDS = (nn.Module, Optimizer, L.Trainer, L.Callback, L.LightningDataModule, Logger, Strategy, Profiler)
+_TRUSTED_KINDS = (
+    nn.Module,
+    Optimizer,
+    Placement,
+    L.Trainer,
+    L.Callback,
+    L.LightningDataModule,
+    Logger,
+    Strategy,
+    Profiler,
+)
 
 
 def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: Any) -> Any:
@@ -104,6 +115,10 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
     Raises:
         ConfigError: naming the offending key and target, and how to trust it.
     """
+    if "${" in str(config):
+        raise ConfigError(
+            f"{source} holds an interpolation, ${{...}}; saved configurations are resolved: write a value."
+        )
     for key, target in _targets(config, ""):
         try:
             trusted = target.split(".")[0] in _TRUSTED_ROOTS and _is_trusted_class(target)
@@ -111,9 +126,8 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
             trusted = False
         if not trusted:
             raise ConfigError(
-                f"{source} names {key}={target}, which is no class of pkm_lightning, nor a "
-                f"{', '.join(kind.__name__ for kind in _TRUSTED_KINDS)} of lightning or torch; "
-                "if you trust that file, say trust_config=true."
+                f"{source} names {key}={target}, which is no class of pkm_lightning, lightning or torch that is a "
+                f"{', '.join(kind.__name__ for kind in _TRUSTED_KINDS)}; if you trust that file, say trust_config=true."
             )
 
 
@@ -122,8 +136,7 @@ def _is_trusted_class(target: str) -> bool:
     cls = pkgutil.resolve_name(target)
     if not isinstance(cls, type):
         return False
-    home = cls.__module__.split(".")[0]
-    return home == "pkm_lightning" or (home in _TRUSTED_ROOTS and issubclass(cls, _TRUSTED_KINDS))
+    return cls.__module__.split(".")[0] in _TRUSTED_ROOTS and issubclass(cls, _TRUSTED_KINDS)
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -42,6 +42,10 @@ def check_batch(batch: object, vocab_size: int) -> None:
     for name in ("labels", "doc_ids", "valid"):
         if name in batch and batch[name].shape != ids_BT.shape:
             raise DataError(f"batch['{name}'] has shape {tuple(batch[name].shape)}, input_ids {tuple(ids_BT.shape)}.")
+    if ids_BT.ndim != 2 or not ids_BT.numel():
+        raise DataError(
+            f"batch['input_ids'] has shape {tuple(ids_BT.shape)}; it must be (sequences, tokens), not empty."
+        )
     targets_M = labels_BT[labels_BT != NO_TARGET]
     low, high = int(ids_BT.min()), max(int(ids_BT.max()), int(targets_M.max()) if targets_M.numel() else 0)
     if low < 0 or high >= vocab_size:
@@ -49,7 +53,11 @@ def check_batch(batch: object, vocab_size: int) -> None:
             f"token ids run from {low} to {high}, but model.vocab_size={vocab_size} allows 0 to {vocab_size - 1}: "
             "set model.vocab_size, or model.vocab_size=auto to take the data module's."
         )
-    if targets_M.numel() > 8 and bool((targets_M == ids_BT[labels_BT != NO_TARGET]).all()):
+    if targets_M.numel() and int(targets_M.min()) < 0:
+        raise DataError(f"labels hold {int(targets_M.min())}; allowed: token ids, and {NO_TARGET} for no target.")
+    copied = targets_M.numel() > 8 and bool((targets_M == ids_BT[labels_BT != NO_TARGET]).all())
+    inner_BT = labels_BT[:, :-1] != NO_TARGET
+    if copied and not bool((labels_BT[:, :-1][inner_BT] == ids_BT[:, 1:][inner_BT]).all()):
         raise DataError(
             "labels equal input_ids: labels[t] must be the token that follows input_ids[t]; shift them by one."
         )

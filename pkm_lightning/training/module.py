@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import plugins
@@ -157,12 +159,14 @@ class LanguageModule(L.LightningModule):
 
         `trainer.gradient_clip_val`, where set, takes the place of `optim.clip_norm`.
         """
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
         optim = self.config["optim"]
         dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
         tables = [p for group in optimizer.param_groups if group["name"] == "table" for p in group["params"]]
         dense = [p for group in optimizer.param_groups if group["name"] != "table" for p in group["params"]]
         for name, parameters, limit in (("dense", dense, dense_limit), ("table", tables, optim["table_clip_norm"])):
-            if parameters:
+            if parameters and (limit is not None or self._log_is_due()):
                 norm = clip_by_norm(parameters, limit)
                 if self._log_is_due():
                     self.log(f"train/grad_norm_{name}", norm)
@@ -222,11 +226,17 @@ class LanguageModule(L.LightningModule):
     # --- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the token counter."""
+        """Adds the token counter and what the token ids mean."""
         checkpoint["tokens_seen"] = int(self.tokens_seen)
+        checkpoint["tokenizer"] = tokenizer_digest(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the token counter."""
+        """Restores the token counter.
+
+        Raises:
+            CheckpointError: the data's tokenizer is not the one that the weights were trained with.
+        """
+        check_tokenizer(checkpoint, self.trainer.datamodule)  # type: ignore[attr-defined]
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)
 
 
@@ -234,3 +244,23 @@ def _own_stats(plugin: str, stats: dict[str, Tensor]) -> dict[str, Tensor]:
     """The statistics of one plugin; where two stand side by side, `Beside` wrote `base.` or `variant.` before each."""
     prefix = "" if plugin == "ffn" else f"{plugin.removeprefix('ffn.')}."
     return {name.removeprefix(prefix): value for name, value in stats.items() if name.startswith(prefix)}
+
+
+def tokenizer_digest(data: object) -> str | None:
+    """What decides how the data module turns text into ids, or None where it does not say."""
+    return getattr(getattr(data, "tokenizer", None), "digest", None)
+
+
+def check_tokenizer(checkpoint: Mapping[str, Any], data: object) -> None:
+    """Refuse data whose token ids mean other words than those that a checkpoint's weights were trained on.
+
+    Raises:
+        CheckpointError: the digests differ.
+    """
+    trained, given = checkpoint.get("tokenizer"), tokenizer_digest(data)
+    if trained is not None and given is not None and trained != given:
+        raise CheckpointError(
+            "the data's tokenizer is not the one that the checkpoint was trained with (a source or a data.* key has "
+            "changed since), so ids would mean other words; restore the data, or give its tokenizer as "
+            "data.tokenizer=FILE."
+        )

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from pkm_lightning.errors import ConfigError, check_choice, check_range
+from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 
 ROLES = ("matrix", "norm", "bias", "embedding", "table")
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -72,7 +72,10 @@ def configured_schedule(optim: Mapping[str, Any], max_steps: int) -> Callable[[i
     Raises:
         ConfigError: as `schedule_factor`, or a share outside 0 to 1.
     """
+    check_integer("trainer.max_steps", max_steps)
     check_range("optim.warmup_share", optim["warmup_share"], 0, 1)
+    for name in ("lr", "weight_decay", "table_lr_factor", "table_weight_decay"):
+        check_range(f"optim.{name}", optim[name], 0)
     return schedule_factor(
         optim["schedule"],
         max_steps=max_steps,
@@ -99,6 +102,7 @@ def schedule_factor(
     Raises:
         ConfigError: an unknown schedule, a number out of range, or no positive `max_steps`.
     """
+    check_integer("trainer.max_steps", max_steps)
     check_choice("optim.schedule", schedule, ("cosine", "linear", "wsd"))
     check_range("optim.final_factor", final_factor, 0, 1)
     check_range("optim.decay_share", decay_share, 0, 1)

@@ -6,7 +6,8 @@
 | status | running, finished, failed (with `reason`), interrupted |
 | ffn, seed, precision, world_size, threads, device | what ran where |
 | params | total, active (parameters of one token's arithmetic), table |
-| flops_per_token | train and decode of the whole model, trunk likewise |
+| flops_per_token | train and decode of the whole model, trunk likewise; unembedding counts at every position, though |
+| | training leaves it out where there is no target |
 | bytes_per_token | train (rows a token moves for itself) and decode (parameters read at batch 1) |
 | tokens, seconds, tokens_per_second | real input tokens, {train, total} over all sittings |
 | peak_memory_bytes | of the process, or of the device where it is a GPU |
@@ -18,6 +19,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import resource
@@ -35,7 +37,7 @@ from pkm_lightning.model import ModelCost
 SCHEMA = 1
 
 
-def start_record(config: dict[str, Any], cost: ModelCost, fingerprint: str | None) -> dict[str, Any]:
+def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
     """The record at the start of a run, with `"status": "running"`."""
     return {
         "schema": SCHEMA,
@@ -60,7 +62,7 @@ def start_record(config: dict[str, Any], cost: ModelCost, fingerprint: str | Non
         "precision": str(config["trainer"]["precision"]),
         "world_size": None,
         "threads": torch.get_num_threads(),
-        "data": fingerprint,
+        "data": None,
         "started": now(),
         "ended": None,
         "metrics": {},
@@ -102,9 +104,21 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def peak_memory_bytes() -> int:
-    """The peak of the GPU's allocator where there is one, else of the process's resident memory."""
+def reset_peak_memory() -> None:
+    """Forgets what an earlier job of this process needed, where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The peak of the allocator of a GPU, else of the process's resident memory, since `reset_peak_memory`."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -73,3 +74,23 @@ def test_predict_without_prompts_names_the_keys(cli: Run, trained: Path) -> None
 def test_a_run_without_a_checkpoint_says_so(cli: Run, trained: Path) -> None:
     shutil.rmtree(trained / "checkpoints")
     assert "has no checkpoint yet" in cli("test", "run_dir=run").err
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "data: \"${oc.decode:'{_target_: os.system}'}\"",
+        "callbacks: {x: {_target_: pkm_lightning.cli.run_directory.RunDirectory, path: elsewhere, resume: never}}",
+        "callbacks: {x: {_target_: subprocess.Popen, args: [touch, planted]}}",
+    ],
+)
+def test_a_planted_configuration_is_refused(cli: Run, trained: Path, planted: str) -> None:
+    config = (trained / "config.yaml").read_text()
+    key = planted.split(":")[0]
+    kept = re.sub(rf"(?m)^{key}:\n(?:[ -].*\n)*", "", config)
+    assert kept != config
+    (trained / "config.yaml").write_text(kept + planted + "\n")
+    shown = cli("test", "run_dir=run")
+    assert shown.code == 2, shown.out
+    assert "config.yaml" in shown.err
+    assert "Traceback" not in shown.err

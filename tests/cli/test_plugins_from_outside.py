@@ -92,15 +92,33 @@ def test_ids_outside_the_vocabulary_are_refused(cli: Run, plugin_dir: Path) -> N
     assert "model.vocab_size=20" in shown.err
 
 
+SMALL_TEXT = ["data.vocab_size=280", "data.seq_len=32", "data.global_batch_size=4"]
+
+
 def test_jsonl_and_text_train(cli: Run, tmp_path: Path) -> None:
-    records = [{"prompt": f"{a} plus {b} is", "answer": str(a + b)} for a in range(20) for b in range(20)]
+    sums = [(f"{a} plus {b} is", str(a + b)) for a in range(20) for b in range(20)]
+    records = [{"prompt": prompt, "answer": answer} for prompt, answer in sums]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (tmp_path / "prose.txt").write_text(" ".join(f"{r['prompt']} {r['answer']}." for r in records))
-    small = ["data.vocab_size=280", "data.seq_len=32", "data.global_batch_size=4"]
-    for source in ("data=jsonl data.path=sums.jsonl", "data=text data.path=prose.txt"):
-        shown = cli("fit", *RUN, *source.split(), *small, f"run_dir={source[5:9]}")
+    texts = [{"text": " ".join(pair)} for pair in sums]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts))
+    (tmp_path / "prose.txt").write_text(" ".join(f"{prompt} {answer}." for prompt, answer in sums))
+    for kind, path in (("jsonl", "sums.jsonl"), ("jsonl", "plain.jsonl"), ("text", "prose.txt")):
+        shown = cli("fit", *RUN, f"data={kind}", f"data.path={path}", *SMALL_TEXT, f"run_dir=of-{path}")
         assert shown.code == 0, shown.err
         assert "perplexity of held-out text" in shown.out
-    answered = cli("predict", "run_dir=json", "data.prompts=[2 plus 2 is]")
+        assert ("recall" in shown.out) == (path == "sums.jsonl")
+    answered = cli("predict", "run_dir=of-sums.jsonl", "data.prompts=[2 plus 2 is]")
     assert answered.code == 0, answered.err
-    assert json.loads((tmp_path / "json" / "predictions.jsonl").read_text())["prompt"] == "2 plus 2 is"
+    answers = (tmp_path / "of-sums.jsonl" / "predictions.jsonl").read_text()
+    assert json.loads(answers)["prompt"] == "2 plus 2 is"
+
+
+def test_weights_are_not_read_with_another_tokenizer(cli: Run, tmp_path: Path) -> None:
+    """Edited sources would make a new vocabulary, and every token id mean another word."""
+    (tmp_path / "prose.txt").write_text("the quick brown fox jumps over the lazy dog " * 80)
+    assert cli("fit", *RUN, "data=text", "data.path=prose.txt", *SMALL_TEXT, "run_dir=run").code == 0
+    (tmp_path / "prose.txt").write_text("sphinx of black quartz, judge my vow " * 80)
+    for verb, extra in (("test", []), ("predict", ["data.prompts=[the quick]"])):
+        shown = cli(verb, "run_dir=run", *extra)
+        assert shown.code == 2
+        assert "tokenizer is not the one" in shown.err

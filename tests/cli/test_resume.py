@@ -93,3 +93,16 @@ def test_a_signal_leaves_a_checkpoint_and_an_honest_record(tmp_path: Path, numbe
     assert "continues" in out
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     assert last_checkpoint(run)["global_step"] >= int(metrics(run)[-1]["step"])
+
+
+def test_ctrl_c_without_checkpoints_is_an_interruption_too(tmp_path: Path) -> None:
+    process = fit("trainer.max_steps=5000", "~callbacks.step_checkpoint", "run_dir=run", cwd=tmp_path)
+    while process.poll() is None and not (tmp_path / "run" / "metrics.csv").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert record["tokens"] > 0

@@ -140,4 +140,5 @@ def test_schedules_refuse(changes: dict[str, Any], message: str) -> None:
 
 def test_the_shipped_configuration_makes_a_schedule_and_groups() -> None:
     optim = config()["optim"]
-    assert [group["lr"] for group in parameter_groups(transformer(*memory_ffns()), optim)] == [0.004, 0.004, 0.016]
+    rates = [group["lr"] for group in parameter_groups(transformer(*memory_ffns()), optim)]
+    assert rates == [optim["lr"], optim["lr"], optim["lr"] * optim["table_lr_factor"]]
