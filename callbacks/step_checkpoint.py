@@ -12,6 +12,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pkm_lightning.errors import check_integer
+
 
 class RunInterrupted(Exception):
     """Raised after a checkpoint was written because the run was asked to stop."""
@@ -28,6 +30,7 @@ class StepCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, *, dirpath: str, every_n_steps: int) -> None:
+        check_integer("callbacks.step_checkpoint.every_n_steps", every_n_steps, low=1)
         super().__init__(
             dirpath=dirpath,
             filename="step-{step:08d}",

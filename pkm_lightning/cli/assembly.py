@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from pkm_lightning.errors import ConfigError, check_integer
+from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.training.build import build_meta_model
 from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pkm_lightning.training.instantiate import instantiate, target_class
@@ -25,6 +25,11 @@ def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataMod
     Raises:
         ConfigError: whatever cannot work.
     """
+    for name in ("log_every_n_steps", "accumulate_grad_batches"):
+        check_integer(f"trainer.{name}", config["trainer"][name], 1)
+    interval = config["trainer"]["val_check_interval"]
+    if isinstance(interval, int | float):
+        check_range("trainer.val_check_interval", interval, 1 if isinstance(interval, int) else 1e-9)
     check_integer("seed", config["seed"], 0, 2**32 - 1)
     data = instantiate(config["data"], "data")
     if not isinstance(data, L.LightningDataModule):
@@ -88,11 +93,16 @@ def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers
         strategy = instantiate(config["strategy"], "strategy")
     elif devices not in (1, "1"):
         raise ConfigError(f"trainer.devices={devices} needs a strategy for several processes; say strategy=ddp.")
-    # Without this Lightning would add a checkpoint callback of its own, which writes where it likes.
+    # Without these Lightning would add a checkpoint callback and a progress bar of its own.
     checkpointing = any(isinstance(callback, Checkpoint) for callback in callbacks)
     try:
         trainer: L.Trainer = instantiate(
-            {"enable_checkpointing": checkpointing, "default_root_dir": config["run_dir"], **config["trainer"]},
+            {
+                "enable_checkpointing": checkpointing,
+                "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
+                "default_root_dir": config["run_dir"],
+                **config["trainer"],
+            },
             "trainer",
             strategy=strategy,
             callbacks=list(callbacks),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.callbacks import MetricsCSV, Recall, RunInterrupted, StepCheckpoint
 from pkm_lightning.cli.assembly import Assembly, assemble, complete
@@ -20,7 +22,7 @@ from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.cli.resume import differences, load_checkpoint, saved_config
 from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
 from pkm_lightning.cli.summary import print_summary
-from pkm_lightning.errors import ConfigError, RunDirectoryError
+from pkm_lightning.errors import ConfigError, DataError, RunDirectoryError
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.build import build_meta_model
@@ -151,15 +153,31 @@ def _train(
         finally:
             if record is not None:
                 _count(record, module, callbacks)
-        results = trainer.test(module, datamodule=data, verbose=False)
-    metrics = {k: float(v) for result in results for k, v in result.items()}
+        if trainer.global_step == 0:
+            raise DataError(f"{type(data).__name__}.train_dataloader gave no batch; no training step was taken.")
+        metrics = _final_metrics(trainer, module, data)
     if record is not None:
         record["metrics"] = metrics
         for callback in callbacks:
             if isinstance(callback, Recall) and callback.report:
                 record["metrics"] = {**metrics, "recall": callback.report}
         print_summary(record, callbacks)
-    return metrics.get("test/loss")
+    return metrics.get("test/loss", metrics.get("val/loss"))
+
+
+def _final_metrics(trainer: L.Trainer, module: LanguageModule, data: L.LightningDataModule) -> dict[str, float]:
+    """Those of the test, or of the validation where the data module has no test data."""
+    if is_overridden("test_dataloader", data):
+        results = trainer.test(module, datamodule=data, verbose=False)
+    elif is_overridden("val_dataloader", data):
+        results = trainer.validate(module, datamodule=data, verbose=False)
+    else:
+        results = []
+    metrics = {k: float(v) for result in results for k, v in result.items()}
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        _log.warning("%s: not finite; the run diverged, or its data had no targets", ", ".join(broken))
+    return metrics
 
 
 def _count(record: dict[str, Any], module: LanguageModule, callbacks: list[L.Callback]) -> None:

@@ -61,7 +61,11 @@ class Job:
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)
         swept = hydra.mode == RunMode.MULTIRUN
-        run_dir = str(hydra.runtime.output_dir) if swept else str(config.run_dir)
+        if swept and verb != "fit":
+            raise ConfigError(f"-m sweeps fit only; run {verb} once for each run_dir.")
+        if not isinstance(config.run_dir, str) or not config.run_dir.strip():
+            raise ConfigError(f"run_dir={config.run_dir!r} names no directory; give run_dir=PATH.")
+        run_dir = str(hydra.runtime.output_dir) if swept else config.run_dir
         with open_dict(config):
             config.run_dir = str(Path(run_dir).absolute())
 

@@ -65,8 +65,11 @@ def _run(verb: str, arguments: list[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv = [sys.argv[0], *arguments]
     failures: list[JobFailure] = []
+    composed = False
 
     def job(config: DictConfig) -> float | None:
+        nonlocal composed
+        composed = True
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
         return Job(verb, arguments, config).execute(run, failures)
 
@@ -74,6 +77,12 @@ def _run(verb: str, arguments: list[str]) -> int:
         hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name="config")(job)()
     except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError, KeyError) as error:
+        if composed:
+            raise
+        groups = [a for a in arguments if "." not in a.split("=")[0]]
+        print(f"error: {' '.join(groups)}: does not compose ({explain(error)}).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted before the work started", file=sys.stderr)

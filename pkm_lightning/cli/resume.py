@@ -66,7 +66,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"ckpt={path} does not exist.") from None
     except Exception:  # torch raises half a dozen kinds for a file that it cannot read
         raise CheckpointError(f"ckpt={path} is damaged or no checkpoint; use another one.") from None
-    if not isinstance(checkpoint, dict) or "tokens_seen" not in checkpoint:
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    config = (content.get("hyper_parameters") or {}).get("config") or {}
+    if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= config.keys():
         raise CheckpointError(f"ckpt={path} was not written by this package; use one from a run's checkpoints folder.")
     return checkpoint
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -41,6 +42,8 @@ class RunDirectory:
         self._lock = self._acquire()
         try:
             self.record = self._read_record()
+            if not self.record:
+                self._refuse_foreign_files()
             self.resumes = bool(self.record) and resume != "never"
             if resume == "never":
                 self._clear()
@@ -68,7 +71,7 @@ class RunDirectory:
     def save_record(self, record: dict[str, Any]) -> None:
         """Writes run.json."""
         self.record = record
-        write_beside(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+        write_beside(self.path / "run.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
     def _acquire(self) -> IO[str]:
         try:
@@ -100,10 +103,30 @@ class RunDirectory:
             raise RunDirectoryError(f"{file} is no record of a run; choose another run_dir or start with resume=never.")
         return record
 
+    def _refuse_foreign_files(self) -> None:
+        """Without a record the directory must be empty, but for what a run leaves that was killed at its very start."""
+        found = {entry.name for entry in self.path.iterdir()} - {".lock", "config.yaml.tmp", "run.json.tmp"}
+        if found == {"config.yaml"} and "\nffn:" in (self.path / "config.yaml").read_text(errors="replace"):
+            return
+        if found:
+            raise RunDirectoryError(
+                f"run_dir={self.path} is not empty ({', '.join(sorted(found)[:4])}) and has no run.json: it holds "
+                "something else; choose another."
+            )
+
     def _clear(self) -> None:
         for name in _OURS:
             entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what JSON has no word for: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

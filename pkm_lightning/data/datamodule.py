@@ -94,6 +94,8 @@ class TokenDataModule(LightningDataModule):
         self.num_workers: int = loader["num_workers"]
         self.order_seed: int = loader["order_seed"]
         self.cache_dir = Path(os.path.expandvars(loader["cache_dir"])).expanduser()
+        if isinstance(loader["prompts"], str):
+            raise ConfigError(f"data.prompts={loader['prompts']} is one text; give a list: data.prompts=[...].")
         self._prompts: Sequence[str] = loader["prompts"]
         self._prompts_file: str | None = loader["prompts_file"]
         self._folder: Path | None = None

@@ -102,6 +102,9 @@ def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
 
 def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `keywords` that the constructor of `cls` names or takes through `**kwargs`."""
+    if "__init__" not in {name for base in cls.__mro__[:-1] if base is not nn.Module for name in vars(base)}:
+        # No constructor of its own: nn.Module's takes **kwargs only to refuse them.
+        return {}
     parameters = inspect.signature(cls).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return dict(keywords)

@@ -50,7 +50,7 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.config = config
-        self.heldout_nll = MeanMetric()
+        self.heldout_nll = MeanMetric(nan_strategy="disable")  # a diverged model must show
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
         self._step_nll: Tensor | None = None

@@ -76,6 +76,9 @@ def configured_schedule(optim: Mapping[str, Any], max_steps: int) -> Callable[[i
     check_range("optim.warmup_share", optim["warmup_share"], 0, 1)
     for name in ("lr", "weight_decay", "table_lr_factor", "table_weight_decay"):
         check_range(f"optim.{name}", optim[name], 0)
+    for name in ("clip_norm", "table_clip_norm"):
+        if optim[name] is not None:
+            check_range(f"optim.{name}", optim[name], 0)
     return schedule_factor(
         optim["schedule"],
         max_steps=max_steps,

@@ -171,3 +171,30 @@ def test_the_default_run_directory_is_under_runs(cli: Run, tmp_path: Path) -> No
     assert cli("fit", *SMALL_RUN, "trainer.max_steps=2", "ffn=dense").code == 0
     assert len(list((tmp_path / "runs").glob("*/*/run.json"))) == 1
     assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "notes.txt", "config.yaml"])
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_directory_of_something_else_is_left_alone(cli: Run, tmp_path: Path, left: str, resume: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).write_text("mine")
+    shown = cli("fit", *SMALL_RUN, "run_dir=run", f"resume={resume}")
+    assert shown.code == 2
+    assert "has no run.json" in shown.err
+    assert (tmp_path / "run" / left).read_text() == "mine"
+
+
+def test_a_diverged_run_is_valid_json_and_says_so(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "diverging.py").write_text(
+        "from pkm_lightning.ffn import Dense\n"
+        "class Diverging(Dense):\n"
+        "    def forward(self, x, context):\n"
+        "        return super().forward(x * float('nan'), context)\n"
+    )
+    shown = cli(
+        "fit", *SMALL_RUN, "run_dir=run", "ffn=dense", "ffn._target_=diverging.Diverging", "trainer.max_steps=2"
+    )
+    assert shown.code == 0, shown.err
+    assert "not finite" in shown.out + shown.err
+    assert "NaN" not in (tmp_path / "run" / "run.json").read_text()
+    assert record(tmp_path / "run")["metrics"]["test/loss"] is None

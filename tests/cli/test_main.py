@@ -45,6 +45,12 @@ BAD_INPUT = {
     "null dimension": (["model.dim=null"], ["model.dim=None", "no number"]),
     "no heads": (["model.n_heads=0"], ["model.n_heads=0"]),
     "a number for layers": (["placement.layers=3"], ["placement.layers=3", "list"]),
+    "no option": (["ffn=null"], ["ffn"]),
+    "negative clipping": (["optim.clip_norm=-1"], ["optim.clip_norm=-1"]),
+    "no log steps": (["trainer.log_every_n_steps=0"], ["trainer.log_every_n_steps=0"]),
+    "no validation steps": (["trainer.val_check_interval=0"], ["trainer.val_check_interval=0"]),
+    "no checkpoint steps": (["callbacks.step_checkpoint.every_n_steps=0"], ["every_n_steps=0"]),
+    "one prompt": (["data.prompts=hello"], ["data.prompts=hello", "list"]),
     "negative rate": (["optim.lr=-1"], ["optim.lr=-1"]),
     "seed": (["seed=abc"], ["seed='abc'", "no number"]),
     "checkpoint for fit": (["ckpt=some.ckpt"], ["ckpt=some.ckpt", "run_dir="]),
@@ -86,7 +92,7 @@ def test_bad_input_gets_one_helpful_line(cli: Run, tmp_path: Path, what: str) ->
         kept = [o for o in kept if not o.startswith("data.")]
     if any(p.startswith(("ffn.n", "ffn.knn")) for p in overrides):
         kept = [o for o in kept if not o.startswith("model.memory")]
-    shown = cli("fit", *kept, *overrides, "run_dir=run")
+    shown = cli("fit", *kept, "run_dir=run", *overrides)
     lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert shown.code == 2, shown
     assert len(lines) == 1, shown.err

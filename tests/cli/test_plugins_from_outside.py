@@ -92,6 +92,19 @@ def test_ids_outside_the_vocabulary_are_refused(cli: Run, plugin_dir: Path) -> N
     assert "model.vocab_size=20" in shown.err
 
 
+def test_data_without_a_test_set_is_validated_instead(cli: Run, plugin_dir: Path) -> None:
+    (plugin_dir / "toy_data.py").write_text(DATA.replace(" = test_dataloader", ""))
+    shown = cli("fit", "--config-dir=mine", *RUN, "ffn=toy", "data=toy", "run_dir=run")
+    assert shown.code == 0, shown.err
+    assert json.loads((plugin_dir / "run" / "run.json").read_text())["metrics"]["val/loss"] > 0
+
+
+def test_data_without_batches_is_a_failure(cli: Run, plugin_dir: Path) -> None:
+    shown = cli("fit", "--config-dir=mine", *RUN, "ffn=toy", "data=toy", "data.rows=0", "run_dir=run")
+    assert shown.code == 2
+    assert "no training step was taken" in shown.err
+
+
 SMALL_TEXT = ["data.vocab_size=280", "data.seq_len=32", "data.global_batch_size=4"]
 
 
