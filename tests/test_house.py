@@ -21,6 +21,7 @@ VAGUE_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
 FORBIDDEN_WORDS = {
     "reruns of numerics": r"\bfla" r"ky\b",
     "edits of sys.path": r"\bsys\.pa" r"th\.(?:insert|append|extend)|\bsys\.pa" r"th(?:\[[^\]]*\])?\s*\+?=",
+    "gaps in a text": r"_PLACE" r"HOLDER\b",
     "promises": r"\b(?:TO" r"DO|FIX" r"ME|X" r"XX)\b",
     "somebody's home": r"(?<![\w.])/(?:ho" r"me|Us" r"ers|ro" r"ot|wo" r"rk)/\w",
     "blanket ignores": r"#\s*(?:type:\s*ig" r"nore(?!\[)|no" r"qa(?!:))",

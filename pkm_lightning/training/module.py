@@ -225,10 +225,14 @@ class LanguageModule(L.LightningModule):
 
     # --- checkpoint
 
+    def _data(self) -> object:
+        """The data module, if a Trainer and with it one is there."""
+        return getattr(self._trainer, "datamodule", None)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the token counter and what the token ids mean."""
         checkpoint["tokens_seen"] = int(self.tokens_seen)
-        checkpoint["tokenizer"] = tokenizer_digest(self.trainer.datamodule)  # type: ignore[attr-defined]
+        checkpoint["tokenizer"] = tokenizer_digest(self._data())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the token counter.
@@ -236,7 +240,7 @@ class LanguageModule(L.LightningModule):
         Raises:
             CheckpointError: the data's tokenizer is not the one that the weights were trained with.
         """
-        check_tokenizer(checkpoint, self.trainer.datamodule)  # type: ignore[attr-defined]
+        check_tokenizer(checkpoint, self._data())
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)
 
 
