@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import HasAfterStep
@@ -50,7 +50,9 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.config = config
-        self.heldout_nll = MeanMetric(nan_strategy="disable")  # a diverged model must show
+        # Sums, not a mean: torchmetrics' means leave NaN out, and a diverged model must show.
+        self.heldout_nll = SumMetric(nan_strategy="disable")
+        self.heldout_targets = SumMetric(nan_strategy="disable")
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
         self._step_nll: Tensor | None = None
@@ -195,7 +197,8 @@ class LanguageModule(L.LightningModule):
         """Adds the batch to a mean over all held-out target tokens."""
         nll_M = token_nll(self.model, self(batch).hidden_BTD, batch["labels"])
         if nll_M.numel():
-            self.heldout_nll.update(nll_M.mean(), weight=nll_M.numel())
+            self.heldout_nll.update(nll_M.sum())
+            self.heldout_targets.update(float(nll_M.numel()))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """As in validation."""
@@ -210,8 +213,9 @@ class LanguageModule(L.LightningModule):
         self._log_heldout("test")
 
     def _log_heldout(self, prefix: str) -> None:
-        loss = self.heldout_nll.compute()
+        loss = self.heldout_nll.compute() / self.heldout_targets.compute()
         self.heldout_nll.reset()
+        self.heldout_targets.reset()
         # The metric is already summed over ranks; `sync_dist` only tells Lightning so.
         self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val", sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
