@@ -25,7 +25,7 @@ from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.errors import ConfigError, DataError, RunDirectoryError
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.build import build_meta_model
+from pkm_lightning.training.build import attention_context, build_meta_model
 from pkm_lightning.training.run_record import now, peak_memory_bytes, reset_peak_memory, start_record
 
 _log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _recorded(
     directory: RunDirectory, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly
 ) -> float | None:
     """Trains with run.json kept up to date, whatever happens."""
-    cost = model_cost(build_meta_model(config), int(config["data"].get("seq_len") or 1))
+    cost = model_cost(build_meta_model(config), attention_context(config))
     earlier = directory.record.get("seconds", {}).get("total", 0.0) if directory.resumes else 0.0
     record = start_record(config, cost)
     if directory.resumes:

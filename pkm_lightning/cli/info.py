@@ -14,7 +14,7 @@ from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.errors import check_choice
 from pkm_lightning.model import model_cost
 from pkm_lightning.model.accounting import optimizer_bytes
-from pkm_lightning.training.build import build_meta_model
+from pkm_lightning.training.build import attention_context, build_meta_model
 from pkm_lightning.training.run_record import start_record
 
 
@@ -41,7 +41,7 @@ def run(job: Job) -> None:
 def describe(config: dict[str, Any]) -> dict[str, Any]:
     """Parameters, FLOPs and bytes a token, table size, weight and optimizer memory of a completed configuration."""
     model = build_meta_model(config)
-    cost = model_cost(model, int(config["data"].get("seq_len") or 1))
+    cost = model_cost(model, attention_context(config))
     record = start_record(config, cost)
     shared = ("ffn", "params", "flops_per_token", "bytes_per_token", "unknown_cost")
     itemsize = next(model.parameters()).element_size()

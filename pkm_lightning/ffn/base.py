@@ -44,13 +44,27 @@ class FFNOutput(NamedTuple):
     step_stats: dict[str, Tensor] = {}  # noqa: RUF012
     #: Added to the residual stream `placement.write_after` layers later instead of here.
     deferred_BTD: Tensor | None = None
+    #: Named detached scalars to look at, each a mean over the tokens of the micro-batch; logged as `train/NAME`, a mean
+    #: over the layers.
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012
 
 
-class TableSpec(NamedTuple):
-    """The value table that a plugin asks the model for."""
+@dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """The value tables that a plugin asks the model for.
+
+    Args:
+        rows, dim: their common shape.
+        count: how many; `table` is one `ValueTable` for 1, else a list of them.
+        std: standard deviation of the normal distribution that rows start from; None takes dim**-0.5.
+        trainable: False leaves the rows as they were drawn.
+    """
 
     rows: int
     dim: int
+    count: int = 1
+    std: float | None = None
+    trainable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +75,8 @@ class FFNCost:
         params: parameters of the plugin itself, without the value table.
         table_params: parameters of the value table that it reads (a shared table counts once in the model's sum).
         active_params: parameters that one token's output depends on through arithmetic, table rows included.
-        flops: forward FLOPs a token; backward is counted as twice that.
+        flops: forward FLOPs a token, at evaluation.
+        train_flops: forward FLOPs a token in training, where it does more; None: the same. Backward counts twice that.
         lookup_bytes: bytes of table rows (or experts) that one token gathers in forward and no other token shares.
     """
 
@@ -69,6 +84,7 @@ class FFNCost:
     table_params: int = 0
     active_params: int
     flops: int
+    train_flops: int | None = None
     lookup_bytes: int = 0
 
 

@@ -69,10 +69,10 @@ class MemoryPlus(nn.Module):
         super().__init__()
         spec = self.table_spec(dim=dim, n_keys=n_keys, value_dim=value_dim)
         _check_sizes(heads=heads, knn=knn, n_keys=n_keys, key_dim=key_dim)
-        if tuple(table.weight.shape) != tuple(spec):
+        if tuple(table.weight.shape) != (spec.rows, spec.dim):
             raise ConfigError(
                 f"table has shape {tuple(table.weight.shape)}, but ffn.n_keys={n_keys} and ffn.value_dim={value_dim} "
-                f"need {tuple(spec)}: layers that share a table need the same n_keys and value_dim."
+                f"need {(spec.rows, spec.dim)}: layers that share a table need the same n_keys and value_dim."
             )
         self.knn = knn
         self._table = TableReference(table)

@@ -26,19 +26,22 @@ class ValueTable(nn.Module):
     Args:
         rows: slots N.
         dim: values a row D.
+        std: standard deviation of the initial rows; None takes dim**-0.5.
+        trainable: False keeps the rows as they were drawn (SimVQ: a trained map after the read moves all of them).
     """
 
     #: The optimizer gives tables a learning rate, a decay and a clipping norm of their own.
     parameter_roles: ClassVar[dict[str, str]] = {"weight": "table"}
 
-    def __init__(self, *, rows: int, dim: int) -> None:
+    def __init__(self, *, rows: int, dim: int, std: float | None = None, trainable: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, dim))
+        self.std = dim**-0.5 if std is None else std
+        self.weight = nn.Parameter(torch.empty(rows, dim), requires_grad=trainable)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Rows from N(0, 1/D)."""
-        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        """Rows from N(0, std**2)."""
+        nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, ids_TK: Int[Tensor, "T K"], weights_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T D"]:
         """`sum_k weights[t, k] * weight[ids[t, k]]` in the table's dtype."""

@@ -31,7 +31,8 @@ class ModelCost:
         params_active: parameters that one token's output depends on through arithmetic: of the embedding one row, of
             the table the rows read. A tied embedding counts wholly, since unembedding uses all of it.
         table_rows, table_dim, table_params: the value tables, summed where there are several.
-        trunk_flops, model_flops: forward FLOPs a token.
+        trunk_flops, model_flops: forward FLOPs a token, at evaluation.
+        trunk_train_flops: forward FLOPs of the trunk a token in training, where some plugins do more.
         train_bytes: bytes of embedding and table rows that a token moves for itself in forward and backward (read,
             read again for the weights' gradient, row gradients written); weights shared by the batch are not in it.
         decode_bytes: bytes of parameters read to decode one token at batch 1.
@@ -44,6 +45,7 @@ class ModelCost:
     table_dim: int
     table_params: int
     trunk_flops: int
+    trunk_train_flops: int
     model_flops: int
     train_bytes: int
     decode_bytes: int
@@ -52,7 +54,7 @@ class ModelCost:
     @property
     def train_flops(self) -> int:
         """Forward and backward of the whole model, FLOPs a token."""
-        return 3 * self.model_flops
+        return 3 * (self.model_flops - self.trunk_flops + self.trunk_train_flops)
 
 
 def model_cost(model: Transformer, context: int) -> ModelCost:
@@ -66,7 +68,9 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
                  for p in part.parameters())  # fmt: skip
     active = shared + sum(p.numel() for p in model.norm.parameters()) + sum(c.active_params for c in costs)
     active += embedding.numel() + (0 if model.unembedding is None else model.embedding.embedding_dim)
-    trunk = sum(attention_flops(b, context) for b in blocks) + sum(c.flops for c in costs)
+    attention = sum(attention_flops(b, context) for b in blocks)
+    trunk = attention + sum(c.flops for c in costs)
+    trunk_train = attention + sum(c.flops if c.train_flops is None else c.train_flops for c in costs)
     lookup_bytes = sum(c.lookup_bytes for c in costs)
     row_bytes = model.embedding.embedding_dim * embedding.element_size()
     return ModelCost(
@@ -76,6 +80,7 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
         table_dim=max((t.shape[1] for t in tables), default=0),
         table_params=sum(t.numel() for t in tables),
         trunk_flops=trunk,
+        trunk_train_flops=trunk_train,
         model_flops=trunk + 2 * embedding.numel(),
         train_bytes=3 * lookup_bytes + 2 * row_bytes,
         decode_bytes=active * embedding.element_size(),

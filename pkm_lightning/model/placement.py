@@ -17,30 +17,40 @@ class Placement:
     """The layers that get the variant; the others keep the base FFN.
 
     Args:
-        layers: `"all"`, `"centred"`, or a list of layer numbers from 0.
-        count: layers, for `centred`; all of a model that has fewer.
-        stride: distance between them, for `centred`; None takes n_layers // count.
+        layers: `"all"`, `"centred"`, `"spread"`, or a list of layer numbers from 0.
+        count: layers, for `centred` and `spread`; all of a model that has fewer. None takes 3 for `centred`, one
+            layer in five for `spread`.
+        stride: distance between them, for `centred` and `spread`; None takes n_layers // count.
         mode: `replace` the base FFN, or add the variant `parallel` to it (ResM of Kim & Jung 2020, arXiv 2010.03881).
         write_after: add the variant's output this many layers later (UltraMem, arXiv 2411.12364, section 3); needs
-            `mode=parallel`.
+            `mode=parallel`. None takes, for `spread`, stride - 1: just before the next one reads.
 
     Raises:
         ConfigError: an unknown word, a negative number, or `write_after` together with `replace`.
     """
 
     def __init__(
-        self, *, layers: str | Sequence[int], count: int, stride: int | None, mode: str, write_after: int
+        self,
+        *,
+        layers: str | Sequence[int],
+        count: int | None,
+        stride: int | None,
+        mode: str,
+        write_after: int | None,
     ) -> None:
         check_choice("placement.mode", mode, ("replace", "parallel"))
-        check_integer("placement.write_after", write_after, low=0)
+        if write_after is not None:
+            check_integer("placement.write_after", write_after, low=0)
+        elif layers != "spread":
+            raise ConfigError("placement.write_after=null needs placement.layers=spread; set a number of layers.")
         if isinstance(layers, str):
-            check_choice("placement.layers", layers, ("all", "centred"))
+            check_choice("placement.layers", layers, ("all", "centred", "spread"))
         elif not isinstance(layers, Sequence):
             raise ConfigError(f"placement.layers={layers!r} is neither all nor centred nor a list of layer numbers.")
         else:
             for layer in layers:
                 check_integer("placement.layers", layer)  # type: ignore[arg-type]
-        if write_after and mode == "replace":
+        if write_after != 0 and mode == "replace":
             raise ConfigError(
                 f"placement.write_after={write_after} leaves the reading layer without any FFN under "
                 "placement.mode=replace; use placement.mode=parallel."
@@ -52,7 +62,8 @@ class Placement:
         """Layer numbers, ascending.
 
         `centred` puts `count` layers around layer n_layers // 2: 4, 12, 20 of 24 for count 3 and stride 8
-        (Berges et al. 2024, section 4 and table 3).
+        (Berges et al. 2024, section 4 and table 3). `spread` ends so that the last output is written after the last
+        layer: reads at 2, 7, ..., 27 of 32 layers and writes at 6, 11, ..., 31 (Huang et al. 2024, arXiv 2411.12364).
 
         Raises:
             ConfigError: a layer, or the layer that its output is written after, outside 0 to n_layers - 1, or twice.
@@ -60,34 +71,44 @@ class Placement:
         layers = self._numbers(n_layers)
         if len(set(layers)) != len(layers):
             raise ConfigError(f"placement.layers={layers} names a layer twice.")
-        last = n_layers - 1 - self.write_after
+        delay = self.delay(n_layers)
+        last = n_layers - 1 - delay
         for layer in layers:
             if not 0 <= layer <= last:
-                reason = f" less placement.write_after={self.write_after}" if self.write_after else ""
+                reason = f" less placement.write_after={delay}" if delay else ""
                 raise ConfigError(
                     f"placement puts a layer at {layer}; allowed: 0 to {last} (model.n_layers={n_layers}{reason}). "
                     "Set placement.layers, or placement.count and placement.stride."
                 )
         return sorted(layers)
 
+    def delay(self, n_layers: int) -> int:
+        """Layers between a read and the layer after which its output is added."""
+        return self._count_and_stride(n_layers)[1] - 1 if self.write_after is None else self.write_after
+
     def _numbers(self, n_layers: int) -> list[int]:
         if self.layers == "all":
             return list(range(n_layers))
-        if self.layers != "centred":
+        if not isinstance(self.layers, str):
             return [int(layer) for layer in self.layers]
-        check_integer("placement.count", self.count, low=0)
-        count = min(self.count, n_layers)
-        if self.stride is not None:
-            check_integer("placement.stride", self.stride, low=1)
-        stride = self.stride or max(1, n_layers // max(1, count))
-        first = n_layers // 2 - stride * (count // 2)
+        count, stride = self._count_and_stride(n_layers)
+        if self.layers == "spread":
+            first = n_layers - 1 - self.delay(n_layers) - stride * (count - 1)
+        else:
+            first = n_layers // 2 - stride * (count // 2)
         return [first + stride * i for i in range(count)]
 
-    def combine(self, base: nn.Module, variant: nn.Module) -> nn.Module:
-        """The module that a placed layer runs."""
-        if self.mode == "replace":
-            return variant
-        return Beside(base, variant, defer=self.write_after > 0)
+    def _count_and_stride(self, n_layers: int) -> tuple[int, int]:
+        usual = max(1, n_layers // 5) if self.layers == "spread" else 3
+        check_integer("placement.count", usual if self.count is None else self.count, low=0)
+        count = min(usual if self.count is None else self.count, n_layers)
+        if self.stride is not None:
+            check_integer("placement.stride", self.stride, low=1)
+        return count, self.stride or max(1, n_layers // max(1, count))
+
+    def combine(self, base: nn.Module, variant: nn.Module, *, defer: bool) -> nn.Module:
+        """The module that a placed layer runs; `defer` hands the variant's part on for a later layer."""
+        return variant if self.mode == "replace" else Beside(base, variant, defer=defer)
 
 
 class Beside(nn.Module):
@@ -111,4 +132,5 @@ class Beside(nn.Module):
                 **{f"variant.{name}": value for name, value in variant.step_stats.items()},
             },
             deferred_BTD=variant.y_BTD if self.defer else None,
+            metrics={**base.metrics, **variant.metrics},
         )

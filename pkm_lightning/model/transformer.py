@@ -26,13 +26,14 @@ from pkm_lightning.model.rope import document_positions, rope_table
 class ModelOutput:
     """What one forward gives: the normed last hidden state, and what the plugins reported.
 
-    `aux_losses` sums equal names over layers; `step_stats` and `traces` are by layer number.
+    `aux_losses` sums equal names over layers, `metrics` are their means; `step_stats` and `traces` are by layer number.
     """
 
     hidden_BTD: Tensor
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
     step_stats: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     traces: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Transformer(nn.Module):
@@ -114,6 +115,7 @@ class Transformer(nn.Module):
         context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
         output = ModelOutput(self.embedding(input_ids_BT))
         deferred: dict[int, Tensor] = {}
+        metrics: dict[str, list[Tensor]] = {}
         for layer, block in enumerate(self.blocks):
             result = self._run_block(block, output.hidden_BTD, shared, context)
             output.hidden_BTD = result.y_BTD
@@ -122,6 +124,9 @@ class Transformer(nn.Module):
             if layer in deferred:
                 output.hidden_BTD = output.hidden_BTD + deferred.pop(layer)
             _collect(output, layer, result)
+            for name, value in result.metrics.items():
+                metrics.setdefault(name, []).append(value)
+        output.metrics = {name: torch.stack(values).mean() for name, values in metrics.items()}
         output.hidden_BTD = self.norm(output.hidden_BTD)
         return output
 

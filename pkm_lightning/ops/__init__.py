@@ -5,6 +5,7 @@ and a README.md with the mathematics. Needs nothing but torch (and, for GPU kern
 """
 
 from pkm_lightning.ops.product_topk import product_topk
+from pkm_lightning.ops.ranks import sum_over_ranks
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
-__all__ = ["product_topk", "weighted_gather"]
+__all__ = ["product_topk", "sum_over_ranks", "weighted_gather"]

@@ -39,7 +39,7 @@ def build_model(config: Config) -> Transformer:
             f"model.vocab_size={model['vocab_size']} needs a data module with a vocab_size; set it to a number."
         )
     placement: Placement = instantiate(config["placement"], "placement")
-    placed = placement.resolve(n_layers)
+    placed, write_after = placement.resolve(n_layers), placement.delay(n_layers)
     tables = _build_tables(config, len(placed))
     ffns: list[nn.Module] = []
     for layer in range(n_layers):
@@ -47,21 +47,21 @@ def build_model(config: Config) -> Transformer:
         if layer not in placed:
             ffns.append(instantiate(model["base_ffn"], "model.base_ffn", **common))
             continue
-        table = tables[placed.index(layer) % len(tables)] if tables else None
-        variant = instantiate(config["ffn"], "ffn", **common, **({"table": table} if tables else {}))
+        own = _own_tables(tables, placed.index(layer))
+        variant = instantiate(config["ffn"], "ffn", **common, **own)
         base = (
             instantiate(model["base_ffn"], "model.base_ffn", **common)
             if placement.mode == "parallel"
             else nn.Identity()
         )
-        ffns.append(placement.combine(base, variant))
+        ffns.append(placement.combine(base, variant, defer=write_after > 0))
     arguments = {str(name): value for name, value in model.items() if name not in _BUILDER_KEYS}
     unknown = arguments.keys() - inspect.signature(Transformer).parameters.keys()
     if unknown:
         raise ConfigError(
             f"model.{min(unknown)} is no key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
         )
-    return Transformer(**arguments, ffns=ffns, tables=tables, write_after=placement.write_after)
+    return Transformer(**arguments, ffns=ffns, tables=[t for group in tables for t in group], write_after=write_after)
 
 
 def build_meta_model(config: Config) -> Transformer:
@@ -75,8 +75,21 @@ def build_meta_model(config: Config) -> Transformer:
         torch.set_default_dtype(before)
 
 
-def _build_tables(config: Config, n_placed: int) -> list[ValueTable]:
-    """One table if `table.shared`, else one a placed layer; none if the plugin asks for none."""
+def _own_tables(groups: list[list[ValueTable]], place: int) -> dict[str, ValueTable | list[ValueTable]]:
+    """The keyword `table` of the plugin at `place` among the placed layers: one table or a list of them, or nothing."""
+    if not groups:
+        return {}
+    group = groups[place % len(groups)]
+    return {"table": group[0] if len(group) == 1 else group}
+
+
+def attention_context(config: Config) -> int:
+    """Tokens in attention for cost figures: `data.seq_len`, or 1 if the data names no such length."""
+    return int(config["data"].get("seq_len") or 1)
+
+
+def _build_tables(config: Config, n_placed: int) -> list[list[ValueTable]]:
+    """The tables of one layer (one group for all if `table.shared`, else one a placed layer), if any are asked for."""
     cls = target_class(config["ffn"], "ffn")
     if "table" not in accepted_keywords(cls, {"table": None}) or not n_placed:
         return []
@@ -88,5 +101,6 @@ def _build_tables(config: Config, n_placed: int) -> list[ValueTable]:
         )
     spec = cast("TableSpec", cls.table_spec(dim=int(config["model"]["dim"]), **arguments))
     settings = {name: value for name, value in config["table"].items() if name != "shared"}
-    count = 1 if config["table"]["shared"] else n_placed
-    return [instantiate(settings, "table", rows=spec.rows, dim=spec.dim) for _ in range(count)]
+    shape = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
+    groups = 1 if config["table"]["shared"] else n_placed
+    return [[instantiate(settings, "table", **shape) for _ in range(spec.count)] for _ in range(groups)]

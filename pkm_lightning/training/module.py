@@ -22,7 +22,7 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import plugins
-from pkm_lightning.training.build import build_model
+from pkm_lightning.training.build import attention_context, build_model
 from pkm_lightning.training.clipping import clip_by_norm
 from pkm_lightning.training.generation import greedy
 from pkm_lightning.training.instantiate import instantiate
@@ -57,6 +57,7 @@ class LanguageModule(L.LightningModule):
         self._normaliser = StepNormaliser()
         self._step_nll: Tensor | None = None
         self._step_stats: dict[int, dict[str, Tensor]] = {}
+        self._reported: dict[str, Tensor] = {}
         self._batch_checked = False
 
     # --- building
@@ -67,7 +68,7 @@ class LanguageModule(L.LightningModule):
             return
         self.model = build_model(self.config)
         self.model.init_weights(int(self.config["seed"]))
-        self.cost = model_cost(self.model, int(self.config["data"].get("seq_len") or 1))
+        self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
 
@@ -113,6 +114,7 @@ class LanguageModule(L.LightningModule):
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
         # Auxiliary losses are means over a micro-batch; weighted by its targets they add up to a mean over the step.
         auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(())) * nll_M.numel()
+        self._reported = {f"aux_{name}": loss.detach() for name, loss in output.aux_losses.items()} | output.metrics
         return (nll + auxiliary) * factor
 
     def _count(self, nll_M: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -150,6 +152,8 @@ class LanguageModule(L.LightningModule):
             loss = self._sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
+            for name, value in self._reported.items():
+                self.log(f"train/{name}", value, sync_dist=True)
 
     def configure_gradient_clipping(
         self,

@@ -48,7 +48,7 @@ def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
         "flops_per_token": {
             "train": cost.train_flops,
             "decode": cost.model_flops,
-            "trunk": {"train": 3 * cost.trunk_flops, "decode": cost.trunk_flops},
+            "trunk": {"train": 3 * cost.trunk_train_flops, "decode": cost.trunk_flops},
         },
         "bytes_per_token": {"train": cost.train_bytes, "decode": cost.decode_bytes},
         "unknown_cost": list(cost.unknown),

@@ -11,7 +11,7 @@ from typing import Any
 
 from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.model import model_cost
-from pkm_lightning.training.build import build_meta_model
+from pkm_lightning.training.build import attention_context, build_meta_model
 
 _TOLERANCE = 0.02
 _LARGEST = 2**24
@@ -20,8 +20,8 @@ _LARGEST = 2**24
 def solve_size(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of `config` with the plugin's knob solved for `match` (`none`, `flops` or `params`) and `match_budget`.
 
-    The basis is the trunk's forward FLOPs a token (all layers, without embeddings) or total parameters; the default
-    budget is that of the same model with its base FFN everywhere.
+    The basis is the trunk's forward FLOPs a token in training (all layers, without embeddings) or total parameters;
+    the default budget is that of the same model with its base FFN everywhere.
 
     Raises:
         ConfigError: the plugin names no knob, or no value of it comes within 2% of the budget; the message says which
@@ -57,12 +57,12 @@ def _dense_twin(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _basis(config: dict[str, Any], match: str) -> float:
-    cost = model_cost(build_meta_model(config), int(config["data"].get("seq_len") or 1))
+    cost = model_cost(build_meta_model(config), attention_context(config))
     if match == "params":
         return cost.params_total
     if cost.unknown:
         raise ConfigError(f"match=flops: {', '.join(cost.unknown)} states no cost(); say match=params or match=none.")
-    return cost.trunk_flops
+    return cost.trunk_train_flops
 
 
 def _closest(measure: Callable[[int], float], budget: float, what: str) -> int:

@@ -30,7 +30,7 @@ def memory_model(**changes: Any) -> tuple[Transformer, int]:
 def parallel_model(**changes: Any) -> tuple[Transformer, int]:
     table = ValueTable(rows=49, dim=10)
     where = Placement(layers=[0], count=1, stride=None, mode="parallel", write_after=1)
-    ffns: list[nn.Module] = [where.combine(dense(2), memory_plus(table)), dense(2)]
+    ffns: list[nn.Module] = [where.combine(dense(2), memory_plus(table), defer=True), dense(2)]
     return transformer(ffns, [table], write_after=1, **changes), LOOKUP_FLOPS
 
 

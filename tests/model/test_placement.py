@@ -24,6 +24,9 @@ def placement(**changes: Any) -> Placement:
     )
 
 
+SPREAD: dict[str, Any] = {"layers": "spread", "count": None, "mode": "parallel", "write_after": None}
+
+
 @pytest.mark.parametrize(
     ("n_layers", "changes", "expected"),
     [
@@ -39,10 +42,22 @@ def placement(**changes: Any) -> Placement:
         (9, {"layers": [7, 0, 3]}, [0, 3, 7]),
         (9, {"layers": []}, []),
         (9, {"layers": [6], "mode": "parallel", "write_after": 2}, [6]),
+        (24, {"count": None}, [4, 12, 20]),
+        (32, SPREAD, [2, 7, 12, 17, 22, 27]),
+        (2, SPREAD, [0]),
+        (1, SPREAD, [0]),
+        (7, {**SPREAD, "count": 3, "write_after": 0}, [2, 4, 6]),
+        (6, {**SPREAD, "count": 2, "stride": 2}, [2, 4]),
     ],
 )
-def test_resolve(n_layers: int, changes: dict[str, Any], expected: list[int]) -> None:
+def test_resolves(n_layers: int, changes: dict[str, Any], expected: list[int]) -> None:
     assert placement(**changes).resolve(n_layers) == expected
+
+
+def test_spread_writes_just_before_the_next_one_reads() -> None:
+    assert placement(**SPREAD).delay(32) == 4
+    assert placement(**SPREAD).delay(2) == 1
+    assert placement().delay(32) == 0
 
 
 @pytest.mark.parametrize(
@@ -65,9 +80,11 @@ def test_resolve_refuses(n_layers: int, changes: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": "center"}, r"placement.layers='center' is not known; allowed: all, centred\. Did you mean"),
+        ({"layers": "center"}, r"placement.layers='center' is not known; allowed: all, centred, spread\. Did you mean"),
         ({"mode": "beside"}, r"placement.mode='beside' is not known; allowed: replace, parallel"),
         ({"write_after": 1}, r"placement.write_after=1 leaves the reading layer without any FFN"),
+        ({"layers": "spread", "write_after": None}, r"placement.write_after=None leaves the reading layer without"),
+        ({"mode": "parallel", "write_after": None}, r"placement.write_after=null needs placement.layers=spread"),
         ({"mode": "parallel", "write_after": -1}, r"placement.write_after=-1 is out of range"),
     ],
 )
@@ -92,9 +109,9 @@ def residual_stream(model: Transformer, ids_BT: Tensor) -> list[Tensor]:
 def added_to_embedding(where: Placement, n_layers: int, layer: int) -> list[float]:
     """What the stream holds besides the embedding, where base FFNs add 1, 10, 100... and the variant adds 0.5."""
     ffns: list[nn.Module] = [Constant(10.0**i) for i in range(n_layers)]
-    ffns[layer] = where.combine(ffns[layer], Constant(0.5))
+    ffns[layer] = where.combine(ffns[layer], Constant(0.5), defer=where.delay(n_layers) > 0)
     ids_BT = token_ids()
-    model = transformer(ffns, write_after=where.write_after)
+    model = transformer(ffns, write_after=where.delay(n_layers))
     stream = residual_stream(model, ids_BT)
     added = [x_BTD - model.embedding(ids_BT) for x_BTD in stream]
     for x_BTD in added:
@@ -119,7 +136,7 @@ def test_write_after_adds_the_output_after_a_later_layer() -> None:
 def test_parallel_reports_both_and_sums_losses_of_one_name() -> None:
     x_BTD, context = torch.randn(2, 3, 8), FFNContext(token_ids(2, 3), observe=True)
     base, variant = Reporter(dim=8, aux_weight=1.0), Reporter(dim=8, aux_weight=3.0)
-    output: FFNOutput = placement(mode="parallel").combine(base, variant)(x_BTD, context)
+    output: FFNOutput = placement(mode="parallel").combine(base, variant, defer=False)(x_BTD, context)
     parts = [base(x_BTD, context), variant(x_BTD, context)]
     assert_close(output.y_BTD, parts[0].y_BTD + parts[1].y_BTD)
     assert_close(output.aux_losses["toy"], parts[0].aux_losses["toy"] + parts[1].aux_losses["toy"])

@@ -1,0 +1,36 @@
+"""Sums over the ranks of a data-parallel run, for statistics that belong to the whole batch (batch norm, balancing)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """`value` summed over all ranks, differentiable: each rank's gradient is the sum of all ranks' gradients.
+
+    Every rank must call it the same number of times in the same order; one process gets its own `value` back.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    result: Tensor = _AllReduce.apply(value)
+    return result
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return _summed(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _summed(grad)
+
+
+def _summed(value: Tensor) -> Tensor:
+    total = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
