@@ -1,4 +1,4 @@
-"""Under pytest the shapes that `ops/` and `memory/` annotate are checked at every call.
+"""Under pytest the shapes that `ops/`, `memory/` and `experts/` annotate are checked at every call.
 
 Those floors import jaxtyping for type checking only. This hook compiles their modules with the `if TYPE_CHECKING:`
 blocks taken and wraps every function that annotates a shape. jaxtyping's own hook cannot do it: it leaves names that
@@ -22,7 +22,7 @@ import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractDtype, TypeCheckError, jaxtyped
 
-CHECKED = ("pkm_lightning.ops", "pkm_lightning.memory")
+CHECKED = ("pkm_lightning.ops", "pkm_lightning.memory", "pkm_lightning.experts")
 _SHAPED = {name for name, kind in vars(jaxtyping).items() if isinstance(kind, type) and issubclass(kind, AbstractDtype)}
 _DECORATOR = "_check_shapes"
 

@@ -18,6 +18,7 @@ CONFIGS = ROOT / "configs"
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}" for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS
 )
+FFNS = [o.removeprefix("ffn=") for o in OPTIONS if o.startswith("ffn=") and o != "ffn=custom"]
 # What a user must give, for the options that are nothing without it.
 GIVEN = {
     "ffn=custom": ["ffn._target_=pkm_lightning.ffn.Dense", "+ffn.hidden_dim=8"],
@@ -46,13 +47,32 @@ def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
     assert len(assembly.callbacks) == len(config["callbacks"])
 
 
-@pytest.mark.parametrize("ffn", ["dense", "memory_plus"])
+@pytest.mark.parametrize("ffn", FFNS)
 def test_the_module_builds_with_its_optimizer(ffn: str, tmp_path: Path) -> None:
-    config, _ = complete(composed([f"ffn={ffn}"], tmp_path))
+    config, _ = complete(composed([f"ffn={ffn}", "model.memory.n_keys=32"], tmp_path))
     module = LanguageModule(config)
     module.configure_model()
     names = [group["name"] for group in module.configure_optimizers()["optimizer"].param_groups]
-    assert names == ["matrix", "gain", "table"][: 3 if ffn == "memory_plus" else 2]
+    assert names == ["matrix", "gain", "table"][: 2 if ffn == "dense" or ffn.startswith("moe") else 3]
+
+
+@pytest.mark.parametrize(
+    ("ffn", "layers", "mode"),
+    [
+        ("dense", "centred", "replace"),
+        ("moe", "all", "replace"),
+        ("pkm", "centred", "replace"),
+        ("ultramem", "spread", "parallel"),
+        ("ultramem_v2", "all", "parallel"),
+    ],
+)
+def test_an_ffn_brings_its_papers_placement_and_the_user_decides(
+    ffn: str, layers: str, mode: str, tmp_path: Path
+) -> None:
+    own = composed([f"ffn={ffn}"], tmp_path)["placement"]
+    assert (own["layers"], own["mode"]) == (layers, mode)
+    chosen = composed([f"ffn={ffn}", "placement=centred", "placement.count=2"], tmp_path)["placement"]
+    assert (chosen["layers"], chosen["count"], chosen["mode"]) == ("centred", 2, "replace")
 
 
 def test_two_ffns_differ_in_nothing_but_the_ffn(tmp_path: Path) -> None:

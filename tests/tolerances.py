@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -30,3 +31,13 @@ def assert_close(actual: Tensor, expected: Tensor, *, kind: Literal["value", "gr
     rtol, atol = {"value": VALUE, "grad": GRAD}[kind][actual.dtype]
     wider = torch.promote_types(actual.dtype, expected.dtype)
     torch.testing.assert_close(actual.to(wider), expected.to(wider), rtol=rtol, atol=atol)
+
+
+def assert_same_gradients(actual: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> None:
+    """The gradients of both outputs in every named input agree, and none of them is zero altogether."""
+    upstream = torch.randn_like(expected)
+    actual_grads = torch.autograd.grad(actual, list(inputs.values()), upstream.to(actual.dtype))
+    expected_grads = torch.autograd.grad(expected, list(inputs.values()), upstream)
+    for name, grad, expected_grad in zip(inputs, actual_grads, expected_grads, strict=True):
+        assert expected_grad.any(), f"the test gives no gradient to {name}"
+        assert_close(grad, expected_grad, kind="grad")

@@ -44,15 +44,19 @@ class Reporter(nn.Module):
         self.aux_weight = aux_weight
         self.forwards = 0
         self.steps: list[dict[str, float]] = []
+        self.means: list[float] = []
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
         self.forwards += 1
         y_BTD = self.dropout(self.linear(x_BTD))
+        mean = y_BTD.detach().mean()
+        self.means.append(float(mean) if not mean.is_meta else 0.0)
         return FFNOutput(
             y_BTD,
             aux_losses={"toy": self.aux_weight * y_BTD.square().mean()},
             trace={"tokens": context.input_ids_BT} if context.observe else {},
             step_stats={"tokens": torch.tensor(context.input_ids_BT.numel()), "ids": context.input_ids_BT.sum()},
+            metrics={"toy_mean": mean},
         )
 
     def after_step(self, stats: dict[str, Tensor]) -> None:

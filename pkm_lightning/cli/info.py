@@ -1,8 +1,9 @@
-"""`info`: what a configuration costs, from shapes alone; nothing is allocated, built or written."""
+"""`info`: what configurations cost, from shapes alone, side by side; nothing is allocated, built or written."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -11,31 +12,62 @@ from rich.table import Table
 from pkm_lightning.cli.assembly import complete
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.summary import cost_rows
-from pkm_lightning.errors import check_choice
+from pkm_lightning.cli.variants import compose_variant
+from pkm_lightning.errors import ConfigError, PkmError, check_choice
 from pkm_lightning.model import model_cost
 from pkm_lightning.model.accounting import optimizer_bytes
-from pkm_lightning.training.build import attention_context, build_meta_model
+from pkm_lightning.training.build import attention_context, build_meta_model, placed_layers
 from pkm_lightning.training.run_record import start_record
+from pkm_lightning.training.sizing import sized_knob
 
 
 def run(job: Job) -> None:
-    """Prints the figures as a table, or as JSON with `format=json`."""
+    """Prints the figures as a table, one column a variant, or as JSON with `format=json` (a list for several)."""
     check_choice("format", str(job.config.format), ("text", "json"))
-    config, _ = complete(plain(job.config))
-    figures = describe(config)
-    if config["format"] == "json":
-        print(json.dumps(figures, indent=2))
+    if not job.variants:
+        described = {"": describe(complete(plain(job.config))[0])}
+    else:
+        described = {name: _describe_variant(name, job) for name in job.variants}
+    if job.config.format == "json":
+        figures = [{"variant": name, **shown} if name else shown for name, shown in described.items()]
+        print(json.dumps(figures if job.variants else figures[0], indent=2))
         return
-    table = Table(
-        title=f"{figures['ffn']}, {config['model']['n_layers']} layers of {config['model']['dim']}", show_header=False
-    )
-    for label, value in cost_rows(figures):
-        table.add_row(label, value)
+    model = job.config.model
+    match = f", match={job.config.match}" if job.config.match != "none" else ""
+    title = next(iter(described.values()))["ffn"] if not job.variants else f"{len(described)} variants"
+    table = Table(title=f"{title}, {model.n_layers} layers of {model.dim}{match}", show_header=bool(job.variants))
+    table.add_column("")
+    for name in described:
+        table.add_column(name, justify="right" if job.variants else "left", overflow="fold")
+    columns = [dict(_rows(figures)) for figures in described.values()]
+    for label in dict.fromkeys(label for column in columns for label in column):
+        table.add_row(label, *(column.get(label, "") for column in columns))
+    # Nine variants side by side are wider than most terminals; a pipe keeps whole lines.
+    width = None if not job.variants or sys.stdout.isatty() else 40 + 26 * len(described)
+    Console(width=width).print(table)
+
+
+def _describe_variant(name: str, job: Job) -> dict[str, Any]:
+    config = plain(compose_variant(name, job.overrides))
+    try:
+        return describe(complete(config)[0])
+    except PkmError as error:
+        raise ConfigError(f"ffn={name}: {error}") from None
+
+
+def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of everything that `describe` found."""
     size = figures["table"]
-    table.add_row("value table", f"{size['rows']:,} rows of {size['dim']:,}: {size['bytes']:,} bytes")
-    table.add_row("weights", f"{figures['weight_bytes']:,} bytes")
-    table.add_row("optimizer states", f"{figures['optimizer_bytes']:,} bytes")
-    Console().print(table)
+    rows = cost_rows(figures)
+    if figures["sized"]:
+        rows.append(("sized by", ", ".join(f"{knob} = {value:,}" for knob, value in figures["sized"].items())))
+    rows += [
+        ("layers with the variant", ", ".join(map(str, figures["layers"])) or "none"),
+        ("value table", f"{size['rows']:,} rows of {size['dim']:,}: {size['bytes']:,} bytes"),
+        ("weights", f"{figures['weight_bytes']:,} bytes"),
+        ("optimizer states", f"{figures['optimizer_bytes']:,} bytes"),
+    ]
+    return rows
 
 
 def describe(config: dict[str, Any]) -> dict[str, Any]:
@@ -47,6 +79,8 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
     itemsize = next(model.parameters()).element_size()
     return {
         **{key: record[key] for key in shared},
+        "sized": sized_knob(config),
+        "layers": placed_layers(config),
         "table": {"rows": cost.table_rows, "dim": cost.table_dim, "bytes": cost.table_params * itemsize},
         "weight_bytes": cost.params_total * itemsize,
         "optimizer_bytes": optimizer_bytes(model),

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,14 +49,15 @@ class Job:
         verb: the verb under way.
         arguments: the command line after the verb.
         config: the composed configuration; `run_dir` becomes absolute here.
+        variants: names of several FFNs, where the verb takes them; `config` is that of the first.
 
     Attributes:
         config: the same, struct-locked.
         overrides: the task overrides of this job, as `KEY=VALUE` texts.
     """
 
-    def __init__(self, verb: str, arguments: list[str], config: DictConfig) -> None:
-        self.verb, self.config = verb, config
+    def __init__(self, verb: str, arguments: list[str], config: DictConfig, variants: Sequence[str] = ()) -> None:
+        self.verb, self.config, self.variants = verb, config, list(variants)
         self._arguments = arguments
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)

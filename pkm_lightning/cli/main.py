@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.job import Job, JobFailure
+from pkm_lightning.cli.variants import split_variants
 from pkm_lightning.errors import PkmError, nearest
 
 VERBS = {
@@ -24,7 +25,7 @@ VERBS = {
     "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
     "test": "the same on the full test questions",
     "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
-    "info": "parameters, FLOPs, bytes and memory of a configuration, without allocating it",
+    "info": "parameters, FLOPs, bytes and memory of ffn=NAME or ffn=NAME,NAME,... side by side; allocates nothing",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
@@ -35,6 +36,7 @@ verbs:
 examples:
   python -m pkm_lightning fit ffn=dense model=tiny trainer.max_steps=200 seed=1
   python -m pkm_lightning fit -m ffn=dense,memory_plus seed=1,2,3
+  python -m pkm_lightning info ffn=dense,moe,memory_plus match=flops
   python -m pkm_lightning test run_dir=runs/2030-01-31/12-00-00
 """
 
@@ -63,6 +65,11 @@ def _usage() -> str:
 def _run(verb: str, arguments: list[str]) -> int:
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        arguments, variants = split_variants(arguments) if verb == "info" else (arguments, [])
+    except PkmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     sys.argv = [sys.argv[0], *arguments]
     failures: list[JobFailure] = []
     composed = False
@@ -71,7 +78,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         nonlocal composed
         composed = True
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
-        return Job(verb, arguments, config).execute(run, failures)
+        return Job(verb, arguments, config, variants).execute(run, failures)
 
     try:
         hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name="config")(job)()

@@ -5,8 +5,9 @@ Letters: B sequences, T tokens, D model dimension, N slots.
 A plugin is any `nn.Module` with `forward(x_BTD, context) -> FFNOutput`; it need not inherit from anything. The builder
 passes `dim`, `layer`, `n_layers` and `table` to a constructor that asks for them; the YAML gives everything else.
 Optional members: `cost() -> FFNCost`, `reset_parameters()`, `after_step(stats)`, the class method
-`table_spec(**arguments) -> TableSpec` (asked for before construction when the constructor takes a `table`), and
-`parameter_roles`, a dict from own parameter names to roles (`table`, `norm`, `bias`, `embedding`, `matrix`).
+`table_spec(**arguments) -> TableSpec` (asked for before construction when the constructor takes a `table`; the
+arguments are `dim`, `n_layers` and the YAML's), and `parameter_roles`, a dict from own parameter names to roles
+(`table`, `norm`, `bias`, `embedding`, `matrix`).
 """
 
 from __future__ import annotations

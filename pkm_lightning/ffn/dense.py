@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn import functional
 
-from pkm_lightning.errors import check_integer
+from pkm_lightning.errors import check_choice, check_integer
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
 
 if TYPE_CHECKING:
@@ -20,19 +20,28 @@ __all__ = ["Dense"]
 
 
 class Dense(nn.Module):
-    """SwiGLU: `y = W_out (silu(W_gate x) * W_up x)` (Shazeer 2020, arXiv 2002.05202, eq. 6), without biases.
+    """Two or three matrices without biases:
+
+        swiglu        y = W_out (silu(W_gate x) * W_up x)      (Shazeer 2020, arXiv 2002.05202, eq. 6)
+        gelu          y = W_out gelu(W_up x)                   (Hendrycks & Gimpel 2016, arXiv 1606.08415)
+        squared_relu  y = W_out relu(W_up x)**2                (So et al. 2021, arXiv 2109.08668)
 
     Args:
         dim: model dimension D.
         n_layers: layers of the model, for the residual scale of the output's initialisation.
         hidden_dim: hidden dimension F.
+        activation: `swiglu`, `gelu` or `squared_relu`.
+
+    Raises:
+        ConfigError: an unknown activation or no hidden dimension.
     """
 
-    def __init__(self, *, dim: int, n_layers: int, hidden_dim: int) -> None:
+    def __init__(self, *, dim: int, n_layers: int, hidden_dim: int, activation: str = "swiglu") -> None:
         super().__init__()
         check_integer("ffn.hidden_dim", hidden_dim, low=1)
-        self.n_layers = n_layers
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        check_choice("ffn.activation", activation, ("swiglu", "gelu", "squared_relu"))
+        self.n_layers, self.activation = n_layers, activation
+        self.gate = nn.Linear(dim, hidden_dim, bias=False) if activation == "swiglu" else None
         self.up = nn.Linear(dim, hidden_dim, bias=False)
         self.out = nn.Linear(hidden_dim, dim, bias=False)
         self.reset_parameters()
@@ -40,16 +49,22 @@ class Dense(nn.Module):
     def reset_parameters(self) -> None:
         """N(0, 1/fan_in); the output besides by 1/sqrt(2 n_layers), so that the residual stream keeps its scale."""
         dim, hidden_dim = self.out.weight.shape
-        nn.init.normal_(self.gate.weight, std=dim**-0.5)
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=dim**-0.5)
         nn.init.normal_(self.up.weight, std=dim**-0.5)
         nn.init.normal_(self.out.weight, std=(hidden_dim * 2 * self.n_layers) ** -0.5)
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
         """Every token through the same weights; the context is not needed."""
-        hidden_BTF = functional.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        if self.gate is not None:
+            hidden_BTF = functional.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        elif self.activation == "gelu":
+            hidden_BTF = functional.gelu(self.up(x_BTD))
+        else:
+            hidden_BTF = functional.relu(self.up(x_BTD)).square()
         return FFNOutput(self.out(hidden_BTF))
 
     def cost(self) -> FFNCost:
-        """Three matrices, all of them active for every token."""
+        """All matrices are active for every token."""
         params = sum(p.numel() for p in self.parameters())
         return FFNCost(params=params, active_params=params, flops=2 * params)

@@ -1,7 +1,23 @@
-"""Parts that several memory plugins share: the query network, the product keys and the value table."""
+"""Parts that several memory plugins share: addressing by product keys, value tables, cures for unread slots."""
 
-from pkm_lightning.memory.product_keys import ProductKeys
+from pkm_lightning.memory.addressing import Addressing
+from pkm_lightning.memory.cures import Cures
+from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
 from pkm_lightning.memory.query import QueryNetwork
-from pkm_lightning.memory.value_table import TableReference, ValueTable
+from pkm_lightning.memory.tucker_keys import TuckerKeys
+from pkm_lightning.memory.value_table import TableReference, ValueTable, check_table, product_slots
+from pkm_lightning.memory.values import Values
 
-__all__ = ["ProductKeys", "QueryNetwork", "TableReference", "ValueTable"]
+__all__ = [
+    "Addressing",
+    "Cures",
+    "ProductKeys",
+    "QueryNetwork",
+    "TableReference",
+    "TuckerKeys",
+    "ValueTable",
+    "Values",
+    "check_table",
+    "half_key_dim",
+    "product_slots",
+]

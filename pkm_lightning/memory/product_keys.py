@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
 from pkm_lightning.memory.query import half_norm
 
@@ -18,28 +19,43 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def half_key_dim(key_dim: int) -> int:
+    """Half of `ffn.key_dim`, the dimension of both half keys together.
+
+    Raises:
+        ConfigError: it is no whole number from 2 on, or odd.
+    """
+    check_integer("ffn.key_dim", key_dim, low=2)
+    if key_dim % 2:
+        raise ConfigError(f"ffn.key_dim={key_dim} is odd; it is split into two half keys: use {key_dim + 1}.")
+    return key_dim // 2
+
+
 class ProductKeys(nn.Module):
     """Scores every half query against its own head's and half's sub-keys.
 
     Args:
-        heads: heads, each with sub-keys of its own.
+        heads: heads.
         n_keys: sub-keys a half; they address n_keys**2 slots.
         key_dim: dimension of both half keys together; even.
         norm: RMSNorm with a learned gain on each sub-key. Queries that are normalised too make the inner product
             grow with the dimension, so it is then divided by sqrt(key_dim / 2); the gains learn the temperature.
+        shared: all heads use one set of sub-keys (PEER), instead of one a head.
+        bound: sub-keys start uniform in +-bound; None takes 1/sqrt(key_dim).
     """
 
-    def __init__(self, *, heads: int, n_keys: int, key_dim: int, norm: bool) -> None:
+    def __init__(
+        self, *, heads: int, n_keys: int, key_dim: int, norm: bool, shared: bool = False, bound: float | None = None
+    ) -> None:
         super().__init__()
-        self.key_dim = key_dim
-        self.keys = nn.Parameter(torch.empty(heads, 2, n_keys, key_dim // 2))
+        self.heads, self.bound = heads, key_dim**-0.5 if bound is None else bound
+        self.keys = nn.Parameter(torch.empty(1 if shared else heads, 2, n_keys, key_dim // 2))
         self.norm = nn.RMSNorm(key_dim // 2) if norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sub-keys uniform in +-1/sqrt(key_dim), unit gain."""
-        bound = self.key_dim**-0.5
-        nn.init.uniform_(self.keys, -bound, bound)
+        """Sub-keys uniform in +-bound, unit gain."""
+        nn.init.uniform_(self.keys, -self.bound, self.bound)
         if self.norm is not None:
             self.norm.reset_parameters()
 
@@ -49,5 +65,6 @@ class ProductKeys(nn.Module):
             keys_H2SE = self.keys.to(score_dtype(q_TH2E))
             if self.norm is not None:
                 keys_H2SE = half_norm(self.norm, keys_H2SE) * keys_H2SE.shape[-1] ** -0.5
-            q_2HTE, keys_2HES = q_TH2E.permute(2, 1, 0, 3), keys_H2SE.permute(1, 0, 3, 2)
+            q_2HTE = q_TH2E.permute(2, 1, 0, 3)
+            keys_2HES = keys_H2SE.expand(self.heads, -1, -1, -1).permute(1, 0, 3, 2)
             return torch.bmm(q_2HTE[0], keys_2HES[0]), torch.bmm(q_2HTE[1], keys_2HES[1])

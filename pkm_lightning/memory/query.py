@@ -10,28 +10,43 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn import functional
 
+from pkm_lightning.errors import check_choice
+from pkm_lightning.memory.batch_norm import MaskedBatchNorm
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
+
+QUERY_NORMS = ("none", "rms", "batch", "layer")
 
 
 class QueryNetwork(nn.Module):
-    """A linear map to `heads` queries of `key_dim`, each half RMS-normalised if `norm` (Berges et al. 2024, fig. 3).
+    """A linear map to `heads` queries of `key_dim`, normalised.
 
     Args:
         dim: model dimension.
         heads: queries a token.
         key_dim: dimension of both half queries together; even.
-        norm: RMSNorm with a learned gain on each half.
+        norm: `rms` RMSNorm with a learned gain on each half (Berges et al. 2024, fig. 3); `batch` batch normalisation
+            of all heads' features (Lample et al. 2019, section 4.3); `layer` LayerNorm on each head's query; `none`.
+
+    Raises:
+        ConfigError: an unknown `norm`.
     """
 
-    def __init__(self, *, dim: int, heads: int, key_dim: int, norm: bool) -> None:
+    def __init__(self, *, dim: int, heads: int, key_dim: int, norm: str) -> None:
         super().__init__()
+        check_choice("ffn.query_norm", norm, QUERY_NORMS)
         self.heads, self.half_dim = heads, key_dim // 2
         self.projection = nn.Linear(dim, heads * key_dim)
-        self.norm = nn.RMSNorm(self.half_dim) if norm else None
+        self.norm: nn.RMSNorm | nn.LayerNorm | MaskedBatchNorm | None = None
+        if norm == "rms":
+            self.norm = nn.RMSNorm(self.half_dim)
+        elif norm == "layer":
+            self.norm = nn.LayerNorm(key_dim)
+        elif norm == "batch":
+            self.norm = MaskedBatchNorm(heads * key_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -41,12 +56,27 @@ class QueryNetwork(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T H 2 E"]:
-        """Half queries, in fp32 whatever the model's precision."""
-        q_TH2E = self.projection(x_TD).view(-1, self.heads, 2, self.half_dim)
-        with ieee_scores(q_TH2E):
-            q_TH2E = q_TH2E.to(score_dtype(q_TH2E))
-            return q_TH2E if self.norm is None else half_norm(self.norm, q_TH2E)
+    def forward(
+        self, x_TD: Float[Tensor, "T D"], valid_T: Bool[Tensor, " T"] | None = None
+    ) -> tuple[Float[Tensor, "T H 2 E"], dict[str, Tensor]]:
+        """Half queries, in fp32 whatever the model's precision, and the sums that `after_step` wants."""
+        q_TF = self.projection(x_TD)
+        stats: dict[str, Tensor] = {}
+        with ieee_scores(q_TF):
+            q_TF = q_TF.to(score_dtype(q_TF))
+            if isinstance(self.norm, MaskedBatchNorm):
+                q_TF, stats = self.norm(q_TF, valid_T)
+            elif isinstance(self.norm, nn.LayerNorm):
+                q_THF = q_TF.unflatten(-1, (self.heads, -1))
+                weight_F, bias_F = self.norm.weight.to(q_TF.dtype), self.norm.bias.to(q_TF.dtype)
+                q_TF = functional.layer_norm(q_THF, weight_F.shape, weight_F, bias_F, self.norm.eps).flatten(1)
+            q_TH2E = q_TF.view(-1, self.heads, 2, self.half_dim)
+            return half_norm(self.norm, q_TH2E) if isinstance(self.norm, nn.RMSNorm) else q_TH2E, stats
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Moves the running statistics of a batch normalisation, where there is one."""
+        if isinstance(self.norm, MaskedBatchNorm):
+            self.norm.after_step(stats)
 
 
 def half_norm(norm: nn.RMSNorm, x_XE: Float[Tensor, "*X E"]) -> Float[Tensor, "*X E"]:

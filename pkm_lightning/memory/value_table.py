@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.ops import weighted_gather
 
 if TYPE_CHECKING:
@@ -57,3 +58,26 @@ class TableReference:
 
     def __init__(self, table: ValueTable) -> None:
         self.table = table
+
+
+def product_slots(n_keys: int) -> int:
+    """Slots that two halves of `n_keys` sub-keys address.
+
+    Raises:
+        ConfigError: `n_keys` is no whole number from 1 to 46,340: ids are int32.
+    """
+    check_integer("ffn.n_keys", n_keys, low=1, high=46_340)
+    return n_keys**2
+
+
+def check_table(table: ValueTable, rows: int, dim: int, *, named: str) -> None:
+    """Refuse a table of another shape than (rows, dim); `named` says which keys of the plugin ask for that shape.
+
+    Raises:
+        ConfigError: with both shapes.
+    """
+    if tuple(table.weight.shape) != (rows, dim):
+        raise ConfigError(
+            f"table has shape {tuple(table.weight.shape)}, but {named} need {(rows, dim)}: layers that share a table "
+            "need the same sizes."
+        )

@@ -4,8 +4,10 @@ One folder an op: a public function that chooses the backend, a naive `reference
 and a README.md with the mathematics. Needs nothing but torch (and, for GPU kernels, triton).
 """
 
+from pkm_lightning.ops.gathered_dot import gathered_dot
+from pkm_lightning.ops.grouped_linear import grouped_linear
 from pkm_lightning.ops.product_topk import product_topk
 from pkm_lightning.ops.ranks import sum_over_ranks
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
-__all__ = ["product_topk", "sum_over_ranks", "weighted_gather"]
+__all__ = ["gathered_dot", "grouped_linear", "product_topk", "sum_over_ranks", "weighted_gather"]

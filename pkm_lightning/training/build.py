@@ -83,6 +83,12 @@ def _own_tables(groups: list[list[ValueTable]], place: int) -> dict[str, ValueTa
     return {"table": group[0] if len(group) == 1 else group}
 
 
+def placed_layers(config: Config) -> list[int]:
+    """Numbers of the layers that carry the variant."""
+    placement: Placement = instantiate(config["placement"], "placement")
+    return placement.resolve(int(config["model"]["n_layers"]))
+
+
 def attention_context(config: Config) -> int:
     """Tokens in attention for cost figures: `data.seq_len`, or 1 if the data names no such length."""
     return int(config["data"].get("seq_len") or 1)
@@ -99,7 +105,11 @@ def _build_tables(config: Config, n_placed: int) -> list[list[ValueTable]]:
             f"ffn._target_={config['ffn']['_target_']} asks for a table, but has no class method "
             "table_spec(**arguments) that says its rows and dim."
         )
-    spec = cast("TableSpec", cls.table_spec(dim=int(config["model"]["dim"]), **arguments))
+    sizes = {"dim": int(config["model"]["dim"]), "n_layers": int(config["model"]["n_layers"])}
+    taken = inspect.signature(cls.table_spec).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        sizes = {name: value for name, value in sizes.items() if name in taken}
+    spec = cast("TableSpec", cls.table_spec(**sizes, **arguments))
     settings = {name: value for name, value in config["table"].items() if name != "shared"}
     shape = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
     groups = 1 if config["table"]["shared"] else n_placed

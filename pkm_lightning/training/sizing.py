@@ -1,6 +1,7 @@
 """Sizes a plugin to a budget: one integer of its configuration is solved so that FLOPs or parameters match.
 
-The knob is named in the plugin's YAML: `_size_by_: {flops: value_dim, params: n_keys}`.
+The knob is named in the plugin's YAML: `_size_by_: {flops: value_dim, params: n_keys}`, a key of the plugin or a dotted
+path such as `model.base_ffn.hidden_dim`; one that must be a multiple of something says so in `_step_: {value_dim: 2}`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from pkm_lightning.errors import ConfigError, check_choice
+from pkm_lightning.errors import ConfigError, check_choice, check_range
 from pkm_lightning.model import model_cost
 from pkm_lightning.training.build import attention_context, build_meta_model
 
@@ -38,15 +39,47 @@ def solve_size(config: dict[str, Any]) -> dict[str, Any]:
             f"match={match}: ffn._target_={config['ffn']['_target_']} names no knob to size; add "
             f"_size_by_: {{{match}: NAME_OF_AN_INTEGER}} to its YAML, or say match=none."
         )
-    budget = float(config["match_budget"] or _basis(_dense_twin(config), match))
+    budget = _budget(config, match)
+    step = int((config["ffn"].get("_step_") or {}).get(knob, 1))
 
-    def measure(value: int) -> float:
+    def measure(multiple: int) -> float:
         trial = copy.deepcopy(config)
-        trial["ffn"][knob] = value
+        _set(trial, knob, multiple * step)
         return _basis(trial, match)
 
-    config["ffn"][knob] = _closest(measure, budget, f"match={match} through ffn.{knob}")
+    shown = knob if "." in knob else f"ffn.{knob}"
+    _set(config, knob, step * _closest(measure, budget, f"match={match} through {shown}", step))
     return config
+
+
+def sized_knob(config: dict[str, Any]) -> dict[str, int]:
+    """The knob that `match` solves and its value in `config`; empty without `match`."""
+    knob = (config["ffn"].get("_size_by_") or {}).get(str(config["match"]))
+    if knob is None:
+        return {}
+    node: Any = config
+    for key in knob.split(".") if "." in knob else ("ffn", knob):
+        node = node[key]
+    return {knob: int(node)}
+
+
+def _set(config: dict[str, Any], knob: str, value: int) -> None:
+    """A knob is a key of `ffn`, or a dotted path from the root of the configuration."""
+    *parents, leaf = knob.split(".") if "." in knob else ("ffn", knob)
+    node = config
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            raise ConfigError(f"ffn._size_by_ names {knob}, which is no key of the configuration.")
+        node = node[parent]
+    node[leaf] = value
+
+
+def _budget(config: dict[str, Any], match: str) -> float:
+    given = config["match_budget"]
+    if given is None:
+        return _basis(_dense_twin(config), match)
+    check_range("match_budget", given, 1)
+    return float(given)
 
 
 def _dense_twin(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,11 +98,18 @@ def _basis(config: dict[str, Any], match: str) -> float:
     return cost.trunk_train_flops
 
 
-def _closest(measure: Callable[[int], float], budget: float, what: str) -> int:
-    """The integer whose measure is nearest to `budget`; the measure grows with it."""
-    low, smallest = _smallest_valid(measure, what)
+def _closest(measure: Callable[[int], float], budget: float, what: str, step: int) -> int:
+    """The integer whose measure is nearest to `budget`; the measure grows with it.
+
+    Raises:
+        ConfigError: the nearest one is not within 2%; named as multiples of `step`.
+    """
+    low, smallest = _smallest_valid(measure, what, step)
     if smallest > budget * (1 + _TOLERANCE):
-        raise ConfigError(f"{what}: even its least value {low} gives {smallest:,.0f}, above the budget {budget:,.0f}.")
+        raise ConfigError(
+            f"{what}: even its least value {low * step} gives {smallest:,.0f}, above the budget {budget:,.0f}; set "
+            "match_budget, or lower the plugin's other sizes."
+        )
     high = low
     while measure(high) < budget:
         low, high = high, high * 2
@@ -82,20 +122,20 @@ def _closest(measure: Callable[[int], float], budget: float, what: str) -> int:
     best = min((low, high), key=lambda value: abs(measure(value) - budget))
     if abs(measure(best) - budget) > _TOLERANCE * budget:
         raise ConfigError(
-            f"{what}: the nearest value {best} gives {measure(best):,.0f}, not within {_TOLERANCE:.0%} of the budget "
-            f"{budget:,.0f}; set match_budget, or change the plugin's other sizes."
+            f"{what}: the nearest value {best * step} gives {measure(best):,.0f}, not within {_TOLERANCE:.0%} of the "
+            f"budget {budget:,.0f}; set match_budget, or change the plugin's other sizes."
         )
     return best
 
 
-def _smallest_valid(measure: Callable[[int], float], what: str) -> tuple[int, float]:
+def _smallest_valid(measure: Callable[[int], float], what: str, step: int) -> tuple[int, float]:
     """The least power of two that the plugin accepts (n_keys, say, must not be below knn), refined downwards."""
     value = 1
     while not _is_valid(measure, value):
         value *= 2
         if value > _LARGEST:
             measure(1)  # raises the plugin's own error
-            raise ConfigError(f"{what}: no value up to {_LARGEST} is accepted.")
+            raise ConfigError(f"{what}: no value up to {_LARGEST * step} is accepted.")
     while value > 1 and _is_valid(measure, value - 1):
         value -= 1
     return value, measure(value)

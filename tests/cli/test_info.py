@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,49 @@ def test_a_table_of_64_billion_values_is_described_at_once(cli: Run) -> None:
     shown = cli("info", "model=8b", "ffn.n_keys=4096", "format=json")
     assert shown.code == 0, shown.err
     assert json.loads(shown.out)["params"]["table"] == 4096**2 * 4096
+
+
+def test_variants_stand_side_by_side_at_equal_budget(cli: Run, tmp_path: Path) -> None:
+    names = ["dense", "moe", "pkm", "memory_plus", "peer"]
+    shown = cli("info", f"ffn={','.join(names)}", "match=flops", "format=json")
+    assert shown.code == 0, shown.err
+    figures = json.loads(shown.out)
+    assert [f["variant"] for f in figures] == names
+    trunks = [f["flops_per_token"]["trunk"]["train"] for f in figures]
+    assert trunks == pytest.approx([trunks[0]] * len(names), rel=0.02)
+    assert [f["layers"] for f in figures] == [[0, 1], [0, 1], [1], [0, 1], [1]]
+    for name, figure in zip(names, figures, strict=True):
+        alone = json.loads(cli("info", f"ffn={name}", "match=flops", "format=json").out)
+        assert {"variant": name, **alone} == figure
+    table = cli("info", f"ffn={','.join(names)}", "match=flops").out
+    assert all(name in table.splitlines()[2] for name in names)
+    assert f"{trunks[0]:,}" in table
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overrides_reach_every_variant(cli: Run) -> None:
+    shown = cli("info", "ffn=memory,memory_plus", "model.memory.n_keys=32", "placement=all", "format=json")
+    assert [f["table"]["rows"] for f in json.loads(shown.out)] == [1024, 1024]
+    assert [f["layers"] for f in json.loads(shown.out)] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ffn=dense,moo"], r"ffn=moo is not known; allowed: .*dense, .*memory_plus.* Did you mean 'moe'\?"),
+        (["ffn=dense,dense"], r"ffn=dense,dense names a variant twice or leaves a name empty"),
+        (["ffn=dense,"], r"ffn=dense, names a variant twice or leaves a name empty"),
+        (
+            ["ffn=dense,pkm", "match=params", "match_budget=1000"],
+            r"ffn=dense: match=params through ffn.hidden_dim: even",
+        ),
+        (["ffn=dense,pkm", "ffn.n_keys=8"], r"ffn.n_keys is no key of the configuration"),
+        (["ffn=dense", "match=flops", "match_budget=lots"], r"match_budget='lots' is no number"),
+        (["match=flops", "match_budget=0"], r"match_budget=0 is out of range"),
+    ],
+)
+def test_variants_that_cannot_be_shown(cli: Run, arguments: list[str], message: str) -> None:
+    shown = cli("info", *arguments)
+    assert shown.code == 2
+    assert re.match(f"error: {message}", shown.err), shown.err
+    assert len(shown.err.splitlines()) == 1

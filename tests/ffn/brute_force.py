@@ -1,4 +1,6 @@
-"""Memory+ written down once more from the paper, without any product structure: every slot has a key of its own.
+"""Product-key memories written down once more from their papers, without any product structure: one key a slot.
+
+Every function takes named parameters (`dict(layer.named_parameters())`) and tables, and none of the layer's code.
 
 Letters: T tokens, D model dimension, H heads, N slots, S sub-keys a half (N = S * S), E dimension of a half key,
 K slots read a head, V values a slot.
@@ -7,36 +9,59 @@ K slots read a head, V values a slot.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pkm_lightning.ffn import MemoryPlus
+
+class Read(NamedTuple):
+    """Scores of all slots and the chosen ones with their weights."""
+
+    scores_THN: Tensor
+    ids_THK: Tensor
+    weights_THK: Tensor
 
 
 def rms_normalised(x_XE: Tensor, gain_E: Tensor) -> Tensor:
     return x_XE / x_XE.square().mean(-1, keepdim=True).sqrt() * gain_E
 
 
-def queries(layer: MemoryPlus, x_TD: Tensor) -> Tensor:
-    """The two half queries of each head side by side, (T, H, 2 E)."""
-    heads, _, _, half = layer.keys.keys.shape
-    q_TH2E = (x_TD @ layer.query.projection.weight.T + layer.query.projection.bias).view(-1, heads, 2, half)
-    if layer.query.norm is not None:
-        q_TH2E = rms_normalised(q_TH2E, layer.query.norm.weight)
-    return q_TH2E.flatten(2)
+def parameters(layer: nn.Module) -> dict[str, Tensor]:
+    """By the names that they have under `addressing`, or their own; float64."""
+    return {
+        name.removeprefix("addressing."): p if p.dtype is torch.float64 else p.double()
+        for name, p in layer.named_parameters()
+    }
 
 
-def full_keys(layer: MemoryPlus) -> Tensor:
+def queries(p: Mapping[str, Tensor], x_TD: Tensor, heads: int, norm: str) -> Tensor:
+    """The two half queries of each head side by side, (T, H, 2 E); batch statistics are those of all of `x_TD`."""
+    q_TF = x_TD @ p["query.projection.weight"].T + p["query.projection.bias"]
+    if norm == "batch":
+        deviation_F = (q_TF.var(0, unbiased=False) + 1e-5).sqrt()
+        q_TF = (q_TF - q_TF.mean(0)) / deviation_F * p["query.norm.weight"] + p["query.norm.bias"]
+    q_THE = q_TF.view(len(x_TD), heads, -1)
+    if norm == "layer":
+        centred_THE = q_THE - q_THE.mean(-1, keepdim=True)
+        deviation_TH1 = (centred_THE.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        q_THE = centred_THE / deviation_TH1 * p["query.norm.weight"] + p["query.norm.bias"]
+    if norm == "rms":
+        q_THE = rms_normalised(q_THE.unflatten(-1, (2, -1)), p["query.norm.weight"]).flatten(-2)
+    return q_THE
+
+
+def full_keys(p: Mapping[str, Tensor], heads: int) -> Tensor:
     """One key a slot: slot n = i * S + j has sub-keys i and j side by side, (H, N, 2 E)."""
-    keys_H2SE = layer.keys.keys.to(torch.float64)
+    keys_H2SE = p["keys.keys"].double()
     size, half = keys_H2SE.shape[2:]
-    if layer.keys.norm is not None:
-        keys_H2SE = rms_normalised(keys_H2SE, layer.keys.norm.weight.double()) / math.sqrt(half)
-    return torch.stack(
+    if "keys.norm.weight" in p:
+        keys_H2SE = rms_normalised(keys_H2SE, p["keys.norm.weight"].double()) / math.sqrt(half)
+    full_HNE = torch.stack(
         [torch.cat([keys_H2SE[:, 0, n // size], keys_H2SE[:, 1, n % size]], dim=-1) for n in range(size**2)], dim=1
     )
+    return full_HNE.expand(heads, -1, -1)
 
 
 def best_slots(scores_THN: Tensor, k: int) -> Tensor:
@@ -44,18 +69,57 @@ def best_slots(scores_THN: Tensor, k: int) -> Tensor:
     return scores_THN.topk(k, dim=-1).indices
 
 
-def memory_plus(
-    layer: MemoryPlus,
-    table_NV: Tensor,
+def by_rank_in_both_halves(scores_THN: Tensor, k: int) -> Tensor:
+    """The documented order of equal scores: by rank in half 1, then in half 2; within a half by lower sub-key index.
+
+    Ranks are read off the N scores: slots (i, 0) are ordered as the first half is, slots (0, j) as the second.
+    """
+    size = round(scores_THN.shape[-1] ** 0.5)
+    grid_THSS = scores_THN.unflatten(-1, (size, size))
+    rank1_THS = grid_THSS[..., 0].sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    rank2_THS = grid_THSS[..., 0, :].sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    rank_THN = (rank1_THS.unsqueeze(-1) * size + rank2_THS.unsqueeze(-2)).flatten(-2)
+    in_rank_order_THN = rank_THN.argsort(-1)
+    best_THN = scores_THN.gather(-1, in_rank_order_THN).sort(dim=-1, descending=True, stable=True).indices
+    return in_rank_order_THN.gather(-1, best_THN[..., :k])
+
+
+def read(
+    p: Mapping[str, Tensor],
     x_TD: Tensor,
+    *,
+    heads: int,
+    knn: int,
+    norm: str,
+    activation: str = "softmax",
     q_THE: Tensor | None = None,
     choose: Callable[[Tensor, int], Tensor] = best_slots,
-) -> Tensor:
-    """(y * silu(W1 x)) W2 with y the softmax-weighted sum of the best slots' values, over all heads."""
-    q_THE = queries(layer, x_TD) if q_THE is None else q_THE
-    scores_THN = torch.einsum("the,hne->thn", q_THE, full_keys(layer))
-    ids_THK = choose(scores_THN.detach(), layer.knn)
-    weights_THK = scores_THN.gather(-1, ids_THK).softmax(-1)
-    y_TV = (weights_THK.unsqueeze(-1) * table_NV[ids_THK]).sum(dim=(1, 2))
-    gate_TV = x_TD @ layer.gate.weight.to(x_TD.dtype).T
-    return (y_TV * gate_TV * torch.sigmoid(gate_TV)) @ layer.out.weight.to(x_TD.dtype).T
+) -> Read:
+    """The best slots of every head and what `activation` makes of their scores."""
+    q_THE = queries(p, x_TD, heads, norm) if q_THE is None else q_THE
+    scores_THN = torch.einsum("the,hne->thn", q_THE, full_keys(p, heads))
+    ids_THK = choose(scores_THN.detach(), knn)
+    chosen_THK = scores_THN.gather(-1, ids_THK)
+    if "log_temperature" in p:
+        chosen_THK = chosen_THK / p["log_temperature"].exp()[:, None]
+    if activation == "softmax":
+        weights_THK = chosen_THK.exp() / chosen_THK.exp().sum(-1, keepdim=True)
+    else:
+        weights_THK = chosen_THK.clamp(min=0) if activation == "relu" else 1 / (1 + (-chosen_THK).exp())
+    return Read(scores_THN, ids_THK, weights_THK)
+
+
+def weighted_values(chosen: Read, table_NV: Tensor) -> Tensor:
+    """The sum over heads and slots of weight times value."""
+    return (chosen.weights_THK.unsqueeze(-1) * table_NV[chosen.ids_THK]).sum(dim=(1, 2))
+
+
+def memory_plus(p: Mapping[str, Tensor], table_NV: Tensor, x_TD: Tensor, chosen: Read, gate: str = "swilu") -> Tensor:
+    """(y * silu(W1 x)) W2 with y the read, mapped if there is a map; or the other gates."""
+    y_TV = weighted_values(chosen, table_NV)
+    if "values.projection.weight" in p:
+        y_TV = y_TV @ p["values.projection.weight"].T
+    if gate != "none":
+        gate_TV = x_TD @ p["gate.weight"].T
+        y_TV = y_TV * torch.sigmoid(gate_TV) * (gate_TV if gate == "swilu" else 1)
+    return y_TV @ p["out.weight"].T

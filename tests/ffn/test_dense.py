@@ -16,12 +16,20 @@ from pkm_lightning.ffn import Dense, FFNContext
 CONTEXT = FFNContext(torch.zeros(2, 5, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "squared_relu"])
 @pytest.mark.parametrize(("dim", "hidden_dim"), [(6, 11), (7, 1), (1, 5)])
-def test_equals_the_formula_with_gradients(dim: int, hidden_dim: int) -> None:
-    layer = Dense(dim=dim, n_layers=3, hidden_dim=hidden_dim).double()
+def test_equals_the_formula_with_gradients(dim: int, hidden_dim: int, activation: str) -> None:
+    layer = Dense(dim=dim, n_layers=3, hidden_dim=hidden_dim, activation=activation).double()
     x_BTD = torch.randn(2, 5, dim, dtype=torch.float64, requires_grad=True)
-    gate_BTF = x_BTD @ layer.gate.weight.T
-    expected_BTD = (gate_BTF * torch.sigmoid(gate_BTF) * (x_BTD @ layer.up.weight.T)) @ layer.out.weight.T
+    up_BTF = x_BTD @ layer.up.weight.T
+    if activation == "swiglu":
+        gate_BTF = x_BTD @ layer.gate.weight.T
+        hidden_BTF = gate_BTF * torch.sigmoid(gate_BTF) * up_BTF
+    elif activation == "gelu":
+        hidden_BTF = up_BTF * (1 + torch.erf(up_BTF / 2**0.5)) / 2
+    else:
+        hidden_BTF = up_BTF * up_BTF * (up_BTF > 0)
+    expected_BTD = hidden_BTF @ layer.out.weight.T
     y_BTD = layer(x_BTD, CONTEXT).y_BTD
     assert_close(y_BTD, expected_BTD)
     inputs = [x_BTD, *layer.parameters()]
@@ -31,14 +39,16 @@ def test_equals_the_formula_with_gradients(dim: int, hidden_dim: int) -> None:
         assert_close(grad, expected, kind="grad")
 
 
+@pytest.mark.parametrize(("activation", "matrices"), [("swiglu", 3), ("gelu", 2), ("squared_relu", 2)])
 @pytest.mark.parametrize(("dim", "hidden_dim"), [(6, 11), (7, 1), (33, 50)])
-def test_cost_is_counted_exactly(dim: int, hidden_dim: int) -> None:
-    layer = Dense(dim=dim, n_layers=3, hidden_dim=hidden_dim)
+def test_cost_is_counted_exactly(dim: int, hidden_dim: int, activation: str, matrices: int) -> None:
+    layer = Dense(dim=dim, n_layers=3, hidden_dim=hidden_dim, activation=activation)
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(2, 5, dim), CONTEXT)
     cost = layer.cost()
     assert cost.flops * 10 == counter.get_total_flops()
-    assert cost.params == cost.active_params == 3 * dim * hidden_dim == sum(p.numel() for p in layer.parameters())
+    expected = matrices * dim * hidden_dim
+    assert cost.params == cost.active_params == expected == sum(p.numel() for p in layer.parameters())
     assert (cost.table_params, cost.lookup_bytes) == (0, 0)
 
 
@@ -52,3 +62,8 @@ def test_initialisation() -> None:
 def test_refuses_no_hidden_dimension() -> None:
     with pytest.raises(ConfigError, match=r"ffn.hidden_dim=0 is out of range; allowed: 1 to inf\."):
         Dense(dim=6, n_layers=1, hidden_dim=0)
+
+
+def test_refuses_an_unknown_activation() -> None:
+    with pytest.raises(ConfigError, match=r"ffn.activation='relu' is not known; allowed: swiglu, gelu, squared_relu"):
+        Dense(dim=6, n_layers=1, hidden_dim=4, activation="relu")

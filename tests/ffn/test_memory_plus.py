@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ffn import brute_force
-from tolerances import assert_close
+from tolerances import assert_close, assert_same_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,23 +31,25 @@ def context(x_BTD: Tensor, *, observe: bool = False) -> FFNContext:
     return FFNContext(torch.zeros(x_BTD.shape[:2], dtype=torch.int64), observe=observe)
 
 
-def build(sizes: dict[str, Any], *, qk_norm: bool, dtype: torch.dtype = torch.float64) -> tuple[MemoryPlus, ValueTable]:
-    """A layer whose biases and gains are not at their initial values."""
+def build(
+    sizes: dict[str, Any], *, qk_norm: bool, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[MemoryPlus, ValueTable]:
+    """A layer whose biases, gains and temperatures are not at their initial values."""
     table = ValueTable(rows=sizes["n_keys"] ** 2, dim=sizes["value_dim"] or sizes["dim"])
-    layer = MemoryPlus(**sizes, table=table, qk_norm=qk_norm)
+    layer = MemoryPlus(**sizes, table=table, qk_norm=qk_norm, **options)
     for name, parameter in layer.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
+        if name.endswith(("bias", "norm.weight", "temperature")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return layer.to(dtype), table.to(dtype)
 
 
-def assert_same_gradients(actual: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> None:
-    upstream = torch.randn_like(expected)
-    actual_grads = torch.autograd.grad(actual, list(inputs.values()), upstream.to(actual.dtype))
-    expected_grads = torch.autograd.grad(expected, list(inputs.values()), upstream)
-    for name, grad, expected_grad in zip(inputs, actual_grads, expected_grads, strict=True):
-        assert expected_grad.any(), f"the test gives no gradient to {name}"
-        assert_close(grad, expected_grad, kind="grad")
+def by_brute_force(layer: MemoryPlus, table: ValueTable, x_TD: Tensor, **how: Any) -> Tensor:
+    """The reference's output for tokens in float64; `how` may give queries or another rule for ties."""
+    p, norm = brute_force.parameters(layer), "rms" if layer.addressing.query.norm is not None else "none"
+    heads, knn = layer.addressing.query.heads, layer.addressing.knn
+    gate, activation = layer.gate_kind, layer.addressing.activation
+    chosen = brute_force.read(p, x_TD, heads=heads, knn=knn, norm=norm, activation=activation, **how)
+    return brute_force.memory_plus(p, table.weight.double(), x_TD, chosen, gate)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -56,12 +58,12 @@ def test_output_and_gradients_equal_brute_force(sizes: dict[str, Any], qk_norm: 
     layer, table = build(sizes, qk_norm=qk_norm)
     x_BTD = torch.randn(2, 5, sizes["dim"], dtype=torch.float64, requires_grad=True)
     output = layer(x_BTD, context(x_BTD))
-    expected_BTD = brute_force.memory_plus(layer, table.weight, x_BTD.flatten(0, 1)).view_as(x_BTD)
+    expected_BTD = by_brute_force(layer, table, x_BTD.flatten(0, 1)).view_as(x_BTD)
     assert_close(output.y_BTD, expected_BTD)
     inputs = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
     # With one slot read its weight is 1 whatever the scores: query and keys then rightly get a zero gradient.
     if sizes["knn"] == 1:
-        addressing = ("query", "keys")
+        addressing = "addressing"
         silent = [p for name, p in layer.named_parameters() if name.startswith(addressing)]
         grads = torch.autograd.grad(output.y_BTD.sum(), silent, retain_graph=True)
         assert not any(bool(grad.any()) for grad in grads)
@@ -69,38 +71,54 @@ def test_output_and_gradients_equal_brute_force(sizes: dict[str, Any], qk_norm: 
     assert_same_gradients(output.y_BTD, expected_BTD, inputs)
 
 
-def by_rank_in_both_halves(scores_THN: Tensor, k: int) -> Tensor:
-    """The documented order of equal scores: by rank in half 1, then in half 2; within a half by lower sub-key index.
-
-    Ranks are read off the N scores: slots (i, 0) are ordered as the first half is, slots (0, j) as the second.
-    """
-    size = round(scores_THN.shape[-1] ** 0.5)
-    grid_THSS = scores_THN.unflatten(-1, (size, size))
-    rank1_THS = grid_THSS[..., 0].sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-    rank2_THS = grid_THSS[..., 0, :].sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-    rank_THN = (rank1_THS.unsqueeze(-1) * size + rank2_THS.unsqueeze(-2)).flatten(-2)
-    in_rank_order_THN = rank_THN.argsort(-1)
-    best_THN = scores_THN.gather(-1, in_rank_order_THN).sort(dim=-1, descending=True, stable=True).indices
-    return in_rank_order_THN.gather(-1, best_THN[..., :k])
-
-
 @pytest.mark.parametrize("sizes", SIZES)
 def test_ties_are_broken_as_documented(sizes: dict[str, Any]) -> None:
     """Small whole numbers give exact scores, so that equal ones are equal in both computations, and many are."""
     layer, table = build(sizes, qk_norm=False)
-    for parameter in (layer.keys.keys, layer.query.projection.weight, layer.query.projection.bias):
+    for parameter in (
+        layer.addressing.keys.keys,
+        layer.addressing.query.projection.weight,
+        layer.addressing.query.projection.bias,
+    ):
         parameter.data = torch.randint(-1, 2, parameter.shape).double()
     x_BTD = torch.randint(-1, 2, (3, 4, sizes["dim"])).double().requires_grad_()
     output = layer(x_BTD, context(x_BTD))
-    expected_BTD = brute_force.memory_plus(
-        layer, table.weight, x_BTD.flatten(0, 1), choose=by_rank_in_both_halves
-    ).view_as(x_BTD)
+    expected_BTD = by_brute_force(layer, table, x_BTD.flatten(0, 1), choose=brute_force.by_rank_in_both_halves).view_as(
+        x_BTD
+    )
     assert_close(output.y_BTD, expected_BTD)
     assert_close(
         torch.autograd.grad(output.y_BTD.sum(), table.weight)[0],
         torch.autograd.grad(expected_BTD.sum(), table.weight)[0],
         kind="grad",
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gate": "sigmoid"},
+        {"gate": "none", "temperature": True},
+        {"activation": "relu"},
+        {"activation": "sigmoid", "temperature": True, "value_projection": True},
+        {"value_projection": True},
+        {"cures": {"simvq": True}},
+    ],
+)
+@pytest.mark.parametrize("sizes", SIZES[1:3])
+def test_every_option_equals_brute_force(sizes: dict[str, Any], options: dict[str, Any]) -> None:
+    layer, table = build(sizes, qk_norm=True, **options)
+    x_BTD = torch.randn(1, 7, sizes["dim"], dtype=torch.float64, requires_grad=True)
+    y_BTD = layer(x_BTD, context(x_BTD)).y_BTD
+    expected_BTD = by_brute_force(layer, table, x_BTD[0]).view_as(x_BTD)
+    assert_close(y_BTD, expected_BTD)
+    assert_same_gradients(y_BTD, expected_BTD, {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())})
+
+
+def test_simvq_asks_for_rows_that_stay_as_drawn() -> None:
+    sizes = {"dim": 6, "n_keys": 5, "value_dim": None}
+    assert MemoryPlus.table_spec(**sizes).trainable
+    assert not MemoryPlus.table_spec(**sizes, cures={"simvq": True}).trainable
 
 
 def test_two_layers_that_share_a_table_add_up_its_gradient() -> None:
@@ -110,8 +128,8 @@ def test_two_layers_that_share_a_table_add_up_its_gradient() -> None:
     middle_BTD = x_BTD + first(x_BTD, context(x_BTD)).y_BTD
     actual_BTD = second(middle_BTD, context(x_BTD)).y_BTD
     x_TD = x_BTD.flatten(0, 1)
-    middle_TD = x_TD + brute_force.memory_plus(first, table.weight, x_TD)
-    expected_BTD = brute_force.memory_plus(second, table.weight, middle_TD).view_as(x_BTD)
+    middle_TD = x_TD + by_brute_force(first, table, x_TD)
+    expected_BTD = by_brute_force(second, table, middle_TD).view_as(x_BTD)
     assert_close(actual_BTD, expected_BTD)
     layers = torch.nn.ModuleDict({"first": first, "second": second})
     assert_same_gradients(
@@ -123,14 +141,12 @@ def test_two_layers_that_share_a_table_add_up_its_gradient() -> None:
 def test_bf16_model_scores_in_fp32_and_is_close_to_float64(qk_norm: bool) -> None:
     layer, table = build(SIZES[1], qk_norm=qk_norm, dtype=torch.bfloat16)
     x_BTD = torch.randn(2, 5, 7, dtype=torch.bfloat16)
-    q_TH2E = layer.query(x_BTD.flatten(0, 1))
-    assert {scores.dtype for scores in layer.keys(q_TH2E)} == {torch.float32}
+    q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+    assert {scores.dtype for scores in layer.addressing.keys(q_TH2E)} == {torch.float32}
     output = layer(x_BTD, context(x_BTD))
     assert output.y_BTD.dtype is torch.bfloat16
     # The same queries go in: rounding them otherwise would choose other slots, which is no error of either side.
-    expected_TD = brute_force.memory_plus(
-        layer, table.weight.double(), x_BTD.flatten(0, 1).double(), q_TH2E.flatten(2).double()
-    )
+    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THE=q_TH2E.flatten(2).double())
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
@@ -138,14 +154,12 @@ def test_bf16_autocast_scores_in_fp32_and_is_close_to_float64() -> None:
     layer, table = build(SIZES[1], qk_norm=True, dtype=torch.float32)
     x_BTD = torch.randn(2, 5, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        q_TH2E = layer.query(x_BTD.flatten(0, 1))
-        assert {scores.dtype for scores in layer.keys(q_TH2E)} == {torch.float32}
+        q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+        assert {scores.dtype for scores in layer.addressing.keys(q_TH2E)} == {torch.float32}
         output = layer(x_BTD, context(x_BTD, observe=True))
     assert output.y_BTD.dtype is torch.bfloat16
     assert output.trace["slot_weights"].dtype is torch.float32
-    expected_TD = brute_force.memory_plus(
-        layer, table.weight.double(), x_BTD.flatten(0, 1).double(), q_TH2E.flatten(2).double()
-    )
+    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THE=q_TH2E.flatten(2).double())
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
@@ -154,13 +168,10 @@ def test_trace_says_what_was_read_only_when_asked() -> None:
     x_BTD = torch.randn(2, 5, 7, dtype=torch.float64)
     assert layer(x_BTD, context(x_BTD)).trace == {}
     trace = layer(x_BTD, context(x_BTD, observe=True)).trace
-    scores_THN = torch.einsum(
-        "the,hne->thn", brute_force.queries(layer, x_BTD.flatten(0, 1)), brute_force.full_keys(layer)
-    )
-    best_THK, ids_THK = scores_THN.topk(5, dim=-1)
+    chosen = brute_force.read(brute_force.parameters(layer), x_BTD.flatten(0, 1), heads=3, knn=5, norm="rms")
     assert trace["slot_ids"].dtype is torch.int32
-    assert torch.equal(trace["slot_ids"], ids_THK.view(2, 5, 3, 5).int())
-    assert_close(trace["slot_weights"], best_THK.softmax(-1).view(2, 5, 3, 5).detach())
+    assert torch.equal(trace["slot_ids"], chosen.ids_THK.view(2, 5, 3, 5).int())
+    assert_close(trace["slot_weights"], chosen.weights_THK.view(2, 5, 3, 5).detach())
     assert not trace["slot_weights"].requires_grad
 
 

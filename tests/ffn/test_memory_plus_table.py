@@ -32,7 +32,7 @@ def test_a_model_holds_a_shared_table_once() -> None:
 def test_a_copy_shares_within_itself_and_not_with_the_original() -> None:
     model = transformer(*memory_ffns())
     copied = copy.deepcopy(model)
-    tables = [block.ffn._table.table for block in copied.blocks[1:]]
+    tables = [block.ffn.values.table for block in copied.blocks[1:]]
     assert tables[0] is tables[1] is copied.tables[0]
     assert copied.tables[0] is not model.tables[0]
     ids_BT = token_ids()
@@ -84,7 +84,7 @@ def test_initialisation() -> None:
     )
     assert layer.gate.weight.std().item() == pytest.approx(48**-0.5, rel=0.05)
     assert layer.out.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
-    assert not layer.query.projection.bias.any()
+    assert not layer.addressing.query.projection.bias.any()
 
 
 @pytest.mark.parametrize(

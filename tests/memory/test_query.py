@@ -1,4 +1,4 @@
-"""The query network against its formula, and its precision.
+"""The query network against its formulas, one a kind of normalisation, and its precision.
 
 Letters: T tokens, D model dimension, H heads, 2 halves, E dimension of a half key.
 """
@@ -8,28 +8,47 @@ from __future__ import annotations
 import pytest
 import torch
 from tolerances import assert_close
+from torch import Tensor
 
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import QueryNetwork
 
+NORMS = ["none", "rms", "layer", "batch"]
 
-def network(*, norm: bool, dtype: torch.dtype = torch.float64) -> QueryNetwork:
+
+def network(*, norm: str, dtype: torch.dtype = torch.float64) -> QueryNetwork:
     query = QueryNetwork(dim=5, heads=3, key_dim=14, norm=norm).to(dtype)
     with torch.no_grad():
         query.projection.bias.normal_()
-        if query.norm is not None:
-            query.norm.weight.uniform_(0.5, 1.5)
+        for name, parameter in query.named_parameters():
+            if name.startswith("norm"):
+                parameter.uniform_(0.5, 1.5)
     return query
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_equals_the_formula_with_gradients(norm: bool) -> None:
+def by_definition(query: QueryNetwork, norm: str, x_TD: Tensor) -> Tensor:
+    q_TF = x_TD @ query.projection.weight.T + query.projection.bias
+    named = dict(query.named_parameters())
+    if norm == "batch":
+        mean_F, var_F = q_TF.mean(0), q_TF.var(0, unbiased=False)
+        q_TF = (q_TF - mean_F) / (var_F + 1e-5).sqrt() * named["norm.weight"] + named["norm.bias"]
+    if norm == "layer":
+        q_THF = q_TF.view(-1, 3, 14)
+        centred_THF = q_THF - q_THF.mean(-1, keepdim=True)
+        deviation_TH1 = (centred_THF.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        q_TF = (centred_THF / deviation_TH1 * named["norm.weight"] + named["norm.bias"]).flatten(1)
+    q_TH2E = q_TF.view(-1, 3, 2, 7)
+    if norm == "rms":
+        q_TH2E = q_TH2E / q_TH2E.square().mean(-1, keepdim=True).sqrt() * named["norm.weight"]
+    return q_TH2E
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_equals_the_formula_with_gradients(norm: str) -> None:
     query = network(norm=norm)
     x_TD = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    expected_TH2E = (x_TD @ query.projection.weight.T + query.projection.bias).view(4, 3, 2, 7)
-    if query.norm is not None:
-        rms_TH21 = expected_TH2E.square().mean(-1, keepdim=True).sqrt()
-        expected_TH2E = expected_TH2E / rms_TH21 * query.norm.weight
-    q_TH2E = query(x_TD)
+    q_TH2E, _ = query(x_TD)
+    expected_TH2E = by_definition(query, norm, x_TD)
     assert_close(q_TH2E, expected_TH2E)
     inputs = [x_TD, *query.parameters()]
     upstream_TH2E = torch.randn_like(q_TH2E)
@@ -38,21 +57,22 @@ def test_equals_the_formula_with_gradients(norm: bool) -> None:
         assert_close(grad, expected, kind="grad")
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_are_fp32(dtype: torch.dtype, norm: bool) -> None:
+def test_queries_are_fp32(dtype: torch.dtype, norm: str) -> None:
     query = network(norm=norm, dtype=dtype)
-    assert query(torch.randn(4, 5, dtype=dtype)).dtype is torch.float32
+    assert query(torch.randn(4, 5, dtype=dtype))[0].dtype is torch.float32
 
 
-def test_queries_are_fp32_under_autocast() -> None:
-    query = network(norm=True, dtype=torch.float32)
+@pytest.mark.parametrize("norm", NORMS)
+def test_queries_are_fp32_under_autocast(norm: str) -> None:
+    query = network(norm=norm, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert query(torch.randn(4, 5)).dtype is torch.float32
+        assert query(torch.randn(4, 5))[0].dtype is torch.float32
 
 
 def test_initialisation() -> None:
-    query = network(norm=True)
+    query = network(norm="rms")
     query.reset_parameters()
     bound = (6 / (5 + 42)) ** 0.5
     assert query.norm is not None
@@ -60,3 +80,8 @@ def test_initialisation() -> None:
     assert query.projection.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
     assert not query.projection.bias.any()
     assert bool((query.norm.weight == 1).all())
+
+
+def test_refuses_an_unknown_norm() -> None:
+    with pytest.raises(ConfigError, match=r"ffn.query_norm='bach' is not known; .* Did you mean 'batch'\?"):
+        network(norm="bach")

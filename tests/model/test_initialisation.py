@@ -36,8 +36,8 @@ def wide_model() -> Transformer:
         ("blocks.0.ffn.out.weight", (200 * 2 * N_LAYERS) ** -0.5),
         ("blocks.3.ffn.gate.weight", 48**-0.5),
         ("blocks.3.ffn.out.weight", 96**-0.5),
-        ("blocks.3.ffn.keys.keys", (64 * 3) ** -0.5),
-        ("blocks.3.ffn.query.projection.weight", (2 / (96 + 4 * 64)) ** 0.5),
+        ("blocks.3.ffn.addressing.keys.keys", (64 * 3) ** -0.5),
+        ("blocks.3.ffn.addressing.query.projection.weight", (2 / (96 + 4 * 64)) ** 0.5),
         ("tables.0.weight", 48**-0.5),
     ],
 )

@@ -55,12 +55,12 @@ def test_placed_layers_share_one_table() -> None:
     model = build_model(config("model.n_layers=6", "placement.layers=[1,4]"))
     assert kinds(model) == [Dense, MemoryPlus, Dense, Dense, MemoryPlus, Dense]
     assert len(model.tables) == 1
-    assert {id(model.blocks[i].ffn._table.table) for i in (1, 4)} == {id(model.tables[0])}
+    assert {id(model.blocks[i].ffn.values.table) for i in (1, 4)} == {id(model.tables[0])}
 
 
 def test_unshared_tables_are_one_a_placed_layer() -> None:
     model = build_model(config("model.n_layers=6", "placement.layers=[4,1]", "table.shared=false"))
-    assert [model.blocks[i].ffn._table.table for i in (1, 4)] == list(model.tables)
+    assert [model.blocks[i].ffn.values.table for i in (1, 4)] == list(model.tables)
     assert model.tables[0] is not model.tables[1]
 
 

@@ -51,7 +51,7 @@ def test_a_table_is_handed_on_as_the_object_that_it_is() -> None:
     table = ValueTable(rows=9, dim=4)
     layer = instantiate(MEMORY, "ffn", dim=4, table=table)
     assert isinstance(layer, MemoryPlus)
-    assert layer._table.table is table
+    assert layer.values.table is table
 
 
 def test_omegaconf_and_plain_dicts_are_equal() -> None:

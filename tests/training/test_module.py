@@ -181,3 +181,13 @@ def test_reporter_is_what_the_configuration_named() -> None:
     module = fit(settings(*REPORTER), [rows(2)])
     assert isinstance(module.model.blocks[0].ffn, Reporter)
     assert module.cost.unknown == ("Reporter",)
+
+
+def test_auxiliary_losses_are_logged_summed_and_metrics_averaged_over_layers() -> None:
+    module = fit(settings(*REPORTER, "+ffn.aux_weight=2.0"), [rows(2)])
+    logged = module.trainer.callback_metrics
+    output = module.model(rows(2)["input_ids"])
+    assert output.aux_losses.keys() == {"toy"}
+    assert logged["train/aux_toy"] > 0
+    first, second = (block.ffn.means[0] for block in module.model.blocks if isinstance(block.ffn, Reporter))
+    assert logged["train/toy_mean"] == pytest.approx((first + second) / 2, rel=1e-6)

@@ -27,9 +27,9 @@ def test_roles_of_a_memory_model() -> None:
     assert found["norm.weight"] == "norm"
     assert found["blocks.0.attention_norm.weight"] == "norm"
     assert found["blocks.0.attention.query.weight"] == "matrix"
-    assert found["blocks.1.ffn.keys.keys"] == "matrix"
-    assert found["blocks.1.ffn.keys.norm.weight"] == "norm"
-    assert found["blocks.1.ffn.query.projection.bias"] == "bias"
+    assert found["blocks.1.ffn.addressing.keys.keys"] == "matrix"
+    assert found["blocks.1.ffn.addressing.keys.norm.weight"] == "norm"
+    assert found["blocks.1.ffn.addressing.query.projection.bias"] == "bias"
     assert list(found.values()).count("table") == 1
 
 

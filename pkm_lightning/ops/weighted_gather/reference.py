@@ -1,10 +1,11 @@
 """The weighted gather as it is written on paper: gather T * K rows, weight them, add them up.
 
-Letters: N rows, D values a row, T reads, K rows a read.
+Letters: N rows, D values a row, T reads, K rows a read, G groups a read.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,13 @@ def weighted_gather_reference(table_ND: Tensor, ids_TK: Tensor, weights_TK: Tens
     """See `pkm_lightning.ops.weighted_gather`; keeps T * K * D values in memory."""
     rows_TKD = table_ND[ids_TK.long()]
     return (weights_TK.to(table_ND.dtype).unsqueeze(-1) * rows_TKD).sum(dim=1)
+
+
+def grouped_gather_reference(
+    table_ND: Tensor, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor, n_groups: int
+) -> Tensor:
+    """See `pkm_lightning.ops.weighted_gather`; the one-hot groups multiply the weights, T * K * D values a group."""
+    rows_TKD = table_ND[ids_TK.long()]
+    one_hot_TKG = groups_TK.unsqueeze(-1) == torch.arange(n_groups, device=groups_TK.device)
+    weights_TKG = weights_TK.to(table_ND.dtype).unsqueeze(-1) * one_hot_TKG
+    return torch.stack([(weights_TKG[..., g, None] * rows_TKD).sum(dim=1) for g in range(n_groups)], dim=1)

@@ -1,0 +1,40 @@
+"""Several FFN variants in one command: `ffn=a,b,c` is split before Hydra composes, which would take it for a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from pkm_lightning.errors import ConfigError
+
+_KEY = "ffn="
+
+
+def split_variants(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command line with the first variant alone, and all variants; without a list of them, none.
+
+    Raises:
+        ConfigError: an empty name or a name given twice.
+    """
+    given = [a for a in arguments if a.startswith(_KEY) and "," in a]
+    if not given:
+        return list(arguments), []
+    variants = [name.strip() for name in given[-1].removeprefix(_KEY).split(",")]
+    if "" in variants or len(set(variants)) != len(variants):
+        raise ConfigError(f"{given[-1]} names a variant twice or leaves a name empty; allowed: ffn=NAME,NAME,...")
+    first = f"{_KEY}{variants[0]}"
+    return [first if a == given[-1] else a for a in arguments if a not in given[:-1]], variants
+
+
+def compose_variant(variant: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of `variant` with the other `overrides` of the job that is running.
+
+    Raises:
+        ConfigError, HydraException: as Hydra finds it.
+    """
+    others = [override for override in overrides if not override.startswith(_KEY)]
+    name = HydraConfig.get().job.config_name
+    return compose(str(name), overrides=[f"{_KEY}{variant}", *others])

@@ -1,0 +1,165 @@
+"""A mixture of experts in which each expert chooses its tokens: perfect balance, but not causal in training.
+
+Letters: B sequences, T tokens (B * T inside), D model dimension, E experts, C tokens an expert, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pkm_lightning.errors import ConfigError, check_integer, check_range
+from pkm_lightning.experts import Router, SwiGLUExperts, run_experts
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
+from pkm_lightning.ops.product_topk.eager import ranked_topk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ExpertChoiceMoE"]
+
+
+class ExpertChoiceMoE(nn.Module):
+    """Expert choice in training (Zhou et al. 2022, arXiv 2202.09368), token choice at evaluation (as the baseline of
+    Berges et al. 2024, arXiv 2412.09764).
+
+        S    = softmax over experts of x W_g, in fp32                          (eq. 2)
+        k    = floor(n c / E), n the real tokens of one rank's micro-batch     (eq. 1)
+        I    = top-k over tokens of S^T, equal ones by lower position          (eq. 2)
+        y[t] = sum over experts e with t in I[e] of S[t, e] E_e(x[t])          (eq. 4)
+
+    and at evaluation `y[t] = sum over the eval_top_k best experts of S[t, e] E_e(x[t])`, dropping nothing.
+
+    **Not causal in training**: whether an expert takes a token depends on every other token of the micro-batch, later
+    ones included. The training loss therefore flatters; only evaluation, which is causal, may be compared. Two metrics
+    say how far the two routings are apart: `expert_choice_mismatch` (share of real tokens whose best expert has not
+    chosen them) and `expert_choice_unrouted` (share that no expert has chosen).
+
+    Where the batch has padding, every expert computes floor(positions c / E) rows, so that no shape depends on the
+    data; those beyond its k best real tokens get weight zero. Should the real tokens be fewer than E / c, k is zero
+    and the layer adds nothing for that micro-batch; `expert_choice_unrouted` is then 1.
+
+    | paper | here |
+    |---|---|
+    | e, c, k | `n_experts`, `capacity_factor`, C |
+    | W_g | `router.weight` |
+    | S, G, I | `probs_TE`, `weights_EC`, `tokens_EC` |
+
+    Args:
+        dim: model dimension D.
+        n_layers: layers of the model, for the residual scale of the output's initialisation.
+        n_experts: experts E.
+        capacity_factor: experts a token on average c, above 0, at most n_experts.
+        eval_top_k: experts a token at evaluation K, 1 to n_experts.
+        dense_hidden_dim: hidden dimension of the dense FFN.
+        hidden_dim: hidden dimension of one expert; None takes `dense_hidden_dim`.
+
+    Raises:
+        ConfigError: a size out of range; in training also a micro-batch so small that an expert gets no token.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_layers: int,
+        n_experts: int,
+        capacity_factor: float,
+        eval_top_k: int,
+        dense_hidden_dim: int,
+        hidden_dim: int | None,
+    ) -> None:
+        super().__init__()
+        check_integer("ffn.n_experts", n_experts, low=1)
+        check_range("ffn.capacity_factor", capacity_factor, 0, n_experts)
+        if capacity_factor == 0:
+            raise ConfigError("ffn.capacity_factor=0 gives no expert any token; use a number above 0, as in 1.0.")
+        check_integer("ffn.eval_top_k", eval_top_k, low=1, high=n_experts)
+        hidden_dim = dense_hidden_dim if hidden_dim is None else hidden_dim
+        check_integer("ffn.hidden_dim", hidden_dim, low=1)
+        self.capacity_factor, self.eval_top_k = capacity_factor, eval_top_k
+        self.router = Router(dim=dim, n_experts=n_experts)
+        self.experts = SwiGLUExperts(n_experts=n_experts, dim=dim, hidden_dim=hidden_dim, n_layers=n_layers)
+
+    def reset_parameters(self) -> None:
+        """Router and experts as their modules say."""
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+
+    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+        """Expert choice in training mode, token choice else.
+
+        The trace holds `expert_chosen` (B, T, E) bool in training, `expert_ids` and `expert_weights` (B, T, K) else.
+        """
+        x_TD = x_BTD.flatten(0, -2)
+        probs_TE = self.router(x_TD).softmax(dim=-1)
+        choose = self._experts_choose if self.training else self._tokens_choose
+        y_TD, trace, metrics = choose(x_TD, probs_TE, context)
+        shaped = {name: value.unflatten(0, x_BTD.shape[:-1]) for name, value in trace.items()}
+        return FFNOutput(y_TD.view_as(x_BTD), trace=shaped if context.observe else {}, metrics=metrics)
+
+    def cost(self) -> FFNCost:
+        """Router, and `eval_top_k` experts at evaluation, `capacity_factor` experts in training."""
+        params = sum(p.numel() for p in self.parameters())
+        router, expert = self.router.weight.numel(), self.experts.params_per_expert()
+        active = router + self.eval_top_k * expert
+        return FFNCost(
+            params=params,
+            active_params=active,
+            flops=2 * active,
+            train_flops=2 * router + round(2 * self.capacity_factor * expert),
+        )
+
+    def _experts_choose(
+        self, x_TD: Tensor, probs_TE: Tensor, context: FFNContext
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
+        tokens_EC, kept_EC = self._chosen_tokens(probs_TE.detach(), valid_T)
+        tokens_M = tokens_EC.flatten()
+        weights_EC = probs_TE.T.gather(1, tokens_EC).masked_fill(~kept_EC, 0)
+        counts_E = tokens_EC.new_full((len(tokens_EC),), tokens_EC.shape[1])
+        y_MD = self.experts(x_TD.index_select(0, tokens_M), counts_E)
+        weighted_MD = y_MD * weights_EC.flatten().unsqueeze(-1)
+        y_TD = weighted_MD.new_zeros(x_TD.shape).index_add(0, tokens_M, weighted_MD).to(y_MD.dtype)
+        chosen_TE = torch.zeros_like(probs_TE.T, dtype=torch.bool).scatter(1, tokens_EC, kept_EC).T
+        return y_TD, {"expert_chosen": chosen_TE}, _train_test_gap(chosen_TE, probs_TE.detach(), valid_T)
+
+    def _tokens_choose(
+        self, x_TD: Tensor, probs_TE: Tensor, context: FFNContext
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        ids_TK = ranked_topk(probs_TE.detach(), self.eval_top_k)
+        weights_TK = probs_TE.gather(-1, ids_TK)
+        y_TD = run_experts(self.experts, x_TD, ids_TK, weights_TK)
+        return y_TD, {"expert_ids": ids_TK.int(), "expert_weights": weights_TK.detach()}, {}
+
+    def _chosen_tokens(self, probs_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens of each expert, best first, and which of them it keeps: its k best real ones, (E, C) both."""
+        positions, n_experts = probs_TE.shape
+        capacity = int(positions * self.capacity_factor / n_experts)
+        if capacity < 1:
+            raise ConfigError(
+                f"ffn.capacity_factor={self.capacity_factor} gives each of ffn.n_experts={n_experts} experts only "
+                f"{positions * self.capacity_factor / n_experts:.3g} of the micro-batch's {positions} tokens; raise "
+                "ffn.capacity_factor or the micro-batch."
+            )
+        if valid_T is None:
+            tokens_EC = ranked_topk(probs_TE.T, capacity)
+            return tokens_EC, torch.ones_like(tokens_EC, dtype=torch.bool)
+        tokens_EC = ranked_topk(probs_TE.T.masked_fill(~valid_T, -1), capacity)
+        # The same division as above in the same precision, so that the two round alike.
+        real = (valid_T.sum().double() * self.capacity_factor / n_experts).floor()
+        return tokens_EC, (torch.arange(capacity, device=real.device) < real).expand_as(tokens_EC)
+
+
+def _train_test_gap(chosen_TE: Tensor, probs_TE: Tensor, valid_T: Tensor | None) -> dict[str, Tensor]:
+    best_T1 = ranked_topk(probs_TE, 1)
+    missed_T = ~chosen_TE.gather(1, best_T1).squeeze(1)
+    unrouted_T = ~chosen_TE.any(dim=1)
+    real_T = torch.ones_like(missed_T) if valid_T is None else valid_T
+    count = real_T.sum().clamp(min=1)
+    return {
+        "expert_choice_mismatch": (missed_T & real_T).sum() / count,
+        "expert_choice_unrouted": (unrouted_T & real_T).sum() / count,
+    }

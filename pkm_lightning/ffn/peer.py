@@ -1,0 +1,131 @@
+"""PEER, parameter-efficient expert retrieval (He 2024, "Mixture of A Million Experts", arXiv 2407.04153).
+
+Letters: B sequences, T tokens (B * T inside), D model dimension, N experts, H heads, K experts a head, C = H * K.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn import functional
+
+from pkm_lightning.errors import ConfigError, check_choice
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, check_table, product_slots
+from pkm_lightning.ops import gathered_dot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PEER"]
+
+
+class PEER(nn.Module):
+    """A mixture of n_keys**2 experts with one hidden neuron each, found by product keys:
+
+        I    = top-k over experts (i, j) of K1[i] q1 + K2[j] q2      (per head; heads share keys and experts)
+        g    = softmax (or sigmoid) of those scores, in fp32
+        e(x) = gelu(<u, x>) v, or gelu(<u, x>) <w, x> v with `glu`
+        y    = sum over heads and experts of g_i e_i(x)
+
+    With `query_norm=batch` (the paper's), a token's output depends on the whole micro-batch in training. No tensor of
+    (tokens, heads * knn, dim) is held: the inner products and the weighted sum read the tables row by row.
+
+    | paper | here |
+    |---|---|
+    | u, v | rows of the first and of the last table, (n_keys**2, dim) each |
+    | (GLU's second input vector) | rows of the middle table of three |
+    | C, C' sub-keys | `addressing.keys.keys`, (1, 2, n_keys, key_dim / 2) |
+    | q(x) | `addressing.query.projection`, a query a head |
+
+    Args:
+        dim: model dimension D.
+        table: two value tables, or three with `glu`, owned by the model.
+        n_keys: sub-keys a half S; there are n_keys**2 experts.
+        heads: queries a token H.
+        knn: experts a head K, 1 to n_keys.
+        key_dim: dimension of both half keys together, even.
+        query_norm: `batch`, `rms`, `layer` or `none`.
+        router: `softmax` over a head's experts, or `sigmoid` of each score.
+        glu: gated experts, with a second input vector.
+
+    Raises:
+        ConfigError: a size out of range, an odd `key_dim`, an unknown word, or tables of another number or shape.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        table: list[ValueTable],
+        n_keys: int,
+        heads: int,
+        knn: int,
+        key_dim: int,
+        query_norm: str,
+        router: str,
+        glu: bool,
+    ) -> None:
+        super().__init__()
+        check_choice("ffn.router", router, ("softmax", "sigmoid"))
+        spec = self.table_spec(dim=dim, n_keys=n_keys, glu=glu)
+        self.addressing = Addressing(
+            dim=dim,
+            heads=heads,
+            n_keys=n_keys,
+            knn=knn,
+            key_dim=key_dim,
+            query_norm=query_norm,
+            key_norm=False,
+            activation=router,
+            temperature=False,
+            shared_keys=True,
+            cures=Cures(),
+        )
+        if not isinstance(table, list) or len(table) != spec.count:
+            raise ConfigError(f"ffn.glu={glu} needs a list of {spec.count} tables.")
+        for part in table:
+            check_table(part, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and model.dim={dim}")
+        self._tables = [TableReference(part) for part in table]
+
+    @classmethod
+    def table_spec(cls, *, dim: int, n_keys: int, glu: bool, **_: object) -> TableSpec:
+        """Input and output vectors of n_keys**2 experts, from N(0, 1/dim): inner products start at the scale of x."""
+        if not isinstance(glu, bool):
+            raise ConfigError(f"ffn.glu={glu!r} is neither true nor false.")
+        return TableSpec(rows=product_slots(n_keys), dim=dim, count=3 if glu else 2)
+
+    def reset_parameters(self) -> None:
+        """Query xavier-uniform without bias, sub-keys uniform in +-1/sqrt(key_dim)."""
+        self.addressing.reset_parameters()
+
+    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+        """Runs every token through its experts; the experts and their weights are the trace."""
+        x_TD = x_BTD.flatten(0, -2)
+        valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
+        read = self.addressing(x_TD, valid_T)
+        down, *gates, up = (reference.table for reference in self._tables)
+        hidden_TC = functional.gelu(gathered_dot(down.weight, x_TD, read.ids_TC))
+        for gate in gates:
+            hidden_TC = hidden_TC * gathered_dot(gate.weight, x_TD, read.ids_TC)
+        y_TD = up(read.ids_TC, read.weights_TC.to(hidden_TC.dtype) * hidden_TC).to(x_TD.dtype)
+        trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
+        return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Moves the running statistics of the query's batch normalisation."""
+        self.addressing.after_step(stats)
+
+    def cost(self) -> FFNCost:
+        """Query, all 2 S sub-key scores a head, and H * K experts of two (with GLU three) vectors."""
+        tables = [reference.table.weight for reference in self._tables]
+        values_read = sum(self.addressing.reads * table.shape[1] for table in tables)
+        params = sum(p.numel() for p in self.parameters())
+        return FFNCost(
+            params=params,
+            table_params=sum(table.numel() for table in tables),
+            active_params=params + values_read,
+            flops=self.addressing.flops() + 2 * values_read,
+            lookup_bytes=values_read * tables[0].element_size(),
+        )

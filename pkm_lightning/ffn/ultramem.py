@@ -1,0 +1,223 @@
+"""UltraMem: Tucker-scored slots, values expanded by projectors, one core a slice (Huang et al. 2024, arXiv 2411.12364).
+
+Letters: B sequences, T tokens (B * T inside), D model dimension, H heads, C cores = slices of a value, K slots read a
+head, A = n_keys**2 virtual slots, P projectors, N = A / P physical rows, V values a row, R Tucker rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pkm_lightning.errors import ConfigError, check_integer, check_range
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
+from pkm_lightning.ops import weighted_gather
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["UltraMem"]
+
+
+class UltraMem(nn.Module):
+    """Tucker-decomposed retrieval in a virtual table that is `expansion` times larger than the physical one.
+
+    Section 3 of the paper, for each head h:
+
+        I, s_c = the knn slots of `TuckerKeys` and their scores under each core c        (TDQKR, multi-core scoring)
+        a      = shuffle[I], projector p(a) = a // N, row n(a) = a % N                   (implicit value expansion)
+        z_p    = sum over heads and slots with p(a) = p of [s_1 V^1_n, ..., s_C V^C_n]   (V^c: the c-th slice of V)
+        out    = sum over p of W_p^T z_p
+
+    The scores are used as they are, without softmax. The virtual row is V~_p = V W_p, but W_p is applied after the sum,
+    so that no virtual row is ever written. Each row is read once, whatever the number of cores and projectors.
+
+    | paper | here |
+    |---|---|
+    | TDQKR: q, K, C | `keys`, a `TuckerKeys`; the selection is approximate, see there |
+    | MCS: h, C^(i) | `cores`; slice i of a value is weighted by core i's own score |
+    | IVE: E, W_p | `expansion`, `out.weight[:, p * V : (p + 1) * V].T` |
+    | virtual memory address shuffle | `shuffle`, (A,) int32, drawn once and kept in checkpoints |
+    | m, D_v | `knn`, `value_dim` |
+    | tau, alpha | `spectrum_margin`, `spectrum_loss` |
+
+    In training `aux_losses["spectrum"]` is alpha / (rank - 1) * sum over i >= 2 of max(0, lambda_i - tau)**2, a mean
+    over heads, lambda the singular values of the summed core: it keeps C near rank 1, where the preselection is exact.
+    Reading early and adding the output later is `placement.mode=parallel` with `placement.write_after`.
+
+    Not built: the causal depth-wise convolution before the query (no effect in the paper), queries shared by layers.
+
+    Args:
+        dim: model dimension D.
+        n_layers: layers of the model, for the scale of the initial values.
+        table: the value table, owned by the model; all heads read it.
+        n_keys: row keys, and column keys; n_keys**2 virtual slots.
+        heads: queries a token H.
+        knn: slots read a head K, 1 to n_keys.
+        key_dim: dimension of a row and a column key together, even.
+        value_dim: values a row V, divisible by `cores`; None takes dim // 2.
+        rank: Tucker rank R, 1 to n_keys.
+        cores: cores C.
+        expansion: projectors P; divides n_keys**2.
+        spectrum_loss: alpha, 0 or more; 0 leaves the loss out.
+        spectrum_margin: tau, 0 or more.
+
+    Raises:
+        ConfigError: a size out of range, sizes that do not divide, or a table of another shape.
+    """
+
+    shuffle: Tensor
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_layers: int,
+        table: ValueTable,
+        n_keys: int,
+        heads: int,
+        knn: int,
+        key_dim: int,
+        value_dim: int | None,
+        rank: int,
+        cores: int,
+        expansion: int,
+        spectrum_loss: float,
+        spectrum_margin: float,
+    ) -> None:
+        super().__init__()
+        self.keys = TuckerKeys(
+            dim=dim,
+            heads=heads,
+            n_keys=n_keys,
+            key_dim=half_key_dim(key_dim),
+            knn=knn,
+            rank=rank,
+            cores=cores,
+            query_per_rank=False,
+        )
+        spec = self.table_spec(
+            dim=dim,
+            n_layers=n_layers,
+            n_keys=n_keys,
+            heads=heads,
+            knn=knn,
+            value_dim=value_dim,
+            cores=cores,
+            expansion=expansion,
+        )
+        check_range("ffn.spectrum_loss", spectrum_loss, 0)
+        check_range("ffn.spectrum_margin", spectrum_margin, 0)
+        named = f"ffn.n_keys={n_keys}, ffn.expansion={expansion} and ffn.value_dim={value_dim}"
+        check_table(table, spec.rows, spec.dim, named=named)
+        self.expansion, self.spectrum_loss, self.spectrum_margin = expansion, spectrum_loss, spectrum_margin
+        self._table = TableReference(table)
+        self.out = nn.Linear(expansion * spec.dim, dim, bias=False)
+        self.register_buffer("shuffle", torch.empty(n_keys**2, dtype=torch.int32))
+        self.reset_parameters()
+
+    @classmethod
+    def table_spec(
+        cls,
+        *,
+        dim: int,
+        n_layers: int,
+        n_keys: int,
+        heads: int,
+        knn: int,
+        value_dim: int | None,
+        cores: int,
+        expansion: int,
+        **_: object,
+    ) -> TableSpec:
+        """n_keys**2 / expansion rows from N(0, expansion / (2 knn heads n_layers)), the paper's initialisation.
+
+        With W_p from N(0, 1 / (expansion value_dim)) and scores of second moment E[s**2], the output then has the
+        variance E[s**2] / (2 n_layers): that of one of the 2 n_layers branches of the residual stream.
+        """
+        for name, value in (("heads", heads), ("knn", knn), ("cores", cores), ("expansion", expansion)):
+            check_integer(f"ffn.{name}", value, low=1)
+        slots = product_slots(n_keys)
+        if value_dim is not None:
+            check_integer("ffn.value_dim", value_dim, low=1)
+        values = dim // 2 if value_dim is None else value_dim
+        if values < 1 or values % cores:
+            raise ConfigError(
+                f"ffn.value_dim={value_dim} gives {values} values a row, which ffn.cores={cores} does not divide into "
+                f"equal slices; use ffn.value_dim={cores * max(1, round(values / cores))}."
+            )
+        if slots % expansion:
+            raise ConfigError(
+                f"ffn.expansion={expansion} does not divide the {slots} slots of ffn.n_keys={n_keys}; use a divisor, "
+                f"or ffn.n_keys={expansion * max(1, round(n_keys / expansion))}."
+            )
+        std = (expansion / (2 * knn * heads * n_layers)) ** 0.5
+        return TableSpec(rows=slots // expansion, dim=values, std=std)
+
+    def reset_parameters(self) -> None:
+        """Keys as `TuckerKeys` says; W_p from N(0, 1 / (expansion value_dim)); another shuffle of the addresses."""
+        self.keys.reset_parameters()
+        nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
+        with torch.no_grad():
+            self.shuffle.copy_(torch.randperm(len(self.shuffle), device=self.shuffle.device))
+
+    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+        """Looks up every token of `x_BTD`; the trace has physical rows, virtual slots and total scores."""
+        x_TD = x_BTD.flatten(0, -2)
+        read = self.keys(x_TD)
+        address_THK = self.shuffle[read.ids_THK.long()]
+        n_rows = self._table.table.weight.shape[0]
+        row_THK, projector_THK = address_THK % n_rows, address_THK // n_rows
+        z_TX = self._expanded(read.scores_THCK, row_THK, projector_THK)
+        y_TD = self.out(z_TX.to(x_TD.dtype))
+        trace = {}
+        if context.observe:
+            leading = x_BTD.shape[:-1]
+            trace = {
+                "slot_ids": row_THK.unflatten(0, leading),
+                "slot_weights": read.scores_THCK.detach().sum(2).unflatten(0, leading),
+                "virtual_ids": read.ids_THK.unflatten(0, leading),
+            }
+        return FFNOutput(y_TD.view_as(x_BTD), aux_losses=self._losses(), trace=trace)
+
+    def _expanded(self, scores_THCK: Tensor, row_THK: Tensor, projector_THK: Tensor) -> Tensor:
+        """z_p for all projectors side by side, (T, P * V).
+
+        A slice of a row is a row of its own in the table viewed as (N * C, V / C): slice c of row n is row n * C + c.
+        """
+        table_NV = self._table.table.weight
+        tokens, cores = scores_THCK.shape[0], scores_THCK.shape[2]
+        slices_XV = table_NV.view(-1, table_NV.shape[1] // cores)
+        core_C1 = torch.arange(cores, device=row_THK.device).unsqueeze(-1)
+        ids_TCK = row_THK.flatten(1).unsqueeze(1) * cores + core_C1
+        groups_TCK = projector_THK.flatten(1).unsqueeze(1).expand_as(ids_TCK)
+        z_XPV = weighted_gather(
+            slices_XV,
+            ids_TCK.flatten(0, 1),
+            scores_THCK.transpose(1, 2).flatten(2).flatten(0, 1),
+            groups_TK=groups_TCK.flatten(0, 1),
+            n_groups=self.expansion,
+        )
+        return z_XPV.view(tokens, cores, self.expansion, -1).transpose(1, 2).flatten(1)
+
+    def _losses(self) -> dict[str, Tensor]:
+        if not self.training or self.spectrum_loss == 0 or self.keys.rank == 1:
+            return {}
+        excess_HR = (self.keys.spectrum()[:, 1:] - self.spectrum_margin).clamp(min=0)
+        return {"spectrum": self.spectrum_loss / (self.keys.rank - 1) * excess_HR.square().sum(-1).mean()}
+
+    def cost(self) -> FFNCost:
+        """`TuckerKeys.flops`, the projectors, and a product and a sum for each value read (all P W_p are applied)."""
+        table = self._table.table.weight
+        values_read = self.keys.heads * self.keys.knn * table.shape[1]
+        params = sum(p.numel() for p in self.parameters())
+        return FFNCost(
+            params=params,
+            table_params=table.numel(),
+            active_params=params + values_read,
+            flops=self.keys.flops() + 2 * (self.out.weight.numel() + values_read),
+            lookup_bytes=values_read * table.element_size(),
+        )

@@ -1,0 +1,180 @@
+"""UltraMemV2: slots as one-neuron experts, found by Tucker keys, in every block (Huang et al. 2025, arXiv 2508.18756).
+
+Letters: B sequences, T tokens (B * T inside), D model dimension, H heads, K slots read a head, S row keys, N slots,
+V values a row (of both tables).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pkm_lightning.errors import ConfigError, check_integer, check_range
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
+from pkm_lightning.memory.cures import balance_loss, mean_probabilities
+from pkm_lightning.memory.tucker_keys import TuckerRead, selected_moments
+from pkm_lightning.ops import gathered_dot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["UltraMemV2"]
+
+# Output variance of a freshly initialised FFN of the paper, times the number of layers.
+_FFN_VARIANCE = 0.2
+
+
+class UltraMemV2(nn.Module):
+    """Tucker-decomposed retrieval with a query a rank, pre-values, one projector, no softmax.
+
+    For each head, over the knn slots k that `TuckerKeys` selects, of score s_k:
+
+        c_k = s_k <P[k], W_pre x>            (pre-values: the slot is a linear expert of one neuron, as in PEER)
+        out = W^T sum over heads and slots of c_k V[k]
+
+    Values are neither expanded nor sliced by cores, as in the paper, and the spectrum loss of UltraMem is dropped.
+
+    | paper | here |
+    |---|---|
+    | TDQKR, a query for each rank | `keys`, a `TuckerKeys`; the selection is approximate, see there |
+    | pre-values, values | the model's two tables, of one shape: D_p = D_v = `value_dim` |
+    | P x | `pre`, dim to value_dim |
+    | W | `out`, value_dim to dim |
+    | top-m, D_k | `knn`, `key_dim` |
+    | balance loss, beta | `balance_loss` |
+
+    The open models of the paper have D_p = D_v = 192 and D_k = 192 for a hidden size of 768, top 32, one head; its
+    ablations also use D_p : D_v = 1 : 3, which is not built: both tables have one shape.
+
+    In training `aux_losses["balance"]` is beta * S * sum over n of f_n p_n, a mean over heads, rows and columns: p the
+    mean softmax of the preselecting scores over tokens, f the share of reads of row (column) n, both over the real
+    tokens of the micro-batch of all ranks; beta where both are uniform.
+
+    Not built: the causal depth-wise convolution before the query, rings of tables shared by blocks of layers
+    (`table.shared` shares one pair by all layers or by none).
+
+    Args:
+        dim: model dimension D.
+        n_layers: layers of the model, for the scale of the initial values.
+        table: pre-values and values, owned by the model.
+        n_keys: row keys, and column keys; n_keys**2 slots.
+        heads: queries a token H; their outputs add up.
+        knn: slots read a head K, 1 to n_keys.
+        key_dim: dimension of a row and a column key together, even.
+        value_dim: values a row of either table V; None takes dim // 4.
+        rank: Tucker rank, 1 to n_keys.
+        balance_loss: beta, 0 or more; 0 leaves the loss out.
+
+    Raises:
+        ConfigError: a size out of range, or tables of another number or shape.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_layers: int,
+        table: list[ValueTable],
+        n_keys: int,
+        heads: int,
+        knn: int,
+        key_dim: int,
+        value_dim: int | None,
+        rank: int,
+        balance_loss: float,
+    ) -> None:
+        super().__init__()
+        self.keys = TuckerKeys(
+            dim=dim,
+            heads=heads,
+            n_keys=n_keys,
+            key_dim=half_key_dim(key_dim),
+            knn=knn,
+            rank=rank,
+            cores=1,
+            query_per_rank=True,
+        )
+        spec = self.table_spec(dim=dim, n_layers=n_layers, n_keys=n_keys, heads=heads, knn=knn, value_dim=value_dim)
+        check_range("ffn.balance_loss", balance_loss, 0)
+        if not isinstance(table, list) or len(table) != spec.count:
+            raise ConfigError(f"ffn needs a list of {spec.count} tables, the pre-values and the values.")
+        for one in table:
+            check_table(one, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and ffn.value_dim={value_dim}")
+        assert spec.std is not None
+        self.balance_loss, self.table_std = balance_loss, spec.std
+        self._pre_values, self._values = (TableReference(one) for one in table)
+        self.pre = nn.Linear(dim, spec.dim, bias=False)
+        self.out = nn.Linear(spec.dim, dim, bias=False)
+        self.reset_parameters()
+
+    @classmethod
+    def table_spec(
+        cls, *, dim: int, n_layers: int, n_keys: int, heads: int, knn: int, value_dim: int | None, **_: object
+    ) -> TableSpec:
+        """Two tables of n_keys**2 rows from N(0, sigma**2), sigma**2 = 0.2 / (n_layers knn heads (1 + sigma_s**2)).
+
+        With <P[k], W_pre x> of variance 1, scores of mean 1 and variance sigma_s**2 (`selected_moments`) and W from
+        N(0, 1/value_dim), the output has the variance 0.2 / n_layers: that of an FFN (the paper, appendix A, with its
+        unit variances written out).
+        """
+        slots = product_slots(n_keys)
+        check_integer("ffn.heads", heads, low=1)
+        check_integer("ffn.knn", knn, low=1, high=n_keys)
+        if value_dim is not None:
+            check_integer("ffn.value_dim", value_dim, low=1)
+        spread = selected_moments(n_keys, knn)[1]
+        std = (_FFN_VARIANCE / (n_layers * knn * heads * (1 + spread))) ** 0.5
+        return TableSpec(rows=slots, dim=max(1, dim // 4) if value_dim is None else value_dim, count=2, std=std)
+
+    def reset_parameters(self) -> None:
+        """Keys as `TuckerKeys` says; W from N(0, 1/value_dim); W_pre so that <P[k], W_pre x> has variance 1.
+
+        The paper's P ~ N(0, 1/value_dim) and W_pre ~ N(0, 1/dim) give that too. Here both tables start with one
+        sigma, so W_pre takes the ratio: N(0, 1 / (dim value_dim sigma**2)).
+        """
+        self.keys.reset_parameters()
+        dim, values = self.out.weight.shape
+        nn.init.normal_(self.out.weight, std=values**-0.5)
+        nn.init.normal_(self.pre.weight, std=(dim * values) ** -0.5 / self.table_std)
+
+    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+        """Looks up every token of `x_BTD`; the trace has the slots and their scores."""
+        x_TD = x_BTD.flatten(0, -2)
+        read = self.keys(x_TD)
+        scores_THK = read.scores_THCK.squeeze(2)
+        ids_TK = read.ids_THK.flatten(1)
+        dots_TK = gathered_dot(self._pre_values.table.weight, self.pre(x_TD), ids_TK)
+        y_TV = self._values.table(ids_TK, scores_THK.flatten(1) * dots_TK)
+        y_TD = self.out(y_TV.to(x_TD.dtype))
+        trace = {}
+        if context.observe:
+            leading = x_BTD.shape[:-1]
+            trace = {
+                "slot_ids": read.ids_THK.unflatten(0, leading),
+                "slot_weights": scores_THK.detach().unflatten(0, leading),
+            }
+        return FFNOutput(y_TD.view_as(x_BTD), aux_losses=self._losses(read, context.valid_BT), trace=trace)
+
+    def _losses(self, read: TuckerRead, valid_BT: Tensor | None) -> dict[str, Tensor]:
+        if not self.training or self.balance_loss == 0:
+            return {}
+        valid_T = None if valid_BT is None else valid_BT.flatten()
+        ids_HTK = read.ids_THK.transpose(0, 1)
+        rows = balance_loss(mean_probabilities(read.row_HTS, valid_T), ids_HTK // self.keys.n_keys, valid_T)
+        columns = balance_loss(mean_probabilities(read.column_HTS, valid_T), ids_HTK % self.keys.n_keys, valid_T)
+        return {"balance": self.balance_loss * (rows + columns) / 2}
+
+    def cost(self) -> FFNCost:
+        """`TuckerKeys.flops`, W_pre and W, and a product and a sum for each value read of both tables."""
+        table = self._values.table.weight
+        values_read = 2 * self.keys.heads * self.keys.knn * table.shape[1]
+        params = sum(p.numel() for p in self.parameters())
+        return FFNCost(
+            params=params,
+            table_params=2 * table.numel(),
+            active_params=params + values_read,
+            flops=self.keys.flops() + 2 * (self.pre.weight.numel() + self.out.weight.numel() + values_read),
+            lookup_bytes=values_read * table.element_size(),
+        )

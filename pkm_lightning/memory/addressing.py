@@ -1,0 +1,194 @@
+"""From the layer's input to the slots that it reads and their weights: queries, product keys, top-k, activation.
+
+Letters: T tokens, D model dimension, H heads, S sub-keys a half, K slots read a head, C = K, or min(K, S)**2 where
+the straight-through gradient reads all candidates.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from pkm_lightning.errors import check_choice, check_integer
+from pkm_lightning.memory import cures as cure
+from pkm_lightning.memory.precision import ieee_scores
+from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
+from pkm_lightning.memory.query import QueryNetwork
+from pkm_lightning.ops import product_topk
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    from pkm_lightning.memory.cures import Cures
+
+ACTIVATIONS = ("softmax", "relu", "sigmoid")
+
+
+class Addresses(NamedTuple):
+    """The slots of each token: what to read, what was chosen, and what the plugin reports."""
+
+    #: Slots to read and their weights, (T, H * C).
+    ids_TC: Tensor
+    weights_TC: Tensor
+    #: The chosen slots and their weights, (T, H, K); the same reads unless the gradient is straight-through.
+    ids_THK: Tensor
+    weights_THK: Tensor
+    aux_losses: dict[str, Tensor]
+    step_stats: dict[str, Tensor]
+
+    def trace(self, shape: torch.Size) -> dict[str, Tensor]:
+        """`slot_ids` and `slot_weights` of shape (*shape, H, K), detached."""
+        return {
+            "slot_ids": self.ids_THK.detach().unflatten(0, shape),
+            "slot_weights": self.weights_THK.detach().unflatten(0, shape),
+        }
+
+
+class Addressing(nn.Module):
+    """Product-key retrieval (Lample et al. 2019, arXiv 1907.05242, section 3.1).
+
+    Args:
+        dim: model dimension D.
+        heads: queries a token H.
+        n_keys: sub-keys a half S.
+        knn: slots read a head K, 1 to n_keys.
+        key_dim: dimension of both half keys together, even.
+        query_norm: `none`, `rms`, `batch` or `layer`; see `QueryNetwork`.
+        key_norm: RMSNorm on the sub-keys; see `ProductKeys`.
+        activation: weights from scores: `softmax` over a head's slots, or each for itself `relu` or `sigmoid`
+            (Csordas et al. 2023, arXiv 2310.10837).
+        temperature: scores are divided by a learned number a head, at first 1.
+        shared_keys: all heads use one set of sub-keys.
+        key_bound: sub-keys start uniform in +-key_bound; None takes 1/sqrt(key_dim).
+        cures: what is done against unread slots.
+
+    Raises:
+        ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a switch that is neither true nor false.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        n_keys: int,
+        knn: int,
+        key_dim: int,
+        query_norm: str,
+        key_norm: bool,
+        activation: str,
+        temperature: bool,
+        cures: Cures,
+        shared_keys: bool = False,
+        key_bound: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_integer("ffn.heads", heads, low=1)
+        check_integer("ffn.n_keys", n_keys, low=1, high=46_340)
+        check_integer("ffn.knn", knn, low=1, high=n_keys)
+        half_key_dim(key_dim)
+        check_choice("ffn.activation", activation, ACTIVATIONS)
+        self.knn, self.activation, self.cures = knn, activation, cures
+        self.query = QueryNetwork(dim=dim, heads=heads, key_dim=key_dim, norm=query_norm)
+        self.keys = ProductKeys(
+            heads=heads, n_keys=n_keys, key_dim=key_dim, norm=key_norm, shared=shared_keys, bound=key_bound
+        )
+        self.log_temperature = nn.Parameter(torch.empty(heads)) if temperature else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Query and keys as their modules say; temperature 1."""
+        self.query.reset_parameters()
+        self.keys.reset_parameters()
+        if self.log_temperature is not None:
+            nn.init.zeros_(self.log_temperature)
+
+    def forward(self, x_TD: Float[Tensor, "T D"], valid_T: Bool[Tensor, " T"] | None = None) -> Addresses:
+        """The slots of every token; padding is looked up too, but enters neither statistics nor losses."""
+        q_TH2E, stats = self.query(x_TD, valid_T)
+        halves_2HTS = self.keys(q_TH2E)
+        with ieee_scores(halves_2HTS[0]):
+            choosing_2HTS = self._with_noise(halves_2HTS)
+            if self.cures.straight_through and torch.is_grad_enabled():
+                ids_HTC, weights_HTC, ids_HTK, weights_HTK = self._straight_through(halves_2HTS, choosing_2HTS)
+            else:
+                ids_HTK, weights_HTK = self._chosen(halves_2HTS, choosing_2HTS)
+                ids_HTC, weights_HTC = ids_HTK, weights_HTK
+            losses = self._losses(halves_2HTS, ids_HTK, valid_T)
+        ids_THK, weights_THK = ids_HTK.transpose(0, 1), weights_HTK.transpose(0, 1)
+        ids_TC, weights_TC = ids_HTC.transpose(0, 1).flatten(1), weights_HTC.transpose(0, 1).flatten(1)
+        return Addresses(ids_TC, weights_TC, ids_THK, weights_THK, losses, stats)
+
+    def _with_noise(self, halves_2HTS: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        scale = self.cures.gumbel_noise
+        if not (self.training and scale):
+            return halves_2HTS
+        first_HTS, second_HTS = (scores_HTS.detach() for scores_HTS in halves_2HTS)
+        return first_HTS + scale * cure.gumbel(first_HTS), second_HTS + scale * cure.gumbel(second_HTS)
+
+    def _chosen(
+        self, halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and weights of the best slots; noise decides which, but their weights come from the scores themselves."""
+        scores_HTK, ids_HTK = product_topk(*choosing_2HTS, self.knn)
+        if choosing_2HTS is not halves_2HTS:
+            n_keys = halves_2HTS[0].shape[-1]
+            key1_HTK, key2_HTK = ids_HTK.long() // n_keys, ids_HTK.long() % n_keys
+            scores_HTK = halves_2HTS[0].gather(-1, key1_HTK) + halves_2HTS[1].gather(-1, key2_HTK)
+        return ids_HTK, self._activate(scores_HTK)
+
+    def _straight_through(
+        self, halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All candidates and the chosen of them; the former's weights have the value of the chosen ones' (elsewhere 0)
+        and the gradient of an activation over all of them."""
+        scores_HTC, ids_HTC, best_HTK = cure.candidate_grid(halves_2HTS, choosing_2HTS, self.knn)
+        soft_HTC = self._activate(scores_HTC)
+        weights_HTK = self._activate(scores_HTC.gather(-1, best_HTK)).detach()
+        hard_HTC = torch.zeros_like(soft_HTC).scatter(-1, best_HTK, weights_HTK)
+        return ids_HTC, hard_HTC + (soft_HTC - soft_HTC.detach()), ids_HTC.gather(-1, best_HTK), weights_HTK
+
+    def _activate(self, scores_HTK: Tensor) -> Tensor:
+        if self.log_temperature is not None:
+            scores_HTK = scores_HTK * torch.exp(-self.log_temperature.to(scores_HTK.dtype))[:, None, None]
+        if self.activation == "softmax":
+            return torch.softmax(scores_HTK, dim=-1)
+        return torch.relu(scores_HTK) if self.activation == "relu" else torch.sigmoid(scores_HTK)
+
+    def _losses(self, halves_2HTS: tuple[Tensor, Tensor], ids_HTK: Tensor, valid_T: Tensor | None) -> dict[str, Tensor]:
+        coefficients = {"balance": self.cures.balance_loss, "entropy": self.cures.entropy_loss}
+        if not self.training or not any(coefficients.values()):
+            return {}
+        n_keys = halves_2HTS[0].shape[-1]
+        halves: list[dict[str, Tensor]] = []
+        for scores_HTS, keys_HTK in zip(halves_2HTS, (ids_HTK // n_keys, ids_HTK % n_keys), strict=True):
+            p_HS = cure.mean_probabilities(scores_HTS, valid_T)
+            halves.append({"balance": cure.balance_loss(p_HS, keys_HTK, valid_T), "entropy": cure.entropy_loss(p_HS)})
+        return {
+            name: coefficient * (halves[0][name] + halves[1][name]) / 2
+            for name, coefficient in coefficients.items()
+            if coefficient
+        }
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Moves the running statistics of a batch normalisation, where there is one."""
+        self.query.after_step(stats)
+
+    @property
+    def reads(self) -> int:
+        """Rows that a token reads at evaluation, H * K."""
+        return self.query.heads * self.knn
+
+    @property
+    def training_reads(self) -> int:
+        """Rows that a token reads in training: all candidates with the straight-through gradient."""
+        per_head = min(self.knn, self.keys.keys.shape[2]) ** 2 if self.cures.straight_through else self.knn
+        return self.query.heads * per_head
+
+    def flops(self) -> int:
+        """Forward FLOPs a token: the query's matrix and 2 * S half scores a head; top-k and norms count none."""
+        _, _, n_keys, half = self.keys.keys.shape
+        return 2 * (self.query.projection.weight.numel() + 2 * self.query.heads * n_keys * half)

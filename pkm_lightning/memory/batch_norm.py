@@ -1,0 +1,104 @@
+"""Batch normalisation of queries that padding never enters, with statistics of the whole batch over all ranks.
+
+Lample et al. 2019 (arXiv 1907.05242, section 4.3): it spreads queries over the keys, and more slots are used.
+
+Letters: T tokens, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pkm_lightning.ops import sum_over_ranks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+
+class MaskedBatchNorm(nn.Module):
+    """`(x - mean) / sqrt(var + eps) * weight + bias` with moments of the real tokens of all ranks' micro-batch.
+
+    In training a token's output depends on the whole micro-batch, later tokens included; at evaluation the running
+    statistics are used. They move once per optimizer step, in `after_step`, from sums over its micro-batches: a forward
+    that activation checkpointing repeats does not move them twice. They stay in fp32 whatever dtype the module is cast
+    to, since bf16 would lose most of a step of 0.1.
+
+    Args:
+        features: features F.
+        momentum: share of the new step in the running statistics.
+        eps: added to the variance.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.empty(features))
+        self.bias = nn.Parameter(torch.empty(features))
+        for name in _RUNNING:
+            self.register_buffer(name, torch.empty(features, dtype=_at_least_fp32(self.weight.dtype)))
+        self.reset_parameters()
+
+    #: Neither is decayed.
+    parameter_roles = {"weight": "norm", "bias": "bias"}  # noqa: RUF012 - read only, as in every module
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0, running mean 0, running variance 1."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+
+    def forward(
+        self, x_TF: Float[Tensor, "T F"], valid_T: Bool[Tensor, " T"] | None = None
+    ) -> tuple[Float[Tensor, "T F"], dict[str, Tensor]]:
+        """The normalised features, in the dtype of `x`, and this rank's sums for `after_step` (empty at evaluation)."""
+        weight_F, bias_F = self.weight.to(x_TF.dtype), self.bias.to(x_TF.dtype)
+        # Sums about the running mean: those of the raw features would cancel where the mean is far from zero.
+        centred_TF = x_TF - self.running_mean.to(x_TF.dtype)
+        if not self.training:
+            return centred_TF * (self.running_var.to(x_TF.dtype) + self.eps).rsqrt() * weight_F + bias_F, {}
+        real_TF = centred_TF if valid_T is None else centred_TF.where(valid_T.unsqueeze(-1), 0)
+        tokens = x_TF.new_tensor(len(x_TF)) if valid_T is None else valid_T.sum().to(x_TF.dtype)
+        own_2F = torch.stack([real_TF.sum(0), real_TF.square().sum(0)])
+        count = sum_over_ranks(tokens).clamp(min=1)
+        mean_F, square_F = (sum_over_ranks(own_2F) / count).unbind()
+        var_F = (square_F - mean_F.square()).clamp(min=0)
+        y_TF = (centred_TF - mean_F) * (var_F + self.eps).rsqrt() * weight_F + bias_F
+        return y_TF, {"query_norm_tokens": tokens, "query_norm_sums": own_2F.detach()}
+
+    @torch.no_grad()
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Moves the running statistics by the sums of one optimizer step; nothing to do without any."""
+        count = stats.get("query_norm_tokens")
+        if count is None or count < 1:
+            return
+        mean_F, square_F = (stats["query_norm_sums"] / count).unbind()
+        # The unbiased variance, as torch.nn.BatchNorm1d keeps it.
+        var_F = (square_F - mean_F.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+        self.running_mean.add_(mean_F.to(self.running_mean.dtype), alpha=self.momentum)
+        self.running_var.lerp_(var_F.to(self.running_var.dtype), self.momentum)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: getattr(self, name) for name in _RUNNING}
+        super()._apply(fn, recurse)
+        for name, old_F in before.items():
+            new_F = getattr(self, name)
+            wide = _at_least_fp32(new_F.dtype)
+            if new_F.dtype is not wide:
+                setattr(self, name, new_F.to(wide) if old_F.is_meta else old_F.to(new_F.device, wide))
+        return self
+
+
+_RUNNING = ("running_mean", "running_var")
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32

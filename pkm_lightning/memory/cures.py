@@ -1,0 +1,126 @@
+"""Cures for slots that are rarely or never updated, each off by default (SimVQ arXiv 2411.02038, IBQ arXiv 2412.02692).
+
+A slot that nobody reads gets no gradient. The losses here work on the scores of the halves, which every sub-key has for
+every token, at the cost of two softmaxes over S: the same idea over all S * S slots could not be paid for.
+
+Letters: T tokens, H heads, S sub-keys a half, K slots read a head, J = min(K, S) candidates a half, C = J * J pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from pkm_lightning.errors import ConfigError, check_range, nearest
+from pkm_lightning.ops import sum_over_ranks
+from pkm_lightning.ops.product_topk.eager import ranked_topk
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cures:
+    """What a memory does against unread slots.
+
+    Args:
+        simvq: the rows stay as drawn and a trained linear map follows the read, so that every row moves in every step.
+        balance_loss: coefficient of `balance_loss`.
+        entropy_loss: coefficient of `entropy_loss`.
+        straight_through: the gradient of the weights is that of a softmax over all candidate pairs, which are read.
+        gumbel_noise: scale of the Gumbel noise on the half scores that decides, in training, which slots are read.
+
+    Raises:
+        ConfigError: a value of a wrong type or below 0.
+    """
+
+    simvq: bool = False
+    balance_loss: float = 0.0
+    entropy_loss: float = 0.0
+    straight_through: bool = False
+    gumbel_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("balance_loss", "entropy_loss", "gumbel_noise"):
+            check_range(f"ffn.cures.{name}", getattr(self, name), 0)
+        for name in ("simvq", "straight_through"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"ffn.cures.{name}={getattr(self, name)!r} is neither true nor false.")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, object] | None) -> Cures:
+        """The cures that `ffn.cures` of a configuration names; those that it leaves out are off.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in settings or {}:
+            if name not in known:
+                raise ConfigError(f"ffn.cures.{name} is not known; allowed: {', '.join(known)}.{nearest(name, known)}")
+        return cls(**(settings or {}))  # type: ignore[arg-type]
+
+
+def gumbel(like: Tensor) -> Tensor:
+    """Independent standard Gumbel draws: -log of standard exponential ones."""
+    return -torch.empty_like(like).exponential_().clamp(min=torch.finfo(like.dtype).tiny).log()
+
+
+def mean_probabilities(scores_HTS: Float[Tensor, "H T S"], valid_T: Bool[Tensor, " T"] | None) -> Float[Tensor, "H S"]:
+    """Softmax over a half's sub-keys, averaged over the real tokens of the micro-batch of all ranks."""
+    p_HTS = scores_HTS.softmax(-1)
+    if valid_T is not None:
+        p_HTS = p_HTS * valid_T.unsqueeze(-1)
+    tokens = p_HTS.new_tensor(scores_HTS.shape[1]) if valid_T is None else valid_T.sum().to(p_HTS.dtype)
+    return sum_over_ranks(p_HTS.sum(1)) / sum_over_ranks(tokens).clamp(min=1)
+
+
+def entropy_loss(p_HS: Float[Tensor, "H S"]) -> Float[Tensor, ""]:
+    """log S - H(p), a mean over heads: 0 where all sub-keys are equally likely on average (FwPKM's addressing loss,
+    arXiv 2601.00671, up to a constant)."""
+    # A probability may underflow to 0, where log has no finite gradient.
+    return math.log(p_HS.shape[-1]) + (p_HS * p_HS.clamp(min=torch.finfo(p_HS.dtype).tiny).log()).sum(-1).mean()
+
+
+def balance_loss(
+    p_HS: Float[Tensor, "H S"], keys_HTK: Int[Tensor, "H T K"], valid_T: Bool[Tensor, " T"] | None
+) -> Float[Tensor, ""]:
+    """S * sum_n f_n p_n, a mean over heads, f_n the share of reads with sub-key n: 1 where either is uniform
+    (UltraMemV2, arXiv 2508.18756)."""
+    ones_HTK = torch.ones_like(keys_HTK, dtype=p_HS.dtype)
+    if valid_T is not None:
+        ones_HTK = ones_HTK * valid_T.unsqueeze(-1)
+    f_HS = torch.zeros_like(p_HS).scatter_add(-1, keys_HTK.flatten(1).long(), ones_HTK.flatten(1))
+    f_HS = sum_over_ranks(f_HS)
+    f_HS = f_HS / f_HS.sum(-1, keepdim=True).clamp(min=1)
+    return p_HS.shape[-1] * (f_HS * p_HS).sum(-1).mean()
+
+
+def candidate_grid(
+    halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor], k: int
+) -> tuple[Float[Tensor, "H T C"], Int[Tensor, "H T C"], Int[Tensor, "H T K"]]:
+    """All pairs of the `k` best sub-keys of each half, by rank in half 1, then in half 2: all that can be chosen.
+
+    Args:
+        halves_2HTS: the scores of both halves.
+        choosing_2HTS: the scores that choose: the same, or with noise.
+        k: slots to choose.
+
+    Returns:
+        Scores and slot ids of the candidates, and the places among them of the `k` best, best first.
+    """
+    n_keys = halves_2HTS[0].shape[-1]
+    key1_HTJ, key2_HTJ = (ranked_topk(scores_HTS.detach(), min(k, n_keys)) for scores_HTS in choosing_2HTS)
+
+    def sums(scores1_HTS: Tensor, scores2_HTS: Tensor) -> Tensor:
+        return (
+            scores1_HTS.gather(-1, key1_HTJ).unsqueeze(-1) + scores2_HTS.gather(-1, key2_HTJ).unsqueeze(-2)
+        ).flatten(-2)
+
+    ids_HTC = (key1_HTJ.unsqueeze(-1) * n_keys + key2_HTJ.unsqueeze(-2)).flatten(-2).int()
+    return sums(*halves_2HTS), ids_HTC, ranked_topk(sums(*choosing_2HTS).detach(), k)

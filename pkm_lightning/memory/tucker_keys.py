@@ -1,0 +1,238 @@
+"""Tucker-decomposed query-key retrieval: the score of slot (i, j) is bilinear in the scores of row i and of column j.
+
+Letters: T tokens, D model dimension, H heads, 2 halves (rows, columns), Q queries a half, R Tucker rank, S sub-keys a
+half (N = S * S slots), E dimension of a sub-key, C cores, M = K rows and columns preselected, K slots read a head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from pkm_lightning.errors import ConfigError, check_integer
+from pkm_lightning.memory.precision import ieee_scores, score_dtype
+from pkm_lightning.memory.query import half_norm
+from pkm_lightning.ops.product_topk.eager import ranked_topk
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+_CORE_NOISE = 0.02
+
+
+class TuckerRead(NamedTuple):
+    """What `TuckerKeys` selects for every token and head."""
+
+    #: Scores of the slots read under each core, (T, H, C, K), best sum first; no softmax. Differentiable.
+    scores_THCK: Tensor
+    #: Slot numbers i * n_keys + j, (T, H, K) int32.
+    ids_THK: Tensor
+    #: What preselects rows, (H, T, S): u^T S_row. Differentiable in queries and keys, not in the cores.
+    row_HTS: Tensor
+    #: What preselects columns, (H, T, S): t^T S_col.
+    column_HTS: Tensor
+
+
+class TuckerKeys(nn.Module):
+    """Queries, row and column keys, Tucker cores, and the two-stage selection (TDQKR) of Huang et al. 2024.
+
+    For each head (arXiv 2411.12364, section 3.2; with a query a rank, arXiv 2508.18756):
+
+        S_row[a, i] = K_row[a, i] . q_row,  S_col[a, j] = K_col[a, j] . q_col     (all four RMS-normalised)
+        S_c[i, j]   = sum over a, b of S_row[a, i] C_c[a, b] S_col[b, j]          (one grid a core)
+        read        = top-k of the sum of S_c over cores
+
+    Scoring all S * S slots would cost as much as flat keys, so C = sum_c C_c is approximated by its leading singular
+    pair, C ~ lambda u t^T: the M rows of largest u^T S_row and the M columns of largest t^T S_col are preselected, and
+    the M * M grid between them is scored with the full C. **The selection is therefore approximate**:
+
+    - for a C of rank 1 it finds the best slots among those with u^T S_row > 0 and t^T S_col > 0, as product top-k does;
+      a product of two negative factors is positive as well, and is not looked for;
+    - for another C a slot can win by the singular pairs that the preselection does not see;
+    - with knn = n_keys every slot is in the grid, and it is exact for every C.
+
+    The sign of a singular pair is free, (u, t) and (-u, -t), and decides which sign of the factors is looked for: here
+    sum(u) + sum(t) >= 0, and sum(u) >= 0 where that is 0. No gradient goes through the selection or the pair.
+    Equal scores rank by lower sub-key in the preselection, then by (rank of the row, rank of the column).
+
+    | paper | here |
+    |---|---|
+    | q_row, q_col | `query`, (2 halves) * heads * queries a half * key_dim, `query_norm` |
+    | K_row, K_col | `keys`, (heads, 2, rank, n_keys, key_dim), `key_norm` |
+    | C^(1..h) | `cores`, (heads, cores, rank, rank) |
+    | r, n, h, m | `rank`, `n_keys`, `cores`, `knn` |
+
+    Not built: the causal depth-wise convolution before the query (no effect in the paper), queries shared by layers.
+
+    Args:
+        dim: model dimension D.
+        heads: heads H, each with queries, keys and cores of its own.
+        n_keys: sub-keys a half S.
+        key_dim: dimension of one query and of one sub-key E.
+        knn: slots read a head K, and rows and columns preselected, 1 to n_keys.
+        rank: Tucker rank R, 1 to n_keys.
+        cores: cores C; the selection uses their sum.
+        query_per_rank: a query for each rank (UltraMemV2) instead of one for all of them (UltraMem).
+
+    Raises:
+        ConfigError: a size out of range.
+    """
+
+    #: A core holds a handful of numbers near a known value, like a gain: decay would only shrink the scores.
+    parameter_roles: ClassVar[dict[str, str]] = {"cores": "norm"}
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        n_keys: int,
+        key_dim: int,
+        knn: int,
+        rank: int,
+        cores: int,
+        query_per_rank: bool,
+    ) -> None:
+        super().__init__()
+        _check_sizes(heads=heads, n_keys=n_keys, key_dim=key_dim, knn=knn, rank=rank, cores=cores)
+        self.heads, self.n_keys, self.key_dim, self.knn = heads, n_keys, key_dim, knn
+        self.rank, self.n_cores, self.queries = rank, cores, rank if query_per_rank else 1
+        self.query = nn.Linear(dim, 2 * heads * self.queries * key_dim, bias=False)
+        self.query_norm, self.key_norm = nn.RMSNorm(key_dim), nn.RMSNorm(key_dim)
+        self.keys = nn.Parameter(torch.empty(heads, 2, rank, n_keys, key_dim))
+        self.cores = nn.Parameter(torch.empty(heads, cores, rank, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A start at which the selected scores of each core have mean 1 (for inputs of unit variance).
+
+        | weight | start |
+        |---|---|
+        | query | N(0, 1/dim) |
+        | keys | N(0, 1), normalised anyway; gain 1/sqrt(key_dim): the score of a random key is a standard normal |
+        | query gain | sqrt(cores / E[Y]), Y the best products of `selected_moments`; 1 where n_keys = 1 |
+        | cores | ones / (cores * rank), so that C has the singular value 1 and u = t = ones / sqrt(rank), plus normal
+          noise of 2% of that. The paper does not say: our choice |
+        """
+        nn.init.normal_(self.query.weight, std=self.query.in_features**-0.5)
+        nn.init.normal_(self.keys)
+        level = 1 / (self.n_cores * self.rank)
+        nn.init.normal_(self.cores, mean=level, std=_CORE_NOISE * level)
+        mean, _ = selected_moments(self.n_keys, self.knn)
+        nn.init.constant_(self.query_norm.weight, (self.n_cores / mean) ** 0.5 if mean > 0 else 1.0)
+        nn.init.constant_(self.key_norm.weight, self.key_dim**-0.5)
+
+    def forward(self, x_TD: Float[Tensor, "T D"]) -> TuckerRead:
+        """The two-stage selection for every token of `x_TD`; scores in IEEE fp32 whatever the model's precision."""
+        q_TF = self.query(x_TD)
+        with ieee_scores(q_TF):
+            scores_H2TRS = self._half_scores(q_TF.to(score_dtype(q_TF)))
+            cores_HCRR = self.cores.to(scores_H2TRS.dtype)
+            u_HR, t_HR = leading_pair(cores_HCRR.sum(1))
+            rows_HTRS, columns_HTRS = scores_H2TRS.unbind(1)
+            row_HTS = (u_HR[:, None, None] @ rows_HTRS).squeeze(-2)
+            column_HTS = (t_HR[:, None, None] @ columns_HTRS).squeeze(-2)
+            with torch.no_grad():
+                row_HTK, column_HTK = self._select(rows_HTRS, columns_HTRS, cores_HCRR.sum(1), row_HTS, column_HTS)
+            scores_HTCK = _bilinear(_at(rows_HTRS, row_HTK), cores_HCRR, _at(columns_HTRS, column_HTK))
+        # Contiguous, because a compiled graph guesses other strides for what is indexed by a transposed tensor.
+        ids_THK = (row_HTK * self.n_keys + column_HTK).int().transpose(0, 1).contiguous()
+        return TuckerRead(scores_HTCK.transpose(0, 1), ids_THK, row_HTS, column_HTS)
+
+    def spectrum(self) -> Float[Tensor, "H R"]:
+        """Singular values of each head's C, largest first, differentiable."""
+        with ieee_scores(self.cores):
+            return torch.linalg.svdvals(_finite(self.cores.to(score_dtype(self.cores)).sum(1)))
+
+    def flops(self) -> int:
+        """Forward FLOPs a token as `torch.utils.flop_counter` sees them.
+
+        Counted: the query projection, both half scores, the two preselection scores, the grid and the cores times the
+        selected columns. Not counted, as element-wise: norms, sums over cores, and the last sum over the rank.
+        """
+        per_head = (
+            2 * self.rank * self.n_keys * (self.key_dim + 1)  # half scores, preselection
+            + self.rank * self.knn * (self.rank + self.knn)  # grid
+            + self.n_cores * self.rank**2 * self.knn
+        )
+        return 2 * (self.query.weight.numel() + self.heads * per_head)
+
+    def _half_scores(self, q_TF: Tensor) -> Tensor:
+        """Row and column scores, (H, 2, T, R, S): one product a query, of the ranks that it serves."""
+        shape = (self.heads, 2, self.queries)
+        q_THTQE = half_norm(self.query_norm, q_TF.view(-1, *shape, self.key_dim))
+        q_XTE = q_THTQE.permute(1, 2, 3, 0, 4).flatten(0, 2)
+        keys_H2RSE = half_norm(self.key_norm, self.keys.to(q_TF.dtype))
+        keys_XYE = keys_H2RSE.reshape(q_XTE.shape[0], -1, self.key_dim)
+        scores_XTY = torch.bmm(q_XTE, keys_XYE.transpose(1, 2))
+        scores_H2QTRS = scores_XTY.view(*shape, -1, self.rank // self.queries, self.n_keys)
+        return scores_H2QTRS.transpose(2, 3).flatten(3, 4)
+
+    def _select(
+        self, rows_HTRS: Tensor, columns_HTRS: Tensor, core_HRR: Tensor, row_HTS: Tensor, column_HTS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the slots read, (H, T, K) each."""
+        row_HTM, column_HTM = ranked_topk(row_HTS, self.knn), ranked_topk(column_HTS, self.knn)
+        mixed_HTRM = core_HRR.unsqueeze(1) @ _at(columns_HTRS, column_HTM)
+        grid_HTMM = _at(rows_HTRS, row_HTM).transpose(-1, -2) @ mixed_HTRM
+        best_HTK = ranked_topk(grid_HTMM.flatten(-2), self.knn)
+        return row_HTM.gather(-1, best_HTK // self.knn), column_HTM.gather(-1, best_HTK % self.knn)
+
+
+def leading_pair(core_HRR: Float[Tensor, "H R R"]) -> tuple[Float[Tensor, "H R"], Float[Tensor, "H R"]]:
+    """The singular vectors u, t of the largest singular value, without gradient, of the sign `TuckerKeys` documents."""
+    with torch.no_grad():
+        left_HRR, _, right_HRR = torch.linalg.svd(_finite(core_HRR))
+        u_HR, t_HR = left_HRR[..., 0], right_HRR[..., 0, :]
+        u_H1, both_H1 = u_HR.sum(-1, keepdim=True), (u_HR + t_HR).sum(-1, keepdim=True)
+        flip_H1 = (both_H1 < 0) | ((both_H1 == 0) & (u_H1 < 0))
+        return torch.where(flip_H1, -u_HR, u_HR), torch.where(flip_H1, -t_HR, t_HR)
+
+
+def selected_moments(n_keys: int, knn: int) -> tuple[float, float]:
+    """Mean and relative variance of the scores that a rank-1 C of unit singular value selects at initialisation.
+
+    Row and column factors are then n_keys independent standard normals each. The i-th largest of n has the expectation
+    Phi^-1((n - i + 1 - 0.375) / (n + 0.25)) (Blom 1958); the score Y is one of the `knn` largest products of the first
+    `knn` of both. The relative variance is that of these products over the square of their mean: the spread within a
+    read, not from token to token. Both are 0 for one key.
+    """
+    # On the CPU even while a model is built on the meta device.
+    rank_M = torch.arange(1, knn + 1, dtype=torch.float64, device="cpu")
+    normal_M = torch.special.ndtri((n_keys - rank_M + 0.625) / (n_keys + 0.25))
+    best_K = torch.outer(normal_M, normal_M).flatten().topk(knn).values
+    mean = best_K.mean().item()
+    return mean, best_K.var(correction=0).item() / mean**2 if mean > 0 else 0.0
+
+
+def _bilinear(rows_HTRK: Tensor, cores_HCRR: Tensor, columns_HTRK: Tensor) -> Tensor:
+    """sum over a, b of rows[a, k] C_c[a, b] columns[b, k], (H, T, C, K)."""
+    mixed_HTXK = cores_HCRR.flatten(1, 2).unsqueeze(1) @ columns_HTRK
+    return (mixed_HTXK.unflatten(2, cores_HCRR.shape[1:3]) * rows_HTRK.unsqueeze(2)).sum(3)
+
+
+def _at(scores_HTRS: Tensor, key_HTK: Tensor) -> Tensor:
+    """The scores of the chosen sub-keys under every rank, (H, T, R, K)."""
+    return scores_HTRS.gather(-1, key_HTK.unsqueeze(2).expand(-1, -1, scores_HTRS.shape[2], -1))
+
+
+def _finite(core_HRR: Tensor) -> Tensor:
+    """LAPACK refuses NaN with an error of its own; a diverged run is to be told by its loss, NaN all the same."""
+    return torch.nan_to_num(core_HRR, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _check_sizes(*, heads: int, n_keys: int, key_dim: int, knn: int, rank: int, cores: int) -> None:
+    check_integer("ffn.heads", heads, low=1)
+    check_integer("ffn.n_keys", n_keys, low=1, high=46_340)
+    check_integer("ffn.key_dim", key_dim, low=1)
+    check_integer("ffn.knn", knn, low=1, high=n_keys)
+    check_integer("ffn.cores", cores, low=1)
+    check_integer("ffn.rank", rank, low=1)
+    if rank > n_keys:
+        raise ConfigError(
+            f"ffn.rank={rank} is above the number of keys, ffn.n_keys={n_keys}, so that C has more singular pairs than "
+            "there are rows to tell apart; use a rank of 1 to n_keys."
+        )

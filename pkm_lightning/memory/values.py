@@ -1,0 +1,55 @@
+"""The read of a value table, and a linear map that may follow it.
+
+Letters: T tokens, C rows a token reads, V values a row, O output dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pkm_lightning.memory.value_table import TableReference, ValueTable
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+class Values(nn.Module):
+    """Weighted sums of table rows, mapped if `out_dim` is given.
+
+    Because `sum_i w_i (W v_i) = W sum_i w_i v_i`, a map after the sum is a map of every row, read or not: with frozen
+    rows this is SimVQ on the values (Zhu et al. 2024, arXiv 2411.02038) at no further read.
+
+    Args:
+        table: the value table, owned by the model.
+        out_dim: output dimension O of the map; None leaves it out.
+    """
+
+    def __init__(self, *, table: ValueTable, out_dim: int | None) -> None:
+        super().__init__()
+        self._table = TableReference(table)
+        dim = table.weight.shape[1]
+        self.projection = None if out_dim is None else nn.Linear(dim, out_dim, bias=False)
+        self.reset_parameters()
+
+    @property
+    def table(self) -> ValueTable:
+        """The table that is read."""
+        return self._table.table
+
+    def reset_parameters(self) -> None:
+        """The map from N(0, 1/V), so that it keeps the variance of a read."""
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+
+    def forward(self, ids_TC: Int[Tensor, "T C"], weights_TC: Float[Tensor, "T C"]) -> Float[Tensor, "T O"]:
+        """The reads in the table's dtype, or that of the map."""
+        y_TV = self.table(ids_TC, weights_TC)
+        return y_TV if self.projection is None else self.projection(y_TV)
+
+    def flops(self, reads: int) -> int:
+        """Forward FLOPs a token of `reads` rows: the map's and, in FLOP counters unseen, the weighted sum's."""
+        matrix = 0 if self.projection is None else self.projection.weight.numel()
+        return 2 * (matrix + reads * self.table.weight.shape[1])

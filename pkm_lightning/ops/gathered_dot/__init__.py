@@ -1,0 +1,50 @@
+"""Inner products of a token with the table rows that it addresses: the first half of a single-neuron expert.
+
+Letters: N rows of the table, D values a row, T tokens, K rows a token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pkm_lightning.ops.backends import choose_backend
+from pkm_lightning.ops.gathered_dot.eager import gathered_dot_eager
+from pkm_lightning.ops.gathered_dot.reference import gathered_dot_reference
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+_BACKENDS = {"eager": gathered_dot_eager, "reference": gathered_dot_reference}
+
+__all__ = ["gathered_dot"]
+
+
+def gathered_dot(
+    table_ND: Float[Tensor, "N D"],
+    x_TD: Float[Tensor, "T D"],
+    ids_TK: Int[Tensor, "T K"],
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "T K"]:
+    """`a[t, k] = <table[ids[t, k]], x[t]>`, differentiable in the table and in x (He 2024, arXiv 2407.04153).
+
+    Args:
+        table_ND: the rows.
+        x_TD: any floating dtype; cast to the table's.
+        ids_TK: int32 or int64 row numbers, 0 to N - 1; a row may occur several times.
+        backend: `auto`, `eager` (never holds the T * K gathered rows) or `reference` (gather, multiply, add).
+
+    Returns:
+        a_TK in the table's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend.
+    """
+    if table_ND.ndim != 2 or ids_TK.ndim != 2 or x_TD.shape != (ids_TK.shape[0], table_ND.shape[1]):
+        raise ValueError(
+            "gathered_dot: needs table (N, D), x (T, D) and ids (T, K), got "
+            f"{tuple(table_ND.shape)}, {tuple(x_TD.shape)}, {tuple(ids_TK.shape)}."
+        )
+    implementation = choose_backend("gathered_dot", backend, "eager", _BACKENDS)
+    return implementation(table_ND, x_TD.to(table_ND.dtype), ids_TK)
