@@ -41,3 +41,16 @@ def last_checkpoint(run_dir: Path) -> dict[str, Any]:
     path = sorted((run_dir / "checkpoints").glob("*.ckpt"))[-1]
     content: dict[str, Any] = torch.load(path, weights_only=True)
     return content
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Weights, optimizer states and metrics of two finished runs agree bit for bit."""
+    left, right = last_checkpoint(first), last_checkpoint(second)
+    assert left["global_step"] == right["global_step"]
+    assert left["state_dict"].keys() == right["state_dict"].keys()
+    for name, value in left["state_dict"].items():
+        assert torch.equal(value, right["state_dict"][name]), name
+    for ours, theirs in zip(left["optimizer_states"], right["optimizer_states"], strict=True):
+        for key, state in ours["state"].items():
+            assert all(torch.equal(state[k], theirs["state"][key][k]) for k in state)
+    assert metrics(first) == metrics(second)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn import functional
 
-from pkm_lightning.errors import check_choice, check_integer
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
-from pkm_lightning.ffn.memory_cost import read_cost
-from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table, product_slots
+from pkm_lightning.errors import check_choice
+from pkm_lightning.ffn.memory_layer import MemoryLayer
+from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryPlus"]
 
 
-class MemoryPlus(nn.Module):
+class MemoryPlus(MemoryLayer):
     """Product-key lookup in a value table that layers may share, gated by the layer's input.
 
     For each head h, with half queries q1, q2 and half keys K1, K2 (all RMS-normalised if `qk_norm`):
@@ -79,12 +78,10 @@ class MemoryPlus(nn.Module):
         value_projection: bool = False,
         cures: Mapping[str, object] | None = None,
     ) -> None:
-        super().__init__()
         check_choice("ffn.gate", gate, ("swilu", "sigmoid", "none"))
         options = Cures.of(cures)
         spec = self.table_spec(dim=dim, n_keys=n_keys, value_dim=value_dim, cures=cures)
-        self.gate_kind = gate
-        self.addressing = Addressing(
+        addressing = Addressing(
             dim=dim,
             heads=heads,
             n_keys=n_keys,
@@ -97,49 +94,25 @@ class MemoryPlus(nn.Module):
             cures=options,
         )
         check_table(table, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and ffn.value_dim={value_dim}")
-        self.values = Values(table=table, out_dim=spec.dim if value_projection or options.simvq else None)
+        mapped = value_projection or options.simvq
+        super().__init__(addressing=addressing, values=Values(table=table, out_dim=spec.dim if mapped else None))
+        self.gate_kind = gate
         self.gate = None if gate == "none" else nn.Linear(dim, spec.dim if gate == "swilu" else 1, bias=False)
         self.out = nn.Linear(spec.dim, dim, bias=False)
         self.reset_parameters()
 
-    @classmethod
-    def table_spec(
-        cls,
-        *,
-        dim: int,
-        n_keys: int,
-        value_dim: int | None,
-        cures: Mapping[str, object] | None = None,
-        **_: object,
-    ) -> TableSpec:
-        """n_keys**2 rows of `value_dim` values from N(0, 1/value_dim)."""
-        rows = product_slots(n_keys)
-        if value_dim is not None:
-            check_integer("ffn.value_dim", value_dim, low=1)
-        return TableSpec(rows=rows, dim=dim if value_dim is None else value_dim, trainable=not Cures.of(cures).simvq)
-
     def reset_parameters(self) -> None:
         """Addressing and values as their modules say; W1 and W2 from N(0, 1/fan_out), a sigmoid gate from N(0, 1/D)."""
-        self.addressing.reset_parameters()
-        self.values.reset_parameters()
+        super().reset_parameters()
         if self.gate is not None:
             fan = self.gate.out_features if self.gate_kind == "swilu" else self.gate.in_features
             nn.init.normal_(self.gate.weight, std=fan**-0.5)
         nn.init.normal_(self.out.weight, std=self.out.out_features**-0.5)
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Looks up every token of `x_BTD`; the slots read and their weights are the trace."""
-        x_TD = x_BTD.flatten(0, -2)
-        valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
-        read = self.addressing(x_TD, valid_T)
-        y_TV = self.values(read.ids_TC, read.weights_TC).to(x_TD.dtype)
+    def after_read(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:
+        """The gate and W2."""
         if self.gate is not None:
             gate_TV = self.gate(x_TD)
             y_TV = y_TV * (functional.silu(gate_TV) if self.gate_kind == "swilu" else gate_TV.sigmoid())
-        trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
-        return FFNOutput(self.out(y_TV).view_as(x_BTD), read.aux_losses, trace, read.step_stats)
-
-    def cost(self) -> FFNCost:
-        """Query, all 2 S sub-key scores a head, H * K table rows, gate and output; top-k counts no FLOPs."""
-        matrices = self.out.weight.numel() + (0 if self.gate is None else self.gate.weight.numel())
-        return read_cost(self, self.addressing, self.values, matrices)
+        y_TD: Tensor = self.out(y_TV)
+        return y_TD

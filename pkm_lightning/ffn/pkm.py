@@ -1,27 +1,20 @@
 """Product-key memory (Lample et al. 2019, "Large Memory Layers with Product Keys", arXiv 1907.05242).
 
-Letters: B sequences, T tokens (B * T inside), D model dimension, H heads, K slots read a head, V values a slot.
+Letters: D model dimension, H heads, S sub-keys a half, K slots read a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from torch import nn
 
 from pkm_lightning.errors import check_choice
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
-from pkm_lightning.ffn.memory_cost import read_cost
+from pkm_lightning.ffn.memory_layer import MemoryLayer
 from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table, half_key_dim, product_slots
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["PKM"]
 
 
-class PKM(nn.Module):
+class PKM(MemoryLayer):
     """One memory layer that replaces the FFN of a middle layer:
 
         I = top-k over slots (i, j) of K1[i] q1 + K2[j] q2        (section 3.1, per head)
@@ -63,10 +56,9 @@ class PKM(nn.Module):
         query_norm: str,
         cures: Mapping[str, object] | None = None,
     ) -> None:
-        super().__init__()
         check_choice("ffn.query_norm", query_norm, ("batch", "layer", "none"))
         options = Cures.of(cures)
-        self.addressing = Addressing(
+        addressing = Addressing(
             dim=dim,
             heads=heads,
             n_keys=n_keys,
@@ -80,30 +72,4 @@ class PKM(nn.Module):
             cures=options,
         )
         check_table(table, product_slots(n_keys), dim, named=f"ffn.n_keys={n_keys} and model.dim={dim}")
-        self.values = Values(table=table, out_dim=dim if options.simvq else None)
-
-    @classmethod
-    def table_spec(cls, *, dim: int, n_keys: int, cures: Mapping[str, object] | None = None, **_: object) -> TableSpec:
-        """n_keys**2 rows of `dim` values from N(0, 1/dim)."""
-        return TableSpec(rows=product_slots(n_keys), dim=dim, trainable=not Cures.of(cures).simvq)
-
-    def reset_parameters(self) -> None:
-        """Query xavier-uniform without bias, sub-keys uniform in +-1/sqrt(key_dim / 2)."""
-        self.addressing.reset_parameters()
-        self.values.reset_parameters()
-
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Looks up every token of `x_BTD`; the slots read and their weights are the trace."""
-        valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
-        read = self.addressing(x_BTD.flatten(0, -2), valid_T)
-        y_TD = self.values(read.ids_TC, read.weights_TC).to(x_BTD.dtype)
-        trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
-        return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)
-
-    def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics of the query's batch normalisation."""
-        self.addressing.after_step(stats)
-
-    def cost(self) -> FFNCost:
-        """Query, all 2 S sub-key scores a head, H * K table rows; top-k and norms count no FLOPs."""
-        return read_cost(self, self.addressing, self.values)
+        super().__init__(addressing=addressing, values=Values(table=table, out_dim=dim if options.simvq else None))

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from processes import finish, fit, last_checkpoint, metrics
+from processes import assert_equal_runs, finish, fit, last_checkpoint, metrics
 
 STEPS = ["trainer.max_steps=24"]
 
@@ -25,18 +24,6 @@ def kill_after(process: subprocess.Popen[str], run_dir: Path, rows: int, delay: 
             break
         time.sleep(0.005)
     process.wait(timeout=180)
-
-
-def assert_equal_runs(first: Path, second: Path) -> None:
-    left, right = last_checkpoint(first), last_checkpoint(second)
-    assert left["global_step"] == right["global_step"]
-    assert left["state_dict"].keys() == right["state_dict"].keys()
-    for name, value in left["state_dict"].items():
-        assert torch.equal(value, right["state_dict"][name]), name
-    for ours, theirs in zip(left["optimizer_states"], right["optimizer_states"], strict=True):
-        for key, state in ours["state"].items():
-            assert all(torch.equal(state[k], theirs["state"][key][k]) for k in state)
-    assert metrics(first) == metrics(second)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -67,3 +67,15 @@ def test_refuses_no_hidden_dimension() -> None:
 def test_refuses_an_unknown_activation() -> None:
     with pytest.raises(ConfigError, match=r"ffn.activation='relu' is not known; allowed: swiglu, gelu, squared_relu"):
         Dense(dim=6, n_layers=1, hidden_dim=4, activation="relu")
+
+
+@pytest.mark.parametrize(
+    ("activation", "second_moment"),
+    # Of silu(a) b, gelu(a) and relu(a)**2 for independent standard normal a, b.
+    [("swiglu", 0.3557), ("gelu", 0.4251), ("squared_relu", 1.5)],
+)
+def test_initial_output_variance(activation: str, second_moment: float) -> None:
+    """That of the hidden activations over the 2 n_layers branches of the residual stream."""
+    layer = Dense(dim=96, n_layers=4, hidden_dim=400, activation=activation)
+    y_BTD = layer(torch.randn(16, 64, 96), CONTEXT).y_BTD
+    assert y_BTD.var().item() == pytest.approx(second_moment / 8, rel=0.1)

@@ -87,6 +87,16 @@ def test_initialisation() -> None:
     assert not layer.addressing.query.projection.bias.any()
 
 
+def test_initial_output_variance_is_that_of_its_factors() -> None:
+    """W2 (y * silu(W1 x)): with V = D, E[sum w**2] / V from the read, and the second moment of silu of a normal."""
+    table = ValueTable(rows=32**2, dim=256)
+    layer = MemoryPlus(dim=256, table=table, n_keys=32, heads=4, knn=8, key_dim=16, value_dim=None, qk_norm=True)
+    x_BTD = torch.randn(16, 64, 256)
+    output = layer(x_BTD, FFNContext(torch.zeros(16, 64, dtype=torch.int64), observe=True))
+    read = output.trace["slot_weights"].square().sum((-1, -2)).mean().item() / 256
+    assert output.y_BTD.var().item() == pytest.approx(0.3557 * read, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,0 +1,44 @@
+"""`fit ffn=NAME` trains every plugin from its YAML on the facts, reports recall, and continues bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from processes import assert_equal_runs, metrics
+from small import SMALL_RUN, Run
+from tree import ROOT
+
+FFNS = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_trains_reports_recall_and_resumes_bit_for_bit(cli: Run, ffn: str, tmp_path: Path) -> None:
+    command = ["fit", f"ffn={ffn}", *SMALL_RUN, "+callbacks.interrupt._target_=toys.InterruptOnce"]
+    whole = cli(*command, "run_dir=whole")
+    assert whole.code == 0, whole.err
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert set(record["metrics"]["recall"]) >= {"seen", "paraphrase", "question", "control"}
+    assert record["unknown_cost"] == []
+    (tmp_path / "interrupt").touch()
+    assert cli(*command, "run_dir=halves").code == 130
+    assert json.loads((tmp_path / "halves" / "run.json").read_text())["status"] == "interrupted"
+    again = cli(*command, "run_dir=halves")
+    assert again.code == 0, again.err
+    assert_equal_runs(tmp_path / "whole", tmp_path / "halves")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ffn", FFNS)
+def test_ten_times_the_default_learning_rate_stays_finite(cli: Run, ffn: str, tmp_path: Path) -> None:
+    """200 steps of the default run; the losses that it saw are in the results of the scripts."""
+    options = ["optim.lr=0.06", "trainer.max_steps=200", "trainer.log_every_n_steps=10", "logger=none"]
+    run = cli("fit", f"ffn={ffn}", *options, "~callbacks.progress_bar", "~callbacks.recall", "run_dir=hot")
+    assert run.code == 0, run.err
+    losses = [float(row["train/loss"]) for row in metrics(tmp_path / "hot") if row.get("train/loss")]
+    assert len(losses) == 20
+    assert all(math.isfinite(loss) for loss in losses)
+    print(ffn, losses[0], max(losses), losses[-1])
