@@ -6,6 +6,7 @@ The command line prints them without a traceback; a program that imports the pac
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -50,10 +51,12 @@ def check_range(key: str, value: float, low: float | None = None, high: float | 
     """Refuse a `value` of `key` outside the closed interval [`low`, `high`]; None leaves that side open.
 
     Raises:
-        ConfigError: naming the key, the value and the interval; also if the value is no number.
+        ConfigError: naming the key, the value and the interval; also if the value is no finite number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key}={value!r} is no number.")
+    if not math.isfinite(value):
+        raise ConfigError(f"{key}={value} is not finite; give a number.")
     if (low is not None and value < low) or (high is not None and value > high):
         interval = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
         raise ConfigError(f"{key}={value} is out of range; allowed: {interval}.")
@@ -68,3 +71,13 @@ def check_integer(key: str, value: int, low: int | None = None, high: int | None
     check_range(key, value, low, high)
     if not isinstance(value, int):
         raise ConfigError(f"{key}={value} is no whole number.")
+
+
+def check_flag(key: str, value: bool) -> None:
+    """Refuse a `value` of `key` that is not a truth value: a word like `maybe` would count as true.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r} is neither true nor false; set {key}=true or {key}=false.")

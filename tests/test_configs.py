@@ -59,7 +59,7 @@ def test_the_module_builds_with_its_optimizer(ffn: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ffn", "layers", "mode"),
     [
-        ("dense", "centred", "replace"),
+        ("dense", "all", "replace"),
         ("moe", "all", "replace"),
         ("pkm", "centred", "replace"),
         ("ultramem", "spread", "parallel"),

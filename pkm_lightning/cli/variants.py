@@ -17,16 +17,19 @@ def split_variants(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The command line with the first variant alone, and all variants; without a list of them, none.
 
     Raises:
-        ConfigError: an empty name or a name given twice.
+        ConfigError: an empty name, a name given twice, or two lists.
     """
-    given = [a for a in arguments if a.startswith(_KEY) and "," in a]
+    named = [a for a in arguments if a.startswith(_KEY)]
+    given = [a for a in named if "," in a]
     if not given:
         return list(arguments), []
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} both name the FFN; give one ffn=NAME,NAME,...")
     variants = [name.strip() for name in given[-1].removeprefix(_KEY).split(",")]
     if "" in variants or len(set(variants)) != len(variants):
         raise ConfigError(f"{given[-1]} names a variant twice or leaves a name empty; allowed: ffn=NAME,NAME,...")
     first = f"{_KEY}{variants[0]}"
-    return [first if a == given[-1] else a for a in arguments if a not in given[:-1]], variants
+    return [first if a == given[-1] else a for a in arguments], variants
 
 
 def compose_variant(variant: str, overrides: Sequence[str]) -> DictConfig:
@@ -35,6 +38,7 @@ def compose_variant(variant: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError, HydraException: as Hydra finds it.
     """
+    hydra = HydraConfig.get()
+    searchpath = [o for o in hydra.overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
     others = [override for override in overrides if not override.startswith(_KEY)]
-    name = HydraConfig.get().job.config_name
-    return compose(str(name), overrides=[f"{_KEY}{variant}", *others])
+    return compose(str(hydra.job.config_name), overrides=[f"{_KEY}{variant}", *others, *searchpath])

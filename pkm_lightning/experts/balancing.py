@@ -78,7 +78,7 @@ def relative_maximum(counts_E: Int[Tensor, " E"]) -> Float[Tensor, ""]:
 def _mean(x_TX: Tensor, valid_T: Tensor | None) -> Tensor:
     """Mean over real tokens, (X,); zero where there are none."""
     if valid_T is None:
-        return x_TX.mean(dim=0)
+        return x_TX.sum(dim=0) / max(1, len(x_TX))
     # Padding may hold anything, NaN too, which a multiplication by zero would keep.
     real_TX = x_TX.masked_fill(~valid_T.unsqueeze(-1), 0)
     return real_TX.sum(dim=0) / valid_T.sum().clamp(min=1)

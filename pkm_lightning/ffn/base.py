@@ -36,7 +36,8 @@ class FFNOutput(NamedTuple):
     """What a plugin returns; only `y_BTD` is required. Plain tensors and dicts, so that blocks compile."""
 
     y_BTD: Tensor
-    #: Named scalars, already weighted, each a mean over the tokens of the micro-batch; added to the loss.
+    #: Named scalars, already weighted, each a mean over the real tokens of the rank's micro-batch; added to the loss,
+    #: summed over layers, averaged over ranks (by their real tokens) and over micro-batches.
     aux_losses: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes to it
     #: What was read or routed (slot ids, weights, expert ids), detached, on the device; empty unless `context.observe`.
     trace: dict[str, Tensor] = {}  # noqa: RUF012
@@ -45,8 +46,8 @@ class FFNOutput(NamedTuple):
     step_stats: dict[str, Tensor] = {}  # noqa: RUF012
     #: Added to the residual stream `placement.write_after` layers later instead of here.
     deferred_BTD: Tensor | None = None
-    #: Named detached scalars to look at, each a mean over the tokens of the micro-batch; logged as `train/NAME`, a mean
-    #: over the layers.
+    #: Named detached scalars to look at, each a mean over the real tokens of the rank's micro-batch; logged as
+    #: `train/NAME`, a mean over the layers.
     metrics: dict[str, Tensor] = {}  # noqa: RUF012
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pkm_lightning.errors import check_flag
 from pkm_lightning.ffn.memory_layer import MemoryLayer
 from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table, product_slots
 
@@ -54,6 +55,7 @@ class Memory(MemoryLayer):
         qk_norm: bool,
         cures: Mapping[str, object] | None = None,
     ) -> None:
+        check_flag("ffn.qk_norm", qk_norm)
         options = Cures.of(cures)
         addressing = Addressing(
             dim=dim,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn import functional
 
-from pkm_lightning.errors import check_choice
+from pkm_lightning.errors import check_choice, check_flag
 from pkm_lightning.ffn.memory_layer import MemoryLayer
 from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table
 
@@ -79,6 +79,8 @@ class MemoryPlus(MemoryLayer):
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_choice("ffn.gate", gate, ("swilu", "sigmoid", "none"))
+        check_flag("ffn.qk_norm", qk_norm)
+        check_flag("ffn.value_projection", value_projection)
         options = Cures.of(cures)
         spec = self.table_spec(dim=dim, n_keys=n_keys, value_dim=value_dim, cures=cures)
         addressing = Addressing(

@@ -22,8 +22,7 @@ from pkm_lightning.experts.balancing import (
 )
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
 from pkm_lightning.ffn.dense import Dense
-from pkm_lightning.ops import sum_over_ranks
-from pkm_lightning.ops.product_topk.eager import ranked_topk
+from pkm_lightning.ops import ranked_topk, sum_over_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

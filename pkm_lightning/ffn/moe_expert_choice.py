@@ -13,7 +13,7 @@ from torch import nn
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.experts import Router, SwiGLUExperts, run_experts
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
-from pkm_lightning.ops.product_topk.eager import ranked_topk
+from pkm_lightning.ops import ranked_topk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,10 @@ class ExpertChoiceMoE(nn.Module):
         return FFNOutput(y_TD.view_as(x_BTD), trace=shaped if context.observe else {}, metrics=metrics)
 
     def cost(self) -> FFNCost:
-        """Router, and `eval_top_k` experts at evaluation, `capacity_factor` experts in training."""
+        """Router, and `eval_top_k` experts at evaluation, `capacity_factor` experts a token in training.
+
+        The latter is exact for micro-batches that give each expert a whole number of tokens, else an upper bound.
+        """
         params = sum(p.numel() for p in self.parameters())
         router, expert = self.router.weight.numel(), self.experts.params_per_expert()
         active = router + self.eval_top_k * expert
@@ -137,7 +140,8 @@ class ExpertChoiceMoE(nn.Module):
     def _chosen_tokens(self, probs_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens of each expert, best first, and which of them it keeps: its k best real ones, (E, C) both."""
         positions, n_experts = probs_TE.shape
-        capacity = int(positions * self.capacity_factor / n_experts)
+        # 100 * 0.29 is 28.999...: a whole number of tokens must not lose one to rounding.
+        capacity = int(positions * self.capacity_factor / n_experts + 1e-9)
         if capacity < 1:
             raise ConfigError(
                 f"ffn.capacity_factor={self.capacity_factor} gives each of ffn.n_experts={n_experts} experts only "

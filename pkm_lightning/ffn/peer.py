@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn import functional
 
-from pkm_lightning.errors import ConfigError, check_choice
+from pkm_lightning.errors import ConfigError, check_choice, check_flag
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
 from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, check_table, product_slots
 from pkm_lightning.ops import gathered_dot
@@ -29,8 +29,8 @@ class PEER(nn.Module):
         e(x) = gelu(<u, x>) v, or gelu(<u, x>) <w, x> v with `glu`
         y    = sum over heads and experts of g_i e_i(x)
 
-    With `query_norm=batch` (the paper's), a token's output depends on the whole micro-batch in training. No tensor of
-    (tokens, heads * knn, dim) is held: the inner products and the weighted sum read the tables row by row.
+    With `query_norm=batch` (the paper's), a token's output depends on the whole micro-batch in training. On the CPU no
+    tensor of (tokens, heads * knn, dim) is held: inner products and weighted sums read the tables row by row.
 
     | paper | here |
     |---|---|
@@ -92,8 +92,7 @@ class PEER(nn.Module):
     @classmethod
     def table_spec(cls, *, dim: int, n_keys: int, glu: bool, **_: object) -> TableSpec:
         """Input and output vectors of n_keys**2 experts, from N(0, 1/dim): inner products start at the scale of x."""
-        if not isinstance(glu, bool):
-            raise ConfigError(f"ffn.glu={glu!r} is neither true nor false.")
+        check_flag("ffn.glu", glu)
         return TableSpec(rows=product_slots(n_keys), dim=dim, count=3 if glu else 2)
 
     def reset_parameters(self) -> None:

@@ -192,7 +192,7 @@ class UltraMem(nn.Module):
         tokens, cores = scores_THCK.shape[0], scores_THCK.shape[2]
         slices_XV = table_NV.view(-1, table_NV.shape[1] // cores)
         core_C1 = torch.arange(cores, device=row_THK.device).unsqueeze(-1)
-        ids_TCK = row_THK.flatten(1).unsqueeze(1) * cores + core_C1
+        ids_TCK = row_THK.flatten(1).unsqueeze(1).long() * cores + core_C1
         groups_TCK = projector_THK.flatten(1).unsqueeze(1).expand_as(ids_TCK)
         z_XPV = weighted_gather(
             slices_XV,
@@ -201,7 +201,7 @@ class UltraMem(nn.Module):
             groups_TK=groups_TCK.flatten(0, 1),
             n_groups=self.expansion,
         )
-        return z_XPV.view(tokens, cores, self.expansion, -1).transpose(1, 2).flatten(1)
+        return z_XPV.view(tokens, cores, *z_XPV.shape[1:]).transpose(1, 2).flatten(1)
 
     def _losses(self) -> dict[str, Tensor]:
         if not self.training or self.spectrum_loss == 0 or self.keys.rank == 1:

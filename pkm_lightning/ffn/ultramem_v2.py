@@ -45,8 +45,8 @@ class UltraMemV2(nn.Module):
     | top-m, D_k | `knn`, `key_dim` |
     | balance loss, beta | `balance_loss` |
 
-    The open models of the paper have D_p = D_v = 192 and D_k = 192 for a hidden size of 768, top 32, one head; its
-    ablations also use D_p : D_v = 1 : 3, which is not built: both tables have one shape.
+    The open models have D_p = D_v = 192, D_k = 192, top 32 and one head; the paper also gives D_p : D_v = 1 : 3, which
+    is not built: both tables have one shape.
 
     In training `aux_losses["balance"]` is beta * S * sum over n of f_n p_n, a mean over heads, rows and columns: p the
     mean softmax of the preselecting scores over tokens, f the share of reads of row (column) n, both over the real
@@ -116,8 +116,8 @@ class UltraMemV2(nn.Module):
         """Two tables of n_keys**2 rows from N(0, sigma**2), sigma**2 = 0.2 / (n_layers knn heads (1 + sigma_s**2)).
 
         With <P[k], W_pre x> of variance 1, scores of mean 1 and variance sigma_s**2 (`selected_moments`) and W from
-        N(0, 1/value_dim), the output has the variance 0.2 / n_layers: that of an FFN (the paper, appendix A, with its
-        unit variances written out).
+        N(0, 1/value_dim), the output has the variance 0.2 / n_layers: the paper's aim (appendix A, the variance of an
+        FFN's output). How the paper spreads it over W_pre, P and W is not known to us: this is our choice.
         """
         slots = product_slots(n_keys)
         check_integer("ffn.heads", heads, low=1)
@@ -131,8 +131,7 @@ class UltraMemV2(nn.Module):
     def reset_parameters(self) -> None:
         """Keys as `TuckerKeys` says; W from N(0, 1/value_dim); W_pre so that <P[k], W_pre x> has variance 1.
 
-        The paper's P ~ N(0, 1/value_dim) and W_pre ~ N(0, 1/dim) give that too. Here both tables start with one
-        sigma, so W_pre takes the ratio: N(0, 1 / (dim value_dim sigma**2)).
+        Both tables start with one sigma, so W_pre takes the ratio: N(0, 1 / (dim value_dim sigma**2)).
         """
         self.keys.reset_parameters()
         dim, values = self.out.weight.shape

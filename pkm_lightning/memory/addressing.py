@@ -1,7 +1,7 @@
 """From the layer's input to the slots that it reads and their weights: queries, product keys, top-k, activation.
 
-Letters: T tokens, D model dimension, H heads, S sub-keys a half, K slots read a head, C = K, or min(K, S)**2 where
-the straight-through gradient reads all candidates.
+Letters: T tokens, D model dimension, H heads, S sub-keys a half, K slots read a head, C = K, or K * K in training
+where the straight-through gradient reads all candidates.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from pkm_lightning.errors import check_choice, check_integer
+from pkm_lightning.errors import check_choice, check_flag, check_integer
 from pkm_lightning.memory import cures as cure
 from pkm_lightning.memory.precision import ieee_scores
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
@@ -91,6 +91,7 @@ class Addressing(nn.Module):
         check_integer("ffn.knn", knn, low=1, high=n_keys)
         half_key_dim(key_dim)
         check_choice("ffn.activation", activation, ACTIVATIONS)
+        check_flag("ffn.temperature", temperature)
         self.knn, self.activation, self.cures = knn, activation, cures
         self.query = QueryNetwork(dim=dim, heads=heads, key_dim=key_dim, norm=query_norm)
         self.keys = ProductKeys(
@@ -112,7 +113,7 @@ class Addressing(nn.Module):
         halves_2HTS = self.keys(q_TH2E)
         with ieee_scores(halves_2HTS[0]):
             choosing_2HTS = self._with_noise(halves_2HTS)
-            if self.cures.straight_through and torch.is_grad_enabled():
+            if self.cures.straight_through and self.training:
                 ids_HTC, weights_HTC, ids_HTK, weights_HTK = self._straight_through(halves_2HTS, choosing_2HTS)
             else:
                 ids_HTK, weights_HTK = self._chosen(halves_2HTS, choosing_2HTS)
@@ -122,10 +123,14 @@ class Addressing(nn.Module):
         ids_TC, weights_TC = ids_HTC.transpose(0, 1).flatten(1), weights_HTC.transpose(0, 1).flatten(1)
         return Addresses(ids_TC, weights_TC, ids_THK, weights_THK, losses, stats)
 
+    @property
+    def _noisy(self) -> bool:
+        return self.training and self.cures.gumbel_noise > 0
+
     def _with_noise(self, halves_2HTS: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        scale = self.cures.gumbel_noise
-        if not (self.training and scale):
+        if not self._noisy:
             return halves_2HTS
+        scale = self.cures.gumbel_noise
         first_HTS, second_HTS = (scores_HTS.detach() for scores_HTS in halves_2HTS)
         return first_HTS + scale * cure.gumbel(first_HTS), second_HTS + scale * cure.gumbel(second_HTS)
 
@@ -134,7 +139,7 @@ class Addressing(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Ids and weights of the best slots; noise decides which, but their weights come from the scores themselves."""
         scores_HTK, ids_HTK = product_topk(*choosing_2HTS, self.knn)
-        if choosing_2HTS is not halves_2HTS:
+        if self._noisy:
             n_keys = halves_2HTS[0].shape[-1]
             key1_HTK, key2_HTK = ids_HTK.long() // n_keys, ids_HTK.long() % n_keys
             scores_HTK = halves_2HTS[0].gather(-1, key1_HTK) + halves_2HTS[1].gather(-1, key2_HTK)
@@ -185,7 +190,7 @@ class Addressing(nn.Module):
     @property
     def training_reads(self) -> int:
         """Rows that a token reads in training: all candidates with the straight-through gradient."""
-        per_head = min(self.knn, self.keys.keys.shape[2]) ** 2 if self.cures.straight_through else self.knn
+        per_head = self.knn**2 if self.cures.straight_through else self.knn
         return self.query.heads * per_head
 
     def flops(self) -> int:

@@ -61,18 +61,21 @@ class MaskedBatchNorm(nn.Module):
     ) -> tuple[Float[Tensor, "T F"], dict[str, Tensor]]:
         """The normalised features, in the dtype of `x`, and this rank's sums for `after_step` (empty at evaluation)."""
         weight_F, bias_F = self.weight.to(x_TF.dtype), self.bias.to(x_TF.dtype)
-        # Sums about the running mean: those of the raw features would cancel where the mean is far from zero.
         centred_TF = x_TF - self.running_mean.to(x_TF.dtype)
         if not self.training:
             return centred_TF * (self.running_var.to(x_TF.dtype) + self.eps).rsqrt() * weight_F + bias_F, {}
-        real_TF = centred_TF if valid_T is None else centred_TF.where(valid_T.unsqueeze(-1), 0)
+        real_T1 = None if valid_T is None else valid_T.unsqueeze(-1)
+        real_TF = centred_TF if real_T1 is None else centred_TF.where(real_T1, 0)
         tokens = x_TF.new_tensor(len(x_TF)) if valid_T is None else valid_T.sum().to(x_TF.dtype)
-        own_2F = torch.stack([real_TF.sum(0), real_TF.square().sum(0)])
         count = sum_over_ranks(tokens).clamp(min=1)
-        mean_F, square_F = (sum_over_ranks(own_2F) / count).unbind()
-        var_F = (square_F - mean_F.square()).clamp(min=0)
-        y_TF = (centred_TF - mean_F) * (var_F + self.eps).rsqrt() * weight_F + bias_F
-        return y_TF, {"query_norm_tokens": tokens, "query_norm_sums": own_2F.detach()}
+        mean_F = sum_over_ranks(real_TF.sum(0)) / count
+        away_TF = centred_TF - mean_F
+        var_F = sum_over_ranks((away_TF if real_T1 is None else away_TF.where(real_T1, 0)).square().sum(0)) / count
+        y_TF = away_TF * (var_F + self.eps).rsqrt() * weight_F + bias_F
+        # Of different micro-batches, so about one point, the running mean; in float64, since they may cancel.
+        wide_TF = real_TF.detach().double()
+        own_2F = torch.stack([wide_TF.sum(0), wide_TF.square().sum(0)])
+        return y_TF, {"query_norm_tokens": tokens.double(), "query_norm_sums": own_2F}
 
     @torch.no_grad()
     def after_step(self, stats: dict[str, Tensor]) -> None:

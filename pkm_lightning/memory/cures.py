@@ -3,7 +3,7 @@
 A slot that nobody reads gets no gradient. The losses here work on the scores of the halves, which every sub-key has for
 every token, at the cost of two softmaxes over S: the same idea over all S * S slots could not be paid for.
 
-Letters: T tokens, H heads, S sub-keys a half, K slots read a head, J = min(K, S) candidates a half, C = J * J pairs.
+Letters: T tokens, H heads, S sub-keys a half, K slots read a head, C = K * K candidate pairs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pkm_lightning.errors import ConfigError, check_range, nearest
-from pkm_lightning.ops import sum_over_ranks
-from pkm_lightning.ops.product_topk.eager import ranked_topk
+from pkm_lightning.errors import ConfigError, check_flag, check_range, nearest
+from pkm_lightning.ops import ranked_topk, sum_over_ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -32,7 +31,8 @@ class Cures:
         simvq: the rows stay as drawn and a trained linear map follows the read, so that every row moves in every step.
         balance_loss: coefficient of `balance_loss`.
         entropy_loss: coefficient of `entropy_loss`.
-        straight_through: the gradient of the weights is that of a softmax over all candidate pairs, which are read.
+        straight_through: the gradient of the weights is that of the activation over all candidate pairs, which are
+            read in training.
         gumbel_noise: scale of the Gumbel noise on the half scores that decides, in training, which slots are read.
 
     Raises:
@@ -49,8 +49,7 @@ class Cures:
         for name in ("balance_loss", "entropy_loss", "gumbel_noise"):
             check_range(f"ffn.cures.{name}", getattr(self, name), 0)
         for name in ("simvq", "straight_through"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"ffn.cures.{name}={getattr(self, name)!r} is neither true nor false.")
+            check_flag(f"ffn.cures.{name}", getattr(self, name))
 
     @classmethod
     def of(cls, settings: Mapping[str, object] | None) -> Cures:
@@ -60,6 +59,8 @@ class Cures:
             ConfigError: an unknown name.
         """
         known = [field.name for field in fields(cls)]
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ConfigError(f"ffn.cures={settings!r} is no mapping; set a cure, as in ffn.cures.{known[0]}=true.")
         for name in settings or {}:
             if name not in known:
                 raise ConfigError(f"ffn.cures.{name} is not known; allowed: {', '.join(known)}.{nearest(name, known)}")
@@ -73,6 +74,9 @@ def gumbel(like: Tensor) -> Tensor:
 
 def mean_probabilities(scores_HTS: Float[Tensor, "H T S"], valid_T: Bool[Tensor, " T"] | None) -> Float[Tensor, "H S"]:
     """Softmax over a half's sub-keys, averaged over the real tokens of the micro-batch of all ranks."""
+    if valid_T is not None:
+        # Padding may hold anything, NaN too, which a multiplication by zero would keep.
+        scores_HTS = scores_HTS.where(valid_T.unsqueeze(-1), 0)
     p_HTS = scores_HTS.softmax(-1)
     if valid_T is not None:
         p_HTS = p_HTS * valid_T.unsqueeze(-1)
@@ -81,10 +85,13 @@ def mean_probabilities(scores_HTS: Float[Tensor, "H T S"], valid_T: Bool[Tensor,
 
 
 def entropy_loss(p_HS: Float[Tensor, "H S"]) -> Float[Tensor, ""]:
-    """log S - H(p), a mean over heads: 0 where all sub-keys are equally likely on average (FwPKM's addressing loss,
-    arXiv 2601.00671, up to a constant)."""
-    # A probability may underflow to 0, where log has no finite gradient.
-    return math.log(p_HS.shape[-1]) + (p_HS * p_HS.clamp(min=torch.finfo(p_HS.dtype).tiny).log()).sum(-1).mean()
+    """log S - H(p), a mean over heads: 0 where all sub-keys are equally likely on average, or no token is real.
+
+    FwPKM (arXiv 2601.00671) takes -H(p) of both halves, which differs by a constant and a factor.
+    """
+    # A probability may underflow to 0, where log has no finite gradient; without a real token all of them are 0.
+    log_HS = p_HS.clamp(min=torch.finfo(p_HS.dtype).tiny).log()
+    return (p_HS * (math.log(p_HS.shape[-1]) + log_HS)).sum(-1).mean()
 
 
 def balance_loss(
@@ -109,18 +116,18 @@ def candidate_grid(
     Args:
         halves_2HTS: the scores of both halves.
         choosing_2HTS: the scores that choose: the same, or with noise.
-        k: slots to choose.
+        k: slots to choose, at most the sub-keys of a half.
 
     Returns:
         Scores and slot ids of the candidates, and the places among them of the `k` best, best first.
     """
     n_keys = halves_2HTS[0].shape[-1]
-    key1_HTJ, key2_HTJ = (ranked_topk(scores_HTS.detach(), min(k, n_keys)) for scores_HTS in choosing_2HTS)
+    key1_HTK, key2_HTK = (ranked_topk(scores_HTS.detach(), k) for scores_HTS in choosing_2HTS)
 
     def sums(scores1_HTS: Tensor, scores2_HTS: Tensor) -> Tensor:
         return (
-            scores1_HTS.gather(-1, key1_HTJ).unsqueeze(-1) + scores2_HTS.gather(-1, key2_HTJ).unsqueeze(-2)
+            scores1_HTS.gather(-1, key1_HTK).unsqueeze(-1) + scores2_HTS.gather(-1, key2_HTK).unsqueeze(-2)
         ).flatten(-2)
 
-    ids_HTC = (key1_HTJ.unsqueeze(-1) * n_keys + key2_HTJ.unsqueeze(-2)).flatten(-2).int()
+    ids_HTC = (key1_HTK.unsqueeze(-1) * n_keys + key2_HTK.unsqueeze(-2)).flatten(-2).int()
     return sums(*halves_2HTS), ids_HTC, ranked_topk(sums(*choosing_2HTS).detach(), k)

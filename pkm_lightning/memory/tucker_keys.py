@@ -14,7 +14,7 @@ from torch import nn
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
 from pkm_lightning.memory.query import half_norm
-from pkm_lightning.ops.product_topk.eager import ranked_topk
+from pkm_lightning.ops import ranked_topk
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -55,7 +55,8 @@ class TuckerKeys(nn.Module):
     - with knn = n_keys every slot is in the grid, and it is exact for every C.
 
     The sign of a singular pair is free, (u, t) and (-u, -t), and decides which sign of the factors is looked for: here
-    sum(u) + sum(t) >= 0, and sum(u) >= 0 where that is 0. No gradient goes through the selection or the pair.
+    sum(u) + sum(t) >= 0, and sum(u) >= 0 where that is 0. No gradient goes through the selection or the pair. The SVD
+    is one of R x R a head and forward; on a GPU it waits for the host.
     Equal scores rank by lower sub-key in the preselection, then by (rank of the row, rank of the column).
 
     | paper | here |

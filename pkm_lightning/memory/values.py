@@ -47,7 +47,7 @@ class Values(nn.Module):
     def forward(self, ids_TC: Int[Tensor, "T C"], weights_TC: Float[Tensor, "T C"]) -> Float[Tensor, "T O"]:
         """The reads in the table's dtype, or that of the map."""
         y_TV = self.table(ids_TC, weights_TC)
-        return y_TV if self.projection is None else self.projection(y_TV)
+        return y_TV if self.projection is None else self.projection(y_TV.to(self.projection.weight.dtype))
 
     def flops(self, reads: int) -> int:
         """Forward FLOPs a token of `reads` rows: the map's and, in FLOP counters unseen, the weighted sum's."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
@@ -46,13 +47,16 @@ class Placement:
         if isinstance(layers, str):
             check_choice("placement.layers", layers, ("all", "centred", "spread"))
         elif not isinstance(layers, Sequence):
-            raise ConfigError(f"placement.layers={layers!r} is neither all nor centred nor a list of layer numbers.")
+            raise ConfigError(
+                f"placement.layers={layers!r} is neither all, centred, spread nor a list of layer numbers."
+            )
         else:
             for layer in layers:
                 check_integer("placement.layers", layer)  # type: ignore[arg-type]
+        shown = "null" if write_after is None else write_after
         if write_after != 0 and mode == "replace":
             raise ConfigError(
-                f"placement.write_after={write_after} leaves the reading layer without any FFN under "
+                f"placement.write_after={shown} leaves the reading layer without any FFN under "
                 "placement.mode=replace; use placement.mode=parallel."
             )
         self.layers, self.count, self.stride = layers, count, stride
@@ -119,7 +123,10 @@ class Beside(nn.Module):
         self.base, self.variant, self.defer = base, variant, defer
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """The traces and statistics of both, the latter under `base.NAME` and `variant.NAME`; equal losses add up."""
+        """What both report: statistics as `base.NAME` and `variant.NAME`, equal losses added, equal metrics averaged.
+
+        Of traces of one name the variant's stays.
+        """
         base: FFNOutput = self.base(x_BTD, context)
         variant: FFNOutput = self.variant(x_BTD, context)
         names = {**base.aux_losses, **variant.aux_losses}
@@ -132,5 +139,8 @@ class Beside(nn.Module):
                 **{f"variant.{name}": value for name, value in variant.step_stats.items()},
             },
             deferred_BTD=variant.y_BTD if self.defer else None,
-            metrics={**base.metrics, **variant.metrics},
+            metrics={
+                n: torch.stack([part.metrics[n] for part in (base, variant) if n in part.metrics]).mean()
+                for n in {**base.metrics, **variant.metrics}
+            },
         )

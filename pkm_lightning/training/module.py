@@ -58,6 +58,7 @@ class LanguageModule(L.LightningModule):
         self._step_nll: Tensor | None = None
         self._step_stats: dict[int, dict[str, Tensor]] = {}
         self._reported: dict[str, Tensor] = {}
+        self._reported_tokens: Tensor | int = 0
         self._batch_checked = False
 
     # --- building
@@ -104,7 +105,11 @@ class LanguageModule(L.LightningModule):
             self._batch_checked = True
         output = self(batch)
         nll_M = token_nll(self.model, output.hidden_BTD, batch["labels"])
-        targets, tokens = self._count(nll_M, batch)
+        valid_BT = batch.get("valid")
+        own_tokens = nll_M.new_tensor(batch["labels"].numel()) if valid_BT is None else valid_BT.sum().to(nll_M.dtype)
+        targets, tokens = self._sum_over_ranks(
+            torch.stack([nll_M.new_tensor(nll_M.numel()), own_tokens]).long()
+        ).unbind()
         self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens
         self._add_statistics(output)
         factor = self._normaliser.scale(
@@ -112,19 +117,17 @@ class LanguageModule(L.LightningModule):
         )
         nll = nll_M.sum()
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
-        # Auxiliary losses are means over a micro-batch; weighted by its targets they add up to a mean over the step.
-        auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(())) * nll_M.numel()
-        self._reported = {f"aux_{name}": loss.detach() for name, loss in output.aux_losses.items()} | output.metrics
-        return (nll + auxiliary) * factor
+        self._add_reports(output, own_tokens)
+        # Auxiliary losses are means over this rank's real tokens: by their share of them the ranks' losses add up to
+        # the mean over all. (The strategy will divide by the ranks, Lightning by the micro-batches.)
+        auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(()))
+        return nll * factor + auxiliary * (self.trainer.world_size * own_tokens / tokens.clamp(min=1))
 
-    def _count(self, nll_M: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Targets and real tokens of this micro-batch over all ranks."""
-        valid_BT = batch.get("valid")
-        tokens = batch["labels"].numel() if valid_BT is None else valid_BT.sum()
-        counts = torch.as_tensor(tokens, device=nll_M.device).new_tensor([nll_M.numel(), 0])
-        counts[1] += tokens
-        targets, tokens = self._sum_over_ranks(counts).unbind()
-        return targets, tokens
+    def _add_reports(self, output: ModelOutput, own_tokens: Tensor) -> None:
+        reported = {f"aux_{name}": loss.detach() for name, loss in output.aux_losses.items()} | output.metrics
+        for name, value in reported.items():
+            self._reported[name] = self._reported.get(name, 0) + value * own_tokens
+        self._reported_tokens = self._reported_tokens + own_tokens
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -152,8 +155,15 @@ class LanguageModule(L.LightningModule):
             loss = self._sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
-            for name, value in self._reported.items():
-                self.log(f"train/{name}", value, sync_dist=True)
+            self._log_reports()
+
+    def _log_reports(self) -> None:
+        """Auxiliary losses and metrics of the plugins, means over the step's real tokens of all ranks."""
+        if self._reported:
+            sums = torch.stack([*self._reported.values(), torch.as_tensor(self._reported_tokens)])
+            *totals, tokens = self._sum_over_ranks(sums).unbind()
+            for name, total in zip(self._reported, totals, strict=True):
+                self.log(f"train/{name}", total / tokens.clamp(min=1))
 
     def configure_gradient_clipping(
         self,
@@ -188,6 +198,7 @@ class LanguageModule(L.LightningModule):
                 if isinstance(plugin, HasAfterStep):
                     plugin.after_step(_own_stats(name, stats))
         self._step_stats = {}
+        self._reported, self._reported_tokens = {}, 0
         self._step_nll = None
         self._normaliser.reset()
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from pkm_lightning.errors import ConfigError, check_choice, check_range
+from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range, nearest
 from pkm_lightning.model import model_cost
 from pkm_lightning.training.build import attention_context, build_meta_model
 
@@ -33,14 +33,15 @@ def solve_size(config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     if match == "none":
         return config
-    knob = (config["ffn"].get("_size_by_") or {}).get(match)
+    knob = _knob(config, match)
     if knob is None:
         raise ConfigError(
             f"match={match}: ffn._target_={config['ffn']['_target_']} names no knob to size; add "
             f"_size_by_: {{{match}: NAME_OF_AN_INTEGER}} to its YAML, or say match=none."
         )
     budget = _budget(config, match)
-    step = int((config["ffn"].get("_step_") or {}).get(knob, 1))
+    step = _mapping(config, "_step_").get(knob, 1)
+    check_integer(f"ffn._step_.{knob}", step, low=1)
 
     def measure(multiple: int) -> float:
         trial = copy.deepcopy(config)
@@ -54,13 +55,34 @@ def solve_size(config: dict[str, Any]) -> dict[str, Any]:
 
 def sized_knob(config: dict[str, Any]) -> dict[str, int]:
     """The knob that `match` solves and its value in `config`; empty without `match`."""
-    knob = (config["ffn"].get("_size_by_") or {}).get(str(config["match"]))
+    knob = _knob(config, str(config["match"]))
     if knob is None:
         return {}
     node: Any = config
     for key in knob.split(".") if "." in knob else ("ffn", knob):
         node = node[key]
     return {knob: int(node)}
+
+
+def _knob(config: dict[str, Any], match: str) -> str | None:
+    """The knob that the plugin's YAML names for `match`.
+
+    Raises:
+        ConfigError: `_size_by_` is no mapping, or names no key that exists.
+    """
+    knob = _mapping(config, "_size_by_").get(match)
+    if knob is not None and "." not in str(knob) and knob not in config["ffn"]:
+        raise ConfigError(
+            f"ffn._size_by_.{match}={knob} is no key of ffn.{nearest(str(knob), map(str, config['ffn']))}"
+        )
+    return None if knob is None else str(knob)
+
+
+def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config["ffn"].get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"ffn.{key}={value!r} is no mapping; write it as in {key}: {{flops: NAME_OF_AN_INTEGER}}.")
+    return value
 
 
 def _set(config: dict[str, Any], knob: str, value: int) -> None:
@@ -110,9 +132,13 @@ def _closest(measure: Callable[[int], float], budget: float, what: str, step: in
             f"{what}: even its least value {low * step} gives {smallest:,.0f}, above the budget {budget:,.0f}; set "
             "match_budget, or lower the plugin's other sizes."
         )
+    if measure(2 * low) == smallest != budget:
+        raise ConfigError(
+            f"{what}: the knob changes nothing, {smallest:,.0f} at any value; does any layer carry the FFN?"
+        )
     high = low
     while measure(high) < budget:
-        low, high = high, high * 2
+        low, high = high, min(high * 2, _LARGEST + 1)
         if high > _LARGEST or not _is_valid(measure, high):
             high = _largest_valid(measure, low, high)
             break
@@ -136,8 +162,10 @@ def _smallest_valid(measure: Callable[[int], float], what: str, step: int) -> tu
         if value > _LARGEST:
             measure(1)  # raises the plugin's own error
             raise ConfigError(f"{what}: no value up to {_LARGEST * step} is accepted.")
-    while value > 1 and _is_valid(measure, value - 1):
-        value -= 1
+    refused = value // 2
+    while value - refused > 1:
+        middle = (value + refused) // 2
+        value, refused = (middle, refused) if _is_valid(measure, middle) else (value, middle)
     return value, measure(value)
 
 

@@ -41,6 +41,32 @@ def test_two_ranks_and_accumulation_reach_the_losses_of_one(tmp_path: Path) -> N
                     )
 
 
+@pytest.mark.parametrize(
+    "ffn",
+    [
+        ["ffn=moe", "ffn.balance_loss=0.5", "ffn.z_loss=0.1", "ffn.sequence_balance_loss=0.1"],
+        ["ffn=moe", "ffn.balancing=bias", "ffn.bias_rate=0.05", "model.activation_checkpointing=true"],
+        ["ffn=pkm", "ffn.cures.entropy_loss=0.5", "ffn.cures.balance_loss=0.1"],
+    ],
+    ids=["balanced by loss", "balanced by bias", "batch norm and losses on the halves"],
+)
+def test_statistics_of_the_batch_are_those_of_all_ranks(tmp_path: Path, ffn: list[str]) -> None:
+    """Rows are padded unequally and most tokens are no targets, so the ranks' shares of both differ."""
+    steps = ["trainer.max_steps=6", "trainer.val_check_interval=6", "trainer.log_every_n_steps=1"]
+    finish(fit(*SGD, *ffn, *steps, "run_dir=one", cwd=tmp_path))
+    finish(fit(*SGD, *ffn, *steps, *DDP, "run_dir=two", cwd=tmp_path))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    compared = 0
+    for mine, theirs in zip(one, two, strict=True):
+        # The largest load is a figure of each rank's own.
+        for name in {*mine} - {"step", "tokens", "train/expert_load_max"}:
+            if mine[name]:
+                assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-4), (name, mine["step"])
+                compared += name.startswith("train/aux_")
+    assert compared >= 6
+
+
 def test_a_sweep_with_a_config_dir_over_two_ranks(plugins: Path) -> None:
     sweep = ["fit", "-m", "--config-dir=mine", *SMALL_RUN, *DDP, "trainer.max_steps=4"]
     out = finish(start(*sweep, "ffn=narrow,dense", "run_dir=sweep", cwd=plugins))

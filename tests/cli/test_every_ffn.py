@@ -14,9 +14,9 @@ from tree import ROOT
 FFNS = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
 
 
-@pytest.mark.parametrize("ffn", FFNS)
+@pytest.mark.parametrize("ffn", [*FFNS, "moe ffn.balancing=bias"])
 def test_trains_reports_recall_and_resumes_bit_for_bit(cli: Run, ffn: str, tmp_path: Path) -> None:
-    command = ["fit", f"ffn={ffn}", *SMALL_RUN, "+callbacks.interrupt._target_=toys.InterruptOnce"]
+    command = ["fit", *f"ffn={ffn}".split(), *SMALL_RUN, "+callbacks.interrupt._target_=toys.InterruptOnce"]
     whole = cli(*command, "run_dir=whole")
     assert whole.code == 0, whole.err
     record = json.loads((tmp_path / "whole" / "run.json").read_text())

@@ -68,6 +68,20 @@ def test_overrides_reach_every_variant(cli: Run) -> None:
     assert [f["layers"] for f in json.loads(shown.out)] == [[0, 1], [0, 1]]
 
 
+def test_a_dense_model_is_sized_in_all_its_layers(cli: Run) -> None:
+    shown = cli("info", "ffn=dense,moe", "model=134m", "match=flops", "match_budget=4e8", "format=json")
+    assert [f["layers"] for f in json.loads(shown.out)] == [list(range(12))] * 2
+
+
+def test_variants_are_found_on_the_search_path(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "ffn").mkdir(parents=True)
+    (tmp_path / "mine" / "ffn" / "narrow.yaml").write_text("_target_: pkm_lightning.ffn.Dense\nhidden_dim: 16\n")
+    for where in ("--config-dir=mine", f"hydra.searchpath=[file://{tmp_path}/mine]"):
+        shown = cli("info", "ffn=dense,narrow", "format=json", where)
+        assert shown.code == 0, shown.err
+        assert [f["ffn"] for f in json.loads(shown.out)] == ["Dense", "Dense"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,6 +95,30 @@ def test_overrides_reach_every_variant(cli: Run) -> None:
         (["ffn=dense,pkm", "ffn.n_keys=8"], r"ffn.n_keys is no key of the configuration"),
         (["ffn=dense", "match=flops", "match_budget=lots"], r"match_budget='lots' is no number"),
         (["match=flops", "match_budget=0"], r"match_budget=0 is out of range"),
+        (["match=flops", "match_budget=nan"], r"match_budget=nan is not finite; give a number"),
+        (["ffn=dense,pkm", "ffn=moe"], r"ffn=dense,pkm and ffn=moe both name the FFN; give one ffn=NAME,NAME,..."),
+        (["ffn=memory", "ffn.qk_norm=maybe"], r"ffn.qk_norm='maybe' is neither true nor false; set ffn.qk_norm=true"),
+        (["ffn.qk_norm=1"], r"ffn.qk_norm=1 is neither true nor false"),
+        (["ffn.temperature=2"], r"ffn.temperature=2 is neither true nor false"),
+        (["ffn.value_projection=x"], r"ffn.value_projection='x' is neither true nor false"),
+        (["ffn.cures=5"], r"ffn.cures=5 is no mapping; set a cure, as in ffn.cures.simvq=true"),
+        (["ffn.cures.balance_loss=nan"], r"ffn.cures.balance_loss=nan is not finite"),
+        (["ffn=moe_expert_choice", "ffn.capacity_factor=nan"], r"ffn.capacity_factor=nan is not finite"),
+        (["ffn=moe_expert_choice", "ffn.capacity_factor=0"], r"ffn.capacity_factor=0"),
+        (["ffn=moe", "ffn.top_k=65"], r"ffn.top_k=65 is out of range; allowed: 1 to 64\."),
+        (["ffn=ultramem", "ffn.rank=300"], r"ffn.rank=300 is above the number of keys, ffn.n_keys=256"),
+        (["ffn=ultramem", "ffn.expansion=3"], r"ffn.expansion=3 does not divide the 65536 slots"),
+        (["ffn=dense", "ffn._size_by_=hidden_dim", "match=flops"], r"ffn._size_by_='hidden_dim' is no mapping"),
+        (
+            ["ffn=dense", "ffn._size_by_.flops=hiden_dim", "match=flops"],
+            r"ffn._size_by_.flops=hiden_dim is no key of ffn",
+        ),
+        (["ffn=dense", "+ffn._step_={hidden_dim: two}", "match=flops"], r"ffn._step_.hidden_dim='two' is no number"),
+        (["ffn=dense", "+ffn._step_={hidden_dim: 0}", "match=flops"], r"ffn._step_.hidden_dim=0 is out of range"),
+        (
+            ["ffn=moe", "placement=middle", "placement.count=0", "match=flops", "match_budget=5e5"],
+            r"match=flops through ffn.hidden_dim: the knob changes nothing, 230,400 at any value",
+        ),
     ],
 )
 def test_variants_that_cannot_be_shown(cli: Run, arguments: list[str], message: str) -> None:

@@ -166,7 +166,7 @@ def test_the_active_size_is_that_of_the_dense_ffn(top_k: int, shared: int, hidde
         assert layer.shared.gate.out_features == shared * hidden_dim
 
 
-def test_the_yaml_is_olmoe_in_every_layer() -> None:
+def test_the_yaml_routes_like_olmoe_in_every_layer() -> None:
     given = config("ffn=moe")
     chosen = {name: value for name, value in given["ffn"].items() if not name.startswith("_")}
     assert given["placement"]["layers"] == "all"

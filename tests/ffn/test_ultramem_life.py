@@ -175,7 +175,7 @@ def test_layers_share_a_table_but_not_the_shuffle() -> None:
 
 
 def test_replacing_the_ffn_is_a_matter_of_placement() -> None:
-    with pytest.raises(ConfigError, match=r"placement.write_after=None leaves the reading layer without any FFN"):
+    with pytest.raises(ConfigError, match=r"placement.write_after=null leaves the reading layer without any FFN"):
         Placement(layers="spread", count=None, stride=None, mode="replace", write_after=None)
     model = build_model(config("ffn=ultramem", "placement=centred", "placement.layers=[1]"))
     assert isinstance(model.blocks[1].ffn, UltraMem)

@@ -108,9 +108,13 @@ def test_straight_through_reads_the_same_and_learns_from_all_candidates(activati
     weights = {"softmax": sums_THC.softmax(-1), "relu": sums_THC.relu(), "sigmoid": sums_THC.sigmoid()}[activation]
     ids_THC = (key1_THK.unsqueeze(-1) * S + key2_THK.unsqueeze(-2)).flatten(-2)
     soft_TV = (weights.unsqueeze(-1) * table.weight[ids_THC]).sum((1, 2))
+    (table_grad_NV,) = torch.autograd.grad(y_TV.sum(), table.weight, retain_graph=True)
+    read_N = torch.zeros(S * S, dtype=torch.float64).index_add(
+        0, expected.ids_THK.flatten().long(), expected.weights_THK.detach().flatten()
+    )
+    assert_close(table_grad_NV, read_N.unsqueeze(-1).expand(-1, 4), kind="grad")
     assert_same_gradients(y_TV, soft_TV, {"x": x_TD, **dict(through.named_parameters())})
-    with torch.no_grad():
-        assert through(x_TD).ids_TC.shape == (7, H * K)
+    assert through.eval()(x_TD).ids_TC.shape == (7, H * K)
 
 
 def test_gumbel_draws_have_the_moments_of_the_distribution() -> None:

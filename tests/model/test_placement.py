@@ -83,7 +83,7 @@ def test_resolve_refuses(n_layers: int, changes: dict[str, Any], message: str) -
         ({"layers": "center"}, r"placement.layers='center' is not known; allowed: all, centred, spread\. Did you mean"),
         ({"mode": "beside"}, r"placement.mode='beside' is not known; allowed: replace, parallel"),
         ({"write_after": 1}, r"placement.write_after=1 leaves the reading layer without any FFN"),
-        ({"layers": "spread", "write_after": None}, r"placement.write_after=None leaves the reading layer without"),
+        ({"layers": "spread", "write_after": None}, r"placement.write_after=null leaves the reading layer without"),
         ({"mode": "parallel", "write_after": None}, r"placement.write_after=null needs placement.layers=spread"),
         ({"mode": "parallel", "write_after": -1}, r"placement.write_after=-1 is out of range"),
     ],

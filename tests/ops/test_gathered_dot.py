@@ -64,8 +64,10 @@ def test_the_chunked_paths_equal_the_definition(monkeypatch: pytest.MonkeyPatch)
     expected_TK = by_definition(table_ND, x_TD, ids_TK)
     assert_close(eager._dot_in_chunks(table_ND, x_TD, ids_TK), expected_TK)
     g_TK = torch.randn_like(expected_TK)
-    expected_grad_TD = torch.autograd.grad(expected_TK, x_TD, g_TK)[0]
+    (expected_grad_TD,) = torch.autograd.grad(expected_TK, x_TD, g_TK)
     assert_close(eager._weighted_rows_in_chunks(table_ND, ids_TK, g_TK), expected_grad_TD, kind="grad")
+    expected_grad_ND = torch.autograd.grad(by_definition(table_ND, x_TD, ids_TK), table_ND, g_TK)[0]
+    assert_close(eager._table_gradient_in_chunks(9, x_TD.detach(), ids_TK, g_TK), expected_grad_ND, kind="grad")
 
 
 def test_operator_is_registered_completely() -> None:
@@ -86,3 +88,8 @@ def test_runs_on_meta_and_on_nothing() -> None:
 def test_refuses_shapes_that_do_not_fit(x: tuple[int, ...], ids: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"gathered_dot: needs table \(N, D\), x \(T, D\) and ids \(T, K\), got"):
         gathered_dot(torch.zeros(11, 7), torch.zeros(x), torch.zeros(ids, dtype=torch.int32))
+
+
+def test_refuses_ids_of_another_dtype() -> None:
+    with pytest.raises(ValueError, match=r"gathered_dot: ids are torch.int16; allowed: torch.int32, torch.int64\."):
+        gathered_dot(torch.zeros(11, 7), torch.zeros(2, 7), torch.zeros(2, 3, dtype=torch.int16))

@@ -84,7 +84,13 @@ def test_match_none_changes_nothing() -> None:
         (("match=params", "match_budget=1e15"), r"ffn.n_keys: the nearest value 46340 gives .* set match_budget"),
         (("ffn=custom", "ffn._target_=toys.Constant", "match=flops"), r"toys.Constant names no knob .* _size_by_"),
         (
-            ("ffn=custom", "ffn._target_=toys.Reporter", "+ffn._size_by_={flops: aux_weight}", "match=flops"),
+            (
+                "ffn=custom",
+                "ffn._target_=toys.Reporter",
+                "+ffn.aux_weight=1",
+                "+ffn._size_by_={flops: aux_weight}",
+                "match=flops",
+            ),
             r"match=flops: Reporter states no cost\(\); say match=params or match=none",
         ),
     ],

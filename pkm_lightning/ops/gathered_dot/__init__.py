@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from pkm_lightning.ops.backends import choose_backend
 from pkm_lightning.ops.gathered_dot.eager import gathered_dot_eager
 from pkm_lightning.ops.gathered_dot.reference import gathered_dot_reference
@@ -32,7 +34,7 @@ def gathered_dot(
     Args:
         table_ND: the rows.
         x_TD: any floating dtype; cast to the table's.
-        ids_TK: int32 or int64 row numbers, 0 to N - 1; a row may occur several times.
+        ids_TK: int32 or int64 row numbers, 0 to N - 1 (not checked); a row may occur several times.
         backend: `auto`, `eager` (never holds the T * K gathered rows) or `reference` (gather, multiply, add).
 
     Returns:
@@ -46,5 +48,7 @@ def gathered_dot(
             "gathered_dot: needs table (N, D), x (T, D) and ids (T, K), got "
             f"{tuple(table_ND.shape)}, {tuple(x_TD.shape)}, {tuple(ids_TK.shape)}."
         )
+    if ids_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"gathered_dot: ids are {ids_TK.dtype}; allowed: torch.int32, torch.int64.")
     implementation = choose_backend("gathered_dot", backend, "eager", _BACKENDS)
     return implementation(table_ND, x_TD.to(table_ND.dtype), ids_TK)

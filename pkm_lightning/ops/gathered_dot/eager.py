@@ -45,12 +45,8 @@ def _dot_backward(table: Tensor, x: Tensor, ids: Tensor, grad: Tensor) -> tuple[
     if ids_TK.numel() == 0:
         return torch.zeros_like(table_ND), torch.zeros_like(x_TD)
     if table_ND.is_cuda:
-        table_grad_ND = torch.zeros_like(table_ND)
-        for chunk in _chunks(ids_TK, x_TD.shape[1]):
-            rows_XD = (grad_TK[chunk].unsqueeze(-1) * x_TD[chunk].unsqueeze(1)).flatten(0, 1)
-            table_grad_ND.index_add_(0, ids_TK[chunk].flatten(), rows_XD)
-        x_grad_TD = _weighted_rows_in_chunks(table_ND, ids_TK, grad_TK)
-        return table_grad_ND, x_grad_TD
+        table_grad_ND = _table_gradient_in_chunks(len(table_ND), x_TD, ids_TK, grad_TK)
+        return table_grad_ND, _weighted_rows_in_chunks(table_ND, ids_TK, grad_TK)
     _, token_X = _bags(ids_TK)
     ids_X, bag_sizes_T = ids_TK.flatten(), torch.full_like(ids_TK[:, 0], ids_TK.shape[1])
     table_grad_ND = torch.ops.aten._embedding_bag_dense_backward(
@@ -101,6 +97,16 @@ def _dot_in_chunks(table_ND: Tensor, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
         for chunk in _chunks(ids_TK, x_TD.shape[1])
     ]
     return torch.cat(parts)
+
+
+def _table_gradient_in_chunks(rows: int, x_TD: Tensor, ids_TK: Tensor, grad_TK: Tensor) -> Tensor:
+    # A row may be read thousands of times: bf16 would lose most of such a sum.
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    table_grad_ND = x_TD.new_zeros(rows, x_TD.shape[1], dtype=wide)
+    for chunk in _chunks(ids_TK, x_TD.shape[1]):
+        rows_XD = (grad_TK[chunk].unsqueeze(-1).to(wide) * x_TD[chunk].unsqueeze(1).to(wide)).flatten(0, 1)
+        table_grad_ND.index_add_(0, ids_TK[chunk].flatten(), rows_XD)
+    return table_grad_ND.to(x_TD.dtype)
 
 
 def _weighted_rows_in_chunks(table_ND: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

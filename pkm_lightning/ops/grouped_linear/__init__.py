@@ -38,8 +38,8 @@ def grouped_linear(
         x_MI: the rows.
         weight_EIO: one matrix a group, of the dtype of the rows.
         counts_E: int32 or int64 rows a group; they must add up to M, which only the loop can check.
-        backend: `auto` (`grouped_mm` on CUDA where it can, else `loop`), `loop` (a matmul a group, any device) or
-            `grouped_mm` (one kernel for all groups).
+        backend: `auto` (`grouped_mm` for bf16 on CUDA where it can, else `loop`), `loop` (a matmul a group, any
+            device) or `grouped_mm` (torch's own).
 
     Raises:
         ValueError: shapes, dtypes or counts that do not fit, an unknown backend, or `grouped_mm` where it cannot.
@@ -55,7 +55,7 @@ def grouped_linear(
     reason = refusal(x_MI, weight_EIO)
     if backend == "grouped_mm" and reason:
         raise ValueError(f"grouped_linear: backend='grouped_mm' cannot run, {reason}; use auto or loop.")
-    default = "grouped_mm" if x_MI.is_cuda and not reason else "loop"
+    default = "grouped_mm" if x_MI.is_cuda and x_MI.dtype is torch.bfloat16 and not reason else "loop"
     return choose_backend("grouped_linear", backend, default, _BACKENDS)(x_MI, weight_EIO, counts_E)
 
 
