@@ -76,9 +76,13 @@ def test_an_ffn_brings_its_papers_placement_and_the_user_decides(
 
 
 def test_two_ffns_differ_in_nothing_but_the_ffn(tmp_path: Path) -> None:
+    """And the placement that an FFN brings: every layer for a dense one, its paper's for a variant."""
     dense, memory = composed(["ffn=dense"], tmp_path), composed(["ffn=memory_plus"], tmp_path)
     assert dense.pop("ffn") != memory.pop("ffn")
-    assert dense == memory
+    assert {key for key in dense if dense[key] != memory[key]} == {"placement"}
+    same = [composed([f"ffn={ffn}", "placement=centred"], tmp_path) for ffn in ("dense", "memory_plus")]
+    assert same[0].pop("ffn") != same[1].pop("ffn")
+    assert same[0] == same[1]
 
 
 def test_every_key_has_a_comment() -> None:

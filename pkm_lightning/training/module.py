@@ -58,7 +58,7 @@ class LanguageModule(L.LightningModule):
         self._step_nll: Tensor | None = None
         self._step_stats: dict[int, dict[str, Tensor]] = {}
         self._reported: dict[str, Tensor] = {}
-        self._reported_tokens: Tensor | int = 0
+        self._reported_tokens: Tensor | None = None
         self._batch_checked = False
 
     # --- building
@@ -106,10 +106,9 @@ class LanguageModule(L.LightningModule):
         output = self(batch)
         nll_M = token_nll(self.model, output.hidden_BTD, batch["labels"])
         valid_BT = batch.get("valid")
-        own_tokens = nll_M.new_tensor(batch["labels"].numel()) if valid_BT is None else valid_BT.sum().to(nll_M.dtype)
-        targets, tokens = self._sum_over_ranks(
-            torch.stack([nll_M.new_tensor(nll_M.numel()), own_tokens]).long()
-        ).unbind()
+        own_targets = torch.tensor(nll_M.numel(), device=nll_M.device)
+        own_tokens = torch.tensor(batch["labels"].numel(), device=nll_M.device) if valid_BT is None else valid_BT.sum()
+        targets, tokens = self._sum_over_ranks(torch.stack([own_targets, own_tokens])).unbind()
         self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens
         self._add_statistics(output)
         factor = self._normaliser.scale(
@@ -126,8 +125,11 @@ class LanguageModule(L.LightningModule):
     def _add_reports(self, output: ModelOutput, own_tokens: Tensor) -> None:
         reported = {f"aux_{name}": loss.detach() for name, loss in output.aux_losses.items()} | output.metrics
         for name, value in reported.items():
-            self._reported[name] = self._reported.get(name, 0) + value * own_tokens
-        self._reported_tokens = self._reported_tokens + own_tokens
+            weighted = value.float() * own_tokens
+            self._reported[name] = self._reported[name] + weighted if name in self._reported else weighted
+        if reported:
+            before = self._reported_tokens
+            self._reported_tokens = own_tokens if before is None else before + own_tokens
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -159,8 +161,8 @@ class LanguageModule(L.LightningModule):
 
     def _log_reports(self) -> None:
         """Auxiliary losses and metrics of the plugins, means over the step's real tokens of all ranks."""
-        if self._reported:
-            sums = torch.stack([*self._reported.values(), torch.as_tensor(self._reported_tokens)])
+        if self._reported_tokens is not None:
+            sums = torch.stack([*self._reported.values(), self._reported_tokens.float()])
             *totals, tokens = self._sum_over_ranks(sums).unbind()
             for name, total in zip(self._reported, totals, strict=True):
                 self.log(f"train/{name}", total / tokens.clamp(min=1))
@@ -198,7 +200,7 @@ class LanguageModule(L.LightningModule):
                 if isinstance(plugin, HasAfterStep):
                     plugin.after_step(_own_stats(name, stats))
         self._step_stats = {}
-        self._reported, self._reported_tokens = {}, 0
+        self._reported, self._reported_tokens = {}, None
         self._step_nll = None
         self._normaliser.reset()
 
