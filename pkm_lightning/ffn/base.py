@@ -37,7 +37,7 @@ class FFNOutput(NamedTuple):
 
     y_BTD: Tensor
     #: Named scalars, already weighted, each a mean over the real tokens of the rank's micro-batch; added to the loss,
-    #: summed over layers, averaged over ranks (by their real tokens) and over micro-batches.
+    #: summed over layers, averaged over ranks by their real tokens and over micro-batches by their targets.
     aux_losses: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes to it
     #: What was read or routed (slot ids, weights, expert ids), detached, on the device; empty unless `context.observe`.
     trace: dict[str, Tensor] = {}  # noqa: RUF012

@@ -117,10 +117,10 @@ class LanguageModule(L.LightningModule):
         nll = nll_M.sum()
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
         self._add_reports(output, own_tokens)
-        # Auxiliary losses are means over this rank's real tokens: by their share of them the ranks' losses add up to
-        # the mean over all. (The strategy will divide by the ranks, Lightning by the micro-batches.)
+        # Auxiliary losses are means over this rank's real tokens. By their share of them the ranks' losses add up to
+        # the mean over all ranks; by its targets a micro-batch's adds to the mean over the step.
         auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(()))
-        return nll * factor + auxiliary * (self.trainer.world_size * own_tokens / tokens.clamp(min=1))
+        return (nll + auxiliary * targets * own_tokens / tokens.clamp(min=1)) * factor
 
     def _add_reports(self, output: ModelOutput, own_tokens: Tensor) -> None:
         reported = {f"aux_{name}": loss.detach() for name, loss in output.aux_losses.items()} | output.metrics
