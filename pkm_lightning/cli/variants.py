@@ -24,12 +24,13 @@ def split_variants(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if not given:
         return list(arguments), []
     if len(named) > 1:
-        raise ConfigError(f"{' and '.join(named)} both name the FFN; give one ffn=NAME,NAME,...")
-    variants = [name.strip() for name in given[-1].removeprefix(_KEY).split(",")]
+        raise ConfigError(f"{' and '.join(named)} name the FFN more than once; give one ffn=NAME,NAME,...")
+    (listed,) = given
+    variants = [name.strip() for name in listed.removeprefix(_KEY).split(",")]
     if "" in variants or len(set(variants)) != len(variants):
-        raise ConfigError(f"{given[-1]} names a variant twice or leaves a name empty; allowed: ffn=NAME,NAME,...")
+        raise ConfigError(f"{listed} names a variant twice or leaves a name empty; allowed: ffn=NAME,NAME,...")
     first = f"{_KEY}{variants[0]}"
-    return [first if a == given[-1] else a for a in arguments], variants
+    return [first if a == listed else a for a in arguments], variants
 
 
 def compose_variant(variant: str, overrides: Sequence[str]) -> DictConfig:

@@ -36,7 +36,8 @@ class FFNOutput(NamedTuple):
     """What a plugin returns; only `y_BTD` is required. Plain tensors and dicts, so that blocks compile."""
 
     y_BTD: Tensor
-    #: Named scalars, already weighted, each a mean over the real tokens of the rank's micro-batch; added to the loss,
+    #: Named scalars, already weighted, each a mean over the real tokens of the micro-batch of this rank (or of all
+    #: ranks, where its statistics are those of all); added to the loss,
     #: summed over layers, averaged over ranks by their real tokens and over micro-batches by their targets.
     aux_losses: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes to it
     #: What was read or routed (slot ids, weights, expert ids), detached, on the device; empty unless `context.observe`.

@@ -48,7 +48,7 @@ class MemoryLayer(nn.Module):
         return TableSpec(rows=rows, dim=dim if value_dim is None else value_dim, trainable=not Cures.of(cures).simvq)
 
     def reset_parameters(self) -> None:
-        """Query xavier-uniform without bias, sub-keys and the map of the values as their modules say."""
+        """Query xavier-uniform with zero bias, sub-keys and the map of the values as their modules say."""
         self.addressing.reset_parameters()
         self.values.reset_parameters()
 
@@ -70,7 +70,10 @@ class MemoryLayer(nn.Module):
         self.addressing.after_step(stats)
 
     def cost(self) -> FFNCost:
-        """Query, all 2 S sub-key scores a head, H * K table rows, matrices; top-k and norms count no FLOPs."""
+        """Query, all 2 S sub-key scores a head, H * K table rows, matrices; top-k and norms count no FLOPs.
+
+        The bytes are those of a read at evaluation: the straight-through gradient reads K times as many in training.
+        """
         shared = (*self.addressing.parameters(), *self.values.parameters())
         params = sum(p.numel() for p in self.parameters())
         matrices = params - sum(p.numel() for p in shared)

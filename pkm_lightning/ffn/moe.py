@@ -1,4 +1,4 @@
-"""A mixture of experts in which each token chooses: OLMoE by default, Mixtral and DeepSeek-V3 by configuration.
+"""A mixture of experts in which each token chooses: OLMoE's routing by default, Mixtral's and DeepSeek-V3's by YAML.
 
 Letters: B sequences, T tokens (B * T inside), D model dimension, E experts, K experts a token.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
+from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_integer, check_range
 from pkm_lightning.experts import Router, SwiGLUExperts, run_experts
 from pkm_lightning.experts.balancing import (
     bias_direction,
@@ -100,6 +100,7 @@ class MoE(nn.Module):
         super().__init__()
         _check_sizes(n_experts=n_experts, top_k=top_k, shared_experts=shared_experts)
         _check_words(score=score, select=select, balancing=balancing)
+        check_flag("ffn.renormalise", renormalise)
         factors = {"routed_scale": routed_scale, "balance_loss": balance_loss, "z_loss": z_loss}
         factors |= {"sequence_balance_loss": sequence_balance_loss, "bias_rate": bias_rate}
         for name, value in factors.items():

@@ -152,8 +152,9 @@ class ExpertChoiceMoE(nn.Module):
             tokens_EC = ranked_topk(probs_TE.T, capacity)
             return tokens_EC, torch.ones_like(tokens_EC, dtype=torch.bool)
         tokens_EC = ranked_topk(probs_TE.T.masked_fill(~valid_T, -1), capacity)
-        # The same division as above in the same precision, so that the two round alike.
-        real = (valid_T.sum().double() * self.capacity_factor / n_experts).floor()
+        # The same arithmetic as above in the same precision, so that the two round alike (but MPS has no float64).
+        wide = torch.float32 if valid_T.device.type == "mps" else torch.float64
+        real = (valid_T.sum().to(wide) * self.capacity_factor / n_experts + 1e-9).floor()
         return tokens_EC, (torch.arange(capacity, device=real.device) < real).expand_as(tokens_EC)
 
 

@@ -96,7 +96,7 @@ class PEER(nn.Module):
         return TableSpec(rows=product_slots(n_keys), dim=dim, count=3 if glu else 2)
 
     def reset_parameters(self) -> None:
-        """Query xavier-uniform without bias, sub-keys uniform in +-1/sqrt(key_dim)."""
+        """Query xavier-uniform with zero bias, sub-keys uniform in +-1/sqrt(key_dim)."""
         self.addressing.reset_parameters()
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:

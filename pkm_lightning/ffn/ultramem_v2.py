@@ -50,7 +50,7 @@ class UltraMemV2(nn.Module):
 
     In training `aux_losses["balance"]` is beta * S * sum over n of f_n p_n, a mean over heads, rows and columns: p the
     mean softmax of the preselecting scores over tokens, f the share of reads of row (column) n, both over the real
-    tokens of the micro-batch of all ranks; beta where both are uniform.
+    tokens of the micro-batch of all ranks; beta where either is uniform.
 
     Not built: the causal depth-wise convolution before the query, rings of tables shared by blocks of layers
     (`table.shared` shares one pair by all layers or by none).
@@ -117,7 +117,7 @@ class UltraMemV2(nn.Module):
 
         With <P[k], W_pre x> of variance 1, scores of mean 1 and variance sigma_s**2 (`selected_moments`) and W from
         N(0, 1/value_dim), the output has the variance 0.2 / n_layers: the paper's aim (appendix A, the variance of an
-        FFN's output). How the paper spreads it over W_pre, P and W is not known to us: this is our choice.
+        FFN's output). Its sigma**2 has further factors k_inner h / (d_pre d_v) for its own scales of W_pre, P and W.
         """
         slots = product_slots(n_keys)
         check_integer("ffn.heads", heads, low=1)

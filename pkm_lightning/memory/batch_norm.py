@@ -25,8 +25,8 @@ class MaskedBatchNorm(nn.Module):
 
     In training a token's output depends on the whole micro-batch, later tokens included; at evaluation the running
     statistics are used. They move once per optimizer step, in `after_step`, from sums over its micro-batches: a forward
-    that activation checkpointing repeats does not move them twice. They stay in fp32 whatever dtype the module is cast
-    to, since bf16 would lose most of a step of 0.1.
+    that activation checkpointing repeats does not move them twice. They stay in fp32 (fp64 in an fp64 module) whatever
+    dtype the module is cast to, since bf16 would lose most of a step of 0.1.
 
     Args:
         features: features F.
@@ -66,16 +66,17 @@ class MaskedBatchNorm(nn.Module):
             return centred_TF * (self.running_var.to(x_TF.dtype) + self.eps).rsqrt() * weight_F + bias_F, {}
         real_T1 = None if valid_T is None else valid_T.unsqueeze(-1)
         real_TF = centred_TF if real_T1 is None else centred_TF.where(real_T1, 0)
-        tokens = x_TF.new_tensor(len(x_TF)) if valid_T is None else valid_T.sum().to(x_TF.dtype)
+        tokens = x_TF.new_full((), len(x_TF)) if valid_T is None else valid_T.sum().to(x_TF.dtype)
         count = sum_over_ranks(tokens).clamp(min=1)
         mean_F = sum_over_ranks(real_TF.sum(0)) / count
         away_TF = centred_TF - mean_F
         var_F = sum_over_ranks((away_TF if real_T1 is None else away_TF.where(real_T1, 0)).square().sum(0)) / count
         y_TF = away_TF * (var_F + self.eps).rsqrt() * weight_F + bias_F
-        # Of different micro-batches, so about one point, the running mean; in float64, since they may cancel.
-        wide_TF = real_TF.detach().double()
-        own_2F = torch.stack([wide_TF.sum(0), wide_TF.square().sum(0)])
-        return y_TF, {"query_norm_tokens": tokens.double(), "query_norm_sums": own_2F}
+        # Of different micro-batches, so about one point, the running mean; in float64 (which MPS has not), since they
+        # may cancel.
+        wide = torch.float32 if x_TF.device.type == "mps" else torch.float64
+        sums_2F = [value_TF.sum(0, dtype=wide) for value_TF in (real_TF.detach(), real_TF.detach().square())]
+        return y_TF, {"query_norm_tokens": tokens.to(wide), "query_norm_sums": torch.stack(sums_2F)}
 
     @torch.no_grad()
     def after_step(self, stats: dict[str, Tensor]) -> None:

@@ -80,7 +80,7 @@ def mean_probabilities(scores_HTS: Float[Tensor, "H T S"], valid_T: Bool[Tensor,
     p_HTS = scores_HTS.softmax(-1)
     if valid_T is not None:
         p_HTS = p_HTS * valid_T.unsqueeze(-1)
-    tokens = p_HTS.new_tensor(scores_HTS.shape[1]) if valid_T is None else valid_T.sum().to(p_HTS.dtype)
+    tokens = p_HTS.new_full((), scores_HTS.shape[1]) if valid_T is None else valid_T.sum().to(p_HTS.dtype)
     return sum_over_ranks(p_HTS.sum(1)) / sum_over_ranks(tokens).clamp(min=1)
 
 

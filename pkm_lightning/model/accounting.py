@@ -30,7 +30,7 @@ class ModelCost:
         params_total: every parameter, a shared table once.
         params_active: parameters that one token's output depends on through arithmetic: of the embedding one row, of
             the table the rows read. A tied embedding counts wholly, since unembedding uses all of it.
-        table_rows, table_dim, table_params: the value tables, summed where there are several.
+        table_rows, table_dim, table_params: the value tables, summed where there are several (of the dims the largest).
         trunk_flops, model_flops: forward FLOPs a token, at evaluation.
         trunk_train_flops: forward FLOPs of the trunk a token in training, where some plugins do more.
         train_bytes: bytes of embedding and table rows that a token moves for itself in forward and backward (read,

@@ -48,7 +48,7 @@ class Placement:
             check_choice("placement.layers", layers, ("all", "centred", "spread"))
         elif not isinstance(layers, Sequence):
             raise ConfigError(
-                f"placement.layers={layers!r} is neither all, centred, spread nor a list of layer numbers."
+                f"placement.layers={layers!r} is not known; allowed: all, centred, spread, or a list of layer numbers."
             )
         else:
             for layer in layers:

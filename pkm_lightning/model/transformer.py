@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pkm_lightning.errors import check_integer
+from pkm_lightning.errors import check_flag, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
@@ -76,6 +76,13 @@ class Transformer(nn.Module):
         check_integer("model.vocab_size", vocab_size, low=2)
         check_integer("model.dim", dim, low=1)
         check_integer("model.n_heads", n_heads, low=1)
+        for name, value in (
+            ("tied", tied),
+            ("document_mask", document_mask),
+            ("reset_positions", reset_positions),
+            ("activation_checkpointing", activation_checkpointing),
+        ):
+            check_flag(f"model.{name}", value)
         self.head_dim, self.rope_theta, self.write_after = dim // n_heads, rope_theta, write_after
         self.document_mask, self.reset_positions = document_mask, reset_positions
         self.activation_checkpointing = activation_checkpointing

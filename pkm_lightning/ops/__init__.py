@@ -6,7 +6,8 @@ and a README.md with the mathematics. Needs nothing but torch (and, for GPU kern
 
 from pkm_lightning.ops.gathered_dot import gathered_dot
 from pkm_lightning.ops.grouped_linear import grouped_linear
-from pkm_lightning.ops.product_topk import product_topk, ranked_topk
+from pkm_lightning.ops.product_topk import product_topk
+from pkm_lightning.ops.ranked_topk import ranked_topk
 from pkm_lightning.ops.ranks import sum_over_ranks
 from pkm_lightning.ops.weighted_gather import weighted_gather
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pkm_lightning.errors import ConfigError, check_integer, nearest
+from pkm_lightning.errors import ConfigError, check_flag, check_integer, nearest
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Placement, Transformer
@@ -110,6 +110,7 @@ def _build_tables(config: Config, n_placed: int) -> list[list[ValueTable]]:
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
         sizes = {name: value for name, value in sizes.items() if name in taken}
     spec = cast("TableSpec", cls.table_spec(**sizes, **arguments))
+    check_flag("table.shared", config["table"]["shared"])
     settings = {name: value for name, value in config["table"].items() if name != "shared"}
     shape = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
     groups = 1 if config["table"]["shared"] else n_placed

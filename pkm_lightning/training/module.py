@@ -106,8 +106,10 @@ class LanguageModule(L.LightningModule):
         output = self(batch)
         nll_M = token_nll(self.model, output.hidden_BTD, batch["labels"])
         valid_BT = batch.get("valid")
-        own_targets = torch.tensor(nll_M.numel(), device=nll_M.device)
-        own_tokens = torch.tensor(batch["labels"].numel(), device=nll_M.device) if valid_BT is None else valid_BT.sum()
+        # Made on the device: a copy of a number from the host would wait for it.
+        own_targets = nll_M.new_full((), nll_M.numel(), dtype=torch.int64)
+        all_tokens = nll_M.new_full((), batch["labels"].numel(), dtype=torch.int64)
+        own_tokens = all_tokens if valid_BT is None else valid_BT.sum()
         targets, tokens = self._sum_over_ranks(torch.stack([own_targets, own_tokens])).unbind()
         self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens
         self._add_statistics(output)
@@ -125,7 +127,7 @@ class LanguageModule(L.LightningModule):
     def _add_reports(self, output: ModelOutput, own_tokens: Tensor) -> None:
         reported = {f"aux_{name}": loss.detach() for name, loss in output.aux_losses.items()} | output.metrics
         for name, value in reported.items():
-            weighted = value.float() * own_tokens
+            weighted = value.detach().float() * own_tokens
             self._reported[name] = self._reported[name] + weighted if name in self._reported else weighted
         if reported:
             before = self._reported_tokens

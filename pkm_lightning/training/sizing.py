@@ -79,10 +79,11 @@ def _knob(config: dict[str, Any], match: str) -> str | None:
 
 
 def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
-    value = config["ffn"].get(key) or {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"ffn.{key}={value!r} is no mapping; write it as in {key}: {{flops: NAME_OF_AN_INTEGER}}.")
-    return value
+    value = config["ffn"].get(key)
+    if value is not None and not isinstance(value, dict):
+        example = "{flops: NAME_OF_AN_INTEGER}" if key == "_size_by_" else "{NAME_OF_AN_INTEGER: 2}"
+        raise ConfigError(f"ffn.{key}={value!r} is no mapping; write it as in {key}: {example}.")
+    return value or {}
 
 
 def _set(config: dict[str, Any], knob: str, value: int) -> None:
@@ -132,10 +133,6 @@ def _closest(measure: Callable[[int], float], budget: float, what: str, step: in
             f"{what}: even its least value {low * step} gives {smallest:,.0f}, above the budget {budget:,.0f}; set "
             "match_budget, or lower the plugin's other sizes."
         )
-    if measure(2 * low) == smallest != budget:
-        raise ConfigError(
-            f"{what}: the knob changes nothing, {smallest:,.0f} at any value; does any layer carry the FFN?"
-        )
     high = low
     while measure(high) < budget:
         low, high = high, min(high * 2, _LARGEST + 1)
@@ -146,9 +143,15 @@ def _closest(measure: Callable[[int], float], budget: float, what: str, step: in
         middle = (low + high) // 2
         low, high = (middle, high) if measure(middle) < budget else (low, middle)
     best = min((low, high), key=lambda value: abs(measure(value) - budget))
-    if abs(measure(best) - budget) > _TOLERANCE * budget:
+    reached = measure(best)
+    if abs(reached - budget) > _TOLERANCE * budget and reached == smallest:
         raise ConfigError(
-            f"{what}: the nearest value {best * step} gives {measure(best):,.0f}, not within {_TOLERANCE:.0%} of the "
+            f"{what}: the knob changes nothing, {smallest:,.0f} up to its value {best * step}, and the budget is "
+            f"{budget:,.0f}; does any layer carry the FFN?"
+        )
+    if abs(reached - budget) > _TOLERANCE * budget:
+        raise ConfigError(
+            f"{what}: the nearest value {best * step} gives {reached:,.0f}, not within {_TOLERANCE:.0%} of the "
             f"budget {budget:,.0f}; set match_budget, or change the plugin's other sizes."
         )
     return best

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pkm_lightning.ops.backends import choose_backend
-from pkm_lightning.ops.product_topk.eager import product_topk_eager, ranked_topk
+from pkm_lightning.ops.product_topk.eager import product_topk_eager
 from pkm_lightning.ops.product_topk.reference import product_topk_reference
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BACKENDS = {"eager": product_topk_eager, "reference": product_topk_reference}
 
-__all__ = ["product_topk", "ranked_topk"]
+__all__ = ["product_topk"]
 
 
 def product_topk(

@@ -10,6 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
+from pkm_lightning.ops.ranked_topk import ranked_topk
+
 
 def product_topk_eager(scores1_XS: Tensor, scores2_XS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `pkm_lightning.ops.product_topk`; README.md there proves that the dropped pairs cannot win."""
@@ -28,22 +30,6 @@ def product_topk_eager(scores1_XS: Tensor, scores2_XS: Tensor, k: int) -> tuple[
         key2_XK = key2_XJ.gather(-1, rank2_C[best_XK])
     sums_XK = scores1_XS.gather(-1, key1_XK) + scores2_XS.gather(-1, key2_XK)
     return sums_XK, (key1_XK * n_keys + key2_XK).int()
-
-
-def ranked_topk(scores_XS: Tensor, k: int) -> Tensor:
-    """Indices of the `k` largest scores, best first, equal scores by lower index (which `torch.topk` leaves open)."""
-    # Where a branch on data is dear (a GPU, a traced graph), the stable sort is taken at once.
-    if scores_XS.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.sort(scores_XS, dim=-1, descending=True, stable=True).indices[..., :k]
-    # One more than k: a tie across the k-th place also leaves open which of the equals is in.
-    rows_RS = scores_XS.reshape(-1, scores_XS.shape[-1])
-    values_RJ, indices_RJ = torch.topk(rows_RS, min(k + 1, rows_RS.shape[-1]), dim=-1)
-    indices_RK = indices_RJ[:, :k]
-    unclear_R = ~(values_RJ[:, :-1] > values_RJ[:, 1:]).all(-1)
-    if bool(unclear_R.any()):
-        exact_US = torch.sort(rows_RS[unclear_R], dim=-1, descending=True, stable=True).indices
-        indices_RK = indices_RK.masked_scatter(unclear_R[:, None], exact_US[:, :k].contiguous())
-    return indices_RK.reshape(*scores_XS.shape[:-1], k)
 
 
 def candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
