@@ -66,11 +66,13 @@ def test_the_module_builds_with_its_optimizer(ffn: str, tmp_path: Path) -> None:
         ("ultramem_v2", "all", "parallel"),
     ],
 )
-def test_an_ffn_brings_its_papers_placement_and_the_user_decides(
+def test_an_ffn_brings_its_papers_placement_and_tables_and_the_user_decides(
     ffn: str, layers: str, mode: str, tmp_path: Path
 ) -> None:
-    own = composed([f"ffn={ffn}"], tmp_path)["placement"]
+    config = composed([f"ffn={ffn}"], tmp_path)
+    own = config["placement"]
     assert (own["layers"], own["mode"]) == (layers, mode)
+    assert config["table"]["shared"] is not ffn.startswith("ultramem")
     chosen = composed([f"ffn={ffn}", "placement=centred", "placement.count=2"], tmp_path)["placement"]
     assert (chosen["layers"], chosen["count"], chosen["mode"]) == ("centred", 2, "replace")
 
