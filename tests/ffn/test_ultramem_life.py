@@ -167,7 +167,9 @@ def test_the_configuration_composes_with_its_placement_and_steps() -> None:
 
 
 def test_layers_share_a_table_but_not_the_shuffle() -> None:
-    composed = config("ffn=ultramem", "placement.layers=[0,1]", "placement.write_after=0", "model.memory.n_keys=16")
+    composed = config(
+        "ffn=ultramem", "table=default", "placement.layers=[0,1]", "placement.write_after=0", "model.memory.n_keys=16"
+    )
     model = build_model(composed)
     first, second = (model.blocks[i].ffn.variant for i in (0, 1))
     assert first._table.table is second._table.table
