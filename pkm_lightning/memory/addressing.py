@@ -164,19 +164,19 @@ class Addressing(nn.Module):
         return torch.relu(scores_HTK) if self.activation == "relu" else torch.sigmoid(scores_HTK)
 
     def _losses(self, halves_2HTS: tuple[Tensor, Tensor], ids_HTK: Tensor, valid_T: Tensor | None) -> dict[str, Tensor]:
-        coefficients = {"balance": self.cures.balance_loss, "entropy": self.cures.entropy_loss}
-        if not self.training or not any(coefficients.values()):
+        balance, entropy = self.cures.balance_loss, self.cures.entropy_loss
+        if not self.training or not (balance or entropy):
             return {}
         n_keys = halves_2HTS[0].shape[-1]
-        halves: list[dict[str, Tensor]] = []
-        for scores_HTS, keys_HTK in zip(halves_2HTS, (ids_HTK // n_keys, ids_HTK % n_keys), strict=True):
-            p_HS = cure.mean_probabilities(scores_HTS, valid_T)
-            halves.append({"balance": cure.balance_loss(p_HS, keys_HTK, valid_T), "entropy": cure.entropy_loss(p_HS)})
-        return {
-            name: coefficient * (halves[0][name] + halves[1][name]) / 2
-            for name, coefficient in coefficients.items()
-            if coefficient
-        }
+        keys_2HTK = (ids_HTK // n_keys, ids_HTK % n_keys)
+        p_2HS = [cure.mean_probabilities(scores_HTS, valid_T) for scores_HTS in halves_2HTS]
+        losses: dict[str, Tensor] = {}
+        if balance:
+            first, second = (cure.balance_loss(p, keys, valid_T) for p, keys in zip(p_2HS, keys_2HTK, strict=True))
+            losses["balance"] = balance * (first + second) / 2
+        if entropy:
+            losses["entropy"] = entropy * (cure.entropy_loss(p_2HS[0]) + cure.entropy_loss(p_2HS[1])) / 2
+        return losses
 
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Moves the running statistics of a batch normalisation, where there is one."""

@@ -48,7 +48,7 @@ def solve_size(config: dict[str, Any]) -> dict[str, Any]:
         _set(trial, knob, multiple * step)
         return _basis(trial, match)
 
-    shown = knob if "." in knob else f"ffn.{knob}"
+    shown = ".".join(_path(knob))
     _set(config, knob, step * _closest(measure, budget, f"match={match} through {shown}", step))
     return config
 
@@ -59,9 +59,14 @@ def sized_knob(config: dict[str, Any]) -> dict[str, int]:
     if knob is None:
         return {}
     node: Any = config
-    for key in knob.split(".") if "." in knob else ("ffn", knob):
+    for key in _path(knob):
         node = node[key]
     return {knob: int(node)}
+
+
+def _path(knob: str) -> list[str]:
+    """A knob is a key of `ffn`, or a dotted path from the root of the configuration."""
+    return knob.split(".") if "." in knob else ["ffn", knob]
 
 
 def _knob(config: dict[str, Any], match: str) -> str | None:
@@ -87,8 +92,7 @@ def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _set(config: dict[str, Any], knob: str, value: int) -> None:
-    """A knob is a key of `ffn`, or a dotted path from the root of the configuration."""
-    *parents, leaf = knob.split(".") if "." in knob else ("ffn", knob)
+    *parents, leaf = _path(knob)
     node = config
     for parent in parents:
         if not isinstance(node.get(parent), dict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tolerances import assert_close
-from torch import Tensor
+from torch import Tensor, library
 
 from pkm_lightning.ops import gathered_dot
 from pkm_lightning.ops.gathered_dot import eager
@@ -72,7 +72,7 @@ def test_the_chunked_paths_equal_the_definition(monkeypatch: pytest.MonkeyPatch)
 
 def test_operator_is_registered_completely() -> None:
     table_ND, x_TD, ids_TK = inputs(11, 7, 5, 3, torch.float32)
-    torch.library.opcheck(torch.ops.pkm_lightning.gathered_dot.default, (table_ND, x_TD, ids_TK))
+    library.opcheck(torch.ops.pkm_lightning.gathered_dot.default, (table_ND, x_TD, ids_TK))
 
 
 def test_runs_on_meta_and_on_nothing() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 _SUM = 0  # embedding_bag's mode
 _CHUNK_VALUES = 2**24  # gathered values held at a time where ATen has no kernel
@@ -24,7 +24,7 @@ def gathered_dot_eager(table_ND: Tensor, x_TD: Tensor, ids_TK: Tensor) -> Tensor
     return result
 
 
-@torch.library.custom_op("pkm_lightning::gathered_dot", mutates_args=())
+@library.custom_op("pkm_lightning::gathered_dot", mutates_args=())
 def _dot(table: Tensor, x: Tensor, ids: Tensor) -> Tensor:
     table_ND, x_TD, ids_TK = table, x.contiguous(), ids.contiguous()
     if ids_TK.numel() == 0:
@@ -39,7 +39,7 @@ def _dot(table: Tensor, x: Tensor, ids: Tensor) -> Tensor:
     return dots_X.view(ids_TK.shape)
 
 
-@torch.library.custom_op("pkm_lightning::gathered_dot_backward", mutates_args=())
+@library.custom_op("pkm_lightning::gathered_dot_backward", mutates_args=())
 def _dot_backward(table: Tensor, x: Tensor, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     table_ND, x_TD, ids_TK, grad_TK = table, x.contiguous(), ids.contiguous(), grad.contiguous()
     if ids_TK.numel() == 0:
