@@ -82,13 +82,15 @@ class MaskedBatchNorm(nn.Module):
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Moves the running statistics by the sums of one optimizer step; nothing to do without any."""
         count = stats.get("query_norm_tokens")
-        if count is None or count < 1:
+        if count is None:
             return
-        mean_F, square_F = (stats["query_norm_sums"] / count).unbind()
+        # Without a real token nothing moves; a branch on the count would wait for the device.
+        share = (count > 0).to(self.running_mean.dtype) * self.momentum
+        mean_F, square_F = (stats["query_norm_sums"] / count.clamp(min=1)).unbind()
         # The unbiased variance, as torch.nn.BatchNorm1d keeps it.
         var_F = (square_F - mean_F.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
-        self.running_mean.add_(mean_F.to(self.running_mean.dtype), alpha=self.momentum)
-        self.running_var.lerp_(var_F.to(self.running_var.dtype), self.momentum)
+        self.running_mean.add_(mean_F.to(self.running_mean.dtype) * share)
+        self.running_var.lerp_(var_F.to(self.running_var.dtype), share)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: getattr(self, name) for name in _RUNNING}

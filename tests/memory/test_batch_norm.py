@@ -71,8 +71,10 @@ def test_what_padding_holds_changes_nothing() -> None:
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_no_real_token_and_one_give_finite_numbers(tokens: int) -> None:
     ours, _ = pair()
+    before_F = ours.running_var.clone()
     y_TF, stats = ours(torch.randn(4, 3, dtype=torch.float64), torch.arange(4) < tokens)
     ours.after_step(stats)
+    assert torch.equal(ours.running_var, before_F) is (tokens == 0)
     assert all(bool(value.isfinite().all()) for value in (y_TF, ours.running_mean, ours.running_var))
 
 
