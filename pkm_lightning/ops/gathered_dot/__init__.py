@@ -50,5 +50,5 @@ def gathered_dot(
         )
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"gathered_dot: ids are {ids_TK.dtype}; allowed: torch.int32, torch.int64.")
-    implementation = choose_backend("gathered_dot", backend, "eager", _BACKENDS)
+    implementation = choose_backend("gathered_dot", backend, "eager", _BACKENDS, table_ND)
     return implementation(table_ND, x_TD.to(table_ND.dtype), ids_TK)

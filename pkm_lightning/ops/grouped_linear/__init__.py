@@ -56,7 +56,7 @@ def grouped_linear(
     if backend == "grouped_mm" and reason:
         raise ValueError(f"grouped_linear: backend='grouped_mm' cannot run, {reason}; use auto or loop.")
     default = "grouped_mm" if x_MI.is_cuda and x_MI.dtype is torch.bfloat16 and not reason else "loop"
-    return choose_backend("grouped_linear", backend, default, _BACKENDS)(x_MI, weight_EIO, counts_E)
+    return choose_backend("grouped_linear", backend, default, _BACKENDS, x_MI)(x_MI, weight_EIO, counts_E)
 
 
 def _as_autocast(x: Tensor) -> Tensor:

@@ -48,4 +48,4 @@ def product_topk(
         raise ValueError(f"product_topk: k={k} is out of range; allowed: 1 to {n_slots} (sub-keys squared).")
     if n_slots > 2**31 - 1:
         raise ValueError(f"product_topk: {n_slots} slots do not fit int32 ids; at most 46,340 sub-keys a half.")
-    return choose_backend("product_topk", backend, "eager", _BACKENDS)(scores1_XS, scores2_XS, k)
+    return choose_backend("product_topk", backend, "eager", _BACKENDS, scores1_XS)(scores1_XS, scores2_XS, k)

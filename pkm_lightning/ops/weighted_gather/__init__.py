@@ -55,11 +55,11 @@ def weighted_gather(
             f"{tuple(table_ND.shape)}, {tuple(ids_TK.shape)}, {tuple(weights_TK.shape)}."
         )
     if groups_TK is None and n_groups is None:
-        return choose_backend("weighted_gather", backend, "eager", _BACKENDS)(table_ND, ids_TK, weights_TK)
+        return choose_backend("weighted_gather", backend, "eager", _BACKENDS, table_ND)(table_ND, ids_TK, weights_TK)
     if groups_TK is None or n_groups is None or n_groups < 1 or groups_TK.shape != ids_TK.shape:
         raise ValueError(
             f"weighted_gather: needs groups of the shape {tuple(ids_TK.shape)} of ids together with n_groups of 1 or "
             f"more, got {None if groups_TK is None else tuple(groups_TK.shape)} and n_groups={n_groups}."
         )
-    grouped = choose_backend("weighted_gather", backend, "eager", _GROUPED_BACKENDS)
+    grouped = choose_backend("weighted_gather", backend, "eager", _GROUPED_BACKENDS, table_ND)
     return grouped(table_ND, ids_TK, weights_TK, groups_TK, n_groups)

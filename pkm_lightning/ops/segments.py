@@ -1,0 +1,45 @@
+"""Reads of table rows, sorted by row: what every sum over the reads of a row walks along.
+
+The sort is stable, so that the reads of a row are added in one order on every run: sums over segments are
+deterministic, which atomic additions are not.
+
+Letters: L reads, N rows of the table, U segments.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+
+class Segments(NamedTuple):
+    """For each row that is read, where its reads stand."""
+
+    #: Positions of the reads, sorted by row, those of one row in their old order; (L,) int64.
+    order_L: Tensor
+    #: The rows that are read, ascending; (U,) int32. On an accelerator U is min(L, N), so that the host need not wait
+    #: to learn how many there are; from the last row on it holds -1.
+    rows_U: Tensor
+    #: Segment u is order[starts[u]:starts[u + 1]]; (U + 1,) int64. Empty where `rows_U` is -1.
+    starts_V: Tensor
+
+
+def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
+    """The segments of reads of rows `ids_L`, each 0 to `n_rows` - 1 (not checked)."""
+    sorted_L, order_L = torch.sort(ids_L.int(), stable=True)
+    if ids_L.device.type == "cpu":
+        rows_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
+        return Segments(order_L, rows_U, torch.nn.functional.pad(counts_U.cumsum(0), (1, 0)))
+    reads = ids_L.numel()
+    first_L = torch.ones_like(sorted_L, dtype=torch.bool)
+    first_L[1:] = sorted_L[1:] != sorted_L[:-1]
+    n_segments = min(reads, n_rows)
+    starts_U = torch.nonzero_static(first_L, size=n_segments, fill_value=reads).squeeze(-1)
+    starts_V = torch.nn.functional.pad(starts_U, (0, 1), value=reads)
+    padded_L = torch.nn.functional.pad(sorted_L, (0, 1), value=-1)
+    return Segments(order_L, padded_L[starts_U], starts_V)
