@@ -21,6 +21,9 @@ from pkm_lightning.cli.main import main  # noqa: E402
 
 # Threads that fight for shared cores cost far more than they bring; the processes that tests start inherit the limit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU the Triton kernels run in the interpreter; it must be asked for before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 

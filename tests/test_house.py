@@ -52,7 +52,7 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any("triton." in ast.unparse(decorator) for decorator in function.decorator_list)
+    return any(word in ast.unparse(decorator) for word in ("triton.", "njit") for decorator in function.decorator_list)
 
 
 def test_the_root_holds_agreed_entries_only() -> None:

@@ -15,6 +15,7 @@ from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pkm_lightning.training.instantiate import instantiate, target_class
 from pkm_lightning.training.optimizer import configured_schedule
 from pkm_lightning.training.sizing import solve_size
+from pkm_lightning.training.table_learning import check_learning
 
 
 def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataModule]:
@@ -35,6 +36,7 @@ def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataMod
     if not isinstance(data, L.LightningDataModule):
         raise ConfigError(f"data._target_={config['data']['_target_']} is no LightningDataModule.")
     config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
+    check_learning(config)
     config = solve_size(config)
     build_meta_model(config)
     configured_schedule(config["optim"], config["trainer"]["max_steps"])

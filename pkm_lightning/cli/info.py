@@ -15,10 +15,10 @@ from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.cli.variants import compose_variant
 from pkm_lightning.errors import ConfigError, PkmError, check_choice
 from pkm_lightning.model import model_cost
-from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.training.build import attention_context, build_meta_model, placed_layers
 from pkm_lightning.training.run_record import start_record
 from pkm_lightning.training.sizing import sized_knob
+from pkm_lightning.training.table_learning import optimizer_state_bytes
 
 
 def run(job: Job) -> None:
@@ -83,5 +83,5 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
         "layers": placed_layers(config),
         "table": {"rows": cost.table_rows, "dim": cost.table_dim, "bytes": cost.table_params * itemsize},
         "weight_bytes": cost.params_total * itemsize,
-        "optimizer_bytes": optimizer_bytes(model),
+        "optimizer_bytes": optimizer_state_bytes(model, config),
     }

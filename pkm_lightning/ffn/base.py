@@ -61,6 +61,7 @@ class TableSpec:
         count: how many; `table` is one `ValueTable` for 1, else a list of them.
         std: standard deviation of the normal distribution that rows start from; None takes dim**-0.5.
         trainable: False leaves the rows as they were drawn.
+        slices: equal parts of a row that are read each for itself; see `ValueTable`.
     """
 
     rows: int
@@ -68,6 +69,7 @@ class TableSpec:
     count: int = 1
     std: float | None = None
     trainable: bool = True
+    slices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from torch.nn import functional
 from pkm_lightning.errors import ConfigError, check_choice, check_flag
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
 from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, check_table, product_slots
-from pkm_lightning.ops import gathered_dot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,9 +104,9 @@ class PEER(nn.Module):
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
         down, *gates, up = (reference.table for reference in self._tables)
-        hidden_TC = functional.gelu(gathered_dot(down.weight, x_TD, read.ids_TC))
+        hidden_TC = functional.gelu(down.dot(x_TD, read.ids_TC))
         for gate in gates:
-            hidden_TC = hidden_TC * gathered_dot(gate.weight, x_TD, read.ids_TC)
+            hidden_TC = hidden_TC * gate.dot(x_TD, read.ids_TC)
         y_TD = up(read.ids_TC, read.weights_TC.to(hidden_TC.dtype) * hidden_TC).to(x_TD.dtype)
         trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
         return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)

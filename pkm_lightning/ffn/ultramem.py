@@ -14,7 +14,6 @@ from torch import nn
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
-from pkm_lightning.ops import weighted_gather
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +112,8 @@ class UltraMem(nn.Module):
         check_range("ffn.spectrum_margin", spectrum_margin, 0)
         named = f"ffn.n_keys={n_keys}, ffn.expansion={expansion} and ffn.value_dim={value_dim}"
         check_table(table, spec.rows, spec.dim, named=named)
+        if table.slices != cores:
+            raise ConfigError(f"table has {table.slices} slices a row, but ffn.cores={cores} needs {cores}.")
         self.expansion, self.spectrum_loss, self.spectrum_margin = expansion, spectrum_loss, spectrum_margin
         self._table = TableReference(table)
         self.out = nn.Linear(expansion * spec.dim, dim, bias=False)
@@ -155,7 +156,7 @@ class UltraMem(nn.Module):
                 f"or ffn.n_keys={expansion * max(1, round(n_keys / expansion))}."
             )
         std = (expansion / (2 * knn * heads * n_layers)) ** 0.5
-        return TableSpec(rows=slots // expansion, dim=values, std=std)
+        return TableSpec(rows=slots // expansion, dim=values, std=std, slices=cores)
 
     def reset_parameters(self) -> None:
         """Keys as `TuckerKeys` says; W_p from N(0, 1 / (expansion value_dim)); another shuffle of the addresses."""
@@ -186,16 +187,13 @@ class UltraMem(nn.Module):
     def _expanded(self, scores_THCK: Tensor, row_THK: Tensor, projector_THK: Tensor) -> Tensor:
         """z_p for all projectors side by side, (T, P * V).
 
-        A slice of a row is a row of its own in the table viewed as (N * C, V / C): slice c of row n is row n * C + c.
+        A slice of a row is read for itself: slice c of row n has the id n * C + c.
         """
-        table_NV = self._table.table.weight
         tokens, cores = scores_THCK.shape[0], scores_THCK.shape[2]
-        slices_XV = table_NV.view(-1, table_NV.shape[1] // cores)
         core_C1 = torch.arange(cores, device=row_THK.device).unsqueeze(-1)
         ids_TCK = row_THK.flatten(1).unsqueeze(1).long() * cores + core_C1
         groups_TCK = projector_THK.flatten(1).unsqueeze(1).expand_as(ids_TCK)
-        z_XPV = weighted_gather(
-            slices_XV,
+        z_XPV = self._table.table(
             ids_TCK.flatten(0, 1),
             scores_THCK.transpose(1, 2).flatten(2).flatten(0, 1),
             groups_TK=groups_TCK.flatten(0, 1),

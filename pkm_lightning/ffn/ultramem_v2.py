@@ -15,7 +15,6 @@ from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
 from pkm_lightning.memory.cures import balance_loss, mean_probabilities
 from pkm_lightning.memory.tucker_keys import TuckerRead, selected_moments
-from pkm_lightning.ops import gathered_dot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +143,7 @@ class UltraMemV2(nn.Module):
         read = self.keys(x_TD)
         scores_THK = read.scores_THCK.squeeze(2)
         ids_TK = read.ids_THK.flatten(1)
-        dots_TK = gathered_dot(self._pre_values.table.weight, self.pre(x_TD), ids_TK)
+        dots_TK = self._pre_values.table.dot(self.pre(x_TD), ids_TK)
         y_TV = self._values.table(ids_TK, scores_THK.flatten(1) * dots_TK)
         y_TD = self.out(y_TV.to(x_TD.dtype))
         trace = {}

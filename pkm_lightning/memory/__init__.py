@@ -4,6 +4,8 @@ from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.cures import Cures
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
 from pkm_lightning.memory.query import QueryNetwork
+from pkm_lightning.memory.staging import RowStage, clip_stages
+from pkm_lightning.memory.table_optimizer import RowOptimizer, TableOptimizer
 from pkm_lightning.memory.tucker_keys import TuckerKeys
 from pkm_lightning.memory.value_table import TableReference, ValueTable, check_table, product_slots
 from pkm_lightning.memory.values import Values
@@ -13,11 +15,15 @@ __all__ = [
     "Cures",
     "ProductKeys",
     "QueryNetwork",
+    "RowOptimizer",
+    "RowStage",
+    "TableOptimizer",
     "TableReference",
     "TuckerKeys",
     "ValueTable",
     "Values",
     "check_table",
+    "clip_stages",
     "half_key_dim",
     "product_slots",
 ]

@@ -8,7 +8,15 @@ from pkm_lightning.ops.gathered_dot import gathered_dot
 from pkm_lightning.ops.grouped_linear import grouped_linear
 from pkm_lightning.ops.product_topk import product_topk
 from pkm_lightning.ops.ranked_topk import ranked_topk
-from pkm_lightning.ops.ranks import sum_over_ranks
+from pkm_lightning.ops.ranks import gather_over_ranks, sum_over_ranks
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
-__all__ = ["gathered_dot", "grouped_linear", "product_topk", "ranked_topk", "sum_over_ranks", "weighted_gather"]
+__all__ = [
+    "gather_over_ranks",
+    "gathered_dot",
+    "grouped_linear",
+    "product_topk",
+    "ranked_topk",
+    "sum_over_ranks",
+    "weighted_gather",
+]

@@ -34,3 +34,22 @@ def _summed(value: Tensor) -> Tensor:
     total = value.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
+
+
+def gather_over_ranks(value: Tensor) -> list[Tensor]:
+    """Every rank's `value`, in the order of ranks; the first dimension may differ between them. No gradient.
+
+    Every rank must call it the same number of times in the same order; the host waits for the lengths.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    world = dist.get_world_size()
+    length = torch.tensor([len(value)], device=value.device)
+    all_lengths = torch.empty(world, dtype=length.dtype, device=value.device)
+    dist.all_gather_into_tensor(all_lengths, length)
+    lengths = all_lengths.tolist()
+    padded = value.new_zeros(max(lengths), *value.shape[1:])
+    padded[: len(value)] = value
+    gathered = value.new_empty(world * len(padded), *value.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    return [part[:length] for part, length in zip(gathered.split(len(padded) or 1), lengths, strict=False)]

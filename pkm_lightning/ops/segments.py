@@ -3,7 +3,7 @@
 The sort is stable, so that the reads of a row are added in one order on every run: sums over segments are
 deterministic, which atomic additions are not.
 
-Letters: L reads, N rows of the table, U segments.
+Letters: L reads, N rows of the table, U segments, V = U + 1 their limits, T tokens, K reads a token, G groups a token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Int, Int32
     from torch import Tensor
 
 
@@ -35,7 +35,11 @@ def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
     if ids_L.device.type == "cpu":
         rows_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
         return Segments(order_L, rows_U, torch.nn.functional.pad(counts_U.cumsum(0), (1, 0)))
-    reads = ids_L.numel()
+    return _padded_segments(sorted_L, order_L, n_rows)
+
+
+def _padded_segments(sorted_L: Tensor, order_L: Tensor, n_rows: int) -> Segments:
+    reads = sorted_L.numel()
     first_L = torch.ones_like(sorted_L, dtype=torch.bool)
     first_L[1:] = sorted_L[1:] != sorted_L[:-1]
     n_segments = min(reads, n_rows)
@@ -43,3 +47,13 @@ def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
     starts_V = torch.nn.functional.pad(starts_U, (0, 1), value=reads)
     padded_L = torch.nn.functional.pad(sorted_L, (0, 1), value=-1)
     return Segments(order_L, padded_L[starts_U], starts_V)
+
+
+def read_sources(
+    ids_TK: Int[Tensor, "T K"], groups_TK: Int[Tensor, "T K"] | None = None, n_groups: int = 1
+) -> Int32[Tensor, "T K"]:
+    """Which row of (T * G, D) upstream values a read belongs to: its token's, or that of its group in its token."""
+    token_T1 = torch.arange(len(ids_TK), dtype=torch.int32, device=ids_TK.device).unsqueeze(-1)
+    if groups_TK is None:
+        return token_T1.expand(-1, ids_TK.shape[1]).contiguous()
+    return token_T1 * n_groups + groups_TK.int()

@@ -111,7 +111,9 @@ def _build_tables(config: Config, n_placed: int) -> list[list[ValueTable]]:
         sizes = {name: value for name, value in sizes.items() if name in taken}
     spec = cast("TableSpec", cls.table_spec(**sizes, **arguments))
     check_flag("table.shared", config["table"]["shared"])
-    settings = {name: value for name, value in config["table"].items() if name != "shared"}
+    settings = {name: value for name, value in config["table"].items() if name not in ("shared", "optimizer")}
     shape = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
+    if spec.slices > 1:
+        shape["slices"] = spec.slices
     groups = 1 if config["table"]["shared"] else n_placed
     return [[instantiate(settings, "table", **shape) for _ in range(spec.count)] for _ in range(groups)]

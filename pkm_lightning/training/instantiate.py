@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError, PkmError
+from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.model.placement import Placement
 
 _TRUSTED_ROOTS = ("pkm_lightning", "lightning", "torch")
@@ -37,6 +38,7 @@ _TRUSTED_KINDS = (
     Logger,
     Strategy,
     Profiler,
+    RowOptimizer,
 )
 
 

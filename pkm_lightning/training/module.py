@@ -20,6 +20,7 @@ from torchmetrics import SumMetric
 
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import HasAfterStep
+from pkm_lightning.memory import clip_stages
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import plugins
 from pkm_lightning.training.build import attention_context, build_model
@@ -29,6 +30,7 @@ from pkm_lightning.training.instantiate import instantiate
 from pkm_lightning.training.loss import check_batch, token_nll
 from pkm_lightning.training.normalisation import StepNormaliser
 from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
+from pkm_lightning.training.table_learning import stages, with_tables
 
 
 class LanguageModule(L.LightningModule):
@@ -76,7 +78,8 @@ class LanguageModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """`optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
         optim = self.config["optim"]
-        optimizer = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
+        dense = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
+        optimizer = with_tables(dense, self.model, self.config)
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -154,6 +157,8 @@ class LanguageModule(L.LightningModule):
         if correction is not None:
             grads = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, correction)
+            for stage in stages(self.model):
+                stage.scale = stage.scale * correction
         if self._log_is_due():
             assert self._step_nll is not None
             loss = self._sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
@@ -185,9 +190,11 @@ class LanguageModule(L.LightningModule):
         dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
         tables = [p for group in optimizer.param_groups if group["name"] == "table" for p in group["params"]]
         dense = [p for group in optimizer.param_groups if group["name"] != "table" for p in group["params"]]
+        staged = stages(self.model)
         for name, parameters, limit in (("dense", dense, dense_limit), ("table", tables, optim["table_clip_norm"])):
             if parameters and (limit is not None or self._log_is_due()):
-                norm = clip_by_norm(parameters, limit)
+                by_rows = name == "table" and staged
+                norm = clip_stages(staged, limit) if by_rows else clip_by_norm(parameters, limit)
                 if self._log_is_due():
                     self.log(f"train/grad_norm_{name}", norm)
 

@@ -36,7 +36,7 @@ def test_is_a_parameter_with_the_role_of_a_table() -> None:
     table = ValueTable(rows=6, dim=3)
     assert [name for name, _ in table.named_parameters()] == ["weight"]
     assert table.parameter_roles == {"weight": "table"}
-    assert repr(table) == "ValueTable(rows=6, dim=3)"
+    assert repr(table) == "ValueTable(rows=6, dim=3, learning=dense)"
 
 
 def test_a_reference_registers_nothing() -> None:

@@ -28,6 +28,7 @@ def settings(*overrides: str, lr: float = 0.5) -> dict[str, Any]:
         optimizer={"_target_": "torch.optim.SGD"}, lr=lr, weight_decay=0.0, table_lr_factor=1.0,
         clip_norm=None, table_clip_norm=None, schedule="linear", warmup_share=0, final_factor=1.0,
     )  # fmt: skip
+    made["table"]["optimizer"] = {"_target_": "pkm_lightning.memory.RowOptimizer", "rule": "sgd"}
     return made
 
 

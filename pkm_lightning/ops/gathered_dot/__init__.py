@@ -5,19 +5,27 @@ Letters: N rows of the table, D values a row, T tokens, K rows a token.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 
-from pkm_lightning.ops.backends import choose_backend
-from pkm_lightning.ops.gathered_dot.eager import gathered_dot_eager
+from pkm_lightning.ops.backends import best_backend, choose_backend
+from pkm_lightning.ops.gathered_dot.operator import dot
 from pkm_lightning.ops.gathered_dot.reference import gathered_dot_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Float, Int
     from torch import Tensor
 
-_BACKENDS = {"eager": gathered_dot_eager, "reference": gathered_dot_reference}
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "cpu": functools.partial(dot, backend="cpu"),
+    "triton": functools.partial(dot, backend="triton"),
+    "eager": functools.partial(dot, backend="eager"),
+    "reference": gathered_dot_reference,
+}
 
 __all__ = ["gathered_dot"]
 
@@ -31,17 +39,21 @@ def gathered_dot(
 ) -> Float[Tensor, "T K"]:
     """`a[t, k] = <table[ids[t, k]], x[t]>`, differentiable in the table and in x (He 2024, arXiv 2407.04153).
 
+    Only the gradients that are asked for are computed.
+
     Args:
         table_ND: the rows.
         x_TD: any floating dtype; cast to the table's.
-        ids_TK: int32 or int64 row numbers, 0 to N - 1 (not checked); a row may occur several times.
-        backend: `auto`, `eager` (never holds the T * K gathered rows) or `reference` (gather, multiply, add).
+        ids_TK: int32 or int64 row numbers, 0 to N - 1; a row may occur several times.
+        backend: `auto`, `cpu` (numba), `triton`, `eager` (ATen) or `reference` (gather, multiply, add), which alone
+            holds the T * K gathered rows.
 
     Returns:
         a_TK in the table's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown backend.
+        ValueError: shapes or dtypes that do not fit, an unknown backend; on the CPU ids out of range, which no other
+            device checks.
     """
     if table_ND.ndim != 2 or ids_TK.ndim != 2 or x_TD.shape != (ids_TK.shape[0], table_ND.shape[1]):
         raise ValueError(
@@ -50,5 +62,7 @@ def gathered_dot(
         )
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"gathered_dot: ids are {ids_TK.dtype}; allowed: torch.int32, torch.int64.")
-    implementation = choose_backend("gathered_dot", backend, "eager", _BACKENDS, table_ND)
+    if not table_ND.is_floating_point() or not x_TD.is_floating_point():
+        raise ValueError(f"gathered_dot: needs a floating table and x, got {table_ND.dtype} and {x_TD.dtype}.")
+    implementation = choose_backend("gathered_dot", backend, best_backend(table_ND), _BACKENDS, table_ND)
     return implementation(table_ND, x_TD.to(table_ND.dtype), ids_TK)

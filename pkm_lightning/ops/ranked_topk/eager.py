@@ -1,21 +1,16 @@
-"""Top-k with a defined order of equal scores: what experts, candidates and preselections are chosen by.
+"""Ranked top-k through torch's own top-k and sort.
 
-Letters: `...` any leading shape, S scores, K kept.
+Letters: `...` any leading shape, R rows, S scores, K kept, J one more than kept, U rows that a tie leaves unclear.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
+from torch import Tensor
 
 
-def ranked_topk(scores_XS: Float[Tensor, "*X S"], k: int) -> Int[Tensor, "*X K"]:
-    """Indices of the `k` largest scores, best first, equal scores by lower index (which `torch.topk` leaves open)."""
+def ranked_topk_eager(scores_XS: Tensor, k: int) -> Tensor:
+    """See `pkm_lightning.ops.ranked_topk`."""
     # Where a branch on data is dear (a GPU, a traced graph), the stable sort is taken at once.
     if scores_XS.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.sort(scores_XS, dim=-1, descending=True, stable=True).indices[..., :k]

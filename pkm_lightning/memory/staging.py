@@ -1,0 +1,225 @@
+"""Reads that wait for the optimizer: in backward each read of a table leaves its ids, weights and output gradients.
+
+A staged read is an identity in forward. Its backward copies what the table's gradient is made of into buffers that
+grow to what a step needs and are used again, so that all layers and micro-batches of a step are one gradient per
+touched row later on. Both are custom operators: compiled blocks call them like any other.
+
+Letters: T reads, K rows a read, L = T * K, X source rows, D values a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from pkm_lightning.ops import gather_over_ranks
+from pkm_lightning.ops.row_update import RowGradient, row_gradient, row_gradient_norm
+
+# An operator takes numbers and tensors only: by this number it finds the stage of the table that was read. The stage
+# belongs to its table; nothing here keeps it alive.
+_stages: weakref.WeakValueDictionary[int, RowStage] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class RowStage:
+    """What the reads of one optimizer step leave for one table.
+
+    Args:
+        n_rows: rows of the table.
+
+    Attributes:
+        scale: factor on the gradient: a number, or a scalar tensor that no host need read.
+        when_backward_ends: called, if set, at the end of every backward pass that has staged something.
+    """
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows = n_rows
+        self.number = next(_numbers)
+        _stages[self.number] = self
+        self.when_backward_ends: Callable[[], None] | None = None
+        # Requires a gradient, so that a read with constant weights has a backward too. The gradient, a zero, is what
+        # staging returns: nobody who compiles the backward can take it for an operation without effect.
+        self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+        self._ids, self._coefficients, self._sources, self._rows = (_Buffer() for _ in range(4))
+        self._gradient: RowGradient | None = None
+        self.scale: Tensor | float = 1.0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowStage:
+        """An empty stage of its own: what is staged belongs to the model that was run."""
+        return RowStage(self.n_rows)
+
+    def __reduce__(self) -> tuple[type[RowStage], tuple[int]]:
+        return RowStage, (self.n_rows,)
+
+    def watch_sum(self, y_XD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
+        """`y_XD`, in whose row `sources[t, k]` (default t) the row ids[t, k] stands with the weight weights[t, k]."""
+        y: Tensor = _watch_sum(y_XD, ids_TK, weights_TK, sources_TK, self.anchor, self.number)
+        return y
+
+    def watch_dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TD: Tensor) -> Tensor:
+        """`dots_TK`, which was computed as <row ids[t, k], x[t]>."""
+        dots: Tensor = _watch_dot(dots_TK, ids_TK, x_TD, self.anchor, self.number)
+        return dots
+
+    def add(self, ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, source_rows_XD: Tensor) -> None:
+        """Copies one read's part of the gradient behind what is there."""
+        if self._is_empty and self.when_backward_ends is not None:
+            torch.autograd.Variable._execution_engine.queue_callback(self.when_backward_ends)
+        self._gradient = None
+        before = self._rows.length
+        self._ids.append(ids_L, torch.int32)
+        wide = torch.promote_types(source_rows_XD.dtype, torch.float32)
+        self._coefficients.append(coefficients_L, wide)
+        self._sources.append(sources_L, torch.int32).add_(before)
+        self._rows.append(source_rows_XD, source_rows_XD.dtype)
+
+    @property
+    def _is_empty(self) -> bool:
+        return self._rows.length == 0
+
+    def gradient(self) -> RowGradient | None:
+        """The gradient of what is staged, a mean over ranks; None if no rank has anything. Every rank must ask."""
+        if self._gradient is None:
+            own = (self._ids.filled, self._coefficients.filled, self._sources.filled, self._rows.filled)
+            ids_L, coefficients_L, sources_L, source_rows_XD = _mean_over_ranks(*own)
+            if not len(source_rows_XD):
+                return None
+            self._gradient = row_gradient(self.n_rows, ids_L, coefficients_L, sources_L, source_rows_XD)
+        return self._gradient
+
+    def norm(self) -> Tensor:
+        """L2 norm of the gradient over all rows and ranks, a scalar tensor; every rank must ask."""
+        gradient = self.gradient()
+        if gradient is None:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        return row_gradient_norm(gradient) * self.scale
+
+    def clear(self) -> None:
+        """Forgets what is staged; the buffers stay."""
+        for buffer in (self._ids, self._coefficients, self._sources, self._rows):
+            buffer.length = 0
+        self._gradient, self.scale = None, 1.0
+
+
+def clip_stages(stages: Sequence[RowStage], max_norm: float | None) -> Tensor:
+    """Scales what is staged so that the L2 norm over all tables and rows is at most `max_norm`; None only measures.
+
+    Returns:
+        The norm before clipping, a scalar tensor, the same on every rank.
+    """
+    norms = [stage.norm() for stage in stages]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if max_norm is not None:
+        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
+        for stage in stages:
+            stage.scale = stage.scale * factor
+    return total
+
+
+class _Buffer:
+    """A tensor that is filled from the front and grows by doubling."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._storage: Tensor | None = None
+
+    def append(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Copies `values` behind what is there, as `dtype`; returns the copy, a view."""
+        end = self.length + len(values)
+        storage = self._storage
+        if storage is None or len(storage) < end or storage.device != values.device or storage.dtype is not dtype:
+            room = end if storage is None else max(end, 2 * len(storage))
+            storage = torch.empty(room, *values.shape[1:], dtype=dtype, device=values.device)
+            if self._storage is not None and self.length:
+                storage[: self.length] = self._storage[: self.length]
+            self._storage = storage
+        copied = storage[self.length : end]
+        copied.copy_(values)
+        self.length = end
+        return copied
+
+    @property
+    def filled(self) -> Tensor:
+        return torch.empty(0) if self._storage is None else self._storage[: self.length]
+
+
+def _mean_over_ranks(ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, rows_XD: Tensor) -> tuple[Tensor, ...]:
+    """The reads of all ranks, weighted so that their sum is a mean over ranks, as data parallelism averages gradients.
+
+    The gradients of outputs travel, not those of rows: a token reads many rows, which share its output's gradient.
+    """
+    rows = gather_over_ranks(rows_XD)
+    if len(rows) == 1:
+        return ids_L, coefficients_L, sources_L, rows_XD
+    shifted, before = [], 0
+    for part, theirs in zip(rows, gather_over_ranks(sources_L), strict=True):
+        shifted.append(theirs + before)
+        before += len(part)
+    ids, coefficients = gather_over_ranks(ids_L), gather_over_ranks(coefficients_L)
+    return torch.cat(ids), torch.cat(coefficients) / len(rows), torch.cat(shifted), torch.cat(rows)
+
+
+@library.custom_op("pkm_lightning::watch_sum", mutates_args=())
+def _watch_sum(y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, number: int) -> Tensor:
+    return y.clone()
+
+
+@library.custom_op("pkm_lightning::watch_dot", mutates_args=())
+def _watch_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, number: int) -> Tensor:
+    return dots.clone()
+
+
+@library.custom_op("pkm_lightning::stage_reads", mutates_args=())
+def _stage_reads(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, number: int) -> Tensor:
+    ids_TK, coefficients_TK = ids, coefficients
+    if sources is None:
+        reads, per_read = ids_TK.shape
+        sources = torch.arange(reads, dtype=torch.int32, device=ids.device).repeat_interleave(per_read)
+    _stages[number].add(ids_TK.flatten(), coefficients_TK.flatten(), sources.flatten(), rows)
+    return torch.zeros((), dtype=torch.float32, device="cpu")
+
+
+@_watch_sum.register_fake
+def _(y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, number: int) -> Tensor:
+    return torch.empty_like(y)
+
+
+@_watch_dot.register_fake
+def _(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, number: int) -> Tensor:
+    return torch.empty_like(dots)
+
+
+@_stage_reads.register_fake
+def _(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, number: int) -> Tensor:
+    return torch.empty((), dtype=torch.float32, device="cpu")
+
+
+def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ids_TK, weights_TK, sources_TK, _, ctx.number = inputs
+    ctx.save_for_backward(ids_TK, weights_TK, sources_TK)
+
+
+def _stage_sum(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
+    ids_TK, weights_TK, sources_TK = ctx.saved_tensors
+    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XD, ctx.number)
+    return grad_XD, None, None, None, zero, None
+
+
+def _keep_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ids_TK, x_TD, _, ctx.number = inputs
+    ctx.save_for_backward(ids_TK, x_TD)
+
+
+def _stage_dot(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
+    ids_TK, x_TD = ctx.saved_tensors
+    zero = _stage_reads(ids_TK, grad_TK, None, x_TD, ctx.number)
+    return grad_TK, None, None, zero, None
+
+
+_watch_sum.register_autograd(_stage_sum, setup_context=_keep_sum)
+_watch_dot.register_autograd(_stage_dot, setup_context=_keep_dot)

@@ -1,0 +1,138 @@
+"""The gradient of a table in compact form: one row for each row that was read, and none for the others.
+
+A table's gradient is a sum over the reads of a row. Sorted into segments, each sum is done by one reader in one order:
+no atomic additions, and the same bits on every run.
+
+Letters: L reads, X source rows, D values a row, N rows of the table, U segments, V = U + 1 their limits.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, library
+from torch.utils.flop_counter import register_flop_formula
+
+from pkm_lightning.ops.backends import best_backend, choose_backend
+from pkm_lightning.ops.segments import Segments
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["row_gradients", "table_gradient"]
+
+
+def row_gradients(
+    segments: Segments,
+    coefficients_L: Float[Tensor, " L"],
+    sources_L: Int[Tensor, " L"],
+    source_rows_XD: Float[Tensor, "X D"],
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "U D"]:
+    """`grads[u] = sum over the reads l of segment u of coefficients[l] * source_rows[sources[l]]`; has no gradient.
+
+    For a weighted gather `y[t] = sum_k w[t, k] * table[ids[t, k]]` with g = dL/dy, the coefficients are w, the source
+    rows g, and the source of read (t, k) is t: then grads[u] is dL/dtable[rows[u]].
+
+    Args:
+        segments: `read_segments(ids_L, n_rows)`; an empty segment (row -1) gives zeros.
+        coefficients_L: any floating dtype; in the old order of the reads, not the sorted one.
+        sources_L: int32 or int64, 0 to X - 1 (not checked): which source row a read multiplies.
+        source_rows_XD: any floating dtype.
+        backend: `auto`, `cpu` (numba), `triton`, `eager` (ATen's embedding bag) or `reference` (a loop).
+
+    Returns:
+        grads_UD in float32 (float64 for float64 source rows), summed in that dtype whatever the inputs'. The order of
+        the additions is a function of the segments alone, so that two runs give the same bits.
+
+    Raises:
+        ValueError: shapes that do not fit, sources that are no integers, or an unknown backend.
+    """
+    if source_rows_XD.ndim != 2 or not segments.order_L.shape == coefficients_L.shape == sources_L.shape:
+        raise ValueError(
+            "row_gradients: needs source rows (X, D) and one coefficient and one source for each of the "
+            f"{segments.order_L.numel()} reads, got {tuple(source_rows_XD.shape)}, {tuple(coefficients_L.shape)}, "
+            f"{tuple(sources_L.shape)}."
+        )
+    if sources_L.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"row_gradients: sources are {sources_L.dtype}; allowed: torch.int32, torch.int64.")
+    default = best_backend(source_rows_XD)
+    implementation = choose_backend("row_gradients", backend, default, _BACKENDS, source_rows_XD)
+    return implementation(*segments, coefficients_L, sources_L, source_rows_XD)
+
+
+def table_gradient(
+    segments: Segments,
+    coefficients_L: Tensor,
+    sources_L: Tensor,
+    source_rows_XD: Tensor,
+    *,
+    n_rows: int,
+    backend: str,
+) -> Tensor:
+    """The same sums as all N rows of the table, in the dtype of the source rows and zero where nobody read.
+
+    A building block of the backward of other ops: takes checked inputs and the name of a backend, not `auto`.
+    """
+    if coefficients_L.numel() == 0:
+        return source_rows_XD.new_zeros(n_rows, source_rows_XD.shape[1])
+    result: Tensor = _kernels(backend).table_gradient(
+        segments, coefficients_L, sources_L, source_rows_XD.contiguous(), n_rows
+    )
+    return result
+
+
+@library.custom_op("pkm_lightning::row_gradients", mutates_args=())
+def _row_gradients(
+    order: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    coefficients: Tensor,
+    sources: Tensor,
+    source_rows: Tensor,
+    backend: str,
+) -> Tensor:
+    if order.numel() == 0:
+        return source_rows.new_zeros(len(rows), source_rows.shape[1], dtype=_sum_dtype(source_rows))
+    segments = Segments(order, rows, starts)
+    result: Tensor = _kernels(backend).row_sums(
+        segments, coefficients.contiguous(), sources.contiguous(), source_rows.contiguous()
+    )
+    return result
+
+
+@_row_gradients.register_fake
+def _(
+    order: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    coefficients: Tensor,
+    sources: Tensor,
+    source_rows: Tensor,
+    backend: str,
+) -> Tensor:
+    return source_rows.new_empty(rows.shape[0], source_rows.shape[1], dtype=_sum_dtype(source_rows))
+
+
+@register_flop_formula(torch.ops.pkm_lightning.row_gradients)
+def _flops(
+    order: list[int], rows: object, starts: object, coefficients: object, sources: object, source_rows: list[int],
+    *_: object, **__: object,
+) -> int:  # fmt: skip
+    return 2 * order[0] * source_rows[1]
+
+
+def _sum_dtype(source_rows_XD: Tensor) -> torch.dtype:
+    return torch.promote_types(source_rows_XD.dtype, torch.float32)
+
+
+def _kernels(backend: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{backend}")
+
+
+_BACKENDS = {name: functools.partial(_row_gradients, backend=name) for name in ("cpu", "triton", "eager", "reference")}

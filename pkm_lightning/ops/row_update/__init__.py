@@ -1,0 +1,110 @@
+"""One optimizer update of the table rows that a step has read, from the reads themselves: no N x D gradient exists.
+
+Letters: N rows, D values a row, L reads of the step, X source rows, U rows touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+
+from pkm_lightning.ops.backends import best_backend, choose_backend
+from pkm_lightning.ops.row_update.rules import RowRule
+from pkm_lightning.ops.segments import Segments, read_segments
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+__all__ = ["RowGradient", "RowRule", "row_gradient", "row_gradient_norm", "row_update"]
+
+
+class RowGradient(NamedTuple):
+    """The gradient of a table in factored form: that of row `n` is the sum over its reads l of
+    `coefficients[l] * source_rows[sources[l]]`. For a weighted gather the coefficients are the weights and the source
+    rows the output's gradients."""
+
+    segments: Segments
+    #: (L,), the dtype that sums are taken in: fp32, or fp64 for an fp64 table.
+    coefficients_L: Tensor
+    #: (L,) int32.
+    sources_L: Tensor
+    #: (X, D) in the table's dtype.
+    source_rows_XD: Tensor
+
+
+def row_gradient(
+    n_rows: int,
+    ids_L: Int[Tensor, " L"],
+    coefficients_L: Float[Tensor, " L"],
+    sources_L: Int[Tensor, " L"],
+    source_rows_XD: Float[Tensor, "X D"],
+) -> RowGradient:
+    """Sorts the reads by row: the one sort that the norm and the update of a step share."""
+    sums = torch.promote_types(source_rows_XD.dtype, torch.float32)
+    return RowGradient(
+        read_segments(ids_L, n_rows), coefficients_L.to(sums).contiguous(), sources_L.int().contiguous(), source_rows_XD
+    )
+
+
+def row_gradient_norm(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, ""]:
+    """L2 norm of the gradient over all rows, a scalar in the dtype of the coefficients; waits for no device."""
+    return cast("Tensor", _implementation("row_gradient_norm", gradient, backend)(gradient))
+
+
+def row_update(
+    table_ND: Float[Tensor, "N D"],
+    gradient: RowGradient,
+    rule: RowRule,
+    state: Mapping[str, Tensor],
+    *,
+    scale: Tensor | float = 1.0,
+    backend: str = "auto",
+) -> None:
+    """Updates, in place, the rows that were read and their entries of `state`; every other row stays as it is.
+
+    Sums and the rule are computed in fp32 (fp64 for fp64 tables), reads of a row in their order. A bf16 table is
+    rounded stochastically: an update below its last bit arrives on average instead of never.
+
+    Args:
+        table_ND: fp32, fp64 or bf16.
+        gradient: the reads of the step.
+        rule: the optimizer and its numbers for this step.
+        state: what `new_state` made, moved by each update.
+        scale: factor on the gradient (clipping, averages), a number or a scalar tensor that the host need not read.
+        backend: `auto`, `eager`, `cpu`, `triton` or `reference`.
+
+    Raises:
+        ValueError: a dtype, shape or state that does not fit, or an unknown backend.
+    """
+    if table_ND.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"row_update: the table is {table_ND.dtype}; allowed: torch.float32, float64, bfloat16.")
+    if gradient.source_rows_XD.dtype is not table_ND.dtype or gradient.source_rows_XD.shape[1] != table_ND.shape[1]:
+        raise ValueError(
+            f"row_update: source rows are {gradient.source_rows_XD.dtype} of {gradient.source_rows_XD.shape[1]} "
+            f"values, the table {table_ND.dtype} of {table_ND.shape[1]}; both need one dtype and width."
+        )
+    rule.check_state(state, table_ND)
+    if not table_ND.is_contiguous():
+        raise ValueError("row_update: the table must be contiguous.")
+    with torch.no_grad():
+        _implementation("row_update", gradient, backend)(table_ND, gradient, rule, state, scale)
+
+
+def _implementation(name: str, gradient: RowGradient, backend: str) -> Callable[..., object]:
+    """`name` of the module of the backend: numba and triton are imported where they are first needed."""
+    rows_XD = gradient.source_rows_XD
+    best = best_backend(rows_XD)
+    # The kernels sum in fp32 and know no fp64.
+    default = "eager" if rows_XD.dtype is torch.float64 else best
+    module = choose_backend("row_update", backend, default, _MODULES, rows_XD)()
+    return cast("Callable[..., object]", getattr(module, name))
+
+
+_MODULES = {
+    name: (lambda module=f"{__name__}.{name}": importlib.import_module(module))
+    for name in ("eager", "cpu", "triton", "reference")
+}

@@ -1,0 +1,56 @@
+"""The row update in plain torch operations, on any device: chunks of rows, so that no chunk's gradient is large.
+
+Letters: N rows, D values a row, U rows touched, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pkm_lightning.ops.row_gradients import row_gradients
+from pkm_lightning.ops.row_update.reference import moved
+from pkm_lightning.ops.row_update.rounding import round_stochastically
+from pkm_lightning.ops.row_update.rules import RowRule
+from pkm_lightning.ops.segments import Segments
+
+if TYPE_CHECKING:
+    from pkm_lightning.ops.row_update import RowGradient
+
+_CHUNK_VALUES = 2**22
+
+
+def row_gradient_norm(gradient: RowGradient) -> Tensor:
+    """See `pkm_lightning.ops.row_update`."""
+    squares = [grad_CD.square().sum() for _, grad_CD in _chunks(gradient)]
+    return torch.stack(squares).sum().sqrt() if squares else gradient.coefficients_L.new_zeros(())
+
+
+def row_update(
+    table_ND: Tensor, gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale: Tensor | float
+) -> None:
+    """See `pkm_lightning.ops.row_update`."""
+    for rows_C, grad_CD in _chunks(gradient):
+        if grad_CD.device.type != "cpu":  # there a row -1 stands for none
+            rows_C, grad_CD = rows_C[rows_C >= 0], grad_CD[rows_C >= 0]
+        index_C = rows_C.long()
+        after_CD = moved(table_ND[index_C].to(grad_CD.dtype), grad_CD * scale, rule, state, index_C)
+        if table_ND.dtype is torch.bfloat16:
+            after_CD = round_stochastically(after_CD, index_C, rule.seed)
+        table_ND.index_copy_(0, index_C, after_CD)
+
+
+def _chunks(gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and their gradients, (C,) and (C, D)."""
+    (order_L, rows_U, starts_V), coefficients_L, sources_L, source_rows_XD = gradient
+    size = max(1, _CHUNK_VALUES // max(1, source_rows_XD.shape[1]))
+    for start in range(0, len(rows_U), size):
+        limits_V = starts_V[start : start + size + 1]
+        reads = slice(int(limits_V[0]), int(limits_V[-1]))
+        part = Segments(order_L[reads], rows_U[start : start + size], limits_V - limits_V[0])
+        chosen_L = part.order_L
+        part = part._replace(order_L=torch.arange(len(chosen_L), device=chosen_L.device))
+        yield part.rows_U, row_gradients(part, coefficients_L[chosen_L], sources_L[chosen_L], source_rows_XD)

@@ -1,0 +1,33 @@
+"""Stochastic rounding of fp32 to bf16, from a hash of (seed, place): the same bits on every backend and every run.
+
+bf16 keeps 8 bits: an update of less than 1/256 of a value, rounded to nearest, is lost every time. Rounded up with the
+probability of the part that is cut off, it arrives on average (Gupta et al. 2015, arXiv 1502.02551, section 3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def hashed_bits(places: Tensor, seed: int) -> Tensor:
+    """32 hashed bits of each place, int64: the finaliser of MurmurHash3 (public domain) over place XOR seed."""
+    bits = (places ^ seed) & _WORD
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _WORD
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & _WORD
+    return bits ^ (bits >> 16)
+
+
+def round_stochastically(values_UD: Tensor, rows_U: Tensor, seed: int) -> Tensor:
+    """fp32 values of the table rows `rows_U` in bf16; the place of a value is row * D + column, modulo 2**32."""
+    dim = values_UD.shape[1]
+    column_D = torch.arange(dim, device=values_UD.device)
+    noise_UD = hashed_bits(rows_U.long().unsqueeze(-1) * dim + column_D, seed) & 0xFFFF
+    bits_UD = values_UD.view(torch.int32).long() & _WORD
+    rounded_UD = (bits_UD + noise_UD) & 0xFFFF0000
+    # Back into int32, two's complement, and from there into the upper half of a float.
+    signed_UD = torch.where(rounded_UD >= 2**31, rounded_UD - 2**32, rounded_UD).int()
+    # Noise on a NaN could carry into its sign and make it a zero.
+    return torch.where(values_UD.isfinite(), signed_UD.view(torch.float32), values_UD).bfloat16()

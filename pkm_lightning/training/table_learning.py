@@ -1,0 +1,104 @@
+"""How the value tables of a configuration learn: what cannot work is refused, and the optimizer gets its row part.
+
+| `table.learning` | table gradient | updated by | refuses |
+|---|---|---|---|
+| `dense` | N x D, autograd's | `optim.optimizer`, each step, every row | - |
+| `rows` | staged reads | `table.optimizer`, each step, touched rows | 16-bit floats (fp16) |
+| `fused` | staged reads | `table.optimizer`, each backward, touched rows | fp16, accumulation, table_clip_norm, ranks |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pkm_lightning.errors import ConfigError, check_choice
+from pkm_lightning.memory import RowOptimizer, RowStage, TableOptimizer, ValueTable
+from pkm_lightning.model.accounting import optimizer_bytes
+from pkm_lightning.ops.row_update.rules import state_shapes
+from pkm_lightning.training.instantiate import instantiate
+
+
+def check_learning(config: Mapping[str, Any]) -> None:
+    """Refuse settings that a way of learning cannot work with; called before anything is built.
+
+    Raises:
+        ConfigError: with the setting, and what to say instead.
+    """
+    table, optim, trainer = config["table"], config["optim"], config["trainer"]
+    learning = table.get("learning", "dense")
+    check_choice("table.learning", learning, ("dense", "rows", "fused"))
+    if learning == "dense":
+        return
+    rows: RowOptimizer = instantiate(table["optimizer"], "table.optimizer")
+    if rows.rule == "catch_up_adam" and optim["table_weight_decay"]:
+        raise ConfigError(
+            f"optim.table_weight_decay={optim['table_weight_decay']}: table.optimizer.rule=catch_up_adam is the dense "
+            "algorithm without decay only; set it to 0, or say table/optimizer=lazy_adam."
+        )
+    if str(trainer["precision"]).startswith("16"):
+        raise ConfigError(
+            f"trainer.precision={trainer['precision']} does not work with table.learning={learning}: its loss scaling "
+            "knows no staged gradients; say trainer.precision=bf16-mixed, or table.learning=dense."
+        )
+    if learning == "fused":
+        _check_fused(config)
+
+
+def _check_fused(config: Mapping[str, Any]) -> None:
+    instead = "say table.learning=rows, which can"
+    accumulated = config["trainer"]["accumulate_grad_batches"]
+    if accumulated != 1:
+        raise ConfigError(
+            f"table.learning=fused updates after each backward and cannot accumulate "
+            f"(trainer.accumulate_grad_batches={accumulated}); {instead}."
+        )
+    limit = config["optim"]["table_clip_norm"]
+    if limit is not None:
+        raise ConfigError(
+            f"table.learning=fused knows no norm before it updates (optim.table_clip_norm={limit}); set "
+            f"optim.table_clip_norm=null, or {instead}."
+        )
+    if config["strategy"]:
+        raise ConfigError(f"table.learning=fused runs in one process (strategy=single); {instead}.")
+
+
+def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
+    """`dense`, joined by row optimizers where the model has tables that learn by rows."""
+    tables = {name: module for name, module in model.named_modules() if _learns_by_rows(module)}
+    if not tables:
+        return dense
+    optim = config["optim"]
+    return TableOptimizer(
+        dense,
+        tables,
+        rows=instantiate(config["table"]["optimizer"], "table.optimizer"),
+        lr=optim["lr"] * optim["table_lr_factor"],
+        weight_decay=optim["table_weight_decay"],
+        seed=int(config["seed"]),
+    )
+
+
+def optimizer_state_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:
+    """Bytes that the optimizers keep: AdamW's two values of each parameter, and what the row rule keeps for a table."""
+    total = optimizer_bytes(model)
+    tables = [module for module in model.modules() if isinstance(module, ValueTable) and module.stage is not None]
+    if tables:
+        rows: RowOptimizer = instantiate(config["table"]["optimizer"], "table.optimizer")
+        for table in tables:
+            shapes = state_shapes(rows.rule, table.lines).values()
+            total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    return total
+
+
+def stages(model: nn.Module) -> list[RowStage]:
+    """The stages of the model's tables, of those that have one."""
+    return [module.stage for module in model.modules() if isinstance(module, ValueTable) and module.stage is not None]
+
+
+def _learns_by_rows(module: nn.Module) -> bool:
+    return isinstance(module, ValueTable) and module.stage is not None

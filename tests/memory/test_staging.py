@@ -1,0 +1,188 @@
+"""Staged reads: what backward leaves adds up to autograd's dense gradient, whatever reads a table and however often.
+
+Letters: N rows, D values a row, T reads, K rows a read, G groups a read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pkm_lightning.memory import RowStage, ValueTable, clip_stages
+
+N, D, T, K = 17, 6, 5, 4
+
+
+class Reader(nn.Module):
+    """Weights from the input, one read, by sum, by group or by inner products; several may share a table."""
+
+    def __init__(self, table: ValueTable, kind: str) -> None:
+        super().__init__()
+        self.tables, self.kind = [table], kind
+        self.weights, self.mix = nn.Linear(D, K), nn.Linear(2 * D if kind == "groups" else D, D)
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        (table,) = self.tables
+        weights_TK = self.weights(x_TD).softmax(-1)
+        if self.kind == "sum":
+            y_TD = table(ids_TK, weights_TK)
+        elif self.kind == "groups":
+            y_TD = table(ids_TK, weights_TK, groups_TK=ids_TK % 2, n_groups=2).flatten(1)
+        else:
+            y_TD = table(ids_TK, table.dot(x_TD, ids_TK).tanh() * weights_TK)
+        return self.mix(y_TD) + x_TD
+
+
+def pair(kind: str, *, slices: int = 1) -> tuple[ValueTable, list[Reader], ValueTable, list[Reader]]:
+    """Two layers over one table that learns densely, and the same by rows."""
+    made = []
+    for learning in ("dense", "rows"):
+        torch.manual_seed(3)
+        table = ValueTable(rows=N, dim=D, learning=learning, slices=slices)
+        made.append((table, [Reader(table, kind), Reader(table, kind)]))
+    return *made[0], *made[1]
+
+
+def run(layers: list[Reader], through: Callable[..., Tensor] | None = None) -> None:
+    """Two micro-batches through both layers, and backward; the same numbers each time."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(2):
+        x_TD = torch.randn(T, D, generator=generator)
+        for layer in layers:
+            ids_TK = torch.randint(N, (T, K), generator=generator)
+            x_TD = layer(x_TD, ids_TK) if through is None else through(layer, x_TD, ids_TK)
+        x_TD.square().sum().backward()
+
+
+def dense(stage: RowStage, table: ValueTable) -> Tensor:
+    """The staged gradient as N x D numbers."""
+    gradient = stage.gradient()
+    assert gradient is not None
+    (order_L, rows_U, starts_V), coefficients_L, sources_L, rows_XD = gradient
+    grad_ND = torch.zeros_like(table.lines)
+    for row, start, end in zip(rows_U.tolist(), starts_V[:-1].tolist(), starts_V[1:].tolist(), strict=True):
+        for read in order_L[start:end].tolist():
+            grad_ND[row] += coefficients_L[read] * rows_XD[sources_L[read]]
+    return grad_ND.view_as(table.weight)
+
+
+def staged(table: ValueTable) -> RowStage:
+    assert table.stage is not None
+    return table.stage
+
+
+@pytest.mark.parametrize("kind", ["sum", "groups", "dot"])
+def test_two_layers_and_two_micro_batches_add_up_to_the_dense_gradient(kind: str) -> None:
+    dense_table, dense_layers, table, layers = pair(kind)
+    run(dense_layers)
+    run(layers)
+    assert table.weight.grad is None
+    assert dense_table.weight.grad is not None
+    assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
+    for own, expected in zip(layers, dense_layers, strict=True):
+        for p, q in zip(own.parameters(), expected.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert_close(p.grad, q.grad, kind="grad")
+
+
+def test_a_forward_that_is_recomputed_stages_once() -> None:
+    dense_table, dense_layers, table, layers = pair("sum")
+    run(dense_layers)
+    run(layers, lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=False))
+    assert dense_table.weight.grad is not None
+    assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
+
+
+@pytest.mark.parametrize("kind", ["sum", "dot"])
+def test_compiled_layers_stage_the_same(kind: str) -> None:
+    dense_table, dense_layers, table, layers = pair(kind)
+    run(dense_layers)
+    run([torch.compile(layer, backend="aot_eager", fullgraph=True) for layer in layers])  # type: ignore[misc]
+    assert dense_table.weight.grad is not None
+    assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
+
+
+def test_slices_of_rows_are_rows_of_their_own() -> None:
+    table = ValueTable(rows=3, dim=4, slices=2, learning="rows")
+    assert table.lines.shape == (6, 2)
+    y_TD = table(torch.tensor([[5]]), torch.ones(1, 1))
+    assert torch.equal(y_TD[0], table.weight[2, 2:])
+    y_TD.backward(torch.tensor([[1.0, 2.0]]))
+    assert dense(staged(table), table).flatten().nonzero().flatten().tolist() == [10, 11]
+
+
+def test_a_read_with_constant_weights_is_staged_too() -> None:
+    table = ValueTable(rows=N, dim=D, learning="rows")
+    table(torch.randint(N, (T, K)), torch.rand(T, K)).sum().backward()
+    assert dense(staged(table), table).any()
+
+
+def test_nothing_is_staged_without_gradient_or_for_frozen_rows() -> None:
+    table = ValueTable(rows=N, dim=D, learning="rows")
+    with torch.no_grad():
+        assert not table(torch.randint(N, (T, K)), torch.rand(T, K)).requires_grad
+    assert staged(table).gradient() is None
+    assert staged(table).norm().item() == 0
+    frozen = ValueTable(rows=N, dim=D, learning="rows", trainable=False)
+    assert frozen.stage is None
+    assert not frozen.weight.requires_grad
+
+
+def test_cleared_buffers_start_anew() -> None:
+    _, _, table, layers = pair("sum")
+    run(layers)
+    once = dense(staged(table), table)
+    staged(table).scale = 0.5
+    staged(table).clear()
+    run(layers)
+    assert torch.equal(dense(staged(table), table), once)
+    assert staged(table).scale == 1.0
+
+
+def test_copies_of_a_model_stage_for_themselves() -> None:
+    _, _, table, _ = pair("sum")
+    other = copy.deepcopy(table)
+    other(torch.randint(N, (T, K)), torch.rand(T, K)).sum().backward()
+    assert staged(table).gradient() is None
+    assert staged(other).gradient() is not None
+
+
+def test_bf16_tables_keep_their_coefficients_in_fp32() -> None:
+    table = ValueTable(rows=N, dim=D, learning="rows").bfloat16()
+    table(torch.randint(N, (T, K)), torch.rand(T, K)).float().sum().backward()
+    gradient = staged(table).gradient()
+    assert gradient is not None
+    assert gradient.coefficients_L.dtype is torch.float32
+    assert gradient.source_rows_XD.dtype is torch.bfloat16
+
+
+def test_clipping_is_by_the_norm_over_all_tables() -> None:
+    dense_table, dense_layers, table, layers = pair("sum")
+    run(dense_layers)
+    run(layers)
+    other = ValueTable(rows=N, dim=D, learning="rows")
+    other(torch.randint(N, (T, K)), torch.rand(T, K)).sum().backward()
+    both = [staged(table), staged(other)]
+    assert dense_table.weight.grad is not None
+    expected = torch.stack([dense_table.weight.grad.norm(), dense(staged(other), other).norm()]).norm()
+    assert_close(clip_stages(both, None), expected)
+    assert [stage.scale for stage in both] == [1.0, 1.0]
+    assert_close(clip_stages(both, 0.5), expected)
+    assert_close(torch.stack([stage.norm() for stage in both]).norm(), torch.tensor(0.5))
+    clip_stages(both, 100.0)
+    assert_close(torch.stack([stage.norm() for stage in both]).norm(), torch.tensor(0.5))
+
+
+def test_a_table_in_host_memory_is_cast_but_not_moved() -> None:
+    table = ValueTable(rows=N, dim=D, device="cpu")
+    layer = nn.ModuleDict({"table": table, "linear": nn.Linear(2, 2)}).to("meta", torch.bfloat16)
+    assert layer["linear"].weight.is_meta  # type: ignore[union-attr]
+    assert table.weight.device.type == "cpu"
+    assert table.weight.dtype is torch.bfloat16

@@ -1,0 +1,238 @@
+"""TableOptimizer: equal to the dense algorithms over many steps of a pool that three layers share; state, errors.
+
+Letters: N rows, D values a row, T reads, K rows a read.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor, nn
+
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
+
+N, D, T, K = 40, 6, 4, 3
+
+
+class Pool(nn.Module):
+    """Three layers that read one table by their own weights, in float64 so that nothing depends on rounding."""
+
+    def __init__(self, learning: str) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.table = ValueTable(rows=N, dim=D, learning=learning)
+        self.layers = nn.ModuleList(nn.Linear(D, K) for _ in range(3))
+        self.double()
+
+    def loss(self, x_TD: Tensor, ids_3TK: Tensor) -> Tensor:
+        goal_TD = x_TD.flip(0)
+        for layer, ids_TK in zip(self.layers, ids_3TK, strict=True):
+            x_TD = x_TD + self.table(ids_TK, layer(x_TD).softmax(-1))
+        return (x_TD - goal_TD).square().sum()
+
+
+def batches(steps: int, micro: int) -> list[list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(11)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        skewed = (N ** torch.rand(3, T, K, generator=generator)).long().clamp(max=N - 1)
+        return torch.randn(T, D, generator=generator, dtype=torch.float64), skewed
+
+    return [[batch() for _ in range(micro)] for _ in range(steps)]
+
+
+def by_rows(pool: Pool, rule: str, **betas: tuple[float, float]) -> TableOptimizer:
+    dense = torch.optim.SGD(pool.layers.parameters(), lr=0.01)
+    return TableOptimizer(dense, {"pool": pool.table}, rows=RowOptimizer(rule=rule, **betas), lr=0.02)
+
+
+def train(pool: Pool, optimizer: torch.optim.Optimizer, steps: int, micro: int) -> list[float]:
+    losses = []
+    for step in batches(steps, micro):
+        optimizer.zero_grad()
+        total = 0.0
+        for batch in step:
+            loss = pool.loss(*batch) / micro
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+class DenseRowAdagrad(torch.optim.Optimizer):
+    """Row-wise Adagrad as it is written down, over the whole gradient."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight_ND in group["params"]:
+                sums_N = self.state[weight_ND].setdefault("sum", torch.zeros(len(weight_ND), dtype=weight_ND.dtype))
+                sums_N += weight_ND.grad.square().mean(1)
+                weight_ND.data -= group["lr"] * weight_ND.grad / (sums_N.sqrt() + 1e-8).unsqueeze(1)
+
+
+def dense_twin(pool: Pool, rule: str) -> torch.optim.Optimizer:
+    groups = [{"params": [pool.table.weight], "lr": 0.02}]
+    table: torch.optim.Optimizer = {
+        "sgd": lambda: torch.optim.SGD(groups),
+        "row_adagrad": lambda: DenseRowAdagrad(groups, {"lr": 0.02}),
+        "catch_up_adam": lambda: torch.optim.Adam(groups, betas=(0.0, 0.95)),
+    }[rule]()
+    return Both(torch.optim.SGD(pool.layers.parameters(), lr=0.01), table)  # type: ignore[return-value]
+
+
+class Both:
+    """Two optimizers stepped together."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+BETAS = {"catch_up_adam": {"betas": (0.0, 0.95)}}
+
+
+@pytest.mark.parametrize(("learning", "micro"), [("rows", 3), ("fused", 1)])
+@pytest.mark.parametrize("rule", ["sgd", "row_adagrad", "catch_up_adam"])
+def test_200_steps_equal_the_dense_algorithm(rule: str, learning: str, micro: int) -> None:
+    dense_pool, pool = Pool("dense"), Pool(learning)
+    expected = train(dense_pool, dense_twin(dense_pool, rule), 200, micro)
+    losses = train(pool, by_rows(pool, rule, **BETAS.get(rule, {})), 200, micro)
+    assert sum(losses[-40:]) < sum(losses[:40])
+    assert max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True)) < 1e-9
+    assert_close(pool.table.weight, dense_pool.table.weight, kind="grad")
+
+
+def test_lazy_adam_is_adam_where_every_row_is_read_each_step() -> None:
+    def run(learning: str) -> Tensor:
+        pool = Pool(learning)
+        every = torch.arange(N).view(1, 1, N).expand(3, 1, N)
+        pool.layers = nn.ModuleList(nn.Linear(D, N) for _ in range(3)).double()
+        for p in pool.layers.parameters():
+            nn.init.constant_(p, 0.1)
+        optimizer = (
+            by_rows(pool, "lazy_adam", betas=(0.9, 0.95))
+            if learning == "rows"
+            else torch.optim.Adam([pool.table.weight], lr=0.02, betas=(0.9, 0.95))
+        )
+        if learning == "rows":
+            optimizer.param_groups[0]["lr"] = 0.0
+        for step in batches(20, 1):
+            optimizer.zero_grad()
+            pool.loss(step[0][0][:1], every).backward()
+            optimizer.step()
+        return pool.table.weight
+
+    assert_close(run("rows"), run("dense"), kind="grad")
+
+
+def test_a_scheduler_moves_the_tables_rate() -> None:
+    pool = Pool("rows")
+    optimizer = by_rows(pool, "sgd")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    before_ND = pool.table.weight.clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.step(lambda: pool.loss(*batches(1, 1)[0][0]).backward())
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01 / 8, 0.02 / 8]
+    assert not torch.equal(before_ND, pool.table.weight)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "row_adagrad", "lazy_adam", "catch_up_adam"])
+def test_a_saved_state_continues_bit_for_bit(rule: str) -> None:
+    def made() -> tuple[Pool, TableOptimizer, torch.optim.lr_scheduler.LambdaLR]:
+        pool = Pool("rows").bfloat16()
+        dense = torch.optim.AdamW(pool.layers.parameters(), lr=0.01)
+        rows = RowOptimizer(rule=rule, **BETAS.get(rule, {"betas": (0.9, 0.95)}))  # type: ignore[arg-type]
+        optimizer = TableOptimizer(dense, {"pool": pool.table}, rows=rows, lr=0.02, seed=5)
+        return pool, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+
+    def run(pool: Pool, optimizer: TableOptimizer, scheduler: object, steps: list[int]) -> None:
+        data = batches(8, 1)
+        for i in steps:
+            optimizer.zero_grad()
+            pool.loss(data[i][0][0].bfloat16(), data[i][0][1]).backward()
+            optimizer.step()
+            scheduler.step()  # type: ignore[attr-defined]
+
+    first = made()
+    run(*first, list(range(8)))
+    half = made()
+    run(*half, list(range(4)))
+    saved = copy.deepcopy([part.state_dict() for part in half])
+    again = made()
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)  # type: ignore[attr-defined]
+    run(*again, list(range(4, 8)))
+    assert torch.equal(again[0].table.weight, first[0].table.weight)
+    for name, value in first[1].state[first[0].table.weight].items():
+        assert torch.equal(torch.as_tensor(again[1].state[again[0].table.weight][name]), torch.as_tensor(value))
+        assert not torch.is_tensor(value) or value.dtype in (torch.float32, torch.int32)
+
+
+def test_state_of_another_rule_or_model_is_refused() -> None:
+    saved = by_rows(Pool("rows"), "lazy_adam").state_dict()
+    with pytest.raises(ValueError, match=r"state holds \['exp_avg', 'exp_avg_sq', 'step'\], sgd \['step'\]"):
+        by_rows(Pool("rows"), "sgd").load_state_dict(saved)
+    saved["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match=r"other parameter groups than this model's, of sizes \[6, 1\]"):
+        by_rows(Pool("rows"), "lazy_adam").load_state_dict(saved)
+
+
+def test_zero_grad_forgets_a_bad_step() -> None:
+    pool = Pool("rows")
+    optimizer = by_rows(pool, "lazy_adam")
+    train(pool, optimizer, 2, 1)
+    state = copy.deepcopy(optimizer.state[pool.table.weight])
+    before_ND = pool.table.weight.clone()
+    optimizer.zero_grad()
+    (pool.loss(*batches(1, 1)[0][0]) * math.nan).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(pool.table.weight, before_ND)
+    assert optimizer.state[pool.table.weight]["step"] == state["step"] == 2
+    assert torch.equal(optimizer.state[pool.table.weight]["exp_avg"], state["exp_avg"])
+
+
+def test_a_table_that_is_read_behind_its_back_is_told() -> None:
+    pool = Pool("rows")
+    optimizer = by_rows(pool, "sgd")
+    (pool.table.weight[0] * pool.layers[0].weight.sum()).sum().backward()  # type: ignore[union-attr,operator]
+    with pytest.raises(ConfigError, match=r"table of shape \(40, 6\) learns by rows, but no read of it was seen"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "adam"}, r"table.optimizer.rule=.adam. is not known"),
+        ({"rule": "lazy_adam", "betas": (0.9,)}, r"betas=\[0.9\] must be two numbers"),
+        ({"rule": "lazy_adam", "betas": (0.9, 1.0)}, r"table.optimizer.betas=1.0"),
+        ({"rule": "row_adagrad", "eps": -1.0}, r"table.optimizer.eps=-1.0"),
+        ({"rule": "catch_up_adam"}, r"catch_up_adam is exact without momentum only; set the first to 0"),
+    ],
+)
+def test_row_optimizers_refuse_what_cannot_be(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RowOptimizer(**arguments)  # type: ignore[arg-type]
+
+
+def test_catch_up_refuses_decay() -> None:
+    pool, rows = Pool("rows"), RowOptimizer(rule="catch_up_adam", betas=(0.0, 0.95))
+    dense = torch.optim.SGD(pool.layers.parameters(), lr=0.01)
+    with pytest.raises(ConfigError, match=r"table_weight_decay=0.1: catch_up_adam is the dense algorithm without"):
+        TableOptimizer(dense, {"pool": pool.table}, rows=rows, lr=0.1, weight_decay=0.1)

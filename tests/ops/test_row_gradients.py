@@ -1,0 +1,150 @@
+"""Every backend of row_gradients against a loop: compact and dense, hot rows, empty segments, half precision.
+
+Letters: L reads, N rows of the table, X source rows, D values a row, U segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor, library
+from torch.utils.flop_counter import FlopCounterMode
+
+from pkm_lightning.ops.row_gradients import row_gradients, table_gradient
+from pkm_lightning.ops.segments import Segments, read_segments
+
+BACKENDS = ["cpu", "triton", "eager"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# rows, values a row, source rows, reads
+SIZES = [(1, 3, 4, 5), (9, 1, 1, 1), (6, 257, 3, 9), (31, 100, 2, 13), (40, 63, 50, 7)]
+
+
+class Sum(NamedTuple):
+    ids_L: Tensor
+    coefficients_L: Tensor
+    sources_L: Tensor
+    rows_XD: Tensor
+
+    def by_definition(self, n_rows: int) -> Tensor:
+        grads_ND = torch.zeros(n_rows, self.rows_XD.shape[1], dtype=torch.float64)
+        for row, coefficient, source in zip(*(part.cpu() for part in self[:3]), strict=True):
+            grads_ND[row] += coefficient.double() * self.rows_XD[source].cpu().double()
+        return grads_ND
+
+
+def draw(n: int, d: int, x: int, length: int, dtype: torch.dtype, backend: str) -> Sum:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    coefficients_L = torch.rand(length).to(device, dtype)
+    ids_L, sources_L = torch.randint(n, (length,), device=device), torch.randint(x, (length,), device=device)
+    return Sum(ids_L, coefficients_L, sources_L.int(), torch.randn(x, d).to(device, dtype))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """In torch's deterministic mode memory that is not written holds NaN."""
+    torch.set_deterministic_debug_mode("warn")
+    yield
+    torch.set_deterministic_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sums_equal_the_definition_and_are_wide(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, backend: str
+) -> None:
+    given = draw(*sizes, dtype, backend)
+    segments = read_segments(given.ids_L, sizes[0])
+    grads_UD = row_gradients(segments, *given[1:], backend=backend)
+    expected_ND = given.by_definition(sizes[0])
+    assert grads_UD.dtype is torch.promote_types(dtype, torch.float32)
+    live_U = segments.rows_U.cpu() >= 0
+    assert_close(grads_UD.cpu()[live_U], expected_ND[segments.rows_U.cpu()[live_U].long()], kind="grad")
+    assert not grads_UD.cpu()[~live_U].any()
+    if backend != "reference":
+        table_ND = table_gradient(segments, *given[1:], n_rows=sizes[0], backend=backend)
+        assert table_ND.dtype is dtype
+        assert_close(table_ND.cpu(), expected_ND, kind="grad")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hot", ["all", "zipf"])
+def test_hot_rows_are_summed_in_pieces_and_alike_on_every_run(hot: str, backend: str) -> None:
+    given = draw(12, 257, 30, 300, torch.float32, backend)
+    hot_L = torch.full_like(given.ids_L, 7) if hot == "all" else (12 ** torch.rand(300)).to(given.ids_L)
+    given = given._replace(ids_L=hot_L, coefficients_L=given.coefficients_L / 30)
+    segments = read_segments(given.ids_L, 12)
+    first_UD, second_UD = (row_gradients(segments, *given[1:], backend=backend) for _ in range(2))
+    assert torch.equal(first_UD, second_UD)
+    assert_close(first_UD.cpu()[: len(hot_L.unique())], given.by_definition(12)[hot_L.unique().cpu()], kind="grad")
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_empty_segments_give_zeros_and_touch_no_row(backend: str) -> None:
+    given = draw(1, 3, 2, 3, torch.float32, backend)._replace(ids_L=torch.tensor([5, 1, 5]))
+    order_L, rows_U, starts_V = read_segments(given.ids_L, 6)
+    segments = Segments(
+        order_L, torch.cat([rows_U, -torch.ones_like(rows_U)]), torch.nn.functional.pad(starts_V, (0, 2), value=3)
+    )
+    segments = Segments(*(part.to(given.rows_XD.device) for part in segments))
+    expected_ND = given.by_definition(6)
+    grads_UD = row_gradients(segments, *given[1:], backend=backend)
+    assert_close(grads_UD.cpu(), expected_ND[[1, 5, 0, 0]].float(), kind="grad")
+    if backend != "reference":
+        assert_close(table_gradient(segments, *given[1:], n_rows=6, backend=backend).cpu(), expected_ND, kind="grad")
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_no_reads_and_strided_inputs(backend: str) -> None:
+    given = draw(6, 8, 4, 20, torch.float32, backend)
+    segments = read_segments(given.ids_L, 6)
+    strided = given.coefficients_L.repeat_interleave(2)[::2], given.sources_L.long(), given.rows_XD.T.contiguous().T
+    assert not strided[2].is_contiguous()
+    expected_UD = row_gradients(segments, *given[1:], backend=backend)
+    assert torch.equal(row_gradients(segments, *strided, backend=backend), expected_UD)
+    none = read_segments(given.ids_L[:0], 6)
+    assert row_gradients(none, *(part[:0] for part in given[1:3]), given.rows_XD, backend=backend).shape == (0, 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_tables_are_summed_in_huge_pages_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pkm_lightning.ops.row_gradients.huge_pages._LARGE", 0)
+    given = draw(600, 9, 4, 7, torch.float32, backend)
+    table_ND = table_gradient(read_segments(given.ids_L, 600), *given[1:], n_rows=600, backend=backend)
+    assert_close(table_ND.cpu(), given.by_definition(600), kind="grad")
+
+
+def test_threads_do_not_change_the_sums() -> None:
+    given = draw(50, 33, 20, 400, torch.float32, "cpu")
+    segments = read_segments(given.ids_L, 50)
+    alone_UD = row_gradients(segments, *given[1:], backend="cpu")
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(row_gradients(segments, *given[1:], backend="cpu"), alone_UD)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_operator_is_registered_completely() -> None:
+    given = draw(11, 7, 5, 15, torch.bfloat16, "eager")
+    segments = read_segments(given.ids_L, 11)
+    torch.set_deterministic_debug_mode("default")  # opcheck compares what is uninitialised
+    library.opcheck(torch.ops.pkm_lightning.row_gradients.default, (*segments, *given[1:], "eager"))
+    with FlopCounterMode(display=False) as counter:
+        row_gradients(segments, *given[1:])
+    assert counter.get_total_flops() == 2 * 15 * 7
+
+
+def test_refuses_inputs_that_do_not_fit() -> None:
+    given = draw(11, 7, 5, 15, torch.float32, "eager")
+    segments = read_segments(given.ids_L, 11)
+    with pytest.raises(
+        ValueError, match=r"row_gradients: needs source rows \(X, D\) and one coefficient and one source"
+    ):
+        row_gradients(segments, given.coefficients_L[1:], given.sources_L, given.rows_XD)
+    with pytest.raises(ValueError, match=r"sources are torch.int16; allowed: torch.int32, torch.int64\."):
+        row_gradients(segments, given.coefficients_L, given.sources_L.short(), given.rows_XD)

@@ -1,0 +1,47 @@
+"""Segments hold every read once, sorted by row; the form that accelerators get is the same with a padded end.
+
+Letters: L reads, N rows, U segments, T tokens, K reads a token.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pkm_lightning.ops import segments as module
+from pkm_lightning.ops.segments import Segments, read_segments, read_sources
+
+
+def padded(ids_L: Tensor, n_rows: int) -> Segments:
+    sorted_L, order_L = torch.sort(ids_L.int(), stable=True)
+    return module._padded_segments(sorted_L, order_L, n_rows)
+
+
+@pytest.mark.parametrize("build", [read_segments, padded])
+@pytest.mark.parametrize("n_rows", [1, 5, 200])
+def test_every_read_stands_once_in_the_segment_of_its_row(n_rows: int, build) -> None:
+    ids_L = torch.randint(n_rows, (77,))
+    order_L, rows_U, starts_V = build(ids_L, n_rows)
+    assert rows_U.dtype is torch.int32
+    assert rows_U[rows_U >= 0].tolist() == sorted(set(ids_L.tolist()))
+    assert starts_V[-1] == 77
+    for row, start, stop in zip(rows_U.tolist(), starts_V[:-1].tolist(), starts_V[1:].tolist(), strict=True):
+        assert order_L[start:stop].tolist() == [read for read, i in enumerate(ids_L.tolist()) if i == row]
+
+
+def test_the_padded_form_has_a_length_that_no_data_decides() -> None:
+    segments = padded(torch.tensor([3, 3, 1]), 100)
+    assert segments.rows_U.tolist() == [1, 3, -1]
+    assert segments.starts_V.tolist() == [0, 1, 3, 3]
+
+
+@pytest.mark.parametrize("build", [read_segments, padded])
+def test_no_reads_make_no_segments(build) -> None:
+    assert [part.tolist() for part in build(torch.zeros(0, dtype=torch.int64), 9)] == [[], [], [0]]
+
+
+def test_sources_are_tokens_or_their_groups() -> None:
+    ids_TK, groups_TK = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 0, 3], [0, 0, 2]])
+    assert read_sources(ids_TK).tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert read_sources(ids_TK, groups_TK, 4).tolist() == [[1, 0, 3], [4, 4, 6]]
