@@ -110,22 +110,29 @@ class Addressing(nn.Module):
     def forward(self, x_TD: Float[Tensor, "T D"], valid_T: Bool[Tensor, " T"] | None = None) -> Addresses:
         """The slots of every token; padding is looked up too, but enters neither statistics nor losses."""
         q_TH2E, stats = self.query(x_TD, valid_T)
-        halves_2HTS = self.keys(q_TH2E)
-        with ieee_scores(halves_2HTS[0]):
-            choosing_2HTS = self._with_noise(halves_2HTS)
-            if self.cures.straight_through and self.training:
-                ids_HTC, weights_HTC, ids_HTK, weights_HTK = self._straight_through(halves_2HTS, choosing_2HTS)
-            else:
-                ids_HTK, weights_HTK = self._chosen(halves_2HTS, choosing_2HTS)
-                ids_HTC, weights_HTC = ids_HTK, weights_HTK
-            losses = self._losses(halves_2HTS, ids_HTK, valid_T)
+        losses: dict[str, Tensor] = {}
+        if self.training and self.cures.need_all_scores:
+            halves_2HTS = self.keys(q_TH2E)
+            with ieee_scores(halves_2HTS[0]):
+                choosing_2HTS = self._with_noise(halves_2HTS)
+                if self.cures.straight_through:
+                    ids_HTC, weights_HTC, ids_HTK, weights_HTK = self._straight_through(halves_2HTS, choosing_2HTS)
+                else:
+                    ids_HTK, weights_HTK = self._chosen(halves_2HTS, choosing_2HTS)
+                    ids_HTC, weights_HTC = ids_HTK, weights_HTK
+                losses = self._losses(halves_2HTS, ids_HTK, valid_T)
+        else:
+            scores_HTK, ids_HTK = self.keys.search(q_TH2E, self.knn)
+            with ieee_scores(scores_HTK):
+                weights_HTK = self._activate(scores_HTK)
+            ids_HTC, weights_HTC = ids_HTK, weights_HTK
         ids_THK, weights_THK = ids_HTK.transpose(0, 1), weights_HTK.transpose(0, 1)
         ids_TC, weights_TC = ids_HTC.transpose(0, 1).flatten(1), weights_HTC.transpose(0, 1).flatten(1)
         return Addresses(ids_TC, weights_TC, ids_THK, weights_THK, losses, stats)
 
     @property
     def _noisy(self) -> bool:
-        return self.training and self.cures.gumbel_noise > 0
+        return self.cures.gumbel_noise > 0
 
     def _with_noise(self, halves_2HTS: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if not self._noisy:
@@ -165,7 +172,7 @@ class Addressing(nn.Module):
 
     def _losses(self, halves_2HTS: tuple[Tensor, Tensor], ids_HTK: Tensor, valid_T: Tensor | None) -> dict[str, Tensor]:
         balance, entropy = self.cures.balance_loss, self.cures.entropy_loss
-        if not self.training or not (balance or entropy):
+        if not (balance or entropy):
             return {}
         n_keys = halves_2HTS[0].shape[-1]
         keys_2HTK = (ids_HTK // n_keys, ids_HTK % n_keys)

@@ -66,6 +66,11 @@ class Cures:
                 raise ConfigError(f"ffn.cures.{name} is not known; allowed: {', '.join(known)}.{nearest(name, known)}")
         return cls(**(settings or {}))  # type: ignore[arg-type]
 
+    @property
+    def need_all_scores(self) -> bool:
+        """Whether training needs the scores of sub-keys that are not kept."""
+        return bool(self.straight_through or self.gumbel_noise or self.balance_loss or self.entropy_loss)
+
 
 def gumbel(like: Tensor) -> Tensor:
     """Independent standard Gumbel draws: -log of standard exponential ones."""

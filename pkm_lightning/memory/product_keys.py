@@ -1,6 +1,6 @@
 """Two sets of sub-keys per head; their products address S * S slots with 2 * S comparisons (Lample et al. 2019).
 
-Letters: T tokens, H heads, 2 halves, S sub-keys a half, E dimension of a half key.
+Letters: T tokens, H heads, 2 halves, S sub-keys a half, E dimension of a half key, K slots kept, J kept a half.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import nn
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
 from pkm_lightning.memory.query import half_norm
+from pkm_lightning.ops import half_topk, product_combine
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int32
     from torch import Tensor
 
 
@@ -62,9 +63,31 @@ class ProductKeys(nn.Module):
     def forward(self, q_TH2E: Float[Tensor, "T H 2 E"]) -> tuple[Float[Tensor, "H T S"], Float[Tensor, "H T S"]]:
         """Scores of the first and of the second half, IEEE fp32, head-major: so the products leave them in memory."""
         with ieee_scores(q_TH2E):
-            keys_H2SE = self.keys.to(score_dtype(q_TH2E))
-            if self.norm is not None:
-                keys_H2SE = half_norm(self.norm, keys_H2SE) * keys_H2SE.shape[-1] ** -0.5
             q_2HTE = q_TH2E.permute(2, 1, 0, 3)
-            keys_2HES = keys_H2SE.expand(self.heads, -1, -1, -1).permute(1, 0, 3, 2)
+            keys_2HES = self._scaled(q_TH2E).expand(self.heads, -1, -1, -1).permute(1, 0, 3, 2)
             return torch.bmm(q_2HTE[0], keys_2HES[0]), torch.bmm(q_2HTE[1], keys_2HES[1])
+
+    def search(
+        self, q_TH2E: Float[Tensor, "T H 2 E"], knn: int
+    ) -> tuple[Float[Tensor, "H T K"], Int32[Tensor, "H T K"]]:
+        """Scores and ids of the best `knn` slots of every head, best first, as `product_topk` of `forward` finds them.
+
+        No score of a sub-key that is not kept leaves the processor; equal up to the rounding of the inner products.
+        """
+        with ieee_scores(q_TH2E):
+            q_2HTE = q_TH2E.permute(2, 1, 0, 3)
+            keys_2HSE = self._scaled(q_TH2E).transpose(0, 1)
+            # Heads with one set of sub-keys are more queries to it.
+            shape_2XTE = (*keys_2HSE.shape[:2], -1, q_2HTE.shape[-1])
+            per_half = min(knn, keys_2HSE.shape[2])
+            scores_2XTJ, keys_2XTJ = half_topk(q_2HTE.reshape(shape_2XTE), keys_2HSE, per_half)
+            shape_HTJ = (self.heads, -1, per_half)
+            halves = [part.reshape(shape_HTJ) for half in (0, 1) for part in (scores_2XTJ[half], keys_2XTJ[half])]
+            return product_combine(*halves, keys_2HSE.shape[2], knn)
+
+    def _scaled(self, q_TH2E: Tensor) -> Tensor:
+        """The sub-keys in the dtype of scores, normalised and scaled if so configured, (H or 1, 2, S, E)."""
+        keys_H2SE = self.keys.to(score_dtype(q_TH2E))
+        if self.norm is None:
+            return keys_H2SE
+        return half_norm(self.norm, keys_H2SE) * keys_H2SE.shape[-1] ** -0.5

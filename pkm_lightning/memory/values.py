@@ -50,6 +50,6 @@ class Values(nn.Module):
         return y_TV if self.projection is None else self.projection(y_TV.to(self.projection.weight.dtype))
 
     def flops(self, reads: int) -> int:
-        """Forward FLOPs a token of `reads` rows: the map's and, in FLOP counters unseen, the weighted sum's."""
+        """Forward FLOPs a token of `reads` rows: the map's and the weighted sum's."""
         matrix = 0 if self.projection is None else self.projection.weight.numel()
         return 2 * (matrix + reads * self.table.weight.shape[1])

@@ -1,6 +1,6 @@
 """What a model costs: parameters, FLOPs and bytes a token, in training and in decoding, from formulas.
 
-FLOP counters see a table lookup as free and count nothing on a model that is not run, so the figures are analytic;
+FLOP counters count nothing on a model that is not run, and no bytes, so the figures are analytic;
 tests hold them to the built module and to `torch.utils.flop_counter`.
 
 Conventions: multiply and add are two FLOPs; backward is twice forward; attention over a context of T tokens counts all

@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {
 def build(**changes: Any) -> tuple[UltraMem, ValueTable]:
     arguments = {**SIZES, **changes}
     spec = UltraMem.table_spec(**arguments)
-    table = ValueTable(rows=spec.rows, dim=spec.dim, std=spec.std)
+    table = ValueTable(rows=spec.rows, dim=spec.dim, std=spec.std, slices=spec.slices)
     return UltraMem(table=table, **arguments), table
 
 

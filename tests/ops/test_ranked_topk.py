@@ -6,6 +6,7 @@ Letters: R rows, S scores, K kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,19 @@ BACKENDS = ["cpu", "triton", "eager", "reference"]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # rows, scores, kept: one score, k = S, k of 1, spans of 64 and blocks of 16 hit and missed, bounds from both kinds
 SIZES = [(3, 1, 1), (5, 7, 7), (2, 64, 1), (9, 65, 13), (4, 128, 64), (3, 1000, 32), (2, 1024, 5)]
+# The interpreter of GPU kernels is slow: one block of scores with one program's rows and more, then two blocks.
+CASES = [(backend, *size) for size in SIZES for backend in ("cpu", "eager", "reference")] + [
+    ("triton", 5, 7, 7),
+    ("triton", 1, 250, 7),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """In torch's deterministic mode memory that is not written holds NaN."""
+    torch.set_deterministic_debug_mode("warn")
+    yield
+    torch.set_deterministic_debug_mode("default")
 
 
 def place(scores_RS: Tensor, backend: str) -> Tensor:
@@ -37,7 +51,7 @@ def assert_ranked(scores_RS: Tensor, k: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_small_rows_equal_the_definition(backend: str, data: st.DataObject) -> None:
     level = st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 1.0, -2.0])
@@ -45,12 +59,9 @@ def test_small_rows_equal_the_definition(backend: str, data: st.DataObject) -> N
     assert_ranked(torch.tensor([scores]), data.draw(st.integers(1, len(scores))), backend)
 
 
-@pytest.mark.parametrize("levels", [None, 1, 3])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("rows", "n_scores", "k"), SIZES)
-def test_random_rows_equal_the_definition(rows: int, n_scores: int, k: int, backend: str, levels: int | None) -> None:
-    if backend == "triton" and n_scores > 128:
-        rows, n_scores, k = 1, 150, min(k, 5)  # two blocks; the interpreter is slow
+@pytest.mark.parametrize("levels", [None, 3])
+@pytest.mark.parametrize(("backend", "rows", "n_scores", "k"), CASES)
+def test_random_rows_equal_the_definition(backend: str, rows: int, n_scores: int, k: int, levels: int | None) -> None:
     scores_RS = torch.randn(rows, n_scores) if levels is None else torch.randint(levels, (rows, n_scores)).float()
     assert_ranked(scores_RS, k, backend)
 

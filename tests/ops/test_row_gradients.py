@@ -110,12 +110,17 @@ def test_no_reads_and_strided_inputs(backend: str) -> None:
     assert row_gradients(none, *(part[:0] for part in given[1:3]), given.rows_XD, backend=backend).shape == (0, 8)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_large_tables_are_summed_in_huge_pages_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkm_lightning.ops.row_gradients.huge_pages._LARGE", 0)
-    given = draw(600, 9, 4, 7, torch.float32, backend)
-    table_ND = table_gradient(read_segments(given.ids_L, 600), *given[1:], n_rows=600, backend=backend)
-    assert_close(table_ND.cpu(), given.by_definition(600), kind="grad")
+def test_bfloat16_sums_are_rounded_as_torch_rounds() -> None:
+    rows_XD = torch.tensor([[1, 1 + 2**-7], [2**-8, 2**-8]], dtype=torch.bfloat16)  # sums half way, to even and to odd
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the bits that a carry would make -0.0
+    given = Sum(
+        torch.tensor([0, 0, 2]), torch.stack([torch.ones(()), torch.ones(()), nan]), torch.arange(3) % 2, rows_XD
+    )
+    segments = read_segments(given.ids_L, 3)
+    sums_UD = row_gradients(segments, *given[1:], backend="cpu")
+    table_ND = table_gradient(segments, *given[1:], n_rows=3, backend="cpu")
+    assert sums_UD[1].isnan().all()
+    torch.testing.assert_close(table_ND[[0, 2]], sums_UD.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_threads_do_not_change_the_sums() -> None:

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from pkm_lightning.ops.numba_threads import use_torch_threads
+from pkm_lightning.ops.row_gradients.cpu import as_numpy
 from pkm_lightning.ops.segments import read_sources
 from pkm_lightning.ops.weighted_gather import eager
 from pkm_lightning.ops.weighted_gather.eager import gather_sum
@@ -26,17 +27,15 @@ def gather_dot(table_ND: Tensor, rows_XD: Tensor, ids_TK: Tensor, groups_TK: Ten
     if table_ND.dtype not in (torch.float32, torch.bfloat16):
         return eager.gather_dot(table_ND, rows_XD, ids_TK, groups_TK, n_groups)
     dots_TK = torch.empty(ids_TK.shape)
-    # numpy has no bfloat16: its bits travel as integers.
-    bits_ND = table_ND.view(torch.uint16) if table_ND.dtype is torch.bfloat16 else table_ND
-    inputs = bits_ND, rows_XD.float(), ids_TK.int(), read_sources(ids_TK, groups_TK, n_groups)
+    inputs = table_ND, rows_XD.float(), ids_TK.int(), read_sources(ids_TK, groups_TK, n_groups), dots_TK
     use_torch_threads()
-    _dots(*(tensor.detach().numpy() for tensor in inputs), dots_TK.numpy())
+    _dots(*map(as_numpy, inputs))
     return dots_TK.to(table_ND.dtype)
 
 
 @intrinsic
 def _widened(typing_context, value):  # type: ignore[no-untyped-def]
-    """float32 as it is; the 16 bits of a bfloat16 become the upper half of a float32."""
+    """The float32 of a float32 or of the bits of a bfloat16; exact."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if value == types.float32:

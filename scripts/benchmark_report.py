@@ -1,0 +1,173 @@
+"""What a benchmark prints and writes: one line a way, with the conditions under which it was measured."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Result:
+    """One way at one size; `status` is `ok` or why there is no figure."""
+
+    row: str
+    sizes: str = ""
+    way: str = ""
+    status: str = "ok"
+    #: Relative to float64.
+    error: float | None = None
+    #: Two calls agreed bitwise.
+    same_bits: bool | None = None
+    rounds: int = 0
+    #: Seconds.
+    median: float | None = None
+    least: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    bytes_a_second: float | None = None
+    seconds_a_token: float | None = None
+    peak_bytes: int | None = None
+    #: How many times faster than each baseline.
+    faster: dict[str, float] = field(default_factory=dict)
+
+    def summarise(self, seconds: list[float], moved: float, tokens: int) -> None:
+        """Quantiles of the rounds, if none of them failed."""
+        if self.status != "ok" or not seconds:
+            return
+        cuts = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
+        self.rounds, self.median, self.least = len(seconds), statistics.median(seconds), min(seconds)
+        self.p20, self.p80 = cuts[0], cuts[3]
+        self.bytes_a_second = moved / self.median if moved else None
+        self.seconds_a_token = self.median / tokens if tokens else None
+
+    def compare(self, baselines: Mapping[str, float | None]) -> None:
+        """Fills `faster` from the medians of the baselines."""
+        if self.median:
+            self.faster = {name: median / self.median for name, median in baselines.items() if median}
+
+
+def conditions(device: torch.device, copy_bandwidth: float) -> dict[str, str]:
+    """Where, when and with what a benchmark runs."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cpu": _cpu(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numba": _version("numba"),
+        "copy_GBps": f"{copy_bandwidth / 1e9:.1f}",
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def print_head(name: str, facts: Mapping[str, str]) -> None:
+    """The conditions, in one paragraph."""
+    print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items() if value), flush=True)
+
+
+def print_case(row: str, sizes: str, results: list[Result], facts: Mapping[str, str]) -> None:
+    """A table with the columns that have something to say; times in milliseconds."""
+    baselines = list(dict.fromkeys(name for result in results for name in result.faster))
+    lines = [_cells(result, baselines, float(facts["copy_GBps"]) * 1e9) for result in results]
+    shown = [name for name in lines[0] if any(line[name] for line in lines)]
+    widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in shown}
+    print(f"\n{row}: {sizes}")
+    print("  ".join(name.ljust(widths[name]) if name == "way" else name.rjust(widths[name]) for name in shown))
+    for line in lines:
+        cells = (
+            line[name].ljust(widths[name]) if name in ("way", "note") else line[name].rjust(widths[name])
+            for name in shown
+        )
+        print("  ".join(cells).rstrip(), flush=True)
+
+
+def _cells(result: Result, baselines: list[str], copy: float) -> dict[str, str]:
+    def shown(value: float | None, factor: float, digits: int = 2) -> str:
+        return "" if value is None else f"{value * factor:,.{digits}f}"
+
+    notes = [] if result.status == "ok" else [result.status]
+    if result.same_bits is False:
+        notes.append("two calls differ in bits")
+    rate = result.bytes_a_second
+    return {
+        "way": result.way,
+        "median ms": shown(result.median, 1e3),
+        "min": shown(result.least, 1e3),
+        "p20": shown(result.p20, 1e3),
+        "p80": shown(result.p80, 1e3),
+        "GB/s": shown(rate, 1e-9, 1),
+        "% of copy": shown(rate and rate / copy, 100, 0),
+        "us a token": shown(result.seconds_a_token, 1e6, 1),
+        "peak MiB": shown(result.peak_bytes, 2**-20, 0),
+        **{f"x {name}": shown(result.faster.get(name), 1) for name in baselines},
+        "note": "; ".join(notes),
+    }
+
+
+def write_csv(out: Path, name: str, facts: Mapping[str, str], results: list[Result]) -> None:
+    """A line a way, into the file `out` or, if it is a folder, into DATE-NAME.csv there; replaces what was there."""
+    path = out if out.suffix == ".csv" else out / f"{facts['date']}-{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*facts, *_record(Result(row=""))])
+        writer.writeheader()
+        writer.writerows({**facts, **_record(result)} for result in results)
+    print(f"\nwritten: {path}")
+
+
+def _record(result: Result) -> dict[str, str]:
+    def text(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rate = result.bytes_a_second
+    return {
+        "row": result.row,
+        "sizes": result.sizes,
+        "way": result.way,
+        "status": result.status,
+        "error": text(result.error, ".2e"),
+        "same_bits": "" if result.same_bits is None else str(result.same_bits),
+        "rounds": str(result.rounds),
+        "median_s": text(result.median, ".3e"),
+        "min_s": text(result.least, ".3e"),
+        "p20_s": text(result.p20, ".3e"),
+        "p80_s": text(result.p80, ".3e"),
+        "GBps": text(rate and rate / 1e9, ".2f"),
+        "token_s": text(result.seconds_a_token, ".3e"),
+        "peak_bytes": text(result.peak_bytes, "d"),
+        "times_faster_than": "; ".join(f"{name}: {ratio:.3f}" for name, ratio in result.faster.items()),
+    }
