@@ -34,18 +34,20 @@ class Result:
     p20: float | None = None
     p80: float | None = None
     bytes_a_second: float | None = None
+    copied_a_second: float | None = None
     seconds_a_token: float | None = None
     peak_bytes: int | None = None
     #: How many times faster than each baseline.
     faster: dict[str, float] = field(default_factory=dict)
 
-    def summarise(self, seconds: list[float], moved: float, tokens: int) -> None:
+    def summarise(self, seconds: list[float], moved: float, tokens: int, copied_a_second: float) -> None:
         """Quantiles of the rounds, if none of them failed."""
         if self.status != "ok" or not seconds:
             return
         cuts = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
         self.rounds, self.median, self.least = len(seconds), statistics.median(seconds), min(seconds)
         self.p20, self.p80 = cuts[0], cuts[3]
+        self.copied_a_second = copied_a_second
         self.bytes_a_second = moved / self.median if moved else None
         self.seconds_a_token = self.median / tokens if tokens else None
 
@@ -55,7 +57,7 @@ class Result:
             self.faster = {name: median / self.median for name, median in baselines.items() if median}
 
 
-def conditions(device: torch.device, copy_bandwidth: float) -> dict[str, str]:
+def conditions(device: torch.device) -> dict[str, str]:
     """Where, when and with what a benchmark runs."""
     return {
         "date": datetime.date.today().isoformat(),
@@ -67,7 +69,6 @@ def conditions(device: torch.device, copy_bandwidth: float) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numba": _version("numba"),
-        "copy_GBps": f"{copy_bandwidth / 1e9:.1f}",
     }
 
 
@@ -99,10 +100,10 @@ def print_head(name: str, facts: Mapping[str, str]) -> None:
     print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items() if value), flush=True)
 
 
-def print_case(row: str, sizes: str, results: list[Result], facts: Mapping[str, str]) -> None:
+def print_case(row: str, sizes: str, results: list[Result]) -> None:
     """A table with the columns that have something to say; times in milliseconds."""
     baselines = list(dict.fromkeys(name for result in results for name in result.faster))
-    lines = [_cells(result, baselines, float(facts["copy_GBps"]) * 1e9) for result in results]
+    lines = [_cells(result, baselines) for result in results]
     shown = [name for name in lines[0] if any(line[name] for line in lines)]
     widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in shown}
     print(f"\n{row}: {sizes}")
@@ -115,14 +116,14 @@ def print_case(row: str, sizes: str, results: list[Result], facts: Mapping[str, 
         print("  ".join(cells).rstrip(), flush=True)
 
 
-def _cells(result: Result, baselines: list[str], copy: float) -> dict[str, str]:
+def _cells(result: Result, baselines: list[str]) -> dict[str, str]:
     def shown(value: float | None, factor: float, digits: int = 2) -> str:
         return "" if value is None else f"{value * factor:,.{digits}f}"
 
     notes = [] if result.status == "ok" else [result.status]
     if result.same_bits is False:
         notes.append("two calls differ in bits")
-    rate = result.bytes_a_second
+    rate, copied = result.bytes_a_second, result.copied_a_second
     return {
         "way": result.way,
         "median ms": shown(result.median, 1e3),
@@ -130,7 +131,7 @@ def _cells(result: Result, baselines: list[str], copy: float) -> dict[str, str]:
         "p20": shown(result.p20, 1e3),
         "p80": shown(result.p80, 1e3),
         "GB/s": shown(rate, 1e-9, 1),
-        "% of copy": shown(rate and rate / copy, 100, 0),
+        "% of copy": shown(rate / copied if rate and copied else None, 100, 0),
         "us a token": shown(result.seconds_a_token, 1e6, 1),
         "peak MiB": shown(result.peak_bytes, 2**-20, 0),
         **{f"x {name}": shown(result.faster.get(name), 1) for name in baselines},
@@ -153,7 +154,7 @@ def _record(result: Result) -> dict[str, str]:
     def text(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    rate = result.bytes_a_second
+    rate, copied = result.bytes_a_second, result.copied_a_second
     return {
         "row": result.row,
         "sizes": result.sizes,
@@ -167,6 +168,7 @@ def _record(result: Result) -> dict[str, str]:
         "p20_s": text(result.p20, ".3e"),
         "p80_s": text(result.p80, ".3e"),
         "GBps": text(rate and rate / 1e9, ".2f"),
+        "copy_GBps": text(copied and copied / 1e9, ".2f"),
         "token_s": text(result.seconds_a_token, ".3e"),
         "peak_bytes": text(result.peak_bytes, "d"),
         "times_faster_than": "; ".join(f"{name}: {ratio:.3f}" for name, ratio in result.faster.items()),

@@ -3,7 +3,8 @@
 Every way is compared with a float64 computation before it is timed; one that is wrong, fails or runs out of memory is
 reported as such. Rounds are interleaved and start with another way each time; caches are swept before every
 measurement. Peak memory is that of a way alone: on a GPU the allocator's, on the CPU the resident memory of a process
-of its own. GB/s are bytes that any way must move, whatever it moves, over the median. Needs nothing but torch.
+of its own. GB/s are bytes that any way must move, whatever it moves, over the median; beside
+them stands a copy measured in the same rounds. Needs nothing but torch.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def benchmark(
     """Runs, prints and, if asked for, writes the rows of a script."""
     options, parsed = command_line(doc, arguments)
     stopwatch = Stopwatch(options.device)
-    facts = conditions(options.device, stopwatch.copy_bandwidth())
+    facts = conditions(options.device)
     print_head(name, facts)
     results: list[Result] = []
     for row in plan(options):
@@ -136,7 +137,7 @@ def benchmark(
             results.append(Result(row=row.name, status=f"skipped: {case.reason}"))
             continue
         found = measure(row, case, options, stopwatch)
-        print_case(row.name, case.sizes, found, facts)
+        print_case(row.name, case.sizes, found)
         results += found
         del case
         free(options.device)
@@ -158,14 +159,16 @@ def measure(row: Row, case: Case, options: Options, stopwatch: Stopwatch) -> lis
     entries = [_Entry(way, Result(row=row.name, sizes=case.sizes, way=way.name)) for way in case.ways]
     for entry in entries:
         _attempt(entry, lambda entry: _check(case, entry))
+    copies = []
     for number in range(options.rounds):
+        copies.append(stopwatch.copy_bandwidth())
         shift = number % len(entries)
         for entry in entries[shift:] + entries[:shift]:
             _attempt(entry, lambda entry: _time(case, entry, stopwatch))
     for entry in entries:
         if options.memory and case.memory and entry.result.status == "ok":
             _attempt(entry, lambda entry: _weigh(row, case, entry, options))
-        entry.result.summarise(entry.seconds, case.moved, case.tokens)
+        entry.result.summarise(entry.seconds, case.moved, case.tokens, statistics.median(copies))
     medians = {entry.way.name: entry.result.median for entry in entries}
     for entry in entries:
         entry.result.compare({name: medians[name] for name in case.baselines})
@@ -318,10 +321,9 @@ class Stopwatch:
         return started.elapsed_time(ended) / 1e3
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second of a copy of 256 MiB into memory that is there, read and written, median of 9."""
-        target = torch.zeros_like(self._sweep)
-        seconds = [self(lambda: target.copy_(self._sweep)) for _ in range(10)][1:]
-        return 2 * SWEEP_BYTES / statistics.median(seconds)
+        """Bytes a second of a copy of 128 MiB into memory that is there, read and written."""
+        source, target = self._sweep.chunk(2)
+        return 2 * len(source) / self(lambda: target.copy_(source))
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +123,15 @@ def test_tolerances_live_in_one_table() -> None:
             if re.search(r"assert_close\(.*\b[ra]tol\s*=", line):
                 strays.append(f"{path}:{number}: {line.strip()}")
     assert not strays
+
+
+def test_kernels_that_call_each_other_stand_in_one_file() -> None:
+    """numba's cache of a kernel notices changes of its own file only: a stale one would write out of bounds."""
+    dispatcher = pytest.importorskip("numba").core.dispatcher.Dispatcher
+    foreign = []
+    for path in sources(".py", under=("pkm_lightning",)):
+        if path.name == "cpu.py":
+            module = importlib.import_module(".".join(path.with_suffix("").parts))
+            kernels = [value for value in vars(module).values() if isinstance(value, dispatcher)]
+            foreign += [f"{path}: {k.py_func.__name__}" for k in kernels if k.py_func.__module__ != module.__name__]
+    assert not foreign

@@ -82,8 +82,10 @@ class ProductKeys(nn.Module):
             per_half = min(knn, keys_2HSE.shape[2])
             scores_2XTJ, keys_2XTJ = half_topk(q_2HTE.reshape(shape_2XTE), keys_2HSE, per_half)
             shape_HTJ = (self.heads, -1, per_half)
-            halves = [part.reshape(shape_HTJ) for half in (0, 1) for part in (scores_2XTJ[half], keys_2XTJ[half])]
-            return product_combine(*halves, keys_2HSE.shape[2], knn)
+            first, second = (
+                (scores_2XTJ[half].reshape(shape_HTJ), keys_2XTJ[half].reshape(shape_HTJ)) for half in (0, 1)
+            )
+            return product_combine(*first, *second, keys_2HSE.shape[2], knn)
 
     def _scaled(self, q_TH2E: Tensor) -> Tensor:
         """The sub-keys in the dtype of scores, normalised and scaled if so configured, (H or 1, 2, S, E)."""

@@ -1,14 +1,15 @@
 """Ranked top-k on the CPU, a row at a time: bound the k-th best from below, collect what reaches it, rank by counting.
 
 Scores are compared as integers that order as the scores do (NaN first, -0.0 as 0.0). The only branch on a score is one
-a block of 16; the rest vectorises. Whoever changes a kernel here must save the files whose kernels call it, too:
-numba's cache looks only at the file of the kernel that Python calls.
+a block of 16; the rest vectorises. The sums of pairs are ranked here as well, not in product_topk: numba's cache of a
+kernel notices changes of its own file only, so kernels that call each other must stand in one.
 
 Letters: R rows, S scores a row, P scores padded to whole spans, G blocks of a row, K kept, N collected, C workers.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numba
@@ -30,6 +31,25 @@ def rank_rows(scores_RS: Tensor, values_RK: Tensor, indices_RK: Tensor) -> None:
     bits, infinity = FLOATS[scores_RS.element_size()]
     room = workspace(scores_RS.shape[1], scores_RS.dtype)
     _rank_rows(scores_RS.view(bits).numpy(), infinity, values_RK.view(bits).numpy(), indices_RK.numpy(), *room)
+
+
+def rank_sums(
+    values1_RJ: Tensor,
+    indices1_RJ: Tensor,
+    values2_RJ: Tensor,
+    indices2_RJ: Tensor,
+    rank1_C: Tensor,
+    rank2_C: Tensor,
+    n_keys: int,
+    *results_RK: Tensor,
+) -> None:
+    """Writes sums, slot ids and candidates of the K best of the pairs (rank1[c], rank2[c]) of two ranked halves."""
+    bits, infinity = FLOATS[values1_RJ.element_size()]
+    keys_C3P, places_C3P = workspace(len(rank1_C), values1_RJ.dtype)
+    sums_CP = values1_RJ.new_empty(len(keys_C3P), keys_C3P.shape[-1])
+    given = (values1_RJ, indices1_RJ, values2_RJ, indices2_RJ, rank1_C, rank2_C, sums_CP, sums_CP.view(bits))
+    arrays = (tensor.detach().numpy() for tensor in (*given, *results_RK))
+    _rank_sums(n_keys, infinity, keys_C3P, places_C3P, *arrays)
 
 
 def workspace(n_keys: int, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -151,3 +171,38 @@ def _rank_rows(bits_RS: Any, infinity: Any, values_RK: Any, indices_RK: Any, key
             best_of_keys(keys_C3P[c], places_C3P[c], n_scores, infinity, indices_RK[r])
             for i in range(indices_RK.shape[1]):
                 values_RK[r, i] = bits_RS[r, indices_RK[r, i]]
+
+
+@njit(nogil=True, parallel=True, cache=True)
+def _rank_sums(
+    n_keys: int,
+    infinity: Any,
+    keys_W3P: Any,
+    places_W3P: Any,
+    values1_RJ: Any,
+    indices1_RJ: Any,
+    values2_RJ: Any,
+    indices2_RJ: Any,
+    rank1_C: Any,
+    rank2_C: Any,
+    scores_WP: Any,
+    bits_WP: Any,
+    sums_RK: Any,
+    ids_RK: Any,
+    chosen_RK: Any,
+) -> None:
+    rows, workers, candidates = sums_RK.shape[0], scores_WP.shape[0], rank1_C.shape[0]
+    for w in prange(workers):
+        for r in range(rows * w // workers, rows * (w + 1) // workers):
+            for c in range(candidates):
+                first, second = values1_RJ[r, rank1_C[c]], values2_RJ[r, rank2_C[c]]
+                score = first + second
+                # +inf and -inf: the only way to NaN from two numbers. -inf keeps the order monotone.
+                opposite = (score != score) & (first == first) & (second == second)
+                scores_WP[w, c] = -math.inf if opposite else score
+            order_keys(bits_WP[w, :candidates], infinity, keys_W3P[w, 0])
+            best_of_keys(keys_W3P[w], places_W3P[w], candidates, infinity, chosen_RK[r])
+            for i in range(sums_RK.shape[1]):
+                c = chosen_RK[r, i]
+                sums_RK[r, i] = scores_WP[w, c]
+                ids_RK[r, i] = indices1_RJ[r, rank1_C[c]] * n_keys + indices2_RJ[r, rank2_C[c]]
