@@ -82,9 +82,10 @@ def test_kernels_are_left_alone(module) -> None:
 
 def test_ops_and_memory_are_checked() -> None:
     from pkm_lightning.ops import weighted_gather
+    from pkm_lightning.ops.segments import read_segments
 
-    with pytest.raises(TypeCheckError, match="ids_TK"):
-        weighted_gather(torch.ones(4, 2), torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(TypeCheckError, match="ids_L"):
+        read_segments(torch.zeros(3), 4)
     with pytest.raises(ValueError, match="weighted_gather"):
         weighted_gather(torch.ones(4, 2), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1))
     assert weighted_gather.__wrapped__.__module__ == "pkm_lightning.ops.weighted_gather"
