@@ -11,7 +11,13 @@ from small import SMALL_RUN
 
 DDP = ["strategy=ddp", "trainer.devices=2"]
 # Adam divides by the gradients' own size, and so makes rounding visible; SGD shows the arithmetic.
-SGD = ["optim.optimizer._target_=torch.optim.SGD", "~optim.optimizer.betas", "~optim.optimizer.eps", "optim.lr=0.5"]
+SGD = [
+    "optim.optimizer._target_=torch.optim.SGD",
+    "~optim.optimizer.betas",
+    "~optim.optimizer.eps",
+    "optim.lr=0.5",
+    "table/optimizer=sgd",
+]
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
-from pkm_lightning.ops.row_gradients import table_gradient
 from pkm_lightning.ops.segments import read_segments, read_sources
 from pkm_lightning.ops.weighted_gather.operator import check_indices, gather_kernels
 
@@ -40,15 +39,16 @@ def _dot_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients that are wanted; an empty tensor in the place of one that is not."""
     ids_TK, grad_TK = ids.contiguous(), grad.contiguous()
+    kernels = gather_kernels(backend)
     table_grad_ND, x_grad_TD = table.new_empty(0), x.new_empty(0)
     if table_too:
         segments = read_segments(ids_TK.flatten(), len(table))
         sources_L = read_sources(ids_TK).flatten()
-        table_grad_ND = table_gradient(segments, grad_TK.flatten(), sources_L, x, n_rows=len(table), backend=backend)
+        table_grad_ND = kernels.table_gradient(segments, grad_TK.flatten(), sources_L, x.contiguous(), len(table))
     if x_too and ids_TK.numel() == 0:
         x_grad_TD = x.new_zeros(x.shape)
     elif x_too:
-        x_grad_TD = gather_kernels(backend).gather_sum(table.contiguous(), ids_TK, grad_TK, None, 1)
+        x_grad_TD = kernels.gather_sum(table.contiguous(), ids_TK, grad_TK, None, 1)
     return table_grad_ND, x_grad_TD
 
 

@@ -23,7 +23,7 @@ from pkm_lightning.ops.segments import Segments
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["row_gradients", "table_gradient"]
+__all__ = ["row_gradients"]
 
 
 def row_gradients(
@@ -44,7 +44,7 @@ def row_gradients(
         coefficients_L: any floating dtype; in the old order of the reads, not the sorted one.
         sources_L: int32 or int64, 0 to X - 1 (not checked): which source row a read multiplies.
         source_rows_XD: any floating dtype.
-        backend: `auto`, `cpu` (numba), `triton`, `eager` (ATen's embedding bag) or `reference` (a loop).
+        backend: `auto`, `triton`, `eager` (ATen's embedding bag) or `reference` (a loop).
 
     Returns:
         grads_UD in float32 (float64 for float64 source rows), summed in that dtype whatever the inputs'. The order of
@@ -61,30 +61,9 @@ def row_gradients(
         )
     if sources_L.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"row_gradients: sources are {sources_L.dtype}; allowed: torch.int32, torch.int64.")
-    default = best_backend(source_rows_XD)
+    default = "triton" if best_backend(source_rows_XD) == "triton" else "eager"
     implementation = choose_backend("row_gradients", backend, default, _BACKENDS, source_rows_XD)
     return implementation(*segments, coefficients_L, sources_L, source_rows_XD)
-
-
-def table_gradient(
-    segments: Segments,
-    coefficients_L: Tensor,
-    sources_L: Tensor,
-    source_rows_XD: Tensor,
-    *,
-    n_rows: int,
-    backend: str,
-) -> Tensor:
-    """The same sums as all N rows of the table, in the dtype of the source rows and zero where nobody read.
-
-    A building block of the backward of other ops: takes checked inputs and the name of a backend, not `auto`.
-    """
-    if coefficients_L.numel() == 0:
-        return source_rows_XD.new_zeros(n_rows, source_rows_XD.shape[1])
-    result: Tensor = _kernels(backend).table_gradient(
-        segments, coefficients_L, sources_L, source_rows_XD.contiguous(), n_rows
-    )
-    return result
 
 
 @library.custom_op("pkm_lightning::row_gradients", mutates_args=())
@@ -135,4 +114,4 @@ def _kernels(backend: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{backend}")
 
 
-_BACKENDS = {name: functools.partial(_row_gradients, backend=name) for name in ("cpu", "triton", "eager", "reference")}
+_BACKENDS = {name: functools.partial(_row_gradients, backend=name) for name in ("triton", "eager", "reference")}

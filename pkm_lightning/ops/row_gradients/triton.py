@@ -37,7 +37,7 @@ def row_sums(segments: Segments, coefficients_L: Tensor, sources_L: Tensor, sour
 def table_gradient(
     segments: Segments, coefficients_L: Tensor, sources_L: Tensor, source_rows_XD: Tensor, n_rows: int
 ) -> Tensor:
-    """See `pkm_lightning.ops.row_gradients.table_gradient`; the compact rows are never written."""
+    """See `eager.table_gradient`; the compact rows are never written."""
     if source_rows_XD.dtype is torch.float64:
         return eager.table_gradient(segments, coefficients_L, sources_L, source_rows_XD, n_rows)
     table_ND = source_rows_XD.new_zeros(n_rows, source_rows_XD.shape[1])

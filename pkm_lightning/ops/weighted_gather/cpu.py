@@ -1,4 +1,4 @@
-"""The weighted gather on the CPU: ATen's embedding bag forward, which nothing here beats, and numba dot products.
+"""The weighted gather on the CPU: dot products in numba; the sums are ATen's, which nothing here beats.
 
 Letters: N rows, D values a row, T reads, K rows a read, G groups a read, X = T * G.
 """
@@ -14,12 +14,11 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from pkm_lightning.ops.numba_threads import use_torch_threads
-from pkm_lightning.ops.row_gradients.cpu import as_numpy
 from pkm_lightning.ops.segments import read_sources
 from pkm_lightning.ops.weighted_gather import eager
-from pkm_lightning.ops.weighted_gather.eager import gather_sum
+from pkm_lightning.ops.weighted_gather.eager import gather_sum, table_gradient
 
-__all__ = ["gather_dot", "gather_sum"]
+__all__ = ["gather_dot", "gather_sum", "table_gradient"]
 
 
 def gather_dot(table_ND: Tensor, rows_XD: Tensor, ids_TK: Tensor, groups_TK: Tensor | None, n_groups: int) -> Tensor:
@@ -29,8 +28,14 @@ def gather_dot(table_ND: Tensor, rows_XD: Tensor, ids_TK: Tensor, groups_TK: Ten
     dots_TK = torch.empty(ids_TK.shape)
     inputs = table_ND, rows_XD.float(), ids_TK.int(), read_sources(ids_TK, groups_TK, n_groups), dots_TK
     use_torch_threads()
-    _dots(*map(as_numpy, inputs))
+    _dots(*map(_as_numpy, inputs))
     return dots_TK.to(table_ND.dtype)
+
+
+def _as_numpy(values: Tensor) -> Any:
+    """A view for numba kernels, which do not know bfloat16: its bits travel as uint16."""
+    values = values.detach()
+    return values.view(torch.uint16).numpy() if values.dtype is torch.bfloat16 else values.numpy()
 
 
 @intrinsic

@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pkm_lightning.ops.row_gradients.eager import table_gradient
 from pkm_lightning.ops.segments import read_sources
+
+__all__ = ["dot_in_chunks", "gather_dot", "gather_sum", "table_gradient"]
 
 _SUM = 0  # embedding_bag's mode
 _CHUNK_VALUES = 2**24  # gathered values held at a time where ATen has no kernel

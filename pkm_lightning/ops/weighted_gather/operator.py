@@ -1,7 +1,7 @@
 """The weighted gather as operators that torch can trace: one forward, one backward, whatever kernels they run on.
 
-A backend is a module beside this one with `gather_sum` and `gather_dot`; the table's gradient is that of
-`pkm_lightning.ops.row_gradients`. No tensor of T * K * D values exists anywhere.
+A backend is a module beside this one with `gather_sum`, `gather_dot` and `table_gradient` (which it takes from
+`pkm_lightning.ops.row_gradients`). No tensor of T * K * D values exists anywhere.
 
 Letters: N rows of the table, D values a row, T reads, K rows a read, G groups a read (1 without groups), X = T * G.
 """
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
-from pkm_lightning.ops.row_gradients import table_gradient
 from pkm_lightning.ops.segments import read_segments, read_sources
 
 
@@ -74,20 +73,16 @@ def _gather_backward(
     grad_XD, ids_TK = grad.contiguous().view(-1, table.shape[1]), ids.contiguous()
     n_groups = grad.shape[1]
     groups_TK = None if groups is None else groups.contiguous()
+    kernels = gather_kernels(backend)
     table_grad_ND, weights_grad_TK = table.new_empty(0), weights.new_empty(0)
     if table_too:
-        table_grad_ND = table_gradient(
-            read_segments(ids_TK.flatten(), len(table)),
-            weights.flatten(),
-            read_sources(ids_TK, groups_TK, n_groups).flatten(),
-            grad_XD,
-            n_rows=len(table),
-            backend=backend,
-        )
+        segments = read_segments(ids_TK.flatten(), len(table))
+        sources_L = read_sources(ids_TK, groups_TK, n_groups).flatten()
+        table_grad_ND = kernels.table_gradient(segments, weights.flatten(), sources_L, grad_XD, len(table))
     if weights_too and ids_TK.numel() == 0:
         weights_grad_TK = torch.zeros_like(ids_TK, dtype=weights.dtype)
     elif weights_too:
-        weights_grad_TK = gather_kernels(backend).gather_dot(table.contiguous(), grad_XD, ids_TK, groups_TK, n_groups)
+        weights_grad_TK = kernels.gather_dot(table.contiguous(), grad_XD, ids_TK, groups_TK, n_groups)
     return table_grad_ND, weights_grad_TK
 
 

@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pkm_lightning.ops.row_gradients.triton import table_gradient
 from pkm_lightning.ops.weighted_gather import eager
+
+__all__ = ["aot_signatures", "gather_dot", "gather_sum", "table_gradient"]
 
 _COLUMNS = 256  # at most, in one block
 _IN_FLIGHT = 8  # rows whose loads one program has under way
