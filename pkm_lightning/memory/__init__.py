@@ -4,8 +4,8 @@ from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.cures import Cures
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
 from pkm_lightning.memory.query import QueryNetwork
-from pkm_lightning.memory.staging import RowStage, clip_stages
-from pkm_lightning.memory.table_optimizer import RowOptimizer, TableOptimizer
+from pkm_lightning.memory.staging import RowStage
+from pkm_lightning.memory.table_optimizer import RowOptimizer, TableOptimizer, clip_tables
 from pkm_lightning.memory.tucker_keys import TuckerKeys
 from pkm_lightning.memory.value_table import TableReference, ValueTable, check_table, product_slots
 from pkm_lightning.memory.values import Values
@@ -23,7 +23,7 @@ __all__ = [
     "ValueTable",
     "Values",
     "check_table",
-    "clip_stages",
+    "clip_tables",
     "half_key_dim",
     "product_slots",
 ]

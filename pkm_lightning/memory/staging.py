@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, library
 
 from pkm_lightning.ops import gather_over_ranks
 from pkm_lightning.ops.row_update import RowGradient, row_gradient, row_gradient_norm
+from pkm_lightning.ops.segments import read_sources
 
 # An operator takes numbers and tensors only: by this number it finds the stage of the table that was read. The stage
 # belongs to its table; nothing here keeps it alive.
@@ -33,14 +34,17 @@ class RowStage:
         n_rows: rows of the table.
 
     Attributes:
+        seen: whether the table has ever been read with a gradient in view.
         scale: factor on the gradient: a number, or a scalar tensor that no host need read.
         when_backward_ends: called, if set, at the end of every backward pass that has staged something.
     """
 
     def __init__(self, n_rows: int) -> None:
-        self.n_rows = n_rows
-        self.number = next(_numbers)
-        _stages[self.number] = self
+        self.n_rows, self.seen = n_rows, False
+        number = next(_numbers)
+        _stages[number] = self
+        # A tensor, since a compiled block is compiled anew for another number, and each table has one.
+        self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
         self.when_backward_ends: Callable[[], None] | None = None
         # Requires a gradient, so that a read with constant weights has a backward too. The gradient, a zero, is what
         # staging returns: nobody who compiles the backward can take it for an operation without effect.
@@ -82,21 +86,30 @@ class RowStage:
     def _is_empty(self) -> bool:
         return self._rows.length == 0
 
-    def gradient(self) -> RowGradient | None:
-        """The gradient of what is staged, a mean over ranks; None if no rank has anything. Every rank must ask."""
+    def gradient(self, table_ND: Tensor) -> RowGradient | None:
+        """The gradient of what is staged, a mean over ranks; None if no rank has anything. Every rank must ask.
+
+        Args:
+            table_ND: the table, for width, dtype and device where this rank has read nothing.
+        """
         if self._gradient is None:
-            own = (self._ids.filled, self._coefficients.filled, self._sources.filled, self._rows.filled)
-            ids_L, coefficients_L, sources_L, source_rows_XD = _mean_over_ranks(*own)
+            wide = torch.promote_types(table_ND.dtype, torch.float32)
+            ids_L, coefficients_L, sources_L, source_rows_XD = _mean_over_ranks(
+                self._ids.filled(table_ND[:0, 0].int()),
+                self._coefficients.filled(table_ND[:0, 0].to(wide)),
+                self._sources.filled(table_ND[:0, 0].int()),
+                self._rows.filled(table_ND[:0]),
+            )
             if not len(source_rows_XD):
                 return None
             self._gradient = row_gradient(self.n_rows, ids_L, coefficients_L, sources_L, source_rows_XD)
         return self._gradient
 
-    def norm(self) -> Tensor:
+    def norm(self, table_ND: Tensor) -> Tensor:
         """L2 norm of the gradient over all rows and ranks, a scalar tensor; every rank must ask."""
-        gradient = self.gradient()
+        gradient = self.gradient(table_ND)
         if gradient is None:
-            return torch.zeros((), dtype=torch.float32, device="cpu")
+            return torch.zeros((), device=table_ND.device)
         return row_gradient_norm(gradient) * self.scale
 
     def clear(self) -> None:
@@ -104,21 +117,6 @@ class RowStage:
         for buffer in (self._ids, self._coefficients, self._sources, self._rows):
             buffer.length = 0
         self._gradient, self.scale = None, 1.0
-
-
-def clip_stages(stages: Sequence[RowStage], max_norm: float | None) -> Tensor:
-    """Scales what is staged so that the L2 norm over all tables and rows is at most `max_norm`; None only measures.
-
-    Returns:
-        The norm before clipping, a scalar tensor, the same on every rank.
-    """
-    norms = [stage.norm() for stage in stages]
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-    if max_norm is not None:
-        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
-        for stage in stages:
-            stage.scale = stage.scale * factor
-    return total
 
 
 class _Buffer:
@@ -143,9 +141,9 @@ class _Buffer:
         self.length = end
         return copied
 
-    @property
-    def filled(self) -> Tensor:
-        return torch.empty(0) if self._storage is None else self._storage[: self.length]
+    def filled(self, empty: Tensor) -> Tensor:
+        """What is there, or `empty`."""
+        return empty if self._storage is None else self._storage[: self.length]
 
 
 def _mean_over_ranks(ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, rows_XD: Tensor) -> tuple[Tensor, ...]:
@@ -164,62 +162,75 @@ def _mean_over_ranks(ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, r
     return torch.cat(ids), torch.cat(coefficients) / len(rows), torch.cat(shifted), torch.cat(rows)
 
 
+def _stage(number: Tensor) -> RowStage:
+    stage = _stages.get(int(number))
+    if stage is None:
+        raise RuntimeError("the table of this read is gone: keep the model for as long as you compute its gradients.")
+    return stage
+
+
 @library.custom_op("pkm_lightning::watch_sum", mutates_args=())
-def _watch_sum(y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, number: int) -> Tensor:
+def _watch_sum(
+    y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, number: Tensor
+) -> Tensor:
+    _stage(number).seen = True
     return y.clone()
 
 
 @library.custom_op("pkm_lightning::watch_dot", mutates_args=())
-def _watch_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, number: int) -> Tensor:
+def _watch_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, number: Tensor) -> Tensor:
+    _stage(number).seen = True
     return dots.clone()
 
 
 @library.custom_op("pkm_lightning::stage_reads", mutates_args=())
-def _stage_reads(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, number: int) -> Tensor:
-    ids_TK, coefficients_TK = ids, coefficients
-    if sources is None:
-        reads, per_read = ids_TK.shape
-        sources = torch.arange(reads, dtype=torch.int32, device=ids.device).repeat_interleave(per_read)
-    _stages[number].add(ids_TK.flatten(), coefficients_TK.flatten(), sources.flatten(), rows)
+def _stage_reads(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, number: Tensor) -> Tensor:
+    sources = read_sources(ids) if sources is None else sources
+    _stage(number).add(ids.flatten(), coefficients.flatten(), sources.flatten(), rows)
     return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 @_watch_sum.register_fake
-def _(y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, number: int) -> Tensor:
+def _(y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, number: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
 @_watch_dot.register_fake
-def _(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, number: int) -> Tensor:
+def _(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, number: Tensor) -> Tensor:
     return torch.empty_like(dots)
 
 
 @_stage_reads.register_fake
-def _(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, number: int) -> Tensor:
+def _(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, number: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.float32, device="cpu")
 
 
 def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids_TK, weights_TK, sources_TK, _, ctx.number = inputs
-    ctx.save_for_backward(ids_TK, weights_TK, sources_TK)
+    _, ids_TK, weights_TK, sources_TK, _, number = inputs
+    ctx.save_for_backward(ids_TK, weights_TK, sources_TK, number)
 
 
 def _stage_sum(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
-    ids_TK, weights_TK, sources_TK = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XD, ctx.number)
+    ids_TK, weights_TK, sources_TK, number = ctx.saved_tensors
+    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XD, number)
     return grad_XD, None, None, None, zero, None
 
 
 def _keep_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids_TK, x_TD, _, ctx.number = inputs
-    ctx.save_for_backward(ids_TK, x_TD)
+    _, ids_TK, x_TD, _, number = inputs
+    ctx.save_for_backward(ids_TK, x_TD, number)
 
 
 def _stage_dot(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
-    ids_TK, x_TD = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, grad_TK, None, x_TD, ctx.number)
+    ids_TK, x_TD, number = ctx.saved_tensors
+    zero = _stage_reads(ids_TK, grad_TK, None, x_TD, number)
     return grad_TK, None, None, zero, None
 
 
+# Two reads of one table by the same ids and weights stage twice: a compiler must not make one of them.
+if hasattr(_stage_reads, "register_effect"):  # older versions of torch have none
+    from torch._library.effects import EffectType
+
+    _stage_reads.register_effect(EffectType.ORDERED)
 _watch_sum.register_autograd(_stage_sum, setup_context=_keep_sum)
 _watch_dot.register_autograd(_stage_dot, setup_context=_keep_dot)

@@ -8,7 +8,7 @@ Letters: N rows, D values a row.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from pkm_lightning.errors import ConfigError, check_choice, check_range
 from pkm_lightning.memory.value_table import ValueTable
 from pkm_lightning.ops.row_update import RowRule, row_update
 from pkm_lightning.ops.row_update.rules import KINDS, new_state
+
+_STEPS_UNSEEN = 10
 
 
 class RowOptimizer:
@@ -35,8 +37,8 @@ class RowOptimizer:
 
     def __init__(self, *, rule: str, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) -> None:
         check_choice("table.optimizer.rule", rule, KINDS)
-        if len(betas) != 2:
-            raise ConfigError(f"table.optimizer.betas={list(betas)} must be two numbers.")
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ConfigError(f"table.optimizer.betas={betas!r} must be two numbers, as in [0.9, 0.95].")
         for beta in betas:
             check_range("table.optimizer.betas", beta, 0, 1 - 1e-9)
         check_range("table.optimizer.eps", eps, 0)
@@ -51,8 +53,10 @@ class RowOptimizer:
 class TableOptimizer(Optimizer):
     """Steps `dense` as it is, and each table by what its reads have staged since `zero_grad`.
 
-    A table that learns `fused` is updated at the end of the backward pass instead, by the learning rate of that moment.
-    A step without a read leaves a table and its count of updates as they are.
+    A table that learns `fused` is updated at the end of the backward pass instead, by that moment's learning rate.
+    A step without a read leaves a table and its count of updates as they are. A loop of your own clears the gradients
+    by this optimizer's `zero_grad`, not the model's: only the former knows of staged reads. It can neither be copied
+    nor pickled; save its `state_dict`.
 
     Args:
         dense: the optimizer of all other parameters; it may be of any class.
@@ -64,6 +68,7 @@ class TableOptimizer(Optimizer):
 
     Raises:
         ConfigError: a decay with `catch_up_adam`: rows that wait for their read would have to be decayed before it.
+        ValueError: a table that learns densely.
     """
 
     def __init__(
@@ -81,17 +86,24 @@ class TableOptimizer(Optimizer):
                 f"optim.table_weight_decay={weight_decay}: catch_up_adam is the dense algorithm without decay only; "
                 "set it to 0, or say table/optimizer=lazy_adam."
             )
+        dense_tables = [name for name, table in tables.items() if table.stage is None]
+        if dense_tables:
+            raise ValueError(
+                f"{', '.join(dense_tables)} learns densely or not at all; leave it to the dense optimizer."
+            )
         self.dense, self.rows, self.seed = dense, rows, seed
         self.tables = dict(tables)
         weights = [table.weight for table in self.tables.values()]
         super().__init__([{"name": "table", "params": weights, "lr": lr, "weight_decay": weight_decay}], {})
         self._table_group = self.param_groups[0]
-        self.defaults = dense.defaults
+        self._names = {table.weight: name for name, table in self.tables.items()}
+        self.defaults = {}  # the two parts have not one in common
         self._join()
         for table in self.tables.values():
             self.state[table.weight] = {"step": 0, **new_state(rows.rule, table.lines)}
             if table.learning == "fused" and table.stage is not None:
                 table.stage.when_backward_ends = _Update(self, table)
+        self._steps_unseen = 0
 
     def _join(self) -> None:
         """Groups and states are those of `dense`, the same objects, and the tables' beside them."""
@@ -108,30 +120,37 @@ class TableOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.dense.step()
-        for table in self.tables.values():
+        for name, table in self.tables.items():
+            if table.weight.requires_grad:
+                raise ConfigError(
+                    f"{name}.weight requires a gradient, which a table that learns by rows must not: freeze and "
+                    "unfreeze the other parameters only, or say table.learning=dense."
+                )
             if table.learning == "rows":
                 self.update(table)
+        self._check_seen()
         return loss
+
+    def _check_seen(self) -> None:
+        """A table that is read behind its back learns nothing, and no loss would say so."""
+        unseen = [name for name, table in self.tables.items() if table.stage is not None and not table.stage.seen]
+        self._steps_unseen = self._steps_unseen + 1 if unseen else 0
+        if self._steps_unseen == _STEPS_UNSEEN:
+            raise ConfigError(
+                f"{', '.join(unseen)}: no read was seen in {_STEPS_UNSEEN} steps, so nothing is learned: read a table "
+                "by calling it, table(ids, weights) or table.dot(x, ids), not through its weight; or say "
+                "table.learning=dense."
+            )
 
     @torch.no_grad()
     def update(self, table: ValueTable) -> None:
-        """Applies what is staged for one table.
-
-        Raises:
-            ConfigError: the first step staged nothing, so the table would never learn.
-        """
+        """Applies what is staged for one table."""
+        assert table.stage is not None
         state = self.state[table.weight]
-        gradient = table.stage.gradient() if table.stage is not None else None
-        if table.stage is None or gradient is None:
-            if state["step"] == 0:
-                raise ConfigError(
-                    f"the table of shape {tuple(table.weight.shape)} learns by rows, but no read of it was seen in the "
-                    "first step: read it by calling it, table(ids, weights) or table.dot(x, ids), not through "
-                    "table.weight; or say table.learning=dense."
-                )
+        gradient = table.stage.gradient(table.lines)
+        if gradient is None:
             return
         state["step"] += 1
-        name = next(name for name, one in self.tables.items() if one is table)
         rule = RowRule(
             kind=self.rows.rule,
             lr=self._table_group["lr"],
@@ -139,10 +158,25 @@ class TableOptimizer(Optimizer):
             betas=self.rows.betas,
             eps=self.rows.eps,
             step=state["step"],
-            seed=zlib.crc32(f"{self.seed}/{name}/{state['step']}".encode()),
+            seed=zlib.crc32(f"{self.seed}/{self._names[table.weight]}/{state['step']}".encode()) & 0x7FFFFFFF,
         )
+        for key, value in state.items():
+            # A Trainer moves all optimizer states to its device; those of a table in host memory belong beside it.
+            if isinstance(value, Tensor) and value.device != table.weight.device:
+                state[key] = value.to(table.weight.device)
         kept = {key: value for key, value in state.items() if key != "step"}
         row_update(table.lines, gradient, rule, kept, scale=table.stage.scale)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of dense parameters."""
+        if not hasattr(self, "_table_group"):  # the base class adds the tables
+            super().add_param_group(param_group)
+            return
+        self.dense.add_param_group(param_group)
+        self._join()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a TableOptimizer belongs to its model's tables and cannot be copied; save its state_dict().")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients, staged reads among them."""
@@ -157,24 +191,40 @@ class TableOptimizer(Optimizer):
         Raises:
             ValueError: groups or states of another model or another row optimizer.
         """
-        groups = state_dict["param_groups"]
+        groups, states = state_dict["param_groups"], state_dict["state"]
         sizes = [len(group["params"]) for group in self.param_groups]
         if [len(group["params"]) for group in groups] != sizes:
-            raise ValueError(f"the optimizer state has other parameter groups than this model's, of sizes {sizes}.")
-        n_dense, states = sum(sizes[:-1]), state_dict["state"]
+            raise ValueError(
+                f"the optimizer state has groups of {[len(group['params']) for group in groups]} parameters, this "
+                f"model's optimizer of {sizes}."
+            )
+        n_dense = sum(sizes[:-1])
+        tables = list(enumerate(self._table_group["params"], n_dense))
+        for number, weight in tables:
+            self._check_state(states.get(number, {}), self.state[weight])
         dense_states = {number: state for number, state in states.items() if number < n_dense}
         self.dense.load_state_dict({"state": dense_states, "param_groups": groups[:-1]})
         self._table_group.update({key: value for key, value in groups[-1].items() if key != "params"})
-        for number, weight in enumerate(self._table_group["params"], n_dense):
-            own, saved = self.state[weight], states[number]
-            if own.keys() != saved.keys():
-                raise ValueError(f"the table's optimizer state holds {sorted(saved)}, {self.rows.rule} {sorted(own)}.")
-            for key, value in saved.items():
+        for number, weight in tables:
+            own = self.state[weight]
+            for key, value in states[number].items():
                 if isinstance(value, Tensor):
                     own[key].copy_(value)
                 else:
                     own[key] = value
         self._join()
+
+    def _check_state(self, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        def shapes(state: Mapping[str, Any]) -> dict[str, object]:
+            return {
+                name: tuple(value.shape) if isinstance(value, Tensor) else "number" for name, value in state.items()
+            }
+
+        if shapes(saved) != shapes(own):
+            raise ValueError(
+                f"the saved optimizer state of a table is {shapes(saved)}, but {self.rows.rule} keeps {shapes(own)}: "
+                "it was written with another table/optimizer or table.learning."
+            )
 
 
 class _Update:
@@ -187,3 +237,27 @@ class _Update:
         self.optimizer.update(self.table)
         assert self.table.stage is not None
         self.table.stage.clear()
+
+
+def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scales what is staged for `tables`, and the gradients `others`, to a common L2 norm of at most `max_norm`.
+
+    Args:
+        tables: tables that learn by rows, at least one.
+        others: dense gradients that belong to the same norm.
+        max_norm: the limit; None only measures.
+
+    Returns:
+        The norm before clipping, a scalar tensor, the same on every rank.
+    """
+    stages = [(table.stage, table.lines) for table in tables if table.stage is not None]
+    dense = list(others)
+    norms = [stage.norm(lines_ND) for stage, lines_ND in stages] + [grad.norm() for grad in dense]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+    if max_norm is not None:
+        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
+        for stage, _ in stages:
+            stage.scale = stage.scale * factor
+        for grad in dense:
+            grad.mul_(factor.to(grad))
+    return total

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.ops import gathered_dot, weighted_gather
+from pkm_lightning.ops.segments import read_sources
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -27,7 +28,8 @@ class ValueTable(nn.Module):
 
     Layers read it by calling it or by `dot`; `weight` itself is for checkpoints. With `learning` rows or fused
     `weight` requires no gradient: a read leaves its part of the gradient in `stage`, and a `TableOptimizer` updates the
-    rows that were read.
+    rows that were read. Whatever runs backward through a read stages it, `torch.autograd.grad` in evaluation too: what
+    should not be learned from is cleared by `TableOptimizer.zero_grad`, or read under `torch.no_grad`.
 
     Args:
         rows: slots N.
@@ -69,7 +71,10 @@ class ValueTable(nn.Module):
         by_rows = trainable and learning != "dense"
         self.stage = RowStage(rows * slices) if by_rows else None
         # A parameter that requires a gradient gets one of its own size as soon as an optimizer's state is loaded.
-        self.weight = nn.Parameter(torch.empty(rows, dim), requires_grad=trainable and not by_rows)
+        # A Trainer builds models within the context of its device; models of which only shapes are wanted, on meta.
+        here = torch.empty(0).device
+        home = torch.device("cpu") if self.stays_on_cpu and here.type != "meta" else here
+        self.weight = nn.Parameter(torch.empty(rows, dim, device=home), requires_grad=trainable and not by_rows)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -97,8 +102,7 @@ class ValueTable(nn.Module):
             if groups_TK is None or n_groups is None:
                 y = self.stage.watch_sum(y, ids_TK, weights_TK)
             else:
-                reads_T1 = torch.arange(len(ids_TK), device=ids_TK.device).unsqueeze(-1)
-                sources_TK = reads_T1 * n_groups + groups_TK
+                sources_TK = read_sources(ids_TK, groups_TK, n_groups)
                 y = self.stage.watch_sum(y.flatten(0, 1), ids_TK, weights_TK, sources_TK).view_as(y)
         return y.to(home)
 

@@ -57,3 +57,16 @@ def read_sources(
     if groups_TK is None:
         return token_T1.expand(-1, ids_TK.shape[1]).contiguous()
     return token_T1 * n_groups + groups_TK.int()
+
+
+def check_indices(op: str, name: str, indices_TK: Tensor, limit: int) -> None:
+    """Refuse indices that no row answers to; on the CPU only, where it costs 1 % and kernels would read wild memory.
+
+    Raises:
+        ValueError: with the index and the limit.
+    """
+    if indices_TK.device.type != "cpu" or indices_TK.numel() == 0:
+        return
+    low, high = (int(extreme) for extreme in torch.aminmax(indices_TK))
+    if low < 0 or high >= limit:
+        raise ValueError(f"{op}: {name} has {low if low < 0 else high}; allowed: 0 to {limit - 1}.")

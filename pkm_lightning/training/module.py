@@ -20,7 +20,7 @@ from torchmetrics import SumMetric
 
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import HasAfterStep
-from pkm_lightning.memory import clip_stages
+from pkm_lightning.memory import clip_tables
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import plugins
 from pkm_lightning.training.build import attention_context, build_model
@@ -30,7 +30,7 @@ from pkm_lightning.training.instantiate import instantiate
 from pkm_lightning.training.loss import check_batch, token_nll
 from pkm_lightning.training.normalisation import StepNormaliser
 from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
-from pkm_lightning.training.table_learning import stages, with_tables
+from pkm_lightning.training.table_learning import learning_tables, with_tables
 
 
 class LanguageModule(L.LightningModule):
@@ -157,8 +157,9 @@ class LanguageModule(L.LightningModule):
         if correction is not None:
             grads = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, correction)
-            for stage in stages(self.model):
-                stage.scale = stage.scale * correction
+            for table in learning_tables(self.model).values():
+                assert table.stage is not None
+                table.stage.scale = table.stage.scale * correction
         if self._log_is_due():
             assert self._step_nll is not None
             loss = self._sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
@@ -188,15 +189,22 @@ class LanguageModule(L.LightningModule):
             raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
         optim = self.config["optim"]
         dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
-        tables = [p for group in optimizer.param_groups if group["name"] == "table" for p in group["params"]]
-        dense = [p for group in optimizer.param_groups if group["name"] != "table" for p in group["params"]]
-        staged = stages(self.model)
+        of_tables = ("table", "table_dense")
+        tables = [p for group in optimizer.param_groups if group["name"] in of_tables for p in group["params"]]
+        dense = [p for group in optimizer.param_groups if group["name"] not in of_tables for p in group["params"]]
+        # What has learned in backward already has nothing left to measure.
+        staged = [table for table in learning_tables(self.model).values() if table.learning == "rows"]
         for name, parameters, limit in (("dense", dense, dense_limit), ("table", tables, optim["table_clip_norm"])):
-            if parameters and (limit is not None or self._log_is_due()):
-                by_rows = name == "table" and staged
-                norm = clip_stages(staged, limit) if by_rows else clip_by_norm(parameters, limit)
-                if self._log_is_due():
-                    self.log(f"train/grad_norm_{name}", norm)
+            if not parameters or not (limit is not None or self._log_is_due()):
+                continue
+            if name == "table" and staged:
+                norm = clip_tables(staged, [p.grad for p in parameters if p.grad is not None], limit)
+            elif any(p.grad is not None for p in parameters):
+                norm = clip_by_norm(parameters, limit)
+            else:
+                continue
+            if self._log_is_due():
+                self.log(f"train/grad_norm_{name}", norm)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError, check_choice
-from pkm_lightning.memory import RowOptimizer, RowStage, TableOptimizer, ValueTable
+from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.ops.row_update.rules import state_shapes
 from pkm_lightning.training.instantiate import instantiate
@@ -69,9 +69,12 @@ def _check_fused(config: Mapping[str, Any]) -> None:
 
 def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
     """`dense`, joined by row optimizers where the model has tables that learn by rows."""
-    tables = {name: module for name, module in model.named_modules() if _learns_by_rows(module)}
+    tables = learning_tables(model)
     if not tables:
         return dense
+    for group in dense.param_groups:
+        if group["name"] == "table":  # a plugin's own parameter of that role; monitors want every name once
+            group["name"] = "table_dense"
     optim = config["optim"]
     return TableOptimizer(
         dense,
@@ -83,22 +86,22 @@ def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -
     )
 
 
+def learning_tables(model: nn.Module) -> dict[str, ValueTable]:
+    """The model's tables that learn by rows or fused, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ValueTable) and module.stage is not None
+    }
+
+
 def optimizer_state_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:
     """Bytes that the optimizers keep: AdamW's two values of each parameter, and what the row rule keeps for a table."""
     total = optimizer_bytes(model)
-    tables = [module for module in model.modules() if isinstance(module, ValueTable) and module.stage is not None]
+    tables = learning_tables(model).values()
     if tables:
         rows: RowOptimizer = instantiate(config["table"]["optimizer"], "table.optimizer")
         for table in tables:
             shapes = state_shapes(rows.rule, table.lines).values()
             total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
     return total
-
-
-def stages(model: nn.Module) -> list[RowStage]:
-    """The stages of the model's tables, of those that have one."""
-    return [module.stage for module in model.modules() if isinstance(module, ValueTable) and module.stage is not None]
-
-
-def _learns_by_rows(module: nn.Module) -> bool:
-    return isinstance(module, ValueTable) and module.stage is not None

@@ -14,7 +14,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pkm_lightning.memory import RowStage, ValueTable, clip_stages
+from pkm_lightning.memory import RowStage, ValueTable, clip_tables
 
 N, D, T, K = 17, 6, 5, 4
 
@@ -62,9 +62,9 @@ def run(layers: list[Reader], through: Callable[..., Tensor] | None = None) -> N
 
 def dense(stage: RowStage, table: ValueTable) -> Tensor:
     """The staged gradient as N x D numbers."""
-    gradient = stage.gradient()
+    gradient = stage.gradient(table.lines)
     assert gradient is not None
-    (order_L, rows_U, starts_V), coefficients_L, sources_L, rows_XD = gradient
+    _, (order_L, rows_U, starts_V), coefficients_L, sources_L, rows_XD = gradient
     grad_ND = torch.zeros_like(table.lines)
     for row, start, end in zip(rows_U.tolist(), starts_V[:-1].tolist(), starts_V[1:].tolist(), strict=True):
         for read in order_L[start:end].tolist():
@@ -109,6 +109,42 @@ def test_compiled_layers_stage_the_same(kind: str) -> None:
     assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
 
 
+def test_a_compiler_does_not_make_one_of_two_equal_reads() -> None:
+    table = ValueTable(rows=N, dim=D, learning="rows")
+    ids_TK, weights_TK = torch.randint(N, (T, K)), torch.rand(T, K)
+
+    def twice() -> Tensor:
+        return (table(ids_TK, weights_TK) + table(ids_TK, weights_TK)).sum()
+
+    twice().backward()
+    expected_ND = dense(staged(table), table)
+    staged(table).clear()
+    torch.compile(twice, backend="aot_eager", fullgraph=True)().backward()
+    assert_close(dense(staged(table), table), expected_ND)
+
+
+def test_one_compiled_graph_serves_many_tables() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward  # type: ignore[no-any-return]
+
+    for _ in range(4):
+        layer = Reader(ValueTable(rows=N, dim=D, learning="rows"), "sum")
+        torch.compile(layer, backend=count)(torch.randn(T, D), torch.randint(N, (T, K)))
+    assert len(graphs) == 1
+
+
+def test_a_read_that_outlives_its_table_says_so() -> None:
+    table = ValueTable(rows=N, dim=D, learning="rows")
+    y_TD = table(torch.randint(N, (T, K)), torch.rand(T, K))
+    del table
+    with pytest.raises(RuntimeError, match="the table of this read is gone"):
+        y_TD.sum().backward()
+
+
 def test_slices_of_rows_are_rows_of_their_own() -> None:
     table = ValueTable(rows=3, dim=4, slices=2, learning="rows")
     assert table.lines.shape == (6, 2)
@@ -128,8 +164,8 @@ def test_nothing_is_staged_without_gradient_or_for_frozen_rows() -> None:
     table = ValueTable(rows=N, dim=D, learning="rows")
     with torch.no_grad():
         assert not table(torch.randint(N, (T, K)), torch.rand(T, K)).requires_grad
-    assert staged(table).gradient() is None
-    assert staged(table).norm().item() == 0
+    assert staged(table).gradient(table.lines) is None
+    assert staged(table).norm(table.lines).item() == 0
     frozen = ValueTable(rows=N, dim=D, learning="rows", trainable=False)
     assert frozen.stage is None
     assert not frozen.weight.requires_grad
@@ -150,14 +186,14 @@ def test_copies_of_a_model_stage_for_themselves() -> None:
     _, _, table, _ = pair("sum")
     other = copy.deepcopy(table)
     other(torch.randint(N, (T, K)), torch.rand(T, K)).sum().backward()
-    assert staged(table).gradient() is None
-    assert staged(other).gradient() is not None
+    assert staged(table).gradient(table.lines) is None
+    assert staged(other).gradient(other.lines) is not None
 
 
 def test_bf16_tables_keep_their_coefficients_in_fp32() -> None:
     table = ValueTable(rows=N, dim=D, learning="rows").bfloat16()
     table(torch.randint(N, (T, K)), torch.rand(T, K)).float().sum().backward()
-    gradient = staged(table).gradient()
+    gradient = staged(table).gradient(table.lines)
     assert gradient is not None
     assert gradient.coefficients_L.dtype is torch.float32
     assert gradient.source_rows_XD.dtype is torch.bfloat16
@@ -169,18 +205,24 @@ def test_clipping_is_by_the_norm_over_all_tables() -> None:
     run(layers)
     other = ValueTable(rows=N, dim=D, learning="rows")
     other(torch.randint(N, (T, K)), torch.rand(T, K)).sum().backward()
-    both = [staged(table), staged(other)]
+    both, beside = [table, other], torch.ones(4)
     assert dense_table.weight.grad is not None
-    expected = torch.stack([dense_table.weight.grad.norm(), dense(staged(other), other).norm()]).norm()
-    assert_close(clip_stages(both, None), expected)
-    assert [stage.scale for stage in both] == [1.0, 1.0]
-    assert_close(clip_stages(both, 0.5), expected)
-    assert_close(torch.stack([stage.norm() for stage in both]).norm(), torch.tensor(0.5))
-    clip_stages(both, 100.0)
-    assert_close(torch.stack([stage.norm() for stage in both]).norm(), torch.tensor(0.5))
+    expected = torch.stack([dense_table.weight.grad.norm(), dense(staged(other), other).norm(), beside.norm()]).norm()
+
+    def norm() -> Tensor:
+        return torch.stack([*(staged(one).norm(one.lines) for one in both), beside.norm()]).norm()
+
+    assert_close(clip_tables(both, [beside], None), expected)
+    assert [staged(one).scale for one in both] == [1.0, 1.0]
+    assert_close(clip_tables(both, [beside], 0.5), expected)
+    assert_close(norm(), torch.tensor(0.5))
+    clip_tables(both, [beside], 100.0)
+    assert_close(norm(), torch.tensor(0.5))
 
 
 def test_a_table_in_host_memory_is_cast_but_not_moved() -> None:
+    with torch.device("meta"):  # models of which only shapes are wanted
+        assert ValueTable(rows=N, dim=D, device="cpu").weight.is_meta
     table = ValueTable(rows=N, dim=D, device="cpu")
     layer = nn.ModuleDict({"table": table, "linear": nn.Linear(2, 2)}).to("meta", torch.bfloat16)
     assert layer["linear"].weight.is_meta  # type: ignore[union-attr]

@@ -143,13 +143,16 @@ def test_a_scheduler_moves_the_tables_rate() -> None:
     pool = Pool("rows")
     optimizer = by_rows(pool, "sgd")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    before_ND = pool.table.weight.clone()
+    moves = []
     for _ in range(3):
+        before_ND = pool.table.weight.clone()
         optimizer.zero_grad()
-        optimizer.step(lambda: pool.loss(*batches(1, 1)[0][0]).backward())
+        y_TD = pool.table(torch.arange(N).view(1, -1), torch.ones(1, N, dtype=torch.float64))
+        optimizer.step(lambda y=y_TD: y.sum().backward())  # type: ignore[misc]
+        moves.append((before_ND - pool.table.weight).mean().item())
         scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.01 / 8, 0.02 / 8]
-    assert not torch.equal(before_ND, pool.table.weight)
+    assert moves == pytest.approx([0.02, 0.01, 0.005])
 
 
 @pytest.mark.parametrize("rule", ["sgd", "row_adagrad", "lazy_adam", "catch_up_adam"])
@@ -186,11 +189,19 @@ def test_a_saved_state_continues_bit_for_bit(rule: str) -> None:
 
 def test_state_of_another_rule_or_model_is_refused() -> None:
     saved = by_rows(Pool("rows"), "lazy_adam").state_dict()
-    with pytest.raises(ValueError, match=r"state holds \['exp_avg', 'exp_avg_sq', 'step'\], sgd \['step'\]"):
-        by_rows(Pool("rows"), "sgd").load_state_dict(saved)
-    saved["param_groups"][0]["params"].pop()
-    with pytest.raises(ValueError, match=r"other parameter groups than this model's, of sizes \[6, 1\]"):
-        by_rows(Pool("rows"), "lazy_adam").load_state_dict(saved)
+    pool = Pool("rows")
+    optimizer = by_rows(pool, "sgd")
+    with pytest.raises(ValueError, match=r"saved optimizer state of a table is .*exp_avg.* sgd keeps .*'step'"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state is optimizer.dense.state  # nothing is half restored
+    plain = torch.optim.AdamW([*pool.layers.parameters(), pool.table.weight]).state_dict()
+    with pytest.raises(ValueError, match=r"groups of \[7\] parameters, this model's optimizer of \[6, 1\]"):
+        by_rows(Pool("rows"), "lazy_adam").load_state_dict(plain)
+    plain = torch.optim.AdamW([{"params": [*pool.layers.parameters()]}, {"params": [pool.table.weight]}]).state_dict()
+    with pytest.raises(
+        ValueError, match=r"saved optimizer state of a table is \{\}.*another table/optimizer or table.le"
+    ):
+        by_rows(Pool("rows"), "lazy_adam").load_state_dict(plain)
 
 
 def test_zero_grad_forgets_a_bad_step() -> None:
@@ -208,19 +219,66 @@ def test_zero_grad_forgets_a_bad_step() -> None:
     assert torch.equal(optimizer.state[pool.table.weight]["exp_avg"], state["exp_avg"])
 
 
-def test_a_table_that_is_read_behind_its_back_is_told() -> None:
+@pytest.mark.parametrize("learning", ["rows", "fused"])
+def test_a_table_that_is_read_behind_its_back_is_told(learning: str) -> None:
+    pool = Pool(learning)
+    optimizer = by_rows(pool, "sgd")
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            (pool.table.weight[0] * pool.layers[0].weight.sum()).sum().backward()  # type: ignore[union-attr,operator]
+            optimizer.step()
+
+    steps(9)
+    with pytest.raises(ConfigError, match=r"pool: no read was seen in 10 steps, so nothing is learned"):
+        steps(1)
+
+
+def test_a_table_that_is_first_read_later_learns() -> None:
+    pool = Pool("rows")
+    optimizer, before_ND = by_rows(pool, "sgd"), pool.table.weight.clone()
+    for _ in range(5):
+        optimizer.step()
+    assert torch.equal(pool.table.weight, before_ND)
+    assert optimizer.state[pool.table.weight]["step"] == 0
+    train(pool, optimizer, 10, 1)
+    assert optimizer.state[pool.table.weight]["step"] == 10
+
+
+def test_an_unfrozen_weight_is_refused() -> None:
     pool = Pool("rows")
     optimizer = by_rows(pool, "sgd")
-    (pool.table.weight[0] * pool.layers[0].weight.sum()).sum().backward()  # type: ignore[union-attr,operator]
-    with pytest.raises(ConfigError, match=r"table of shape \(40, 6\) learns by rows, but no read of it was seen"):
+    pool.requires_grad_(True)
+    with pytest.raises(
+        ConfigError, match=r"pool.weight requires a gradient, which a table that learns by rows must not"
+    ):
         optimizer.step()
+
+
+def test_a_group_that_is_added_later_learns() -> None:
+    pool, added = Pool("rows"), nn.Parameter(torch.ones(2))
+    optimizer = by_rows(pool, "sgd")
+    optimizer.add_param_group({"params": [added], "lr": 0.5})
+    added.sum().backward()
+    optimizer.step()
+    assert added.tolist() == [0.5, 0.5]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [6, 1, 1]
+
+
+def test_copies_and_dense_tables_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"belongs to its model's tables and cannot be copied"):
+        copy.deepcopy(by_rows(Pool("rows"), "sgd"))
+    with pytest.raises(ValueError, match=r"pool learns densely or not at all; leave it to the dense optimizer"):
+        by_rows(Pool("dense"), "sgd")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"rule": "adam"}, r"table.optimizer.rule=.adam. is not known"),
-        ({"rule": "lazy_adam", "betas": (0.9,)}, r"betas=\[0.9\] must be two numbers"),
+        ({"rule": "lazy_adam", "betas": (0.9,)}, r"betas=\(0.9,\) must be two numbers"),
+        ({"rule": "lazy_adam", "betas": 0.9}, r"betas=0.9 must be two numbers"),
         ({"rule": "lazy_adam", "betas": (0.9, 1.0)}, r"table.optimizer.betas=1.0"),
         ({"rule": "row_adagrad", "eps": -1.0}, r"table.optimizer.eps=-1.0"),
         ({"rule": "catch_up_adam"}, r"catch_up_adam is exact without momentum only; set the first to 0"),

@@ -13,9 +13,10 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from pkm_lightning.ops.row_update import RowRule, row_gradient, row_gradient_norm, row_update
+from pkm_lightning.ops.row_update import RowGradient, RowRule, row_gradient, row_gradient_norm, row_update
 from pkm_lightning.ops.row_update.rounding import round_stochastically
 from pkm_lightning.ops.row_update.rules import KINDS, new_state
+from pkm_lightning.ops.segments import Segments
 
 BACKENDS = ["eager", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []), "reference"]
 FAST = [backend for backend in BACKENDS if backend != "reference"]
@@ -80,6 +81,47 @@ def test_equals_the_reference(kind: str, dtype: torch.dtype, backend: str) -> No
 @pytest.mark.parametrize("dim", [1, 3, 63, 64, 100, 257])
 def test_any_width(dim: int, backend: str) -> None:
     assert_same_update(backend, "lazy_adam", step(9, dim, 17), 9)
+
+
+def padded(gradient: RowGradient) -> RowGradient:
+    """The same gradient as an accelerator has it: room for more segments than there are."""
+    order_L, rows_U, starts_V = gradient.segments
+    pad, end = torch.nn.functional.pad, len(order_L)
+    return gradient._replace(
+        segments=Segments(order_L, pad(rows_U, (0, 3), value=-1), pad(starts_V, (0, 3), value=end))
+    )
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gpu_kernels_pass_over_empty_segments(kind: str, first: int) -> None:
+    reads = step(9, 5, 30)
+    gradient = row_gradient(9, *reads._replace(ids_L=reads.ids_L.clamp(min=first)))
+    table_ND, state = states(kind, 9, 5, torch.float32)
+    # What stands before the first row must not be taken for row -1.
+    around_ND = torch.cat([torch.full((1, 5), torch.nan), table_ND])
+    expected_ND, expected = table_ND.clone(), {name: value.clone() for name, value in state.items()}
+    row_update(around_ND[1:], padded(gradient), rule(kind, 3), state, backend="triton")
+    row_update(expected_ND, gradient, rule(kind, 3), expected, backend="reference")
+    assert around_ND[0].isnan().all()
+    assert_close(around_ND[1:], expected_ND)
+    for name, value in expected.items():
+        assert_close(state[name].float(), value.float())
+    norm = row_gradient_norm(padded(gradient), backend="triton")
+    assert_close(norm, row_gradient_norm(gradient, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("seed", [0, 1, 77, 2**31 - 1])
+def test_every_backend_rounds_by_the_same_bits(seed: int, backend: str) -> None:
+    # One read a row and no state: nothing but the hash can differ.
+    reads = Step(torch.arange(6), torch.ones(6), torch.arange(6) % 5, torch.randn(5, 33).bfloat16())
+    table_ND = torch.randn(6, 33).bfloat16()
+    expected_ND = table_ND.clone()
+    row_update(table_ND, row_gradient(6, *reads), rule("sgd", seed=seed), {}, backend=backend)
+    row_update(expected_ND, row_gradient(6, *reads), rule("sgd", seed=seed), {}, backend="reference")
+    assert torch.equal(table_ND, expected_ND)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -205,5 +247,21 @@ def test_refusals_name_what_is_wrong() -> None:
         row_update(table_ND, gradient, rule("lazy_adam"), {})
     with pytest.raises(ValueError, match=r"the table must be contiguous"):
         row_update(torch.zeros(3, 4).T, gradient, rule("sgd"), {})
+    with pytest.raises(ValueError, match=r"the gradient is of a table of 4 rows, this has 5"):
+        row_update(torch.zeros(5, 3), gradient, rule("sgd"), {})
+    with pytest.raises(ValueError, match=r"row_gradient: ids has 4; allowed: 0 to 3"):
+        row_gradient(4, torch.tensor([4]), torch.ones(1), torch.zeros(1).long(), torch.ones(1, 3))
+    with pytest.raises(ValueError, match=r"row_gradient: needs ids, coefficients and sources of one shape"):
+        row_gradient(4, torch.zeros(2).long(), torch.ones(2), torch.zeros(2).long(), torch.ones(3))
+    wide = row_gradient(4, *step(4, 3, 6)._replace(rows_XD=torch.ones(5, 3, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"backend='cpu' sums in float32; use backend=eager for float64"):
+        row_update(table_ND.double(), wide, rule("sgd"), {}, backend="cpu")
+    for betas in ((0.9, 1.0), (1.0, 0.9)):
+        with pytest.raises(ValueError, match=r"each must be from 0 to below 1"):
+            RowRule(kind="lazy_adam", lr=1, betas=betas)
+    with pytest.raises(ValueError, match=r"and the first 0 for catch_up_adam"):
+        RowRule(kind="catch_up_adam", lr=1)
+    with pytest.raises(ValueError, match=r"seed=-1; allowed: 0 to"):
+        rule("sgd", seed=-1)
     with pytest.raises(ValueError, match=r"backend='cuda' is not available; allowed: auto, eager"):
         row_update(table_ND, gradient, rule("sgd"), {}, backend="cuda")

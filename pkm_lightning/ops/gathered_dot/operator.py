@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
-from pkm_lightning.ops.segments import read_segments, read_sources
-from pkm_lightning.ops.weighted_gather.operator import check_indices, gather_kernels
+from pkm_lightning.ops.segments import check_indices, read_segments, read_sources
+from pkm_lightning.ops.weighted_gather.operator import gather_kernels
 
 
 def dot(table_ND: Tensor, x_TD: Tensor, ids_TK: Tensor, *, backend: str) -> Tensor:

@@ -53,7 +53,8 @@ def half_topk(
         ValueError: shapes or dtypes that do not fit, `k` out of range, an unknown backend, or one that cannot run here
             or in this dtype.
     """
-    if q_XTE.ndim < 2 or (*q_XTE.shape[:-2], q_XTE.shape[-1]) != (*keys_XSE.shape[:-2], keys_XSE.shape[-1]):
+    fit = (q_XTE.shape[:-2], q_XTE.shape[-1:]) == (keys_XSE.shape[:-2], keys_XSE.shape[-1:])
+    if min(q_XTE.ndim, keys_XSE.ndim) < 2 or not fit:
         raise ValueError(
             "half_topk: needs queries (..., T, E) and keys (..., S, E), got "
             f"{tuple(q_XTE.shape)} and {tuple(keys_XSE.shape)}."

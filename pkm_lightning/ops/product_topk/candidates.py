@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 
 def candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -19,8 +20,13 @@ def candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor
     return rank1_C.contiguous(), rank2_C.contiguous()
 
 
-#: The same for code that is not traced: a cache inside a graph, which holds the ranks as constants, would break it.
-cached_ranks = functools.lru_cache(maxsize=64)(candidate_ranks)
+def cached_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same for code that is not traced: in a graph, which holds the ranks as constants, a cache would break it."""
+    # Tensors that are made under a fake mode are fake, and would stay so in the cache.
+    return candidate_ranks(k, per_half, device) if detect_fake_mode() else _kept(k, per_half, device)
+
+
+_kept = functools.lru_cache(maxsize=64)(candidate_ranks)
 
 
 def sum_of_scores(scores1_X: Tensor, scores2_X: Tensor) -> Tensor:

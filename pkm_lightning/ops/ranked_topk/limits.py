@@ -12,7 +12,7 @@ from pkm_lightning.ops.backends import best_backend
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Beyond it counting ranks loses to a sort on the CPU, and the registers of a GPU program have no room.
+#: Beyond it counting ranks may lose to a sort on the CPU (it is k over S that decides); a GPU program has no registers.
 LARGEST_K = {"cpu": 512, "triton": 128}
 #: The dtypes of the kernels where low precision is not taken as float32: GPU kernels pack 32 bits and a place.
 EXACT = {"cpu": (torch.float32, torch.float64), "triton": (torch.float32,)}

@@ -13,7 +13,7 @@ import torch
 
 from pkm_lightning.ops.backends import best_backend, choose_backend
 from pkm_lightning.ops.row_update.rules import RowRule
-from pkm_lightning.ops.segments import Segments, read_segments
+from pkm_lightning.ops.segments import Segments, check_indices, read_segments
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -27,6 +27,8 @@ class RowGradient(NamedTuple):
     `coefficients[l] * source_rows[sources[l]]`. For a weighted gather the coefficients are the weights and the source
     rows the output's gradients."""
 
+    #: Rows of the table.
+    n_rows: int
     segments: Segments
     #: (L,), the dtype that sums are taken in: fp32, or fp64 for an fp64 table.
     coefficients_L: Tensor
@@ -43,10 +45,33 @@ def row_gradient(
     sources_L: Int[Tensor, " L"],
     source_rows_XD: Float[Tensor, "X D"],
 ) -> RowGradient:
-    """Sorts the reads by row: the one sort that the norm and the update of a step share."""
+    """Sorts the reads by row: the one sort that the norm and the update of a step share.
+
+    Args:
+        n_rows: rows N of the table.
+        ids_L: int32 or int64, 0 to N - 1.
+        coefficients_L: any floating dtype.
+        sources_L: int32 or int64, 0 to X - 1.
+        source_rows_XD: in the table's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit; on the CPU also ids or sources out of range, which no other device checks.
+    """
+    if not (ids_L.shape == coefficients_L.shape == sources_L.shape and ids_L.ndim == 1 and source_rows_XD.ndim == 2):
+        raise ValueError(
+            "row_gradient: needs ids, coefficients and sources of one shape (L,) and source rows (X, D), got "
+            f"{tuple(ids_L.shape)}, {tuple(coefficients_L.shape)}, {tuple(sources_L.shape)}, "
+            f"{tuple(source_rows_XD.shape)}."
+        )
+    check_indices("row_gradient", "ids", ids_L, n_rows)
+    check_indices("row_gradient", "sources", sources_L, len(source_rows_XD))
     sums = torch.promote_types(source_rows_XD.dtype, torch.float32)
     return RowGradient(
-        read_segments(ids_L, n_rows), coefficients_L.to(sums).contiguous(), sources_L.int().contiguous(), source_rows_XD
+        n_rows,
+        read_segments(ids_L, n_rows),
+        coefficients_L.to(sums).contiguous(),
+        sources_L.int().contiguous(),
+        source_rows_XD,
     )
 
 
@@ -88,6 +113,8 @@ def row_update(
             f"values, the table {table_ND.dtype} of {table_ND.shape[1]}; both need one dtype and width."
         )
     rule.check_state(state, table_ND)
+    if gradient.n_rows != len(table_ND):
+        raise ValueError(f"row_update: the gradient is of a table of {gradient.n_rows} rows, this has {len(table_ND)}.")
     if not table_ND.is_contiguous():
         raise ValueError("row_update: the table must be contiguous.")
     with torch.no_grad():
@@ -98,8 +125,11 @@ def _implementation(name: str, gradient: RowGradient, backend: str) -> Callable[
     """`name` of the module of the backend: numba and triton are imported where they are first needed."""
     rows_XD = gradient.source_rows_XD
     best = best_backend(rows_XD)
-    # The kernels sum in fp32 and know no fp64.
-    default = "eager" if rows_XD.dtype is torch.float64 else best
+    default = best
+    if rows_XD.dtype is torch.float64:
+        if backend in ("cpu", "triton"):
+            raise ValueError(f"row_update: backend={backend!r} sums in float32; use backend=eager for float64 tables.")
+        default = "eager"
     module = choose_backend("row_update", backend, default, _MODULES, rows_XD)()
     return cast("Callable[..., object]", getattr(module, name))
 

@@ -34,7 +34,8 @@ def row_gradient_norm(gradient: RowGradient) -> Tensor:
     squares_U = torch.empty(len(gradient.segments.rows_U))
     scratch_C2D, bits_C2D = _scratch(gradient)
     _squares(*_reads(gradient), squares_U.numpy(), scratch_C2D, bits_C2D)
-    return squares_U.sum().sqrt()
+    # In fp64 the order of the sum, which depends on the number of threads, does not reach the result.
+    return squares_U.double().sum().sqrt().float()
 
 
 def row_update(
@@ -57,7 +58,7 @@ def row_update(
         bits_C2D,
         KINDS.index(rule.kind),
         rule.step,
-        rule.seed & 0xFFFFFFFF,
+        rule.seed,
         (float(scale), rule.lr, rule.lr * rule.weight_decay, *rule.betas, rule.eps, correction1, root_correction2),
     )
 

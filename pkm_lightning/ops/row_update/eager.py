@@ -45,7 +45,7 @@ def row_update(
 
 def _chunks(gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and their gradients, (C,) and (C, D)."""
-    (order_L, rows_U, starts_V), coefficients_L, sources_L, source_rows_XD = gradient
+    _, (order_L, rows_U, starts_V), coefficients_L, sources_L, source_rows_XD = gradient
     size = max(1, _CHUNK_VALUES // max(1, source_rows_XD.shape[1]))
     for start in range(0, len(rows_U), size):
         limits_V = starts_V[start : start + size + 1]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
     """See `pkm_lightning.ops.row_update`."""
-    return _dense(gradient, int(gradient.segments.rows_U.max()) + 1 if len(gradient.sources_L) else 0).norm()
+    return _dense(gradient, gradient.n_rows).norm()
 
 
 def row_update(
@@ -59,7 +59,7 @@ def moved(rows_UD: Tensor, grad_UD: Tensor, rule: RowRule, state: Mapping[str, T
 
 
 def _dense(gradient: RowGradient, n_rows: int) -> Tensor:
-    (order_L, rows_U, starts_V), coefficients_L, sources_L, source_rows_XD = gradient
+    _, (order_L, rows_U, starts_V), coefficients_L, sources_L, source_rows_XD = gradient
     grad_ND = torch.zeros(n_rows, source_rows_XD.shape[1], dtype=coefficients_L.dtype, device=coefficients_L.device)
     for row, start, end in zip(rows_U.tolist(), starts_V[:-1].tolist(), starts_V[1:].tolist(), strict=True):
         for read in order_L[start:end].tolist():

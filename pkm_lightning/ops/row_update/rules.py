@@ -44,7 +44,10 @@ class RowRule:
         betas: b1 and b2 of Adam; b1 = 0 for `catch_up_adam`.
         eps: added to the root.
         step: number of this update, from 1.
-        seed: of the stochastic rounding; another one for every update.
+        seed: of the stochastic rounding, 0 to 2**31 - 1; another one for every update.
+
+    Raises:
+        ValueError: an unknown kind or a number out of range.
     """
 
     kind: str
@@ -60,6 +63,12 @@ class RowRule:
             raise ValueError(f"row_update: rule={self.kind!r} is unknown; allowed: {', '.join(KINDS)}.")
         if self.step < 1:
             raise ValueError(f"row_update: step={self.step}; updates are counted from 1.")
+        if not all(0 <= beta < 1 for beta in self.betas) or (self.kind == "catch_up_adam" and self.betas[0]):
+            raise ValueError(
+                f"row_update: betas={self.betas}; each must be from 0 to below 1, and the first 0 for catch_up_adam."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"row_update: seed={self.seed}; allowed: 0 to 2**31 - 1.")
 
     @property
     def corrections(self) -> tuple[float, float]:

@@ -47,7 +47,7 @@ def row_update(
             *reads, segments.starts_V, segments.rows_U, *pieces, table_ND,
             state.get("exp_avg", unused), state.get("exp_avg_sq", unused), factor_U, scale_1,
             rule.lr, rule.lr * rule.weight_decay, rule.betas[0], 1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1],
-            rule.eps, 1 / correction1, 1 / root_correction2, rule.seed & 0x7FFFFFFF,
+            rule.eps, 1 / correction1, 1 / root_correction2, rule.seed,
             KIND=KINDS.index(rule.kind), **block_sizes(table_ND.shape[1]),
         )  # fmt: skip
 
@@ -83,7 +83,7 @@ def _square_sums(gradient: RowGradient) -> Tensor:
 
 def _launch_arguments(gradient: RowGradient) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]:
     """What every kernel reads, the sums of further pieces, and blocks of columns."""
-    segments, coefficients_L, sources_L, source_rows_XD = gradient
+    _, segments, coefficients_L, sources_L, source_rows_XD = gradient
     reads = segments.order_L, coefficients_L, sources_L, source_rows_XD.contiguous()
     dim = source_rows_XD.shape[1]
     pieces = further_pieces(segments, coefficients_L, sources_L, reads[-1])

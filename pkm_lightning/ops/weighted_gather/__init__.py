@@ -66,6 +66,11 @@ def weighted_gather(
             "weighted_gather: needs table (N, D) and ids, weights of one shape (T, K), got "
             f"{tuple(table_ND.shape)}, {tuple(ids_TK.shape)}, {tuple(weights_TK.shape)}."
         )
+    if not table_ND.device == ids_TK.device == weights_TK.device:
+        raise ValueError(
+            f"weighted_gather: the table is on {table_ND.device}, ids on {ids_TK.device}, weights on "
+            f"{weights_TK.device}; all need one device."
+        )
     if ids_TK.dtype not in _INTEGERS or not weights_TK.is_floating_point() or not table_ND.is_floating_point():
         raise ValueError(
             "weighted_gather: needs ids of torch.int32 or torch.int64 and a floating table and weights, got "

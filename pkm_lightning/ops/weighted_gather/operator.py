@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
-from pkm_lightning.ops.segments import read_segments, read_sources
+from pkm_lightning.ops.segments import check_indices, read_segments, read_sources
 
 
 def gather(
@@ -30,19 +30,6 @@ def gather(
 def gather_kernels(backend: str) -> ModuleType:
     """The module of `backend`, imported when it is first used: numba and triton take their time."""
     return importlib.import_module(f"pkm_lightning.ops.weighted_gather.{backend}")
-
-
-def check_indices(op: str, name: str, indices_TK: Tensor, limit: int) -> None:
-    """Refuse indices that no row answers to; on the CPU only, where it costs 1 % and kernels would read wild memory.
-
-    Raises:
-        ValueError: with the index and the limit.
-    """
-    if indices_TK.device.type != "cpu" or indices_TK.numel() == 0:
-        return
-    low, high = (int(extreme) for extreme in torch.aminmax(indices_TK))
-    if low < 0 or high >= limit:
-        raise ValueError(f"{op}: {name} has {low if low < 0 else high}; allowed: 0 to {limit - 1}.")
 
 
 @library.custom_op("pkm_lightning::weighted_gather", mutates_args=())
@@ -70,7 +57,7 @@ def _gather_backward(
     weights_too: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients that are wanted; an empty tensor in the place of one that is not."""
-    grad_XD, ids_TK = grad.contiguous().view(-1, table.shape[1]), ids.contiguous()
+    grad_XD, ids_TK = grad.contiguous().flatten(0, 1), ids.contiguous()
     n_groups = grad.shape[1]
     groups_TK = None if groups is None else groups.contiguous()
     kernels = gather_kernels(backend)

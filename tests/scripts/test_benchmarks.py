@@ -1,0 +1,135 @@
+"""The benchmarks run, check what they time, and need nothing but torch and triton; figures are nobody's test."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tree import ROOT
+
+SCRIPTS = ROOT / "scripts"
+# A host with a GPU, the package's sources and nothing installed but torch, triton and what torch itself needs.
+BARE = """
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+FOUND = {"torch", "torchgen", "functorch", "triton", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec",
+         "filelock", "typing_extensions", "pkm_lightning"}
+FOUND |= sys.stdlib_module_names | {path.stem for path in Path(sys.argv[1]).glob("*.py")}
+
+class Bare:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        known = name.partition(".")[0] in FOUND or name.startswith("_sysconfigdata")
+        return PathFinder.find_spec(name, path, target) if known else None
+
+sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+import pkm_lightning.memory, pkm_lightning.ops
+import bench_decode, bench_ops, bench_train
+for script in (bench_ops, bench_train, bench_decode):
+    script.main(["--device", "cpu", "--smoke", "--no-memory", "--out", f"{script.__name__}.csv"])
+print("imported:", *sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "numba", "lightning", "hydra"}))
+"""
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """What a Python process prints that finds the package and the scripts; it must end well."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{SCRIPTS}"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`script("bench_ops")`, imported as when it is run."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def imported(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return imported
+
+
+def test_they_need_torch_and_triton_only(tmp_path: Path) -> None:
+    assert run("-c", BARE, str(SCRIPTS), cwd=tmp_path).splitlines()[-1] == "imported:"
+    skipped = set()
+    for name in ("bench_ops", "bench_train", "bench_decode"):
+        found = lines(tmp_path / f"{name}.csv")
+        assert all(float(line["median_s"]) > 0 for line in found if line["status"] == "ok" and line["rounds"] != "0")
+        assert len({line["row"] for line in found}) >= 1
+        skipped |= {line["row"] for line in found if line["status"] != "ok"}
+    assert skipped == {"layer, PKM", "layer, PEER", "R7 model in the Trainer"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "ways"),
+    [("bench_ops", "layer", 6), pytest.param("bench_train", "R7", 3, marks=pytest.mark.slow)],
+)
+def test_other_packages_and_the_trainer_are_contenders(
+    script: Any, tmp_path: Path, name: str, row: str, ways: int
+) -> None:
+    if name == "bench_ops":
+        pytest.importorskip("product_key_memory")
+        pytest.importorskip("PEER_pytorch")
+    out = tmp_path / f"{name}.csv"
+    script(name).main(["--device", "cpu", "--smoke", "--no-memory", "--only", row, "--out", str(out)])
+    found = lines(out)
+    assert [line["status"] for line in found] == ["ok"] * ways
+    assert found[0]["times_faster_than"].endswith(": 1.000")
+
+
+def test_memory_is_that_of_a_way_alone(tmp_path: Path) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux")
+    options = ["--smoke", "--only", "R1 combine", "--out", "ops.csv"]
+    printed = run(str(SCRIPTS / "bench_ops.py"), "--device", "cpu", *options, cwd=tmp_path)
+    found = lines(tmp_path / "ops.csv")
+    assert "peak MiB" in printed
+    assert [line["way"] for line in found] == ["textbook", "auto", "eager"]
+    assert all(0 <= int(line["peak_bytes"]) < 2**26 for line in found)
+    assert all(line["date"] and line["torch"] == torch.__version__ and line["threads"] for line in found)
+
+
+def test_a_wrong_and_a_failing_way_are_not_timed(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    harness = script("benchmarking")
+
+    def broken() -> tuple[torch.Tensor]:
+        raise RuntimeError("no such kernel")
+
+    ways = {"right": torch.ones, "wrong": torch.zeros, "not finite": lambda n: torch.ones(n) / 0}
+    case = harness.Case(
+        sizes="3",
+        ways=[
+            *(harness.Way(name, lambda make=make: lambda: (make(3),)) for name, make in ways.items()),
+            harness.Way("broken", lambda: broken),
+        ],
+        error=lambda run: harness.relative_error(run(), [torch.ones(3)]),
+        tolerance=1e-6,
+        baselines=["right"],
+        memory=False,
+    )
+    rows = [harness.Row("row", lambda: case, lambda: case)]
+    right, wrong, infinite, failed = harness.benchmark("test", "", lambda _: rows, ["--device", "cpu", "--rounds", "2"])
+    assert (right.status, right.rounds, right.same_bits, right.faster) == ("ok", 2, True, {"right": 1.0})
+    assert wrong.status == "wrong: relative error 1.0e+00, allowed 1e-06"
+    assert infinite.status.startswith("wrong: relative error inf")
+    assert failed.status == "RuntimeError: no such kernel"
+    assert wrong.median is infinite.median is failed.median is None
+    assert "no such kernel" in capsys.readouterr().out
