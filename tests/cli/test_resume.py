@@ -84,9 +84,9 @@ def test_a_signal_leaves_a_checkpoint_and_an_honest_record(tmp_path: Path, numbe
 
 def test_ctrl_c_without_checkpoints_is_an_interruption_too(tmp_path: Path) -> None:
     process = fit("trainer.max_steps=5000", "~callbacks.step_checkpoint", "run_dir=run", cwd=tmp_path)
-    while process.poll() is None and not (tmp_path / "run" / "metrics.csv").exists():
+    file = tmp_path / "run" / "metrics.csv"
+    while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) > 1):
         time.sleep(0.02)
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
