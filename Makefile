@@ -2,12 +2,13 @@
 PYTHON ?= python3
 TORCH ?=
 OVERRIDES ?=
+BENCH ?=
 WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test test-slow check format bench build clean
+.PHONY: help setup fit test test-slow check format bench bench-gpu build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +42,17 @@ format: setup ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## run every scripts/bench_*.py
-	@for script in $(sort $(wildcard scripts/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: setup ## time the package beside its peers on the CPU, about 10 minutes; BENCH=--out writes scripts/results/
+	$(BIN)/python scripts/bench_ops.py --device cpu $(BENCH)
+	$(BIN)/python scripts/bench_train.py --device cpu $(BENCH)
+	$(BIN)/python scripts/bench_decode.py --device cpu $(BENCH)
+	$(BIN)/python scripts/bench_peer_memory.py
+	$(BIN)/python scripts/bench_trainer_overhead.py --steps 40 --rounds 3
+
+bench-gpu: ## the same on a GPU by the system's PYTHON, which needs torch and triton only
+	PYTHONPATH=. $(PYTHON) scripts/bench_ops.py --device cuda $(BENCH)
+	PYTHONPATH=. $(PYTHON) scripts/bench_train.py --device cuda $(BENCH)
+	PYTHONPATH=. $(PYTHON) scripts/bench_decode.py --device cuda $(BENCH)
 
 build: setup ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation

@@ -37,8 +37,10 @@ class Result:
     copied_a_second: float | None = None
     seconds_a_token: float | None = None
     peak_bytes: int | None = None
-    #: How many times faster than each baseline.
+    bytes_a_value: float | None = None
+    #: By baseline: how many times faster, and how many times fewer bytes a value of the table.
     faster: dict[str, float] = field(default_factory=dict)
+    leaner: dict[str, float] = field(default_factory=dict)
 
     def summarise(self, seconds: list[float], moved: float, tokens: int, copied_a_second: float) -> None:
         """Quantiles of the rounds, if none of them failed."""
@@ -51,10 +53,13 @@ class Result:
         self.bytes_a_second = moved / self.median if moved else None
         self.seconds_a_token = self.median / tokens if tokens else None
 
-    def compare(self, baselines: Mapping[str, float | None]) -> None:
-        """Fills `faster` from the medians of the baselines."""
-        if self.median:
-            self.faster = {name: median / self.median for name, median in baselines.items() if median}
+    def compare(self, baselines: list[Result]) -> None:
+        """Fills `faster` and `leaner`."""
+        for other in baselines:
+            if self.median and other.median:
+                self.faster[other.way] = other.median / self.median
+            if self.bytes_a_value and other.bytes_a_value:
+                self.leaner[other.way] = other.bytes_a_value / self.bytes_a_value
 
 
 def conditions(device: torch.device) -> dict[str, str]:
@@ -102,7 +107,7 @@ def print_head(name: str, facts: Mapping[str, str]) -> None:
 
 def print_case(row: str, sizes: str, results: list[Result]) -> None:
     """A table with the columns that have something to say; times in milliseconds."""
-    baselines = list(dict.fromkeys(name for result in results for name in result.faster))
+    baselines = list(dict.fromkeys(name for result in results for name in (*result.faster, *result.leaner)))
     lines = [_cells(result, baselines) for result in results]
     shown = [name for name in lines[0] if any(line[name] for line in lines)]
     widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in shown}
@@ -135,6 +140,8 @@ def _cells(result: Result, baselines: list[str]) -> dict[str, str]:
         "us a token": shown(result.seconds_a_token, 1e6, 1),
         "peak MiB": shown(result.peak_bytes, 2**-20, 0),
         **{f"x {name}": shown(result.faster.get(name), 1) for name in baselines},
+        "B a value": shown(result.bytes_a_value, 1),
+        **{f"x less than {name}": shown(result.leaner.get(name), 1) for name in baselines},
         "note": "; ".join(notes),
     }
 
@@ -171,5 +178,11 @@ def _record(result: Result) -> dict[str, str]:
         "copy_GBps": text(copied and copied / 1e9, ".2f"),
         "token_s": text(result.seconds_a_token, ".3e"),
         "peak_bytes": text(result.peak_bytes, "d"),
-        "times_faster_than": "; ".join(f"{name}: {ratio:.3f}" for name, ratio in result.faster.items()),
+        "bytes_a_value": text(result.bytes_a_value, ".2f"),
+        "times_faster_than": _ratios(result.faster),
+        "times_fewer_bytes_than": _ratios(result.leaner),
     }
+
+
+def _ratios(by_baseline: Mapping[str, float]) -> str:
+    return "; ".join(f"{name}: {ratio:.3f}" for name, ratio in by_baseline.items())

@@ -20,7 +20,7 @@ from benchmarking import Case, Way, relative_error
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 
-from pkm_lightning.memory import RowOptimizer, TableOptimizer, clip_stages
+from pkm_lightning.memory import RowOptimizer, TableOptimizer, clip_tables
 
 MAX_NORM, LR, EPS = 1.0, 1e-2, 1e-8
 BETAS = {"adam": (0.9, 0.95), "catch_up_adam": (0.0, 0.95)}
@@ -62,10 +62,14 @@ WAYS = [
     StepWay("rows catch_up_adam", "catch_up_adam", "rows"),
     StepWay("rows sgd", "sgd", "rows"),
     StepWay(DENSE_UNCLIPPED, "adam", "dense", clip=False),
-    StepWay("sparse embedding_bag, SparseAdam, no clip", "adam", "peer", False, functools.partial(bag, sparse=True), True),
+    StepWay(
+        "sparse embedding_bag, SparseAdam, no clip", "adam", "peer", False, functools.partial(bag, sparse=True), True
+    ),
     StepWay("fused lazy_adam, no clip", "adam", "fused", clip=False),
     StepWay("fused row_adagrad, no clip", "row_adagrad", "fused", clip=False),
 ]
+#: One for each kind of state.
+MEMORY_WAYS = [way for way in WAYS if way.sparse or way.name == DENSE or way.learning == "rows"]
 
 
 class Moments:
@@ -129,7 +133,7 @@ class Step:
             y_TD = self.way.read(self.weight, batch.ids_TK, weights_TK)
         (y_TD * batch.upstream_TD).sum().backward()
         if self.way.clip and self.table is not None and self.table.stage is not None:
-            clip_stages([self.table.stage], MAX_NORM)
+            clip_tables([self.table], [], MAX_NORM)
         elif self.way.clip:
             nn.utils.clip_grad_norm_([self.weight], MAX_NORM)
         self.optimizer.step()
@@ -159,7 +163,7 @@ def step_case(
     return Case(
         sizes=f"{sizes} {dtype}".replace("torch.", ""),
         ways=[Way(way.name, functools.partial(build, way)) for way in ways],
-        error=error,  # type: ignore[arg-type]
+        error=error,
         tolerance=TOLERANCE[dtype],
         baselines=[DENSE, DENSE_UNCLIPPED] if timed else [DENSE],
         rebuild=device.type != "cpu",
@@ -172,9 +176,7 @@ def step_case(
 
 def _another(first: Reads, sizes: Lookup) -> Reads:
     weights_TK, upstream_TD = torch.rand_like(first.weights_TK), torch.randn_like(first.upstream_TD)
-    return first._replace(
-        ids_TK=draw_ids(sizes, first.table_ND.device), weights_TK=weights_TK, upstream_TD=upstream_TD
-    )
+    return first._replace(ids_TK=draw_ids(sizes, first.table_ND.device), weights_TK=weights_TK, upstream_TD=upstream_TD)
 
 
 def _gradient(reads: Reads) -> tuple[Tensor, float]:

@@ -25,6 +25,7 @@ from benchmark_report import Result, conditions, print_case, print_head, write_c
 from torch import Tensor
 
 Run = Callable[[], Any]
+#: More than any cache holds.
 SWEEP_BYTES = 2**28
 
 
@@ -42,7 +43,7 @@ class Case:
     Args:
         sizes: at which sizes.
         ways: who does it.
-        error: relative error of a built way against float64; it runs the way.
+        error: relative error of what a way built against float64; it runs it.
         tolerance: a larger error disqualifies.
         baselines: ways whose medians the others' are compared with.
         moved: bytes that any way must move, 0 where that says little.
@@ -51,12 +52,14 @@ class Case:
         rebuild: build a way anew in each round, where all of them do not fit into memory together.
         clock: measures a call itself and returns seconds; None: wall clock, or CUDA events.
         memory: whether peak memory is of interest.
+        timed: whether time is of interest; if not, nothing is checked either.
         held: bytes of the inputs that count as the way's own in peak memory.
+        values: of the table, for bytes a value.
     """
 
     sizes: str
     ways: list[Way]
-    error: Callable[[Run], float]
+    error: Callable[[Any], float]
     tolerance: float
     baselines: Sequence[str] = ()
     moved: float = 0.0
@@ -65,7 +68,9 @@ class Case:
     rebuild: bool = False
     clock: Callable[[Run], float] | None = None
     memory: bool = True
+    timed: bool = True
     held: int = 0
+    values: int = 0
 
 
 class Skipped(NamedTuple):
@@ -79,11 +84,13 @@ Factory = Callable[[], Case | Skipped]
 
 
 class Row(NamedTuple):
-    """A line of a plan: what is done, what makes the case, and what makes a tiny one of the same ways."""
+    """A line of a plan: what is done, and what makes the case, a tiny one of the same ways, and one of half the table,
+    from which the bytes follow that a value costs."""
 
     name: str
     make: Factory
     make_tiny: Factory
+    make_half: Factory | None = None
 
 
 class Options(NamedTuple):
@@ -123,7 +130,7 @@ def benchmark(
 ) -> list[Result]:
     """Runs, prints and, if asked for, writes the rows of a script."""
     options, parsed = command_line(doc, arguments)
-    stopwatch = Stopwatch(options.device)
+    stopwatch = Stopwatch(options.device, 2**16 if options.smoke else SWEEP_BYTES)
     facts = conditions(options.device)
     print_head(name, facts)
     results: list[Result] = []
@@ -136,8 +143,9 @@ def benchmark(
             print(f"\n{row.name}: skipped: {case.reason}", flush=True)
             results.append(Result(row=row.name, status=f"skipped: {case.reason}"))
             continue
+        started = time.perf_counter()
         found = measure(row, case, options, stopwatch)
-        print_case(row.name, case.sizes, found)
+        print_case(f"{row.name} ({time.perf_counter() - started:.0f} s)", case.sizes, found)
         results += found
         del case
         free(options.device)
@@ -157,10 +165,10 @@ class _Entry:
 def measure(row: Row, case: Case, options: Options, stopwatch: Stopwatch) -> list[Result]:
     """Checks, warms up, times and weighs the ways of one case."""
     entries = [_Entry(way, Result(row=row.name, sizes=case.sizes, way=way.name)) for way in case.ways]
-    for entry in entries:
+    copies = [stopwatch.copy_bandwidth()]
+    for entry in entries if case.timed else ():
         _attempt(entry, lambda entry: _check(case, entry))
-    copies = []
-    for number in range(options.rounds):
+    for number in range(options.rounds if case.timed else 0):
         copies.append(stopwatch.copy_bandwidth())
         shift = number % len(entries)
         for entry in entries[shift:] + entries[:shift]:
@@ -169,10 +177,10 @@ def measure(row: Row, case: Case, options: Options, stopwatch: Stopwatch) -> lis
         if options.memory and case.memory and entry.result.status == "ok":
             _attempt(entry, lambda entry: _weigh(row, case, entry, options))
         entry.result.summarise(entry.seconds, case.moved, case.tokens, statistics.median(copies))
-    medians = {entry.way.name: entry.result.median for entry in entries}
-    for entry in entries:
-        entry.result.compare({name: medians[name] for name in case.baselines})
-    return [entry.result for entry in entries]
+    results = [entry.result for entry in entries]
+    for result in results:
+        result.compare([other for other in results if other.way in case.baselines])
+    return results
 
 
 def _attempt(entry: _Entry, step: Callable[[_Entry], None]) -> None:
@@ -192,19 +200,26 @@ def _attempt(entry: _Entry, step: Callable[[_Entry], None]) -> None:
 def _check(case: Case, entry: _Entry) -> None:
     run = entry.way.build()
     entry.result.error = case.error(run)
-    entry.result.same_bits = _same_bits(run(), run()) if case.clock is None else None
+    entry.result.same_bits = _same_bits(run) if case.clock is None else None
     if not entry.result.error <= case.tolerance:
         entry.result.status = f"wrong: relative error {entry.result.error:.1e}, allowed {case.tolerance:.0e}"
     elif not case.rebuild:
         entry.run = run
+    del run
+    gc.collect()
 
 
-def _same_bits(first: Any, second: Any) -> bool | None:
-    """Whether two calls returned the same; None where a call returns no tensors."""
-    if not isinstance(first, tuple) or not all(isinstance(value, Tensor) for value in first):
-        return None
-    dense = [[value.to_dense() if value.is_sparse else value for value in values] for values in (first, second)]
-    return all(torch.equal(a, b) for a, b in zip(*dense, strict=True))
+def _same_bits(run: Run) -> bool | None:
+    """Whether two calls return the same, by every 97th number; None where a call returns no tensors."""
+    samples = []
+    for _ in range(2):
+        result = run()
+        if result is None:
+            return None
+        flat = ((value._values() if value.is_sparse else value).detach().reshape(-1) for value in result)
+        samples.append([value[::97].clone() for value in flat])
+        del result
+    return all(torch.equal(a, b) for a, b in zip(*samples, strict=True))
 
 
 def _time(case: Case, entry: _Entry, stopwatch: Stopwatch) -> None:
@@ -219,27 +234,33 @@ def _time(case: Case, entry: _Entry, stopwatch: Stopwatch) -> None:
 
 
 def _weigh(row: Row, case: Case, entry: _Entry, options: Options) -> None:
-    entry.run = None if options.device.type == "cuda" else entry.run
-    peak = _peak(row, entry.way.name, options.device)
+    if options.device.type == "cuda":
+        entry.run = None
+        free(options.device)
+    try:
+        peak = _peak(case, row.make, row.make_tiny, entry.way.name, options.device)
+        half = _peak(None, row.make_half, row.make_tiny, entry.way.name, options.device) if row.make_half else None
+    except torch.cuda.OutOfMemoryError:
+        return  # a second set of its own beside all others is no failure of the way
     entry.result.peak_bytes = None if peak is None else peak + case.held
+    if peak is not None and half is not None:
+        entry.result.bytes_a_value = (peak - half + case.held / 2) / (case.values / 2)
 
 
-def _peak(row: Row, way: str, device: torch.device) -> int | None:
+def _peak(case: Case | None, make: Factory, make_tiny: Factory, way: str, device: torch.device) -> int | None:
     """Peak bytes of a way above the inputs of its case; None where the system does not tell."""
     if device.type == "cuda":
-        return _peak_on_the_gpu(row, way)
+        return _peak_on_the_gpu(case or make(), way)
     if not Path("/proc/self/clear_refs").exists():
         return None
     # Processes are forked from one that has imported everything and started no thread.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "numba", "torch"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_own_peak, row, way, torch.get_num_threads()).result()
+        return pool.submit(_peak_here, make, make_tiny, way, torch.get_num_threads()).result()
 
 
-def _run_twice(factory: Factory, way: str, start: Callable[[], None]) -> None:
-    torch.manual_seed(0)
-    case = factory()
+def _run_twice(case: Case | Skipped, way: str, start: Callable[[], None]) -> None:
     assert isinstance(case, Case)
     build = next(one.build for one in case.ways if one.name == way)
     gc.collect()
@@ -249,27 +270,28 @@ def _run_twice(factory: Factory, way: str, start: Callable[[], None]) -> None:
         run()
 
 
-def _peak_on_the_gpu(row: Row, way: str) -> int:
+def _peak_on_the_gpu(case: Case | Skipped, way: str) -> int:
     before: list[int] = []
 
     def start() -> None:
         torch.cuda.reset_peak_memory_stats()
         before.append(torch.cuda.memory_allocated())
 
-    _run_twice(row.make, way, start)
+    _run_twice(case, way, start)
     return torch.cuda.max_memory_allocated() - before[0]
 
 
-def _own_peak(row: Row, way: str, threads: int) -> int:
+def _peak_here(make: Factory, make_tiny: Factory, way: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    _run_twice(row.make_tiny, way, lambda: None)  # loads code, which is no memory of the way
+    torch.manual_seed(0)
+    _run_twice(make_tiny(), way, lambda: None)  # loads code, which is no memory of the way
     before: list[int] = []
 
     def start() -> None:
         before.append(_resident("VmRSS"))
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 
-    _run_twice(row.make, way, start)
+    _run_twice(make(), way, start)
     return _resident("VmHWM") - before[0]
 
 
@@ -290,9 +312,9 @@ def free(device: torch.device) -> None:
 class Stopwatch:
     """Seconds of a call, with caches that hold none of its inputs."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, sweep_bytes: int) -> None:
         self.cuda = device.type == "cuda"
-        self._sweep = torch.zeros(SWEEP_BYTES, dtype=torch.uint8, device=device)
+        self._sweep = torch.zeros(sweep_bytes, dtype=torch.uint8, device=device)
 
     def __call__(self, run: Run, calls: int = 1) -> float:
         """Mean over `calls`; what a call returns is freed after its time was taken."""
@@ -321,7 +343,7 @@ class Stopwatch:
         return started.elapsed_time(ended) / 1e3
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second of a copy of 128 MiB into memory that is there, read and written."""
+        """Bytes a second of a copy of half the swept memory into the other half, read and written."""
         source, target = self._sweep.chunk(2)
         return 2 * len(source) / self(lambda: target.copy_(source))
 

@@ -1,0 +1,98 @@
+"""Training with a sparse memory: the whole step of a table, its memory, the step of a block, tokens/s of a model.
+
+    python scripts/bench_train.py [--device cuda] [--only R5] [--out]
+
+R5 is a step of the table alone: forward, backward, clipping by norm (but where it says "no clip"), update. `dense` is
+autograd's gradient of the whole table and torch's AdamW; `rows` and `fused` are the package's `table.learning`. lazy
+Adam, row-wise Adagrad and SGD are other algorithms than AdamW; `catch_up_adam` is Adam with beta1 = 0, exactly. R9 has
+the bytes that one more value of the table costs at the peak of a step: the ratio is how many times larger a table fits.
+R6 is one FFN layer, R7 the model in the Trainer.
+
+Letters: see `benchmark_inputs.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from benchmark_blocks import Block, block_case
+from benchmark_inputs import Lookup
+from benchmark_steps import MAIN_WAYS, MEMORY_WAYS, WAYS, StepWay, step_case
+from benchmark_trainer import trainer_case
+from benchmarking import Options, Row, benchmark
+
+
+class Plan(NamedTuple):
+    """Sizes of a device: steps with all ways, with all but SparseAdam, with the main ones; the table of R9; blocks."""
+
+    steps: Sequence[Lookup]
+    most_steps: Sequence[Lookup]
+    main_steps: Sequence[Lookup]
+    memory: Lookup
+    blocks: Sequence[Block]
+
+
+SMOKE = Plan(
+    [Lookup(16, 8, 256, 16, "uniform")],
+    [],
+    [Lookup(16, 8, 256, 16, "zipf")],
+    Lookup(16, 8, 256, 16, "uniform"),
+    [Block(64, 16, 48, 16, 8, True)],
+)
+CPU = Plan(
+    [Lookup(1024, 128, 2**20, 256, "uniform")],
+    [Lookup(4096, 128, 2**18, 256, "uniform")],
+    [Lookup(4096, 128, 2**18, 256, "zipf")],
+    Lookup(256, 128, 2**17, 256, "uniform"),
+    [Block(2048, 256, 688, 512, 64, True), Block(2048, 512, 1376, 256, 128, True)],
+)
+GPU = Plan(
+    [Lookup(16384, 128, 2**20, 1024, "uniform")],
+    [Lookup(16384, 128, 2**24, 1024, "uniform")],
+    [
+        Lookup(16384, 128, 2**20, 1024, "zipf"),
+        Lookup(16384, 128, 2**20, 1536, "uniform"),
+        Lookup(4096, 128, 2**22, 1024, "uniform"),
+    ],
+    Lookup(4096, 128, 2**20, 1024, "uniform"),
+    [Block(16384, 2048, 5504, 1024, 1024, False), Block(16384, 4096, 14336, 1024, 2048, False)],
+)
+
+
+def plan(options: Options) -> Iterator[Row]:
+    """The rows."""
+    device, dtype = options.device, torch.bfloat16 if options.device.type == "cuda" else torch.float32
+    sizes = SMOKE if options.smoke else GPU if device.type == "cuda" else CPU
+
+    def step(name: str, lookup: Lookup, ways: list[StepWay], timed: bool = True) -> Row:
+        tiny, half = SMOKE.memory, lookup._replace(rows=lookup.rows // 2)
+        make, make_tiny, make_half = (
+            functools.partial(step_case, one, device, dtype, ways, timed=timed) for one in (lookup, tiny, half)
+        )
+        return Row(name, make, make_tiny, None if timed else make_half)
+
+    for lookup in sizes.steps:
+        yield step("R5 table step", lookup, WAYS)
+    for lookup in sizes.most_steps:
+        yield step("R5 table step", lookup, [way for way in WAYS if not way.sparse])
+    for lookup in sizes.main_steps:
+        yield step("R5 table step", lookup, MAIN_WAYS)
+    yield step("R9 memory of a step", sizes.memory, MEMORY_WAYS, timed=False)
+    for block in sizes.blocks:
+        make = functools.partial(block_case, block, device, dtype)
+        yield Row("R6 block step", make, make)
+    for dim in (None,) if options.smoke else (None, 256):
+        make_model = functools.partial(trainer_case, dim, options.smoke, device)
+        yield Row("R7 model in the Trainer", make_model, make_model)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the plan of the device."""
+    benchmark("train", __doc__, plan, arguments)
+
+
+if __name__ == "__main__":
+    main()

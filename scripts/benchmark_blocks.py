@@ -1,0 +1,171 @@
+"""One training step of an FFN alone: forward, backward, update, for SwiGLU, a mixture of experts and Memory+.
+
+On the CPU all have equal forward FLOPs a token; on a GPU Memory+ has the paper's shape, values as wide as the model.
+
+Letters: B sequences, T tokens, D model dimension, V values a slot, N slots.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from benchmark_inputs import table, value_table
+from benchmarking import Case, Way
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from pkm_lightning.ffn import FFNContext
+from pkm_lightning.ffn.dense import Dense
+from pkm_lightning.ffn.memory_plus import MemoryPlus
+from pkm_lightning.ffn.moe import MoE
+from pkm_lightning.memory import RowOptimizer, TableOptimizer
+
+LR = 1e-4
+CHECKED = 256
+# In bf16 queries are rounded, and slots at the border of the top-k are others than in float64.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+class Block(NamedTuple):
+    """Sizes: T tokens of D values through a SwiGLU of `hidden`, or through its rivals.
+
+    Args:
+        n_keys: sub-keys a half of Memory+; its 4 heads read 32 rows each.
+        key_dim: both half keys together.
+        matched: Memory+ has as wide values as give the SwiGLU's forward FLOPs; else as wide as the model.
+    """
+
+    tokens: int
+    dim: int
+    hidden: int
+    n_keys: int
+    key_dim: int
+    matched: bool
+
+    def __str__(self) -> str:
+        return f"T={self.tokens} D={self.dim} hidden={self.hidden}"
+
+
+def memory_plus(block: Block, weight_NV: Tensor, learning: str, device: str = "auto") -> MemoryPlus:
+    """The layer around a table that is there."""
+    return MemoryPlus(
+        dim=block.dim,
+        table=value_table(weight_NV, learning, device),
+        n_keys=block.n_keys,
+        heads=4,
+        knn=32 if block.n_keys >= 32 else 4,
+        key_dim=block.key_dim,
+        value_dim=weight_NV.shape[1],
+        qk_norm=True,
+    )
+
+
+def value_dim(block: Block) -> int:
+    """Values a slot."""
+    if not block.matched:
+        return block.dim
+    with torch.device("meta"):
+        costs = [memory_plus(block, torch.empty(block.n_keys**2, width), "rows").cost().flops for width in (8, 16)]
+    a_value = (costs[1] - costs[0]) // 8
+    return max(8, (6 * block.dim * block.hidden - costs[0]) // a_value // 8 * 8 + 8)
+
+
+class BlockStep:
+    """A call is one step."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, x_BTD: Tensor, upstream_BTD: Tensor) -> None:
+        self.module, self.optimizer = module, optimizer
+        self.x_BTD, self.upstream_BTD = x_BTD, upstream_BTD
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        output = self.module(self.x_BTD, context_of(self.x_BTD))
+        loss = (output.y_BTD * self.upstream_BTD).sum() + sum(output.aux_losses.values())
+        loss.backward()
+        self.optimizer.step()
+
+    def error(self) -> float:
+        """Of the forward pass."""
+        x_BTD = self.x_BTD[:1, :CHECKED]
+        with torch.no_grad():
+            return forward_error(self.module(x_BTD, context_of(x_BTD)).y_BTD, self.module, x_BTD)
+
+
+def block_case(block: Block, device: torch.device, dtype: torch.dtype) -> Case:
+    """A step of each FFN on the same tokens."""
+    weight_NV = table(block.n_keys**2, value_dim(block), dtype, device)
+    x_BTD, upstream_BTD = (torch.randn(8, block.tokens // 8, block.dim, device=device).to(dtype) for _ in range(2))
+
+    def moe() -> MoE:
+        return MoE(
+            dim=block.dim,
+            n_layers=2,
+            dense_hidden_dim=block.hidden,
+            hidden_dim=None,
+            n_experts=8,
+            top_k=2,
+            shared_experts=0,
+            score="softmax",
+            select="before",
+            renormalise=False,
+            routed_scale=1.0,
+            balancing="loss",
+            balance_loss=0.01,
+            bias_rate=0.0,
+            z_loss=0.001,
+            sequence_balance_loss=0.0,
+        )
+
+    def way(name: str, make: Callable[[], nn.Module], rule: str | None = None) -> Way:
+        def build() -> BlockStep:
+            module = make().to(device, dtype)
+            return BlockStep(module, _optimizer(module, rule), x_BTD, upstream_BTD)
+
+        return Way(name, build)
+
+    memory = functools.partial(memory_plus, block, weight_NV, "rows")
+    return Case(
+        sizes=f"{block} N={len(weight_NV)} V={weight_NV.shape[1]} {dtype}".replace("torch.", ""),
+        ways=[
+            way("SwiGLU", functools.partial(Dense, dim=block.dim, n_layers=2, hidden_dim=block.hidden)),
+            way("MoE, 2 of 8 experts", moe),
+            way("Memory+, lazy_adam", memory, "lazy_adam"),
+            way("Memory+, row_adagrad", memory, "row_adagrad"),
+        ],
+        error=lambda step: step.error(),
+        tolerance=TOLERANCE[dtype],
+        baselines=["SwiGLU"],
+        tokens=block.tokens,
+        memory=False,
+    )
+
+
+def _optimizer(module: nn.Module, rule: str | None) -> Optimizer:
+    dense = AdamW(module.parameters(), lr=LR, fused=True)
+    if rule is None:
+        return dense
+    assert isinstance(module, MemoryPlus)
+    return TableOptimizer(dense, {"table": module.values.table}, rows=RowOptimizer(rule=rule), lr=LR)
+
+
+def context_of(x_BTD: Tensor) -> FFNContext:
+    """Tokens that say nothing."""
+    return FFNContext(input_ids_BT=torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device))
+
+
+@torch.no_grad()
+def forward_error(found_BTD: Tensor, module: nn.Module, x_BTD: Tensor) -> float:
+    """Median over tokens of the relative error of an output against a copy of the module in float64.
+
+    A median, because a near tie that falls otherwise there moves single tokens far; nothing else does.
+    """
+    wide = copy.deepcopy(module).double()
+    if isinstance(wide, MemoryPlus):
+        wide.values.table.double()  # a copy too, but not registered
+    expected_BTD = wide(x_BTD.double(), context_of(x_BTD)).y_BTD
+    error_BT = (found_BTD - expected_BTD).norm(dim=-1) / expected_BTD.norm(dim=-1)
+    return error_BT.median().item()
