@@ -25,16 +25,20 @@ try:
     import triton
 except ImportError:
     pass
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top not in {"torch", "triton", "pkm_lightning"} | sys.stdlib_module_names:
-            raise ImportError(f"{name} is refused")
-sys.meta_path.insert(0, Refuse())
+from importlib.machinery import PathFinder
+class Bare:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        known = name.partition(".")[0] in {"torch", "triton", "pkm_lightning"} | sys.stdlib_module_names
+        return PathFinder.find_spec(name, path, target) if known else None
+sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+for name in ("numba", "numpy"):
+    sys.modules.pop(name, None)
 for floor in ("pkm_lightning.ops", "pkm_lightning.memory"):
     package = importlib.import_module(floor)
     for module in pkgutil.walk_packages(package.__path__, floor + "."):
-        importlib.import_module(module.name)
+        if not module.name.endswith(".cpu"):  # the backends that need numba are imported where they run
+            importlib.import_module(module.name)
 from pkm_lightning.ops import weighted_gather
 print(weighted_gather(torch.ones(4, 2), torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5)).tolist())
 """
