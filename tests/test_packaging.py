@@ -17,27 +17,23 @@ SHIPPED = ("pkm_lightning", "callbacks", "configs")
 LINKS = ("callbacks", "configs")
 COMPOSE = ("-m", "pkm_lightning", "fit", "--cfg", "job")
 
-# Installed after torch and triton: whatever else ops and memory ask for is refused.
+# Nothing but torch, what torch itself needs, and triton can be found.
 BLOCKER = """
 import importlib, pkgutil, sys
-import torch
-try:
-    import triton
-except ImportError:
-    pass
 from importlib.machinery import PathFinder
+FOUND = {"torch", "torchgen", "functorch", "triton", "pkm_lightning"} | set(sys.stdlib_module_names)
+FOUND |= {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock", "typing_extensions"}  # torch's
 class Bare:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        known = name.partition(".")[0] in {"torch", "triton", "pkm_lightning"} | sys.stdlib_module_names
+        known = name.partition(".")[0] in FOUND or name.startswith("_sysconfigdata")
         return PathFinder.find_spec(name, path, target) if known else None
 sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
-for name in ("numba", "numpy"):
-    sys.modules.pop(name, None)
+import torch
 for floor in ("pkm_lightning.ops", "pkm_lightning.memory"):
     package = importlib.import_module(floor)
     for module in pkgutil.walk_packages(package.__path__, floor + "."):
-        if not module.name.endswith(".cpu"):  # the backends that need numba are imported where they run
+        if not module.name.endswith((".cpu", ".numba_threads")):  # what needs numba is imported where it runs
             importlib.import_module(module.name)
 from pkm_lightning.ops import weighted_gather
 print(weighted_gather(torch.ones(4, 2), torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5)).tolist())
