@@ -50,7 +50,10 @@ def test_two_ranks_and_accumulation_reach_the_losses_of_one(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "ffn",
     [
-        ["ffn=moe", "ffn.balance_loss=0.5", "ffn.z_loss=0.1", "ffn.sequence_balance_loss=0.1"],
+        pytest.param(
+            ["ffn=moe", "ffn.balance_loss=0.5", "ffn.z_loss=0.1", "ffn.sequence_balance_loss=0.1"],
+            marks=pytest.mark.slow,
+        ),
         ["ffn=pkm", "ffn.cures.entropy_loss=0.5", "ffn.cures.balance_loss=0.1"],
         pytest.param(
             ["ffn=moe", "ffn.balancing=bias", "ffn.bias_rate=0.05", "model.activation_checkpointing=true"],

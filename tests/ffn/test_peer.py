@@ -108,6 +108,7 @@ def test_initial_output_variance_is_that_of_the_experts() -> None:
     assert output.y_BTD.var().item() == pytest.approx((squares * gelu_square).item(), rel=0.1)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_at_most_half_of_gather_and_einsum() -> None:
     """At the size that is published, in processes of their own: the script that measures it."""
     script = ROOT / "scripts" / "bench_peer_memory.py"
