@@ -15,7 +15,7 @@ MIB = 2**20
 STEP = """
 import json, resource, sys
 import torch
-from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable, clip_stages
+from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable, clip_tables
 rule, rows, dim, reads, per_read = sys.argv[1], *map(int, sys.argv[2:])
 
 def step(table, optimizer):
@@ -24,7 +24,7 @@ def step(table, optimizer):
     optimizer.zero_grad()
     for _ in range(2):
         table(ids, weights).square().sum().backward()
-    clip_stages([table.stage], 1.0)
+    clip_tables([table], [], 1.0)
     optimizer.step()
 
 def made(n):
