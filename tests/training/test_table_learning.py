@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from tolerances import assert_close
 from toys import config
@@ -51,6 +51,13 @@ def test_rows_equal_the_dense_gradient(plugin: str) -> None:
 
 def test_fused_equals_the_dense_gradient() -> None:
     assert_same_weights(learned("table.learning=fused"), learned("table.learning=dense"))
+
+
+def test_fused_notices_a_callback_that_accumulates() -> None:
+    module = LanguageModule(settings("table.learning=fused"))
+    callbacks = [GradientAccumulationScheduler(scheduling={0: 2})]
+    with pytest.raises(ConfigError, match=r"fused cannot accumulate, but 2 micro-batches make a step"):
+        trainer(callbacks=callbacks).fit(module, loader([rows(2), rows(2)]))
 
 
 def test_a_recomputed_forward_changes_nothing() -> None:
