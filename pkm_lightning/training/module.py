@@ -98,8 +98,8 @@ class LanguageModule(L.LightningModule):
         # A callback may change it after the configuration was checked.
         if self.config["table"].get("learning") == "fused" and self.trainer.accumulate_grad_batches != 1:
             raise ConfigError(
-                f"table.learning=fused cannot accumulate, but {self.trainer.accumulate_grad_batches} micro-batches make "
-                "a step; say table.learning=rows, which can."
+                f"table.learning=fused cannot accumulate, but {self.trainer.accumulate_grad_batches} micro-batches "
+                "make a step; say table.learning=rows, which can."
             )
         place = f"{self.config['seed']}/{self.global_step}/{batch_idx}/{self.global_rank}"
         seed = zlib.crc32(place.encode())
