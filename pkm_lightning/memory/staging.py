@@ -72,7 +72,7 @@ class RowStage:
 
     def add(self, ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, source_rows_XD: Tensor) -> None:
         """Copies one read's part of the gradient behind what is there."""
-        if self._is_empty and self.when_backward_ends is not None:
+        if self._rows.length == 0 and self.when_backward_ends is not None:
             torch.autograd.Variable._execution_engine.queue_callback(self.when_backward_ends)
         self._gradient = None
         before = self._rows.length
@@ -81,10 +81,6 @@ class RowStage:
         self._coefficients.append(coefficients_L, wide)
         self._sources.append(sources_L, torch.int32).add_(before)
         self._rows.append(source_rows_XD, source_rows_XD.dtype)
-
-    @property
-    def _is_empty(self) -> bool:
-        return self._rows.length == 0
 
     def gradient(self, table_ND: Tensor) -> RowGradient | None:
         """The gradient of what is staged, a mean over ranks; None if no rank has anything. Every rank must ask.

@@ -49,6 +49,18 @@ class RowOptimizer:
             )
         self.rule, self.betas, self.eps = rule, (betas[0], betas[1]), eps
 
+    def check_decay(self, weight_decay: float) -> None:
+        """Refuse a decay that the rule cannot make up for: rows that wait would have to be decayed before their read.
+
+        Raises:
+            ConfigError: a decay with `catch_up_adam`.
+        """
+        if self.rule == "catch_up_adam" and weight_decay:
+            raise ConfigError(
+                f"optim.table_weight_decay={weight_decay}: catch_up_adam is the dense algorithm without decay only; "
+                "set it to 0, or say table/optimizer=lazy_adam."
+            )
+
 
 class TableOptimizer(Optimizer):
     """Steps `dense` as it is, and each table by what its reads have staged since `zero_grad`.
@@ -67,7 +79,7 @@ class TableOptimizer(Optimizer):
         seed: of the stochastic rounding of bf16 tables.
 
     Raises:
-        ConfigError: a decay with `catch_up_adam`: rows that wait for their read would have to be decayed before it.
+        ConfigError: as `RowOptimizer.check_decay`.
         ValueError: a table that learns densely.
     """
 
@@ -81,11 +93,7 @@ class TableOptimizer(Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if rows.rule == "catch_up_adam" and weight_decay:
-            raise ConfigError(
-                f"optim.table_weight_decay={weight_decay}: catch_up_adam is the dense algorithm without decay only; "
-                "set it to 0, or say table/optimizer=lazy_adam."
-            )
+        rows.check_decay(weight_decay)
         dense_tables = [name for name, table in tables.items() if table.stage is None]
         if dense_tables:
             raise ValueError(

@@ -35,11 +35,7 @@ def check_learning(config: Mapping[str, Any]) -> None:
     if learning == "dense":
         return
     rows: RowOptimizer = instantiate(table["optimizer"], "table.optimizer")
-    if rows.rule == "catch_up_adam" and optim["table_weight_decay"]:
-        raise ConfigError(
-            f"optim.table_weight_decay={optim['table_weight_decay']}: table.optimizer.rule=catch_up_adam is the dense "
-            "algorithm without decay only; set it to 0, or say table/optimizer=lazy_adam."
-        )
+    rows.check_decay(optim["table_weight_decay"])
     if str(trainer["precision"]).startswith("16"):
         raise ConfigError(
             f"trainer.precision={trainer['precision']} does not work with table.learning={learning}: its loss scaling "

