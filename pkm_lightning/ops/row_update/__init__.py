@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["RowGradient", "RowRule", "row_gradient", "row_gradient_norm", "row_update"]
+__all__ = ["RowGradient", "RowRule", "row_gradient", "row_gradient_norm", "row_gradient_squares", "row_update"]
 
 
 class RowGradient(NamedTuple):
@@ -78,6 +78,22 @@ def row_gradient(
 def row_gradient_norm(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, ""]:
     """L2 norm of the gradient over all rows, a scalar in the dtype of the coefficients; waits for no device."""
     return cast("Tensor", _implementation("row_gradient_norm", gradient, backend)(gradient))
+
+
+def row_gradient_squares(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, " U"]:
+    """Sum of g**2 over the columns of each row that was read, g its gradient before any `scale`.
+
+    Args:
+        gradient: the reads of the step.
+        backend: `auto`, `eager`, `cpu`, `triton` or `reference`.
+
+    Returns:
+        One sum for each of `gradient.segments.rows_U`, in the dtype of the coefficients; zero where that holds -1.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot sum in float64.
+    """
+    return cast("Tensor", _implementation("row_gradient_squares", gradient, backend)(gradient))
 
 
 def row_update(

@@ -36,12 +36,17 @@ _KERNEL = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
     """See `pkm_lightning.ops.row_update`."""
+    # In fp64 the order of the sum, which depends on the number of threads, does not reach the result.
+    return row_gradient_squares(gradient).double().sum().sqrt().float()
+
+
+def row_gradient_squares(gradient: RowGradient) -> Tensor:
+    """See `pkm_lightning.ops.row_update`."""
     use_torch_threads()
-    squares_U = torch.empty(len(gradient.segments.rows_U))
+    squares_U = torch.empty(len(gradient.segments.rows_U), dtype=torch.float32)
     scratch_C2D, bits_C2D = _scratch(gradient)
     _squares(*_reads(gradient), squares_U.numpy(), scratch_C2D, bits_C2D)
-    # In fp64 the order of the sum, which depends on the number of threads, does not reach the result.
-    return squares_U.double().sum().sqrt().float()
+    return squares_U
 
 
 def row_update(

@@ -29,6 +29,12 @@ def row_gradient_norm(gradient: RowGradient) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else gradient.coefficients_L.new_zeros(())
 
 
+def row_gradient_squares(gradient: RowGradient) -> Tensor:
+    """See `pkm_lightning.ops.row_update`."""
+    squares = [grad_CD.square().sum(-1) for _, grad_CD in _chunks(gradient)]
+    return torch.cat(squares) if squares else gradient.coefficients_L.new_zeros(0)
+
+
 def row_update(
     table_ND: Tensor, gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale: Tensor | float
 ) -> None:

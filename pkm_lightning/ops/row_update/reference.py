@@ -23,6 +23,13 @@ def row_gradient_norm(gradient: RowGradient) -> Tensor:
     return _dense(gradient, gradient.n_rows).norm()
 
 
+def row_gradient_squares(gradient: RowGradient) -> Tensor:
+    """See `pkm_lightning.ops.row_update`."""
+    rows_U = gradient.segments.rows_U.long()
+    squares_U = _dense(gradient, gradient.n_rows)[rows_U.clamp(min=0)].square().sum(-1)
+    return torch.where(rows_U >= 0, squares_U, 0.0)
+
+
 def row_update(
     table_ND: Tensor, gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale: Tensor | float
 ) -> None:

@@ -27,7 +27,19 @@ _SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM = (tl.constexpr(KINDS.index(kind)
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
     """See `pkm_lightning.ops.row_update`."""
-    return _square_sums(gradient).sum().sqrt()
+    return row_gradient_squares(gradient).sum().sqrt()
+
+
+def row_gradient_squares(gradient: RowGradient) -> Tensor:
+    """See `pkm_lightning.ops.row_update`."""
+    segments = gradient.segments
+    squares_U = torch.zeros(len(segments.rows_U), dtype=torch.float32, device=segments.rows_U.device)
+    if len(squares_U):
+        reads, pieces, blocks = _launch_arguments(gradient)
+        sizes = block_sizes(gradient.source_rows_XD.shape[1])
+        with torch.cuda.device_of(squares_U):
+            _squares[(len(squares_U),)](*reads, segments.starts_V, *pieces, squares_U, BLOCKS=blocks, **sizes)
+    return squares_U
 
 
 def row_update(
@@ -57,9 +69,8 @@ def _row_factors(gradient: RowGradient, rule: RowRule, state: Mapping[str, Tenso
     rows_U = gradient.segments.rows_U.long()
     live_U, at_U = rows_U >= 0, rows_U.clamp(min=0)  # what row 0 gets for a segment that is none changes nothing
     if rule.kind == "row_adagrad":
-        dim = gradient.source_rows_XD.shape[1]
-        added_U = torch.where(live_U, _square_sums(gradient) * scale_1.square() / dim, 0.0)
-        state["sum"].index_add_(0, at_U, added_U)
+        means_U = row_gradient_squares(gradient) * scale_1.square() / gradient.source_rows_XD.shape[1]
+        state["sum"].index_add_(0, at_U, torch.where(live_U, means_U, 0.0))
         return 1 / (state["sum"][at_U].sqrt() + rule.eps)
     if rule.kind == "catch_up_adam":
         missed_U = rule.step - state["last_step"][at_U]
@@ -67,18 +78,6 @@ def _row_factors(gradient: RowGradient, rule: RowRule, state: Mapping[str, Tenso
         state["last_step"].scatter_reduce_(0, at_U, steps_U, "amax")
         return torch.pow(torch.full_like(scale_1, rule.betas[1]), missed_U)
     return scale_1
-
-
-def _square_sums(gradient: RowGradient) -> Tensor:
-    """The square of each row's gradient, (U,), zero where a segment is none."""
-    segments = gradient.segments
-    squares_U = torch.zeros(len(segments.rows_U), dtype=torch.float32, device=segments.rows_U.device)
-    if len(squares_U):
-        reads, pieces, blocks = _launch_arguments(gradient)
-        sizes = block_sizes(gradient.source_rows_XD.shape[1])
-        with torch.cuda.device_of(squares_U):
-            _squares[(len(squares_U),)](*reads, segments.starts_V, *pieces, squares_U, BLOCKS=blocks, **sizes)
-    return squares_U
 
 
 def _launch_arguments(gradient: RowGradient) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]:
