@@ -83,6 +83,9 @@ def row_gradient_norm(gradient: RowGradient, *, backend: str = "auto") -> Float[
 def row_gradient_squares(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, " U"]:
     """Sum of g**2 over the columns of each row that was read, g its gradient before any `scale`.
 
+    Where columns of a table are spread over ranks, the sums of the ranks, added and divided by the whole row's width,
+    are what `row_update` takes as `row_squares_U`.
+
     Args:
         gradient: the reads of the step.
         backend: `auto`, `eager`, `cpu`, `triton` or `reference`.
@@ -103,6 +106,7 @@ def row_update(
     state: Mapping[str, Tensor],
     *,
     scale: Tensor | float = 1.0,
+    row_squares_U: Float[Tensor, " U"] | None = None,
     backend: str = "auto",
 ) -> None:
     """Updates, in place, the rows that were read and their entries of `state`; every other row stays as it is.
@@ -116,10 +120,13 @@ def row_update(
         rule: the optimizer and its numbers for this step.
         state: what `new_state` made, moved by each update.
         scale: factor on the gradient (clipping, averages), a number or a scalar tensor that the host need not read.
+        row_squares_U: for `row_adagrad` on a table with a part of the columns: the mean of g**2 over the whole row,
+            before `scale`, for each of `gradient.segments.rows_U`, in the dtype of the coefficients. None: the
+            table's own columns are the whole row.
         backend: `auto`, `eager`, `cpu`, `triton` or `reference`.
 
     Raises:
-        ValueError: a dtype, shape or state that does not fit, or an unknown backend.
+        ValueError: a dtype, shape or state that does not fit, `row_squares_U` for another rule, or an unknown backend.
     """
     if table_ND.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ValueError(f"row_update: the table is {table_ND.dtype}; allowed: torch.float32, float64, bfloat16.")
@@ -133,8 +140,23 @@ def row_update(
         raise ValueError(f"row_update: the gradient is of a table of {gradient.n_rows} rows, this has {len(table_ND)}.")
     if not table_ND.is_contiguous():
         raise ValueError("row_update: the table must be contiguous.")
+    if row_squares_U is not None:
+        _check_row_squares(row_squares_U, gradient, rule)
     with torch.no_grad():
-        _implementation("row_update", gradient, backend)(table_ND, gradient, rule, state, scale)
+        _implementation("row_update", gradient, backend)(table_ND, gradient, rule, state, scale, row_squares_U)
+
+
+def _check_row_squares(row_squares_U: Tensor, gradient: RowGradient, rule: RowRule) -> None:
+    if rule.kind != "row_adagrad":
+        raise ValueError(f"row_update: row_squares_U is given to {rule.kind}; only row_adagrad takes it.")
+    rows_U, coefficients_L = gradient.segments.rows_U, gradient.coefficients_L
+    found = tuple(row_squares_U.shape), row_squares_U.dtype, row_squares_U.device
+    expected = tuple(rows_U.shape), coefficients_L.dtype, rows_U.device
+    if found != expected:
+        raise ValueError(
+            f"row_update: row_squares_U is {found[1]} of shape {found[0]} on {found[2]}; this gradient needs "
+            f"{expected[1]} of shape {expected[0]} on {expected[2]}, a number for each of its rows_U."
+        )
 
 
 def _implementation(name: str, gradient: RowGradient, backend: str) -> Callable[..., object]:

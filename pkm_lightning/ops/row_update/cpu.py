@@ -50,11 +50,16 @@ def row_gradient_squares(gradient: RowGradient) -> Tensor:
 
 
 def row_update(
-    table_ND: Tensor, gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale: Tensor | float
+    table_ND: Tensor,
+    gradient: RowGradient,
+    rule: RowRule,
+    state: Mapping[str, Tensor],
+    scale: Tensor | float,
+    row_squares_U: Tensor | None,
 ) -> None:
     """See `pkm_lightning.ops.row_update`."""
     use_torch_threads()
-    none_1, none_11 = torch.empty(1), torch.empty(1, 1)
+    none_0, none_1, none_11 = torch.empty(0), torch.empty(1), torch.empty(1, 1)
     correction1, root_correction2 = rule.corrections
     scratch_C2D, bits_C2D = _scratch(gradient)
     _update(
@@ -65,6 +70,7 @@ def row_update(
         state.get("exp_avg_sq", none_11).numpy(),
         state.get("sum", none_1).numpy(),
         state.get("last_step", none_1.int()).numpy(),
+        (none_0 if row_squares_U is None else row_squares_U.contiguous()).numpy(),
         scratch_C2D,
         bits_C2D,
         KINDS.index(rule.kind),
@@ -170,8 +176,10 @@ def _squares(order, starts, coefficients, sources, source_rows, squares, scratch
 
 
 @njit(**_KERNEL)
-def _apply(kind, row, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, step, numbers):  # type: ignore[no-untyped-def]
-    """The rule on one row, `values`, with its gradient; see rules.py."""
+def _apply(  # type: ignore[no-untyped-def]
+    kind, row, segment, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, row_squares, step, numbers
+):
+    """The rule on one row, `values`, with its gradient; see rules.py. An empty `row_squares` stands for none."""
     scale, lr, decay, beta1, beta2, eps, correction1, root_correction2 = numbers
     factor, rate, eps = float32(scale), float32(lr), float32(eps)
     dim = values.shape[0]
@@ -186,7 +194,11 @@ def _apply(kind, row, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, ste
             values[d] -= rate * grad[d]
         return
     if kind == _ROW_ADAGRAD:
-        total = row_sum[row] + _square_sum(grad) / float32(dim)
+        if row_squares.shape[0] > 0:
+            mean_square = row_squares[segment] * (factor * factor)
+        else:
+            mean_square = _square_sum(grad) / float32(dim)
+        total = row_sum[row] + mean_square
         row_sum[row] = total
         rate = rate / (sqrt(total) + eps)
         for d in range(dim):
@@ -239,6 +251,7 @@ def _update(  # type: ignore[no-untyped-def]
     exp_avg_sq,
     row_sum,
     last_step,
+    row_squares,
     scratch,
     bits,
     kind,
@@ -258,5 +271,5 @@ def _update(  # type: ignore[no-untyped-def]
                 _prefetch_row(exp_avg_sq, coming)
             _add_reads(segment, order, starts, coefficients, sources, source_rows, total, line, line_bits)
             _load(table, row, line, line_bits)
-            _apply(kind, row, line, total, exp_avg, exp_avg_sq, row_sum, last_step, step, numbers)
+            _apply(kind, row, segment, line, total, exp_avg, exp_avg_sq, row_sum, last_step, row_squares, step, numbers)
             _store(table, row, line, line_bits, seed)

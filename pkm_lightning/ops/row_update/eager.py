@@ -36,14 +36,24 @@ def row_gradient_squares(gradient: RowGradient) -> Tensor:
 
 
 def row_update(
-    table_ND: Tensor, gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale: Tensor | float
+    table_ND: Tensor,
+    gradient: RowGradient,
+    rule: RowRule,
+    state: Mapping[str, Tensor],
+    scale: Tensor | float,
+    row_squares_U: Tensor | None,
 ) -> None:
     """See `pkm_lightning.ops.row_update`."""
+    start = 0
     for rows_C, grad_CD in _chunks(gradient):
+        squares_C = None if row_squares_U is None else row_squares_U[start : start + len(rows_C)] * scale * scale
+        start += len(rows_C)
         if grad_CD.device.type != "cpu":  # there a row -1 stands for none
-            rows_C, grad_CD = rows_C[rows_C >= 0], grad_CD[rows_C >= 0]
+            live_C = rows_C >= 0
+            rows_C, grad_CD = rows_C[live_C], grad_CD[live_C]
+            squares_C = None if squares_C is None else squares_C[live_C]
         index_C = rows_C.long()
-        after_CD = moved(table_ND[index_C].to(grad_CD.dtype), grad_CD * scale, rule, state, index_C)
+        after_CD = moved(table_ND[index_C].to(grad_CD.dtype), grad_CD * scale, rule, state, index_C, squares_C)
         if table_ND.dtype is torch.bfloat16:
             after_CD = round_stochastically(after_CD, index_C, rule.seed)
         table_ND.index_copy_(0, index_C, after_CD)

@@ -31,27 +31,42 @@ def row_gradient_squares(gradient: RowGradient) -> Tensor:
 
 
 def row_update(
-    table_ND: Tensor, gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale: Tensor | float
+    table_ND: Tensor,
+    gradient: RowGradient,
+    rule: RowRule,
+    state: Mapping[str, Tensor],
+    scale: Tensor | float,
+    row_squares_U: Tensor | None,
 ) -> None:
     """See `pkm_lightning.ops.row_update`."""
     grad_ND = _dense(gradient, len(table_ND)) * scale
     rows_U = gradient.segments.rows_U.long()
+    if row_squares_U is not None:
+        row_squares_U = row_squares_U[rows_U >= 0] * scale * scale
     rows_U = rows_U[rows_U >= 0]
     before_UD = table_ND[rows_U].to(grad_ND.dtype)
-    after_UD = moved(before_UD, grad_ND[rows_U], rule, state, rows_U)
+    after_UD = moved(before_UD, grad_ND[rows_U], rule, state, rows_U, row_squares_U)
     is_bf16 = table_ND.dtype is torch.bfloat16
     table_ND[rows_U] = round_stochastically(after_UD, rows_U, rule.seed) if is_bf16 else after_UD
 
 
-def moved(rows_UD: Tensor, grad_UD: Tensor, rule: RowRule, state: Mapping[str, Tensor], index_U: Tensor) -> Tensor:
-    """The rows after one update by `rule`; moves their entries of `state`."""
+def moved(
+    rows_UD: Tensor,
+    grad_UD: Tensor,
+    rule: RowRule,
+    state: Mapping[str, Tensor],
+    index_U: Tensor,
+    row_squares_U: Tensor | None,
+) -> Tensor:
+    """The rows after one update by `rule`; moves their entries of `state`. `row_squares_U`: mean(g**2) of the whole
+    rows, of which these are a part."""
     beta1, beta2 = rule.betas
     correction1, root_correction2 = rule.corrections
     rows_UD = rows_UD - rule.lr * rule.weight_decay * rows_UD
     if rule.kind == "sgd":
         return rows_UD - rule.lr * grad_UD
     if rule.kind == "row_adagrad":
-        sum_U = state["sum"][index_U] + grad_UD.square().mean(-1)
+        sum_U = state["sum"][index_U] + (grad_UD.square().mean(-1) if row_squares_U is None else row_squares_U)
         state["sum"][index_U] = sum_U
         return rows_UD - rule.lr * grad_UD / (sum_U.sqrt().unsqueeze(-1) + rule.eps)
     if rule.kind == "lazy_adam":

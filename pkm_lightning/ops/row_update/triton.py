@@ -43,14 +43,19 @@ def row_gradient_squares(gradient: RowGradient) -> Tensor:
 
 
 def row_update(
-    table_ND: Tensor, gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale: Tensor | float
+    table_ND: Tensor,
+    gradient: RowGradient,
+    rule: RowRule,
+    state: Mapping[str, Tensor],
+    scale: Tensor | float,
+    row_squares_U: Tensor | None,
 ) -> None:
     """See `pkm_lightning.ops.row_update`."""
     segments = gradient.segments
     if len(segments.rows_U) == 0:
         return
     scale_1 = torch.as_tensor(scale, dtype=torch.float32, device=table_ND.device).reshape(1)
-    factor_U = _row_factors(gradient, rule, state, scale_1)
+    factor_U = _row_factors(gradient, rule, state, scale_1, row_squares_U)
     unused = scale_1
     reads, pieces, blocks = _launch_arguments(gradient)
     correction1, root_correction2 = rule.corrections
@@ -64,12 +69,17 @@ def row_update(
         )  # fmt: skip
 
 
-def _row_factors(gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale_1: Tensor) -> Tensor:
+def _row_factors(
+    gradient: RowGradient, rule: RowRule, state: Mapping[str, Tensor], scale_1: Tensor, row_squares_U: Tensor | None
+) -> Tensor:
     """The one number a row that a rule computes first, (U,); moves the states of that size."""
     rows_U = gradient.segments.rows_U.long()
     live_U, at_U = rows_U >= 0, rows_U.clamp(min=0)  # what row 0 gets for a segment that is none changes nothing
     if rule.kind == "row_adagrad":
-        means_U = row_gradient_squares(gradient) * scale_1.square() / gradient.source_rows_XD.shape[1]
+        if row_squares_U is None:
+            means_U = row_gradient_squares(gradient) * scale_1.square() / gradient.source_rows_XD.shape[1]
+        else:
+            means_U = row_squares_U * scale_1.square()
         state["sum"].index_add_(0, at_U, torch.where(live_U, means_U, 0.0))
         return 1 / (state["sum"][at_U].sqrt() + rule.eps)
     if rule.kind == "catch_up_adam":
