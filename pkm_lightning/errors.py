@@ -30,6 +30,19 @@ class RunDirectoryError(PkmError, OSError):
     """A run directory that cannot be used: unwritable, full, held by another process, or already finished."""
 
 
+class RankLostError(PkmError, RuntimeError):
+    """Another process of the run is gone; the run can be continued.
+
+    Args:
+        message: which rank, and how.
+        exit_code: that of the processes which end because of it.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the spelling in `choices` that is closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

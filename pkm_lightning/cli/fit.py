@@ -19,50 +19,78 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from pkm_lightning.callbacks import MetricsCSV, Recall, RunInterrupted, StepCheckpoint
 from pkm_lightning.cli.assembly import Assembly, assemble, complete
 from pkm_lightning.cli.job import Interrupted, Job, plain
+from pkm_lightning.cli.lost_ranks import in_words, last_words, losses_ended, losses_named, watched
+from pkm_lightning.cli.outside import Decision, Outside, join
 from pkm_lightning.cli.resume import differences, load_checkpoint, saved_config
 from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
 from pkm_lightning.cli.summary import print_summary
-from pkm_lightning.errors import ConfigError, DataError, RunDirectoryError
+from pkm_lightning.errors import ConfigError, DataError, RankLostError, RunDirectoryError
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.build import attention_context, build_meta_model
 from pkm_lightning.training.run_record import now, peak_memory_bytes, reset_peak_memory, start_record
 
 _log = logging.getLogger(__name__)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SLURM sends SIGUSR1 where it is told to warn a job of its end; Lightning's own handler for it would write a checkpoint
+# that every later start prefers to newer ones.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run(job: Job) -> float | None:
     """Trains the configured model; returns the test loss, which sweepers minimise."""
+    with last_words():
+        return _run(job)
+
+
+def _run(job: Job) -> float | None:
     if job.config.ckpt is not None:
         raise ConfigError(
             f"ckpt={job.config.ckpt}: fit takes no checkpoint; continue a run with run_dir=ITS_DIRECTORY."
         )
     config, data = complete(plain(job.config))
     assembly = assemble(config)
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        return _run_other_rank(job, config, data, assembly)
-    directory = RunDirectory(config["run_dir"], resume=config["resume"])
-    try:
-        if directory.resumes:
-            config, data = _take_up(job, directory.path, config, data)
-            assembly = assemble(config, resumed_step=_step(directory.checkpoint()))
-        return _recorded(directory, config, data, assembly)
-    finally:
-        directory.close()
+    outside = join(assembly.trainer)
+    if (outside.rank if outside else getattr(rank_zero_only, "rank", 0)) != 0:
+        return _run_other_rank(job, config, data, assembly, outside)
+    with contextlib.ExitStack() as stack:
+        with outside.refusals_told() if outside else contextlib.nullcontext():
+            directory = RunDirectory(config["run_dir"], resume=config["resume"])
+            stack.callback(directory.close)
+            checkpoint = directory.checkpoint()
+            if directory.resumes:
+                config, data = _take_up(job, directory.path, config, data)
+                assembly = assemble(config, resumed_step=_step(checkpoint))
+            if checkpoint is not None:
+                load_checkpoint(checkpoint)  # refuses a damaged one in one sentence
+            if outside:
+                outside.check_world(assembly.trainer)
+        if outside:
+            outside.tell(Decision(config, checkpoint))
+        return _recorded(directory, config, data, assembly, checkpoint)
 
 
-def _run_other_rank(job: Job, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly) -> float | None:
-    """Ranks that the first one starts find its decisions made: they neither hold the directory nor write the record."""
+def _run_other_rank(
+    job: Job, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly, outside: Outside | None
+) -> float | None:
+    """The first rank has decided: this one neither holds the directory nor writes the record."""
     path = Path(config["run_dir"])
-    if (path / "config.yaml").exists():
-        config, data = _take_up(job, path, config, data)
-        assembly = assemble(config)
-    try:
-        return _train(config, data, assembly, latest_checkpoint(path), None)
-    except RunInterrupted as stop:
-        # Lightning kills the first rank when another ends with an error, before it could write its record.
-        raise Interrupted("", 0) from stop
+    with losses_ended(assembly.trainer, path):
+        if outside:
+            decision = outside.hear()
+            checkpoint = decision.checkpoint
+            config, data = complete(decision.config)
+            assembly = assemble(config)
+        else:
+            checkpoint = latest_checkpoint(path)
+            if (path / "config.yaml").exists():
+                config, data = _take_up(job, path, config, data)
+                assembly = assemble(config)
+    with losses_ended(assembly.trainer, path), watched(assembly.trainer, path):
+        try:
+            return _train(config, data, assembly, checkpoint, None)
+        except RunInterrupted as stop:
+            # An error here would make the first rank end as for a loss, before it could write its record.
+            raise Interrupted("", 0) from stop
 
 
 def _take_up(
@@ -88,7 +116,11 @@ def _step(checkpoint: Path | None) -> int | None:
 
 
 def _recorded(
-    directory: RunDirectory, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly
+    directory: RunDirectory,
+    config: dict[str, Any],
+    data: L.LightningDataModule,
+    assembly: Assembly,
+    checkpoint: Path | None,
 ) -> float | None:
     """Trains with run.json kept up to date, whatever happens."""
     cost = model_cost(build_meta_model(config), attention_context(config))
@@ -109,17 +141,22 @@ def _recorded(
         record["seconds"] = {**record["seconds"], "total": total}
         directory.save_record(record)
 
-    try:
-        loss = _train(config, data, assembly, directory.checkpoint(), record)
-    except BaseException as error:
-        # Lightning turns a KeyboardInterrupt inside the Trainer into SystemExit.
-        stopped = isinstance(error, SystemExit) and assembly.trainer.interrupted
-        if stopped or isinstance(error, RunInterrupted | KeyboardInterrupt):
-            end("interrupted")
-            message = f"interrupted; the same command with run_dir={directory.path} continues"
-            raise Interrupted(message, _exit_code(error)) from None
-        end("failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:500])
-        raise
+    def close_record(reason: str) -> None:
+        end("interrupted", reason=reason)
+
+    with losses_ended(assembly.trainer, directory.path), watched(assembly.trainer, directory.path, close_record):
+        try:
+            loss = _train(config, data, assembly, checkpoint, record)
+        except BaseException as error:
+            # Lightning turns a KeyboardInterrupt inside the Trainer into SystemExit.
+            stopped = isinstance(error, SystemExit) and assembly.trainer.interrupted
+            if stopped or isinstance(error, RunInterrupted | KeyboardInterrupt):
+                end("interrupted")
+                message = f"interrupted; the same command with run_dir={directory.path} continues"
+                raise Interrupted(message, _exit_code(error)) from None
+            status = "interrupted" if isinstance(error, RankLostError) else "failed"
+            end(status, reason=in_words(error))
+            raise
     end("finished")
     _log.info("run directory: %s", directory.path)
     return loss
@@ -127,7 +164,7 @@ def _recorded(
 
 def _exit_code(stop: BaseException) -> int:
     """128 and the number of the signal, as a shell would say it."""
-    return 128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT)
+    return 128 + next((number for number in _SIGNALS if number.name == str(stop)), signal.SIGINT)
 
 
 def _train(
@@ -139,11 +176,9 @@ def _train(
 ) -> float | None:
     """Builds the data, fits, tests; fills `record` where there is one (rank 0)."""
     trainer, callbacks = assembly.trainer, assembly.callbacks
-    if checkpoint is not None:
-        load_checkpoint(checkpoint)  # refuses a damaged one in one sentence
     L.seed_everything(config["seed"], workers=True, verbose=False)
     module = LanguageModule(config)
-    with _stops_gracefully(trainer, callbacks):
+    with losses_named(trainer), _stops_gracefully(trainer, callbacks):
         data.prepare_data()
         if record is not None:
             fingerprint = getattr(data, "fingerprint", None)
@@ -196,7 +231,7 @@ def _device_name(trainer: L.Trainer) -> str:
 
 @contextlib.contextmanager
 def _stops_gracefully(trainer: L.Trainer, callbacks: list[L.Callback]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a checkpoint at the end of the step; outside training, or twice, they stop at once."""
+    """The signals ask for a checkpoint at the end of the step; outside training, or twice, they stop at once."""
     checkpoints = [c for c in callbacks if isinstance(c, StepCheckpoint)]
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     asked = False

@@ -94,6 +94,7 @@ class Job:
 
     def _check_external_launch(self, environment: dict[str, str | None]) -> None:
         external = environment["RANK"] is not None or environment["LOCAL_RANK"] is not None
+        external = external or os.environ.get("SLURM_NTASKS", "1") != "1"
         if self.verb == "fit" and external and not self.names("run_dir"):
             raise ConfigError("run_dir is not set; ranks started from outside need run_dir=PATH to agree on one.")
 
