@@ -77,17 +77,17 @@ class MemoryLayer(nn.Module):
         shared = (*self.addressing.parameters(), *self.values.parameters())
         params = sum(p.numel() for p in self.parameters())
         matrices = params - sum(p.numel() for p in shared)
-        table = self.values.table.weight
-        rows_read = self.addressing.reads * table.shape[1]
+        table = self.values.table
+        rows_read = self.addressing.reads * table.dim
 
         def flops(reads: int) -> int:
             return self.addressing.flops() + self.values.flops(reads) + 2 * matrices
 
         return FFNCost(
             params=params,
-            table_params=table.numel(),
+            table_params=table.size,
             active_params=params + rows_read,
             flops=flops(self.addressing.reads),
             train_flops=flops(self.addressing.training_reads),
-            lookup_bytes=rows_read * table.element_size(),
+            lookup_bytes=rows_read * table.weight.element_size(),
         )

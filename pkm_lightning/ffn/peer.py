@@ -117,13 +117,13 @@ class PEER(nn.Module):
 
     def cost(self) -> FFNCost:
         """Query, all 2 S sub-key scores a head, and H * K experts of two (with GLU three) vectors."""
-        tables = [reference.table.weight for reference in self._tables]
-        values_read = sum(self.addressing.reads * table.shape[1] for table in tables)
+        tables = [reference.table for reference in self._tables]
+        values_read = sum(self.addressing.reads * table.dim for table in tables)
         params = sum(p.numel() for p in self.parameters())
         return FFNCost(
             params=params,
-            table_params=sum(table.numel() for table in tables),
+            table_params=sum(table.size for table in tables),
             active_params=params + values_read,
             flops=self.addressing.flops() + 2 * values_read,
-            lookup_bytes=values_read * tables[0].element_size(),
+            lookup_bytes=values_read * tables[0].weight.element_size(),
         )

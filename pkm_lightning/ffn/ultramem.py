@@ -170,7 +170,7 @@ class UltraMem(nn.Module):
         x_TD = x_BTD.flatten(0, -2)
         read = self.keys(x_TD)
         address_THK = self.shuffle[read.ids_THK.long()]
-        n_rows = self._table.table.weight.shape[0]
+        n_rows = self._table.table.rows
         row_THK, projector_THK = address_THK % n_rows, address_THK // n_rows
         z_TX = self._expanded(read.scores_THCK, row_THK, projector_THK)
         y_TD = self.out(z_TX.to(x_TD.dtype))
@@ -209,13 +209,13 @@ class UltraMem(nn.Module):
 
     def cost(self) -> FFNCost:
         """`TuckerKeys.flops`, the projectors, and a product and a sum for each value read (all P W_p are applied)."""
-        table = self._table.table.weight
-        values_read = self.keys.heads * self.keys.knn * table.shape[1]
+        table = self._table.table
+        values_read = self.keys.heads * self.keys.knn * table.dim
         params = sum(p.numel() for p in self.parameters())
         return FFNCost(
             params=params,
-            table_params=table.numel(),
+            table_params=table.size,
             active_params=params + values_read,
             flops=self.keys.flops() + 2 * (self.out.weight.numel() + values_read),
-            lookup_bytes=values_read * table.element_size(),
+            lookup_bytes=values_read * table.weight.element_size(),
         )

@@ -166,13 +166,13 @@ class UltraMemV2(nn.Module):
 
     def cost(self) -> FFNCost:
         """`TuckerKeys.flops`, W_pre and W, and a product and a sum for each value read of both tables."""
-        table = self._values.table.weight
-        values_read = 2 * self.keys.heads * self.keys.knn * table.shape[1]
+        table = self._values.table
+        values_read = 2 * self.keys.heads * self.keys.knn * table.dim
         params = sum(p.numel() for p in self.parameters())
         return FFNCost(
             params=params,
-            table_params=2 * table.numel(),
+            table_params=2 * table.size,
             active_params=params + values_read,
             flops=self.keys.flops() + 2 * (self.pre.weight.numel() + self.out.weight.numel() + values_read),
-            lookup_bytes=values_read * table.element_size(),
+            lookup_bytes=values_read * table.weight.element_size(),
         )

@@ -2,6 +2,7 @@
 
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.cures import Cures
+from pkm_lightning.memory.mesh import TableMesh
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
 from pkm_lightning.memory.query import QueryNetwork
 from pkm_lightning.memory.staging import RowStage
@@ -17,6 +18,7 @@ __all__ = [
     "QueryNetwork",
     "RowOptimizer",
     "RowStage",
+    "TableMesh",
     "TableOptimizer",
     "TableReference",
     "TuckerKeys",

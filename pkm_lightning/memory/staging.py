@@ -12,14 +12,17 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, library
 
-from pkm_lightning.ops import gather_over_ranks
-from pkm_lightning.ops.row_update import RowGradient, row_gradient, row_gradient_norm
+from pkm_lightning.memory.replicas import StagedReads, mean_gradient, norm_over_members
+from pkm_lightning.ops.row_update import RowGradient, row_gradient_norm
 from pkm_lightning.ops.segments import read_sources
+
+if TYPE_CHECKING:
+    from pkm_lightning.memory.mesh import TableMesh
 
 # An operator takes numbers and tensors only: by this number it finds the stage of the table that was read. The stage
 # belongs to its table; nothing here keeps it alive.
@@ -31,7 +34,8 @@ class RowStage:
     """What the reads of one optimizer step leave for one table.
 
     Args:
-        n_rows: rows of the table.
+        n_rows: rows that this rank holds; a read of row `n_rows` is one of a row that another rank holds.
+        mesh: the ranks that the table is split or copied over; None: each rank holds a copy.
 
     Attributes:
         seen: whether the table has ever been read with a gradient in view.
@@ -39,8 +43,8 @@ class RowStage:
         when_backward_ends: called, if set, at the end of every backward pass that has staged something.
     """
 
-    def __init__(self, n_rows: int) -> None:
-        self.n_rows, self.seen = n_rows, False
+    def __init__(self, n_rows: int, mesh: TableMesh | None = None) -> None:
+        self.n_rows, self.mesh, self.seen = n_rows, mesh, False
         number = next(_numbers)
         _stages[number] = self
         # A tensor, since a compiled block is compiled anew for another number, and each table has one.
@@ -55,7 +59,7 @@ class RowStage:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowStage:
         """An empty stage of its own: what is staged belongs to the model that was run."""
-        return RowStage(self.n_rows)
+        return RowStage(self.n_rows, self.mesh)
 
     def __reduce__(self) -> tuple[type[RowStage], tuple[int]]:
         return RowStage, (self.n_rows,)
@@ -76,6 +80,9 @@ class RowStage:
             torch.autograd.Variable._execution_engine.queue_callback(self.when_backward_ends)
         self._gradient = None
         before = self._rows.length
+        if self.mesh is not None and self.mesh.shard == "row" and ids_L.device.type == "cpu":
+            own_L = ids_L < self.n_rows  # elsewhere the host would wait to learn how many there are
+            ids_L, coefficients_L, sources_L = ids_L[own_L], coefficients_L[own_L], sources_L[own_L]
         self._ids.append(ids_L, torch.int32)
         wide = torch.promote_types(source_rows_XD.dtype, torch.float32)
         self._coefficients.append(coefficients_L, wide)
@@ -90,23 +97,20 @@ class RowStage:
         """
         if self._gradient is None:
             wide = torch.promote_types(table_ND.dtype, torch.float32)
-            ids_L, coefficients_L, sources_L, source_rows_XD = _mean_over_ranks(
+            staged = StagedReads(
                 self._ids.filled(table_ND[:0, 0].int()),
                 self._coefficients.filled(table_ND[:0, 0].to(wide)),
                 self._sources.filled(table_ND[:0, 0].int()),
                 self._rows.filled(table_ND[:0]),
             )
-            if not len(source_rows_XD):
-                return None
-            self._gradient = row_gradient(self.n_rows, ids_L, coefficients_L, sources_L, source_rows_XD)
+            self._gradient = mean_gradient(self.n_rows, staged, self.mesh)
         return self._gradient
 
     def norm(self, table_ND: Tensor) -> Tensor:
         """L2 norm of the gradient over all rows and ranks, a scalar tensor; every rank must ask."""
         gradient = self.gradient(table_ND)
-        if gradient is None:
-            return torch.zeros((), device=table_ND.device)
-        return row_gradient_norm(gradient) * self.scale
+        norm = torch.zeros((), device=table_ND.device) if gradient is None else row_gradient_norm(gradient)
+        return norm_over_members(norm, self.mesh) * self.scale
 
     def clear(self) -> None:
         """Forgets what is staged; the buffers stay."""
@@ -140,22 +144,6 @@ class _Buffer:
     def filled(self, empty: Tensor) -> Tensor:
         """What is there, or `empty`."""
         return empty if self._storage is None else self._storage[: self.length]
-
-
-def _mean_over_ranks(ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, rows_XD: Tensor) -> tuple[Tensor, ...]:
-    """The reads of all ranks, weighted so that their sum is a mean over ranks, as data parallelism averages gradients.
-
-    The gradients of outputs travel, not those of rows: a token reads many rows, which share its output's gradient.
-    """
-    rows = gather_over_ranks(rows_XD)
-    if len(rows) == 1:
-        return ids_L, coefficients_L, sources_L, rows_XD
-    shifted, before = [], 0
-    for part, theirs in zip(rows, gather_over_ranks(sources_L), strict=True):
-        shifted.append(theirs + before)
-        before += len(part)
-    ids, coefficients = gather_over_ranks(ids_L), gather_over_ranks(coefficients_L)
-    return torch.cat(ids), torch.cat(coefficients) / len(rows), torch.cat(shifted), torch.cat(rows)
 
 
 def _stage(number: Tensor) -> RowStage:

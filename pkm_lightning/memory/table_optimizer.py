@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError, check_choice, check_range
+from pkm_lightning.memory.replicas import norm_over_members
 from pkm_lightning.memory.value_table import ValueTable
-from pkm_lightning.ops.row_update import RowRule, row_update
+from pkm_lightning.ops.row_update import RowGradient, RowRule, row_gradient_squares, row_update
 from pkm_lightning.ops.row_update.rules import KINDS, new_state
 
 _STEPS_UNSEEN = 10
@@ -71,7 +73,7 @@ class TableOptimizer(Optimizer):
     nor pickled; save its `state_dict`.
 
     Args:
-        dense: the optimizer of all other parameters; it may be of any class.
+        dense: the optimizer of all other parameters, of any class; None: another engine steps them.
         tables: the tables that learn by rows, by a name that stays the same from run to run.
         rows: how their rows move.
         lr: learning rate of the tables; a scheduler moves it like every group's.
@@ -85,7 +87,7 @@ class TableOptimizer(Optimizer):
 
     def __init__(
         self,
-        dense: Optimizer,
+        dense: Optimizer | None,
         tables: Mapping[str, ValueTable],
         *,
         rows: RowOptimizer,
@@ -108,7 +110,7 @@ class TableOptimizer(Optimizer):
         self.defaults = {}  # the two parts have not one in common
         self._join()
         for table in self.tables.values():
-            self.state[table.weight] = {"step": 0, **new_state(rows.rule, table.lines)}
+            self.state[table.weight] = {"step": 0, **new_state(rows.rule, table.weight)}
             if table.learning == "fused" and table.stage is not None:
                 table.stage.when_backward_ends = _Update(self, table)
         self._steps_unseen = 0
@@ -116,8 +118,9 @@ class TableOptimizer(Optimizer):
     def _join(self) -> None:
         """Groups and states are those of `dense`, the same objects, and the tables' beside them."""
         tables = {weight: self.state[weight] for weight in self._table_group["params"] if weight in self.state}
-        self.param_groups = [*self.dense.param_groups, self._table_group]
-        self.state = self.dense.state
+        if self.dense is not None:
+            self.param_groups = [*self.dense.param_groups, self._table_group]
+            self.state = self.dense.state
         self.state.update(tables)
 
     @torch.no_grad()
@@ -127,7 +130,8 @@ class TableOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.dense.step()
+        if self.dense is not None:
+            self.dense.step()
         for name, table in self.tables.items():
             if table.weight.requires_grad:
                 raise ConfigError(
@@ -155,7 +159,7 @@ class TableOptimizer(Optimizer):
         """Applies what is staged for one table."""
         assert table.stage is not None
         state = self.state[table.weight]
-        gradient = table.stage.gradient(table.lines)
+        gradient = table.stage.gradient(table.weight)
         if gradient is None:
             return
         state["step"] += 1
@@ -166,20 +170,36 @@ class TableOptimizer(Optimizer):
             betas=self.rows.betas,
             eps=self.rows.eps,
             step=state["step"],
-            seed=zlib.crc32(f"{self.seed}/{self._names[table.weight]}/{state['step']}".encode()) & 0x7FFFFFFF,
+            seed=self._rounding_seed(table, state["step"]),
         )
         for key, value in state.items():
             # A Trainer moves all optimizer states to its device; those of a table in host memory belong beside it.
             if isinstance(value, Tensor) and value.device != table.weight.device:
                 state[key] = value.to(table.weight.device)
         kept = {key: value for key, value in state.items() if key != "step"}
-        row_update(table.lines, gradient, rule, kept, scale=table.stage.scale)
+        squares_U = self._whole_row_squares(table, gradient)
+        row_update(table.weight, gradient, rule, kept, scale=table.stage.scale, row_squares_U=squares_U)
+
+    def _rounding_seed(self, table: ValueTable, step: int) -> int:
+        member = f"/{table.mesh.member}" if table.is_split and table.mesh is not None else ""
+        return zlib.crc32(f"{self.seed}/{self._names[table.weight]}/{step}{member}".encode()) & 0x7FFFFFFF
+
+    def _whole_row_squares(self, table: ValueTable, gradient: RowGradient) -> Tensor | None:
+        """For a rule that needs the mean over a whole row of which this rank holds a part of the columns."""
+        mesh = table.mesh
+        if self.rows.rule != "row_adagrad" or mesh is None or mesh.shard != "dim":
+            return None
+        squares_U = row_gradient_squares(gradient)
+        torch.distributed.all_reduce(squares_U, group=mesh.member_group(squares_U.device))
+        return squares_U / (table.weight.shape[1] * mesh.members)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of dense parameters."""
         if not hasattr(self, "_table_group"):  # the base class adds the tables
             super().add_param_group(param_group)
             return
+        if self.dense is None:
+            raise ValueError("this optimizer has tables only; give dense parameters to the engine that steps them.")
         self.dense.add_param_group(param_group)
         self._join()
 
@@ -188,7 +208,8 @@ class TableOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients, staged reads among them."""
-        self.dense.zero_grad(set_to_none)
+        if self.dense is not None:
+            self.dense.zero_grad(set_to_none)
         for table in self.tables.values():
             if table.stage is not None:
                 table.stage.clear()
@@ -211,7 +232,8 @@ class TableOptimizer(Optimizer):
         for number, weight in tables:
             self._check_state(states.get(number, {}), self.state[weight])
         dense_states = {number: state for number, state in states.items() if number < n_dense}
-        self.dense.load_state_dict({"state": dense_states, "param_groups": groups[:-1]})
+        if self.dense is not None:
+            self.dense.load_state_dict({"state": dense_states, "param_groups": groups[:-1]})
         self._table_group.update({key: value for key, value in groups[-1].items() if key != "params"})
         for number, weight in tables:
             own = self.state[weight]
@@ -248,24 +270,37 @@ class _Update:
 
 
 def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scales what is staged for `tables`, and the gradients `others`, to a common L2 norm of at most `max_norm`.
+    """Scales the gradients of `tables`, staged or autograd's, and `others`, to a common L2 norm of at most `max_norm`.
 
     Args:
-        tables: tables that learn by rows, at least one.
-        others: dense gradients that belong to the same norm.
+        tables: at least one; every rank must give the same.
+        others: dense gradients that belong to the same norm, equal on all ranks or DTensors.
         max_norm: the limit; None only measures.
 
     Returns:
         The norm before clipping, a scalar tensor, the same on every rank.
     """
-    stages = [(table.stage, table.lines) for table in tables if table.stage is not None]
     dense = list(others)
-    norms = [stage.norm(lines_ND) for stage, lines_ND in stages] + [grad.norm() for grad in dense]
+    norms = [_table_norm(table) for table in tables] + [whole(grad.norm()) for grad in dense]
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     if max_norm is not None:
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
-        for stage, _ in stages:
-            stage.scale = stage.scale * factor
-        for grad in dense:
-            grad.mul_(factor.to(grad))
+        for table in tables:
+            if table.stage is not None:
+                table.stage.scale = table.stage.scale * factor
+        for grad in (*dense, *(table.weight.grad for table in tables if table.weight.grad is not None)):
+            part = grad.to_local() if isinstance(grad, DTensor) else grad
+            part.mul_(factor.to(part))
     return total
+
+
+def _table_norm(table: ValueTable) -> Tensor:
+    if table.stage is not None:
+        return table.stage.norm(table.weight)
+    grad = table.weight.grad
+    return norm_over_members(torch.zeros(()) if grad is None else grad.norm(), table.mesh)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A plain tensor of what may be a DTensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

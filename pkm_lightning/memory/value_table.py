@@ -5,19 +5,23 @@ Letters: N rows, D values a row, T reads, K rows a read, G groups a read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
+from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_sum
 from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.ops import gathered_dot, weighted_gather
-from pkm_lightning.ops.segments import read_sources
+from pkm_lightning.ops.segments import check_indices, read_sources
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from pkm_lightning.memory.mesh import TableMesh
 
 
 class ValueTable(nn.Module):
@@ -41,9 +45,13 @@ class ValueTable(nn.Module):
         learning: `dense` (autograd's N x D gradient, any torch optimizer), `rows` (one update of the touched rows an
             optimizer step) or `fused` (the same at the end of backward).
         device: `auto` goes where the model goes; `cpu` stays in host memory, ids and outputs travel.
+        mesh: the ranks that the table is split or copied over; None: this process holds it alone.
+
+    Attributes:
+        weight: this rank's part of the lines that ids count, (rows * slices, dim / slices) where it holds all.
 
     Raises:
-        ConfigError: an unknown word, or `slices` that do not divide `dim`.
+        ConfigError: an unknown word, `slices` that do not divide `dim`, or a row that the mesh cannot split.
     """
 
     #: The optimizer gives tables a learning rate, a decay and a clipping norm of their own.
@@ -59,6 +67,7 @@ class ValueTable(nn.Module):
         slices: int = 1,
         learning: str = "dense",
         device: str = "auto",
+        mesh: TableMesh | None = None,
     ) -> None:
         super().__init__()
         check_choice("table.learning", learning, ("dense", "rows", "fused"))
@@ -66,25 +75,63 @@ class ValueTable(nn.Module):
         check_integer("slices", slices, low=1)
         if dim % slices:
             raise ConfigError(f"slices={slices} do not divide the {dim} values of a row.")
+        self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
         self.std = dim**-0.5 if std is None else std
-        self.learning, self.slices, self.stays_on_cpu = learning, slices, device == "cpu"
+        self.learning, self.stays_on_cpu = learning, device == "cpu"
         by_rows = trainable and learning != "dense"
-        self.stage = RowStage(rows * slices) if by_rows else None
+        lines, width = rows * slices, dim // slices
+        if mesh is not None:
+            lines, width = mesh.local_shape(lines, width)
+        self.stage = RowStage(lines, mesh) if by_rows else None
         # A parameter that requires a gradient gets one of its own size as soon as an optimizer's state is loaded.
         # A Trainer builds models within the context of its device; models of which only shapes are wanted, on meta.
         here = torch.empty(0).device
         home = torch.device("cpu") if self.stays_on_cpu and here.type != "meta" else here
-        self.weight = nn.Parameter(torch.empty(rows, dim, device=home), requires_grad=trainable and not by_rows)
+        self.weight = nn.Parameter(torch.empty(lines, width, device=home), requires_grad=trainable and not by_rows)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Rows from N(0, std**2)."""
-        nn.init.normal_(self.weight, std=self.std)
+        """Rows from N(0, std**2): the same table for every way of splitting it, of which a part is kept.
+
+        The whole table is drawn a block of rows at a time, so that no rank ever holds more of it than its part.
+        """
+        width = self.dim // self.slices
+        low, high = (0, self.n_lines) if self.mesh is None else self.mesh.row_range(self.n_lines)
+        columns = slice(0, width) if self.mesh is None else self.mesh.columns(width)
+        with torch.no_grad():
+            for start, some in _blocks(self.n_lines, width):
+                if not self.is_split:
+                    nn.init.normal_(self.weight[start : start + some], std=self.std)
+                    continue
+                drawn = torch.empty(some, width, dtype=self.weight.dtype, device=self.weight.device)
+                nn.init.normal_(drawn, std=self.std)
+                first, last = max(start, low), min(start + some, high)
+                if first < last:
+                    self.weight[first - low : last - low] = drawn[first - start : last - start, columns]
 
     @property
-    def lines(self) -> Tensor:
-        """What ids count: rows, or slices of rows; a view of `weight`, (N * slices, D / slices)."""
-        return self.weight.view(-1, self.weight.shape[1] // self.slices)
+    def is_registered(self) -> bool:
+        """`weight` is among `parameters()`."""
+        return "weight" in self._parameters
+
+    def unregister(self) -> None:
+        """Takes `weight` out of `parameters()`, for engines that would own it; `state_dict` and `.to()` keep it."""
+        weight = self._parameters.pop("weight", None)
+        if weight is not None:
+            self.__dict__["weight"] = weight
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.is_registered:
+            destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        apart = not self.is_registered
+        if apart:
+            self._parameters["weight"] = self.__dict__.pop("weight")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if apart:
+            self.unregister()
 
     def forward(
         self,
@@ -94,25 +141,64 @@ class ValueTable(nn.Module):
         n_groups: int | None = None,
     ) -> Float[Tensor, "T D"] | Float[Tensor, "T G D"]:
         """`sum_k weights[t, k] * lines[ids[t, k]]` in the table's dtype; with groups, one sum a group."""
-        home = weights_TK.device
-        ids_TK, weights_TK = self._here(ids_TK), self._here(weights_TK)
-        groups_TK = None if groups_TK is None else self._here(groups_TK)
-        y = weighted_gather(self.lines, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
-        if self.stage is not None and torch.is_grad_enabled():
-            if groups_TK is None or n_groups is None:
-                y = self.stage.watch_sum(y, ids_TK, weights_TK)
-            else:
-                sources_TK = read_sources(ids_TK, groups_TK, n_groups)
-                y = self.stage.watch_sum(y.flatten(0, 1), ids_TK, weights_TK, sources_TK).view_as(y)
-        return y.to(home)
+        if not self.is_split:
+            return self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
+        read = functools.partial(self._sum, n_groups=n_groups)
+        assert self.mesh is not None
+        check_indices("ValueTable", "ids", ids_TK, self.n_lines)
+        return sharded_sum(self.mesh, self.n_lines, read, ids_TK, weights_TK.to(self.weight.dtype), groups_TK)
 
     def dot(self, x_TD: Float[Tensor, "T D"], ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         """`<lines[ids[t, k]], x[t]>` in the table's dtype."""
-        home = x_TD.device
-        ids_TK, x_TD = self._here(ids_TK), self._here(x_TD).to(self.weight.dtype)
-        dots_TK = gathered_dot(self.lines, x_TD, ids_TK)
+        if not self.is_split:
+            return self._dot(x_TD, ids_TK, ids_TK)
+        assert self.mesh is not None
+        check_indices("ValueTable", "ids", ids_TK, self.n_lines)
+        return sharded_dot(self.mesh, self.n_lines, self._dot, x_TD.to(self.weight.dtype), ids_TK)
+
+    @property
+    def size(self) -> int:
+        """Values of the whole table, wherever they lie."""
+        return self.rows * self.dim
+
+    @property
+    def n_lines(self) -> int:
+        """Rows, or slices of rows, of the whole table: what ids count."""
+        return self.rows * self.slices
+
+    @property
+    def is_split(self) -> bool:
+        """Other ranks hold parts of the table, and every rank must make the same reads in the same order."""
+        return self.mesh is not None and self.mesh.shard != "none"
+
+    def _sum(
+        self,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        staged_TK: Tensor,
+        groups_TK: Tensor | None = None,
+        n_groups: int | None = None,
+    ) -> Tensor:
+        """The sums over the lines that are here; `staged_TK` are the ids that the gradient is staged by."""
+        home = weights_TK.device
+        ids_TK, weights_TK, staged_TK = self._here(ids_TK), self._here(weights_TK), self._here(staged_TK)
+        groups_TK = None if groups_TK is None else self._here(groups_TK)
+        y = weighted_gather(self.weight, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
         if self.stage is not None and torch.is_grad_enabled():
-            dots_TK = self.stage.watch_dot(dots_TK, ids_TK, x_TD)
+            if groups_TK is None or n_groups is None:
+                y = self.stage.watch_sum(y, staged_TK, weights_TK)
+            else:
+                sources_TK = read_sources(ids_TK, groups_TK, n_groups)
+                y = self.stage.watch_sum(y.flatten(0, 1), staged_TK, weights_TK, sources_TK).view_as(y)
+        return y.to(home)
+
+    def _dot(self, x_TD: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
+        """The inner products with the lines that are here."""
+        home = x_TD.device
+        ids_TK, x_TD, staged_TK = self._here(ids_TK), self._here(x_TD).to(self.weight.dtype), self._here(staged_TK)
+        dots_TK = gathered_dot(self.weight, x_TD, ids_TK)
+        if self.stage is not None and torch.is_grad_enabled():
+            dots_TK = self.stage.watch_dot(dots_TK, staged_TK, x_TD)
         return dots_TK.to(home)
 
     def _here(self, value: Tensor) -> Tensor:
@@ -121,12 +207,32 @@ class ValueTable(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueTable:
         """Moves and casts with the model; a table that stays on the CPU only casts."""
         if self.stays_on_cpu and not self.weight.is_meta:
-            return super()._apply(lambda value: value.to(fn(value[:0]).dtype), recurse)
+            move = fn
+
+            def fn(value: Tensor) -> Tensor:
+                return value.to(move(value[:0]).dtype)
+
+        if not self.is_registered:
+            self.weight.data = fn(self.weight.data)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Rows, values a row and way of learning, for `print(model)`."""
-        return f"rows={self.weight.shape[0]}, dim={self.weight.shape[1]}, learning={self.learning}"
+        return f"rows={self.rows}, dim={self.dim}, learning={self.learning}"
+
+
+def _blocks(lines: int, width: int) -> Iterator[tuple[int, int]]:
+    """Start and length of blocks of about 2**22 values, drawn one after another with the values of one long draw.
+
+    torch fills by 16 values on the CPU, and the last 16 of a tensor apart: blocks are multiples of 16 lines, and the
+    last one takes the rest.
+    """
+    block = max(16, 2**22 // width // 16 * 16)
+    for start in range(0, lines, block):
+        if lines - start < 2 * block:
+            yield start, lines - start
+            return
+        yield start, block
 
 
 class TableReference:
@@ -152,8 +258,8 @@ def check_table(table: ValueTable, rows: int, dim: int, *, named: str) -> None:
     Raises:
         ConfigError: with both shapes.
     """
-    if tuple(table.weight.shape) != (rows, dim):
+    if (table.rows, table.dim) != (rows, dim):
         raise ConfigError(
-            f"table has shape {tuple(table.weight.shape)}, but {named} need {(rows, dim)}: layers that share a table "
+            f"table has shape {(table.rows, table.dim)}, but {named} need {(rows, dim)}: layers that share a table "
             "need the same sizes."
         )

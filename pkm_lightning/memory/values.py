@@ -30,7 +30,7 @@ class Values(nn.Module):
     def __init__(self, *, table: ValueTable, out_dim: int | None) -> None:
         super().__init__()
         self._table = TableReference(table)
-        dim = table.weight.shape[1]
+        dim = table.dim
         self.projection = None if out_dim is None else nn.Linear(dim, out_dim, bias=False)
         self.reset_parameters()
 
@@ -52,4 +52,4 @@ class Values(nn.Module):
     def flops(self, reads: int) -> int:
         """Forward FLOPs a token of `reads` rows: the map's and the weighted sum's."""
         matrix = 0 if self.projection is None else self.projection.weight.numel()
-        return 2 * (matrix + reads * self.table.weight.shape[1])
+        return 2 * (matrix + reads * self.table.dim)

@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from pkm_lightning.ffn import FFNCost, HasCost
 from pkm_lightning.model.initialisation import plugins
 
 if TYPE_CHECKING:
+    from pkm_lightning.memory import ValueTable
     from pkm_lightning.model.block import Block
     from pkm_lightning.model.transformer import Transformer
 
@@ -61,8 +62,10 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
     """The cost of `model` with `context` tokens in attention; weights may be on the meta device."""
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
     costs, unknown = _plugin_costs(blocks)
-    tables: list[Tensor] = [table.weight for table in model.tables]  # type: ignore[misc]
-    total = sum(p.numel() for p in model.parameters())
+    tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
+    # Of a table that is split over ranks each holds a part only.
+    apart = {id(table.weight) for table in tables}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in apart) + sum(table.size for table in tables)
     embedding = model.embedding.weight
     shared = sum(p.numel() for b in blocks for part in (b.attention, b.attention_norm, b.ffn_norm)
                  for p in part.parameters())  # fmt: skip
@@ -76,9 +79,9 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
     return ModelCost(
         params_total=total,
         params_active=active,
-        table_rows=sum(t.shape[0] for t in tables),
-        table_dim=max((t.shape[1] for t in tables), default=0),
-        table_params=sum(t.numel() for t in tables),
+        table_rows=sum(table.rows for table in tables),
+        table_dim=max((table.dim for table in tables), default=0),
+        table_params=sum(table.size for table in tables),
         trunk_flops=trunk,
         trunk_train_flops=trunk_train,
         model_flops=trunk + 2 * embedding.numel(),

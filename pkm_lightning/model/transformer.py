@@ -100,6 +100,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.unembedding = None if tied else nn.Linear(dim, vocab_size, bias=False)
 
+    @property
+    def value_tables(self) -> list[ValueTable]:
+        """The tables that the model owns, and those that a plugin made for itself."""
+        return [module for module in self.modules() if isinstance(module, ValueTable)]
+
     def init_weights(self, seed: int) -> None:
         """Draws every weight anew from `seed`; see `pkm_lightning.model.initialisation`."""
         initialise(self, seed)

@@ -30,7 +30,10 @@ class Segments(NamedTuple):
 
 
 def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
-    """The segments of reads of rows `ids_L`, each 0 to `n_rows` - 1 (not checked)."""
+    """The segments of reads of rows `ids_L`, each 0 to `n_rows` - 1 (not checked).
+
+    On an accelerator `n_rows` itself stands for a read that belongs to no segment.
+    """
     sorted_L, order_L = torch.sort(ids_L.int(), stable=True)
     if ids_L.device.type == "cpu":
         rows_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
@@ -44,9 +47,12 @@ def _padded_segments(sorted_L: Tensor, order_L: Tensor, n_rows: int) -> Segments
     first_L[1:] = sorted_L[1:] != sorted_L[:-1]
     n_segments = min(reads, n_rows)
     starts_U = torch.nonzero_static(first_L, size=n_segments, fill_value=reads).squeeze(-1)
-    starts_V = torch.nn.functional.pad(starts_U, (0, 1), value=reads)
     padded_L = torch.nn.functional.pad(sorted_L, (0, 1), value=-1)
-    return Segments(order_L, padded_L[starts_U], starts_V)
+    rows_U = padded_L[starts_U]
+    # Reads of a row that another rank holds stand last.
+    end = (sorted_L < n_rows).sum()
+    starts_V = torch.minimum(torch.nn.functional.pad(starts_U, (0, 1), value=reads), end)
+    return Segments(order_L, rows_U.masked_fill(rows_U >= n_rows, -1), starts_V)
 
 
 def read_sources(

@@ -1,11 +1,12 @@
-"""Lightning's DDP with watched ranks."""
+"""One copy of the dense model a process, gradients averaged."""
 
 from __future__ import annotations
 
 from lightning.pytorch.strategies import DDPStrategy
 
 from pkm_lightning.strategies.launcher import WatchedRanks
+from pkm_lightning.strategies.portable import PortableCheckpoints
 
 
-class DDP(WatchedRanks, DDPStrategy):
-    """One copy of the model a process, gradients averaged; the arguments are those of Lightning's `DDPStrategy`."""
+class DDP(PortableCheckpoints, WatchedRanks, DDPStrategy):
+    """Lightning's `DDPStrategy`, whose arguments it takes, beside tables that are split or copied over the ranks."""

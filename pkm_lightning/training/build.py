@@ -11,7 +11,7 @@ from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, nearest
 from pkm_lightning.ffn import TableSpec
-from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory import TableMesh, ValueTable
 from pkm_lightning.model import Placement, Transformer
 from pkm_lightning.training.instantiate import accepted_keywords, instantiate, target_class
 
@@ -20,12 +20,15 @@ Config = Mapping[str, Any]
 _WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 #: Keys of `model` that the transformer does not take as they stand.
 _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
+#: Keys of `table` that a `ValueTable` does not take.
+_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
 
 
-def build_model(config: Config) -> Transformer:
+def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transformer:
     """The transformer of `config`, a plain dict or DictConfig with `model.vocab_size` resolved to a number.
 
-    On the device of the current `torch.device` context; `meta` allocates nothing.
+    On the device of the current `torch.device` context; `meta` allocates nothing. Of tables on a mesh this rank's
+    parts are allocated.
 
     Raises:
         ConfigError: sizes, layers or classes that do not fit.
@@ -40,7 +43,7 @@ def build_model(config: Config) -> Transformer:
         )
     placement: Placement = instantiate(config["placement"], "placement")
     placed, write_after = placement.resolve(n_layers), placement.delay(n_layers)
-    tables = _build_tables(config, len(placed))
+    tables = _build_tables(config, len(placed), table_mesh)
     ffns: list[nn.Module] = []
     for layer in range(n_layers):
         common = {"dim": int(model["dim"]), "layer": layer, "n_layers": n_layers}
@@ -94,7 +97,7 @@ def attention_context(config: Config) -> int:
     return int(config["data"].get("seq_len") or 1)
 
 
-def _build_tables(config: Config, n_placed: int) -> list[list[ValueTable]]:
+def _build_tables(config: Config, n_placed: int, mesh: TableMesh | None) -> list[list[ValueTable]]:
     """The tables of one layer (one group for all if `table.shared`, else one a placed layer), if any are asked for."""
     cls = target_class(config["ffn"], "ffn")
     if "table" not in accepted_keywords(cls, {"table": None}) or not n_placed:
@@ -111,8 +114,10 @@ def _build_tables(config: Config, n_placed: int) -> list[list[ValueTable]]:
         sizes = {name: value for name, value in sizes.items() if name in taken}
     spec = cast("TableSpec", cls.table_spec(**sizes, **arguments))
     check_flag("table.shared", config["table"]["shared"])
-    settings = {name: value for name, value in config["table"].items() if name not in ("shared", "optimizer")}
-    shape = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
+    settings = {name: value for name, value in config["table"].items() if name not in _TABLE_BUILDER_KEYS}
+    shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
+    if mesh is not None:
+        shape["mesh"] = mesh
     if spec.slices > 1:
         shape["slices"] = spec.slices
     groups = 1 if config["table"]["shared"] else n_placed

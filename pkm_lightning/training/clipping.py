@@ -36,3 +36,8 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> 
 def _total_norm(group: list[nn.Parameter]) -> Tensor:
     norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -20,17 +20,19 @@ from torchmetrics import SumMetric
 
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import HasAfterStep
-from pkm_lightning.memory import clip_tables
+from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
+from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import plugins
 from pkm_lightning.training.build import attention_context, build_model
-from pkm_lightning.training.clipping import clip_by_norm
+from pkm_lightning.training.clipping import clip_by_norm, local
+from pkm_lightning.training.distribution import shard_dense, table_mesh
 from pkm_lightning.training.generation import greedy
 from pkm_lightning.training.instantiate import instantiate
 from pkm_lightning.training.loss import check_batch, token_nll
 from pkm_lightning.training.normalisation import StepNormaliser
 from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
-from pkm_lightning.training.table_learning import learning_tables, with_tables
+from pkm_lightning.training.table_learning import optimizer_apart, with_tables
 
 
 class LanguageModule(L.LightningModule):
@@ -42,6 +44,7 @@ class LanguageModule(L.LightningModule):
     Attributes:
         model: the transformer, after `configure_model`.
         cost: its analytic cost with `data.seq_len` tokens in attention (1 if the data names no such length).
+        table_optimizer: of the tables, where the strategy's engine steps everything else; None: one optimizer has both.
         tokens_seen: real input tokens trained on so far, over all ranks, a scalar tensor.
     """
 
@@ -62,6 +65,7 @@ class LanguageModule(L.LightningModule):
         self._reported: dict[str, Tensor] = {}
         self._reported_tokens: Tensor | None = None
         self._batch_checked = False
+        self.table_optimizer: Optimizer | None = None
 
     # --- building
 
@@ -69,17 +73,40 @@ class LanguageModule(L.LightningModule):
         """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
         if hasattr(self, "model"):
             return
-        self.model = build_model(self.config)
+        self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]))
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
+        self._hand_over()
+
+    def _table_mesh(self) -> TableMesh | None:
+        """The ranks over which tables are split or copied; None in one process."""
+        if self._trainer is None or self._trainer.world_size == 1 or not torch.distributed.is_initialized():
+            return None
+        return table_mesh(self.config["table"], self._trainer)
+
+    def _hand_over(self) -> None:
+        """Leaves the dense parameters to the strategy, in its own way, and keeps the tables out of its reach."""
+        tables: list[ValueTable] = self.model.value_tables
+        if self._trainer is None or self._trainer.world_size == 1:
+            return
+        if getattr(self._trainer.strategy, "owns_parameters", False):
+            for table in tables:
+                table.unregister()
+        elif self.device_mesh is not None:
+            shard_dense(self.model, self.device_mesh["data_parallel"], [table.weight for table in tables])
+        else:
+            # DDP would give all ranks the first one's part, and average gradients of different parts.
+            names = {id(parameter): name for name, parameter in self.named_parameters()}
+            self._ddp_params_and_buffers_to_ignore = [names[id(table.weight)] for table in tables]
 
     def configure_optimizers(self) -> Any:
         """`optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
         optim = self.config["optim"]
         dense = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
-        optimizer = with_tables(dense, self.model, self.config)
+        self.table_optimizer = optimizer_apart(self.model, self.config)
+        optimizer = with_tables(dense, self.model, self.config) if self.table_optimizer is None else dense
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -112,7 +139,8 @@ class LanguageModule(L.LightningModule):
         if not self._batch_checked:
             check_batch(batch, self.model.embedding.num_embeddings)
             self._batch_checked = True
-        output = self(batch)
+        # Not self(batch): hooks of engines on this module, which run around this method, would run within it again.
+        output = self.forward(batch)
         nll_M = token_nll(self.model, output.hidden_BTD, batch["labels"])
         valid_BT = batch.get("valid")
         # Made on the device: a copy of a number from the host would wait for it.
@@ -159,19 +187,38 @@ class LanguageModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Corrects the gradients to the mean over all targets of the step; logs the step's loss when a log is due."""
+        if self._accumulates():
+            return
+        for table in self.model.value_tables:
+            if table.weight.grad is not None:
+                mean_over_replicas(table.weight.grad, table.mesh)
         correction = self._normaliser.correction()
         if correction is not None:
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, correction)
-            for table in learning_tables(self.model).values():
-                assert table.stage is not None
-                table.stage.scale = table.stage.scale * correction
+            self._correct(correction)
         if self._log_is_due():
             assert self._step_nll is not None
             loss = self._sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             self._log_reports()
+
+    def _correct(self, correction: Tensor) -> None:
+        """Multiplies every gradient of the step."""
+        tables = self.model.value_tables
+        for table in tables:
+            if table.stage is not None:
+                table.stage.scale = table.stage.scale * correction
+        correct = getattr(self.trainer.strategy, "scale_gradients", None)
+        own = self.parameters() if correct is None else (table.weight for table in tables)
+        grads = [local(p.grad) for p in own if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, correction)
+        if correct is not None:
+            correct(correction)
+
+    def _accumulates(self) -> bool:
+        """More micro-batches of the step follow; of strategies that accumulate by themselves every one ends here."""
+        return bool(self.trainer.strategy.handles_gradient_accumulation and self.trainer.fit_loop._should_accumulate())
 
     def _log_reports(self) -> None:
         """Auxiliary losses and metrics of the plugins, means over the step's real tokens of all ranks."""
@@ -193,30 +240,47 @@ class LanguageModule(L.LightningModule):
         """
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
             raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
+        if self._accumulates():
+            return
         optim = self.config["optim"]
         dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
-        of_tables = ("table", "table_dense")
-        tables = [p for group in optimizer.param_groups if group["name"] in of_tables for p in group["params"]]
-        dense = [p for group in optimizer.param_groups if group["name"] not in of_tables for p in group["params"]]
+        apart = [] if self.table_optimizer is None else self.table_optimizer.param_groups
+        groups = {"dense": [], "table": []}  # type: dict[str, list[torch.nn.Parameter]]
+        for group in [*optimizer.param_groups, *apart]:
+            groups["table" if group["name"] in ("table", "table_dense") else "dense"] += group["params"]
+        if groups["table"] and (optim["table_clip_norm"] is not None or self._log_is_due()):
+            self._clip_tables(groups["table"], optim["table_clip_norm"])
+        has_gradient = any(p.grad is not None for p in groups["dense"])
+        if has_gradient and (dense_limit is not None or self._log_is_due()):
+            self._log_norm("dense", clip_by_norm(groups["dense"], dense_limit))
+
+    def _clip_tables(self, parameters: list[torch.nn.Parameter], limit: float | None) -> None:
         # What has learned in backward already has nothing left to measure.
-        staged = [table for table in learning_tables(self.model).values() if table.learning == "rows"]
-        for name, parameters, limit in (("dense", dense, dense_limit), ("table", tables, optim["table_clip_norm"])):
-            if not parameters or not (limit is not None or self._log_is_due()):
-                continue
-            if name == "table" and staged:
-                norm = clip_tables(staged, [p.grad for p in parameters if p.grad is not None], limit)
-            elif any(p.grad is not None for p in parameters):
-                norm = clip_by_norm(parameters, limit)
-            else:
-                continue
-            if self._log_is_due():
-                self.log(f"train/grad_norm_{name}", norm)
+        tables = [t for t in self.model.value_tables if t.learning == "rows" or t.weight.grad is not None]
+        weights = {id(table.weight) for table in tables}
+        others = [p for p in parameters if id(p) not in weights and p.grad is not None]
+        if tables:
+            self._log_norm("table", clip_tables(tables, [p.grad for p in others if p.grad is not None], limit))
+        elif others:
+            self._log_norm("table", clip_by_norm(others, limit))
+
+    def _log_norm(self, name: str, norm: Tensor) -> None:
+        if self._log_is_due():
+            self.log(f"train/grad_norm_{name}", norm)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
     ) -> None:
         """The update; then each plugin that asks for it gets its statistics of the whole step."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._accumulates():
+            return
+        if self.table_optimizer is not None:
+            rate = optimizer.param_groups[0]["lr"] * self.config["optim"]["table_lr_factor"]
+            for group in self.table_optimizer.param_groups:
+                group["lr"] = rate
+            self.table_optimizer.step()
+            self.table_optimizer.zero_grad()
         for layer, block in enumerate(self.model.blocks):
             stats = {name: self._sum_over_ranks(value) for name, value in self._step_stats.get(layer, {}).items()}
             for name, plugin in plugins(block.ffn):  # type: ignore[arg-type]
@@ -235,7 +299,7 @@ class LanguageModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds the batch to a mean over all held-out target tokens."""
-        nll_M = token_nll(self.model, self(batch).hidden_BTD, batch["labels"])
+        nll_M = token_nll(self.model, self.forward(batch).hidden_BTD, batch["labels"])
         if nll_M.numel():
             self.heldout_nll.update(nll_M.sum())
             self.heldout_targets.update(float(nll_M.numel()))

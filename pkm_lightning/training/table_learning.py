@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `dense` | N x D, autograd's | `optim.optimizer`, each step, every row | - |
 | `rows` | staged reads | `table.optimizer`, each step, touched rows | 16-bit floats (fp16) |
-| `fused` | staged reads | `table.optimizer`, each backward, touched rows | fp16, accumulation, table_clip_norm, ranks |
+| `fused` | staged reads | `table.optimizer`, each backward, touched rows | fp16, accumulation, table_clip_norm |
 """
 
 from __future__ import annotations
@@ -59,8 +59,6 @@ def _check_fused(config: Mapping[str, Any]) -> None:
             f"table.learning=fused knows no norm before it updates (optim.table_clip_norm={limit}); set "
             f"optim.table_clip_norm=null, or {instead}."
         )
-    if config["strategy"]:
-        raise ConfigError(f"table.learning=fused runs in one process (strategy=single); {instead}.")
 
 
 def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
@@ -71,6 +69,32 @@ def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -
     for group in dense.param_groups:
         if group["name"] == "table":  # a plugin's own parameter of that role; monitors want every name once
             group["name"] = "table_dense"
+    return _row_optimizer(dense, tables, config)
+
+
+def optimizer_apart(model: nn.Module, config: Mapping[str, Any]) -> Optimizer | None:
+    """An optimizer of the tables alone, where an engine owns all parameters and their weights are none; else None."""
+    tables = [t for t in model.modules() if isinstance(t, ValueTable) and not t.is_registered]
+    rows = {name: table for name, table in learning_tables(model).items() if table in tables}
+    if rows:
+        return _row_optimizer(None, rows, config)
+    weights = [table.weight for table in tables if table.weight.requires_grad]
+    if not weights:
+        return None
+    optim = config["optim"]
+    group = {
+        "name": "table",
+        "params": weights,
+        "lr": optim["lr"] * optim["table_lr_factor"],
+        "weight_decay": optim["table_weight_decay"],
+    }
+    optimizer: Optimizer = instantiate(optim["optimizer"], "optim.optimizer", params=[group])
+    return optimizer
+
+
+def _row_optimizer(
+    dense: Optimizer | None, tables: Mapping[str, ValueTable], config: Mapping[str, Any]
+) -> TableOptimizer:
     optim = config["optim"]
     return TableOptimizer(
         dense,
@@ -98,6 +122,6 @@ def optimizer_state_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:
     if tables:
         rows: RowOptimizer = instantiate(config["table"]["optimizer"], "table.optimizer")
         for table in tables:
-            shapes = state_shapes(rows.rule, table.lines).values()
+            shapes = state_shapes(rows.rule, table.weight).values()
             total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
     return total

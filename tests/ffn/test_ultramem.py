@@ -37,6 +37,11 @@ SIZES: list[dict[str, Any]] = [
 ]
 
 
+def whole_rows(table: ValueTable) -> Tensor:
+    """The rows of which ids count slices, (rows, dim)."""
+    return table.weight.view(table.rows, table.dim)
+
+
 def context(x_BTD: Tensor, *, observe: bool = False) -> FFNContext:
     return FFNContext(torch.zeros(x_BTD.shape[:2], dtype=torch.int64), observe=observe)
 
@@ -62,7 +67,7 @@ def test_output_and_gradients_equal_brute_force(sizes: dict[str, Any], shape: tu
     layer, table = build(sizes)
     x_BTD = torch.randn(*shape, sizes["dim"], dtype=torch.float64, requires_grad=True)
     actual_BTD = layer(x_BTD, context(x_BTD)).y_BTD
-    expected_BTD = brute_force.ultramem(layer, table.weight, x_BTD.flatten(0, 1)).view_as(x_BTD)
+    expected_BTD = brute_force.ultramem(layer, whole_rows(table), x_BTD.flatten(0, 1)).view_as(x_BTD)
     assert_close(actual_BTD, expected_BTD)
     inputs = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
     upstream_BTD = torch.randn_like(expected_BTD)
@@ -108,7 +113,7 @@ def test_bf16_model_is_close_to_float64(sizes: dict[str, Any]) -> None:
     # The same queries go in: rounding them otherwise would choose other slots, which is no error of either side.
     q_TF = layer.keys.query(x_BTD.flatten(0, 1)).double()
     wide, _ = layer.double(), table.double()
-    expected_TD = brute_force.ultramem(wide, table.weight, x_BTD.flatten(0, 1).double(), q_TF)
+    expected_TD = brute_force.ultramem(wide, whole_rows(table), x_BTD.flatten(0, 1).double(), q_TF)
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
@@ -122,7 +127,7 @@ def test_autocast_is_close_to_float64_and_gives_fp32_gradients() -> None:
     (output.y_BTD.float().square().mean() + output.aux_losses["spectrum"]).backward()
     assert {p.grad.dtype for p in (*layer.parameters(), table.weight) if p.grad is not None} == {torch.float32}
     assert all(p.grad is not None for p in (*layer.parameters(), table.weight))
-    expected_TD = brute_force.ultramem(layer.double(), table.double().weight, x_BTD.flatten(0, 1).double(), q_TF)
+    expected_TD = brute_force.ultramem(layer.double(), whole_rows(table.double()), x_BTD.flatten(0, 1).double(), q_TF)
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
@@ -136,7 +141,7 @@ def test_trace_says_what_was_read_only_when_asked() -> None:
     assert {name: tuple(part.shape) for name, part in trace.items()} == dict.fromkeys(trace, (2, 5, 3, 4))
     assert trace["slot_ids"].dtype is trace["virtual_ids"].dtype is torch.int32
     assert torch.equal(trace["virtual_ids"].flatten(0, 1), ids_THK.int())
-    assert torch.equal(trace["slot_ids"].flatten(0, 1), layer.shuffle[ids_THK] % len(table.weight))
+    assert torch.equal(trace["slot_ids"].flatten(0, 1), layer.shuffle[ids_THK] % table.rows)
     assert_close(trace["slot_weights"].flatten(0, 1), scores.grid_THCA.sum(2).gather(-1, ids_THK).detach())
     assert not any(part.requires_grad for part in trace.values())
 
@@ -145,7 +150,7 @@ def test_every_row_has_as_many_virtual_slots_of_each_projector_once() -> None:
     layer, table = build(SIZES[1])
     assert torch.equal(layer.shuffle.sort().values, torch.arange(36, dtype=torch.int32))
     assert not torch.equal(layer.shuffle, torch.arange(36, dtype=torch.int32))
-    assert len(table.weight) == 9
+    assert table.rows == 9
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -155,7 +160,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
     with FlopCounterMode(display=False) as counter:
         layer(x_BTD, context(x_BTD))
     cost = layer.cost()
-    values_read = sizes["heads"] * sizes["knn"] * table.weight.shape[1]
+    values_read = sizes["heads"] * sizes["knn"] * table.dim
     assert cost.flops * 10 == counter.get_total_flops()
     assert cost.params == sum(p.numel() for p in layer.parameters())
     assert cost.table_params == table.weight.numel()

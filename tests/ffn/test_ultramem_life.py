@@ -160,7 +160,7 @@ def test_the_configuration_composes_with_its_placement_and_steps() -> None:
     model = build_model(composed)
     assert [type(block.ffn).__name__ for block in model.blocks] == [*["Beside"], *["Dense"] * 4]
     assert (model.write_after, len(model.tables)) == (4, 1)
-    assert tuple(model.tables[0].weight.shape) == (256**2 // 16, 32)
+    assert (model.tables[0].rows, model.tables[0].dim) == (256**2 // 16, 32)
     # The spread of the rows is that of the whole model's depth.
     assert model.tables[0].weight.std().item() == pytest.approx((16 / (2 * 8 * 2 * 5)) ** 0.5, rel=0.02)
     assert build_meta_model(composed).blocks[0].ffn.variant.cost().table_params == 256**2 // 16 * 32

@@ -67,10 +67,10 @@ def run(layers: list[Reader], through: Callable[..., Tensor] | None = None) -> N
 
 def dense(stage: RowStage, table: ValueTable) -> Tensor:
     """The staged gradient as N x D numbers."""
-    gradient = stage.gradient(table.lines)
+    gradient = stage.gradient(table.weight)
     assert gradient is not None
     _, (order_L, rows_U, starts_V), coefficients_L, sources_L, rows_XD = gradient
-    grad_ND = torch.zeros_like(table.lines)
+    grad_ND = torch.zeros_like(table.weight)
     for row, start, end in zip(rows_U.tolist(), starts_V[:-1].tolist(), starts_V[1:].tolist(), strict=True):
         for read in order_L[start:end].tolist():
             grad_ND[row] += coefficients_L[read] * rows_XD[sources_L[read]]
@@ -152,9 +152,9 @@ def test_a_read_that_outlives_its_table_says_so() -> None:
 
 def test_slices_of_rows_are_rows_of_their_own() -> None:
     table = ValueTable(rows=3, dim=4, slices=2, learning="rows")
-    assert table.lines.shape == (6, 2)
+    assert table.weight.shape == (6, 2)
     y_TD = table(torch.tensor([[5]]), torch.ones(1, 1))
-    assert torch.equal(y_TD[0], table.weight[2, 2:])
+    assert torch.equal(y_TD[0], table.weight[5])
     y_TD.backward(torch.tensor([[1.0, 2.0]]))
     assert dense(staged(table), table).flatten().nonzero().flatten().tolist() == [10, 11]
 
@@ -169,8 +169,8 @@ def test_nothing_is_staged_without_gradient_or_for_frozen_rows() -> None:
     table = ValueTable(rows=N, dim=D, learning="rows")
     with torch.no_grad():
         assert not table(torch.randint(N, (T, K)), torch.rand(T, K)).requires_grad
-    assert staged(table).gradient(table.lines) is None
-    assert staged(table).norm(table.lines).item() == 0
+    assert staged(table).gradient(table.weight) is None
+    assert staged(table).norm(table.weight).item() == 0
     frozen = ValueTable(rows=N, dim=D, learning="rows", trainable=False)
     assert frozen.stage is None
     assert not frozen.weight.requires_grad
@@ -191,14 +191,14 @@ def test_copies_of_a_model_stage_for_themselves() -> None:
     _, _, table, _ = pair("sum")
     other = copy.deepcopy(table)
     other(torch.randint(N, (T, K)), torch.rand(T, K)).sum().backward()
-    assert staged(table).gradient(table.lines) is None
-    assert staged(other).gradient(other.lines) is not None
+    assert staged(table).gradient(table.weight) is None
+    assert staged(other).gradient(other.weight) is not None
 
 
 def test_bf16_tables_keep_their_coefficients_in_fp32() -> None:
     table = ValueTable(rows=N, dim=D, learning="rows").bfloat16()
     table(torch.randint(N, (T, K)), torch.rand(T, K)).float().sum().backward()
-    gradient = staged(table).gradient(table.lines)
+    gradient = staged(table).gradient(table.weight)
     assert gradient is not None
     assert gradient.coefficients_L.dtype is torch.float32
     assert gradient.source_rows_XD.dtype is torch.bfloat16
@@ -215,7 +215,7 @@ def test_clipping_is_by_the_norm_over_all_tables() -> None:
     expected = torch.stack([dense_table.weight.grad.norm(), dense(staged(other), other).norm(), beside.norm()]).norm()
 
     def norm() -> Tensor:
-        return torch.stack([*(staged(one).norm(one.lines) for one in both), beside.norm()]).norm()
+        return torch.stack([*(staged(one).norm(one.weight) for one in both), beside.norm()]).norm()
 
     assert_close(clip_tables(both, [beside], None), expected)
     assert [staged(one).scale for one in both] == [1.0, 1.0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
@@ -43,7 +44,8 @@ def best_keys(q_XTE: Tensor, keys_XSE: Tensor, values_XTK: Tensor, indices_XTK: 
 def add_gradients(*tensors: Tensor) -> None:
     """Adds to the last two of (grad, indices, q, keys, grad of q, grad of keys), all contiguous."""
     use_torch_threads()
-    _add_gradients(*(tensor.detach().numpy() for tensor in tensors))
+    # A tensor whose memory FSDP2 takes back after use must not be seen by `.numpy()`, which forbids that for good.
+    _add_gradients(*(np.from_dlpack(tensor.detach()) for tensor in tensors))
 
 
 @njit(nogil=True, parallel=True, cache=True)

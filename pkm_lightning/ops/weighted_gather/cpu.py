@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from numba import types
 from numba.extending import intrinsic
@@ -35,7 +36,8 @@ def gather_dot(table_ND: Tensor, rows_XD: Tensor, ids_TK: Tensor, groups_TK: Ten
 def _as_numpy(values: Tensor) -> Any:
     """A view for numba kernels, which do not know bfloat16: its bits travel as uint16."""
     values = values.detach()
-    return values.view(torch.uint16).numpy() if values.dtype is torch.bfloat16 else values.numpy()
+    # A tensor whose memory FSDP2 takes back after use must not be seen by `.numpy()`, which forbids that for good.
+    return np.from_dlpack(values.view(torch.uint16) if values.dtype is torch.bfloat16 else values)
 
 
 @intrinsic

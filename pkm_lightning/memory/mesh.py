@@ -1,0 +1,167 @@
+"""Where the parts of a table lie: ranks as a (replicas, members) mesh, a table split over the members of each replica.
+
+| `shard` | a member holds | members of a group |
+|---|---|---|
+| `dim` | its share of the columns of every row | P |
+| `row` | all columns of its share of the rows | P |
+| `none` | the whole table | 1 |
+
+Rank r is member r % P of replica r // P, so that the members of a group are neighbours: on one node, where P is the
+number of its devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from pkm_lightning.errors import ConfigError, check_choice
+
+SHARDS = ("dim", "row", "none")
+
+
+class TableMesh:
+    """The ranks of the default process group, arranged for tables.
+
+    Args:
+        shard: `dim`, `row` or `none`.
+        members: ranks that share one copy of a table, P; it divides the number of ranks. 1 for `none`.
+        device_type: of the tensors that travel, as in `torch.device`.
+
+    Attributes:
+        member: number of this rank among the members of its group.
+        replicas: copies of a table, R.
+
+    Raises:
+        ConfigError: an unknown word, or members that do not divide the ranks.
+    """
+
+    def __init__(self, *, shard: str, members: int, device_type: str) -> None:
+        check_choice("table.shard", shard, SHARDS)
+        world = dist.get_world_size()
+        check_members(shard, members, world)
+        self.shard = shard if members > 1 else "none"
+        self.members, self.replicas, self.world = members, world // members, world
+        self.device_mesh: DeviceMesh = init_device_mesh(
+            device_type, (self.replicas, members), mesh_dim_names=("replicas", "members")
+        )
+        self.member = self.device_mesh.get_local_rank("members")
+        self._groups = {device_type: tuple(self.device_mesh.get_group(name) for name in ("replicas", "members"))}
+        if device_type != "cpu":  # for what the hosts agree on, and for tables in host memory
+            self._groups["cpu"] = self._host_groups()
+
+    def __deepcopy__(self, memo: object) -> TableMesh:
+        """The same object: process groups are of the process, not of a model."""
+        return self
+
+    def _host_groups(self) -> tuple[dist.ProcessGroup, ...]:
+        ranks = torch.arange(self.world).view(self.replicas, self.members)
+        return tuple(dist.new_subgroups_by_enumeration(part.tolist(), backend="gloo")[0] for part in (ranks.T, ranks))
+
+    def replica_group(self, device: torch.device) -> dist.ProcessGroup:
+        """The ranks that hold the same part of a table, for tensors on `device`."""
+        return self._groups[device.type][0]
+
+    def member_group(self, device: torch.device) -> dist.ProcessGroup:
+        """The ranks that hold one copy of a table together, for tensors on `device`."""
+        return self._groups[device.type][1]
+
+    # --- what a member holds
+
+    def local_shape(self, rows: int, dim: int) -> tuple[int, int]:
+        """Rows and values a row of this member's part of a (rows, dim) table.
+
+        Raises:
+            ConfigError: `dim` does not divide over the members of a `dim` mesh.
+        """
+        check_dim(self.shard, dim, self.members)
+        if self.shard == "dim":
+            return rows, dim // self.members
+        low, high = self.row_range(rows)
+        return high - low, dim
+
+    def row_range(self, rows: int) -> tuple[int, int]:
+        """First and last + 1 of the rows of this member; equal shares, of which the last may be smaller or empty."""
+        if self.shard != "row":
+            return 0, rows
+        share = -(-rows // self.members)
+        return min(rows, self.member * share), min(rows, (self.member + 1) * share)
+
+    def columns(self, dim: int) -> slice:
+        """The columns of this member."""
+        if self.shard != "dim":
+            return slice(0, dim)
+        share = dim // self.members
+        return slice(self.member * share, (self.member + 1) * share)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This member's part of a tensor of whole rows, (rows, dim) or (rows,): a view."""
+        low, high = self.row_range(len(whole))
+        return whole[low:high, self.columns(whole.shape[1])] if whole.ndim == 2 else whole[low:high]
+
+    def as_dtensor(self, part: Tensor, rows: int, dim: int | None) -> Tensor:
+        """The table (or, without `dim`, one value a row) of which `part` is this member's part, for checkpoints."""
+        split = (self.shard == "dim" and dim is not None) or self.shard == "row"
+        placement = Shard(0 if self.shard == "row" else 1) if split else Replicate()
+        shape = torch.Size((rows,) if dim is None else (rows, dim))
+        stride = (1,) if dim is None else (dim, 1)
+        placements = [Replicate(), placement]
+        return DTensor.from_local(part, self.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def lengths(self, own: int) -> tuple[int, ...]:
+        """Reads of each member in the call under way, where this one has `own`; every member must ask.
+
+        The hosts tell each other, which no device waits for. Ranks may so hold batches of different sizes, and a plugin
+        may read for some of its tokens only.
+        """
+        numbers = torch.empty(self.members, dtype=torch.int64, device="cpu")
+        mine = torch.tensor([own], dtype=torch.int64, device="cpu")
+        dist.all_gather_into_tensor(numbers, mine, group=self._groups["cpu"][1])
+        return tuple(numbers.tolist())
+
+
+def group_size(group: str | int, world: int, node: int) -> int:
+    """Ranks that share one copy of a table: `world`, `node` (those of one machine) or a number.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if group == "world":
+        return world
+    if group == "node":
+        return node
+    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+        raise ConfigError(f"table.group={group!r} is not known; allowed: world, node, or a number of ranks.")
+    return group
+
+
+def check_members(shard: str, members: int, world: int) -> None:
+    """Refuse a group that does not divide the ranks.
+
+    Raises:
+        ConfigError: with divisors to choose from.
+    """
+    if shard == "none":
+        return
+    if members > world or world % members:
+        divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(f"table.group={members} does not divide the {world} ranks; allowed: {divisors}.")
+
+
+def check_dim(shard: str, dim: int, members: int) -> None:
+    """Refuse columns that do not divide.
+
+    Raises:
+        ConfigError: naming the alternatives.
+    """
+    if shard == "dim" and dim % members:
+        divisors: Sequence[int] = [n for n in range(1, members) if members % n == 0 and dim % n == 0]
+        raise ConfigError(
+            f"table.shard=dim cannot split the {dim} values of a row over {members} ranks; say table.shard=row, or "
+            f"table.group={divisors[-1]}."
+        )

@@ -1,0 +1,42 @@
+"""FSDP2 for the dense parameters: each rank holds a share of every one, beside its part of the tables."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule
+
+from pkm_lightning.strategies.launcher import WatchedRanks
+from pkm_lightning.strategies.portable import PortableCheckpoints
+
+
+class FSDP2(PortableCheckpoints, WatchedRanks, ModelParallelStrategy):
+    """Lightning's strategy for FSDP2 with all ranks data-parallel; also on CPUs, over gloo.
+
+    Args:
+        **options: of `lightning.pytorch.strategies.ModelParallelStrategy`, but for the sizes of its mesh.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(tensor_parallel_size=1, **options)
+
+    def setup_environment(self) -> None:
+        """Sizes the mesh: all ranks are data-parallel."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Micro-batches before a step's last keep their gradients whole and send nothing."""
+        assert self.lightning_module is not None
+        units = [module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_requires_gradient_sync(True, recurse=False)

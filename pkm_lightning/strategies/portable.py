@@ -1,0 +1,173 @@
+"""Checkpoints that any strategy and number of ranks can read, whichever has written them.
+
+A mixin of Lightning's strategies: the state dicts that it composes hold DTensors where ranks hold parts, and loading
+fills the model and the optimizers where they are, each rank with its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from pkm_lightning.errors import CheckpointError
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.training import sharded_checkpoint
+from pkm_lightning.training.clipping import local
+from pkm_lightning.training.sharded_checkpoint import SavedTensors
+
+
+class PortableCheckpoints(ParallelStrategy):
+    """Saves and loads folders of `pkm_lightning.training.sharded_checkpoint`; single files are read as well."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """What is loaded is filled into the model and the optimizers as the strategy has set them up."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """`load_checkpoint` has restored it."""
+        return False
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """`load_checkpoint` has restored it."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """`load_checkpoint` has restored it."""
+
+    # --- composing
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state by name; what ranks hold in parts as DTensors that share their memory."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        for name, table in self._tables().items():
+            state[name] = _whole_table(table, table.weight.detach())
+        return state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state as a single process numbers it."""
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state: dict[str, Any] = inner.state_dict()
+        tables = {id(table.weight): table for table in self._tables().values()}
+        for number, parameter in enumerate(_parameters(inner)):
+            if id(parameter) in tables and number in state["state"]:
+                entries = state["state"][number].items()
+                state["state"][number] = {k: _whole_table(tables[id(parameter)], v) for k, v in entries}
+        return state
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Writes a folder; see `pkm_lightning.training.sharded_checkpoint.save`."""
+        path = Path(self.broadcast(str(filepath)))
+        skeleton, tensors = sharded_checkpoint.flatten(checkpoint)
+        sharded_checkpoint.save(skeleton, tensors, path)
+
+    # --- loading
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fills the module, and in training the optimizers; returns the rest of the checkpoint."""
+        saved = SavedTensors(checkpoint_path)
+        assert self.lightning_module is not None
+        names = {name for name in saved.shapes if name.startswith("state_dict.")}
+        self._check_names({name.removeprefix("state_dict.") for name in names}, saved)
+        self.load_model(saved)
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in saved.skeleton:
+            self.load_optimizers(saved)
+        apart = ("state_dict", "optimizer_states")
+        return {**saved.read_rest(apart), "state_dict": {}, "optimizer_states": []}
+
+    def load_model(self, saved: SavedTensors) -> None:
+        """Fills the module's parameters and buffers."""
+        state = PortableCheckpoints.lightning_module_state_dict(self)
+        saved.read_into({f"state_dict.{name}": value for name, value in state.items()})
+
+    def load_optimizers(self, saved: SavedTensors) -> None:
+        """Fills the optimizer's states."""
+        for number, optimizer in enumerate(self.optimizers):
+            load_optimizer(optimizer, saved, self._tables().values(), f"optimizer_states.{number}")
+
+    def _check_names(self, found: set[str], saved: SavedTensors) -> None:
+        assert self.lightning_module is not None
+        expected = set(self.lightning_module.state_dict())
+        if found != expected:
+            different = sorted(found ^ expected)
+            raise CheckpointError(
+                f"ckpt={saved.path} does not fit its configuration ({len(different)} names differ, the first: "
+                f"{different[0]})."
+            )
+
+    def _tables(self) -> dict[str, ValueTable]:
+        """The tables by the names of their weights in the state dict."""
+        assert self.lightning_module is not None
+        modules = self.lightning_module.named_modules()
+        return {f"{name}.weight": module for name, module in modules if isinstance(module, ValueTable)}
+
+
+def load_optimizer(optimizer: Optimizer, saved: SavedTensors, tables: Any, prefix: str, first: int = 0) -> None:
+    """Fills the states of `optimizer`, whose parameters are numbered from `first` on in the checkpoint.
+
+    Raises:
+        CheckpointError: states of other parameters than these.
+    """
+    inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    by_weight = {id(table.weight): table for table in tables}
+    shapes, targets, states = saved.shapes, {}, {}
+    section = saved.skeleton
+    for key in prefix.split("."):
+        section = section[int(key) if key.isdigit() else key]
+    parameters = list(_parameters(inner))
+    for number, parameter in enumerate(parameters):
+        entries = section["state"].get(number + first, {})
+        made = {}
+        for key, value in entries.items():
+            name = f"{prefix}.state.{number + first}.{key}"
+            made[key] = value if name not in shapes else _empty(parameter, by_weight.get(id(parameter)), shapes[name])
+            if name in shapes:
+                targets[name] = made[key]
+        states[number] = {k: local(v) if id(parameter) in by_weight else v for k, v in made.items()}
+    saved.read_into(targets)
+    groups = _own_groups(section["param_groups"], first, len(parameters))
+    try:
+        inner.load_state_dict({"state": {n: s for n, s in states.items() if s}, "param_groups": groups})
+    except ValueError as error:
+        raise CheckpointError(f"ckpt={saved.path} does not fit its configuration ({error})") from None
+
+
+def _own_groups(groups: list[dict[str, Any]], first: int, count: int) -> list[dict[str, Any]]:
+    own = [group for group in groups if first <= group["params"][0] < first + count]
+    return [{**group, "params": [number - first for number in group["params"]]} for group in own]
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """In the order by which `state_dict` numbers them."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _empty(parameter: Tensor, table: ValueTable | None, shape: tuple[torch.Size, torch.dtype]) -> Tensor:
+    """A tensor to read an optimizer's state into, of which this rank holds what it holds of the parameter."""
+    size, dtype = shape
+    if table is not None and len(size):
+        here = table.weight.shape if len(size) == 2 else table.weight.shape[:1]
+        return _whole_table(table, torch.empty(here, dtype=dtype, device=table.weight.device))
+    if isinstance(parameter, DTensor) and size == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(size, dtype=dtype)
+
+
+def _whole_table(table: ValueTable, part: Any) -> Any:
+    """The DTensor of which `part` is this rank's: as the weight, or a number a line; anything else as it is."""
+    if table.mesh is None or not isinstance(part, Tensor) or part.ndim == 0:
+        return part
+    return table.mesh.as_dtensor(part, table.n_lines, table.dim // table.slices if part.ndim == 2 else None)
