@@ -70,3 +70,18 @@ def fit(given: dict[str, Any], steps: int, **options: Any) -> tuple[LanguageModu
 
 def train(overrides: list[str], steps: int = 30) -> list[dict[str, float]]:
     return fit(settings(*overrides, steps=steps), steps)[2]
+
+
+def train_and_save(overrides: list[str], steps: int, path: str) -> list[dict[str, float]]:
+    _, trainer, losses = fit(settings(*overrides), steps)
+    trainer.save_checkpoint(path)
+    return losses
+
+
+def resume_and_save(overrides: list[str], steps: int, path: str, saved_again: str) -> list[dict[str, float]]:
+    """Takes up `path`, trains to `steps` optimizer steps since the start, and saves."""
+    given = settings(*overrides)
+    given["trainer"]["max_steps"] = steps
+    _, trainer, losses = fit(given, steps, ckpt_path=path)
+    trainer.save_checkpoint(saved_again)
+    return losses

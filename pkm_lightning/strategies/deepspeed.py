@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from pkm_lightning.memory import TableOptimizer
 from pkm_lightning.model.initialisation import plugins
 from pkm_lightning.strategies.launcher import WatchedRanks
-from pkm_lightning.strategies.portable import PortableCheckpoints
+from pkm_lightning.strategies.portable import PortableCheckpoints, load_optimizer
+from pkm_lightning.strategies.zero_state import (
+    ZeroOptimizerState,
+    inner_optimizer,
+    parameter_value,
+    scale_gradient,
+    set_parameter_value,
+)
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
 
 class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
@@ -102,11 +114,121 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # for the engine's own log only
         super()._format_config()
 
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any | None = None
+    ) -> tuple[Any, Optimizer]:
+        # The engine replaces the parameters in the groups by its flat pieces.
+        self._groups = [] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiplies the gradients that the engine holds."""
-        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
-
         for parameter in self._language_module.parameters():
-            grad = safe_get_full_grad(parameter) if parameter.requires_grad else None
-            if grad is not None:
-                safe_set_full_grad(parameter, grad * factor)
+            scale_gradient(parameter, factor)
+
+    # --- checkpoints, in the numbering of a single process: the engine's parameters and the tables in one optimizer
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state by name, each parameter whole on one rank and on meta on the others."""
+        state = super().lightning_module_state_dict()
+        for number, (name, parameter) in enumerate(self._language_module.named_parameters()):
+            state[name] = self._shared_out(number, parameter_value(parameter))
+        return state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The states of the engine's optimizer and of that of the tables."""
+        numbers = self._numbers()
+        states: dict[int, Any] = {}
+        for number, state in zip(numbers, self._engine_state().states(), strict=True):
+            states[number] = {
+                key: self._shared_out(number, value) if isinstance(value, Tensor) and value.ndim else value
+                for key, value in state.items()
+            }
+        own = inner_optimizer(self.optimizers[0]).param_groups
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in own]
+        bounds = [0, *itertools.accumulate(len(group) for group in self._groups)]
+        for group, low, high in zip(groups, bounds, bounds[1:], strict=False):
+            group["params"] = numbers[low:high]
+        apart = self._language_module.table_optimizer
+        if apart is not None:
+            tables = super().optimizer_state(apart)
+            first = self._first_table()
+            states |= {number + first: state for number, state in tables["state"].items()}
+            for group in tables["param_groups"]:
+                groups.append({**group, "params": [number + first for number in group["params"]]})
+        return {"state": dict(sorted(states.items())), "param_groups": groups}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """As of every strategy; the schedule names the tables' group too."""
+        groups = checkpoint["optimizer_states"][0]["param_groups"] if "optimizer_states" in checkpoint else []
+        for schedule in checkpoint.get("lr_schedulers", []):
+            for group in groups[len(schedule["base_lrs"]) :]:
+                schedule["base_lrs"].append(group["initial_lr"] if "initial_lr" in group else self._table_rate())
+                schedule["_last_lr"].append(group["lr"])
+                schedule["lr_lambdas"].append(None)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """As of every strategy; the schedule is that of the engine's groups."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        for schedule in checkpoint.get("lr_schedulers", []):
+            for key in ("base_lrs", "_last_lr", "lr_lambdas"):
+                schedule[key] = schedule[key][: len(self._groups)]
+        return checkpoint
+
+    def load_model(self, saved: SavedTensors) -> None:
+        """Fills tables and buffers as ever, and the engine's parameters one by one."""
+        parameters = dict(self._language_module.named_parameters())
+        rest = {n: v for n, v in PortableCheckpoints.lightning_module_state_dict(self).items() if n not in parameters}
+        saved.read_into({f"state_dict.{name}": value for name, value in rest.items()})
+        for name, parameter in parameters.items():
+            dtype = saved.shapes[f"state_dict.{name}"][1]
+            expected = getattr(parameter, "ds_shape", parameter.shape)
+            value = torch.empty(expected, dtype=dtype)
+            saved.read_into({f"state_dict.{name}": value})
+            set_parameter_value(parameter, value)
+
+    def load_optimizers(self, saved: SavedTensors) -> None:
+        """Fills the states of the engine's optimizer and of that of the tables."""
+        self._engine_state().load(saved, "optimizer_states.0", self._numbers())
+        saved_groups = saved.skeleton["optimizer_states"][0]["param_groups"]
+        for group, written in zip(inner_optimizer(self.optimizers[0]).param_groups, saved_groups, strict=False):
+            group.update({key: value for key, value in written.items() if key not in ("params", "name")})
+        apart = self._language_module.table_optimizer
+        if apart is not None:
+            tables = self._tables().values()
+            load_optimizer(apart, saved, tables, "optimizer_states.0", first=self._first_table())
+
+    def _engine_state(self) -> ZeroOptimizerState:
+        return ZeroOptimizerState(self.optimizers[0], [p for group in self._groups for p in group])
+
+    def _numbers(self) -> list[int]:
+        """The numbers of the engine's parameters where one process's optimizer has the tables too, in their group."""
+        count = sum(len(group) for group in self._groups)
+        first, tables = self._first_table(), self._table_count()
+        return [number if number < first else number + tables for number in range(count)]
+
+    def _first_table(self) -> int:
+        """Tables that learn by rows are a last group of their own; others stand first in the group of that role."""
+        apart = self._language_module.table_optimizer
+        own = inner_optimizer(self.optimizers[0]).param_groups
+        counted = [
+            len(params)
+            for params, group in zip(self._groups, own, strict=True)
+            if isinstance(apart, TableOptimizer) or group["name"] != "table"
+        ]
+        return sum(counted)
+
+    def _table_count(self) -> int:
+        apart = self._language_module.table_optimizer
+        return 0 if apart is None else sum(len(group["params"]) for group in apart.param_groups)
+
+    def _table_rate(self) -> float:
+        optim = self._language_module.config["optim"]
+        return float(optim["lr"] * optim["table_lr_factor"])
+
+    def _shared_out(self, number: int, value: Tensor) -> Tensor:
+        """`value` on the rank that is to write it; on the others its shape."""
+        return value.cpu() if number % self.world_size == self.global_rank else value.to("meta")

@@ -15,10 +15,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Single-file checkpoints on a local file system."""
+    """Single-file checkpoints on a local file system; folders are read as well."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Writes `checkpoint` to `path`, on disk before the name appears.
@@ -43,3 +44,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(
                 f"{path} cannot be written ({reason}); free the disk or move run_dir: the previous checkpoint is whole."
             ) from error
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """The content of a file, or of a folder that several ranks have written.
+
+        Raises:
+            CheckpointError: a folder that is damaged.
+        """
+        if Path(path).is_dir():
+            return SavedTensors(path).read_whole()
+        return super().load_checkpoint(path, *arguments, **named)

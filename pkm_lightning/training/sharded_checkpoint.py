@@ -63,7 +63,8 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path) -> None:
 
     Args:
         skeleton: rank 0's is written.
-        tensors: DTensors, of which each rank writes its part, and plain ones, which one of their holders writes.
+        tensors: DTensors, of which each rank writes its part, and plain ones, which one of their holders writes; on
+            the meta device what another rank holds.
         path: of the folder, the same on every rank.
 
     Raises:
@@ -74,7 +75,7 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path) -> None:
         if first:
             _prepare(beside)
         _wait()
-        dcp.save(tensors, checkpoint_id=beside)
+        dcp.save({n: t for n, t in tensors.items() if not t.is_meta}, checkpoint_id=beside)
         reason = _finish(skeleton, beside, path) if first else None
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         reason = _reason(error)
