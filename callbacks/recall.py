@@ -12,6 +12,7 @@ import lightning as L
 import torch.distributed as dist
 
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.in_step import in_step
 from pkm_lightning.training.recall import ItemScore, score_items, summarise
 
 
@@ -49,7 +50,8 @@ class Recall(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         items = data.recall_items(limit)
         own = items[trainer.global_rank :: trainer.world_size]
-        scores = score_items(pl_module.model, data.tokenizer, own, device=pl_module.device) if own else []
+        with in_step(pl_module.model, pl_module.device):
+            scores = score_items(pl_module.model, data.tokenizer, own, device=pl_module.device) if own else []
         if trainer.world_size == 1:
             return scores
         gathered: list[list[ItemScore]] = [[] for _ in range(trainer.world_size)]

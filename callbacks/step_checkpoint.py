@@ -5,6 +5,7 @@ Where a validation follows a step, the checkpoint waits for it: else a resumed r
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class StepCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             # A run killed between a save and the removal of the one before leaves an older file behind.
             for older in sorted(Path(str(self.dirpath)).glob("step-*.ckpt"))[:-1]:
-                older.unlink(missing_ok=True)
+                shutil.rmtree(older, ignore_errors=True) if older.is_dir() else older.unlink(missing_ok=True)
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
         """True on every rank if any rank was asked: ranks that stop at different steps would wait for ever."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import resource
+import signal
 from typing import Any
 
 import lightning as L
@@ -12,6 +14,7 @@ from toys import config
 from training.fits import loader, rows
 
 from pkm_lightning.cli.assembly import make_trainer
+from pkm_lightning.errors import CheckpointError, DataError
 from pkm_lightning.training import LanguageModule
 
 #: Rows of an optimizer step, over all ranks.
@@ -85,3 +88,76 @@ def resume_and_save(overrides: list[str], steps: int, path: str, saved_again: st
     _, trainer, losses = fit(given, steps, ckpt_path=path)
     trainer.save_checkpoint(saved_again)
     return losses
+
+
+def train_unevenly(overrides: list[str], steps: int, sizes: list[int]) -> list[dict[str, float]]:
+    """As `train`, but rank r has `sizes[r]` of the rows of each batch."""
+    given = settings(*overrides, steps=steps)
+    given["trainer"]["devices"] = dist.get_world_size()
+    mine = [{name: value.split(sizes)[dist.get_rank()] for name, value in batch.items()} for batch in batches(steps)]
+    losses = Losses()
+    make_trainer(given, callbacks=[losses], loggers=[]).fit(LanguageModule(given), loader(mine))
+    return losses.seen
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    """Batches without a length; `count` of them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Any:
+        return iter(batches(self.count))
+
+
+def train_on(overrides: list[str], counts: list[int], known: bool) -> str:
+    """The error that ends training on loaders of which rank r has `counts[r]` batches."""
+    given = settings(*overrides, steps=30)
+    given["trainer"]["devices"] = dist.get_world_size()
+    count = counts[dist.get_rank()]
+    data: Any = batches(count) if known else Endless(count)
+    try:
+        make_trainer(given, callbacks=[], loggers=[]).fit(LanguageModule(given), loader(data))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def train_half_and_save(overrides: list[str], steps: int, of: int, path: str) -> list[dict[str, float]]:
+    """The first `steps` of a run of `of` steps."""
+    given = settings(*overrides, steps=of)
+    stop = StopAfter(steps, path)
+    given["trainer"]["devices"] = dist.get_world_size()
+    mine = [share(batch, dist.get_world_size(), dist.get_rank()) for batch in batches(of)]
+    losses = Losses()
+    make_trainer(given, callbacks=[losses, stop], loggers=[]).fit(LanguageModule(given), loader(mine))
+    return losses.seen
+
+
+class StopAfter(L.Callback):
+    """Saves and stops after a step."""
+
+    def __init__(self, steps: int, path: str) -> None:
+        self.steps, self.path = steps, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def save_twice_on_a_full_disk(overrides: list[str], path: str) -> str:
+    """The error of a save for which files of this process may not grow beyond 20 kB, after one that went well."""
+    _, trainer, _ = fit(settings(*overrides, steps=1), 1)
+    trainer.save_checkpoint(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        trainer.save_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    return ""

@@ -22,6 +22,10 @@ GRAD = {
     torch.float16: (4e-3, 2e-3),
 }
 
+#: Relative, between one process and several in fp32: what is left is the order of additions, which 30 steps of Adam
+#: carry on. The norms are those of gradients.
+RANKS = {"loss": 1e-5, "norm": 1e-3}
+
 
 def assert_close(actual: Tensor, expected: Tensor, *, kind: Literal["value", "grad"] = "value") -> None:
     """`actual` equals `expected` to the tolerance of `actual`'s dtype; NaN equals nothing, shapes must agree.

@@ -15,7 +15,7 @@ from pkm_lightning.cli.resume import checkpoint_config, load_checkpoint, saved_c
 from pkm_lightning.cli.run_directory import latest_checkpoint
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.module import check_tokenizer
+from pkm_lightning.training.tokenizer_check import check_tokenizer
 
 #: What a saved run is; a command that evaluates it cannot change it.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")

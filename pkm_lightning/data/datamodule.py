@@ -79,6 +79,9 @@ class TokenDataModule(LightningDataModule):
         ConfigError: for a value out of range.
     """
 
+    #: Every rank can always make another training batch.
+    endless = True
+
     def __init__(self, **loader: Any) -> None:
         super().__init__()
         unknown = sorted(set(loader) ^ LoaderOptions.__required_keys__)

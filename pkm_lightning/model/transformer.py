@@ -36,6 +36,23 @@ class ModelOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
+class TiedUnembedding(nn.Module):
+    """Multiplies by the rows of `embedding`, which its owner registers."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's matrix, (W, D)."""
+        return self._embedding[0].weight
+
+    def forward(self, hidden_MD: Tensor) -> Tensor:
+        """Logits, (..., D) -> (..., W)."""
+        return functional.linear(hidden_MD, self.weight)
+
+
 class Transformer(nn.Module):
     """Embedding, blocks, final norm, unembedding.
 
@@ -99,6 +116,7 @@ class Transformer(nn.Module):
         )
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.unembedding = None if tied else nn.Linear(dim, vocab_size, bias=False)
+        self.tied_unembedding = TiedUnembedding(self.embedding) if tied else None
 
     @property
     def value_tables(self) -> list[ValueTable]:
@@ -144,8 +162,11 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden_MD: Tensor) -> Tensor:
         """Logits over the vocabulary for any selection of hidden states, (..., D) -> (..., W)."""
-        weight = self.embedding.weight if self.unembedding is None else self.unembedding.weight
-        return functional.linear(hidden_MD, weight)
+        # Both are modules, since engines that shard parameters gather those of a module around its forward.
+        unembed = self.tied_unembedding if self.unembedding is None else self.unembedding
+        assert unembed is not None
+        logits: Tensor = unembed(hidden_MD)
+        return logits
 
     def _attention_inputs(self, input_ids_BT: Tensor, doc_ids_BT: Tensor | None) -> AttentionInputs:
         if doc_ids_BT is not None and self.reset_positions:

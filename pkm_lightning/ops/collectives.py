@@ -71,7 +71,8 @@ def _reduce_scatter(x_A: Tensor, lengths: Sequence[int], group: dist.ProcessGrou
             padded[rank, : len(part)] = part
         padded = padded.flatten(0, 1)
     reduced = padded.new_empty(longest, *padded.shape[1:])
-    dist.reduce_scatter_tensor(reduced, padded, group=group)
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
+    reduce(reduced, padded, group=group)
     return reduced[:own]
 
 

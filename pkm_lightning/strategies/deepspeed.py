@@ -100,10 +100,9 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         # A plugin's parts are often called by other names than forward: it is gathered as a whole.
         set_z3_leaf_modules(model, sorted({type(module) for module in kinds}, key=str))
         super().init_deepspeed()
-        # The loss unembeds after the model's forward.
-        for owner in (model.embedding, model.unembedding):
-            if owner is not None:
-                register_external_parameter(self._language_module, owner.weight)
+        tied = model.tied_unembedding
+        if tied is not None:
+            register_external_parameter(tied, tied.weight)
 
     def _format_config(self) -> None:
         assert isinstance(self.config, dict)
@@ -163,12 +162,18 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
     ) -> None:
         """As of every strategy; the schedule names the tables' group too."""
         groups = checkpoint["optimizer_states"][0]["param_groups"] if "optimizer_states" in checkpoint else []
-        for schedule in checkpoint.get("lr_schedulers", []):
-            for group in groups[len(schedule["base_lrs"]) :]:
-                schedule["base_lrs"].append(group["initial_lr"] if "initial_lr" in group else self._table_rate())
-                schedule["_last_lr"].append(group["lr"])
-                schedule["lr_lambdas"].append(None)
+        schedules = checkpoint.get("lr_schedulers", [])
+        checkpoint["lr_schedulers"] = [self._with_tables(schedule, groups) for schedule in schedules]
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _with_tables(self, schedule: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+        apart = groups[len(schedule["base_lrs"]) :]
+        return {
+            **schedule,
+            "base_lrs": [*schedule["base_lrs"], *(group.get("initial_lr", self._table_rate()) for group in apart)],
+            "_last_lr": [*schedule["_last_lr"], *(group["lr"] for group in apart)],
+            "lr_lambdas": [*schedule["lr_lambdas"], *(None for _ in apart)],
+        }
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """As of every strategy; the schedule is that of the engine's groups."""

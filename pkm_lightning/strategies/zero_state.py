@@ -98,6 +98,8 @@ class ZeroOptimizerState:
 
         first = self._flat()[0]
         kept: Mapping[str, Any] = self._inner.state.get(first, {})
+        if kept:
+            self._link()
         for parameter in self._parameters:
             state = {}
             for key, value in kept.items():
@@ -134,7 +136,12 @@ class ZeroOptimizerState:
                 key: torch.zeros_like(flat) if isinstance(value, Tensor) and value.ndim else _copied(value)
                 for key, value in like.items()
             }
+        self._link()
+
+    def _link(self) -> None:
+        """Lets parameters find their states: ZeRO-1 and 2 do so after the step of the first group, too early."""
         if hasattr(self._outer, "_lazy_init_hp_params_optimizer_state"):
+            self._outer._hp_optimizer_states_linked = False
             self._outer._lazy_init_hp_params_optimizer_state()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
-from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
@@ -27,12 +26,15 @@ from pkm_lightning.model.initialisation import plugins
 from pkm_lightning.training.build import attention_context, build_model
 from pkm_lightning.training.clipping import clip_by_norm, local
 from pkm_lightning.training.distribution import shard_dense, table_mesh
+from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.generation import greedy
+from pkm_lightning.training.in_step import in_step
 from pkm_lightning.training.instantiate import instantiate
 from pkm_lightning.training.loss import check_batch, token_nll
 from pkm_lightning.training.normalisation import StepNormaliser
 from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
 from pkm_lightning.training.table_learning import optimizer_apart, with_tables
+from pkm_lightning.training.tokenizer_check import check_tokenizer, tokenizer_digest
 
 
 class LanguageModule(L.LightningModule):
@@ -120,6 +122,16 @@ class LanguageModule(L.LightningModule):
         )
         return output
 
+    def on_train_start(self) -> None:
+        """Refuses data of which the ranks have different shares."""
+        needed = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        check_lengths(self.trainer, "train_dataloader", self.trainer.num_training_batches, needed)
+
+    def on_train_epoch_end(self) -> None:
+        """Says that this rank had no batch, where others wait for it."""
+        if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            check_last(self.trainer, ended=True)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes every random draw of the step a function of (seed, step, micro-batch, rank): resume is then exact."""
         # A callback may change it after the configuration was checked.
@@ -128,11 +140,20 @@ class LanguageModule(L.LightningModule):
                 f"table.learning=fused cannot accumulate, but {self.trainer.accumulate_grad_batches} micro-batches "
                 "make a step; say table.learning=rows, which can."
             )
+        check_last(self.trainer)
+        if self.table_optimizer is not None:
+            self._follow_schedule(self.table_optimizer)
         place = f"{self.config['seed']}/{self.global_step}/{batch_idx}/{self.global_rank}"
         seed = zlib.crc32(place.encode())
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
+
+    def _follow_schedule(self, apart: Optimizer) -> None:
+        """Gives tables that the schedule does not know the rate of this step."""
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        for group in apart.param_groups:
+            group["lr"] = rate * self.config["optim"]["table_lr_factor"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Summed loss of the micro-batch, scaled so that the gradients of the whole step add up to its mean's."""
@@ -153,6 +174,8 @@ class LanguageModule(L.LightningModule):
         factor = self._normaliser.scale(
             targets, world_size=self.trainer.world_size, accumulate=self.trainer.accumulate_grad_batches
         )
+        if self.trainer.strategy.handles_gradient_accumulation:
+            factor = factor * self.trainer.accumulate_grad_batches  # Lightning divides by it, and the engine again
         nll = nll_M.sum()
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
         self._add_reports(output, own_tokens)
@@ -276,9 +299,6 @@ class LanguageModule(L.LightningModule):
         if self._accumulates():
             return
         if self.table_optimizer is not None:
-            rate = optimizer.param_groups[0]["lr"] * self.config["optim"]["table_lr_factor"]
-            for group in self.table_optimizer.param_groups:
-                group["lr"] = rate
             self.table_optimizer.step()
             self.table_optimizer.zero_grad()
         for layer, block in enumerate(self.model.blocks):
@@ -296,6 +316,18 @@ class LanguageModule(L.LightningModule):
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     # --- held-out text, answers
+
+    def on_validation_start(self) -> None:
+        """Refuses data of which the ranks have different shares."""
+        check_lengths(self.trainer, "val_dataloader", self.trainer.num_val_batches)
+
+    def on_test_start(self) -> None:
+        """As in validation."""
+        check_lengths(self.trainer, "test_dataloader", self.trainer.num_test_batches)
+
+    def on_predict_start(self) -> None:
+        """As in validation."""
+        check_lengths(self.trainer, "predict_dataloader", self.trainer.num_predict_batches)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds the batch to a mean over all held-out target tokens."""
@@ -327,7 +359,8 @@ class LanguageModule(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
+        with in_step(self.model, self.device):
+            answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
         records = zip(batch["index"], batch["prompt"], answers, strict=True)
         return [{"index": int(i), "prompt": prompt, "answer": answer} for i, prompt, answer in records]
 
@@ -356,23 +389,3 @@ def _own_stats(plugin: str, stats: dict[str, Tensor]) -> dict[str, Tensor]:
     """The statistics of one plugin; where two stand side by side, `Beside` wrote `base.` or `variant.` before each."""
     prefix = "" if plugin == "ffn" else f"{plugin.removeprefix('ffn.')}."
     return {name.removeprefix(prefix): value for name, value in stats.items() if name.startswith(prefix)}
-
-
-def tokenizer_digest(data: object) -> str | None:
-    """What decides how the data module turns text into ids, or None where it does not say."""
-    return getattr(getattr(data, "tokenizer", None), "digest", None)
-
-
-def check_tokenizer(checkpoint: Mapping[str, Any], data: object) -> None:
-    """Refuse data whose token ids mean other words than those that a checkpoint's weights were trained on.
-
-    Raises:
-        CheckpointError: the digests differ.
-    """
-    trained, given = checkpoint.get("tokenizer"), tokenizer_digest(data)
-    if trained is not None and given is not None and trained != given:
-        raise CheckpointError(
-            "the data's tokenizer is not the one that the checkpoint was trained with (a source or a data.* key has "
-            "changed since), so ids would mean other words; restore the data, or give its tokenizer as "
-            "data.tokenizer=FILE."
-        )

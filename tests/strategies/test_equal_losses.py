@@ -1,0 +1,57 @@
+"""Every way of spreading a model over ranks reaches the losses of one process with the same global batch.
+
+30 steps in fp32 with Adam, lazy Adam and clipping by norm; what is left is the order of additions.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import distributed_jobs as jobs
+import pytest
+from rank_group import Groups
+from tolerances import RANKS
+
+#: A pairwise subset: strategy, ranks, overrides. The full matrix is scripts/check_ranks.py.
+CASES = [
+    ("ddp", 2, "ffn=memory_plus table.shard=dim table.learning=dense"),
+    ("ddp", 4, "ffn=peer table.shard=row table.learning=rows"),
+    ("ddp", 2, "ffn=ultramem table.shard=row table.learning=rows"),
+    ("ddp", 4, "ffn=memory_plus table.shard=dim table.learning=rows table.group=2"),
+    ("ddp", 2, "ffn=memory_plus table.shard=none table.learning=fused optim.table_clip_norm=null"),
+    ("fsdp", 2, "ffn=peer table.shard=dim table.learning=rows"),
+    ("fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2"),
+    ("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2"),
+    ("fsdp", 2, "ffn=moe"),
+    ("fsdp", 2, "ffn=memory_plus table.shard=dim table/optimizer=row_adagrad trainer.accumulate_grad_batches=2"),
+    ("deepspeed_1", 2, "ffn=memory_plus table.shard=row table.learning=rows"),
+    ("deepspeed_1", 4, "ffn=peer table.shard=dim table.learning=dense"),
+    ("deepspeed_2", 2, "ffn=ultramem table.shard=dim table.learning=dense"),
+    ("deepspeed_2", 2, "ffn=memory_plus table.shard=dim table.learning=rows trainer.accumulate_grad_batches=2"),
+    ("deepspeed_2", 4, "ffn=moe"),
+    ("deepspeed_3", 2, "ffn=peer table.shard=row table.learning=rows"),
+    ("deepspeed_3", 4, "ffn=memory_plus table.shard=dim table.learning=dense table.group=2"),
+    ("deepspeed_3", 2, "ffn=ultramem_v2 table.shard=dim table.learning=fused optim.table_clip_norm=null"),
+    ("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2"),
+    ("ddp", 2, "ffn=memory_plus placement.mode=parallel table.shared=false model.activation_checkpointing=true"),
+]
+
+
+@functools.cache
+def alone(overrides: str) -> list[dict[str, float]]:
+    """The steps of one process."""
+    kept = [o for o in overrides.split() if o.split("=")[0] not in ("table.shard", "table.group")]
+    return jobs.train(["strategy=single", *kept])
+
+
+@pytest.mark.parametrize(("strategy", "size", "overrides"), CASES, ids=lambda value: str(value).replace(" ", ","))
+def test_losses_and_norms_are_those_of_one_process(ranks: Groups, strategy: str, size: int, overrides: str) -> None:
+    expected = alone(overrides)
+    for found in ranks(size).run(jobs.train, [f"strategy={strategy}", *overrides.split()]):
+        assert len(found) == len(expected) == 30
+        for step, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
+            assert theirs["train/loss"] == pytest.approx(mine["train/loss"], rel=RANKS["loss"]), step
+            for name in ("train/grad_norm_table", "train/grad_norm_dense", "train/aux_balance"):
+                if name in theirs and name in mine:
+                    assert theirs[name] == pytest.approx(mine[name], rel=RANKS["norm"], abs=1e-7), (step, name)
+        assert mine["train/loss"] < expected[0]["train/loss"]

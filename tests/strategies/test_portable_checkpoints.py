@@ -1,0 +1,95 @@
+"""A checkpoint goes from strategy to strategy and from size to size, and comes back bit-equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import distributed_jobs as jobs
+import pytest
+import torch
+from rank_group import Groups
+
+from pkm_lightning.errors import CheckpointError
+from pkm_lightning.training.sharded_checkpoint import SavedTensors, flatten
+
+STEPS = 4
+
+
+def content(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    skeleton, tensors = flatten(SavedTensors(path).read_whole())
+    return skeleton, tensors
+
+
+def step(ranks: Groups, strategy: str, size: int, job: Any, overrides: str, *arguments: Any) -> Any:
+    named = [f"strategy={strategy}", *overrides.split()]
+    if size == 1:
+        return job(named, *arguments)
+    return ranks(size).run(job, named, *arguments)[0]
+
+
+TRIPS = [
+    ("ffn=memory_plus", [("ddp", 2), ("fsdp", 4), ("deepspeed_3", 2), ("single", 1), ("deepspeed_1", 2), ("ddp", 2)]),
+    ("ffn=peer table.shard=row", [("fsdp", 2), ("single", 1), ("deepspeed_2", 2), ("fsdp", 4)]),
+    ("ffn=ultramem table.learning=dense", [("deepspeed_3", 2), ("ddp", 4), ("single", 1), ("fsdp", 2)]),
+    ("ffn=memory_plus table/optimizer=row_adagrad", [("ddp", 4), ("fsdp", 2), ("single", 1)]),
+    ("ffn=moe ffn.balancing=bias", [("fsdp", 2), ("deepspeed_3", 2), ("single", 1)]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "trip"), TRIPS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_tensor_is_bit_equal_after_each_leg(
+    ranks: Groups, tmp_path: Path, overrides: str, trip: list[tuple[str, int]]
+) -> None:
+    (strategy, size), *legs = trip
+    last = tmp_path / "0.ckpt"
+    step(ranks, strategy, size, jobs.train_and_save, overrides, STEPS, str(last))
+    skeleton, tensors = content(last)
+    assert any(name.startswith("optimizer_states.0.state") for name in tensors)
+    for number, (strategy, size) in enumerate(legs, start=1):
+        path = tmp_path / f"{number}.ckpt"
+        step(ranks, strategy, size, jobs.resume_and_save, overrides, STEPS, str(last), str(path))
+        again, found = content(path)
+        assert tensors.keys() == found.keys()
+        different = [name for name in tensors if not torch.equal(tensors[name], found[name])]
+        assert not different, (strategy, size)
+        assert again["optimizer_states"] == skeleton["optimizer_states"]
+        assert again["lr_schedulers"] == skeleton["lr_schedulers"]
+        last = path
+
+
+def test_a_run_that_changes_strategy_in_the_middle_reaches_the_same_losses(ranks: Groups, tmp_path: Path) -> None:
+    overrides = "ffn=memory_plus"
+    whole = step(ranks, "ddp", 2, jobs.train, overrides, 6)
+    parts = step(ranks, "ddp", 2, jobs.train_and_save, overrides, 6, str(tmp_path / "a.ckpt"))
+    assert [s["train/loss"] for s in parts] == [s["train/loss"] for s in whole]
+    first = jobs.fit  # noqa: F841 - the name is part of the jobs' module
+    half = step(ranks, "ddp", 2, jobs.train_half_and_save, overrides, 3, 6, str(tmp_path / "h.ckpt"))
+    rest = step(
+        ranks, "fsdp", 4, jobs.resume_and_save, overrides, 6, str(tmp_path / "h.ckpt"), str(tmp_path / "e.ckpt")
+    )
+    joined = [s["train/loss"] for s in (*half, *rest)]
+    assert joined == pytest.approx([s["train/loss"] for s in whole], rel=1e-5)
+
+
+def test_a_truncated_or_missing_part_is_refused_in_one_sentence(ranks: Groups, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    step(ranks, "ddp", 2, jobs.train_and_save, "ffn=memory_plus", 1, str(path))
+    part = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"a\.ckpt is damaged or no checkpoint"):
+        SavedTensors(path)
+    part.unlink()
+    with pytest.raises(CheckpointError, match="damaged"):
+        SavedTensors(path)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(ranks: Groups, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    messages = ranks(2).run(jobs.save_twice_on_a_full_disk, ["strategy=fsdp", "ffn=memory_plus"], str(path))
+    for message in messages:
+        assert "cannot be written" in message
+        assert "previous checkpoint is whole" in message
+    content(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.ckpt"]
