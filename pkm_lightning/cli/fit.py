@@ -20,7 +20,7 @@ from pkm_lightning.callbacks import MetricsCSV, Recall, RunInterrupted, StepChec
 from pkm_lightning.cli.assembly import Assembly, assemble, complete
 from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.cli.lost_ranks import in_words, last_words, losses_ended, losses_named, watched
-from pkm_lightning.cli.outside import Decision, Outside, join
+from pkm_lightning.cli.outside import Decision, Outside, check_world, join
 from pkm_lightning.cli.resume import differences, load_checkpoint, saved_config
 from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
 from pkm_lightning.cli.summary import print_summary
@@ -63,7 +63,7 @@ def _run(job: Job) -> float | None:
             if checkpoint is not None:
                 load_checkpoint(checkpoint)  # refuses a damaged one in one sentence
             if outside:
-                outside.check_world(assembly.trainer)
+                check_world(assembly.trainer, outside.world_size)
         if outside:
             outside.tell(Decision(config, checkpoint))
         return _recorded(directory, config, data, assembly, checkpoint)

@@ -77,10 +77,10 @@ class Job:
     def execute(self, run: Callable[[Job], float | None], failures: list[JobFailure]) -> float | None:
         """Runs the verb; an error of the user's is kept for the end, so that the other jobs of a sweep still run."""
         before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
-        self._check_external_launch(before)
         sys.argv = self._rank_command()
         _quieten_libraries()
         try:
+            self._check_external_launch(before)
             return run(self)
         except (PkmError, OSError) as error:
             failures.append(JobFailure(explain(error), 2))
