@@ -85,9 +85,11 @@ def check_world(trainer: L.Trainer, started: int) -> None:
     Raises:
         ConfigError: naming both numbers.
     """
-    if trainer.world_size != started:
+    # Not trainer.world_size, which is what the environment says.
+    configured = trainer.num_devices * trainer.num_nodes
+    if configured != started:
         raise ConfigError(
-            f"trainer.devices times trainer.num_nodes makes {trainer.world_size} rank(s), but {started} were started "
+            f"trainer.devices times trainer.num_nodes makes {configured} rank(s), but {started} were started "
             "from outside; say strategy=ddp, trainer.devices= (ranks a node) and trainer.num_nodes= as they were "
             "started."
         )
@@ -112,7 +114,7 @@ def join(trainer: L.Trainer) -> Outside | None:
     if not environment.creates_processes_externally or environment.world_size() == 1:
         return None
     try:
-        if trainer.world_size > 1:
+        if trainer.num_devices * trainer.num_nodes > 1:
             check_world(trainer, environment.world_size())
     except ConfigError:
         # All ranks see the same, and must not wait for each other to say it.
