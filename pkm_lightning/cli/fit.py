@@ -52,7 +52,7 @@ def _run(job: Job) -> float | None:
     outside = join(assembly.trainer)
     if (outside.rank if outside else getattr(rank_zero_only, "rank", 0)) != 0:
         return _run_other_rank(job, config, data, assembly, outside)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, losses_ended(assembly.trainer, Path(config["run_dir"])):
         with outside.refusals_told() if outside else contextlib.nullcontext():
             directory = RunDirectory(config["run_dir"], resume=config["resume"])
             stack.callback(directory.close)

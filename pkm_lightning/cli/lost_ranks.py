@@ -19,8 +19,8 @@ from pkm_lightning.strategies import RANK_LOST, LastWords, Loss, WatchedLauncher
 
 # How gloo, NCCL and the store of the process group say that the other side is gone; they have no class for it.
 _GONE = re.compile(
-    r"[^.;\n]*(?:connection (?:closed|reset|refused|was)|closed by peer|broken pipe|gloo/transport|"
-    r"remote process exited|ncclRemoteError|communicator was aborted|socket timeout|timed out|failed to recv)[^;\n]*",
+    r"[^.;\n]*(?:connection (?:closed|reset|refused)|closed by peer|broken pipe|gloo/transport|timed out waiting|"
+    r"remote process exited|ncclRemoteError|communicator was aborted|collective operation timeout)[^;\n]*",
     re.IGNORECASE,
 )
 
@@ -50,7 +50,8 @@ def losses_named(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = None if isinstance(error, PkmError) else _broken_connection(error)
+        ours = trainer.world_size == 1 or isinstance(error, PkmError)
+        reason = None if ours else _broken_connection(error)
         if reason is None:
             raise
         launcher = _launcher(trainer)
