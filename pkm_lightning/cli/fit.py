@@ -154,8 +154,10 @@ def _recorded(
                 end("interrupted")
                 message = f"interrupted; the same command with run_dir={directory.path} continues"
                 raise Interrupted(message, _exit_code(error)) from None
-            status = "interrupted" if isinstance(error, RankLostError) else "failed"
-            end(status, reason=in_words(error))
+            if isinstance(error, RankLostError):
+                close_record(str(error))
+            else:
+                end("failed", reason=in_words(error))
             raise
     end("finished")
     _log.info("run directory: %s", directory.path)

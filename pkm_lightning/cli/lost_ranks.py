@@ -67,8 +67,10 @@ def _broken_connection(error: RuntimeError) -> str | None:
     if found is None and not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return None
     text = found.group() if found else str(error)
-    # "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711": the place helps nobody.
-    return " ".join(re.sub(r"\[\S*\.(?:cc|cpp|h):\d+\]", "", text).split())[:200]
+    # "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711. This is typically caused by ...":
+    # neither the place nor the guess helps.
+    text = re.split(r"\.\s", re.sub(r"\[\S*\.(?:cc|cpp|h):\d+\]", "", text))[0]
+    return " ".join(text.split())[:200].rstrip(".")
 
 
 def _launcher(trainer: L.Trainer) -> WatchedLauncher | None:

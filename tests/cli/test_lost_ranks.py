@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import lightning as L
 import psutil
 import pytest
 from launches import DDP, end, srun
 from processes import finish, fit, last_checkpoint, metrics
 from small import SMALL_RUN
+
+from pkm_lightning.cli.lost_ranks import losses_named
+from pkm_lightning.errors import CheckpointError, RankLostError
 
 FAILS = """
 import lightning as L
@@ -68,6 +74,46 @@ def ended(process: subprocess.Popen[str], ranks: list[psutil.Process]) -> tuple[
 def record(run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run / "run.json").read_text())
     return content
+
+
+def trainer_of(ranks: int) -> L.Trainer:
+    return cast(L.Trainer, SimpleNamespace(world_size=ranks, global_rank=2, strategy=SimpleNamespace(launcher=None)))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711. "
+            "This is typically caused by a remote worker crashing.",
+            "Connection closed by peer [10.0.0.3]:4711",
+        ),
+        ("Gloo error: Timed out waiting 1800000ms for recv operation to complete", None),
+        (
+            "NCCL error in: /pytorch/x.cpp:1, remote process exited or there was a network error, NCCL version 2.27.5\n"
+            "ncclRemoteError: A call failed possibly due to a network error",
+            None,
+        ),
+    ],
+)
+def test_a_broken_connection_is_a_lost_rank(text: str, reason: str | None) -> None:
+    with (
+        pytest.raises(RankLostError, match="rank 2 lost the connection to another rank") as told,
+        losses_named(trainer_of(4)),
+    ):
+        raise RuntimeError(text)
+    assert reason is None or f"({reason})" in str(told.value)
+    with pytest.raises(RuntimeError, match=re.escape(text)), losses_named(trainer_of(1)):
+        raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory."), CheckpointError("cut short: timed out waiting")]
+)
+def test_other_errors_stay_what_they_are(error: RuntimeError) -> None:
+    with pytest.raises(RuntimeError) as raised, losses_named(trainer_of(4)):
+        raise error
+    assert raised.value is error
 
 
 def test_a_killed_rank_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
