@@ -50,8 +50,9 @@ def losses_named(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        ours = trainer.world_size == 1 or isinstance(error, PkmError)
-        reason = None if ours else _broken_connection(error)
+        # Before rank 0 has told a run's configuration, a rank from outside may have a Trainer for one process.
+        alone = trainer.world_size == 1 and not (dist.is_initialized() and dist.get_world_size() > 1)
+        reason = None if alone or isinstance(error, PkmError) else _broken_connection(error)
         if reason is None:
             raise
         launcher = _launcher(trainer)
