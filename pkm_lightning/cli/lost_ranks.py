@@ -30,8 +30,10 @@ def in_words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def how_to_go_on(run_dir: Path) -> str:
-    """The end of a sentence about a run that stopped."""
+def how_to_go_on(run_dir: Path | None) -> str:
+    """The end of a sentence about a run that stopped, or about another verb (None)."""
+    if run_dir is None:
+        return "run the command again"
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         return f"no checkpoint was written yet: the same command with run_dir={run_dir} starts the run again"
@@ -80,7 +82,9 @@ def _launcher(trainer: L.Trainer) -> WatchedLauncher | None:
 
 
 @contextlib.contextmanager
-def watched(trainer: L.Trainer, run_dir: Path, close_record: Callable[[str], None] | None = None) -> Iterator[None]:
+def watched(
+    trainer: L.Trainer, run_dir: Path | None, close_record: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """The other ranks of this machine end with the block, and it with them.
 
     Args:
@@ -115,7 +119,7 @@ def watched(trainer: L.Trainer, run_dir: Path, close_record: Callable[[str], Non
 
 
 @contextlib.contextmanager
-def losses_ended(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
+def losses_ended(trainer: L.Trainer, run_dir: Path | None) -> Iterator[None]:
     """A process that lost another ends with a sentence, unless it is for another process to say it.
 
     Raises:
@@ -146,3 +150,10 @@ def last_words() -> Iterator[None]:
         if isinstance(error, PkmError | OSError):
             raise Interrupted("", 2) from error
         raise
+
+
+@contextlib.contextmanager
+def watched_evaluation(trainer: L.Trainer) -> Iterator[None]:
+    """All of the above for a verb that leaves nothing to be continued."""
+    with last_words(), losses_ended(trainer, None), watched(trainer, None):
+        yield
