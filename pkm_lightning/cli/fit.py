@@ -20,7 +20,7 @@ from pkm_lightning.callbacks import MetricsCSV, Recall, RunInterrupted, StepChec
 from pkm_lightning.cli.assembly import Assembly, assemble, complete
 from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.cli.lost_ranks import in_words, last_words, losses_ended, losses_named, watched
-from pkm_lightning.cli.outside import Decision, Outside, join
+from pkm_lightning.cli.outside import Decision, Outside, check_world, join
 from pkm_lightning.cli.resume import differences, load_checkpoint, saved_config
 from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
 from pkm_lightning.cli.summary import print_summary
@@ -52,7 +52,7 @@ def _run(job: Job) -> float | None:
     outside = join(assembly.trainer)
     if (outside.rank if outside else getattr(rank_zero_only, "rank", 0)) != 0:
         return _run_other_rank(job, config, data, assembly, outside)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, losses_ended(assembly.trainer, Path(config["run_dir"])):
         with outside.refusals_told() if outside else contextlib.nullcontext():
             directory = RunDirectory(config["run_dir"], resume=config["resume"])
             stack.callback(directory.close)
@@ -63,7 +63,7 @@ def _run(job: Job) -> float | None:
             if checkpoint is not None:
                 load_checkpoint(checkpoint)  # refuses a damaged one in one sentence
             if outside:
-                outside.check_world(assembly.trainer)
+                check_world(assembly.trainer, outside.world_size)
         if outside:
             outside.tell(Decision(config, checkpoint))
         return _recorded(directory, config, data, assembly, checkpoint)
@@ -154,8 +154,10 @@ def _recorded(
                 end("interrupted")
                 message = f"interrupted; the same command with run_dir={directory.path} continues"
                 raise Interrupted(message, _exit_code(error)) from None
-            status = "interrupted" if isinstance(error, RankLostError) else "failed"
-            end(status, reason=in_words(error))
+            if isinstance(error, RankLostError):
+                close_record(str(error))
+            else:
+                end("failed", reason=in_words(error))
             raise
     end("finished")
     _log.info("run directory: %s", directory.path)

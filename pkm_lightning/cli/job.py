@@ -35,7 +35,7 @@ class JobFailure:
 
 
 class Interrupted(Exception):
-    """A job was asked to stop and left everything in order."""
+    """A job was asked to stop, or lost one of its processes, and left everything in order."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -77,16 +77,17 @@ class Job:
     def execute(self, run: Callable[[Job], float | None], failures: list[JobFailure]) -> float | None:
         """Runs the verb; an error of the user's is kept for the end, so that the other jobs of a sweep still run."""
         before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
-        self._check_external_launch(before)
         sys.argv = self._rank_command()
         _quieten_libraries()
         try:
+            self._check_external_launch(before)
             return run(self)
         except (PkmError, OSError) as error:
-            failures.append(JobFailure(explain(error), 2))
+            failures.append(JobFailure(explain(error), getattr(error, "exit_code", 2)))
         except Interrupted as stop:
             failures.append(JobFailure(str(stop), stop.exit_code))
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            asked_to_stop = stop.exit_code > 128
+            if asked_to_stop and HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise KeyboardInterrupt from None
         finally:
             _leave_process_group(before)

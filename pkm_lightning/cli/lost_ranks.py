@@ -19,8 +19,8 @@ from pkm_lightning.strategies import RANK_LOST, LastWords, Loss, WatchedLauncher
 
 # How gloo, NCCL and the store of the process group say that the other side is gone; they have no class for it.
 _GONE = re.compile(
-    r"[^.;\n]*(?:connection (?:closed|reset|refused|was)|closed by peer|broken pipe|gloo/transport|"
-    r"remote process exited|ncclRemoteError|communicator was aborted|socket timeout|timed out|failed to recv)[^;\n]*",
+    r"[^.;\n]*(?:connection (?:closed|reset|refused)|closed by peer|broken pipe|gloo/transport|timed out waiting|"
+    r"remote process exited|ncclRemoteError|communicator was aborted|collective operation timeout)[^;\n]*",
     re.IGNORECASE,
 )
 
@@ -30,8 +30,10 @@ def in_words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def how_to_go_on(run_dir: Path) -> str:
-    """The end of a sentence about a run that stopped."""
+def how_to_go_on(run_dir: Path | None) -> str:
+    """The end of a sentence about a run that stopped, or about another verb (None)."""
+    if run_dir is None:
+        return "run the command again"
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         return f"no checkpoint was written yet: the same command with run_dir={run_dir} starts the run again"
@@ -50,7 +52,9 @@ def losses_named(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = None if isinstance(error, PkmError) else _broken_connection(error)
+        # Before rank 0 has told a run's configuration, a rank from outside may have a Trainer for one process.
+        alone = trainer.world_size == 1 and not (dist.is_initialized() and dist.get_world_size() > 1)
+        reason = None if alone or isinstance(error, PkmError) else _broken_connection(error)
         if reason is None:
             raise
         launcher = _launcher(trainer)
@@ -66,8 +70,10 @@ def _broken_connection(error: RuntimeError) -> str | None:
     if found is None and not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return None
     text = found.group() if found else str(error)
-    # "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711": the place helps nobody.
-    return " ".join(re.sub(r"\[\S*\.(?:cc|cpp|h):\d+\]", "", text).split())[:200]
+    # "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711. This is typically caused by ...":
+    # neither the place nor the guess helps.
+    text = re.split(r"\.\s", re.sub(r"\[\S*\.(?:cc|cpp|h):\d+\]", "", text))[0]
+    return " ".join(text.split())[:200].rstrip(".")
 
 
 def _launcher(trainer: L.Trainer) -> WatchedLauncher | None:
@@ -76,7 +82,9 @@ def _launcher(trainer: L.Trainer) -> WatchedLauncher | None:
 
 
 @contextlib.contextmanager
-def watched(trainer: L.Trainer, run_dir: Path, close_record: Callable[[str], None] | None = None) -> Iterator[None]:
+def watched(
+    trainer: L.Trainer, run_dir: Path | None, close_record: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """The other ranks of this machine end with the block, and it with them.
 
     Args:
@@ -111,7 +119,7 @@ def watched(trainer: L.Trainer, run_dir: Path, close_record: Callable[[str], Non
 
 
 @contextlib.contextmanager
-def losses_ended(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
+def losses_ended(trainer: L.Trainer, run_dir: Path | None) -> Iterator[None]:
     """A process that lost another ends with a sentence, unless it is for another process to say it.
 
     Raises:
@@ -142,3 +150,10 @@ def last_words() -> Iterator[None]:
         if isinstance(error, PkmError | OSError):
             raise Interrupted("", 2) from error
         raise
+
+
+@contextlib.contextmanager
+def watched_evaluation(trainer: L.Trainer) -> Iterator[None]:
+    """All of the above for a verb that leaves nothing to be continued."""
+    with last_words(), losses_ended(trainer, None), watched(trainer, None):
+        yield

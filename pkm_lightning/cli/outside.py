@@ -47,19 +47,6 @@ class Outside:
         self.rank, self.world_size = environment.global_rank(), environment.world_size()
         self._device = device
 
-    def check_world(self, trainer: L.Trainer) -> None:
-        """Refuses a Trainer that is made for another number of ranks than were started.
-
-        Raises:
-            ConfigError: naming both numbers.
-        """
-        if trainer.world_size != self.world_size:
-            raise ConfigError(
-                f"trainer.devices times trainer.num_nodes makes {trainer.world_size} rank(s), but {self.world_size} "
-                "were started from outside; say strategy=ddp, trainer.devices= (ranks a node) and trainer.num_nodes= "
-                "as they were started."
-            )
-
     def tell(self, decision: Decision | None) -> None:
         """Sends the decision of rank 0 to the others; None means that it refuses to run."""
         self._broadcast(decision)
@@ -92,11 +79,28 @@ class Outside:
         return box[0]
 
 
+def check_world(trainer: L.Trainer, started: int) -> None:
+    """Refuses a Trainer that is made for another number of ranks than were started.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    # Not trainer.world_size, which is what the environment says.
+    configured = trainer.num_devices * trainer.num_nodes
+    if configured != started:
+        raise ConfigError(
+            f"trainer.devices times trainer.num_nodes makes {configured} rank(s), but {started} were started "
+            "from outside; say strategy=ddp, trainer.devices= (ranks a node) and trainer.num_nodes= as they were "
+            "started."
+        )
+
+
 def join(trainer: L.Trainer) -> Outside | None:
     """Joins the process group of ranks that were started from outside; None where rank 0 starts them or is alone.
 
     Raises:
-        ConfigError: several nodes, but nothing that starts ranks on them.
+        ConfigError: several nodes, but nothing that starts ranks on them, or another number of ranks than configured.
+        Interrupted: the same, in a rank that leaves it to rank 0 to say so.
         RankLostError: the ranks could not be connected.
     """
     environment = trainer._accelerator_connector.cluster_environment
@@ -109,6 +113,18 @@ def join(trainer: L.Trainer) -> Outside | None:
         return None
     if not environment.creates_processes_externally or environment.world_size() == 1:
         return None
+    try:
+        if trainer.num_devices * trainer.num_nodes > 1:
+            check_world(trainer, environment.world_size())
+    except ConfigError:
+        # All ranks see the same, and must not wait for each other to say it.
+        if environment.global_rank() == 0:
+            raise
+        raise Interrupted("", 2) from None
+    return _connect(trainer, environment)
+
+
+def _connect(trainer: L.Trainer, environment: ClusterEnvironment) -> Outside:
     strategy = trainer.strategy
     device = strategy.root_device
     if device.type == "cuda":

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from pkm_lightning.cli.evaluation import SavedRun
 from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.lost_ranks import watched_evaluation
 from pkm_lightning.cli.run_directory import write_beside
 
 
@@ -16,12 +17,13 @@ def run(job: Job) -> None:
     """Answers `data.prompts` or `data.prompts_file` and writes the file that `out` names."""
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
-    batches = trainer.predict(module, datamodule=saved.data) or []
-    records = [record for batch in batches for record in batch]
-    if trainer.world_size > 1:
-        gathered: list[list[dict[str, object]]] = [[] for _ in range(trainer.world_size)]
-        dist.all_gather_object(gathered, records)
-        records = [record for of_rank in gathered for record in of_rank]
+    with watched_evaluation(trainer):
+        batches = trainer.predict(module, datamodule=saved.data) or []
+        records = [record for batch in batches for record in batch]
+        if trainer.world_size > 1:
+            gathered: list[list[dict[str, object]]] = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(gathered, records)
+            records = [record for of_rank in gathered for record in of_rank]
     if trainer.is_global_zero:
         # Ranks that ran out of prompts answered fillers, numbered -1.
         by_index = {record["index"]: record for record in records if record["index"] >= 0}

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from pkm_lightning.cli.evaluation import SavedRun
 from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.lost_ranks import watched_evaluation
 from pkm_lightning.cli.run_directory import write_beside
 
 
@@ -17,9 +18,9 @@ def run(job: Job) -> float | None:
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
     evaluate = trainer.validate if job.verb == "validate" else trainer.test
-    metrics = {
-        k: float(v) for result in evaluate(module, datamodule=saved.data, verbose=False) for k, v in result.items()
-    }
+    with watched_evaluation(trainer):
+        results = evaluate(module, datamodule=saved.data, verbose=False)
+    metrics = {k: float(v) for result in results for k, v in result.items()}
     if trainer.is_global_zero:
         table = Table(title=f"{job.verb} {saved.path}", show_header=False)
         for name, value in metrics.items():
