@@ -53,15 +53,17 @@ def share(batch: dict[str, torch.Tensor], parts: int, part: int) -> dict[str, to
     return {name: value.chunk(parts)[part] for name, value in batch.items()}
 
 
-def fit(given: dict[str, Any], steps: int, **options: Any) -> tuple[LanguageModule, L.Trainer, list[dict[str, float]]]:
-    """Trains for `steps` optimizer steps on this rank's share; in one process on everything."""
+def fit(
+    given: dict[str, Any], steps: int, done: int = 0, **options: Any
+) -> tuple[LanguageModule, L.Trainer, list[dict[str, float]]]:
+    """Trains up to `steps` optimizer steps, of which `done` are, on this rank's share; in one process on everything."""
     given = copy.deepcopy(given)
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     given["trainer"]["devices"] = world
     accumulate = given["trainer"]["accumulate_grad_batches"]
     mine = [
         share(batch, world * accumulate, micro * world + rank)
-        for batch in batches(steps)
+        for batch in batches(steps)[done:]
         for micro in range(accumulate)
     ]
     losses = Losses()
@@ -81,11 +83,13 @@ def train_and_save(overrides: list[str], steps: int, path: str) -> list[dict[str
     return losses
 
 
-def resume_and_save(overrides: list[str], steps: int, path: str, saved_again: str) -> list[dict[str, float]]:
+def resume_and_save(
+    overrides: list[str], steps: int, path: str, saved_again: str, done: int = 0
+) -> list[dict[str, float]]:
     """Takes up `path`, trains to `steps` optimizer steps since the start, and saves."""
     given = settings(*overrides)
     given["trainer"]["max_steps"] = steps
-    _, trainer, losses = fit(given, steps, ckpt_path=path)
+    _, trainer, losses = fit(given, steps, done=done, ckpt_path=path)
     trainer.save_checkpoint(saved_again)
     return losses
 

@@ -9,6 +9,7 @@ import distributed_jobs as jobs
 import pytest
 import torch
 from rank_group import Groups
+from tolerances import RANKS
 
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.training.sharded_checkpoint import SavedTensors, flatten
@@ -59,17 +60,12 @@ def test_every_tensor_is_bit_equal_after_each_leg(
 
 
 def test_a_run_that_changes_strategy_in_the_middle_reaches_the_same_losses(ranks: Groups, tmp_path: Path) -> None:
-    overrides = "ffn=memory_plus"
-    whole = step(ranks, "ddp", 2, jobs.train, overrides, 6)
-    parts = step(ranks, "ddp", 2, jobs.train_and_save, overrides, 6, str(tmp_path / "a.ckpt"))
-    assert [s["train/loss"] for s in parts] == [s["train/loss"] for s in whole]
-    first = jobs.fit  # noqa: F841 - the name is part of the jobs' module
-    half = step(ranks, "ddp", 2, jobs.train_half_and_save, overrides, 3, 6, str(tmp_path / "h.ckpt"))
-    rest = step(
-        ranks, "fsdp", 4, jobs.resume_and_save, overrides, 6, str(tmp_path / "h.ckpt"), str(tmp_path / "e.ckpt")
-    )
-    joined = [s["train/loss"] for s in (*half, *rest)]
-    assert joined == pytest.approx([s["train/loss"] for s in whole], rel=1e-5)
+    half, end = str(tmp_path / "half.ckpt"), str(tmp_path / "end.ckpt")
+    whole = step(ranks, "ddp", 2, jobs.train, "ffn=memory_plus", 6)
+    first = step(ranks, "ddp", 2, jobs.train_half_and_save, "ffn=memory_plus", 3, 6, half)
+    rest = step(ranks, "fsdp", 4, jobs.resume_and_save, "ffn=memory_plus", 6, half, end, 3)
+    joined = [step["train/loss"] for step in (*first, *rest)]
+    assert joined == pytest.approx([step["train/loss"] for step in whole], rel=RANKS["loss"])
 
 
 def test_a_truncated_or_missing_part_is_refused_in_one_sentence(ranks: Groups, tmp_path: Path) -> None:
