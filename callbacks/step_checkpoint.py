@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pkm_lightning.errors import check_integer
+from pkm_lightning.errors import check_flag, check_integer
 
 
 class RunInterrupted(Exception):
@@ -28,9 +28,12 @@ class StepCheckpoint(ModelCheckpoint):
     Args:
         dirpath: folder of the checkpoints.
         every_n_steps: optimizer steps between checkpoints.
+        asynchronous: training goes on from a copy in host memory while a checkpoint is written.
     """
 
-    def __init__(self, *, dirpath: str, every_n_steps: int) -> None:
+    def __init__(self, *, dirpath: str, every_n_steps: int, asynchronous: bool = False) -> None:
+        check_flag("callbacks.step_checkpoint.asynchronous", asynchronous)
+        self.asynchronous = asynchronous
         check_integer("callbacks.step_checkpoint.every_n_steps", every_n_steps, low=1)
         super().__init__(
             dirpath=dirpath,
@@ -65,6 +68,7 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the end of training, if it is not saved yet."""
         self._save_step(trainer)
+        self._finish(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Epochs do not matter."""
@@ -73,12 +77,26 @@ class StepCheckpoint(ModelCheckpoint):
         self._due = False
         self._save_step(trainer)
         if stopping:
+            self._finish(trainer)
             raise RunInterrupted(self._stop_reason or "asked to stop")
 
     def _save_step(self, trainer: L.Trainer) -> None:
         if self._last_global_step_saved == trainer.global_step:
             return
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._remove_older(trainer)
+
+    def _finish(self, trainer: L.Trainer) -> None:
+        """Waits for what is being written in the background."""
+        if self.asynchronous:
+            strategy: Any = trainer.strategy
+            strategy.finish_saving() if hasattr(strategy, "finish_saving") else strategy.checkpoint_io.teardown()
+            self._remove_older(trainer)
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """The one before stays until the new one is whole."""
+
+    def _remove_older(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
             # A run killed between a save and the removal of the one before leaves an older file behind.
             for older in sorted(Path(str(self.dirpath)).glob("step-*.ckpt"))[:-1]:

@@ -8,8 +8,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
+from pkm_lightning.callbacks import StepCheckpoint
 from pkm_lightning.errors import ConfigError, check_integer, check_range
+from pkm_lightning.strategies import PortableCheckpoints
 from pkm_lightning.training.build import build_meta_model
 from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pkm_lightning.training.instantiate import instantiate, target_class
@@ -109,11 +112,20 @@ def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers
             strategy=strategy,
             callbacks=list(callbacks),
             logger=loggers or False,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[_checkpoint_io(callbacks, strategy)],
         )
     except Exception as error:
         raise ConfigError(f"trainer: {' '.join(str(error.__cause__ or error).split())}") from error
     return trainer
+
+
+def _checkpoint_io(callbacks: list[L.Callback], strategy: Any) -> CheckpointIO:
+    """Writes single files; strategies of several processes write by themselves."""
+    asynchronous = any(isinstance(c, StepCheckpoint) and c.asynchronous for c in callbacks)
+    if isinstance(strategy, PortableCheckpoints):
+        strategy.asynchronous = asynchronous
+        return AtomicCheckpointIO()
+    return AsyncCheckpointIO(AtomicCheckpointIO()) if asynchronous else AtomicCheckpointIO()
 
 
 def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:

@@ -7,10 +7,12 @@ fills the model and the optimizers where they are, each rank with its part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,7 +28,16 @@ from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
 
 class PortableCheckpoints(ParallelStrategy):
-    """Saves and loads folders of `pkm_lightning.training.sharded_checkpoint`; single files are read as well."""
+    """Saves and loads folders of `pkm_lightning.training.sharded_checkpoint`; single files are read as well.
+
+    Attributes:
+        asynchronous: write in the background, from a copy in host memory.
+    """
+
+    asynchronous = False
+    _saver: ThreadPoolExecutor | None = None
+    _saving: Future[None] | None = None
+    _saving_group: dist.ProcessGroup | None = None
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -71,7 +82,33 @@ class PortableCheckpoints(ParallelStrategy):
         """Writes a folder; see `pkm_lightning.training.sharded_checkpoint.save`."""
         path = Path(self.broadcast(str(filepath)))
         skeleton, tensors = sharded_checkpoint.flatten(checkpoint)
-        sharded_checkpoint.save(skeleton, tensors, path)
+        self.finish_saving()
+        if not self.asynchronous:
+            sharded_checkpoint.save(skeleton, tensors, path)
+            return
+        if self._saver is None:
+            self._saver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+            # What the writers tell each other must not stand among the messages of the steps meanwhile.
+            self._saving_group = dist.new_group(backend="gloo")
+        copies = sharded_checkpoint.snapshot(tensors)
+        self._saving = self._saver.submit(sharded_checkpoint.save, skeleton, copies, path, self._saving_group)
+
+    def finish_saving(self) -> None:
+        """Waits for the checkpoint that is being written in the background.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def teardown(self) -> None:
+        """Lets the writer end."""
+        if self._saver is not None:
+            self._saver.shutdown(wait=True)
+            self._saver = None
+        super().teardown()
 
     # --- loading
 

@@ -58,7 +58,7 @@ def restore(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return skeleton
 
 
-def save(skeleton: Any, tensors: dict[str, Tensor], path: Path) -> None:
+def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.ProcessGroup | None = None) -> None:
     """Writes a folder; every rank must call it, with its own tensors or parts of them.
 
     Args:
@@ -66,6 +66,7 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path) -> None:
         tensors: DTensors, of which each rank writes its part, and plain ones, which one of their holders writes; on
             the meta device what another rank holds.
         path: of the folder, the same on every rank.
+        group: of all ranks, for what they tell each other; None: the default one.
 
     Raises:
         CheckpointError: the disk is full or the place cannot be written, on every rank; an earlier folder is whole.
@@ -74,12 +75,13 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path) -> None:
     try:
         if first:
             _prepare(beside)
-        _wait()
-        dcp.save({n: t for n, t in tensors.items() if not t.is_meta}, checkpoint_id=beside)
+        if _distributed():
+            dist.barrier(group=group)
+        dcp.save({n: t for n, t in tensors.items() if not t.is_meta}, checkpoint_id=beside, process_group=group)
         reason = _finish(skeleton, beside, path) if first else None
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         reason = _reason(error)
-    reasons = _all_of(reason)
+    reasons = _all_of(reason, group)
     if any(reasons):
         if first:
             shutil.rmtree(beside, ignore_errors=True)
@@ -124,6 +126,13 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return "cut short: is the disk full?"
+
+
+def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, which training cannot change; of DTensors this rank's parts."""
+    return {
+        name: tensor.detach().to("cpu", copy=True) if not tensor.is_meta else tensor for name, tensor in tensors.items()
+    }
 
 
 class SavedTensors:
@@ -226,14 +235,9 @@ def _rank() -> int:
     return dist.get_rank() if _distributed() else 0
 
 
-def _wait() -> None:
-    if _distributed():
-        dist.barrier()
-
-
-def _all_of(reason: str | None) -> list[str | None]:
+def _all_of(reason: str | None, group: dist.ProcessGroup | None) -> list[str | None]:
     if not _distributed():
         return [reason]
     reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
+    dist.all_gather_object(reasons, reason, group=group)
     return reasons
