@@ -1,0 +1,103 @@
+"""Jobs for a group of ranks: reads of one table on a mesh, beside the same reads of the whole table.
+
+Letters: T reads of all ranks, K rows a read, D values a row, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pkm_lightning.memory import RowOptimizer, TableMesh, TableOptimizer, ValueTable, clip_tables
+from pkm_lightning.memory import replicas as replicas_module
+from pkm_lightning.memory.replicas import mean_over_replicas
+from pkm_lightning.ops.collectives import all_gather
+
+ROWS, DIM, K = 29, 16, 5
+
+
+def make(learning: str, mesh: TableMesh | None, slices: int = 1) -> ValueTable:
+    torch.manual_seed(3)
+    return ValueTable(rows=ROWS, dim=DIM, learning=learning, mesh=mesh, slices=slices).double()
+
+
+def loss(table: ValueTable, part: slice, kind: str) -> Tensor:
+    """Of the reads `part` of a fixed set."""
+    torch.manual_seed(5)
+    lines, width = table.n_lines, table.dim // table.slices
+    tokens = 40
+    ids_TK = torch.randint(lines, (tokens, K), dtype=torch.int64)
+    ids_TK[:, 0] = 7  # a row that everybody reads
+    weights_TK = torch.randn(tokens, K, dtype=torch.float64)
+    x_TD, target = torch.randn(tokens, width, dtype=torch.float64), torch.randn(tokens, 2, width, dtype=torch.float64)
+    groups_TK = torch.randint(2, (tokens, K))
+    ids_TK, weights_TK, x_TD, target, groups_TK = (v[part] for v in (ids_TK, weights_TK, x_TD, target, groups_TK))
+    weights_TK.requires_grad_(True)
+    x_TD.requires_grad_(True)
+    if kind == "sum":
+        value = (table(ids_TK, weights_TK) * target[:, 0]).sum()
+    elif kind == "groups":
+        value = (table(ids_TK, weights_TK, groups_TK, 2) * target).sum()
+    else:  # PEER's expert: a dot and a sum
+        value = (table(ids_TK, weights_TK * table.dot(x_TD, ids_TK).tanh()) * target[:, 0]).sum()
+    value.backward()
+    assert weights_TK.grad is not None
+    return torch.cat([weights_TK.grad, torch.zeros_like(x_TD) if x_TD.grad is None else x_TD.grad], 1)
+
+
+def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int], rule: str, slices: int = 1) -> None:
+    """Gradients of the inputs, the norm, and the table after a clipped update, against one process."""
+    mesh = TableMesh(shard=shard, members=members, device_type="cpu")
+    world, rank = dist.get_world_size(), dist.get_rank()
+    start = sum(sizes[:rank])
+    own, whole = make(learning, mesh, slices), make(learning, None, slices)
+    whole.stage = None if whole.stage is None else type(whole.stage)(whole.n_lines, alone())
+    assert torch.equal(own.weight, mesh.part(whole.weight))
+    inputs = loss(own, slice(start, start + sizes[rank]), kind)
+    expected = loss(whole, slice(0, sum(sizes)), kind)[start : start + sizes[rank]]
+    torch.testing.assert_close(inputs, expected)
+    norms = []
+    for table in (own, whole):
+        if table.weight.grad is not None:
+            if table is own:
+                mean_over_replicas(own.weight.grad, mesh)
+            else:
+                whole.weight.grad.div_(world)
+        norms.append(clip_tables([table], [], 0.01))
+        if learning == "dense":
+            with torch.no_grad():
+                table.weight -= 0.1 * table.weight.grad
+            continue
+        optimizer = TableOptimizer(None, {"t": table}, rows=RowOptimizer(rule=rule, betas=(0.0, 0.95)), lr=0.1)
+        optimizer.step()
+    torch.testing.assert_close(norms[0], norms[1])
+    torch.testing.assert_close(own.weight.detach(), mesh.part(whole.weight.detach()))
+    assert not torch.equal(whole.weight, make(learning, None, slices).weight)
+
+
+def alone() -> Any:
+    """A mesh of this process only, whose mean is still over the world's reads, which one process has all read."""
+
+    class Alone:
+        shard, members, replicas, member = "none", 1, 1, 0
+
+    return Alone()
+
+
+def way_of_replicas(way: str) -> None:
+    """Each way of exchanging between replicas gives the same update."""
+    replicas_module.cheapest_way = lambda *_: way
+    compare("dim", 1, "rows", "sum", [13, 27][: dist.get_world_size()] or [40], "lazy_adam")
+
+
+def gathered(lengths: list[int]) -> Tensor:
+    rank = dist.get_rank()
+    own = torch.full((lengths[rank], 2), float(rank), requires_grad=True)
+    assert dist.group.WORLD is not None
+    every = all_gather(own, lengths, dist.group.WORLD)
+    (every * (rank + 1)).sum().backward()
+    assert own.grad is not None
+    return torch.cat([every.detach(), own.grad])
