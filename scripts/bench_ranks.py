@@ -143,9 +143,8 @@ def main() -> None:
     if given.memory:
         sizes = ["model.memory.n_keys=2048", "ffn.value_dim=128", "data.global_batch_size=16"]
         figures = launch(4, [*sizes, "strategy=ddp", "trainer.devices=4", *given.overrides], 6)
-        print(
-            f"2**22 x 128 on 4 ranks: {figures['peak_rank'] / 1e9:.2f} GB a rank, {figures['peak_all'] / 1e9:.2f} in all"
-        )
+        each, together = figures["peak_rank"] / 1e9, figures["peak_all"] / 1e9
+        print(f"2**22 x 128 on 4 ranks: {each:.2f} GB a rank, {together:.2f} GB in all")
         rows = [{"scaling": "memory", "table": "dim", "strategy": "ddp", "ranks": 4, **figures}]
     else:
         rows = scaling(given.ranks, given.steps, given.rounds, given.overrides)

@@ -57,12 +57,19 @@ class MemoryLayer(nn.Module):
         x_TD = x_BTD.flatten(0, -2)
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
-        y_TV = self.values(read.ids_TC, read.weights_TC).to(x_TD.dtype)
+        pending = self.values.table.start(read.ids_TC, read.weights_TC)
+        meanwhile = self.during_read(x_TD)
+        y_TV = self.values.finish(pending).to(x_TD.dtype)
         trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
-        return FFNOutput(self.after_read(y_TV, x_TD).view_as(x_BTD), read.aux_losses, trace, read.step_stats)
+        y_TD = self.after_read(y_TV, meanwhile)
+        return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)
 
-    def after_read(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:
-        """From the read and the input to the output, (T, D)."""
+    def during_read(self, x_TD: Tensor) -> Tensor | None:
+        """What needs the input only, computed while the sums of a split table travel."""
+        return None
+
+    def after_read(self, y_TV: Tensor, meanwhile: Tensor | None) -> Tensor:
+        """From the read and the result of `during_read` to the output, (T, D)."""
         return y_TV
 
     def after_step(self, stats: dict[str, Tensor]) -> None:

@@ -111,10 +111,14 @@ class MemoryPlus(MemoryLayer):
             nn.init.normal_(self.gate.weight, std=fan**-0.5)
         nn.init.normal_(self.out.weight, std=self.out.out_features**-0.5)
 
-    def after_read(self, y_TV: Tensor, x_TD: Tensor) -> Tensor:
-        """The gate and W2."""
-        if self.gate is not None:
-            gate_TV = self.gate(x_TD)
-            y_TV = y_TV * (functional.silu(gate_TV) if self.gate_kind == "swilu" else gate_TV.sigmoid())
-        y_TD: Tensor = self.out(y_TV)
+    def during_read(self, x_TD: Tensor) -> Tensor | None:
+        """The gate."""
+        if self.gate is None:
+            return None
+        gate_TV: Tensor = self.gate(x_TD)
+        return functional.silu(gate_TV) if self.gate_kind == "swilu" else gate_TV.sigmoid()
+
+    def after_read(self, y_TV: Tensor, meanwhile: Tensor | None) -> Tensor:
+        """The gated read through W2."""
+        y_TD: Tensor = self.out(y_TV if meanwhile is None else y_TV * meanwhile)
         return y_TD

@@ -32,8 +32,8 @@ LocalDot = Callable[[Tensor, Tensor, Tensor], Tensor]
 @torch.compiler.disable
 def sharded_sum(
     mesh: TableMesh, n_lines: int, read: LocalSum, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None
-) -> Tensor:
-    """The weighted sums of `read` over the whole table, (T, D) or (T, G, D).
+) -> Callable[[], Tensor]:
+    """The weighted sums of `read` over the whole table, (T, D) or (T, G, D), when the result is called for.
 
     Args:
         mesh: with more than one member.
@@ -49,7 +49,8 @@ def sharded_sum(
         return columns_to_rows(read(ids_AK, weights_AK, ids_AK, groups_AK), lengths, group)
     local_AK, own_AK, staged_AK = _own_rows(mesh, n_lines, ids_AK)
     partial = read(local_AK, torch.where(own_AK, weights_AK, 0), staged_AK, groups_AK)
-    return reduce_scatter(partial, lengths, group)
+    summed = reduce_scatter(partial, lengths, group)
+    return lambda: summed
 
 
 @torch.compiler.disable

@@ -141,8 +141,22 @@ class ValueTable(nn.Module):
         n_groups: int | None = None,
     ) -> Float[Tensor, "T D"] | Float[Tensor, "T G D"]:
         """`sum_k weights[t, k] * lines[ids[t, k]]` in the table's dtype; with groups, one sum a group."""
+        return self.start(ids_TK, weights_TK, groups_TK, n_groups)()
+
+    def start(
+        self,
+        ids_TK: Int[Tensor, "T K"],
+        weights_TK: Float[Tensor, "T K"],
+        groups_TK: Int[Tensor, "T K"] | None = None,
+        n_groups: int | None = None,
+    ) -> Callable[[], Tensor]:
+        """As a call, but the result is what a call of the result gives, once: work in between need not wait for ranks.
+
+        With a table split by `dim` the sums travel meanwhile, in backward their gradients too.
+        """
         if not self.is_split:
-            return self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
+            read_TD = self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
+            return lambda: read_TD
         read = functools.partial(self._sum, n_groups=n_groups)
         assert self.mesh is not None
         check_indices("ValueTable", "ids", ids_TK, self.n_lines)

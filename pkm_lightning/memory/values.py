@@ -5,6 +5,7 @@ Letters: T tokens, C rows a token reads, V values a row, O output dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -46,7 +47,11 @@ class Values(nn.Module):
 
     def forward(self, ids_TC: Int[Tensor, "T C"], weights_TC: Float[Tensor, "T C"]) -> Float[Tensor, "T O"]:
         """The reads in the table's dtype, or that of the map."""
-        y_TV = self.table(ids_TC, weights_TC)
+        return self.finish(self.table.start(ids_TC, weights_TC))
+
+    def finish(self, read: Callable[[], Tensor]) -> Float[Tensor, "T O"]:
+        """The result of `table.start`, mapped."""
+        y_TV = read()
         return y_TV if self.projection is None else self.projection(y_TV.to(self.projection.weight.dtype))
 
     def flops(self, reads: int) -> int:

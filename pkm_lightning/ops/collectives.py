@@ -14,7 +14,7 @@ Letters: T own rows, A rows of all ranks, P ranks, C own columns, D columns of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,20 @@ def reduce_scatter(x_A: Tensor, lengths: Sequence[int], group: dist.ProcessGroup
     return own
 
 
-def columns_to_rows(x_AC: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """From own columns of all ranks' rows, (A, ..., C), to all columns of the own rows, (T, ..., D)."""
-    rows: Tensor = _ColumnsToRows.apply(x_AC, tuple(lengths), group)
-    return rows
+def columns_to_rows(x_AC: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """From own columns of all ranks' rows, (A, ..., C), to all columns of the own rows, (T, ..., D).
+
+    The exchange starts here and ends when the result is called for, once; what is computed in between, the exchange
+    does not wait for. In backward it is the same between the gradients of the result and of `x_AC`.
+    """
+    flight = _Flight(tuple(lengths), group)
+    received: Tensor = _Send.apply(x_AC, flight)
+
+    def result() -> Tensor:
+        rows: Tensor = _Receive.apply(received, flight)
+        return rows
+
+    return result
 
 
 def rows_to_columns(x_TD: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -76,21 +86,69 @@ def _reduce_scatter(x_A: Tensor, lengths: Sequence[int], group: dist.ProcessGrou
     return reduced[:own]
 
 
-def _columns_to_rows(x_AC: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    ranks, own = len(lengths), lengths[dist.get_rank(group)]
-    received = x_AC.new_empty(ranks * own, *x_AC.shape[1:])
-    dist.all_to_all_single(received, x_AC.contiguous(), [own] * ranks, list(lengths), group=group)
-    parts = received.view(ranks, own, *x_AC.shape[1:])
-    return parts.movedim(0, -2).flatten(-2)
-
-
-def _rows_to_columns(x_TD: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def _rows_to_columns(x_TD: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
     ranks, own = len(lengths), len(x_TD)
     columns = x_TD.shape[-1] // ranks
     parts = x_TD.unflatten(-1, (ranks, columns)).movedim(-2, 0).flatten(0, 1).contiguous()
     received = x_TD.new_empty(sum(lengths), *x_TD.shape[1:-1], columns)
-    dist.all_to_all_single(received, parts, list(lengths), [own] * ranks, group=group)
-    return received
+    work = dist.all_to_all_single(received, parts, list(lengths), [own] * ranks, group=group, async_op=True)
+    return received, work
+
+
+class _Flight:
+    """One exchange under way, there or back."""
+
+    def __init__(self, lengths: tuple[int, ...], group: dist.ProcessGroup) -> None:
+        self.lengths, self.group = lengths, group
+        self.own = lengths[dist.get_rank(group)]
+        self.work: dist.Work | None = None
+        self.back: Tensor | None = None
+
+    def send(self, x_AC: Tensor) -> Tensor:
+        """Starts from columns to rows; what is returned is filled when `work` has ended."""
+        ranks = len(self.lengths)
+        received = x_AC.new_empty(ranks * self.own, *x_AC.shape[1:])
+        splits = [self.own] * ranks, list(self.lengths)
+        self.work = dist.all_to_all_single(received, x_AC.contiguous(), *splits, group=self.group, async_op=True)
+        return received
+
+    def rows(self, received: Tensor) -> Tensor:
+        """All columns side by side."""
+        return received.view(len(self.lengths), self.own, *received.shape[1:]).movedim(0, -2).flatten(-2)
+
+    def wait(self) -> None:
+        """Until the exchange that was started last has ended; of a device's stream, not of the host."""
+        assert self.work is not None
+        self.work.wait()
+        self.work = None
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.send(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        ctx.flight.wait()
+        back, ctx.flight.back = ctx.flight.back, None
+        return back, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight, ctx.shape = flight, received.shape
+        flight.wait()
+        return flight.rows(received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        flight.back, flight.work = _rows_to_columns(grad, flight.lengths, flight.group)
+        # The gradient proper arrives in _Send's backward; its shape is another where lengths differ.
+        return grad.new_zeros(()).expand(ctx.shape), None
 
 
 class _AllGather(torch.autograd.Function):
@@ -115,23 +173,17 @@ class _ReduceScatter(torch.autograd.Function):
         return _all_gather(grad, *ctx.where), None, None
 
 
-class _ColumnsToRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
-        ctx.where = lengths, group
-        return _columns_to_rows(x, lengths, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rows_to_columns(grad, *ctx.where), None, None
-
-
 class _RowsToColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
         ctx.where = lengths, group
-        return _rows_to_columns(x, lengths, group)
+        columns, work = _rows_to_columns(x, lengths, group)
+        work.wait()
+        return columns
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _columns_to_rows(grad, *ctx.where), None, None
+        flight = _Flight(*ctx.where)
+        received = flight.send(grad)
+        flight.wait()
+        return flight.rows(received), None, None
