@@ -16,6 +16,7 @@ from pkm_lightning.cli.run_directory import latest_checkpoint
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.export import map_checkpoint
+from pkm_lightning.training.mapped import expect_scattered_reads
 from pkm_lightning.training.module import check_tokenizer
 from pkm_lightning.training.safetensors_file import looks_like_safetensors, read_exported
 from pkm_lightning.training.sharded_checkpoint import SavedTensors
@@ -71,6 +72,9 @@ class SavedRun:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"ckpt={self.path} does not fit its configuration ({reason}).") from None
+        for table in module.model.value_tables:
+            if table.is_mapped:
+                expect_scattered_reads(table.weight)
         return module
 
 

@@ -7,6 +7,7 @@ process, so they are for reading weights, never for training; so does a file tha
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
 import warnings
@@ -62,6 +63,19 @@ class MappedFile:
         """Gives back the memory of all pages read so far; they come again when they are read again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def expect_scattered_reads(tensor: Tensor) -> None:
+    """Tells the system to fetch pages of a mapped tensor without their neighbours, which nobody will want.
+
+    Rows read here and there come from a cold disk several times as fast so; see scripts/bench_mmap.py.
+    """
+    if not hasattr(mmap, "MADV_RANDOM") or not tensor.numel():
+        return
+    # The tensor does not know its mapping, and Python's mmap gives advice on none but its own.
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    end = tensor.data_ptr() + tensor.untyped_storage().nbytes()
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_RANDOM)
 
 
 def map_archive(file: MappedFile, start: int = 0, length: int | None = None) -> Any:
