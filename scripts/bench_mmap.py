@@ -132,6 +132,7 @@ def decode(path: Path, gib: float, rounds: int, seconds: float) -> Iterator[dict
     held["mmap, readahead"] = held["mmap"]
 
     def prepared(way: str, state: str) -> nn.Module:
+        layers[way](x_B1D, context_of(x_B1D))  # the layer's other weights, into the caches
         if state == "cold":
             mapped.cool()
             ahead.cool()

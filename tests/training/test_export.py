@@ -23,6 +23,7 @@ from pkm_lightning.errors import CheckpointError
 from pkm_lightning.training import export
 from pkm_lightning.training.export import WeightSource, map_checkpoint, texts_of, write
 from pkm_lightning.training.safetensors_file import looks_like_safetensors, read_exported, read_tensors
+from pkm_lightning.training.sharded_checkpoint import flatten, save
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +198,16 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-def test_a_large_table_goes_through_little_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_large_table_goes_through_little_memory(kind: str, tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux")
     saved = checkpoint()
     saved["state_dict"]["model.tables.0.weight"] = torch.randn(100_000, 1_000)
-    torch.save(saved, tmp_path / "large.ckpt")
+    if kind == "file":
+        torch.save(saved, tmp_path / "large.ckpt")
+    else:
+        save(*flatten(saved), tmp_path / "large.ckpt")
     command = [sys.executable, "-c", STREAMED, str(tmp_path / "large.ckpt"), str(tmp_path / "model.safetensors")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 300 * 2**20
