@@ -80,8 +80,13 @@ def assemble(config: dict[str, Any], *, resumed_step: int | None = None) -> Asse
         resumed_step: step that the run continues after; TensorBoard forgets what an earlier sitting logged later.
 
     Raises:
-        ConfigError: as `make_trainer`.
+        ConfigError: as `make_trainer`; a table in a file, which cannot learn.
     """
+    if config["table"].get("device") == "mmap":
+        raise ConfigError(
+            "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; say "
+            "table.device=cpu, or export the run when it is trained."
+        )
     callbacks = make_callbacks(config)
     return Assembly(make_trainer(config, callbacks=callbacks, loggers=make_loggers(config, resumed_step)), callbacks)
 

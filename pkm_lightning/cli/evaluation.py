@@ -11,15 +11,21 @@ from omegaconf import OmegaConf
 from pkm_lightning.callbacks import Recall, StepProgressBar
 from pkm_lightning.cli.assembly import complete, make_callbacks, make_trainer
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.resume import checkpoint_config, load_checkpoint, saved_config
+from pkm_lightning.cli.resume import check_content, checkpoint_config, saved_config
 from pkm_lightning.cli.run_directory import latest_checkpoint
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.export import map_checkpoint
+from pkm_lightning.training.mapped import expect_scattered_reads
+from pkm_lightning.training.safetensors_file import looks_like_safetensors, read_exported
+from pkm_lightning.training.sharded_checkpoint import SavedTensors
 from pkm_lightning.training.tokenizer_check import check_tokenizer
 
 #: What a saved run is; a command that evaluates it cannot change it.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
-_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format")
+#: But where its table lies.
+_FREE = ("table.device",)
+_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "overwrite")
 
 
 class SavedRun:
@@ -35,8 +41,13 @@ class SavedRun:
     """
 
     def __init__(self, job: Job) -> None:
-        self.folder, self.path = _locate(job)
-        checkpoint = load_checkpoint(self.path)
+        self.folder, self.path = locate(job)
+        if self.path.is_dir() and OmegaConf.select(job.config, "table.device") == "mmap":
+            raise ConfigError(
+                f"table.device=mmap needs a checkpoint in one file, and {self.path} is a folder; write one with: "
+                f"export ckpt={self.path} file=model.safetensors."
+            )
+        checkpoint = load_weights(self.path)
         trust = bool(job.config.trust_config)
         if self.folder is not None:
             config = saved_config(self.folder, trust=trust)
@@ -61,15 +72,37 @@ class SavedRun:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"ckpt={self.path} does not fit its configuration ({reason}).") from None
+        for table in module.model.value_tables:
+            if table.is_mapped:
+                expect_scattered_reads(table.weight)
         return module
 
 
-def _locate(job: Job) -> tuple[Path | None, Path]:
+def load_weights(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint in a file or a folder, or of an exported model, without optimizer states to use.
+
+    Tensors in one file stay there until they are read, and cannot be written to.
+
+    Raises:
+        CheckpointError: missing, damaged, or not written by this package.
+    """
+    if path.is_dir():
+        return check_content(SavedTensors(path).read_rest(("optimizer_states",)), path)
+    return check_content(read_exported(path) if looks_like_safetensors(path) else map_checkpoint(path), path)
+
+
+def locate(job: Job) -> tuple[Path | None, Path]:
+    """The run's directory, None for a bare checkpoint, and the checkpoint that `ckpt=` or `run_dir=` mean.
+
+    Raises:
+        ConfigError: neither is given, or `run_dir` is no directory.
+        CheckpointError: the run has no checkpoint yet.
+    """
     if job.config.ckpt is not None:
         folder = Path(job.config.run_dir) if job.names("run_dir") else None
         return folder, Path(str(job.config.ckpt))
     if not job.names("run_dir"):
-        raise ConfigError(f"{job.verb} needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT_FILE.")
+        raise ConfigError(f"{job.verb} needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT.")
     folder = Path(job.config.run_dir)
     if not folder.is_dir():
         raise ConfigError(f"run_dir={folder} is no directory; give that of a run.")
@@ -85,7 +118,7 @@ def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
     for override in job.overrides:
         key = override.lstrip("+~").split("=")[0]
         root = key.split(".")[0].split("@")[0]
-        if root in _FIXED:
+        if root in _FIXED and key not in _FREE:
             raise ConfigError(f"{override}: the saved configuration of a run wins; {root} cannot be changed here.")
         if root in _WHERE:
             continue

@@ -25,6 +25,7 @@ VERBS = {
     "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
     "test": "the same on the full test questions",
     "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
+    "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
     "info": "parameters, FLOPs, bytes and memory of ffn=NAME or ffn=NAME,NAME,... side by side; allocates nothing",
 }
 

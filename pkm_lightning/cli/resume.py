@@ -13,7 +13,7 @@ from pkm_lightning.errors import CheckpointError, RunDirectoryError
 from pkm_lightning.training.instantiate import check_trusted
 
 #: Keys that say how this sitting is run, not what the run is.
-_OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out")
+_OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "overwrite")
 _ABSENT = object()
 
 
@@ -66,11 +66,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"ckpt={path} does not exist.") from None
     except Exception:  # torch raises half a dozen kinds for a file that it cannot read
         raise CheckpointError(f"ckpt={path} is damaged or no checkpoint; use another one.") from None
+    return check_content(checkpoint, path)
+
+
+def check_content(checkpoint: Any, path: str | Path) -> dict[str, Any]:
+    """`checkpoint`, if it is one of this package.
+
+    Raises:
+        CheckpointError: it lacks weights, counters or a configuration.
+    """
     content = checkpoint if isinstance(checkpoint, dict) else {}
-    config = (content.get("hyper_parameters") or {}).get("config") or {}
-    if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= config.keys():
+    hyper_parameters = content.get("hyper_parameters")
+    config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+    keys = config.keys() if isinstance(config, dict) else set()
+    if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= keys:
         raise CheckpointError(f"ckpt={path} was not written by this package; use one from a run's checkpoints folder.")
-    return checkpoint
+    return content
 
 
 def checkpoint_config(checkpoint: Mapping[str, Any], path: str, *, trust: bool) -> dict[str, Any]:

@@ -44,7 +44,9 @@ class ValueTable(nn.Module):
             slice is what a row optimizer takes for a row.
         learning: `dense` (autograd's N x D gradient, any torch optimizer), `rows` (one update of the touched rows an
             optimizer step) or `fused` (the same at the end of backward).
-        device: `auto` goes where the model goes; `cpu` stays in host memory, ids and outputs travel.
+        device: `auto` goes where the model goes; `cpu` stays in host memory, ids and outputs travel; `mmap` is for
+            reading only: `weight` is on meta, without memory, until `load_state_dict` makes it the very tensor of the
+            state dict, and stays that, where it is and in its dtype.
         mesh: the ranks that the table is split or copied over; None: this process holds it alone.
 
     Attributes:
@@ -71,13 +73,15 @@ class ValueTable(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("table.learning", learning, ("dense", "rows", "fused"))
-        check_choice("table.device", device, ("auto", "cpu"))
+        check_choice("table.device", device, ("auto", "cpu", "mmap"))
         check_integer("slices", slices, low=1)
         if dim % slices:
             raise ConfigError(f"slices={slices} do not divide the {dim} values of a row.")
         self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
         self.std = dim**-0.5 if std is None else std
-        self.learning, self.stays_on_cpu = learning, device == "cpu"
+        self.learning, self.stays_on_cpu, self.is_mapped = learning, device == "cpu", device == "mmap"
+        if self.is_mapped:
+            trainable = False
         by_rows = trainable and learning != "dense"
         lines, width = rows * slices, dim // slices
         if mesh is not None:
@@ -87,6 +91,7 @@ class ValueTable(nn.Module):
         # A Trainer builds models within the context of its device; models of which only shapes are wanted, on meta.
         here = torch.empty(0).device
         home = torch.device("cpu") if self.stays_on_cpu and here.type != "meta" else here
+        home = torch.device("meta") if self.is_mapped else home
         self.weight = nn.Parameter(torch.empty(lines, width, device=home), requires_grad=trainable and not by_rows)
         self.reset_parameters()
 
@@ -125,11 +130,15 @@ class ValueTable(nn.Module):
         if not self.is_registered:
             destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
         apart = not self.is_registered
         if apart:
             self._parameters["weight"] = self.__dict__.pop("weight")
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if self.is_mapped:
+            local_metadata = {**local_metadata, "assign_to_params_buffers": True}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         if apart:
             self.unregister()
 
@@ -219,7 +228,19 @@ class ValueTable(nn.Module):
         return value.to(self.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueTable:
-        """Moves and casts with the model; a table that stays on the CPU only casts."""
+        """Moves and casts with the model; a table that stays on the CPU only casts, a mapped one does neither.
+
+        Raises:
+            ConfigError: a mapped table is to be cast, which would copy it into memory.
+        """
+        if self.is_mapped:
+            dtype = fn(torch.empty(0, dtype=self.weight.dtype)).dtype
+            if dtype != self.weight.dtype and not self.weight.is_meta:
+                raise ConfigError(
+                    f"table.device=mmap reads the table as it was saved ({self.weight.dtype}), not as {dtype}; leave "
+                    "trainer.precision as it was in training, or say table.device=cpu."
+                )
+            return self
         if self.stays_on_cpu and not self.weight.is_meta:
             move = fn
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ class SavedTensors:
                 _copy_part(self._tensors[name], target)
             return
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as one process wants it
                 dcp.load(targets, checkpoint_id=self.path, no_dist=not _distributed())
         except Exception as error:
             raise CheckpointError(f"ckpt={self.path} cannot be read ({_reason(error)}); use another one.") from error

@@ -8,18 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small import SMALL_RUN, Run
-
-
-@pytest.fixture
-def trained(cli: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory, trained once a worker and copied for each test."""
-    kept = tmp_path_factory.getbasetemp() / "trained-run"
-    if not kept.exists():
-        assert cli("fit", *SMALL_RUN, "run_dir=run", "model.tied=true").code == 0
-        shutil.copytree(tmp_path / "run", kept)
-    shutil.copytree(kept, tmp_path / "run", dirs_exist_ok=True)
-    return tmp_path / "run"
+from small import Run
 
 
 def test_test_repeats_the_figures_of_the_run(cli: Run, trained: Path) -> None:
@@ -51,7 +40,7 @@ def test_predict_answers_in_order_from_the_command_line_and_from_a_file(cli: Run
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT_FILE"),
+        ([], "needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT"),
         (["run_dir=elsewhere"], "is no directory"),
         (["ckpt=elsewhere.ckpt"], "does not exist"),
         (["run_dir=run", "ffn=dense"], "the saved configuration of a run wins"),

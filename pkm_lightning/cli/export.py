@@ -1,0 +1,40 @@
+"""`export`: a checkpoint's weights as one safetensors file, from a file or a folder of any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pkm_lightning.cli.evaluation import locate
+from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.resume import check_content
+from pkm_lightning.errors import CheckpointError, ConfigError, check_flag
+from pkm_lightning.training.export import WeightSource, texts_of, write
+from pkm_lightning.training.safetensors_file import looks_like_safetensors
+
+
+def run(job: Job) -> None:
+    """Writes the file that `file` names and says what is in it."""
+    file = _target(job)
+    _, checkpoint = locate(job)
+    if checkpoint.is_file() and looks_like_safetensors(checkpoint):
+        raise CheckpointError(f"ckpt={checkpoint} is an exported file already; copy it, or give a run's checkpoint.")
+    if not checkpoint.exists():
+        raise CheckpointError(f"ckpt={checkpoint} does not exist.")
+    source = WeightSource(checkpoint)
+    entries = write(source, texts_of(check_content(source.rest, checkpoint)), file)
+    size = sum(entry.n_bytes for entry in entries.values())
+    print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {checkpoint}")
+
+
+def _target(job: Job) -> Path:
+    check_flag("overwrite", job.config.overwrite)
+    if job.config.file is None:
+        raise ConfigError("export needs file=NAME.safetensors, the file to write.")
+    file = Path(str(job.config.file))
+    if file.suffix != ".safetensors":
+        raise ConfigError(f"file={file} does not end in .safetensors; name the file to write so.")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"file={file}: the folder {file.parent} does not exist; make it first.")
+    if file.is_dir() or (file.exists() and not job.config.overwrite):
+        raise ConfigError(f"file={file} exists; choose another name, or replace it with overwrite=true.")
+    return file
