@@ -13,7 +13,8 @@ from pkm_lightning.errors import CheckpointError, RunDirectoryError
 from pkm_lightning.training.instantiate import check_trusted
 
 #: Keys that say how this sitting is run, not what the run is.
-_OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out")
+#: `devices` counts as `trainer.devices`, however it was said.
+_OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "devices", "device_memory")
 _ABSENT = object()
 
 
