@@ -96,7 +96,8 @@ def check_memory(plan: Plan, limit: float, model: Transformer, config: Mapping[s
     largest = max(_held(plan).items(), key=lambda item: item[1])
     raise ConfigError(
         f"a device needs {plan.memory_total / _GB:,.1f} GB without activations (the most for "
-        f"{largest[0].replace('_', ' ')}, {largest[1] / _GB:,.1f} GB), but has {limit / _GB:,.1f} GB; {advice}."
+        f"{largest[0].replace('_', ' ')}, {largest[1] / _GB:,.1f} GB), but has {limit / _GB:,.1f} GB (device_memory); "
+        f"{advice}."
     )
 
 
