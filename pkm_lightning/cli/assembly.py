@@ -17,6 +17,7 @@ from pkm_lightning.training.build import build_meta_model
 from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pkm_lightning.training.instantiate import instantiate, target_class
 from pkm_lightning.training.optimizer import configured_schedule
+from pkm_lightning.training.plan import check_setting
 from pkm_lightning.training.sizing import solve_size
 from pkm_lightning.training.table_learning import check_learning
 
@@ -41,7 +42,7 @@ def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataMod
     config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
     check_learning(config)
     config = solve_size(config)
-    build_meta_model(config)
+    check_setting(build_meta_model(config), config)
     configured_schedule(config["optim"], config["trainer"]["max_steps"])
     return config, data
 

@@ -21,7 +21,7 @@ from pkm_lightning.cli.assembly import Assembly, assemble, complete
 from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.cli.lost_ranks import in_words, last_words, losses_ended, losses_named, watched
 from pkm_lightning.cli.outside import Decision, Outside, check_world, join
-from pkm_lightning.cli.resume import differences, load_checkpoint, saved_config
+from pkm_lightning.cli.resume import differences, is_spread, load_checkpoint, saved_config, spread_anew
 from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.errors import ConfigError, DataError, RankLostError, RunDirectoryError
@@ -96,11 +96,13 @@ def _run_other_rank(
 def _take_up(
     job: Job, path: Path, config: dict[str, Any], data: L.LightningDataModule
 ) -> tuple[dict[str, Any], L.LightningDataModule]:
-    """The saved configuration, if the command says nothing else."""
-    said = [o for o in job.overrides if o.split("=")[0] not in ("run_dir", "resume", "trust_config")]
+    """The saved configuration, if the command says nothing else than over what the run is spread from now on."""
+    keys = [o.split("=")[0].lstrip("+~") for o in job.overrides]
+    said = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
     saved = saved_config(path, trust=bool(said) or config["trust_config"])
-    if not said:
-        return complete({**saved, "resume": config["resume"], "trust_config": config["trust_config"]})
+    if all(map(is_spread, said)):
+        taken = spread_anew(saved, config, said)
+        return complete({**taken, "resume": config["resume"], "trust_config": config["trust_config"]})
     different = differences(saved, config)
     if different:
         raise RunDirectoryError(

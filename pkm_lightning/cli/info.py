@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pkm_lightning.cli.assembly import complete
 from pkm_lightning.cli.job import Job, plain
+from pkm_lightning.cli.plan_rows import describe_plan, plan_rows
 from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.cli.variants import compose_variant
 from pkm_lightning.errors import ConfigError, PkmError, check_choice
@@ -67,11 +68,14 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights", f"{figures['weight_bytes']:,} bytes"),
         ("optimizer states", f"{figures['optimizer_bytes']:,} bytes"),
     ]
-    return rows
+    return rows + plan_rows(figures["plan"]) if "plan" in figures else rows
 
 
 def describe(config: dict[str, Any]) -> dict[str, Any]:
-    """Parameters, FLOPs and bytes a token, table size, weight and optimizer memory of a completed configuration."""
+    """Parameters, FLOPs and bytes a token, table size, weight and optimizer memory of a completed configuration.
+
+    For several devices also `plan`: what each of them holds and receives.
+    """
     model = build_meta_model(config)
     cost = model_cost(model, attention_context(config))
     record = start_record(config, cost)
@@ -84,4 +88,5 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
         "table": {"rows": cost.table_rows, "dim": cost.table_dim, "bytes": cost.table_params * itemsize},
         "weight_bytes": cost.params_total * itemsize,
         "optimizer_bytes": optimizer_state_bytes(model, config),
+        **describe_plan(model, config),
     }

@@ -61,6 +61,9 @@ class Job:
         self._arguments = arguments
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)
+        # What was saved knows the resolved `trainer.devices` only, which is what counts.
+        if self.names("devices") and not self.names("trainer.devices"):
+            self.overrides.append(f"trainer.devices={config.trainer.devices}")
         swept = hydra.mode == RunMode.MULTIRUN
         if swept and verb != "fit":
             raise ConfigError(f"-m sweeps fit only; run {verb} once for each run_dir.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from pkm_lightning.training.instantiate import check_trusted
 
 #: Keys that say how this sitting is run, not what the run is.
 _OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "overwrite")
+#: Keys that say where a run is spread: it may go on elsewhere. `devices` counts as `trainer.devices`.
+_SPREAD = (
+    "strategy",
+    "devices",
+    "device_memory",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "table.shard",
+    "table.group",
+)
 _ABSENT = object()
 
 
@@ -39,11 +51,32 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: saved value -> new value` for every leaf that differs, but for keys of the sitting."""
+    """`key: saved value -> new value` for every leaf that differs, but for keys of the sitting and of the spread."""
     left, right = dict(_leaves(saved, "")), dict(_leaves(new, ""))
-    keys = [k for k in {**left, **right} if k.split(".")[0] not in _OF_THE_SITTING]
+    keys = [k for k in {**left, **right} if k.split(".")[0] not in _OF_THE_SITTING and not is_spread(k)]
     differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
     return [f"{k}: {left.get(k, '(absent)')} -> {right.get(k, '(absent)')}" for k in differing]
+
+
+def is_spread(key: str) -> bool:
+    """The key, as on a command line, says over what a run is spread."""
+    path = key.lstrip("+~").split("@")[0].replace("/", ".")
+    return any(path == spread or path.startswith(f"{spread}.") for spread in _SPREAD)
+
+
+def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], said: Iterable[str]) -> dict[str, Any]:
+    """`saved` with the keys of the spread among `said`, and of them only, as in `new`."""
+    spread = copy.deepcopy(dict(saved))
+    for key in said:
+        path = next(s for s in _SPREAD if key == s or key.startswith(f"{s}."))
+        group, _, name = path.partition(".")
+        if name:
+            spread.setdefault(group, {})[name] = new[group][name]
+        elif group in new:
+            spread[group] = new[group]
+            if group == "devices":
+                spread["trainer"]["devices"] = new["trainer"]["devices"]
+    return spread
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:

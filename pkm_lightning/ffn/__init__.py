@@ -9,12 +9,30 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, HasAfterStep, HasCost, TableSpec
+from pkm_lightning.ffn.base import (
+    FFNContext,
+    FFNCost,
+    FFNOutput,
+    HasAfterStep,
+    HasCost,
+    HasReads,
+    TableRead,
+    TableSpec,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FFNContext", "FFNCost", "FFNOutput", "HasAfterStep", "HasCost", "TableSpec"]
+__all__ = [
+    "FFNContext",
+    "FFNCost",
+    "FFNOutput",
+    "HasAfterStep",
+    "HasCost",
+    "HasReads",
+    "TableRead",
+    "TableSpec",
+]
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -4,9 +4,9 @@ Letters: B sequences, T tokens, D model dimension, N slots.
 
 A plugin is any `nn.Module` with `forward(x_BTD, context) -> FFNOutput`; it need not inherit from anything. The builder
 passes `dim`, `layer`, `n_layers` and `table` to a constructor that asks for them; the YAML gives everything else.
-Optional members: `cost() -> FFNCost`, `reset_parameters()`, `after_step(stats)`, the class method
-`table_spec(**arguments) -> TableSpec` (asked for before construction when the constructor takes a `table`; the
-arguments are `dim`, `n_layers` and the YAML's), and `parameter_roles`, a dict from own parameter names to roles
+Optional members: `cost() -> FFNCost`, `reads() -> list[TableRead]`, `reset_parameters()`, `after_step(stats)`, the
+class method `table_spec(**arguments) -> TableSpec` (asked for before construction when the constructor takes a `table`;
+the arguments are `dim`, `n_layers` and the YAML's), and `parameter_roles`, a dict from own parameter names to roles
 (`table`, `norm`, `bias`, `embedding`, `matrix`).
 """
 
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pkm_lightning.memory import ValueTable
 
 
 class FFNContext(NamedTuple):
@@ -91,6 +93,33 @@ class FFNCost:
     flops: int
     train_flops: int | None = None
     lookup_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRead:
+    """One call of a value table in a forward in training, for figures of memory and communication.
+
+    Args:
+        table: the table that is called.
+        ids: lines that a read names, K.
+        reads: reads a token.
+        groups: sums a read where it is called with groups, else 0 (one sum).
+        dot: it is `table.dot`, else a weighted sum.
+    """
+
+    table: ValueTable
+    ids: int
+    reads: int = 1
+    groups: int = 0
+    dot: bool = False
+
+
+@runtime_checkable
+class HasReads(Protocol):
+    """A plugin that says how it reads tables; of one that does not, traffic and staged reads are unknown."""
+
+    def reads(self) -> list[TableRead]:
+        """The calls of a forward, in any order."""
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pkm_lightning.errors import check_integer
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableRead, TableSpec
 from pkm_lightning.memory import Addressing, Cures, Values, product_slots
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ class MemoryLayer(nn.Module):
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Moves the running statistics of a batch normalisation of the queries, where there is one."""
         self.addressing.after_step(stats)
+
+    def reads(self) -> list[TableRead]:
+        """One weighted sum a token; the straight-through gradient reads all candidates."""
+        return [TableRead(table=self.values.table, ids=self.addressing.training_reads)]
 
     def cost(self) -> FFNCost:
         """Query, all 2 S sub-key scores a head, H * K table rows, matrices; top-k and norms count no FLOPs.

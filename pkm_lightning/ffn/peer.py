@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import ConfigError, check_choice, check_flag
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableRead, TableSpec
 from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, check_table, product_slots
 
 if TYPE_CHECKING:
@@ -114,6 +114,12 @@ class PEER(nn.Module):
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Moves the running statistics of the query's batch normalisation."""
         self.addressing.after_step(stats)
+
+    def reads(self) -> list[TableRead]:
+        """Inner products with all tables but the last, a weighted sum over that."""
+        *dots, up = (reference.table for reference in self._tables)
+        ids = self.addressing.training_reads
+        return [*(TableRead(table=table, ids=ids, dot=True) for table in dots), TableRead(table=up, ids=ids)]
 
     def cost(self) -> FFNCost:
         """Query, all 2 S sub-key scores a head, and H * K experts of two (with GLU three) vectors."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_integer, check_range
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableRead, TableSpec
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
 
 if TYPE_CHECKING:
@@ -206,6 +206,11 @@ class UltraMem(nn.Module):
             return {}
         excess_HR = (self.keys.spectrum()[:, 1:] - self.spectrum_margin).clamp(min=0)
         return {"spectrum": self.spectrum_loss / (self.keys.rank - 1) * excess_HR.square().sum(-1).mean()}
+
+    def reads(self) -> list[TableRead]:
+        """A read for each slice, with a sum for each projector."""
+        table, ids = self._table.table, self.keys.heads * self.keys.knn
+        return [TableRead(table=table, ids=ids, reads=table.slices, groups=self.expansion)]
 
     def cost(self) -> FFNCost:
         """`TuckerKeys.flops`, the projectors, and a product and a sum for each value read (all P W_p are applied)."""

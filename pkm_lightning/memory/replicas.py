@@ -76,13 +76,20 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
 def cheapest_way(reads: int, sources: int, rows: int, n_rows: int, source_rows_XD: Tensor, replicas: int) -> str:
     """`reads`, `rows` or `dense`, by the table above."""
     dim, item = source_rows_XD.shape[1], source_rows_XD.element_size()
+    received = received_bytes(reads, sources, rows, n_rows=n_rows, dim=dim, item=item, replicas=replicas)
+    return min(received, key=received.__getitem__)
+
+
+def received_bytes(
+    reads: int, sources: int, rows: int, *, n_rows: int, dim: int, item: int, replicas: int
+) -> dict[str, int]:
+    """Bytes that a rank receives in each way, in the order of preference; `item` is the size of a table's value."""
     wide = max(item, 4)
-    received = {
+    return {
         "reads": (replicas - 1) * (reads * (8 + wide) + sources * dim * item),
         "rows": (replicas - 1) * rows * (4 + dim * item),
         "dense": 2 * (replicas - 1) * n_rows * (dim + 1) * wide // replicas,
     }
-    return min(received, key=received.__getitem__)
 
 
 def _gather_reads(staged: StagedReads, reads: list[int], sources: list[int], group: dist.ProcessGroup) -> StagedReads:

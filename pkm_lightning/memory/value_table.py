@@ -100,6 +100,8 @@ class ValueTable(nn.Module):
 
         The whole table is drawn a block of rows at a time, so that no rank ever holds more of it than its part.
         """
+        if self.weight.is_meta:  # nothing to draw, in very many blocks
+            return
         width = self.dim // self.slices
         low, high = (0, self.n_lines) if self.mesh is None else self.mesh.row_range(self.n_lines)
         columns = slice(0, width) if self.mesh is None else self.mesh.columns(width)

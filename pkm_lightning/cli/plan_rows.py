@@ -1,0 +1,95 @@
+"""The plan of a run on several devices as `info` shows it: keys for programs, rows for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pkm_lightning.training.plan import check_memory, make_plan
+
+if TYPE_CHECKING:
+    from pkm_lightning.model import Transformer
+    from pkm_lightning.training.plan import Plan
+
+_HELD = {
+    "dense_weights": "  dense weights, embedding included",
+    "dense_gradients": "  dense gradients",
+    "dense_states": "  dense optimizer states",
+    "gathered_weights": "  weights gathered for a while",
+    "table_part": "  part of the tables",
+    "table_gradients": "  gradient of that part",
+    "table_states": "  optimizer states of that part",
+    "staged_reads": "  staged reads of a step",
+}
+_RECEIVED = {
+    "dense": "  dense weights and gradients",
+    "table_forward": "  table, forward",
+    "table_backward": "  table, backward",
+    "replicas": "  table gradients between replicas, uniform reads",
+    "row_statistics": "  sums over rows of row_adagrad, uniform reads",
+}
+
+
+def describe_plan(model: Transformer, config: dict[str, Any]) -> dict[str, Any]:
+    """The key `plan` of `info`'s figures; empty for one process of which no limit was said.
+
+    Raises:
+        ConfigError: it needs more memory than `device_memory`, or than the CUDA device has.
+    """
+    plan, said = make_plan(model, config), config.get("device_memory")
+    alone = plan.setting.strategy == "single" and plan.setting.world == 1
+    limit = _device_memory(config)
+    if limit is not None and (said is not None or not alone):
+        check_memory(plan, limit, model, config)
+    return {} if alone else {"plan": _as_keys(plan, limit)}
+
+
+def _device_memory(config: dict[str, Any]) -> float | None:
+    if config.get("device_memory") is not None:
+        return float(config["device_memory"]) * 1e9
+    if config["trainer"]["accelerator"] == "cpu" or not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _as_keys(plan: Plan, limit: float | None) -> dict[str, Any]:
+    setting = plan.setting
+    return {
+        "devices": setting.world,
+        "strategy": setting.strategy,
+        "table": {"shard": setting.shard, "group": setting.members, "copies": setting.replicas},
+        "tokens_per_device_and_step": None if setting.tokens is None else setting.tokens * setting.accumulate,
+        "memory_per_device": {**asdict(plan.memory), "total": plan.memory_total},
+        "host_memory_per_device": {**asdict(plan.host), "total": plan.host_total},
+        "device_memory": limit,
+        "received_per_step": {**asdict(plan.traffic), "total": plan.traffic_total},
+        "unknown_reads": list(plan.unknown),
+    }
+
+
+def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of the key `plan`."""
+    table, held, host = plan["table"], plan["memory_per_device"], plan["host_memory_per_device"]
+    split = "whole on each" if table["group"] == 1 else f"by {table['shard']} over {table['group']}"
+    tokens = plan["tokens_per_device_and_step"]
+    rows = [
+        ("devices, strategy", f"{plan['devices']}, {plan['strategy']}"),
+        ("tables", f"{split}, {table['copies']} copies"),
+        ("tokens a device and step", "unknown" if tokens is None else f"{tokens:,}"),
+        ("memory a device, without activations", _amount(held["total"])),
+        *((label, _amount(held[key])) for key, label in _HELD.items() if held[key] != 0),
+    ]
+    if host["total"]:
+        rows.append(("host memory a device, for tables", _amount(host["total"])))
+    received = plan["received_per_step"]
+    rows.append(("received a device and step", _amount(received["total"])))
+    rows += [(label, _amount(received[key])) for key, label in _RECEIVED.items() if received[key] != 0]
+    if plan["unknown_reads"]:
+        rows.append(("without the table reads of", ", ".join(plan["unknown_reads"])))
+    return rows
+
+
+def _amount(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:,.1f} GB ({size:,} bytes)"

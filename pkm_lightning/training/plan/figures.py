@@ -1,0 +1,119 @@
+"""The plan of a run: memory and communication of one device, put together from dense part and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from pkm_lightning.training.plan.dense import dense_figures
+from pkm_lightning.training.plan.setting import Setting
+from pkm_lightning.training.plan.tables import table_figures
+
+if TYPE_CHECKING:
+    from pkm_lightning.model import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device; None: unknown. Activations are not among them."""
+
+    dense_weights: int | None
+    dense_gradients: int | None
+    dense_states: int | None
+    gathered_weights: int | None
+    table_part: int
+    table_gradients: int
+    table_states: int
+    staged_reads: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that one device receives in an optimizer step; None: unknown."""
+
+    dense: int | None
+    table_forward: int | None
+    table_backward: int | None
+    replicas: int | None
+    row_statistics: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one device of a run holds and receives.
+
+    Args:
+        setting: ranks, strategy, batches.
+        memory: on the device.
+        host: of `table.device=cpu`, in host memory, a rank; 0 for what lies elsewhere.
+        traffic: in a step.
+        unknown: plugins that do not say how they read tables.
+    """
+
+    setting: Setting
+    memory: Memory
+    host: Memory
+    traffic: Traffic
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def memory_total(self) -> int:
+        """What is known to be held on the device."""
+        return total(self.memory)
+
+    @property
+    def host_total(self) -> int:
+        """What is known to be held in host memory beside it."""
+        return total(self.host)
+
+    @property
+    def traffic_total(self) -> int:
+        """What is known to be received."""
+        return total(self.traffic)
+
+
+def total(figures: Memory | Traffic) -> int:
+    """The sum of what is known."""
+    return sum(value or 0 for value in asdict(figures).values())
+
+
+def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
+    """The plan of a completed configuration.
+
+    Args:
+        model: as one process would build it, on the meta device; of its tables shapes are taken, of `config` all else.
+        config: with trainer, strategy, table and data.
+    """
+    setting = Setting.of(config)
+    dense = dense_figures(model, setting)
+    tables, unknown = table_figures(model, setting)
+    on_device = Memory(
+        dense_weights=None if dense is None else dense.weights,
+        dense_gradients=None if dense is None else dense.gradients,
+        dense_states=None if dense is None else dense.states,
+        gathered_weights=None if dense is None else dense.gathered,
+        table_part=tables.part,
+        table_gradients=tables.gradients,
+        table_states=tables.states,
+        staged_reads=tables.staged,
+    )
+    nothing = {field.name: 0 for field in fields(Memory)}
+    host = Memory(**nothing)
+    if setting.tables_on_host and not setting.on_host:
+        of_tables = [name for name in nothing if name.startswith("table_") or name == "staged_reads"]
+        host = replace(host, **{name: getattr(on_device, name) for name in of_tables})
+        on_device = replace(on_device, **dict.fromkeys(of_tables, 0))
+    return Plan(
+        setting=setting,
+        memory=on_device,
+        host=host,
+        traffic=Traffic(
+            dense=None if dense is None else dense.received,
+            table_forward=tables.forward,
+            table_backward=tables.backward,
+            replicas=tables.replicas,
+            row_statistics=tables.statistics,
+        ),
+        unknown=unknown,
+    )

@@ -1,0 +1,88 @@
+"""`info` of several devices: memory and communication before anything is launched, and refusals that `fit` shares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small import SMALL_RUN, Run
+
+from pkm_lightning.cli.resume import differences
+
+
+def test_the_table_and_the_json_agree(cli: Run, tmp_path: Path) -> None:
+    arguments = ["info", "strategy=fsdp", "devices=8", "table.group=4", "data.global_batch_size=64"]
+    shown = cli(*arguments, "format=json")
+    assert shown.code == 0, shown.err
+    plan = json.loads(shown.out)["plan"]
+    assert (plan["devices"], plan["strategy"]) == (8, "fsdp")
+    assert plan["table"] == {"shard": "dim", "group": 4, "copies": 2}
+    assert plan["tokens_per_device_and_step"] == 8 * 64
+    for part in ("memory_per_device", "received_per_step"):
+        assert plan[part]["total"] == sum(size for name, size in plan[part].items() if name != "total") > 0
+    assert plan["memory_per_device"]["table_part"] == 65536 * 64 * 4 // 4
+    table = cli(*arguments).out
+    assert "8, fsdp" in table
+    assert "by dim over 4, 2 copies" in table
+    assert f"0.0 GB ({plan['memory_per_device']['table_part']:,} bytes)" in table
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_devices_may_be_said_in_two_ways(cli: Run) -> None:
+    figures = [
+        json.loads(cli("info", "strategy=ddp", said, "format=json").out) for said in ("devices=2", "trainer.devices=2")
+    ]
+    assert figures[0] == figures[1]
+    assert figures[0]["plan"]["devices"] == 2
+    assert "plan" not in json.loads(cli("info", "format=json").out)
+
+
+def test_an_interrupted_run_goes_on_whichever_way_devices_are_said() -> None:
+    saved = {"seed": 1, "devices": 2, "trainer": {"devices": 2}}
+    assert differences(saved, {"seed": 1, "devices": 1, "device_memory": 80, "trainer": {"devices": 2}}) == []
+    assert differences(saved, {"seed": 1, "devices": 4, "trainer": {"devices": 4}}) == ["trainer.devices: 2 -> 4"]
+
+
+def test_variants_are_planned_side_by_side(cli: Run) -> None:
+    shown = cli("info", "ffn=dense,memory_plus,moe", "strategy=ddp", "devices=2", "format=json")
+    assert shown.code == 0, shown.err
+    plans = [figures["plan"] for figures in json.loads(shown.out)]
+    assert [plan["memory_per_device"]["table_part"] > 0 for plan in plans] == [False, True, False]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3"])
+def test_every_strategy_is_planned(cli: Run, strategy: str) -> None:
+    shown = cli("info", f"strategy={strategy}", "devices=4", "format=json")
+    assert shown.code == 0, shown.err
+    assert json.loads(shown.out)["plan"]["received_per_step"]["dense"] > 0
+
+
+def test_what_does_not_fit_is_refused_in_one_sentence(cli: Run) -> None:
+    shown = cli("info", "model=1.3b", "ffn.n_keys=10000", "devices=8", "strategy=fsdp", "device_memory=80")
+    assert shown.code == 2
+    assert len(shown.err.splitlines()) == 1
+    assert "but has 80.0 GB (device_memory); this fits: " in shown.err
+    alone = cli("info", "device_memory=0.001")
+    assert alone.code == 2
+    assert "has 0.0 GB" in alone.err
+
+
+@pytest.mark.parametrize("verb", ["info", "fit"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["devices=2"], "say strategy=ddp"),
+        (["devices=4", "strategy=ddp", "table.group=3"], "allowed: 1, 2, 4"),
+        (["devices=2", "strategy=fsdp", "trainer.precision=64-true"], "allowed: 32-true, bf16-true"),
+        (["devices=2", "strategy=ddp", "ffn.value_dim=7"], "say table.shard=row, or table.group=1"),
+        (["device_memory=much"], "device_memory='much' is no number"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_starts(
+    cli: Run, tmp_path: Path, verb: str, arguments: list[str], message: str
+) -> None:
+    shown = cli(verb, *SMALL_RUN, *arguments, "run_dir=run")
+    assert shown.code == 2
+    assert message in shown.err
+    assert list(tmp_path.iterdir()) == []

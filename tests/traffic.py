@@ -1,0 +1,87 @@
+"""What a rank receives in a run, counted at torch's own collectives: of this package, of DDP, FSDP2 and DeepSpeed.
+
+An all-reduce counts as the ring that it is on every network worth planning for, not as gloo happens to do it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Files of the package that call collectives, and what for.
+_PLACES = {
+    "memory/sharded_reads.py": "table",
+    "memory/replicas.py": "replicas",
+    "memory/mesh.py": "small",
+    "training/clipping.py": "small",
+    "ops/ranks.py": "statistics",
+}
+#: Losses, norms, numbers of tokens: a few values each.
+_SMALL = 64
+
+
+class Received(TorchDispatchMode):
+    """Counts bytes by (kind, operation) while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            received = _received(name, args)
+            self.bytes[_kind(received), name] += received
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _received(name: str, args: Any) -> int:
+    group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+    ranks = group.size()
+    first = sum(t.nbytes for t in _tensors(args[0]))
+    if name in ("allreduce_", "allreduce_coalesced_"):
+        return 2 * (ranks - 1) * first // ranks
+    if name in ("_allgather_base_", "allgather_", "alltoall_base_", "allgather_into_tensor_coalesced_"):
+        return (ranks - 1) * first // ranks
+    if name in ("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"):
+        return (ranks - 1) * first
+    if name == "reduce_":
+        return (ranks - 1) * first // ranks  # the root, which each rank is for its share
+    if name == "broadcast_":
+        return (ranks - 1) * first // ranks
+    return 0
+
+
+def _is_group(value: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in str(value._type())
+
+
+def _kind(received: int) -> str:
+    frame, names = sys._getframe(2), []
+    while frame is not None:
+        names.append((frame.f_code.co_filename, frame.f_code.co_name))
+        frame = frame.f_back
+    for file, name in names:
+        if file.endswith("ops/collectives.py") and name == "backward":
+            return "table_backward"
+        if name == "_whole_row_squares":
+            return "row_statistics"
+        for place, kind in _PLACES.items():
+            if file.endswith(f"pkm_lightning/{place}"):
+                return "table_forward" if kind == "table" else kind
+    return "small" if received < _SMALL else "dense"
