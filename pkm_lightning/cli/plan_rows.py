@@ -22,6 +22,7 @@ _HELD = {
     "table_gradients": "  gradient of that part",
     "table_states": "  optimizer states of that part",
     "staged_reads": "  staged reads of a step",
+    "merged_replicas": "  what replicas have sent, merged",
 }
 _RECEIVED = {
     "dense": "  dense weights and gradients",

@@ -70,6 +70,13 @@ def test_dense_learning_has_a_gradient_and_states_of_the_tables_size() -> None:
     assert held.staged_reads == 0
 
 
+def test_what_replicas_send_is_held_with_the_own() -> None:
+    made = plan(*LARGE, "table.group=2", "data.global_batch_size=1600")
+    assert made.traffic.replicas is not None
+    assert made.memory.merged_replicas == made.traffic.replicas * 4 // 3 > 0
+    assert plan(*LARGE).memory.merged_replicas == 0
+
+
 def test_one_process_sends_nothing() -> None:
     alone = plan("ffn=memory_plus")
     assert alone.traffic_total == 0

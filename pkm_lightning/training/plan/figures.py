@@ -26,6 +26,7 @@ class Memory:
     table_gradients: int
     table_states: int
     staged_reads: int | None
+    merged_replicas: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +98,12 @@ def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
         table_gradients=tables.gradients,
         table_states=tables.states,
         staged_reads=tables.staged,
+        merged_replicas=tables.merged,
     )
     nothing = {field.name: 0 for field in fields(Memory)}
     host = Memory(**nothing)
     if setting.tables_on_host and not setting.on_host:
-        of_tables = [name for name in nothing if name.startswith("table_") or name == "staged_reads"]
+        of_tables = [name for name in nothing if name.startswith(("table_", "staged_", "merged_"))]
         host = replace(host, **{name: getattr(on_device, name) for name in of_tables})
         on_device = replace(on_device, **dict.fromkeys(of_tables, 0))
     return Plan(

@@ -32,6 +32,7 @@ class TableFigures:
     gradients: int = 0
     states: int = 0
     staged: int | None = 0
+    merged: int | None = 0
     forward: int | None = 0
     backward: int | None = 0
     replicas: int | None = 0
@@ -102,7 +103,9 @@ class _OneTable:
     def _of_reads(self, calls: Sequence[TableRead] | None, part: int, *, dense: bool) -> TableFigures:
         replicas = 2 * (self.replicas - 1) * part // self.replicas if dense else 0
         if calls is None:
-            return TableFigures(staged=None, forward=None, backward=None, replicas=replicas or None, statistics=None)
+            return TableFigures(
+                staged=None, merged=None, forward=None, backward=None, replicas=replicas or None, statistics=None
+            )
         batches = self.setting.accumulate
         again = 2 if self.setting.checkpointing else 1
         travelled = TableFigures(
@@ -151,23 +154,24 @@ class _OneTable:
         at_once = staged if self.learning == "rows" else staged[: max(1, len(staged) // self.setting.accumulate)]
         held = _room([ids for ids, _ in at_once]) * (8 + self.wide)
         held += _room([rows for _, rows in at_once]) * self.columns * self.item
-        exchanged, touched = self._exchange(reads, sources)
+        exchanged, merged, touched = self._exchange(reads, sources)
         ring = 2 * (self.members - 1) * touched * self.wide // self.members
         statistics = ring if self.setting.rule == "row_adagrad" and self.shard == "dim" else 0
-        return TableFigures(staged=held, replicas=exchanged, statistics=statistics)
+        return TableFigures(staged=held, merged=merged, replicas=exchanged, statistics=statistics)
 
-    def _exchange(self, reads: int, sources: int) -> tuple[int, int]:
-        """Bytes between replicas, and rows of the gradient that they end with."""
+    def _exchange(self, reads: int, sources: int) -> tuple[int, int, int]:
+        """Bytes between replicas, bytes that hold what all of them have sent, and rows of the gradient in the end."""
         rows = self._touched(reads)
         if self.replicas == 1:
-            return 0, rows
+            return 0, 0, rows
         received = received_bytes(
             reads, sources, rows, n_rows=self.lines, dim=self.columns, item=self.item, replicas=self.replicas
         )
         way = min(received, key=received.__getitem__)
         padded = {"reads": reads, "rows": rows, "dense": self.lines}[way]
         merged = reads if self.setting.tables_on_host else padded
-        return received[way], self._touched(merged * self.replicas)
+        shares = 2 * (self.replicas - 1) if way == "dense" else self.replicas - 1
+        return received[way], received[way] * self.replicas // shares, self._touched(merged * self.replicas)
 
     def _touched(self, reads: int) -> int:
         if not self.setting.tables_on_host:
