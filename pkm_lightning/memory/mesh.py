@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pkm_lightning.errors import ConfigError, check_choice
+from pkm_lightning.ops.ranks import gather_into
 
 SHARDS = ("dim", "row", "none")
 
@@ -121,7 +122,7 @@ class TableMesh:
         """
         numbers = torch.empty(self.members, dtype=torch.int64, device="cpu")
         mine = torch.tensor([own], dtype=torch.int64, device="cpu")
-        dist.all_gather_into_tensor(numbers, mine, group=self._groups["cpu"][1])
+        gather_into(numbers, mine, self._groups["cpu"][1])
         return tuple(numbers.tolist())
 
 

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pkm_lightning.ops.ranks import gather_into, reduce_scatter_into
+
 # With equal lengths one contiguous tensor goes in and one comes out; else each rank's part is padded to the longest.
 
 
@@ -66,7 +68,7 @@ def _all_gather(x_T: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -
     if len(padded) < longest:
         padded = torch.cat([padded, padded.new_zeros(longest - len(padded), *padded.shape[1:])])
     gathered = padded.new_empty(len(lengths) * longest, *padded.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=group)
+    gather_into(gathered, padded, group)
     if min(lengths) == longest:
         return gathered
     return torch.cat([part[:length] for part, length in zip(gathered.split(longest), lengths, strict=True)])
@@ -81,8 +83,7 @@ def _reduce_scatter(x_A: Tensor, lengths: Sequence[int], group: dist.ProcessGrou
             padded[rank, : len(part)] = part
         padded = padded.flatten(0, 1)
     reduced = padded.new_empty(longest, *padded.shape[1:])
-    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
-    reduce(reduced, padded, group=group)
+    reduce_scatter_into(reduced, padded, group)
     return reduced[:own]
 
 

@@ -46,10 +46,27 @@ def gather_over_ranks(value: Tensor) -> list[Tensor]:
     world = dist.get_world_size()
     length = torch.tensor([len(value)], device=value.device)
     all_lengths = torch.empty(world, dtype=length.dtype, device=value.device)
-    dist.all_gather_into_tensor(all_lengths, length)
+    gather_into(all_lengths, length)
     lengths = all_lengths.tolist()
     padded = value.new_zeros(max(lengths), *value.shape[1:])
     padded[: len(value)] = value
     gathered = value.new_empty(world * len(padded), *value.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
+    gather_into(gathered, padded)
     return [part[:length] for part, length in zip(gathered.split(len(padded) or 1), lengths, strict=False)]
+
+
+# Torch 2.13 has renamed both, and warns under the old names.
+_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+
+def gather_into(gathered: Tensor, own: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """All ranks' `own`, of one shape, one behind the other."""
+    assert _gather is not None
+    _gather(gathered, own, group=group)
+
+
+def reduce_scatter_into(reduced: Tensor, every: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """This rank's share of the sum of `every` over ranks."""
+    assert _reduce is not None
+    _reduce(reduced, every, group=group)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableMesh
 from pkm_lightning.memory.mesh import group_size
 
@@ -29,9 +31,29 @@ def table_mesh(table: Mapping[str, Any], trainer: L.Trainer) -> TableMesh:
     return TableMesh(shard=shard, members=members, device_type=trainer.strategy.root_device.type)
 
 
+def check_own_tables(model: Transformer) -> None:
+    """Refuse tables that a plugin has made for itself, where the strategy would split what rows are updated in.
+
+    Raises:
+        ConfigError: with what to do instead.
+    """
+    if any(table.mesh is None and table.stage is not None for table in model.value_tables):
+        raise ConfigError(
+            "a plugin has made a ValueTable that learns by rows for itself, which this strategy would take as a dense "
+            "parameter; let the plugin ask for a table (the keyword `table` and the class method table_spec), or say "
+            "strategy=ddp."
+        )
+
+
 def shard_dense(model: Transformer, mesh: DeviceMesh, tables: Iterable[nn.Parameter]) -> None:
     """FSDP2 over the data-parallel ranks: a unit a block, and one for the rest; `tables` are left as they are."""
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        # Dim 0 is padded to the number of ranks: of sub-keys (heads, 2, keys, half) that would be most of what is sent.
+        fitting = [dim for dim, size in enumerate(parameter.shape) if size % mesh.size() == 0]
+        return Shard(fitting[0]) if fitting and fitting[0] != 0 else None
+
     ignored = set(tables)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=ignored)
+        fully_shard(block, mesh=mesh, shard_placement_fn=place)
+    fully_shard(model, mesh=mesh, ignored_params=ignored, shard_placement_fn=place)

@@ -19,13 +19,13 @@ from torchmetrics import SumMetric
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import HasAfterStep
-from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
+from pkm_lightning.memory import TableMesh, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import plugins
 from pkm_lightning.training.build import attention_context, build_model
 from pkm_lightning.training.clipping import clip_by_norm, local
-from pkm_lightning.training.distribution import shard_dense, table_mesh
+from pkm_lightning.training.distribution import check_own_tables, shard_dense, table_mesh
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.generation import greedy
 from pkm_lightning.training.in_step import in_step
@@ -90,18 +90,22 @@ class LanguageModule(L.LightningModule):
 
     def _hand_over(self) -> None:
         """Leaves the dense parameters to the strategy, in its own way, and keeps the tables out of its reach."""
-        tables: list[ValueTable] = self.model.value_tables
         if self._trainer is None or self._trainer.world_size == 1:
             return
+        # A table that a plugin has made for itself is a parameter like any other.
+        tables = [table for table in self.model.value_tables if table.mesh is not None]
+        weights = [table.weight for table in tables]
         if getattr(self._trainer.strategy, "owns_parameters", False):
+            check_own_tables(self.model)
             for table in tables:
                 table.unregister()
         elif self.device_mesh is not None:
-            shard_dense(self.model, self.device_mesh["data_parallel"], [table.weight for table in tables])
+            check_own_tables(self.model)
+            shard_dense(self.model, self.device_mesh["data_parallel"], weights)
         else:
             # DDP would give all ranks the first one's part, and average gradients of different parts.
             names = {id(parameter): name for name, parameter in self.named_parameters()}
-            self._ddp_params_and_buffers_to_ignore = [names[id(table.weight)] for table in tables]
+            self._ddp_params_and_buffers_to_ignore = [names[id(weight)] for weight in weights]
 
     def configure_optimizers(self) -> Any:
         """`optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""

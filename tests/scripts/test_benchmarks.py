@@ -133,3 +133,16 @@ def test_a_wrong_and_a_failing_way_are_not_timed(script: Any, capsys: pytest.Cap
     assert failed.status == "RuntimeError: no such kernel"
     assert wrong.median is infinite.median is failed.median is None
     assert "no such kernel" in capsys.readouterr().out
+
+
+def test_a_mapped_table_decodes_beside_the_same_in_memory(script: Any, tmp_path: Path) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux")
+    out = tmp_path / "mmap.csv"
+    tiny = ["--sizes", "0.01", "--huge", "0.02", "--rounds", "1", "--seconds", "0.01", "--folder", str(tmp_path)]
+    script("bench_mmap").main([*tiny, "--out", str(out)])
+    found = lines(out)
+    assert [line["way"] for line in found[:4]] == ["memory", "mmap", "mmap", "mmap, readahead"]
+    assert len(found) == 10
+    assert all(float(line["tokens_s"]) > 0 for line in found[:-1])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mmap.csv"]
