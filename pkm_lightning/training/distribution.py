@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -45,13 +45,20 @@ def check_own_tables(model: Transformer) -> None:
         )
 
 
+def split_dim(shape: Sequence[int], ranks: int) -> int:
+    """The dimension that FSDP2 splits: the first that the ranks divide, else the first, which it pads.
+
+    Of sub-keys (heads, 2, keys, half) the padding would be most of what is sent.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
 def shard_dense(model: Transformer, mesh: DeviceMesh, tables: Iterable[nn.Parameter]) -> None:
     """FSDP2 over the data-parallel ranks: a unit a block, and one for the rest; `tables` are left as they are."""
 
     def place(parameter: nn.Parameter) -> Shard | None:
-        # Dim 0 is padded to the number of ranks: of sub-keys (heads, 2, keys, half) that would be most of what is sent.
-        fitting = [dim for dim, size in enumerate(parameter.shape) if size % mesh.size() == 0]
-        return Shard(fitting[0]) if fitting and fitting[0] != 0 else None
+        dim = split_dim(parameter.shape, mesh.size())
+        return None if dim == 0 else Shard(dim)
 
     ignored = set(tables)
     for block in model.blocks:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from pkm_lightning.training.distribution import split_dim
+
 if TYPE_CHECKING:
     from pkm_lightning.model import Transformer
     from pkm_lightning.training.plan.setting import Setting
@@ -30,7 +32,7 @@ class DenseFigures:
 
 
 class _Sizes:
-    """Numbers of values; `shares` of one rank, each parameter's first dimension rounded up as FSDP2 pads it."""
+    """Numbers of values; `shares` of one rank, each parameter's split dimension rounded up as FSDP2 pads it."""
 
     def __init__(self, model: Transformer, world: int) -> None:
         tables = {id(table.weight) for table in model.value_tables}
@@ -51,8 +53,10 @@ class _Sizes:
 
 
 def _share(parameter: nn.Parameter, world: int) -> int:
-    first = parameter.shape[0] if parameter.ndim else 1
-    return -(-first // world) * (parameter.numel() // max(1, first))
+    if not parameter.ndim:
+        return 1
+    split = parameter.shape[split_dim(parameter.shape, world)]
+    return -(-split // world) * (parameter.numel() // max(1, split))
 
 
 def dense_figures(model: Transformer, setting: Setting) -> DenseFigures | None:
