@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from small import SMALL_RUN
 
+from pkm_lightning.training.sharded_checkpoint import SavedTensors
+
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """`python -m pkm_lightning ...`, its output in one pipe."""
@@ -39,8 +41,7 @@ def metrics(run_dir: Path) -> list[dict[str, str]]:
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:
     """The content of the newest checkpoint."""
     path = sorted((run_dir / "checkpoints").glob("*.ckpt"))[-1]
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    return content
+    return SavedTensors(path).read_whole()
 
 
 def assert_equal_runs(first: Path, second: Path) -> None:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pkm_lightning.callbacks import Recall, StepProgressBar
 from pkm_lightning.cli.assembly import complete, make_callbacks, make_trainer
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.resume import check_content, checkpoint_config, saved_config
+from pkm_lightning.cli.resume import check_content, checkpoint_config, load_checkpoint, saved_config
 from pkm_lightning.cli.run_directory import latest_checkpoint
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
@@ -24,7 +24,7 @@ from pkm_lightning.training.tokenizer_check import check_tokenizer
 #: What a saved run is; a command that evaluates it cannot change it.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
 #: But where its table lies.
-_FREE = ("table.device",)
+_FREE = ("table.device", "table.shard", "table.group")
 _WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "overwrite")
 
 
@@ -47,7 +47,8 @@ class SavedRun:
                 f"table.device=mmap needs a checkpoint in one file, and {self.path} is a folder; write one with: "
                 f"export ckpt={self.path} file=model.safetensors."
             )
-        checkpoint = load_weights(self.path)
+        # A folder's tensors are read when they are needed: of several ranks each reads its parts only.
+        checkpoint = load_checkpoint(self.path) if self.path.is_dir() else load_weights(self.path)
         trust = bool(job.config.trust_config)
         if self.folder is not None:
             config = saved_config(self.folder, trust=trust)
@@ -55,6 +56,14 @@ class SavedRun:
             config = checkpoint_config(checkpoint, str(self.path), trust=trust)
         self._checkpoint = checkpoint
         self.config, self.data = complete(_with_overrides(config, job))
+        if self.is_spread and looks_like_safetensors(self.path):
+            raise ConfigError(
+                f"ckpt={self.path} is read by one process; say strategy=single devices=1, or give a run's checkpoint."
+            )
+        if self.is_spread and self.config["table"].get("device") == "mmap":
+            raise ConfigError(
+                "table.device=mmap is of one process; say strategy=single devices=1, or table.device=cpu."
+            )
         self.data.prepare_data()
         check_tokenizer(checkpoint, self.data)
 
@@ -63,10 +72,19 @@ class SavedRun:
         kept: list[L.Callback] = [c for c in make_callbacks(self.config) if isinstance(c, Recall | StepProgressBar)]
         return make_trainer(self.config, callbacks=kept, loggers=[])
 
+    @property
+    def is_spread(self) -> bool:
+        """Several ranks evaluate, each of which reads its own parts of the checkpoint."""
+        return bool(self.config["strategy"])
+
     def module(self) -> LanguageModule:
-        """The module with the saved weights."""
+        """The module, with the saved weights where one process evaluates."""
         module = LanguageModule(self.config)
+        if self.is_spread:
+            return module
         module.configure_model()
+        if self.path.is_dir():
+            self._checkpoint = load_weights(self.path)
         try:
             module.load_state_dict(self._checkpoint["state_dict"])
         except RuntimeError as error:
@@ -76,6 +94,11 @@ class SavedRun:
             if table.is_mapped:
                 expect_scattered_reads(table.weight)
         return module
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """What the Trainer is to load, where `module` has no weights yet."""
+        return str(self.path) if self.is_spread else None
 
 
 def load_weights(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import yaml
 
 from pkm_lightning.errors import CheckpointError, RunDirectoryError
 from pkm_lightning.training.instantiate import check_trusted
+from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
 #: Keys that say how this sitting is run, not what the run is.
 _OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "overwrite")
@@ -88,11 +89,13 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of this package, tensors memory-mapped.
+    """The content of a checkpoint of this package, tensors memory-mapped; of a folder without its tensors.
 
     Raises:
         CheckpointError: missing, damaged, or not written by this package.
     """
+    if Path(path).is_dir():
+        return check_content(SavedTensors(path).skeleton, path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:

@@ -45,9 +45,11 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
 
     #: The engine takes every registered parameter: tables must not be among them.
     owns_parameters = True
+    _groups: list[list[nn.Parameter]]
 
     def __init__(self, *, stage: int, **options: Any) -> None:
         super().__init__(stage=stage, **copy.deepcopy(options))
+        self._groups = []  # the parameters of the optimizer's groups, in training
 
     def setup_environment(self) -> None:
         """On CPUs without Lightning's refusal and without compiling an operator for shared memory."""
@@ -178,7 +180,7 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """As of every strategy; the schedule is that of the engine's groups."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        for schedule in checkpoint.get("lr_schedulers", []):
+        for schedule in checkpoint.get("lr_schedulers", []) if self._groups else []:
             for key in ("base_lrs", "_last_lr", "lr_lambdas"):
                 schedule[key] = schedule[key][: len(self._groups)]
         return checkpoint
