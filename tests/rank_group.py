@@ -9,7 +9,6 @@ import importlib
 import multiprocessing
 import os
 import socket
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ class Group:
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = _START.Pipe()
-            process = _START.Process(target=_serve, args=(rank, size, port, there, list(sys.path)), daemon=True)
+            process = _START.Process(target=_serve, args=(rank, size, port, there), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -85,8 +84,7 @@ def groups() -> Iterator[Groups]:
         group.close()
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -> None:
-    sys.path[:] = path
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), NODE_RANK="0",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GROUP_RANK="0",
