@@ -27,7 +27,7 @@ fit: setup ## train with the default configuration; OVERRIDES= takes Hydra overr
 	$(BIN)/python -m pkm_lightning fit $(OVERRIDES)
 
 test: setup ## the tests that need no GPU and little time
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not gpu'
 
 test-slow: setup ## all other tests; those for a GPU are skipped without one
 	$(BIN)/python -m pytest -m 'slow or gpu'

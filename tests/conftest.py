@@ -15,6 +15,7 @@ shape_checks.install()
 import pytest  # noqa: E402  the checks come before anything could import the package
 import torch  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+from rank_group import Groups, groups  # noqa: E402
 from small import Outcome, Run  # noqa: E402
 
 from pkm_lightning.cli.main import main  # noqa: E402
@@ -49,6 +50,19 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["PKM_LIGHTNING_CACHE"]
     else:
         os.environ["PKM_LIGHTNING_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Groups]:
+    """`ranks(2).run(job, ...)`: one spawned group a size for all tests, which run on one worker."""
+    with groups() as made:
+        yield made
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture

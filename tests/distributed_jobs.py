@@ -165,3 +165,29 @@ def save_twice_on_a_full_disk(overrides: list[str], path: str) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     return ""
+
+
+def save_in_the_background(overrides: list[str], here: str, there: str) -> None:
+    """Saves a step at once and in the background, while two further steps change what was saved."""
+    given = settings(*overrides, steps=4)
+    given["trainer"]["devices"] = dist.get_world_size()
+    mine = [share(batch, dist.get_world_size(), dist.get_rank()) for batch in batches(4)]
+    both = SaveTwice(here, there)
+    make_trainer(given, callbacks=[both], loggers=[]).fit(LanguageModule(given), loader(mine))
+
+
+class SaveTwice(L.Callback):
+    """Saves the second step twice, the second time in the background."""
+
+    def __init__(self, here: str, there: str) -> None:
+        self.here, self.there = here, there
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        strategy: Any = trainer.strategy
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.here)
+            strategy.asynchronous = True
+            trainer.save_checkpoint(self.there)
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.strategy.finish_saving()  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ def plugins(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow  # tests/strategies compares all strategies
 def test_two_ranks_and_accumulation_reach_the_losses_of_one(tmp_path: Path) -> None:
     finish(fit(*SGD, "run_dir=one", cwd=tmp_path))
     finish(fit(*SGD, *DDP, "run_dir=two", cwd=tmp_path))
@@ -47,6 +48,7 @@ def test_two_ranks_and_accumulation_reach_the_losses_of_one(tmp_path: Path) -> N
                     )
 
 
+@pytest.mark.slow  # tests/strategies compares all strategies
 @pytest.mark.parametrize(
     "ffn",
     [
@@ -79,6 +81,7 @@ def test_statistics_of_the_batch_are_those_of_all_ranks(tmp_path: Path, ffn: lis
     assert compared >= 6
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_config_dir_over_two_ranks(plugins: Path) -> None:
     sweep = ["fit", "-m", "--config-dir=mine", *SMALL_RUN, *DDP, "trainer.max_steps=4"]
     out = finish(start(*sweep, "ffn=narrow,dense", "run_dir=sweep", cwd=plugins))

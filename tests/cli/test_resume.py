@@ -26,7 +26,7 @@ def kill_after(process: subprocess.Popen[str], run_dir: Path, rows: int, delay: 
     process.wait(timeout=180)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_like_an_untouched_one(tmp_path: Path, workers: int) -> None:
     options = [*STEPS, f"data.num_workers={workers}"]
     finish(fit(*options, "run_dir=whole", cwd=tmp_path))
@@ -38,6 +38,7 @@ def test_a_killed_run_ends_like_an_untouched_one(tmp_path: Path, workers: int) -
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     finish(fit(*STEPS, "run_dir=whole", cwd=tmp_path))
     kill_after(fit(*STEPS, "run_dir=killed", cwd=tmp_path), tmp_path / "killed", rows=1, delay=0.0)
@@ -67,7 +68,9 @@ def test_ten_kills_at_random_moments(tmp_path: Path, accumulate: int) -> None:
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_leaves_a_checkpoint_and_an_honest_record(tmp_path: Path, number: int, code: int) -> None:
     run = tmp_path / "run"
     process = fit("trainer.max_steps=2000", "run_dir=run", cwd=tmp_path)
@@ -82,6 +85,7 @@ def test_a_signal_leaves_a_checkpoint_and_an_honest_record(tmp_path: Path, numbe
     assert last_checkpoint(run)["global_step"] >= int(metrics(run)[-1]["step"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_without_checkpoints_is_an_interruption_too(tmp_path: Path) -> None:
     process = fit("trainer.max_steps=5000", "~callbacks.step_checkpoint", "run_dir=run", cwd=tmp_path)
     file = tmp_path / "run" / "metrics.csv"

@@ -146,6 +146,7 @@ trainer.fit(Reporter(), FactsDataModule(**LOADER, **{**FACTS, "eval_facts": 1}, 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_global_batch(facts: Callable[..., FactsDataModule], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", TWO_RANKS, str(tmp_path)]

@@ -6,10 +6,6 @@ Letters: N rows, D values a row, T reads, K rows a read, G groups a read.
 from __future__ import annotations
 
 import copy
-import json
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +13,6 @@ import torch
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tree import ROOT
 
 from pkm_lightning.memory import RowStage, ValueTable, clip_tables
 
@@ -233,21 +228,3 @@ def test_a_table_in_host_memory_is_cast_but_not_moved() -> None:
     assert layer["linear"].weight.is_meta  # type: ignore[union-attr]
     assert table.weight.device.type == "cpu"
     assert table.weight.dtype is torch.bfloat16
-
-
-def test_a_rank_that_read_nothing_takes_the_others_step() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    script = str(ROOT / "tests" / "memory" / "silent_rank.py")
-    ranks = [
-        subprocess.Popen([sys.executable, script, rank, port], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        for rank in ("0", "1")
-    ]
-    shown = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert shown[0] == shown[1]
-    moved_ND = torch.tensor(json.loads(shown[0].splitlines()[-1]))
-    assert not moved_ND[[0, 2]].any()
-    # Half of the gradient of 1: a mean over the ranks.
-    assert moved_ND[[1, 3]].sub(0.5).abs().max() < 0.02

@@ -1,6 +1,6 @@
 """Every strategy, number of ranks, shard, way of learning and FFN against one process: 130 runs of 30 steps.
 
-`RANKS_MATRIX=FILE.csv pytest -m slow tests/strategies/test_full_matrix.py` writes a line a case and, started again, goes
+`RANKS_MATRIX=FILE.csv pytest -m slow tests/strategies/test_full_matrix.py` writes a line a case; started again, it goes
 on with those that are not in it.
 """
 

@@ -29,12 +29,16 @@ def step(ranks: Groups, strategy: str, size: int, job: Any, overrides: str, *arg
     return ranks(size).run(job, named, *arguments)[0]
 
 
+def slow(*trip: Any) -> Any:
+    return pytest.param(*trip, marks=pytest.mark.slow)
+
+
 TRIPS = [
     ("ffn=memory_plus", [("ddp", 2), ("fsdp", 4), ("deepspeed_3", 2), ("single", 1), ("deepspeed_1", 2), ("ddp", 2)]),
-    ("ffn=peer table.shard=row", [("fsdp", 2), ("single", 1), ("deepspeed_2", 2), ("fsdp", 4)]),
+    slow("ffn=peer table.shard=row", [("fsdp", 2), ("single", 1), ("deepspeed_2", 2), ("fsdp", 4)]),
     ("ffn=ultramem table.learning=dense", [("deepspeed_3", 2), ("ddp", 4), ("single", 1), ("fsdp", 2)]),
-    ("ffn=memory_plus table/optimizer=row_adagrad", [("ddp", 4), ("fsdp", 2), ("single", 1)]),
-    ("ffn=moe ffn.balancing=bias", [("fsdp", 2), ("deepspeed_3", 2), ("single", 1)]),
+    slow("ffn=memory_plus table/optimizer=row_adagrad", [("ddp", 4), ("fsdp", 2), ("single", 1)]),
+    slow("ffn=moe ffn.balancing=bias", [("fsdp", 2), ("deepspeed_3", 2), ("single", 1)]),
 ]
 
 
@@ -89,3 +93,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(ranks: Groups, tmp_pat
         assert "previous checkpoint is whole" in message
     content(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("deepspeed_2", marks=pytest.mark.slow)])
+def test_what_is_written_in_the_background_is_the_step_that_was_saved(
+    ranks: Groups, tmp_path: Path, strategy: str
+) -> None:
+    here, there = tmp_path / "here.ckpt", tmp_path / "there.ckpt"
+    overrides = [f"strategy={strategy}", "ffn=memory_plus"]
+    ranks(2).run(jobs.save_in_the_background, overrides, str(here), str(there))
+    (expected, tensors), (found, others) = content(here), content(there)
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors.keys() | others.keys())
+    assert expected["optimizer_states"] == found["optimizer_states"]

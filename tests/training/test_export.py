@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_group import groups
+from rank_group import Groups
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sharded_folders import checkpoint, save_folders
@@ -27,12 +27,12 @@ from pkm_lightning.training.sharded_checkpoint import flatten, save
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(ranks: Groups, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint in a file, and in folders that two ranks wrote."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.save(checkpoint(), folder / "file.ckpt")
-    with groups() as ranks:
-        ranks(2).run(save_folders, folder)
+
+    ranks(2).run(save_folders, folder)
     return {"file": folder / "file.ckpt", "rows": folder / "0.ckpt", "columns": folder / "1.ckpt"}
 
 

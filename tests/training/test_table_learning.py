@@ -96,7 +96,6 @@ def test_one_optimizer_and_its_groups_have_names_for_monitors(tmp_path: Any) -> 
         (["trainer.precision=16-true", "table.learning=fused"], r"precision=16-true does not work"),
         (["table.learning=fused", "trainer.accumulate_grad_batches=2"], r"cannot accumulate .*=2\); say table.lea"),
         (["table.learning=fused"], r"optim.table_clip_norm=1.0\); set optim.table_clip_norm=null"),
-        (["table.learning=fused", "optim.table_clip_norm=null", "strategy=ddp"], r"runs in one process"),
         (["table/optimizer=catch_up_adam", "optim.table_weight_decay=0.1"], r"table_weight_decay=0.1: .*catch_up_adam"),
         (["table.optimizer.rule=adamw"], r"table.optimizer.rule='adamw' is not known"),
     ],

@@ -1,0 +1,60 @@
+"""What a mesh of tables refuses, and which part of a table is whose; the rest needs ranks (tests/strategies)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory.mesh import TableMesh, check_dim, check_members, group_size
+from pkm_lightning.memory.replicas import cheapest_way
+
+
+def part_of(shard: str, members: int, member: int) -> TableMesh:
+    """A mesh as one of several members sees it, without the others."""
+    mesh = TableMesh.__new__(TableMesh)
+    mesh.shard, mesh.members, mesh.member, mesh.replicas, mesh.world = shard, members, member, 1, members
+    return mesh
+
+
+def test_a_group_is_all_ranks_a_node_or_a_number() -> None:
+    assert [group_size(group, 16, 8) for group in ("world", "node", 4)] == [16, 8, 4]
+    for wrong in ("rack", 0, -1, True, 1.5, None):
+        with pytest.raises(ConfigError, match="allowed: world, node, or a number of ranks"):
+            group_size(wrong, 16, 8)  # type: ignore[arg-type]
+
+
+def test_groups_and_columns_that_do_not_divide_are_refused_with_those_that_do() -> None:
+    with pytest.raises(ConfigError, match=r"table.group=3 does not divide the 4 ranks; allowed: 1, 2, 4"):
+        check_members("dim", 3, 4)
+    with pytest.raises(ConfigError, match=r"10 values of a row over 4 ranks; say table.shard=row, or table.group=2"):
+        check_dim("dim", 10, 4)
+    check_dim("row", 10, 4)
+
+
+@pytest.mark.parametrize(("rows", "members"), [(10, 4), (3, 4), (16, 4), (1, 2)])
+@pytest.mark.parametrize("shard", ["row", "dim"])
+def test_the_parts_make_up_the_table_that_one_process_draws(rows: int, members: int, shard: str) -> None:
+    torch.manual_seed(1)
+    whole = ValueTable(rows=rows, dim=8)
+    parts = []
+    for member in range(members):
+        torch.manual_seed(1)
+        parts.append(ValueTable(rows=rows, dim=8, mesh=part_of(shard, members, member)).weight)
+    assert torch.equal(torch.cat(parts, 0 if shard == "row" else 1), whole.weight)
+    assert sum(part.numel() for part in parts) == whole.size
+
+
+def test_a_large_table_is_drawn_in_blocks_as_in_one_go() -> None:
+    torch.manual_seed(1)
+    table = ValueTable(rows=70_001, dim=129, std=1.0)
+    torch.manual_seed(1)
+    assert torch.equal(table.weight, torch.randn(70_001, 129))
+
+
+def test_what_replicas_exchange_is_what_needs_the_fewest_bytes() -> None:
+    rows_XD = torch.empty(0, 128)
+    assert cheapest_way(1_000, 10, 900, 10**6, rows_XD, 8) == "reads"
+    assert cheapest_way(10**6, 10**5, 1_000, 10**6, rows_XD, 8) == "rows"
+    assert cheapest_way(10**6, 10**5, 10_000, 10_000, rows_XD, 8) == "dense"
