@@ -97,10 +97,14 @@ class StepCheckpoint(ModelCheckpoint):
         """The one before stays until the new one is whole."""
 
     def _remove_older(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero:
-            # A run killed between a save and the removal of the one before leaves an older file behind.
-            for older in sorted(Path(str(self.dirpath)).glob("step-*.ckpt"))[:-1]:
-                shutil.rmtree(older, ignore_errors=True) if older.is_dir() else older.unlink(missing_ok=True)
+        folder = Path(str(self.dirpath))
+        whole = sorted(folder.glob("step-*.ckpt"))
+        if not trainer.is_global_zero or not whole:
+            return
+        # A killed run leaves an older one behind, or one half-written; a later one may be being written right now.
+        unfinished = [p for p in folder.glob("step-*.ckpt.tmp") if p.name.removesuffix(".tmp") <= whole[-1].name]
+        for older in (*whole[:-1], *unfinished):
+            shutil.rmtree(older, ignore_errors=True) if older.is_dir() else older.unlink(missing_ok=True)
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
         """True on every rank if any rank was asked: ranks that stop at different steps would wait for ever."""
