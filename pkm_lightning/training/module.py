@@ -272,7 +272,7 @@ class LanguageModule(L.LightningModule):
         optim = self.config["optim"]
         dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
         apart = [] if self.table_optimizer is None else self.table_optimizer.param_groups
-        groups = {"dense": [], "table": []}  # type: dict[str, list[torch.nn.Parameter]]
+        groups: dict[str, list[torch.nn.Parameter]] = {"dense": [], "table": []}
         for group in [*optimizer.param_groups, *apart]:
             groups["table" if group["name"] in ("table", "table_dense") else "dense"] += group["params"]
         if groups["table"] and (optim["table_clip_norm"] is not None or self._log_is_due()):
