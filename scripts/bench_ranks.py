@@ -152,7 +152,7 @@ def main() -> None:
         found = versions()
         with given.out.open("w", newline="") as file:
             date = datetime.date.today().isoformat()
-            writer = csv.DictWriter(file, [*rows[0], "date", "torch", "cores"])
+            writer = csv.DictWriter(file, [*rows[0], "date", "torch", "cores"], lineterminator="\n")
             writer.writeheader()
             for row in rows:
                 writer.writerow({**row, "date": date, "torch": found["torch"], "cores": os.cpu_count()})

@@ -43,7 +43,7 @@ def done(file: Path) -> set[tuple[str, ...]]:
 def write(file: Path, row: dict[str, object]) -> None:
     new = not file.exists()
     with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, row)
+        writer = csv.DictWriter(lines, row, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
