@@ -89,8 +89,12 @@ def alone() -> Any:
 
 def way_of_replicas(way: str) -> None:
     """Each way of exchanging between replicas gives the same update."""
+    before = replicas_module.cheapest_way
     replicas_module.cheapest_way = lambda *_: way
-    compare("dim", 1, "rows", "sum", [13, 27][: dist.get_world_size()] or [40], "lazy_adam")
+    try:
+        compare("none", 1, "rows", "sum", [13, 27], "lazy_adam")
+    finally:
+        replicas_module.cheapest_way = before
 
 
 def gathered(lengths: list[int]) -> Tensor:

@@ -51,3 +51,10 @@ def test_the_slurm_script_starts_what_torchrun_starts(tmp_path: Path) -> None:
         found = re.search(rf"^#SBATCH {option}=(\d+)$", SCRIPT, re.M)
         assert found
         assert f"trainer.{key}={found.group(1)}" in overrides(command)
+
+
+@pytest.mark.parametrize("page", [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
+    missing = [link for link in links if link and not (page.parent / link).exists()]
+    assert not missing

@@ -32,6 +32,13 @@ def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataMod
     """
     for name in ("log_every_n_steps", "accumulate_grad_batches"):
         check_integer(f"trainer.{name}", config["trainer"][name], 1)
+    check_integer("trainer.num_nodes", config["trainer"]["num_nodes"], 1)
+    if isinstance(config["trainer"]["devices"], bool):
+        raise ConfigError(f"trainer.devices={config['trainer']['devices']} is no number of devices; give one.")
+    if config["trainer"].get("gradient_clip_val") is not None:
+        check_range("trainer.gradient_clip_val", config["trainer"]["gradient_clip_val"], 0)
+    if config["trainer"].get("gradient_clip_algorithm") == "value":
+        raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
     interval = config["trainer"]["val_check_interval"]
     if isinstance(interval, int | float):
         check_range("trainer.val_check_interval", interval, 1 if isinstance(interval, int) else 1e-9)

@@ -99,8 +99,10 @@ def _take_up(
     """The saved configuration, if the command says nothing else than over what the run is spread from now on."""
     keys = [o.split("=")[0].lstrip("+~") for o in job.overrides]
     said = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
-    saved = saved_config(path, trust=bool(said) or config["trust_config"])
-    if all(map(is_spread, said)):
+    only_spread = all(map(is_spread, said))
+    # What is run then is the saved configuration, not the command's.
+    saved = saved_config(path, trust=config["trust_config"] or not only_spread)
+    if only_spread:
         taken = spread_anew(saved, config, said)
         return complete({**taken, "resume": config["resume"], "trust_config": config["trust_config"]})
     different = differences(saved, config)

@@ -61,16 +61,19 @@ def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def is_spread(key: str) -> bool:
     """The key, as on a command line, says over what a run is spread."""
+    return _spread_of(key) is not None
+
+
+def _spread_of(key: str) -> str | None:
     path = key.lstrip("+~").split("@")[0].replace("/", ".")
-    return any(path == spread or path.startswith(f"{spread}.") for spread in _SPREAD)
+    return next((spread for spread in _SPREAD if path == spread or path.startswith(f"{spread}.")), None)
 
 
 def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], said: Iterable[str]) -> dict[str, Any]:
     """`saved` with the keys of the spread among `said`, and of them only, as in `new`."""
     spread = copy.deepcopy(dict(saved))
     for key in said:
-        path = next(s for s in _SPREAD if key == s or key.startswith(f"{s}."))
-        group, _, name = path.partition(".")
+        group, _, name = (_spread_of(key) or "").partition(".")
         if name:
             spread.setdefault(group, {})[name] = new[group][name]
         elif group in new:

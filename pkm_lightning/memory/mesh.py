@@ -78,16 +78,17 @@ class TableMesh:
         """Rows and values a row of this member's part of a (rows, dim) table.
 
         Raises:
-            ConfigError: `dim` does not divide over the members of a `dim` mesh.
+            ConfigError: `dim` does not divide over the members of a `dim` mesh, or a member of a `row` mesh has no row.
         """
         check_dim(self.shard, dim, self.members)
+        check_rows(self.shard, rows, self.members)
         if self.shard == "dim":
             return rows, dim // self.members
         low, high = self.row_range(rows)
         return high - low, dim
 
     def row_range(self, rows: int) -> tuple[int, int]:
-        """First and last + 1 of the rows of this member; equal shares, of which the last may be smaller or empty."""
+        """First and last + 1 of the rows of this member; equal shares, of which the last may be smaller."""
         if self.shard != "row":
             return 0, rows
         share = -(-rows // self.members)
@@ -165,4 +166,18 @@ def check_dim(shard: str, dim: int, members: int) -> None:
         raise ConfigError(
             f"table.shard=dim cannot split the {dim} values of a row over {members} ranks; say table.shard=row, or "
             f"table.group={divisors[-1]}."
+        )
+
+
+def check_rows(shard: str, rows: int, members: int) -> None:
+    """Refuse rows of which the last member would get none.
+
+    Raises:
+        ConfigError: naming the alternatives.
+    """
+    if shard == "row" and (members - 1) * -(-rows // members) >= rows:
+        fitting = next(n for n in range(members - 1, 0, -1) if members % n == 0 and (n - 1) * -(-rows // n) < rows)
+        raise ConfigError(
+            f"table.shard=row in equal shares leaves some of {members} ranks without any of {rows} rows; say "
+            f"table.shard=dim, or table.group={fitting}."
         )

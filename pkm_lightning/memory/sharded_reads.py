@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pkm_lightning.ops.collectives import all_gather, columns_to_rows, reduce_scatter, rows_to_columns
+from pkm_lightning.ops.segments import check_indices
 
 if TYPE_CHECKING:
     from pkm_lightning.memory.mesh import TableMesh
@@ -41,6 +42,7 @@ def sharded_sum(
         read: sums this member's part for the given ids and weights, (A, K) -> (A, C) or (A, G, C).
         ids_TK, weights_TK, groups_TK: of the own reads.
     """
+    check_indices("ValueTable", "ids", ids_TK, n_lines)
     lengths, group = mesh.lengths(len(ids_TK)), mesh.member_group(weights_TK.device)
     ids_AK = all_gather(ids_TK.int(), lengths, group)
     weights_AK = all_gather(weights_TK, lengths, group)
@@ -56,6 +58,7 @@ def sharded_sum(
 @torch.compiler.disable
 def sharded_dot(mesh: TableMesh, n_lines: int, dot: LocalDot, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
     """The inner products of `dot` with whole lines, (T, K); arguments as in `sharded_sum`."""
+    check_indices("ValueTable", "ids", ids_TK, n_lines)
     lengths, group = mesh.lengths(len(ids_TK)), mesh.member_group(x_TD.device)
     ids_AK = all_gather(ids_TK.int(), lengths, group)
     if mesh.shard == "dim":

@@ -298,7 +298,7 @@ def _table_norm(table: ValueTable) -> Tensor:
     if table.stage is not None:
         return table.stage.norm(table.weight)
     grad = table.weight.grad
-    return norm_over_members(torch.zeros(()) if grad is None else grad.norm(), table.mesh)
+    return norm_over_members(torch.zeros(()) if grad is None else whole(grad.norm()), table.mesh)
 
 
 def whole(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_sum
 from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.ops import gathered_dot, weighted_gather
-from pkm_lightning.ops.segments import check_indices, read_sources
+from pkm_lightning.ops.segments import read_sources
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -170,7 +170,6 @@ class ValueTable(nn.Module):
             return lambda: read_TD
         read = functools.partial(self._sum, n_groups=n_groups)
         assert self.mesh is not None
-        check_indices("ValueTable", "ids", ids_TK, self.n_lines)
         return sharded_sum(self.mesh, self.n_lines, read, ids_TK, weights_TK.to(self.weight.dtype), groups_TK)
 
     def dot(self, x_TD: Float[Tensor, "T D"], ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
@@ -178,7 +177,6 @@ class ValueTable(nn.Module):
         if not self.is_split:
             return self._dot(x_TD, ids_TK, ids_TK)
         assert self.mesh is not None
-        check_indices("ValueTable", "ids", ids_TK, self.n_lines)
         return sharded_dot(self.mesh, self.n_lines, self._dot, x_TD.to(self.weight.dtype), ids_TK)
 
     @property

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pkm_lightning.errors import check_integer
 from pkm_lightning.memory import TableOptimizer
 from pkm_lightning.model.initialisation import plugins
 from pkm_lightning.strategies.launcher import WatchedRanks
@@ -48,6 +49,7 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
     _groups: list[list[nn.Parameter]]
 
     def __init__(self, *, stage: int, **options: Any) -> None:
+        check_integer("strategy.stage", stage, low=1, high=3)
         super().__init__(stage=stage, **copy.deepcopy(options))
         self._groups = []  # the parameters of the optimizer's groups, in training
 

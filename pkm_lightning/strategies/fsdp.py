@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.strategies.launcher import WatchedRanks
 from pkm_lightning.strategies.portable import PortableCheckpoints
 
@@ -18,9 +19,15 @@ class FSDP2(PortableCheckpoints, WatchedRanks, ModelParallelStrategy):
 
     Args:
         **options: of `lightning.pytorch.strategies.ModelParallelStrategy`, but for the sizes of its mesh.
+
+    Raises:
+        ConfigError: a size of the mesh.
     """
 
     def __init__(self, **options: Any) -> None:
+        sizes = sorted({"data_parallel_size", "tensor_parallel_size"} & options.keys())
+        if sizes:
+            raise ConfigError(f"strategy.{sizes[0]} cannot be set: all devices are data-parallel; set devices.")
         super().__init__(tensor_parallel_size=1, **options)
 
     def setup_environment(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.training.sharded_checkpoint import SavedTensors
+from pkm_lightning.training.sharded_checkpoint import SavedTensors, replace
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -35,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            replace(beside, path)
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)

@@ -31,15 +31,21 @@ def table_mesh(table: Mapping[str, Any], trainer: L.Trainer) -> TableMesh:
     return TableMesh(shard=shard, members=members, device_type=trainer.strategy.root_device.type)
 
 
-def check_own_tables(model: Transformer) -> None:
+def check_own_tables(model: Transformer, *, engine: bool) -> None:
     """Refuse tables that a plugin has made for itself, where the strategy would split what rows are updated in.
+
+    Args:
+        model: its own tables are safe.
+        engine: the strategy's engine clips all its parameters by one norm, tables as well.
 
     Raises:
         ConfigError: with what to do instead.
     """
-    if any(table.mesh is None and table.stage is not None for table in model.value_tables):
+    of_model = {id(table) for table in model.tables}
+    own = [table for table in model.value_tables if id(table) not in of_model]
+    if any(table.stage is not None or (engine and table.weight.requires_grad) for table in own):
         raise ConfigError(
-            "a plugin has made a ValueTable that learns by rows for itself, which this strategy would take as a dense "
+            "a plugin has made a ValueTable for itself, which this strategy would take as a dense "
             "parameter; let the plugin ask for a table (the keyword `table` and the class method table_spec), or say "
             "strategy=ddp."
         )

@@ -7,12 +7,12 @@ length, the ranks tell each other with every batch whether it is their last, for
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import lightning as L
 import torch
 
 from pkm_lightning.errors import DataError
+from pkm_lightning.ops.ranks import gather_into
 
 
 def check_lengths(trainer: L.Trainer, loader: str, lengths: float | list[float], needed: float = math.inf) -> None:
@@ -62,9 +62,10 @@ def check_last(trainer: L.Trainer, ended: bool = False) -> None:
 
 
 def _gather(trainer: L.Trainer, own: float) -> list[float]:
-    device = trainer.strategy.root_device
-    gathered: Any = trainer.strategy.all_gather(torch.tensor(own, dtype=torch.float32, device=device))
-    return [float(value) for value in gathered]
+    here = torch.tensor([own], dtype=torch.float32, device=trainer.strategy.root_device)
+    gathered = here.new_empty(trainer.world_size)
+    gather_into(gathered, here)
+    return gathered.tolist()
 
 
 def _name(trainer: L.Trainer) -> str:

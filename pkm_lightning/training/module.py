@@ -19,7 +19,7 @@ from torchmetrics import SumMetric
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import HasAfterStep
-from pkm_lightning.memory import TableMesh, clip_tables
+from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import plugins
@@ -90,17 +90,17 @@ class LanguageModule(L.LightningModule):
 
     def _hand_over(self) -> None:
         """Leaves the dense parameters to the strategy, in its own way, and keeps the tables out of its reach."""
-        if self._trainer is None or self._trainer.world_size == 1:
+        if self._trainer is None:
             return
         # A table that a plugin has made for itself is a parameter like any other.
-        tables = [table for table in self.model.value_tables if table.mesh is not None]
+        tables: list[ValueTable] = list(self.model.tables)  # type: ignore[arg-type]
         weights = [table.weight for table in tables]
         if getattr(self._trainer.strategy, "owns_parameters", False):
-            check_own_tables(self.model)
             for table in tables:
                 table.unregister()
+            check_own_tables(self.model, engine=True)
         elif self.device_mesh is not None:
-            check_own_tables(self.model)
+            check_own_tables(self.model, engine=False)
             shard_dense(self.model, self.device_mesh["data_parallel"], weights)
         else:
             # DDP would give all ranks the first one's part, and average gradients of different parts.

@@ -104,19 +104,31 @@ def _finish(skeleton: Any, beside: Path, path: Path) -> str | None:
             torch.save(skeleton, file)
             file.flush()
         for entry in (*beside.iterdir(), beside):
-            number = os.open(entry, os.O_RDONLY)
-            try:
-                os.fsync(number)
-            finally:
-                os.close(number)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        beside.rename(path)
-    except (OSError, RuntimeError) as error:
+            _flush(entry)
+        replace(beside, path)
+        _flush(path.parent)
+    except Exception as error:  # the other ranks wait to hear of it
         return _reason(error)
     return None
+
+
+def replace(beside: Path, path: Path) -> None:
+    """Puts what is at `beside` in the place of `path`, a file or a folder: one of the two is whole at any time."""
+    if not path.exists() or not (path.is_dir() or beside.is_dir()):
+        os.replace(beside, path)
+        return
+    aside = path.with_name(path.name + ".old")
+    os.replace(path, aside)
+    os.replace(beside, path)
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+
+
+def _flush(entry: Path) -> None:
+    number = os.open(entry, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _reason(error: BaseException) -> str:

@@ -79,7 +79,8 @@ def test_a_planted_configuration_is_refused(cli: Run, trained: Path, planted: st
     kept = re.sub(rf"(?m)^{key}:\n(?:[ -].*\n)*", "", config)
     assert kept != config
     (trained / "config.yaml").write_text(kept + planted + "\n")
-    shown = cli("test", "run_dir=run")
-    assert shown.code == 2, shown.out
-    assert "config.yaml" in shown.err
-    assert "Traceback" not in shown.err
+    for command in (["test", "run_dir=run"], ["fit", "run_dir=run", "resume=always", "table.shard=dim", "devices=1"]):
+        shown = cli(*command)
+        assert shown.code == 2, shown.out
+        assert "config.yaml" in shown.err
+        assert "Traceback" not in shown.err

@@ -12,7 +12,7 @@ import pytest
 from rank_group import Groups
 from tolerances import RANKS
 
-#: A pairwise subset: strategy, ranks, overrides. The full matrix is scripts/check_ranks.py.
+#: A pairwise subset: strategy, ranks, overrides. The full matrix is test_full_matrix.py.
 CASES = [
     ("ddp", 2, "ffn=memory_plus table.shard=dim table.learning=dense"),
     ("ddp", 4, "ffn=peer table.shard=row table.learning=rows"),
@@ -49,9 +49,12 @@ def test_losses_and_norms_are_those_of_one_process(ranks: Groups, strategy: str,
     expected = alone(overrides)
     for found in ranks(size).run(jobs.train, [f"strategy={strategy}", *overrides.split()]):
         assert len(found) == len(expected) == 30
+        # What an engine clips by itself it does not tell in time.
+        silent = {"train/grad_norm_dense"} if strategy.startswith("deepspeed") else set()
+        assert found[0].keys() == expected[0].keys() - silent
         for step, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
             assert theirs["train/loss"] == pytest.approx(mine["train/loss"], rel=RANKS["loss"]), step
             for name in ("train/grad_norm_table", "train/grad_norm_dense", "train/aux_balance"):
-                if name in theirs and name in mine:
+                if name in theirs:
                     assert theirs[name] == pytest.approx(mine[name], rel=RANKS["norm"], abs=1e-7), (step, name)
         assert mine["train/loss"] < expected[0]["train/loss"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pkm_lightning.errors import ConfigError, check_range
-from pkm_lightning.memory.mesh import check_dim
+from pkm_lightning.memory.mesh import check_dim, check_rows
 from pkm_lightning.training.plan.figures import make_plan, total
 from pkm_lightning.training.plan.setting import Setting, device_count, precision_name, strategy_kind
 
@@ -47,6 +47,7 @@ def _check_columns(model: Transformer, setting: Setting) -> None:
     tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
     for table in tables:
         check_dim(setting.shard, table.dim // table.slices, setting.members)
+        check_rows(setting.shard, table.n_lines, setting.members)
 
 
 def _check_strategy(config: Mapping[str, Any]) -> None:

@@ -28,7 +28,8 @@ class Setting:
         world: ranks W.
         accumulate: micro-batches a step A.
         tokens: tokens a rank and micro-batch T; None where the data do not say.
-        item: bytes of a value of a weight b, of tables too.
+        item: bytes of a value of a weight b.
+        table_item: the same of a table.
         on_host: the model is trained on the CPU.
         shard, members: `table.shard`, `none` in a group of one, and P.
         learning, rule: `table.learning`, and the rule of `table.optimizer`.
@@ -41,6 +42,7 @@ class Setting:
     accumulate: int
     tokens: int | None
     item: int
+    table_item: int
     on_host: bool
     shard: str
     members: int
@@ -72,7 +74,7 @@ class Setting:
         strategy = strategy_kind(config["strategy"])
         members = table_members(table, world, node)
         precision = precision_name(trainer["precision"])
-        # DeepSpeed casts the model, its tables too, where the others leave that to autocast.
+        # DeepSpeed casts its parameters, which tables are not, where the others leave that to autocast.
         item = 2 if strategy.startswith("zero") and "16" in precision else _ITEM.get(precision, 4)
         accumulate = int(trainer["accumulate_grad_batches"])
         optimizer = table.get("optimizer") or {}
@@ -82,6 +84,7 @@ class Setting:
             accumulate=accumulate,
             tokens=_tokens(config["data"], world * accumulate),
             item=item,
+            table_item=_ITEM.get(precision, 4),
             on_host=str(trainer["accelerator"]) == "cpu",
             shard=str(table.get("shard", "none")) if members > 1 else "none",
             members=members,

@@ -79,7 +79,7 @@ class _OneTable:
         self.setting = setting
         self.shard, self.members = (setting.shard, setting.members) if split else ("none", 1)
         self.replicas = setting.world // self.members
-        self.item, self.wide = setting.item, setting.wide
+        self.item, self.wide = setting.table_item, setting.wide
         self.width = table.dim // table.slices
         self.lines = -(-table.n_lines // self.members) if self.shard == "row" else table.n_lines
         self.columns = -(-self.width // self.members) if self.shard == "dim" else self.width
