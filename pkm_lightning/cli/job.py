@@ -129,11 +129,21 @@ def plain(config: DictConfig) -> dict[str, object]:
     return {str(key): value for key, value in container.items()}
 
 
+#: What libraries say of each other's names, or of what this package does by other means.
+_BESIDE_THE_POINT = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    "Checkpoint directory .* exists and is not empty",
+    r".*torch\.distributed\..* is deprecated",
+    ".*`broadcast_buffers` is deprecated.*",
+    ".*DeepSpeed handles gradient clipping internally.*",
+)
+
+
 def _quieten_libraries() -> None:
-    """Leaves out Lightning's tips, a deprecation inside it, and its surprise at the files of a resumed run."""
+    """Leaves out Lightning's tips, deprecations inside libraries, and surprise at the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (r".*isinstance\(treespec, LeafSpec\).*", "Checkpoint directory .* exists and is not empty"):
+    for message in _BESIDE_THE_POINT:
         warnings.filterwarnings("ignore", message=message)
 
 
