@@ -250,6 +250,8 @@ def _stops_gracefully(trainer: L.Trainer, callbacks: list[L.Callback]) -> Iterat
         asked = True
         checkpoints[0].request_stop(name)
 
+    # Lightning's handler of SIGTERM broadcasts from within itself, in the middle of a step, what no rank waits for.
+    trainer._signal_connector.register_signal_handlers = _leave_ours  # type: ignore[method-assign]
     for number in _SIGNALS:
         signal.signal(number, stop)
     try:
@@ -257,3 +259,7 @@ def _stops_gracefully(trainer: L.Trainer, callbacks: list[L.Callback]) -> Iterat
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_ours() -> None:
+    """In place of what would register handlers beside those of `_stops_gracefully`."""
