@@ -20,19 +20,21 @@ CASES = [
     ("ddp", 4, "ffn=memory_plus table.shard=dim table.learning=rows table.group=2"),
     ("ddp", 2, "ffn=memory_plus table.shard=none table.learning=fused optim.table_clip_norm=null"),
     ("fsdp", 2, "ffn=peer table.shard=dim table.learning=rows"),
-    ("fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2"),
+    pytest.param(
+        "fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2", marks=pytest.mark.slow
+    ),
     ("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2"),
     ("fsdp", 2, "ffn=moe"),
     ("fsdp", 2, "ffn=memory_plus table.shard=dim table/optimizer=row_adagrad trainer.accumulate_grad_batches=2"),
     ("deepspeed_1", 2, "ffn=memory_plus table.shard=row table.learning=rows"),
-    ("deepspeed_1", 4, "ffn=peer table.shard=dim table.learning=dense"),
-    ("deepspeed_2", 2, "ffn=ultramem table.shard=dim table.learning=dense"),
+    pytest.param("deepspeed_1", 4, "ffn=peer table.shard=dim table.learning=dense", marks=pytest.mark.slow),
+    pytest.param("deepspeed_2", 2, "ffn=ultramem table.shard=dim table.learning=dense", marks=pytest.mark.slow),
     ("deepspeed_2", 2, "ffn=memory_plus table.shard=dim table.learning=rows trainer.accumulate_grad_batches=2"),
-    ("deepspeed_2", 4, "ffn=moe"),
+    pytest.param("deepspeed_2", 4, "ffn=moe", marks=pytest.mark.slow),
     ("deepspeed_3", 2, "ffn=peer table.shard=row table.learning=rows"),
     ("deepspeed_3", 4, "ffn=memory_plus table.shard=dim table.learning=dense table.group=2"),
     ("deepspeed_3", 2, "ffn=ultramem_v2 table.shard=dim table.learning=fused optim.table_clip_norm=null"),
-    ("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2"),
+    pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
     ("ddp", 2, "ffn=memory_plus placement.mode=parallel table.shared=false model.activation_checkpointing=true"),
 ]
 
