@@ -98,6 +98,7 @@ def test_a_sweep_with_a_config_dir_over_two_ranks(plugins: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_ranks_take_up_a_run_without_repeating_its_overrides(tmp_path: Path) -> None:
     finish(fit(*DDP, "ffn=dense", "run_dir=run", cwd=tmp_path))
     content = json.loads((tmp_path / "run" / "run.json").read_text())

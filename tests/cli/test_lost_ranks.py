@@ -136,7 +136,7 @@ def test_a_killed_rank_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        ('DataError("shard 7 is missing; copy it to this node.")', 2),
+        pytest.param('DataError("shard 7 is missing; copy it to this node.")', 2, marks=pytest.mark.slow),
         pytest.param('ValueError("a mistake")', 1, marks=pytest.mark.slow),
     ],
 )

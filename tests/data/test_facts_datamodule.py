@@ -137,6 +137,7 @@ def test_fingerprint_tells_data_apart_but_not_orders(facts: Callable[..., FactsD
     assert len({one, facts(loss="all").fingerprint, facts(seq_len=96).fingerprint, facts(seed=1).fingerprint}) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_build_equal_files(prepared: FactsDataModule, tmp_path: Path) -> None:
     code = (
         "import sys; from conftest import FACTS, LOADER; "

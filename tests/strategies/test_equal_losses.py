@@ -23,7 +23,7 @@ CASES = [
     pytest.param(
         "fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2", marks=pytest.mark.slow
     ),
-    ("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2"),
+    pytest.param("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2", marks=pytest.mark.slow),
     ("fsdp", 2, "ffn=moe"),
     ("fsdp", 2, "ffn=memory_plus table.shard=dim table/optimizer=row_adagrad trainer.accumulate_grad_batches=2"),
     ("deepspeed_1", 2, "ffn=memory_plus table.shard=row table.learning=rows"),
