@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.errors import DataError
+from pkm_lightning.storage import flush
 
 FORMAT_VERSION = 1
 """Counts incompatible changes of the files inside a cache folder; older folders are then simply not found."""
@@ -127,11 +127,11 @@ def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]]) -
     sources = build(part)
     _write_manifest(part, key, sources)
     for path in [*part.iterdir(), part]:
-        _fsync(path)
+        flush(path)
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
-    _fsync(folder.parent)
+    flush(folder.parent)
     for source in sources:
         if source.attribution:
             log.info("Data: %s (%s).", source.attribution, source.licence)
@@ -149,11 +149,3 @@ def _write_manifest(folder: Path, key: CacheKey, sources: list[Source]) -> None:
         "files": files,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

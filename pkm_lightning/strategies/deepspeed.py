@@ -201,14 +201,14 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
 
     def load_optimizers(self, saved: SavedTensors) -> None:
         """Fills the states of the engine's optimizer and of that of the tables."""
-        self._engine_state().load(saved, "optimizer_states.0", self._numbers())
-        saved_groups = saved.skeleton["optimizer_states"][0]["param_groups"]
+        self._engine_state().load(saved, self._numbers())
+        saved_groups = saved.optimizer(0)["param_groups"]
         for group, written in zip(inner_optimizer(self.optimizers[0]).param_groups, saved_groups, strict=False):
             group.update({key: value for key, value in written.items() if key not in ("params", "name")})
         apart = self._language_module.table_optimizer
         if apart is not None:
             tables = self._tables().values()
-            load_optimizer(apart, saved, tables, "optimizer_states.0", first=self._first_table())
+            load_optimizer(apart, saved, tables, 0, first=self._first_table())
 
     def _engine_state(self) -> ZeroOptimizerState:
         return ZeroOptimizerState(self.optimizers[0], [p for group in self._groups for p in group])

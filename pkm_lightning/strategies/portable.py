@@ -132,7 +132,7 @@ class PortableCheckpoints(ParallelStrategy):
     def load_optimizers(self, saved: SavedTensors) -> None:
         """Fills the optimizer's states."""
         for number, optimizer in enumerate(self.optimizers):
-            load_optimizer(optimizer, saved, self._tables().values(), f"optimizer_states.{number}")
+            load_optimizer(optimizer, saved, self._tables().values(), number)
 
     def _check_names(self, found: set[str], saved: SavedTensors) -> None:
         assert self.lightning_module is not None
@@ -151,7 +151,7 @@ class PortableCheckpoints(ParallelStrategy):
         return {f"{name}.weight": module for name, module in modules if isinstance(module, ValueTable)}
 
 
-def load_optimizer(optimizer: Optimizer, saved: SavedTensors, tables: Any, prefix: str, first: int = 0) -> None:
+def load_optimizer(optimizer: Optimizer, saved: SavedTensors, tables: Any, which: int, first: int = 0) -> None:
     """Fills the states of `optimizer`, whose parameters are numbered from `first` on in the checkpoint.
 
     Raises:
@@ -160,9 +160,7 @@ def load_optimizer(optimizer: Optimizer, saved: SavedTensors, tables: Any, prefi
     inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
     by_weight = {id(table.weight): table for table in tables}
     shapes, targets, states = saved.shapes, {}, {}
-    section = saved.skeleton
-    for key in prefix.split("."):
-        section = section[int(key) if key.isdigit() else key]
+    section, prefix = saved.optimizer(which), f"optimizer_states.{which}"
     parameters = list(_parameters(inner))
     for number, parameter in enumerate(parameters):
         entries = section["state"].get(number + first, {})

@@ -107,12 +107,12 @@ class ZeroOptimizerState:
                 state[key] = safe_get_full_optimizer_state(parameter, key) if whole else value
             yield state
 
-    def load(self, saved: SavedTensors, prefix: str, numbers: list[int]) -> None:
+    def load(self, saved: SavedTensors, numbers: list[int]) -> None:
         """Fills the states of the parameters from those that `numbers` name in the checkpoint."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         shapes = saved.shapes
-        entries = _entries(saved, prefix)
+        prefix, entries = "optimizer_states.0", saved.optimizer(0)["state"]
         for at, (parameter, number) in enumerate(zip(self._parameters, numbers, strict=True)):
             own = entries.get(number, {})
             targets = {key: f"{prefix}.state.{number}.{key}" for key in own}
@@ -147,14 +147,6 @@ class ZeroOptimizerState:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _entries(saved: SavedTensors, prefix: str) -> dict[int, dict[str, Any]]:
-    section = saved.skeleton
-    for key in prefix.split("."):
-        section = section[int(key) if key.isdigit() else key]
-    states: dict[int, dict[str, Any]] = section["state"]
-    return states
 
 
 def inner_optimizer(engine_optimizer: Any) -> Optimizer:

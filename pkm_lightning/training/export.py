@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 import pkm_lightning
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.storage import flush
 from pkm_lightning.training.mapped import MappedFile, map_archive
 from pkm_lightning.training.safetensors_file import FORMAT_VERSION, Entry, plan
 from pkm_lightning.training.sharded_checkpoint import SavedTensors
@@ -177,7 +178,7 @@ def write(source: WeightSource, texts: Mapping[str, str], path: Path) -> dict[st
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        _sync_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise CheckpointError(
             f"file={path} cannot be written ({error.strerror}; it takes {size:,} bytes); free the disk or choose "
@@ -193,11 +194,3 @@ def _write_tensor(file: IO[bytes], source: WeightSource, name: str) -> None:
     for block in source.blocks(name):
         if block.numel():
             file.write(block.detach().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _sync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.storage import flush
 
 _SKELETON = "skeleton.pt"
 _MARK = "__tensor__"
@@ -104,31 +105,31 @@ def _finish(skeleton: Any, beside: Path, path: Path) -> str | None:
             torch.save(skeleton, file)
             file.flush()
         for entry in (*beside.iterdir(), beside):
-            _flush(entry)
+            flush(entry)
         replace(beside, path)
-        _flush(path.parent)
+        flush(path.parent)
     except Exception as error:  # the other ranks wait to hear of it
         return _reason(error)
     return None
 
 
 def replace(beside: Path, path: Path) -> None:
-    """Puts what is at `beside` in the place of `path`, a file or a folder: one of the two is whole at any time."""
+    """Puts what is at `beside` in the place of `path`, a file or a folder.
+
+    Where that takes two renames, a kill between them leaves the old one whole under `NAME.old`.
+    """
     if not path.exists() or not (path.is_dir() or beside.is_dir()):
         os.replace(beside, path)
         return
     aside = path.with_name(path.name + ".old")
+    _remove(aside)
     os.replace(path, aside)
     os.replace(beside, path)
-    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    _remove(aside)
 
 
-def _flush(entry: Path) -> None:
-    number = os.open(entry, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 def _reason(error: BaseException) -> str:
@@ -183,6 +184,11 @@ class SavedTensors:
             return {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
         stored = self._metadata.state_dict_metadata.items()
         return {n: (m.size, m.properties.dtype) for n, m in stored if isinstance(m, TensorStorageMetadata)}
+
+    def optimizer(self, number: int) -> dict[str, Any]:
+        """The skeleton of an optimizer's state dict."""
+        states: dict[str, Any] = self.skeleton["optimizer_states"][number]
+        return states
 
     def read_into(self, targets: dict[str, Tensor]) -> None:
         """Fills `targets` in place, of a DTensor this rank's part; a folder needs the call on every rank.
