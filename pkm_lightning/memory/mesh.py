@@ -101,11 +101,6 @@ class TableMesh:
         share = dim // self.members
         return slice(self.member * share, (self.member + 1) * share)
 
-    def part(self, whole: Tensor) -> Tensor:
-        """This member's part of a tensor of whole rows, (rows, dim) or (rows,): a view."""
-        low, high = self.row_range(len(whole))
-        return whole[low:high, self.columns(whole.shape[1])] if whole.ndim == 2 else whole[low:high]
-
     def as_dtensor(self, part: Tensor, rows: int, dim: int | None) -> Tensor:
         """The table (or, without `dim`, one value a row) of which `part` is this member's part, for checkpoints."""
         split = (self.shard == "dim" and dim is not None) or self.shard == "row"

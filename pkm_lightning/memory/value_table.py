@@ -204,7 +204,8 @@ class ValueTable(nn.Module):
     ) -> Tensor:
         """The sums over the lines that are here; `staged_TK` are the ids that the gradient is staged by."""
         home = weights_TK.device
-        ids_TK, weights_TK, staged_TK = self._here(ids_TK), self._here(weights_TK), self._here(staged_TK)
+        ids_TK, staged_TK = self._both_here(ids_TK, staged_TK)
+        weights_TK = self._here(weights_TK)
         groups_TK = None if groups_TK is None else self._here(groups_TK)
         y = weighted_gather(self.weight, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
         if self.stage is not None and torch.is_grad_enabled():
@@ -218,11 +219,17 @@ class ValueTable(nn.Module):
     def _dot(self, x_TD: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
         """The inner products with the lines that are here."""
         home = x_TD.device
-        ids_TK, x_TD, staged_TK = self._here(ids_TK), self._here(x_TD).to(self.weight.dtype), self._here(staged_TK)
+        ids_TK, staged_TK = self._both_here(ids_TK, staged_TK)
+        x_TD = self._here(x_TD).to(self.weight.dtype)
         dots_TK = gathered_dot(self.weight, x_TD, ids_TK)
         if self.stage is not None and torch.is_grad_enabled():
             dots_TK = self.stage.watch_dot(dots_TK, staged_TK, x_TD)
         return dots_TK.to(home)
+
+    def _both_here(self, ids_TK: Tensor, staged_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids to read and to stage, which are mostly one tensor: then it travels once."""
+        here_TK = self._here(ids_TK)
+        return here_TK, here_TK if staged_TK is ids_TK else self._here(staged_TK)
 
     def _here(self, value: Tensor) -> Tensor:
         return value.to(self.weight.device)

@@ -9,11 +9,10 @@ from pkm_lightning.ops.grouped_linear import grouped_linear
 from pkm_lightning.ops.half_topk import half_topk
 from pkm_lightning.ops.product_topk import product_combine, product_topk
 from pkm_lightning.ops.ranked_topk import ranked_topk
-from pkm_lightning.ops.ranks import gather_over_ranks, sum_over_ranks
+from pkm_lightning.ops.ranks import sum_over_ranks
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
 __all__ = [
-    "gather_over_ranks",
     "gathered_dot",
     "grouped_linear",
     "half_topk",

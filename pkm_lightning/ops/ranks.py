@@ -36,25 +36,6 @@ def _summed(value: Tensor) -> Tensor:
     return total
 
 
-def gather_over_ranks(value: Tensor) -> list[Tensor]:
-    """Every rank's `value`, in the order of ranks; the first dimension may differ between them. No gradient.
-
-    Every rank must call it the same number of times in the same order; the host waits for the lengths.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [value]
-    world = dist.get_world_size()
-    length = torch.tensor([len(value)], device=value.device)
-    all_lengths = torch.empty(world, dtype=length.dtype, device=value.device)
-    gather_into(all_lengths, length)
-    lengths = all_lengths.tolist()
-    padded = value.new_zeros(max(lengths), *value.shape[1:])
-    padded[: len(value)] = value
-    gathered = value.new_empty(world * len(padded), *value.shape[1:])
-    gather_into(gathered, padded)
-    return [part[:length] for part, length in zip(gathered.split(len(padded) or 1), lengths, strict=False)]
-
-
 # Torch 2.13 has renamed both, and warns under the old names.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableMesh
-from pkm_lightning.memory.mesh import group_size
+from pkm_lightning.memory.mesh import SHARDS, check_members, group_size
 
 if TYPE_CHECKING:
     import lightning as L
@@ -26,9 +26,27 @@ def table_mesh(table: Mapping[str, Any], trainer: L.Trainer) -> TableMesh:
     Raises:
         ConfigError: an unknown word, or a group that does not divide the ranks.
     """
+    members = table_members(table, trainer.world_size, trainer.num_devices)
+    return TableMesh(
+        shard=str(table.get("shard", "none")), members=members, device_type=trainer.strategy.root_device.type
+    )
+
+
+def table_members(table: Mapping[str, Any], world: int, node: int) -> int:
+    """Ranks that share one copy of a table.
+
+    Raises:
+        ConfigError: a group that does not divide the ranks, or an unknown word.
+    """
     shard = str(table.get("shard", "none"))
-    members = 1 if shard == "none" else group_size(table.get("group", "world"), trainer.world_size, trainer.num_devices)
-    return TableMesh(shard=shard, members=members, device_type=trainer.strategy.root_device.type)
+    if shard not in SHARDS:
+        raise ConfigError(f"table.shard={shard!r} is not known; allowed: {', '.join(SHARDS)}.")
+    members = 1 if shard == "none" else group_size(table.get("group", "world"), world, node)
+    # A run of one process has no groups, whatever is configured for several.
+    if world == 1:
+        return 1
+    check_members(shard, members, world)
+    return members
 
 
 def check_own_tables(model: Transformer, *, engine: bool) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from pkm_lightning.errors import ConfigError
-from pkm_lightning.memory.mesh import SHARDS, check_members, group_size
+from pkm_lightning.training.distribution import table_members
 
 Config = Mapping[str, Any]
 
@@ -121,23 +120,6 @@ def strategy_kind(strategy: Config | None) -> str:
 def precision_name(precision: Any) -> str:
     """`trainer.precision` in full."""
     return _PRECISIONS.get(str(precision), str(precision))
-
-
-def table_members(table: Config, world: int, node: int) -> int:
-    """Ranks that share one copy of a table.
-
-    Raises:
-        ConfigError: a group that does not divide the ranks, or an unknown word.
-    """
-    shard = str(table.get("shard", "none"))
-    if shard not in SHARDS:
-        raise ConfigError(f"table.shard={shard!r} is not known; allowed: {', '.join(SHARDS)}.")
-    members = 1 if shard == "none" else group_size(table.get("group", "world"), world, node)
-    # A run of one process has no groups, whatever is configured for several.
-    if world == 1:
-        return 1
-    check_members(shard, members, world)
-    return members
 
 
 def _tokens(data: Config, parts: int) -> int | None:
