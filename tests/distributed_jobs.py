@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import resource
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from toys import config
 from training.fits import loader, rows
 
@@ -54,7 +56,12 @@ def share(batch: dict[str, torch.Tensor], parts: int, part: int) -> dict[str, to
 
 
 def fit(
-    given: dict[str, Any], steps: int, done: int = 0, **options: Any
+    given: dict[str, Any],
+    steps: int,
+    done: int = 0,
+    watching: Sequence[L.Callback] = (),
+    without: Sequence[int] = (),
+    **options: Any,
 ) -> tuple[LanguageModule, L.Trainer, list[dict[str, float]]]:
     """Trains up to `steps` optimizer steps, of which `done` are, on this rank's share; in one process on everything."""
     given = copy.deepcopy(given)
@@ -63,14 +70,59 @@ def fit(
     accumulate = given["trainer"]["accumulate_grad_batches"]
     mine = [
         share(batch, world * accumulate, micro * world + rank)
-        for batch in batches(steps)[done:]
+        for number, batch in enumerate(batches(steps)[done:])
+        if number not in without
         for micro in range(accumulate)
     ]
     losses = Losses()
-    trainer = make_trainer(given, callbacks=[losses], loggers=[])
+    trainer = make_trainer(given, callbacks=[losses, *watching], loggers=[])
     module = LanguageModule(given)
     trainer.fit(module, loader(mine), **options)
     return module, trainer, losses.seen
+
+
+class Refuse(L.Callback):
+    """Refuses the step of a number."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.asked = number, 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.watch.judges.append(self._judge)
+
+    def _judge(self, figures: dict[str, torch.Tensor]) -> bool:
+        self.asked += 1
+        return self.asked - 1 != self.number
+
+
+def refuse(overrides: list[str], steps: int = 6, number: int = 2) -> list[str]:
+    """Names of what differs between a run with a refused step and one that never saw that step's batch.
+
+    The learning rate must be constant, since the runs differ in length.
+    """
+    given = settings(*overrides, steps=steps)
+    found = [
+        fit(given, steps, watching=[Refuse(number)])[:2],
+        fit(settings(*overrides, steps=steps - 1), steps, without=[number])[:2],
+    ]
+    states = []
+    for module, trainer in found:
+        state: dict[str, Any] = dict(trainer.strategy.lightning_module_state_dict())
+        kept = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]
+        state |= {f"{n}.{key}": value for n, entry in kept.items() for key, value in entry.items()}
+        state["schedule"] = trainer.lr_scheduler_configs[0].scheduler.state_dict()["last_epoch"]
+        states.append(state)
+        del module
+    return [name for name, value in states[0].items() if not _same(value, states[1][name])]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor):
+        return bool(one == other)
+    if one.is_meta:
+        return True
+    one, other = (v.to_local() if isinstance(v, DTensor) else v for v in (one, other))
+    return torch.equal(one, other)
 
 
 def train(overrides: list[str], steps: int = 30) -> list[dict[str, float]]:

@@ -16,6 +16,8 @@ from pkm_lightning.ffn.base import (
     HasAfterStep,
     HasCost,
     HasReads,
+    HasSlots,
+    Slots,
     TableRead,
     TableSpec,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "HasAfterStep",
     "HasCost",
     "HasReads",
+    "HasSlots",
+    "Slots",
     "TableRead",
     "TableSpec",
 ]

@@ -4,10 +4,10 @@ Letters: B sequences, T tokens, D model dimension, N slots.
 
 A plugin is any `nn.Module` with `forward(x_BTD, context) -> FFNOutput`; it need not inherit from anything. The builder
 passes `dim`, `layer`, `n_layers` and `table` to a constructor that asks for them; the YAML gives everything else.
-Optional members: `cost() -> FFNCost`, `reads() -> list[TableRead]`, `reset_parameters()`, `after_step(stats)`, the
-class method `table_spec(**arguments) -> TableSpec` (asked for before construction when the constructor takes a `table`;
-the arguments are `dim`, `n_layers` and the YAML's), and `parameter_roles`, a dict from own parameter names to roles
-(`table`, `norm`, `bias`, `embedding`, `matrix`).
+Optional members: `cost() -> FFNCost`, `reads() -> list[TableRead]`, `slots() -> list[Slots]`, `reset_parameters()`,
+`after_step(stats)`, the class method `table_spec(**arguments) -> TableSpec` (asked for before construction when the
+constructor takes a `table`; the arguments are `dim`, `n_layers` and the YAML's), and `parameter_roles`, a dict from own
+parameter names to roles (`table`, `norm`, `bias`, `embedding`, `matrix`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class FFNOutput(NamedTuple):
     #: ranks, where its statistics are those of all); added to the loss,
     #: summed over layers, averaged over ranks by their real tokens and over micro-batches by their targets.
     aux_losses: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes to it
-    #: What was read or routed (slot ids, weights, expert ids), detached, on the device; empty unless `context.observe`.
+    #: What was read or routed, detached, on the device; empty unless `context.observe`. For each `Slots` are counted
+    #: `NAME_ids` and `NAME_weights`, of shape (B, T, heads, K) or (B, T, K), or `NAME_chosen` (bool) and
+    #: `NAME_weights`, of shape (B, T, N).
     trace: dict[str, Tensor] = {}  # noqa: RUF012
     #: Summable statistics of this micro-batch; `after_step` gets their sum over micro-batches and ranks. They leave
     #: through the return value, so a forward that activation checkpointing recomputes cannot count twice.
@@ -112,6 +114,31 @@ class TableRead:
     reads: int = 1
     groups: int = 0
     dot: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """What the ids of a trace number, for figures of usage. A slot is a row of a table, or an expert.
+
+    Args:
+        name: that of the trace: `slot` for `trace["slot_ids"]`, `expert`, or any other.
+        count: slots N; ids are 0 to N - 1.
+        tables: the tables whose rows they are; layers with the same tables share their slots.
+        n_keys: sub-keys a half S where the id of a slot is i * S + j, else None.
+    """
+
+    name: str
+    count: int
+    tables: tuple[ValueTable, ...] = ()
+    n_keys: int | None = None
+
+
+@runtime_checkable
+class HasSlots(Protocol):
+    """A plugin whose traces can be counted; of one that does not say this, no usage is known."""
+
+    def slots(self) -> list[Slots]:
+        """What its traces number."""
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pkm_lightning.errors import check_integer
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableRead, TableSpec
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.memory import Addressing, Cures, Values, product_slots
 
 if TYPE_CHECKING:
@@ -79,6 +79,12 @@ class MemoryLayer(nn.Module):
     def reads(self) -> list[TableRead]:
         """One weighted sum a token; the straight-through gradient reads all candidates."""
         return [TableRead(table=self.values.table, ids=self.addressing.training_reads)]
+
+    def slots(self) -> list[Slots]:
+        """The rows of the table."""
+        return [
+            Slots(name="slot", count=self.values.table.rows, tables=(self.values.table,), n_keys=self.addressing.n_keys)
+        ]
 
     def cost(self) -> FFNCost:
         """Query, all 2 S sub-key scores a head, H * K table rows, matrices; top-k and norms count no FLOPs.

@@ -20,7 +20,7 @@ from pkm_lightning.experts.balancing import (
     router_z_loss,
     sequence_wise_loss,
 )
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots
 from pkm_lightning.ffn.dense import Dense
 from pkm_lightning.ops import ranked_topk, sum_over_ranks
 
@@ -158,6 +158,10 @@ class MoE(nn.Module):
         """Moves the bias of each expert one step towards the mean load of the whole optimizer step."""
         if self.balancing == "bias" and "expert_counts" in stats:
             self.bias_steps += bias_direction(stats["expert_counts"])
+
+    def slots(self) -> list[Slots]:
+        """The experts; shared ones run for every token and are none of them."""
+        return [Slots(name="expert", count=len(self.experts.gate))]
 
     def cost(self) -> FFNCost:
         """Router, `top_k` experts and the shared ones; sorting, weighting and adding up count no FLOPs."""

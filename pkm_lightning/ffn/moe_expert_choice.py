@@ -12,7 +12,7 @@ from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.experts import Router, SwiGLUExperts, run_experts
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots
 from pkm_lightning.ops import ranked_topk
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class ExpertChoiceMoE(nn.Module):
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
         """Expert choice in training mode, token choice else.
 
-        The trace holds `expert_chosen` (B, T, E) bool in training, `expert_ids` and `expert_weights` (B, T, K) else.
+        The trace holds `expert_chosen` (bool) and `expert_weights` (B, T, E) in training, `expert_ids` and
+        `expert_weights` (B, T, K) else.
         """
         x_TD = x_BTD.flatten(0, -2)
         probs_TE = self.router(x_TD).softmax(dim=-1)
@@ -99,6 +100,10 @@ class ExpertChoiceMoE(nn.Module):
         y_TD, trace, metrics = choose(x_TD, probs_TE, context)
         shaped = {name: value.unflatten(0, x_BTD.shape[:-1]) for name, value in trace.items()}
         return FFNOutput(y_TD.view_as(x_BTD), trace=shaped if context.observe else {}, metrics=metrics)
+
+    def slots(self) -> list[Slots]:
+        """The experts."""
+        return [Slots(name="expert", count=len(self.experts.gate))]
 
     def cost(self) -> FFNCost:
         """Router, and `eval_top_k` experts at evaluation, `capacity_factor` experts a token in training.
@@ -127,7 +132,8 @@ class ExpertChoiceMoE(nn.Module):
         weighted_MD = y_MD * weights_EC.flatten().unsqueeze(-1)
         y_TD = weighted_MD.new_zeros(x_TD.shape).index_add(0, tokens_M, weighted_MD).to(y_MD.dtype)
         chosen_TE = torch.zeros_like(probs_TE.T, dtype=torch.bool).scatter(1, tokens_EC, kept_EC).T
-        return y_TD, {"expert_chosen": chosen_TE}, _train_test_gap(chosen_TE, probs_TE.detach(), valid_T)
+        trace = {"expert_chosen": chosen_TE, "expert_weights": probs_TE.detach().masked_fill(~chosen_TE, 0)}
+        return y_TD, trace, _train_test_gap(chosen_TE, probs_TE.detach(), valid_T)
 
     def _tokens_choose(
         self, x_TD: Tensor, probs_TE: Tensor, context: FFNContext

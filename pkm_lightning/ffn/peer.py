@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import ConfigError, check_choice, check_flag
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableRead, TableSpec
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, check_table, product_slots
 
 if TYPE_CHECKING:
@@ -114,6 +114,11 @@ class PEER(nn.Module):
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Moves the running statistics of the query's batch normalisation."""
         self.addressing.after_step(stats)
+
+    def slots(self) -> list[Slots]:
+        """The experts, each a row of every table."""
+        tables = tuple(reference.table for reference in self._tables)
+        return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.addressing.n_keys)]
 
     def reads(self) -> list[TableRead]:
         """Inner products with all tables but the last, a weighted sum over that."""

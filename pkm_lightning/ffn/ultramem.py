@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_integer, check_range
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableRead, TableSpec
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
 
 if TYPE_CHECKING:
@@ -177,10 +177,12 @@ class UltraMem(nn.Module):
         trace = {}
         if context.observe:
             leading = x_BTD.shape[:-1]
+            scores_BTHK = read.scores_THCK.detach().sum(2).unflatten(0, leading)
             trace = {
                 "slot_ids": row_THK.unflatten(0, leading),
-                "slot_weights": read.scores_THCK.detach().sum(2).unflatten(0, leading),
+                "slot_weights": scores_BTHK,
                 "virtual_ids": read.ids_THK.unflatten(0, leading),
+                "virtual_weights": scores_BTHK,
             }
         return FFNOutput(y_TD.view_as(x_BTD), aux_losses=self._losses(), trace=trace)
 
@@ -206,6 +208,12 @@ class UltraMem(nn.Module):
             return {}
         excess_HR = (self.keys.spectrum()[:, 1:] - self.spectrum_margin).clamp(min=0)
         return {"spectrum": self.spectrum_loss / (self.keys.rank - 1) * excess_HR.square().sum(-1).mean()}
+
+    def slots(self) -> list[Slots]:
+        """The rows of the table, and the virtual slots that the keys address: `expansion` for each row."""
+        table, n_keys = self._table.table, self.keys.n_keys
+        rows = Slots(name="slot", count=table.rows, tables=(table,))
+        return [rows, Slots(name="virtual", count=n_keys**2, n_keys=n_keys)]
 
     def reads(self) -> list[TableRead]:
         """A read for each slice, with a sum for each projector."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_integer, check_range
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableRead, TableSpec
+from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
 from pkm_lightning.memory.cures import balance_loss, mean_probabilities
 from pkm_lightning.memory.tucker_keys import TuckerRead, selected_moments
@@ -163,6 +163,11 @@ class UltraMemV2(nn.Module):
         rows = balance_loss(mean_probabilities(read.row_HTS, valid_T), ids_HTK // self.keys.n_keys, valid_T)
         columns = balance_loss(mean_probabilities(read.column_HTS, valid_T), ids_HTK % self.keys.n_keys, valid_T)
         return {"balance": self.balance_loss * (rows + columns) / 2}
+
+    def slots(self) -> list[Slots]:
+        """Rows of both tables at once."""
+        tables = (self._pre_values.table, self._values.table)
+        return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.keys.n_keys)]
 
     def reads(self) -> list[TableRead]:
         """Inner products with the pre-values, a weighted sum over the values."""

@@ -190,6 +190,11 @@ class Addressing(nn.Module):
         self.query.after_step(stats)
 
     @property
+    def n_keys(self) -> int:
+        """Sub-keys a half, S; the slot of sub-keys i and j is i * S + j."""
+        return self.keys.keys.shape[2]
+
+    @property
     def reads(self) -> int:
         """Rows that a token reads at evaluation, H * K."""
         return self.query.heads * self.knn
@@ -202,5 +207,5 @@ class Addressing(nn.Module):
 
     def flops(self) -> int:
         """Forward FLOPs a token: the query's matrix and 2 * S half scores a head; top-k and norms count none."""
-        _, _, n_keys, half = self.keys.keys.shape
-        return 2 * (self.query.projection.weight.numel() + 2 * self.query.heads * n_keys * half)
+        half = self.keys.keys.shape[3]
+        return 2 * (self.query.projection.weight.numel() + 2 * self.query.heads * self.n_keys * half)

@@ -25,6 +25,8 @@ from torch import nn
 from pkm_lightning.model.placement import Beside
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pkm_lightning.model.transformer import Transformer
 
 
@@ -53,6 +55,12 @@ def plugins(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield "ffn.variant", ffn.variant
     else:
         yield "ffn", ffn
+
+
+def of_plugin(plugin: str, reported: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What one of `plugins` has reported: where two stand side by side, `Beside` wrote `base.` or `variant.` before."""
+    prefix = "" if plugin == "ffn" else f"{plugin.removeprefix('ffn.')}."
+    return {name.removeprefix(prefix): value for name, value in reported.items() if name.startswith(prefix)}
 
 
 def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:

@@ -123,24 +123,26 @@ class Beside(nn.Module):
         self.base, self.variant, self.defer = base, variant, defer
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """What both report: statistics as `base.NAME` and `variant.NAME`, equal losses added, equal metrics averaged.
-
-        Of traces of one name the variant's stays.
-        """
+        """What both report: statistics and traces as `base.NAME` and `variant.NAME`, equal losses added, equal metrics
+        averaged."""
         base: FFNOutput = self.base(x_BTD, context)
         variant: FFNOutput = self.variant(x_BTD, context)
         names = {**base.aux_losses, **variant.aux_losses}
         return FFNOutput(
             y_BTD=base.y_BTD if self.defer else base.y_BTD + variant.y_BTD,
             aux_losses={n: base.aux_losses.get(n, 0) + variant.aux_losses.get(n, 0) for n in names},  # type: ignore[misc]
-            trace={**base.trace, **variant.trace},
-            step_stats={
-                **{f"base.{name}": value for name, value in base.step_stats.items()},
-                **{f"variant.{name}": value for name, value in variant.step_stats.items()},
-            },
+            trace=_told_apart(base.trace, variant.trace),
+            step_stats=_told_apart(base.step_stats, variant.step_stats),
             deferred_BTD=variant.y_BTD if self.defer else None,
             metrics={
                 n: torch.stack([part.metrics[n] for part in (base, variant) if n in part.metrics]).mean()
                 for n in {**base.metrics, **variant.metrics}
             },
         )
+
+
+def _told_apart(base: dict[str, Tensor], variant: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        **{f"base.{name}": value for name, value in base.items()},
+        **{f"variant.{name}": value for name, value in variant.items()},
+    }

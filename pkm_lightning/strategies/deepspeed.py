@@ -27,7 +27,9 @@ from pkm_lightning.strategies.launcher import WatchedRanks
 from pkm_lightning.strategies.portable import PortableCheckpoints, load_optimizer
 from pkm_lightning.strategies.zero_state import (
     ZeroOptimizerState,
+    held_gradient_norm,
     inner_optimizer,
+    overflowing,
     parameter_value,
     scale_gradient,
     set_parameter_value,
@@ -128,6 +130,15 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         """Multiplies the gradients that the engine holds."""
         for parameter in self._language_module.parameters():
             scale_gradient(parameter, factor)
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the gradients that the engine holds at the end of a step's backward; all ranks must ask."""
+        return held_gradient_norm(self.optimizers[0])
+
+    def drop_gradients(self) -> None:
+        """Ends the step without an update, in the engine's own way: as if gradients had overflowed."""
+        with overflowing(self.optimizers[0]):
+            self.deepspeed_engine.step()
 
     # --- checkpoints, in the numbering of a single process: the engine's parameters and the tables in one optimizer
 

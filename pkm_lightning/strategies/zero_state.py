@@ -6,6 +6,7 @@ every rank reads a parameter whole and keeps its piece.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,39 @@ def scale_gradient(parameter: nn.Parameter, factor: Tensor) -> None:
         safe_set_full_grad(parameter, grad * factor)
 
 
+def held_gradient_norm(engine_optimizer: Any) -> Tensor:
+    """L2 norm over the ranks' pieces of the averaged gradients; all ranks must ask."""
+    held = engine_optimizer.averaged_gradients.values()
+    pieces = [piece.float().square().sum() for group in held if group is not None for piece in group]
+    square = torch.stack(pieces).sum() if pieces else torch.zeros(())
+    dist.all_reduce(square)
+    return square.sqrt() / engine_optimizer.loss_scale
+
+
+@contextlib.contextmanager
+def overflowing(engine_optimizer: Any) -> Iterator[None]:
+    """Within it the engine takes its gradients for overflowed, and forgets them instead of making a step."""
+
+    def overflow(**_: Any) -> None:
+        engine_optimizer.overflow = True
+
+    # ZeRO-3 asks check_overflow in fp16 only; what it calls in every precision is this.
+    asked = "_overflow_check_and_loss_scale_update" if is_stage_3(engine_optimizer) else "check_overflow"
+    before = getattr(engine_optimizer, "check_grad_overflow", False)
+    engine_optimizer.check_grad_overflow = True
+    setattr(engine_optimizer, asked, overflow)
+    try:
+        yield
+    finally:
+        delattr(engine_optimizer, asked)
+        engine_optimizer.check_grad_overflow, engine_optimizer.overflow = before, False
+
+
+def is_stage_3(engine_optimizer: Any) -> bool:
+    """The parameters are in pieces too."""
+    return hasattr(engine_optimizer, "fp32_partitioned_groups_flat")
+
+
 class ZeroOptimizerState:
     """The states of the torch optimizer inside an engine's.
 
@@ -86,7 +120,7 @@ class ZeroOptimizerState:
 
     def _flat(self) -> list[Tensor]:
         """The flat pieces that the torch optimizer steps."""
-        stage_3 = hasattr(self._outer, "fp32_partitioned_groups_flat")
+        stage_3 = is_stage_3(self._outer)
         flat: list[Tensor] = (
             self._outer.fp32_partitioned_groups_flat if stage_3 else self._outer.single_partition_of_fp32_groups
         )

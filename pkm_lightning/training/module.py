@@ -22,7 +22,7 @@ from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
-from pkm_lightning.model.initialisation import plugins
+from pkm_lightning.model.initialisation import of_plugin, plugins
 from pkm_lightning.training.build import attention_context, build_model
 from pkm_lightning.training.clipping import clip_by_norm, local
 from pkm_lightning.training.distribution import check_own_tables, shard_dense, table_mesh
@@ -33,6 +33,8 @@ from pkm_lightning.training.instantiate import instantiate
 from pkm_lightning.training.loss import check_batch, token_nll
 from pkm_lightning.training.normalisation import StepNormaliser
 from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
+from pkm_lightning.training.step_reports import StepReports
+from pkm_lightning.training.step_watch import StepRefused, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import optimizer_apart, with_tables
 from pkm_lightning.training.tokenizer_check import check_tokenizer, tokenizer_digest
 
@@ -48,6 +50,7 @@ class LanguageModule(L.LightningModule):
         cost: its analytic cost with `data.seq_len` tokens in attention (1 if the data names no such length).
         table_optimizer: of the tables, where the strategy's engine steps everything else; None: one optimizer has both.
         tokens_seen: real input tokens trained on so far, over all ranks, a scalar tensor.
+        watch: who sees what plugins read, and who judges steps before they are made.
     """
 
     model: Transformer
@@ -63,10 +66,9 @@ class LanguageModule(L.LightningModule):
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
         self._step_nll: Tensor | None = None
-        self._step_stats: dict[int, dict[str, Tensor]] = {}
-        self._reported: dict[str, Tensor] = {}
-        self._reported_tokens: Tensor | None = None
+        self._reports = StepReports()
         self._batch_checked = False
+        self.watch = StepWatch()
         self.table_optimizer: Optimizer | None = None
 
     # --- building
@@ -119,10 +121,10 @@ class LanguageModule(L.LightningModule):
 
     # --- one micro-batch
 
-    def forward(self, batch: dict[str, Tensor]) -> ModelOutput:
+    def forward(self, batch: dict[str, Tensor], *, observe: bool = False) -> ModelOutput:
         """The model on a batch of the contract: `input_ids`, optional `doc_ids` and `valid`."""
         output: ModelOutput = self.model(
-            batch["input_ids"], doc_ids_BT=batch.get("doc_ids"), valid_BT=batch.get("valid")
+            batch["input_ids"], doc_ids_BT=batch.get("doc_ids"), valid_BT=batch.get("valid"), observe=observe
         )
         return output
 
@@ -165,7 +167,8 @@ class LanguageModule(L.LightningModule):
             check_batch(batch, self.model.embedding.num_embeddings)
             self._batch_checked = True
         # Not self(batch): hooks of engines on this module, which run around this method, would run within it again.
-        output = self.forward(batch)
+        output = self.forward(batch, observe=self.watch.observes)
+        self.watch.saw(output.traces, batch)
         nll_M = token_nll(self.model, output.hidden_BTD, batch["labels"])
         valid_BT = batch.get("valid")
         # Made on the device: a copy of a number from the host would wait for it.
@@ -174,7 +177,6 @@ class LanguageModule(L.LightningModule):
         own_tokens = all_tokens if valid_BT is None else valid_BT.sum()
         targets, tokens = self._sum_over_ranks(torch.stack([own_targets, own_tokens])).unbind()
         self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens
-        self._add_statistics(output)
         factor = self._normaliser.scale(
             targets, world_size=self.trainer.world_size, accumulate=self.trainer.accumulate_grad_batches
         )
@@ -182,20 +184,11 @@ class LanguageModule(L.LightningModule):
             factor = factor * self.trainer.accumulate_grad_batches  # Lightning divides by it, and the engine again
         nll = nll_M.sum()
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
-        self._add_reports(output, own_tokens)
+        self._reports.add(output, own_tokens)
         # Auxiliary losses are means over this rank's real tokens. By their share of them the ranks' losses add up to
         # the mean over all ranks; by its targets a micro-batch's adds to the mean over the step.
         auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(()))
         return (nll + auxiliary * targets * own_tokens / tokens.clamp(min=1)) * factor
-
-    def _add_reports(self, output: ModelOutput, own_tokens: Tensor) -> None:
-        reported = {f"aux_{name}": loss.detach() for name, loss in output.aux_losses.items()} | output.metrics
-        for name, value in reported.items():
-            weighted = value.detach().float() * own_tokens
-            self._reported[name] = self._reported[name] + weighted if name in self._reported else weighted
-        if reported:
-            before = self._reported_tokens
-            self._reported_tokens = own_tokens if before is None else before + own_tokens
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -203,12 +196,6 @@ class LanguageModule(L.LightningModule):
         total = self.trainer.strategy.reduce(value, reduce_op="sum")
         assert isinstance(total, Tensor)
         return total
-
-    def _add_statistics(self, output: ModelOutput) -> None:
-        for layer, stats in output.step_stats.items():
-            kept = self._step_stats.setdefault(layer, {})
-            for name, value in stats.items():
-                kept[name] = kept[name] + value.detach() if name in kept else value.detach()
 
     # --- one optimizer step
 
@@ -222,12 +209,15 @@ class LanguageModule(L.LightningModule):
         correction = self._normaliser.correction()
         if correction is not None:
             self._correct(correction)
-        if self._log_is_due():
+        if self._log_is_due() or self.watch.judges:
             assert self._step_nll is not None
             loss = self._sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
+            self.watch.figures = {"loss": loss}
+        if self._log_is_due():
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
-            self._log_reports()
+            for name, value in self._reports.means(self._sum_over_ranks).items():
+                self.log(f"train/{name}", value)
 
     def _correct(self, correction: Tensor) -> None:
         """Multiplies every gradient of the step."""
@@ -247,14 +237,6 @@ class LanguageModule(L.LightningModule):
         """More micro-batches of the step follow; of strategies that accumulate by themselves every one ends here."""
         return bool(self.trainer.strategy.handles_gradient_accumulation and self.trainer.fit_loop._should_accumulate())
 
-    def _log_reports(self) -> None:
-        """Auxiliary losses and metrics of the plugins, means over the step's real tokens of all ranks."""
-        if self._reported_tokens is not None:
-            sums = torch.stack([*self._reported.values(), self._reported_tokens.float()])
-            *totals, tokens = self._sum_over_ranks(sums).unbind()
-            for name, total in zip(self._reported, totals, strict=True):
-                self.log(f"train/{name}", total / tokens.clamp(min=1))
-
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -263,7 +245,7 @@ class LanguageModule(L.LightningModule):
     ) -> None:
         """Clips tables and the rest each by a norm of their own (`optim.table_clip_norm`, `optim.clip_norm`).
 
-        `trainer.gradient_clip_val`, where set, takes the place of `optim.clip_norm`.
+        `trainer.gradient_clip_val`, where set, takes the place of `optim.clip_norm`. Then the step is judged.
         """
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
             raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
@@ -275,11 +257,15 @@ class LanguageModule(L.LightningModule):
         groups: dict[str, list[torch.nn.Parameter]] = {"dense": [], "table": []}
         for group in [*optimizer.param_groups, *apart]:
             groups["table" if group["name"] in ("table", "table_dense") else "dense"] += group["params"]
-        if groups["table"] and (optim["table_clip_norm"] is not None or self._log_is_due()):
+        measure = self._log_is_due() or bool(self.watch.judges)
+        if groups["table"] and (optim["table_clip_norm"] is not None or measure):
             self._clip_tables(groups["table"], optim["table_clip_norm"])
-        has_gradient = any(p.grad is not None for p in groups["dense"])
-        if has_gradient and (dense_limit is not None or self._log_is_due()):
-            self._log_norm("dense", clip_by_norm(groups["dense"], dense_limit))
+        if any(p.grad is not None for p in groups["dense"]):
+            if dense_limit is not None or measure:
+                self._keep_norm("dense", clip_by_norm(groups["dense"], dense_limit))
+        elif measure and hasattr(self.trainer.strategy, "gradient_norm"):
+            self._keep_norm("dense", self.trainer.strategy.gradient_norm())
+        self.watch.judge()
 
     def _clip_tables(self, parameters: list[torch.nn.Parameter], limit: float | None) -> None:
         # What has learned in backward already has nothing left to measure.
@@ -287,33 +273,50 @@ class LanguageModule(L.LightningModule):
         weights = {id(table.weight) for table in tables}
         others = [p for p in parameters if id(p) not in weights and p.grad is not None]
         if tables:
-            self._log_norm("table", clip_tables(tables, [p.grad for p in others if p.grad is not None], limit))
+            self._keep_norm("table", clip_tables(tables, [p.grad for p in others if p.grad is not None], limit))
         elif others:
-            self._log_norm("table", clip_by_norm(others, limit))
+            self._keep_norm("table", clip_by_norm(others, limit))
 
-    def _log_norm(self, name: str, norm: Tensor) -> None:
+    def _keep_norm(self, name: str, norm: Tensor) -> None:
+        self.watch.figures[f"grad_norm_{name}"] = norm
         if self._log_is_due():
             self.log(f"train/grad_norm_{name}", norm)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
     ) -> None:
-        """The update; then each plugin that asks for it gets its statistics of the whole step."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        """The update; then each plugin that asks for it gets its statistics of the whole step.
+
+        Of a step that a judge has refused nothing stays: neither gradients, nor statistics, nor one of the schedule.
+        """
+        self.watch.refused = False
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        except StepRefused:
+            drop_gradients(self.trainer, optimizer)
         if self._accumulates():
             return
         if self.table_optimizer is not None:
-            self.table_optimizer.step()
+            if not self.watch.refused:
+                self.table_optimizer.step()
             self.table_optimizer.zero_grad()
+        if not self.watch.refused:
+            self._after_step()
+        self._reports.reset()
+        self._step_nll, self.watch.figures = None, {}
+        self._normaliser.reset()
+
+    def _after_step(self) -> None:
         for layer, block in enumerate(self.model.blocks):
-            stats = {name: self._sum_over_ranks(value) for name, value in self._step_stats.get(layer, {}).items()}
+            stats = {name: self._sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
             for name, plugin in plugins(block.ffn):  # type: ignore[arg-type]
                 if isinstance(plugin, HasAfterStep):
-                    plugin.after_step(_own_stats(name, stats))
-        self._step_stats = {}
-        self._reported, self._reported_tokens = {}, None
-        self._step_nll = None
-        self._normaliser.reset()
+                    plugin.after_step(of_plugin(name, stats))
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """The schedule goes on, unless the step was refused."""
+        if not self.watch.refused:
+            super().lr_scheduler_step(scheduler, metric)
 
     def _log_is_due(self) -> bool:
         # Before the update `global_step` still counts the steps already taken.
@@ -387,9 +390,3 @@ class LanguageModule(L.LightningModule):
         """
         check_tokenizer(checkpoint, self._data())
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)
-
-
-def _own_stats(plugin: str, stats: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The statistics of one plugin; where two stand side by side, `Beside` wrote `base.` or `variant.` before each."""
-    prefix = "" if plugin == "ffn" else f"{plugin.removeprefix('ffn.')}."
-    return {name.removeprefix(prefix): value for name, value in stats.items() if name.startswith(prefix)}

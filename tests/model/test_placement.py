@@ -140,5 +140,6 @@ def test_parallel_reports_both_and_sums_losses_of_one_name() -> None:
     parts = [base(x_BTD, context), variant(x_BTD, context)]
     assert_close(output.y_BTD, parts[0].y_BTD + parts[1].y_BTD)
     assert_close(output.aux_losses["toy"], parts[0].aux_losses["toy"] + parts[1].aux_losses["toy"])
-    assert output.trace.keys() == parts[0].trace.keys()
+    names = parts[0].trace.keys()
+    assert output.trace.keys() == {f"{which}.{name}" for which in ("base", "variant") for name in names}
     assert output.step_stats.keys() == {"base.tokens", "base.ids", "variant.tokens", "variant.ids"}

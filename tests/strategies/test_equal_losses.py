@@ -15,7 +15,7 @@ from tolerances import RANKS
 #: A pairwise subset: strategy, ranks, overrides. The full matrix is test_full_matrix.py.
 CASES = [
     ("ddp", 2, "ffn=memory_plus table.shard=dim table.learning=dense"),
-    ("ddp", 4, "ffn=peer table.shard=row table.learning=rows"),
+    pytest.param("ddp", 4, "ffn=peer table.shard=row table.learning=rows", marks=pytest.mark.slow),
     ("ddp", 2, "ffn=ultramem table.shard=row table.learning=rows"),
     ("ddp", 4, "ffn=memory_plus table.shard=dim table.learning=rows table.group=2"),
     ("ddp", 2, "ffn=memory_plus table.shard=none table.learning=fused optim.table_clip_norm=null"),
@@ -32,7 +32,9 @@ CASES = [
     ("deepspeed_2", 2, "ffn=memory_plus table.shard=dim table.learning=rows trainer.accumulate_grad_batches=2"),
     pytest.param("deepspeed_2", 4, "ffn=moe", marks=pytest.mark.slow),
     ("deepspeed_3", 2, "ffn=peer table.shard=row table.learning=rows"),
-    ("deepspeed_3", 4, "ffn=memory_plus table.shard=dim table.learning=dense table.group=2"),
+    pytest.param(
+        "deepspeed_3", 4, "ffn=memory_plus table.shard=dim table.learning=dense table.group=2", marks=pytest.mark.slow
+    ),
     ("deepspeed_3", 2, "ffn=ultramem_v2 table.shard=dim table.learning=fused optim.table_clip_norm=null"),
     pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
     ("ddp", 2, "ffn=memory_plus placement.mode=parallel table.shared=false model.activation_checkpointing=true"),
@@ -51,9 +53,7 @@ def test_losses_and_norms_are_those_of_one_process(ranks: Groups, strategy: str,
     expected = alone(overrides)
     for found in ranks(size).run(jobs.train, [f"strategy={strategy}", *overrides.split()]):
         assert len(found) == len(expected) == 30
-        # What an engine clips by itself it does not tell in time.
-        silent = {"train/grad_norm_dense"} if strategy.startswith("deepspeed") else set()
-        assert found[0].keys() == expected[0].keys() - silent
+        assert found[0].keys() == expected[0].keys()
         for step, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
             assert theirs["train/loss"] == pytest.approx(mine["train/loss"], rel=RANKS["loss"]), step
             for name in ("train/grad_norm_table", "train/grad_norm_dense", "train/aux_balance"):
