@@ -5,9 +5,11 @@ if __name__ != "pkm_lightning.callbacks":
         f"'{__name__}' is pkm_lightning.callbacks; import it by that name: import pkm_lightning.callbacks"
     )
 
+from pkm_lightning.callbacks.instability import Instability
 from pkm_lightning.callbacks.metrics_csv import MetricsCSV
 from pkm_lightning.callbacks.progress_bar import StepProgressBar
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
+from pkm_lightning.callbacks.vitals import Vitals
 
-__all__ = ["MetricsCSV", "Recall", "RunInterrupted", "StepCheckpoint", "StepProgressBar"]
+__all__ = ["Instability", "MetricsCSV", "Recall", "RunInterrupted", "StepCheckpoint", "StepProgressBar", "Vitals"]

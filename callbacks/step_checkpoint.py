@@ -50,13 +50,35 @@ class StepCheckpoint(ModelCheckpoint):
         """Asks for a checkpoint and a stop; safe in a signal handler."""
         self._stop_reason = reason
 
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """The step that has just been made will be saved."""
+        return self._stop_reason is not None or trainer.global_step % self._every_n_train_steps == 0
+
+    def newest(self, trainer: L.Trainer) -> Path | None:
+        """The last checkpoint on disk, the same on every rank; None before the first."""
+        self._finish(trainer)
+        whole = sorted(Path(str(self.dirpath)).glob("step-*.ckpt"))
+        found: Path | None = trainer.strategy.broadcast(whole[-1] if whole else None)
+        return found
+
+    def went_back(self, trainer: L.Trainer) -> None:
+        """Training has returned to an earlier step: saves it, and removes what was saved of later ones."""
+        self._finish(trainer)
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._finish(trainer)
+        if trainer.is_global_zero:
+            here = f"step-{trainer.global_step:08d}.ckpt"
+            for later in (path for path in Path(str(self.dirpath)).glob("step-*.ckpt") if path.name > here):
+                _remove(later)
+        self._remove_older(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Saves after the last micro-batch of a step that is due, unless a validation comes first."""
         loop = trainer.fit_loop
         if loop._should_accumulate():
             return
         stopping = self._stop_is_agreed(trainer)
-        self._due = stopping or trainer.global_step % self._every_n_train_steps == 0
+        self._due = stopping or self.is_due(trainer)
         if self._due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
             self._save_due(trainer, stopping)
 
@@ -104,7 +126,7 @@ class StepCheckpoint(ModelCheckpoint):
         # A killed run leaves an older one behind, or one half-written; a later one may be being written right now.
         unfinished = [p for p in folder.glob("step-*.ckpt.tmp") if p.name.removesuffix(".tmp") <= whole[-1].name]
         for older in (*whole[:-1], *unfinished):
-            shutil.rmtree(older, ignore_errors=True) if older.is_dir() else older.unlink(missing_ok=True)
+            _remove(older)
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
         """True on every rank if any rank was asked: ranks that stop at different steps would wait for ever."""
@@ -113,3 +135,7 @@ class StepCheckpoint(ModelCheckpoint):
             return asked
         votes = torch.tensor(float(asked), device=trainer.strategy.root_device)
         return bool(trainer.strategy.reduce(votes, reduce_op="sum") > 0)
+
+
+def _remove(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint, ignore_errors=True) if checkpoint.is_dir() else checkpoint.unlink(missing_ok=True)

@@ -30,6 +30,10 @@ class RunDirectoryError(PkmError, OSError):
     """A run directory that cannot be used: unwritable, full, held by another process, or already finished."""
 
 
+class InstabilityError(PkmError, RuntimeError):
+    """Training has become unstable, and its policy was to stop, or what it tried did not help."""
+
+
 class RankLostError(PkmError, RuntimeError):
     """Another process of the run is gone; the run can be continued.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -72,6 +73,14 @@ def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
     return given
 
 
+@runtime_checkable
+class ChecksConfig(Protocol):
+    """A callback that cannot do its work with every configuration."""
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ConfigError for what cannot work, before anything starts."""
+
+
 @dataclass(frozen=True)
 class Assembly:
     """A Trainer and the callbacks in it, by what they do for the run's record."""
@@ -96,6 +105,9 @@ def assemble(config: dict[str, Any], *, resumed_step: int | None = None) -> Asse
             "table.device=cpu, or export the run when it is trained."
         )
     callbacks = make_callbacks(config)
+    for callback in callbacks:
+        if isinstance(callback, ChecksConfig):
+            callback.check(config)
     return Assembly(make_trainer(config, callbacks=callbacks, loggers=make_loggers(config, resumed_step)), callbacks)
 
 

@@ -38,6 +38,13 @@ class Router(nn.Module):
         """N(0, 1/dim): logits of about unit variance for normalised inputs."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
+    def vitals(self, logits_TE: Tensor, x_TD: Tensor) -> dict[str, Tensor]:
+        """`router_logit_max`: the largest absolute logit; `router_top`: mean of a token's largest probability."""
+        return {
+            "router_logit_max": logits_TE.abs().amax(),
+            "router_top": logits_TE.softmax(-1).amax(-1).mean(),
+        }
+
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Logits in fp32 (fp64 for an fp64 model)."""
         with ieee_scores(x_TD):

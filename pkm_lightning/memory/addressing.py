@@ -185,6 +185,24 @@ class Addressing(nn.Module):
             losses["entropy"] = entropy * (cure.entropy_loss(p_2HS[0]) + cure.entropy_loss(p_2HS[1])) / 2
         return losses
 
+    def vitals(self, output: Addresses, x_TD: Tensor, valid_T: Tensor | None = None) -> dict[str, Tensor]:
+        """Norms of half queries and sub-keys, extremes of the scores read, and how far the weights are saturated.
+
+        `query_norm`, `key_norm`: mean L2 norms, as the scores use them; `score_max`, `score_min`; `weight_top`: mean
+        share of a read's largest weight in the read.
+        """
+        q_TH2E, _ = self.query(x_TD, valid_T)
+        scores_HTK, _ = self.keys.search(q_TH2E, self.knn)
+        weights_THK = output.weights_THK.abs()
+        shares_TH = weights_THK.amax(-1) / weights_THK.sum(-1).clamp(min=1e-20)
+        return {
+            "query_norm": q_TH2E.norm(dim=-1).mean(),
+            "key_norm": self.keys.used(q_TH2E).norm(dim=-1).mean(),
+            "score_max": scores_HTK.amax(),
+            "score_min": scores_HTK.amin(),
+            "weight_top": shares_TH.mean(),
+        }
+
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Moves the running statistics of a batch normalisation, where there is one."""
         self.query.after_step(stats)

@@ -64,7 +64,7 @@ class ProductKeys(nn.Module):
         """Scores of the first and of the second half, IEEE fp32, head-major: so the products leave them in memory."""
         with ieee_scores(q_TH2E):
             q_2HTE = q_TH2E.permute(2, 1, 0, 3)
-            keys_2HES = self._scaled(q_TH2E).expand(self.heads, -1, -1, -1).permute(1, 0, 3, 2)
+            keys_2HES = self.used(q_TH2E).expand(self.heads, -1, -1, -1).permute(1, 0, 3, 2)
             return torch.bmm(q_2HTE[0], keys_2HES[0]), torch.bmm(q_2HTE[1], keys_2HES[1])
 
     def search(
@@ -76,7 +76,7 @@ class ProductKeys(nn.Module):
         """
         with ieee_scores(q_TH2E):
             q_2HTE = q_TH2E.permute(2, 1, 0, 3)
-            keys_2HSE = self._scaled(q_TH2E).transpose(0, 1)
+            keys_2HSE = self.used(q_TH2E).transpose(0, 1)
             # Heads with one set of sub-keys are more queries to it.
             shape_2XTE = (*keys_2HSE.shape[:2], -1, q_2HTE.shape[-1])
             per_half = min(knn, keys_2HSE.shape[2])
@@ -87,7 +87,7 @@ class ProductKeys(nn.Module):
             )
             return product_combine(*first, *second, keys_2HSE.shape[2], knn)
 
-    def _scaled(self, q_TH2E: Tensor) -> Tensor:
+    def used(self, q_TH2E: Tensor) -> Tensor:
         """The sub-keys in the dtype of scores, normalised and scaled if so configured, (H or 1, 2, S, E)."""
         keys_H2SE = self.keys.to(score_dtype(q_TH2E))
         if self.norm is None:

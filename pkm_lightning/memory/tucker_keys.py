@@ -143,6 +143,20 @@ class TuckerKeys(nn.Module):
         ids_THK = (row_HTK * self.n_keys + column_HTK).int().transpose(0, 1).contiguous()
         return TuckerRead(scores_HTCK.transpose(0, 1), ids_THK, row_HTS, column_HTS)
 
+    def vitals(self, output: TuckerRead, x_TD: Tensor) -> dict[str, Tensor]:
+        """`query_norm`, `key_norm`: mean L2 norms, as the scores use them; `score_max`, `score_min` of the slots read;
+        `weight_top`: mean share of a read's largest absolute score in the read."""
+        q_TXE = half_norm(self.query_norm, self.query(x_TD).float().unflatten(-1, (-1, self.key_dim)))
+        scores_THK = output.scores_THCK.sum(2)
+        shares_TH = scores_THK.abs().amax(-1) / scores_THK.abs().sum(-1).clamp(min=1e-20)
+        return {
+            "query_norm": q_TXE.norm(dim=-1).mean(),
+            "key_norm": half_norm(self.key_norm, self.keys.float()).norm(dim=-1).mean(),
+            "score_max": scores_THK.amax(),
+            "score_min": scores_THK.amin(),
+            "weight_top": shares_TH.mean(),
+        }
+
     def spectrum(self) -> Float[Tensor, "H R"]:
         """Singular values of each head's C, largest first, differentiable."""
         with ieee_scores(self.cores):

@@ -55,11 +55,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, shared: AttentionInputs) -> Tensor:
         """Attends within `shared.mask_B1TT`, or causally."""
-        q_BHTC = self._heads(self.query(x_BTD))
-        k_BGTC = self._heads(self.key(x_BTD))
+        q_BHTC, k_BGTC = self._queries_and_keys(x_BTD, shared)
         v_BGTC = self._heads(self.value(x_BTD))
-        q_BHTC = apply_rope(q_BHTC, shared.cos_B1TF, shared.sin_B1TF)
-        k_BGTC = apply_rope(k_BGTC, shared.cos_B1TF, shared.sin_B1TF)
         y_BHTC = functional.scaled_dot_product_attention(
             q_BHTC,
             k_BGTC,
@@ -69,6 +66,24 @@ class Attention(nn.Module):
             enable_gqa=k_BGTC.shape[1] != q_BHTC.shape[1],
         )
         return self.out(y_BHTC.transpose(1, 2).flatten(2))
+
+    def vitals(self, output: Tensor, x_BTD: Tensor, shared: AttentionInputs) -> dict[str, Tensor]:
+        """`attention_logit_max`: the largest `|<q, k>| / sqrt(C)` of a query and a key that it may see."""
+        q_BHTC, k_BGTC = self._queries_and_keys(x_BTD, shared)
+        k_BHTC = k_BGTC.repeat_interleave(q_BHTC.shape[1] // k_BGTC.shape[1], dim=1)
+        logits_BHTT = q_BHTC.float() @ k_BHTC.float().transpose(-1, -2) * self.head_dim**-0.5
+        seen_XTT = shared.mask_B1TT
+        if seen_XTT is None:
+            seen_XTT = torch.ones_like(logits_BHTT[0, 0], dtype=torch.bool).tril()
+        return {"attention_logit_max": logits_BHTT.abs().masked_fill(~seen_XTT, 0).amax()}
+
+    def _queries_and_keys(self, x_BTD: Tensor, shared: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """With their positions, (B, H, T, C) and (B, G, T, C)."""
+        q_BHTC, k_BGTC = self._heads(self.query(x_BTD)), self._heads(self.key(x_BTD))
+        return (
+            apply_rope(q_BHTC, shared.cos_B1TF, shared.sin_B1TF),
+            apply_rope(k_BGTC, shared.cos_B1TF, shared.sin_B1TF),
+        )
 
     def _heads(self, x_BTX: Tensor) -> Tensor:
         return x_BTX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

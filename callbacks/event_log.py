@@ -1,0 +1,55 @@
+"""events.jsonl: a line for each event of a run, kept over kills and resumes.
+
+| key | meaning |
+|---|---|
+| step | the optimizer step, counted from 1 |
+| event | what happened; see `pkm_lightning.callbacks.instability` |
+| layer | the layer, or the name of the parameter, that it happened in; null: the whole model |
+| value, threshold | what was found, and what is allowed; a number, or "nan", "inf", "-inf" |
+| action | what was done: warn, skip, rollback, stop |
+| returned_to | of a rollback: the step whose state was restored |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends lines; after a resume it goes on behind those that the checkpoint knew of.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines = path, 0
+
+    def begin(self) -> None:
+        """Cuts the file back to `lines`; with none of them it is removed."""
+        if not self.path.exists():
+            self.lines = 0
+            return
+        kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[: self.lines]
+        self.lines = len(kept)
+        if kept:
+            beside = self.path.with_name(self.path.name + ".tmp")
+            beside.write_text("".join(kept), encoding="utf-8")
+            beside.replace(self.path)
+        else:
+            self.path.unlink()
+
+    def write(self, event: dict[str, Any]) -> None:
+        """One line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _number(value) for key, value in event.items()}) + "\n")
+        self.lines += 1
+
+
+def _number(value: Any) -> Any:
+    """JSON has no word for what is not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,303 @@
+"""Notices when training goes wrong, and does what a policy says. Every event is a line of events.jsonl.
+
+| event | is | may be answered by |
+|---|---|---|
+| loss_not_finite | the mean loss of a step | warn, skip, rollback, stop |
+| gradient_not_finite | a gradient norm of a step, of tables or of the rest | warn, skip, rollback, stop |
+| loss_spike | a loss far above those of the last `window` steps | warn, skip, rollback, stop |
+| gradient_spike | a gradient norm far above those of the window | warn, skip, rollback, stop |
+| weight_not_finite | a parameter, at log steps and before a checkpoint | warn, rollback, stop |
+| limit | a figure of `callbacks.vitals` above its `limits` | warn, rollback, stop |
+
+`warn` writes the event at the next log step; nothing else happens, and no step waits for the device. With any other
+policy for one of the first four, every step waits for a handful of numbers before it is made, of several ranks also for
+each other. `skip` refuses the step: weights, optimizers, staged rows, plugins' statistics and the schedule stay as they
+were, the step counts in `max_steps`, its tokens as seen. `rollback` does so too and goes back to the last good state,
+after which training goes on with the data that come next: PaLM's remedy (Chowdhery et al. 2022, arXiv 2204.02311, section
+5.1), within the run. `stop` ends the run with an error; its last checkpoint is good.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from pkm_lightning.callbacks.event_log import EventLog
+from pkm_lightning.callbacks.good_states import GoodStates
+from pkm_lightning.callbacks.spikes import SpikeWindow
+from pkm_lightning.callbacks.step_events import SERIES, STEP_EVENTS, StepEvents
+from pkm_lightning.callbacks.vitals import Vitals
+from pkm_lightning.errors import ConfigError, InstabilityError, check_choice, check_integer, check_range
+from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.vitals import held_weights, largest_values
+
+_log = logging.getLogger(__name__)
+EVENTS = (*STEP_EVENTS, "weight_not_finite", "limit")
+POLICIES = ("warn", "skip", "rollback", "stop")
+_LEAST_DEVIATION = 0.01
+
+
+class Instability(L.Callback):
+    """Watches every step.
+
+    Args:
+        path: the file of events.
+        window: steps that a loss or gradient norm is compared with.
+        warm_up: steps before the first spike can be told.
+        threshold: robust z-score from which on a step is a spike; see `SpikeWindow`.
+        policies: a policy for each event of the table above; events left out are warned of.
+        limits: highest values of `callbacks.vitals`, by name; None: none.
+        restore: where rollback finds a state: `memory` (a copy in host memory, of two states, each as large as a
+            checkpoint) or `disk` (the last checkpoint).
+        keep_every_n_steps: steps between states in memory.
+        settle_steps: a state counts as good after as many further steps without an event.
+        max_tries: rollbacks, or refused steps in a row, without getting beyond the step that failed; then the run ends.
+        lr_factor: the learning rate is multiplied by it at each rollback.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        window: int,
+        warm_up: int,
+        threshold: float,
+        policies: Mapping[str, str],
+        limits: Mapping[str, float] | None,
+        restore: str,
+        keep_every_n_steps: int,
+        settle_steps: int,
+        max_tries: int,
+        lr_factor: float,
+    ) -> None:
+        key = "callbacks.instability"
+        for name, number in (("window", window), ("keep_every_n_steps", keep_every_n_steps), ("max_tries", max_tries)):
+            check_integer(f"{key}.{name}", number, low=1)
+        check_integer(f"{key}.warm_up", warm_up, low=1, high=window)
+        check_integer(f"{key}.settle_steps", settle_steps, low=0)
+        check_range(f"{key}.threshold", threshold, 0)
+        check_range(f"{key}.lr_factor", lr_factor, 1e-9, 1)
+        check_choice(f"{key}.restore", restore, ("memory", "disk"))
+        self.policies = dict.fromkeys(EVENTS, "warn") | _checked_policies(policies)
+        limits = dict(limits or {})
+        for name, limit in limits.items():
+            check_range(f"{key}.limits.{name}", limit)
+        self.window, self.warm_up, self.threshold, self.limits = window, warm_up, threshold, limits
+        self.max_tries, self.lr_factor = max_tries, lr_factor
+        self.events = EventLog(Path(path))
+        rolls_back = "rollback" in self.policies.values()
+        self.good = GoodStates(restore, keep_every_n_steps, settle_steps) if rolls_back else None
+        self._waits = any(self.policies[event] != "warn" for event in STEP_EVENTS)
+        self._steps: StepEvents | None = None
+        self._saved: dict[str, Any] = {}
+        self._answer: str | None = None
+        self._tries = self._furthest = 0
+        self._last = ""
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuses what cannot work with the rest of a configuration, before anything starts.
+
+        Raises:
+            ConfigError: steps to refuse whose update is made in backward; states in memory that an engine holds.
+        """
+        chosen = {event: self.policies[event] for event in STEP_EVENTS}
+        late = [f"{event}={policy}" for event, policy in chosen.items() if policy in ("skip", "rollback")]
+        if late and config["table"].get("learning") == "fused":
+            raise ConfigError(
+                f"callbacks.instability.policies.{late[0]} comes too late with table.learning=fused, which has updated "
+                "the table in backward already; say table.learning=rows, or the policy warn or stop."
+            )
+        strategy = str((config["strategy"] or {}).get("_target_", ""))
+        if self.good is not None and self.good.restore == "memory" and strategy.endswith("DeepSpeed"):
+            raise ConfigError(
+                "callbacks.instability.restore=memory cannot copy what DeepSpeed's engine holds; say "
+                "callbacks.instability.restore=disk."
+            )
+        callbacks = config["callbacks"] or {}
+        if self.good is not None and self.good.restore == "disk" and not callbacks.get("step_checkpoint"):
+            raise ConfigError(
+                "callbacks.instability.restore=disk needs callbacks.step_checkpoint, which is off; turn it on, or say "
+                "callbacks.instability.restore=memory."
+            )
+        if self.limits and not callbacks.get("vitals"):
+            raise ConfigError(
+                f"callbacks.instability.limits.{next(iter(self.limits))} is a figure of callbacks.vitals, which is "
+                "off; leave it on, or say callbacks.instability.limits=null."
+            )
+
+    # --- the life of a run
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts to watch."""
+        assert isinstance(pl_module, LanguageModule)
+        spikes = SpikeWindow(
+            series=len(SERIES),
+            window=self.window,
+            warm_up=self.warm_up,
+            floor=_LEAST_DEVIATION,
+            device=pl_module.device,
+        )
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._steps = StepEvents(spikes, self.threshold, scaled_gradients=scaled)
+        if self._saved:
+            spikes.load_state_dict(self._saved["spikes"])
+            self._tries, self._furthest = self._saved["tries"], self._saved["furthest"]
+            self.events.lines = self._saved["lines"]
+        if trainer.is_global_zero:
+            self.events.begin()
+        self._module = pl_module
+        pl_module.watch.judges.append(self._judge)
+        if self.good is not None:
+            self.good.begin(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """After a step: what was found is written when a log is due, and answered at once where the policy says so."""
+        assert isinstance(pl_module, LanguageModule)
+        if trainer.fit_loop._should_accumulate():
+            return
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due or self._waits:
+            self._write_steps(trainer)
+        keeps = self.good is not None and self.good.is_due(trainer)
+        if self._answer is None and (due or keeps or _saves(trainer)):
+            self._check_weights(trainer, pl_module)
+        if due:
+            self._check_limits(trainer)
+        answer, self._answer = self._answer, None
+        if answer not in (None, "warn"):
+            self._act(str(answer), trainer, pl_module)
+        elif answer is None and keeps and self.good is not None:
+            self.good.keep(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Weights that are not finite replace no good checkpoint, unless that is only to be warned of."""
+        if self.policies["weight_not_finite"] != "warn" and isinstance(pl_module, LanguageModule):
+            broken = _broken_weight(pl_module)
+            if broken is not None:
+                raise InstabilityError(
+                    f"{broken[0]} is not finite in step {trainer.global_step}; the checkpoint before is kept."
+                )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes what is left."""
+        self._write_steps(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Writes what is left."""
+        self._write_steps(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets the module go."""
+        assert isinstance(pl_module, LanguageModule)
+        pl_module.watch.judges = [judge for judge in pl_module.watch.judges if judge != self._judge]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Window, tries and lines so far."""
+        spikes = self._saved.get("spikes", {}) if self._steps is None else self._steps.spikes.state_dict()
+        return {"spikes": spikes, "tries": self._tries, "furthest": self._furthest, "lines": self.events.lines}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Taken up when training starts."""
+        self._saved = state
+
+    # --- what is found
+
+    def _judge(self, figures: dict[str, Tensor]) -> bool:
+        """Before an update: notes its figures; where a policy may refuse it, decides."""
+        assert self._steps is not None
+        trainer = self._module.trainer
+        found = self._steps.take(trainer.global_step + 1, figures, wait=self._waits)
+        refuse = self._waits and any(self.policies[event.name] != "warn" for event in found)
+        if not refuse:
+            self._steps.made()
+        return not refuse
+
+    def _write_steps(self, trainer: L.Trainer) -> None:
+        for event in [] if self._steps is None else self._steps.drain():
+            self._note(trainer, event.name, event.step, None, event.value, event.threshold)
+
+    def _check_weights(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
+        broken = _broken_weight(pl_module)
+        if broken is not None:
+            self._note(trainer, "weight_not_finite", trainer.global_step, broken[0], broken[1], float("inf"))
+
+    def _check_limits(self, trainer: L.Trainer) -> None:
+        vitals = next((c for c in trainer.callbacks if isinstance(c, Vitals)), None)  # type: ignore[attr-defined]
+        if vitals is None or vitals.step != trainer.global_step:
+            return
+        for name, limit in self.limits.items():
+            for layer, values in vitals.found.items():
+                value = float(values[name]) if name in values else limit
+                if not value <= limit:
+                    self._note(trainer, "limit", trainer.global_step, layer, value, limit, name)
+
+    def _note(
+        self,
+        trainer: L.Trainer,
+        event: str,
+        step: int,
+        layer: int | str | None,
+        value: float,
+        threshold: float,
+        figure: str | None = None,
+    ) -> None:
+        action = self.policies[event]
+        line: dict[str, Any] = {"step": step, "event": event, "layer": layer, "value": value, "threshold": threshold}
+        line |= {"action": action} | ({"figure": figure} if figure else {})
+        self._last = f"{figure or event} in step {step} (found {value:.4g}, allowed {threshold:.4g})"
+        if self._answer is None or POLICIES.index(action) > POLICIES.index(self._answer):
+            self._answer = action
+        if action == "rollback" and self.good is not None:
+            line["returned_to"] = self.good.newest(trainer)
+        if trainer.is_global_zero:
+            self.events.write(line)
+            _log.warning("%s: %s", self._last, action)
+
+    # --- what is done
+
+    def _act(self, answer: str, trainer: L.Trainer, pl_module: LanguageModule) -> None:
+        if answer == "stop":
+            raise InstabilityError(f"{self._last}; callbacks.instability says stop. The last checkpoint is good.")
+        reached = trainer.global_step
+        self._tries = 1 if reached > self._furthest + (1 if answer == "skip" else 0) else self._tries + 1
+        self._furthest = max(self._furthest, reached)
+        if self._tries > self.max_tries:
+            raise InstabilityError(
+                f"{self._last}; {self.max_tries} times {answer} did not get beyond it: lower optim.lr, lengthen "
+                "optim.warmup_share, or look at the data. The last checkpoint is good."
+            )
+        if answer == "rollback":
+            assert self.good is not None
+            self.good.go_back(trainer, pl_module, self.lr_factor)
+
+
+def _checked_policies(policies: Mapping[str, str]) -> dict[str, str]:
+    for event, policy in policies.items():
+        check_choice("callbacks.instability.policies: event", event, EVENTS)
+        allowed = POLICIES if event in STEP_EVENTS else tuple(p for p in POLICIES if p != "skip")
+        check_choice(f"callbacks.instability.policies.{event}", policy, allowed)
+    return dict(policies)
+
+
+def _saves(trainer: L.Trainer) -> bool:
+    """A checkpoint of this step will follow."""
+    return any(getattr(callback, "is_due", lambda _: False)(trainer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _broken_weight(pl_module: LanguageModule) -> tuple[str, float] | None:
+    """Name and largest absolute value of the first parameter that is not finite; all ranks must ask and agree."""
+    named = held_weights(pl_module)
+    values = largest_values(list(named.values()))
+    if pl_module.trainer.world_size > 1:
+        # A maximum need not keep what is no number.
+        values = torch.where(values.isfinite(), torch.zeros_like(values), torch.full_like(values, float("inf")))
+        values = values.to(pl_module.device)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return next(((name, v) for name, v in zip(named, values.tolist(), strict=True) if not math.isfinite(v)), None)

@@ -1,0 +1,59 @@
+"""Which step stands out: robust z-scores of a few series over their last steps, on the device.
+
+Letters: K series, W steps of the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Scales the median absolute deviation to the standard deviation of a normal distribution.
+_NORMAL = 1.4826
+
+
+class SpikeWindow:
+    """The last values of K series. No method waits for the device.
+
+    A value's score is `(value - median) / max(1.4826 * MAD, floor * |median|)`, of the window before it: of outliers,
+    as long as they are fewer than half, neither median nor MAD (median absolute deviation) takes notice.
+
+    Args:
+        series: series K.
+        window: steps W, 1 or more.
+        warm_up: steps before which every score is 0.
+        floor: least deviation that counts, in parts of the median: series that hardly move would else spike at nothing.
+        device: of the values.
+    """
+
+    def __init__(self, *, series: int, window: int, warm_up: int, floor: float, device: torch.device) -> None:
+        self.warm_up, self.floor = warm_up, floor
+        self._values_KW = torch.full((series, window), float("nan"), dtype=torch.float64, device=device)
+        self._count_K = torch.zeros(series, dtype=torch.int64, device=device)
+
+    def scores(self, values_K: Tensor) -> Tensor:
+        """How far each value stands above its window, (K,); not a number for values that are not finite."""
+        median_K = self._values_KW.nanmedian(dim=1).values
+        spread_K = (self._values_KW - median_K.unsqueeze(1)).abs().nanmedian(dim=1).values
+        scale_K = torch.maximum(_NORMAL * spread_K, self.floor * median_K.abs()).clamp(min=1e-12)
+        scores_K = (values_K.to(scale_K) - median_K) / scale_K
+        return torch.where((self._count_K >= self.warm_up) & ~median_K.isnan(), scores_K, torch.zeros_like(scores_K))
+
+    def add(self, values_K: Tensor) -> None:
+        """Takes the values of a step in; those that are not finite are left out."""
+        values_K = values_K.to(self._values_KW)
+        finite_K = values_K.isfinite()
+        place_K1 = (self._count_K % self._values_KW.shape[1]).unsqueeze(1)
+        kept_K1 = torch.where(finite_K.unsqueeze(1), values_K.unsqueeze(1), self._values_KW.gather(1, place_K1))
+        self._values_KW.scatter_(1, place_K1, kept_K1)
+        self._count_K += finite_K
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The values and how many there have been."""
+        return {"values": self._values_KW, "count": self._count_K}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes up `state` where it is of the same number of series and steps; else starts anew."""
+        if state["values"].shape == self._values_KW.shape:
+            self._values_KW.copy_(state["values"])
+            self._count_K.copy_(state["count"])

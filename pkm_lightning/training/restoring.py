@@ -1,0 +1,131 @@
+"""Going back to an earlier state of training without starting anew: weights, optimizers, schedule and step counter.
+
+What has been seen stays seen: the data go on where they are, counters of tokens and of slot usage too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pkm_lightning.training.clipping import local
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from pkm_lightning.training.module import LanguageModule
+
+
+class MemoryState:
+    """A copy of a training's state in host memory: as much as a checkpoint holds, each rank its part.
+
+    Args:
+        trainer: at the end of an optimizer step.
+        module: its module; its strategy must not hold parameters in an engine of its own.
+    """
+
+    def __init__(self, trainer: L.Trainer, module: LanguageModule) -> None:
+        self.step = trainer.global_step
+        self._weights = {name: _copy(value) for name, value in _tensors(module).items()}
+        self._optimizers = [_optimizer_state(optimizer) for optimizer in _optimizers(trainer, module)]
+        self._schedules = _schedules(trainer)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._scaler = None if scaler is None else scaler.state_dict()
+
+    @torch.no_grad()
+    def restore(self, trainer: L.Trainer, module: LanguageModule) -> None:
+        """Makes this the state of the training; may be done any number of times."""
+        for name, value in _tensors(module).items():
+            local(value).copy_(self._weights[name])
+        for optimizer, (states, groups) in zip(_optimizers(trainer, module), self._optimizers, strict=True):
+            for parameter in [p for p in optimizer.state if p not in states]:
+                del optimizer.state[parameter]
+            for parameter, state in states.items():
+                _fill(optimizer.state[parameter], state)
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.update(saved)
+        _load_schedules(trainer, self._schedules)
+        if self._scaler is not None:
+            trainer.precision_plugin.scaler.load_state_dict(self._scaler)  # type: ignore[attr-defined]
+        rewind(trainer, self.step)
+
+
+def restore_checkpoint(trainer: L.Trainer, module: LanguageModule, path: Path) -> int:
+    """Makes a checkpoint of this run the state of the training; returns its step. All ranks must ask."""
+    strategy = trainer.strategy
+    checkpoint = strategy.load_checkpoint(path, weights_only=False)
+    strategy.load_model_state_dict(checkpoint)
+    strategy.load_optimizer_state_dict(checkpoint)
+    _load_schedules(trainer, checkpoint["lr_schedulers"])
+    if checkpoint.get("MixedPrecision"):
+        trainer.precision_plugin.load_state_dict(checkpoint["MixedPrecision"])
+    step = int(checkpoint["global_step"])
+    rewind(trainer, step)
+    return step
+
+
+def rewind(trainer: L.Trainer, step: int) -> None:
+    """Sets the counter of optimizer steps, `trainer.global_step`, and that of the loggers."""
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.automatic_optimization.optim_progress.optimizer.step
+    back = progress.total.completed - step
+    for counter in (progress.total, progress.current):
+        counter.completed -= back
+        counter.ready -= back
+    loop._batches_that_stepped = step
+
+
+def lower_rate(trainer: L.Trainer, factor: float) -> None:
+    """Multiplies the learning rate of every group, now and for the rest of the schedule."""
+    for configured in trainer.lr_scheduler_configs:
+        scheduler: Any = configured.scheduler
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        scheduler._last_lr = [rate * factor for rate in scheduler._last_lr]
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+
+
+def _tensors(module: LanguageModule) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tables among them, as they lie in memory."""
+    found = module.state_dict(keep_vars=True).items()
+    return {name: value for name, value in found if isinstance(value, Tensor)}
+
+
+def _optimizers(trainer: L.Trainer, module: LanguageModule) -> list[Optimizer]:
+    apart = [] if module.table_optimizer is None else [module.table_optimizer]
+    return [*trainer.optimizers, *apart]
+
+
+def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
+    states = {
+        parameter: {key: _copy(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+        for parameter, state in optimizer.state.items()
+    }
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return states, groups
+
+
+def _copy(value: Tensor) -> Tensor:
+    return local(value.detach()).to("cpu", copy=True)
+
+
+def _fill(state: dict[str, Any], saved: dict[str, Any]) -> None:
+    for key, value in saved.items():
+        if isinstance(value, Tensor):
+            local(state[key]).copy_(value)
+        else:
+            state[key] = value
+
+
+def _schedules(trainer: L.Trainer) -> list[dict[str, Any]]:
+    return [dict(configured.scheduler.state_dict()) for configured in trainer.lr_scheduler_configs]
+
+
+def _load_schedules(trainer: L.Trainer, states: list[dict[str, Any]]) -> None:
+    for configured, state in zip(trainer.lr_scheduler_configs, states, strict=True):
+        configured.scheduler.load_state_dict(dict(state))
