@@ -5,7 +5,8 @@
 | step | the optimizer step, counted from 1 |
 | event | what happened; see `pkm_lightning.callbacks.instability` |
 | layer | the layer, or the name of the parameter, that it happened in; null: the whole model |
-| value, threshold | what was found, and what is allowed; a number, or "nan", "inf", "-inf" |
+| figure | what was looked at: loss, grad_norm_dense, grad_norm_table, or a figure of `callbacks.vitals` |
+| value, threshold | what was found (of a spike its score), and what is allowed; a number, or "nan", "inf", "-inf" |
 | action | what was done: warn, skip, rollback, stop |
 | returned_to | of a rollback: the step whose state was restored |
 """

@@ -13,7 +13,7 @@
 policy for one of the first four, every step waits for a handful of numbers before it is made, of several ranks also for
 each other. `skip` refuses the step: weights, optimizers, staged rows, plugins' statistics and the schedule stay as they
 were, the step counts in `max_steps`, its tokens as seen. `rollback` does so too and goes back to the last good state,
-after which training goes on with the data that come next: PaLM's remedy (Chowdhery et al. 2022, arXiv 2204.02311, section
+after which training goes on with the data that come next: the remedy of PaLM (arXiv 2204.02311, section
 5.1), within the run. `stop` ends the run with an error; its last checkpoint is good.
 """
 
@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 EVENTS = (*STEP_EVENTS, "weight_not_finite", "limit")
 POLICIES = ("warn", "skip", "rollback", "stop")
 _LEAST_DEVIATION = 0.01
+_SHOW_EVERY = 100
 
 
 class Instability(L.Callback):
@@ -100,6 +101,7 @@ class Instability(L.Callback):
         self._answer: str | None = None
         self._tries = self._furthest = 0
         self._last = ""
+        self._shown: dict[str, int] = {}
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuses what cannot work with the rest of a configuration, before anything starts.
@@ -221,12 +223,12 @@ class Instability(L.Callback):
 
     def _write_steps(self, trainer: L.Trainer) -> None:
         for event in [] if self._steps is None else self._steps.drain():
-            self._note(trainer, event.name, event.step, None, event.value, event.threshold)
+            self._note(trainer, event.name, event.step, None, event.figure, event.value, event.threshold)
 
     def _check_weights(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         broken = _broken_weight(pl_module)
         if broken is not None:
-            self._note(trainer, "weight_not_finite", trainer.global_step, broken[0], broken[1], float("inf"))
+            self._note(trainer, "weight_not_finite", trainer.global_step, broken[0], None, broken[1], None)
 
     def _check_limits(self, trainer: L.Trainer) -> None:
         vitals = next((c for c in trainer.callbacks if isinstance(c, Vitals)), None)  # type: ignore[attr-defined]
@@ -236,7 +238,7 @@ class Instability(L.Callback):
             for layer, values in vitals.found.items():
                 value = float(values[name]) if name in values else limit
                 if not value <= limit:
-                    self._note(trainer, "limit", trainer.global_step, layer, value, limit, name)
+                    self._note(trainer, "limit", trainer.global_step, layer, name, value, limit)
 
     def _note(
         self,
@@ -244,20 +246,27 @@ class Instability(L.Callback):
         event: str,
         step: int,
         layer: int | str | None,
+        figure: str | None,
         value: float,
-        threshold: float,
-        figure: str | None = None,
+        threshold: float | None,
     ) -> None:
         action = self.policies[event]
-        line: dict[str, Any] = {"step": step, "event": event, "layer": layer, "value": value, "threshold": threshold}
-        line |= {"action": action} | ({"figure": figure} if figure else {})
-        self._last = f"{figure or event} in step {step} (found {value:.4g}, allowed {threshold:.4g})"
         if self._answer is None or POLICIES.index(action) > POLICIES.index(self._answer):
             self._answer = action
+        of = "" if figure is None else f" of {figure}"
+        where = "" if layer is None else f" in {f'layer {layer}' if isinstance(layer, int) else layer}"
+        allowed = "" if threshold is None else f", allowed {threshold:.4g}"
+        self._last = f"{event}{of}{where} in step {step} (found {value:.4g}{allowed})"
+        line: dict[str, Any] = {"step": step, "event": event, "layer": layer, "figure": figure, "value": value}
+        line |= {"threshold": threshold, "action": action}
         if action == "rollback" and self.good is not None:
-            line["returned_to"] = self.good.newest(trainer)
-        if trainer.is_global_zero:
-            self.events.write(line)
+            line["returned_to"] = self.good.newest(trainer)  # every rank must ask
+        if not trainer.is_global_zero:
+            return
+        self.events.write(line)
+        # A run that stays broken would fill the screen.
+        if action != "warn" or step - self._shown.get(event, -_SHOW_EVERY) >= _SHOW_EVERY:
+            self._shown[event] = step
             _log.warning("%s: %s", self._last, action)
 
     # --- what is done

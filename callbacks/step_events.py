@@ -20,12 +20,13 @@ STEP_EVENTS = ("loss_not_finite", "gradient_not_finite", "loss_spike", "gradient
 
 
 class StepEvent(NamedTuple):
-    """One thing that happened in one step; a spike's value is its score."""
+    """One thing that happened in one step; a spike's value is its score, and only spikes have a threshold."""
 
     name: str
     step: int
+    figure: str
     value: float
-    threshold: float
+    threshold: float | None
 
 
 class StepEvents:
@@ -82,7 +83,7 @@ class StepEvents:
             kind = "loss" if series == "loss" else "gradient"
             if not math.isfinite(value):
                 if kind == "loss" or not self.scaled_gradients:
-                    events.append(StepEvent(f"{kind}_not_finite", step, value, math.inf))
+                    events.append(StepEvent(f"{kind}_not_finite", step, series, value, None))
             elif score > self.threshold:
-                events.append(StepEvent(f"{kind}_spike", step, score, self.threshold))
+                events.append(StepEvent(f"{kind}_spike", step, series, score, self.threshold))
         return events
