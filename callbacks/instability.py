@@ -87,6 +87,7 @@ class Instability(L.Callback):
         check_range(f"{key}.lr_factor", lr_factor, 1e-9, 1)
         check_choice(f"{key}.restore", restore, ("memory", "disk"))
         self.policies = dict.fromkeys(EVENTS, "warn") | _checked_policies(policies)
+        _check_mapping("limits", limits or {})
         limits = dict(limits or {})
         for name, limit in limits.items():
             check_range(f"{key}.limits.{name}", limit)
@@ -287,7 +288,13 @@ class Instability(L.Callback):
             self.good.go_back(trainer, pl_module, self.lr_factor)
 
 
+def _check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"callbacks.instability.{name}={value} is no mapping; write {name}: {{NAME: VALUE}}.")
+
+
 def _checked_policies(policies: Mapping[str, str]) -> dict[str, str]:
+    _check_mapping("policies", policies)
     for event, policy in policies.items():
         check_choice("callbacks.instability.policies: event", event, EVENTS)
         allowed = POLICIES if event in STEP_EVENTS else tuple(p for p in POLICIES if p != "skip")

@@ -19,7 +19,6 @@ All but the last come from a forward of a few rows in evaluation mode, apart fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -29,9 +28,9 @@ from torch import Tensor
 from pkm_lightning.errors import check_integer
 from pkm_lightning.memory.replicas import norm_over_members
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.clipping import local
+from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.vitals import Vitals as Found
-from pkm_lightning.training.vitals import probe, worse
+from pkm_lightning.training.vitals import held_part, probe, worse
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -62,10 +61,10 @@ class Vitals(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         last = not trainer.fit_loop._should_accumulate()
         if last and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._before = {}
-            for group in _groups(pl_module, optimizer):
-                parts = [_sample(parameter) for parameter in group["params"]]
-                self._before.setdefault(group["name"], []).extend((part, part.clone()) for part in parts)
+            self._before = {
+                name: [(part, part.clone()) for part in map(_sample, parameters)]
+                for name, parameters in _groups(pl_module).items()
+            }
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,15 +111,19 @@ class Vitals(L.Callback):
             logger.log_metrics(by_layer, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _groups(pl_module: LanguageModule, optimizer: Optimizer) -> Iterator[dict[str, Any]]:
-    yield from optimizer.param_groups
-    if pl_module.table_optimizer is not None:
-        yield from pl_module.table_optimizer.param_groups
+def _groups(pl_module: LanguageModule) -> dict[str, list[Tensor]]:
+    """The model's own parameters by optimizer group; those of an engine hold flat pieces, or nothing between steps."""
+    tables = [table.weight for table in pl_module.model.value_tables]
+    groups: dict[str, list[Tensor]] = {"table": list(tables)}
+    for group in parameter_groups(pl_module.model, pl_module.config["optim"]):
+        others = [p for p in group["params"] if not any(p is table for table in tables)]
+        groups.setdefault(group["name"], []).extend(others)
+    return {name: parameters for name, parameters in groups.items() if parameters}
 
 
 def _sample(parameter: Tensor) -> Tensor:
     """A view of evenly spaced rows of what this rank holds."""
-    held = local(parameter.detach())
+    held = held_part(parameter)
     return held[:: -(-held.numel() // _SAMPLE) or 1]
 
 

@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor
 from toys import config
 from training.fits import loader, rows
 
+from pkm_lightning.callbacks import Vitals
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.errors import CheckpointError, DataError
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.restoring import MemoryState
 
 #: Rows of an optimizer step, over all ranks.
 GLOBAL_BATCH = 8
@@ -75,7 +77,7 @@ def fit(
         for micro in range(accumulate)
     ]
     losses = Losses()
-    trainer = make_trainer(given, callbacks=[losses, *watching], loggers=[])
+    trainer = make_trainer(given, callbacks=[*watching, losses], loggers=[])
     module = LanguageModule(given)
     trainer.fit(module, loader(mine), **options)
     return module, trainer, losses.seen
@@ -243,3 +245,47 @@ class SaveTwice(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         trainer.strategy.finish_saving()  # type: ignore[attr-defined]
+
+
+class Repeat(L.Callback):
+    """Keeps a step's state, goes back to it three steps later, and has the states after three steps of both times."""
+
+    def __init__(self, kept_at: int) -> None:
+        self.kept_at, self.batches = kept_at, 0
+        self.after: list[MemoryState] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.kept_at == 0:
+            self.state = MemoryState(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.batches += 1
+        if self.batches == self.kept_at:
+            self.state = MemoryState(trainer, pl_module)
+        if self.batches in (self.kept_at + 3, self.kept_at + 6):
+            self.after.append(MemoryState(trainer, pl_module))
+            if len(self.after) == 1:
+                self.state.restore(trainer, pl_module)
+
+
+def repeat(overrides: list[str], kept_at: int) -> list[str]:
+    """What differs between three steps and the same three steps after going back."""
+    given = settings(*overrides, steps=kept_at + 3)
+    given["trainer"]["devices"] = world = dist.get_world_size() if dist.is_initialized() else 1
+    mine = [share(batch, world, dist.get_rank() if world > 1 else 0) for batch in batches(kept_at + 3)]
+    repeated = Repeat(kept_at)
+    trainer = make_trainer(given, callbacks=[repeated], loggers=[])
+    trainer.fit(LanguageModule(given), loader([*mine, *mine[kept_at:]]))
+    first, again = repeated.after
+    different = [name for name, value in first._weights.items() if not torch.equal(value, again._weights[name])]
+    for (states, groups), (states_again, groups_again) in zip(first._optimizers, again._optimizers, strict=True):
+        pairs = zip(states.values(), states_again.values(), strict=True)
+        different += [key for one, other in pairs for key in one if not _same(one[key], other[key])]
+        different += ["group"] * (groups != groups_again)
+    return different + ["schedule"] * (first._schedules != again._schedules) + ["step"] * (first.step != again.step)
+
+
+def watch_vitals(overrides: list[str]) -> dict[str, float]:
+    """What the last of three steps logs of the model's vitals."""
+    seen = fit(settings(*overrides, steps=3), 3, watching=[Vitals(rows=1)])[2]
+    return {name: value for name, value in seen[-1].items() if "vitals" in name}

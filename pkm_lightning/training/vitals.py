@@ -67,13 +67,18 @@ def worse(name: str, one: Tensor, other: Tensor) -> Tensor:
     return torch.minimum(one, other) if name.endswith("_min") else torch.maximum(one, other)
 
 
+def held_part(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, under any strategy; without gradient."""
+    # ZeRO-3 keeps its piece beside an empty parameter.
+    return local(getattr(parameter, "ds_tensor", parameter).detach())
+
+
 def held_weights(module: nn.Module) -> dict[str, Tensor]:
     """What this rank holds of each parameter and table, under any strategy, by name; without gradients."""
-    # ZeRO-3 keeps its piece beside an empty parameter.
-    held = {name: local(getattr(p, "ds_tensor", p).detach()) for name, p in module.named_parameters()}
+    held = {name: held_part(parameter) for name, parameter in module.named_parameters()}
     for name, table in module.named_modules():
         if isinstance(table, ValueTable):
-            held[f"{name}.weight"] = local(table.weight.detach())
+            held[f"{name}.weight"] = held_part(table.weight)
     return held
 
 

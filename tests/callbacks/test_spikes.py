@@ -1,0 +1,75 @@
+"""Robust scores equal a plain recomputation; the window takes in what is finite, and goes on after a resume."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkm_lightning.callbacks.spikes import SpikeWindow
+
+VALUES = st.one_of(
+    st.floats(-100, 100, allow_nan=False).map(lambda x: round(x, 2)), st.just(math.nan), st.just(math.inf)
+)
+
+
+def window(series: int = 1, size: int = 5, warm_up: int = 2, floor: float = 0.01) -> SpikeWindow:
+    return SpikeWindow(series=series, window=size, warm_up=warm_up, floor=floor, device=torch.device("cpu"))
+
+
+def lower_median(values: list[float]) -> float:
+    return statistics.median_low(values)
+
+
+def plain_score(value: float, kept: list[float], warm_up: int, floor: float) -> float:
+    if len(kept) < warm_up:
+        return 0.0
+    last = kept[-5:]
+    median = lower_median(last)
+    spread = lower_median([abs(v - median) for v in last])
+    return (value - median) / max(1.4826 * spread, floor * abs(median), 1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(VALUES, min_size=1, max_size=25), st.integers(0, 10))
+def test_scores_are_those_of_a_plain_recomputation(values: list[float], resumed: int) -> None:
+    spikes, kept = window(), []
+    for number, value in enumerate(values):
+        if number == resumed:
+            again = window()
+            again.load_state_dict(spikes.state_dict())
+            spikes = again
+        found = float(spikes.scores(torch.tensor([value], dtype=torch.float64))[0])
+        expected = plain_score(value, kept, 2, 0.01)
+        assert found == pytest.approx(expected, rel=1e-9, nan_ok=True)
+        spikes.add(torch.tensor([value], dtype=torch.float64))
+        if math.isfinite(value):
+            kept.append(value)
+
+
+def test_series_are_apart_and_one_may_miss_values() -> None:
+    spikes = window(series=2, size=4, warm_up=3)
+    for value in (1.0, 1.1, 0.9, 1.0):
+        spikes.add(torch.tensor([value, math.nan if value == 1.1 else 10 * value]))
+    first, second = spikes.scores(torch.tensor([2.0, 10.0])).tolist()
+    assert first > 5
+    assert second == 0.0
+
+
+def test_series_that_hardly_move_do_not_spike_at_nothing() -> None:
+    spikes = window(warm_up=3)
+    for _ in range(5):
+        spikes.add(torch.tensor([2.0]))
+    assert float(spikes.scores(torch.tensor([2.1]))[0]) == pytest.approx(5.0)
+
+
+def test_a_window_of_another_size_starts_anew() -> None:
+    spikes = window(size=4)
+    spikes.add(torch.tensor([3.0]))
+    other = window(size=6)
+    other.load_state_dict(spikes.state_dict())
+    assert int(other.state_dict()["count"]) == 0

@@ -1,0 +1,55 @@
+"""A state in memory is the state: restored at any time, training goes on bit for bit as it did from there."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import distributed_jobs as jobs
+import lightning as L
+import pytest
+import torch
+from rank_group import Groups
+
+from pkm_lightning.training.restoring import MemoryState, lower_rate
+
+
+@pytest.mark.parametrize("kept_at", [0, 2])
+@pytest.mark.parametrize(
+    "overrides", ["ffn=memory_plus", "ffn=memory_plus table.learning=dense", "ffn=peer", "ffn=moe"]
+)
+def test_training_repeats_itself_from_a_restored_state(overrides: str, kept_at: int) -> None:
+    assert jobs.repeat([*overrides.split(), "strategy=single"], kept_at) == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_on_ranks_too(ranks: Groups, strategy: str) -> None:
+    overrides = ["ffn=memory_plus", f"strategy={strategy}", "table.shard=row"]
+    assert ranks(2).run(jobs.repeat, overrides, 2) == [[], []]
+
+
+def test_a_lower_rate_lasts_and_keeps_the_shape_of_the_schedule() -> None:
+    class Lower(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                lower_rate(trainer, 0.5)
+
+    given = jobs.settings("ffn=memory_plus", "strategy=single", steps=8)
+    usual = jobs.fit(copy.deepcopy(given), 8)[2]
+    lowered = jobs.fit(copy.deepcopy(given), 8, watching=[Lower()])[2]
+    rates = [[step["train/lr"] for step in seen] for seen in (usual, lowered)]
+    assert rates[1][:3] == rates[0][:3]
+    assert rates[1][3:] == pytest.approx([rate / 2 for rate in rates[0][3:]])
+
+
+def test_a_state_is_a_copy() -> None:
+    kept: list[MemoryState] = []
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            kept.append(MemoryState(trainer, pl_module))
+
+    jobs.fit(jobs.settings("ffn=memory_plus", "strategy=single", steps=3), 3, watching=[Keep()])
+    first, last = kept[0]._weights, kept[2]._weights
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    assert [state.step for state in kept] == [1, 2, 3]
