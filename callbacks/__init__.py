@@ -8,6 +8,18 @@ if __name__ != "pkm_lightning.callbacks":
 from pkm_lightning.callbacks.metrics_csv import MetricsCSV
 from pkm_lightning.callbacks.progress_bar import StepProgressBar
 from pkm_lightning.callbacks.recall import Recall
+from pkm_lightning.callbacks.run_record import RunRecord
+from pkm_lightning.callbacks.samples import Samples
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
+from pkm_lightning.callbacks.throughput import Throughput
 
-__all__ = ["MetricsCSV", "Recall", "RunInterrupted", "StepCheckpoint", "StepProgressBar"]
+__all__ = [
+    "MetricsCSV",
+    "Recall",
+    "RunInterrupted",
+    "RunRecord",
+    "Samples",
+    "StepCheckpoint",
+    "StepProgressBar",
+    "Throughput",
+]
