@@ -38,7 +38,7 @@ class Samples(L.Callback):
             listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
             if not listed or not all(isinstance(prompt, str) for prompt in prompts):
                 raise ConfigError(
-                    f"callbacks.samples.prompts={prompts!r} is no list of texts; say [\"first\",\"second\"] or null."
+                    f'callbacks.samples.prompts={prompts!r} is no list of texts; say ["first","second"] or null.'
                 )
         check_integer("callbacks.samples.items", items, 0)
         check_integer("callbacks.samples.max_new_tokens", max_new_tokens, 1)

@@ -9,7 +9,7 @@ Figures are over all ranks, from log step to log step; validations and checkpoin
 | train/throughput/steps_per_sec | optimizer steps |
 | train/throughput/flops_per_sec | tokens times the model's analytic training FLOPs a token (`ModelCost.train_flops`) |
 | train/throughput/mfu | the same, as a share of the devices' peak; absent where Lightning does not know the device |
-| train/throughput/row_bytes_per_sec | tokens times the bytes of embedding and table rows that a token moves for itself |
+| train/throughput/row_bytes_per_sec | tokens times the bytes of embedding and table rows that each moves for itself |
 | train/throughput/mbu | the same, as a share of the devices' memory bandwidth; absent where that is unknown. A lower |
 | | bound: weights, activations and optimizer states move too |
 
@@ -99,9 +99,7 @@ class Throughput(TimedCallback, ThroughputMonitor):
         """Training time stands still."""
         self._pause(pl_module)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Likewise until the next batch."""
         self._pause(pl_module)
 
