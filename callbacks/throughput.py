@@ -75,9 +75,8 @@ class Throughput(TimedCallback, ThroughputMonitor):
         assert isinstance(pl_module, LanguageModule)
         self.figures, self._steps, self._counted_rows = {}, 0, 0
         self._throughputs[RunningStage.TRAINING].reset()
-        self._tokens = int(pl_module.tokens_seen)
         super().on_train_start(trainer, pl_module)
-        self._update_rates(pl_module)
+        self._update_rates(pl_module)  # where the window begins: what was counted until here is no part of it
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Training time goes on after a checkpoint; the reading of one batch is lost with it."""

@@ -9,12 +9,14 @@ import csv
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import throughput_monitor
+from lightning.pytorch.plugins import Precision
 from small import SMALL_RUN, Run
 from toys import config
 
@@ -195,7 +197,7 @@ def test_the_device_is_waited_for_at_log_steps_only(clock: Clock, monkeypatch: p
 
     monkeypatch.setattr(torch.Tensor, "__int__", read)
     fit(clock, steps, log_every_n_steps=6)
-    assert len(reads) == 2 + steps // 6  # two before the first step
+    assert len(reads) == 1 + steps // 6  # one before the first step
 
 
 def test_shares_of_known_devices(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +206,35 @@ def test_shares_of_known_devices(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
     seen, _ = fit(clock, 2)
     assert seen[-1]["mfu"] == pytest.approx(seen[-1]["flops_per_sec"] / 10**9)
     assert seen[-1]["mbu"] == pytest.approx(seen[-1]["row_bytes_per_sec"] / 10**8)
+
+
+def test_figures_are_of_all_ranks_and_shares_of_all_devices(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput_monitor, "get_available_flops", lambda *_: 10**6)
+    monkeypatch.setattr(throughput, "memory_bandwidth", lambda _: 10.0**5)
+    trainer: Any = SimpleNamespace(
+        world_size=4, precision_plugin=Precision(), strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        enable_validation=False, state=SimpleNamespace(stage="train"), global_step=1, log_every_n_steps=1,
+        fit_loop=SimpleNamespace(_should_accumulate=lambda: False),
+    )  # fmt: skip
+    trained = LanguageModule({"seed": 1})
+    trained.cost = SimpleNamespace(train_flops=1000, train_bytes=10)  # type: ignore[assignment]
+    logged: dict[str, float] = {}
+    trained.log_dict = logged.update  # type: ignore[method-assign,assignment]
+    watched = Throughput(window=1)
+    watched.setup(trainer, trained, "fit")
+    watched.on_train_start(trainer, trained)
+    trained.tokens_seen += 700
+    clock.now += 2.0
+    watched.on_train_batch_end(trainer, trained, None, batches(1)[0])
+    assert logged == pytest.approx({
+        "train/throughput/tokens_per_sec": 350.0,
+        "train/throughput/samples_per_sec": 4 * ROWS / 2,
+        "train/throughput/steps_per_sec": 0.5,
+        "train/throughput/flops_per_sec": 350e3,
+        "train/throughput/row_bytes_per_sec": 3500.0,
+        "train/throughput/mfu": 350e3 / 4e6,
+        "train/throughput/mbu": 3500 / 4e5,
+    })  # fmt: skip
 
 
 def test_bandwidth_is_looked_up_by_the_device_name(monkeypatch: pytest.MonkeyPatch) -> None:
