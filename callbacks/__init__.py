@@ -9,7 +9,21 @@ from pkm_lightning.callbacks.instability import Instability
 from pkm_lightning.callbacks.metrics_csv import MetricsCSV
 from pkm_lightning.callbacks.progress_bar import StepProgressBar
 from pkm_lightning.callbacks.recall import Recall
+from pkm_lightning.callbacks.run_record import RunRecord
+from pkm_lightning.callbacks.samples import Samples
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
+from pkm_lightning.callbacks.throughput import Throughput
 from pkm_lightning.callbacks.vitals import Vitals
 
-__all__ = ["Instability", "MetricsCSV", "Recall", "RunInterrupted", "StepCheckpoint", "StepProgressBar", "Vitals"]
+__all__ = [
+    "Instability",
+    "MetricsCSV",
+    "Recall",
+    "RunInterrupted",
+    "RunRecord",
+    "Samples",
+    "StepCheckpoint",
+    "StepProgressBar",
+    "Throughput",
+    "Vitals",
+]

@@ -33,6 +33,7 @@ from pkm_lightning.callbacks.event_log import EventLog
 from pkm_lightning.callbacks.good_states import GoodStates
 from pkm_lightning.callbacks.spikes import SpikeWindow
 from pkm_lightning.callbacks.step_events import SERIES, STEP_EVENTS, StepEvents
+from pkm_lightning.callbacks.stopwatch import step_logs
 from pkm_lightning.callbacks.vitals import Vitals
 from pkm_lightning.errors import ConfigError, InstabilityError, check_choice, check_integer, check_range
 from pkm_lightning.training import LanguageModule
@@ -165,7 +166,7 @@ class Instability(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         if trainer.fit_loop._should_accumulate():
             return
-        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        due = step_logs(trainer)
         if due or self._waits:
             self._write_steps(trainer)
         keeps = self.good is not None and self.good.is_due(trainer)

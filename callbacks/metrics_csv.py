@@ -3,7 +3,8 @@
 Lightning's own CSVLogger deletes the file when it opens it and writes a step's row after that step's checkpoint.
 
 Columns: `step`, `tokens` (real input tokens so far, all ranks), `seconds` (training time so far, without validation),
-`flops` (tokens times the model's training FLOPs a token), then every logged metric.
+`flops` (tokens times the model's training FLOPs a token), then every logged metric. A row has what callbacks before
+this one have logged in the step; `fit` puts it behind all others but those that write checkpoints.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from pkm_lightning.callbacks.stopwatch import Stopwatch
+from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback, in_training, step_logs
 from pkm_lightning.training import LanguageModule
 
 _FIRST_COLUMNS = ("step", "tokens", "seconds", "flops")
 
 
-class MetricsCSV(L.Callback):
+class MetricsCSV(TimedCallback):
     """Writes the rows on rank 0. Its state is the number of rows and the columns at the time of a checkpoint.
 
     Args:
@@ -31,8 +32,8 @@ class MetricsCSV(L.Callback):
     """
 
     def __init__(self, *, path: str) -> None:
+        super().__init__()
         self.path = Path(path)
-        self.stopwatch = Stopwatch()
         self._columns: list[str] = list(_FIRST_COLUMNS)
         self._n_rows = 0
 
@@ -48,34 +49,20 @@ class MetricsCSV(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cuts the file back to the rows of the checkpoint; a fresh run starts an empty one."""
         self._truncate()
-        self.stopwatch.start()
+        super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """A row after the last micro-batch of a step that logs, before that step's checkpoint is written."""
-        metrics = trainer.callback_metrics
-        stepped = not trainer.fit_loop._should_accumulate()
-        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if stepped and due:
+        if step_logs(trainer):
+            metrics = trainer.callback_metrics
             self._append(trainer, pl_module, {k: v for k, v in metrics.items() if k.startswith("train/")})
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training time stands still."""
-        self.stopwatch.stop()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A row of the validation's metrics, if it is part of training."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if in_training(trainer):
             metrics = trainer.callback_metrics
             self._append(trainer, pl_module, {k: v for k, v in metrics.items() if k.startswith("val/")})
-            self.stopwatch.start()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training time ends."""
-        self.stopwatch.stop()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Training time ends here too."""
-        self.stopwatch.stop()
+        super().on_validation_end(trainer, pl_module)
 
     @rank_zero_only
     def _append(self, trainer: L.Trainer, pl_module: L.LightningModule, metrics: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from pkm_lightning.callbacks.stopwatch import step_logs
 from pkm_lightning.errors import check_integer
 from pkm_lightning.memory.replicas import norm_over_members
 from pkm_lightning.training import LanguageModule
@@ -71,8 +72,7 @@ class Vitals(L.Callback):
     ) -> None:
         """Looks, after the last micro-batch of a step that logs."""
         assert isinstance(pl_module, LanguageModule)
-        stepped = not trainer.fit_loop._should_accumulate()
-        if not stepped or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not step_logs(trainer):
             return
         with trainer.precision_plugin.forward_context():
             found = probe(pl_module.model, batch, self.rows)

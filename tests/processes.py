@@ -33,9 +33,10 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def metrics(run_dir: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without the time."""
+    """The rows of metrics.csv without the time and what is measured by it."""
     with (run_dir / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        timed = ("seconds", "train/throughput/")
+        return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in csv.DictReader(file)]
 
 
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ SMALL_RUN = [
     "callbacks.step_checkpoint.every_n_steps=4",
     "callbacks.recall.val_items=4",
     "callbacks.recall.test_items=8",
+    "callbacks.samples.max_new_tokens=2",
     "~callbacks.progress_bar",
     "logger=none",
 ]

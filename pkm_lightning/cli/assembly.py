@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
-from pkm_lightning.callbacks import StepCheckpoint
+from pkm_lightning.callbacks import Instability, MetricsCSV, RunRecord, StepCheckpoint
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.strategies import PortableCheckpoints
 from pkm_lightning.training.build import build_meta_model
@@ -83,10 +83,11 @@ class ChecksConfig(Protocol):
 
 @dataclass(frozen=True)
 class Assembly:
-    """A Trainer and the callbacks in it, by what they do for the run's record."""
+    """A Trainer, the configured callbacks in it, and the one that gathers what goes into run.json."""
 
     trainer: L.Trainer
     callbacks: list[L.Callback]
+    record: RunRecord
 
 
 def assemble(config: dict[str, Any], *, resumed_step: int | None = None) -> Assembly:
@@ -104,11 +105,12 @@ def assemble(config: dict[str, Any], *, resumed_step: int | None = None) -> Asse
             "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; say "
             "table.device=cpu, or export the run when it is trained."
         )
-    callbacks = make_callbacks(config)
+    callbacks, record = make_callbacks(config), RunRecord()
     for callback in callbacks:
         if isinstance(callback, ChecksConfig):
             callback.check(config)
-    return Assembly(make_trainer(config, callbacks=callbacks, loggers=make_loggers(config, resumed_step)), callbacks)
+    trainer = make_trainer(config, callbacks=[*callbacks, record], loggers=make_loggers(config, resumed_step))
+    return Assembly(trainer, callbacks, record)
 
 
 def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers: list[Any]) -> L.Trainer:
@@ -154,8 +156,12 @@ def _checkpoint_io(callbacks: list[L.Callback], strategy: Any) -> CheckpointIO:
 
 
 def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
-    """The configured callbacks, in the order of the configuration."""
-    return [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
+    """The configured callbacks, in the order of the configuration.
+
+    `MetricsCSV` comes behind them, to see what all others log, and at last what may go back to an earlier step.
+    """
+    made = [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
+    return sorted(made, key=lambda c: 2 if isinstance(c, Instability) else int(isinstance(c, MetricsCSV)))
 
 
 def make_loggers(config: dict[str, Any], resumed_step: int | None = None) -> list[Any]:

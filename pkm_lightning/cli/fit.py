@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from pkm_lightning.callbacks import MetricsCSV, Recall, RunInterrupted, StepCheckpoint
+from pkm_lightning.callbacks import RunInterrupted, StepCheckpoint
 from pkm_lightning.cli.assembly import Assembly, assemble, complete
 from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.cli.lost_ranks import in_words, last_words, losses_ended, losses_named, watched
@@ -28,7 +27,7 @@ from pkm_lightning.errors import ConfigError, DataError, RankLostError, RunDirec
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.build import attention_context, build_meta_model
-from pkm_lightning.training.run_record import now, peak_memory_bytes, reset_peak_memory, start_record
+from pkm_lightning.training.run_record import now, reset_peak_memory, start_record
 
 _log = logging.getLogger(__name__)
 # SLURM sends SIGUSR1 where it is told to warn a job of its end; Lightning's own handler for it would write a checkpoint
@@ -87,7 +86,7 @@ def _run_other_rank(
                 assembly = assemble(config)
     with losses_ended(assembly.trainer, path), watched(assembly.trainer, path):
         try:
-            return _train(config, data, assembly, checkpoint, None)
+            return _train(config, data, assembly, checkpoint)
         except RunInterrupted as stop:
             # An error here would make the first rank end as for a loss, before it could write its record.
             raise Interrupted("", 0) from stop
@@ -139,10 +138,11 @@ def _recorded(
     reset_peak_memory()
 
     def end(status: str, **fields: Any) -> None:
-        peak = peak_memory_bytes(assembly.trainer.strategy.root_device)
-        record.update(status=status, ended=now(), peak_memory_bytes=peak, **fields)
+        seconds = record["seconds"]
+        record.update(assembly.record.fields(assembly.trainer))
+        record.update(status=status, ended=now(), **fields)
         total = round(earlier + time.perf_counter() - began, 3)
-        record["seconds"] = {**record["seconds"], "total": total}
+        record["seconds"] = {**seconds, **record["seconds"], "total": total}
         directory.save_record(record)
 
     def close_record(reason: str) -> None:
@@ -150,7 +150,7 @@ def _recorded(
 
     with losses_ended(assembly.trainer, directory.path), watched(assembly.trainer, directory.path, close_record):
         try:
-            loss = _train(config, data, assembly, checkpoint, record)
+            loss = _train(config, data, assembly, checkpoint)
         except BaseException as error:
             # Lightning turns a KeyboardInterrupt inside the Trainer into SystemExit.
             stopped = isinstance(error, SystemExit) and assembly.trainer.interrupted
@@ -164,6 +164,7 @@ def _recorded(
                 end("failed", reason=in_words(error))
             raise
     end("finished")
+    print_summary(record, assembly.callbacks)
     _log.info("run directory: %s", directory.path)
     return loss
 
@@ -178,61 +179,30 @@ def _train(
     data: L.LightningDataModule,
     assembly: Assembly,
     checkpoint: Path | None,
-    record: dict[str, Any] | None,
 ) -> float | None:
-    """Builds the data, fits, tests; fills `record` where there is one (rank 0)."""
+    """Builds the data, fits, tests; `assembly.record` watches."""
     trainer, callbacks = assembly.trainer, assembly.callbacks
     L.seed_everything(config["seed"], workers=True, verbose=False)
     module = LanguageModule(config)
     with losses_named(trainer), _stops_gracefully(trainer, callbacks):
         data.prepare_data()
-        if record is not None:
-            fingerprint = getattr(data, "fingerprint", None)
-            record.update(world_size=trainer.world_size, device=_device_name(trainer), data=fingerprint)
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
-        finally:
-            if record is not None:
-                _count(record, module, callbacks)
+        trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
         if trainer.global_step == 0:
             raise DataError(f"{type(data).__name__}.train_dataloader gave no batch; no training step was taken.")
-        metrics = _final_metrics(trainer, module, data)
-    if record is not None:
-        record["metrics"] = metrics
-        for callback in callbacks:
-            if isinstance(callback, Recall) and callback.report:
-                record["metrics"] = {**metrics, "recall": callback.report}
-        print_summary(record, callbacks)
-    return metrics.get("test/loss", metrics.get("val/loss"))
-
-
-def _final_metrics(trainer: L.Trainer, module: LanguageModule, data: L.LightningDataModule) -> dict[str, float]:
-    """Those of the test, or of the validation where the data module has no test data."""
-    if is_overridden("test_dataloader", data):
-        results = trainer.test(module, datamodule=data, verbose=False)
-    elif is_overridden("val_dataloader", data):
-        results = trainer.validate(module, datamodule=data, verbose=False)
-    else:
-        results = []
-    metrics = {k: float(v) for result in results for k, v in result.items()}
+        _test(trainer, module, data)
+    metrics = assembly.record.metrics
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         _log.warning("%s: not finite; the run diverged, or its data had no targets", ", ".join(broken))
-    return metrics
+    return metrics.get("test/loss", metrics.get("val/loss"))
 
 
-def _count(record: dict[str, Any], module: LanguageModule, callbacks: list[L.Callback]) -> None:
-    """Tokens and training time so far, also of a run that did not come to its end."""
-    record["tokens"] = int(module.tokens_seen)
-    for callback in callbacks:
-        if isinstance(callback, MetricsCSV):
-            record["seconds"]["train"] = round(callback.stopwatch.seconds, 3)
-            record["tokens_per_second"] = round(record["tokens"] / max(callback.stopwatch.seconds, 1e-9), 1)
-
-
-def _device_name(trainer: L.Trainer) -> str:
-    device = trainer.strategy.root_device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+def _test(trainer: L.Trainer, module: LanguageModule, data: L.LightningDataModule) -> None:
+    """Tests, or validates where the data module has no test data."""
+    if is_overridden("test_dataloader", data):
+        trainer.test(module, datamodule=data, verbose=False)
+    elif is_overridden("val_dataloader", data):
+        trainer.validate(module, datamodule=data, verbose=False)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,16 @@
 | | training leaves it out where there is no target |
 | bytes_per_token | train (rows a token moves for itself) and decode (parameters read at batch 1) |
 | tokens, seconds, tokens_per_second | real input tokens, {train, total} over all sittings |
+| throughput | the last figures of `pkm_lightning.callbacks.Throughput`, without checkpoints' time; None without it |
 | peak_memory_bytes | of the process, or of the device where it is a GPU |
 | versions, commit | of the libraries; of the working directory, if it is this package's checkout |
 | data | fingerprint of the data set |
 | started, ended | UTC, ISO 8601 |
+| best_validation | lowest loss of the validations in training and its step; None without one |
 | metrics | of the final test; recall by form, relation and decile under `recall` |
+
+What is known before training starts is `start_record`'s; `pkm_lightning.callbacks.RunRecord` gathers the rest, and
+`fit` says how it ended.
 """
 
 from __future__ import annotations
@@ -55,6 +60,7 @@ def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
         "tokens": 0,
         "seconds": {"train": 0.0, "total": 0.0},
         "tokens_per_second": None,
+        "throughput": None,
         "peak_memory_bytes": None,
         "device": None,
         "versions": versions(),
@@ -65,6 +71,7 @@ def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
         "data": None,
         "started": now(),
         "ended": None,
+        "best_validation": None,
         "metrics": {},
     }
 

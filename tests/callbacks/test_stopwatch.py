@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from pkm_lightning.callbacks.stopwatch import Stopwatch
+from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
 
 
 @pytest.fixture
@@ -37,3 +39,21 @@ def test_running_time_adds_up_and_pauses_do_not(clock: list[float]) -> None:
     watch.start()
     clock[0] += 4
     assert watch.seconds == 7.0
+
+
+@pytest.mark.parametrize(
+    ("fn", "sanity", "passed"), [("fit", False, 5.0), ("fit", True, 2.0), ("validate", False, 2.0)]
+)
+def test_a_callback_counts_training_and_no_validation(clock: list[float], fn: str, sanity: bool, passed: float) -> None:
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=fn), sanity_checking=sanity)
+    module: Any = None
+    callback = TimedCallback()
+    callback.on_train_start(trainer, module)
+    clock[0] += 2
+    callback.on_validation_start(trainer, module)
+    clock[0] += 100
+    callback.on_validation_end(trainer, module)
+    clock[0] += 3
+    callback.on_train_end(trainer, module)
+    clock[0] += 100
+    assert callback.stopwatch.seconds == passed

@@ -1,0 +1,96 @@
+"""Gathers what run.json says of a run besides its status: where it ran, how far it came, what it reached.
+
+run.json is not optional, so `fit` adds this callback to every Trainer by itself: there is no YAML to leave it out with.
+It logs no metric; `pkm_lightning.training.run_record` has the table of keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+
+from pkm_lightning.callbacks.recall import Recall
+from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback, in_training
+from pkm_lightning.callbacks.throughput import Throughput
+from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.run_record import peak_memory_bytes
+
+
+class RunRecord(TimedCallback):
+    """Its state, the best validation and the seconds trained, goes on in a resumed run.
+
+    Attributes:
+        metrics: of the last test or validation outside training.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[str, float] = {}
+        self._recall: dict[str, Any] = {}
+        self._counts: dict[str, Any] = {}
+        self._best: dict[str, float | int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best validation so far, and seconds trained."""
+        return {"best_validation": self._best, "seconds": self.stopwatch.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes both up."""
+        self._best, self.stopwatch = state["best_validation"], Stopwatch(state["seconds"])
+
+    def fields(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What is known so far; reads nothing from a device, so it may be asked while one hangs."""
+        device = trainer.strategy.root_device
+        return {
+            "world_size": trainer.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "data": getattr(getattr(trainer, "datamodule", None), "fingerprint", None),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "best_validation": self._best,
+            "metrics": {**self.metrics, "recall": self._recall} if self._recall else dict(self.metrics),
+            **self._counts,
+        }
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps the loss, if it is the lowest; outside training, all metrics."""
+        if in_training(trainer):
+            loss = float(trainer.callback_metrics.get("val/loss", math.nan))
+            if math.isfinite(loss) and (self._best is None or loss < self._best["loss"]):
+                self._best = {"loss": loss, "step": trainer.global_step}
+        elif not trainer.sanity_checking:
+            self._keep_metrics(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps the metrics, and the report on recall, if there is one."""
+        self._keep_metrics(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Recall):
+                self._recall = callback.report
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Counts; a run that has nothing left to train comes here too."""
+        self._count(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Counts how far a run came that does not come to its end."""
+        super().on_exception(trainer, pl_module, exception)
+        self._count(trainer, pl_module)
+
+    def _keep_metrics(self, trainer: L.Trainer) -> None:
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def _count(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModule)
+        tokens, seconds = int(pl_module.tokens_seen), self.stopwatch.seconds
+        self._counts = {
+            "tokens": tokens,
+            "seconds": {"train": round(seconds, 3)},
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        }
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput) and callback.figures:
+                self._counts["throughput"] = callback.figures

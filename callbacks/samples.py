@@ -1,0 +1,92 @@
+"""Shows at each validation what the model answers to a few prompts, in the log and as a text panel of TensorBoard.
+
+It logs no metric. Answers are greedy and the model is in evaluation mode, so nothing is drawn and training goes on as
+it would without. Each token of an answer is a forward of the model, of all prompts that are equally long.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from pkm_lightning.errors import ConfigError, check_integer
+from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.generation import greedy
+from pkm_lightning.training.in_step import in_step
+
+_log = logging.getLogger(__name__)
+
+
+class Samples(L.Callback):
+    """Asks on the first rank; the others take part in its forwards.
+
+    Args:
+        prompts: what to ask; None for questions of the data module, with the right answers beside, if it has any.
+        items: questions a form of the data module, 0 or more.
+        max_new_tokens: tokens after which an answer is cut, 1 or more.
+
+    Raises:
+        ConfigError: `prompts` is no list of texts, or the data module has no tokenizer for them; a number out of range.
+    """
+
+    def __init__(self, *, prompts: Sequence[str] | None, items: int, max_new_tokens: int) -> None:
+        if prompts is not None:
+            listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+            if not listed or not all(isinstance(prompt, str) for prompt in prompts):
+                raise ConfigError(
+                    f'callbacks.samples.prompts={prompts!r} is no list of texts; say ["first","second"] or null.'
+                )
+        check_integer("callbacks.samples.items", items, 0)
+        check_integer("callbacks.samples.max_new_tokens", max_new_tokens, 1)
+        self.prompts, self.items, self.max_new_tokens = prompts, items, max_new_tokens
+        self._asked: list[tuple[str, str | None]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Collects the questions and, where they are known, their answers."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "tokenizer"):
+            if self.prompts:
+                raise ConfigError(
+                    f"callbacks.samples.prompts needs a tokenizer, and {type(data).__name__} has none; "
+                    "leave it out with callbacks.samples.prompts=null."
+                )
+        elif self.prompts is not None:
+            self._asked = [(prompt, None) for prompt in self.prompts]
+        elif self.items and hasattr(data, "recall_items") and stage in ("fit", "validate"):
+            self._asked = [(item.prompt, item.answer) for item in data.recall_items(self.items)]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Asks and shows, except in the validation that precedes training."""
+        if trainer.sanity_checking or not self._asked:
+            return
+        assert isinstance(pl_module, LanguageModule)
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        own = [prompt for prompt, _ in self._asked] if trainer.is_global_zero else []
+        with in_step(pl_module.model, pl_module.device):
+            answers = greedy(
+                pl_module.model, tokenizer, own, device=pl_module.device, max_new_tokens=self.max_new_tokens
+            )
+        if trainer.is_global_zero:
+            self._show(trainer, answers)
+
+    def _show(self, trainer: L.Trainer, answers: list[str]) -> None:
+        rows = [(prompt, answer, truth) for (prompt, truth), answer in zip(self._asked, answers, strict=True)]
+        lines = [f"  {p} -> {a}" + ("" if truth is None else f" (right: {truth})") for p, a, truth in rows]
+        _log.info("samples at step %d\n%s", trainer.global_step, "\n".join(lines))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", as_table(rows), trainer.global_step)
+
+
+def as_table(rows: Sequence[tuple[str, str, str | None]]) -> str:
+    """A Markdown table of prompt, answer and right answer."""
+    header = ["| prompt | answer | right |", "|---|---|---|"]
+    return "\n".join([*header, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)])
+
+
+def _cell(text: str | None) -> str:
+    return "" if text is None else " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,105 @@
+"""run.json has the figures of a run, with and without other callbacks, and over resumes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small import SMALL_DATA, SMALL_RUN, Run
+
+from pkm_lightning.callbacks import RunRecord
+
+
+def record(run_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return content
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_figures_agree_with_metrics_csv(cli: Run, tmp_path: Path) -> None:
+    assert cli("fit", *SMALL_RUN, "run_dir=run", "ffn=dense").code == 0
+    said, written = record(tmp_path / "run"), rows(tmp_path / "run")
+    losses = {float(row["val/loss"]): int(row["step"]) for row in written if row["val/loss"]}
+    assert said["best_validation"] == {"loss": min(losses), "step": losses[min(losses)]}
+    last = [row for row in written if row["train/loss"]][-1]
+    for name, value in said["throughput"].items():
+        assert float(last[f"train/throughput/{name}"]) == pytest.approx(value)
+    assert said["throughput"].keys() >= {"tokens_per_sec", "samples_per_sec", "steps_per_sec", "flops_per_sec"}
+    assert said["tokens"] == int(written[-1]["tokens"])
+    assert said["tokens_per_second"] == pytest.approx(said["tokens"] / said["seconds"]["train"], rel=0.01)
+    assert said["seconds"]["train"] >= float(written[-1]["seconds"])
+
+
+def test_nothing_watches_and_the_record_is_whole(cli: Run, tmp_path: Path) -> None:
+    options = ["model.memory.n_keys=16", "trainer.max_steps=4", "trainer.val_check_interval=2", "logger=none"]
+    shown = cli("fit", *SMALL_DATA, *options, "callbacks=none", "run_dir=run")
+    assert shown.code == 0, shown.err
+    said = record(tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "config.yaml", "run.json"}
+    assert said["status"] == "finished"
+    assert said["metrics"].keys() == {"test/loss", "test/perplexity"}
+    assert said["throughput"] is None
+    assert said["best_validation"]["step"] in (2, 4)
+    assert 0 < said["seconds"]["train"] < said["seconds"]["total"]
+    assert (said["world_size"], said["device"], len(said["data"])) == (1, "cpu", 64)
+    assert said["tokens"] > 0
+    assert said["tokens_per_second"] > 0
+    assert "tokens/s" in shown.out
+
+
+def validated(callback: RunRecord, step: int, loss: float, *, fn: str = "fit", sanity: bool = False) -> None:
+    """As a validation of this loss would end."""
+    trainer: Any = SimpleNamespace(
+        state=SimpleNamespace(fn=fn),
+        sanity_checking=sanity,
+        global_step=step,
+        callback_metrics={"val/loss": torch.tensor(loss)},
+    )
+    module: Any = None
+    callback.on_validation_end(trainer, module)
+
+
+def test_the_best_validation_is_the_lowest_finite_one_in_training() -> None:
+    callback = RunRecord()
+    validated(callback, 0, 0.1, sanity=True)
+    validated(callback, 1, float("nan"))
+    assert callback.state_dict()["best_validation"] is None
+    for step, loss in [(2, 3.0), (3, 2.0), (4, 2.5), (5, float("nan")), (6, 2.0)]:
+        validated(callback, step, loss)
+    validated(callback, 7, 0.5, fn="validate")
+    assert callback.state_dict()["best_validation"] == {"loss": 2.0, "step": 3}
+    assert callback.metrics == {"val/loss": 0.5}
+
+
+def test_a_resumed_run_keeps_the_best_and_the_seconds() -> None:
+    first, resumed = RunRecord(), RunRecord()
+    validated(first, 2, 1.5)
+    resumed.load_state_dict({**first.state_dict(), "seconds": 7.0})
+    validated(resumed, 4, 1.75)
+    assert resumed.state_dict()["best_validation"] == {"loss": 1.5, "step": 2}
+    assert resumed.stopwatch.seconds >= 7.0
+
+
+def test_an_interrupted_run_says_how_far_it_came_and_goes_on(cli: Run, tmp_path: Path) -> None:
+    command = ["fit", *SMALL_RUN, "ffn=dense", "+callbacks.interrupt._target_=toys.InterruptOnce", "run_dir=run"]
+    (tmp_path / "interrupt").touch()
+    assert cli(*command).code == 130
+    half = record(tmp_path / "run")
+    assert half["status"] == "interrupted"
+    assert half["metrics"] == {}
+    assert half["tokens"] > int(rows(tmp_path / "run")[-1]["tokens"])  # the row is of step 6, the stop in step 7
+    assert half["best_validation"]["step"] == 4
+    assert half["throughput"]["tokens_per_sec"] > 0
+    assert cli("fit", "run_dir=run", "trust_config=true").code == 0
+    whole = record(tmp_path / "run")
+    assert whole["tokens"] > half["tokens"]
+    assert whole["seconds"]["train"] > half["seconds"]["train"] > 0
