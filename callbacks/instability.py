@@ -131,10 +131,7 @@ class Instability(L.Callback):
                 "callbacks.instability.restore=memory."
             )
         if self.limits and not callbacks.get("vitals"):
-            raise ConfigError(
-                f"callbacks.instability.limits.{next(iter(self.limits))} is a figure of callbacks.vitals, which is "
-                "off; leave it on, or say callbacks.instability.limits=null."
-            )
+            _log.warning("callbacks.instability.limits are not watched, since callbacks.vitals is off")
 
     # --- the life of a run
 

@@ -47,7 +47,6 @@ HERE = "callbacks.instability"
             f"{HERE}.policies.loss_spike=rollback {HERE}.restore=disk ~callbacks.step_checkpoint",
             "restore=disk needs callbacks.step_checkpoint",
         ),
-        ("~callbacks.vitals", "limits.attention_logit_max is a figure of callbacks.vitals, which is off"),
         ("callbacks.vitals.rows=0", "callbacks.vitals.rows=0 is out of range"),
     ],
 )
@@ -67,6 +66,12 @@ def test_a_quiet_run_has_no_events_and_its_vitals_beside_the_metrics(cli: Run, t
     assert len(rows) == 6
     for name in ("attention_logit_max", "query_norm", "score_max", "value_norm", "update_ratio_table", "weight_top"):
         assert all(float(row[f"train/vitals/{name}"]) != 0 for row in rows), name
+
+
+def test_without_vitals_a_run_says_that_limits_are_not_watched(cli: Run, tmp_path: Path) -> None:
+    outcome = cli("fit", *SMALL_RUN, "run_dir=run", "~callbacks.vitals", "trainer.max_steps=2")
+    assert outcome.code == 0
+    assert "callbacks.instability.limits are not watched, since callbacks.vitals is off" in outcome.out + outcome.err
 
 
 def test_stop_ends_with_a_status_and_a_sentence(cli: Run, tmp_path: Path) -> None:
