@@ -41,7 +41,8 @@ class StepEvents:
 
     def __init__(self, spikes: SpikeWindow, threshold: float, *, scaled_gradients: bool) -> None:
         self.spikes, self.threshold, self.scaled_gradients = spikes, threshold, scaled_gradients
-        self._pending: list[tuple[int, Tensor]] = []
+        self._unread: list[tuple[int, Tensor]] = []
+        self._events_read: list[StepEvent] = []
         self._seen_K: Tensor | None = None
 
     def take(self, step: int, figures: dict[str, Tensor], *, wait: bool) -> list[StepEvent]:
@@ -59,8 +60,12 @@ class StepEvents:
         found_2K = torch.stack([values_K, self.spikes.scores(self._seen_K)])
         if wait and dist.is_available() and dist.is_initialized():
             dist.broadcast(found_2K, src=0)
-        self._pending.append((step, found_2K.cpu() if wait else found_2K))
-        return self._events(*self._pending[-1]) if wait else []
+        if not wait:
+            self._unread.append((step, found_2K))
+            return []
+        events = self._events(step, found_2K.tolist())
+        self._events_read += events
+        return events
 
     def made(self) -> None:
         """The step that was taken last is made: later ones are compared with it."""
@@ -69,17 +74,17 @@ class StepEvents:
 
     def drain(self) -> list[StepEvent]:
         """The events of all steps since the last call; waits for the device."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            return []
-        found = torch.stack([found_2K for _, found_2K in pending]).cpu()
-        return [
-            event for (step, _), of_step in zip(pending, found, strict=True) for event in self._events(step, of_step)
-        ]
+        events, unread = self._events_read, self._unread
+        self._events_read, self._unread = [], []
+        if unread:
+            found = torch.stack([found_2K for _, found_2K in unread]).tolist()
+            for (step, _), of_step in zip(unread, found, strict=True):
+                events += self._events(step, of_step)
+        return events
 
-    def _events(self, step: int, found_2K: Tensor) -> list[StepEvent]:
+    def _events(self, step: int, found_2K: list[list[float]]) -> list[StepEvent]:
         events = []
-        for series, value, score in zip(SERIES, *found_2K.tolist(), strict=True):
+        for series, value, score in zip(SERIES, *found_2K, strict=True):
             kind = "loss" if series == "loss" else "gradient"
             if not math.isfinite(value):
                 if kind == "loss" or not self.scaled_gradients:
