@@ -8,6 +8,7 @@ if __name__ != "pkm_lightning.callbacks":
 from pkm_lightning.callbacks.metrics_csv import MetricsCSV
 from pkm_lightning.callbacks.progress_bar import StepProgressBar
 from pkm_lightning.callbacks.recall import Recall
+from pkm_lightning.callbacks.slot_usage import SlotUsage
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 
-__all__ = ["MetricsCSV", "Recall", "RunInterrupted", "StepCheckpoint", "StepProgressBar"]
+__all__ = ["MetricsCSV", "Recall", "RunInterrupted", "SlotUsage", "StepCheckpoint", "StepProgressBar"]
