@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -34,19 +35,21 @@ def write_report(content: dict[str, Any], path: Path) -> None:
 
 
 def print_report(content: dict[str, Any], console: Console | None = None) -> None:
-    """Prints a row a layer and a row a shared table, each figure since the start / of the window."""
-    table = Table(title=f"slot usage since the start / in the last {content['window_steps']} steps")
-    for column in ("", "slots", *(label for _, label, _ in _COLUMNS), "dead"):
+    """Prints a row a layer and a row a shared table; below it that of the window, where it is not the whole run."""
+    table = Table(title="slot usage", box=box.SIMPLE_HEAD)
+    table.add_column("reads of", no_wrap=True)
+    for column in ("slots", *(label for _, label, _ in _COLUMNS), "dead"):
         table.add_column(column, justify="right")
+    steps = content["window_steps"]
+    is_whole = steps == content["step"] - content["first_step"] + 1
     tables = {name: entry for name, entry in content["tables"].items() if len(entry["layers"]) > 1}
     for name, entry in {**content["layers"], **tables}.items():
-        cells = [
-            " / ".join(_cell(entry[span][figure], form) for span in ("since_start", "window"))
-            for figure, _, form in _COLUMNS
-        ]
-        table.add_row(name, f"{entry['slots']:,}", *cells, f"{entry['dead']:,}")
+        table.add_row(name, f"{entry['slots']:,}", *_cells(entry["since_start"]), f"{entry['dead']:,}")
+        if not is_whole:
+            table.add_row(f"  last {steps:,} steps", "", *_cells(entry["window"]), "")
     (console or Console()).print(table)
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _cells(figures: dict[str, float | None]) -> list[str]:
+    found = [(figures[figure], form) for figure, _, form in _COLUMNS]
+    return ["-" if value is None else format(value, form) for value, form in found]
