@@ -8,7 +8,8 @@ if __name__ != "pkm_lightning.callbacks":
 from pkm_lightning.callbacks.metrics_csv import MetricsCSV
 from pkm_lightning.callbacks.progress_bar import StepProgressBar
 from pkm_lightning.callbacks.recall import Recall
+from pkm_lightning.callbacks.slot_revival import SlotRevival
 from pkm_lightning.callbacks.slot_usage import SlotUsage
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 
-__all__ = ["MetricsCSV", "Recall", "RunInterrupted", "SlotUsage", "StepCheckpoint", "StepProgressBar"]
+__all__ = ["MetricsCSV", "Recall", "RunInterrupted", "SlotRevival", "SlotUsage", "StepCheckpoint", "StepProgressBar"]

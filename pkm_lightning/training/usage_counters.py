@@ -95,6 +95,15 @@ class UsageCounters:
         """Last step that any rank and, for a set of tables, any of its layers has read a slot, (N,) int32."""
         return _latest(torch.stack([self.counts[reader].last_N for reader in self._sharing(name)]).amax(0))
 
+    def last_read_of_heads(self, name: str) -> Tensor:
+        """Last step that any rank's head has read a sub-key, (H, 2, S) int32."""
+        return _latest(self.heads[name].last_N).view(-1, 2, self.n_keys(name) or 1)
+
+    def mark(self, name: str, slots_M: Tensor, step: int) -> None:
+        """As if these slots of a reader, or of a set of tables, were read in `step`, without counting it."""
+        for reader in self._sharing(name):
+            self.counts[reader].last_N[slots_M] = step
+
     def _sharing(self, name: str) -> tuple[str, ...]:
         return self.tables[name].readers if name in self.tables else (name,)
 

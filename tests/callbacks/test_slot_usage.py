@@ -145,6 +145,18 @@ def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None
         assert jobs.count([*given, ALONE], 7, "", saved, 3)[0] == two[0][0]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "ffn"),
+    [("fsdp", "memory_plus"), ("deepspeed_2", "pkm"), ("deepspeed_3", "moe"), ("deepspeed_3", "peer")],
+)
+def test_every_strategy_counts(ranks: Groups, strategy: str, ffn: str) -> None:
+    given = [f"ffn={ffn}", "placement=middle", "trainer.accumulate_grad_batches=2"]
+    one = jobs.count([*given, ALONE], 1)
+    for counted, logged, _ in ranks(2).run(jobs.count, [*given, f"strategy={strategy}"], 1):
+        assert {name: found[0] for name, found in counted.items()} == {name: found[0] for name, found in one[0].items()}
+        assert logged[0].keys() == one[1][0].keys()
+
+
 def test_a_checkpoint_of_other_slots_is_refused(tmp_path: Path) -> None:
     watching = jobs.usage(tmp_path)
     jobs.fit([ALONE, "ffn=pkm"], 1, [watching])
