@@ -10,6 +10,7 @@ import torch.distributed as dist
 import usage_jobs as jobs
 
 from pkm_lightning.callbacks import SlotRevival
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableMesh, ValueTable
 from pkm_lightning.memory.revival import copy_rows
 from pkm_lightning.memory.table_optimizer import whole
@@ -39,3 +40,12 @@ def train(overrides: list[str], steps: int, **changes: Any) -> tuple[list[dict[s
         module, _, seen = jobs.fit(overrides, steps, [jobs.usage(folder, per_head=True), reviving])
     keys = [whole(p.detach()).tolist() for name, p in module.named_parameters() if name.endswith("keys.keys")]
     return seen, reviving.revived, keys
+
+
+def refused(overrides: list[str], **changes: Any) -> str:
+    """What `train` is refused with."""
+    try:
+        train(overrides, 1, **changes)
+    except ConfigError as error:
+        return str(error)
+    return ""
