@@ -11,6 +11,8 @@ from pkm_lightning.callbacks.progress_bar import StepProgressBar
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.run_record import RunRecord
 from pkm_lightning.callbacks.samples import Samples
+from pkm_lightning.callbacks.slot_revival import SlotRevival
+from pkm_lightning.callbacks.slot_usage import SlotUsage
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.callbacks.throughput import Throughput
 from pkm_lightning.callbacks.vitals import Vitals
@@ -22,6 +24,8 @@ __all__ = [
     "RunInterrupted",
     "RunRecord",
     "Samples",
+    "SlotRevival",
+    "SlotUsage",
     "StepCheckpoint",
     "StepProgressBar",
     "Throughput",

@@ -26,11 +26,15 @@ class SwiGLUExperts(nn.Module):
         dim: model dimension D.
         hidden_dim: hidden dimension F of one expert.
         n_layers: layers of the model, for the residual scale of the output's initialisation.
+
+    Attributes:
+        n_experts: experts E.
     """
 
     def __init__(self, *, n_experts: int, dim: int, hidden_dim: int, n_layers: int) -> None:
         super().__init__()
-        self.n_layers = n_layers
+        # Not read off a parameter, which under ZeRO 3 is empty between forwards.
+        self.n_experts, self.n_layers = n_experts, n_layers
         self.gate = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
         self.up = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
         self.out = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))

@@ -161,12 +161,12 @@ class MoE(nn.Module):
 
     def slots(self) -> list[Slots]:
         """The experts; shared ones run for every token and are none of them."""
-        return [Slots(name="expert", count=len(self.experts.gate))]
+        return [Slots(name="expert", count=self.experts.n_experts)]
 
     def cost(self) -> FFNCost:
         """Router, `top_k` experts and the shared ones; sorting, weighting and adding up count no FLOPs."""
         params = sum(p.numel() for p in self.parameters())
-        idle = (len(self.experts.gate) - self.top_k) * self.experts.params_per_expert()
+        idle = (self.experts.n_experts - self.top_k) * self.experts.params_per_expert()
         return FFNCost(params=params, active_params=params - idle, flops=2 * (params - idle))
 
     def _selected(self, scores_BTE: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class ExpertChoiceMoE(nn.Module):
 
     def slots(self) -> list[Slots]:
         """The experts."""
-        return [Slots(name="expert", count=len(self.experts.gate))]
+        return [Slots(name="expert", count=self.experts.n_experts)]
 
     def cost(self) -> FFNCost:
         """Router, and `eval_top_k` experts at evaluation, `capacity_factor` experts a token in training.

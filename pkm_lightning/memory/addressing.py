@@ -210,7 +210,7 @@ class Addressing(nn.Module):
     @property
     def n_keys(self) -> int:
         """Sub-keys a half, S; the slot of sub-keys i and j is i * S + j."""
-        return self.keys.keys.shape[2]
+        return self.keys.n_keys
 
     @property
     def reads(self) -> int:

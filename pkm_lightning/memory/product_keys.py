@@ -49,7 +49,9 @@ class ProductKeys(nn.Module):
         self, *, heads: int, n_keys: int, key_dim: int, norm: bool, shared: bool = False, bound: float | None = None
     ) -> None:
         super().__init__()
-        self.heads, self.bound = heads, key_dim**-0.5 if bound is None else bound
+        # Sizes are not read off the parameter, which under ZeRO 3 is empty between forwards.
+        self.heads, self.n_keys = heads, n_keys
+        self.bound = key_dim**-0.5 if bound is None else bound
         self.keys = nn.Parameter(torch.empty(1 if shared else heads, 2, n_keys, key_dim // 2))
         self.norm = nn.RMSNorm(key_dim // 2) if norm else None
         self.reset_parameters()

@@ -4,6 +4,7 @@ One folder an op: a public function that chooses the backend, a naive `reference
 and a README.md with the mathematics. Needs nothing but torch (and, for GPU kernels, triton).
 """
 
+from pkm_lightning.ops.count_reads import count_reads
 from pkm_lightning.ops.gathered_dot import gathered_dot
 from pkm_lightning.ops.grouped_linear import grouped_linear
 from pkm_lightning.ops.half_topk import half_topk
@@ -13,6 +14,7 @@ from pkm_lightning.ops.ranks import sum_over_ranks
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
 __all__ = [
+    "count_reads",
     "gathered_dot",
     "grouped_linear",
     "half_topk",

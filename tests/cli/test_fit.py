@@ -36,7 +36,7 @@ def test_a_run_directory_holds_the_whole_story(cli: Run, tmp_path: Path) -> None
     assert shown.code == 0, shown.err
     run = tmp_path / "run"
     names = {p.name for p in run.iterdir()}
-    assert names == {".lock", "config.yaml", "metrics.csv", "tensorboard", "checkpoints", "run.json"}
+    assert names == {".lock", "config.yaml", "metrics.csv", "tensorboard", "checkpoints", "run.json", "usage.json"}
     said = record(run)
     assert said.keys() >= RECORD_KEYS
     assert said["status"] == "finished"

@@ -36,6 +36,7 @@ def test_a_killed_run_ends_like_an_untouched_one(tmp_path: Path, workers: int) -
     assert last_checkpoint(tmp_path / "killed")["global_step"] < 24
     finish(fit(*options, "run_dir=killed", cwd=tmp_path))
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "whole" / "usage.json").read_text() == (tmp_path / "killed" / "usage.json").read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,114 @@
+"""Who reads which slots: every `Slots` of every layer's plugins, by a name, and the tables that several layers share.
+
+Names: `layer3.slot`; where two FFNs stand side by side `layer3.base.expert` and `layer3.variant.slot`. A set of tables
+is `table0`, `table1`, ... in the order of its first layer; PEER's two tables, read by the same ids, are one set.
+
+Letters: B sequences, T tokens of the micro-batch, H heads, K slots a head, C = H * K, N slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pkm_lightning.ffn import HasSlots, Slots
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.model import Transformer
+from pkm_lightning.model.initialisation import of_plugin, plugins
+from pkm_lightning.training.step_watch import Traces
+
+
+class Reads(NamedTuple):
+    """The reads of one micro-batch."""
+
+    #: Slots, (T, H, K); out of range where an expert has not chosen the token.
+    ids_THK: Tensor
+    #: Their weights, signed, (T, H, K).
+    weights_THK: Tensor
+    #: False at padding, (T,), or None.
+    valid_T: Tensor | None
+    #: Experts have chosen tokens: a token's slots are no read of its own.
+    slots_choose: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What one layer reads of one kind.
+
+    Attributes:
+        name: as in the module's docstring.
+        layer: number of the block.
+        part: `ffn`, `ffn.base` or `ffn.variant`.
+        plugin: the FFN that reads.
+        slots: what its trace numbers.
+    """
+
+    name: str
+    layer: int
+    part: str
+    plugin: nn.Module
+    slots: Slots
+
+    def reads(self, traces: Traces, batch: dict[str, Tensor]) -> Reads | None:
+        """The reads among the `traces` of a micro-batch; None where the plugin has traced none of this name."""
+        trace, name = of_plugin(self.part, traces.get(self.layer, {})), self.slots.name
+        chosen = trace.get(f"{name}_chosen")
+        if f"{name}_ids" in trace:
+            ids = trace[f"{name}_ids"]
+        elif chosen is not None:
+            # As many reads a token as there are experts, most of them of no slot.
+            ids = torch.arange(chosen.shape[-1], device=chosen.device).where(chosen, self.slots.count)
+        else:
+            return None
+        weights, valid_BT = trace[f"{name}_weights"], batch.get("valid")
+        heads = ids.shape[2] if ids.ndim == 4 else 1
+        return Reads(
+            ids.reshape(-1, heads, ids.shape[-1]),
+            weights.reshape(-1, heads, ids.shape[-1]),
+            None if valid_BT is None else valid_BT.flatten(),
+            slots_choose=f"{name}_ids" not in trace,
+        )
+
+
+@dataclass(frozen=True)
+class TableSet:
+    """Tables whose rows are the slots of some readers.
+
+    Attributes:
+        name: `table0`, `table1`, ...
+        tables: those tables, all with the same number of rows.
+        readers: names of the layers' readers.
+    """
+
+    name: str
+    tables: tuple[ValueTable, ...]
+    readers: tuple[str, ...]
+
+
+def find_readers(model: Transformer) -> dict[str, Reader]:
+    """All readers of `model`, by name; a plugin that does not state its slots has none."""
+    readers = {}
+    for layer, block in enumerate(model.blocks):
+        for part, plugin in plugins(block.ffn):  # type: ignore[arg-type]
+            if isinstance(plugin, HasSlots):
+                for slots in plugin.slots():
+                    place = part.replace("ffn", f"layer{layer}", 1)
+                    reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots)
+                    readers[reader.name] = reader
+    return readers
+
+
+def find_tables(readers: dict[str, Reader]) -> dict[str, TableSet]:
+    """All sets of tables that `readers` read, by name."""
+    by_tables: dict[tuple[int, ...], list[Reader]] = {}
+    for reader in readers.values():
+        if reader.slots.tables:
+            by_tables.setdefault(tuple(id(table) for table in reader.slots.tables), []).append(reader)
+    sets = {}
+    for number, sharing in enumerate(by_tables.values()):
+        names = tuple(reader.name for reader in sharing)
+        sets[f"table{number}"] = TableSet(f"table{number}", sharing[0].slots.tables, names)
+    return sets

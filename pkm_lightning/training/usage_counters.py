@@ -1,0 +1,166 @@
+"""All counters of a run: one `ReadCounts` a reader, their sums over the ranks, and their place in a checkpoint.
+
+Letters: N slots, S sub-keys a half, T tokens, H heads, K slots a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pkm_lightning.errors import CheckpointError
+from pkm_lightning.model import Transformer
+from pkm_lightning.ops import sum_over_ranks
+from pkm_lightning.training.read_counts import Counted, ReadCounts
+from pkm_lightning.training.slot_readers import Reader, Reads, find_readers, find_tables
+from pkm_lightning.training.step_watch import Traces
+
+Span = Literal["window", "ever"]
+
+
+class UsageCounters:
+    """Counts on each rank for itself; what needs all ranks says so, and every rank must call it.
+
+    Args:
+        model: whose reads are counted.
+        window: steps of the sliding window; an odd number counts as the next.
+        per_head: count the sub-keys of each head too, where slots are pairs of them.
+        device: where traces are.
+        step: steps taken already.
+
+    Attributes:
+        readers: by name.
+        tables: sets of tables by name.
+        counts: of each reader by name.
+        heads: of each reader's heads, where asked for, (H * 2 * S) counters; they appear with the first read.
+    """
+
+    def __init__(self, model: Transformer, *, window: int, per_head: bool, device: torch.device, step: int) -> None:
+        self.readers = find_readers(model)
+        self.tables = find_tables(self.readers)
+        self._half, self._per_head, self._device, self._step = -(-window // 2), per_head, device, step
+        self.counts = {name: self._new(reader.slots.count) for name, reader in self.readers.items()}
+        self.heads: dict[str, ReadCounts] = {}
+        self._saved_heads: dict[str, Any] = {}
+
+    def _new(self, n_slots: int) -> ReadCounts:
+        return ReadCounts(n_slots, half=self._half, device=self._device, step=self._step)
+
+    def add(self, traces: Traces, batch: dict[str, Tensor], step: int) -> None:
+        """Counts a micro-batch of `step`; nothing waits for the device."""
+        for name, reader in self.readers.items():
+            reads = reader.reads(traces, batch)
+            if reads is None:
+                self.counts[name].turn(step)
+                continue
+            self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, step)
+            if self._per_head and reader.slots.n_keys is not None:
+                self._add_heads(reader, reads, reader.slots.n_keys, step)
+
+    def _add_heads(self, reader: Reader, reads: Reads, n_keys: int, step: int) -> None:
+        ids_THK = reads.ids_THK.long()
+        heads = ids_THK.shape[1]
+        if reader.name not in self.heads:
+            self.heads[reader.name] = self._new(heads * 2 * n_keys)
+            if reader.name in self._saved_heads:
+                self._load(self.heads[reader.name], self._saved_heads.pop(reader.name), f"{reader.name} by head")
+        first_H1 = 2 * n_keys * torch.arange(heads, device=ids_THK.device)[:, None]
+        halves = (ids_THK // n_keys + first_H1, ids_THK % n_keys + first_H1 + n_keys)
+        counts = self.heads[reader.name]
+        for half_THK in halves:
+            counts.add(half_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, step)
+
+    # --- sums over the ranks
+
+    def total(self, name: str, span: Span) -> Counted:
+        """Reads of a reader, or of a set of tables by all its readers, on all ranks."""
+        own = [getattr(self.counts[reader], span)() for reader in self._sharing(name)]
+        return _summed(torch.stack([torch.stack(list(counted)) for counted in own]).sum(0))
+
+    def total_of_heads(self, name: str, span: Span) -> Tensor:
+        """Reads of each sub-key by each head, (H, 2, S), on all ranks."""
+        n_keys = self.readers[name].slots.n_keys
+        assert n_keys is not None
+        counted = getattr(self.heads[name], span)()
+        return _summed(torch.stack(list(counted))).counts_N.view(-1, 2, n_keys)
+
+    def n_keys(self, name: str) -> int | None:
+        """Sub-keys a half of the slots of a reader or of a set of tables, where they are pairs of sub-keys."""
+        return self.readers[self._sharing(name)[0]].slots.n_keys
+
+    def last_read(self, name: str) -> Tensor:
+        """Last step that any rank and, for a set of tables, any of its layers has read a slot, (N,) int32."""
+        return _latest(torch.stack([self.counts[reader].last_N for reader in self._sharing(name)]).amax(0))
+
+    def last_read_of_heads(self, name: str) -> Tensor:
+        """Last step that any rank's head has read a sub-key, (H, 2, S) int32."""
+        return _latest(self.heads[name].last_N).view(-1, 2, self.n_keys(name) or 1)
+
+    def mark(self, name: str, slots_M: Tensor, step: int) -> None:
+        """As if these slots of a reader, or of a set of tables, were read in `step`, without counting it."""
+        for reader in self._sharing(name):
+            self.counts[reader].last_N[slots_M] = step
+
+    def _sharing(self, name: str) -> tuple[str, ...]:
+        return self.tables[name].readers if name in self.tables else (name,)
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums over the ranks: every rank must call it."""
+        return {
+            "counts": {name: _state(counts) for name, counts in self.counts.items()},
+            "heads": {name: _state(counts) for name, counts in self.heads.items()} | self._saved_heads,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the sums, on one rank so that nothing counts twice.
+
+        Raises:
+            CheckpointError: the checkpoint counts other slots than this model has.
+        """
+        saved = {name: len(counts["last"]) for name, counts in state["counts"].items()}
+        own = {name: counts.n_slots for name, counts in self.counts.items()}
+        if saved != own:
+            raise CheckpointError(
+                f"the checkpoint counts the reads of {_in_words(saved)}, but this model has {_in_words(own)}; give the "
+                "configuration that the run was started with, or ~callbacks.slot_usage."
+            )
+        for name, counts in self.counts.items():
+            self._load(counts, state["counts"][name], name)
+        self._saved_heads = dict(state["heads"]) if self._per_head else {}
+
+    def _load(self, counts: ReadCounts, state: dict[str, Any], name: str) -> None:
+        if len(state["last"]) != counts.n_slots:
+            raise CheckpointError(
+                f"the checkpoint has {len(state['last'])} counters for {name}, this model {counts.n_slots}; give the "
+                "configuration that the run was started with, or ~callbacks.slot_usage."
+            )
+        counts.load(state, holds_sums=not _several_ranks() or dist.get_rank() == 0)
+
+
+def _state(counts: ReadCounts) -> dict[str, Any]:
+    return counts.state(sum_over_ranks(counts.amounts()), _latest(counts.last_N))
+
+
+def _in_words(slots: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({n})" for name, n in slots.items()) or "nothing"
+
+
+def _summed(own_2N: Tensor) -> Counted:
+    return Counted(*sum_over_ranks(own_2N))
+
+
+def _latest(last_N: Tensor) -> Tensor:
+    if not _several_ranks():
+        return last_N
+    latest_N = last_N.clone()
+    dist.all_reduce(latest_N, op=dist.ReduceOp.MAX)
+    return latest_N
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,104 @@
+"""The figures of `slot_metrics` for the counters of a run, over all ranks: every rank must ask, and gets the same.
+
+Letters: N slots, H heads, S sub-keys a half.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pkm_lightning.ops import sum_over_ranks
+from pkm_lightning.training.slot_metrics import dead_slots, effective_slots, kl_from_uniform, spread
+from pkm_lightning.training.step_watch import Traces
+from pkm_lightning.training.usage_counters import Span, UsageCounters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Version of the content of `report`.
+SCHEMA = 1
+
+
+def figures(counters: UsageCounters, name: str, span: Span) -> dict[str, float]:
+    """`slot_metrics.spread` of a reader or of a set of tables."""
+    counted = counters.total(name, span)
+    return spread(counted.counts_N, counted.weights_N, counters.n_keys(name))
+
+
+def dead(counters: UsageCounters, name: str, step: int, dead_after: int) -> int:
+    """Slots of a reader or of a set of tables that nobody has read for `dead_after` steps at the end of `step`."""
+    return int(dead_slots(counters.last_read(name), step, dead_after).sum())
+
+
+def figures_of_heads(counters: UsageCounters, name: str, span: Span) -> list[dict[str, float]]:
+    """`kl_rows` and `kl_columns` of each head of a reader."""
+    return [
+        {"kl_rows": kl_from_uniform(rows_S), "kl_columns": kl_from_uniform(columns_S)}
+        for rows_S, columns_S in counters.total_of_heads(name, span)
+    ]
+
+
+def effective(counters: UsageCounters, traces: Traces, batch: dict[str, Tensor]) -> dict[str, float]:
+    """`effective` of each reader that reads several slots at once, on the micro-batch of each rank."""
+    sums = {}
+    for name, reader in counters.readers.items():
+        reads = reader.reads(traces, batch)
+        if reads is not None and not reads.slots_choose:
+            sums[name] = effective_slots(reads.weights_THK, reads.valid_T)
+    if not sums:
+        return {}
+    totals = sum_over_ranks(torch.stack(list(sums.values()))).tolist()
+    return {name: total / reads if reads else math.nan for name, (total, reads) in zip(sums, totals, strict=True)}
+
+
+def report(counters: UsageCounters, step: int, dead_after: int) -> dict[str, Any]:
+    """The content of usage.json.
+
+    | key | meaning |
+    |---|---|
+    | schema | version of this table |
+    | step, dead_after | last optimizer step; steps without a read after which a slot is dead |
+    | first_step, window_steps | where `since_start` begins; how many of the last steps `window` holds |
+    | layers | by name as in `train/usage/NAME/...`: `slots`, `reads`, `dead`, and the figures `since_start`, `window` |
+    | | and, with `per_head`, the same two under `heads`, a list by head |
+    | tables | by name: `layers` that share the tables, and what a layer has, of all of them together |
+
+    Figures that have no value, as no slot was read, are null.
+    """
+    first = next(iter(counters.counts.values()))
+    entries = {name: _entry(counters, name, step, dead_after) for name in (*counters.readers, *counters.tables)}
+    for name, table in counters.tables.items():
+        entries[name] = {"layers": list(table.readers), **entries[name]}
+    return {
+        "schema": SCHEMA,
+        "step": step,
+        "dead_after": dead_after,
+        "first_step": first.first_step,
+        "window_steps": first.window_steps(step),
+        "layers": {name: entries[name] for name in counters.readers},
+        "tables": {name: entries[name] for name in counters.tables},
+    }
+
+
+def _entry(counters: UsageCounters, name: str, step: int, dead_after: int) -> dict[str, Any]:
+    counts_N = counters.total(name, "ever").counts_N
+    entry: dict[str, Any] = {
+        "slots": len(counts_N),
+        "reads": int(counts_N.sum()),
+        "dead": dead(counters, name, step, dead_after),
+        "since_start": _finite(figures(counters, name, "ever")),
+        "window": _finite(figures(counters, name, "window")),
+    }
+    if name in counters.heads:
+        entry["heads"] = {
+            "since_start": [_finite(head) for head in figures_of_heads(counters, name, "ever")],
+            "window": [_finite(head) for head in figures_of_heads(counters, name, "window")],
+        }
+    return entry
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,0 +1,234 @@
+"""SlotUsage counts what plugins have read: against a plain recount, over accumulation, recomputation, ranks, resumes.
+
+What it leaves behind: logs, panels, usage.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import usage_jobs as jobs
+from lightning.pytorch.loggers import TensorBoardLogger
+from rank_group import Groups
+from tolerances import assert_close
+
+from pkm_lightning.callbacks import RunInterrupted
+from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.training.slot_metrics import spread
+
+ALONE = "strategy=single"
+
+
+def check(overrides: list[str], names: list[str], tmp_path: Path, steps: int = 5, **changes: Any) -> Any:
+    """Counters of every name equal a recount of the traces; returns what the callback holds and what was logged."""
+    raw, watching = jobs.Raw(), jobs.usage(tmp_path, **changes)
+    _, _, seen = jobs.fit([ALONE, *overrides], steps, [watching, raw])
+    counters = watching.counters
+    assert counters is not None
+    assert list(counters.readers) == names
+    for name in names:
+        layer, _, kind = name.removeprefix("layer").partition(".")
+        reads, n_slots = raw.reads(int(layer), kind), counters.counts[name].n_slots
+        counts, weights = jobs.histogram(reads, n_slots)
+        total = counters.total(name, "ever")
+        assert reads
+        assert total.counts_N.tolist() == counts
+        assert_close(total.weights_N.float(), torch.tensor(weights))
+        window = jobs.histogram(raw.reads(int(layer), kind, range(steps - (steps - 1) % 2 - 2, steps + 1)), n_slots)
+        assert counters.total(name, "window").counts_N.tolist() == window[0]
+    return watching, seen, raw
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["ffn=memory_plus", "placement=all"], ["layer0.slot", "layer1.slot", "layer2.slot"]),
+        (["ffn=pkm"], ["layer1.slot"]),
+        (["ffn=peer"], ["layer1.slot"]),
+        (["ffn=ultramem_v2", "placement=middle"], ["layer1.slot"]),
+        (["ffn=ultramem", "placement=middle"], ["layer1.slot", "layer1.virtual"]),
+        (["ffn=moe", "placement=middle"], ["layer1.expert"]),
+        (["ffn=moe_expert_choice", "placement=middle"], ["layer1.expert"]),
+    ],
+)  # fmt: skip
+def test_counts_equal_a_recount(overrides: list[str], names: list[str], tmp_path: Path) -> None:
+    check(overrides, names, tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_add_up_and_recomputed_forwards_count_once(checkpointing: bool, tmp_path: Path) -> None:
+    given = ["ffn=pkm", "trainer.accumulate_grad_batches=2", f"model.activation_checkpointing={checkpointing}"]
+    watching, seen, _ = check(given, ["layer1.slot"], tmp_path)
+    assert len(seen) == 5
+    assert int(watching.counters.total("layer1.slot", "ever").counts_N.sum()) == 5 * 32 * 2 * 4
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_counted_too(tmp_path: Path) -> None:
+    check(["ffn=memory_plus", "placement=middle", "model.compile=true"], ["layer1.slot"], tmp_path, steps=2)
+
+
+def test_figures_are_logged_for_layers_and_shared_tables(tmp_path: Path) -> None:
+    watching, seen, raw = check(["ffn=memory_plus", "placement=all"], [f"layer{i}.slot" for i in range(3)], tmp_path)
+    figures = spread(*watching.counters.total("table0", "window"), 16)
+    logged = {name.removeprefix("train/usage/"): value for name, value in seen[-1].items() if "usage" in name}
+    assert {name.split("/")[0] for name in logged} == {"layer0.slot", "layer1.slot", "layer2.slot", "table0"}
+    for name in ("used_percent", "gini", "top50", "top90", "top99", "kl_rows", "kl_columns"):
+        assert logged[f"table0/{name}"] == pytest.approx(figures[name], rel=1e-6)
+    # Of the three tables of PEER, which one layer reads, the layer's figures say everything.
+    assert 1 <= logged["layer0.slot/effective"] <= 4
+    assert "table0/effective" not in logged
+    read = {
+        layer: {step: {slot for slot, _ in raw.reads(layer, "slot", [step])} for step in (4, 5)} for layer in (0, 1, 2)
+    }
+    alive = set.union(*(slots for by_step in read.values() for slots in by_step.values()))
+    assert logged["table0/dead"] == 256 - len(alive)
+    assert logged["layer0.slot/dead"] == 256 - len(read[0][4] | read[0][5])
+
+
+def test_heads_are_counted_on_request(tmp_path: Path) -> None:
+    watching, seen, raw = check(["ffn=pkm"], ["layer1.slot"], tmp_path, per_head=True)
+    found = watching.counters.total_of_heads("layer1.slot", "ever")
+    assert found.shape == (2, 2, 16)
+    for head in range(2):
+        ids = torch.cat([traces[1]["slot_ids"][valid][:, head].flatten() for _, traces, valid in raw.seen])
+        assert found[head, 0].tolist() == torch.bincount(ids // 16, minlength=16).tolist()
+        assert found[head, 1].tolist() == torch.bincount(ids % 16, minlength=16).tolist()
+    assert {name for name in seen[-1] if "head1" in name} == {
+        "train/usage/layer1.slot.head1/kl_rows", "train/usage/layer1.slot.head1/kl_columns",
+    }  # fmt: skip
+
+
+def test_two_ffns_side_by_side_are_told_apart(tmp_path: Path) -> None:
+    watching = jobs.usage(tmp_path)
+    module, _, seen = jobs.fit([ALONE, "ffn=moe", "placement=beside"], 2, [watching])
+    assert list(watching.counters.readers) == [f"layer{i}.variant.expert" for i in range(3)]
+    reads = int(watching.counters.total("layer0.variant.expert", "ever").counts_N.sum())
+    assert reads == 2 * 32 * module.model.blocks[0].ffn.variant.top_k
+    assert "train/usage/layer0.variant.expert/used_percent" in seen[-1]
+
+
+def test_a_model_without_slots_is_left_alone(tmp_path: Path) -> None:
+    watching = jobs.usage(tmp_path)
+    module, _, seen = jobs.fit([ALONE, "ffn=dense"], 2, [watching])
+    assert not module.watch.observes
+    assert watching.counters is None
+    assert not watching.state_dict()
+    assert not [name for name in seen[-1] if "usage" in name]
+    assert not (tmp_path / "usage.json").exists()
+
+
+@pytest.mark.parametrize("ffn", ["memory_plus", "moe_expert_choice"])
+def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None:
+    """Saved by two ranks, resumed by one, and the other way round, in the middle of a window."""
+    still = ["optim.warmup_share=0", "optim.final_factor=1.0"]
+    given = [f"ffn={ffn}", "placement=middle", "table.shard=dim", "trainer.precision=64-true", *still]
+    if ffn == "moe_expert_choice":  # experts choose among the tokens of their rank
+        given.append("ffn.capacity_factor=1")
+    spread_over = [*given, "strategy=ddp"]
+    two = ranks(2).run(jobs.count, spread_over, 7)
+    assert two[0][:2] == two[1][:2]
+    assert [written for *_, written in two] == [True, False]
+    if ffn == "memory_plus":
+        one = jobs.count([*given, ALONE], 7)
+        assert two[0][0] == one[0]
+    saved = str(tmp_path / "saved.ckpt")
+    ranks(2).run(jobs.count, spread_over, 3, saved)
+    resumed = ranks(2).run(jobs.count, spread_over, 7, "", saved, 3)
+    assert resumed[0][0] == two[0][0]
+    assert resumed[0][1] == two[0][1][3:]
+    if ffn == "memory_plus":
+        assert jobs.count([*given, ALONE], 7, "", saved, 3)[0] == two[0][0]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ffn"),
+    [("fsdp", "memory_plus"), ("deepspeed_2", "pkm"), ("deepspeed_3", "moe"), ("deepspeed_3", "peer")],
+)
+def test_every_strategy_counts(ranks: Groups, strategy: str, ffn: str) -> None:
+    given = [f"ffn={ffn}", "placement=middle", "trainer.accumulate_grad_batches=2"]
+    one = jobs.count([*given, ALONE], 1)
+    for counted, logged, _ in ranks(2).run(jobs.count, [*given, f"strategy={strategy}"], 1):
+        assert {name: found[0] for name, found in counted.items()} == {name: found[0] for name, found in one[0].items()}
+        assert logged[0].keys() == one[1][0].keys()
+
+
+def test_a_checkpoint_of_other_slots_is_refused(tmp_path: Path) -> None:
+    watching = jobs.usage(tmp_path)
+    jobs.fit([ALONE, "ffn=pkm"], 1, [watching])
+    other = jobs.usage(tmp_path)
+    other.load_state_dict(watching.state_dict())
+    message = r"counts the reads of layer1.slot \(256\), but this model has layer1.slot \(64\)"
+    with pytest.raises(CheckpointError, match=message):
+        jobs.fit([ALONE, "ffn=pkm", "model.memory.n_keys=8"], 1, [other])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "callbacks.slot_usage.window=0 is out of range; allowed: 2 to inf"),
+        ({"every_n_steps": 0}, "callbacks.slot_usage.every_n_steps=0 is out of range"),
+        ({"dead_after": -1}, "callbacks.slot_usage.dead_after=-1 is out of range"),
+        ({"dead_after": 1.5}, "callbacks.slot_usage.dead_after=1.5 is no whole number"),
+        ({"per_head": "maybe"}, "callbacks.slot_usage.per_head='maybe' is neither true nor false"),
+        ({"panels_every_n_steps": 0}, "callbacks.slot_usage.panels_every_n_steps=0 is out of range"),
+    ],
+)
+def test_wrong_numbers_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        jobs.usage(tmp_path, **change)
+
+
+def test_an_interval_that_nothing_is_logged_at_is_refused(tmp_path: Path) -> None:
+    given = [ALONE, "ffn=pkm", "trainer.log_every_n_steps=2"]
+    with pytest.raises(ConfigError, match=r"every_n_steps=3 is no multiple of trainer.log_every_n_steps=2"):
+        jobs.fit(given, 1, [jobs.usage(tmp_path, every_n_steps=3)])
+
+
+def test_usage_json_and_the_screen_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watching, _, raw = check(["ffn=peer"], ["layer1.slot"], tmp_path, steps=6, per_head=True)
+    content = json.loads((tmp_path / "usage.json").read_text())
+    reads = raw.reads(1, "slot")
+    assert (content["schema"], content["step"], content["window_steps"], content["first_step"]) == (1, 6, 4, 1)
+    layer = content["layers"]["layer1.slot"]
+    assert (layer["slots"], layer["reads"]) == (256, len(reads))
+    assert layer["since_start"]["used_percent"] == 100 * len({slot for slot, _ in reads}) / 256
+    assert layer["window"] == spread(*watching.counters.total("layer1.slot", "window"), 16)
+    assert len(layer["heads"]["window"]) == 2
+    table = content["tables"]["table0"]
+    assert table.pop("layers") == ["layer1.slot"]
+    assert table == {name: value for name, value in layer.items() if name != "heads"}
+    assert "layer1.slot" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_interrupted_run_leaves_its_usage(tmp_path: Path) -> None:
+    class Stop(jobs.Raw):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RunInterrupted("asked to stop")
+
+    watching = jobs.usage(tmp_path)
+    with pytest.raises(RunInterrupted):
+        jobs.fit([ALONE, "ffn=moe", "placement=middle"], 3, [watching, Stop()])
+    assert json.loads((tmp_path / "usage.json").read_text())["step"] == 1
+
+
+def test_panels_reach_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(str(tmp_path), name="", version="board")
+    watching = jobs.usage(tmp_path, panels_every_n_steps=2)
+    jobs.fit([ALONE, "ffn=memory_plus", "placement=all"], 4, [watching], loggers=[logger])
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    for name in ("layer0.slot", "table0"):
+        assert [event.step for event in events.Images(f"usage/{name}/heat_map")] == [2, 4]
+        assert events.Images(f"usage/{name}/heat_map")[0].width == 16
+        assert events.Images(f"usage/{name}/rank_frequency")[0].width == 360
+    text = events.Tensors("usage/layer0.slot/most_read/text_summary")[-1].tensor_proto.string_val[0].decode()
+    slot = int(watching.counters.total("layer0.slot", "window").counts_N.argmax())
+    assert text.splitlines()[2].startswith(f"| {slot} |")
+    assert events.Scalars("train/usage/table0/gini")

@@ -1,0 +1,51 @@
+"""Revivals in one process or on every rank of a group."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import usage_jobs as jobs
+
+from pkm_lightning.callbacks import SlotRevival
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory import TableMesh, ValueTable
+from pkm_lightning.memory.revival import copy_rows
+from pkm_lightning.memory.table_optimizer import whole
+
+
+def revival(**changes: Any) -> SlotRevival:
+    given: dict[str, Any] = {"every_n_steps": 3, "dead_after": 2, "max_share": 0.1, "source": "busy", "noise": 0.1}
+    return SlotRevival(**{**given, **changes})
+
+
+def revived_table(shard: str) -> list[list[float]]:
+    """The whole table after two rows of it, on different ranks where rows are split, have changed places in part."""
+    mesh = None
+    if dist.is_initialized():
+        mesh = TableMesh(shard=shard, members=1 if shard == "none" else dist.get_world_size(), device_type="cpu")
+    torch.manual_seed(3)
+    table = ValueTable(rows=6, dim=8, slices=2, mesh=mesh)
+    copy_rows(table, torch.tensor([0, 5]), torch.tensor([4, 1]), noise=0.5, seed=9)
+    weight = table.weight.detach()
+    return (weight if mesh is None else whole(mesh.as_dtensor(weight, 12, 4))).tolist()
+
+
+def train(overrides: list[str], steps: int, **changes: Any) -> tuple[list[dict[str, float]], dict[str, int], list[Any]]:
+    """What was logged, how many were revived, and the sub-keys at the end; per_head counting is on."""
+    with tempfile.TemporaryDirectory() as folder:
+        reviving = revival(**changes)
+        module, _, seen = jobs.fit(overrides, steps, [jobs.usage(folder, per_head=True), reviving])
+    keys = [whole(p.detach()).tolist() for name, p in module.named_parameters() if name.endswith("keys.keys")]
+    return seen, reviving.revived, keys
+
+
+def refused(overrides: list[str], **changes: Any) -> str:
+    """What `train` is refused with."""
+    try:
+        train(overrides, 1, **changes)
+    except ConfigError as error:
+        return str(error)
+    return ""
