@@ -15,6 +15,7 @@ the screen when training ends, and in TensorBoard's panels (`slot_panels`).
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,9 @@ class SlotUsage(L.Callback):
         if self._traces and self.counters is not None and together:
             content = report(self.counters, trainer.global_step, self.dead_after)
             if trainer.is_global_zero:
-                write_report(content, self.path)
+                # What stopped the run is the error to be told.
+                with contextlib.suppress(OSError):
+                    write_report(content, self.path)
         self._stop(pl_module)
 
     def _stop(self, pl_module: L.LightningModule) -> None:

@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
+from rich import box, get_console
 from rich.table import Table
 
 from pkm_lightning.storage import flush
@@ -34,7 +33,7 @@ def write_report(content: dict[str, Any], path: Path) -> None:
     os.replace(beside, path)
 
 
-def print_report(content: dict[str, Any], console: Console | None = None) -> None:
+def print_report(content: dict[str, Any]) -> None:
     """Prints a row a layer and a row a shared table; below it that of the window, where it is not the whole run."""
     table = Table(title="slot usage", box=box.SIMPLE_HEAD)
     table.add_column("reads of", no_wrap=True)
@@ -47,7 +46,7 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
         table.add_row(name, f"{entry['slots']:,}", *_cells(entry["since_start"]), f"{entry['dead']:,}")
         if not is_whole:
             table.add_row(f"  last {steps:,} steps", "", *_cells(entry["window"]), "")
-    (console or Console()).print(table)
+    get_console().print(table)  # the progress bar's as well, so that neither writes over the other
 
 
 def _cells(figures: dict[str, float | None]) -> list[str]:

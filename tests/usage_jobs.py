@@ -26,6 +26,14 @@ from pkm_lightning.training.loss import NO_TARGET
 Micro = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
+class Once(SlotUsage):
+    """Notes the steps that it looks at figures for."""
+
+    def _figures(self, step: int) -> dict[str, float]:
+        self.looked = [*getattr(self, "looked", []), step]
+        return super()._figures(step)
+
+
 class Raw(L.Callback):
     """Keeps a copy of everything that a plugin has traced: by step, the trace of each layer and the real tokens."""
 
@@ -60,7 +68,7 @@ def usage(folder: Path | str, **changes: Any) -> SlotUsage:
         "path": str(Path(folder) / "usage.json"), "every_n_steps": None, "window": 4, "dead_after": 2,
         "per_head": False, "panels_every_n_steps": None,
     }  # fmt: skip
-    return SlotUsage(**{**given, **changes})
+    return Once(**{**given, **changes})
 
 
 def batches(steps: int) -> list[dict[str, torch.Tensor]]:
@@ -117,6 +125,7 @@ def count(overrides: list[str], steps: int, save: str = "", resume: str = "", do
         if save:
             trainer.save_checkpoint(save)
         logged = [{k: v for k, v in row.items() if "usage" in k} for row in seen]
+        assert watching.looked == list(range(done + 1, steps + 1))  # type: ignore[attr-defined]
         written = (Path(folder) / "usage.json").exists()
         return counted(watching), logged, written
 

@@ -83,8 +83,8 @@ class ReadCounts:
         return Counted(*(self._now + self._past)[:, :-1])
 
     def window_steps(self, step: int) -> int:
-        """Steps that the window holds at the end of `step`."""
-        return step - max(((step - 1) // self.half - 1) * self.half, self._window_after)
+        """Steps that the window holds at the end of `step`, the last that was counted."""
+        return step - max((self._period - 1) * self.half, self._window_after)
 
     # --- what a checkpoint keeps
 

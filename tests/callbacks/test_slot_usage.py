@@ -18,7 +18,7 @@ from tolerances import assert_close
 
 from pkm_lightning.callbacks import RunInterrupted
 from pkm_lightning.errors import CheckpointError, ConfigError
-from pkm_lightning.training.slot_metrics import spread
+from pkm_lightning.training.slot_metrics import effective_slots, spread
 
 ALONE = "strategy=single"
 
@@ -52,7 +52,6 @@ def check(overrides: list[str], names: list[str], tmp_path: Path, steps: int = 5
         (["ffn=ultramem_v2", "placement=middle"], ["layer1.slot"]),
         (["ffn=ultramem", "placement=middle"], ["layer1.slot", "layer1.virtual"]),
         (["ffn=moe", "placement=middle"], ["layer1.expert"]),
-        (["ffn=moe_expert_choice", "placement=middle"], ["layer1.expert"]),
     ],
 )  # fmt: skip
 def test_counts_equal_a_recount(overrides: list[str], names: list[str], tmp_path: Path) -> None:
@@ -79,8 +78,9 @@ def test_figures_are_logged_for_layers_and_shared_tables(tmp_path: Path) -> None
     assert {name.split("/")[0] for name in logged} == {"layer0.slot", "layer1.slot", "layer2.slot", "table0"}
     for name in ("used_percent", "gini", "top50", "top90", "top99", "kl_rows", "kl_columns"):
         assert logged[f"table0/{name}"] == pytest.approx(figures[name], rel=1e-6)
-    # Of the three tables of PEER, which one layer reads, the layer's figures say everything.
-    assert 1 <= logged["layer0.slot/effective"] <= 4
+    _, traces, valid_BT = raw.seen[-1]
+    sums = effective_slots(traces[0]["slot_weights"].flatten(0, 1), valid_BT.flatten())
+    assert logged["layer0.slot/effective"] == pytest.approx(float(sums[0] / sums[1]), rel=1e-6)
     assert "table0/effective" not in logged
     read = {
         layer: {step: {slot for slot, _ in raw.reads(layer, "slot", [step])} for step in (4, 5)} for layer in (0, 1, 2)
@@ -88,6 +88,12 @@ def test_figures_are_logged_for_layers_and_shared_tables(tmp_path: Path) -> None
     alive = set.union(*(slots for by_step in read.values() for slots in by_step.values()))
     assert logged["table0/dead"] == 256 - len(alive)
     assert logged["layer0.slot/dead"] == 256 - len(read[0][4] | read[0][5])
+
+
+def test_experts_that_choose_are_no_read_of_a_token(tmp_path: Path) -> None:
+    _, seen, _ = check(["ffn=moe_expert_choice", "placement=middle"], ["layer1.expert"], tmp_path)
+    assert "train/usage/layer1.expert/gini" in seen[-1]
+    assert "train/usage/layer1.expert/effective" not in seen[-1]
 
 
 def test_heads_are_counted_on_request(tmp_path: Path) -> None:
