@@ -80,7 +80,8 @@ class SlotRevival(L.Callback):
         usage = _slot_usage(trainer)
         readers = find_readers(pl_module.model)
         tables = find_tables(readers)
-        if not any(learns(table) for one in tables.values() for table in one.tables):
+        tables_learn = any(learns(table) for one in tables.values() for table in one.tables)
+        if self.source == "busy" and not tables_learn:
             raise ConfigError(f"{_KEY}: no table of this model learns, so there is nothing to revive; leave it out.")
         self.revived = dict.fromkeys(tables, 0) | self.revived
         if self.source == "queries":

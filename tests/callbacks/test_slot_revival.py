@@ -90,6 +90,13 @@ def test_dead_sub_keys_move_and_live_ones_stay(ffn: str, tmp_path: Path) -> None
     assert len(rows) == reviving.revived["table0"] > 0
 
 
+def test_sub_keys_move_above_rows_that_do_not_learn(tmp_path: Path) -> None:
+    given = ["ffn=pkm", "ffn.cures.simvq=true", "model.memory.n_keys=32", "model.memory.knn=2"]
+    module, before, reviving, _ = run(tmp_path, *given, source="queries", dead_after=1)
+    assert reviving.revived["layer1.slot"] > 0
+    assert not changed_rows(before, module, 1024)
+
+
 def test_moved_sub_keys_are_read_again(tmp_path: Path) -> None:
     """The point of it: after revivals more sub-keys find readers than without."""
     given = [ALONE, "ffn=pkm", "model.memory.n_keys=32", "model.memory.knn=1", "optim.lr=0"]
@@ -144,6 +151,7 @@ def test_what_was_revived_is_logged_and_survives_a_resume(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "changes", "per_head", "message"),
     [
+        (["ffn=pkm", "ffn.cures.simvq=true"], {}, True, "no table of this model learns"),
         (["ffn=moe"], {}, True, "no table of this model learns"),
         (["ffn=pkm"], {"source": "queries"}, False, r"needs callbacks.slot_usage.per_head=true"),
         (["ffn=ultramem_v2"], {"source": "queries"}, True, "moves the sub-keys of product keys"),

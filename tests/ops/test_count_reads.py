@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_host import NoHost
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pkm_lightning.ops.count_reads import WEIGHT_LIMIT, count_reads
 
@@ -79,17 +79,6 @@ def test_views_and_transposed_reads_are_welcome() -> None:
         count_reads(*own, ids_TC, weights_TC, torch.arange(31) % 3 > 0, 1, backend=backend)
         found.append([counter[:-1] for counter in own])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-class NoHost(TorchDispatchMode):
-    """Refuses what makes the host wait for a device: a number, or a shape, that depends on values."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal"), name
-        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype is torch.bool for i in args[1])
-        assert not by_mask, "a bool mask as an index"
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_reference_never_waits_for_a_device() -> None:
