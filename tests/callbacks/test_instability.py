@@ -126,7 +126,13 @@ def test_a_rollback_from_disk(tmp_path: Path, undisturbed: float) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "restore"),
-    [("ddp", "memory"), ("fsdp", "memory"), ("ddp", "disk"), ("deepspeed_1", "disk"), ("deepspeed_3", "disk")],
+    [
+        ("ddp", "memory"),
+        pytest.param("fsdp", "memory", marks=pytest.mark.slow),
+        ("ddp", "disk"),
+        pytest.param("deepspeed_1", "disk", marks=pytest.mark.slow),
+        ("deepspeed_3", "disk"),
+    ],
 )
 def test_ranks_go_back_together(ranks: Groups, tmp_path: Path, strategy: str, restore: str) -> None:
     found = ranks(2).run(faults.spread, [f"strategy={strategy}", "table.shard=dim"], str(tmp_path), restore)

@@ -16,7 +16,7 @@ from tolerances import RANKS
 CASES = [
     ("ddp", 2, "ffn=memory_plus table.shard=dim table.learning=dense"),
     pytest.param("ddp", 4, "ffn=peer table.shard=row table.learning=rows", marks=pytest.mark.slow),
-    ("ddp", 2, "ffn=ultramem table.shard=row table.learning=rows"),
+    pytest.param("ddp", 2, "ffn=ultramem table.shard=row table.learning=rows", marks=pytest.mark.slow),
     ("ddp", 4, "ffn=memory_plus table.shard=dim table.learning=rows table.group=2"),
     ("ddp", 2, "ffn=memory_plus table.shard=none table.learning=fused optim.table_clip_norm=null"),
     ("fsdp", 2, "ffn=peer table.shard=dim table.learning=rows"),

@@ -122,7 +122,13 @@ def test_update_ratios_are_those_of_the_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "shard"), [("ddp", "dim"), ("fsdp", "row"), ("deepspeed_1", "dim"), ("deepspeed_3", "row")]
+    ("strategy", "shard"),
+    [
+        ("ddp", "dim"),
+        ("fsdp", "row"),
+        pytest.param("deepspeed_1", "dim", marks=pytest.mark.slow),
+        ("deepspeed_3", "row"),
+    ],
 )
 def test_ranks_tell_what_one_process_tells(ranks: Groups, strategy: str, shard: str) -> None:
     alone = jobs.watch_vitals(["strategy=single", "ffn=memory_plus"])
