@@ -8,7 +8,7 @@ Figures are over all ranks, from log step to log step; validations and checkpoin
 | train/throughput/samples_per_sec | rows of the batches; every rank is taken to have as many as this one |
 | train/throughput/steps_per_sec | optimizer steps |
 | train/throughput/flops_per_sec | tokens times the model's analytic training FLOPs a token (`ModelCost.train_flops`) |
-| train/throughput/mfu | the same, as a share of the devices' peak; absent where Lightning does not know the device |
+| train/throughput/mfu | the same, as a share of the devices' peak; absent where the device is not known |
 | train/throughput/row_bytes_per_sec | tokens times the bytes of embedding and table rows that each moves for itself |
 | train/throughput/mbu | the same, as a share of the devices' memory bandwidth; absent where that is unknown. A lower |
 | | bound: weights, activations and optimizer states move too |
@@ -23,6 +23,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import Throughput as Rates
+from lightning.fabric.utilities.throughput import _plugin_to_compute_dtype
 from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.trainer.states import RunningStage
 
@@ -38,6 +39,18 @@ BANDWIDTH = {
     "NVIDIA H100 80GB HBM3": 3.35e12,
     "NVIDIA H100 NVL": 3.9e12,
     "NVIDIA H200": 4.8e12,
+}
+
+
+#: FLOPs a second, dense, of devices that Lightning does not know by the name that CUDA gives; NVIDIA's data sheet.
+PEAK_FLOPS: dict[str, dict[torch.dtype | str, int]] = {
+    "NVIDIA H200": {
+        torch.float64: 33_500_000_000_000,
+        torch.float32: 66_900_000_000_000,
+        "tfloat32": 494_700_000_000_000,
+        torch.bfloat16: 989_400_000_000_000,
+        torch.float16: 989_400_000_000_000,
+    },
 }
 
 
@@ -66,6 +79,9 @@ class Throughput(TimedCallback, ThroughputMonitor):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Looks the devices up."""
         super().setup(trainer, pl_module, stage)
+        if self.available_flops is None:
+            dtype = _plugin_to_compute_dtype(trainer.precision_plugin)
+            self.available_flops = peak_flops(trainer.strategy.root_device, dtype)
         # Tokens are counted over all ranks, so these are rates of one device that is as strong as all together.
         peak = None if self.available_flops is None else self.available_flops * trainer.world_size
         self._throughputs = {RunningStage.TRAINING: Rates(available_flops=peak, **self.kwargs)}
@@ -149,6 +165,13 @@ class Throughput(TimedCallback, ThroughputMonitor):
 def memory_bandwidth(device: torch.device) -> float | None:
     """Bytes a second of the memory of `device`, or None where it is not in the table."""
     return BANDWIDTH.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> int | None:
+    """FLOPs a second that `device` reaches at best in products of `dtype`, or None where it is not in the table."""
+    peaks = PEAK_FLOPS.get(torch.cuda.get_device_name(device), {}) if device.type == "cuda" else {}
+    tensor_cores = dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return peaks.get("tfloat32" if tensor_cores else dtype)
 
 
 def _rows(batch: dict[str, torch.Tensor]) -> int:

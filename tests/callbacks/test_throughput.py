@@ -246,6 +246,17 @@ def test_bandwidth_is_looked_up_by_the_device_name(monkeypatch: pytest.MonkeyPat
     assert throughput.memory_bandwidth(torch.device("cpu")) is None
 
 
+def test_peaks_that_lightning_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    device = torch.device("cuda", 0)
+    assert throughput.peak_flops(device, torch.bfloat16) == 989_400_000_000_000
+    assert throughput.peak_flops(device, torch.float32) == 66_900_000_000_000
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert throughput.peak_flops(device, torch.float32) == 494_700_000_000_000
+    assert throughput.peak_flops(device, torch.int8) is None
+    assert throughput.peak_flops(torch.device("cpu"), torch.float32) is None
+
+
 @pytest.mark.parametrize("window", [0, -1, 1.5, True, "2"])
 def test_a_window_must_be_a_positive_integer(window: Any) -> None:
     with pytest.raises(ConfigError, match=r"callbacks\.throughput\.window="):
