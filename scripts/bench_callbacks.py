@@ -9,18 +9,14 @@ line a way; `--out FILE.csv` appends the rounds with versions and date.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_trainer_overhead import configuration, through_trainer
+from bench_trainer_overhead import append, configuration, through_trainer
 
 from pkm_lightning.cli.assembly import complete
-from pkm_lightning.training.run_record import versions
 
 #: What a run needs to be a run; all others only watch.
 _NEEDED = ("metrics_csv", "step_checkpoint", "progress_bar")
@@ -70,21 +66,8 @@ def main() -> None:
             f"{ratios[0]:.3f} to {ratios[-1]:.3f}, median {statistics.median(ratios):.3f})"
         )
     if arguments.out:
-        write(arguments.out, seconds, arguments.steps)
-
-
-def write(path: Path, seconds: dict[str, list[float]], steps: int) -> None:
-    """Appends a row a way and round."""
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(["date", "callbacks", "round", "seconds_a_step", "steps", "threads", "torch", "lightning"])
-        date, found = datetime.date.today().isoformat(), versions()
-        for name, values in seconds.items():
-            for number, value in enumerate(values, start=1):
-                rest = [steps, torch.get_num_threads(), found["torch"], found["lightning"]]
-                writer.writerow([date, name, number, f"{value:.6f}", *rest])
+        found = [[name, n, f"{v:.6f}"] for name, values in seconds.items() for n, v in enumerate(values, start=1)]
+        append(arguments.out, ["callbacks", "round", "seconds_a_step"], found, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -94,17 +94,20 @@ def main() -> None:
 
 def write(path: Path, seconds: dict[str, list[float]], steps: int) -> None:
     """Appends a row a round."""
+    numbers = enumerate(zip(seconds["bare"], seconds["trainer"], strict=True), start=1)
+    append(path, ["round", "bare_s", "trainer_s"], [[n, *(f"{v:.6f}" for v in pair)] for n, pair in numbers], steps)
+
+
+def append(path: Path, names: list[str], rows: list[list[Any]], steps: int) -> None:
+    """Appends `rows` of what `names` says to a CSV, with date, steps, threads and versions."""
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if fresh:
-            writer.writerow(["date", "round", "bare_s", "trainer_s", "steps", "threads", "torch", "lightning"])
+            writer.writerow(["date", *names, "steps", "threads", "torch", "lightning"])
         date, found = datetime.date.today().isoformat(), versions()
-        for number, pair in enumerate(zip(seconds["bare"], seconds["trainer"], strict=True), start=1):
-            numbers = [f"{value:.6f}" for value in pair]
-            writer.writerow(
-                [date, number, *numbers, steps, torch.get_num_threads(), found["torch"], found["lightning"]]
-            )
+        for row in rows:
+            writer.writerow([date, *row, steps, torch.get_num_threads(), found["torch"], found["lightning"]])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,15 @@ SMALL_RUN = [
     "~callbacks.progress_bar",
     "logger=none",
 ]
+
+
+def record(run_dir: Path) -> dict[str, Any]:
+    """run.json."""
+    content: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return content
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """metrics.csv."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small import SMALL_DATA, SMALL_RUN, Run
+from small import SMALL_DATA, SMALL_RUN, Run, record, rows
 
 from pkm_lightning.callbacks import RunRecord
-
-
-def record(run_dir: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
-    return content
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_figures_agree_with_metrics_csv(cli: Run, tmp_path: Path) -> None:

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from small import SMALL_RUN, Run
+from small import SMALL_RUN, Run, record, rows
 
 RECORD_KEYS = {
     "schema", "status", "ffn", "seed", "params", "flops_per_token", "bytes_per_token", "tokens", "seconds",
     "tokens_per_second", "peak_memory_bytes", "device", "versions", "commit", "precision", "world_size", "threads",
     "data", "started", "ended", "metrics",
 }  # fmt: skip
-
-
-def record(run_dir: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
-    return content
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_run_directory_holds_the_whole_story(cli: Run, tmp_path: Path) -> None:
