@@ -50,7 +50,7 @@ class Recall(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         items = data.recall_items(limit)
         own = items[trainer.global_rank :: trainer.world_size]
-        with in_step(pl_module.model, pl_module.device):
+        with in_step(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
             scores = score_items(pl_module.model, data.tokenizer, own, device=pl_module.device) if own else []
         if trainer.world_size == 1:
             return scores

@@ -66,7 +66,7 @@ class Samples(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         own = [prompt for prompt, _ in self._asked] if trainer.is_global_zero else []
-        with in_step(pl_module.model, pl_module.device):
+        with in_step(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
             answers = greedy(
                 pl_module.model, tokenizer, own, device=pl_module.device, max_new_tokens=self.max_new_tokens
             )

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import Letters, config
 
-from pkm_lightning.callbacks import Samples, samples
+from pkm_lightning.callbacks import Recall, Samples, samples
 from pkm_lightning.data import RecallItem
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.training import LanguageModule
@@ -130,6 +130,24 @@ def test_nothing_to_ask_is_nothing_shown(
     with caplog.at_level(logging.INFO):
         fit(data(), [Samples(**{**USUAL, **changes})])
     assert shown(caplog) == []
+
+
+@pytest.mark.parametrize("asking", [Samples(**USUAL), Recall(val_items=1, test_items=1)], ids=["samples", "recall"])
+def test_questions_are_asked_in_the_precision_of_training(asking: L.Callback) -> None:
+    seen: set[bool] = set()
+
+    class Look(L.Callback):
+        def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            def note(*_: Any) -> None:
+                seen.add(torch.is_autocast_enabled("cpu"))
+
+            self.hook = pl_module.model.register_forward_hook(note)
+
+        def on_validation_end(self, *_: Any) -> None:
+            self.hook.remove()
+
+    fit(Asking(), [Look(), asking], precision="bf16-mixed")
+    assert seen == {True}
 
 
 def test_tensorboard_gets_a_table(tmp_path: Path) -> None:
