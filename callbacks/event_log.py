@@ -7,8 +7,8 @@
 | layer | the layer, or the name of the parameter, that it happened in; null: the whole model |
 | figure | what was looked at: loss, grad_norm_dense, grad_norm_table, or a figure of `callbacks.vitals` |
 | value, threshold | what was found (of a spike its score), and what is allowed; a number, or "nan", "inf", "-inf" |
-| action | what was done: warn, skip, rollback, stop |
-| returned_to | of a rollback: the step whose state was restored |
+| action | what its policy says: warn, skip, rollback, stop; the strongest of a step is done |
+| returned_to | of a rollback: the step whose state training goes back to |
 """
 
 from __future__ import annotations
@@ -16,7 +16,26 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Event(NamedTuple):
+    """One thing that happened in one step; a spike's value is its score."""
+
+    name: str
+    step: int
+    value: float
+    figure: str | None = None
+    layer: int | str | None = None
+    threshold: float | None = None
+
+    def __str__(self) -> str:
+        of = "" if self.figure is None else f" of {self.figure}"
+        where = (
+            "" if self.layer is None else f" in {f'layer {self.layer}' if isinstance(self.layer, int) else self.layer}"
+        )
+        allowed = "" if self.threshold is None else f", allowed {self.threshold:.4g}"
+        return f"{self.name}{of}{where} in step {self.step} (found {self.value:.4g}{allowed})"
 
 
 class EventLog:
@@ -43,11 +62,13 @@ class EventLog:
         else:
             self.path.unlink()
 
-    def write(self, event: dict[str, Any]) -> None:
+    def write(self, event: Event, action: str, **more: Any) -> None:
         """One line."""
+        line = {"step": event.step, "event": event.name, "layer": event.layer, "figure": event.figure}
+        line |= {"value": event.value, "threshold": event.threshold, "action": action, **more}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _number(value) for key, value in event.items()}) + "\n")
+            file.write(json.dumps({key: _number(value) for key, value in line.items()}) + "\n")
         self.lines += 1
 
 

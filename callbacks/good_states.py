@@ -18,7 +18,7 @@ class GoodStates:
     Args:
         restore: `memory` or `disk`.
         every_n_steps: steps between states in memory.
-        settle_steps: a state is good after as many further steps without an event.
+        settle_steps: a state is good after as many further steps.
     """
 
     def __init__(self, restore: str, every_n_steps: int, settle_steps: int) -> None:
@@ -38,6 +38,10 @@ class GoodStates:
     def keep(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         """Keeps the state of this step; the one before stays, until this one has proved good."""
         self._states = [self._states[-1], MemoryState(trainer, pl_module)]
+
+    def forget(self) -> None:
+        """Frees the memory."""
+        self._states = []
 
     def newest(self, trainer: L.Trainer) -> int | None:
         """The step that would be gone back to; None: there is none."""

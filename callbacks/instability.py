@@ -14,7 +14,8 @@ policy for one of the first four, every step waits for a handful of numbers befo
 each other. `skip` refuses the step: weights, optimizers, staged rows, plugins' statistics and the schedule stay as they
 were, the step counts in `max_steps`, its tokens as seen. `rollback` does so too and goes back to the last good state,
 after which training goes on with the data that come next: the remedy of PaLM (arXiv 2204.02311, section
-5.1), within the run. `stop` ends the run with an error; its last checkpoint is good.
+5.1), within the run. `stop` ends the run with an error. Of several events in a step the strongest answer counts. With
+any answer but `warn` to `weight_not_finite` no checkpoint is written of weights that are not finite.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from pkm_lightning.callbacks.event_log import EventLog
+from pkm_lightning.callbacks.event_log import Event, EventLog
 from pkm_lightning.callbacks.good_states import GoodStates
+from pkm_lightning.callbacks.policies import POLICIES, Tries, all_policies, check_mapping
 from pkm_lightning.callbacks.spikes import SpikeWindow
-from pkm_lightning.callbacks.step_events import SERIES, STEP_EVENTS, StepEvents
+from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
+from pkm_lightning.callbacks.step_events import FLOORS, RELATIVE_FLOORS, STEP_EVENTS, StepEvents
 from pkm_lightning.callbacks.stopwatch import step_logs
 from pkm_lightning.callbacks.vitals import Vitals
 from pkm_lightning.errors import ConfigError, InstabilityError, check_choice, check_integer, check_range
@@ -40,9 +43,8 @@ from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.vitals import held_weights, largest_values
 
 _log = logging.getLogger(__name__)
-EVENTS = (*STEP_EVENTS, "weight_not_finite", "limit")
-POLICIES = ("warn", "skip", "rollback", "stop")
-_LEAST_DEVIATION = 0.01
+#: Fewer steps have no spread to speak of.
+_LEAST_WINDOW = 10
 _SHOW_EVERY = 100
 
 
@@ -51,16 +53,18 @@ class Instability(L.Callback):
 
     Args:
         path: the file of events.
-        window: steps that a loss or gradient norm is compared with.
+        window: steps that a loss or gradient norm is compared with, 10 or more.
         warm_up: steps before the first spike can be told.
         threshold: robust z-score from which on a step is a spike; see `SpikeWindow`.
-        policies: a policy for each event of the table above; events left out are warned of.
+        policies: a policy for each event of the table above; events left out are warned of. `weight_not_finite`, left
+            out or None, goes with `loss_not_finite`: rollback as that, stop for its stop or skip.
         limits: highest values of `callbacks.vitals`, by name; None: none.
         restore: where rollback finds a state: `memory` (a copy in host memory, of two states, each as large as a
             checkpoint) or `disk` (the last checkpoint).
         keep_every_n_steps: steps between states in memory.
-        settle_steps: a state counts as good after as many further steps without an event.
-        max_tries: rollbacks, or refused steps in a row, without getting beyond the step that failed; then the run ends.
+        settle_steps: a state in memory counts as good after as many further steps, at most `keep_every_n_steps`: what
+            spoils the weights may take some steps to show.
+        max_tries: refused steps in a row, or rollbacks without getting beyond the step that failed; then the run ends.
         lr_factor: the learning rate is multiplied by it at each rollback.
     """
 
@@ -71,7 +75,7 @@ class Instability(L.Callback):
         window: int,
         warm_up: int,
         threshold: float,
-        policies: Mapping[str, str],
+        policies: Mapping[str, str | None],
         limits: Mapping[str, float] | None,
         restore: str,
         keep_every_n_steps: int,
@@ -80,20 +84,21 @@ class Instability(L.Callback):
         lr_factor: float,
     ) -> None:
         key = "callbacks.instability"
-        for name, number in (("window", window), ("keep_every_n_steps", keep_every_n_steps), ("max_tries", max_tries)):
+        for name, number in (("keep_every_n_steps", keep_every_n_steps), ("max_tries", max_tries)):
             check_integer(f"{key}.{name}", number, low=1)
+        check_integer(f"{key}.window", window, low=_LEAST_WINDOW)
         check_integer(f"{key}.warm_up", warm_up, low=1, high=window)
-        check_integer(f"{key}.settle_steps", settle_steps, low=0)
+        check_integer(f"{key}.settle_steps", settle_steps, low=0, high=keep_every_n_steps)
         check_range(f"{key}.threshold", threshold, 0)
         check_range(f"{key}.lr_factor", lr_factor, 1e-9, 1)
         check_choice(f"{key}.restore", restore, ("memory", "disk"))
-        self.policies = dict.fromkeys(EVENTS, "warn") | _checked_policies(policies)
-        _check_mapping("limits", limits or {})
+        self.policies = all_policies(policies)
+        check_mapping("limits", limits or {})
         limits = dict(limits or {})
         for name, limit in limits.items():
             check_range(f"{key}.limits.{name}", limit)
         self.window, self.warm_up, self.threshold, self.limits = window, warm_up, threshold, limits
-        self.max_tries, self.lr_factor = max_tries, lr_factor
+        self.lr_factor = lr_factor
         self.events = EventLog(Path(path))
         rolls_back = "rollback" in self.policies.values()
         self.good = GoodStates(restore, keep_every_n_steps, settle_steps) if rolls_back else None
@@ -101,8 +106,8 @@ class Instability(L.Callback):
         self._steps: StepEvents | None = None
         self._saved: dict[str, Any] = {}
         self._answer: str | None = None
-        self._tries = self._furthest = 0
-        self._last = ""
+        self._tries = Tries(max_tries)
+        self._reason = ""
         self._shown: dict[str, int] = {}
 
     def check(self, config: Mapping[str, Any]) -> None:
@@ -139,17 +144,17 @@ class Instability(L.Callback):
         """Starts to watch."""
         assert isinstance(pl_module, LanguageModule)
         spikes = SpikeWindow(
-            series=len(SERIES),
+            floors=FLOORS,
+            relative_floors=RELATIVE_FLOORS,
             window=self.window,
             warm_up=self.warm_up,
-            floor=_LEAST_DEVIATION,
             device=pl_module.device,
         )
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._steps = StepEvents(spikes, self.threshold, scaled_gradients=scaled)
         if self._saved:
             spikes.load_state_dict(self._saved["spikes"])
-            self._tries, self._furthest = self._saved["tries"], self._saved["furthest"]
+            self._tries.load_state_dict(self._saved["tries"])
             self.events.lines = self._saved["lines"]
         if trainer.is_global_zero:
             self.events.begin()
@@ -167,14 +172,17 @@ class Instability(L.Callback):
         if due or self._waits:
             self._write_steps(trainer)
         keeps = self.good is not None and self.good.is_due(trainer)
-        if self._answer is None and (due or keeps or _saves(trainer)):
+        last = trainer.global_step == trainer.max_steps
+        if self._answer is None and (due or keeps or last or _saves(trainer)):
             self._check_weights(trainer, pl_module)
         if due:
             self._check_limits(trainer)
         answer, self._answer = self._answer, None
         if answer not in (None, "warn"):
             self._act(str(answer), trainer, pl_module)
-        elif answer is None and keeps and self.good is not None:
+            return
+        self._tries.made(trainer.global_step)
+        if answer is None and keeps and self.good is not None:
             self.good.keep(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -183,26 +191,31 @@ class Instability(L.Callback):
             broken = _broken_weight(pl_module)
             if broken is not None:
                 raise InstabilityError(
-                    f"{broken[0]} is not finite in step {trainer.global_step}; the checkpoint before is kept."
+                    f"{broken[0]} is not finite in step {trainer.global_step}, so it is not saved; {_left(trainer)}."
                 )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes what is left."""
-        self._write_steps(trainer)
+        """Writes what is left, and lets go of module and states."""
+        self._end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Writes what is left."""
-        self._write_steps(trainer)
+        """Likewise; without a word to other ranks, which may not be there."""
+        self._end(trainer, pl_module)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Lets the module go."""
+    def _end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
         pl_module.watch.judges = [judge for judge in pl_module.watch.judges if judge != self._judge]
+        try:
+            self._write_steps(trainer, alone=True)
+        except RuntimeError as error:  # a device that has failed, say: what was raised first is to be told
+            _log.warning("%s lacks the last steps: %s", self.events.path, error)
+        if self.good is not None:
+            self.good.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Window, tries and lines so far."""
         spikes = self._saved.get("spikes", {}) if self._steps is None else self._steps.spikes.state_dict()
-        return {"spikes": spikes, "tries": self._tries, "furthest": self._furthest, "lines": self.events.lines}
+        return {"spikes": spikes, "tries": self._tries.state_dict(), "lines": self.events.lines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Taken up when training starts."""
@@ -215,94 +228,71 @@ class Instability(L.Callback):
         assert self._steps is not None
         trainer = self._module.trainer
         found = self._steps.take(trainer.global_step + 1, figures, wait=self._waits)
-        refuse = self._waits and any(self.policies[event.name] != "warn" for event in found)
-        if not refuse:
-            self._steps.made()
-        return not refuse
+        return not any(self.policies[event.name] != "warn" for event in found)
 
-    def _write_steps(self, trainer: L.Trainer) -> None:
+    def _write_steps(self, trainer: L.Trainer, *, alone: bool = False) -> None:
         for event in [] if self._steps is None else self._steps.drain():
-            self._note(trainer, event.name, event.step, None, event.figure, event.value, event.threshold)
+            self._note(trainer, event, alone=alone)
 
     def _check_weights(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         broken = _broken_weight(pl_module)
         if broken is not None:
-            self._note(trainer, "weight_not_finite", trainer.global_step, broken[0], None, broken[1], None)
+            self._note(trainer, Event("weight_not_finite", trainer.global_step, broken[1], layer=broken[0]))
 
     def _check_limits(self, trainer: L.Trainer) -> None:
         vitals = next((c for c in trainer.callbacks if isinstance(c, Vitals)), None)  # type: ignore[attr-defined]
         if vitals is None or vitals.step != trainer.global_step:
             return
+        known = {name for values in vitals.found.values() for name in values}
         for name, limit in self.limits.items():
+            check_choice("callbacks.instability.limits: figure", name, sorted(known))
             for layer, values in vitals.found.items():
                 value = float(values[name]) if name in values else limit
                 if not value <= limit:
-                    self._note(trainer, "limit", trainer.global_step, layer, name, value, limit)
+                    self._note(trainer, Event("limit", trainer.global_step, value, name, layer, limit))
 
-    def _note(
-        self,
-        trainer: L.Trainer,
-        event: str,
-        step: int,
-        layer: int | str | None,
-        figure: str | None,
-        value: float,
-        threshold: float | None,
-    ) -> None:
-        action = self.policies[event]
+    def _note(self, trainer: L.Trainer, event: Event, *, alone: bool = False) -> None:
+        """Writes an event; every rank must come here, but at the end, when one may be `alone`."""
+        action = self.policies[event.name]
         if self._answer is None or POLICIES.index(action) > POLICIES.index(self._answer):
-            self._answer = action
-        of = "" if figure is None else f" of {figure}"
-        where = "" if layer is None else f" in {f'layer {layer}' if isinstance(layer, int) else layer}"
-        allowed = "" if threshold is None else f", allowed {threshold:.4g}"
-        self._last = f"{event}{of}{where} in step {step} (found {value:.4g}{allowed})"
-        line: dict[str, Any] = {"step": step, "event": event, "layer": layer, "figure": figure, "value": value}
-        line |= {"threshold": threshold, "action": action}
-        if action == "rollback" and self.good is not None:
-            line["returned_to"] = self.good.newest(trainer)  # every rank must ask
+            self._answer, self._reason = action, str(event)
+        more: dict[str, Any] = {}
+        if action == "rollback" and self.good is not None and not alone:
+            more["returned_to"] = self.good.newest(trainer)
         if not trainer.is_global_zero:
             return
-        self.events.write(line)
+        self.events.write(event, action, **more)
         # A run that stays broken would fill the screen.
-        if action != "warn" or step - self._shown.get(event, -_SHOW_EVERY) >= _SHOW_EVERY:
-            self._shown[event] = step
-            _log.warning("%s: %s", self._last, action)
+        if action != "warn" or event.step - self._shown.get(event.name, -_SHOW_EVERY) >= _SHOW_EVERY:
+            self._shown[event.name] = event.step
+            _log.warning("%s: %s", event, action)
 
     # --- what is done
 
     def _act(self, answer: str, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         if answer == "stop":
-            raise InstabilityError(f"{self._last}; callbacks.instability says stop. The last checkpoint is good.")
-        reached = trainer.global_step
-        self._tries = 1 if reached > self._furthest + (1 if answer == "skip" else 0) else self._tries + 1
-        self._furthest = max(self._furthest, reached)
-        if self._tries > self.max_tries:
+            raise InstabilityError(f"{self._reason}; callbacks.instability says stop; {_left(trainer)}.")
+        if not self._tries.allow(answer, trainer.global_step):
             raise InstabilityError(
-                f"{self._last}; {self.max_tries} times {answer} did not get beyond it: lower optim.lr, lengthen "
-                "optim.warmup_share, or look at the data. The last checkpoint is good."
+                f"{self._reason}; {self._tries.most} times {answer} did not get beyond it: lower optim.lr, lengthen "
+                f"optim.warmup_share, or look at the data; {_left(trainer)}."
             )
         if answer == "rollback":
             assert self.good is not None
             self.good.go_back(trainer, pl_module, self.lr_factor)
 
 
-def _check_mapping(name: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"callbacks.instability.{name}={value} is no mapping; write {name}: {{NAME: VALUE}}.")
-
-
-def _checked_policies(policies: Mapping[str, str]) -> dict[str, str]:
-    _check_mapping("policies", policies)
-    for event, policy in policies.items():
-        check_choice("callbacks.instability.policies: event", event, EVENTS)
-        allowed = POLICIES if event in STEP_EVENTS else tuple(p for p in POLICIES if p != "skip")
-        check_choice(f"callbacks.instability.policies.{event}", policy, allowed)
-    return dict(policies)
+def _left(trainer: L.Trainer) -> str:
+    """What the run can be continued from, on this rank's knowledge."""
+    kept = next((c for c in trainer.callbacks if isinstance(c, StepCheckpoint)), None)  # type: ignore[attr-defined]
+    names = [] if kept is None else sorted(path.name for path in Path(str(kept.dirpath)).glob("step-*.ckpt"))
+    return f"its last checkpoint is {names[-1]}" if names else "there is no checkpoint yet"
 
 
 def _saves(trainer: L.Trainer) -> bool:
-    """A checkpoint of this step will follow."""
-    return any(getattr(callback, "is_due", lambda _: False)(trainer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    """A checkpoint of this step will follow, as all ranks know."""
+    found: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(callback.is_due(trainer) for callback in found if isinstance(callback, StepCheckpoint))
 
 
 def _broken_weight(pl_module: LanguageModule) -> tuple[str, float] | None:

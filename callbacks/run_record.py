@@ -6,6 +6,7 @@ It logs no metric; `pkm_lightning.training.run_record` has the table of keys.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -17,6 +18,8 @@ from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback, in_train
 from pkm_lightning.callbacks.throughput import Throughput
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.run_record import peak_memory_bytes
+
+_log = logging.getLogger(__name__)
 
 
 class RunRecord(TimedCallback):
@@ -32,14 +35,21 @@ class RunRecord(TimedCallback):
         self._recall: dict[str, Any] = {}
         self._counts: dict[str, Any] = {}
         self._best: dict[str, float | int] | None = None
+        self._throughput: dict[str, float] = {}
+        self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Best validation so far, and seconds trained."""
-        return {"best_validation": self._best, "seconds": self.stopwatch.seconds}
+        """Best validation so far, last throughput, and seconds trained."""
+        return {
+            "best_validation": self._best,
+            "throughput": self._throughput,
+            "seconds": self.stopwatch.seconds,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes both up."""
+        """Takes them up."""
         self._best, self.stopwatch = state["best_validation"], Stopwatch(state["seconds"])
+        self._throughput = state["throughput"]
 
     def fields(self, trainer: L.Trainer) -> dict[str, Any]:
         """What is known so far; reads nothing from a device, so it may be asked while one hangs."""
@@ -53,6 +63,15 @@ class RunRecord(TimedCallback):
             "metrics": {**self.metrics, "recall": self._recall} if self._recall else dict(self.metrics),
             **self._counts,
         }
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Forgets the best validation, if it was of steps that training has gone back from."""
+        if trainer.global_step < self._step and self._best is not None and self._best["step"] > trainer.global_step:
+            self._best = None
+        self._step = trainer.global_step
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput) and callback.figures:
+                self._throughput = callback.figures
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the loss, if it is the lowest; outside training, all metrics."""
@@ -78,7 +97,10 @@ class RunRecord(TimedCallback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Counts how far a run came that does not come to its end."""
         super().on_exception(trainer, pl_module, exception)
-        self._count(trainer, pl_module)
+        try:
+            self._count(trainer, pl_module)
+        except Exception as error:  # a device that has failed, say: what was raised first is to be told
+            _log.warning("run.json lacks the counts of this sitting: %s", error)
 
     def _keep_metrics(self, trainer: L.Trainer) -> None:
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -91,6 +113,5 @@ class RunRecord(TimedCallback):
             "seconds": {"train": round(seconds, 3)},
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         }
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Throughput) and callback.figures:
-                self._counts["throughput"] = callback.figures
+        if self._throughput:
+            self._counts["throughput"] = self._throughput

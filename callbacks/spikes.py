@@ -5,6 +5,8 @@ Letters: K series, W steps of the window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,27 +17,39 @@ _NORMAL = 1.4826
 class SpikeWindow:
     """The last values of K series. No method waits for the device.
 
-    A value's score is `(value - median) / max(1.4826 * MAD, floor * |median|)`, of the window before it: of outliers,
-    as long as they are fewer than half, neither median nor MAD (median absolute deviation) takes notice.
+    A value's score is `(value - median) / max(1.4826 * MAD, relative_floor * |median|, floor)`, of the window before:
+    of outliers, as long as they are fewer than half, neither median nor MAD (median absolute deviation) takes notice.
 
     Args:
-        series: series K.
+        floors, relative_floors: least deviation of each series that counts, by itself and in parts of the median:
+            what hardly moves would else spike at nothing. As many as there are series, K.
         window: steps W, 1 or more.
         warm_up: steps before which every score is 0.
-        floor: least deviation that counts, in parts of the median: series that hardly move would else spike at nothing.
         device: of the values.
     """
 
-    def __init__(self, *, series: int, window: int, warm_up: int, floor: float, device: torch.device) -> None:
-        self.warm_up, self.floor = warm_up, floor
-        self._values_KW = torch.full((series, window), float("nan"), dtype=torch.float64, device=device)
-        self._count_K = torch.zeros(series, dtype=torch.int64, device=device)
+    def __init__(
+        self,
+        *,
+        floors: Sequence[float],
+        relative_floors: Sequence[float],
+        window: int,
+        warm_up: int,
+        device: torch.device,
+    ) -> None:
+        self.warm_up = warm_up
+        self._floor_K, self._relative_K = (
+            torch.tensor(numbers, dtype=torch.float64, device=device) for numbers in (floors, relative_floors)
+        )
+        self._values_KW = torch.full((len(floors), window), float("nan"), dtype=torch.float64, device=device)
+        self._count_K = torch.zeros(len(floors), dtype=torch.int64, device=device)
 
     def scores(self, values_K: Tensor) -> Tensor:
         """How far each value stands above its window, (K,); not a number for values that are not finite."""
         median_K = self._values_KW.nanmedian(dim=1).values
         spread_K = (self._values_KW - median_K.unsqueeze(1)).abs().nanmedian(dim=1).values
-        scale_K = torch.maximum(_NORMAL * spread_K, self.floor * median_K.abs()).clamp(min=1e-12)
+        floor_K = torch.maximum(self._relative_K * median_K.abs(), self._floor_K)
+        scale_K = torch.maximum(_NORMAL * spread_K, floor_K).clamp(min=1e-12)
         scores_K = (values_K.to(scale_K) - median_K) / scale_K
         return torch.where((self._count_K >= self.warm_up) & ~median_K.isnan(), scores_K, torch.zeros_like(scores_K))
 

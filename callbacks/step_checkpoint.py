@@ -51,8 +51,8 @@ class StepCheckpoint(ModelCheckpoint):
         self._stop_reason = reason
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """The step that has just been made will be saved."""
-        return self._stop_reason is not None or trainer.global_step % self._every_n_train_steps == 0
+        """The step that has just been made will be saved, as every rank knows; not so a stop that one was asked for."""
+        return trainer.global_step % self._every_n_train_steps == 0
 
     def newest(self, trainer: L.Trainer) -> Path | None:
         """The last checkpoint on disk, the same on every rank; None before the first."""

@@ -6,27 +6,19 @@ Letters: K series.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pkm_lightning.callbacks.event_log import Event
 from pkm_lightning.callbacks.spikes import SpikeWindow
 
 #: The figures that are watched; see `pkm_lightning.training.step_watch.StepWatch`.
 SERIES = ("loss", "grad_norm_dense", "grad_norm_table")
+#: Least deviation of each that counts: of the loss in parts of its median, of the logarithms of norms by itself.
+RELATIVE_FLOORS, FLOORS = (0.01, 0.0, 0.0), (0.0, 0.01, 0.01)
 STEP_EVENTS = ("loss_not_finite", "gradient_not_finite", "loss_spike", "gradient_spike")
-
-
-class StepEvent(NamedTuple):
-    """One thing that happened in one step; a spike's value is its score, and only spikes have a threshold."""
-
-    name: str
-    step: int
-    figure: str
-    value: float
-    threshold: float | None
 
 
 class StepEvents:
@@ -42,10 +34,9 @@ class StepEvents:
     def __init__(self, spikes: SpikeWindow, threshold: float, *, scaled_gradients: bool) -> None:
         self.spikes, self.threshold, self.scaled_gradients = spikes, threshold, scaled_gradients
         self._unread: list[tuple[int, Tensor]] = []
-        self._events_read: list[StepEvent] = []
-        self._seen_K: Tensor | None = None
+        self._events_read: list[Event] = []
 
-    def take(self, step: int, figures: dict[str, Tensor], *, wait: bool) -> list[StepEvent]:
+    def take(self, step: int, figures: dict[str, Tensor], *, wait: bool) -> list[Event]:
         """Notes a step that is about to be made; its events, the same on all ranks, if it is worth to `wait` for them.
 
         Args:
@@ -56,8 +47,10 @@ class StepEvents:
         loss = figures["loss"].detach().double()
         values_K = torch.stack([figures.get(name, loss.new_ones(())).detach().to(loss) for name in SERIES])
         # Norms of gradients vary by factors.
-        self._seen_K = torch.cat([values_K[:1], values_K[1:].clamp(min=1e-30).log()])
-        found_2K = torch.stack([values_K, self.spikes.scores(self._seen_K)])
+        seen_K = torch.cat([values_K[:1], values_K[1:].clamp(min=1e-30).log()])
+        found_2K = torch.stack([values_K, self.spikes.scores(seen_K)])
+        # Of refused steps too: else a lasting change of level would be refused for ever.
+        self.spikes.add(seen_K)
         if wait and dist.is_available() and dist.is_initialized():
             dist.broadcast(found_2K, src=0)
         if not wait:
@@ -67,12 +60,7 @@ class StepEvents:
         self._events_read += events
         return events
 
-    def made(self) -> None:
-        """The step that was taken last is made: later ones are compared with it."""
-        assert self._seen_K is not None
-        self.spikes.add(self._seen_K)
-
-    def drain(self) -> list[StepEvent]:
+    def drain(self) -> list[Event]:
         """The events of all steps since the last call; waits for the device."""
         events, unread = self._events_read, self._unread
         self._events_read, self._unread = [], []
@@ -82,13 +70,13 @@ class StepEvents:
                 events += self._events(step, of_step)
         return events
 
-    def _events(self, step: int, found_2K: list[list[float]]) -> list[StepEvent]:
+    def _events(self, step: int, found_2K: list[list[float]]) -> list[Event]:
         events = []
         for series, value, score in zip(SERIES, *found_2K, strict=True):
             kind = "loss" if series == "loss" else "gradient"
             if not math.isfinite(value):
                 if kind == "loss" or not self.scaled_gradients:
-                    events.append(StepEvent(f"{kind}_not_finite", step, series, value, None))
+                    events.append(Event(f"{kind}_not_finite", step, value, figure=series))
             elif score > self.threshold:
-                events.append(StepEvent(f"{kind}_spike", step, series, score, self.threshold))
+                events.append(Event(f"{kind}_spike", step, score, figure=series, threshold=self.threshold))
         return events

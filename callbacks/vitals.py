@@ -63,7 +63,7 @@ class Vitals(L.Callback):
         last = not trainer.fit_loop._should_accumulate()
         if last and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._before = {
-                name: [(part, part.clone()) for part in map(_sample, parameters)]
+                name: [(parameter, _sample(parameter).clone()) for parameter in parameters]
                 for name, parameters in _groups(pl_module).items()
             }
 
@@ -87,7 +87,10 @@ class Vitals(L.Callback):
     def _update_ratios(self, pl_module: LanguageModule) -> dict[str, Tensor]:
         squares = {}
         for name, parts in self._before.items():
-            pairs = [torch.stack([(now - was).norm(), was.norm()]).double().square() for now, was in parts]
+            pairs = [
+                torch.stack([(_sample(parameter) - was).norm(), was.norm()]).double().square()
+                for parameter, was in parts
+            ]
             squares[name] = torch.stack([pair.to(pairs[0].device) for pair in pairs]).sum(0)
         self._before = {}
         # Where ranks hold copies, all of them count as often.
@@ -122,9 +125,9 @@ def _groups(pl_module: LanguageModule) -> dict[str, list[Tensor]]:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """A view of evenly spaced rows of what this rank holds."""
-    held = held_part(parameter)
-    return held[:: -(-held.numel() // _SAMPLE) or 1]
+    """Evenly spaced values of what this rank holds, at most 2**18."""
+    held = held_part(parameter).reshape(-1)
+    return held[:: -(-len(held) // _SAMPLE) or 1]
 
 
 def _row_norm(table: Any) -> Tensor:
@@ -140,6 +143,8 @@ def _over_ranks(found: Found, pl_module: LanguageModule) -> Found:
     names = [(layer, name) for layer, values in found.items() for name in values]
     signs = torch.tensor([-1.0 if name.endswith("_min") else 1.0 for _, name in names], device=pl_module.device)
     values = torch.stack([found[layer][name].to(pl_module.device).float() for layer, name in names]) * signs
+    # A maximum need not keep what is no number.
+    values = torch.where(values.isfinite(), values, torch.full_like(values, float("inf")))
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     reduced: Found = {}
     for (layer, name), value in zip(names, values * signs, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_jobs as jobs
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from toys import VOCAB
 from training.fits import loader
 
-from pkm_lightning.callbacks import Instability, StepCheckpoint
+from pkm_lightning.callbacks import Instability, RunInterrupted, StepCheckpoint, vitals
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.loss import token_nll
@@ -40,7 +41,7 @@ class Losses(L.Callback):
         self.steps: list[int] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        self.losses.append(float(trainer.callback_metrics.get("train/loss", 0)))
         self.steps.append(trainer.global_step)
 
 
@@ -177,3 +178,31 @@ class OneRank(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self.hook is not None:
             self.hook.remove()
+
+
+def extreme_of_ranks() -> list[float]:
+    """What all ranks take for the extremes of theirs, of which the second has no numbers."""
+    broken = float("nan") if dist.get_rank() == 1 else 1.0
+    values = {
+        "a_max": torch.tensor(broken),
+        "b_min": torch.tensor(broken),
+        "c_max": torch.tensor(1.0 + dist.get_rank()),
+    }
+    module: Any = SimpleNamespace(trainer=SimpleNamespace(world_size=2), device=torch.device("cpu"))
+    return [float(value) for value in vitals._over_ranks({0: values}, module)[0].values()]
+
+
+def stop_one_rank(overrides: list[str], path: str) -> str:
+    """The second rank alone is asked to stop, at a step that neither logs nor saves."""
+    here = Path(path)
+
+    class Ask(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 7 and trainer.global_rank == 1:
+                next(c for c in trainer.callbacks if isinstance(c, StepCheckpoint)).request_stop("SIGTERM")  # type: ignore[attr-defined]
+
+    try:
+        train(here, Ask(), watching(here), overrides=(*overrides, "trainer.log_every_n_steps=40"), steps=20)
+    except RunInterrupted as stop:
+        return str(stop)
+    return "went on"

@@ -69,14 +69,15 @@ def restore_checkpoint(trainer: L.Trainer, module: LanguageModule, path: Path) -
 
 
 def rewind(trainer: L.Trainer, step: int) -> None:
-    """Sets the counter of optimizer steps, `trainer.global_step`, and that of the loggers."""
+    """Sets the counter of optimizer steps, `trainer.global_step`, and that of the loggers; at the end of a batch."""
     loop = trainer.fit_loop.epoch_loop
     progress = loop.automatic_optimization.optim_progress.optimizer.step
     back = progress.total.completed - step
     for counter in (progress.total, progress.current):
         counter.completed -= back
         counter.ready -= back
-    loop._batches_that_stepped = step
+    # The loop counts this batch when its hooks are through.
+    loop._batches_that_stepped = step - 1
 
 
 def lower_rate(trainer: L.Trainer, factor: float) -> None:

@@ -28,25 +28,28 @@ Vitals = dict[int | None, dict[str, Tensor]]
 def probe(model: Transformer, batch: Mapping[str, Tensor], rows: int = 1) -> Vitals:
     """The vitals of every layer on the first `rows` of a batch, in evaluation mode; all ranks must ask.
 
+    A module that several layers share tells each of them the most extreme of all its calls.
+
     Of the output: `output_logit_max`, the largest absolute logit, and `log_partition`, the mean of logsumexp.
     """
     found: Vitals = {}
     hooks = [
-        module.register_forward_hook(functools.partial(_note, found.setdefault(layer, {})))
+        module.register_forward_hook(functools.partial(_note, found.setdefault(layer, {})), with_kwargs=True)
         for layer, block in enumerate(model.blocks)
         for module in block.modules()
-        if hasattr(module, "vitals")
+        if callable(getattr(module, "vitals", None))
     ]
-    few = {name: value[:rows] for name, value in batch.items() if isinstance(value, Tensor)}
+    few = {name: batch[name][:rows] for name in ("input_ids", "doc_ids", "valid") if name in batch}
     devices = [model.embedding.weight.device] if model.embedding.weight.is_cuda else []
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             output = model(few["input_ids"], doc_ids_BT=few.get("doc_ids"), valid_BT=few.get("valid"))
             logits_BTW = model.unembed(output.hidden_BTD).float()
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
         for hook in hooks:
             hook.remove()
     found[None] = {
@@ -56,8 +59,10 @@ def probe(model: Transformer, batch: Mapping[str, Tensor], rows: int = 1) -> Vit
     return {layer: values for layer, values in found.items() if values}
 
 
-def _note(into: dict[str, Tensor], module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    found: dict[str, Tensor] = module.vitals(output, *inputs)  # type: ignore[operator]
+def _note(
+    into: dict[str, Tensor], module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+) -> None:
+    found: dict[str, Tensor] = module.vitals(output, *inputs, **named)  # type: ignore[operator]
     for name, value in found.items():
         into[name] = worse(name, into[name], value.float()) if name in into else value.float()
 

@@ -25,6 +25,8 @@ HERE = "callbacks.instability"
             "policies.weight_not_finite='skip' is not known; allowed: warn, roll",
         ),
         (f"{HERE}.window=0", f"{HERE}.window=0 is out of range"),
+        (f"{HERE}.window=9 {HERE}.warm_up=5", f"{HERE}.window=9 is out of range; allowed: 10 to inf"),
+        (f"{HERE}.settle_steps=201", f"{HERE}.settle_steps=201 is out of range; allowed: 0 to 200"),
         (f"{HERE}.warm_up=300", f"{HERE}.warm_up=300 is out of range; allowed: 1 to 200"),
         (f"{HERE}.max_tries=0", f"{HERE}.max_tries=0 is out of range"),
         (f"{HERE}.lr_factor=2.0", f"{HERE}.lr_factor=2.0 is out of range"),

@@ -17,8 +17,11 @@ VALUES = st.one_of(
 )
 
 
-def window(series: int = 1, size: int = 5, warm_up: int = 2, floor: float = 0.01) -> SpikeWindow:
-    return SpikeWindow(series=series, window=size, warm_up=warm_up, floor=floor, device=torch.device("cpu"))
+def window(series: int = 1, size: int = 5, warm_up: int = 2, floor: float = 0.0) -> SpikeWindow:
+    floors, relative = [floor] * series, [0.0 if floor else 0.01] * series
+    return SpikeWindow(
+        floors=floors, relative_floors=relative, window=size, warm_up=warm_up, device=torch.device("cpu")
+    )
 
 
 def lower_median(values: list[float]) -> float:
@@ -65,6 +68,14 @@ def test_series_that_hardly_move_do_not_spike_at_nothing() -> None:
     for _ in range(5):
         spikes.add(torch.tensor([2.0]))
     assert float(spikes.scores(torch.tensor([2.1]))[0]) == pytest.approx(5.0)
+
+
+def test_a_floor_of_its_own_does_not_depend_on_the_level() -> None:
+    for level in (0.0, 1.0, -5.0):
+        spikes = window(warm_up=3, floor=0.01)
+        for _ in range(5):
+            spikes.add(torch.tensor([level], dtype=torch.float64))
+        assert float(spikes.scores(torch.tensor([level + 0.02]).double())[0]) == pytest.approx(2.0, rel=1e-4)
 
 
 def test_a_window_of_another_size_starts_anew() -> None:

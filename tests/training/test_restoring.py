@@ -42,6 +42,22 @@ def test_a_lower_rate_lasts_and_keeps_the_shape_of_the_schedule() -> None:
     assert rates[1][3:] == pytest.approx([rate / 2 for rate in rates[0][3:]])
 
 
+def test_loggers_count_on_from_the_step_that_was_gone_back_to() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class GoBack(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            self.state = MemoryState(trainer, pl_module)
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            seen.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
+            if len(seen) == 3:
+                self.state.restore(trainer, pl_module)
+
+    jobs.fit(jobs.settings("ffn=memory_plus", "strategy=single", steps=4), 7, watching=[GoBack()])
+    assert seen == [(1, 0), (2, 1), (3, 2), (1, 0), (2, 1), (3, 2), (4, 3)]
+
+
 def test_a_state_is_a_copy() -> None:
     kept: list[MemoryState] = []
 

@@ -6,14 +6,17 @@ import math
 from typing import Any
 
 import distributed_jobs as jobs
+import faults
 import lightning as L
 import pytest
 import torch
 from rank_group import Groups
 from tolerances import assert_close
+from torch import nn
 from toys import config
 
-from pkm_lightning.callbacks import Vitals
+from pkm_lightning.callbacks import Vitals, vitals
+from pkm_lightning.ffn import FFNOutput
 from pkm_lightning.memory import Addressing
 from pkm_lightning.model.rope import apply_rope
 from pkm_lightning.training.build import build_model
@@ -138,6 +141,51 @@ def test_ranks_tell_what_one_process_tells(ranks: Groups, strategy: str, shard: 
             # Of one process the first row is looked at, of two the first of each half.
             rel = 1e-3 if "logit" not in name else 1.0
             assert found[f"train/vitals/{name}"] == pytest.approx(alone[f"train/vitals/{name}"], rel=rel), name
+
+
+class Odd(nn.Module):
+    """A plugin with a number for a parameter, and a part that is called by keyword and tells its vitals."""
+
+    class Part(nn.Module):
+        def forward(self, *, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        def vitals(self, output: torch.Tensor, *, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"odd_max": (output - x).abs().max()}
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale, self.part = nn.Parameter(torch.tensor(1.0)), self.Part()
+
+    def forward(self, x_BTD: torch.Tensor, context: Any) -> FFNOutput:
+        return FFNOutput(self.scale * self.part(x=x_BTD))
+
+
+def test_odd_plugins_are_looked_at_too() -> None:
+    given = jobs.settings("ffn=dense", "strategy=single", steps=2)
+    given["ffn"] = {"_target_": f"{__name__}.Odd"}
+    given["placement"]["layers"] = [1]
+    seen = jobs.fit(given, 2, watching=[Vitals(rows=1)])[2]
+    assert seen[1]["train/vitals/odd_max"] > 0
+
+
+def test_looking_leaves_every_module_in_its_mode_and_other_entries_of_a_batch_alone() -> None:
+    made = model("ffn=memory_plus")
+    made.train()
+    made.blocks[0].eval()
+    before = [module.training for module in made.modules()]
+    probe(made, {**batch(), "scale": torch.tensor(2.0)})
+    assert [module.training for module in made.modules()] == before
+
+
+def test_a_sample_is_of_values_not_of_rows() -> None:
+    assert vitals._sample(torch.zeros(4, 2**20)).numel() == 2**18
+    assert vitals._sample(torch.zeros(())).numel() == 1
+    assert vitals._sample(torch.arange(10.0)).tolist() == list(range(10))
+
+
+def test_what_is_not_finite_on_any_rank_shows_on_all(ranks: Groups) -> None:
+    assert ranks(2).run(faults.extreme_of_ranks) == [[math.inf, -math.inf, 2.0]] * 2
 
 
 def test_the_largest_value_shows_what_is_not_finite() -> None:
