@@ -76,7 +76,8 @@ def test_stop_ends_the_run_and_the_last_checkpoint_is_good(tmp_path: Path, fault
 
 
 def test_what_cannot_be_skipped_away_ends_the_run(tmp_path: Path) -> None:
-    watch = faults.watching(tmp_path, policies=faults.everything("skip"), max_tries=4)
+    policies = {**faults.everything("skip"), "weight_not_finite": "warn"}
+    watch = faults.watching(tmp_path, policies=policies, max_tries=4)
     with pytest.raises(InstabilityError, match=r"4 times skip did not get beyond it: lower optim\.lr"):
         faults.train(tmp_path, faults.InfiniteRow(), watch)
 
