@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from launches import end, free_port, torchrun
-from small import SMALL_RUN
+from small import SMALL_RUN, Run
 from tree import ROOT
 
 PAGE = (ROOT / "docs" / "many-nodes.md").read_text()
@@ -51,6 +51,16 @@ def test_the_slurm_script_starts_what_torchrun_starts(tmp_path: Path) -> None:
         found = re.search(rf"^#SBATCH {option}=(\d+)$", SCRIPT, re.M)
         assert found
         assert f"trainer.{key}={found.group(1)}" in overrides(command)
+
+
+WATCHING = (ROOT / "docs" / "watching.md").read_text()
+WATCHED = [line for block in re.findall(r"```bash\n(.*?)```", WATCHING, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", WATCHED)
+def test_the_commands_of_watching_run(cli: Run, command: str) -> None:
+    shown = cli("fit", *SMALL_RUN, *overrides(command))
+    assert shown.code == 0, shown.err
 
 
 @pytest.mark.parametrize("page", [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])

@@ -13,6 +13,15 @@ from small import SMALL_DATA, SMALL_RUN, Run, record, rows
 from pkm_lightning.callbacks import RunRecord
 
 
+def test_the_best_validation_of_abandoned_steps_is_forgotten() -> None:
+    kept = RunRecord()
+    kept.load_state_dict({"best_validation": {"loss": 1.0, "step": 8}, "throughput": {"mfu": 0.5}, "seconds": 1.0})
+    for step, best in ((9, 8), (10, 8), (8, 8), (9, 8), (6, None), (7, None)):
+        kept.on_train_batch_end(SimpleNamespace(global_step=step, callbacks=[]), SimpleNamespace())  # type: ignore[arg-type]
+        assert (kept.state_dict()["best_validation"] or {}).get("step") == best, step
+    assert kept.state_dict()["throughput"] == {"mfu": 0.5}
+
+
 def test_figures_agree_with_metrics_csv(cli: Run, tmp_path: Path) -> None:
     assert cli("fit", *SMALL_RUN, "run_dir=run", "ffn=dense").code == 0
     said, written = record(tmp_path / "run"), rows(tmp_path / "run")

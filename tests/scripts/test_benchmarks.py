@@ -67,6 +67,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return imported
 
 
+@pytest.mark.slow
 def test_they_need_torch_and_triton_only(tmp_path: Path) -> None:
     assert run("-c", BARE, str(SCRIPTS), cwd=tmp_path).splitlines()[-1] == "imported:"
     skipped = set()
@@ -95,6 +96,7 @@ def test_other_packages_and_the_trainer_are_contenders(
     assert found[0]["times_faster_than"].endswith(": 1.000")
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_way_alone(tmp_path: Path) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux")
