@@ -15,8 +15,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-FIGURES = ("used_percent", "kl_count", "gini", "top50", "top90", "dead")
-_COLOURS = ("#1f5fa8", "#c4502e", "#3c8f4e", "#8757a8")
+FIGURES = ("used_percent", "kl_count", "gini", "top50", "top90")
+_COLOURS = ("#1f5fa8", "#c4502e", "#3c8f4e", "#8757a8", "#b8860b", "#555555")
 _SIZE, _MARGIN = (720, 360), 48
 
 #: Of an arm and a seed: step, tokens and the figures.
@@ -27,6 +27,10 @@ def read(run: Path, table: str) -> Curve:
     """The rows of a run that have figures of usage."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get(f"train/usage/{table}/used_percent")]
+    if not rows:
+        raise SystemExit(
+            f"{run}/metrics.csv has no train/usage/{table}/...; name what it has by --table, as layer0.slot."
+        )
     return [
         {"step": float(row["step"]), "tokens": float(row["tokens"])}
         | {name: float(row[f"train/usage/{table}/{name}"]) for name in FIGURES}
@@ -80,11 +84,13 @@ def drawing(curves: dict[str, dict[str, Curve]]) -> str:
         x = _MARGIN + million * 1e6 / most * (width - _MARGIN - 12)
         lines.append(f'<text x="{x:.1f}" y="{height - 28}" text-anchor="middle">{million} M</text>')
     lines.append(
-        f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">tokens; slots read in the last 40 steps</text>'
+        f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">tokens; share of the slots that were read in the window</text>'
     )
-    for (arm, seeds), colour in zip(sorted(curves.items()), _COLOURS, strict=False):
-        place = sorted(curves).index(arm)
-        lines.append(f'<text x="{_MARGIN + 8 + 165 * place}" y="20" fill="{colour}">{arm}</text>')
+    for place, (arm, seeds) in enumerate(sorted(curves.items())):
+        colour = _COLOURS[place % len(_COLOURS)]
+        lines.append(
+            f'<text x="{_MARGIN + 8 + place * (width - _MARGIN) // len(curves)}" y="20" fill="{colour}">{arm}</text>'
+        )
         for run in seeds.values():
             points = " ".join(
                 f"{_MARGIN + point['tokens'] / most * (width - _MARGIN - 12):.1f},"

@@ -16,13 +16,13 @@ from tree import ROOT
 def run_of(folder: Path, used: list[float]) -> Path:
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"metrics": {"recall": {"paraphrase": {"recall": 0.5}}}}))
-    figures = ("used_percent", "kl_count", "gini", "top50", "top90", "dead")
+    figures = ("used_percent", "kl_count", "gini", "top50", "top90")
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "tokens", *(f"train/usage/table0/{name}" for name in figures), "val/loss"])
         for number, value in enumerate(used, start=1):
-            writer.writerow([20 * number, 1000 * number, value, 1.5, 0.5, 7, 70, 3, ""])
-            writer.writerow([20 * number, 1000 * number, "", "", "", "", "", "", 2.0])
+            writer.writerow([20 * number, 1000 * number, value, 1.5, 0.5, 7, 70, ""])
+            writer.writerow([20 * number, 1000 * number, "", "", "", "", "", 2.0])
     return folder
 
 
@@ -45,3 +45,10 @@ def test_table_csv_and_drawing(
     assert len(rows) == 9
     assert [row["used_percent"] for row in rows if (row["arm"], row["seed"]) == ("plain", "2")] == ["92", "60", "70"]
     assert len(ElementTree.parse(out / "curves.svg").findall("{http://www.w3.org/2000/svg}polyline")) == 3
+
+
+def test_a_table_that_no_run_has_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    run = run_of(tmp_path / "plain-1", [90.0])
+    with pytest.raises(SystemExit, match="no train/usage/layer9.slot"):
+        importlib.import_module("usage_curves").read(run, "layer9.slot")
