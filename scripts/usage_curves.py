@@ -84,7 +84,8 @@ def drawing(curves: dict[str, dict[str, Curve]]) -> str:
         x = _MARGIN + million * 1e6 / most * (width - _MARGIN - 12)
         lines.append(f'<text x="{x:.1f}" y="{height - 28}" text-anchor="middle">{million} M</text>')
     lines.append(
-        f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">tokens; share of the slots that were read in the window</text>'
+        f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">'
+        "tokens; share of the slots that were read in the window</text>"
     )
     for place, (arm, seeds) in enumerate(sorted(curves.items())):
         colour = _COLOURS[place % len(_COLOURS)]

@@ -50,5 +50,5 @@ def test_table_csv_and_drawing(
 def test_a_table_that_no_run_has_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     run = run_of(tmp_path / "plain-1", [90.0])
-    with pytest.raises(SystemExit, match="no train/usage/layer9.slot"):
+    with pytest.raises(SystemExit, match=r"no train/usage/layer9\.slot"):
         importlib.import_module("usage_curves").read(run, "layer9.slot")
