@@ -12,7 +12,8 @@ A row is read where its keys lead, so new values alone bring no read; they make 
 What the optimizer remembers of a row or sub-key is forgotten. At most `max_share` of a table's rows, and of the
 sub-keys of a half, change at a time (rounded up), the longest unread first. Random numbers depend on the seed, the step
 and the name only, and rows are chosen by sums over the ranks: all ranks agree, however tables are split. What was
-revived counts as read in that step, in SlotUsage's `dead` too: it has `dead_after` steps to find readers.
+revived has `dead_after` steps to find readers before its next turn; SlotUsage's `dead` counts it until it is read. A
+rollback undoes revivals with the values, and what is known of them.
 
 Metrics, at each log, since the start: `train/revived/NAME`, rows of `table0`, sub-keys of `layer3.slot`.
 """
@@ -31,13 +32,14 @@ from pkm_lightning.errors import ConfigError, check_choice, check_integer, check
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.revival import Revival, addressing_of, learns
+from pkm_lightning.training.revival_history import RevivalHistory
 from pkm_lightning.training.slot_readers import find_readers, find_tables
 
 _KEY = "callbacks.slot_revival"
 
 
 class SlotRevival(L.Callback):
-    """Revives dead slots every `every_n_steps`. Its state is the number of those revived.
+    """Revives dead slots every `every_n_steps`. Its state is what was revived when.
 
     Args:
         every_n_steps: optimizer steps between revivals, 1 or more.
@@ -58,19 +60,26 @@ class SlotRevival(L.Callback):
         check_range(f"{_KEY}.noise", noise, 0)
         self.every_n_steps, self.dead_after, self.max_share = every_n_steps, dead_after, max_share
         self.source, self.noise = source, noise
-        self.revived: dict[str, int] = {}
+        self.history = RevivalHistory()
+        self._names: list[str] = []
+        self._reached = 0
         self._addressing: dict[str, Addressing] = {}
         self._queries: dict[str, Tensor] = {}
         self._valid_T: Tensor | None = None
         self._hooks: list[Any] = []
 
+    @property
+    def revived(self) -> dict[str, int]:
+        """Rows and sub-keys revived so far, by name."""
+        return dict.fromkeys(self._names, 0) | self.history.counts
+
     def state_dict(self) -> dict[str, Any]:
-        """Rows and sub-keys revived so far."""
-        return {"revived": dict(self.revived)}
+        """What was revived when."""
+        return self.history.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on counting."""
-        self.revived = dict(state["revived"])
+        """Goes on from there."""
+        self.history.load_state_dict(state)
 
     # --- what it works with
 
@@ -83,7 +92,7 @@ class SlotRevival(L.Callback):
         tables_learn = any(learns(table) for one in tables.values() for table in one.tables)
         if self.source == "busy" and not tables_learn:
             raise ConfigError(f"{_KEY}: no table of this model learns, so there is nothing to revive; leave it out.")
-        self.revived = dict.fromkeys(tables, 0) | self.revived
+        self._names = list(tables)
         if self.source == "queries":
             self._check_queries(trainer, pl_module, usage)
             found = {name: addressing_of(reader.plugin) for name, reader in readers.items() if reader.slots.n_keys}
@@ -93,8 +102,10 @@ class SlotRevival(L.Callback):
                     f"{_KEY}.source=queries moves the sub-keys of product keys (ffn=pkm, memory, memory_plus, peer), "
                     "and this model has none; say source=busy."
                 )
-            self.revived = dict.fromkeys(self._addressing, 0) | self.revived
+            self._names += self._addressing
             self._watch_queries(trainer, pl_module)
+        # A checkpoint of a rollback is written before the next batch starts.
+        self.history.go_back(trainer.global_step)
 
     def _check_queries(self, trainer: L.Trainer, module: LanguageModule, usage: SlotUsage) -> None:
         if not usage.per_head:
@@ -128,6 +139,12 @@ class SlotRevival(L.Callback):
 
     # --- the revival
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Forgets revivals that a rollback has undone."""
+        if trainer.global_step < self._reached:
+            self.history.go_back(trainer.global_step)
+        self._reached = trainer.global_step
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Logs how many were revived so far."""
         step = trainer.global_step + 1
@@ -137,20 +154,29 @@ class SlotRevival(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Revives after the update, before the checkpoint of the step is written."""
         counters, step = _slot_usage(trainer).counters, trainer.global_step
+        self._reached = step
         if counters is None or trainer.fit_loop._should_accumulate() or step % self.every_n_steps:
             return
         assert isinstance(pl_module, LanguageModule)
         apart = pl_module.table_optimizer
         states = [optimizer.state for optimizer in (*trainer.optimizers, *([] if apart is None else [apart]))]
-        revival = Revival(counters, states, self.dead_after, self.max_share, self.noise, pl_module.config["seed"], step)
+        revival = Revival(
+            counters=counters,
+            history=self.history,
+            states=states,
+            dead_after=self.dead_after,
+            max_share=self.max_share,
+            noise=self.noise,
+            seed=pl_module.config["seed"],
+            step=step,
+        )
         reached = {}
         for name, addressing in self._addressing.items():
-            reached[name], moved = revival.keys(name, addressing, self._queries[name], self._valid_T)
-            self.revived[name] += moved
+            reached[name] = revival.keys(name, addressing, self._queries[name], self._valid_T)
         for name, tables in counters.tables.items():
             within = [reached[reader] for reader in tables.readers if reader in reached]
             if self.source == "busy" or within:
-                self.revived[name] += revival.rows(name, torch.stack(within).any(0) if within else None)
+                revival.rows(name, torch.stack(within).any(0) if within else None)
         self._queries.clear()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

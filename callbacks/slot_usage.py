@@ -9,8 +9,9 @@ read, on the micro-batch at hand. With `per_head` also `train/usage/NAME.head0/k
 Weights count by their absolute value.
 
 The window is cut into two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them
-at its every multiple. The figures since the start are in usage.json (`pkm_lightning.training.usage_figures.report`), on
-the screen when training ends, and in TensorBoard's panels (`slot_panels`).
+at its every multiple. It and `dead` count the steps that were watched: those that a rollback repeats count again. The
+figures since the start are in usage.json (`pkm_lightning.training.usage_figures.report`), on the screen when training
+ends, and in TensorBoard's panels (`slot_panels`).
 """
 
 from __future__ import annotations
@@ -110,12 +111,11 @@ class SlotUsage(L.Callback):
             self._saved = {}
         if counters.readers:
             self.counters = counters
-            self._watcher = lambda traces, batch: self._watch(trainer.global_step + 1, traces, batch)
-            pl_module.watch.watchers.append(self._watcher)
+            pl_module.watch.watchers.append(self._watch)
 
-    def _watch(self, step: int, traces: Traces, batch: dict[str, Tensor]) -> None:
+    def _watch(self, traces: Traces, batch: dict[str, Tensor]) -> None:
         assert self.counters is not None
-        self.counters.add(traces, batch, step)
+        self.counters.add(traces, batch)
         self._traces, self._batch = traces, batch
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -125,17 +125,22 @@ class SlotUsage(L.Callback):
             return
         step = trainer.global_step + 1
         if step % (self.every_n_steps or trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            pl_module.log_dict({f"train/usage/{name}": value for name, value in self._figures(step).items()})
+            pl_module.log_dict({f"train/usage/{name}": value for name, value in self._figures().items()})
         if self.panels_every_n_steps is not None and step % self.panels_every_n_steps == 0:
             self._draw(trainer, step)
 
-    def _figures(self, step: int) -> dict[str, float]:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Ends the step: `trainer.global_step` may go back after it."""
+        if self.counters is not None and not trainer.fit_loop._should_accumulate():
+            self.counters.end_step()
+
+    def _figures(self) -> dict[str, float]:
         assert self.counters is not None
         shared = [name for name, table in self.counters.tables.items() if len(table.readers) > 1]
         found: dict[str, dict[str, float]] = {}
         for name in (*self.counters.readers, *shared):
             found[name] = figures(self.counters, name, "window")
-            found[name]["dead"] = dead(self.counters, name, step, self.dead_after)
+            found[name]["dead"] = dead(self.counters, name, self.dead_after)
         for name, value in effective(self.counters, self._traces, self._batch).items():
             found[name]["effective"] = value
         for name in self.counters.heads:
@@ -183,5 +188,5 @@ class SlotUsage(L.Callback):
     def _stop(self, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
         self._traces, self._batch = {}, {}
-        if self.counters is not None and self._watcher in pl_module.watch.watchers:
-            pl_module.watch.watchers.remove(self._watcher)
+        if self._watch in pl_module.watch.watchers:
+            pl_module.watch.watchers.remove(self._watch)

@@ -2,7 +2,7 @@
 
 The steps are cut into periods of half a window. At step s of period p (from 0) the window holds the whole of period
 p - 1 and the part of p up to s: between `half` + 1 and 2 * `half` steps, once so many are done. A step's reads go into
-the period's own counters, and no others: at its end those are added to what was before.
+the period's own counters, and no others: at its end those are added to what was before. Steps never go back.
 
 Letters: N slots, M = N + 1 counters, T tokens, C reads a token.
 """

@@ -1,5 +1,8 @@
 """All counters of a run: one `ReadCounts` a reader, their sums over the ranks, and their place in a checkpoint.
 
+They count time by a clock of their own, steps that were watched: it only grows, where a rollback sets
+`trainer.global_step` back and repeats steps. Until the first rollback both are the same number.
+
 Letters: N slots, S sub-keys a half, T tokens, H heads, K slots a head.
 """
 
@@ -32,6 +35,7 @@ class UsageCounters:
         step: steps taken already.
 
     Attributes:
+        clock: the step that is being watched, or the last one; steps that a rollback repeats count again.
         readers: by name.
         tables: sets of tables by name.
         counts: of each reader by name.
@@ -41,26 +45,33 @@ class UsageCounters:
     def __init__(self, model: Transformer, *, window: int, per_head: bool, device: torch.device, step: int) -> None:
         self.readers = find_readers(model)
         self.tables = find_tables(self.readers)
-        self._half, self._per_head, self._device, self._step = -(-window // 2), per_head, device, step
+        self._half, self._per_head, self._device, self._start = -(-window // 2), per_head, device, step
+        self.clock, self._in_step = step, False
         self.counts = {name: self._new(reader.slots.count) for name, reader in self.readers.items()}
         self.heads: dict[str, ReadCounts] = {}
         self._saved_heads: dict[str, Any] = {}
 
     def _new(self, n_slots: int) -> ReadCounts:
-        return ReadCounts(n_slots, half=self._half, device=self._device, step=self._step)
+        return ReadCounts(n_slots, half=self._half, device=self._device, step=self._start)
 
-    def add(self, traces: Traces, batch: dict[str, Tensor], step: int) -> None:
-        """Counts a micro-batch of `step`; nothing waits for the device."""
+    def add(self, traces: Traces, batch: dict[str, Tensor]) -> None:
+        """Counts a micro-batch, the first since `end_step` as that of a new step; nothing waits for the device."""
+        if not self._in_step:
+            self.clock, self._in_step = self.clock + 1, True
         for name, reader in self.readers.items():
             reads = reader.reads(traces, batch)
             if reads is None:
-                self.counts[name].turn(step)
+                self.counts[name].turn(self.clock)
                 continue
-            self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, step)
+            self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
             if self._per_head and reader.slots.n_keys is not None:
-                self._add_heads(reader, reads, reader.slots.n_keys, step)
+                self._add_heads(reader, reads, reader.slots.n_keys)
 
-    def _add_heads(self, reader: Reader, reads: Reads, n_keys: int, step: int) -> None:
+    def end_step(self) -> None:
+        """What is counted next belongs to another step."""
+        self._in_step = False
+
+    def _add_heads(self, reader: Reader, reads: Reads, n_keys: int) -> None:
         ids_THK = reads.ids_THK.long()
         heads = ids_THK.shape[1]
         if reader.name not in self.heads:
@@ -71,7 +82,7 @@ class UsageCounters:
         halves = (ids_THK // n_keys + first_H1, ids_THK % n_keys + first_H1 + n_keys)
         counts = self.heads[reader.name]
         for half_THK in halves:
-            counts.add(half_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, step)
+            counts.add(half_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
 
     # --- sums over the ranks
 
@@ -92,17 +103,12 @@ class UsageCounters:
         return self.readers[self._sharing(name)[0]].slots.n_keys
 
     def last_read(self, name: str) -> Tensor:
-        """Last step that any rank and, for a set of tables, any of its layers has read a slot, (N,) int32."""
+        """Last step of the clock that any rank and, of a set of tables, any layer has read a slot, (N,) int32."""
         return _latest(torch.stack([self.counts[reader].last_N for reader in self._sharing(name)]).amax(0))
 
     def last_read_of_heads(self, name: str) -> Tensor:
-        """Last step that any rank's head has read a sub-key, (H, 2, S) int32."""
+        """Last step of the clock that any rank's head has read a sub-key, (H, 2, S) int32."""
         return _latest(self.heads[name].last_N).view(-1, 2, self.n_keys(name) or 1)
-
-    def mark(self, name: str, slots_M: Tensor, step: int) -> None:
-        """As if these slots of a reader, or of a set of tables, were read in `step`, without counting it."""
-        for reader in self._sharing(name):
-            self.counts[reader].last_N[slots_M] = step
 
     def _sharing(self, name: str) -> tuple[str, ...]:
         return self.tables[name].readers if name in self.tables else (name,)
@@ -112,6 +118,7 @@ class UsageCounters:
     def state_dict(self) -> dict[str, Any]:
         """Sums over the ranks: every rank must call it."""
         return {
+            "clock": self.clock,
             "counts": {name: _state(counts) for name, counts in self.counts.items()},
             "heads": {name: _state(counts) for name, counts in self.heads.items()} | self._saved_heads,
         }
@@ -132,6 +139,7 @@ class UsageCounters:
         for name, counts in self.counts.items():
             self._load(counts, state["counts"][name], name)
         self._saved_heads = dict(state["heads"]) if self._per_head else {}
+        self.clock = self._start = state["clock"]
 
     def _load(self, counts: ReadCounts, state: dict[str, Any], name: str) -> None:
         if len(state["last"]) != counts.n_slots:

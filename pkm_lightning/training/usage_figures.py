@@ -28,9 +28,9 @@ def figures(counters: UsageCounters, name: str, span: Span) -> dict[str, float]:
     return spread(counted.counts_N, counted.weights_N, counters.n_keys(name))
 
 
-def dead(counters: UsageCounters, name: str, step: int, dead_after: int) -> int:
-    """Slots of a reader or of a set of tables that nobody has read for `dead_after` steps at the end of `step`."""
-    return int(dead_slots(counters.last_read(name), step, dead_after).sum())
+def dead(counters: UsageCounters, name: str, dead_after: int) -> int:
+    """Slots of a reader or of a set of tables that nobody has read for the last `dead_after` steps of the clock."""
+    return int(dead_slots(counters.last_read(name), counters.clock, dead_after).sum())
 
 
 def figures_of_heads(counters: UsageCounters, name: str, span: Span) -> list[dict[str, float]]:
@@ -61,7 +61,8 @@ def report(counters: UsageCounters, step: int, dead_after: int) -> dict[str, Any
     |---|---|
     | schema | version of this table |
     | step, dead_after | last optimizer step; steps without a read after which a slot is dead |
-    | first_step, window_steps | where `since_start` begins; how many of the last steps `window` holds |
+    | clock | steps watched: `step`, and besides the steps that rollbacks have repeated |
+    | first_step, window_steps | step of the clock that `since_start` begins with; how many of the last `window` holds |
     | layers | by name as in `train/usage/NAME/...`: `slots`, `reads`, `dead`, and the figures `since_start`, `window` |
     | | and, with `per_head`, the same two under `heads`, a list by head |
     | tables | by name: `layers` that share the tables, and what a layer has, of all of them together |
@@ -69,26 +70,27 @@ def report(counters: UsageCounters, step: int, dead_after: int) -> dict[str, Any
     Figures that have no value, as no slot was read, are null.
     """
     first = next(iter(counters.counts.values()))
-    entries = {name: _entry(counters, name, step, dead_after) for name in (*counters.readers, *counters.tables)}
+    entries = {name: _entry(counters, name, dead_after) for name in (*counters.readers, *counters.tables)}
     for name, table in counters.tables.items():
         entries[name] = {"layers": list(table.readers), **entries[name]}
     return {
         "schema": SCHEMA,
         "step": step,
         "dead_after": dead_after,
+        "clock": counters.clock,
         "first_step": first.first_step,
-        "window_steps": first.window_steps(step),
+        "window_steps": first.window_steps(counters.clock),
         "layers": {name: entries[name] for name in counters.readers},
         "tables": {name: entries[name] for name in counters.tables},
     }
 
 
-def _entry(counters: UsageCounters, name: str, step: int, dead_after: int) -> dict[str, Any]:
+def _entry(counters: UsageCounters, name: str, dead_after: int) -> dict[str, Any]:
     counts_N = counters.total(name, "ever").counts_N
     entry: dict[str, Any] = {
         "slots": len(counts_N),
         "reads": int(counts_N.sum()),
-        "dead": dead(counters, name, step, dead_after),
+        "dead": dead(counters, name, dead_after),
         "since_start": _finite(figures(counters, name, "ever")),
         "window": _finite(figures(counters, name, "window")),
     }
