@@ -8,6 +8,7 @@ Letters: N slots, S sub-keys a half, T tokens, H heads, K slots a head.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from pkm_lightning.training.read_counts import Counted, ReadCounts
 from pkm_lightning.training.slot_readers import Reader, Reads, find_readers, find_tables
 from pkm_lightning.training.step_watch import Traces
 
+_log = logging.getLogger(__name__)
 Span = Literal["window", "ever"]
 
 
@@ -50,6 +52,7 @@ class UsageCounters:
         self.counts = {name: self._new(reader.slots.count) for name, reader in self.readers.items()}
         self.heads: dict[str, ReadCounts] = {}
         self._saved_heads: dict[str, Any] = {}
+        self._silent: set[str] = set()
 
     def _new(self, n_slots: int) -> ReadCounts:
         return ReadCounts(n_slots, half=self._half, device=self._device, step=self._start)
@@ -61,6 +64,7 @@ class UsageCounters:
         for name, reader in self.readers.items():
             reads = reader.reads(traces, batch)
             if reads is None:
+                self._say_silent(name)
                 self.counts[name].turn(self.clock)
                 continue
             self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
@@ -71,8 +75,18 @@ class UsageCounters:
         """What is counted next belongs to another step."""
         self._in_step = False
 
+    def _say_silent(self, name: str) -> None:
+        if name not in self._silent:
+            self._silent.add(name)
+            slots = self.readers[name].slots.name
+            _log.warning(
+                "%s: nothing is traced as %s_ids or %s_chosen, so no read of it is counted", name, slots, slots
+            )
+
     def _add_heads(self, reader: Reader, reads: Reads, n_keys: int) -> None:
         ids_THK = reads.ids_THK.long()
+        # Else what is no slot would be a sub-key of another half.
+        is_slot_THK = (ids_THK >= 0) & (ids_THK < reader.slots.count)
         heads = ids_THK.shape[1]
         if reader.name not in self.heads:
             self.heads[reader.name] = self._new(heads * 2 * n_keys)
@@ -82,7 +96,9 @@ class UsageCounters:
         halves = (ids_THK // n_keys + first_H1, ids_THK % n_keys + first_H1 + n_keys)
         counts = self.heads[reader.name]
         for half_THK in halves:
-            counts.add(half_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
+            counts.add(
+                half_THK.where(is_slot_THK, -1).flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock
+            )
 
     # --- sums over the ranks
 
@@ -99,8 +115,9 @@ class UsageCounters:
         return _summed(torch.stack(list(counted))).counts_N.view(-1, 2, n_keys)
 
     def n_keys(self, name: str) -> int | None:
-        """Sub-keys a half of the slots of a reader or of a set of tables, where they are pairs of sub-keys."""
-        return self.readers[self._sharing(name)[0]].slots.n_keys
+        """Sub-keys a half of the slots of a reader or of a set of tables, where all take them for pairs of sub-keys."""
+        found = {self.readers[reader].slots.n_keys for reader in self._sharing(name)}
+        return found.pop() if len(found) == 1 else None
 
     def last_read(self, name: str) -> Tensor:
         """Last step of the clock that any rank and, of a set of tables, any layer has read a slot, (N,) int32."""
