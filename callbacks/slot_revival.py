@@ -108,9 +108,10 @@ class SlotRevival(L.Callback):
         self.history.go_back(trainer.global_step)
 
     def _check_queries(self, trainer: L.Trainer, module: LanguageModule, usage: SlotUsage) -> None:
-        if not usage.per_head:
+        if usage.per_head is None:
             raise ConfigError(
-                f"{_KEY}.source=queries needs callbacks.slot_usage.per_head=true, which counts the reads of sub-keys."
+                f"{_KEY}.source=queries needs callbacks.slot_usage.per_head=halves (or full), which counts the reads "
+                "of sub-keys."
             )
         if getattr(trainer.strategy, "owns_parameters", False):
             raise ConfigError(

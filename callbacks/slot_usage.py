@@ -5,7 +5,8 @@ Metrics, each `every_n_steps`, over all ranks: `train/usage/NAME/FIGURE`, where 
 (`table0`: their sum). FIGURE is, over a window of the last steps (`pkm_lightning.training.slot_metrics` has the
 formulas), `used_percent`, `kl_count`, `kl_weight`, `gini`, `top50`, `top90`, `top99`; `kl_rows` and `kl_columns` where
 a slot is a pair of sub-keys; `dead`, slots without a read for `dead_after` steps; and `effective`, slots within one
-read, on the micro-batch at hand. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns`, by head.
+read, on the micro-batch at hand. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns`, by head, and
+with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead` too.
 Weights count by their absolute value.
 
 The window is cut into two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them
@@ -28,11 +29,12 @@ from torch import Tensor
 from pkm_lightning.callbacks.slot_panels import draw_panels
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted
 from pkm_lightning.callbacks.usage_report import print_report, write_report
-from pkm_lightning.errors import ConfigError, check_flag, check_integer
+from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.head_counts import PerHead
 from pkm_lightning.training.step_watch import Traces
 from pkm_lightning.training.usage_counters import UsageCounters
-from pkm_lightning.training.usage_figures import dead, effective, figures, figures_of_heads, report
+from pkm_lightning.training.usage_figures import dead, dead_of_heads, effective, figures, figures_of_heads, report
 
 _KEY = "callbacks.slot_usage"
 
@@ -45,7 +47,7 @@ class SlotUsage(L.Callback):
         every_n_steps: optimizer steps between logs, a multiple of trainer.log_every_n_steps; None: that.
         window: optimizer steps of the window, 2 or more; an odd number counts as the next.
         dead_after: steps without a read after which a slot counts as dead, 1 or more.
-        per_head: count the sub-keys of each head too.
+        per_head: of each head count nothing (False), its sub-keys (`halves`, or True) or all its slots (`full`).
         panels_every_n_steps: optimizer steps between panels in TensorBoard; None: at validations.
 
     Attributes:
@@ -62,7 +64,7 @@ class SlotUsage(L.Callback):
         every_n_steps: int | None,
         window: int,
         dead_after: int,
-        per_head: bool,
+        per_head: bool | str,
         panels_every_n_steps: int | None,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("panels_every_n_steps", panels_every_n_steps)):
@@ -70,10 +72,12 @@ class SlotUsage(L.Callback):
                 check_integer(f"{_KEY}.{name}", value, low=1)
         check_integer(f"{_KEY}.window", window, low=2)
         check_integer(f"{_KEY}.dead_after", dead_after, low=1)
-        check_flag(f"{_KEY}.per_head", per_head)
+        if not isinstance(per_head, bool):
+            check_choice(f"{_KEY}.per_head", per_head, ("false", "halves", "full"))
         self.path = Path(path)
         self.every_n_steps, self.panels_every_n_steps = every_n_steps, panels_every_n_steps
-        self.window, self.dead_after, self.per_head = window, dead_after, per_head
+        self.window, self.dead_after = window, dead_after
+        self.per_head = _kind(per_head)
         self.counters: UsageCounters | None = None
         self._saved: dict[str, Any] = {}
         # The last micro-batch, which is looked at more closely where a log or a panel is due.
@@ -146,6 +150,8 @@ class SlotUsage(L.Callback):
         for name in self.counters.heads:
             for head, by_half in enumerate(figures_of_heads(self.counters, name, "window")):
                 found[f"{name}.head{head}"] = by_half
+            for head, n_dead in enumerate(dead_of_heads(self.counters, name, self.dead_after) or []):
+                found[f"{name}.head{head}"]["dead"] = n_dead
         return {f"{name}/{figure}": value for name, of in found.items() for figure, value in of.items()}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -190,3 +196,7 @@ class SlotUsage(L.Callback):
         self._traces, self._batch = {}, {}
         if self._watch in pl_module.watch.watchers:
             pl_module.watch.watchers.remove(self._watch)
+
+
+def _kind(per_head: bool | str) -> PerHead | None:
+    return None if per_head in (False, "false") else "full" if per_head == "full" else "halves"

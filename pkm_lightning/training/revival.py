@@ -83,7 +83,7 @@ class Revival:
         """
         keys_H2SE = addressing.keys.keys
         heads, _, n_keys, _ = keys_H2SE.shape
-        last_H2S = self.counters.last_read_of_heads(name)
+        last_H2S = self.counters.heads[name].by_sub_key(self.counters.last_read_of_heads(name), torch.amax)
         q_TH2E = _sample(q_TH2E, valid_T)
         if heads == 1:  # one set of sub-keys, whichever head asks
             last_H2S = last_H2S.amax(0, keepdim=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.model import Transformer
 from pkm_lightning.ops import sum_over_ranks
+from pkm_lightning.training.head_counts import HeadCounts, PerHead, counts_heads
 from pkm_lightning.training.read_counts import Counted, ReadCounts
 from pkm_lightning.training.slot_readers import Reader, Reads, find_readers, find_tables
 from pkm_lightning.training.step_watch import Traces
@@ -32,7 +33,7 @@ class UsageCounters:
     Args:
         model: whose reads are counted.
         window: steps of the sliding window; an odd number counts as the next.
-        per_head: count the sub-keys of each head too, where slots are pairs of them.
+        per_head: what of each head is counted too; None: nothing.
         device: where traces are.
         step: steps taken already.
 
@@ -41,21 +42,23 @@ class UsageCounters:
         readers: by name.
         tables: sets of tables by name.
         counts: of each reader by name.
-        heads: of each reader's heads, where asked for, (H * 2 * S) counters; they appear with the first read.
+        heads: of each reader's heads, where asked for; they appear with the first read.
     """
 
-    def __init__(self, model: Transformer, *, window: int, per_head: bool, device: torch.device, step: int) -> None:
+    def __init__(
+        self, model: Transformer, *, window: int, per_head: PerHead | None, device: torch.device, step: int
+    ) -> None:
         self.readers = find_readers(model)
         self.tables = find_tables(self.readers)
         self._half, self._per_head, self._device, self._start = -(-window // 2), per_head, device, step
         self.clock, self._in_step = step, False
-        self.counts = {name: self._new(reader.slots.count) for name, reader in self.readers.items()}
-        self.heads: dict[str, ReadCounts] = {}
+        self.counts = {
+            name: ReadCounts(reader.slots.count, half=self._half, device=device, step=step)
+            for name, reader in self.readers.items()
+        }
+        self.heads: dict[str, HeadCounts] = {}
         self._saved_heads: dict[str, Any] = {}
         self._silent: set[str] = set()
-
-    def _new(self, n_slots: int) -> ReadCounts:
-        return ReadCounts(n_slots, half=self._half, device=self._device, step=self._start)
 
     def add(self, traces: Traces, batch: dict[str, Tensor]) -> None:
         """Counts a micro-batch, the first since `end_step` as that of a new step; nothing waits for the device."""
@@ -65,11 +68,11 @@ class UsageCounters:
             reads = reader.reads(traces, batch)
             if reads is None:
                 self._say_silent(name)
-                self.counts[name].turn(self.clock)
+                for counts in (self.counts[name], *([self.heads[name]] if name in self.heads else [])):
+                    counts.turn(self.clock)
                 continue
             self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
-            if self._per_head and reader.slots.n_keys is not None:
-                self._add_heads(reader, reads, reader.slots.n_keys)
+            self._add_heads(reader, reads)
 
     def end_step(self) -> None:
         """What is counted next belongs to another step."""
@@ -83,22 +86,17 @@ class UsageCounters:
                 "%s: nothing is traced as %s_ids or %s_chosen, so no read of it is counted", name, slots, slots
             )
 
-    def _add_heads(self, reader: Reader, reads: Reads, n_keys: int) -> None:
-        ids_THK = reads.ids_THK.long()
-        # Else what is no slot would be a sub-key of another half.
-        is_slot_THK = (ids_THK >= 0) & (ids_THK < reader.slots.count)
-        heads = ids_THK.shape[1]
-        if reader.name not in self.heads:
-            self.heads[reader.name] = self._new(heads * 2 * n_keys)
-            if reader.name in self._saved_heads:
-                self._load(self.heads[reader.name], self._saved_heads.pop(reader.name), f"{reader.name} by head")
-        first_H1 = 2 * n_keys * torch.arange(heads, device=ids_THK.device)[:, None]
-        halves = (ids_THK // n_keys + first_H1, ids_THK % n_keys + first_H1 + n_keys)
-        counts = self.heads[reader.name]
-        for half_THK in halves:
-            counts.add(
-                half_THK.where(is_slot_THK, -1).flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock
+    def _add_heads(self, reader: Reader, reads: Reads) -> None:
+        name, heads = reader.name, reads.ids_THK.shape[1]
+        if self._per_head is None or not counts_heads(reader.slots, heads, self._per_head):
+            return
+        if name not in self.heads:
+            self.heads[name] = HeadCounts(
+                reader.slots, heads=heads, kind=self._per_head, half=self._half, device=self._device, step=self._start
             )
+            if name in self._saved_heads:
+                self._load(self.heads[name], self._saved_heads.pop(name), f"{name} by head")
+        self.heads[name].add_reads(reads, self.clock)
 
     # --- sums over the ranks
 
@@ -107,12 +105,9 @@ class UsageCounters:
         own = [getattr(self.counts[reader], span)() for reader in self._sharing(name)]
         return _summed(torch.stack([torch.stack(list(counted)) for counted in own]).sum(0))
 
-    def total_of_heads(self, name: str, span: Span) -> Tensor:
-        """Reads of each sub-key by each head, (H, 2, S), on all ranks."""
-        n_keys = self.readers[name].slots.n_keys
-        assert n_keys is not None
-        counted = getattr(self.heads[name], span)()
-        return _summed(torch.stack(list(counted))).counts_N.view(-1, 2, n_keys)
+    def total_of_heads(self, name: str, span: Span) -> Counted:
+        """Reads by all heads of a reader, each counter for itself, on all ranks; see `HeadCounts` for their order."""
+        return _summed(torch.stack(list(getattr(self.heads[name], span)())))
 
     def n_keys(self, name: str) -> int | None:
         """Sub-keys a half of the slots of a reader or of a set of tables, where all take them for pairs of sub-keys."""
@@ -124,8 +119,8 @@ class UsageCounters:
         return _latest(torch.stack([self.counts[reader].last_N for reader in self._sharing(name)]).amax(0))
 
     def last_read_of_heads(self, name: str) -> Tensor:
-        """Last step of the clock that any rank's head has read a sub-key, (H, 2, S) int32."""
-        return _latest(self.heads[name].last_N).view(-1, 2, self.n_keys(name) or 1)
+        """Last step of the clock that any rank has read in, for each counter of `total_of_heads`, int32."""
+        return _latest(self.heads[name].last_N)
 
     def _sharing(self, name: str) -> tuple[str, ...]:
         return self.tables[name].readers if name in self.tables else (name,)
@@ -136,12 +131,13 @@ class UsageCounters:
         """Sums over the ranks: every rank must call it."""
         return {
             "clock": self.clock,
+            "per_head": self._per_head,
             "counts": {name: _state(counts) for name, counts in self.counts.items()},
             "heads": {name: _state(counts) for name, counts in self.heads.items()} | self._saved_heads,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the sums, on one rank so that nothing counts twice.
+        """Takes up the sums, on one rank so that nothing counts twice; heads begin anew with another `per_head`.
 
         Raises:
             CheckpointError: the checkpoint counts other slots than this model has.
@@ -155,7 +151,7 @@ class UsageCounters:
             )
         for name, counts in self.counts.items():
             self._load(counts, state["counts"][name], name)
-        self._saved_heads = dict(state["heads"]) if self._per_head else {}
+        self._saved_heads = dict(state["heads"]) if self._per_head == state["per_head"] else {}
         self.clock = self._start = state["clock"]
 
     def _load(self, counts: ReadCounts, state: dict[str, Any], name: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pkm_lightning.ops import sum_over_ranks
-from pkm_lightning.training.slot_metrics import dead_slots, effective_slots, kl_from_uniform, spread
+from pkm_lightning.training.slot_metrics import breadth, dead_slots, effective_slots, kl_from_uniform, spread
 from pkm_lightning.training.step_watch import Traces
 from pkm_lightning.training.usage_counters import Span, UsageCounters
 
@@ -34,11 +34,27 @@ def dead(counters: UsageCounters, name: str, dead_after: int) -> int:
 
 
 def figures_of_heads(counters: UsageCounters, name: str, span: Span) -> list[dict[str, float]]:
-    """`kl_rows` and `kl_columns` of each head of a reader."""
-    return [
-        {"kl_rows": kl_from_uniform(rows_S), "kl_columns": kl_from_uniform(columns_S)}
-        for rows_S, columns_S in counters.total_of_heads(name, span)
-    ]
+    """`kl_rows` and `kl_columns` of each head of a reader; of `full` counters `used_percent` and both `kl` too."""
+    own, counted = counters.heads[name], counters.total_of_heads(name, span)
+    found: list[dict[str, float]] = [{} for _ in range(own.heads)]
+    if own.kind == "full":
+        for head, counts_N, weights_N in zip(
+            found, own.by_slot(counted.counts_N), own.by_slot(counted.weights_N), strict=True
+        ):
+            head |= breadth(counts_N, weights_N)
+    if own.slots.n_keys is not None:
+        for head, (rows_S, columns_S) in zip(found, own.by_sub_key(counted.counts_N, torch.sum), strict=True):
+            head |= {"kl_rows": kl_from_uniform(rows_S), "kl_columns": kl_from_uniform(columns_S)}
+    return found
+
+
+def dead_of_heads(counters: UsageCounters, name: str, dead_after: int) -> list[int] | None:
+    """`dead` of each head of a reader; None where its slots are not counted by head."""
+    own = counters.heads[name]
+    if own.kind != "full":
+        return None
+    last_HN = own.by_slot(counters.last_read_of_heads(name))
+    return [int(n) for n in dead_slots(last_HN, counters.clock, dead_after).sum(1)]
 
 
 def effective(counters: UsageCounters, traces: Traces, batch: dict[str, Tensor]) -> dict[str, float]:
@@ -64,7 +80,8 @@ def report(counters: UsageCounters, step: int, dead_after: int) -> dict[str, Any
     | clock | steps watched: `step`, and besides the steps that rollbacks have repeated |
     | first_step, window_steps | step of the clock that `since_start` begins with; how many of the last `window` holds |
     | layers | by name as in `train/usage/NAME/...`: `slots`, `reads`, `dead`, and the figures `since_start`, `window` |
-    | | and, with `per_head`, the same two under `heads`, a list by head |
+    | | and, with `per_head`, `heads`: their own `first_step` and `window_steps`, the two as lists by head, and of |
+    | | `per_head=full` a list `dead` |
     | tables | by name: `layers` that share the tables, and what a layer has, of all of them together |
 
     Figures that have no value, as no slot was read, are null.
@@ -95,10 +112,16 @@ def _entry(counters: UsageCounters, name: str, dead_after: int) -> dict[str, Any
         "window": _finite(figures(counters, name, "window")),
     }
     if name in counters.heads:
+        heads = counters.heads[name]
         entry["heads"] = {
+            "first_step": heads.first_step,
+            "window_steps": heads.window_steps(counters.clock),
             "since_start": [_finite(head) for head in figures_of_heads(counters, name, "ever")],
             "window": [_finite(head) for head in figures_of_heads(counters, name, "window")],
         }
+        by_head = dead_of_heads(counters, name, dead_after)
+        if by_head is not None:
+            entry["heads"]["dead"] = by_head
     return entry
 
 

@@ -34,7 +34,7 @@ class Before(L.Callback):
 
 def run(tmp_path: Path, *overrides: str, steps: int = 6, **changes: Any) -> tuple[Any, Before, SlotRevival, Any]:
     before, reviving = Before(), revivals.revival(every_n_steps=steps, **changes)
-    usage = jobs.usage(tmp_path, per_head=True)
+    usage = jobs.usage(tmp_path, per_head="halves")
     module, trainer, _ = jobs.fit([ALONE, *overrides], steps, [usage, before, reviving])
     optimizer = trainer.optimizers[0] if module.table_optimizer is None else module.table_optimizer
     return module, before, reviving, (usage.counters, optimizer)
@@ -107,10 +107,10 @@ def test_moved_sub_keys_are_read_again(tmp_path: Path) -> None:
     given = [ALONE, "ffn=pkm", "model.memory.n_keys=32", "model.memory.knn=1", "optim.lr=0"]
     alive = []
     for callbacks in ([], [revivals.revival(every_n_steps=2, source="queries", dead_after=2, max_share=0.5)]):
-        usage = jobs.usage(tmp_path, per_head=True, window=4)
+        usage = jobs.usage(tmp_path, per_head="halves", window=4)
         jobs.fit([*given, *STILL], 8, [usage, *callbacks])
         assert usage.counters is not None
-        alive.append(int((usage.counters.total_of_heads("layer1.slot", "window") > 0).sum()))
+        alive.append(int((usage.counters.total_of_heads("layer1.slot", "window").counts_N > 0).sum()))
     assert alive[1] > 1.2 * alive[0]
 
 
@@ -158,7 +158,7 @@ def test_what_was_revived_is_logged_and_survives_a_resume(tmp_path: Path) -> Non
     [
         (["ffn=pkm", "ffn.cures.simvq=true"], {}, True, "no table of this model learns"),
         (["ffn=moe"], {}, True, "no table of this model learns"),
-        (["ffn=pkm"], {"source": "queries"}, False, r"needs callbacks.slot_usage.per_head=true"),
+        (["ffn=pkm"], {"source": "queries"}, False, r"needs callbacks.slot_usage.per_head=halves"),
         (["ffn=ultramem_v2"], {"source": "queries"}, True, "moves the sub-keys of product keys"),
         (["ffn=pkm", "model.compile=true"], {"source": "queries"}, True, "model.compile=true hides"),
     ],

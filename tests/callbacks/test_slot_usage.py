@@ -96,17 +96,48 @@ def test_experts_that_choose_are_no_read_of_a_token(tmp_path: Path) -> None:
     assert "train/usage/layer1.expert/effective" not in seen[-1]
 
 
-def test_heads_are_counted_on_request(tmp_path: Path) -> None:
-    watching, seen, raw = check(["ffn=pkm"], ["layer1.slot"], tmp_path, per_head=True)
-    found = watching.counters.total_of_heads("layer1.slot", "ever")
+@pytest.mark.parametrize("per_head", ["halves", "full"])
+def test_heads_are_counted_on_request(per_head: str, tmp_path: Path) -> None:
+    watching, seen, raw = check(["ffn=pkm"], ["layer1.slot"], tmp_path, per_head=per_head)
+    total = watching.counters.total_of_heads("layer1.slot", "ever")
+    heads = watching.counters.heads["layer1.slot"]
+    found = heads.by_sub_key(total.counts_N, torch.sum)
     assert found.shape == (2, 2, 16)
+    content = json.loads((tmp_path / "usage.json").read_text())["layers"]["layer1.slot"]["heads"]
+    logged = {n.rpartition("/")[2]: v for n, v in seen[-1].items() if n.startswith("train/usage/layer1.slot.head1/")}
     for head in range(2):
         ids = torch.cat([traces[1]["slot_ids"][valid][:, head].flatten() for _, traces, valid in raw.seen])
         assert found[head, 0].tolist() == torch.bincount(ids // 16, minlength=16).tolist()
         assert found[head, 1].tolist() == torch.bincount(ids % 16, minlength=16).tolist()
-    assert {name for name in seen[-1] if "head1" in name} == {
-        "train/usage/layer1.slot.head1/kl_rows", "train/usage/layer1.slot.head1/kl_columns",
-    }  # fmt: skip
+        if per_head == "full":
+            weights = torch.cat([traces[1]["slot_weights"][valid][:, head].flatten() for _, traces, valid in raw.seen])
+            counts, amounts = jobs.histogram(list(zip(ids.tolist(), weights.abs().tolist(), strict=True)), 256)
+            assert heads.by_slot(total.counts_N)[head].tolist() == counts
+            figures = spread(torch.tensor(counts), torch.tensor(amounts), 16)
+            expected = {name: figures[name] for name in content["since_start"][head]}
+            assert content["since_start"][head] == pytest.approx(expected, rel=1e-6)
+            read = torch.cat([t[1]["slot_ids"][valid][:, head].flatten() for step, t, valid in raw.seen if step > 3])
+            assert content["dead"][head] == 256 - len(read.unique())
+    marginals, of_slots = {"kl_rows", "kl_columns"}, {"used_percent", "kl_count", "kl_weight", "dead"}
+    assert logged.keys() == (marginals | of_slots if per_head == "full" else marginals)
+    assert content["window"][1] == pytest.approx({n: v for n, v in logged.items() if n != "dead"}, rel=1e-6)
+    assert ("dead" in content) is (per_head == "full")
+
+
+def test_heads_switched_on_at_a_resume_say_where_they_begin(tmp_path: Path) -> None:
+    given = [ALONE, "ffn=pkm"]
+    _, trainer, _ = jobs.fit(given, 3, [jobs.usage(tmp_path, per_head="full")])
+    trainer.save_checkpoint(str(tmp_path / "saved.ckpt"))
+    for per_head, first_step in (("full", 1), (True, 4)):
+        watching = jobs.usage(tmp_path, per_head=per_head)
+        jobs.fit(given, 5, [watching], 3, ckpt_path=str(tmp_path / "saved.ckpt"))
+        content = json.loads((tmp_path / "usage.json").read_text())
+        assert (content["first_step"], content["window_steps"]) == (1, 3)
+        heads = content["layers"]["layer1.slot"]["heads"]
+        assert (heads["first_step"], heads["window_steps"]) == (first_step, min(3, 6 - first_step))
+        reads = watching.counters.total_of_heads("layer1.slot", "ever").counts_N.sum()
+        per_step = content["layers"]["layer1.slot"]["reads"] // 5
+        assert int(reads) == (6 - first_step) * per_step * (1 if per_head == "full" else 2)
 
 
 def test_two_ffns_side_by_side_are_told_apart(tmp_path: Path) -> None:
@@ -180,7 +211,7 @@ def test_a_checkpoint_of_other_slots_is_refused(tmp_path: Path) -> None:
         ({"every_n_steps": 0}, "callbacks.slot_usage.every_n_steps=0 is out of range"),
         ({"dead_after": -1}, "callbacks.slot_usage.dead_after=-1 is out of range"),
         ({"dead_after": 1.5}, "callbacks.slot_usage.dead_after=1.5 is no whole number"),
-        ({"per_head": "maybe"}, "callbacks.slot_usage.per_head='maybe' is neither true nor false"),
+        ({"per_head": "maybe"}, "callbacks.slot_usage.per_head='maybe' is not known; allowed: false, halves, full"),
         ({"panels_every_n_steps": 0}, "callbacks.slot_usage.panels_every_n_steps=0 is out of range"),
     ],
 )
@@ -196,7 +227,7 @@ def test_an_interval_that_nothing_is_logged_at_is_refused(tmp_path: Path) -> Non
 
 
 def test_usage_json_and_the_screen_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching, _, raw = check(["ffn=peer"], ["layer1.slot"], tmp_path, steps=6, per_head=True)
+    watching, _, raw = check(["ffn=peer"], ["layer1.slot"], tmp_path, steps=6, per_head="halves")
     content = json.loads((tmp_path / "usage.json").read_text())
     reads = raw.reads(1, "slot")
     assert (content["schema"], content["step"], content["window_steps"], content["first_step"]) == (1, 6, 4, 1)

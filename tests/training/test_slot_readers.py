@@ -112,8 +112,11 @@ def test_a_row_that_one_of_them_reads_is_not_revived() -> None:
     assert history.counts == {"table0": 1}
 
 
-def test_ids_out_of_range_are_no_sub_key_of_another_half() -> None:
-    made = counters(Tracer(Slots(name="slot", count=4, n_keys=2)), per_head=True)
+@pytest.mark.parametrize("per_head", ["halves", "full"])
+def test_ids_out_of_range_are_no_sub_key_of_another_half(per_head: str) -> None:
+    made = counters(Tracer(Slots(name="slot", count=4, n_keys=2)), per_head=per_head)
+    expected = [[[1, 0], [1, 0]], [[0, 2], [1, 1]]]
     ids_BTHK = torch.tensor([[[[0, 4], [3, 7]], [[-1, 100], [-7, 2]]]])
     made.add({0: {"slot_ids": ids_BTHK, "slot_weights": torch.ones(1, 2, 2, 2)}}, BATCH)
-    assert made.total_of_heads("layer0.slot", "ever").tolist() == [[[1, 0], [1, 0]], [[0, 2], [1, 1]]]
+    found = made.heads["layer0.slot"].by_sub_key(made.total_of_heads("layer0.slot", "ever").counts_N, torch.sum)
+    assert found.tolist() == expected
