@@ -20,6 +20,7 @@ Metrics, at each log, since the start: `train/revived/NAME`, rows of `table0`, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pkm_lightning.callbacks.revival_checks import check_config, check_queries, missing_usage
 from pkm_lightning.callbacks.slot_usage import SlotUsage
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.memory.addressing import Addressing
@@ -94,7 +96,11 @@ class SlotRevival(L.Callback):
             raise ConfigError(f"{_KEY}: no table of this model learns, so there is nothing to revive; leave it out.")
         self._names = list(tables)
         if self.source == "queries":
-            self._check_queries(trainer, pl_module, usage)
+            check_queries(
+                counts_heads=usage.per_head is not None,
+                engine_owns=getattr(trainer.strategy, "owns_parameters", False),
+                compiled=pl_module.config["model"]["compile"],
+            )
             found = {name: addressing_of(reader.plugin) for name, reader in readers.items() if reader.slots.n_keys}
             self._addressing = {name: one for name, one in found.items() if one is not None}
             if not self._addressing:
@@ -107,22 +113,13 @@ class SlotRevival(L.Callback):
         # A checkpoint of a rollback is written before the next batch starts.
         self.history.go_back(trainer.global_step)
 
-    def _check_queries(self, trainer: L.Trainer, module: LanguageModule, usage: SlotUsage) -> None:
-        if usage.per_head is None:
-            raise ConfigError(
-                f"{_KEY}.source=queries needs callbacks.slot_usage.per_head=halves (or full), which counts the reads "
-                "of sub-keys."
-            )
-        if getattr(trainer.strategy, "owns_parameters", False):
-            raise ConfigError(
-                f"{_KEY}.source=queries cannot write sub-keys that DeepSpeed's engine owns; say source=busy, which "
-                "writes values only, or strategy=fsdp."
-            )
-        if module.config["model"]["compile"]:
-            raise ConfigError(
-                f"{_KEY}.source=queries looks at queries inside a layer, which model.compile=true hides; say "
-                "source=busy, or model.compile=false."
-            )
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuses what cannot work with the rest of a configuration, before anything starts.
+
+        Raises:
+            ConfigError: slot_usage is off; or source=queries with what hides reads, queries or sub-keys.
+        """
+        check_config(config, self.source)
 
     def _watch_queries(self, trainer: L.Trainer, module: LanguageModule) -> None:
         def hook_of(name: str) -> Any:
@@ -199,4 +196,4 @@ def _slot_usage(trainer: L.Trainer) -> SlotUsage:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SlotUsage):
             return callback
-    raise ConfigError(f"{_KEY} needs callbacks.slot_usage, which knows what is dead; add it, or leave both out.")
+    raise missing_usage()

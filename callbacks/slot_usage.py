@@ -5,9 +5,8 @@ Metrics, each `every_n_steps`, over all ranks: `train/usage/NAME/FIGURE`, where 
 (`table0`: their sum). FIGURE is, over a window of the last steps (`pkm_lightning.training.slot_metrics` has the
 formulas), `used_percent`, `kl_count`, `kl_weight`, `gini`, `top50`, `top90`, `top99`; `kl_rows` and `kl_columns` where
 a slot is a pair of sub-keys; `dead`, slots without a read for `dead_after` steps; and `effective`, slots within one
-read, on the micro-batch at hand. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns`, by head, and
-with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead` too.
-Weights count by their absolute value.
+read, mean over the window's log steps. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns`, by head,
+and with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead`. Weights count by their absolute value.
 
 The window is cut into two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them
 at its every multiple. It and `dead` count the steps that were watched: those that a rollback repeats count again. The
@@ -18,6 +17,7 @@ ends, and in TensorBoard's panels (`slot_panels`).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.head_counts import PerHead
 from pkm_lightning.training.step_watch import Traces
 from pkm_lightning.training.usage_counters import UsageCounters
-from pkm_lightning.training.usage_figures import dead, dead_of_heads, effective, figures, figures_of_heads, report
+from pkm_lightning.training.usage_figures import logged, report
 
 _KEY = "callbacks.slot_usage"
 
@@ -84,6 +84,21 @@ class SlotUsage(L.Callback):
         self._traces: Traces = {}
         self._batch: dict[str, Tensor] = {}
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuses what cannot work with the rest of a configuration, before anything starts.
+
+        Raises:
+            ConfigError: an interval at which nothing is logged.
+        """
+        self._check_interval(config["trainer"]["log_every_n_steps"])
+
+    def _check_interval(self, log_every: int) -> None:
+        if self.every_n_steps is not None and log_every and self.every_n_steps % log_every:
+            raise ConfigError(
+                f"{_KEY}.every_n_steps={self.every_n_steps} is no multiple of trainer.log_every_n_steps={log_every}, "
+                "the steps that anything is logged at; give one, or null."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """The counters, summed over the ranks; every rank must ask."""
         return self._saved if self.counters is None else self.counters.state_dict()
@@ -97,12 +112,7 @@ class SlotUsage(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins to count, if there is anything to count."""
         assert isinstance(pl_module, LanguageModule)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.every_n_steps is not None and every and self.every_n_steps % every:
-            raise ConfigError(
-                f"{_KEY}.every_n_steps={self.every_n_steps} is no multiple of trainer.log_every_n_steps={every}, the "
-                "steps that anything is logged at; give one, or null."
-            )
+        self._check_interval(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         counters = UsageCounters(
             pl_module.model,
             window=self.window,
@@ -115,11 +125,14 @@ class SlotUsage(L.Callback):
             self._saved = {}
         if counters.readers:
             self.counters = counters
-            pl_module.watch.watchers.append(self._watch)
+            self._watcher = lambda traces, batch: self._watch(trainer, traces, batch)
+            pl_module.watch.watchers.append(self._watcher)
 
-    def _watch(self, traces: Traces, batch: dict[str, Tensor]) -> None:
+    def _watch(self, trainer: L.Trainer, traces: Traces, batch: dict[str, Tensor]) -> None:
         assert self.counters is not None
         self.counters.add(traces, batch)
+        if self._logs_after(trainer):
+            self.counters.add_effective(traces, batch)
         self._traces, self._batch = traces, batch
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -127,11 +140,16 @@ class SlotUsage(L.Callback):
         # Engines that accumulate by themselves come here with every micro-batch.
         if self.counters is None or trainer.fit_loop._should_accumulate():
             return
-        step = trainer.global_step + 1
-        if step % (self.every_n_steps or trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+        if self._logs_after(trainer):
             pl_module.log_dict({f"train/usage/{name}": value for name, value in self._figures().items()})
+        step = trainer.global_step + 1
         if self.panels_every_n_steps is not None and step % self.panels_every_n_steps == 0:
             self._draw(trainer, step)
+
+    def _logs_after(self, trainer: L.Trainer) -> bool:
+        """The step under way is one that figures are logged of."""
+        every: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (trainer.global_step + 1) % every == 0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Ends the step: `trainer.global_step` may go back after it."""
@@ -140,19 +158,7 @@ class SlotUsage(L.Callback):
 
     def _figures(self) -> dict[str, float]:
         assert self.counters is not None
-        shared = [name for name, table in self.counters.tables.items() if len(table.readers) > 1]
-        found: dict[str, dict[str, float]] = {}
-        for name in (*self.counters.readers, *shared):
-            found[name] = figures(self.counters, name, "window")
-            found[name]["dead"] = dead(self.counters, name, self.dead_after)
-        for name, value in effective(self.counters, self._traces, self._batch).items():
-            found[name]["effective"] = value
-        for name in self.counters.heads:
-            for head, by_half in enumerate(figures_of_heads(self.counters, name, "window")):
-                found[f"{name}.head{head}"] = by_half
-            for head, n_dead in enumerate(dead_of_heads(self.counters, name, self.dead_after) or []):
-                found[f"{name}.head{head}"]["dead"] = n_dead
-        return {f"{name}/{figure}": value for name, of in found.items() for figure, value in of.items()}
+        return logged(self.counters, self.dead_after)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the panels, unless they have an interval of their own."""
@@ -194,8 +200,8 @@ class SlotUsage(L.Callback):
     def _stop(self, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)
         self._traces, self._batch = {}, {}
-        if self._watch in pl_module.watch.watchers:
-            pl_module.watch.watchers.remove(self._watch)
+        if self.counters is not None and self._watcher in pl_module.watch.watchers:
+            pl_module.watch.watchers.remove(self._watcher)
 
 
 def _kind(per_head: bool | str) -> PerHead | None:

@@ -9,6 +9,7 @@ Letters: N slots, S sub-keys a half, T tokens, H heads, K slots a head.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Literal
 
 import torch
@@ -20,10 +21,14 @@ from pkm_lightning.model import Transformer
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training.head_counts import HeadCounts, PerHead, counts_heads
 from pkm_lightning.training.read_counts import Counted, ReadCounts
+from pkm_lightning.training.slot_metrics import effective_slots
 from pkm_lightning.training.slot_readers import Reader, Reads, find_readers, find_tables
 from pkm_lightning.training.step_watch import Traces
+from pkm_lightning.training.windowed_sums import WindowedSums
 
 _log = logging.getLogger(__name__)
+#: What 1 of a sum of effective slots stands for.
+EFFECTIVE_UNIT = 2.0**-16
 Span = Literal["window", "ever"]
 
 
@@ -43,6 +48,8 @@ class UsageCounters:
         tables: sets of tables by name.
         counts: of each reader by name.
         heads: of each reader's heads, where asked for; they appear with the first read.
+        effective: of each reader that reads several slots at once, the sum over reads of their effective number of
+            slots, in units of 2**-16, and the number of these reads; they appear with the first such read.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class UsageCounters:
         }
         self.heads: dict[str, HeadCounts] = {}
         self._saved_heads: dict[str, Any] = {}
+        self.effective: dict[str, WindowedSums] = {}
         self._silent: set[str] = set()
 
     def add(self, traces: Traces, batch: dict[str, Tensor]) -> None:
@@ -73,6 +81,25 @@ class UsageCounters:
                 continue
             self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
             self._add_heads(reader, reads)
+
+        for sums in self.effective.values():
+            sums.turn(self.clock)
+
+    def add_effective(self, traces: Traces, batch: dict[str, Tensor]) -> None:
+        """Sums up the effective slots of a micro-batch that `add` has counted; nothing waits for the device."""
+        for name, reader in self.readers.items():
+            reads = reader.reads(traces, batch)
+            if reads is not None and not reads.slots_choose:
+                total_2 = effective_slots(reads.weights_THK, reads.valid_T)
+                # Whole numbers: a sum has no order, so that resumes and splits over ranks change nothing.
+                total_2[0] = (total_2[0] / EFFECTIVE_UNIT).round()
+                self._effective(name).now.add_(total_2.long())
+
+    def _effective(self, name: str) -> WindowedSums:
+        if name not in self.effective:
+            self.effective[name] = WindowedSums((2,), half=self._half, device=self._device, step=self._start)
+            self.effective[name].turn(self.clock)
+        return self.effective[name]
 
     def end_step(self) -> None:
         """What is counted next belongs to another step."""
@@ -122,6 +149,11 @@ class UsageCounters:
         """Last step of the clock that any rank has read in, for each counter of `total_of_heads`, int32."""
         return _latest(self.heads[name].last_N)
 
+    def mean_effective(self, name: str, span: Span) -> float:
+        """Mean effective slots of a read of a reader, on all ranks; NaN without any."""
+        total, reads = sum_over_ranks(getattr(self.effective[name], span)()).tolist()
+        return total * EFFECTIVE_UNIT / reads if reads else math.nan
+
     def _sharing(self, name: str) -> tuple[str, ...]:
         return self.tables[name].readers if name in self.tables else (name,)
 
@@ -134,6 +166,7 @@ class UsageCounters:
             "per_head": self._per_head,
             "counts": {name: _state(counts) for name, counts in self.counts.items()},
             "heads": {name: _state(counts) for name, counts in self.heads.items()} | self._saved_heads,
+            "effective": {name: sums.state(sum_over_ranks(sums.amounts())) for name, sums in self.effective.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,6 +186,8 @@ class UsageCounters:
             self._load(counts, state["counts"][name], name)
         self._saved_heads = dict(state["heads"]) if self._per_head == state["per_head"] else {}
         self.clock = self._start = state["clock"]
+        for name, saved in state["effective"].items():
+            self._effective(name).load(saved, holds_sums=_holds_sums())
 
     def _load(self, counts: ReadCounts, state: dict[str, Any], name: str) -> None:
         if len(state["last"]) != counts.n_slots:
@@ -160,7 +195,7 @@ class UsageCounters:
                 f"the checkpoint has {len(state['last'])} counters for {name}, this model {counts.n_slots}; give the "
                 "configuration that the run was started with, or ~callbacks.slot_usage."
             )
-        counts.load(state, holds_sums=not _several_ranks() or dist.get_rank() == 0)
+        counts.load(state, holds_sums=_holds_sums())
 
 
 def _state(counts: ReadCounts) -> dict[str, Any]:
@@ -181,6 +216,10 @@ def _latest(last_N: Tensor) -> Tensor:
     latest_N = last_N.clone()
     dist.all_reduce(latest_N, op=dist.ReduceOp.MAX)
     return latest_N
+
+
+def _holds_sums() -> bool:
+    return not _several_ranks() or dist.get_rank() == 0
 
 
 def _several_ranks() -> bool:

@@ -6,26 +6,22 @@ Letters: N slots, H heads, S sub-keys a half.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from pkm_lightning.ops import sum_over_ranks
-from pkm_lightning.training.slot_metrics import breadth, dead_slots, effective_slots, kl_from_uniform, spread
-from pkm_lightning.training.step_watch import Traces
+from pkm_lightning.training.slot_metrics import breadth, dead_slots, kl_from_uniform, spread
 from pkm_lightning.training.usage_counters import Span, UsageCounters
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Version of the content of `report`.
 SCHEMA = 1
 
 
 def figures(counters: UsageCounters, name: str, span: Span) -> dict[str, float]:
-    """`slot_metrics.spread` of a reader or of a set of tables."""
+    """`slot_metrics.spread` of a reader or of a set of tables; `effective` of a reader, of logged steps."""
     counted = counters.total(name, span)
-    return spread(counted.counts_N, counted.weights_N, counters.n_keys(name))
+    found = spread(counted.counts_N, counted.weights_N, counters.n_keys(name))
+    return found | ({"effective": counters.mean_effective(name, span)} if name in counters.effective else {})
 
 
 def dead(counters: UsageCounters, name: str, dead_after: int) -> int:
@@ -57,17 +53,17 @@ def dead_of_heads(counters: UsageCounters, name: str, dead_after: int) -> list[i
     return [int(n) for n in dead_slots(last_HN, counters.clock, dead_after).sum(1)]
 
 
-def effective(counters: UsageCounters, traces: Traces, batch: dict[str, Tensor]) -> dict[str, float]:
-    """`effective` of each reader that reads several slots at once, on the micro-batch of each rank."""
-    sums = {}
-    for name, reader in counters.readers.items():
-        reads = reader.reads(traces, batch)
-        if reads is not None and not reads.slots_choose:
-            sums[name] = effective_slots(reads.weights_THK, reads.valid_T)
-    if not sums:
-        return {}
-    totals = sum_over_ranks(torch.stack(list(sums.values()))).tolist()
-    return {name: total / reads if reads else math.nan for name, (total, reads) in zip(sums, totals, strict=True)}
+def logged(counters: UsageCounters, dead_after: int) -> dict[str, float]:
+    """All figures of the window, as `NAME/FIGURE`: of layers, of tables that several layers share, of heads."""
+    shared = [name for name, table in counters.tables.items() if len(table.readers) > 1]
+    found: dict[str, dict[str, float]] = {}
+    for name in (*counters.readers, *shared):
+        found[name] = figures(counters, name, "window") | {"dead": dead(counters, name, dead_after)}
+    for name in counters.heads:
+        by_head = dead_of_heads(counters, name, dead_after)
+        for head, of_head in enumerate(figures_of_heads(counters, name, "window")):
+            found[f"{name}.head{head}"] = of_head | ({} if by_head is None else {"dead": by_head[head]})
+    return {f"{name}/{figure}": value for name, of in found.items() for figure, value in of.items()}
 
 
 def report(counters: UsageCounters, step: int, dead_after: int) -> dict[str, Any]:

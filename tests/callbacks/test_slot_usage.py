@@ -78,9 +78,13 @@ def test_figures_are_logged_for_layers_and_shared_tables(tmp_path: Path) -> None
     assert {name.split("/")[0] for name in logged} == {"layer0.slot", "layer1.slot", "layer2.slot", "table0"}
     for name in ("used_percent", "gini", "top50", "top90", "top99", "kl_rows", "kl_columns"):
         assert logged[f"table0/{name}"] == pytest.approx(figures[name], rel=1e-6)
-    _, traces, valid_BT = raw.seen[-1]
-    sums = effective_slots(traces[0]["slot_weights"].flatten(0, 1), valid_BT.flatten())
-    assert logged["layer0.slot/effective"] == pytest.approx(float(sums[0] / sums[1]), rel=1e-6)
+    for span, first in (("window", 3), ("since_start", 1)):
+        weights = [(t[0]["slot_weights"].flatten(0, 1), v.flatten()) for step, t, v in raw.seen if step >= first]
+        total, reads = sum(effective_slots(*one) for one in weights)
+        effective = json.loads((tmp_path / "usage.json").read_text())["layers"]["layer0.slot"][span]["effective"]
+        assert effective == pytest.approx(float(total / reads), rel=1e-6)
+        if span == "window":
+            assert logged["layer0.slot/effective"] == effective
     assert "table0/effective" not in logged
     read = {
         layer: {step: {slot for slot, _ in raw.reads(layer, "slot", [step])} for step in (4, 5)} for layer in (0, 1, 2)
@@ -234,6 +238,8 @@ def test_usage_json_and_the_screen_say_the_same(tmp_path: Path, capsys: pytest.C
     layer = content["layers"]["layer1.slot"]
     assert (layer["slots"], layer["reads"]) == (256, len(reads))
     assert layer["since_start"]["used_percent"] == 100 * len({slot for slot, _ in reads}) / 256
+    effective = {span: layer[span].pop("effective") for span in ("window", "since_start")}
+    assert all(1 <= value <= 4 for value in effective.values())
     assert layer["window"] == spread(*watching.counters.total("layer1.slot", "window"), 16)
     assert len(layer["heads"]["window"]) == 2
     table = content["tables"]["table0"]
