@@ -1,6 +1,6 @@
 """SlotUsage counts what plugins have read: against a plain recount, over accumulation, recomputation, ranks, resumes.
 
-What it leaves behind: logs, panels, usage.json.
+What it leaves behind: logs, usage.json.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 import usage_jobs as jobs
-from lightning.pytorch.loggers import TensorBoardLogger
 from rank_group import Groups
 from tolerances import assert_close
 
-from pkm_lightning.callbacks import RunInterrupted
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training.slot_metrics import effective_slots, spread
 
@@ -184,6 +182,10 @@ def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None
     assert resumed[0][1] == two[0][1][3:]
     if ffn == "memory_plus":
         assert jobs.count([*given, ALONE], 7, "", saved, 3)[0] == two[0][0]
+        by_one = str(tmp_path / "by_one.ckpt")
+        jobs.count([*given, ALONE], 3, by_one)
+        for part in ranks(2).run(jobs.count, spread_over, 7, "", by_one, 3):
+            assert part[0] == two[0][0]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,14 @@ def test_an_interval_that_nothing_is_logged_at_is_refused(tmp_path: Path) -> Non
         jobs.fit(given, 1, [jobs.usage(tmp_path, every_n_steps=3)])
 
 
+def test_figures_have_an_interval_of_their_own(tmp_path: Path) -> None:
+    watching = jobs.usage(tmp_path, every_n_steps=2)
+    jobs.fit([ALONE, "ffn=pkm"], 5, [watching])
+    assert watching.looked == [2, 4]  # type: ignore[attr-defined]
+    reads = watching.counters.effective["layer1.slot"].ever()[1]  # type: ignore[union-attr]
+    assert int(reads) == 2 * 32 * 2  # steps, tokens, heads
+
+
 def test_usage_json_and_the_screen_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watching, _, raw = check(["ffn=peer"], ["layer1.slot"], tmp_path, steps=6, per_head="halves")
     content = json.loads((tmp_path / "usage.json").read_text())
@@ -247,31 +257,3 @@ def test_usage_json_and_the_screen_say_the_same(tmp_path: Path, capsys: pytest.C
     assert table == {name: value for name, value in layer.items() if name != "heads"}
     assert "layer1.slot" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_an_interrupted_run_leaves_its_usage(tmp_path: Path) -> None:
-    class Stop(jobs.Raw):
-        def on_train_batch_end(self, *_: Any) -> None:
-            raise RunInterrupted("asked to stop")
-
-    watching = jobs.usage(tmp_path)
-    with pytest.raises(RunInterrupted):
-        jobs.fit([ALONE, "ffn=moe", "placement=middle"], 3, [watching, Stop()])
-    assert json.loads((tmp_path / "usage.json").read_text())["step"] == 1
-
-
-def test_panels_reach_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logger = TensorBoardLogger(str(tmp_path), name="", version="board")
-    watching = jobs.usage(tmp_path, panels_every_n_steps=2)
-    jobs.fit([ALONE, "ffn=memory_plus", "placement=all"], 4, [watching], loggers=[logger])
-    events = EventAccumulator(str(tmp_path / "board")).Reload()
-    for name in ("layer0.slot", "table0"):
-        assert [event.step for event in events.Images(f"usage/{name}/heat_map")] == [2, 4]
-        assert events.Images(f"usage/{name}/heat_map")[0].width == 16
-        assert events.Images(f"usage/{name}/rank_frequency")[0].width == 360
-    text = events.Tensors("usage/layer0.slot/most_read/text_summary")[-1].tensor_proto.string_val[0].decode()
-    slot = int(watching.counters.total("layer0.slot", "window").counts_N.argmax())
-    assert text.splitlines()[2].startswith(f"| {slot} |")
-    assert events.Scalars("train/usage/table0/gini")

@@ -12,7 +12,7 @@ from training.test_usage_counters import Tracer, counters
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import Slots
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.training.revival import Revival
+from pkm_lightning.training.revival import Revival, _sample
 from pkm_lightning.training.revival_history import RevivalHistory
 
 SLOT = Slots(name="slot", count=4)
@@ -120,3 +120,10 @@ def test_ids_out_of_range_are_no_sub_key_of_another_half(per_head: str) -> None:
     made.add({0: {"slot_ids": ids_BTHK, "slot_weights": torch.ones(1, 2, 2, 2)}}, BATCH)
     found = made.heads["layer0.slot"].by_sub_key(made.total_of_heads("layer0.slot", "ever").counts_N, torch.sum)
     assert found.tolist() == expected
+
+
+def test_padding_is_no_query() -> None:
+    q_TH2E = torch.arange(4.0)[:, None, None, None].expand(4, 1, 2, 3)
+    assert _sample(q_TH2E, torch.tensor([True, False, True, False]))[:, 0, 0, 0].tolist() == [0, 2]
+    assert len(_sample(q_TH2E, torch.zeros(4, dtype=torch.bool))) == len(_sample(q_TH2E, None)) == 4
+    assert len(_sample(torch.zeros(10_000, 1, 2, 1), None)) <= 4096

@@ -87,6 +87,7 @@ def test_counting_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with NoHost():
         for _ in range(5):
             made.add({0: trace}, valid)
+            made.add_effective({0: trace}, valid)
             made.end_step()
     assert int(made.total("layer0.slot", "ever").counts_N.sum()) == 5 * 8 * int(valid["valid"].sum())
     assert int(made.total_of_heads("layer0.slot", "window").counts_N.sum()) == 2 * 2 * 8 * int(valid["valid"].sum())
