@@ -41,10 +41,13 @@ class RevivalHistory:
 
     def note(self, name: str, which_N: Tensor, *, step: int, clock: int) -> None:
         """Those of `which` (bool) were revived at the end of optimizer step `step`, watched as step `clock`."""
+        changed = int(which_N.sum())
+        if not changed:
+            return
         before_N = self._clock_N.get(name)
         before_N = torch.zeros_like(which_N, dtype=torch.int32) if before_N is None else before_N.to(which_N.device)
         self._clock_N[name] = before_N.masked_fill(which_N, clock)
-        self._events.append(_Event(step, clock, name, int(which_N.sum())))
+        self._events.append(_Event(step, clock, name, changed))
 
     def go_back(self, step: int) -> None:
         """Training has returned to the end of `step`: what was revived later is as it was before.

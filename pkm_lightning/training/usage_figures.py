@@ -82,6 +82,7 @@ def report(counters: UsageCounters, step: int, dead_after: int) -> dict[str, Any
 
     Figures that have no value, as no slot was read, are null.
     """
+    # All have begun with the same step, or come from one checkpoint; only those of heads may be younger.
     first = next(iter(counters.counts.values()))
     entries = {name: _entry(counters, name, dead_after) for name in (*counters.readers, *counters.tables)}
     for name, table in counters.tables.items():

@@ -102,15 +102,17 @@ def test_sub_keys_move_above_rows_that_do_not_learn(tmp_path: Path) -> None:
     assert not changed_rows(before, module, 1024)
 
 
-def test_moved_sub_keys_are_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_head", ["halves", "full"])
+def test_moved_sub_keys_are_read_again(per_head: str, tmp_path: Path) -> None:
     """The point of it: after revivals more sub-keys find readers than without."""
     given = [ALONE, "ffn=pkm", "model.memory.n_keys=32", "model.memory.knn=1", "optim.lr=0"]
     alive = []
     for callbacks in ([], [revivals.revival(every_n_steps=2, source="queries", dead_after=2, max_share=0.5)]):
-        usage = jobs.usage(tmp_path, per_head="halves", window=4)
+        usage = jobs.usage(tmp_path, per_head=per_head, window=4)
         jobs.fit([*given, *STILL], 8, [usage, *callbacks])
         assert usage.counters is not None
-        alive.append(int((usage.counters.total_of_heads("layer1.slot", "window").counts_N > 0).sum()))
+        counts_Z = usage.counters.total_of_heads("layer1.slot", "window").counts_N
+        alive.append(int((usage.counters.heads["layer1.slot"].by_sub_key(counts_Z, torch.sum) > 0).sum()))
     assert alive[1] > 1.2 * alive[0]
 
 
