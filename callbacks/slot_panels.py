@@ -118,5 +118,9 @@ def most_read(counts_N: Tensor, ids_TK: Tensor, tokens_T: Tensor, tokenizer: Any
 def _word(token: int, tokenizer: Any) -> str:
     if tokenizer is None:
         return str(token)
-    text = tokenizer.decode([token]).replace("|", "\\|").replace("`", "'").replace("\n", "⏎")
+    try:
+        text = tokenizer.decode([token])
+    except Exception:  # a model may have more tokens than its tokenizer, whose errors are its own
+        return str(token)
+    text = text.replace("|", "\\|").replace("`", "'").replace("\n", "⏎")
     return f"`{text}`" if text.strip() else f"`{text}` {token}"

@@ -12,13 +12,15 @@ A row is read where its keys lead, so new values alone bring no read; they make 
 What the optimizer remembers of a row or sub-key is forgotten. At most `max_share` of a table's rows, and of the
 sub-keys of a half, change at a time (rounded up), the longest unread first. Random numbers depend on the seed, the step
 and the name only, and rows are chosen by sums over the ranks: all ranks agree, however tables are split. What was
-revived counts as read in that step, in SlotUsage's `dead` too: it has `dead_after` steps to find readers.
+revived has `dead_after` steps to find readers before its next turn; SlotUsage's `dead` counts it until it is read. A
+rollback undoes revivals with the values, and what is known of them.
 
 Metrics, at each log, since the start: `train/revived/NAME`, rows of `table0`, sub-keys of `layer3.slot`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -26,18 +28,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pkm_lightning.callbacks.revival_checks import check_config, check_queries, missing_usage
 from pkm_lightning.callbacks.slot_usage import SlotUsage
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.revival import Revival, addressing_of, learns
+from pkm_lightning.training.revival_history import RevivalHistory
 from pkm_lightning.training.slot_readers import find_readers, find_tables
 
 _KEY = "callbacks.slot_revival"
 
 
 class SlotRevival(L.Callback):
-    """Revives dead slots every `every_n_steps`. Its state is the number of those revived.
+    """Revives dead slots every `every_n_steps`. Its state is what was revived when.
 
     Args:
         every_n_steps: optimizer steps between revivals, 1 or more.
@@ -58,19 +62,26 @@ class SlotRevival(L.Callback):
         check_range(f"{_KEY}.noise", noise, 0)
         self.every_n_steps, self.dead_after, self.max_share = every_n_steps, dead_after, max_share
         self.source, self.noise = source, noise
-        self.revived: dict[str, int] = {}
+        self.history = RevivalHistory()
+        self._names: list[str] = []
+        self._reached = 0
         self._addressing: dict[str, Addressing] = {}
         self._queries: dict[str, Tensor] = {}
         self._valid_T: Tensor | None = None
         self._hooks: list[Any] = []
 
+    @property
+    def revived(self) -> dict[str, int]:
+        """Rows and sub-keys revived so far, by name."""
+        return dict.fromkeys(self._names, 0) | self.history.counts
+
     def state_dict(self) -> dict[str, Any]:
-        """Rows and sub-keys revived so far."""
-        return {"revived": dict(self.revived)}
+        """What was revived when."""
+        return self.history.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on counting."""
-        self.revived = dict(state["revived"])
+        """Goes on from there."""
+        self.history.load_state_dict(state)
 
     # --- what it works with
 
@@ -83,9 +94,13 @@ class SlotRevival(L.Callback):
         tables_learn = any(learns(table) for one in tables.values() for table in one.tables)
         if self.source == "busy" and not tables_learn:
             raise ConfigError(f"{_KEY}: no table of this model learns, so there is nothing to revive; leave it out.")
-        self.revived = dict.fromkeys(tables, 0) | self.revived
+        self._names = list(tables)
         if self.source == "queries":
-            self._check_queries(trainer, pl_module, usage)
+            check_queries(
+                counts_heads=usage.per_head is not None,
+                engine_owns=getattr(trainer.strategy, "owns_parameters", False),
+                compiled=pl_module.config["model"]["compile"],
+            )
             found = {name: addressing_of(reader.plugin) for name, reader in readers.items() if reader.slots.n_keys}
             self._addressing = {name: one for name, one in found.items() if one is not None}
             if not self._addressing:
@@ -93,24 +108,18 @@ class SlotRevival(L.Callback):
                     f"{_KEY}.source=queries moves the sub-keys of product keys (ffn=pkm, memory, memory_plus, peer), "
                     "and this model has none; say source=busy."
                 )
-            self.revived = dict.fromkeys(self._addressing, 0) | self.revived
+            self._names += self._addressing
             self._watch_queries(trainer, pl_module)
+        # A checkpoint of a rollback is written before the next batch starts.
+        self.history.go_back(trainer.global_step)
 
-    def _check_queries(self, trainer: L.Trainer, module: LanguageModule, usage: SlotUsage) -> None:
-        if not usage.per_head:
-            raise ConfigError(
-                f"{_KEY}.source=queries needs callbacks.slot_usage.per_head=true, which counts the reads of sub-keys."
-            )
-        if getattr(trainer.strategy, "owns_parameters", False):
-            raise ConfigError(
-                f"{_KEY}.source=queries cannot write sub-keys that DeepSpeed's engine owns; say source=busy, which "
-                "writes values only, or strategy=fsdp."
-            )
-        if module.config["model"]["compile"]:
-            raise ConfigError(
-                f"{_KEY}.source=queries looks at queries inside a layer, which model.compile=true hides; say "
-                "source=busy, or model.compile=false."
-            )
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuses what cannot work with the rest of a configuration, before anything starts.
+
+        Raises:
+            ConfigError: slot_usage is off; or source=queries with what hides reads, queries or sub-keys.
+        """
+        check_config(config, self.source)
 
     def _watch_queries(self, trainer: L.Trainer, module: LanguageModule) -> None:
         def hook_of(name: str) -> Any:
@@ -128,6 +137,12 @@ class SlotRevival(L.Callback):
 
     # --- the revival
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Forgets revivals that a rollback has undone."""
+        if trainer.global_step < self._reached:
+            self.history.go_back(trainer.global_step)
+        self._reached = trainer.global_step
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Logs how many were revived so far."""
         step = trainer.global_step + 1
@@ -137,20 +152,29 @@ class SlotRevival(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Revives after the update, before the checkpoint of the step is written."""
         counters, step = _slot_usage(trainer).counters, trainer.global_step
+        self._reached = step
         if counters is None or trainer.fit_loop._should_accumulate() or step % self.every_n_steps:
             return
         assert isinstance(pl_module, LanguageModule)
         apart = pl_module.table_optimizer
         states = [optimizer.state for optimizer in (*trainer.optimizers, *([] if apart is None else [apart]))]
-        revival = Revival(counters, states, self.dead_after, self.max_share, self.noise, pl_module.config["seed"], step)
+        revival = Revival(
+            counters=counters,
+            history=self.history,
+            states=states,
+            dead_after=self.dead_after,
+            max_share=self.max_share,
+            noise=self.noise,
+            seed=pl_module.config["seed"],
+            step=step,
+        )
         reached = {}
         for name, addressing in self._addressing.items():
-            reached[name], moved = revival.keys(name, addressing, self._queries[name], self._valid_T)
-            self.revived[name] += moved
+            reached[name] = revival.keys(name, addressing, self._queries[name], self._valid_T)
         for name, tables in counters.tables.items():
             within = [reached[reader] for reader in tables.readers if reader in reached]
             if self.source == "busy" or within:
-                self.revived[name] += revival.rows(name, torch.stack(within).any(0) if within else None)
+                revival.rows(name, torch.stack(within).any(0) if within else None)
         self._queries.clear()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -172,4 +196,4 @@ def _slot_usage(trainer: L.Trainer) -> SlotUsage:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SlotUsage):
             return callback
-    raise ConfigError(f"{_KEY} needs callbacks.slot_usage, which knows what is dead; add it, or leave both out.")
+    raise missing_usage()

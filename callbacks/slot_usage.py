@@ -5,17 +5,19 @@ Metrics, each `every_n_steps`, over all ranks: `train/usage/NAME/FIGURE`, where 
 (`table0`: their sum). FIGURE is, over a window of the last steps (`pkm_lightning.training.slot_metrics` has the
 formulas), `used_percent`, `kl_count`, `kl_weight`, `gini`, `top50`, `top90`, `top99`; `kl_rows` and `kl_columns` where
 a slot is a pair of sub-keys; `dead`, slots without a read for `dead_after` steps; and `effective`, slots within one
-read, on the micro-batch at hand. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns`, by head.
-Weights count by their absolute value.
+read, mean over the window's log steps. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns`, by head,
+and with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead`. Weights count by their absolute value.
 
 The window is cut into two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them
-at its every multiple. The figures since the start are in usage.json (`pkm_lightning.training.usage_figures.report`), on
-the screen when training ends, and in TensorBoard's panels (`slot_panels`).
+at its every multiple. It and `dead` count the steps that were watched: those that a rollback repeats count again. The
+figures since the start are in usage.json (`pkm_lightning.training.usage_figures.report`), on the screen when training
+ends, and in TensorBoard's panels (`slot_panels`).
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from torch import Tensor
 from pkm_lightning.callbacks.slot_panels import draw_panels
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted
 from pkm_lightning.callbacks.usage_report import print_report, write_report
-from pkm_lightning.errors import ConfigError, check_flag, check_integer
+from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.head_counts import PerHead
 from pkm_lightning.training.step_watch import Traces
 from pkm_lightning.training.usage_counters import UsageCounters
-from pkm_lightning.training.usage_figures import dead, effective, figures, figures_of_heads, report
+from pkm_lightning.training.usage_figures import logged, report
 
 _KEY = "callbacks.slot_usage"
 
@@ -44,7 +47,7 @@ class SlotUsage(L.Callback):
         every_n_steps: optimizer steps between logs, a multiple of trainer.log_every_n_steps; None: that.
         window: optimizer steps of the window, 2 or more; an odd number counts as the next.
         dead_after: steps without a read after which a slot counts as dead, 1 or more.
-        per_head: count the sub-keys of each head too.
+        per_head: of each head count nothing (False), its sub-keys (`halves`, or True) or all its slots (`full`).
         panels_every_n_steps: optimizer steps between panels in TensorBoard; None: at validations.
 
     Attributes:
@@ -61,7 +64,7 @@ class SlotUsage(L.Callback):
         every_n_steps: int | None,
         window: int,
         dead_after: int,
-        per_head: bool,
+        per_head: bool | str,
         panels_every_n_steps: int | None,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("panels_every_n_steps", panels_every_n_steps)):
@@ -69,15 +72,32 @@ class SlotUsage(L.Callback):
                 check_integer(f"{_KEY}.{name}", value, low=1)
         check_integer(f"{_KEY}.window", window, low=2)
         check_integer(f"{_KEY}.dead_after", dead_after, low=1)
-        check_flag(f"{_KEY}.per_head", per_head)
+        if not isinstance(per_head, bool):
+            check_choice(f"{_KEY}.per_head", per_head, ("false", "halves", "full"))
         self.path = Path(path)
         self.every_n_steps, self.panels_every_n_steps = every_n_steps, panels_every_n_steps
-        self.window, self.dead_after, self.per_head = window, dead_after, per_head
+        self.window, self.dead_after = window, dead_after
+        self.per_head = _kind(per_head)
         self.counters: UsageCounters | None = None
         self._saved: dict[str, Any] = {}
         # The last micro-batch, which is looked at more closely where a log or a panel is due.
         self._traces: Traces = {}
         self._batch: dict[str, Tensor] = {}
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuses what cannot work with the rest of a configuration, before anything starts.
+
+        Raises:
+            ConfigError: an interval at which nothing is logged.
+        """
+        self._check_interval(config["trainer"]["log_every_n_steps"])
+
+    def _check_interval(self, log_every: int) -> None:
+        if self.every_n_steps is not None and log_every and self.every_n_steps % log_every:
+            raise ConfigError(
+                f"{_KEY}.every_n_steps={self.every_n_steps} is no multiple of trainer.log_every_n_steps={log_every}, "
+                "the steps that anything is logged at; give one, or null."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, summed over the ranks; every rank must ask."""
@@ -92,12 +112,7 @@ class SlotUsage(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins to count, if there is anything to count."""
         assert isinstance(pl_module, LanguageModule)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.every_n_steps is not None and every and self.every_n_steps % every:
-            raise ConfigError(
-                f"{_KEY}.every_n_steps={self.every_n_steps} is no multiple of trainer.log_every_n_steps={every}, the "
-                "steps that anything is logged at; give one, or null."
-            )
+        self._check_interval(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         counters = UsageCounters(
             pl_module.model,
             window=self.window,
@@ -110,12 +125,14 @@ class SlotUsage(L.Callback):
             self._saved = {}
         if counters.readers:
             self.counters = counters
-            self._watcher = lambda traces, batch: self._watch(trainer.global_step + 1, traces, batch)
+            self._watcher = lambda traces, batch: self._watch(trainer, traces, batch)
             pl_module.watch.watchers.append(self._watcher)
 
-    def _watch(self, step: int, traces: Traces, batch: dict[str, Tensor]) -> None:
+    def _watch(self, trainer: L.Trainer, traces: Traces, batch: dict[str, Tensor]) -> None:
         assert self.counters is not None
-        self.counters.add(traces, batch, step)
+        self.counters.add(traces, batch)
+        if self._logs_after(trainer):
+            self.counters.add_effective(traces, batch)
         self._traces, self._batch = traces, batch
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -123,25 +140,25 @@ class SlotUsage(L.Callback):
         # Engines that accumulate by themselves come here with every micro-batch.
         if self.counters is None or trainer.fit_loop._should_accumulate():
             return
+        if self._logs_after(trainer):
+            pl_module.log_dict({f"train/usage/{name}": value for name, value in self._figures().items()})
         step = trainer.global_step + 1
-        if step % (self.every_n_steps or trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            pl_module.log_dict({f"train/usage/{name}": value for name, value in self._figures(step).items()})
         if self.panels_every_n_steps is not None and step % self.panels_every_n_steps == 0:
             self._draw(trainer, step)
 
-    def _figures(self, step: int) -> dict[str, float]:
+    def _logs_after(self, trainer: L.Trainer) -> bool:
+        """The step under way is one that figures are logged of."""
+        every: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (trainer.global_step + 1) % every == 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Ends the step: `trainer.global_step` may go back after it."""
+        if self.counters is not None and not trainer.fit_loop._should_accumulate():
+            self.counters.end_step()
+
+    def _figures(self) -> dict[str, float]:
         assert self.counters is not None
-        shared = [name for name, table in self.counters.tables.items() if len(table.readers) > 1]
-        found: dict[str, dict[str, float]] = {}
-        for name in (*self.counters.readers, *shared):
-            found[name] = figures(self.counters, name, "window")
-            found[name]["dead"] = dead(self.counters, name, step, self.dead_after)
-        for name, value in effective(self.counters, self._traces, self._batch).items():
-            found[name]["effective"] = value
-        for name in self.counters.heads:
-            for head, by_half in enumerate(figures_of_heads(self.counters, name, "window")):
-                found[f"{name}.head{head}"] = by_half
-        return {f"{name}/{figure}": value for name, of in found.items() for figure, value in of.items()}
+        return logged(self.counters, self.dead_after)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the panels, unless they have an interval of their own."""
@@ -185,3 +202,7 @@ class SlotUsage(L.Callback):
         self._traces, self._batch = {}, {}
         if self.counters is not None and self._watcher in pl_module.watch.watchers:
             pl_module.watch.watchers.remove(self._watcher)
+
+
+def _kind(per_head: bool | str) -> PerHead | None:
+    return None if per_head in (False, "false") else "full" if per_head == "full" else "halves"

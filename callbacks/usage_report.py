@@ -40,7 +40,7 @@ def print_report(content: dict[str, Any]) -> None:
     for column in ("slots", *(label for _, label, _ in _COLUMNS), "dead"):
         table.add_column(column, justify="right")
     steps = content["window_steps"]
-    is_whole = steps == content["step"] - content["first_step"] + 1
+    is_whole = steps == content["clock"] - content["first_step"] + 1
     tables = {name: entry for name, entry in content["tables"].items() if len(entry["layers"]) > 1}
     for name, entry in {**content["layers"], **tables}.items():
         table.add_row(name, f"{entry['slots']:,}", *_cells(entry["since_start"]), f"{entry['dead']:,}")

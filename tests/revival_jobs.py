@@ -37,7 +37,7 @@ def train(overrides: list[str], steps: int, **changes: Any) -> tuple[list[dict[s
     """What was logged, how many were revived, and the sub-keys at the end; per_head counting is on."""
     with tempfile.TemporaryDirectory() as folder:
         reviving = revival(**changes)
-        module, _, seen = jobs.fit(overrides, steps, [jobs.usage(folder, per_head=True), reviving])
+        module, _, seen = jobs.fit(overrides, steps, [jobs.usage(folder, per_head="halves"), reviving])
     keys = [whole(p.detach()).tolist() for name, p in module.named_parameters() if name.endswith("keys.keys")]
     return seen, reviving.revived, keys
 

@@ -26,6 +26,10 @@ GIVEN = {
     "data=text": ["data.path=somewhere"],
     "data=jsonl": ["data.path=somewhere"],
     "strategy=ddp": ["trainer.devices=2"],
+    "callbacks=slot_revival": [
+        "+callbacks.slot_usage={_target_:pkm_lightning.callbacks.SlotUsage,path:usage.json,every_n_steps:null,window:2,"
+        "dead_after:1,per_head:false,panels_every_n_steps:null}"
+    ],
 }
 
 

@@ -29,9 +29,10 @@ Micro = tuple[dict[str, torch.Tensor], torch.Tensor]
 class Once(SlotUsage):
     """Notes the steps that it looks at figures for."""
 
-    def _figures(self, step: int) -> dict[str, float]:
-        self.looked = [*getattr(self, "looked", []), step]
-        return super()._figures(step)
+    def _figures(self) -> dict[str, float]:
+        assert self.counters is not None
+        self.looked = [*getattr(self, "looked", []), self.counters.clock]
+        return super()._figures()
 
 
 class Raw(L.Callback):

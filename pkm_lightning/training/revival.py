@@ -18,6 +18,7 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_served, write_keys
 from pkm_lightning.memory.table_optimizer import whole
+from pkm_lightning.training.revival_history import RevivalHistory
 from pkm_lightning.training.slot_metrics import dead_slots
 from pkm_lightning.training.usage_counters import UsageCounters
 
@@ -34,6 +35,7 @@ class Revival:
 
     Attributes:
         counters: what is dead and what is busy.
+        history: what was revived before, and has had no `dead_after` steps yet to find readers; is told of more.
         states: those of all optimizers, by parameter.
         dead_after, max_share, noise: as of `SlotRevival`.
         seed: of the run.
@@ -41,6 +43,7 @@ class Revival:
     """
 
     counters: UsageCounters
+    history: RevivalHistory
     states: Sequence[Mapping[Any, dict[str, Any]]]
     dead_after: int
     max_share: float
@@ -48,70 +51,68 @@ class Revival:
     seed: int
     step: int
 
-    def rows(self, name: str, within_N: Tensor | None) -> int:
+    def rows(self, name: str, within_N: Tensor | None) -> None:
         """Makes dead rows of a set of tables copies of the busiest ones of the window, which take turns.
 
         Args:
             name: of the set.
             within_N: no others than these, (N,) bool; None: any.
-
-        Returns:
-            How many rows have changed.
         """
         last_N = self.counters.last_read(name)
-        rows_M = self._dead(last_N, within_N)[: math.ceil(self.max_share * len(last_N))]
+        rows_M = self._dead(self.history.since(name, last_N), within_N)[: math.ceil(self.max_share * len(last_N))]
         counts_N = self.counters.total(name, "window").counts_N
         # A row that is dead may still be in the window.
-        counts_N = counts_N.masked_fill(dead_slots(last_N, self.step, self.dead_after), 0)
+        counts_N = counts_N.masked_fill(dead_slots(last_N, self.counters.clock, self.dead_after), 0)
         busiest_N = counts_N.argsort(descending=True, stable=True)[: int((counts_N > 0).sum())]
         tables = [table for table in self.counters.tables[name].tables if learns(table)]
         if not (len(rows_M) and len(busiest_N) and tables):
-            return 0
+            return
         sources_M = busiest_N[torch.arange(len(rows_M), device=rows_M.device) % len(busiest_N)]
         for number, table in enumerate(tables):
             copy_rows(table, rows_M, sources_M, noise=self.noise, seed=self._seed(f"{name}/{number}"))
             for state in self.states:
                 if table.weight in state:
                     forget_rows(state[table.weight], table, rows_M)
-        self.counters.mark(name, rows_M, self.step)
-        return len(rows_M)
+        self._note(name, torch.zeros_like(last_N, dtype=torch.bool).index_fill(0, rows_M, True))
 
-    def keys(self, name: str, addressing: Addressing, q_TH2E: Tensor, valid_T: Tensor | None) -> tuple[Tensor, int]:
+    def keys(self, name: str, addressing: Addressing, q_TH2E: Tensor, valid_T: Tensor | None) -> Tensor:
         """Moves the dead sub-keys of every head and half of a layer to its worst-served queries.
 
         Returns:
-            True for the slots that a moved sub-key is part of, (N,) bool; and how many sub-keys have moved.
+            True for the slots that a moved sub-key is part of, (N,) bool.
         """
         keys_H2SE = addressing.keys.keys
         heads, _, n_keys, _ = keys_H2SE.shape
-        last_H2S = self.counters.last_read_of_heads(name)
-        counted = last_H2S
+        last_H2S = self.counters.heads[name].by_sub_key(self.counters.last_read_of_heads(name), torch.amax)
         q_TH2E = _sample(q_TH2E, valid_T)
         if heads == 1:  # one set of sub-keys, whichever head asks
             last_H2S = last_H2S.amax(0, keepdim=True)
             q_TH2E = q_TH2E.flatten(0, 1)[:, None]
+        since_H2S = self.history.since(name, last_H2S)
+        moved_H2S = torch.zeros_like(last_H2S, dtype=torch.bool)
         reached_SS = torch.zeros(n_keys, n_keys, dtype=torch.bool, device=last_H2S.device)
-        moved = 0
         for head in range(heads):
             for half in (0, 1):
-                dead_M = self._dead(last_H2S[head, half])[: math.ceil(self.max_share * n_keys)]
+                dead_M = self._dead(since_H2S[head, half])[: math.ceil(self.max_share * n_keys)]
                 if len(dead_M):
                     made_ME = self._made(f"{name}/{head}/{half}", addressing, q_TH2E[:, head, half], head, half, dead_M)
                     write_keys(keys_H2SE, head, half, dead_M, made_ME)
                     self._forget_keys(keys_H2SE, head, half, dead_M)
                     (reached_SS if half == 0 else reached_SS.T)[dead_M] = True
-                    counted[slice(None) if heads == 1 else head, half, dead_M] = self.step
-                    moved += len(dead_M)
-        self.counters.heads[name].last_N.copy_(counted.flatten())
-        return reached_SS.flatten(), moved
+                    moved_H2S[head, half, dead_M] = True
+        self._note(name, moved_H2S)
+        return reached_SS.flatten()
 
-    def _dead(self, last_N: Tensor, within_N: Tensor | None = None) -> Tensor:
-        """The dead, the longest unread first, equals in their order."""
-        is_dead_N = dead_slots(last_N, self.step, self.dead_after)
+    def _note(self, name: str, which_N: Tensor) -> None:
+        self.history.note(name, which_N, step=self.step, clock=self.counters.clock)
+
+    def _dead(self, since_N: Tensor, within_N: Tensor | None = None) -> Tensor:
+        """Those neither read nor revived for `dead_after` steps, the longest first, equals in their order."""
+        is_dead_N = dead_slots(since_N, self.counters.clock, self.dead_after)
         if within_N is not None:
             is_dead_N = is_dead_N & within_N
         dead_M = is_dead_N.nonzero().flatten()
-        return dead_M[last_N[dead_M].argsort(stable=True)]
+        return dead_M[since_N[dead_M].argsort(stable=True)]
 
     def _made(self, what: str, addressing: Addressing, q_TE: Tensor, head: int, half: int, dead_M: Tensor) -> Tensor:
         norm, keys_SE = addressing.keys.norm, whole(addressing.keys.keys.detach())[head, half].to(q_TE.dtype)

@@ -35,10 +35,8 @@ def spread(counts_N: Tensor, weights_N: Tensor, n_keys: int | None = None) -> di
         weights_N: sum of |weight| of each slot, in any unit.
         n_keys: sub-keys a half, where the slot of sub-keys i and j is i * n_keys + j; adds `kl_rows`, `kl_columns`.
     """
-    figures = {
-        "used_percent": 100 * int((counts_N > 0).sum()) / len(counts_N),
-        "kl_count": kl_from_uniform(counts_N),
-        "kl_weight": kl_from_uniform(weights_N),
+    figures: dict[str, float] = {
+        **breadth(counts_N, weights_N),
         **concentration(counts_N),
     }
     if n_keys is not None:
@@ -46,6 +44,15 @@ def spread(counts_N: Tensor, weights_N: Tensor, n_keys: int | None = None) -> di
         figures["kl_rows"] = kl_from_uniform(counts_SS.sum(1))
         figures["kl_columns"] = kl_from_uniform(counts_SS.sum(0))
     return figures
+
+
+def breadth(counts_N: Tensor, weights_N: Tensor) -> dict[str, float]:
+    """`used_percent`, `kl_count` and `kl_weight`, which need no sort."""
+    return {
+        "used_percent": 100 * int((counts_N > 0).sum()) / len(counts_N),
+        "kl_count": kl_from_uniform(counts_N),
+        "kl_weight": kl_from_uniform(weights_N),
+    }
 
 
 def kl_from_uniform(amounts_N: Tensor) -> float:

@@ -1,7 +1,8 @@
 """Who reads which slots: every `Slots` of every layer's plugins, by a name, and the tables that several layers share.
 
 Names: `layer3.slot`; where two FFNs stand side by side `layer3.base.expert` and `layer3.variant.slot`. A set of tables
-is `table0`, `table1`, ... in the order of its first layer; PEER's two tables, read by the same ids, are one set.
+is `table0`, `table1`, ... in the order of its first layer; PEER's two tables, read by the same ids, are one set, and so
+are all tables that one reader joins to another's: row n of each is one slot.
 
 Letters: B sequences, T tokens of the micro-batch, H heads, K slots a head, C = H * K, N slots.
 """
@@ -18,6 +19,7 @@ from pkm_lightning.ffn import HasSlots, Slots
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Transformer
 from pkm_lightning.model.initialisation import of_plugin, plugins
+from pkm_lightning.training.slot_checks import check_slots, check_trace
 from pkm_lightning.training.step_watch import Traces
 
 
@@ -44,6 +46,7 @@ class Reader:
         part: `ffn`, `ffn.base` or `ffn.variant`.
         plugin: the FFN that reads.
         slots: what its trace numbers.
+        told: names of all slots of the plugin.
     """
 
     name: str
@@ -51,10 +54,16 @@ class Reader:
     part: str
     plugin: nn.Module
     slots: Slots
+    told: tuple[str, ...]
 
     def reads(self, traces: Traces, batch: dict[str, Tensor]) -> Reads | None:
-        """The reads among the `traces` of a micro-batch; None where the plugin has traced none of this name."""
+        """The reads among the `traces` of a micro-batch; None where the plugin has traced none of this name.
+
+        Raises:
+            ConfigError: a trace of other names or shapes than the plugin's `slots()` say.
+        """
         trace, name = of_plugin(self.part, traces.get(self.layer, {})), self.slots.name
+        check_trace(self.name.removesuffix(f".{name}"), self.plugin, self.slots, trace, batch, self.told)
         chosen = trace.get(f"{name}_chosen")
         if f"{name}_ids" in trace:
             ids = trace[f"{name}_ids"]
@@ -80,7 +89,7 @@ class TableSet:
     Attributes:
         name: `table0`, `table1`, ...
         tables: those tables, all with the same number of rows.
-        readers: names of the layers' readers.
+        readers: names of the layers' readers, of which each reads one of the tables at least.
     """
 
     name: str
@@ -89,26 +98,39 @@ class TableSet:
 
 
 def find_readers(model: Transformer) -> dict[str, Reader]:
-    """All readers of `model`, by name; a plugin that does not state its slots has none."""
+    """All readers of `model`, by name; a plugin that does not state its slots has none.
+
+    Raises:
+        ConfigError: a plugin states slots that cannot be.
+    """
     readers = {}
     for layer, block in enumerate(model.blocks):
         for part, plugin in plugins(block.ffn):  # type: ignore[arg-type]
             if isinstance(plugin, HasSlots):
-                for slots in plugin.slots():
-                    place = part.replace("ffn", f"layer{layer}", 1)
-                    reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots)
+                place, told = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
+                check_slots(place, plugin, told)
+                for slots in told:
+                    names = tuple(one.name for one in told)
+                    reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots, names)
                     readers[reader.name] = reader
     return readers
 
 
 def find_tables(readers: dict[str, Reader]) -> dict[str, TableSet]:
-    """All sets of tables that `readers` read, by name."""
-    by_tables: dict[tuple[int, ...], list[Reader]] = {}
+    """All sets of tables that `readers` read, by name: readers that have any table in common share one set."""
+    groups: list[list[Reader]] = []
     for reader in readers.values():
         if reader.slots.tables:
-            by_tables.setdefault(tuple(id(table) for table in reader.slots.tables), []).append(reader)
+            own = {id(table) for table in reader.slots.tables}
+            touched = [group for group in groups if any(id(t) in own for one in group for t in one.slots.tables)]
+            joined = [one for group in touched for one in group] + [reader]
+            # A group keeps the place of its first reader.
+            place = groups.index(touched[0]) if touched else len(groups)
+            groups = [group for group in groups if group not in touched]
+            groups.insert(place, joined)
     sets = {}
-    for number, sharing in enumerate(by_tables.values()):
-        names = tuple(reader.name for reader in sharing)
-        sets[f"table{number}"] = TableSet(f"table{number}", sharing[0].slots.tables, names)
+    for number, group in enumerate(groups):
+        tables = {id(table): table for reader in group for table in reader.slots.tables}
+        names = tuple(reader.name for reader in group)
+        sets[f"table{number}"] = TableSet(f"table{number}", tuple(tables.values()), names)
     return sets

@@ -57,3 +57,12 @@ def test_the_busiest_slots_are_named_with_the_tokens_that_read_them() -> None:
     lines = most_read(counts_N, ids_TK, tokens_T, Letters()).splitlines()
     assert lines[2:] == ["| 1 | 30 | 75.00% | `a` (2), `b` (1) |", "| 2 | 10 | 25.00% | `b` (2) |"]
     assert "| 3 (2) |" in most_read(counts_N, ids_TK, tokens_T, None)
+
+
+def test_a_token_that_the_tokenizer_does_not_know_is_its_number() -> None:
+    class Small:
+        def decode(self, ids: list[int]) -> str:
+            return ["a", "b"][ids[0]]
+
+    lines = most_read(torch.tensor([2, 0]), torch.tensor([[0], [0]]), torch.tensor([1, 9]), Small()).splitlines()
+    assert lines[2:] == ["| 0 | 2 | 100.00% | `b` (1), 9 (1) |"]

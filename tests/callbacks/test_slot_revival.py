@@ -34,7 +34,7 @@ class Before(L.Callback):
 
 def run(tmp_path: Path, *overrides: str, steps: int = 6, **changes: Any) -> tuple[Any, Before, SlotRevival, Any]:
     before, reviving = Before(), revivals.revival(every_n_steps=steps, **changes)
-    usage = jobs.usage(tmp_path, per_head=True)
+    usage = jobs.usage(tmp_path, per_head="halves")
     module, trainer, _ = jobs.fit([ALONE, *overrides], steps, [usage, before, reviving])
     optimizer = trainer.optimizers[0] if module.table_optimizer is None else module.table_optimizer
     return module, before, reviving, (usage.counters, optimizer)
@@ -67,7 +67,10 @@ def test_dead_rows_become_busy_ones_and_nothing_else_moves(given: list[str], lea
     for name in ("exp_avg", "exp_avg_sq"):
         assert not state[name].view(rows, -1)[sorted(changed)].any()
         assert state[name].any()
-    assert (counters.last_read("table0")[sorted(changed)] == 6).all()
+    assert torch.equal(counters.last_read("table0"), before.last_N)  # it is no read
+    since_N = reviving.history.since("table0", before.last_N)
+    assert set((since_N != before.last_N).nonzero().flatten().tolist()) == changed
+    assert (since_N[sorted(changed)] == 6).all()
 
 
 @pytest.mark.parametrize("ffn", ["pkm", "memory_plus", "peer"])
@@ -82,7 +85,9 @@ def test_dead_sub_keys_move_and_live_ones_stay(ffn: str, tmp_path: Path) -> None
     assert not (moved & ~dead).any()
     assert (moved.sum(-1) == dead.sum(-1).clamp(max=4)).all()
     assert not optimizer.state[keys]["exp_avg"][moved].any()
-    assert (counters.heads[name].last_N.view(1, 2, 32)[moved] == 6).all()
+    assert torch.equal(counters.heads[name].last_N, before.heads[name])
+    last_H2S = before.heads[name].view(1, 2, 32)
+    assert torch.equal(reviving.history.since(name, last_H2S), last_H2S.masked_fill(moved, 6))
     reached = moved[0, 0][:, None] | moved[0, 1]
     rows = changed_rows(before, module, 1024)
     assert rows <= set(reached.flatten().nonzero().flatten().tolist())
@@ -97,15 +102,17 @@ def test_sub_keys_move_above_rows_that_do_not_learn(tmp_path: Path) -> None:
     assert not changed_rows(before, module, 1024)
 
 
-def test_moved_sub_keys_are_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_head", ["halves", "full"])
+def test_moved_sub_keys_are_read_again(per_head: str, tmp_path: Path) -> None:
     """The point of it: after revivals more sub-keys find readers than without."""
     given = [ALONE, "ffn=pkm", "model.memory.n_keys=32", "model.memory.knn=1", "optim.lr=0"]
     alive = []
     for callbacks in ([], [revivals.revival(every_n_steps=2, source="queries", dead_after=2, max_share=0.5)]):
-        usage = jobs.usage(tmp_path, per_head=True, window=4)
+        usage = jobs.usage(tmp_path, per_head=per_head, window=4)
         jobs.fit([*given, *STILL], 8, [usage, *callbacks])
         assert usage.counters is not None
-        alive.append(int((usage.counters.total_of_heads("layer1.slot", "window") > 0).sum()))
+        counts_Z = usage.counters.total_of_heads("layer1.slot", "window").counts_N
+        alive.append(int((usage.counters.heads["layer1.slot"].by_sub_key(counts_Z, torch.sum) > 0).sum()))
     assert alive[1] > 1.2 * alive[0]
 
 
@@ -153,7 +160,7 @@ def test_what_was_revived_is_logged_and_survives_a_resume(tmp_path: Path) -> Non
     [
         (["ffn=pkm", "ffn.cures.simvq=true"], {}, True, "no table of this model learns"),
         (["ffn=moe"], {}, True, "no table of this model learns"),
-        (["ffn=pkm"], {"source": "queries"}, False, r"needs callbacks.slot_usage.per_head=true"),
+        (["ffn=pkm"], {"source": "queries"}, False, r"needs callbacks.slot_usage.per_head=halves"),
         (["ffn=ultramem_v2"], {"source": "queries"}, True, "moves the sub-keys of product keys"),
         (["ffn=pkm", "model.compile=true"], {"source": "queries"}, True, "model.compile=true hides"),
     ],

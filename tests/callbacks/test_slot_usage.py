@@ -1,6 +1,6 @@
 """SlotUsage counts what plugins have read: against a plain recount, over accumulation, recomputation, ranks, resumes.
 
-What it leaves behind: logs, panels, usage.json.
+What it leaves behind: logs, usage.json.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 import usage_jobs as jobs
-from lightning.pytorch.loggers import TensorBoardLogger
 from rank_group import Groups
 from tolerances import assert_close
 
-from pkm_lightning.callbacks import RunInterrupted
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training.slot_metrics import effective_slots, spread
 
@@ -78,9 +76,13 @@ def test_figures_are_logged_for_layers_and_shared_tables(tmp_path: Path) -> None
     assert {name.split("/")[0] for name in logged} == {"layer0.slot", "layer1.slot", "layer2.slot", "table0"}
     for name in ("used_percent", "gini", "top50", "top90", "top99", "kl_rows", "kl_columns"):
         assert logged[f"table0/{name}"] == pytest.approx(figures[name], rel=1e-6)
-    _, traces, valid_BT = raw.seen[-1]
-    sums = effective_slots(traces[0]["slot_weights"].flatten(0, 1), valid_BT.flatten())
-    assert logged["layer0.slot/effective"] == pytest.approx(float(sums[0] / sums[1]), rel=1e-6)
+    for span, first in (("window", 3), ("since_start", 1)):
+        weights = [(t[0]["slot_weights"].flatten(0, 1), v.flatten()) for step, t, v in raw.seen if step >= first]
+        total, reads = sum(effective_slots(*one) for one in weights)
+        effective = json.loads((tmp_path / "usage.json").read_text())["layers"]["layer0.slot"][span]["effective"]
+        assert effective == pytest.approx(float(total / reads), rel=1e-6)
+        if span == "window":
+            assert logged["layer0.slot/effective"] == effective
     assert "table0/effective" not in logged
     read = {
         layer: {step: {slot for slot, _ in raw.reads(layer, "slot", [step])} for step in (4, 5)} for layer in (0, 1, 2)
@@ -96,17 +98,48 @@ def test_experts_that_choose_are_no_read_of_a_token(tmp_path: Path) -> None:
     assert "train/usage/layer1.expert/effective" not in seen[-1]
 
 
-def test_heads_are_counted_on_request(tmp_path: Path) -> None:
-    watching, seen, raw = check(["ffn=pkm"], ["layer1.slot"], tmp_path, per_head=True)
-    found = watching.counters.total_of_heads("layer1.slot", "ever")
+@pytest.mark.parametrize("per_head", ["halves", "full"])
+def test_heads_are_counted_on_request(per_head: str, tmp_path: Path) -> None:
+    watching, seen, raw = check(["ffn=pkm"], ["layer1.slot"], tmp_path, per_head=per_head)
+    total = watching.counters.total_of_heads("layer1.slot", "ever")
+    heads = watching.counters.heads["layer1.slot"]
+    found = heads.by_sub_key(total.counts_N, torch.sum)
     assert found.shape == (2, 2, 16)
+    content = json.loads((tmp_path / "usage.json").read_text())["layers"]["layer1.slot"]["heads"]
+    logged = {n.rpartition("/")[2]: v for n, v in seen[-1].items() if n.startswith("train/usage/layer1.slot.head1/")}
     for head in range(2):
         ids = torch.cat([traces[1]["slot_ids"][valid][:, head].flatten() for _, traces, valid in raw.seen])
         assert found[head, 0].tolist() == torch.bincount(ids // 16, minlength=16).tolist()
         assert found[head, 1].tolist() == torch.bincount(ids % 16, minlength=16).tolist()
-    assert {name for name in seen[-1] if "head1" in name} == {
-        "train/usage/layer1.slot.head1/kl_rows", "train/usage/layer1.slot.head1/kl_columns",
-    }  # fmt: skip
+        if per_head == "full":
+            weights = torch.cat([traces[1]["slot_weights"][valid][:, head].flatten() for _, traces, valid in raw.seen])
+            counts, amounts = jobs.histogram(list(zip(ids.tolist(), weights.abs().tolist(), strict=True)), 256)
+            assert heads.by_slot(total.counts_N)[head].tolist() == counts
+            figures = spread(torch.tensor(counts), torch.tensor(amounts), 16)
+            expected = {name: figures[name] for name in content["since_start"][head]}
+            assert content["since_start"][head] == pytest.approx(expected, rel=1e-6)
+            read = torch.cat([t[1]["slot_ids"][valid][:, head].flatten() for step, t, valid in raw.seen if step > 3])
+            assert content["dead"][head] == 256 - len(read.unique())
+    marginals, of_slots = {"kl_rows", "kl_columns"}, {"used_percent", "kl_count", "kl_weight", "dead"}
+    assert logged.keys() == (marginals | of_slots if per_head == "full" else marginals)
+    assert content["window"][1] == pytest.approx({n: v for n, v in logged.items() if n != "dead"}, rel=1e-6)
+    assert ("dead" in content) is (per_head == "full")
+
+
+def test_heads_switched_on_at_a_resume_say_where_they_begin(tmp_path: Path) -> None:
+    given = [ALONE, "ffn=pkm"]
+    _, trainer, _ = jobs.fit(given, 3, [jobs.usage(tmp_path, per_head="full")])
+    trainer.save_checkpoint(str(tmp_path / "saved.ckpt"))
+    for per_head, first_step in (("full", 1), (True, 4)):
+        watching = jobs.usage(tmp_path, per_head=per_head)
+        jobs.fit(given, 5, [watching], 3, ckpt_path=str(tmp_path / "saved.ckpt"))
+        content = json.loads((tmp_path / "usage.json").read_text())
+        assert (content["first_step"], content["window_steps"]) == (1, 3)
+        heads = content["layers"]["layer1.slot"]["heads"]
+        assert (heads["first_step"], heads["window_steps"]) == (first_step, min(3, 6 - first_step))
+        reads = watching.counters.total_of_heads("layer1.slot", "ever").counts_N.sum()
+        per_step = content["layers"]["layer1.slot"]["reads"] // 5
+        assert int(reads) == (6 - first_step) * per_step * (1 if per_head == "full" else 2)
 
 
 def test_two_ffns_side_by_side_are_told_apart(tmp_path: Path) -> None:
@@ -149,6 +182,10 @@ def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None
     assert resumed[0][1] == two[0][1][3:]
     if ffn == "memory_plus":
         assert jobs.count([*given, ALONE], 7, "", saved, 3)[0] == two[0][0]
+        by_one = str(tmp_path / "by_one.ckpt")
+        jobs.count([*given, ALONE], 3, by_one)
+        for part in ranks(2).run(jobs.count, spread_over, 7, "", by_one, 3):
+            assert part[0] == two[0][0]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +217,7 @@ def test_a_checkpoint_of_other_slots_is_refused(tmp_path: Path) -> None:
         ({"every_n_steps": 0}, "callbacks.slot_usage.every_n_steps=0 is out of range"),
         ({"dead_after": -1}, "callbacks.slot_usage.dead_after=-1 is out of range"),
         ({"dead_after": 1.5}, "callbacks.slot_usage.dead_after=1.5 is no whole number"),
-        ({"per_head": "maybe"}, "callbacks.slot_usage.per_head='maybe' is neither true nor false"),
+        ({"per_head": "maybe"}, "callbacks.slot_usage.per_head='maybe' is not known; allowed: false, halves, full"),
         ({"panels_every_n_steps": 0}, "callbacks.slot_usage.panels_every_n_steps=0 is out of range"),
     ],
 )
@@ -195,14 +232,24 @@ def test_an_interval_that_nothing_is_logged_at_is_refused(tmp_path: Path) -> Non
         jobs.fit(given, 1, [jobs.usage(tmp_path, every_n_steps=3)])
 
 
+def test_figures_have_an_interval_of_their_own(tmp_path: Path) -> None:
+    watching = jobs.usage(tmp_path, every_n_steps=2)
+    jobs.fit([ALONE, "ffn=pkm"], 5, [watching])
+    assert watching.looked == [2, 4]  # type: ignore[attr-defined]
+    reads = watching.counters.effective["layer1.slot"].ever()[1]  # type: ignore[union-attr]
+    assert int(reads) == 2 * 32 * 2  # steps, tokens, heads
+
+
 def test_usage_json_and_the_screen_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching, _, raw = check(["ffn=peer"], ["layer1.slot"], tmp_path, steps=6, per_head=True)
+    watching, _, raw = check(["ffn=peer"], ["layer1.slot"], tmp_path, steps=6, per_head="halves")
     content = json.loads((tmp_path / "usage.json").read_text())
     reads = raw.reads(1, "slot")
     assert (content["schema"], content["step"], content["window_steps"], content["first_step"]) == (1, 6, 4, 1)
     layer = content["layers"]["layer1.slot"]
     assert (layer["slots"], layer["reads"]) == (256, len(reads))
     assert layer["since_start"]["used_percent"] == 100 * len({slot for slot, _ in reads}) / 256
+    effective = {span: layer[span].pop("effective") for span in ("window", "since_start")}
+    assert all(1 <= value <= 4 for value in effective.values())
     assert layer["window"] == spread(*watching.counters.total("layer1.slot", "window"), 16)
     assert len(layer["heads"]["window"]) == 2
     table = content["tables"]["table0"]
@@ -210,31 +257,3 @@ def test_usage_json_and_the_screen_say_the_same(tmp_path: Path, capsys: pytest.C
     assert table == {name: value for name, value in layer.items() if name != "heads"}
     assert "layer1.slot" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_an_interrupted_run_leaves_its_usage(tmp_path: Path) -> None:
-    class Stop(jobs.Raw):
-        def on_train_batch_end(self, *_: Any) -> None:
-            raise RunInterrupted("asked to stop")
-
-    watching = jobs.usage(tmp_path)
-    with pytest.raises(RunInterrupted):
-        jobs.fit([ALONE, "ffn=moe", "placement=middle"], 3, [watching, Stop()])
-    assert json.loads((tmp_path / "usage.json").read_text())["step"] == 1
-
-
-def test_panels_reach_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logger = TensorBoardLogger(str(tmp_path), name="", version="board")
-    watching = jobs.usage(tmp_path, panels_every_n_steps=2)
-    jobs.fit([ALONE, "ffn=memory_plus", "placement=all"], 4, [watching], loggers=[logger])
-    events = EventAccumulator(str(tmp_path / "board")).Reload()
-    for name in ("layer0.slot", "table0"):
-        assert [event.step for event in events.Images(f"usage/{name}/heat_map")] == [2, 4]
-        assert events.Images(f"usage/{name}/heat_map")[0].width == 16
-        assert events.Images(f"usage/{name}/rank_frequency")[0].width == 360
-    text = events.Tensors("usage/layer0.slot/most_read/text_summary")[-1].tensor_proto.string_val[0].decode()
-    slot = int(watching.counters.total("layer0.slot", "window").counts_N.argmax())
-    assert text.splitlines()[2].startswith(f"| {slot} |")
-    assert events.Scalars("train/usage/table0/gini")

@@ -95,6 +95,10 @@ def test_the_reference_never_waits_for_a_device() -> None:
     [
         ({"ids_TC": torch.zeros(2, 3)}, "ids are torch.float32"),
         ({"ids_TC": torch.zeros(2, 2, dtype=torch.int64)}, r"weights of shape \(2, 3\)"),
+        ({"ids_TC": torch.zeros(2, dtype=torch.int64), "weights_TC": torch.zeros(2)}, r"both of one shape \(T, C\)"),
+        ({"valid_T": torch.ones(3, dtype=torch.bool)}, r"valid is torch.bool of shape \(3,\); .* of shape \(2,\)"),
+        ({"valid_T": torch.ones(1, dtype=torch.bool)}, r"valid is torch.bool of shape \(1,\)"),
+        ({"valid_T": torch.ones(2)}, "valid is torch.float32"),
         ({"counts_M": torch.zeros(5, dtype=torch.int32)}, "counters must be contiguous"),
         ({"backend": "triton"}, "backend='triton' is not available; allowed: auto, cpu, reference"),
     ],

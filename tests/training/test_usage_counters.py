@@ -33,7 +33,7 @@ class Tracer(nn.Module):
 def counters(*ffns: nn.Module, **changes: object) -> UsageCounters:
     tables = {id(table): table for ffn in ffns if isinstance(ffn, Tracer) for s in ffn.told for table in s.tables}
     model = toys.transformer(list(ffns), tables.values())
-    return UsageCounters(model, **{"window": 4, "per_head": False, "device": HERE, "step": 0, **changes})  # type: ignore[arg-type]
+    return UsageCounters(model, **{"window": 4, "per_head": None, "device": HERE, "step": 0, **changes})  # type: ignore[arg-type]
 
 
 def test_names_of_readers_and_tables() -> None:
@@ -61,12 +61,13 @@ def test_three_shapes_of_traces_count_alike() -> None:
         "heads_ids": ids_BTK[..., None], "heads_weights": torch.ones(1, 2, 2, 1),
         "choosing_chosen": chosen_BTN, "choosing_weights": weights_BTN,
     }  # fmt: skip
-    made.add({0: trace}, {}, 1)
+    made.add({0: trace}, {})
+    made.end_step()
     assert made.total("layer0.one", "ever").counts_N.tolist() == [1, 1, 1, 1]
     assert made.total("layer0.heads", "ever").counts_N.tolist() == [1, 1, 1, 1]
     assert made.total("layer0.choosing", "ever").counts_N.tolist() == [1, 1, 1, 2]
     assert not made.total("layer0.silent", "ever").counts_N.any()
-    made.add({0: trace}, {"valid": torch.tensor([[True, False]])}, 2)
+    made.add({0: trace}, {"valid": torch.tensor([[True, False]])})
     assert made.total("layer0.choosing", "window").counts_N.tolist() == [2, 1, 1, 3]
 
 
@@ -76,7 +77,7 @@ def test_counting_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys.modules[op.__module__], "HAS_NUMBA", False)
     made = counters(
-        Tracer(Slots(name="slot", count=9, n_keys=3), Slots(name="expert", count=4)), per_head=True, window=2
+        Tracer(Slots(name="slot", count=9, n_keys=3), Slots(name="expert", count=4)), per_head="halves", window=2
     )
     trace = {
         "slot_ids": torch.randint(9, (2, 3, 2, 4)).int(), "slot_weights": torch.randn(2, 3, 2, 4).bfloat16(),
@@ -84,7 +85,9 @@ def test_counting_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     valid = {"valid": torch.rand(2, 3) > 0.3}
     with NoHost():
-        for step in range(1, 6):
-            made.add({0: trace}, valid, step)
+        for _ in range(5):
+            made.add({0: trace}, valid)
+            made.add_effective({0: trace}, valid)
+            made.end_step()
     assert int(made.total("layer0.slot", "ever").counts_N.sum()) == 5 * 8 * int(valid["valid"].sum())
-    assert int(made.total_of_heads("layer0.slot", "window").sum()) == 2 * 2 * 8 * int(valid["valid"].sum())
+    assert int(made.total_of_heads("layer0.slot", "window").counts_N.sum()) == 2 * 2 * 8 * int(valid["valid"].sum())

@@ -63,12 +63,17 @@ def count_reads(
         backend: `auto`, `cpu` (numba) or `reference` (torch, any device).
 
     Raises:
-        ValueError: ids or counters of another dtype, or an unknown backend or one that cannot run here.
+        ValueError: ids, flags or counters of another dtype or shape, or an unknown backend or one that cannot run here.
     """
-    if ids_TC.dtype not in (torch.int32, torch.int64) or ids_TC.shape != weights_TC.shape:
+    if ids_TC.dtype not in (torch.int32, torch.int64) or ids_TC.ndim != 2 or ids_TC.shape != weights_TC.shape:
         raise ValueError(
             f"count_reads: ids are {ids_TC.dtype} of shape {tuple(ids_TC.shape)} and weights of shape "
             f"{tuple(weights_TC.shape)}; ids must be torch.int32 or torch.int64, both of one shape (T, C)."
+        )
+    if valid_T is not None and (valid_T.dtype is not torch.bool or valid_T.shape != ids_TC.shape[:1]):
+        raise ValueError(
+            f"count_reads: valid is {valid_T.dtype} of shape {tuple(valid_T.shape)}; give torch.bool of shape "
+            f"{tuple(ids_TC.shape[:1])}, a flag for each row of ids, or None."
         )
     found = [(counter.dtype, counter.is_contiguous()) for counter in (counts_M, weights_M, last_M)]
     if found != [(torch.int64, True), (torch.int64, True), (torch.int32, True)]:
