@@ -16,7 +16,7 @@ ends, and in TensorBoard's panels (`slot_panels`).
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ from pkm_lightning.callbacks.usage_report import print_report, write_report
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.head_counts import PerHead
+from pkm_lightning.training.slot_readers import find_readers
 from pkm_lightning.training.step_watch import Traces
 from pkm_lightning.training.usage_counters import UsageCounters
 from pkm_lightning.training.usage_figures import logged, report
 
 _KEY = "callbacks.slot_usage"
+_log = logging.getLogger(__name__)
 
 
 class SlotUsage(L.Callback):
@@ -49,6 +51,8 @@ class SlotUsage(L.Callback):
         dead_after: steps without a read after which a slot counts as dead, 1 or more.
         per_head: of each head count nothing (False), its sub-keys (`halves`, or True) or all its slots (`full`).
         panels_every_n_steps: optimizer steps between panels in TensorBoard; None: at validations.
+        max_slots: reads of tables with more rows are not counted, since each layer's counters take 52 bytes a slot on
+            every rank; None: all are counted.
 
     Attributes:
         counters: those of the training under way, or of the last; None before it, and for a model without slots.
@@ -66,8 +70,10 @@ class SlotUsage(L.Callback):
         dead_after: int,
         per_head: bool | str,
         panels_every_n_steps: int | None,
+        max_slots: int | None = None,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("panels_every_n_steps", panels_every_n_steps)):
+        optional = {"every_n_steps": every_n_steps, "panels_every_n_steps": panels_every_n_steps}
+        for name, value in {**optional, "max_slots": max_slots}.items():
             if value is not None:
                 check_integer(f"{_KEY}.{name}", value, low=1)
         check_integer(f"{_KEY}.window", window, low=2)
@@ -76,7 +82,7 @@ class SlotUsage(L.Callback):
             check_choice(f"{_KEY}.per_head", per_head, ("false", "halves", "full"))
         self.path = Path(path)
         self.every_n_steps, self.panels_every_n_steps = every_n_steps, panels_every_n_steps
-        self.window, self.dead_after = window, dead_after
+        self.window, self.dead_after, self.max_slots = window, dead_after, max_slots
         self.per_head = _kind(per_head)
         self.counters: UsageCounters | None = None
         self._saved: dict[str, Any] = {}
@@ -117,9 +123,13 @@ class SlotUsage(L.Callback):
             pl_module.model,
             window=self.window,
             per_head=self.per_head,
+            max_slots=self.max_slots,
             device=trainer.strategy.root_device,
             step=trainer.global_step,
         )
+        left_out = find_readers(pl_module.model).keys() - counters.readers.keys()
+        if left_out and trainer.is_global_zero:
+            _log.warning("%s have more slots than %s.max_slots and are not counted", ", ".join(sorted(left_out)), _KEY)
         if self._saved:
             counters.load_state_dict(self._saved)
             self._saved = {}
@@ -189,12 +199,13 @@ class SlotUsage(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes usage.json, unless other ranks would be waited for that may not come."""
         together = isinstance(exception, RunInterrupted) or not dist.is_initialized() or trainer.world_size == 1
-        if self._traces and self.counters is not None and together:
-            content = report(self.counters, trainer.global_step, self.dead_after)
-            if trainer.is_global_zero:
-                # What stopped the run is the error to be told.
-                with contextlib.suppress(OSError):
+        try:
+            if self._traces and self.counters is not None and together:
+                content = report(self.counters, trainer.global_step, self.dead_after)
+                if trainer.is_global_zero:
                     write_report(content, self.path)
+        except (OSError, RuntimeError) as error:  # a full disk, a failed device: what was raised first is to be told
+            _log.warning("%s is not written: %s", self.path, error)
         self._stop(pl_module)
 
     def _stop(self, pl_module: L.LightningModule) -> None:

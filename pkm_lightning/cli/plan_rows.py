@@ -23,6 +23,7 @@ _HELD = {
     "table_states": "  optimizer states of that part",
     "staged_reads": "  staged reads of a step",
     "merged_replicas": "  what replicas have sent, merged",
+    "usage_counters": "  counters of slot usage",
 }
 _RECEIVED = {
     "dense": "  dense weights and gradients",

@@ -29,8 +29,12 @@ class Counted(NamedTuple):
         return self.units_N.double() * WEIGHT_UNIT
 
 
+#: Count and weight of a period, of the one before and since the start, and the last step that read a slot.
+BYTES_A_SLOT = 3 * 2 * 8 + 4
+
+
 class ReadCounts:
-    """The counters of one rank, on `device`, 52 bytes a slot. No method but `state` waits for the device.
+    """The counters of one rank, on `device`, `BYTES_A_SLOT` a slot. No method but `state` waits for the device.
 
     Args:
         n_slots: slots N.

@@ -97,8 +97,12 @@ class TableSet:
     readers: tuple[str, ...]
 
 
-def find_readers(model: Transformer) -> dict[str, Reader]:
+def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, Reader]:
     """All readers of `model`, by name; a plugin that does not state its slots has none.
+
+    Args:
+        model: of which no weight is looked at.
+        max_slots: readers of more slots are left out; None: all.
 
     Raises:
         ConfigError: a plugin states slots that cannot be.
@@ -110,6 +114,8 @@ def find_readers(model: Transformer) -> dict[str, Reader]:
                 place, told = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
                 check_slots(place, plugin, told)
                 for slots in told:
+                    if max_slots is not None and slots.count > max_slots:
+                        continue
                     names = tuple(one.name for one in told)
                     reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots, names)
                     readers[reader.name] = reader

@@ -41,6 +41,7 @@ class UsageCounters:
         per_head: what of each head is counted too; None: nothing.
         device: where traces are.
         step: steps taken already.
+        max_slots: reads of more slots are not counted; None: all are.
 
     Attributes:
         clock: the step that is being watched, or the last one; steps that a rollback repeats count again.
@@ -53,9 +54,16 @@ class UsageCounters:
     """
 
     def __init__(
-        self, model: Transformer, *, window: int, per_head: PerHead | None, device: torch.device, step: int
+        self,
+        model: Transformer,
+        *,
+        window: int,
+        per_head: PerHead | None,
+        device: torch.device,
+        step: int,
+        max_slots: int | None = None,
     ) -> None:
-        self.readers = find_readers(model)
+        self.readers = find_readers(model, max_slots)
         self.tables = find_tables(self.readers)
         self._half, self._per_head, self._device, self._start = -(-window // 2), per_head, device, step
         self.clock, self._in_step = step, False

@@ -15,6 +15,8 @@ from rank_group import Groups
 from pkm_lightning.errors import InstabilityError
 
 FAULTS = [faults.NotANumber, faults.HugeGradient, faults.HugeRate, faults.InfiniteRow]
+#: One in every run, all in the long ones.
+ONE_OF_THEM = [FAULTS[0], *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS[1:])]
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -45,7 +47,7 @@ def test_after_a_rollback_training_ends_as_if_nothing_had_happened(
     assert all(event["returned_to"] < event["step"] for event in went_back)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ONE_OF_THEM)
 def test_without_an_answer_three_of_the_faults_spoil_the_run(tmp_path: Path, undisturbed: float, fault: Any) -> None:
     module, *_ = faults.train(tmp_path, fault(), faults.watching(tmp_path))
     loss = faults.loss_on_other_rows(module)
@@ -55,7 +57,7 @@ def test_without_an_answer_three_of_the_faults_spoil_the_run(tmp_path: Path, und
     assert {event["action"] for event in events(tmp_path)} == {"warn"}
 
 
-@pytest.mark.parametrize("fault", [faults.NotANumber, faults.HugeGradient])
+@pytest.mark.parametrize("fault", ONE_OF_THEM[:2])
 def test_a_bad_step_is_skipped(tmp_path: Path, undisturbed: float, fault: Any) -> None:
     module, losses, trainer = faults.train(
         tmp_path, fault(), faults.watching(tmp_path, policies=faults.everything("skip"))
@@ -65,7 +67,7 @@ def test_a_bad_step_is_skipped(tmp_path: Path, undisturbed: float, fault: Any) -
     assert faults.loss_on_other_rows(module) == pytest.approx(undisturbed, rel=0.02)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ONE_OF_THEM)
 def test_stop_ends_the_run_and_the_last_checkpoint_is_good(tmp_path: Path, fault: Any) -> None:
     policies = {**faults.everything("stop"), "weight_not_finite": "stop"}
     with pytest.raises(InstabilityError, match=r"in step 8\d"):
@@ -117,6 +119,7 @@ def test_an_infinite_row_is_found_before_it_is_read(tmp_path: Path) -> None:
     assert found["step"] == faults.AT + 1
 
 
+@pytest.mark.slow
 def test_a_rollback_from_disk(tmp_path: Path, undisturbed: float) -> None:
     watch = faults.watching(tmp_path, policies=faults.everything("rollback"), restore="disk")
     module, _, trainer = faults.train(tmp_path, faults.NotANumber(), watch)
@@ -132,7 +135,7 @@ def test_a_rollback_from_disk(tmp_path: Path, undisturbed: float) -> None:
         pytest.param("fsdp", "memory", marks=pytest.mark.slow),
         ("ddp", "disk"),
         pytest.param("deepspeed_1", "disk", marks=pytest.mark.slow),
-        ("deepspeed_3", "disk"),
+        pytest.param("deepspeed_3", "disk", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_go_back_together(ranks: Groups, tmp_path: Path, strategy: str, restore: str) -> None:

@@ -29,7 +29,9 @@ def checkpoints(path: Path) -> list[str]:
     return sorted(file.name for file in (path / "checkpoints").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("policy", ["stop", "rollback", "skip"])
+@pytest.mark.parametrize(
+    "policy", ["rollback", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("stop", "skip"))]
+)
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, policy: str) -> None:
     watch = faults.watching(tmp_path, policies=faults.everything(policy), restore="disk")
     if policy == "rollback":
@@ -80,6 +82,7 @@ def test_the_reason_is_the_event_that_is_answered(tmp_path: Path) -> None:
     assert [json.loads(line)["action"] for line in lines] == ["stop", "warn", "warn"]
 
 
+@pytest.mark.slow
 def test_a_lasting_change_of_level_is_not_refused_for_ever(tmp_path: Path) -> None:
     class Louder(faults.HugeGradient):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import distributed_jobs
 import lightning as L
 import pytest
 import torch
@@ -14,13 +15,14 @@ import torch.distributed as dist
 import usage_jobs as jobs
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import Letters
+from toys import Letters, config
 from training.fits import loader
 from training.test_usage_counters import Tracer, counters
 
-from pkm_lightning.callbacks import RunInterrupted
+from pkm_lightning.callbacks import RunInterrupted, slot_usage
 from pkm_lightning.callbacks.slot_panels import draw_panels
 from pkm_lightning.ffn import Slots
+from pkm_lightning.training.instantiate import instantiate
 
 ALONE = "strategy=single"
 
@@ -106,3 +108,19 @@ def test_padding_reads_nothing_in_a_panel() -> None:
     made.add(traces, batch)
     draw_panels([board], made, traces, batch, Letters(), 1)
     assert board.texts["usage/layer0.slot/most_read"].splitlines()[2:] == ["| 1 | 2 | 100.00% | `a` (1), `b` (1) |"]
+
+
+def test_what_stopped_the_run_is_told_even_if_the_report_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            raise ValueError("the original fault")
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the device has failed")
+
+    monkeypatch.setattr(slot_usage, "report", broken)
+    usage = instantiate(config(f"run_dir={tmp_path}")["callbacks"]["slot_usage"], "callbacks.slot_usage")
+    with pytest.raises(ValueError, match="the original fault"):
+        distributed_jobs.fit(
+            distributed_jobs.settings("ffn=memory_plus", "strategy=single", steps=3), 3, watching=[usage, Fails()]
+        )

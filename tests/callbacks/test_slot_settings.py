@@ -6,6 +6,7 @@ from pathlib import Path
 
 import distributed_jobs as jobs
 import pytest
+from small import SMALL_RUN, Run
 
 from pkm_lightning.cli.assembly import assemble, complete
 from pkm_lightning.errors import ConfigError
@@ -37,3 +38,10 @@ def test_what_goes_together_is_assembled(per_head: str, tmp_path: Path) -> None:
     assemble(
         complete(jobs.config("ffn=memory_plus", f"run_dir={tmp_path / 'run'}", "model.vocab_size=auto", *given))[0]
     )
+
+
+def test_tables_with_too_many_slots_are_said_and_not_counted(cli: Run, tmp_path: Path) -> None:
+    shown = cli("fit", *SMALL_RUN, "run_dir=run", "callbacks.slot_usage.max_slots=255", "trainer.max_steps=2")
+    assert shown.code == 0, shown.err
+    assert "layer0.slot, layer1.slot have more slots than callbacks.slot_usage.max_slots" in shown.out + shown.err
+    assert not (tmp_path / "run" / "usage.json").exists()

@@ -17,9 +17,9 @@ CASES = [
     ("ddp", 2, "ffn=memory_plus table.shard=dim table.learning=dense"),
     pytest.param("ddp", 4, "ffn=peer table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("ddp", 2, "ffn=ultramem table.shard=row table.learning=rows", marks=pytest.mark.slow),
-    ("ddp", 4, "ffn=memory_plus table.shard=dim table.learning=rows table.group=2"),
+    pytest.param("ddp", 4, "ffn=memory_plus table.shard=dim table.learning=rows table.group=2", marks=pytest.mark.slow),
     ("ddp", 2, "ffn=memory_plus table.shard=none table.learning=fused optim.table_clip_norm=null"),
-    ("fsdp", 2, "ffn=peer table.shard=dim table.learning=rows"),
+    pytest.param("fsdp", 2, "ffn=peer table.shard=dim table.learning=rows", marks=pytest.mark.slow),
     pytest.param(
         "fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2", marks=pytest.mark.slow
     ),
@@ -35,7 +35,12 @@ CASES = [
     pytest.param(
         "deepspeed_3", 4, "ffn=memory_plus table.shard=dim table.learning=dense table.group=2", marks=pytest.mark.slow
     ),
-    ("deepspeed_3", 2, "ffn=ultramem_v2 table.shard=dim table.learning=fused optim.table_clip_norm=null"),
+    pytest.param(
+        "deepspeed_3",
+        2,
+        "ffn=ultramem_v2 table.shard=dim table.learning=fused optim.table_clip_norm=null",
+        marks=pytest.mark.slow,
+    ),
     pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
     ("ddp", 2, "ffn=memory_plus placement.mode=parallel table.shared=false model.activation_checkpointing=true"),
 ]

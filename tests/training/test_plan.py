@@ -77,6 +77,15 @@ def test_what_replicas_send_is_held_with_the_own() -> None:
     assert plan(*LARGE).memory.merged_replicas == 0
 
 
+def test_counters_of_slot_usage_are_held_by_every_rank() -> None:
+    slots, layers = 16**2, 3
+    small = ("ffn=memory_plus", "model.memory.n_keys=16", "devices=2", "strategy=ddp")
+    assert plan(*small).memory.usage_counters == 52 * slots * layers
+    assert plan(*small, f"callbacks.slot_usage.max_slots={slots - 1}").memory.usage_counters == 0
+    assert plan(*small, "callbacks=none").memory.usage_counters == 0
+    assert plan(*small, "ffn=dense").memory.usage_counters == 0
+
+
 def test_one_process_sends_nothing() -> None:
     alone = plan("ffn=memory_plus")
     assert alone.traffic_total == 0

@@ -18,6 +18,7 @@ Bytes in memory of one device (activations, kernels' temporaries and libraries' 
 | `table_states` | what `table.optimizer` keeps for the part | 2 N D v / P |
 | `staged_reads` | L (4 + 4 + c) + X C v of all calls of a step, in buffers that double as they grow | 0 |
 | `merged_replicas` | what all replicas have sent, this one's too: `replicas` R / (R - 1), half that if dense | 0 |
+| `usage_counters` | 52 bytes a slot or expert and layer that reads it, where `callbacks.slot_usage` counts | the same |
 
 Bytes that a device receives in an optimizer step; an all-reduce of n bytes is a ring, 2 (W - 1) / W n:
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pkm_lightning.training.plan.dense import dense_figures
 from pkm_lightning.training.plan.setting import Setting
 from pkm_lightning.training.plan.tables import table_figures
+from pkm_lightning.training.read_counts import BYTES_A_SLOT
+from pkm_lightning.training.slot_readers import find_readers
 
 if TYPE_CHECKING:
     from pkm_lightning.model import Transformer
@@ -27,6 +29,7 @@ class Memory:
     table_states: int
     staged_reads: int | None
     merged_replicas: int | None
+    usage_counters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,7 @@ def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
         table_states=tables.states,
         staged_reads=tables.staged,
         merged_replicas=tables.merged,
+        usage_counters=_usage_counters(model, config),
     )
     nothing = {field.name: 0 for field in fields(Memory)}
     host = Memory(**nothing)
@@ -119,3 +123,12 @@ def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
         ),
         unknown=unknown,
     )
+
+
+def _usage_counters(model: Transformer, config: Mapping[str, Any]) -> int:
+    """Bytes of the counters of `callbacks.slot_usage`, where it is on: every rank has all of them."""
+    usage = (config.get("callbacks") or {}).get("slot_usage")
+    if not usage:
+        return 0
+    readers = find_readers(model, usage.get("max_slots")).values()
+    return sum(BYTES_A_SLOT * reader.slots.count for reader in readers)
