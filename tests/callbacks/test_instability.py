@@ -133,7 +133,7 @@ def test_a_rollback_from_disk(tmp_path: Path, undisturbed: float) -> None:
     [
         ("ddp", "memory"),
         pytest.param("fsdp", "memory", marks=pytest.mark.slow),
-        ("ddp", "disk"),
+        pytest.param("ddp", "disk", marks=pytest.mark.slow),
         pytest.param("deepspeed_1", "disk", marks=pytest.mark.slow),
         pytest.param("deepspeed_3", "disk", marks=pytest.mark.slow),
     ],

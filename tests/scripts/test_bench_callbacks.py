@@ -12,6 +12,7 @@ from small import SMALL_DATA
 from tree import ROOT
 
 
+@pytest.mark.slow
 def test_every_way_is_run_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,11 +25,21 @@ CASES = [
     ),
     pytest.param("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2", marks=pytest.mark.slow),
     ("fsdp", 2, "ffn=moe"),
-    ("fsdp", 2, "ffn=memory_plus table.shard=dim table/optimizer=row_adagrad trainer.accumulate_grad_batches=2"),
+    pytest.param(
+        "fsdp",
+        2,
+        "ffn=memory_plus table.shard=dim table/optimizer=row_adagrad trainer.accumulate_grad_batches=2",
+        marks=pytest.mark.slow,
+    ),
     ("deepspeed_1", 2, "ffn=memory_plus table.shard=row table.learning=rows"),
     pytest.param("deepspeed_1", 4, "ffn=peer table.shard=dim table.learning=dense", marks=pytest.mark.slow),
     pytest.param("deepspeed_2", 2, "ffn=ultramem table.shard=dim table.learning=dense", marks=pytest.mark.slow),
-    ("deepspeed_2", 2, "ffn=memory_plus table.shard=dim table.learning=rows trainer.accumulate_grad_batches=2"),
+    pytest.param(
+        "deepspeed_2",
+        2,
+        "ffn=memory_plus table.shard=dim table.learning=rows trainer.accumulate_grad_batches=2",
+        marks=pytest.mark.slow,
+    ),
     pytest.param("deepspeed_2", 4, "ffn=moe", marks=pytest.mark.slow),
     ("deepspeed_3", 2, "ffn=peer table.shard=row table.learning=rows"),
     pytest.param(

@@ -34,7 +34,8 @@ def slow(*trip: Any) -> Any:
 
 
 TRIPS = [
-    ("ffn=memory_plus", [("ddp", 2), ("fsdp", 4), ("deepspeed_3", 2), ("single", 1), ("deepspeed_1", 2), ("ddp", 2)]),
+    ("ffn=memory_plus", [("ddp", 2), ("deepspeed_3", 2), ("single", 1), ("fsdp", 2)]),
+    slow("ffn=memory_plus", [("fsdp", 4), ("deepspeed_1", 2), ("ddp", 2)]),
     slow("ffn=peer table.shard=row", [("fsdp", 2), ("single", 1), ("deepspeed_2", 2), ("fsdp", 4)]),
     slow("ffn=ultramem table.learning=dense", [("deepspeed_3", 2), ("ddp", 4), ("single", 1), ("fsdp", 2)]),
     slow("ffn=memory_plus table/optimizer=row_adagrad", [("ddp", 4), ("fsdp", 2), ("single", 1)]),
