@@ -16,6 +16,8 @@ from tree import ROOT
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 OURS = [c for c in COMMANDS if c.startswith("python -m pkm_lightning ")]
+#: Without several processes, sweeps and large models, which take most of the time and leave nothing to later commands.
+QUICK = [c for c in OURS if not any(word in c for word in ("strategy=", "model=", "match=", "fit -m "))]
 #: Sizes of what the commands train; a command's own overrides come after them.
 FACTS = [o for o in SMALL_RUN if o.startswith("data.")]
 SHORT = {"trainer.max_steps": 4, "trainer.val_check_interval": 4, "callbacks.step_checkpoint.every_n_steps": 4}
@@ -54,10 +56,11 @@ def small_version(command: str) -> list[str]:
             *[a for a in kept if a not in flags]]  # fmt: skip
 
 
-def test_every_command_of_the_package_runs(cli: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("commands", [QUICK, pytest.param(OURS, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_every_command_of_the_package_runs(cli: Run, tmp_path: Path, commands: list[str]) -> None:
     """In order and in one place, since later commands use what earlier ones leave."""
     furnish(tmp_path)
-    for command in OURS:
+    for command in commands:
         arguments = small_version(command)
         spread = any(argument.startswith("strategy=") for argument in arguments)
         if spread and arguments[0] == "fit":  # starts its other ranks by running the program again

@@ -44,6 +44,7 @@ def test_a_table_of_64_billion_values_is_described_at_once(cli: Run) -> None:
     assert json.loads(shown.out)["params"]["table"] == 4096**2 * 4096
 
 
+@pytest.mark.slow
 def test_variants_stand_side_by_side_at_equal_budget(cli: Run, tmp_path: Path) -> None:
     names = ["dense", "moe", "pkm", "memory_plus", "peer"]
     shown = cli("info", f"ffn={','.join(names)}", "match=flops", "format=json")
