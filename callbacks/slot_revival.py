@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from pkm_lightning.callbacks.revival_checks import check_config, check_queries, missing_usage
 from pkm_lightning.callbacks.slot_usage import SlotUsage
+from pkm_lightning.callbacks.stopwatch import step_will_log
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.training import LanguageModule
@@ -145,8 +146,7 @@ class SlotRevival(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Logs how many were revived so far."""
-        step = trainer.global_step + 1
-        if not trainer.fit_loop._should_accumulate() and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if step_will_log(trainer):
             pl_module.log_dict({f"train/revived/{name}": float(n) for name, n in self.revived.items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pkm_lightning.callbacks.slot_panels import draw_panels
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted
+from pkm_lightning.callbacks.stopwatch import in_training
 from pkm_lightning.callbacks.usage_report import print_report, write_report
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.training import LanguageModule
@@ -172,8 +173,7 @@ class SlotUsage(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the panels, unless they have an interval of their own."""
-        in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if self.counters is not None and in_training and self.panels_every_n_steps is None:
+        if self.counters is not None and in_training(trainer) and self.panels_every_n_steps is None:
             self._draw(trainer, trainer.global_step)
 
     def _draw(self, trainer: L.Trainer, step: int) -> None:

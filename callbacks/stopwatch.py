@@ -72,6 +72,12 @@ def in_training(trainer: L.Trainer) -> bool:
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
+def step_will_log(trainer: L.Trainer) -> bool:
+    """True before the update of a step that logs, in its last micro-batch."""
+    due: bool = (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+    return due and not trainer.fit_loop._should_accumulate()
+
+
 def step_logs(trainer: L.Trainer) -> bool:
     """True at the end of the last micro-batch of a step that logs."""
     due: bool = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

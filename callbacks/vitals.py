@@ -25,9 +25,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from pkm_lightning.callbacks.stopwatch import step_logs
+from pkm_lightning.callbacks.stopwatch import step_logs, step_will_log
 from pkm_lightning.errors import check_integer
 from pkm_lightning.memory.replicas import norm_over_members
+from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.vitals import Vitals as Found
@@ -60,8 +61,7 @@ class Vitals(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Keeps a sample of the weights, if the step is looked at."""
         assert isinstance(pl_module, LanguageModule)
-        last = not trainer.fit_loop._should_accumulate()
-        if last and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if step_will_log(trainer):
             self._before = {
                 name: [(parameter, _sample(parameter).clone()) for parameter in parameters]
                 for name, parameters in _groups(pl_module).items()
@@ -80,11 +80,11 @@ class Vitals(L.Callback):
         tables = [_row_norm(table) for table in pl_module.model.value_tables]
         if tables:
             whole["value_norm"] = torch.stack([norm.to(tables[0].device) for norm in tables]).amax()
-        whole.update(self._update_ratios(pl_module))
+        whole.update(self._update_ratios())
         self.found, self.step = _over_ranks(found, pl_module), trainer.global_step
         self._log(trainer, pl_module)
 
-    def _update_ratios(self, pl_module: LanguageModule) -> dict[str, Tensor]:
+    def _update_ratios(self) -> dict[str, Tensor]:
         squares = {}
         for name, parts in self._before.items():
             pairs = [
@@ -94,7 +94,7 @@ class Vitals(L.Callback):
             squares[name] = torch.stack([pair.to(pairs[0].device) for pair in pairs]).sum(0)
         self._before = {}
         # Where ranks hold copies, all of them count as often.
-        sums = {name: pl_module.sum_over_ranks(pair) for name, pair in squares.items()}
+        sums = {name: sum_over_ranks(pair) for name, pair in squares.items()}
         return {f"update_ratio_{name}": (moved / size.clamp(min=1e-30)).sqrt() for name, (moved, size) in sums.items()}
 
     def _log(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:

@@ -23,6 +23,7 @@ from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import of_plugin, plugins
+from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training.build import attention_context, build_model
 from pkm_lightning.training.clipping import clip_by_norm, local
 from pkm_lightning.training.distribution import check_own_tables, shard_dense, table_mesh
@@ -175,7 +176,7 @@ class LanguageModule(L.LightningModule):
         own_targets = nll_M.new_full((), nll_M.numel(), dtype=torch.int64)
         all_tokens = nll_M.new_full((), batch["labels"].numel(), dtype=torch.int64)
         own_tokens = all_tokens if valid_BT is None else valid_BT.sum()
-        targets, tokens = self.sum_over_ranks(torch.stack([own_targets, own_tokens])).unbind()
+        targets, tokens = sum_over_ranks(torch.stack([own_targets, own_tokens])).unbind()
         self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens
         factor = self._normaliser.scale(
             targets, world_size=self.trainer.world_size, accumulate=self.trainer.accumulate_grad_batches
@@ -189,14 +190,6 @@ class LanguageModule(L.LightningModule):
         # the mean over all ranks; by its targets a micro-batch's adds to the mean over the step.
         auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(()))
         return (nll + auxiliary * targets * own_tokens / tokens.clamp(min=1)) * factor
-
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of every rank's `value`; every rank must ask."""
-        if self.trainer.world_size == 1:
-            return value
-        total = self.trainer.strategy.reduce(value, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total
 
     # --- one optimizer step
 
@@ -212,12 +205,12 @@ class LanguageModule(L.LightningModule):
             self._correct(correction)
         if self._log_is_due() or self.watch.judges:
             assert self._step_nll is not None
-            loss = self.sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
+            loss = sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.watch.figures = {"loss": loss}
         if self._log_is_due():
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
-            for name, value in self._reports.means(self.sum_over_ranks).items():
+            for name, value in self._reports.means().items():
                 self.log(f"train/{name}", value)
 
     def _correct(self, correction: Tensor) -> None:
@@ -309,7 +302,7 @@ class LanguageModule(L.LightningModule):
 
     def _after_step(self) -> None:
         for layer, block in enumerate(self.model.blocks):
-            stats = {name: self.sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
+            stats = {name: sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
             for name, plugin in plugins(block.ffn):  # type: ignore[arg-type]
                 if isinstance(plugin, HasAfterStep):
                     plugin.after_step(of_plugin(name, stats))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+
+from pkm_lightning.ops import sum_over_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +39,8 @@ class StepReports:
         """Sums over this rank's micro-batches of what a layer's plugins have for their `after_step`."""
         return self._statistics.get(layer, {})
 
-    def means(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Auxiliary losses and metrics, means over the step's real tokens of all ranks."""
+    def means(self) -> dict[str, Tensor]:
+        """Auxiliary losses and metrics, means over the step's real tokens of all ranks; every rank must ask."""
         if self._tokens is None:
             return {}
         *totals, tokens = sum_over_ranks(torch.stack([*self._weighted.values(), self._tokens.float()])).unbind()

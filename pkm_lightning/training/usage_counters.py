@@ -89,7 +89,6 @@ class UsageCounters:
                 continue
             self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
             self._add_heads(reader, reads)
-
         for sums in self.effective.values():
             sums.turn(self.clock)
 
