@@ -2,15 +2,22 @@
 
 Metrics: `val/recall_FORM` and `test/recall_FORM` (exact match), `.../choice_FORM` (best of four options),
 `.../bits_FORM` (bits of knowledge per fact, prior less model). Data modules without `recall_items` are left alone.
+Every answer of the test goes into recall.csv, so that reports can resample facts.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch.distributed as dist
 
+from pkm_lightning.storage import write_beside
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.in_step import in_step
 from pkm_lightning.training.recall import ItemScore, score_items, summarise
@@ -22,14 +29,16 @@ class Recall(L.Callback):
     Args:
         val_items: questions a form at each validation; 0 for none.
         test_items: questions a form in the test; None for all.
+        path: file of the test's answers, a row each with the fields of `ItemScore`; None for no file.
 
     Attributes:
         scores: each question of the last test.
         report: their means by form, relation and decile (`pkm_lightning.training.recall.summarise`).
     """
 
-    def __init__(self, *, val_items: int, test_items: int | None) -> None:
+    def __init__(self, *, val_items: int, test_items: int | None, path: str | None = None) -> None:
         self.val_items, self.test_items = val_items, test_items
+        self.path = None if path is None else Path(path)
         self.scores: list[ItemScore] = []
         self.report: dict[str, Any] = {}
 
@@ -42,6 +51,8 @@ class Recall(L.Callback):
         """The full sample, kept for the report."""
         self.scores = self._score(trainer, pl_module, self.test_items)
         self.report = self._log("test", self.scores, pl_module)
+        if self.path is not None and self.scores and trainer.is_global_zero:
+            write_scores(self.path, self.scores)
 
     def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, limit: int | None) -> list[ItemScore]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -66,3 +77,13 @@ class Recall(L.Callback):
                     on_bar = prefix == "val" and metric == "recall" and form == "paraphrase"
                     pl_module.log(f"{prefix}/{metric}_{form}", means[metric], prog_bar=on_bar, sync_dist=True)
         return report
+
+
+def write_scores(path: Path, scores: Sequence[ItemScore]) -> None:
+    """Writes `scores` as CSV; a truth value is 0 or 1."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(ItemScore))
+    for score in scores:
+        writer.writerow(int(value) if isinstance(value, bool) else value for value in astuple(score))
+    write_beside(path, text.getvalue())

@@ -58,6 +58,7 @@ class RunRecord(TimedCallback):
             "world_size": trainer.world_size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "data": getattr(getattr(trainer, "datamodule", None), "fingerprint", None),
+            "facts": getattr(getattr(trainer, "datamodule", None), "n_facts", None),
             "peak_memory_bytes": peak_memory_bytes(device),
             "best_validation": self._best,
             "metrics": {**self.metrics, "recall": self._recall} if self._recall else dict(self.metrics),

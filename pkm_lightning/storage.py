@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
+
+from pkm_lightning.errors import RunDirectoryError
 
 
 def flush(path: Path) -> None:
@@ -13,3 +17,34 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hold(lock: IO[str]) -> bool:
+    """Locks an open file until it is closed or the process ends; False if another process has it.
+
+    A POSIX record lock, which forked data workers do not inherit: they outlive a killed run by seconds.
+    """
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Writes `text` to a file beside `path`, flushes it to disk and renames it.
+
+    Raises:
+        RunDirectoryError: the disk is full or the place cannot be written.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{path} cannot be written ({error.strerror}); free the disk or move run_dir."
+        ) from None

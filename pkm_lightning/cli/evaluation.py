@@ -70,6 +70,8 @@ class SavedRun:
     def trainer(self) -> L.Trainer:
         """A Trainer with the callbacks that score and show, without loggers."""
         kept: list[L.Callback] = [c for c in make_callbacks(self.config) if isinstance(c, Recall | StepProgressBar)]
+        for recall in (c for c in kept if isinstance(c, Recall)):
+            recall.path = None  # recall.csv is of the run's own test
         return make_trainer(self.config, callbacks=kept, loggers=[])
 
     @property

@@ -21,6 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pkm_lightning.cli.composition_errors import explain
+from pkm_lightning.compare.overrides import quoted
+from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, PkmError
 
 _RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
@@ -53,17 +55,19 @@ class Job:
 
     Attributes:
         config: the same, struct-locked.
+        arguments: the command line after the verb.
         overrides: the task overrides of this job, as `KEY=VALUE` texts.
     """
 
     def __init__(self, verb: str, arguments: list[str], config: DictConfig, variants: Sequence[str] = ()) -> None:
         self.verb, self.config, self.variants = verb, config, list(variants)
-        self._arguments = arguments
+        self.arguments = arguments
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)
         # What was saved knows the resolved `trainer.devices` only, which is what counts.
         if self.names("devices") and not self.names("trainer.devices"):
             self.overrides.append(f"trainer.devices={config.trainer.devices}")
+        _leave_comparison(self)
         swept = hydra.mode == RunMode.MULTIRUN
         if swept and verb != "fit":
             raise ConfigError(f"-m sweeps fit only; run {verb} once for each run_dir.")
@@ -102,16 +106,32 @@ class Job:
         if self.verb == "fit" and external and not self.names("run_dir"):
             raise ConfigError("run_dir is not set; ranks started from outside need run_dir=PATH to agree on one.")
 
+    @property
+    def flags(self) -> list[str]:
+        """What the command line says of where configurations are found, for another command like it."""
+        given = get_args_parser().parse_args(self.arguments)
+        names = [name for name in ("config_dir", "config_path", "config_name") if getattr(given, name)]
+        searchpath = [o for o in HydraConfig.get().overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
+        return [*(f"--{name.replace('_', '-')}={getattr(given, name)}" for name in names), *searchpath]
+
     def _rank_command(self) -> list[str]:
-        flags = get_args_parser().parse_args(self._arguments)
-        command = [sys.argv[0], self.verb]
-        for name in ("config_dir", "config_path", "config_name"):
-            if getattr(flags, name):
-                command.append(f"--{name.replace('_', '-')}={getattr(flags, name)}")
-        hydra_overrides = [o for o in HydraConfig.get().overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
         own = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
-        escaped = str(self.config.run_dir).replace("\\", "\\\\").replace("'", "\\'")
-        return [*command, *hydra_overrides, *own, f"run_dir='{escaped}'"]
+        return [sys.argv[0], self.verb, *self.flags, *own, f"run_dir={quoted(str(self.config.run_dir))}"]
+
+
+def _leave_comparison(job: Job) -> None:
+    """Takes from `job` what an experiment says of a comparison, if its verb makes none.
+
+    Raises:
+        ConfigError: the command line says it.
+    """
+    if job.verb in ("compare", "report"):
+        return
+    with open_dict(job.config):
+        for key in COMPARE_KEYS:
+            if key in job.config and any(o.lstrip("+~").split("=")[0].split(".")[0] == key for o in job.overrides):
+                raise ConfigError(f"{key} is for compare, not for {job.verb}; leave it out.")
+            job.config.pop(key, None)
 
 
 def plain(config: DictConfig) -> dict[str, object]:

@@ -26,6 +26,8 @@ VERBS = {
     "test": "the same on the full test questions",
     "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
+    "compare": "train ffn=NAME,NAME,... x seeds=N, a process a run, into out=DIR with one report",
+    "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory of ffn=NAME or ffn=NAME,NAME,... side by side; allocates nothing",
 }
 
@@ -38,6 +40,7 @@ examples:
   python -m pkm_lightning fit ffn=dense model=tiny trainer.max_steps=200 seed=1
   python -m pkm_lightning fit -m ffn=dense,memory_plus seed=1,2,3
   python -m pkm_lightning info ffn=dense,moe,memory_plus match=flops
+  python -m pkm_lightning compare ffn=dense,moe,memory_plus match=flops seeds=3 out=runs/compared
   python -m pkm_lightning test run_dir=runs/2030-01-31/12-00-00
 """
 
@@ -68,7 +71,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        arguments, variants = split_variants(arguments) if verb == "info" else (arguments, [])
+        arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
     except PkmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,8 +85,9 @@ def _run(verb: str, arguments: list[str]) -> int:
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
         return Job(verb, arguments, config, variants).execute(run, failures)
 
+    name = "compare" if verb in ("compare", "report") else "config"
     try:
-        hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name="config")(job)()
+        hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
     except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2

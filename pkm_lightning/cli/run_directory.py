@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -16,8 +14,18 @@ from typing import IO, Any
 import yaml
 
 from pkm_lightning.errors import RunDirectoryError, check_choice
+from pkm_lightning.storage import hold, write_beside
 
-_OURS = ("config.yaml", "run.json", "metrics.csv", "checkpoints", "tensorboard")
+_OURS = (
+    "config.yaml",
+    "run.json",
+    "metrics.csv",
+    "recall.csv",
+    "usage.json",
+    "events.jsonl",
+    "checkpoints",
+    "tensorboard",
+)
 
 
 class RunDirectory:
@@ -81,14 +89,11 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"run_dir={self.path} cannot be written ({error.strerror}); choose another with run_dir=PATH."
             ) from None
-        try:
-            # A POSIX record lock, which forked data workers do not inherit: they outlive a killed run by seconds.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not hold(lock):
             lock.close()
             raise RunDirectoryError(
                 f"run_dir={self.path} is held by another process that is running; wait for it or choose another."
-            ) from None
+            )
         return lock
 
     def _read_record(self) -> dict[str, Any]:
@@ -133,22 +138,3 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint of `run_dir` with the highest step."""
     found = sorted((run_dir / "checkpoints").glob("step-*.ckpt"))
     return found[-1] if found else None
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Writes `text` to a file beside `path`, flushes it to disk and renames it.
-
-    Raises:
-        RunDirectoryError: the disk is full or the place cannot be written.
-    """
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with beside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{path} cannot be written ({error.strerror}); free the disk or move run_dir."
-        ) from None

@@ -10,7 +10,7 @@ from rich.table import Table
 from pkm_lightning.cli.evaluation import SavedRun
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.lost_ranks import watched_evaluation
-from pkm_lightning.cli.run_directory import write_beside
+from pkm_lightning.storage import write_beside
 
 
 def run(job: Job) -> float | None:

@@ -13,7 +13,7 @@
 | throughput | the last figures of `pkm_lightning.callbacks.Throughput`, without checkpoints' time; None without it |
 | peak_memory_bytes | of the process, or of the device where it is a GPU |
 | versions, commit | of the libraries; of the working directory, if it is this package's checkout |
-| data | fingerprint of the data set |
+| data, facts | fingerprint of the data set; number of facts that training shows, where the data module has `n_facts` |
 | started, ended | UTC, ISO 8601 |
 | best_validation | lowest loss of the validations in training and its step; None without one |
 | metrics | of the final test; recall by form, relation and decile under `recall` |
@@ -69,6 +69,7 @@ def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
         "world_size": None,
         "threads": torch.get_num_threads(),
         "data": None,
+        "facts": None,
         "started": now(),
         "ended": None,
         "best_validation": None,

@@ -136,6 +136,11 @@ class FactsDataModule(TokenDataModule):
         """All facts, those of the controls included."""
         return read_facts(self.cache_folder())
 
+    @property
+    def n_facts(self) -> int:
+        """Facts that training shows, those of the controls not among them; builds if need be."""
+        return sum(not fact.control for fact in self.facts())
+
     def recall_items(self, limit: int | None = None, forms: Sequence[str] = DEFAULT_FORMS) -> list[RecallItem]:
         """Questions about what training showed, a fixed sample.
 

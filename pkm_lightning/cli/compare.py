@@ -1,0 +1,218 @@
+"""`compare`: variants times seeds, a process a run, after an equal sweep of learning rates; then one report.
+
+The directory `out` holds compare.json, runs/ARM/seed-N, sweep/ARM/lr-X/seed-N, logs, and the report. The same command
+goes on where an earlier one stopped: finished runs stay, interrupted ones continue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pkm_lightning.cli.comparison_arms import arm_config, base_overrides, make_arms
+from pkm_lightning.cli.job import Interrupted, Job, plain
+from pkm_lightning.compare.budget import steps_of_tokens
+from pkm_lightning.compare.calibration import measured_speeds
+from pkm_lightning.compare.comparison_file import Comparison, read_comparison
+from pkm_lightning.compare.live_table import LiveTable
+from pkm_lightning.compare.plan import Arm, PlannedRun, plan_runs, plan_sweep, with_steps
+from pkm_lightning.compare.processes import Processes
+from pkm_lightning.compare.run_state import run_state
+from pkm_lightning.compare.settings import Settings, read_report_settings, read_settings
+from pkm_lightning.compare.sweep import choose_rates
+from pkm_lightning.errors import ConfigError, RunDirectoryError
+from pkm_lightning.storage import hold
+from pkm_lightning.training.instantiate import instantiate
+
+#: Validations over a run whose length the budget decides.
+_VALIDATIONS = 10
+
+
+def run(job: Job) -> None:
+    """Runs what is missing and writes the report after each run that ends."""
+    settings = read_settings(plain(job.config))
+    read_report_settings(plain(job.config))
+    if not isinstance(job.config.out, str) or not job.config.out.strip():
+        raise ConfigError("out is not set; give the comparison's directory as out=DIR.")
+    out = Path(job.config.out).absolute()
+    base = base_overrides(job)
+    arms = make_arms(job, settings, base)
+    configs = {arm.name: arm_config(arm, base) for arm in arms}
+    if all("progress_bar" in (config["callbacks"] or {}) for config in configs.values()):
+        base = [*base, "~callbacks.progress_bar"]
+    with _held(out), _signals_stop():
+        Director(job, settings, out, base, arms, configs).direct()
+
+
+class Director:
+    """Carries a checked comparison out.
+
+    Args:
+        job: of the command.
+        settings: what was asked for.
+        out: the comparison's directory, held.
+        base: overrides of all arms.
+        arms: the arms.
+        configs: the completed configuration of each.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        settings: Settings,
+        out: Path,
+        base: Sequence[str],
+        arms: list[Arm],
+        configs: dict[str, dict[str, Any]],
+    ) -> None:
+        self._job, self._settings, self._out = job, settings, out
+        self._base, self._arms, self._configs = list(base), arms, configs
+        sweep = settings.sweep
+        self._comparison = Comparison(
+            command=["python", "-m", "pkm_lightning", "compare", *job.arguments],
+            base=self._base,
+            seeds=list(settings.seeds),
+            seconds=settings.budget_seconds,
+            sweep=None
+            if sweep is None
+            else {
+                "learning_rates": list(sweep.learning_rates),
+                "seeds": list(sweep.seeds),
+                "data_seed": sweep.data_seed,
+                "metric": sweep.metric,
+                "results": {},
+                "chosen": {},
+            },
+        )
+        self._processes = Processes(
+            flags=job.flags, logs=out / "logs", jobs=settings.jobs, resume=str(job.config.resume)
+        )
+
+    def direct(self) -> None:
+        """Budget, sweep, runs, report.
+
+        Raises:
+            Interrupted: a signal asked for it; what ran was asked to stop and can be continued.
+        """
+        earlier = read_comparison(self._out)
+        self._set_budget(earlier)
+        self._comparison.arms = {arm.name: list(arm.overrides) for arm in self._arms}
+        if earlier is not None:
+            self._comparison.continue_from(earlier, self._out)
+        self._comparison.save(self._out)
+        rates = self._sweep()
+        runs = plan_runs(self._arms, self._settings, self._base, self._out, rates)
+        self._run(runs, "runs", after=self._report)
+        failed = [run.label for run in runs if run_state(run.folder) != "finished"]
+        self._report()
+        if failed:
+            raise RunDirectoryError(
+                f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed[:3])}"
+                f"{', ...' if len(failed) > 3 else ''}); {self._out / 'report.md'} says why, resume=always tries again."
+            )
+
+    def _set_budget(self, earlier: Comparison | None) -> None:
+        """Gives each arm its number of steps."""
+        settings, names = self._settings, self._job.names
+        validations = None if names("trainer.val_check_interval") else _VALIDATIONS
+        if settings.budget_tokens is not None:
+            config = next(iter(self._configs.values()))
+            steps = steps_of_tokens(settings.budget_tokens, instantiate(config["data"], "data"), config)
+            self._arms = [with_steps(arm, steps, validations) for arm in self._arms]
+        elif settings.budget_seconds is not None:
+            known = dict(earlier.steps_per_second) if earlier else {}
+            missing = [arm for arm in self._arms if arm.name not in known]
+            known.update(measured_speeds(missing, self._base, self._out, self._processes))
+            self._comparison.steps_per_second = known
+            self._arms = [
+                with_steps(arm, max(1, round(known[arm.name] * settings.budget_seconds)), validations)
+                for arm in self._arms
+            ]
+
+    def _sweep(self) -> dict[str, float]:
+        """The learning rate of each arm; none without a sweep."""
+        sweep = self._settings.sweep
+        if sweep is None:
+            return {}
+        data = next(iter(self._configs.values()))["data"]
+        data_seed = data["seed"] if isinstance(data.get("seed"), int) else None
+        runs = plan_sweep(self._arms, sweep, self._base, self._out, data_seed)
+        self._run(runs, "sweep of learning rates", after=lambda: None)
+        results, chosen = choose_rates(runs, sweep)
+        assert self._comparison.sweep is not None
+        self._comparison.sweep.update(results=results, chosen=chosen)
+        self._comparison.save(self._out)
+        without = [arm.name for arm in self._arms if arm.name not in chosen]
+        if without:
+            raise RunDirectoryError(
+                f"no learning rate of the sweep ended with a finite {sweep.metric} for {', '.join(without)}; see "
+                f"{self._out / 'logs'}, and try others with lr_sweep= in another out."
+            )
+        return chosen
+
+    def _run(self, runs: Sequence[PlannedRun], title: str, after: Callable[[], None]) -> None:
+        again = (
+            ("absent", "interrupted", "failed") if self._job.config.resume == "always" else ("absent", "interrupted")
+        )
+        states = {run.folder: run_state(run.folder) for run in runs}
+        held = [run.label for run in runs if states[run.folder] == "held"]
+        if held:
+            raise RunDirectoryError(f"{held[0]} is being run by another process; wait for it or stop it.")
+        steps = {arm.name: _steps(arm, self._configs[arm.name]) for arm in self._arms}
+        with LiveTable(runs, steps, title) as table:
+            todo = [run for run in runs if states[run.folder] in again]
+            for end in self._processes.run(todo, table.running):
+                table.ended(end)
+                after()
+
+    def _report(self) -> None:
+        pass
+
+
+def _steps(arm: Arm, config: dict[str, Any]) -> int:
+    own = [o.partition("=")[2] for o in arm.overrides if o.startswith("trainer.max_steps=")]
+    return int(own[-1]) if own else int(config["trainer"]["max_steps"])
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """One command works on a directory at a time.
+
+    Raises:
+        RunDirectoryError: another one does, it cannot be written, or it is something else.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("a")
+    except OSError as error:
+        raise RunDirectoryError(f"out={out} cannot be written ({error.strerror}); choose another.") from None
+    with lock:
+        if not hold(lock):
+            raise RunDirectoryError(f"out={out} is held by another comparison that is running; wait for it.")
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in (".lock", "compare.json.tmp"))
+        if others and not (out / "compare.json").exists():
+            raise RunDirectoryError(
+                f"out={out} is not empty ({', '.join(others[:4])}) and no comparison; choose another."
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the comparison in order; the runs are stopped by what waits for them."""
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        print("stopping: each run writes a checkpoint", file=sys.stderr)
+        raise Interrupted("interrupted; the same command continues", 128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,77 @@
+"""From a command line to checked arms: each arm's configuration is composed and completed before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.cli.composition_errors import explain
+from pkm_lightning.cli.job import Job, plain
+from pkm_lightning.compare.plan import Arm, ladder_arms, last_of_each, plan_arms
+from pkm_lightning.compare.settings import COMPARE_KEYS, SET_BY_COMPARE, Settings
+from pkm_lightning.errors import ConfigError, PkmError
+from pkm_lightning.model import model_cost
+from pkm_lightning.training.build import attention_context, build_meta_model
+
+#: Keys of this command that no run is told.
+_OF_THE_COMMAND = (*COMPARE_KEYS, "out", "resume", "format", "ffn", "trust_config")
+
+
+def base_overrides(job: Job) -> list[str]:
+    """What the command says to all arms.
+
+    Raises:
+        ConfigError: a key that `compare` sets for each run.
+    """
+    base = []
+    for override in job.overrides:
+        key = override.split("=")[0].lstrip("+~")
+        if key in SET_BY_COMPARE:
+            raise ConfigError(f"{override}: compare sets {key} of each run itself; say {SET_BY_COMPARE[key]}.")
+        if key.split(".")[0] not in _OF_THE_COMMAND or key.startswith("ffn."):
+            base.append(override)
+    return base
+
+
+def make_arms(job: Job, settings: Settings, base: Sequence[str]) -> list[Arm]:
+    """The arms, the dense ladder among them if it was asked for.
+
+    Raises:
+        ConfigError: nothing to compare; see `plan_arms`.
+    """
+    named = job.variants or ([str(o).partition("=")[2] for o in job.overrides if o.startswith("ffn=")])
+    arms = plan_arms(named, settings)
+    if settings.dense_ladder:
+        dense = next((arm for arm in arms if arm.name == "dense"), Arm("dense", ("ffn=dense",)))
+        config = arm_config(Arm("dense_ladder", (*dense.overrides, "match=none")), base)
+        arms = ladder_arms(arms, model_cost(build_meta_model(config), attention_context(config)).trunk_train_flops)
+    if not arms:
+        raise ConfigError("nothing to compare; name FFNs, ffn=dense,moe,memory_plus, or choose an experiment=.")
+    return arms
+
+
+def arm_config(arm: Arm, base: Sequence[str]) -> dict[str, Any]:
+    """The completed configuration of an arm, as `fit` would have it, but for seed and run directory.
+
+    Raises:
+        ConfigError: whatever cannot work, with the arm's name.
+    """
+    hydra = HydraConfig.get()
+    searchpath = [o for o in hydra.overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
+    try:
+        composed = compose("config", overrides=[*last_of_each((*base, *arm.overrides)), *searchpath])
+        with open_dict(composed):
+            for key in COMPARE_KEYS:
+                composed.pop(key, None)
+        config, _ = complete(plain(composed))
+        assemble(config)
+    except (PkmError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"variant {arm.name}: {explain(error)}") from None
+    return config

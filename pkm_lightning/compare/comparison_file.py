@@ -1,0 +1,101 @@
+"""compare.json: what a comparison is about, so that the same command goes on with it and reports can name arms.
+
+| key | meaning |
+|---|---|
+| schema | version of this table |
+| command | the command line that wrote it last |
+| base | overrides of all arms |
+| arms | overrides of each arm, its steps included |
+| seeds | of the reported runs |
+| sweep | learning rates, seeds, `data_seed`, metric; `results` by arm and rate; `chosen` rates by arm. None without |
+| seconds | `budget.seconds`, None without it |
+| steps_per_second | of each arm, where `budget.seconds` had to know |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pkm_lightning.errors import RunDirectoryError
+from pkm_lightning.storage import write_beside
+
+NAME = "compare.json"
+SCHEMA = 1
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """The content of compare.json; see the module's table."""
+
+    command: list[str]
+    base: list[str]
+    arms: dict[str, list[str]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    sweep: dict[str, Any] | None = None
+    seconds: float | None = None
+    steps_per_second: dict[str, float] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Writes it."""
+        content = {"schema": SCHEMA, **asdict(self)}
+        write_beside(folder / NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def continue_from(self, earlier: Comparison, folder: Path) -> None:
+        """Takes up what an earlier command of the same comparison found out; other arms and seeds may join.
+
+        Raises:
+            RunDirectoryError: the directory is about something else.
+        """
+        what = _difference(earlier, self)
+        if what:
+            raise RunDirectoryError(
+                f"out={folder} holds another comparison ({what}); choose another out, or say what that one says."
+            )
+        self.arms = {**earlier.arms, **self.arms}
+        self.seeds = sorted({*earlier.seeds, *self.seeds})
+        self.steps_per_second = {**earlier.steps_per_second, **self.steps_per_second}
+        if self.sweep is not None and earlier.sweep is not None:
+            self.sweep = {**self.sweep, **{key: earlier.sweep[key] for key in ("results", "chosen")}}
+
+
+def read_comparison(folder: Path) -> Comparison | None:
+    """The content of `folder`'s compare.json; None without one.
+
+    Raises:
+        RunDirectoryError: it cannot be read.
+    """
+    file = folder / NAME
+    if not file.exists():
+        return None
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        schema = content.pop("schema")
+        if schema != SCHEMA:
+            raise RunDirectoryError(f"{file} has schema {schema}; this version reads {SCHEMA}.")
+        return Comparison(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise RunDirectoryError(f"{file} is damaged; remove it, or choose another out.") from None
+
+
+def _difference(earlier: Comparison, now: Comparison) -> str:
+    """What of two comparisons differs that must not, in words; empty if nothing does."""
+    base = sorted(set(earlier.base) ^ set(now.base))
+    if base:
+        return f"{base[0]} is not said by both"
+    for name in sorted(earlier.arms.keys() & now.arms.keys()):
+        if earlier.arms[name] != now.arms[name]:
+            return f"{name} is {' '.join(earlier.arms[name])} there, {' '.join(now.arms[name])} here"
+    if earlier.seconds != now.seconds:
+        return f"budget.seconds is {earlier.seconds} there, {now.seconds} here"
+    left, right = _settings(earlier.sweep), _settings(now.sweep)
+    return f"the sweep is {left} there, {right} here" if left != right else ""
+
+
+def _settings(sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if sweep is None:
+        return None
+    return {key: value for key, value in sweep.items() if key not in ("results", "chosen")}

@@ -1,0 +1,127 @@
+"""Runs `fit` for each planned run in a process of its own, several at a time; one that fails costs only itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkm_lightning.compare.overrides import quoted
+from pkm_lightning.compare.plan import PlannedRun
+
+#: Seconds between looks at the processes.
+POLL = 0.5
+#: Seconds that runs have, after they were asked to stop, to write their checkpoints.
+GRACE = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the process of a run ended.
+
+    Args:
+        run: which one.
+        exit_code: below 0: the number of the signal that ended it.
+        last_line: of its output.
+    """
+
+    run: PlannedRun
+    exit_code: int
+    last_line: str
+
+
+class Processes:
+    """Runs planned runs as processes.
+
+    Args:
+        flags: of the command line, for Hydra (`--config-dir=...`).
+        logs: folder of their output.
+        jobs: processes at a time.
+        resume: of every run.
+    """
+
+    def __init__(self, *, flags: Sequence[str], logs: Path, jobs: int, resume: str) -> None:
+        self._flags, self._logs, self._jobs, self._resume = list(flags), logs, jobs, resume
+        self._running: dict[subprocess.Popen[bytes], PlannedRun] = {}
+
+    def run(self, planned: Sequence[PlannedRun], tick: Callable[[list[PlannedRun]], None]) -> Iterator[Ended]:
+        """Yields each run as it ends; `tick` is told now and then what is running.
+
+        Whatever ends this early, an interruption say, first asks the running ones to stop and waits for them.
+        """
+        waiting = list(planned)
+        try:
+            while waiting or self._running:
+                while waiting and len(self._running) < self._jobs:
+                    run = waiting.pop(0)
+                    self._running[self._start(run)] = run
+                tick(list(self._running.values()))
+                time.sleep(POLL)
+                for process in [process for process in self._running if process.poll() is not None]:
+                    run = self._running.pop(process)
+                    yield Ended(run, process.returncode, last_line(self.log(run)))
+        finally:
+            self._stop()
+
+    def log(self, run: PlannedRun) -> Path:
+        """The file with the run's output."""
+        return self._logs / f"{run.label.replace(' ', '-')}.log"
+
+    def command(self, run: PlannedRun) -> list[str]:
+        """The command line of a run."""
+        own = [*run.overrides, f"run_dir={quoted(str(run.folder))}", f"resume={self._resume}"]
+        return [sys.executable, "-m", "pkm_lightning", "fit", *self._flags, *own]
+
+    def _start(self, run: PlannedRun) -> subprocess.Popen[bytes]:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with self.log(run).open("ab") as log:
+            # A session of its own: Ctrl-C reaches the comparison, which then asks each run to stop, once.
+            return subprocess.Popen(
+                self.command(run),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": str(threads(self._jobs)), **os.environ},
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+
+    def _stop(self) -> None:
+        for process in self._running:
+            process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in self._running:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._running.clear()
+
+
+def threads(jobs: int) -> int:
+    """Threads a run, where OMP_NUM_THREADS does not say it: as many as leave each job a share of the cores."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def last_line(log: Path) -> str:
+    """The last line of text in `log`, of its last 64 KiB; empty without one."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line), "")
+
+
+def _die_with_parent() -> None:
+    """In the new process: it is asked to stop when the comparison is killed, rather than go on unseen."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
