@@ -20,9 +20,11 @@ from pkm_lightning.compare.calibration import measured_speeds
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
 from pkm_lightning.compare.live_table import LiveTable
 from pkm_lightning.compare.plan import Arm, PlannedRun, plan_runs, plan_sweep, with_steps
-from pkm_lightning.compare.processes import Processes
+from pkm_lightning.compare.processes import Ended, Processes
+from pkm_lightning.compare.report import write_report
 from pkm_lightning.compare.run_state import run_state
 from pkm_lightning.compare.settings import Settings, read_report_settings, read_settings
+from pkm_lightning.compare.study import make_study
 from pkm_lightning.compare.sweep import choose_rates
 from pkm_lightning.errors import ConfigError, RunDirectoryError
 from pkm_lightning.storage import hold
@@ -167,10 +169,21 @@ class Director:
             todo = [run for run in runs if states[run.folder] in again]
             for end in self._processes.run(todo, table.running):
                 table.ended(end)
+                self._note(end)
                 after()
 
+    def _note(self, end: Ended) -> None:
+        """Keeps what a run said that did not finish: a killed one could not write it into its record."""
+        path = str(end.run.folder.relative_to(self._out))
+        self._comparison.failures.pop(path, None)
+        if end.exit_code:
+            self._comparison.failures[path] = end.words
+        self._comparison.save(self._out)
+
     def _report(self) -> None:
-        pass
+        if list(self._out.glob("runs/*/*/run.json")) or self._comparison.failures:
+            study = make_study([self._out], read_report_settings(plain(self._job.config)))
+            write_report(study, self._out)
 
 
 def _steps(arm: Arm, config: dict[str, Any]) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from pkm_lightning.compare.leaves import leaves
 from pkm_lightning.errors import CheckpointError, RunDirectoryError
 from pkm_lightning.training.instantiate import check_trusted
 from pkm_lightning.training.sharded_checkpoint import SavedTensors
@@ -53,7 +54,7 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: saved value -> new value` for every leaf that differs, but for keys of the sitting and of the spread."""
-    left, right = dict(_leaves(saved, "")), dict(_leaves(new, ""))
+    left, right = dict(leaves(saved)), dict(leaves(new))
     keys = [k for k in {**left, **right} if k.split(".")[0] not in _OF_THE_SITTING and not is_spread(k)]
     differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
     return [f"{k}: {left.get(k, '(absent)')} -> {right.get(k, '(absent)')}" for k in differing]
@@ -81,14 +82,6 @@ def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], said: Iterable
             if group == "devices":
                 spread["trainer"]["devices"] = new["trainer"]["devices"]
     return spread
-
-
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

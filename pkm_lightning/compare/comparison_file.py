@@ -10,6 +10,7 @@
 | sweep | learning rates, seeds, `data_seed`, metric; `results` by arm and rate; `chosen` rates by arm. None without |
 | seconds | `budget.seconds`, None without it |
 | steps_per_second | of each arm, where `budget.seconds` had to know |
+| failures | what a process said that ended without finishing its run, by the run's folder within `out` |
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Comparison:
     sweep: dict[str, Any] | None = None
     seconds: float | None = None
     steps_per_second: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Writes it."""
@@ -57,6 +59,7 @@ class Comparison:
             )
         self.arms = {**earlier.arms, **self.arms}
         self.seeds = sorted({*earlier.seeds, *self.seeds})
+        self.failures = dict(earlier.failures)
         self.steps_per_second = {**earlier.steps_per_second, **self.steps_per_second}
         if self.sweep is not None and earlier.sweep is not None:
             self.sweep = {**self.sweep, **{key: earlier.sweep[key] for key in ("results", "chosen")}}

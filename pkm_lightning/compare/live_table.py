@@ -72,7 +72,7 @@ class LiveTable:
         if record.get("status") == "finished":
             loss = (record.get("metrics") or {}).get("test/loss")
             return f" in {record['seconds']['train']:,.0f} s" + ("" if loss is None else f", test loss {loss:.4f}")
-        return f" (exit code {end.exit_code}): {end.last_line}"
+        return f": {end.words}"
 
     def _say(self, line: str) -> None:
         if not self._is_live:

@@ -36,6 +36,15 @@ class Ended:
     exit_code: int
     last_line: str
 
+    @property
+    def words(self) -> str:
+        """Why it did not finish, in a line."""
+        if self.exit_code < 0:
+            name = signal.Signals(-self.exit_code).name
+            why = " (out of memory?)" if name == "SIGKILL" else ""
+            return f"killed by {name}{why}: {self.last_line}".removesuffix(": ")
+        return self.last_line.removeprefix("error: ") or f"exit code {self.exit_code}"
+
 
 class Processes:
     """Runs planned runs as processes.

@@ -1,0 +1,47 @@
+"""What a run cost, from its record: figures of shapes (parameters, FLOPs, bytes) and of the machine (time, memory)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pkm_lightning.compare.records import Run
+
+Getter = Callable[[Mapping[str, Any]], Any]
+
+#: Name in runs.csv, and where run.json has it. Unit: parameters, FLOPs or bytes a token, seconds, bytes.
+FIGURES: dict[str, Getter] = {
+    "params_total": lambda r: r["params"]["total"],
+    "params_active": lambda r: r["params"]["active"],
+    "params_table": lambda r: r["params"]["table"],
+    "trunk_flops_forward": lambda r: r["flops_per_token"]["trunk"]["train"] / 3,
+    "trunk_flops_train": lambda r: r["flops_per_token"]["trunk"]["train"],
+    "model_flops_train": lambda r: r["flops_per_token"]["train"],
+    "model_flops_decode": lambda r: r["flops_per_token"]["decode"],
+    "bytes_train": lambda r: r["bytes_per_token"]["train"],
+    "bytes_decode": lambda r: r["bytes_per_token"]["decode"],
+    "tokens": lambda r: r["tokens"],
+    "seconds_train": lambda r: r["seconds"]["train"],
+    "tokens_per_second": lambda r: r["tokens_per_second"],
+    "peak_memory_bytes": lambda r: r["peak_memory_bytes"],
+    "facts": lambda r: r["facts"],
+}
+#: Figures without meaning where a plugin states no cost.
+_OF_THE_COST = frozenset(name for name in FIGURES if "flops" in name or name.startswith("bytes_"))
+
+
+def cost(run: Run, name: str) -> float:
+    """One of `FIGURES`; nan where the record lacks it, or a plugin has not stated its cost."""
+    if name in _OF_THE_COST and run.record.get("unknown_cost"):
+        return math.nan
+    try:
+        value = FIGURES[name](run.record)
+    except (KeyError, TypeError):
+        return math.nan
+    return math.nan if value is None else float(value)
+
+
+def compute(run: Run, basis: str) -> float:
+    """FLOPs of the whole training: of the `trunk` alone, or of the `model` with the unembedding at every position."""
+    return cost(run, f"{basis}_flops_train") * cost(run, "tokens")

@@ -1,0 +1,268 @@
+"""The plots of a report, each a panel that is legible alone, on a phone too, on light and on dark ground.
+
+Text and lines that are not a variant's are drawn in `INK`; in the HTML report that colour becomes the page's own.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pkm_lightning.compare.curves import mean_curve
+from pkm_lightning.compare.quality import Quality
+from pkm_lightning.compare.study import Study
+from pkm_lightning.compare.tables import by_decile
+
+INK = "#1b1f24"
+#: Okabe and Ito's colours without black and the lightest; all are told apart on white and on dark grey.
+_COLOURS = ("#d55e00", "#0084c8", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7fd6", "#b3a100")
+_DENSE = "#8c959f"
+_MARKERS = "osD^vPX*"
+_DASHES = ("-", "--", "-.", ":")
+_AXES = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "training FLOPs, trunk"}
+_STYLE: Any = {
+    "figure.figsize": (5.0, 3.9),
+    "font.size": 10,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "axes.titlesize": 11,
+    "svg.hashsalt": "pkm_lightning",
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn panel.
+
+    Args:
+        name: of its files.
+        title: in words; the text for those who cannot see it, too.
+        svg: on transparent ground.
+        png: on white.
+    """
+
+    name: str
+    title: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class _Panel:
+    name: str
+    title: str
+    draw: Callable[[Axes], bool]
+
+
+def all_plots(study: Study) -> Iterator[Plot]:
+    """Draws every panel that the runs have figures for."""
+    if study.resampled is None:
+        return
+    styles = _Styles(study)
+    with mpl.rc_context(_STYLE):
+        for panel in _panels(study, styles):
+            figure = Figure()
+            axes = figure.subplots()
+            if panel.draw(axes):
+                axes.set_title(panel.title, loc="left")
+                yield _saved(figure, panel)
+
+
+def _saved(figure: Figure, panel: _Panel) -> Plot:
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=150, facecolor="white")
+    return Plot(panel.name, panel.title, svg.getvalue(), png.getvalue())
+
+
+class _Styles:
+    """Colour, dash and marker of each arm: dense arms are grey."""
+
+    def __init__(self, study: Study) -> None:
+        self._of: dict[str, tuple[str, str, str]] = {}
+        dense, others = itertools.count(), itertools.count()
+        for arm, runs in study.arms.items():
+            is_dense = runs[0].record.get("ffn") == "Dense"
+            i = next(dense if is_dense else others)
+            colour = _DENSE if is_dense else _COLOURS[i % len(_COLOURS)]
+            dash = _DASHES[(i if is_dense else i // len(_COLOURS)) % len(_DASHES)]
+            self._of[arm] = (colour, dash, _MARKERS[i % len(_MARKERS)])
+
+    def line(self, arm: str) -> dict[str, Any]:
+        colour, dash, _ = self._of[arm]
+        return {"color": colour, "linestyle": dash, "label": arm}
+
+    def point(self, arm: str) -> dict[str, Any]:
+        colour, _, marker = self._of[arm]
+        return {"color": colour, "marker": marker, "label": arm}
+
+    def colour(self, arm: str) -> str:
+        return self._of[arm][0]
+
+
+def _panels(study: Study, styles: _Styles) -> Iterator[_Panel]:
+    """Every panel, whether or not the runs have figures for it."""
+    quality = study.quality
+
+    def panel(name: str, title: str, draw: Callable[..., bool], *arguments: object) -> _Panel:
+        return _Panel(name, title, lambda axes: draw(axes, study, styles, *arguments))
+
+    if study.ladder:
+        yield panel("quality_by_compute", f"{quality.label} by compute", _by_compute)
+    curves = [("quality", quality.curve, quality.label)]
+    curves += [("loss", "val/loss", "validation loss")] if quality.curve != "val/loss" else []
+    for (name, column, label), axis in itertools.product(curves, _AXES):
+        title = f"{label} by {_AXES[axis].removeprefix('training ')}"
+        yield panel(f"{name}_by_{axis}", title, _curves, column, axis, label)
+    for axis, label in (("params_total", "parameters, total"), ("bytes_decode", "bytes a token, decoding")):
+        yield panel(f"quality_by_{axis}", f"{quality.label} by {label}", _by_cost, axis, label)
+    yield panel("recall_by_decile", "recall of paraphrases by exposure", _deciles)
+    yield panel("bits_per_parameter", "bits stored, per parameter", _bits)
+    yield panel("usage_used_percent", "slots in use, %", _usage, "used_percent")
+    yield panel("usage_kl_count", "KL of reads from uniform, nats", _usage, "kl_count")
+    yield panel("tokens_per_second", "tokens a second, training", _bars, "tokens_per_second", 1.0)
+    yield panel("peak_memory_bytes", "peak memory, MB", _bars, "peak_memory_bytes", 1e-6)
+
+
+def _curves(axes: Axes, study: Study, styles: _Styles, column: str, axis: str, label: str) -> bool:
+    drawn = False
+    for arm, runs in study.arms.items():
+        x, mean, low, high = mean_curve(runs, column, axis)
+        if not np.isfinite(x).any():
+            continue
+        drawn = True
+        axes.plot(x, mean, **styles.line(arm))
+        axes.fill_between(x, low, high, color=styles.colour(arm), alpha=0.15, linewidth=0)
+    axes.set_xlabel(_AXES[axis])
+    axes.set_ylabel(label)
+    if column == "val/loss":
+        axes.set_yscale("log")
+    _legend(axes)
+    return drawn
+
+
+def _by_compute(axes: Axes, study: Study, styles: _Styles) -> bool:
+    """Quality against the trunk's forward FLOPs a token; the ladder is a line, bars are intervals."""
+    assert study.resampled is not None
+    flops = {arm: study.mean_cost(arm, "trunk_flops_forward") for arm in study.arms}
+    mean = study.resampled.mean
+    axes.plot([flops[a] for a in study.ladder], [mean[a] for a in study.ladder], color=_DENSE, zorder=1)
+    for arm in study.arms:
+        _point(axes, study, styles, arm, flops[arm])
+    axes.set_xscale("log")
+    axes.set_xlabel("forward FLOPs a token, trunk")
+    axes.set_ylabel(study.quality.label)
+    _legend(axes)
+    return True
+
+
+def _by_cost(axes: Axes, study: Study, styles: _Styles, name: str, label: str) -> bool:
+    drawn = False
+    for arm in study.arms:
+        value = study.mean_cost(arm, name)
+        if math.isfinite(value):
+            _point(axes, study, styles, arm, value)
+            drawn = True
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.set_ylabel(study.quality.label)
+    _legend(axes)
+    return drawn
+
+
+def _point(axes: Axes, study: Study, styles: _Styles, arm: str, x: float) -> None:
+    assert study.resampled is not None
+    mean, (low, high) = study.resampled.mean[arm], study.resampled.interval(arm)
+    axes.plot([x, x], [low, high], color=styles.colour(arm), linewidth=1.2)
+    axes.plot([x], [mean], linestyle="none", markersize=6, **styles.point(arm))
+
+
+def _deciles(axes: Axes, study: Study, styles: _Styles) -> bool:
+    drawn = False
+    for arm in study.arms:
+        found = by_decile(study, arm)
+        if len(found) > 1:
+            axes.plot(list(found), list(found.values()), **styles.line(arm))
+            drawn = True
+    axes.set_xlabel("decile of subjects, 0 the most shown")
+    axes.set_ylabel("recall, paraphrase")
+    axes.set_ylim(0, 1.02)
+    _legend(axes)
+    return drawn
+
+
+def _bits(axes: Axes, study: Study, styles: _Styles) -> bool:
+    bits = Quality("bits_paraphrase")
+    rows = {}
+    for arm, runs in study.arms.items():
+        stored = np.mean([bits.value(run) for run in runs]) * study.mean_cost(arm, "facts")
+        rows[arm] = [stored / study.mean_cost(arm, name) for name in ("params_total", "params_active")]
+    known = {arm: values for arm, values in rows.items() if np.isfinite(values).all()}
+    if not known:
+        return False
+    places = np.arange(len(known))
+    colours = [styles.colour(arm) for arm in known]
+    axes.barh(places - 0.2, [total for total, _ in known.values()], 0.36, color=colours)
+    axes.barh(places + 0.2, [active for _, active in known.values()], 0.36, color=colours, alpha=0.45)
+    axes.set_yticks(places, list(known))
+    axes.invert_yaxis()
+    axes.set_xlabel("full: per parameter, pale: per active parameter")
+    return True
+
+
+def _usage(axes: Axes, study: Study, styles: _Styles, figure: str) -> bool:
+    """The mean over layers, where the callback `slot_usage` was on."""
+    drawn = False
+    for arm, runs in study.arms.items():
+        for run in runs[:1]:
+            points = [
+                (row["tokens"], np.mean(values))
+                for row in run.rows
+                if (values := [v for k, v in row.items() if k.startswith("train/usage/layer") and k.endswith(figure)])
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), **styles.line(arm))
+                drawn = True
+    axes.set_xlabel("tokens (first seed, mean over layers)")
+    _legend(axes)
+    return drawn
+
+
+def _bars(axes: Axes, study: Study, styles: _Styles, name: str, scale: float) -> bool:
+    known = {arm: study.mean_cost(arm, name) for arm in study.arms}
+    known = {arm: value for arm, value in known.items() if math.isfinite(value)}
+    if not known:
+        return False
+    places = np.arange(len(known))
+    axes.barh(places, [value * scale for value in known.values()], color=[styles.colour(arm) for arm in known])
+    axes.set_yticks(places, list(known))
+    axes.invert_yaxis()
+    return True
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=3)

@@ -1,0 +1,62 @@
+"""runs.csv: a row a run, failed ones too, with every figure that the report is made of."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from typing import Any
+
+from pkm_lightning.compare.costs import FIGURES, cost
+from pkm_lightning.compare.records import Run
+from pkm_lightning.compare.study import Study
+
+
+def runs_csv(study: Study) -> str:
+    """The content of the file; a figure that a run lacks is an empty field."""
+    rows = [_row(study, run) for run in study.runs]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({column: _field(row.get(column)) for column in columns} for row in rows)
+    return text.getvalue()
+
+
+def _row(study: Study, run: Run) -> dict[str, Any]:
+    record, metrics = run.record, dict(run.record.get("metrics") or {})
+    recall = metrics.pop("recall", {})
+    deciles = {
+        f"recall_{form}_decile_{decile}": means["recall"]
+        for form, of_form in recall.items()
+        for decile, means in of_form["by_decile"].items()
+    }
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "status": "failed" if run.failure and record.get("status") == "finished" else record.get("status", "failed"),
+        "reason": run.failure,
+        study.quality.metric: study.quality.value(run) if run.ok else None,
+        "lr": (run.config.get("optim") or {}).get("lr"),
+        **{name: cost(run, name) for name in FIGURES},
+        **{key: value for key, value in sorted(metrics.items()) if isinstance(value, int | float)},
+        **deciles,
+        "best_validation_loss": (record.get("best_validation") or {}).get("loss"),
+        "ffn": record.get("ffn"),
+        "precision": record.get("precision"),
+        "device": record.get("device"),
+        "world_size": record.get("world_size"),
+        "threads": record.get("threads"),
+        "data": (record.get("data") or "")[:12],
+        "commit": record.get("commit"),
+        "torch": (record.get("versions") or {}).get("torch"),
+        "started": record.get("started"),
+    }
+
+
+def _field(value: Any) -> Any:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
+        return int(value) if value.is_integer() and abs(value) < 1e15 else value
+    return "" if value is None else value
