@@ -25,6 +25,10 @@ GRAD = {
 #: Relative, between one process and several in fp32: what is left is the order of additions, which 30 steps of Adam
 #: carry on. The norms are those of gradients.
 RANKS = {"loss": 1e-5, "norm": 1e-3}
+#: Ends of an interval from two bootstraps of some thousand resamples, absolute; of means of a few hundred values.
+BOOTSTRAP = 0.012
+#: A formula in float64 against another, relative.
+EXACT_FLOAT = 1e-12
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, kind: Literal["value", "grad"] = "value") -> None:

@@ -7,6 +7,7 @@ goes on where an earlier one stopped: finished runs stay, interrupted ones conti
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,20 +23,28 @@ from pkm_lightning.compare.live_table import LiveTable
 from pkm_lightning.compare.plan import Arm, PlannedRun, plan_runs, plan_sweep, with_steps
 from pkm_lightning.compare.processes import Ended, Processes
 from pkm_lightning.compare.report import write_report
-from pkm_lightning.compare.run_state import run_state
+from pkm_lightning.compare.run_state import STATES, run_state
 from pkm_lightning.compare.settings import Settings, read_report_settings, read_settings
-from pkm_lightning.compare.study import make_study
+from pkm_lightning.compare.study import Study, make_study
 from pkm_lightning.compare.sweep import choose_rates
-from pkm_lightning.errors import ConfigError, RunDirectoryError
+from pkm_lightning.errors import ConfigError, RunDirectoryError, check_choice
 from pkm_lightning.storage import hold
 from pkm_lightning.training.instantiate import instantiate
 
+_log = logging.getLogger(__name__)
+#: What is run, by `resume`.
+_STARTED = {
+    "auto": ("absent", "interrupted"),
+    "always": ("absent", "interrupted", "failed"),
+    "never": STATES,
+}
 #: Validations over a run whose length the budget decides.
 _VALIDATIONS = 10
 
 
 def run(job: Job) -> None:
     """Runs what is missing and writes the report after each run that ends."""
+    check_choice("resume", str(job.config.resume), _STARTED)
     settings = read_settings(plain(job.config))
     read_report_settings(plain(job.config))
     if not isinstance(job.config.out, str) or not job.config.out.strip():
@@ -91,7 +100,11 @@ class Director:
             },
         )
         self._processes = Processes(
-            flags=job.flags, logs=out / "logs", jobs=settings.jobs, resume=str(job.config.resume)
+            flags=job.flags,
+            logs=out / "logs",
+            jobs=settings.jobs,
+            ranks=max(_ranks(config) for config in configs.values()),
+            resume=str(job.config.resume),
         )
 
     def direct(self) -> None:
@@ -100,7 +113,7 @@ class Director:
         Raises:
             Interrupted: a signal asked for it; what ran was asked to stop and can be continued.
         """
-        earlier = read_comparison(self._out)
+        earlier = None if self._job.config.resume == "never" else read_comparison(self._out)
         self._set_budget(earlier)
         self._comparison.arms = {arm.name: list(arm.overrides) for arm in self._arms}
         if earlier is not None:
@@ -108,14 +121,16 @@ class Director:
         self._comparison.save(self._out)
         rates = self._sweep()
         runs = plan_runs(self._arms, self._settings, self._base, self._out, rates)
-        self._run(runs, "runs", after=self._report)
-        failed = [run.label for run in runs if run_state(run.folder) != "finished"]
-        self._report()
+        self._run(runs, "runs", after=self._try_report)
+        study = self._write_report()
+        failed = [f"{run.arm} seed {run.seed}" for run in study.failed] if study else [run.label for run in runs]
         if failed:
             raise RunDirectoryError(
-                f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed[:3])}"
-                f"{', ...' if len(failed) > 3 else ''}); {self._out / 'report.md'} says why, resume=always tries again."
+                f"{len(failed)} of {len(runs)} runs gave no figures ({', '.join(failed[:3])}"
+                f"{', ...' if len(failed) > 3 else ''}); {self._out / 'report.md'} says why, resume=always takes up "
+                "again what failed."
             )
+        print(f"report: {self._out / 'report.html'}")
 
     def _set_budget(self, earlier: Comparison | None) -> None:
         """Gives each arm its number of steps."""
@@ -157,20 +172,18 @@ class Director:
         return chosen
 
     def _run(self, runs: Sequence[PlannedRun], title: str, after: Callable[[], None]) -> None:
-        again = (
-            ("absent", "interrupted", "failed") if self._job.config.resume == "always" else ("absent", "interrupted")
-        )
         states = {run.folder: run_state(run.folder) for run in runs}
         held = [run.label for run in runs if states[run.folder] == "held"]
         if held:
             raise RunDirectoryError(f"{held[0]} is being run by another process; wait for it or stop it.")
         steps = {arm.name: _steps(arm, self._configs[arm.name]) for arm in self._arms}
         with LiveTable(runs, steps, title) as table:
-            todo = [run for run in runs if states[run.folder] in again]
-            for end in self._processes.run(todo, table.running):
-                table.ended(end)
-                self._note(end)
-                after()
+            todo = [run for run in runs if states[run.folder] in _STARTED[str(self._job.config.resume)]]
+            with contextlib.closing(self._processes.run(todo, table.running)) as ends:
+                for end in ends:
+                    table.ended(end)
+                    self._note(end)
+                    after()
 
     def _note(self, end: Ended) -> None:
         """Keeps what a run said that did not finish: a killed one could not write it into its record."""
@@ -180,15 +193,30 @@ class Director:
             self._comparison.failures[path] = end.words
         self._comparison.save(self._out)
 
-    def _report(self) -> None:
-        if list(self._out.glob("runs/*/*/run.json")) or self._comparison.failures:
-            study = make_study([self._out], read_report_settings(plain(self._job.config)))
-            write_report(study, self._out)
+    def _try_report(self) -> None:
+        """A report that cannot be written now must not end the runs."""
+        try:
+            self._write_report()
+        except Exception as error:
+            _log.warning("the report was not written: %s", error)
+
+    def _write_report(self) -> Study | None:
+        """Writes the report; None as long as there is no run."""
+        if not list(self._out.glob("runs/*/*/run.json")) and not self._comparison.failures:
+            return None
+        study = make_study([self._out], read_report_settings(plain(self._job.config)))
+        write_report(study, self._out)
+        return study
 
 
 def _steps(arm: Arm, config: dict[str, Any]) -> int:
     own = [o.partition("=")[2] for o in arm.overrides if o.startswith("trainer.max_steps=")]
     return int(own[-1]) if own else int(config["trainer"]["max_steps"])
+
+
+def _ranks(config: dict[str, Any]) -> int:
+    devices = config["trainer"]["devices"]
+    return devices if isinstance(devices, int) and devices > 0 else 1
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 | kind | what |
 |---|---|
-| ffn | the FFN, its placement and table, and the size that `match=` solved: what a comparison is about |
+| ffn | the FFN, its placement, whether its layers share a table, the size that `match=` solved: what is compared |
 | seed | the seed, and what follows it |
 | sweep | the learning rate that the same sweep has chosen for each arm |
 | budget | the number of steps that fill the same seconds |
@@ -20,7 +20,7 @@ from pkm_lightning.compare.leaves import leaves
 from pkm_lightning.compare.records import Run, to_json
 
 _OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "overwrite", "device_memory")
-_OF_THE_FFN = ("ffn", "placement", "table", "match_budget")
+_OF_THE_FFN = ("ffn", "placement", "table.shared", "match_budget")
 _OF_THE_BUDGET = ("trainer.max_steps", "trainer.val_check_interval")
 #: Of run.json: where and on what a run ran. Figures of time and memory are not comparable where these differ.
 _CIRCUMSTANCES = ("precision", "device", "world_size", "threads", "versions", "commit", "data")
@@ -83,7 +83,7 @@ def _kind(
     # Within an arm nothing but the seed may differ.
     if any(len(of_arm) > 1 for of_arm in values.values()):
         return "other"
-    if key.split(".")[0] in _OF_THE_FFN or key in _sized(runs):
+    if any(key == own or key.startswith(f"{own}.") for own in _OF_THE_FFN) or key in _sized(runs):
         return "ffn"
     if key == "optim.lr" and comparisons and all(_swept(comparison, values) for comparison in comparisons):
         return "sweep"

@@ -41,7 +41,8 @@ def multiplier(ladder: Sequence[tuple[float, float]], quality: float, compute: f
     """Dense compute for `quality`, over `compute`.
 
     Args:
-        ladder: compute and quality of two dense models or more; the higher quality is the better.
+        ladder: compute and quality of two dense models or more; the higher quality is the better, and where two
+            rungs are level the smaller one counts.
         quality: of the variant.
         compute: of the variant, in the unit of the ladder.
     """
@@ -53,6 +54,9 @@ def multiplier(ladder: Sequence[tuple[float, float]], quality: float, compute: f
     if quality < reached[0]:
         return Bound(math.exp(logs[0]) / compute, "<=")
     upper = int(np.searchsorted(reached, quality, side="left"))
+    if upper == 0 and reached[1] == quality:
+        # The least rungs are level: smaller models might do as well.
+        return Bound(math.exp(logs[0]) / compute, "<=")
     if upper == 0 or reached[upper] == quality:
         return Bound(math.exp(logs[upper]) / compute)
     share = (quality - reached[upper - 1]) / (reached[upper] - reached[upper - 1])

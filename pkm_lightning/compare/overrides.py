@@ -10,8 +10,8 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 
 
 def quoted(text: str) -> str:
-    """`text` in quotes, as Hydra reads it back."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    """`text` in quotes, as Hydra reads it back: there a backslash stands for itself, but for one before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from pkm_lightning.compare.curves import mean_curve
 from pkm_lightning.compare.quality import Quality
@@ -157,8 +159,12 @@ def _curves(axes: Axes, study: Study, styles: _Styles, column: str, axis: str, l
         axes.fill_between(x, low, high, color=styles.colour(arm), alpha=0.15, linewidth=0)
     axes.set_xlabel(_AXES[axis])
     axes.set_ylabel(label)
+    axes.xaxis.set_major_formatter(EngFormatter())
     if column == "val/loss":
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(axes)
     return drawn
 
@@ -172,6 +178,7 @@ def _by_compute(axes: Axes, study: Study, styles: _Styles) -> bool:
     for arm in study.arms:
         _point(axes, study, styles, arm, flops[arm])
     axes.set_xscale("log")
+    _few_ticks(axes.xaxis)
     axes.set_xlabel("forward FLOPs a token, trunk")
     axes.set_ylabel(study.quality.label)
     _legend(axes)
@@ -186,6 +193,7 @@ def _by_cost(axes: Axes, study: Study, styles: _Styles, name: str, label: str) -
             _point(axes, study, styles, arm, value)
             drawn = True
     axes.set_xscale("log")
+    _few_ticks(axes.xaxis)
     axes.set_xlabel(label)
     axes.set_ylabel(study.quality.label)
     _legend(axes)
@@ -260,6 +268,13 @@ def _bars(axes: Axes, study: Study, styles: _Styles, name: str, scale: float) ->
     axes.set_yticks(places, list(known))
     axes.invert_yaxis()
     return True
+
+
+def _few_ticks(axis: Axis) -> None:
+    """Of a logarithmic axis: 1, 2 and 5 times the powers of ten, as 200 k."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(EngFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Axes) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,15 +52,19 @@ class Processes:
     Args:
         flags: of the command line, for Hydra (`--config-dir=...`).
         logs: folder of their output.
-        jobs: processes at a time.
+        jobs: runs at a time.
+        ranks: processes of a run on this machine.
         resume: of every run.
     """
 
-    def __init__(self, *, flags: Sequence[str], logs: Path, jobs: int, resume: str) -> None:
+    def __init__(self, *, flags: Sequence[str], logs: Path, jobs: int, ranks: int, resume: str) -> None:
         self._flags, self._logs, self._jobs, self._resume = list(flags), logs, jobs, resume
+        self._threads = threads(jobs * ranks)
         self._running: dict[subprocess.Popen[bytes], PlannedRun] = {}
 
-    def run(self, planned: Sequence[PlannedRun], tick: Callable[[list[PlannedRun]], None]) -> Iterator[Ended]:
+    def run(
+        self, planned: Sequence[PlannedRun], tick: Callable[[list[PlannedRun]], None]
+    ) -> Generator[Ended, None, None]:
         """Yields each run as it ends; `tick` is told now and then what is running.
 
         Whatever ends this early, an interruption say, first asks the running ones to stop and waits for them.
@@ -97,7 +101,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(threads(self._jobs)), **os.environ},
+                env={"OMP_NUM_THREADS": str(self._threads), **os.environ},
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
@@ -115,9 +119,9 @@ class Processes:
         self._running.clear()
 
 
-def threads(jobs: int) -> int:
-    """Threads a run, where OMP_NUM_THREADS does not say it: as many as leave each job a share of the cores."""
-    return max(1, (os.cpu_count() or 1) // jobs)
+def threads(processes: int) -> int:
+    """Threads a process, where OMP_NUM_THREADS does not say it: its share of the cores."""
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 def last_line(log: Path) -> str:

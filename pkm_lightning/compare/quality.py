@@ -11,6 +11,15 @@ import numpy as np
 from pkm_lightning.compare.records import Answers, Run
 from pkm_lightning.errors import ConfigError, nearest
 
+#: Forms of recall items in words.
+_FORMS = {
+    "paraphrase": "held-out paraphrases",
+    "question": "questions",
+    "seen": "as seen in training",
+    "control": "never trained",
+    "unseen_template": "unseen wordings",
+}
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -30,7 +39,8 @@ class Quality:
     @property
     def label(self) -> str:
         """The figure in words."""
-        return {"recall": f"recall, {self._form}", "bits": f"bits a fact, {self._form}"}.get(self._kind, self.metric)
+        form = _FORMS.get(self._form, self._form.replace("_", " "))
+        return {"recall": f"recall, {form}", "bits": f"bits a fact, {form}"}.get(self._kind, self.metric)
 
     @property
     def curve(self) -> str:
@@ -72,12 +82,12 @@ class Quality:
 
     @property
     def _form(self) -> str:
-        return self.metric.partition("_")[2].replace("_", " ")
+        return self.metric.partition("_")[2]
 
     def _answers(self, run: Run) -> Answers | None:
         if self._kind not in ("recall", "bits"):
             return None
-        return run.answers.get(self.metric.partition("_")[2])
+        return run.answers.get(self._form)
 
 
 def choose_quality(metric: str, runs: Sequence[Run]) -> Quality:

@@ -77,7 +77,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
     A run in NAME/seed-N is of the arm NAME; others are named by their FFN, and by what differs where more is needed.
 
     Raises:
-        RunDirectoryError: a folder does not exist or holds no run, or two runs are the same arm and seed.
+        RunDirectoryError: a folder does not exist or holds no run, or two that differ are the same arm and seed.
     """
     comparisons: list[Comparison] = []
     found: dict[Path, tuple[Path, Comparison | None]] = {}
@@ -95,7 +95,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
         for run in own:
             found.setdefault(run.resolve(), (folder, comparison))
     runs = _named([_read(run, *origin) for run, origin in found.items()])
-    _refuse_twins(runs)
+    runs = _without_twins(runs)
     order = [arm for comparison in comparisons for arm in comparison.arms]
     rank = {arm: i for i, arm in enumerate(dict.fromkeys([*order, *(run.arm for run in runs)]))}
     return sorted(runs, key=lambda run: (rank[run.arm], run.seed)), comparisons
@@ -227,14 +227,27 @@ def _snake(name: str) -> str:
     return known.get(name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
 
 
-def _refuse_twins(runs: Sequence[Run]) -> None:
-    seen: dict[tuple[str, int], Run] = {}
+def _without_twins(runs: Sequence[Run]) -> list[Run]:
+    """Of runs that several comparisons have in common, one."""
+    kept: dict[tuple[str, int], Run] = {}
     for run in runs:
-        other = seen.setdefault((run.arm, run.seed), run)
-        if other is not run:
+        other = kept.setdefault((run.arm, run.seed), run)
+        if other is not run and _identity(other) != _identity(run):
             raise RunDirectoryError(
-                f"runs: {other.folder} and {run.folder} are both {run.arm} with seed {run.seed}; leave one out."
+                f"runs: {other.folder} and {run.folder} are both {run.arm} with seed {run.seed}, but differ; leave one "
+                "out, or rename the folder of one variant."
             )
+    return list(kept.values())
+
+
+def _identity(run: Run) -> tuple[dict[str, Any], Any]:
+    """What makes two runs the same: configuration, without paths, and data."""
+    own = str(run.config.get("run_dir", ""))
+    shown = {
+        key: value.replace(own, "RUN_DIR") if own and isinstance(value, str) else value
+        for key, value in leaves(run.config)
+    }
+    return {key: value for key, value in shown.items() if key != "run_dir"}, run.record.get("data")
 
 
 def to_json(value: Any) -> str:

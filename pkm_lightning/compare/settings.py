@@ -16,7 +16,6 @@ SET_BY_COMPARE = {
     "seed": "seeds=",
     "run_dir": "out=",
     "ckpt": "nothing: runs are continued by the same command",
-    "match_budget": "match=, or +variants.NAME={match_budget: X}",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DEFAULT_REPORT = {"metric": "auto", "resamples": 2000, "seed": 0}

@@ -1,0 +1,172 @@
+"""Whole comparisons of real runs: budgets, sweeps, the ladder, kills. Minutes, so all are `slow`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from processes import finish, start
+from small import SMALL_RUN, record
+
+from pkm_lightning.compare.run_state import run_state
+
+pytestmark = pytest.mark.slow
+SMALL = [o for o in SMALL_RUN if not o.startswith(("~", "trainer."))]
+SHORT = [*SMALL, "trainer.log_every_n_steps=2", "report.resamples=100"]
+#: Columns of runs.csv that tell of the machine, or of where the runs lie.
+_TIMINGS = ("seconds_train", "tokens_per_second", "peak_memory_bytes", "started")
+
+
+def rows(out: Path, *, timings: bool = True) -> list[dict[str, str]]:
+    with (out / "runs.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    return found if timings else [{k: v for k, v in row.items() if k not in _TIMINGS} for row in found]
+
+
+def compare(folder: Path, *overrides: str) -> tuple[int, str]:
+    return finish(start(["compare", *overrides], folder), timeout=900)
+
+
+def content(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "compare.json").read_text())
+    return found
+
+
+def test_the_same_command_twice_gives_the_same_table(tmp_path: Path) -> None:
+    command = ["ffn=dense,memory_plus", "match=flops", "seeds=2", "budget.tokens=4e3", "jobs=2", *SHORT]
+    for name in ("one", "two"):
+        code, said = compare(tmp_path, *command, f"out={name}")
+        assert code == 0, said
+    assert rows(tmp_path / "one", timings=False) == rows(tmp_path / "two", timings=False)
+    tokens = {float(row["tokens"]) for row in rows(tmp_path / "one")}
+    steps = int(content(tmp_path / "one")["arms"]["dense"][1].removeprefix("trainer.max_steps="))
+    assert all(abs(value - 4e3) <= value / steps for value in tokens)
+
+
+def test_every_arm_is_swept_alike_and_trained_with_its_best_rate(tmp_path: Path) -> None:
+    code, said = compare(
+        tmp_path, "ffn=dense,pkm", "seeds=1", "lr_sweep=[1e-4,1e-2]", "out=out", "jobs=2", "trainer.max_steps=30",
+        "trainer.val_check_interval=10", "dense_ladder=true", "match=flops", *SHORT,
+    )  # fmt: skip
+    assert code == 0, said
+    sweep = content(tmp_path / "out")["sweep"]
+    arms = ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x", "pkm"]
+    assert list(sweep["results"]) == arms
+    for arm in arms:
+        losses = {
+            rate: record(tmp_path / f"out/sweep/{arm}/lr-{rate}/seed-1001")["metrics"]["test/loss"]
+            for rate in ("0.0001", "0.01")
+        }
+        assert sweep["results"][arm] == losses
+        assert sweep["chosen"][arm] == float(min(losses, key=lambda rate: losses[rate]))
+    assert {row["arm"]: float(row["lr"]) for row in rows(tmp_path / "out")} == sweep["chosen"]
+    data = {record(folder.parent)["data"] for folder in (tmp_path / "out").rglob("run.json")}
+    assert len(data) == 2
+    flops = {row["arm"]: float(row["trunk_flops_forward"]) for row in rows(tmp_path / "out")}
+    for arm, factor in (("dense_0.5x", 0.5), ("dense_2x", 2), ("dense_4x", 4), ("pkm", 1)):
+        assert abs(flops[arm] / flops["dense_1x"] / factor - 1) < 0.02
+    assert "multiplier" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_equal_seconds_become_steps_of_each_arms_own_speed(tmp_path: Path) -> None:
+    command = ["ffn=dense,peer", "seeds=1", "budget.seconds=8", "out=out", *SHORT]
+    code, said = compare(tmp_path, *command)
+    assert code == 0, said
+    found = content(tmp_path / "out")
+    speeds = found["steps_per_second"]
+    for row in rows(tmp_path / "out"):
+        (steps,) = [o for o in found["arms"][row["arm"]] if o.startswith("trainer.max_steps=")]
+        assert int(steps.partition("=")[2]) == round(8 * speeds[row["arm"]])
+    assert "equal seconds" in (tmp_path / "out" / "report.md").read_text()
+    before = (tmp_path / "out" / "compare.json").read_text()
+    assert compare(tmp_path, *command)[0] == 0
+    assert json.loads(before)["arms"] == content(tmp_path / "out")["arms"]
+
+
+def _children(process: Any) -> dict[str, psutil.Process]:
+    """The running fits of a comparison, by arm."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            (folder,) = [a for a in child.cmdline() if a.startswith("run_dir=")] or [""]
+        except psutil.Error:
+            continue
+        if folder:
+            found[Path(folder.strip("'")).parent.name] = child
+    return found
+
+
+def _wait_until(condition: Any, process: Any) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+LONG = ["ffn=dense,memory_plus", "seeds=1", "out=out", "jobs=2", "trainer.max_steps=400",
+        "trainer.val_check_interval=100", *SHORT]  # fmt: skip
+
+
+def _steps(folder: Path) -> int:
+    found = sorted((folder / "checkpoints").glob("step-*.ckpt"))
+    return int(found[-1].stem.removeprefix("step-")) if found else 0
+
+
+def test_a_killed_run_costs_only_itself_and_is_continued(tmp_path: Path) -> None:
+    process = start(["compare", *LONG], tmp_path)
+    victim = tmp_path / "out/runs/memory_plus/seed-1"
+    _wait_until(lambda: _steps(victim) > 20, process)
+    _children(process)["memory_plus"].send_signal(signal.SIGKILL)
+    code, said = finish(process, timeout=600)
+    assert code == 2
+    assert "killed by SIGKILL" in said
+    assert {row["arm"]: row["status"] for row in rows(tmp_path / "out")} == {
+        "dense": "finished",
+        "memory_plus": "running",
+    }
+    assert "killed by SIGKILL" in (tmp_path / "out/report.md").read_text()
+    code, said = compare(tmp_path, *LONG)
+    assert code == 0, said
+    assert "dense seed 1: started" not in said
+    assert {row["status"] for row in rows(tmp_path / "out")} == {"finished"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_comparison_goes_on_to_the_same_result(tmp_path: Path, number: signal.Signals) -> None:
+    code, said = compare(tmp_path, *LONG[:2], "out=whole", *LONG[3:])
+    assert code == 0, said
+    process = start(["compare", *LONG], tmp_path)
+    folders = [tmp_path / f"out/runs/{arm}/seed-1" for arm in ("dense", "memory_plus")]
+    _wait_until(lambda: all(_steps(folder) > 20 for folder in folders), process)
+    children = [child.pid for child in _children(process).values()]
+    assert len(children) == 2
+    os.kill(process.pid, number)
+    code, _ = finish(process, timeout=120)
+    assert code in (128 + number, -number)
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) for pid in children):
+        assert time.monotonic() < deadline, "a run outlived the comparison"
+        time.sleep(0.1)
+    assert {run_state(folder) for folder in folders} == {"interrupted"}
+    code, said = compare(tmp_path, *LONG)
+    assert code == 0, said
+    assert rows(tmp_path / "out", timings=False) == rows(tmp_path / "whole", timings=False)
+
+
+def test_another_comparison_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    code, said = compare(tmp_path, "ffn=dense", "seeds=1", "out=out", "trainer.max_steps=4", *SHORT)
+    assert code == 0, said
+    code, said = compare(tmp_path, "ffn=dense", "seeds=1", "out=out", "trainer.max_steps=6", *SHORT)
+    assert code == 2
+    assert "holds another comparison (trainer.max_steps=" in said
+    code, said = compare(tmp_path, "ffn=dense,moe", "seeds=2", "out=out", "trainer.max_steps=4", *SHORT)
+    assert code == 0, said
+    assert len(rows(tmp_path / "out")) == 4

@@ -1,0 +1,95 @@
+"""The paired bootstrap against scipy's, and what pairing means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import FakeRun
+from scipy import stats
+from tolerances import BOOTSTRAP, EXACT_FLOAT
+
+from pkm_lightning.compare.bootstrap import interval, resample
+from pkm_lightning.compare.quality import Quality
+from pkm_lightning.compare.records import Run, read_runs
+
+RECALL = Quality("recall_paraphrase")
+
+
+def arms(root: Path, *runs: FakeRun) -> dict[str, list[Run]]:
+    for run in runs:
+        run.write(root)
+    grouped: dict[str, list[Run]] = {}
+    for run in read_runs([root])[0]:
+        grouped.setdefault(run.arm, []).append(run)
+    return grouped
+
+
+def test_means_are_plain_means_over_seeds_and_facts(tmp_path: Path) -> None:
+    own = arms(tmp_path, *(FakeRun("a", seed) for seed in (1, 2, 3)))
+    exact = [run.answers["paraphrase"].exact for run in own["a"]]
+    assert resample(own, RECALL, resamples=100, seed=0).mean["a"] == np.mean(exact)
+
+
+def test_of_one_seed_the_interval_over_facts_is_scipys(tmp_path: Path) -> None:
+    own = arms(tmp_path, FakeRun("a", 1, 0.3, n_facts=400))
+    exact = own["a"][0].answers["paraphrase"].exact.astype(float)
+    theirs = stats.bootstrap((exact,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    assert resample(own, RECALL, resamples=20_000, seed=0).interval("a") == pytest.approx(tuple(theirs), abs=BOOTSTRAP)
+
+
+def test_without_facts_the_interval_over_seeds_is_scipys(tmp_path: Path) -> None:
+    losses = [0.2, 0.5, 0.4, 0.9, 0.6, 0.35]
+    runs = [FakeRun("a", i, 1 - loss, forms=()) for i, loss in enumerate(losses)]
+    found = resample(arms(tmp_path, *runs), Quality("test/loss"), resamples=20_000, seed=0)
+    theirs = stats.bootstrap((losses,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    assert found.interval("a") == pytest.approx(tuple(theirs), abs=BOOTSTRAP)
+
+
+def test_a_difference_of_arms_that_know_the_same_facts_is_certain(tmp_path: Path) -> None:
+    """Paired: both arms are asked the same facts, so what luck of the draw they share cancels."""
+    own = arms(tmp_path, *(FakeRun(arm, seed, 0.5, flops=1000) for arm in ("a", "b") for seed in (1, 2)))
+    found = resample(own, RECALL, resamples=500, seed=0)
+    assert found.is_paired
+    assert found.difference("b", "a") == (0.0, 0.0, 0.0)
+    low, high = found.interval("a")
+    assert low < found.mean["a"] < high
+
+
+def test_the_paired_interval_of_a_difference_is_scipys(tmp_path: Path) -> None:
+    own = arms(tmp_path, FakeRun("a", 1, 0.3, n_facts=300), FakeRun("b", 1, 0.6, n_facts=300))
+    a, b = (own[arm][0].answers["paraphrase"].exact.astype(float) for arm in ("a", "b"))
+    theirs = stats.bootstrap(
+        (b, a), lambda x, y: np.mean(x) - np.mean(y), paired=True, vectorized=False, method="percentile",
+        n_resamples=5_000, rng=1,
+    ).confidence_interval  # fmt: skip
+    _, low, high = resample(own, RECALL, resamples=20_000, seed=0).difference("b", "a")
+    assert (low, high) == pytest.approx(tuple(theirs), abs=BOOTSTRAP)
+
+
+def test_seeds_are_resampled_too(tmp_path: Path) -> None:
+    """One seed knows everything, the other nothing: the mean of two draws is 0, 1/2 or 1."""
+    own = arms(tmp_path, FakeRun("a", 1, 1.0), FakeRun("a", 2, 0.0))
+    found = resample(own, RECALL, resamples=4000, seed=0)
+    shares = [np.mean(np.isclose(found.resamples["a"], value)) for value in (0.0, 0.5, 1.0)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=5 * BOOTSTRAP)
+
+
+def test_arms_with_other_seeds_or_facts_are_not_paired(tmp_path: Path) -> None:
+    seeds = arms(tmp_path / "seeds", FakeRun("a", 1), FakeRun("b", 2))
+    facts = arms(tmp_path / "facts", FakeRun("a", 1), FakeRun("b", 1, data_seed=3))
+    assert not resample(seeds, RECALL, resamples=100, seed=0).is_paired
+    assert not resample(facts, RECALL, resamples=100, seed=0).is_paired
+
+
+def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
+    own = arms(tmp_path, *(FakeRun("a", seed) for seed in (1, 2, 3)))
+    first, again, other = (resample(own, RECALL, resamples=300, seed=seed) for seed in (0, 0, 1))
+    assert first.interval("a") == again.interval("a")
+    assert not np.array_equal(first.resamples["a"], other.resamples["a"])
+
+
+def test_an_interval_holds_95_of_100() -> None:
+    low, high = interval(np.arange(1001.0))
+    assert (low, high) == pytest.approx((25.0, 975.0), rel=EXACT_FLOAT)

@@ -1,0 +1,99 @@
+"""What makes two runs incomparable is found, wherever it hides; what a comparison is about is not complained of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import FakeRun, ladder
+
+from pkm_lightning.compare.comparison_file import Comparison
+from pkm_lightning.compare.differences import Difference, find_differences
+from pkm_lightning.compare.records import read_runs
+
+
+def differences(root: Path, *runs: FakeRun, comparison: Comparison | None = None) -> dict[str, Difference]:
+    for run in runs:
+        run.write(root)
+    return {d.key: d for d in find_differences(read_runs([root])[0], [comparison] if comparison else [])}
+
+
+def test_a_fair_comparison_differs_in_ffn_and_seed_alone(tmp_path: Path) -> None:
+    found = differences(tmp_path, *ladder())
+    assert {d.kind for d in found.values()} == {"ffn", "seed"}
+    assert {"ffn._target_", "ffn.width", "seed", "data.order_seed"} == set(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "record", "key"),
+    [
+        ({"data": {"global_batch_size": 24}}, {}, "data.global_batch_size"),
+        ({"data": {"seed": 7}}, {}, "data.seed"),
+        ({"trainer": {"precision": "bf16-mixed"}}, {"precision": "bf16-mixed"}, "trainer.precision"),
+        ({"optim": {"lr": 0.1}}, {}, "optim.lr"),
+        ({"table": {"learning": "dense"}}, {}, "table.learning"),
+        ({"trainer": {"max_steps": 200}}, {}, "trainer.max_steps"),
+        ({"model": {"n_layers": 6}}, {}, "model.n_layers"),
+        ({"new": {"key": 1}}, {}, "new.key"),
+        ({}, {"device": "NVIDIA H200"}, "run.json: device"),
+        ({}, {"threads": 2}, "run.json: threads"),
+        ({}, {"commit": "c0ffee+dirty"}, "run.json: commit"),
+        ({}, {"versions": {"torch": "2.11.0"}}, "run.json: versions.torch"),
+        ({}, {"data": "others"}, "run.json: data"),
+    ],
+)
+@pytest.mark.parametrize("where", ["another variant", "another seed"])
+def test_a_secret_difference_is_caught(
+    tmp_path: Path, config: dict[str, Any], record: dict[str, Any], key: str, where: str
+) -> None:
+    odd = ("dense", 1, "Dense") if where == "another variant" else ("memory_plus", 2, "MemoryPlus")
+    arm, seed, ffn = odd
+    found = differences(tmp_path, FakeRun("memory_plus", 1), FakeRun(arm, seed, ffn=ffn, config=config, record=record))
+    assert found[key].kind == "other"
+    assert next(iter(found)) in {d.key for d in found.values() if d.kind == "other"}
+
+
+def test_within_a_variant_not_even_the_ffn_may_differ(tmp_path: Path) -> None:
+    found = differences(tmp_path, FakeRun("a", 1, flops=1000), FakeRun("a", 2, flops=2000))
+    assert found["ffn.width"].kind == "other"
+
+
+def test_a_data_order_that_does_not_follow_the_seed_is_other(tmp_path: Path) -> None:
+    found = differences(tmp_path, FakeRun("a", 1), FakeRun("b", 1, config={"data": {"order_seed": 9}}))
+    assert found["data.order_seed"].kind == "other"
+
+
+def test_a_knob_outside_the_ffn_that_was_solved_is_its_size(tmp_path: Path) -> None:
+    solved = {"model": {"base_ffn": {"hidden_dim": 119}}, "ffn": {"_size_by_": {"flops": "model.base_ffn.hidden_dim"}}}
+    other = {"model": {"base_ffn": {"hidden_dim": 172}}}
+    found = differences(tmp_path, FakeRun("ultramem", 1, config=solved), FakeRun("dense", 1, config=other))
+    assert found["model.base_ffn.hidden_dim"].kind == "ffn"
+
+
+def test_learning_rates_of_the_sweep_are_said_and_not_complained_of(tmp_path: Path) -> None:
+    runs = [FakeRun("a", 1, config={"optim": {"lr": 0.003}}), FakeRun("b", 1)]
+    comparison = Comparison(command=[], base=[], arms={"a": [], "b": []}, sweep={"chosen": {"a": 0.003, "b": 0.006}})
+    assert differences(tmp_path, *runs, comparison=comparison)["optim.lr"].kind == "sweep"
+    comparison.sweep = {"chosen": {"a": 0.003, "b": 0.012}}
+    assert differences(tmp_path / "again", *runs, comparison=comparison)["optim.lr"].kind == "other"
+
+
+def test_steps_of_an_equal_time_comparison_are_its_budget(tmp_path: Path) -> None:
+    runs = [FakeRun("a", 1), FakeRun("b", 1, config={"trainer": {"max_steps": 70}})]
+    comparison = Comparison(command=[], base=[], arms={"a": [], "b": []}, seconds=60)
+    assert differences(tmp_path, *runs, comparison=comparison)["trainer.max_steps"].kind == "budget"
+
+
+def test_who_asked_for_a_difference_is_named(tmp_path: Path) -> None:
+    runs = [FakeRun("a", 1), FakeRun("deep", 1, config={"model": {"n_layers": 6}})]
+    comparison = Comparison(command=[], base=[], arms={"a": [], "deep": ["ffn=dense", "model.n_layers=6"]})
+    difference = differences(tmp_path, *runs, comparison=comparison)["model.n_layers"]
+    assert (difference.kind, difference.said_by) == ("other", ("deep",))
+
+
+def test_run_directories_may_lie_anywhere(tmp_path: Path) -> None:
+    FakeRun("a", 1).write(tmp_path / "here")
+    FakeRun("b", 1).write(tmp_path / "there" / "else")
+    runs, _ = read_runs([tmp_path / "here", tmp_path / "there"])
+    assert find_differences(runs, []) == []

@@ -1,0 +1,141 @@
+"""Runs read back from directories of any layout, with what went wrong with them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+from run_folders import FakeRun
+
+from pkm_lightning.compare.comparison_file import Comparison
+from pkm_lightning.compare.records import read_metrics, read_runs
+from pkm_lightning.compare.run_state import run_state
+from pkm_lightning.errors import RunDirectoryError
+
+
+def test_arms_are_named_by_their_folders_and_sorted(tmp_path: Path) -> None:
+    for arm, seed in (("b", 2), ("b", 1), ("a", 1)):
+        FakeRun(arm, seed).write(tmp_path)
+    runs, comparisons = read_runs([tmp_path])
+    assert [(run.arm, run.seed) for run in runs] == [("a", 1), ("b", 1), ("b", 2)]
+    assert comparisons == []
+
+
+def test_loose_runs_are_named_by_their_ffn_and_what_differs(tmp_path: Path) -> None:
+    FakeRun("", 1, ffn="MoE").write(tmp_path, "monday")
+    FakeRun("", 1).write(tmp_path, "tuesday")
+    FakeRun("", 2).write(tmp_path, "wednesday")
+    FakeRun("", 1, config={"model": {"dim": 128}}).write(tmp_path, "thursday")
+    runs, _ = read_runs([tmp_path])
+    assert [(run.arm, run.seed) for run in runs] == [
+        ("moe", 1),
+        ("memory_plus model.dim=128", 1),
+        ("memory_plus model.dim=64", 1),
+        ("memory_plus model.dim=64", 2),
+    ]
+
+
+def test_sweeps_and_speed_tests_are_not_reported(tmp_path: Path) -> None:
+    FakeRun("a", 1).write(tmp_path / "runs")
+    FakeRun("a", 1001).write(tmp_path / "sweep")
+    FakeRun("a", 0).write(tmp_path / "speed", "a/try-1")
+    Comparison(command=[], base=[], arms={"a": []}).save(tmp_path)
+    runs, comparisons = read_runs([tmp_path])
+    assert [(run.arm, run.seed) for run in runs] == [("a", 1)]
+    assert len(comparisons) == 1
+
+
+def test_a_run_of_several_directories_counts_once(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        FakeRun("dense_1x", 1).write(tmp_path / name / "runs")
+    runs, _ = read_runs([tmp_path / "one", tmp_path / "two", tmp_path / "one" / "runs"])
+    assert len(runs) == 1
+
+
+def test_two_different_runs_of_one_name_and_seed_are_refused(tmp_path: Path) -> None:
+    FakeRun("a", 1).write(tmp_path / "one")
+    FakeRun("a", 1, config={"optim": {"lr": 0.1}}).write(tmp_path / "two")
+    with pytest.raises(RunDirectoryError, match="both a with seed 1, but differ"):
+        read_runs([tmp_path / "one", tmp_path / "two"])
+
+
+@pytest.mark.parametrize(
+    ("record", "failure"),
+    [
+        ({}, ""),
+        ({"status": "failed", "reason": "out of memory"}, "out of memory"),
+        ({"status": "interrupted"}, "interrupted"),
+        ({"status": "running"}, "interrupted"),
+        ({"metrics": {"test/loss": None}}, "diverged: the test loss is not finite"),
+    ],
+)
+def test_what_went_wrong_is_told(tmp_path: Path, record: dict[str, object], failure: str) -> None:
+    FakeRun("a", 1, record=record).write(tmp_path)
+    ((run,), _) = read_runs([tmp_path])
+    assert run.failure == failure
+    assert run.ok is not bool(failure)
+
+
+def test_what_a_process_said_at_its_end_is_told(tmp_path: Path) -> None:
+    """A killed run could not write why, and one that was refused has no record at all."""
+    FakeRun("a", 1, record={"status": "running"}).write(tmp_path / "runs")
+    said = {"runs/a/seed-1": "killed by SIGKILL (out of memory?)", "runs/b/seed-1": "data.path does not exist"}
+    Comparison(command=[], base=[], arms={"a": [], "b": []}, failures=said).save(tmp_path)
+    runs, _ = read_runs([tmp_path])
+    assert {run.arm: run.failure for run in runs} == {"a": said["runs/a/seed-1"], "b": said["runs/b/seed-1"]}
+
+
+def test_the_state_of_a_directory(tmp_path: Path) -> None:
+    assert run_state(tmp_path / "none") == "absent"
+    folder = FakeRun("a", 1, record={"status": "running"}).write(tmp_path)
+    assert run_state(folder) == "interrupted"
+    assert not (folder / ".lock").exists()
+
+
+def test_a_lock_of_this_process_is_no_other_process(tmp_path: Path) -> None:
+    folder = FakeRun("a", 1).write(tmp_path)
+    with (folder / ".lock").open("a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        assert run_state(folder) == "finished"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99}', '{"schema": 1, "colour": "red"}'])
+def test_a_damaged_comparison_is_refused(tmp_path: Path, content: str) -> None:
+    FakeRun("a", 1).write(tmp_path)
+    (tmp_path / "compare.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"compare\.json"):
+        read_runs([tmp_path])
+
+
+def test_damaged_files_of_a_run_make_it_fail_and_nothing_else(tmp_path: Path) -> None:
+    config = FakeRun("a", 1).write(tmp_path) / "config.yaml"
+    record = FakeRun("b", 1).write(tmp_path) / "run.json"
+    FakeRun("c", 1).write(tmp_path)
+    config.write_text("{")
+    record.write_text("{")
+    runs, _ = read_runs([tmp_path])
+    assert [run.failure for run in runs] == ["config.yaml is missing or damaged", "no record of a run", ""]
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,tokens,train/loss\n1,10,2.5\n2,2e")
+    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1.0, "tokens": 10.0, "train/loss": 2.5}]
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_a_directory_without_runs_is_refused(tmp_path: Path, make: bool) -> None:
+    folder = tmp_path / "empty"
+    if make:
+        folder.mkdir()
+    with pytest.raises(RunDirectoryError, match="holds no record of a run" if make else "is no directory"):
+        read_runs([folder])
+
+
+def test_numbers_that_are_not_finite_come_back_as_such(tmp_path: Path) -> None:
+    folder = FakeRun("a", 1).write(tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    record["tokens_per_second"] = None
+    (folder / "run.json").write_text(json.dumps(record))
+    assert read_runs([tmp_path])[0][0].ok
