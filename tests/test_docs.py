@@ -63,6 +63,22 @@ def test_the_commands_of_watching_run(cli: Run, command: str) -> None:
     assert shown.code == 0, shown.err
 
 
+COMPARING = (ROOT / "docs" / "comparing.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_commands_of_comparing_run(cli: Run, tmp_path: Path) -> None:
+    """In one place, since the last one reports on what the others leave."""
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", COMPARING, re.S) for line in block.splitlines()]
+    small = [o for o in SMALL_RUN if not o.startswith("~")]
+    for command in commands:
+        verb, *own = shlex.split(command)[3:]
+        sizes = ["seeds=1", "lr_sweep=null", "jobs=2", *small] if verb == "compare" else []
+        shown = cli(verb, *[o for o in own if not o.startswith("seeds=")], *sizes, "report.resamples=100")
+        assert shown.code == 0, f"{command}\n{shown.err}"
+    assert "moe_2" in (tmp_path / "runs" / "all" / "report.md").read_text()
+
+
 @pytest.mark.parametrize("page", [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 def test_what_a_page_links_to_is_there(page: Path) -> None:
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
