@@ -12,12 +12,20 @@ from omegaconf import OmegaConf
 from tree import ROOT
 
 from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.compare.plan import plan_arms
+from pkm_lightning.compare.settings import read_settings
+from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.build import attention_context, build_meta_model
 
 CONFIGS = ROOT / "configs"
+# What experiments have in common is no choice of its own.
 OPTIONS = sorted(
-    f"{path.parent.relative_to(CONFIGS)}={path.stem}" for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS
+    f"{path.parent.relative_to(CONFIGS)}={path.stem}"
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent not in (CONFIGS, CONFIGS / "experiment" / "regime")
 )
+EXPERIMENTS = [o.removeprefix("experiment=") for o in OPTIONS if o.startswith("experiment=")]
 FFNS = [o.removeprefix("ffn=") for o in OPTIONS if o.startswith("ffn=") and o != "ffn=custom"]
 # What a user must give, for the options that are nothing without it.
 GIVEN = {
@@ -33,9 +41,9 @@ GIVEN = {
 }
 
 
-def composed(overrides: list[str], run_dir: Path) -> dict[str, Any]:
+def composed(overrides: list[str], run_dir: Path, name: str = "config") -> dict[str, Any]:
     with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
-        config = compose("config", overrides=[*overrides, f"run_dir={run_dir}", "trainer.accelerator=cpu"])
+        config = compose(name, overrides=[*overrides, f"run_dir={run_dir}", "trainer.accelerator=cpu"])
     plain: Any = OmegaConf.to_container(config, resolve=True)
     return dict(plain)
 
@@ -49,6 +57,21 @@ def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
     assert isinstance(data, L.LightningDataModule)
     assert assembly.trainer.max_steps == config["trainer"]["max_steps"]
     assert len(assembly.callbacks) == len(config["callbacks"])
+
+
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(e, marks=[] if e == "facts_ladder" else pytest.mark.slow) for e in EXPERIMENTS]
+)
+def test_every_arm_of_an_experiment_is_of_equal_flops(experiment: str, tmp_path: Path) -> None:
+    asked = composed([f"experiment={experiment}"], tmp_path, name="compare")
+    arms = plan_arms([], read_settings(asked))
+    assert len(arms) >= 4
+    budget = None
+    for arm in arms:
+        config, _ = complete(composed([f"experiment={experiment}", *arm.overrides], tmp_path))
+        flops = model_cost(build_meta_model(config), attention_context(config)).trunk_train_flops
+        budget = budget or flops
+        assert abs(flops / budget - 1) < 0.03, arm.name
 
 
 @pytest.mark.parametrize("ffn", FFNS)
