@@ -83,7 +83,12 @@ def _run(verb: str, arguments: list[str]) -> int:
         nonlocal composed
         composed = True
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
-        return Job(verb, arguments, config, variants).execute(run, failures)
+        try:
+            made = Job(verb, arguments, config, variants)
+        except PkmError as error:  # which Hydra would announce in a line of its own
+            failures.append(JobFailure(str(error), 2))
+            return None
+        return made.execute(run, failures)
 
     name = "compare" if verb in ("compare", "report") else "config"
     try:

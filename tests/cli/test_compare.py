@@ -77,6 +77,7 @@ def test_a_report_needs_nothing_but_run_directories(cli: Run, tmp_path: Path) ->
         (["compare", "ffn=dense", "out=out", "optim.lrr=1"], "optim.lrr is no key"),
         (["compare", "ffn=dense", "out=out", "+variants.a={ffn.knn: 3}"], "variants.a names no FFN"),
         (["compare", "ffn=dense", "out=out", "+variants.a={ffn: dense, ffn.knn: 3}"], "variant a: ffn.knn is no key"),
+        (["compare", "-m", "ffn=dense,moe", "out=out"], "-m sweeps fit only"),
         (["report", "out=out"], "runs is not set"),
         (["report", "runs=[nowhere]", "out=out"], "nowhere is no directory"),
         (["report", "runs=[.]", "out=out"], "holds no record of a run"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from small import SMALL_RUN, Run, record, rows
+from tolerances import EXACT_FLOAT
 
 RECORD_KEYS = {
     "schema", "status", "ffn", "seed", "params", "flops_per_token", "bytes_per_token", "tokens", "seconds",
@@ -24,7 +27,8 @@ def test_a_run_directory_holds_the_whole_story(cli: Run, tmp_path: Path) -> None
     assert shown.code == 0, shown.err
     run = tmp_path / "run"
     names = {p.name for p in run.iterdir()}
-    assert names == {".lock", "config.yaml", "metrics.csv", "tensorboard", "checkpoints", "run.json", "usage.json"}
+    files = {".lock", "config.yaml", "metrics.csv", "recall.csv", "run.json", "usage.json"}
+    assert names == {*files, "tensorboard", "checkpoints"}
     said = record(run)
     assert said.keys() >= RECORD_KEYS
     assert said["status"] == "finished"
@@ -34,6 +38,13 @@ def test_a_run_directory_holds_the_whole_story(cli: Run, tmp_path: Path) -> None
     assert said["flops_per_token"]["train"] == 3 * said["flops_per_token"]["decode"]
     assert 0 < said["peak_memory_bytes"] < 4e9
     assert {"seen", "paraphrase", "question", "control"} <= said["metrics"]["recall"].keys()
+    with (run / "recall.csv").open(newline="") as file:
+        answers = [row for row in csv.DictReader(file) if row["form"] == "paraphrase"]
+    assert len(answers) == said["metrics"]["recall"]["paraphrase"]["n"]
+    assert statistics.fmean(int(row["exact"]) for row in answers) == said["metrics"]["test/recall_paraphrase"]
+    gained = [float(row["prior_bits"]) - float(row["bits"]) for row in answers]
+    assert statistics.fmean(gained) == pytest.approx(said["metrics"]["recall"]["paraphrase"]["bits"], rel=EXACT_FLOAT)
+    assert said["facts"] == 60 * 3 + 10 * 2 + 20
     assert {"by_relation", "by_decile", "recall", "choice", "bits"} <= said["metrics"]["recall"]["paraphrase"].keys()
     for text in (
         "recall, paraphrases",
