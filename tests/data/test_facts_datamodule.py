@@ -44,7 +44,9 @@ def epoch(prepared: FactsDataModule) -> list[tuple[str, str]]:
     return read_epoch(prepared)
 
 
-def test_an_epoch_shows_every_fact_as_often_as_it_should(epoch: list[tuple[str, str]], facts_of: list[Fact]) -> None:
+def test_an_epoch_shows_every_fact_as_often_as_it_should(
+    epoch: list[tuple[str, str]], facts_of: list[Fact], prepared: FactsDataModule
+) -> None:
     told = {
         f"{prompt(f.relation, form, f.subject)} {f.answer}": f
         for f in facts_of
@@ -53,6 +55,7 @@ def test_an_epoch_shows_every_fact_as_often_as_it_should(epoch: list[tuple[str, 
     }
     shown = Counter(told[text] for text, _ in epoch)
     assert shown == {fact: fact.exposures for fact in facts_of if not fact.control}
+    assert len(shown) == prepared.n_facts
     assert all(target == f" {told[text].answer}" for text, target in epoch)
 
 
