@@ -20,6 +20,8 @@ from pkm_lightning.compare.records import Run
 
 #: Share of the resamples that an interval holds.
 COVERAGE = 0.95
+#: Draws of facts that are held at a time.
+_DRAWN_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,18 @@ def resample(arms: Mapping[str, Sequence[Run]], quality: Quality, *, resamples: 
     facts = {quality.prompts(run) for runs in arms.values() for run in runs}
     is_paired = len(seeds) == 1 and len(facts) == 1
     rng = np.random.default_rng(seed)
-    shape = next(iter(values.values())).shape
-    joint = _draws(rng, shape, resamples) if is_paired else None
+    drawn: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
+    largest = max(values_SF.shape[1] for values_SF in values.values())
+    block = max(1, _DRAWN_AT_ONCE // largest)
+    for start in range(0, resamples, block):
+        joint = None
+        for arm, values_SF in values.items():
+            if joint is None or not is_paired:
+                joint = _draws(rng, values_SF.shape, min(block, resamples - start))
+            drawn[arm].append(_means(values_SF, *joint))
     return Resampled(
         mean={arm: float(values_SF.mean()) for arm, values_SF in values.items()},
-        resamples={
-            arm: _means(values_SF, *(joint or _draws(rng, values_SF.shape, resamples)))
-            for arm, values_SF in values.items()
-        },
+        resamples={arm: np.concatenate(blocks) for arm, blocks in drawn.items()},
         is_paired=is_paired,
     )
 

@@ -117,7 +117,7 @@ def test_moved_sub_keys_are_read_again(per_head: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("shard", ["dim", "row"])
+@pytest.mark.parametrize("shard", ["row", pytest.param("dim", marks=pytest.mark.slow)])
 def test_ranks_agree(ranks: Groups, strategy: str, shard: str) -> None:
     given = ["ffn=memory_plus", "placement=middle", f"strategy={strategy}", f"table.shard={shard}", *STILL]
     one, other = ranks(2).run(revivals.train, given, 5, source="queries", max_share=0.2)

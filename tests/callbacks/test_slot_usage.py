@@ -190,7 +190,12 @@ def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("strategy", "ffn"),
-    [("fsdp", "memory_plus"), ("deepspeed_2", "pkm"), ("deepspeed_3", "moe"), ("deepspeed_3", "peer")],
+    [
+        ("fsdp", "memory_plus"),
+        pytest.param("deepspeed_2", "pkm", marks=pytest.mark.slow),
+        pytest.param("deepspeed_3", "moe", marks=pytest.mark.slow),
+        ("deepspeed_3", "peer"),
+    ],
 )
 def test_every_strategy_counts(ranks: Groups, strategy: str, ffn: str) -> None:
     given = [f"ffn={ffn}", "placement=middle", "trainer.accumulate_grad_batches=2"]

@@ -15,7 +15,7 @@ FFNS = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if
 
 
 #: The others differ from one of these in formulas, which tests/ffn holds, not in what a run does with them.
-QUICK = ("dense", "memory_plus", "moe", "peer", "ultramem")
+QUICK = ("memory_plus", "moe")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def record(run: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_a_refusal_ends_all_ranks_and_is_printed_once(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("")

@@ -69,9 +69,8 @@ def test_ten_kills_at_random_moments(tmp_path: Path, accumulate: int) -> None:
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_checkpoint_and_an_honest_record(tmp_path: Path, number: int, code: int) -> None:
     run = tmp_path / "run"
     process = fit("trainer.max_steps=2000", "run_dir=run", cwd=tmp_path)

@@ -61,6 +61,8 @@ READS = {
 #: In training the output of a token depends on later tokens too: batch normalisation, expert choice.
 BATCHWISE = {"pkm", "pkm, noise", "peer", "moe_expert_choice"}
 EVERY = pytest.mark.parametrize("name", [*NAMES, *(name for name in OWN if name not in NAMES)])
+#: Of the kinds of table reads and of the loop over experts one each; compiling takes seconds.
+COMPILED_OFTEN = ("memory_plus", "peer", "moe")
 
 
 def overrides(name: str) -> list[str]:
@@ -261,7 +263,10 @@ def test_a_meta_model_materialises_to_the_same(name: str) -> None:
     assert torch.equal(hidden(model.eval(), ids()), hidden(build(name).eval(), ids()))
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "name",
+    [name if name in COMPILED_OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in (*NAMES, *OWN)],
+)
 def test_compiled_blocks_give_the_same_output_and_gradients(name: str) -> None:
     """In one graph a block; only the loop over experts breaks it, since their shares of tokens depend on the data."""
     model = build(name).train()

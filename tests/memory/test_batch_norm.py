@@ -125,6 +125,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path: Path) -> None:
     ours, _ = pair()
     x_TF = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)

@@ -105,7 +105,7 @@ class Both:
 BETAS = {"catch_up_adam": {"betas": (0.0, 0.95)}}
 
 
-@pytest.mark.parametrize(("learning", "micro"), [("rows", 3), ("fused", 1)])
+@pytest.mark.parametrize(("learning", "micro"), [("rows", 3), pytest.param("fused", 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", ["sgd", "row_adagrad", "catch_up_adam"])
 def test_200_steps_equal_the_dense_algorithm(rule: str, learning: str, micro: int) -> None:
     dense_pool, pool = Pool("dense"), Pool(learning)

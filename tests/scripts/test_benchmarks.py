@@ -81,7 +81,10 @@ def test_they_need_torch_and_triton_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "row", "ways"),
-    [("bench_ops", "layer", 6), pytest.param("bench_train", "R7", 3, marks=pytest.mark.slow)],
+    [
+        pytest.param("bench_ops", "layer", 6, marks=pytest.mark.slow),
+        pytest.param("bench_train", "R7", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_other_packages_and_the_trainer_are_contenders(
     script: Any, tmp_path: Path, name: str, row: str, ways: int

@@ -41,7 +41,7 @@ CASES = [
         marks=pytest.mark.slow,
     ),
     pytest.param("deepspeed_2", 4, "ffn=moe", marks=pytest.mark.slow),
-    ("deepspeed_3", 2, "ffn=peer table.shard=row table.learning=rows"),
+    pytest.param("deepspeed_3", 2, "ffn=peer table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param(
         "deepspeed_3", 4, "ffn=memory_plus table.shard=dim table.learning=dense table.group=2", marks=pytest.mark.slow
     ),
@@ -52,7 +52,12 @@ CASES = [
         marks=pytest.mark.slow,
     ),
     pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
-    ("ddp", 2, "ffn=memory_plus placement.mode=parallel table.shared=false model.activation_checkpointing=true"),
+    pytest.param(
+        "ddp",
+        2,
+        "ffn=memory_plus placement.mode=parallel table.shared=false model.activation_checkpointing=true",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

@@ -67,6 +67,7 @@ def test_who_ended_well_or_lost_another_is_not_lost(code: str) -> None:
     launcher.close(failed=False)
 
 
+@pytest.mark.slow
 def test_a_process_whose_main_thread_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HANGING]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)

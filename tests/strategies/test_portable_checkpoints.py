@@ -64,6 +64,7 @@ def test_every_tensor_is_bit_equal_after_each_leg(
         last = path
 
 
+@pytest.mark.slow
 def test_a_run_that_changes_strategy_in_the_middle_reaches_the_same_losses(ranks: Groups, tmp_path: Path) -> None:
     half, end = str(tmp_path / "half.ckpt"), str(tmp_path / "end.ckpt")
     whole = step(ranks, "ddp", 2, jobs.train, "ffn=memory_plus", 6)

@@ -10,7 +10,11 @@ from tolerances import RANKS
 
 @pytest.mark.parametrize(
     "overrides",
-    ["strategy=ddp ffn=memory_plus table.shard=dim", "strategy=fsdp ffn=peer table.shard=row", "strategy=ddp ffn=moe"],
+    [
+        "strategy=ddp ffn=memory_plus table.shard=dim",
+        "strategy=fsdp ffn=peer table.shard=row",
+        pytest.param("strategy=ddp ffn=moe", marks=pytest.mark.slow),
+    ],
 )
 def test_batches_of_different_sizes_give_the_losses_of_one_process(ranks: Groups, overrides: str) -> None:
     ffn = overrides.split()[1]
