@@ -66,11 +66,11 @@ def resample(arms: Mapping[str, Sequence[Run]], quality: Quality, *, resamples: 
     values = {arm: _values(runs, quality) for arm, runs in arms.items()}
     seeds = {tuple(sorted(run.seed for run in runs)) for runs in arms.values()}
     facts = {quality.prompts(run) for runs in arms.values() for run in runs}
-    is_paired = len(seeds) == 1 and len(facts) == 1
+    shapes = {values_SF.shape for values_SF in values.values()}
+    is_paired = len(seeds) == len(facts) == len(shapes) == 1
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
-    largest = max(values_SF.shape[1] for values_SF in values.values())
-    block = max(1, _DRAWN_AT_ONCE // largest)
+    block = max(1, _DRAWN_AT_ONCE // max(n_facts for _, n_facts in shapes))
     for start in range(0, resamples, block):
         joint = None
         for arm, values_SF in values.items():
@@ -87,12 +87,9 @@ def resample(arms: Mapping[str, Sequence[Run]], quality: Quality, *, resamples: 
 def _values(runs: Sequence[Run], quality: Quality) -> np.ndarray:
     """(S, F): the figure of each seed and fact; F is 1 where the figure is no mean over facts."""
     ordered = sorted(runs, key=lambda run: run.seed)
-    of_facts = [quality.of_facts(run) for run in ordered]
-    if (
-        all(values is not None for values in of_facts)
-        and len({values.shape for values in of_facts if values is not None}) == 1
-    ):
-        return np.stack([values for values in of_facts if values is not None])
+    of_facts = [values for run in ordered if (values := quality.of_facts(run)) is not None]
+    if len(of_facts) == len(ordered) and len({values.shape for values in of_facts}) == 1:
+        return np.stack(of_facts)
     return np.array([[quality.value(run)] for run in ordered])
 
 

@@ -1,0 +1,80 @@
+"""The best learning rate of each arm, and how budgets become steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from pkm_lightning.compare.budget import steps_of_tokens
+from pkm_lightning.compare.plan import Arm, plan_sweep
+from pkm_lightning.compare.settings import SweepSettings
+from pkm_lightning.compare.sweep import choose_rates
+from pkm_lightning.errors import ConfigError
+
+SWEEP = SweepSettings(learning_rates=(0.001, 0.002, 0.004), seeds=(8, 9), data_seed=1, metric="test/loss")
+
+
+def test_the_rate_with_the_lowest_mean_wins_and_failures_never(tmp_path: Path) -> None:
+    runs = plan_sweep([Arm("a", ()), Arm("b", ()), Arm("c", ())], SWEEP, [], tmp_path, None)
+    losses = {
+        "a": {0.001: (3.0, 3.0), 0.002: (1.0, 4.0), 0.004: (0.5, None)},
+        "b": {0.001: (1.0, 1.0), 0.002: (2.0, 2.0), 0.004: (None, None)},
+        "c": {0.001: (None, 1.0), 0.002: (None, 1.0), 0.004: (None, 1.0)},
+    }
+    for run in runs:
+        assert run.learning_rate is not None
+        loss = losses[run.arm][run.learning_rate][SWEEP.seeds.index(run.seed)]
+        run.folder.mkdir(parents=True)
+        record: dict[str, Any] = {"status": "finished", "metrics": {"test/loss": loss}}
+        if run.arm == "c" and run.seed == 8:
+            record = {"status": "failed", "metrics": {"test/loss": 0.1}}
+        (run.folder / "run.json").write_text(json.dumps(record))
+    results, chosen = choose_rates(runs, SWEEP)
+    assert chosen == {"a": 0.002, "b": 0.001}
+    assert results["a"] == {"0.001": 3.0, "0.002": 2.5, "0.004": None}
+    assert results["c"] == {"0.001": None, "0.002": None, "0.004": None}
+
+
+class Rows(LightningDataModule):
+    """Batches of 2 x 8 tokens, of which `real` are real."""
+
+    def __init__(self, real: int) -> None:
+        super().__init__()
+        self.real = real
+
+    def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+        valid = torch.arange(16).view(2, 8) < self.real
+        batch = {"input_ids": torch.zeros(2, 8, dtype=torch.int64), "valid": valid}
+        return DataLoader([batch] * 200, batch_size=None)
+
+
+class Steps(Rows):
+    """Knows optimizer steps: its batches are whole ones without a Trainer."""
+
+    global_batch_size = 2
+
+
+def config(**trainer: Any) -> dict[str, Any]:
+    return {"trainer": {"devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1, **trainer}}
+
+
+def test_real_tokens_alone_make_a_budget() -> None:
+    assert steps_of_tokens(1000, Rows(real=10), config()) == 100
+
+
+def test_of_foreign_data_a_step_is_the_batches_of_all_ranks_and_micro_batches() -> None:
+    spread = config(devices=2, num_nodes=2, accumulate_grad_batches=5)
+    assert steps_of_tokens(1000, Rows(real=10), spread) == 5
+    assert steps_of_tokens(1000, Steps(real=10), spread) == 100
+
+
+@pytest.mark.parametrize(("budget", "real", "message"), [(3, 10, "less than a step"), (99, 0, "give no token")])
+def test_a_budget_that_means_nothing_is_refused(budget: float, real: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        steps_of_tokens(budget, Rows(real), config())
