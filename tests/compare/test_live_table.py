@@ -1,0 +1,60 @@
+"""What a comparison shows while it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from run_folders import FakeRun
+
+from pkm_lightning.compare.live_table import LiveTable
+from pkm_lightning.compare.plan import PlannedRun
+from pkm_lightning.compare.processes import Ended
+
+
+def planned(root: Path) -> list[PlannedRun]:
+    return [PlannedRun(arm, 1, None, (), root / arm / "seed-1") for arm in ("good", "bad", "next")]
+
+
+def show(runs: list[PlannedRun]) -> None:
+    good, bad, _ = runs
+    with LiveTable(runs, {run.arm: 100 for run in runs}, "runs") as table:
+        table.running([good, bad])
+        table.ended(Ended(good, 0, "all good"))
+        table.ended(Ended(bad, -9, "[step] 3"))
+
+
+def test_elsewhere_than_on_a_terminal_there_is_a_line_an_event(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = planned(tmp_path)
+    for run in runs[:2]:
+        FakeRun(run.arm, 1, 0.5, record={"status": "finished" if run.arm == "good" else "running"}).write(tmp_path)
+    show(runs)
+    assert capsys.readouterr().out.splitlines() == [
+        "runs: 3 runs",
+        "good seed 1: started",
+        "bad seed 1: started",
+        "good seed 1: finished in 100 s, test loss 0.5000",
+        "bad seed 1: failed: killed by SIGKILL (out of memory?): [step] 3",
+    ]
+
+
+def test_on_a_terminal_a_table_says_how_far_each_run_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = planned(tmp_path)
+    FakeRun("good", 1).write(tmp_path)
+    FakeRun("bad", 1, record={"status": "running"}).write(tmp_path)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    show(runs)
+    shown = capsys.readouterr().out
+    assert "runs: 1 of 3 finished" in shown
+    rows = {line.split()[1]: line for line in shown.splitlines() if "seed 1" in line}
+    assert "finished" in rows["good"]
+    assert "100 / 100" in rows["good"]
+    assert "10,000" in rows["good"]
+    assert "failed" in rows["bad"]
+    assert "waiting" in rows["next"]
