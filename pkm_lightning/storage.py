@@ -31,16 +31,16 @@ def hold(lock: IO[str]) -> bool:
     return True
 
 
-def write_beside(path: Path, text: str) -> None:
-    """Writes `text` to a file beside `path`, flushes it to disk and renames it.
+def write_beside(path: Path, content: str | bytes) -> None:
+    """Writes `content` to a file beside `path`, flushes it to disk and renames it.
 
     Raises:
         RunDirectoryError: the disk is full or the place cannot be written.
     """
     beside = path.with_name(path.name + ".tmp")
     try:
-        with beside.open("w") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

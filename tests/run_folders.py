@@ -81,7 +81,11 @@ class FakeRun:
             "seed": self.seed,
             "match": "flops",
             "match_budget": None,
-            "ffn": {"_target_": f"pkm_lightning.ffn.{self.ffn}", "_size_by_": {"flops": "width"}, "width": self.flops},
+            "ffn": {
+                "_target_": f"pkm_lightning.ffn.{self.ffn}",
+                "_size_by_": {"flops": "hidden_dim"},
+                "hidden_dim": self.flops,
+            },
             "placement": {"layers": "all", "mode": "replace"},
             "table": {"learning": "rows"},
             "model": {"dim": 64, "n_layers": 3},

@@ -7,17 +7,20 @@ goes on where an earlier one stopped: finished runs stay, interrupted ones conti
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pkm_lightning.cli.comparison_arms import arm_config, base_overrides, make_arms
 from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.compare.budget import steps_of_tokens
-from pkm_lightning.compare.calibration import measured_speeds
+from pkm_lightning.compare.calibration import measured_speeds, warm_up
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
 from pkm_lightning.compare.live_table import LiveTable
 from pkm_lightning.compare.plan import Arm, PlannedRun, plan_runs, plan_sweep, with_steps
@@ -26,7 +29,7 @@ from pkm_lightning.compare.report import write_report
 from pkm_lightning.compare.run_state import STATES, run_state
 from pkm_lightning.compare.settings import Settings, read_report_settings, read_settings
 from pkm_lightning.compare.study import Study, make_study
-from pkm_lightning.compare.sweep import choose_rates
+from pkm_lightning.compare.sweep import check_swept, choose_rates
 from pkm_lightning.errors import ConfigError, RunDirectoryError, check_choice
 from pkm_lightning.storage import hold
 from pkm_lightning.training.instantiate import instantiate
@@ -84,20 +87,11 @@ class Director:
         self._base, self._arms, self._configs = list(base), arms, configs
         sweep = settings.sweep
         self._comparison = Comparison(
-            command=["python", "-m", "pkm_lightning", "compare", *job.arguments],
+            command=["python", "-m", "pkm_lightning", "compare", *job.given],
             base=self._base,
             seeds=list(settings.seeds),
             seconds=settings.budget_seconds,
-            sweep=None
-            if sweep is None
-            else {
-                "learning_rates": list(sweep.learning_rates),
-                "seeds": list(sweep.seeds),
-                "data_seed": sweep.data_seed,
-                "metric": sweep.metric,
-                "results": {},
-                "chosen": {},
-            },
+            sweep=None if sweep is None else {**asdict(sweep), "results": {}, "chosen": {}},
         )
         self._processes = Processes(
             flags=job.flags,
@@ -112,66 +106,81 @@ class Director:
 
         Raises:
             Interrupted: a signal asked for it; what ran was asked to stop and can be continued.
+            RunDirectoryError: `out` is about something else; or, at the end, some runs gave no figures.
         """
-        earlier = None if self._job.config.resume == "never" else read_comparison(self._out)
-        self._set_budget(earlier)
-        self._comparison.arms = {arm.name: list(arm.overrides) for arm in self._arms}
+        if self._job.config.resume == "never":
+            _clear(self._out)
+        earlier = read_comparison(self._out)
         if earlier is not None:
             self._comparison.continue_from(earlier, self._out)
         self._comparison.save(self._out)
+        self._set_budget()
+        arms = {arm.name: list(arm.overrides) for arm in self._arms}
+        self._comparison.add_arms(arms, self._out)
+        self._comparison.save(self._out)
         rates = self._sweep()
         runs = plan_runs(self._arms, self._settings, self._base, self._out, rates)
-        self._run(runs, "runs", after=self._try_report)
+        self._run(runs, "runs", after=lambda _: self._try_report())
         study = self._write_report()
-        failed = [f"{run.arm} seed {run.seed}" for run in study.failed] if study else [run.label for run in runs]
+        failed = [f"{run.arm} seed {run.seed}" for run in study.failed] if study else list(self._comparison.failures)
         if failed:
             raise RunDirectoryError(
-                f"{len(failed)} of {len(runs)} runs gave no figures ({', '.join(failed[:3])}"
-                f"{', ...' if len(failed) > 3 else ''}); {self._out / 'report.md'} says why, resume=always takes up "
-                "again what failed."
+                f"{len(failed)} runs gave no figures ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}); "
+                f"{self._out / 'report.md'} says why, and resume=always tries again what failed."
             )
         print(f"report: {self._out / 'report.html'}")
 
-    def _set_budget(self, earlier: Comparison | None) -> None:
-        """Gives each arm its number of steps."""
+    def _set_budget(self) -> None:
+        """Gives each arm its number of steps, and compiles what there is to compile."""
         settings, names = self._settings, self._job.names
         validations = None if names("trainer.val_check_interval") else _VALIDATIONS
         if settings.budget_tokens is not None:
-            config = next(iter(self._configs.values()))
-            steps = steps_of_tokens(settings.budget_tokens, instantiate(config["data"], "data"), config)
-            self._arms = [with_steps(arm, steps, validations) for arm in self._arms]
+            counted: dict[str, int] = {}
+            for i, arm in enumerate(self._arms):
+                config = self._configs[arm.name]
+                data = json.dumps([config["data"], config["trainer"]], sort_keys=True, default=str)
+                if data not in counted:
+                    made = instantiate(config["data"], "data")
+                    counted[data] = steps_of_tokens(settings.budget_tokens, made, config)
+                self._arms[i] = with_steps(arm, counted[data], validations)
         elif settings.budget_seconds is not None:
-            known = dict(earlier.steps_per_second) if earlier else {}
+            known = self._comparison.steps_per_second
             missing = [arm for arm in self._arms if arm.name not in known]
-            known.update(measured_speeds(missing, self._base, self._out, self._processes))
-            self._comparison.steps_per_second = known
+            measured, failed = measured_speeds(missing, self._base, self._out, self._processes)
+            known.update(measured)
+            self._leave_out(failed)
             self._arms = [
                 with_steps(arm, max(1, round(known[arm.name] * settings.budget_seconds)), validations)
                 for arm in self._arms
             ]
+        elif settings.sweep is None and settings.warm_up:
+            warm_up(self._arms, self._base, self._out, self._processes)
 
     def _sweep(self) -> dict[str, float]:
         """The learning rate of each arm; none without a sweep."""
         sweep = self._settings.sweep
         if sweep is None:
             return {}
-        data = next(iter(self._configs.values()))["data"]
-        data_seed = data["seed"] if isinstance(data.get("seed"), int) else None
-        runs = plan_sweep(self._arms, sweep, self._base, self._out, data_seed)
-        self._run(runs, "sweep of learning rates", after=lambda: None)
+        data_seeds = {name: config["data"].get("seed") for name, config in self._configs.items()}
+        known = {name: seed for name, seed in data_seeds.items() if isinstance(seed, int)}
+        runs = plan_sweep(self._arms, sweep, self._base, self._out, known)
+        self._run(runs, "sweep of learning rates", after=lambda end: check_swept(end.run, sweep))
         results, chosen = choose_rates(runs, sweep)
-        assert self._comparison.sweep is not None
-        self._comparison.sweep.update(results=results, chosen=chosen)
+        self._comparison.add_sweep(results, chosen)
         self._comparison.save(self._out)
-        without = [arm.name for arm in self._arms if arm.name not in chosen]
-        if without:
-            raise RunDirectoryError(
-                f"no learning rate of the sweep ended with a finite {sweep.metric} for {', '.join(without)}; see "
-                f"{self._out / 'logs'}, and try others with lr_sweep= in another out."
-            )
+        reason = f"no learning rate of the sweep ended with a finite {sweep.metric}"
+        self._leave_out({arm.name: reason for arm in self._arms if arm.name not in chosen})
         return chosen
 
-    def _run(self, runs: Sequence[PlannedRun], title: str, after: Callable[[], None]) -> None:
+    def _leave_out(self, failed: Mapping[str, str]) -> None:
+        """Arms that cannot be run appear in the report as failed, and the others go on."""
+        for name, reason in failed.items():
+            for seed in self._settings.seeds:
+                self._comparison.failures[f"runs/{name}/seed-{seed}"] = reason
+        self._arms = [arm for arm in self._arms if arm.name not in failed]
+        self._comparison.save(self._out)
+
+    def _run(self, runs: Sequence[PlannedRun], title: str, after: Callable[[Ended], None]) -> None:
         states = {run.folder: run_state(run.folder) for run in runs}
         held = [run.label for run in runs if states[run.folder] == "held"]
         if held:
@@ -183,7 +192,7 @@ class Director:
                 for end in ends:
                     table.ended(end)
                     self._note(end)
-                    after()
+                    after(end)
 
     def _note(self, end: Ended) -> None:
         """Keeps what a run said that did not finish: a killed one could not write it into its record."""
@@ -197,6 +206,8 @@ class Director:
         """A report that cannot be written now must not end the runs."""
         try:
             self._write_report()
+        except Interrupted:
+            raise
         except Exception as error:
             _log.warning("the report was not written: %s", error)
 
@@ -217,6 +228,14 @@ def _steps(arm: Arm, config: dict[str, Any]) -> int:
 def _ranks(config: dict[str, Any]) -> int:
     devices = config["trainer"]["devices"]
     return devices if isinstance(devices, int) and devices > 0 else 1
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier comparison has left, which is known to be one."""
+    for name in ("runs", "sweep", "speed", "logs", "plots", "hparams"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("compare.json", "report.html", "report.md", "runs.csv"):
+        (out / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pkm_lightning.cli.assembly import assemble, complete
 from pkm_lightning.cli.composition_errors import explain
-from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.compare.plan import Arm, ladder_arms, last_of_each, plan_arms
+from pkm_lightning.cli.job import Job, plain, searchpath_overrides
+from pkm_lightning.compare.plan import Arm, dense_arm, ladder_arms, last_of_each, plan_arms
 from pkm_lightning.compare.settings import COMPARE_KEYS, SET_BY_COMPARE, Settings
 from pkm_lightning.errors import ConfigError, PkmError
 from pkm_lightning.model import model_cost
@@ -49,8 +48,7 @@ def make_arms(job: Job, settings: Settings, base: Sequence[str]) -> list[Arm]:
     named = job.variants or ([str(o).partition("=")[2] for o in job.overrides if o.startswith("ffn=")])
     arms = plan_arms(named, settings)
     if settings.dense_ladder:
-        dense = next((arm for arm in arms if arm.name == "dense"), Arm("dense", ("ffn=dense",)))
-        config = arm_config(Arm("dense_ladder", (*dense.overrides, "match=none")), base)
+        config = arm_config(Arm("dense_ladder", (*dense_arm(arms).overrides, "match=none")), base)
         arms = ladder_arms(arms, model_cost(build_meta_model(config), attention_context(config)).trunk_train_flops)
     if not arms:
         raise ConfigError("nothing to compare; name FFNs, ffn=dense,moe,memory_plus, or choose an experiment=.")
@@ -63,10 +61,8 @@ def arm_config(arm: Arm, base: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: whatever cannot work, with the arm's name.
     """
-    hydra = HydraConfig.get()
-    searchpath = [o for o in hydra.overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
     try:
-        composed = compose("config", overrides=[*last_of_each((*base, *arm.overrides)), *searchpath])
+        composed = compose("config", overrides=[*last_of_each((*base, *arm.overrides)), *searchpath_overrides()])
         with open_dict(composed):
             for key in COMPARE_KEYS:
                 composed.pop(key, None)

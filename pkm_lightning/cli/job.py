@@ -52,16 +52,24 @@ class Job:
         arguments: the command line after the verb.
         config: the composed configuration; `run_dir` becomes absolute here.
         variants: names of several FFNs, where the verb takes them; `config` is that of the first.
+        given: the same command line as it was given, with all of those names.
 
     Attributes:
         config: the same, struct-locked.
-        arguments: the command line after the verb.
+        arguments, given: the command line after the verb.
         overrides: the task overrides of this job, as `KEY=VALUE` texts.
     """
 
-    def __init__(self, verb: str, arguments: list[str], config: DictConfig, variants: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        verb: str,
+        arguments: list[str],
+        config: DictConfig,
+        variants: Sequence[str] = (),
+        given: Sequence[str] = (),
+    ) -> None:
         self.verb, self.config, self.variants = verb, config, list(variants)
-        self.arguments = arguments
+        self.arguments, self.given = arguments, list(given or arguments)
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)
         # What was saved knows the resolved `trainer.devices` only, which is what counts.
@@ -111,12 +119,16 @@ class Job:
         """What the command line says of where configurations are found, for another command like it."""
         given = get_args_parser().parse_args(self.arguments)
         names = [name for name in ("config_dir", "config_path", "config_name") if getattr(given, name)]
-        searchpath = [o for o in HydraConfig.get().overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
-        return [*(f"--{name.replace('_', '-')}={getattr(given, name)}" for name in names), *searchpath]
+        return [*(f"--{name.replace('_', '-')}={getattr(given, name)}" for name in names), *searchpath_overrides()]
 
     def _rank_command(self) -> list[str]:
         own = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
         return [sys.argv[0], self.verb, *self.flags, *own, f"run_dir={quoted(str(self.config.run_dir))}"]
+
+
+def searchpath_overrides() -> list[str]:
+    """What the command line adds to Hydra's search path, for another composition like it."""
+    return [o for o in HydraConfig.get().overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
 
 
 def _leave_comparison(job: Job) -> None:

@@ -70,6 +70,7 @@ def _usage() -> str:
 def _run(verb: str, arguments: list[str]) -> int:
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    given = arguments
     try:
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
     except PkmError as error:
@@ -84,7 +85,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         composed = True
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
         try:
-            made = Job(verb, arguments, config, variants)
+            made = Job(verb, arguments, config, variants, given)
         except PkmError as error:  # which Hydra would announce in a line of its own
             failures.append(JobFailure(str(error), 2))
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.compare.report import write_report
+from pkm_lightning.compare.report import check_place, write_report
 from pkm_lightning.compare.settings import read_report_settings
 from pkm_lightning.compare.study import make_study
 from pkm_lightning.errors import ConfigError
@@ -13,13 +13,18 @@ from pkm_lightning.errors import ConfigError
 
 def run(job: Job) -> None:
     """Reads the runs under `runs` and writes the report into `out`."""
-    folders = job.config.runs
-    given = [folders] if isinstance(folders, str) else list(folders or [])
-    if not given or not all(isinstance(folder, str) and folder.strip() for folder in given):
+    folders = plain(job.config)["runs"]
+    given = [folders] if isinstance(folders, str) else folders
+    if (
+        not isinstance(given, list)
+        or not given
+        or not all(isinstance(folder, str) and folder.strip() for folder in given)
+    ):
         raise ConfigError("runs is not set; give the directories to report on as runs=[DIR,...].")
     if not isinstance(job.config.out, str) or not job.config.out.strip():
         raise ConfigError("out is not set; give the directory of the report as out=DIR.")
     settings, out = read_report_settings(plain(job.config)), Path(job.config.out).absolute()
+    check_place(out)
     study = make_study([Path(folder).absolute() for folder in given], settings)
     write_report(study, out)
     print(f"{len(study.runs)} runs of {len({run.arm for run in study.runs})} variants: {out / 'report.html'}")

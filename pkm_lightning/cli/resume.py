@@ -10,13 +10,11 @@ from typing import Any
 import torch
 import yaml
 
-from pkm_lightning.compare.leaves import leaves
+from pkm_lightning.compare.leaves import OF_THE_SITTING, leaves
 from pkm_lightning.errors import CheckpointError, RunDirectoryError
 from pkm_lightning.training.instantiate import check_trusted
 from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
-#: Keys that say how this sitting is run, not what the run is.
-_OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "overwrite")
 #: Keys that say where a run is spread: it may go on elsewhere. `devices` counts as `trainer.devices`.
 _SPREAD = (
     "strategy",
@@ -55,7 +53,7 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: saved value -> new value` for every leaf that differs, but for keys of the sitting and of the spread."""
     left, right = dict(leaves(saved)), dict(leaves(new))
-    keys = [k for k in {**left, **right} if k.split(".")[0] not in _OF_THE_SITTING and not is_spread(k)]
+    keys = [k for k in {**left, **right} if k.split(".")[0] not in OF_THE_SITTING and not is_spread(k)]
     differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
     return [f"{k}: {left.get(k, '(absent)')} -> {right.get(k, '(absent)')}" for k in differing]
 

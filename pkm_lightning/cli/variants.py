@@ -8,6 +8,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from pkm_lightning.cli.job import searchpath_overrides
 from pkm_lightning.errors import ConfigError
 
 _KEY = "ffn="
@@ -39,7 +40,6 @@ def compose_variant(variant: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError, HydraException: as Hydra finds it.
     """
-    hydra = HydraConfig.get()
-    searchpath = [o for o in hydra.overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
     others = [override for override in overrides if not override.startswith(_KEY)]
-    return compose(str(hydra.job.config_name), overrides=[f"{_KEY}{variant}", *others, *searchpath])
+    name = str(HydraConfig.get().job.config_name)
+    return compose(name, overrides=[f"{_KEY}{variant}", *others, *searchpath_overrides()])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -26,8 +28,18 @@ def write_board(study: Study, folder: Path) -> None:
             finite = {f"hparam/{name}": value for name, value in metrics.items() if math.isfinite(value)}
             what = {"variant": arm, "seed": run.seed, "lr": float(run.config["optim"]["lr"])}
             what |= {"ffn": str(run.record.get("ffn")), "match": str(run.config.get("match"))}
-            with SummaryWriter(str(folder / f"{arm}-seed-{run.seed}".replace(" ", "_").replace("/", "_"))) as writer:
+            with SummaryWriter(str(folder / _folder_name(f"{arm}-seed-{run.seed}"))) as writer:
                 for summary in hparams(what, finite):
                     writer.file_writer.add_summary(summary)
                 for name, value in finite.items():
                     writer.add_scalar(name, value)
+
+
+def _folder_name(label: str) -> str:
+    """`label` with nothing that a file system could refuse."""
+    plain = re.sub(r"[^A-Za-z0-9_.=-]", "_", label)
+    return (
+        plain
+        if plain == label and len(plain) < 100
+        else f"{plain[:80]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    )

@@ -32,11 +32,13 @@ class Resampled:
         mean: by arm, over its seeds.
         resamples: by arm, R values; resample r of all arms is of the same draws where `is_paired`.
         is_paired: all arms have the same seeds and facts.
+        over: what was resampled, in words.
     """
 
     mean: dict[str, float]
     resamples: dict[str, np.ndarray]
     is_paired: bool
+    over: str
 
     def interval(self, arm: str) -> tuple[float, float]:
         """Of the arm's mean."""
@@ -79,9 +81,21 @@ def resample(arms: Mapping[str, Sequence[Run]], quality: Quality, *, resamples: 
             drawn[arm].append(_means(values_SF, *joint))
     return Resampled(
         mean={arm: float(values_SF.mean()) for arm, values_SF in values.items()},
-        resamples={arm: np.concatenate(blocks) for arm, blocks in drawn.items()},
+        # Of one value nothing is known of how it could have come out.
+        resamples={
+            arm: np.concatenate(blocks) if values[arm].size > 1 else np.full(resamples, np.nan)
+            for arm, blocks in drawn.items()
+        },
         is_paired=is_paired,
+        over=_over(shapes),
     )
+
+
+def _over(shapes: set[tuple[int, ...]]) -> str:
+    words = ["facts"] * any(n_facts > 1 for _, n_facts in shapes) + ["seeds"] * any(
+        n_seeds > 1 for n_seeds, _ in shapes
+    )
+    return " and ".join(words)
 
 
 def _values(runs: Sequence[Run], quality: Quality) -> np.ndarray:

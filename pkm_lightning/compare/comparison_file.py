@@ -52,17 +52,41 @@ class Comparison:
         Raises:
             RunDirectoryError: the directory is about something else.
         """
-        what = _difference(earlier, self)
-        if what:
-            raise RunDirectoryError(
-                f"out={folder} holds another comparison ({what}); choose another out, or say what that one says."
-            )
-        self.arms = {**earlier.arms, **self.arms}
+        _refuse(_difference(earlier, self), folder)
+        self.arms = dict(earlier.arms)
         self.seeds = sorted({*earlier.seeds, *self.seeds})
         self.failures = dict(earlier.failures)
         self.steps_per_second = {**earlier.steps_per_second, **self.steps_per_second}
         if self.sweep is not None and earlier.sweep is not None:
             self.sweep = {**self.sweep, **{key: earlier.sweep[key] for key in ("results", "chosen")}}
+
+    def add_arms(self, arms: Mapping[str, list[str]], folder: Path) -> None:
+        """More arms, or the same again.
+
+        Raises:
+            RunDirectoryError: one of them was something else before.
+        """
+        for name in sorted(arms.keys() & self.arms.keys()):
+            if arms[name] != self.arms[name]:
+                _refuse(f"{name} is {' '.join(self.arms[name])} there, {' '.join(arms[name])} here", folder)
+        self.arms = {**self.arms, **arms}
+
+    def add_sweep(self, results: Mapping[str, Any], chosen: Mapping[str, float]) -> None:
+        """What a sweep has found for some arms."""
+        assert self.sweep is not None
+        self.sweep = {
+            **self.sweep,
+            "results": {**self.sweep["results"], **results},
+            "chosen": {**self.sweep["chosen"], **chosen},
+        }
+
+
+def _refuse(what: str, folder: Path) -> None:
+    if what:
+        raise RunDirectoryError(
+            f"out={folder} holds another comparison ({what}); choose another out, say what that one says, or "
+            "replace it with resume=never."
+        )
 
 
 def read_comparison(folder: Path) -> Comparison | None:
@@ -79,7 +103,10 @@ def read_comparison(folder: Path) -> Comparison | None:
         schema = content.pop("schema")
         if schema != SCHEMA:
             raise RunDirectoryError(f"{file} has schema {schema}; this version reads {SCHEMA}.")
-        return Comparison(**content)
+        read = Comparison(**content)
+        if not isinstance(read.arms, dict) or not isinstance(read.failures, dict) or not isinstance(read.command, list):
+            raise TypeError
+        return read
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunDirectoryError(f"{file} is damaged; remove it, or choose another out.") from None
 
@@ -89,9 +116,6 @@ def _difference(earlier: Comparison, now: Comparison) -> str:
     base = sorted(set(earlier.base) ^ set(now.base))
     if base:
         return f"{base[0]} is not said by both"
-    for name in sorted(earlier.arms.keys() & now.arms.keys()):
-        if earlier.arms[name] != now.arms[name]:
-            return f"{name} is {' '.join(earlier.arms[name])} there, {' '.join(now.arms[name])} here"
     if earlier.seconds != now.seconds:
         return f"budget.seconds is {earlier.seconds} there, {now.seconds} here"
     left, right = _settings(earlier.sweep), _settings(now.sweep)
@@ -101,4 +125,5 @@ def _difference(earlier: Comparison, now: Comparison) -> str:
 def _settings(sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if sweep is None:
         return None
-    return {key: value for key, value in sweep.items() if key not in ("results", "chosen")}
+    said = {key: value for key, value in sweep.items() if key not in ("results", "chosen")}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.leaves import leaves
+from pkm_lightning.compare.costs import cost
+from pkm_lightning.compare.leaves import leaves, portable_leaves
 from pkm_lightning.compare.records import Run, to_json
 
-_OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "overwrite", "device_memory")
-_OF_THE_FFN = ("ffn", "placement", "table.shared", "match_budget")
+#: The length of runs that were given equal seconds, or tokens, may differ by this share.
+_EQUAL_TIME, _EQUAL_TOKENS = 0.1, 0.01
+_OF_THE_FFN = ("ffn", "placement", "table.shared", "match", "match_budget")
 _OF_THE_BUDGET = ("trainer.max_steps", "trainer.val_check_interval")
 #: Of run.json: where and on what a run ran. Figures of time and memory are not comparable where these differ.
 _CIRCUMSTANCES = ("precision", "device", "world_size", "threads", "versions", "commit", "data")
@@ -56,18 +58,37 @@ def find_differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> 
             values[run.arm] = tuple(dict.fromkeys((*values.get(run.arm, ()), value)))
         if len({value for of_arm in values.values() for value in of_arm}) > 1:
             found.append(Difference(key, _kind(key, values, known, comparisons), values, _said_by(key, comparisons)))
+    found += _unequal_lengths(known, comparisons)
     order = ("other", "sweep", "budget", "ffn", "seed")
     return sorted(found, key=lambda difference: (order.index(difference.kind), difference.key))
 
 
 def _configuration(run: Run) -> dict[str, Any]:
-    """Leaves of the configuration; paths inside the run directory are the same everywhere."""
-    own = str(run.config.get("run_dir", ""))
-    shown = {}
-    for key, value in leaves(run.config):
-        if key.split(".")[0] not in _OF_THE_SITTING:
-            shown[key] = value.replace(own, "RUN_DIR") if own and isinstance(value, str) else value
-    return shown
+    return {key: value for key, value in portable_leaves(run.config).items() if key != "device_memory"}
+
+
+def _unequal_lengths(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Difference]:
+    """Runs that were to be of equal tokens, or seconds, and are not."""
+    timed = equal_seconds(runs, comparisons) is not None
+    name, allowed = ("seconds_train", _EQUAL_TIME) if timed else ("tokens", _EQUAL_TOKENS)
+    lengths = {run.folder: cost(run, name) for run in runs if run.ok}
+    if not lengths or max(lengths.values()) <= (1 + allowed) * min(lengths.values()):
+        return []
+    values: dict[str, tuple[str, ...]] = {}
+    for run in runs:
+        if run.ok:
+            values[run.arm] = tuple(dict.fromkeys((*values.get(run.arm, ()), f"{lengths[run.folder]:,.0f}")))
+    return [Difference(f"run.json: {name}", "other", values)]
+
+
+def equal_seconds(runs: Iterable[Run], comparisons: Sequence[Comparison]) -> float | None:
+    """The seconds that every run was given; None if they were not given the same."""
+    given = {comparison.seconds for comparison in comparisons}
+    covered = {arm for comparison in comparisons for arm in comparison.arms}
+    if len(given) != 1 or not {run.arm for run in runs} <= covered:
+        return None
+    (seconds,) = given
+    return seconds
 
 
 def _circumstances(run: Run) -> dict[str, Any]:
@@ -85,9 +106,9 @@ def _kind(
         return "other"
     if any(key == own or key.startswith(f"{own}.") for own in _OF_THE_FFN) or key in _sized(runs):
         return "ffn"
-    if key == "optim.lr" and comparisons and all(_swept(comparison, values) for comparison in comparisons):
+    if key == "optim.lr" and all(_was_chosen(arm, of_arm, comparisons) for arm, of_arm in values.items()):
         return "sweep"
-    if key in _OF_THE_BUDGET and comparisons and all(comparison.seconds for comparison in comparisons):
+    if key in _OF_THE_BUDGET and equal_seconds(runs, comparisons) is not None:
         return "budget"
     return "other"
 
@@ -106,10 +127,10 @@ def _sized(runs: Iterable[Run]) -> set[str]:
     return knobs
 
 
-def _swept(comparison: Comparison, values: Mapping[str, tuple[str, ...]]) -> bool:
-    chosen = (comparison.sweep or {}).get("chosen") or {}
-    own = [arm for arm in values if arm in comparison.arms]
-    return all(arm in chosen and values[arm] == (to_json(chosen[arm]),) for arm in own)
+def _was_chosen(arm: str, rates: tuple[str, ...], comparisons: Sequence[Comparison]) -> bool:
+    """A sweep has chosen the learning rate of this arm."""
+    chosen = [(comparison.sweep or {}).get("chosen", {}).get(arm) for comparison in comparisons]
+    return rates in [(to_json(rate),) for rate in chosen if rate is not None]
 
 
 def _said_by(key: str, comparisons: Sequence[Comparison]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pkm_lightning.compare.plan import PlannedRun
 from pkm_lightning.compare.processes import Ended
 from pkm_lightning.compare.run_state import read_progress, read_record
 
-_STYLES = {"finished": "green", "running": "yellow", "failed": "red", "interrupted": "magenta"}
+_STYLES = {"finished": "green", "running": "yellow", "failed": "red", "diverged": "red", "interrupted": "magenta"}
 #: Seconds between redraws: each reads the metrics of what runs.
 _REDRAW = 2.0
 
@@ -64,7 +64,7 @@ class LiveTable:
     def ended(self, end: Ended) -> None:
         """This run has ended."""
         status = _status(end.run)
-        self._status[end.run.folder] = "failed" if status != "finished" and end.exit_code else status
+        self._status[end.run.folder] = "failed" if end.exit_code and status not in ("finished", "diverged") else status
         self._say(f"{end.run.label}: {self._status[end.run.folder]}{self._words(end)}")
 
     def _words(self, end: Ended) -> str:
@@ -101,5 +101,8 @@ class LiveTable:
 
 
 def _status(run: PlannedRun) -> str:
-    status = read_record(run.folder).get("status", "absent")
+    record = read_record(run.folder)
+    status = record.get("status", "absent")
+    if status == "finished" and (record.get("metrics") or {}).get("test/loss", 0.0) is None:
+        return "diverged"
     return "interrupted" if status == "running" else str(status)

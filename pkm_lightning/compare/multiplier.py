@@ -25,6 +25,8 @@ class Bound:
     sign: str = ""
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "-"
         return f"{self.sign + ' ' if self.sign else ''}{self.value:.2f}x"
 
 
@@ -46,6 +48,8 @@ def multiplier(ladder: Sequence[tuple[float, float]], quality: float, compute: f
         quality: of the variant.
         compute: of the variant, in the unit of the ladder.
     """
+    if math.isnan(quality) or any(math.isnan(value) for _, value in ladder):
+        return Bound(math.nan)
     rungs = sorted(ladder)
     logs = np.log([rung for rung, _ in rungs])
     reached = isotonic_regression([value for _, value in rungs]).x

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pkm_lightning.compare.overrides import as_overrides, last_of_each
-from pkm_lightning.compare.settings import Settings, SweepSettings, check_name
+from pkm_lightning.compare.settings import SET_BY_COMPARE, Settings, SweepSettings, check_name
 from pkm_lightning.errors import ConfigError
 
 #: Multiples of the dense model's forward FLOPs a token of the trunk.
@@ -75,9 +75,20 @@ def plan_arms(ffns: Sequence[str], settings: Settings) -> list[Arm]:
         arms.append(Arm(name, (f"ffn={own['ffn']}", *as_overrides({k: v for k, v in own.items() if k != "ffn"}))))
     for arm in arms:
         check_name(arm.name)
+        for override in arm.overrides:
+            key = override.split("=")[0].lstrip("+~")
+            if key in SET_BY_COMPARE:
+                raise ConfigError(
+                    f"variants.{arm.name}.{key}: compare sets {key} of each run itself; say {SET_BY_COMPARE[key]}."
+                )
         if settings.sweep and any(override.startswith("optim.lr=") for override in arm.overrides):
             raise ConfigError(f"variants.{arm.name} sets optim.lr, and lr_sweep tries others; leave one of them out.")
     return arms
+
+
+def dense_arm(arms: Sequence[Arm]) -> Arm:
+    """The arm that the ladder is made of: `dense`, with overrides of its own if it is among `arms`."""
+    return next((arm for arm in arms if arm.name == "dense"), Arm("dense", ("ffn=dense",)))
 
 
 def ladder_arms(arms: Sequence[Arm], dense_flops: int) -> list[Arm]:
@@ -86,9 +97,11 @@ def ladder_arms(arms: Sequence[Arm], dense_flops: int) -> list[Arm]:
     Args:
         dense_flops: forward FLOPs a token of the trunk of the dense model, which is 1x.
     """
-    dense = next((arm for arm in arms if arm.name == "dense"), Arm("dense", ("ffn=dense",)))
     rungs = [
-        Arm(f"dense_{factor:g}x", (*dense.overrides, "match=flops", f"match_budget={round(factor * dense_flops)}"))
+        Arm(
+            f"dense_{factor:g}x",
+            (*dense_arm(arms).overrides, "match=flops", f"match_budget={round(factor * dense_flops)}"),
+        )
         for factor in LADDER
     ]
     taken = {rung.name for rung in rungs} & {arm.name for arm in arms}
@@ -117,18 +130,19 @@ def plan_runs(
 
 
 def plan_sweep(
-    arms: Sequence[Arm], sweep: SweepSettings, base: Sequence[str], out: Path, data_seed: int | None
+    arms: Sequence[Arm], sweep: SweepSettings, base: Sequence[str], out: Path, data_seeds: Mapping[str, int]
 ) -> list[PlannedRun]:
     """The runs of a sweep: the same rates and seeds for every arm.
 
     Args:
-        data_seed: `data.seed` of the reported runs; None if the data have none.
+        data_seeds: `data.seed` of the reported runs of each arm, where its data have one.
     """
-    other = () if data_seed is None else (f"data.seed={data_seed + sweep.data_seed}",)
     runs = []
     for rate in sweep.learning_rates:
         for seed in sweep.seeds:
             for arm in arms:
+                seeded = arm.name in data_seeds
+                other = (f"data.seed={data_seeds[arm.name] + sweep.data_seed}",) if seeded else ()
                 overrides = last_of_each((*base, *arm.overrides, *other, f"optim.lr={rate!r}", f"seed={seed}"))
                 folder = out / "sweep" / arm.name / f"lr-{rate:g}" / f"seed-{seed}"
                 runs.append(PlannedRun(arm.name, seed, rate, overrides, folder))

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from pkm_lightning.compare.curves import mean_curve
-from pkm_lightning.compare.quality import Quality
 from pkm_lightning.compare.study import Study
 from pkm_lightning.compare.tables import by_decile
 
@@ -49,6 +48,7 @@ _STYLE: Any = {
     "legend.fontsize": 8.5,
     "axes.titlesize": 11,
     "svg.hashsalt": "pkm_lightning",
+    "text.parse_math": False,  # a variant's name may have a dollar sign
     "svg.fonttype": "none",
     "figure.constrained_layout.use": True,
 }
@@ -69,6 +69,14 @@ class Plot:
     title: str
     svg: str
     png: bytes
+
+
+def known_names() -> set[str]:
+    """Names that a panel may have: of files that a report may replace or remove."""
+    curves = {f"{name}_by_{axis}" for name in ("quality", "loss") for axis in _AXES}
+    costs = {f"quality_by_{axis}" for axis in ("compute", "params_total", "bytes_decode")}
+    others = {"recall_by_decile", "bits_per_parameter", "usage_used_percent", "usage_kl_count"}
+    return curves | costs | others | {"tokens_per_second", "peak_memory_bytes"}
 
 
 @dataclass(frozen=True)
@@ -222,10 +230,9 @@ def _deciles(axes: Axes, study: Study, styles: _Styles) -> bool:
 
 
 def _bits(axes: Axes, study: Study, styles: _Styles) -> bool:
-    bits = Quality("bits_paraphrase")
     rows = {}
-    for arm, runs in study.arms.items():
-        stored = np.mean([bits.value(run) for run in runs]) * study.mean_cost(arm, "facts")
+    for arm in study.arms:
+        _, stored = study.bits_stored(arm)
         rows[arm] = [stored / study.mean_cost(arm, name) for name in ("params_total", "params_active")]
     known = {arm: values for arm, values in rows.items() if np.isfinite(values).all()}
     if not known:

@@ -108,13 +108,13 @@ class Processes:
 
     def _stop(self) -> None:
         for process in self._running:
-            process.terminate()
+            process.terminate()  # rank 0 alone: it ends the others in order
         deadline = time.monotonic() + GRACE
         for process in self._running:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self._running.clear()
 

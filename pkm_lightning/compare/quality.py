@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pkm_lightning.compare.metric import LOWER, form_of, higher_is_better, kind_of, value_in
 from pkm_lightning.compare.records import Answers, Run
 from pkm_lightning.errors import ConfigError, nearest
 
@@ -26,42 +27,39 @@ class Quality:
     """A figure of a run.
 
     Args:
-        metric: `recall_FORM`, `bits_FORM`, or a key of `metrics` in run.json.
+        metric: as `pkm_lightning.compare.metric` names it.
     """
 
     metric: str
 
     @property
     def higher_is_better(self) -> bool:
-        """Recall and bits; of losses and perplexities the lower is better."""
-        return self._kind in ("recall", "bits")
+        """Recall, bits and choice; of losses and perplexities the lower is better."""
+        return higher_is_better(self.metric)
 
     @property
     def label(self) -> str:
         """The figure in words."""
-        form = _FORMS.get(self._form, self._form.replace("_", " "))
-        return {"recall": f"recall, {form}", "bits": f"bits a fact, {form}"}.get(self._kind, self.metric)
+        form = _FORMS.get(form_of(self.metric), form_of(self.metric).replace("_", " "))
+        words = {"recall": f"recall, {form}", "bits": f"bits a fact, {form}", "choice": f"best of four, {form}"}
+        return words.get(kind_of(self.metric), self.metric)
 
     @property
     def curve(self) -> str:
         """Its column in metrics.csv, at validations."""
-        return f"val/{self.metric}" if self._kind in ("recall", "bits") else self.metric.replace("test/", "val/", 1)
+        return f"val/{self.metric}" if kind_of(self.metric) else self.metric.replace("test/", "val/", 1)
 
     def value(self, run: Run) -> float:
         """Of a run's final test; nan where it has none."""
         values = self.of_facts(run)
-        if values is not None:
-            return float(values.mean())
-        metrics = run.record.get("metrics") or {}
-        found = metrics.get(f"test/{self.metric}" if self._kind in ("recall", "bits") else self.metric)
-        return math.nan if found is None else float(found)
+        return value_in(run.record.get("metrics") or {}, self.metric) if values is None else float(values.mean())
 
     def of_facts(self, run: Run) -> np.ndarray | None:
-        """Its value for each question, whose mean it is; None where it is no mean over questions."""
+        """Its value for each question, whose mean it is; None where it is no mean over questions that are known."""
         answers = self._answers(run)
         if answers is None:
             return None
-        values = answers.exact.astype(np.float64) if self._kind == "recall" else answers.bits
+        values = answers.exact.astype(np.float64) if kind_of(self.metric) == "recall" else answers.bits
         return values if np.isfinite(values).all() else None
 
     def prompts(self, run: Run) -> tuple[str, ...]:
@@ -73,21 +71,10 @@ class Quality:
         """`value` as a reader wants it."""
         if not math.isfinite(value):
             return "-"
-        return f"{value:.1%}" if self._kind == "recall" else f"{value:.3f}"
-
-    @property
-    def _kind(self) -> str:
-        kind, _, form = self.metric.partition("_")
-        return kind if form and "/" not in self.metric else ""
-
-    @property
-    def _form(self) -> str:
-        return self.metric.partition("_")[2]
+        return f"{value:.1%}" if kind_of(self.metric) in ("recall", "choice") else f"{value:.3f}"
 
     def _answers(self, run: Run) -> Answers | None:
-        if self._kind not in ("recall", "bits"):
-            return None
-        return run.answers.get(self._form)
+        return run.answers.get(form_of(self.metric)) if kind_of(self.metric) in ("recall", "bits") else None
 
 
 def choose_quality(metric: str, runs: Sequence[Run]) -> Quality:
@@ -103,9 +90,9 @@ def choose_quality(metric: str, runs: Sequence[Run]) -> Quality:
         return recall if asked else Quality("test/loss")
     quality = Quality(metric)
     if finished and not any(math.isfinite(quality.value(run)) for run in finished):
-        forms = {form for run in finished for form in run.answers}
-        known = {key for run in finished for key in run.record.get("metrics", {}) if key.startswith("test/")}
-        names = sorted({f"{kind}_{form}" for kind in ("recall", "bits") for form in forms} | known)
+        known = {key for run in finished for key in run.record.get("metrics", {})}
+        short = {key.removeprefix("test/") for key in known if key.startswith("test/")}
+        names = sorted({name for name in short if kind_of(name)} | (known & set(LOWER)))
         raise ConfigError(
             f"report.metric={metric} is a figure of no run; allowed: auto, {', '.join(names)}.{nearest(metric, names)}"
         )

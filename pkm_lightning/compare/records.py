@@ -7,21 +7,32 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import yaml
 
+from pkm_lightning.compare.comparison_file import NAME as COMPARISON_FILE
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
-from pkm_lightning.compare.leaves import leaves
+from pkm_lightning.compare.leaves import leaves, portable_leaves
 from pkm_lightning.compare.run_state import is_held, read_record
 from pkm_lightning.errors import RunDirectoryError
 
 _SEED_FOLDER = re.compile(r"seed-\d+")
 #: Folders of a comparison whose runs are not reported.
 _NOT_REPORTED = ("sweep", "speed")
+#: Numbers without which nothing can be said of a finished run.
+_NEEDED = (
+    "model.dim",
+    "model.n_layers",
+    "optim.lr",
+    "run.json params.total",
+    "run.json tokens",
+    "run.json seconds.train",
+)
 
 
 @dataclass(frozen=True)
@@ -79,48 +90,75 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
     Raises:
         RunDirectoryError: a folder does not exist or holds no run, or two that differ are the same arm and seed.
     """
-    comparisons: list[Comparison] = []
-    found: dict[Path, tuple[Path, Comparison | None]] = {}
+    comparisons: dict[Path, Comparison] = {}
+    found: dict[Path, Path | None] = {}
     for folder in folders:
         if not folder.is_dir():
             raise RunDirectoryError(f"runs: {folder} is no directory.")
-        comparison = read_comparison(folder)
-        if comparison is not None:
-            comparisons.append(comparison)
-        records = sorted(folder.rglob("run.json"))
-        own = [r.parent for r in records if not set(r.relative_to(folder).parts[:1]) & set(_NOT_REPORTED)]
-        own += _never_begun(folder, comparison, own)
-        if not own:
+        for file in sorted(folder.rglob(COMPARISON_FILE)):
+            comparison = read_comparison(file.parent)
+            assert comparison is not None
+            comparisons.setdefault(file.parent.resolve(), comparison)
+        begun = [file.parent.resolve() for file in sorted(folder.rglob("run.json"))]
+        never = [
+            root / path
+            for root, c in comparisons.items()
+            for path in c.failures
+            if root.is_relative_to(folder.resolve())
+        ]
+        own = {run: _origin(run, comparisons) for run in (*begun, *never)}
+        reported = {run: root for run, root in own.items() if not _is_tried(run, root)}
+        if not reported:
             raise RunDirectoryError(f"runs: {folder} holds no record of a run (run.json).")
-        for run in own:
-            found.setdefault(run.resolve(), (folder, comparison))
-    runs = _named([_read(run, *origin) for run, origin in found.items()])
+        found.update(reported)
+    runs = _named([_read(run, root, comparisons.get(root) if root else None) for run, root in found.items()])
     runs = _without_twins(runs)
-    order = [arm for comparison in comparisons for arm in comparison.arms]
+    order = [arm for comparison in comparisons.values() for arm in comparison.arms]
     rank = {arm: i for i, arm in enumerate(dict.fromkeys([*order, *(run.arm for run in runs)]))}
-    return sorted(runs, key=lambda run: (rank[run.arm], run.seed)), comparisons
+    return sorted(runs, key=lambda run: (rank[run.arm], run.seed)), list(comparisons.values())
 
 
-def _never_begun(folder: Path, comparison: Comparison | None, begun: Iterable[Path]) -> list[Path]:
-    """Runs that failed before they had a record."""
-    failed = [] if comparison is None else [folder / path for path in comparison.failures]
-    known = {path.resolve() for path in begun}
-    return [path for path in failed if path.resolve() not in known and path.relative_to(folder).parts[0] == "runs"]
+def _origin(run: Path, comparisons: Iterable[Path]) -> Path | None:
+    """The comparison that a run directory lies in."""
+    return next((root for root in comparisons if run.is_relative_to(root)), None)
 
 
-def _read(folder: Path, origin: Path, comparison: Comparison | None) -> Run:
+def _is_tried(run: Path, root: Path | None) -> bool:
+    """A run of a comparison that is not reported."""
+    return root is not None and run.relative_to(root).parts[0] in _NOT_REPORTED
+
+
+def _read(folder: Path, root: Path | None, comparison: Comparison | None) -> Run:
+    """A run whose files are damaged has failed; it takes nothing else with it."""
     record, config = read_record(folder), _config(folder)
-    seed = record.get("seed", _seed_of(folder))
+    seed = record.get("seed")
+    failure = _failure(folder, root, comparison, record, config)
+    rows: list[dict[str, float]] = []
+    answers: dict[str, Answers] = {}
+    try:
+        rows, answers = read_metrics(folder / "metrics.csv"), read_answers(folder / "recall.csv")
+        failure = failure or _missing(record, config)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        failure = failure or f"its files are damaged ({' '.join(str(error).split())})"
     return Run(
         folder=folder,
         arm=folder.parent.name if _SEED_FOLDER.fullmatch(folder.name) else "",
-        seed=int(seed),
+        seed=seed if isinstance(seed, int) else _seed_of(folder),
         config=config,
         record=record,
-        rows=read_metrics(folder / "metrics.csv"),
-        answers=read_answers(folder / "recall.csv"),
-        failure=_failure(folder, origin, comparison, record, config),
+        rows=rows,
+        answers=answers,
+        failure=failure,
     )
+
+
+def _missing(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What a finished run lacks of what a report needs, in words."""
+    known = {**dict(leaves(config)), **{f"run.json {key}": value for key, value in leaves(record)}}
+    for key in _NEEDED:
+        if isinstance(known.get(key), bool) or not isinstance(known.get(key), int | float):
+            return f"{key} is no number: not a run of this package, or damaged"
+    return ""
 
 
 def _seed_of(folder: Path) -> int:
@@ -137,7 +175,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _failure(
-    folder: Path, origin: Path, comparison: Comparison | None, record: Mapping[str, Any], config: Mapping[str, Any]
+    folder: Path, root: Path | None, comparison: Comparison | None, record: Mapping[str, Any], config: Mapping[str, Any]
 ) -> str:
     status = record.get("status")
     if status == "finished":
@@ -146,7 +184,7 @@ def _failure(
         loss = (record.get("metrics") or {}).get("test/loss", math.nan)
         # JSON has no word for NaN and infinity: null was one of them.
         return "diverged: the test loss is not finite" if loss is None else ""
-    told = "" if comparison is None else comparison.failures.get(_relative(folder, origin), "")
+    told = comparison.failures.get(str(folder.relative_to(root)), "") if comparison and root else ""
     if status == "failed":
         return str(record.get("reason") or told or "failed")
     if status == "running" and is_held(folder):
@@ -154,15 +192,8 @@ def _failure(
     return told or ("interrupted" if status in ("interrupted", "running") else "no record of a run")
 
 
-def _relative(folder: Path, origin: Path) -> str:
-    try:
-        return str(folder.relative_to(origin.resolve()))
-    except ValueError:
-        return str(folder)
-
-
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv; a file that is missing or being written gives what it has."""
+    """The rows of a metrics.csv that say when they were; a file that is missing or being written gives what it has."""
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             raw = list(csv.DictReader(opened))
@@ -171,9 +202,11 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     rows = []
     for line in raw:
         try:
-            rows.append({key: float(value) for key, value in line.items() if key and value not in ("", None)})
+            row = {key: float(value) for key, value in line.items() if key and value not in ("", None)}
         except (TypeError, ValueError):
             continue
+        if {"tokens", "seconds"} <= row.keys():
+            rows.append(row)
     return rows
 
 
@@ -202,24 +235,15 @@ def read_answers(file: Path) -> dict[str, Answers]:
 def _named(runs: list[Run]) -> list[Run]:
     """The runs with a name for those that their folders do not name."""
     nameless = [run for run in runs if not run.arm]
-    kinds = {id(run): {k: v for k, v in leaves(run.config) if k not in ("seed", "run_dir")} for run in nameless}
+    kinds = {run.folder: portable_leaves(run.config) for run in nameless}
     names = {}
     for run in nameless:
-        base = _snake(str(run.record.get("ffn") or "run"))
-        alike = [kinds[id(other)] for other in nameless if other.record.get("ffn") == run.record.get("ffn")]
-        own = kinds[id(run)]
-        keys = sorted({key for key in own if any(other.get(key) != own[key] for other in alike)})
-        telling = [key for key in keys if not _of_the_run(str(own[key]), run) and key != "data.order_seed"]
-        names[id(run)] = base + "".join(f" {key}={own[key]}" for key in telling[:3])
-    return [run if run.arm else _with_arm(run, names[id(run)]) for run in runs]
-
-
-def _of_the_run(value: str, run: Run) -> bool:
-    return str(run.config.get("run_dir", "\0")) in value
-
-
-def _with_arm(run: Run, arm: str) -> Run:
-    return Run(**{**{name: getattr(run, name) for name in Run.__dataclass_fields__}, "arm": arm})
+        own = kinds[run.folder]
+        alike = [kinds[other.folder] for other in nameless if other.record.get("ffn") == run.record.get("ffn")]
+        telling = sorted({key for key in own if any(other.get(key) != own[key] for other in alike)})
+        told = [f" {key}={shorten(str(own[key]), 30)}" for key in telling if key not in ("seed", "data.order_seed")]
+        names[run.folder] = _snake(str(run.record.get("ffn") or "run")) + "".join(told[:3])
+    return [run if run.arm else replace(run, arm=names[run.folder]) for run in runs]
 
 
 def _snake(name: str) -> str:
@@ -228,26 +252,21 @@ def _snake(name: str) -> str:
 
 
 def _without_twins(runs: Sequence[Run]) -> list[Run]:
-    """Of runs that several comparisons have in common, one."""
+    """Of runs that several comparisons have in common one, a finished one if there is one."""
     kept: dict[tuple[str, int], Run] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: not run.ok):
         other = kept.setdefault((run.arm, run.seed), run)
-        if other is not run and _identity(other) != _identity(run):
+        if other is not run and run.ok and _identity(other) != _identity(run):
             raise RunDirectoryError(
                 f"runs: {other.folder} and {run.folder} are both {run.arm} with seed {run.seed}, but differ; leave one "
                 "out, or rename the folder of one variant."
             )
-    return list(kept.values())
+    return [run for run in runs if kept[run.arm, run.seed] is run]
 
 
-def _identity(run: Run) -> tuple[dict[str, Any], Any]:
-    """What makes two runs the same: configuration, without paths, and data."""
-    own = str(run.config.get("run_dir", ""))
-    shown = {
-        key: value.replace(own, "RUN_DIR") if own and isinstance(value, str) else value
-        for key, value in leaves(run.config)
-    }
-    return {key: value for key, value in shown.items() if key != "run_dir"}, run.record.get("data")
+def _identity(run: Run) -> tuple[dict[str, Any], Any, Any]:
+    """What makes two runs the same: configuration, data, commit."""
+    return portable_leaves(run.config), run.record.get("data"), run.record.get("commit")
 
 
 def to_json(value: Any) -> str:

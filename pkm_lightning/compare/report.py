@@ -5,7 +5,7 @@ Each file is written beside and renamed, so a report that is open while runs go 
 
 from __future__ import annotations
 
-import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import jinja2
 from markupsafe import Markup
 
 from pkm_lightning.compare.board import write_board
-from pkm_lightning.compare.plots import INK, Plot, all_plots
+from pkm_lightning.compare.comparison_file import NAME as COMPARISON_FILE
+from pkm_lightning.compare.plots import INK, Plot, all_plots, known_names
 from pkm_lightning.compare.runs_csv import runs_csv
 from pkm_lightning.compare.study import Study
 from pkm_lightning.compare.tables import Table, all_tables, failures
+from pkm_lightning.errors import RunDirectoryError
 from pkm_lightning.storage import write_beside
 
 #: Values of one key that a report shows before it says how many more there are.
@@ -26,18 +28,34 @@ _SHOWN_VALUES = 6
 
 def write_report(study: Study, out: Path) -> None:
     """Writes all files of the report into `out`, which is made if need be."""
+    check_place(out)
     (out / "plots").mkdir(parents=True, exist_ok=True)
     plots, tables = list(all_plots(study)), all_tables(study)
     for plot in plots:
         write_beside(out / "plots" / f"{plot.name}.svg", plot.svg)
-        _write_bytes(out / "plots" / f"{plot.name}.png", plot.png)
-    for stale in {file.stem for file in (out / "plots").iterdir()} - {plot.name for plot in plots}:
+        write_beside(out / "plots" / f"{plot.name}.png", plot.png)
+    for stale in known_names() - {plot.name for plot in plots}:
         for suffix in (".svg", ".png"):
             (out / "plots" / f"{stale}{suffix}").unlink(missing_ok=True)
     write_beside(out / "runs.csv", runs_csv(study))
     for name, escape in (("report.html", True), ("report.md", False)):
         write_beside(out / name, _render(name, study, tables, plots, escape=escape))
-    write_board(study, out / "tensorboard")
+    write_board(study, out / "hparams")
+
+
+def check_place(out: Path) -> None:
+    """Refuses to write a report where it would replace something else.
+
+    Raises:
+        RunDirectoryError: `out` is a run's directory, or holds files and no earlier report or comparison.
+    """
+    if (out / "run.json").exists():
+        raise RunDirectoryError(f"out={out} is the directory of a run; choose another for the report.")
+    if out.exists() and not out.is_dir():
+        raise RunDirectoryError(f"out={out} is a file; choose another place for the report.")
+    ours = any((out / name).exists() for name in (COMPARISON_FILE, "report.md"))
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise RunDirectoryError(f"out={out} holds files, but no report; choose an empty or new directory.")
 
 
 def _render(name: str, study: Study, tables: Sequence[Table], plots: Sequence[Plot], *, escape: bool) -> str:
@@ -55,7 +73,7 @@ def _render(name: str, study: Study, tables: Sequence[Table], plots: Sequence[Pl
         tables=tables,
         plots=plots,
         failures=failures(study),
-        commands=[" ".join(comparison.command) for comparison in study.comparisons],
+        commands=[shlex.join(comparison.command) for comparison in study.comparisons],
         unfair=[_as_row(difference.key, difference.values, difference.said_by) for difference in study.unfair],
         fair=[
             (*_as_row(difference.key, difference.values, ()), difference.kind)
@@ -118,9 +136,3 @@ def _attributes(tag: str) -> list[str]:
 def _cell(text: str) -> str:
     """`text` in a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)

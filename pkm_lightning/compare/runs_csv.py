@@ -29,7 +29,7 @@ def _row(study: Study, run: Run) -> dict[str, Any]:
     deciles = {
         f"recall_{form}_decile_{decile}": means["recall"]
         for form, of_form in recall.items()
-        for decile, means in of_form["by_decile"].items()
+        for decile, means in of_form.get("by_decile", {}).items()
     }
     return {
         "arm": run.arm,

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pkm_lightning.compare.metric import check_metric
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range
 
 #: Keys that are of the comparison and not of its runs; an experiment that sets them may be trained by `fit` too.
-COMPARE_KEYS = ("seeds", "jobs", "variants", "dense_ladder", "budget", "lr_sweep", "sweep", "report", "runs")
+COMPARE_KEYS = (
+    "seeds", "jobs", "variants", "dense_ladder", "budget", "lr_sweep", "sweep", "warm_up", "report", "runs"
+)  # fmt: skip
 #: Keys that `compare` sets for each run itself, and what to say instead.
 SET_BY_COMPARE = {
     "seed": "seeds=",
@@ -18,6 +21,7 @@ SET_BY_COMPARE = {
     "ckpt": "nothing: runs are continued by the same command",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_DEFAULT_SWEEP = {"seeds": 1, "first_seed": 1001, "data_seed": 1000, "metric": "test/loss"}
 _DEFAULT_REPORT = {"metric": "auto", "resamples": 2000, "seed": 0}
 
 
@@ -29,7 +33,7 @@ class SweepSettings:
         learning_rates: those to try, two or more.
         seeds: of the runs of a sweep.
         data_seed: added to `data.seed`.
-        metric: of `metrics` in run.json, lower is better.
+        metric: as `pkm_lightning.compare.metric` names it; the best mean wins.
     """
 
     learning_rates: tuple[float, ...]
@@ -46,6 +50,7 @@ class Settings:
         variants: overrides by variant, as `{KEY: VALUE}` with dotted keys.
         budget_tokens, budget_seconds: at most one of them.
         sweep: None without one.
+        warm_up: each variant is run for two steps before, where neither a sweep nor a budget of seconds does so.
     """
 
     seeds: tuple[int, ...]
@@ -55,6 +60,7 @@ class Settings:
     budget_tokens: float | None
     budget_seconds: float | None
     sweep: SweepSettings | None
+    warm_up: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     jobs = config["jobs"]
     check_integer("jobs", jobs, 1)
     check_flag("dense_ladder", config["dense_ladder"])
+    check_flag("warm_up", config["warm_up"])
     budget = _mapping("budget", config["budget"], ("tokens", "seconds"))
     tokens, seconds = budget.get("tokens"), budget.get("seconds")
     if tokens is not None and seconds is not None:
@@ -97,6 +104,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         budget_tokens=tokens,
         budget_seconds=seconds,
         sweep=_sweep(config, seeds),
+        warm_up=config["warm_up"],
     )
 
 
@@ -109,7 +117,8 @@ def read_report_settings(config: Mapping[str, Any]) -> ReportSettings:
     given = {**_DEFAULT_REPORT, **_mapping("report", config["report"], tuple(_DEFAULT_REPORT))}
     check_integer("report.resamples", given["resamples"], 100, 1_000_000)
     check_integer("report.seed", given["seed"], 0)
-    return ReportSettings(metric=str(given["metric"]), resamples=given["resamples"], seed=given["seed"])
+    metric = check_metric("report.metric", str(given["metric"]), "auto")
+    return ReportSettings(metric=metric, resamples=given["resamples"], seed=given["seed"])
 
 
 def check_name(name: str) -> None:
@@ -139,11 +148,11 @@ def _sweep(config: Mapping[str, Any], seeds: tuple[int, ...]) -> SweepSettings |
     rates = config["lr_sweep"]
     if rates is None:
         return None
+    for rate in rates if isinstance(rates, list) else ():
+        check_range("lr_sweep", rate, 1e-12)
     if not isinstance(rates, list) or len(set(rates)) < 2 or len(set(rates)) != len(rates):
         raise ConfigError(f"lr_sweep={rates} is no list of two or more different learning rates, as in [3e-3,6e-3].")
-    for rate in rates:
-        check_range("lr_sweep", rate, 1e-12)
-    given = _mapping("sweep", config["sweep"], ("seeds", "first_seed", "data_seed", "metric"))
+    given = {**_DEFAULT_SWEEP, **_mapping("sweep", config["sweep"], tuple(_DEFAULT_SWEEP))}
     check_integer("sweep.first_seed", given["first_seed"], 0, 2**31)
     check_integer("sweep.data_seed", given["data_seed"], 0, 2**31)
     tried = _seeds("sweep.seeds", given["seeds"], given["first_seed"])
@@ -157,7 +166,7 @@ def _sweep(config: Mapping[str, Any], seeds: tuple[int, ...]) -> SweepSettings |
         learning_rates=tuple(sorted(float(rate) for rate in rates)),
         seeds=tried,
         data_seed=given["data_seed"],
-        metric=str(given["metric"]),
+        metric=check_metric("sweep.metric", str(given["metric"])),
     )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pkm_lightning.compare.bootstrap import Resampled, plain_mean, resample
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.costs import compute, cost
-from pkm_lightning.compare.differences import Difference, find_differences
+from pkm_lightning.compare.differences import Difference, equal_seconds, find_differences
+from pkm_lightning.compare.leaves import portable_leaves
 from pkm_lightning.compare.multiplier import Multiplier, multipliers
 from pkm_lightning.compare.quality import Quality, choose_quality
 from pkm_lightning.compare.records import Run, read_runs
@@ -60,11 +61,21 @@ class Study:
     @property
     def is_equal_time(self) -> bool:
         """The runs were given equal seconds, not equal tokens."""
-        return bool(self.comparisons) and all(comparison.seconds for comparison in self.comparisons)
+        return equal_seconds(self.runs, self.comparisons) is not None
 
     def mean_cost(self, arm: str, name: str) -> float:
         """The mean of a figure of `costs` over the arm's runs."""
         return plain_mean([cost(run, name) for run in self.arms[arm]])
+
+    def compute(self, arm: str, basis: str) -> float:
+        """FLOPs of a whole training of the arm, the mean over its runs."""
+        return plain_mean([compute(run, basis) for run in self.arms[arm]])
+
+    def bits_stored(self, arm: str) -> tuple[float, float]:
+        """Bits of knowledge about a fact, and about all facts of training; nan where questions or facts are unknown."""
+        bits = Quality("bits_paraphrase")
+        a_fact = plain_mean([bits.value(run) for run in self.arms[arm]])
+        return a_fact, a_fact * self.mean_cost(arm, "facts")
 
 
 def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
@@ -76,14 +87,15 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     """
     runs, comparisons = read_runs(folders)
     quality = choose_quality(settings.metric, runs)
+    runs = [_judged(run, quality) for run in runs]
     arms: dict[str, list[Run]] = {}
     for run in runs:
-        if run.ok and math.isfinite(quality.value(run)):
+        if run.ok:
             arms.setdefault(run.arm, []).append(run)
     resampled = resample(arms, quality, resamples=settings.resamples, seed=settings.seed) if arms else None
     ladder = _ladder(arms)
     found: dict[str, dict[str, Multiplier]] = {}
-    for basis in BASES if len(ladder) > 1 and resampled is not None else ():
+    for basis in BASES if ladder and resampled is not None else ():
         spent = {arm: plain_mean([compute(run, basis) for run in own]) for arm, own in arms.items()}
         known = {arm: value for arm, value in spent.items() if math.isfinite(value)}
         assert resampled is not None
@@ -102,29 +114,40 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     )
 
 
-def _ladder(arms: dict[str, list[Run]]) -> list[str]:
-    """Arms of nothing but dense FFNs, of the commonest number of layers and width, by compute, each compute once."""
-    shapes: dict[tuple[object, object], dict[float, str]] = {}
+def _judged(run: Run, quality: Quality) -> Run:
+    """The run; without the figure that the report is about it has failed."""
+    lacks = run.ok and not math.isfinite(quality.value(run))
+    return replace(run, failure=f"finished without {quality.metric}") if lacks else run
+
+
+def _ladder(arms: Mapping[str, list[Run]]) -> list[str]:
+    """Dense arms that differ in nothing but their hidden dimension, each compute once; two or more, or none."""
+    alike: dict[str, dict[float, str]] = {}
     for arm, runs in arms.items():
-        config = runs[0].config
-        if runs[0].record.get("ffn") != "Dense" or config["placement"].get("mode") != "replace":
-            continue
-        shape = config["model"]["n_layers"], config["model"]["dim"]
         spent = compute(runs[0], "trunk")
-        if math.isfinite(spent):
-            shapes.setdefault(shape, {}).setdefault(spent, arm)
-    rungs = max(shapes.values(), key=len, default={})
+        if runs[0].record.get("ffn") == "Dense" and math.isfinite(spent) and spent > 0:
+            alike.setdefault(_but_for_its_size(runs[0]), {}).setdefault(spent, arm)
+    rungs = max(alike.values(), key=len, default={})
     return [rungs[spent] for spent in sorted(rungs)] if len(rungs) > 1 else []
 
 
-def _reference(arms: dict[str, list[Run]], ladder: Sequence[str]) -> str | None:
+def _but_for_its_size(run: Run) -> str:
+    """What a run is, but for the size of its FFN, its seed and its learning rate, which is each model's own."""
+    kept = {
+        key: value
+        for key, value in portable_leaves(run.config).items()
+        if key not in ("seed", "data.order_seed", "optim.lr", "match", "match_budget", "ffn.hidden_dim")
+    }
+    return repr(sorted(kept.items(), key=lambda item: item[0])) + str(cost(run, "tokens"))
+
+
+def _reference(arms: Mapping[str, list[Run]], ladder: Sequence[str]) -> str | None:
     """The dense arm whose compute is nearest to that of the others, else the first arm."""
-    dense = list(ladder) or [arm for arm, runs in arms.items() if runs[0].record.get("ffn") == "Dense"]
-    others = [compute(runs[0], "trunk") for arm, runs in arms.items() if arm not in dense]
-    known = sorted(value for value in others if math.isfinite(value))
-    if not dense:
-        return next(iter(arms), None)
-    if not known:
-        return dense[0]
-    middle = known[len(known) // 2]
-    return min(dense, key=lambda arm: abs(math.log(compute(arms[arm][0], "trunk") / middle)))
+    spent = {arm: compute(runs[0], "trunk") for arm, runs in arms.items()}
+    known = {arm: value for arm, value in spent.items() if math.isfinite(value) and value > 0}
+    dense = list(ladder) or [arm for arm in known if arms[arm][0].record.get("ffn") == "Dense"]
+    others = sorted(value for arm, value in known.items() if arm not in dense)
+    if not dense or not others:
+        return next(iter(dense or arms), None)
+    middle = others[len(others) // 2]
+    return min(dense, key=lambda arm: abs(math.log(known[arm] / middle)))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pkm_lightning.compare.bootstrap import plain_mean
-from pkm_lightning.compare.costs import compute
 from pkm_lightning.compare.curves import read_off
 from pkm_lightning.compare.quality import Quality
 from pkm_lightning.compare.study import BASES, Study
@@ -51,30 +50,43 @@ def quality_table(study: Study) -> Table:
     for arm, runs in study.arms.items():
         by_seed = {run.seed: quality.value(run) for run in runs}
         difference, low, high = resampled.difference(arm, reference)
-        read = plain_mean([read_off(run, quality, axis, moment) for run in runs])
+        read = [read_off(run, quality, axis, moment) for run in runs]
         rows.append([
             arm,
             *(quality.written(by_seed.get(seed, math.nan)) for seed in seeds),
             quality.written(resampled.mean[arm]),
             _range(quality, *resampled.interval(arm)),
             "" if arm == reference else f"{_signed(quality, difference)} ({_range(quality, low, high, signed=True)})",
-            quality.written(read),
+            # A mean over some seeds only would leave out just the slow ones.
+            quality.written(sum(read) / len(read)),
             *(other.written(plain_mean([other.value(run) for run in runs])) for other in forms),
             ", ".join(sorted({f"{run.config['optim']['lr']:g}" for run in runs})),
         ])  # fmt: skip
     finals, others = ("seconds", "tokens") if study.is_equal_time else ("tokens", "seconds")
     equal = f"{moment:,.0f} {others}"
-    paired = "" if resampled.is_paired else " Not all runs share seeds and facts, so arms were resampled independently."
+    paired = "" if resampled.is_paired else " Not all runs share seeds and facts: arms were resampled independently."
     return Table(
         f"{quality.label.capitalize()} at equal {finals}",
-        f"Final test of each run. The interval is a 95% percentile interval of {study.settings.resamples:,} paired "
-        f"resamples over facts and seeds; with {len(seeds)} seeds it is too narrow rather than too wide.{paired} "
+        f"Final test of each run. {_interval_note(study, len(seeds))}{paired} "
         f"'At {equal}' is read off each run's validations where {reference} ends: the learning rates of longer runs "
         "have not come down there, a run that ended earlier keeps its last value, and validations ask fewer questions.",
         ["variant", *(f"seed {seed}" for seed in seeds), "mean", "95% interval", f"less {reference}", f"at {equal}",
          *(other.label for other in forms), "learning rate"],
         rows,
     )  # fmt: skip
+
+
+def _interval_note(study: Study, n_seeds: int) -> str:
+    assert study.resampled is not None
+    over = study.resampled.over
+    if not over:
+        return "Of one seed and no questions there is no interval."
+    few = f"; with {n_seeds} seeds it is too narrow rather than too wide" if "seeds" in over else ""
+    few = few or "; of one seed it does not say how seeds differ"
+    pairs = "paired " if study.resampled.is_paired else ""
+    return (
+        f"The interval is a 95% percentile interval of {study.settings.resamples:,} {pairs}resamples over {over}{few}."
+    )
 
 
 def multiplier_table(study: Study) -> Table | None:
@@ -84,13 +96,13 @@ def multiplier_table(study: Study) -> Table | None:
     assert study.resampled is not None
     assert study.reference is not None
     rows = []
-    own = {basis: _computes(study, basis) for basis in BASES}
     for arm in study.multipliers["trunk"]:
         cells = []
         for basis in BASES:
             found = study.multipliers[basis][arm]
-            share = own[basis][arm] / own[basis][study.reference]
-            cells += [f"{share:.2f}x", str(found.value), f"{found.low} to {found.high}"]
+            share = study.compute(arm, basis) / study.compute(study.reference, basis)
+            between = "-" if math.isnan(found.low.value) else f"{found.low} to {found.high}"
+            cells += [f"{share:.2f}x", str(found.value), between]
         rows.append([arm, study.quality.written(study.resampled.mean[arm]), *cells])
     rungs = ", ".join(f"{arm} {study.quality.written(study.resampled.mean[arm])}" for arm in study.ladder)
     return Table(
@@ -98,7 +110,7 @@ def multiplier_table(study: Study) -> Table | None:
         "How many times a variant's training compute a dense model needs for the same quality, interpolated in the "
         f"logarithm of compute over {rungs}. 'Trunk': all layers without embedding and unembedding. 'Model': with the "
         "unembedding at every position, though training computes it only where there is a target. '>=': better than "
-        "the largest dense model.",
+        "the largest dense model; '<=': no better than the smallest.",
         ["variant", study.quality.label, *(f"{basis}, {what}" for basis in BASES
                                            for what in ("own compute", "multiplier", "95% interval"))],
         rows,
@@ -134,10 +146,9 @@ def cost_table(study: Study) -> Table:
 
 def storage_table(study: Study) -> Table | None:
     """Bits of knowledge about the facts of training, and per parameter."""
-    bits, rows = Quality("bits_paraphrase"), []
-    for arm, runs in study.arms.items():
-        a_fact = plain_mean([bits.value(run) for run in runs])
-        stored = a_fact * study.mean_cost(arm, "facts")
+    rows = []
+    for arm in study.arms:
+        a_fact, stored = study.bits_stored(arm)
         if math.isfinite(stored):
             per = [stored / study.mean_cost(arm, name) for name in ("params_total", "params_active")]
             rows.append([arm, f"{a_fact:.2f}", f"{stored / 1e3:,.1f}", *(f"{value:.3f}" for value in per)])
@@ -189,19 +200,22 @@ def relation_table(study: Study) -> Table | None:
     relations = sorted({relation for found in by_arm.values() for relation in found})
     if len(relations) < 2:
         return None
-    rows = [[arm, *(f"{plain_mean(found.get(r, [])):.1%}" for r in relations)] for arm, found in by_arm.items()]
+    recall = Quality("recall_paraphrase")
+    rows = [[arm, *(recall.written(plain_mean(found.get(r, []))) for r in relations)] for arm, found in by_arm.items()]
     return Table("Recall of paraphrases by relation", "", ["variant", *relations], rows)
 
 
 def sweep_table(study: Study) -> Table | None:
     """What every learning rate of a sweep gave."""
-    rows, rates, notes = [], [], []
+    rows, rates, notes = [], list[str](), []
+    for comparison in study.comparisons:
+        tried = sorted((comparison.sweep or {}).get("learning_rates", ()))
+        rates += [f"{rate:g}" for rate in tried if f"{rate:g}" not in rates]
     for comparison in study.comparisons:
         sweep = comparison.sweep
         if not sweep or not sweep["results"]:
             continue
         tried = sorted(sweep["learning_rates"])
-        rates += [f"{rate:g}" for rate in tried if f"{rate:g}" not in rates]
         for arm, results in sweep["results"].items():
             chosen = sweep["chosen"].get(arm)
             cells = {rate: "failed" if value is None else f"{value:.4f}" for rate, value in results.items()}
@@ -209,14 +223,11 @@ def sweep_table(study: Study) -> Table | None:
                 cells[f"{chosen:g}"] += " *" + (" (edge)" if chosen in (tried[0], tried[-1]) else "")
             rows.append([arm, *(cells.get(rate, "") for rate in rates)])
         notes.append(
-            f"{sweep['metric']} of runs with seeds {', '.join(map(str, sweep['seeds']))} on facts drawn with data.seed "
-            f"+ {sweep['data_seed']}; * the chosen rate. At an edge of the sweep a better rate may lie outside."
+            f"{sweep['metric']} of runs with seed {', '.join(map(str, sweep['seeds']))} and data.seed raised by "
+            f"{sweep['data_seed']} (other facts, where facts are the data); * the chosen rate. At an edge of the sweep "
+            "a better rate may lie outside."
         )
     return Table("Sweep of learning rates", " ".join(dict.fromkeys(notes)), ["variant", *rates], rows)
-
-
-def _computes(study: Study, basis: str) -> dict[str, float]:
-    return {arm: plain_mean([compute(run, basis) for run in runs]) for arm, runs in study.arms.items()}
 
 
 def _other_forms(study: Study) -> list[Quality]:

@@ -11,7 +11,7 @@ from run_folders import FakeRun, ladder
 from small import SMALL_RUN, Run, record
 
 SMALL = [o for o in SMALL_RUN if not o.startswith("~")]
-SHORT = [*SMALL, "trainer.max_steps=4", "trainer.val_check_interval=2", "report.resamples=100"]
+SHORT = [*SMALL, "warm_up=false", "trainer.max_steps=4", "trainer.val_check_interval=2", "report.resamples=100"]
 
 
 def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
@@ -43,7 +43,7 @@ def test_a_report_needs_nothing_but_run_directories(cli: Run, tmp_path: Path) ->
     outcome = cli("report", "runs=[here,there]", "out=merged", "report.resamples=100")
     assert outcome.code == 0, outcome.err
     assert len(rows(tmp_path / "merged")) == 7
-    assert {"report.html", "report.md", "runs.csv", "plots", "tensorboard"} <= {
+    assert {"report.html", "report.md", "runs.csv", "plots", "hparams"} <= {
         entry.name for entry in (tmp_path / "merged").iterdir()
     }
 

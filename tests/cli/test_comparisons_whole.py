@@ -20,7 +20,7 @@ from pkm_lightning.compare.run_state import run_state
 
 pytestmark = pytest.mark.slow
 SMALL = [o for o in SMALL_RUN if not o.startswith(("~", "trainer."))]
-SHORT = [*SMALL, "trainer.log_every_n_steps=2", "report.resamples=100"]
+SHORT = [*SMALL, "warm_up=false", "trainer.log_every_n_steps=2", "report.resamples=100"]
 #: Columns of runs.csv that tell of the machine, or of where the runs lie.
 _TIMINGS = ("seconds_train", "tokens_per_second", "peak_memory_bytes", "started")
 

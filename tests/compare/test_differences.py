@@ -22,7 +22,7 @@ def differences(root: Path, *runs: FakeRun, comparison: Comparison | None = None
 def test_a_fair_comparison_differs_in_ffn_and_seed_alone(tmp_path: Path) -> None:
     found = differences(tmp_path, *ladder())
     assert {d.kind for d in found.values()} == {"ffn", "seed"}
-    assert {"ffn._target_", "ffn.width", "seed", "data.order_seed"} == set(found)
+    assert {"ffn._target_", "ffn.hidden_dim", "seed", "data.order_seed"} == set(found)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_secret_difference_is_caught(
 
 def test_within_a_variant_not_even_the_ffn_may_differ(tmp_path: Path) -> None:
     found = differences(tmp_path, FakeRun("a", 1, flops=1000), FakeRun("a", 2, flops=2000))
-    assert found["ffn.width"].kind == "other"
+    assert found["ffn.hidden_dim"].kind == "other"
 
 
 def test_a_data_order_that_does_not_follow_the_seed_is_other(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_lower_may_be_better() -> None:
         mean={"small": 0.8, "large": 0.2, "own": 0.5},
         resamples={"small": np.full(9, 0.8), "large": np.full(9, 0.2), "own": np.full(9, 0.5)},
         is_paired=True,
+        over="seeds",
     )
     found = multipliers(losses, ["small", "large"], {"small": 1.0, "large": 4.0, "own": 1.0}, higher_is_better=False)
     assert set(found) == {"own"}
@@ -65,6 +66,7 @@ def test_the_interval_is_of_the_resamples_with_bounds_at_its_ends() -> None:
         mean={"small": 0.2, "large": 0.8, "own": 0.5},
         resamples={"small": np.full(201, 0.2), "large": np.full(201, 0.8), "own": qualities},
         is_paired=True,
+        over="seeds",
     )
     found = multipliers(means, ["small", "large"], {"small": 1.0, "large": 4.0, "own": 1.0}, higher_is_better=True)
     assert (found["own"].low.sign, found["own"].high.sign) == ("<=", ">=")
@@ -72,5 +74,7 @@ def test_the_interval_is_of_the_resamples_with_bounds_at_its_ends() -> None:
 
 
 def test_an_arm_without_known_compute_has_none() -> None:
-    means = Resampled(mean={"a": 0.1, "b": 0.2, "c": 0.3}, resamples={k: np.zeros(3) for k in "abc"}, is_paired=True)
+    means = Resampled(
+        mean={"a": 0.1, "b": 0.2, "c": 0.3}, resamples={k: np.zeros(3) for k in "abc"}, is_paired=True, over="seeds"
+    )
     assert multipliers(means, ["a", "b"], {"a": 1.0, "b": 2.0}, higher_is_better=True) == {}

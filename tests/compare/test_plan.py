@@ -18,7 +18,9 @@ SWEEP = SweepSettings(learning_rates=(0.001, 0.002), seeds=(1001,), data_seed=10
 
 def settings(**given: Any) -> Settings:
     defaults: dict[str, Any] = {"seeds": (1, 2), "jobs": 1, "variants": {}, "dense_ladder": False}
-    return Settings(**{**defaults, "budget_tokens": None, "budget_seconds": None, "sweep": None, **given})
+    return Settings(
+        **{**defaults, "budget_tokens": None, "budget_seconds": None, "sweep": None, "warm_up": False, **given}
+    )
 
 
 def test_a_variant_overrides_a_named_ffn_or_brings_its_own() -> None:
@@ -36,6 +38,8 @@ def test_a_variant_overrides_a_named_ffn_or_brings_its_own() -> None:
     [
         ({"mystery": {"ffn.top_k": 2}}, "variants.mystery names no FFN"),
         ({"dense": {"ffn": "moe"}}, "ffn= names dense already"),
+        ({"dense": {"seed": 3}}, "variants.dense.seed: compare sets seed of each run itself; say seeds="),
+        ({"dense": {"run_dir": "x"}}, "variants.dense.run_dir: compare sets run_dir of each run itself; say out="),
     ],
 )
 def test_a_variant_that_means_nothing_is_refused(variants: dict[str, Any], message: str) -> None:
@@ -71,7 +75,7 @@ def test_runs_go_seed_by_seed_with_the_chosen_rates() -> None:
 
 def test_a_sweep_gives_every_arm_the_same_rates_seeds_and_other_facts() -> None:
     arms = [Arm("a", ("ffn=dense",)), Arm("b", ("ffn=moe",))]
-    runs = plan_sweep(arms, SWEEP, ["data.seed=5"], Path("out"), data_seed=5)
+    runs = plan_sweep(arms, SWEEP, ["data.seed=5"], Path("out"), {"a": 5, "b": 5})
     assert {(run.arm, run.learning_rate, run.seed) for run in runs} == {
         (arm, rate, 1001) for arm in ("a", "b") for rate in (0.001, 0.002)
     }
@@ -80,7 +84,7 @@ def test_a_sweep_gives_every_arm_the_same_rates_seeds_and_other_facts() -> None:
 
 
 def test_data_without_a_seed_are_swept_as_they_are() -> None:
-    (first, *_) = plan_sweep([Arm("a", ("ffn=dense",))], SWEEP, [], Path("out"), data_seed=None)
+    (first, *_) = plan_sweep([Arm("a", ("ffn=dense",))], SWEEP, [], Path("out"), {})
     assert not any(override.startswith("data.seed") for override in first.overrides)
 
 

@@ -137,7 +137,7 @@ def test_the_metric_may_be_chosen(tmp_path: Path, metric: str) -> None:
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"allowed: auto, .*recall_paraphrase.*Did you mean 'recall_paraphrase'"):
+    with pytest.raises(ConfigError, match=r"is a figure of no run; allowed: auto, .*Did you mean 'recall_paraphrase'"):
         study_of(tmp_path, FakeRun("a", 1), metric="recall_paraphrases")
 
 
@@ -276,7 +276,7 @@ def test_a_report_replaces_an_earlier_one(tmp_path: Path) -> None:
     loose = study_of(tmp_path / "loose", FakeRun("a", 1, forms=()))
     write_report(loose, tmp_path / "report")
     assert not (tmp_path / "report" / "plots" / "quality_by_compute.svg").exists()
-    assert [entry.name for entry in (tmp_path / "report" / "tensorboard").iterdir()] == ["a-seed-1"]
+    assert [entry.name for entry in (tmp_path / "report" / "hparams").iterdir()] == ["a-seed-1"]
     assert not list((tmp_path / "report").rglob("*.tmp"))
 
 
@@ -284,7 +284,7 @@ def test_a_report_replaces_an_earlier_one(tmp_path: Path) -> None:
 def test_the_board_has_a_row_a_run(tmp_path: Path) -> None:
     study = study_of(tmp_path / "runs", *ladder((1, 2)))
     write_report(study, tmp_path / "report")
-    folders = sorted((tmp_path / "report" / "tensorboard").iterdir())
+    folders = sorted((tmp_path / "report" / "hparams").iterdir())
     assert len(folders) == 12
     events = EventAccumulator(str(folders[0])).Reload()
     (value,) = [event.value for event in events.Scalars("hparam/recall_paraphrase")]

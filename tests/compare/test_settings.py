@@ -24,6 +24,8 @@ def test_the_defaults_are_three_seeds_one_at_a_time() -> None:
     assert (settings.seeds, settings.jobs, settings.sweep) == ((1, 2, 3), 1, None)
     assert (settings.variants, settings.dense_ladder) == ({}, False)
     assert read_report_settings(config()).metric == "auto"
+    assert read_report_settings(config("report.metric=test/recall_seen")).metric == "recall_seen"
+    assert read_settings(config("lr_sweep=[1e-3,2e-3]", "sweep=null")).sweep is not None
 
 
 def test_compare_adds_just_its_own_keys_to_those_of_a_run() -> None:
@@ -61,6 +63,9 @@ def test_overrides_of_a_variant_may_be_dotted_or_nested() -> None:
         (["+budget.hours=3"], "budget.hours is not known; allowed: tokens, seconds"),
         (["lr_sweep=[1e-3]"], "no list of two or more"),
         (["lr_sweep=[1e-3,1e-3]"], "no list of two or more"),
+        (["lr_sweep=[[1],[2]]"], "is no number"),
+        (["lr_sweep=[1e-3,2e-3]", "sweep.metric=test/lost"], "sweep.metric=test/lost is no figure"),
+        (["warm_up=maybe"], "warm_up='maybe' is neither"),
         (["lr_sweep=[1e-3,-1]"], "lr_sweep=-1 is out of range"),
         (["lr_sweep=[1e-3,2e-3]", "sweep.first_seed=2"], "seed 2 is of the sweep and of the reported runs"),
         (["+variants={a b: {ffn: moe}}"], "letters, digits"),
@@ -72,7 +77,9 @@ def test_what_cannot_work_is_one_sentence(overrides: list[str], message: str) ->
         read_settings(config(*overrides))
 
 
-@pytest.mark.parametrize("override", ["report.resamples=3", "report.seed=-1", "+report.colour=red"])
+@pytest.mark.parametrize(
+    "override", ["report.resamples=3", "report.seed=-1", "+report.colour=red", "report.metric=recal"]
+)
 def test_report_settings_are_checked(override: str) -> None:
     with pytest.raises(ConfigError, match=r"report\."):
         read_report_settings(config(override))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch.utils.data import DataLoader
 from pkm_lightning.compare.budget import steps_of_tokens
 from pkm_lightning.compare.plan import Arm, plan_sweep
 from pkm_lightning.compare.settings import SweepSettings
-from pkm_lightning.compare.sweep import choose_rates
+from pkm_lightning.compare.sweep import check_swept, choose_rates
 from pkm_lightning.errors import ConfigError
 
 SWEEP = SweepSettings(learning_rates=(0.001, 0.002, 0.004), seeds=(8, 9), data_seed=1, metric="test/loss")
 
 
 def test_the_rate_with_the_lowest_mean_wins_and_failures_never(tmp_path: Path) -> None:
-    runs = plan_sweep([Arm("a", ()), Arm("b", ()), Arm("c", ())], SWEEP, [], tmp_path, None)
+    runs = plan_sweep([Arm("a", ()), Arm("b", ()), Arm("c", ())], SWEEP, [], tmp_path, {})
     losses = {
         "a": {0.001: (3.0, 3.0), 0.002: (1.0, 4.0), 0.004: (0.5, None)},
         "b": {0.001: (1.0, 1.0), 0.002: (2.0, 2.0), 0.004: (None, None)},
@@ -39,6 +40,19 @@ def test_the_rate_with_the_lowest_mean_wins_and_failures_never(tmp_path: Path) -
     assert chosen == {"a": 0.002, "b": 0.001}
     assert results["a"] == {"0.001": 3.0, "0.002": 2.5, "0.004": None}
     assert results["c"] == {"0.001": None, "0.002": None, "0.004": None}
+
+
+def test_of_recall_the_highest_mean_wins_and_an_unknown_metric_is_refused(tmp_path: Path) -> None:
+    recall = replace(SWEEP, metric="recall_paraphrase", seeds=(8,))
+    runs = plan_sweep([Arm("a", ())], recall, [], tmp_path, {})
+    for run, value in zip(runs, (0.2, 0.5, 0.3), strict=True):
+        run.folder.mkdir(parents=True)
+        record = {"status": "finished", "metrics": {"test/recall_paraphrase": value}}
+        (run.folder / "run.json").write_text(json.dumps(record))
+    assert choose_rates(runs, recall)[1] == {"a": 0.002}
+    check_swept(runs[0], recall)
+    with pytest.raises(ConfigError, match=r"sweep.metric=test/loss is a figure of no run; .*: recall_paraphrase"):
+        check_swept(runs[0], SWEEP)
 
 
 class Rows(LightningDataModule):
