@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -22,8 +23,10 @@ def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
 def test_a_comparison_runs_and_fails_in_part(cli: Run, tmp_path: Path) -> None:
     """One variant cannot learn: the other finishes, and the report says why."""
     out = tmp_path / "out"
-    shown = cli("compare", "ffn=memory_plus", "seeds=1", "out=out", "jobs=2", *SHORT,
-                "+variants.nan={ffn: dense, optim.lr: 1e30, optim.clip_norm: null}")  # fmt: skip
+    command = ["ffn=memory_plus", "seeds=1", "out=out", "jobs=2", *SHORT,
+               "+variants.nan={ffn: dense, optim.lr: 1e30, optim.clip_norm: null}"]  # fmt: skip
+    shown = cli("compare", *command)
+    assert json.loads((out / "compare.json").read_text())["command"][4:] == command
     assert shown.code == 2
     assert "nan seed 1" in shown.err
     found = rows(out)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from processes import start
-from small import SMALL_RUN, record
+from small import SMALL_RUN, Run, record
 
 from pkm_lightning.compare.run_state import run_state
 
@@ -79,6 +79,53 @@ def test_every_arm_is_swept_alike_and_trained_with_its_best_rate(tmp_path: Path)
     for arm, factor in (("dense_0.5x", 0.5), ("dense_2x", 2), ("dense_4x", 4), ("pkm", 1)):
         assert abs(flops[arm] / flops["dense_1x"] / factor - 1) < 0.02
     assert "multiplier" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_arm_that_no_rate_fits_costs_only_itself(tmp_path: Path) -> None:
+    code, said = compare(
+        tmp_path, "ffn=dense", "seeds=1", "lr_sweep=[1e-3,2e-3]", "out=out", "trainer.max_steps=4", "jobs=2", *SHORT,
+        "+variants.nan={ffn: dense, optim.weight_decay: 1e30, optim.clip_norm: null}",
+    )  # fmt: skip
+    assert code == 2
+    assert {row["arm"]: row["status"] for row in rows(tmp_path / "out")} == {"dense": "finished", "nan": "failed"}
+    assert "no learning rate of the sweep" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_more_arms_and_seeds_join_and_never_starts_afresh(tmp_path: Path) -> None:
+    common = ["lr_sweep=[1e-3,2e-3]", "out=out", "trainer.max_steps=4", "jobs=2", *SHORT]
+    for command in (["ffn=dense", "seeds=2"], ["ffn=dense,pkm", "seeds=1"]):
+        code, said = compare(tmp_path, *command, *common)
+        assert code == 0, said
+    assert content(tmp_path / "out")["command"][4] == "ffn=dense,pkm"
+    assert set(content(tmp_path / "out")["sweep"]["chosen"]) == {"dense", "pkm"}
+    assert len(rows(tmp_path / "out")) == 3
+    assert "differ in more than" not in (tmp_path / "out" / "report.html").read_text()
+    code, said = compare(tmp_path, "ffn=pkm", "seeds=1", "resume=never", *common)
+    assert code == 0, said
+    assert [(row["arm"], row["seed"]) for row in rows(tmp_path / "out")] == [("pkm", "1")]
+
+
+def test_a_signal_while_the_report_is_written_stops_too(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("pkm_lightning.cli.compare.write_report", interrupted)
+    shown = cli("compare", "ffn=dense", "seeds=2", "out=out", "trainer.max_steps=4", *SHORT)
+    assert shown.code == 130
+    assert "seed 2: started" not in shown.out
+    assert run_state(tmp_path / "out/runs/dense/seed-1") == "finished"
+
+
+def test_a_comparison_stopped_while_speeds_are_measured_goes_on(tmp_path: Path) -> None:
+    command = ["ffn=dense", "seeds=1", "budget.seconds=3", "out=out", *SHORT]
+    process = start("compare", *command, cwd=tmp_path)
+    _wait_until(lambda: (tmp_path / "out/speed/dense/try-1/run.json").exists(), process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process)[0] == 143
+    code, said = compare(tmp_path, *command)
+    assert code == 0, said
 
 
 def test_equal_seconds_become_steps_of_each_arms_own_speed(tmp_path: Path) -> None:

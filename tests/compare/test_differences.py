@@ -9,7 +9,7 @@ import pytest
 from run_folders import FakeRun, ladder
 
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.differences import Difference, find_differences
+from pkm_lightning.compare.differences import Difference, equal_seconds, find_differences
 from pkm_lightning.compare.records import read_runs
 
 
@@ -83,6 +83,35 @@ def test_steps_of_an_equal_time_comparison_are_its_budget(tmp_path: Path) -> Non
     runs = [FakeRun("a", 1), FakeRun("b", 1, config={"trainer": {"max_steps": 70}})]
     comparison = Comparison(command=[], base=[], arms={"a": [], "b": []}, seconds=60)
     assert differences(tmp_path, *runs, comparison=comparison)["trainer.max_steps"].kind == "budget"
+
+
+def test_of_merged_comparisons_each_arm_needs_its_own_excuse(tmp_path: Path) -> None:
+    FakeRun("a", 1, config={"optim": {"lr": 0.003}}).write(tmp_path)
+    FakeRun("loose", 1).write(tmp_path)
+    swept = Comparison(command=[], base=[], arms={"a": []}, sweep={"chosen": {"a": 0.003}}, seconds=60)
+    other = Comparison(command=[], base=[], arms={"loose": []}, seconds=120)
+    runs, _ = read_runs([tmp_path])
+    for comparisons in ([swept], [swept, other]):
+        assert {d.key: d.kind for d in find_differences(runs, comparisons)}["optim.lr"] == "other"
+    assert equal_seconds(runs, [swept]) is None
+    assert equal_seconds(runs, [swept, other]) is None
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(995_000, False), (500_000, True)])
+def test_unequal_tokens_are_told(tmp_path: Path, tokens: int, told: bool) -> None:
+    found = differences(tmp_path, FakeRun("a", 1), FakeRun("b", 1, record={"tokens": tokens}))
+    assert ("run.json: tokens" in found) is told
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(95.0, False), (60.0, True)])
+def test_runs_of_equal_seconds_may_differ_in_tokens_but_not_in_seconds(
+    tmp_path: Path, seconds: float, told: bool
+) -> None:
+    comparison = Comparison(command=[], base=[], arms={"a": [], "b": []}, seconds=100)
+    runs = [FakeRun("a", 1), FakeRun("b", 1, seconds=seconds, record={"tokens": 300})]
+    found = differences(tmp_path, *runs, comparison=comparison)
+    assert ("run.json: seconds_train" in found) is told
+    assert "run.json: tokens" not in found
 
 
 def test_who_asked_for_a_difference_is_named(tmp_path: Path) -> None:

@@ -47,11 +47,35 @@ def test_sweeps_and_speed_tests_are_not_reported(tmp_path: Path) -> None:
     assert len(comparisons) == 1
 
 
+def test_comparisons_are_found_below_what_is_named(tmp_path: Path) -> None:
+    FakeRun("a", 1).write(tmp_path / "mine" / "runs")
+    FakeRun("lr-0.1", 1001).write(tmp_path / "mine" / "sweep" / "a")
+    Comparison(command=[], base=[], arms={"a": []}).save(tmp_path / "mine")
+    FakeRun("b", 1).write(tmp_path / "sweep")
+    runs, comparisons = read_runs([tmp_path])
+    assert [run.arm for run in runs] == ["a", "b"]
+    assert len(comparisons) == 1
+
+
 def test_a_run_of_several_directories_counts_once(tmp_path: Path) -> None:
     for name in ("one", "two"):
         FakeRun("dense_1x", 1).write(tmp_path / name / "runs")
     runs, _ = read_runs([tmp_path / "one", tmp_path / "two", tmp_path / "one" / "runs"])
     assert len(runs) == 1
+
+
+def test_of_equal_runs_the_finished_one_counts(tmp_path: Path) -> None:
+    FakeRun("a", 1, record={"status": "interrupted"}).write(tmp_path / "one")
+    FakeRun("a", 1).write(tmp_path / "two")
+    (run,), _ = read_runs([tmp_path / "one", tmp_path / "two"])
+    assert run.ok
+
+
+def test_equal_configurations_of_two_commits_are_not_equal_runs(tmp_path: Path) -> None:
+    FakeRun("a", 1).write(tmp_path / "one")
+    FakeRun("a", 1, record={"commit": "decade"}).write(tmp_path / "two")
+    with pytest.raises(RunDirectoryError, match="but differ"):
+        read_runs([tmp_path / "one", tmp_path / "two"])
 
 
 def test_two_different_runs_of_one_name_and_seed_are_refused(tmp_path: Path) -> None:
@@ -119,9 +143,28 @@ def test_damaged_files_of_a_run_make_it_fail_and_nothing_else(tmp_path: Path) ->
     assert [run.failure for run in runs] == ["config.yaml is missing or damaged", "no record of a run", ""]
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("recall.csv", b"form,relation\nparaphrase,x\n"),
+        ("recall.csv", b"form,relation,prompt,truth,exact,bits,prior_bits,decile\na,b,c,d,1,?,2,3\n"),
+        ("metrics.csv", b"step,tokens\n\xff\xfe\n"),
+        ("run.json", b'{"status": "finished", "seed": null, "metrics": {}}'),
+        ("config.yaml", b"ffn: {}\noptim: {lr: high}\nmodel: {dim: 64, n_layers: 3}\n"),
+        ("config.yaml", b"- a\n- list\n"),
+    ],
+)
+def test_a_damaged_file_costs_its_run_alone(tmp_path: Path, file: str, content: bytes) -> None:
+    (FakeRun("a", 1).write(tmp_path) / file).write_bytes(content)
+    FakeRun("b", 1).write(tmp_path)
+    runs = {run.arm: run for run in read_runs([tmp_path])[0]}
+    assert runs["a"].failure
+    assert runs["b"].ok
+
+
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,tokens,train/loss\n1,10,2.5\n2,2e")
-    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1.0, "tokens": 10.0, "train/loss": 2.5}]
+    (tmp_path / "metrics.csv").write_text("step,tokens,seconds,train/loss\n1,10,3,2.5\n2,2e")
+    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1.0, "tokens": 10.0, "seconds": 3.0, "train/loss": 2.5}]
 
 
 @pytest.mark.parametrize("make", [True, False])

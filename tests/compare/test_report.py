@@ -1,144 +1,31 @@
-"""The report of constructed runs: numbers equal a plain recomputation, files are whole and self-contained."""
+"""The files of a report: whole, self-contained, honest about what failed or differs, and never in the way of others."""
 
 from __future__ import annotations
 
 import csv
-import json
 import re
-import statistics
 from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from run_folders import FakeRun, ladder
+from studies import SETTINGS, study_of, table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tolerances import EXACT_FLOAT
 
 from pkm_lightning.compare import report
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.plots import all_plots
+from pkm_lightning.compare.plots import all_plots, known_names
 from pkm_lightning.compare.report import write_report
-from pkm_lightning.compare.settings import ReportSettings
-from pkm_lightning.compare.study import Study, make_study
-from pkm_lightning.compare.tables import all_tables
-from pkm_lightning.errors import ConfigError
-
-SETTINGS = ReportSettings(metric="auto", resamples=200, seed=0)
+from pkm_lightning.compare.study import make_study
+from pkm_lightning.errors import RunDirectoryError
 
 
 @pytest.fixture
 def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a report's time; where plots are not what is tested, two of them do."""
     monkeypatch.setattr(report, "all_plots", lambda study: islice(all_plots(study), 2))
-
-
-def study_of(root: Path, *runs: FakeRun, metric: str = "auto") -> Study:
-    for run in runs:
-        run.write(root)
-    return make_study([root], ReportSettings(metric=metric, resamples=200, seed=0))
-
-
-def table(study: Study, title: str) -> dict[str, dict[str, str]]:
-    """Cells by variant and column."""
-    found = next(t for t in all_tables(study) if t.title.startswith(title))
-    return {row[0]: dict(zip(found.columns, row, strict=True)) for row in found.rows}
-
-
-def test_the_numbers_are_those_of_a_plain_recomputation(tmp_path: Path) -> None:
-    """From metrics.csv, recall.csv and run.json, with nothing of the package."""
-    study = study_of(tmp_path, *ladder())
-    quality, costs = table(study, "Recall"), table(study, "Cost")
-    for arm in ("dense_1x", "moe", "memory_plus"):
-        exact, read, seconds = [], [], []
-        for seed in (1, 2, 3):
-            folder = tmp_path / arm / f"seed-{seed}"
-            with (folder / "recall.csv").open() as file:
-                hits = [int(row["exact"]) for row in csv.DictReader(file) if row["form"] == "paraphrase"]
-            exact.append(sum(hits) / len(hits))
-            assert quality[arm][f"seed {seed}"] == f"{exact[-1]:.1%}"
-            with (folder / "metrics.csv").open() as file:
-                rows = [row for row in csv.DictReader(file) if row["val/recall_paraphrase"]]
-            curve = [(float(row["seconds"]), float(row["val/recall_paraphrase"])) for row in rows]
-            read.append(np.interp(100.0, *zip(*curve, strict=True)))
-            seconds.append(json.loads((folder / "run.json").read_text())["seconds"]["train"])
-        assert quality[arm]["mean"] == f"{statistics.fmean(exact):.1%}"
-        assert quality[arm]["at 100 seconds"] == f"{statistics.fmean(read):.1%}"
-        assert costs[arm]["training seconds"] == f"{statistics.fmean(seconds):,.0f}"
-
-
-def test_the_reference_is_the_dense_model_of_equal_compute(tmp_path: Path) -> None:
-    study = study_of(tmp_path, *ladder())
-    assert study.reference == "dense_1x"
-    assert study.ladder == ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x"]
-    assert table(study, "Recall")["dense_1x"]["less dense_1x"] == ""
-
-
-def test_multipliers_are_of_trunk_and_model(tmp_path: Path) -> None:
-    study = study_of(tmp_path, *ladder(n_facts=400))
-    mean = {arm: statistics.fmean(study.quality.value(run) for run in runs) for arm, runs in study.arms.items()}
-    # MoE lies between the rungs 1x and 2x.
-    share = (mean["moe"] - mean["dense_1x"]) / (mean["dense_2x"] - mean["dense_1x"])
-    assert 0 < share < 1
-    found = study.multipliers["trunk"]["moe"].value
-    assert found.value == pytest.approx(1000 * 2**share / 1010, rel=EXACT_FLOAT)
-    found = study.multipliers["model"]["moe"].value
-    assert found.value == pytest.approx(1500 * (2500 / 1500) ** share / 1510, rel=EXACT_FLOAT)
-    assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
-    assert table(study, "Compute")["memory_plus"]["trunk, multiplier"] == ">= 4.04x"
-
-
-def test_deeper_dense_models_are_no_rungs(tmp_path: Path) -> None:
-    deep = FakeRun("deep", 1, ffn="Dense", flops=3000, config={"model": {"n_layers": 9}})
-    assert study_of(tmp_path, *ladder((1,)), deep).ladder == ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x"]
-
-
-def test_without_a_ladder_there_are_no_multipliers(tmp_path: Path) -> None:
-    study = study_of(tmp_path, FakeRun("dense", 1, ffn="Dense"), FakeRun("memory_plus", 1))
-    assert (study.ladder, study.multipliers, study.reference) == ([], {}, "dense")
-
-
-def test_equal_time_runs_are_read_off_at_equal_tokens(tmp_path: Path) -> None:
-    for run in (FakeRun("dense", 1, ffn="Dense"), FakeRun("memory_plus", 1)):
-        run.write(tmp_path / "runs")
-    Comparison(command=[], base=[], arms={"dense": [], "memory_plus": []}, seconds=100).save(tmp_path)
-    study = make_study([tmp_path], SETTINGS)
-    assert "at 1,000,000 tokens" in table(study, "Recall")["dense"]
-    assert all_tables(study)[0].title.endswith("equal seconds")
-
-
-def test_bits_are_per_fact_of_training_and_parameter(tmp_path: Path) -> None:
-    study = study_of(tmp_path, FakeRun("a", 1, known=1.0))
-    # 8 prior bits less 0.5 for each of 1,000 facts, over 40,000 parameters of which 4,000 are active.
-    assert table(study, "Storage")["a"] == {
-        "variant": "a",
-        "bits a fact": "7.50",
-        "kbit stored": "7.5",
-        "bits a parameter": "0.188",
-        "bits an active parameter": "1.875",
-    }
-
-
-def test_runs_without_questions_are_compared_by_their_loss(tmp_path: Path) -> None:
-    study = study_of(tmp_path, *(FakeRun(arm, seed, forms=()) for arm in ("a", "b") for seed in (1, 2)))
-    assert study.quality.metric == "test/loss"
-    assert [t.title.split()[0] for t in all_tables(study)] == ["Test/loss", "Cost"]
-
-
-@pytest.mark.usefixtures("few_plots")
-@pytest.mark.parametrize("metric", ["recall_question", "bits_paraphrase", "test/loss"])
-def test_the_metric_may_be_chosen(tmp_path: Path, metric: str) -> None:
-    study = study_of(tmp_path, *ladder((1, 2)), metric=metric)
-    write_report(study, tmp_path / "report")
-    assert study.quality.metric == metric
-    assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
-
-
-def test_an_unknown_metric_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is a figure of no run; allowed: auto, .*Did you mean 'recall_paraphrase'"):
-        study_of(tmp_path, FakeRun("a", 1), metric="recall_paraphrases")
 
 
 class Page(HTMLParser):
@@ -170,6 +57,15 @@ def page(folder: Path) -> Page:
     parsed = Page()
     parsed.feed((folder / "report.html").read_text())
     return parsed
+
+
+@pytest.mark.usefixtures("few_plots")
+@pytest.mark.parametrize("metric", ["recall_question", "bits_paraphrase", "test/loss"])
+def test_the_metric_may_be_chosen(tmp_path: Path, metric: str) -> None:
+    study = study_of(tmp_path, *ladder((1, 2)), metric=metric)
+    write_report(study, tmp_path / "report")
+    assert study.quality.metric == metric
+    assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
 
 
 def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
@@ -278,6 +174,49 @@ def test_a_report_replaces_an_earlier_one(tmp_path: Path) -> None:
     assert not (tmp_path / "report" / "plots" / "quality_by_compute.svg").exists()
     assert [entry.name for entry in (tmp_path / "report" / "hparams").iterdir()] == ["a-seed-1"]
     assert not list((tmp_path / "report").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "thesis.tex"])
+def test_a_report_replaces_nothing_but_reports(tmp_path: Path, name: str) -> None:
+    study = study_of(tmp_path / "runs", FakeRun("a", 1))
+    out = tmp_path / "mine"
+    (out / "plots").mkdir(parents=True)
+    (out / name).write_text("precious")
+    with pytest.raises(RunDirectoryError, match=r"choose (another|an empty)"):
+        write_report(study, out)
+    assert sorted(entry.name for entry in out.iterdir()) == ["plots", name]
+    assert not list((out / "plots").iterdir())
+
+
+@pytest.mark.usefixtures("few_plots")
+def test_own_files_beside_the_plots_stay(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "runs", *ladder((1,)))
+    write_report(study, tmp_path / "report")
+    (tmp_path / "report" / "plots" / "mine.png").write_text("precious")
+    write_report(study, tmp_path / "report")
+    assert (tmp_path / "report" / "plots" / "mine.png").read_text() == "precious"
+
+
+@pytest.mark.usefixtures("few_plots")
+def test_any_name_of_an_arm_can_be_drawn_and_written(tmp_path: Path) -> None:
+    for i, name in enumerate((r"$\foo{$", "ein Löwe & <b>", "x" * 150)):
+        FakeRun(name, 1, 0.1 * (i + 1)).write(tmp_path / "runs")
+    FakeRun("", 1, config={"ffn": {"_target_": "y" * 300}}).write(tmp_path / "runs", "loose")
+    FakeRun("", 1).write(tmp_path / "runs", "other")
+    write_report(make_study([tmp_path / "runs"], SETTINGS), tmp_path / "report")
+    assert len(list((tmp_path / "report" / "hparams").iterdir())) == 5
+    assert "&lt;b&gt;" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_every_panel_has_a_known_name(tmp_path: Path) -> None:
+    assert {plot.name for plot in all_plots(study_of(tmp_path, *ladder((1,))))} == known_names()
+
+
+def test_the_command_can_be_copied(tmp_path: Path) -> None:
+    FakeRun("a", 1).write(tmp_path / "runs")
+    Comparison(command=["python", "compare", "+variants.b={ffn: moe}"], base=[], arms={"a": []}).save(tmp_path)
+    write_report(make_study([tmp_path], SETTINGS), tmp_path)
+    assert "python compare '+variants.b={ffn: moe}'" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.usefixtures("few_plots")

@@ -1,0 +1,150 @@
+"""The numbers of constructed runs equal a plain recomputation; what is compared with what, and what is left out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from run_folders import FakeRun, ladder
+from studies import SETTINGS, study_of, table
+from tolerances import EXACT_FLOAT
+
+from pkm_lightning.compare.comparison_file import Comparison
+from pkm_lightning.compare.settings import read_report_settings
+from pkm_lightning.compare.study import make_study
+from pkm_lightning.compare.tables import all_tables
+from pkm_lightning.errors import ConfigError
+
+
+def test_the_numbers_are_those_of_a_plain_recomputation(tmp_path: Path) -> None:
+    """From metrics.csv, recall.csv and run.json, with nothing of the package."""
+    study = study_of(tmp_path, *ladder())
+    quality, costs = table(study, "Recall"), table(study, "Cost")
+    for arm in ("dense_1x", "moe", "memory_plus"):
+        exact, read, seconds = [], [], []
+        for seed in (1, 2, 3):
+            folder = tmp_path / arm / f"seed-{seed}"
+            with (folder / "recall.csv").open() as file:
+                hits = [int(row["exact"]) for row in csv.DictReader(file) if row["form"] == "paraphrase"]
+            exact.append(sum(hits) / len(hits))
+            assert quality[arm][f"seed {seed}"] == f"{exact[-1]:.1%}"
+            with (folder / "metrics.csv").open() as file:
+                rows = [row for row in csv.DictReader(file) if row["val/recall_paraphrase"]]
+            curve = [(float(row["seconds"]), float(row["val/recall_paraphrase"])) for row in rows]
+            read.append(np.interp(100.0, *zip(*curve, strict=True)))
+            seconds.append(json.loads((folder / "run.json").read_text())["seconds"]["train"])
+        assert quality[arm]["mean"] == f"{statistics.fmean(exact):.1%}"
+        assert quality[arm]["at 100 seconds"] == f"{statistics.fmean(read):.1%}"
+        assert costs[arm]["training seconds"] == f"{statistics.fmean(seconds):,.0f}"
+
+
+def test_the_reference_is_the_dense_model_of_equal_compute(tmp_path: Path) -> None:
+    study = study_of(tmp_path, *ladder())
+    assert study.reference == "dense_1x"
+    assert study.ladder == ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x"]
+    assert table(study, "Recall")["dense_1x"]["less dense_1x"] == ""
+
+
+def test_multipliers_are_of_trunk_and_model(tmp_path: Path) -> None:
+    study = study_of(tmp_path, *ladder(n_facts=400))
+    mean = {arm: statistics.fmean(study.quality.value(run) for run in runs) for arm, runs in study.arms.items()}
+    # MoE lies between the rungs 1x and 2x.
+    share = (mean["moe"] - mean["dense_1x"]) / (mean["dense_2x"] - mean["dense_1x"])
+    assert 0 < share < 1
+    found = study.multipliers["trunk"]["moe"].value
+    assert found.value == pytest.approx(1000 * 2**share / 1010, rel=EXACT_FLOAT)
+    found = study.multipliers["model"]["moe"].value
+    assert found.value == pytest.approx(1500 * (2500 / 1500) ** share / 1510, rel=EXACT_FLOAT)
+    assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
+    assert table(study, "Compute")["memory_plus"]["trunk, multiplier"] == ">= 4.04x"
+
+
+@pytest.mark.parametrize(
+    "odd", [{"record": {"tokens": 300_000}}, {"config": {"data": {"global_batch_size": 7}}}], ids=["tokens", "batch"]
+)
+def test_a_rung_differs_in_its_size_alone(tmp_path: Path, odd: dict[str, Any]) -> None:
+    study = study_of(tmp_path, *ladder((1,)), FakeRun("cheap", 1, ffn="Dense", flops=3000, **odd))
+    assert study.ladder == ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x"]
+
+
+def test_deeper_dense_models_are_no_rungs(tmp_path: Path) -> None:
+    deep = FakeRun("deep", 1, ffn="Dense", flops=3000, config={"model": {"n_layers": 9}})
+    assert study_of(tmp_path, *ladder((1,)), deep).ladder == ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x"]
+
+
+def test_without_a_ladder_there_are_no_multipliers(tmp_path: Path) -> None:
+    study = study_of(tmp_path, FakeRun("dense", 1, ffn="Dense"), FakeRun("memory_plus", 1))
+    assert (study.ladder, study.multipliers, study.reference) == ([], {}, "dense")
+
+
+def test_equal_time_runs_are_read_off_at_equal_tokens(tmp_path: Path) -> None:
+    for run in (FakeRun("dense", 1, ffn="Dense"), FakeRun("memory_plus", 1)):
+        run.write(tmp_path / "runs")
+    Comparison(command=[], base=[], arms={"dense": [], "memory_plus": []}, seconds=100).save(tmp_path)
+    study = make_study([tmp_path], SETTINGS)
+    assert "at 1,000,000 tokens" in table(study, "Recall")["dense"]
+    assert all_tables(study)[0].title.endswith("equal seconds")
+
+
+def test_bits_are_per_fact_of_training_and_parameter(tmp_path: Path) -> None:
+    study = study_of(tmp_path, FakeRun("a", 1, known=1.0))
+    # 8 prior bits less 0.5 for each of 1,000 facts, over 40,000 parameters of which 4,000 are active.
+    assert table(study, "Storage")["a"] == {
+        "variant": "a",
+        "bits a fact": "7.50",
+        "kbit stored": "7.5",
+        "bits a parameter": "0.188",
+        "bits an active parameter": "1.875",
+    }
+
+
+def test_runs_without_questions_are_compared_by_their_loss(tmp_path: Path) -> None:
+    study = study_of(tmp_path, *(FakeRun(arm, seed, forms=()) for arm in ("a", "b") for seed in (1, 2)))
+    assert study.quality.metric == "test/loss"
+    assert [t.title.split()[0] for t in all_tables(study)] == ["Test/loss", "Cost"]
+
+
+def test_the_direction_of_a_metric_does_not_depend_on_its_spelling(tmp_path: Path) -> None:
+    metric = read_report_settings({"report": {"metric": "test/recall_question"}}).metric
+    study = study_of(tmp_path, *ladder((1, 2)), metric=metric)
+    assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
+
+
+def test_of_one_value_there_is_no_interval(tmp_path: Path) -> None:
+    runs = [FakeRun(arm, 1, known, ffn, flops, forms=()) for arm, known, ffn, flops in
+            (("d1", 0.2, "Dense", 500), ("d2", 0.6, "Dense", 1000), ("m", 0.4, "MemoryPlus", 600))]  # fmt: skip
+    study = study_of(tmp_path, *runs)
+    shown = table(study, "Test/loss")["m"]
+    assert (shown["95% interval"], shown["less d1"]) == ("- to -", "-0.200 (- to -)")
+    assert table(study, "Compute")["m"]["trunk, 95% interval"] == "-"
+    assert "there is no interval" in all_tables(study)[0].note
+
+
+def test_what_was_resampled_is_said(tmp_path: Path) -> None:
+    over = [study_of(tmp_path / str(i), *runs).resampled for i, runs in enumerate((
+        [FakeRun("a", 1)], [FakeRun("a", 1, forms=()), FakeRun("a", 2, forms=())], [FakeRun("a", 1), FakeRun("a", 2)],
+    ))]  # fmt: skip
+    assert [found.over for found in over if found] == ["facts", "seeds", "facts and seeds"]
+
+
+def test_a_mean_over_some_seeds_only_is_not_shown(tmp_path: Path) -> None:
+    """The second seed's first validation comes after the moment: it would leave out just the slow one."""
+    slow = FakeRun("slow", 2, seconds=5000.0)
+    study = study_of(tmp_path, FakeRun("d", 1, ffn="Dense"), FakeRun("d", 2, ffn="Dense"), FakeRun("slow", 1), slow)
+    assert table(study, "Recall")["slow"]["at 100 seconds"] == "-"
+
+
+def test_a_finished_run_without_the_figure_has_failed(tmp_path: Path) -> None:
+    lacking = FakeRun("b", 1, forms=(), record={"metrics": {"test/loss": 0.3}})
+    study = study_of(tmp_path, FakeRun("a", 1), lacking, metric="recall_paraphrase")
+    assert [(run.arm, run.failure) for run in study.failed] == [("b", "finished without recall_paraphrase")]
+
+
+def test_an_unknown_metric_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a figure of no run; allowed: auto, .*Did you mean 'recall_paraphrase'"):
+        study_of(tmp_path, FakeRun("a", 1), metric="recall_paraphrases")
