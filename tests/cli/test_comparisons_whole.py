@@ -82,7 +82,7 @@ def test_every_arm_is_swept_alike_and_trained_with_its_best_rate(tmp_path: Path)
 
 
 def test_an_arm_that_no_rate_fits_costs_only_itself(tmp_path: Path) -> None:
-    code, said = compare(
+    code, _said = compare(
         tmp_path, "ffn=dense", "seeds=1", "lr_sweep=[1e-3,2e-3]", "out=out", "trainer.max_steps=4", "jobs=2", *SHORT,
         "+variants.nan={ffn: dense, optim.weight_decay: 1e30, optim.clip_norm: null}",
     )  # fmt: skip
