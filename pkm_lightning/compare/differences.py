@@ -20,8 +20,8 @@ from pkm_lightning.compare.costs import cost
 from pkm_lightning.compare.leaves import leaves, portable_leaves
 from pkm_lightning.compare.records import Run, to_json
 
-#: The length of runs that were given equal seconds, or tokens, may differ by this share.
-_EQUAL_TIME, _EQUAL_TOKENS = 0.1, 0.01
+#: Shares by which lengths of runs may differ: tokens of one seed, and tokens of several seeds, or seconds.
+_EQUAL_TOKENS, _EQUAL_OVER_SEEDS = 0.01, 0.1
 _OF_THE_FFN = ("ffn", "placement", "table.shared", "match", "match_budget")
 _OF_THE_BUDGET = ("trainer.max_steps", "trainer.val_check_interval")
 #: Of run.json: where and on what a run ran. Figures of time and memory are not comparable where these differ.
@@ -68,16 +68,24 @@ def _configuration(run: Run) -> dict[str, Any]:
 
 
 def _unequal_lengths(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Difference]:
-    """Runs that were to be of equal tokens, or seconds, and are not."""
+    """Runs that were to be of equal tokens, or seconds, and are not.
+
+    The tokens of a step depend on the seed, which packs rows in another order, but not on the FFN.
+    """
     timed = equal_seconds(runs, comparisons) is not None
-    name, allowed = ("seconds_train", _EQUAL_TIME) if timed else ("tokens", _EQUAL_TOKENS)
-    lengths = {run.folder: cost(run, name) for run in runs if run.ok}
-    if not lengths or max(lengths.values()) <= (1 + allowed) * min(lengths.values()):
+    name = "seconds_train" if timed else "tokens"
+    lengths = [(run.arm, run.seed, cost(run, name)) for run in runs if run.ok]
+    groups = [[length for _, _, length in lengths]]
+    groups += [[length for _, own, length in lengths if own == seed] for seed in {seed for _, seed, _ in lengths}]
+    allowed = [_EQUAL_OVER_SEEDS, *[_EQUAL_OVER_SEEDS if timed else _EQUAL_TOKENS] * (len(groups) - 1)]
+    if all(
+        max(group, default=0) <= (1 + share) * min(group, default=0)
+        for group, share in zip(groups, allowed, strict=True)
+    ):
         return []
     values: dict[str, tuple[str, ...]] = {}
-    for run in runs:
-        if run.ok:
-            values[run.arm] = tuple(dict.fromkeys((*values.get(run.arm, ()), f"{lengths[run.folder]:,.0f}")))
+    for arm, _, length in lengths:
+        values[arm] = tuple(dict.fromkeys((*values.get(arm, ()), f"{length:,.0f}")))
     return [Difference(f"run.json: {name}", "other", values)]
 
 
