@@ -138,7 +138,7 @@ def _but_for_its_size(run: Run) -> str:
         for key, value in portable_leaves(run.config).items()
         if key not in ("seed", "data.order_seed", "optim.lr", "match", "match_budget", "ffn.hidden_dim")
     }
-    return repr(sorted(kept.items(), key=lambda item: item[0])) + str(cost(run, "tokens"))
+    return repr(sorted(kept.items()))
 
 
 def _reference(arms: Mapping[str, list[Run]], ladder: Sequence[str]) -> str | None:

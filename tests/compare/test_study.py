@@ -65,7 +65,9 @@ def test_multipliers_are_of_trunk_and_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", [{"record": {"tokens": 300_000}}, {"config": {"data": {"global_batch_size": 7}}}], ids=["tokens", "batch"]
+    "odd",
+    [{"config": {"trainer": {"max_steps": 30}}}, {"config": {"data": {"global_batch_size": 7}}}],
+    ids=["steps", "batch"],
 )
 def test_a_rung_differs_in_its_size_alone(tmp_path: Path, odd: dict[str, Any]) -> None:
     study = study_of(tmp_path, *ladder((1,)), FakeRun("cheap", 1, ffn="Dense", flops=3000, **odd))
