@@ -57,6 +57,7 @@ WATCHING = (ROOT / "docs" / "watching.md").read_text()
 WATCHED = [line for block in re.findall(r"```bash\n(.*?)```", WATCHING, re.S) for line in block.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", WATCHED)
 def test_the_commands_of_watching_run(cli: Run, command: str) -> None:
     shown = cli("fit", *SMALL_RUN, *overrides(command))

@@ -110,6 +110,7 @@ def test_the_rate_is_lowered_once_a_rollback_even_from_an_older_state(tmp_path: 
     assert rates[0] == pytest.approx(0.006 * 0.5**count)
 
 
+@pytest.mark.slow
 def test_an_infinite_row_is_found_before_it_is_read(tmp_path: Path) -> None:
     watch = faults.watching(tmp_path, policies={"weight_not_finite": "rollback"})
     faults.train(tmp_path, faults.InfiniteRow(), watch)

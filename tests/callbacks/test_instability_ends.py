@@ -56,6 +56,7 @@ def test_the_last_step_is_looked_at_before_it_is_saved(tmp_path: Path) -> None:
     assert faults.train(tmp_path, Last(), watch, overrides=overrides, steps=31)[2].global_step == 31
 
 
+@pytest.mark.slow
 def test_what_was_saved_of_an_abandoned_branch_is_removed(tmp_path: Path) -> None:
     class Late(faults.NotANumber):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -70,6 +70,7 @@ def test_a_quiet_run_has_no_events_and_its_vitals_beside_the_metrics(cli: Run, t
         assert all(float(row[f"train/vitals/{name}"]) != 0 for row in rows), name
 
 
+@pytest.mark.slow
 def test_without_vitals_a_run_says_that_limits_are_not_watched(cli: Run, tmp_path: Path) -> None:
     outcome = cli("fit", *SMALL_RUN, "run_dir=run", "~callbacks.vitals", "trainer.max_steps=2")
     assert outcome.code == 0

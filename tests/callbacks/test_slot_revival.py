@@ -126,6 +126,7 @@ def test_ranks_agree(ranks: Groups, strategy: str, shard: str) -> None:
     assert one[1]["layer1.slot"] > 0
 
 
+@pytest.mark.slow
 def test_rows_of_split_tables_are_those_of_one_process(ranks: Groups) -> None:
     given = ["ffn=memory_plus", "placement=middle", "trainer.precision=64-true", *STILL]
     alone = revivals.train([*given, ALONE], 5)

@@ -161,7 +161,7 @@ def test_a_model_without_slots_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "usage.json").exists()
 
 
-@pytest.mark.parametrize("ffn", ["memory_plus", "moe_expert_choice"])
+@pytest.mark.parametrize("ffn", ["memory_plus", pytest.param("moe_expert_choice", marks=pytest.mark.slow)])
 def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None:
     """Saved by two ranks, resumed by one, and the other way round, in the middle of a window."""
     still = ["optim.warmup_share=0", "optim.final_factor=1.0"]
@@ -194,7 +194,7 @@ def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None
         ("fsdp", "memory_plus"),
         pytest.param("deepspeed_2", "pkm", marks=pytest.mark.slow),
         pytest.param("deepspeed_3", "moe", marks=pytest.mark.slow),
-        ("deepspeed_3", "peer"),
+        pytest.param("deepspeed_3", "peer", marks=pytest.mark.slow),
     ],
 )
 def test_every_strategy_counts(ranks: Groups, strategy: str, ffn: str) -> None:

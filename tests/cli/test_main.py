@@ -131,6 +131,7 @@ def _limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_one_line_and_leaves_no_part(cli: Run, tmp_path: Path) -> None:
     assert cli("info", *SMALL_RUN).code == 0
     prepared = cli("fit", *SMALL_RUN, "trainer.max_steps=2", "run_dir=first")  # builds the data

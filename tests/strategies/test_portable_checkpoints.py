@@ -74,6 +74,7 @@ def test_a_run_that_changes_strategy_in_the_middle_reaches_the_same_losses(ranks
     assert joined == pytest.approx([step["train/loss"] for step in whole], rel=RANKS["loss"])
 
 
+@pytest.mark.slow
 def test_a_truncated_or_missing_part_is_refused_in_one_sentence(ranks: Groups, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     step(ranks, "ddp", 2, jobs.train_and_save, "ffn=memory_plus", 1, str(path))

@@ -22,11 +22,11 @@ from pkm_lightning.ops.segments import _padded_segments
         (2, "none", 1, "rows", "sum", [11, 29], "sgd"),
         (2, "none", 1, "dense", "dot", [11, 29], ""),
         (2, "none", 1, "rows", "sum", [40, 0], "sgd"),
-        (4, "dim", 4, "rows", "groups", [10, 10, 10, 10], "row_adagrad"),
-        (4, "dim", 2, "rows", "dot", [3, 17, 9, 11], "lazy_adam"),
-        (4, "row", 4, "rows", "sum", [10, 0, 29, 1], "row_adagrad"),
-        (4, "row", 2, "rows", "dot", [10, 10, 10, 10], "sgd"),
-        (4, "row", 2, "dense", "sum", [10, 10, 10, 10], ""),
+        pytest.param(*(4, "dim", 4, "rows", "groups", [10, 10, 10, 10], "row_adagrad"), marks=pytest.mark.slow),
+        pytest.param(*(4, "dim", 2, "rows", "dot", [3, 17, 9, 11], "lazy_adam"), marks=pytest.mark.slow),
+        pytest.param(*(4, "row", 4, "rows", "sum", [10, 0, 29, 1], "row_adagrad"), marks=pytest.mark.slow),
+        pytest.param(*(4, "row", 2, "rows", "dot", [10, 10, 10, 10], "sgd"), marks=pytest.mark.slow),
+        pytest.param(*(4, "row", 2, "dense", "sum", [10, 10, 10, 10], ""), marks=pytest.mark.slow),
     ],
 )
 def test_reads_gradients_norm_and_update_are_those_of_the_whole_table(

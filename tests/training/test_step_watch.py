@@ -76,7 +76,7 @@ def test_a_refused_step_moves_no_running_statistics_and_no_bias() -> None:
         ("fsdp", "table.shard=row"),
         pytest.param("deepspeed_1", "table.shard=dim", marks=pytest.mark.slow),
         pytest.param("deepspeed_2", "table.learning=dense trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
-        ("deepspeed_3", "table.shard=dim trainer.accumulate_grad_batches=2"),
+        pytest.param("deepspeed_3", "table.shard=dim trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
     ],
 )
 def test_a_refused_step_leaves_no_trace_on_ranks(ranks: Groups, strategy: str, more: str) -> None:

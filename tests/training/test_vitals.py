@@ -130,7 +130,7 @@ def test_update_ratios_are_those_of_the_step() -> None:
         ("ddp", "dim"),
         ("fsdp", "row"),
         pytest.param("deepspeed_1", "dim", marks=pytest.mark.slow),
-        ("deepspeed_3", "row"),
+        pytest.param("deepspeed_3", "row", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_tell_what_one_process_tells(ranks: Groups, strategy: str, shard: str) -> None:
