@@ -39,13 +39,22 @@ def furnish(folder: Path) -> None:
 
 
 def test_the_readme_shows_all_verbs() -> None:
-    assert {shlex.split(command)[3] for command in OURS} >= {"fit", "test", "predict", "info"}
+    assert {shlex.split(command)[3] for command in OURS} >= {"fit", "compare", "test", "predict", "info"}
     assert len(COMMANDS) == len(OURS) + len([c for c in COMMANDS if c.startswith("make")])
 
 
 def small_version(command: str) -> list[str]:
     """The command's verb and arguments with the sizes of the small run; what else it sets stays as it is."""
     verb, *arguments = shlex.split(command)[3:]
+    if verb == "compare":
+        return [
+            verb,
+            *[a for a in arguments if not a.startswith("seeds=")],
+            "seeds=1",
+            "report.resamples=100",
+            *RUN,
+            *FACTS,
+        ]
     if verb != "fit":
         return [verb, *arguments]
     named = {argument.split("=")[0] for argument in arguments}

@@ -27,7 +27,7 @@ from pkm_lightning.compare.plan import Arm, PlannedRun, plan_runs, plan_sweep, w
 from pkm_lightning.compare.processes import Ended, Processes
 from pkm_lightning.compare.report import write_report
 from pkm_lightning.compare.run_state import STATES, run_state
-from pkm_lightning.compare.settings import Settings, read_report_settings, read_settings
+from pkm_lightning.compare.settings import ReportSettings, Settings, read_report_settings, read_settings
 from pkm_lightning.compare.study import Study, make_study
 from pkm_lightning.compare.sweep import check_swept, choose_rates
 from pkm_lightning.errors import ConfigError, RunDirectoryError, check_choice
@@ -48,8 +48,7 @@ _VALIDATIONS = 10
 def run(job: Job) -> None:
     """Runs what is missing and writes the report after each run that ends."""
     check_choice("resume", str(job.config.resume), _STARTED)
-    settings = read_settings(plain(job.config))
-    read_report_settings(plain(job.config))
+    settings, shown = read_settings(plain(job.config)), read_report_settings(plain(job.config))
     if not isinstance(job.config.out, str) or not job.config.out.strip():
         raise ConfigError("out is not set; give the comparison's directory as out=DIR.")
     out = Path(job.config.out).absolute()
@@ -59,7 +58,7 @@ def run(job: Job) -> None:
     if all("progress_bar" in (config["callbacks"] or {}) for config in configs.values()):
         base = [*base, "~callbacks.progress_bar"]
     with _held(out), _signals_stop():
-        Director(job, settings, out, base, arms, configs).direct()
+        Director(job, settings, shown, out, base, arms, configs).direct()
 
 
 class Director:
@@ -68,6 +67,7 @@ class Director:
     Args:
         job: of the command.
         settings: what was asked for.
+        shown: of the report.
         out: the comparison's directory, held.
         base: overrides of all arms.
         arms: the arms.
@@ -78,12 +78,13 @@ class Director:
         self,
         job: Job,
         settings: Settings,
+        shown: ReportSettings,
         out: Path,
         base: Sequence[str],
         arms: list[Arm],
         configs: dict[str, dict[str, Any]],
     ) -> None:
-        self._job, self._settings, self._out = job, settings, out
+        self._job, self._settings, self._shown, self._out = job, settings, shown, out
         self._base, self._arms, self._configs = list(base), arms, configs
         sweep = settings.sweep
         self._comparison = Comparison(
@@ -215,7 +216,7 @@ class Director:
         """Writes the report; None as long as there is no run."""
         if not list(self._out.glob("runs/*/*/run.json")) and not self._comparison.failures:
             return None
-        study = make_study([self._out], read_report_settings(plain(self._job.config)))
+        study = make_study([self._out], self._shown)
         write_report(study, self._out)
         return study
 

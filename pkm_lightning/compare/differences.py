@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.costs import cost
 from pkm_lightning.compare.leaves import leaves, portable_leaves
-from pkm_lightning.compare.records import Run, to_json
+from pkm_lightning.compare.records import Run
 
 #: Shares by which lengths of runs may differ: tokens of one seed, and tokens of several seeds, or seconds.
 _EQUAL_TOKENS, _EQUAL_OVER_SEEDS = 0.01, 0.1
@@ -54,7 +55,7 @@ def find_differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> 
     for key in sorted({key for of_run in content.values() for key in of_run}):
         values: dict[str, tuple[str, ...]] = {}
         for run in known:
-            value = to_json(content[id(run)].get(key, _ABSENT))
+            value = _on_one_line(content[id(run)].get(key, _ABSENT))
             values[run.arm] = tuple(dict.fromkeys((*values.get(run.arm, ()), value)))
         if len({value for of_arm in values.values() for value in of_arm}) > 1:
             found.append(Difference(key, _kind(key, values, known, comparisons), values, _said_by(key, comparisons)))
@@ -75,18 +76,20 @@ def _unequal_lengths(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> 
     timed = equal_seconds(runs, comparisons) is not None
     name = "seconds_train" if timed else "tokens"
     lengths = [(run.arm, run.seed, cost(run, name)) for run in runs if run.ok]
-    groups = [[length for _, _, length in lengths]]
-    groups += [[length for _, own, length in lengths if own == seed] for seed in {seed for _, seed, _ in lengths}]
-    allowed = [_EQUAL_OVER_SEEDS, *[_EQUAL_OVER_SEEDS if timed else _EQUAL_TOKENS] * (len(groups) - 1)]
-    if all(
-        max(group, default=0) <= (1 + share) * min(group, default=0)
-        for group, share in zip(groups, allowed, strict=True)
+    seeds = {seed for _, seed, _ in lengths}
+    of_a_seed = [[length for _, own, length in lengths if own == seed] for seed in seeds]
+    if not _unequal([length for *_, length in lengths], _EQUAL_OVER_SEEDS) and (
+        timed or not any(_unequal(group, _EQUAL_TOKENS) for group in of_a_seed)
     ):
         return []
     values: dict[str, tuple[str, ...]] = {}
     for arm, _, length in lengths:
         values[arm] = tuple(dict.fromkeys((*values.get(arm, ()), f"{length:,.0f}")))
     return [Difference(f"run.json: {name}", "other", values)]
+
+
+def _unequal(lengths: Sequence[float], share: float) -> bool:
+    return bool(lengths) and max(lengths) > (1 + share) * min(lengths)
 
 
 def equal_seconds(runs: Iterable[Run], comparisons: Sequence[Comparison]) -> float | None:
@@ -138,7 +141,7 @@ def _sized(runs: Iterable[Run]) -> set[str]:
 def _was_chosen(arm: str, rates: tuple[str, ...], comparisons: Sequence[Comparison]) -> bool:
     """A sweep has chosen the learning rate of this arm."""
     chosen = [(comparison.sweep or {}).get("chosen", {}).get(arm) for comparison in comparisons]
-    return rates in [(to_json(rate),) for rate in chosen if rate is not None]
+    return rates in [(_on_one_line(rate),) for rate in chosen if rate is not None]
 
 
 def _said_by(key: str, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
@@ -148,3 +151,8 @@ def _said_by(key: str, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
         for arm, overrides in comparison.arms.items()
         if any(override.split("=")[0].lstrip("+~") == key for override in overrides)
     )
+
+
+def _on_one_line(value: Any) -> str:
+    """`value` as a table shows it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from pkm_lightning.compare.plan import PlannedRun
 from pkm_lightning.compare.processes import Ended
-from pkm_lightning.compare.run_state import read_progress, read_record
+from pkm_lightning.compare.run_state import Progress, read_progress, read_record
 
 _STYLES = {"finished": "green", "running": "yellow", "failed": "red", "diverged": "red", "interrupted": "magenta"}
 #: Seconds between redraws: each reads the metrics of what runs.
@@ -35,6 +36,7 @@ class LiveTable:
         self._is_live = sys.stdout.isatty()
         self._live = Live(console=self._console, auto_refresh=False) if self._is_live else None
         self._status = {run.folder: _status(run) for run in runs}
+        self._progress: dict[Path, Progress] = {}
         self._drawn = 0.0
 
     def __enter__(self) -> LiveTable:
@@ -63,6 +65,7 @@ class LiveTable:
 
     def ended(self, end: Ended) -> None:
         """This run has ended."""
+        self._progress.pop(end.run.folder, None)
         status = _status(end.run)
         self._status[end.run.folder] = "failed" if end.exit_code and status not in ("finished", "diverged") else status
         self._say(f"{end.run.label}: {self._status[end.run.folder]}{self._words(end)}")
@@ -87,7 +90,7 @@ class LiveTable:
             table.add_column(column, justify="right")
         for run in self._runs:
             status = self._status[run.folder]
-            seen = read_progress(run.folder) if status != "absent" else None
+            seen = self._seen(run, status)
             steps = f"{seen.step:,} / {self._steps[run.arm]:,}" if seen else f"{self._steps[run.arm]:,}"
             style = _STYLES.get(status, "")
             table.add_row(
@@ -98,6 +101,14 @@ class LiveTable:
                 f"{seen.tokens_per_second:,.0f}" if seen else "",
             )
         return table
+
+    def _seen(self, run: PlannedRun, status: str) -> Progress | None:
+        """How far a run is; that of a run that does not run is read once."""
+        if status == "running" or (status != "absent" and run.folder not in self._progress):
+            found = read_progress(run.folder)
+            if found is not None:
+                self._progress[run.folder] = found
+        return self._progress.get(run.folder)
 
 
 def _status(run: PlannedRun) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -267,8 +266,3 @@ def _without_twins(runs: Sequence[Run]) -> list[Run]:
 def _identity(run: Run) -> tuple[dict[str, Any], Any, Any]:
     """What makes two runs the same: configuration, data, commit."""
     return portable_leaves(run.config), run.record.get("data"), run.record.get("commit")
-
-
-def to_json(value: Any) -> str:
-    """`value` on one line, for tables of keys and values."""
-    return value if isinstance(value, str) else json.dumps(value)

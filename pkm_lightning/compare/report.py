@@ -5,6 +5,7 @@ Each file is written beside and renamed, so a report that is open while runs go 
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,20 +118,7 @@ def _inline(svg: str) -> Markup:
     """The drawing without its XML head, in the page's own colour, as wide as its place."""
     drawing = svg[svg.index("<svg") :].replace(INK, "currentColor")
     head, rest = drawing.split(">", 1)
-    kept = " ".join(part for part in _attributes(head) if not part.startswith(("width=", "height=")))
-    return Markup(f"{kept}>{rest}")
-
-
-def _attributes(tag: str) -> list[str]:
-    """`<svg a="b c" d="e"` in its parts."""
-    parts, inside = [""], False
-    for character in tag:
-        inside ^= character == '"'
-        if character.isspace() and not inside:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part for part in parts if part]
+    return Markup(re.sub(r'\s(?:width|height)="[^"]*"', "", head) + ">" + rest)
 
 
 def _cell(text: str) -> str:

@@ -69,7 +69,7 @@ class Study:
 
     def compute(self, arm: str, basis: str) -> float:
         """FLOPs of a whole training of the arm, the mean over its runs."""
-        return plain_mean([compute(run, basis) for run in self.arms[arm]])
+        return mean_compute(self.arms[arm], basis)
 
     def bits_stored(self, arm: str) -> tuple[float, float]:
         """Bits of knowledge about a fact, and about all facts of training; nan where questions or facts are unknown."""
@@ -96,7 +96,7 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     ladder = _ladder(arms)
     found: dict[str, dict[str, Multiplier]] = {}
     for basis in BASES if ladder and resampled is not None else ():
-        spent = {arm: plain_mean([compute(run, basis) for run in own]) for arm, own in arms.items()}
+        spent = {arm: mean_compute(own, basis) for arm, own in arms.items()}
         known = {arm: value for arm, value in spent.items() if math.isfinite(value)}
         assert resampled is not None
         found[basis] = multipliers(resampled, ladder, known, higher_is_better=quality.higher_is_better)
@@ -112,6 +112,11 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
         differences=find_differences(runs, comparisons),
         settings=settings,
     )
+
+
+def mean_compute(runs: Sequence[Run], basis: str) -> float:
+    """FLOPs of a whole training, the mean over runs."""
+    return plain_mean([compute(run, basis) for run in runs])
 
 
 def _judged(run: Run, quality: Quality) -> Run:

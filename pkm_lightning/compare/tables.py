@@ -207,14 +207,10 @@ def relation_table(study: Study) -> Table | None:
 
 def sweep_table(study: Study) -> Table | None:
     """What every learning rate of a sweep gave."""
-    rows, rates, notes = [], list[str](), []
-    for comparison in study.comparisons:
-        tried = sorted((comparison.sweep or {}).get("learning_rates", ()))
-        rates += [f"{rate:g}" for rate in tried if f"{rate:g}" not in rates]
-    for comparison in study.comparisons:
-        sweep = comparison.sweep
-        if not sweep or not sweep["results"]:
-            continue
+    sweeps = [comparison.sweep for comparison in study.comparisons if comparison.sweep and comparison.sweep["results"]]
+    rates = [f"{rate:g}" for rate in sorted({rate for sweep in sweeps for rate in sweep["learning_rates"]})]
+    rows, notes = [], []
+    for sweep in sweeps:
         tried = sorted(sweep["learning_rates"])
         for arm, results in sweep["results"].items():
             chosen = sweep["chosen"].get(arm)

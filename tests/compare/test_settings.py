@@ -34,6 +34,12 @@ def test_compare_adds_just_its_own_keys_to_those_of_a_run() -> None:
     assert set(config()) - set(run) == set(COMPARE_KEYS)
 
 
+def test_what_null_means_is_what_the_yaml_says() -> None:
+    given = config("lr_sweep=[1e-3,2e-3]")
+    assert read_settings(given) == read_settings({**given, "sweep": None})
+    assert read_report_settings(given) == read_report_settings({**given, "report": None})
+
+
 def test_seeds_may_be_listed_and_a_sweep_has_its_own() -> None:
     settings = read_settings(config("seeds=[7,9]", "lr_sweep=[2e-3,1e-3]", "sweep.seeds=2"))
     assert settings.seeds == (7, 9)
