@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from pkm_lightning.compare.leaves import OF_THE_SITTING, leaves
+from pkm_lightning.compare.leaves import OF_THE_SITTING, leaves, moved
 from pkm_lightning.errors import CheckpointError, RunDirectoryError
 from pkm_lightning.training.instantiate import check_trusted
 from pkm_lightning.training.sharded_checkpoint import SavedTensors
@@ -30,7 +30,7 @@ _ABSENT = object()
 
 
 def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
-    """The configuration in `run_dir`.
+    """The configuration in `run_dir`, its paths there too where the directory has moved.
 
     Raises:
         RunDirectoryError: there is none, or it is no configuration.
@@ -47,7 +47,8 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
         raise RunDirectoryError(f"{file} is no configuration of this package.")
     if not trust:
         check_trusted(config, str(file))
-    return {**config, "run_dir": str(run_dir)}
+    here: dict[str, Any] = moved(config, str(config.get("run_dir")), str(run_dir))
+    return {**here, "run_dir": str(run_dir)}
 
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

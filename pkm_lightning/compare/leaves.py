@@ -18,11 +18,18 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
+def moved(node: Any, old: str, new: str) -> Any:
+    """`node` with paths at and under the directory `old` at and under `new`."""
+    if isinstance(node, Mapping):
+        return {key: moved(value, old, new) for key, value in node.items()}
+    if isinstance(node, list):
+        return [moved(value, old, new) for value in node]
+    if isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
+        return new + node[len(old) :]
+    return node
+
+
 def portable_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves that say what a run is: without those of the sitting, and the same wherever the run directory lies."""
-    own = str(config.get("run_dir", ""))
-    return {
-        key: value.replace(own, "RUN_DIR") if own and isinstance(value, str) else value
-        for key, value in leaves(config)
-        if key.split(".")[0] not in OF_THE_SITTING
-    }
+    portable = moved(config, config["run_dir"], "RUN_DIR") if config.get("run_dir") else config
+    return {key: value for key, value in leaves(portable) if key.split(".")[0] not in OF_THE_SITTING}

@@ -99,17 +99,19 @@ def as_if_killed(run: Path) -> None:
     (run / "run.json").write_text(json.dumps(content))
 
 
-def test_an_interrupted_run_takes_its_own_configuration(cli: Run, tmp_path: Path) -> None:
+def test_an_interrupted_run_takes_its_own_configuration_also_where_it_was_moved(cli: Run, tmp_path: Path) -> None:
     assert cli("fit", *SMALL_RUN, "run_dir=run", "ffn=dense", "seed=3").code == 0
     as_if_killed(tmp_path / "run")
     refused = cli("fit", *SMALL_RUN, "run_dir=run", "ffn=memory_plus", "seed=3")
     assert refused.code == 2
     assert "another configuration" in refused.err
     assert "ffn._target_: pkm_lightning.ffn.Dense -> pkm_lightning.ffn.MemoryPlus" in refused.err
-    resumed = cli("fit", "run_dir=run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    resumed = cli("fit", "run_dir=moved")
     assert resumed.code == 0, resumed.err
-    assert record(tmp_path / "run")["ffn"] == "Dense"
-    assert record(tmp_path / "run")["status"] == "finished"
+    assert record(tmp_path / "moved")["ffn"] == "Dense"
+    assert record(tmp_path / "moved")["status"] == "finished"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_in_use_is_refused(cli: Run, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ READS = {
 }  # fmt: skip
 #: In training the output of a token depends on later tokens too: batch normalisation, expert choice.
 BATCHWISE = {"pkm", "pkm, noise", "peer", "moe_expert_choice"}
-EVERY = pytest.mark.parametrize("name", [*NAMES, *(name for name in OWN if name not in NAMES)])
+ALL = [*NAMES, *(name for name in OWN if name not in NAMES)]
+EVERY = pytest.mark.parametrize("name", ALL)
 #: Of the kinds of table reads and of the loop over experts one each; compiling takes seconds.
 COMPILED_OFTEN = ("memory_plus", "peer", "moe")
 
@@ -265,7 +266,7 @@ def test_a_meta_model_materialises_to_the_same(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in COMPILED_OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in (*NAMES, *OWN)],
+    [name if name in COMPILED_OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in ALL],
 )
 def test_compiled_blocks_give_the_same_output_and_gradients(name: str) -> None:
     """In one graph a block; only the loop over experts breaks it, since their shares of tokens depend on the data."""

@@ -106,7 +106,7 @@ BETAS = {"catch_up_adam": {"betas": (0.0, 0.95)}}
 
 
 @pytest.mark.parametrize(("learning", "micro"), [("rows", 3), pytest.param("fused", 1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", ["sgd", "row_adagrad", "catch_up_adam"])
+@pytest.mark.parametrize("rule", [pytest.param("sgd", marks=pytest.mark.slow), "row_adagrad", "catch_up_adam"])
 def test_200_steps_equal_the_dense_algorithm(rule: str, learning: str, micro: int) -> None:
     dense_pool, pool = Pool("dense"), Pool(learning)
     expected = train(dense_pool, dense_twin(dense_pool, rule), 200, micro)

@@ -24,14 +24,14 @@ CASES = [
         "fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2", marks=pytest.mark.slow
     ),
     pytest.param("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2", marks=pytest.mark.slow),
-    ("fsdp", 2, "ffn=moe"),
+    pytest.param("fsdp", 2, "ffn=moe", marks=pytest.mark.slow),
     pytest.param(
         "fsdp",
         2,
         "ffn=memory_plus table.shard=dim table/optimizer=row_adagrad trainer.accumulate_grad_batches=2",
         marks=pytest.mark.slow,
     ),
-    ("deepspeed_1", 2, "ffn=memory_plus table.shard=row table.learning=rows"),
+    pytest.param("deepspeed_1", 2, "ffn=memory_plus table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("deepspeed_1", 4, "ffn=peer table.shard=dim table.learning=dense", marks=pytest.mark.slow),
     pytest.param("deepspeed_2", 2, "ffn=ultramem table.shard=dim table.learning=dense", marks=pytest.mark.slow),
     pytest.param(
