@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,22 @@ def finish(process: subprocess.Popen[str]) -> str:
     out, _ = process.communicate(timeout=180)
     assert process.returncode == 0, out
     return out
+
+
+@contextlib.contextmanager
+def held_elsewhere(run_dir: Path) -> Iterator[None]:
+    """Another process has the directory's lock."""
+    program = (
+        "import fcntl, sys; file = open('.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=run_dir, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.communicate("")
 
 
 def metrics(run_dir: Path) -> list[dict[str, str]]:

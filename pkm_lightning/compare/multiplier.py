@@ -97,9 +97,9 @@ def multipliers(
 
 
 def _quantiles(drawn: Sequence[Bound]) -> tuple[Bound, Bound]:
-    """Bounds are ordered by value, with `<=` before and `>=` behind all that are known."""
+    """Bounds are ordered by value; `<=` stands before and `>=` behind what is known to be that value."""
     rank = {"<=": 0, "": 1, ">=": 2}
-    ordered = sorted(drawn, key=lambda bound: (rank[bound.sign], bound.value))
+    ordered = sorted(drawn, key=lambda bound: (bound.value, rank[bound.sign]))
     last = len(ordered) - 1
     low, high = (round(last * share) for share in ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2))
     return ordered[low], ordered[high]

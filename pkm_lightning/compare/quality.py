@@ -59,8 +59,7 @@ class Quality:
         answers = self._answers(run)
         if answers is None:
             return None
-        values = answers.exact.astype(np.float64) if kind_of(self.metric) == "recall" else answers.bits
-        return values if np.isfinite(values).all() else None
+        return answers.exact.astype(np.float64) if kind_of(self.metric) == "recall" else answers.bits
 
     def prompts(self, run: Run) -> tuple[str, ...]:
         """The questions that `of_facts` is about."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import held_elsewhere
 from small import SMALL_RUN, Run, record, rows
 from tolerances import EXACT_FLOAT
 
@@ -116,17 +115,8 @@ def test_an_interrupted_run_takes_its_own_configuration_also_where_it_was_moved(
 
 def test_a_directory_in_use_is_refused(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    holder = (
-        "import fcntl, sys; file = open('run/.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+    with held_elsewhere(tmp_path / "run"):
         shown = cli("fit", *SMALL_RUN, "run_dir=run")
-        process.communicate("")
     assert shown.code == 2
     assert "held by another process" in shown.err
 

@@ -73,6 +73,17 @@ def test_the_interval_is_of_the_resamples_with_bounds_at_its_ends() -> None:
     assert str(found["own"].value) == "2.00x"
 
 
+def test_a_bound_lies_beyond_the_same_value_that_is_known() -> None:
+    means = Resampled(
+        mean={"small": 0.2, "large": 0.8, "own": 0.8},
+        resamples={"small": np.full(4, 0.2), "large": np.full(4, 0.8), "own": np.array([0.9, 0.8, 0.9, 0.8])},
+        is_paired=True,
+        over="seeds",
+    )
+    found = multipliers(means, ["small", "large"], {"small": 1.0, "large": 4.0, "own": 1.0}, higher_is_better=True)
+    assert (str(found["own"].low), str(found["own"].high)) == ("4.00x", ">= 4.00x")
+
+
 def test_an_arm_without_known_compute_has_none() -> None:
     means = Resampled(
         mean={"a": 0.1, "b": 0.2, "c": 0.3}, resamples={k: np.zeros(3) for k in "abc"}, is_paired=True, over="seeds"

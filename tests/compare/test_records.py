@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from processes import held_elsewhere
 from run_folders import FakeRun
 
 from pkm_lightning.compare.comparison_file import Comparison
@@ -116,6 +117,13 @@ def test_the_state_of_a_directory(tmp_path: Path) -> None:
     folder = FakeRun("a", 1, record={"status": "running"}).write(tmp_path)
     assert run_state(folder) == "interrupted"
     assert not (folder / ".lock").exists()
+
+
+def test_a_directory_that_another_process_has_is_held(tmp_path: Path) -> None:
+    folder = FakeRun("a", 1, record={"status": "running"}).write(tmp_path)
+    with held_elsewhere(folder):
+        assert run_state(folder) == "held"
+    assert run_state(folder) == "interrupted"
 
 
 def test_a_lock_of_this_process_is_no_other_process(tmp_path: Path) -> None:
