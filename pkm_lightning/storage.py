@@ -46,5 +46,5 @@ def write_beside(path: Path, content: str | bytes) -> None:
         os.replace(beside, path)
     except OSError as error:
         raise RunDirectoryError(
-            f"{path} cannot be written ({error.strerror}); free the disk or move run_dir."
+            f"{path} cannot be written ({error.strerror}); make room there, or choose another place."
         ) from None

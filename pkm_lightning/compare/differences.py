@@ -27,6 +27,7 @@ _OF_THE_FFN = ("ffn", "placement", "table.shared", "match", "match_budget")
 _OF_THE_BUDGET = ("trainer.max_steps", "trainer.val_check_interval")
 #: Of run.json: where and on what a run ran. Figures of time and memory are not comparable where these differ.
 _CIRCUMSTANCES = ("precision", "device", "world_size", "threads", "versions", "commit", "data")
+_RECORDED = "run.json: "
 _ABSENT = "(absent)"
 
 
@@ -55,6 +56,8 @@ def find_differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> 
     for key in sorted({key for of_run in content.values() for key in of_run}):
         values: dict[str, tuple[str, ...]] = {}
         for run in known:
+            if key.startswith(_RECORDED) and not run.ok and content[id(run)].get(key) is None:
+                continue  # it has not come so far as to know
             value = _on_one_line(content[id(run)].get(key, _ABSENT))
             values[run.arm] = tuple(dict.fromkeys((*values.get(run.arm, ()), value)))
         if len({value for of_arm in values.values() for value in of_arm}) > 1:
@@ -85,7 +88,7 @@ def _unequal_lengths(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> 
     values: dict[str, tuple[str, ...]] = {}
     for arm, _, length in lengths:
         values[arm] = tuple(dict.fromkeys((*values.get(arm, ()), f"{length:,.0f}")))
-    return [Difference(f"run.json: {name}", "other", values)]
+    return [Difference(f"{_RECORDED}{name}", "other", values)]
 
 
 def _unequal(lengths: Sequence[float], share: float) -> bool:
@@ -104,7 +107,7 @@ def equal_seconds(runs: Iterable[Run], comparisons: Sequence[Comparison]) -> flo
 
 def _circumstances(run: Run) -> dict[str, Any]:
     given = {key: run.record.get(key) for key in _CIRCUMSTANCES}
-    return {f"run.json: {key}": value for key, value in leaves(given)}
+    return {f"{_RECORDED}{key}": value for key, value in leaves(given)}
 
 
 def _kind(

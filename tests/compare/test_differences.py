@@ -54,6 +54,14 @@ def test_a_secret_difference_is_caught(
     assert next(iter(found)) in {d.key for d in found.values() if d.kind == "other"}
 
 
+@pytest.mark.parametrize("unknown", [{"status": "running"}, {"status": "failed", "reason": "no data"}])
+def test_what_a_run_has_not_come_to_know_is_no_difference(tmp_path: Path, unknown: dict[str, Any]) -> None:
+    started = FakeRun("memory_plus", 1, record={**unknown, "device": None, "world_size": None, "data": None})
+    assert not [d for d in differences(tmp_path, FakeRun("memory_plus", 2), started).values() if d.kind == "other"]
+    elsewhere = FakeRun("memory_plus", 3, record={**unknown, "device": "NVIDIA H200", "data": None})
+    assert {d.key for d in differences(tmp_path, elsewhere).values() if d.kind == "other"} == {"run.json: device"}
+
+
 def test_within_a_variant_not_even_the_ffn_may_differ(tmp_path: Path) -> None:
     found = differences(tmp_path, FakeRun("a", 1, flops=1000), FakeRun("a", 2, flops=2000))
     assert found["ffn.hidden_dim"].kind == "other"
