@@ -27,6 +27,8 @@ FIGURES: dict[str, Getter] = {
     "peak_memory_bytes": lambda r: r["peak_memory_bytes"],
     "facts": lambda r: r["facts"],
 }
+#: What a training is paid in: FLOPs of the trunk or of the model, or seconds; see `spent`.
+BASES = ("trunk", "model", "time")
 #: Figures without meaning where a plugin states no cost.
 _OF_THE_COST = frozenset(name for name in FIGURES if "flops" in name or name.startswith("bytes_"))
 
@@ -42,6 +44,13 @@ def cost(run: Run, name: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def compute(run: Run, basis: str) -> float:
-    """FLOPs of the whole training: of the `trunk` alone, or of the `model` with the unembedding at every position."""
+def spent(run: Run, basis: str) -> float:
+    """What the whole training took.
+
+    Args:
+        run: a finished run.
+        basis: `trunk`: FLOPs of all layers; `model`: with the unembedding at every position; `time`: seconds.
+    """
+    if basis == "time":
+        return cost(run, "seconds_train")
     return cost(run, f"{basis}_flops_train") * cost(run, "tokens")

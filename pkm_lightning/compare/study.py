@@ -9,16 +9,13 @@ from pathlib import Path
 
 from pkm_lightning.compare.bootstrap import Resampled, plain_mean, resample
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.costs import compute, cost
+from pkm_lightning.compare.costs import BASES, cost, spent
 from pkm_lightning.compare.differences import Difference, equal_seconds, find_differences
 from pkm_lightning.compare.leaves import portable_leaves
 from pkm_lightning.compare.multiplier import Multiplier, multipliers
 from pkm_lightning.compare.quality import Quality, choose_quality
 from pkm_lightning.compare.records import Run, read_runs
 from pkm_lightning.compare.settings import ReportSettings
-
-#: What compute is counted of.
-BASES = ("trunk", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +30,7 @@ class Study:
         resampled: its means and resamples by arm; None without a finished run.
         reference: the arm that others are compared with.
         ladder: dense arms of one shape, by compute; empty if there are fewer than two.
-        multipliers: by basis and arm; empty without a ladder.
+        multipliers: by basis and arm; empty without a ladder, and without `time` where all runs had equal seconds.
         differences: in what the runs differ.
     """
 
@@ -67,9 +64,9 @@ class Study:
         """The mean of a figure of `costs` over the arm's runs."""
         return plain_mean([cost(run, name) for run in self.arms[arm]])
 
-    def compute(self, arm: str, basis: str) -> float:
-        """FLOPs of a whole training of the arm, the mean over its runs."""
-        return mean_compute(self.arms[arm], basis)
+    def spent(self, arm: str, basis: str) -> float:
+        """What a training of the arm took, the mean over its runs; see `costs.spent`."""
+        return _mean_spent(self.arms[arm], basis)
 
     def bits_stored(self, arm: str) -> tuple[float, float]:
         """Bits of knowledge about a fact, and about all facts of training; nan where questions or facts are unknown."""
@@ -95,9 +92,10 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     resampled = resample(arms, quality, resamples=settings.resamples, seed=settings.seed) if arms else None
     ladder = _ladder(arms)
     found: dict[str, dict[str, Multiplier]] = {}
-    for basis in BASES if ladder and resampled is not None else ():
-        spent = {arm: mean_compute(own, basis) for arm, own in arms.items()}
-        known = {arm: value for arm, value in spent.items() if math.isfinite(value)}
+    equal_time = equal_seconds(runs, comparisons) is not None
+    for basis in (basis for basis in BASES if ladder and not (basis == "time" and equal_time)):
+        took = {arm: _mean_spent(own, basis) for arm, own in arms.items()}
+        known = {arm: value for arm, value in took.items() if math.isfinite(value)}
         assert resampled is not None
         found[basis] = multipliers(resampled, ladder, known, higher_is_better=quality.higher_is_better)
     return Study(
@@ -114,9 +112,8 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     )
 
 
-def mean_compute(runs: Sequence[Run], basis: str) -> float:
-    """FLOPs of a whole training, the mean over runs."""
-    return plain_mean([compute(run, basis) for run in runs])
+def _mean_spent(runs: Sequence[Run], basis: str) -> float:
+    return plain_mean([spent(run, basis) for run in runs])
 
 
 def _judged(run: Run, quality: Quality) -> Run:
@@ -129,11 +126,11 @@ def _ladder(arms: Mapping[str, list[Run]]) -> list[str]:
     """Dense arms that differ in nothing but their hidden dimension, each compute once; two or more, or none."""
     alike: dict[str, dict[float, str]] = {}
     for arm, runs in arms.items():
-        spent = compute(runs[0], "trunk")
-        if runs[0].record.get("ffn") == "Dense" and math.isfinite(spent) and spent > 0:
-            alike.setdefault(_but_for_its_size(runs[0]), {}).setdefault(spent, arm)
+        flops = spent(runs[0], "trunk")
+        if runs[0].record.get("ffn") == "Dense" and math.isfinite(flops) and flops > 0:
+            alike.setdefault(_but_for_its_size(runs[0]), {}).setdefault(flops, arm)
     rungs = max(alike.values(), key=len, default={})
-    return [rungs[spent] for spent in sorted(rungs)] if len(rungs) > 1 else []
+    return [rungs[flops] for flops in sorted(rungs)] if len(rungs) > 1 else []
 
 
 def _but_for_its_size(run: Run) -> str:
@@ -148,8 +145,8 @@ def _but_for_its_size(run: Run) -> str:
 
 def _reference(arms: Mapping[str, list[Run]], ladder: Sequence[str]) -> str | None:
     """The dense arm whose compute is nearest to that of the others, else the first arm."""
-    spent = {arm: compute(runs[0], "trunk") for arm, runs in arms.items()}
-    known = {arm: value for arm, value in spent.items() if math.isfinite(value) and value > 0}
+    flops = {arm: spent(runs[0], "trunk") for arm, runs in arms.items()}
+    known = {arm: value for arm, value in flops.items() if math.isfinite(value) and value > 0}
     dense = list(ladder) or [arm for arm in known if arms[arm][0].record.get("ffn") == "Dense"]
     others = sorted(value for arm, value in known.items() if arm not in dense)
     if not dense or not others:

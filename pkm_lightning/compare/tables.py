@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pkm_lightning.compare.bootstrap import plain_mean
 from pkm_lightning.compare.curves import read_off
 from pkm_lightning.compare.quality import Quality
-from pkm_lightning.compare.study import BASES, Study
+from pkm_lightning.compare.study import Study
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _interval_note(study: Study, n_seeds: int) -> str:
 
 
 def multiplier_table(study: Study) -> Table | None:
-    """The compute multiplier on both bases."""
+    """How much more compute, and time, a dense model needs for the same quality."""
     if not study.multipliers:
         return None
     assert study.resampled is not None
@@ -98,21 +98,22 @@ def multiplier_table(study: Study) -> Table | None:
     rows = []
     for arm in study.multipliers["trunk"]:
         cells = []
-        for basis in BASES:
-            found = study.multipliers[basis][arm]
-            share = study.compute(arm, basis) / study.compute(study.reference, basis)
-            between = "-" if math.isnan(found.low.value) else f"{found.low} to {found.high}"
-            cells += [f"{share:.2f}x", str(found.value), between]
+        for basis, found in study.multipliers.items():
+            share = study.spent(arm, basis) / study.spent(study.reference, basis)
+            between = "-" if math.isnan(found[arm].low.value) else f"{found[arm].low} to {found[arm].high}"
+            cells += [f"{share:.2f}x", str(found[arm].value), between]
         rows.append([arm, study.quality.written(study.resampled.mean[arm]), *cells])
     rungs = ", ".join(f"{arm} {study.quality.written(study.resampled.mean[arm])}" for arm in study.ladder)
+    of_time = " 'Time': the same of training seconds, as this machine took them." * ("time" in study.multipliers)
     return Table(
         "Compute multiplier",
         "How many times a variant's training compute a dense model needs for the same quality, interpolated in the "
-        f"logarithm of compute over {rungs}. 'Trunk': all layers without embedding and unembedding. 'Model': with the "
-        "unembedding at every position, though training computes it only where there is a target. '>=': better than "
-        "the largest dense model; '<=': no better than the smallest.",
-        ["variant", study.quality.label, *(f"{basis}, {what}" for basis in BASES
-                                           for what in ("own compute", "multiplier", "95% interval"))],
+        f"logarithm of compute over {rungs}. 'Own' is the variant's compute over that of {study.reference}. 'Trunk': "
+        "all layers without embedding and unembedding. 'Model': with the unembedding at every position, though training "
+        f"computes it only where there is a target.{of_time} '>=': better than the largest dense model; '<=': no better "
+        "than the smallest. The interval resamples quality; compute and seconds are taken as they are.",
+        ["variant", study.quality.label, *(f"{basis}, {what}" for basis in study.multipliers
+                                           for what in ("own", "multiplier", "95% interval"))],
         rows,
     )  # fmt: skip
 

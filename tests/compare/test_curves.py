@@ -10,7 +10,7 @@ import pytest
 from run_folders import FakeRun
 from tolerances import EXACT_FLOAT
 
-from pkm_lightning.compare.costs import compute, cost
+from pkm_lightning.compare.costs import cost, spent
 from pkm_lightning.compare.curves import curve, mean_curve, read_off
 from pkm_lightning.compare.quality import Quality
 from pkm_lightning.compare.records import Run, read_runs
@@ -49,8 +49,9 @@ def test_quality_at_a_moment_lies_between_two_validations(tmp_path: Path) -> Non
 def test_compute_is_of_the_trunk_or_of_the_model_over_all_tokens(tmp_path: Path) -> None:
     (run,) = runs(tmp_path, FakeRun("a", 1, flops=1000))
     assert cost(run, "trunk_flops_forward") == 1000
-    assert compute(run, "trunk") == 3000 * 1_000_000
-    assert compute(run, "model") == 4500 * 1_000_000
+    assert spent(run, "trunk") == 3000 * 1_000_000
+    assert spent(run, "model") == 4500 * 1_000_000
+    assert spent(run, "time") == 100
     assert list(curve(run, "val/loss", "active_flops")[0][:2]) == [3000 * 100_000, 3000 * 200_000]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_the_reference_is_the_dense_model_of_equal_compute(tmp_path: Path) -> No
     assert table(study, "Recall")["dense_1x"]["less dense_1x"] == ""
 
 
-def test_multipliers_are_of_trunk_and_model(tmp_path: Path) -> None:
+def test_multipliers_are_of_trunk_model_and_time(tmp_path: Path) -> None:
     study = study_of(tmp_path, *ladder(n_facts=400))
     mean = {arm: statistics.fmean(study.quality.value(run) for run in runs) for arm, runs in study.arms.items()}
     # MoE lies between the rungs 1x and 2x.
@@ -60,7 +61,10 @@ def test_multipliers_are_of_trunk_and_model(tmp_path: Path) -> None:
     assert found.value == pytest.approx(1000 * 2**share / 1010, rel=EXACT_FLOAT)
     found = study.multipliers["model"]["moe"].value
     assert found.value == pytest.approx(1500 * (2500 / 1500) ** share / 1510, rel=EXACT_FLOAT)
+    found = study.multipliers["time"]["moe"].value
+    assert found.value == pytest.approx(100 * math.sqrt(2) ** share / 150, rel=EXACT_FLOAT)
     assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
+    assert table(study, "Compute")["moe"]["time, own"] == "1.50x"
     assert table(study, "Compute")["memory_plus"]["trunk, multiplier"] == ">= 4.04x"
 
 
@@ -87,8 +91,10 @@ def test_without_a_ladder_there_are_no_multipliers(tmp_path: Path) -> None:
 def test_equal_time_runs_are_read_off_at_equal_tokens(tmp_path: Path) -> None:
     for run in (FakeRun("dense", 1, ffn="Dense"), FakeRun("memory_plus", 1)):
         run.write(tmp_path / "runs")
-    Comparison(command=[], base=[], arms={"dense": [], "memory_plus": []}, seconds=100).save(tmp_path)
+    FakeRun("dense_2x", 1, ffn="Dense", flops=2000).write(tmp_path / "runs")
+    Comparison(command=[], base=[], arms={"dense": [], "dense_2x": [], "memory_plus": []}, seconds=100).save(tmp_path)
     study = make_study([tmp_path], SETTINGS)
+    assert set(study.multipliers) == {"trunk", "model"}
     assert "at 1,000,000 tokens" in table(study, "Recall")["dense"]
     assert all_tables(study)[0].title.endswith("equal seconds")
 
