@@ -109,9 +109,9 @@ def multiplier_table(study: Study) -> Table | None:
         "Compute multiplier",
         "How many times a variant's training compute a dense model needs for the same quality, interpolated in the "
         f"logarithm of compute over {rungs}. 'Own' is the variant's compute over that of {study.reference}. 'Trunk': "
-        "all layers without embedding and unembedding. 'Model': with the unembedding at every position, though training "
-        f"computes it only where there is a target.{of_time} '>=': better than the largest dense model; '<=': no better "
-        "than the smallest. The interval resamples quality; compute and seconds are taken as they are.",
+        "all layers without embedding and unembedding. 'Model': with the unembedding at every position, though "
+        f"training computes it only where there is a target.{of_time} '>=': better than the largest dense model; '<=': "
+        "no better than the smallest. The interval resamples quality; compute and seconds are taken as they are.",
         ["variant", study.quality.label, *(f"{basis}, {what}" for basis in study.multipliers
                                            for what in ("own", "multiplier", "95% interval"))],
         rows,
