@@ -24,9 +24,9 @@ from pkm_lightning.compare.calibration import measured_speeds, warm_up
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
 from pkm_lightning.compare.live_table import LiveTable
 from pkm_lightning.compare.plan import Arm, PlannedRun, plan_runs, plan_sweep, with_steps
-from pkm_lightning.compare.processes import Ended, Processes
+from pkm_lightning.compare.processes import STARTED, Ended, Processes
 from pkm_lightning.compare.report import write_report
-from pkm_lightning.compare.run_state import STATES, run_state
+from pkm_lightning.compare.run_state import is_held
 from pkm_lightning.compare.settings import ReportSettings, Settings, read_report_settings, read_settings
 from pkm_lightning.compare.study import Study, make_study
 from pkm_lightning.compare.sweep import check_swept, choose_rates
@@ -35,25 +35,20 @@ from pkm_lightning.storage import hold
 from pkm_lightning.training.instantiate import instantiate
 
 _log = logging.getLogger(__name__)
-#: What is run, by `resume`.
-_STARTED = {
-    "auto": ("absent", "interrupted"),
-    "always": ("absent", "interrupted", "failed"),
-    "never": STATES,
-}
 #: Validations over a run whose length the budget decides.
 _VALIDATIONS = 10
 
 
 def run(job: Job) -> None:
     """Runs what is missing and writes the report after each run that ends."""
-    check_choice("resume", str(job.config.resume), _STARTED)
+    check_choice("resume", str(job.config.resume), STARTED)
     settings, shown = read_settings(plain(job.config)), read_report_settings(plain(job.config))
     if not isinstance(job.config.out, str) or not job.config.out.strip():
         raise ConfigError("out is not set; give the comparison's directory as out=DIR.")
     out = Path(job.config.out).absolute()
     base = base_overrides(job)
     arms = make_arms(job, settings, base)
+    _check_length(job, settings, arms)
     configs = {arm.name: arm_config(arm, base) for arm in arms}
     if all("progress_bar" in (config["callbacks"] or {}) for config in configs.values()):
         base = [*base, "~callbacks.progress_bar"]
@@ -86,6 +81,7 @@ class Director:
     ) -> None:
         self._job, self._settings, self._shown, self._out = job, settings, shown, out
         self._base, self._arms, self._configs = list(base), arms, configs
+        self._asked = {(arm.name, seed) for arm in arms for seed in settings.seeds}
         sweep = settings.sweep
         self._comparison = Comparison(
             command=["python", "-m", "pkm_lightning", "compare", *job.given],
@@ -111,51 +107,65 @@ class Director:
         """
         if self._job.config.resume == "never":
             _clear(self._out)
-        earlier = read_comparison(self._out)
-        if earlier is not None:
+        elif (earlier := read_comparison(self._out)) is not None:
             self._comparison.continue_from(earlier, self._out)
-        self._comparison.save(self._out)
-        self._set_budget()
-        arms = {arm.name: list(arm.overrides) for arm in self._arms}
-        self._comparison.add_arms(arms, self._out)
-        self._comparison.save(self._out)
+        settings = self._settings
+        if settings.budget_seconds is not None:
+            self._measure_speeds(settings.budget_seconds)
+        else:
+            if settings.budget_tokens is not None:
+                self._count_tokens(settings.budget_tokens)
+            self._join(self._arms)
+            if settings.sweep is None and settings.warm_up:
+                warm_up(self._arms, self._configs, self._base, self._out, self._processes)
         rates = self._sweep()
-        runs = plan_runs(self._arms, self._settings, self._base, self._out, rates)
+        runs = plan_runs(self._arms, settings, self._base, self._out, rates)
         self._run(runs, "runs", after=lambda _: self._try_report())
         study = self._write_report()
-        failed = [f"{run.arm} seed {run.seed}" for run in study.failed] if study else list(self._comparison.failures)
+        failed = [run for run in study.failed if (run.arm, run.seed) in self._asked] if study else []
         if failed:
+            labels = [f"{run.arm} seed {run.seed}" for run in failed]
+            again = any(run.record.get("status") != "finished" for run in failed)
             raise RunDirectoryError(
-                f"{len(failed)} runs gave no figures ({', '.join(failed[:3])}{', ...' if len(failed) > 3 else ''}); "
-                f"{self._out / 'report.md'} says why, and resume=always tries again what failed."
+                f"{len(failed)} runs gave no figures ({', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}); "
+                f"{self._out / 'report.md'} says why{', and resume=always tries again what failed' * again}."
             )
         print(f"report: {self._out / 'report.html'}")
 
-    def _set_budget(self) -> None:
-        """Gives each arm its number of steps, and compiles what there is to compile."""
-        settings, names = self._settings, self._job.names
-        validations = None if names("trainer.val_check_interval") else _VALIDATIONS
-        if settings.budget_tokens is not None:
-            counted: dict[str, int] = {}
-            for i, arm in enumerate(self._arms):
-                config = self._configs[arm.name]
-                data = json.dumps([config["data"], config["trainer"]], sort_keys=True, default=str)
-                if data not in counted:
-                    made = instantiate(config["data"], "data")
-                    counted[data] = steps_of_tokens(settings.budget_tokens, made, config)
-                self._arms[i] = with_steps(arm, counted[data], validations)
-        elif settings.budget_seconds is not None:
-            known = self._comparison.steps_per_second
-            missing = [arm for arm in self._arms if arm.name not in known]
-            measured, failed = measured_speeds(missing, self._base, self._out, self._processes)
-            known.update(measured)
-            self._leave_out(failed)
-            self._arms = [
-                with_steps(arm, max(1, round(known[arm.name] * settings.budget_seconds)), validations)
-                for arm in self._arms
-            ]
-        elif settings.sweep is None and settings.warm_up:
-            warm_up(self._arms, self._base, self._out, self._processes)
+    def _join(self, arms: Sequence[Arm]) -> None:
+        """Adds arms to compare.json, which nothing has changed before: a refused command leaves it as it was."""
+        self._comparison.add_arms({arm.name: list(arm.overrides) for arm in arms}, self._out)
+        self._comparison.save(self._out)
+
+    def _count_tokens(self, budget: float) -> None:
+        """Gives each arm the steps that a budget of tokens is."""
+        counted: dict[str, int] = {}
+        for i, arm in enumerate(self._arms):
+            config = self._configs[arm.name]
+            data = json.dumps([config["data"], config["trainer"]], sort_keys=True, default=str)
+            if data not in counted:
+                counted[data] = steps_of_tokens(budget, instantiate(config["data"], "data"), config)
+            self._arms[i] = self._with_steps(arm, counted[data])
+
+    def _measure_speeds(self, seconds: float) -> None:
+        """Gives each arm the steps that fill `seconds`, after short runs of those whose speed is not known."""
+        known = self._comparison.steps_per_second
+
+        def timed() -> list[Arm]:
+            of_known = [arm for arm in self._arms if arm.name in known]
+            return [self._with_steps(arm, max(1, round(known[arm.name] * seconds))) for arm in of_known]
+
+        self._join(timed())
+        missing = [arm for arm in self._arms if arm.name not in known]
+        measured, failed = measured_speeds(missing, self._configs, self._base, self._out, self._processes)
+        known.update(measured)
+        self._leave_out(failed)
+        self._arms = timed()
+        self._join(self._arms)
+
+    def _with_steps(self, arm: Arm, steps: int) -> Arm:
+        validations = None if self._job.names("trainer.val_check_interval") else _VALIDATIONS
+        return with_steps(arm, steps, validations, self._configs[arm.name]["trainer"]["accumulate_grad_batches"])
 
     def _sweep(self) -> dict[str, float]:
         """The learning rate of each arm; none without a sweep."""
@@ -165,8 +175,15 @@ class Director:
         data_seeds = {name: config["data"].get("seed") for name, config in self._configs.items()}
         known = {name: seed for name, seed in data_seeds.items() if isinstance(seed, int)}
         runs = plan_sweep(self._arms, sweep, self._base, self._out, known)
+        for run in runs:
+            check_swept(run, sweep)
         self._run(runs, "sweep of learning rates", after=lambda end: check_swept(end.run, sweep))
         results, chosen = choose_rates(runs, sweep)
+        assert self._comparison.sweep is not None
+        before = self._comparison.sweep["chosen"]
+        # What a run was begun with stays, though a rate that failed in an earlier sitting may have won since.
+        chosen.update({name: rate for name, rate in before.items() if (self._out / "runs" / name).exists()})
+        chosen = {arm.name: chosen[arm.name] for arm in self._arms if arm.name in chosen}
         self._comparison.add_sweep(results, chosen)
         self._comparison.save(self._out)
         reason = f"no learning rate of the sweep ended with a finite {sweep.metric}"
@@ -182,18 +199,16 @@ class Director:
         self._comparison.save(self._out)
 
     def _run(self, runs: Sequence[PlannedRun], title: str, after: Callable[[Ended], None]) -> None:
-        states = {run.folder: run_state(run.folder) for run in runs}
-        held = [run.label for run in runs if states[run.folder] == "held"]
-        if held:
-            raise RunDirectoryError(f"{held[0]} is being run by another process; wait for it or stop it.")
+        todo = self._processes.to_start(runs)
         steps = {arm.name: _steps(arm, self._configs[arm.name]) for arm in self._arms}
-        with LiveTable(runs, steps, title) as table:
-            todo = [run for run in runs if states[run.folder] in _STARTED[str(self._job.config.resume)]]
-            with contextlib.closing(self._processes.run(todo, table.running)) as ends:
-                for end in ends:
-                    table.ended(end)
-                    self._note(end)
-                    after(end)
+        with (
+            LiveTable(runs, steps, title) as table,
+            contextlib.closing(self._processes.run(todo, table.running)) as ends,
+        ):
+            for end in ends:
+                table.ended(end)
+                self._note(end)
+                after(end)
 
     def _note(self, end: Ended) -> None:
         """Keeps what a run said that did not finish: a killed one could not write it into its record."""
@@ -232,11 +247,32 @@ def _ranks(config: dict[str, Any]) -> int:
 
 
 def _clear(out: Path) -> None:
-    """Removes what an earlier comparison has left, which is known to be one."""
+    """Removes what an earlier comparison has left but for compare.json, which says that it is one until it is replaced.
+
+    Raises:
+        RunDirectoryError: one of its runs is still under way.
+    """
+    held = [lock.parent for lock in out.glob("*/**/.lock") if is_held(lock.parent)]
+    if held:
+        raise RunDirectoryError(f"{held[0]} is being run by another process; wait for it or stop it.")
     for name in ("runs", "sweep", "speed", "logs", "plots", "hparams"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("compare.json", "report.html", "report.md", "runs.csv"):
+    for name in ("report.html", "report.md", "runs.csv"):
         (out / name).unlink(missing_ok=True)
+
+
+def _check_length(job: Job, settings: Settings, arms: Sequence[Arm]) -> None:
+    """Refuses a budget beside a number of steps.
+
+    Raises:
+        ConfigError: both are said.
+    """
+    if settings.budget_tokens is None and settings.budget_seconds is None:
+        return
+    saying = [arm.name for arm in arms if any(o.startswith("trainer.max_steps=") for o in arm.overrides)]
+    if job.names("trainer.max_steps") or saying:
+        where = f"variants.{saying[0]}.trainer.max_steps" if saying else "trainer.max_steps"
+        raise ConfigError(f"budget and {where} both say how long a run is; leave one of them out.")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pkm_lightning.cli.assembly import assemble, complete
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.job import Job, plain, searchpath_overrides
-from pkm_lightning.compare.plan import Arm, dense_arm, ladder_arms, last_of_each, plan_arms
+from pkm_lightning.compare.overrides import last_of_each
+from pkm_lightning.compare.plan import Arm, dense_arm, ladder_arms, plan_arms
 from pkm_lightning.compare.settings import COMPARE_KEYS, SET_BY_COMPARE, Settings
 from pkm_lightning.errors import ConfigError, PkmError
 from pkm_lightning.model import model_cost

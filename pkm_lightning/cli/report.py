@@ -13,7 +13,7 @@ from pkm_lightning.errors import ConfigError
 
 def run(job: Job) -> None:
     """Reads the runs under `runs` and writes the report into `out`."""
-    folders = plain(job.config)["runs"]
+    folders = plain(job.config).get("runs")
     given = [folders] if isinstance(folders, str) else folders
     if (
         not isinstance(given, list)

@@ -1,7 +1,7 @@
 """How far figures could have come out otherwise: a paired bootstrap over facts and seeds.
 
-In each resample the seeds are drawn with replacement, and so are the facts; all arms get the same draws, because they
-were trained with the same seeds and asked the same questions. So a difference between two arms varies less than each of
+In each resample the seeds are drawn with replacement, and so are the facts; arms that were trained with the same seeds,
+or asked the same questions, get the same draws of them. So a difference between two arms varies less than each of
 them. With few seeds an interval is too narrow: of three, resampling sees two thirds of the variance.
 
 Letters: A arms, S seeds, F facts, R resamples.
@@ -30,7 +30,7 @@ class Resampled:
 
     Args:
         mean: by arm, over its seeds.
-        resamples: by arm, R values; resample r of all arms is of the same draws where `is_paired`.
+        resamples: by arm, R values; resample r of arms with the same seeds and facts is of the same draws.
         is_paired: all arms have the same seeds and facts.
         over: what was resampled, in words.
     """
@@ -66,19 +66,23 @@ def resample(arms: Mapping[str, Sequence[Run]], quality: Quality, *, resamples: 
         seed: of the draws; the same seed and runs give the same figures.
     """
     values = {arm: _values(runs, quality) for arm, runs in arms.items()}
-    seeds = {tuple(sorted(run.seed for run in runs)) for runs in arms.values()}
-    facts = {quality.prompts(run) for runs in arms.values() for run in runs}
     shapes = {values_SF.shape for values_SF in values.values()}
-    is_paired = len(seeds) == len(facts) == len(shapes) == 1
+    # What is drawn once for all arms that have it: their seeds, their facts.
+    seeds = {arm: tuple(sorted(run.seed for run in runs)) for arm, runs in arms.items()}
+    facts = {
+        arm: (values[arm].shape[1], *dict.fromkeys(quality.prompts(run) for run in runs)) for arm, runs in arms.items()
+    }
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
     block = max(1, _DRAWN_AT_ONCE // max(n_facts for _, n_facts in shapes))
     for start in range(0, resamples, block):
-        joint = None
+        n_drawn = min(block, resamples - start)
+        shares: dict[object, np.ndarray] = {}
         for arm, values_SF in values.items():
-            if joint is None or not is_paired:
-                joint = _draws(rng, values_SF.shape, min(block, resamples - start))
-            drawn[arm].append(_means(values_SF, *joint))
+            for own, n in zip((seeds[arm], facts[arm]), values_SF.shape, strict=True):
+                if own not in shares:
+                    shares[own] = _draws(rng, n, n_drawn)
+            drawn[arm].append(_means(values_SF, shares[seeds[arm]], shares[facts[arm]]))
     return Resampled(
         mean={arm: float(values_SF.mean()) for arm, values_SF in values.items()},
         # Of one value nothing is known of how it could have come out.
@@ -86,7 +90,7 @@ def resample(arms: Mapping[str, Sequence[Run]], quality: Quality, *, resamples: 
             arm: np.concatenate(blocks) if values[arm].size > 1 else np.full(resamples, np.nan)
             for arm, blocks in drawn.items()
         },
-        is_paired=is_paired,
+        is_paired=len(set(seeds.values())) == len(set(facts.values())) == 1,
         over=_over(shapes),
     )
 
@@ -107,12 +111,10 @@ def _values(runs: Sequence[Run], quality: Quality) -> np.ndarray:
     return np.array([[quality.value(run)] for run in ordered])
 
 
-def _draws(rng: np.random.Generator, shape: tuple[int, ...], resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each seed (R, S) and each fact (R, F) is drawn, as shares that add up to 1."""
-    n_seeds, n_facts = shape
-    seeds_RS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples) / n_seeds
-    facts_RF = rng.multinomial(n_facts, np.full(n_facts, 1 / n_facts), size=resamples) / n_facts
-    return seeds_RS, facts_RF
+def _draws(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
+    """How often each of n seeds, or facts, is drawn in each resample (R, n), as shares that add up to 1."""
+    drawn_RN: np.ndarray = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    return drawn_RN
 
 
 def _means(values_SF: np.ndarray, seeds_RS: np.ndarray, facts_RF: np.ndarray) -> np.ndarray:

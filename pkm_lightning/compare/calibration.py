@@ -6,11 +6,13 @@ known before it starts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from pkm_lightning.compare.plan import Arm, PlannedRun, last_of_each
+from pkm_lightning.compare.overrides import last_of_each
+from pkm_lightning.compare.plan import Arm, PlannedRun, with_steps
 from pkm_lightning.compare.processes import Processes
 from pkm_lightning.compare.run_state import read_record
 
@@ -21,7 +23,7 @@ REPEATS = 3
 
 
 def measured_speeds(
-    arms: Sequence[Arm], base: Sequence[str], out: Path, processes: Processes
+    arms: Sequence[Arm], configs: Mapping[str, dict[str, Any]], base: Sequence[str], out: Path, processes: Processes
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Optimizer steps a second of each arm, the middle of `REPEATS` runs in turn with the others; why some failed.
 
@@ -30,28 +32,31 @@ def measured_speeds(
     speeds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     failed: dict[str, str] = {}
     for repeat in range(REPEATS):
-        planned = [_short(arm, base, out, f"try-{repeat + 1}", STEPS) for arm in arms if arm.name not in failed]
-        for end in processes.run(planned, lambda _: None):
-            rate = ((read_record(end.run.folder).get("throughput")) or {}).get("steps_per_sec")
+        left = [arm for arm in arms if arm.name not in failed]
+        planned = [_short(arm, configs[arm.name], base, out, f"try-{repeat + 1}", STEPS) for arm in left]
+        said = {end.run.arm: end.words for end in processes.run(processes.to_start(planned), lambda _: None)}
+        for run in planned:
+            record = read_record(run.folder)
+            rate = (record.get("throughput") or {}).get("steps_per_sec")
             if rate:
-                speeds[end.run.arm].append(float(rate))
+                speeds[run.arm].append(float(rate))
             else:
-                failed[end.run.arm] = f"its speed is not known, callbacks.throughput may be off: {end.words}"
+                words = record.get("reason") or said.get(run.arm, "")
+                failed[run.arm] = f"its speed is not known, callbacks.throughput may be off: {words}"
     return {name: median(rates) for name, rates in speeds.items() if name not in failed}, failed
 
 
-def warm_up(arms: Sequence[Arm], base: Sequence[str], out: Path, processes: Processes) -> None:
+def warm_up(
+    arms: Sequence[Arm], configs: Mapping[str, dict[str, Any]], base: Sequence[str], out: Path, processes: Processes
+) -> None:
     """Two steps of each arm that has not been run, which compile its kernels; what fails here fails again."""
-    new = [arm for arm in arms if not (out / "runs" / arm.name).exists() and not (out / "speed" / arm.name).exists()]
-    for _ in processes.run([_short(arm, base, out, "warm-up", 2) for arm in new], lambda _: None):
+    new = [arm for arm in arms if not (out / "runs" / arm.name).exists()]
+    planned = [_short(arm, configs[arm.name], base, out, "warm-up", 2) for arm in new]
+    for _ in processes.run(processes.to_start(planned), lambda _: None):
         pass
 
 
-def _short(arm: Arm, base: Sequence[str], out: Path, name: str, steps: int) -> PlannedRun:
-    own = (
-        f"trainer.max_steps={steps}",
-        f"trainer.val_check_interval={steps}",
-        f"trainer.log_every_n_steps={min(MEASURED, steps)}",
-        "seed=0",
-    )
-    return PlannedRun(arm.name, 0, None, last_of_each((*base, *arm.overrides, *own)), out / "speed" / arm.name / name)
+def _short(arm: Arm, config: Mapping[str, Any], base: Sequence[str], out: Path, name: str, steps: int) -> PlannedRun:
+    short = with_steps(arm, steps, 1, config["trainer"]["accumulate_grad_batches"])
+    own = (f"trainer.log_every_n_steps={min(MEASURED, steps)}", "seed=0")
+    return PlannedRun(arm.name, 0, None, last_of_each((*base, *short.overrides, *own)), out / "speed" / arm.name / name)

@@ -28,6 +28,8 @@ _OF_THE_BUDGET = ("trainer.max_steps", "trainer.val_check_interval")
 #: Of run.json: where and on what a run ran. Figures of time and memory are not comparable where these differ.
 _CIRCUMSTANCES = ("precision", "device", "world_size", "threads", "versions", "commit", "data")
 _RECORDED = "run.json: "
+#: Keys of differences in the lengths of runs.
+LENGTHS = (f"{_RECORDED}tokens", f"{_RECORDED}seconds_train")
 _ABSENT = "(absent)"
 
 
@@ -148,12 +150,14 @@ def _was_chosen(arm: str, rates: tuple[str, ...], comparisons: Sequence[Comparis
 
 
 def _said_by(key: str, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    return tuple(
-        arm
-        for comparison in comparisons
-        for arm, overrides in comparison.arms.items()
-        if any(override.split("=")[0].lstrip("+~") == key for override in overrides)
-    )
+    """The variants whose own overrides name the key, or something that it lies in."""
+    saying = []
+    for comparison in comparisons:
+        for arm, overrides in comparison.arms.items():
+            said = [override.split("=")[0].lstrip("+~").replace("/", ".") for override in overrides]
+            if any(key == own or key.startswith(f"{own}.") for own in said):
+                saying.append(arm)
+    return tuple(dict.fromkeys(saying))
 
 
 def _on_one_line(value: Any) -> str:

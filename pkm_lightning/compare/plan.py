@@ -149,9 +149,13 @@ def plan_sweep(
     return runs
 
 
-def with_steps(arm: Arm, steps: int, validations: int | None) -> Arm:
-    """The arm with its number of steps, and a validation at each tenth of them if `validations` says nothing else."""
+def with_steps(arm: Arm, steps: int, validations: int | None, accumulate: int) -> Arm:
+    """The arm with its number of optimizer steps, and so many validations on the way, if that is not None.
+
+    Args:
+        accumulate: micro-batches a step, in which Trainers count the way to a validation.
+    """
     own: tuple[str, ...] = (f"trainer.max_steps={steps}",)
     if validations is not None:
-        own = (*own, f"trainer.val_check_interval={max(1, steps // validations)}")
+        own = (*own, f"trainer.val_check_interval={max(1, steps // validations) * accumulate}")
     return replace(arm, overrides=(*arm.overrides, *own))

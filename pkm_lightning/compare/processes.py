@@ -14,7 +14,15 @@ from pathlib import Path
 
 from pkm_lightning.compare.overrides import quoted
 from pkm_lightning.compare.plan import PlannedRun
+from pkm_lightning.compare.run_state import STATES, run_state
+from pkm_lightning.errors import RunDirectoryError
 
+#: States of a run directory in which it is run, by `resume`.
+STARTED = {
+    "auto": ("absent", "interrupted"),
+    "always": ("absent", "interrupted", "failed"),
+    "never": STATES,
+}
 #: Seconds between looks at the processes.
 POLL = 0.5
 #: Seconds that runs have, after they were asked to stop, to write their checkpoints.
@@ -82,6 +90,18 @@ class Processes:
                     yield Ended(run, process.returncode, last_line(self.log(run)))
         finally:
             self._stop()
+
+    def to_start(self, planned: Sequence[PlannedRun]) -> list[PlannedRun]:
+        """Those that are still to be run, as `resume` says it.
+
+        Raises:
+            RunDirectoryError: another process has one of them.
+        """
+        states = {run.folder: run_state(run.folder) for run in planned}
+        held = [run.label for run in planned if states[run.folder] == "held"]
+        if held:
+            raise RunDirectoryError(f"{held[0]} is being run by another process; wait for it or stop it.")
+        return [run for run in planned if states[run.folder] in STARTED[self._resume]]
 
     def log(self, run: PlannedRun) -> Path:
         """The file with the run's output."""

@@ -20,6 +20,8 @@ from pkm_lightning.compare.leaves import leaves, portable_leaves
 from pkm_lightning.compare.run_state import is_held, read_record
 from pkm_lightning.errors import RunDirectoryError
 
+#: Why a run that is under way gives no figures.
+STILL_RUNNING = "still running"
 _SEED_FOLDER = re.compile(r"seed-\d+")
 #: Folders of a comparison whose runs are not reported.
 _NOT_REPORTED = ("sweep", "speed")
@@ -94,7 +96,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
     for folder in folders:
         if not folder.is_dir():
             raise RunDirectoryError(f"runs: {folder} is no directory.")
-        for file in sorted(folder.rglob(COMPARISON_FILE)):
+        around = [parent / COMPARISON_FILE for parent in folder.resolve().parents]
+        for file in (*filter(Path.exists, around), *sorted(folder.rglob(COMPARISON_FILE))):
             comparison = read_comparison(file.parent)
             assert comparison is not None
             comparisons.setdefault(file.parent.resolve(), comparison)
@@ -108,7 +111,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
         own = {run: _origin(run, comparisons) for run in (*begun, *never)}
         reported = {run: root for run, root in own.items() if not _is_tried(run, root)}
         if not reported:
-            raise RunDirectoryError(f"runs: {folder} holds no record of a run (run.json).")
+            of_sweeps = " but those of a sweep" if own else ""
+            raise RunDirectoryError(f"runs: {folder} holds no record of a run (run.json){of_sweeps}.")
         found.update(reported)
     runs = _named([_read(run, root, comparisons.get(root) if root else None) for run, root in found.items()])
     runs = _without_twins(runs)
@@ -118,8 +122,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
 
 
 def _origin(run: Path, comparisons: Iterable[Path]) -> Path | None:
-    """The comparison that a run directory lies in."""
-    return next((root for root in comparisons if run.is_relative_to(root)), None)
+    """The comparison that a run directory lies in, the inner one of several."""
+    return max(
+        (root for root in comparisons if run.is_relative_to(root)), key=lambda root: len(root.parts), default=None
+    )
 
 
 def _is_tried(run: Path, root: Path | None) -> bool:
@@ -131,13 +137,14 @@ def _read(folder: Path, root: Path | None, comparison: Comparison | None) -> Run
     """A run whose files are damaged has failed; it takes nothing else with it."""
     record, config = read_record(folder), _config(folder)
     seed = record.get("seed")
-    failure = _failure(folder, root, comparison, record, config)
+    failure = ""
     rows: list[dict[str, float]] = []
     answers: dict[str, Answers] = {}
     try:
+        failure = _failure(folder, root, comparison, record, config)
         rows, answers = read_metrics(folder / "metrics.csv"), read_answers(folder / "recall.csv")
         failure = failure or _missing(record, config)
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
         failure = failure or f"its files are damaged ({' '.join(str(error).split())})"
     return Run(
         folder=folder,
@@ -187,7 +194,7 @@ def _failure(
     if status == "failed":
         return str(record.get("reason") or told or "failed")
     if status == "running" and is_held(folder):
-        return "still running"
+        return STILL_RUNNING
     return told or ("interrupted" if status in ("interrupted", "running") else "no record of a run")
 
 
@@ -255,7 +262,7 @@ def _without_twins(runs: Sequence[Run]) -> list[Run]:
     kept: dict[tuple[str, int], Run] = {}
     for run in sorted(runs, key=lambda run: not run.ok):
         other = kept.setdefault((run.arm, run.seed), run)
-        if other is not run and run.ok and _identity(other) != _identity(run):
+        if other is not run and _differ(other, run):
             raise RunDirectoryError(
                 f"runs: {other.folder} and {run.folder} are both {run.arm} with seed {run.seed}, but differ; leave one "
                 "out, or rename the folder of one variant."
@@ -263,6 +270,9 @@ def _without_twins(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if kept[run.arm, run.seed] is run]
 
 
-def _identity(run: Run) -> tuple[dict[str, Any], Any, Any]:
-    """What makes two runs the same: configuration, data, commit."""
-    return portable_leaves(run.config), run.record.get("data"), run.record.get("commit")
+def _differ(one: Run, other: Run) -> bool:
+    """They are not the same run: in configuration, data or commit, as far as both have come to know them."""
+    if one.config and other.config and portable_leaves(one.config) != portable_leaves(other.config):
+        return True
+    known = [(one.record.get(key), other.record.get(key)) for key in ("data", "commit")]
+    return any(left != right for left, right in known if left is not None and right is not None)

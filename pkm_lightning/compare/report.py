@@ -25,13 +25,19 @@ from pkm_lightning.storage import write_beside
 
 #: Values of one key that a report shows before it says how many more there are.
 _SHOWN_VALUES = 6
+_PAGES = ("report.md", "report.html")
+#: The first line of a report.md.
+_MARK = "<!-- a report of pkm_lightning -->"
 
 
 def write_report(study: Study, out: Path) -> None:
     """Writes all files of the report into `out`, which is made if need be."""
     check_place(out)
-    (out / "plots").mkdir(parents=True, exist_ok=True)
     plots, tables = list(all_plots(study)), all_tables(study)
+    pages = {name: _render(name, study, tables, plots, escape=name.endswith("html")) for name in _PAGES}
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    for name, page in pages.items():  # first: report.md says whose directory this is
+        write_beside(out / name, page)
     for plot in plots:
         write_beside(out / "plots" / f"{plot.name}.svg", plot.svg)
         write_beside(out / "plots" / f"{plot.name}.png", plot.png)
@@ -39,8 +45,6 @@ def write_report(study: Study, out: Path) -> None:
         for suffix in (".svg", ".png"):
             (out / "plots" / f"{stale}{suffix}").unlink(missing_ok=True)
     write_beside(out / "runs.csv", runs_csv(study))
-    for name, escape in (("report.html", True), ("report.md", False)):
-        write_beside(out / name, _render(name, study, tables, plots, escape=escape))
     write_board(study, out / "hparams")
 
 
@@ -54,9 +58,16 @@ def check_place(out: Path) -> None:
         raise RunDirectoryError(f"out={out} is the directory of a run; choose another for the report.")
     if out.exists() and not out.is_dir():
         raise RunDirectoryError(f"out={out} is a file; choose another place for the report.")
-    ours = any((out / name).exists() for name in (COMPARISON_FILE, "report.md"))
-    if out.is_dir() and any(out.iterdir()) and not ours:
+    if out.is_dir() and any(out.iterdir()) and not ((out / COMPARISON_FILE).exists() or _is_report(out / "report.md")):
         raise RunDirectoryError(f"out={out} holds files, but no report; choose an empty or new directory.")
+
+
+def _is_report(file: Path) -> bool:
+    """A report that this has written, and may replace."""
+    try:
+        return file.read_text(encoding="utf-8").startswith(_MARK)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _render(name: str, study: Study, tables: Sequence[Table], plots: Sequence[Plot], *, escape: bool) -> str:
@@ -70,6 +81,7 @@ def _render(name: str, study: Study, tables: Sequence[Table], plots: Sequence[Pl
     )
     environment.filters.update(inline=_inline, cell=_cell)
     return environment.get_template(f"{name}.jinja").render(
+        mark=_MARK,
         study=study,
         tables=tables,
         plots=plots,
@@ -104,8 +116,8 @@ def _circumstances(study: Study) -> list[tuple[str, str]]:
         "precision": lambda r: r.get("precision"),
         "versions": lambda r: ", ".join(f"{k} {v}" for k, v in sorted((r.get("versions") or {}).items())),
         "commit": lambda r: r.get("commit"),
-        "data": lambda r: (r.get("data") or "")[:16],
-        "started": lambda r: (r.get("started") or "")[:10],
+        "data": lambda r: str(r.get("data") or "")[:16],
+        "started": lambda r: str(r.get("started") or "")[:10],
     }
     rows = []
     for label, get in keys.items():

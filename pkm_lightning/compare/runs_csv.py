@@ -8,7 +8,8 @@ import math
 from typing import Any
 
 from pkm_lightning.compare.costs import FIGURES, cost
-from pkm_lightning.compare.records import Run
+from pkm_lightning.compare.leaves import leaves
+from pkm_lightning.compare.records import STILL_RUNNING, Run
 from pkm_lightning.compare.study import Study
 
 
@@ -34,10 +35,10 @@ def _row(study: Study, run: Run) -> dict[str, Any]:
     return {
         "arm": run.arm,
         "seed": run.seed,
-        "status": "failed" if run.failure and record.get("status") == "finished" else record.get("status", "failed"),
+        "status": _status(run),
         "reason": run.failure,
         study.quality.metric: study.quality.value(run) if run.ok else None,
-        "lr": (run.config.get("optim") or {}).get("lr"),
+        "lr": dict(leaves(run.config)).get("optim.lr"),
         **{name: cost(run, name) for name in FIGURES},
         **{key: value for key, value in sorted(metrics.items()) if isinstance(value, int | float)},
         **deciles,
@@ -47,11 +48,19 @@ def _row(study: Study, run: Run) -> dict[str, Any]:
         "device": record.get("device"),
         "world_size": record.get("world_size"),
         "threads": record.get("threads"),
-        "data": (record.get("data") or "")[:12],
+        "data": str(record.get("data") or "")[:12],
         "commit": record.get("commit"),
         "torch": (record.get("versions") or {}).get("torch"),
         "started": record.get("started"),
     }
+
+
+def _status(run: Run) -> str:
+    """As in run.json, but for what that cannot know: that its process was killed, or that its figures are useless."""
+    status = str(run.record.get("status", "failed"))
+    if status == "running":
+        return "running" if run.failure == STILL_RUNNING else "interrupted"
+    return "failed" if run.failure and status == "finished" else status
 
 
 def _field(value: Any) -> Any:

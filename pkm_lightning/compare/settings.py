@@ -78,6 +78,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: a value that cannot work.
     """
+    _check_whole(config)
     jobs = config["jobs"]
     check_integer("jobs", jobs, 1)
     check_flag("dense_ladder", config["dense_ladder"])
@@ -114,7 +115,7 @@ def read_report_settings(config: Mapping[str, Any]) -> ReportSettings:
     Raises:
         ConfigError: a value that cannot work.
     """
-    given = {**_DEFAULT_REPORT, **_mapping("report", config["report"], tuple(_DEFAULT_REPORT))}
+    given = {**_DEFAULT_REPORT, **_mapping("report", config.get("report"), tuple(_DEFAULT_REPORT))}
     check_integer("report.resamples", given["resamples"], 100, 1_000_000)
     check_integer("report.seed", given["seed"], 0)
     metric = check_metric("report.metric", str(given["metric"]), "auto")
@@ -129,6 +130,12 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"variants.{name}: a name is letters, digits, _ - and ., as in memory_plus_3; rename it.")
+
+
+def _check_whole(config: Mapping[str, Any]) -> None:
+    missing = [key for key in COMPARE_KEYS if key not in config]
+    if missing:
+        raise ConfigError(f"{missing[0]} was taken out of the configuration; set it to null, or to what it shall be.")
 
 
 def _seeds(key: str, value: Any, first: int) -> tuple[int, ...]:

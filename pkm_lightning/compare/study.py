@@ -10,7 +10,7 @@ from pathlib import Path
 from pkm_lightning.compare.bootstrap import Resampled, plain_mean, resample
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.costs import BASES, cost, spent
-from pkm_lightning.compare.differences import Difference, equal_seconds, find_differences
+from pkm_lightning.compare.differences import LENGTHS, Difference, equal_seconds, find_differences
 from pkm_lightning.compare.leaves import portable_leaves
 from pkm_lightning.compare.multiplier import Multiplier, multipliers
 from pkm_lightning.compare.quality import Quality, choose_quality
@@ -29,9 +29,10 @@ class Study:
         quality: the figure that the report is about.
         resampled: its means and resamples by arm; None without a finished run.
         reference: the arm that others are compared with.
-        ladder: dense arms of one shape, by compute; empty if there are fewer than two.
-        multipliers: by basis and arm; empty without a ladder, and without `time` where all runs had equal seconds.
+        ladder: dense arms of one shape, by compute; empty if there are fewer than two, or all had equal seconds.
+        multipliers: by basis and arm; empty without a ladder.
         differences: in what the runs differ.
+        settings: of the report.
     """
 
     runs: list[Run]
@@ -51,9 +52,22 @@ class Study:
         return [run for run in self.runs if not run.ok]
 
     @property
+    def is_unequal_length(self) -> bool:
+        """The runs were to have equal tokens, or seconds, and have not."""
+        return any(difference.key in LENGTHS for difference in self.unfair)
+
+    @property
     def unfair(self) -> list[Difference]:
         """Differences that are not those of a comparison of FFNs."""
         return [difference for difference in self.differences if difference.kind == "other"]
+
+    @property
+    def n_planned(self) -> int:
+        """Runs that the comparisons are to have, as far as they are known, and those without a comparison."""
+        planned = {
+            (arm, seed) for comparison in self.comparisons for arm in comparison.arms for seed in comparison.seeds
+        }
+        return len(planned | {(run.arm, run.seed) for run in self.runs})
 
     @property
     def is_equal_time(self) -> bool:
@@ -90,10 +104,10 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
         if run.ok:
             arms.setdefault(run.arm, []).append(run)
     resampled = resample(arms, quality, resamples=settings.resamples, seed=settings.seed) if arms else None
-    ladder = _ladder(arms)
+    # Of equal seconds larger models get fewer tokens: no ladder of compute.
+    ladder = _ladder(arms) if equal_seconds(runs, comparisons) is None else []
     found: dict[str, dict[str, Multiplier]] = {}
-    equal_time = equal_seconds(runs, comparisons) is not None
-    for basis in (basis for basis in BASES if ladder and not (basis == "time" and equal_time)):
+    for basis in BASES if ladder else ():
         took = {arm: _mean_spent(own, basis) for arm, own in arms.items()}
         known = {arm: value for arm, value in took.items() if math.isfinite(value)}
         assert resampled is not None

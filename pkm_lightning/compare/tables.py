@@ -64,10 +64,10 @@ def quality_table(study: Study) -> Table:
         ])  # fmt: skip
     finals, others = ("seconds", "tokens") if study.is_equal_time else ("tokens", "seconds")
     equal = f"{moment:,.0f} {others}"
-    paired = "" if resampled.is_paired else " Not all runs share seeds and facts: arms were resampled independently."
+    partly = " Not all variants have the same seeds and facts: what they have in common is resampled together."
     return Table(
-        f"{quality.label.capitalize()} at equal {finals}",
-        f"Final test of each run. {_interval_note(study, len(seeds))}{paired} "
+        f"{quality.label.capitalize()} at {'unequal' if study.is_unequal_length else 'equal'} {finals}",
+        f"Final test of each run. {_interval_note(study)}{'' if resampled.is_paired else partly} "
         f"'At {equal}' is read off each run's validations where {reference} ends: the learning rates of longer runs "
         "have not come down there, a run that ended earlier keeps its last value, and validations ask fewer questions.",
         ["variant", *(f"seed {seed}" for seed in seeds), "mean", "95% interval", f"less {reference}", f"at {equal}",
@@ -76,9 +76,9 @@ def quality_table(study: Study) -> Table:
     )  # fmt: skip
 
 
-def _interval_note(study: Study, n_seeds: int) -> str:
+def _interval_note(study: Study) -> str:
     assert study.resampled is not None
-    over = study.resampled.over
+    over, n_seeds = study.resampled.over, min(len(runs) for runs in study.arms.values())
     if not over:
         return "Of one seed and no questions there is no interval."
     few = f"; with {n_seeds} seeds it is too narrow rather than too wide" if "seeds" in over else ""
@@ -219,12 +219,16 @@ def sweep_table(study: Study) -> Table | None:
             if chosen is not None:
                 cells[f"{chosen:g}"] += " *" + (" (edge)" if chosen in (tried[0], tried[-1]) else "")
             rows.append([arm, *(cells.get(rate, "") for rate in rates)])
-        notes.append(
-            f"{sweep['metric']} of runs with seed {', '.join(map(str, sweep['seeds']))} and data.seed raised by "
-            f"{sweep['data_seed']} (other facts, where facts are the data); * the chosen rate. At an edge of the sweep "
-            "a better rate may lie outside."
+        raised = (
+            f"data.seed, where the data have one, raised by {sweep['data_seed']}: other facts, where these are the data"
         )
-    return Table("Sweep of learning rates", " ".join(dict.fromkeys(notes)), ["variant", *rates], rows)
+        notes.append(
+            f"{sweep['metric']} of runs with seed {', '.join(map(str, sweep['seeds']))} on "
+            f"{raised if sweep['data_seed'] else 'the data of the reported runs'}; * the chosen rate. At an edge of "
+            "the sweep a better rate may lie outside."
+        )
+    once = [list(row) for row in dict.fromkeys(map(tuple, rows))]
+    return Table("Sweep of learning rates", " ".join(dict.fromkeys(notes)), ["variant", *rates], once)
 
 
 def _other_forms(study: Study) -> list[Quality]:

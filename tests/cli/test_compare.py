@@ -82,7 +82,7 @@ def test_bad_input_is_one_line_and_nothing_starts(cli: Run, tmp_path: Path, comm
     assert outcome.code == 2
     assert len(outcome.err.strip().splitlines()) == 1
     assert re.search(message, outcome.err), outcome.err
-    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_with_something_else_is_refused(cli: Run, tmp_path: Path) -> None:

@@ -83,6 +83,23 @@ def test_arms_with_other_seeds_or_facts_are_not_paired(tmp_path: Path) -> None:
     assert not resample(facts, RECALL, resamples=100, seed=0).is_paired
 
 
+def test_what_arms_have_in_common_is_drawn_once(tmp_path: Path) -> None:
+    """An arm that lost a seed keeps its facts paired, and leaves the others as they were."""
+    runs = [FakeRun(arm, seed) for arm in ("a", "b") for seed in (1, 2)]
+    whole = resample(arms(tmp_path / "whole", *runs), RECALL, resamples=200, seed=0)
+    fewer = resample(arms(tmp_path / "fewer", *runs, FakeRun("c", 1)), RECALL, resamples=200, seed=0)
+    assert not fewer.is_paired
+    assert fewer.difference("b", "a") == (0.0, 0.0, 0.0)
+    np.testing.assert_array_equal(fewer.resamples["a"], whole.resamples["a"])
+    alone = arms(tmp_path / "alone", FakeRun("a", 1), FakeRun("b", 2))
+    facts = resample(alone, RECALL, resamples=2000, seed=0).resamples
+    alike = arms(tmp_path / "alike", FakeRun("a", 1, 1.0), FakeRun("b", 2, 1.0))
+    assert resample(alike, RECALL, resamples=10, seed=0).difference("a", "b") == (0.0, 0.0, 0.0)
+    exact = [alone[arm][0].answers["paraphrase"].exact.astype(float) for arm in ("a", "b")]
+    expected = np.corrcoef(*exact)[0, 1]
+    assert np.corrcoef(facts["a"], facts["b"])[0, 1] == pytest.approx(expected, abs=10 * BOOTSTRAP)
+
+
 def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
     own = arms(tmp_path, *(FakeRun("a", seed) for seed in (1, 2, 3)))
     first, again, other = (resample(own, RECALL, resamples=300, seed=seed) for seed in (0, 0, 1))

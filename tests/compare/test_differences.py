@@ -132,6 +132,17 @@ def test_who_asked_for_a_difference_is_named(tmp_path: Path) -> None:
     assert (difference.kind, difference.said_by) == ("other", ("deep",))
 
 
+def test_who_asked_for_a_whole_group_is_named_once(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Comparison(command=[], base=[], arms={"a": [], "deep": ["ffn=dense", "model=small"]}).save(tmp_path / name)
+    runs = [FakeRun("a", 1), FakeRun("deep", 1, config={"model": {"n_layers": 6}})]
+    for run in runs:
+        run.write(tmp_path / "one" / "runs")
+    found = {d.key: d for d in find_differences(*read_runs([tmp_path]))}
+    assert found["model.n_layers"].said_by == ("deep",)
+
+
 def test_run_directories_may_lie_anywhere(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "here")
     FakeRun("b", 1).write(tmp_path / "there" / "else")

@@ -93,8 +93,10 @@ def test_of_two_overrides_of_a_key_the_later_one_stays() -> None:
 
 
 def test_steps_bring_validations_unless_they_were_said() -> None:
-    assert with_steps(Arm("a", ()), 105, 10).overrides == ("trainer.max_steps=105", "trainer.val_check_interval=10")
-    assert with_steps(Arm("a", ()), 105, None).overrides == ("trainer.max_steps=105",)
+    steps = "trainer.max_steps=105"
+    assert with_steps(Arm("a", ()), 105, 10, 1).overrides == (steps, "trainer.val_check_interval=10")
+    assert with_steps(Arm("a", ()), 105, 10, 8).overrides == (steps, "trainer.val_check_interval=80")
+    assert with_steps(Arm("a", ()), 105, None, 8).overrides == (steps,)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,29 @@ def test_comparisons_are_found_below_what_is_named(tmp_path: Path) -> None:
     assert len(comparisons) == 1
 
 
+def test_a_comparison_around_what_is_named_is_found(tmp_path: Path) -> None:
+    FakeRun("a", 1).write(tmp_path / "mine" / "runs")
+    FakeRun("lr-0.1", 1001).write(tmp_path / "mine" / "sweep" / "a")
+    Comparison(command=[], base=["x=1"], arms={"a": []}).save(tmp_path / "mine")
+    runs, (comparison,) = read_runs([tmp_path / "mine" / "runs"])
+    assert ([run.arm for run in runs], comparison.base) == (["a"], ["x=1"])
+    with pytest.raises(RunDirectoryError, match=r"no record of a run .* but those of a sweep"):
+        read_runs([tmp_path / "mine" / "sweep"])
+
+
+@pytest.mark.parametrize("inner", ["alpha", "zeta"])
+def test_a_comparison_inside_another_keeps_its_own(tmp_path: Path, inner: str) -> None:
+    for root in (tmp_path, tmp_path / inner):
+        root.mkdir(exist_ok=True)
+        Comparison(
+            command=[], base=[], arms={}, failures={"runs/b/seed-1": "no luck"} if root != tmp_path else {}
+        ).save(root)
+    FakeRun("a", 1001).write(tmp_path / inner / "sweep")
+    FakeRun("b", 1, record={"status": "running"}).write(tmp_path / inner / "runs")
+    runs, _ = read_runs([tmp_path])
+    assert [(run.arm, run.failure) for run in runs] == [("b", "no luck")]
+
+
 def test_a_run_of_several_directories_counts_once(tmp_path: Path) -> None:
     for name in ("one", "two"):
         FakeRun("dense_1x", 1).write(tmp_path / name / "runs")
@@ -66,7 +89,7 @@ def test_a_run_of_several_directories_counts_once(tmp_path: Path) -> None:
 
 
 def test_of_equal_runs_the_finished_one_counts(tmp_path: Path) -> None:
-    FakeRun("a", 1, record={"status": "interrupted"}).write(tmp_path / "one")
+    FakeRun("a", 1, record={"status": "interrupted", "data": None}).write(tmp_path / "one")
     FakeRun("a", 1).write(tmp_path / "two")
     (run,), _ = read_runs([tmp_path / "one", tmp_path / "two"])
     assert run.ok
@@ -79,9 +102,10 @@ def test_equal_configurations_of_two_commits_are_not_equal_runs(tmp_path: Path) 
         read_runs([tmp_path / "one", tmp_path / "two"])
 
 
-def test_two_different_runs_of_one_name_and_seed_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_two_different_runs_of_one_name_and_seed_are_refused(tmp_path: Path, status: str) -> None:
     FakeRun("a", 1).write(tmp_path / "one")
-    FakeRun("a", 1, config={"optim": {"lr": 0.1}}).write(tmp_path / "two")
+    FakeRun("a", 1, config={"optim": {"lr": 0.1}}, record={"status": status}).write(tmp_path / "two")
     with pytest.raises(RunDirectoryError, match="both a with seed 1, but differ"):
         read_runs([tmp_path / "one", tmp_path / "two"])
 
@@ -160,6 +184,8 @@ def test_damaged_files_of_a_run_make_it_fail_and_nothing_else(tmp_path: Path) ->
         ("run.json", b'{"status": "finished", "seed": null, "metrics": {}}'),
         ("config.yaml", b"ffn: {}\noptim: {lr: high}\nmodel: {dim: 64, n_layers: 3}\n"),
         ("config.yaml", b"- a\n- list\n"),
+        ("run.json", b'{"status": "finished", "seed": 1, "metrics": [1], "data": 3}'),
+        ("run.json", b'{"status": "failed", "seed": 1, "metrics": [1], "data": 3, "versions": 4, "started": 5}'),
     ],
 )
 def test_a_damaged_file_costs_its_run_alone(tmp_path: Path, file: str, content: bytes) -> None:

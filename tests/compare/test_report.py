@@ -176,7 +176,34 @@ def test_a_report_replaces_an_earlier_one(tmp_path: Path) -> None:
     assert not list((tmp_path / "report").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("name", ["run.json", "thesis.tex"])
+@pytest.mark.usefixtures("few_plots")
+def test_how_far_a_comparison_is_and_what_was_killed_is_told(tmp_path: Path) -> None:
+    FakeRun("a", 1).write(tmp_path / "runs")
+    FakeRun("a", 2, record={"status": "running"}).write(tmp_path / "runs")
+    Comparison(command=[], base=[], arms={"a": [], "b": []}, seeds=[1, 2, 3]).save(tmp_path)
+    write_report(make_study([tmp_path], SETTINGS), tmp_path)
+    for name in ("report.md", "report.html"):
+        assert "So far: 2 of 6 runs have begun." in (tmp_path / name).read_text()
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished", "interrupted"]
+
+
+@pytest.mark.usefixtures("few_plots")
+def test_a_report_that_was_stopped_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(tmp_path / "runs", FakeRun("a", 1))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for what in ("all_plots", "runs_csv", "write_board"):
+        with monkeypatch.context() as patch:
+            patch.setattr(report, what, stop)
+            with pytest.raises(KeyboardInterrupt):
+                write_report(study, tmp_path / "report")
+    write_report(study, tmp_path / "report")
+
+
+@pytest.mark.parametrize("name", ["run.json", "thesis.tex", "report.md"])
 def test_a_report_replaces_nothing_but_reports(tmp_path: Path, name: str) -> None:
     study = study_of(tmp_path / "runs", FakeRun("a", 1))
     out = tmp_path / "mine"

@@ -76,6 +76,7 @@ def test_overrides_of_a_variant_may_be_dotted_or_nested() -> None:
         (["lr_sweep=[1e-3,2e-3]", "sweep.first_seed=2"], "seed 2 is of the sweep and of the reported runs"),
         (["+variants={a b: {ffn: moe}}"], "letters, digits"),
         (["+variants.moe=3"], "variants.moe=3 is no mapping"),
+        (["~budget"], "budget was taken out of the configuration"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(overrides: list[str], message: str) -> None:

@@ -91,10 +91,12 @@ def test_without_a_ladder_there_are_no_multipliers(tmp_path: Path) -> None:
 def test_equal_time_runs_are_read_off_at_equal_tokens(tmp_path: Path) -> None:
     for run in (FakeRun("dense", 1, ffn="Dense"), FakeRun("memory_plus", 1)):
         run.write(tmp_path / "runs")
-    FakeRun("dense_2x", 1, ffn="Dense", flops=2000).write(tmp_path / "runs")
+    fewer = {"trainer": {"max_steps": 60, "val_check_interval": 6}}
+    FakeRun("dense_2x", 1, ffn="Dense", flops=2000, config=fewer).write(tmp_path / "runs")
     Comparison(command=[], base=[], arms={"dense": [], "dense_2x": [], "memory_plus": []}, seconds=100).save(tmp_path)
     study = make_study([tmp_path], SETTINGS)
-    assert set(study.multipliers) == {"trunk", "model"}
+    assert (study.ladder, study.multipliers) == ([], {})
+    assert not study.unfair
     assert "at 1,000,000 tokens" in table(study, "Recall")["dense"]
     assert all_tables(study)[0].title.endswith("equal seconds")
 
@@ -138,6 +140,16 @@ def test_what_was_resampled_is_said(tmp_path: Path) -> None:
         [FakeRun("a", 1)], [FakeRun("a", 1, forms=()), FakeRun("a", 2, forms=())], [FakeRun("a", 1), FakeRun("a", 2)],
     ))]  # fmt: skip
     assert [found.over for found in over if found] == ["facts", "seeds", "facts and seeds"]
+
+
+def test_unequal_runs_are_not_said_to_be_equal(tmp_path: Path) -> None:
+    study = study_of(tmp_path, FakeRun("a", 1), FakeRun("b", 1, record={"tokens": 300_000}))
+    assert all_tables(study)[0].title.endswith("at unequal tokens")
+
+
+def test_seeds_are_counted_within_an_arm(tmp_path: Path) -> None:
+    runs = [FakeRun("a", seed) for seed in (1, 2)] + [FakeRun("b", seed) for seed in (3, 4)]
+    assert "with 2 seeds" in all_tables(study_of(tmp_path, *runs))[0].note
 
 
 def test_a_mean_over_some_seeds_only_is_not_shown(tmp_path: Path) -> None:
