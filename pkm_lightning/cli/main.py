@@ -104,7 +104,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         print(f"error: {' '.join(groups)}: does not compose ({explain(error)}).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before the work started", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     for failure in filter(lambda failure: failure.message, failures):
         print(f"{'error: ' if failure.exit_code == 2 else ''}{failure.message}", file=sys.stderr)
