@@ -150,18 +150,20 @@ class Director:
     def _measure_speeds(self, seconds: float) -> None:
         """Gives each arm the steps that fill `seconds`, after short runs of those whose speed is not known."""
         known = self._comparison.steps_per_second
-
-        def timed() -> list[Arm]:
-            of_known = [arm for arm in self._arms if arm.name in known]
-            return [self._with_steps(arm, max(1, round(known[arm.name] * seconds))) for arm in of_known]
-
-        self._join(timed())
+        self._join(self._filling(seconds))
         missing = [arm for arm in self._arms if arm.name not in known]
         measured, failed = measured_speeds(missing, self._configs, self._base, self._out, self._processes)
         known.update(measured)
         self._leave_out(failed)
-        self._arms = timed()
+        self._arms = self._filling(seconds)
         self._join(self._arms)
+
+    def _filling(self, seconds: float) -> list[Arm]:
+        """The arms whose speed is known, with the steps that fill `seconds`."""
+        speeds = self._comparison.steps_per_second
+        return [
+            self._with_steps(arm, max(1, round(speeds[arm.name] * seconds))) for arm in self._arms if arm.name in speeds
+        ]
 
     def _with_steps(self, arm: Arm, steps: int) -> Arm:
         validations = None if self._job.names("trainer.val_check_interval") else _VALIDATIONS
@@ -181,9 +183,9 @@ class Director:
         results, chosen = choose_rates(runs, sweep)
         assert self._comparison.sweep is not None
         before = self._comparison.sweep["chosen"]
+        begun = [arm.name for arm in self._arms if arm.name in before and (self._out / "runs" / arm.name).exists()]
         # What a run was begun with stays, though a rate that failed in an earlier sitting may have won since.
-        chosen.update({name: rate for name, rate in before.items() if (self._out / "runs" / name).exists()})
-        chosen = {arm.name: chosen[arm.name] for arm in self._arms if arm.name in chosen}
+        chosen |= {name: before[name] for name in begun}
         self._comparison.add_sweep(results, chosen)
         self._comparison.save(self._out)
         reason = f"no learning rate of the sweep ended with a finite {sweep.metric}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pkm_lightning.compare.bootstrap import plain_mean
 from pkm_lightning.compare.curves import read_off
@@ -104,14 +105,14 @@ def multiplier_table(study: Study) -> Table | None:
             cells += [f"{share:.2f}x", str(found[arm].value), between]
         rows.append([arm, study.quality.written(study.resampled.mean[arm]), *cells])
     rungs = ", ".join(f"{arm} {study.quality.written(study.resampled.mean[arm])}" for arm in study.ladder)
-    of_time = " 'Time': the same of training seconds, as this machine took them." * ("time" in study.multipliers)
     return Table(
-        "Compute multiplier",
+        "Compute and time multipliers",
         "How many times a variant's training compute a dense model needs for the same quality, interpolated in the "
         f"logarithm of compute over {rungs}. 'Own' is the variant's compute over that of {study.reference}. 'Trunk': "
         "all layers without embedding and unembedding. 'Model': with the unembedding at every position, though "
-        f"training computes it only where there is a target.{of_time} '>=': better than the largest dense model; '<=': "
-        "no better than the smallest. The interval resamples quality; compute and seconds are taken as they are.",
+        "training computes it only where there is a target. 'Time': the same of training seconds, as this machine took "
+        "them. '>=': better than the largest dense model; '<=': no better than the smallest. The interval resamples "
+        "quality; compute and seconds are taken as they are.",
         ["variant", study.quality.label, *(f"{basis}, {what}" for basis in study.multipliers
                                            for what in ("own", "multiplier", "95% interval"))],
         rows,
@@ -219,16 +220,22 @@ def sweep_table(study: Study) -> Table | None:
             if chosen is not None:
                 cells[f"{chosen:g}"] += " *" + (" (edge)" if chosen in (tried[0], tried[-1]) else "")
             rows.append([arm, *(cells.get(rate, "") for rate in rates)])
-        raised = (
-            f"data.seed, where the data have one, raised by {sweep['data_seed']}: other facts, where these are the data"
-        )
         notes.append(
-            f"{sweep['metric']} of runs with seed {', '.join(map(str, sweep['seeds']))} on "
-            f"{raised if sweep['data_seed'] else 'the data of the reported runs'}; * the chosen rate. At an edge of "
-            "the sweep a better rate may lie outside."
+            f"{sweep['metric']} of runs with seed {', '.join(map(str, sweep['seeds']))} on {_data_of(sweep, study)}; "
+            "* the chosen rate. At an edge of the sweep a better rate may lie outside."
         )
     once = [list(row) for row in dict.fromkeys(map(tuple, rows))]
     return Table("Sweep of learning rates", " ".join(dict.fromkeys(notes)), ["variant", *rates], once)
+
+
+def _data_of(sweep: Mapping[str, Any], study: Study) -> str:
+    """On which data a sweep chose, in words: rates chosen on the reported data flatter whom they were chosen for."""
+    swept = [arm for arm in sweep["results"] if arm in study.arms]
+    same = [arm for arm in swept if "seed" not in (study.arms[arm][0].config.get("data") or {})]
+    if not sweep["data_seed"] or (same and len(same) == len(swept)):
+        return "the data of the reported runs"
+    raised = f"data.seed raised by {sweep['data_seed']}: other facts, where these are the data"
+    return raised + (f" ({', '.join(same)}: no data.seed, so the data of the reported runs)" if same else "")
 
 
 def _other_forms(study: Study) -> list[Quality]:

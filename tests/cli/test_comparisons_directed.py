@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from processes import held_elsewhere
 from small import SMALL_RUN, Run
 from tree import ROOT
@@ -28,6 +30,7 @@ def compare(cli: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     monkeypatch.setattr(Processes, "command", command)
     monkeypatch.setattr("pkm_lightning.compare.processes.POLL", 0.02)
+    monkeypatch.setattr("pkm_lightning.compare.report.all_plots", lambda study: ())
     return lambda *overrides: cli("compare", *overrides, *SHORT)
 
 
@@ -43,12 +46,12 @@ def fates(folder: Path, **of: Any) -> None:
 @pytest.mark.parametrize("length", ["budget.tokens=4e3", "trainer.max_steps=10"])
 def test_arms_warm_up_once(compare: Run, tmp_path: Path, length: str) -> None:
     warm = tmp_path / "out" / "speed" / "dense" / "warm-up" / "run.json"
-    (tmp_path / "fates.json").write_text('{"warm-up": "killed"}')
+    fates(tmp_path, **{"warm-up": "killed"})
     assert compare("ffn=dense", "seeds=1", "warm_up=false", length).code == 0
     assert not warm.exists()
     assert compare("ffn=dense", "seeds=1", "resume=never", length).code == 0
     assert json.loads(warm.read_text())["status"] == "running"
-    (tmp_path / "fates.json").unlink()
+    fates(tmp_path)
     (tmp_path / "out" / "runs" / "dense").rename(tmp_path / "elsewhere")
     assert compare("ffn=dense", "seeds=1", length).code == 0
     assert json.loads(warm.read_text())["status"] == "finished", "one that was killed is not warm"
@@ -62,28 +65,33 @@ def test_what_runs_were_begun_with_stays(compare: Run, tmp_path: Path) -> None:
     command = ["ffn=dense", "lr_sweep=[3e-3,6e-3]", "trainer.max_steps=10"]
     fates(tmp_path, **{"lr-0.006": "killed"})
     assert compare(*command, "seeds=1").code == 0
-    (tmp_path / "fates.json").unlink()
+    fates(tmp_path)
     assert compare(*command, "seeds=2").code == 0
     sweep = content(tmp_path)["sweep"]
     assert sweep["results"]["dense"]["0.006"] == 1.0
     assert sweep["chosen"] == {"dense": 0.003}
-    assert "| dense | 0.003" not in (tmp_path / "out" / "report.md").read_text()
+    configs = [yaml.safe_load(file.read_text()) for file in (tmp_path / "out" / "runs").glob("dense/*/config.yaml")]
+    assert [config["optim"]["lr"] for config in configs] == [0.003, 0.003]
     assert "differ in more" not in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
-    ("second", "message"),
+    ("first", "second", "message"),
     [
-        (["ffn=dense,moe", "+variants.moe={ffn.top_k: 4}", "seeds=3", "trainer.max_steps=10"], "moe is ffn=moe there"),
-        (["ffn=dense,moe", "trainer.max_steps=20"], "trainer.max_steps=.* is not said by both"),
-        (["ffn=dense,moe", "budget.tokens=1"], "is less than a step"),
+        ("trainer.max_steps=10", ["+variants.moe={ffn.top_k: 4}", "trainer.max_steps=10"], "moe is ffn=moe there"),
+        ("trainer.max_steps=10", ["trainer.max_steps=20"], "trainer.max_steps=.* is not said by both"),
+        ("budget.tokens=4e3", ["budget.tokens=8e3"], "dense is .*trainer.max_steps=.* there"),
+        ("budget.tokens=4e3", ["budget.tokens=1"], "is less than a step"),
     ],
 )
-def test_a_refused_command_changes_nothing(compare: Run, tmp_path: Path, second: list[str], message: str) -> None:
-    assert compare("ffn=dense,moe", "seeds=1", "trainer.max_steps=10", "warm_up=false").code == 0
+def test_a_refused_command_changes_nothing(
+    compare: Run, tmp_path: Path, first: str, second: list[str], message: str
+) -> None:
+    assert compare("ffn=dense,moe", "seeds=1", "warm_up=false", first).code == 0
     before = (tmp_path / "out" / "compare.json").read_text()
-    refused = compare(*second)
+    refused = compare("ffn=dense,moe", "seeds=3", *second)
     assert refused.code == 2
+    assert re.search(message, refused.err)
     assert (tmp_path / "out" / "compare.json").read_text() == before
     assert not (tmp_path / "out" / "speed").exists()
 
@@ -96,7 +104,7 @@ def test_a_command_ends_as_its_own_runs_did(compare: Run, tmp_path: Path) -> Non
     assert "moe seed 1" in failed.err
     assert "resume=always" in failed.err
     assert compare("ffn=dense", *common).code == 0
-    (tmp_path / "fates.json").unlink()
+    fates(tmp_path)
     assert compare("ffn=dense,moe", *common).code == 2
     assert compare("ffn=dense,moe", *common, "resume=always").code == 0
     assert content(tmp_path)["failures"] == {}
@@ -114,7 +122,7 @@ def test_a_speed_is_measured_of_new_arms_alone(compare: Run, tmp_path: Path) -> 
     again = compare("ffn=dense,moe", *common)
     assert "no luck" in (tmp_path / "out" / "report.md").read_text(), "not that it was not run again"
     assert again.code == 2
-    (tmp_path / "fates.json").unlink()
+    fates(tmp_path)
     assert compare("ffn=dense,moe", *common, "resume=always").code == 0
     assert set(content(tmp_path)["steps_per_second"]) == {"dense", "moe"}
 

@@ -1,21 +1,27 @@
-"""The best learning rate of each arm, and how budgets become steps."""
+"""The best learning rate of each arm, how a report tells it, and how budgets become steps."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning import LightningDataModule
+from run_folders import FakeRun
+from studies import SETTINGS
 from torch.utils.data import DataLoader
 
 from pkm_lightning.compare.budget import steps_of_tokens
+from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.plan import Arm, plan_sweep
 from pkm_lightning.compare.settings import SweepSettings
+from pkm_lightning.compare.study import make_study
 from pkm_lightning.compare.sweep import check_swept, choose_rates
+from pkm_lightning.compare.tables import sweep_table
 from pkm_lightning.errors import ConfigError
 
 SWEEP = SweepSettings(learning_rates=(0.001, 0.002, 0.004), seeds=(8, 9), data_seed=1, metric="test/loss")
@@ -53,6 +59,33 @@ def test_of_recall_the_highest_mean_wins_and_an_unknown_metric_is_refused(tmp_pa
     check_swept(runs[0], recall)
     with pytest.raises(ConfigError, match=r"sweep.metric=test/loss is a figure of no run; .*: recall_paraphrase"):
         check_swept(runs[0], SWEEP)
+
+
+def test_a_report_says_what_was_tried_on_which_data_and_where_an_edge_won(tmp_path: Path) -> None:
+    results = {"a": {"0.001": 3.0, "0.002": 2.5, "0.004": None}, "b": {"0.001": 1.0, "0.002": 2.0, "0.004": 3.0}}
+    sweep = {**asdict(SWEEP), "results": results, "chosen": {"a": 0.002, "b": 0.001}}
+    Comparison(command=[], base=[], arms={"a": [], "b": []}, seeds=[1], sweep=sweep).save(tmp_path)
+    for arm in ("a", "b"):
+        FakeRun(arm, 1).write(tmp_path / "runs")
+
+    def note() -> str:
+        told = sweep_table(make_study([tmp_path], SETTINGS))
+        assert told is not None
+        assert told.columns == ["variant", "0.001", "0.002", "0.004"]
+        assert told.rows == [["a", "3.0000", "2.5000 *", "failed"], ["b", "1.0000 * (edge)", "2.0000", "3.0000"]]
+        return told.note
+
+    def take_data_seed_of(arm: str) -> None:
+        file = tmp_path / "runs" / arm / "seed-1" / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        del config["data"]["seed"]
+        file.write_text(yaml.safe_dump(config))
+
+    assert "seed 8, 9 on data.seed raised by 1: other facts, where these are the data;" in note()
+    take_data_seed_of("b")
+    assert "these are the data (b: no data.seed, so the data of the reported runs);" in note()
+    take_data_seed_of("a")
+    assert "seed 8, 9 on the data of the reported runs;" in note()
 
 
 class Rows(LightningDataModule):
