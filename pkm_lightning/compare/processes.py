@@ -14,14 +14,14 @@ from pathlib import Path
 
 from pkm_lightning.compare.overrides import quoted
 from pkm_lightning.compare.plan import PlannedRun
-from pkm_lightning.compare.run_state import STATES, run_state
+from pkm_lightning.compare.run_state import run_state
 from pkm_lightning.errors import RunDirectoryError
 
 #: States of a run directory in which it is run, by `resume`.
 STARTED = {
     "auto": ("absent", "interrupted"),
     "always": ("absent", "interrupted", "failed"),
-    "never": STATES,
+    "never": ("absent",),  # what was there has been removed
 }
 #: Seconds between looks at the processes.
 POLL = 0.5

@@ -11,9 +11,6 @@ from typing import Any
 
 from pkm_lightning.storage import hold
 
-#: absent: never started; held: a process has it; interrupted: to be continued.
-STATES = ("absent", "held", "interrupted", "failed", "finished")
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -31,7 +28,7 @@ class Progress:
 
 
 def run_state(folder: Path) -> str:
-    """One of `STATES`."""
+    """absent (never started), held (a process has it), interrupted (to be continued), failed, or finished."""
     if is_held(folder):
         return "held"
     status = read_record(folder).get("status")

@@ -48,7 +48,8 @@ def test_arms_warm_up_once(compare: Run, tmp_path: Path, length: str) -> None:
     warm = tmp_path / "out" / "speed" / "dense" / "warm-up" / "run.json"
     fates(tmp_path, **{"warm-up": "killed"})
     assert compare("ffn=dense", "seeds=1", "warm_up=false", length).code == 0
-    assert not warm.exists()
+    assert compare("ffn=dense", "seeds=1", length).code == 0
+    assert not warm.exists(), "an arm that has been run is warm"
     assert compare("ffn=dense", "seeds=1", "resume=never", length).code == 0
     assert json.loads(warm.read_text())["status"] == "running"
     fates(tmp_path)
@@ -108,6 +109,14 @@ def test_a_command_ends_as_its_own_runs_did(compare: Run, tmp_path: Path) -> Non
     assert compare("ffn=dense,moe", *common).code == 2
     assert compare("ffn=dense,moe", *common, "resume=always").code == 0
     assert content(tmp_path)["failures"] == {}
+
+
+def test_why_a_run_was_killed_is_known_after_commands_about_others(compare: Run, tmp_path: Path) -> None:
+    fates(tmp_path, **{"runs/moe": "killed"})
+    common = ["seeds=1", "trainer.max_steps=10", "warm_up=false"]
+    assert compare("ffn=dense,moe", *common).code == 2
+    assert compare("ffn=dense", *common).code == 0
+    assert "killed by SIGKILL" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_speed_is_measured_of_new_arms_alone(compare: Run, tmp_path: Path) -> None:
