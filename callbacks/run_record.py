@@ -11,13 +11,12 @@ import math
 from typing import Any
 
 import lightning as L
-import torch
 
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback, in_training
 from pkm_lightning.callbacks.throughput import Throughput
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.run_record import peak_memory_bytes
+from pkm_lightning.training.run_record import device_name, peak_memory_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class RunRecord(TimedCallback):
         device = trainer.strategy.root_device
         return {
             "world_size": trainer.world_size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": device_name(device),
             "data": getattr(getattr(trainer, "datamodule", None), "fingerprint", None),
             "facts": getattr(getattr(trainer, "datamodule", None), "n_facts", None),
             "peak_memory_bytes": peak_memory_bytes(device),

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from pkm_lightning.training.run_record import cpu_name
+
 
 @dataclass
 class Result:
@@ -68,7 +70,7 @@ def conditions(device: torch.device) -> dict[str, str]:
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -83,14 +85,6 @@ def _commit() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _version(package: str) -> str:

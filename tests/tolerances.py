@@ -27,6 +27,8 @@ GRAD = {
 RANKS = {"loss": 1e-5, "norm": 1e-3}
 #: Ends of an interval from two bootstraps of some thousand resamples, absolute; of means of a few hundred values.
 BOOTSTRAP = 0.012
+#: Variance over thousands of resamples of some hundred coins against the formula, relative: the coins are one draw.
+SAMPLED_VARIANCE = 0.2
 #: A formula in float64 against another, relative.
 EXACT_FLOAT = 1e-12
 

@@ -43,12 +43,12 @@ def run(job: Job) -> None:
     """Runs what is missing and writes the report after each run that ends."""
     check_choice("resume", str(job.config.resume), STARTED)
     settings, shown = read_settings(plain(job.config)), read_report_settings(plain(job.config))
-    if not isinstance(job.config.out, str) or not job.config.out.strip():
+    if job.config.out is None or not str(job.config.out).strip():
         raise ConfigError("out is not set; give the comparison's directory as out=DIR.")
-    out = Path(job.config.out).absolute()
+    out = Path(str(job.config.out)).absolute()
     base = base_overrides(job)
     arms = make_arms(job, settings, base)
-    _check_length(job, settings, arms)
+    _check_said_once(job, settings, arms)
     configs = {arm.name: arm_config(arm, base) for arm in arms}
     if all("progress_bar" in (config["callbacks"] or {}) for config in configs.values()):
         base = [*base, "~callbacks.progress_bar"]
@@ -105,16 +105,15 @@ class Director:
             Interrupted: a signal asked for it; what ran was asked to stop and can be continued.
             RunDirectoryError: `out` is about something else; or, at the end, some runs gave no figures.
         """
+        settings = self._settings
+        self._prepare(settings.budget_tokens)
         if self._job.config.resume == "never":
             _clear(self._out)
         elif (earlier := read_comparison(self._out)) is not None:
             self._comparison.continue_from(earlier, self._out)
-        settings = self._settings
         if settings.budget_seconds is not None:
             self._measure_speeds(settings.budget_seconds)
         else:
-            if settings.budget_tokens is not None:
-                self._count_tokens(settings.budget_tokens)
             self._join(self._arms)
             if settings.sweep is None and settings.warm_up:
                 warm_up(self._arms, self._configs, self._base, self._out, self._processes)
@@ -137,15 +136,18 @@ class Director:
         self._comparison.add_arms({arm.name: list(arm.overrides) for arm in arms}, self._out)
         self._comparison.save(self._out)
 
-    def _count_tokens(self, budget: float) -> None:
-        """Gives each arm the steps that a budget of tokens is."""
+    def _prepare(self, budget_tokens: float | None) -> None:
+        """Builds the data once, that no run's memory counts it; gives each arm the steps that a budget of tokens is."""
         counted: dict[str, int] = {}
         for i, arm in enumerate(self._arms):
             config = self._configs[arm.name]
-            data = json.dumps([config["data"], config["trainer"]], sort_keys=True, default=str)
-            if data not in counted:
-                counted[data] = steps_of_tokens(budget, instantiate(config["data"], "data"), config)
-            self._arms[i] = self._with_steps(arm, counted[data])
+            key = json.dumps([config["data"], config["trainer"]], sort_keys=True, default=str)
+            if key not in counted:
+                data = instantiate(config["data"], "data")
+                data.prepare_data()
+                counted[key] = 0 if budget_tokens is None else steps_of_tokens(budget_tokens, data, config)
+            if counted[key]:
+                self._arms[i] = self._with_steps(arm, counted[key])
 
     def _measure_speeds(self, seconds: float) -> None:
         """Gives each arm the steps that fill `seconds`, after short runs of those whose speed is not known."""
@@ -166,7 +168,8 @@ class Director:
         ]
 
     def _with_steps(self, arm: Arm, steps: int) -> Arm:
-        validations = None if self._job.names("trainer.val_check_interval") else _VALIDATIONS
+        own = any(override.lstrip("+").startswith("trainer.val_check_interval=") for override in arm.overrides)
+        validations = None if own or self._job.names("trainer.val_check_interval") else _VALIDATIONS
         return with_steps(arm, steps, validations, self._configs[arm.name]["trainer"]["accumulate_grad_batches"])
 
     def _sweep(self) -> dict[str, float]:
@@ -252,23 +255,29 @@ def _clear(out: Path) -> None:
     """Removes what an earlier comparison has left but for compare.json, which says that it is one until it is replaced.
 
     Raises:
-        RunDirectoryError: one of its runs is still under way.
+        RunDirectoryError: one of its runs is still under way, or it cannot be removed.
     """
     held = [lock.parent for lock in out.glob("*/**/.lock") if is_held(lock.parent)]
     if held:
         raise RunDirectoryError(f"{held[0]} is being run by another process; wait for it or stop it.")
-    for name in ("runs", "sweep", "speed", "logs", "plots", "hparams"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("report.html", "report.md", "runs.csv"):
-        (out / name).unlink(missing_ok=True)
+    try:
+        for name in ("runs", "sweep", "speed", "logs", "plots", "hparams"):
+            if (out / name).exists():
+                shutil.rmtree(out / name)
+        for name in ("report.html", "report.md", "runs.csv"):
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{error.filename} cannot be removed ({error.strerror}); choose another out.") from None
 
 
-def _check_length(job: Job, settings: Settings, arms: Sequence[Arm]) -> None:
-    """Refuses a budget beside a number of steps.
+def _check_said_once(job: Job, settings: Settings, arms: Sequence[Arm]) -> None:
+    """Refuses a learning rate beside a sweep, and a budget beside a number of steps.
 
     Raises:
         ConfigError: both are said.
     """
+    if settings.sweep is not None and job.names("optim.lr"):
+        raise ConfigError("optim.lr and lr_sweep both say the learning rate; leave one out, or say lr_sweep=null.")
     if settings.budget_tokens is None and settings.budget_seconds is None:
         return
     saying = [arm.name for arm in arms if any(o.startswith("trainer.max_steps=") for o in arm.overrides)]

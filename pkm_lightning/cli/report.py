@@ -14,16 +14,13 @@ from pkm_lightning.errors import ConfigError
 def run(job: Job) -> None:
     """Reads the runs under `runs` and writes the report into `out`."""
     folders = plain(job.config).get("runs")
-    given = [folders] if isinstance(folders, str) else folders
-    if (
-        not isinstance(given, list)
-        or not given
-        or not all(isinstance(folder, str) and folder.strip() for folder in given)
-    ):
+    # Hydra reads a folder named 2024 as a number.
+    given = [str(folder) for folder in folders] if isinstance(folders, list) else [str(folders or "")]
+    if not given or not all(folder.strip() for folder in given):
         raise ConfigError("runs is not set; give the directories to report on as runs=[DIR,...].")
-    if not isinstance(job.config.out, str) or not job.config.out.strip():
+    if job.config.out is None or not str(job.config.out).strip():
         raise ConfigError("out is not set; give the directory of the report as out=DIR.")
-    settings, out = read_report_settings(plain(job.config)), Path(job.config.out).absolute()
+    settings, out = read_report_settings(plain(job.config)), Path(str(job.config.out)).absolute()
     check_place(out)
     study = make_study([Path(folder).absolute() for folder in given], settings)
     write_report(study, out)

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 import yaml
 
-from pkm_lightning.compare.leaves import OF_THE_SITTING, leaves, moved
+from pkm_lightning.compare.leaves import OF_THE_MACHINE, OF_THE_SITTING, leaves, moved
 from pkm_lightning.errors import CheckpointError, RunDirectoryError
 from pkm_lightning.training.instantiate import check_trusted
 from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
-#: Keys that say where a run is spread: it may go on elsewhere. `devices` counts as `trainer.devices`.
+#: Keys that say where a run is spread and what is there: it may go on elsewhere. `devices` counts as `trainer.devices`.
 _SPREAD = (
     "strategy",
     "devices",
-    "device_memory",
+    *OF_THE_MACHINE,
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",

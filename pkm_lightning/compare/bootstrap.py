@@ -2,7 +2,8 @@
 
 In each resample the seeds are drawn with replacement, and so are the facts; arms that were trained with the same seeds,
 or asked the same questions, get the same draws of them. So a difference between two arms varies less than each of
-them. With few seeds an interval is too narrow: of three, resampling sees two thirds of the variance.
+them. Few seeds understate how seeds differ: of three, resampling sees two thirds of the variance. Drawing both
+overstates what is noise of a single answer, up to three times its variance (Owen 2007, "The pigeonhole bootstrap").
 
 Letters: A arms, S seeds, F facts, R resamples.
 """

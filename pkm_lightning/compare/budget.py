@@ -15,12 +15,11 @@ SAMPLE = 50
 
 
 def steps_of_tokens(budget: float, data: L.LightningDataModule, config: dict[str, Any]) -> int:
-    """The steps that come nearest to `budget` real input tokens, from the first `SAMPLE` steps of the data.
+    """The steps that come nearest to `budget` real input tokens, from the first `SAMPLE` steps of prepared data.
 
     Raises:
         ConfigError: the budget is less than half a step.
     """
-    data.prepare_data()
     data.setup("fit")
     # Without a Trainer this package's data modules make batches of a whole step; others know nothing of steps.
     whole = hasattr(data, "global_batch_size")

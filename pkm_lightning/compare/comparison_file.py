@@ -3,7 +3,7 @@
 | key | meaning |
 |---|---|
 | schema | version of this table |
-| command | the command line that wrote it last |
+| command, earlier | the command line that wrote it last; others that did before |
 | base | overrides of all arms |
 | arms | overrides of each arm, its steps included |
 | seeds | of the reported runs |
@@ -40,6 +40,7 @@ class Comparison:
     seconds: float | None = None
     steps_per_second: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    earlier: list[list[str]] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Writes it."""
@@ -53,6 +54,7 @@ class Comparison:
             RunDirectoryError: the directory is about something else.
         """
         _refuse(_difference(earlier, self), folder)
+        self.earlier = [command for command in (*earlier.earlier, earlier.command) if command != self.command]
         self.arms = dict(earlier.arms)
         self.seeds = sorted({*earlier.seeds, *self.seeds})
         self.failures = dict(earlier.failures)
@@ -118,11 +120,12 @@ def _difference(earlier: Comparison, now: Comparison) -> str:
         return f"{base[0]} is not said by both"
     if earlier.seconds != now.seconds:
         return f"budget.seconds is {earlier.seconds} there, {now.seconds} here"
-    left, right = _settings(earlier.sweep), _settings(now.sweep)
+    left, right = sweep_settings(earlier.sweep), sweep_settings(now.sweep)
     return f"the sweep is {left} there, {right} here" if left != right else ""
 
 
-def _settings(sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def sweep_settings(sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a sweep was asked to do, without what it found."""
     if sweep is None:
         return None
     said = {key: value for key, value in sweep.items() if key not in ("results", "chosen")}

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pkm_lightning.compare.comparison_file import Comparison
+from pkm_lightning.compare.comparison_file import Comparison, sweep_settings
 from pkm_lightning.compare.costs import cost
 from pkm_lightning.compare.leaves import leaves, portable_leaves
 from pkm_lightning.compare.records import Run
 
 #: Shares by which lengths of runs may differ: tokens of one seed, and tokens of several seeds, or seconds.
 _EQUAL_TOKENS, _EQUAL_OVER_SEEDS = 0.01, 0.1
-_OF_THE_FFN = ("ffn", "placement", "table.shared", "match", "match_budget")
+_OF_THE_FFN = ("ffn", "placement", "table.shared", "match_budget")
 _OF_THE_BUDGET = ("trainer.max_steps", "trainer.val_check_interval")
 #: Of run.json: where and on what a run ran. Figures of time and memory are not comparable where these differ.
 _CIRCUMSTANCES = ("precision", "device", "world_size", "threads", "versions", "commit", "data")
@@ -53,7 +53,7 @@ class Difference:
 def find_differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Difference]:
     """All differences between runs that have a configuration, unfair ones first."""
     known = [run for run in runs if run.config]
-    content = {id(run): {**_configuration(run), **_circumstances(run)} for run in known}
+    content = {id(run): {**portable_leaves(run.config), **_circumstances(run)} for run in known}
     found = []
     for key in sorted({key for of_run in content.values() for key in of_run}):
         values: dict[str, tuple[str, ...]] = {}
@@ -69,8 +69,22 @@ def find_differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> 
     return sorted(found, key=lambda difference: (order.index(difference.kind), difference.key))
 
 
-def _configuration(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in portable_leaves(run.config).items() if key != "device_memory"}
+def find_differences_of_sweep(
+    runs: Sequence[Run], swept: Sequence[Run], comparisons: Sequence[Comparison], reported: Sequence[Difference]
+) -> list[Difference]:
+    """In what the runs of a sweep differ from each other or from the runs that are reported, and must not.
+
+    Args:
+        reported: differences of the runs that are reported.
+    """
+    known = {difference.key for difference in reported if difference.kind == "other"}
+    ours = ("optim.lr", "seed", "data.order_seed", "data.seed", f"{_RECORDED}data", *LENGTHS)
+    found = find_differences([*runs, *swept], comparisons) if swept else []
+    return [
+        replace(difference, key=f"sweep: {difference.key}")
+        for difference in found
+        if difference.kind == "other" and difference.key not in ours and difference.key not in known
+    ]
 
 
 def _unequal_lengths(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Difference]:
@@ -144,8 +158,11 @@ def _sized(runs: Iterable[Run]) -> set[str]:
 
 
 def _was_chosen(arm: str, rates: tuple[str, ...], comparisons: Sequence[Comparison]) -> bool:
-    """A sweep has chosen the learning rate of this arm."""
-    chosen = [(comparison.sweep or {}).get("chosen", {}).get(arm) for comparison in comparisons]
+    """A sweep has chosen the learning rate of this arm, and there is no other sweep."""
+    sweeps = [comparison.sweep for comparison in comparisons if comparison.sweep]
+    if any(sweep_settings(sweep) != sweep_settings(sweeps[0]) for sweep in sweeps):
+        return False
+    chosen = [sweep["chosen"].get(arm) for sweep in sweeps]
     return rates in [(_on_one_line(rate),) for rate in chosen if rate is not None]
 
 

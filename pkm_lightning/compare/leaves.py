@@ -7,6 +7,8 @@ from typing import Any
 
 #: Keys that say how a sitting is run, not what the run is.
 OF_THE_SITTING = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "overwrite")
+#: Keys that say what the machine has to offer.
+OF_THE_MACHINE = ("data.cache_dir", "device_memory")
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -30,6 +32,7 @@ def moved(node: Any, old: str, new: str) -> Any:
 
 
 def portable_leaves(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves that say what a run is: without those of the sitting, and the same wherever the run directory lies."""
+    """Leaves that say what a run is: without those of the sitting, and the same on whatever machine and wherever."""
     portable = moved(config, config["run_dir"], "RUN_DIR") if config.get("run_dir") else config
-    return {key: value for key, value in leaves(portable) if key.split(".")[0] not in OF_THE_SITTING}
+    found = {key: value for key, value in leaves(portable) if key.split(".")[0] not in OF_THE_SITTING}
+    return {key: value for key, value in found.items() if key not in OF_THE_MACHINE}

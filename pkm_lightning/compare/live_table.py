@@ -88,7 +88,8 @@ class LiveTable:
             table.add_column(column)
         for column in ("step", "loss", "tokens/s"):
             table.add_column(column, justify="right")
-        for run in self._runs:
+        # A terminal shows the first lines of what is too long for it: what runs stands first.
+        for run in sorted(self._runs, key=lambda run: self._status[run.folder] != "running"):
             status = self._status[run.folder]
             seen = self._seen(run, status)
             steps = f"{seen.step:,} / {self._steps[run.arm]:,}" if seen else f"{self._steps[run.arm]:,}"

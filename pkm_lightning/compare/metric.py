@@ -1,7 +1,7 @@
 """Names of figures of a final test, which way is better, and their values in run.json's `metrics`.
 
 `recall_FORM`, `bits_FORM` and `choice_FORM` are of questions of a form; of `test/loss` and `test/perplexity` the lower
-is the better.
+is the better. Data without a test end with a validation: `val/loss` and `val/perplexity`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from pkm_lightning.errors import ConfigError
 
 OF_QUESTIONS = ("recall", "bits", "choice")
-LOWER = ("test/loss", "test/perplexity")
+LOWER = ("test/loss", "test/perplexity", "val/loss", "val/perplexity")
 
 
 def kind_of(metric: str) -> str:

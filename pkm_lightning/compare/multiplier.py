@@ -1,8 +1,9 @@
 """The compute multiplier: how many times a variant's compute a dense model needs to reach the same quality.
 
 The dense models of a ladder give quality against compute. Between two rungs quality is interpolated in the logarithm of
-compute; where noise makes it fall, the ladder is first made monotone (least squares). A variant above the last rung has
-a multiplier of at least that rung's compute over its own, one below the first of at most that.
+compute. A rung that is worse than a smaller one counts as level with it: what is asked is the least compute that has
+reached a quality. A variant above all rungs has a multiplier of at least the last rung's compute over its own, one
+below the first of at most that rung's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 
 from pkm_lightning.compare.bootstrap import COVERAGE, Resampled
 
@@ -52,7 +52,7 @@ def multiplier(ladder: Sequence[tuple[float, float]], quality: float, compute: f
         return Bound(math.nan)
     rungs = sorted(ladder)
     logs = np.log([rung for rung, _ in rungs])
-    reached = isotonic_regression([value for _, value in rungs]).x
+    reached = np.maximum.accumulate([value for _, value in rungs])
     if quality > reached[-1]:
         return Bound(math.exp(logs[-1]) / compute, ">=")
     if quality < reached[0]:

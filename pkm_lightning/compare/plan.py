@@ -81,14 +81,21 @@ def plan_arms(ffns: Sequence[str], settings: Settings) -> list[Arm]:
                 raise ConfigError(
                     f"variants.{arm.name}.{key}: compare sets {key} of each run itself; say {SET_BY_COMPARE[key]}."
                 )
-        if settings.sweep and any(override.startswith("optim.lr=") for override in arm.overrides):
+        if settings.sweep and any(override.lstrip("+").startswith("optim.lr=") for override in arm.overrides):
             raise ConfigError(f"variants.{arm.name} sets optim.lr, and lr_sweep tries others; leave one of them out.")
     return arms
 
 
 def dense_arm(arms: Sequence[Arm]) -> Arm:
-    """The arm that the ladder is made of: `dense`, with overrides of its own if it is among `arms`."""
-    return next((arm for arm in arms if arm.name == "dense"), Arm("dense", ("ffn=dense",)))
+    """The arm that the ladder is made of: `dense`, with overrides of its own if it is among `arms`.
+
+    Raises:
+        ConfigError: a variant of that name has another FFN.
+    """
+    found = next((arm for arm in arms if arm.name == "dense"), Arm("dense", ("ffn=dense",)))
+    if found.overrides[0] != "ffn=dense":
+        raise ConfigError(f"variants.dense has {found.overrides[0]}: dense_ladder=true is made of dense; rename it.")
+    return found
 
 
 def ladder_arms(arms: Sequence[Arm], dense_flops: int) -> list[Arm]:

@@ -28,7 +28,8 @@ INK = "#1b1f24"
 _COLOURS = ("#d55e00", "#0084c8", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7fd6", "#b3a100")
 _DENSE = "#8c959f"
 _MARKERS = "osD^vPX*"
-_DASHES = ("-", "--", "-.", ":")
+#: Solid, dashed, dash-dotted, dotted; then as (offset, (on, off, ...)) in points.
+_DASHES: Any = ("-", "--", "-.", ":", (0, (9, 3)), (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)), (0, (3, 5)))
 _AXES = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "training FLOPs, trunk"}
 _STYLE: Any = {
     "figure.figsize": (5.0, 3.9),
@@ -111,7 +112,7 @@ class _Styles:
     """Colour, dash and marker of each arm: dense arms are grey."""
 
     def __init__(self, study: Study) -> None:
-        self._of: dict[str, tuple[str, str, str]] = {}
+        self._of: dict[str, tuple[str, Any, str]] = {}
         dense, others = itertools.count(), itertools.count()
         for arm, runs in study.arms.items():
             is_dense = runs[0].record.get("ffn") == "Dense"

@@ -69,6 +69,7 @@ class Processes:
         self._flags, self._logs, self._jobs, self._resume = list(flags), logs, jobs, resume
         self._threads = threads(jobs * ranks)
         self._running: dict[subprocess.Popen[bytes], PlannedRun] = {}
+        self._written: dict[PlannedRun, int] = {}
 
     def run(
         self, planned: Sequence[PlannedRun], tick: Callable[[list[PlannedRun]], None]
@@ -87,7 +88,7 @@ class Processes:
                 time.sleep(POLL)
                 for process in [process for process in self._running if process.poll() is not None]:
                     run = self._running.pop(process)
-                    yield Ended(run, process.returncode, last_line(self.log(run)))
+                    yield Ended(run, process.returncode, last_line(self.log(run), self._written.pop(run)))
         finally:
             self._stop()
 
@@ -104,8 +105,8 @@ class Processes:
         return [run for run in planned if states[run.folder] in STARTED[self._resume]]
 
     def log(self, run: PlannedRun) -> Path:
-        """The file with the run's output."""
-        return self._logs / f"{run.label.replace(' ', '-')}.log"
+        """The file with the run's output, of all sittings."""
+        return self._logs / f"{'-'.join(run.folder.relative_to(self._logs.parent).parts)}.log"
 
     def command(self, run: PlannedRun) -> list[str]:
         """The command line of a run."""
@@ -115,6 +116,7 @@ class Processes:
     def _start(self, run: PlannedRun) -> subprocess.Popen[bytes]:
         self._logs.mkdir(parents=True, exist_ok=True)
         with self.log(run).open("ab") as log:
+            self._written[run] = log.tell()
             # A session of its own: Ctrl-C reaches the comparison, which then asks each run to stop, once.
             return subprocess.Popen(
                 self.command(run),
@@ -144,11 +146,11 @@ def threads(processes: int) -> int:
     return max(1, (os.cpu_count() or 1) // processes)
 
 
-def last_line(log: Path) -> str:
-    """The last line of text in `log`, of its last 64 KiB; empty without one."""
+def last_line(log: Path, start: int = 0) -> str:
+    """The last line of text in `log` after `start` bytes, of its last 64 KiB; empty without one."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            file.seek(max(start, file.seek(0, os.SEEK_END) - 65536))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         return ""

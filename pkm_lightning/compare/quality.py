@@ -77,16 +77,17 @@ class Quality:
 
 
 def choose_quality(metric: str, runs: Sequence[Run]) -> Quality:
-    """The figure that `report.metric` names; for `auto` recall of held-out paraphrases where all runs have it.
+    """The figure that `report.metric` names; for `auto` the first that any run has: recall of held-out paraphrases, the
+    loss of the test, or of the last validation.
 
     Raises:
         ConfigError: a metric that no finished run has.
     """
     finished = [run for run in runs if run.ok]
     if metric == "auto":
-        recall = Quality("recall_paraphrase")
-        asked = bool(finished) and all(math.isfinite(recall.value(run)) for run in finished)
-        return recall if asked else Quality("test/loss")
+        candidates = [Quality(name) for name in ("recall_paraphrase", "test/loss", "val/loss")]
+        found = (own for own in candidates if any(math.isfinite(own.value(run)) for run in finished))
+        return next(found, Quality("test/loss"))
     quality = Quality(metric)
     if finished and not any(math.isfinite(quality.value(run)) for run in finished):
         known = {key for run in finished for key in run.record.get("metrics", {})}

@@ -34,6 +34,19 @@ _NEEDED = (
     "run.json tokens",
     "run.json seconds.train",
 )
+#: Keys of run.json that hold further keys, or nothing.
+_NESTED = (
+    "params",
+    "flops_per_token",
+    "bytes_per_token",
+    "seconds",
+    "throughput",
+    "versions",
+    "best_validation",
+    "metrics",
+)
+#: Means of the same answers differ by no more.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,28 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
     Raises:
         RunDirectoryError: a folder does not exist or holds no run, or two that differ are the same arm and seed.
     """
+    comparisons, found = _locate(folders)
+    reported = {run: root for run, root in found.items() if _part(run, root) not in _NOT_REPORTED}
+    runs = _named([_read(run, root, comparisons.get(root) if root else None) for run, root in reported.items()])
+    runs = _without_twins(runs)
+    order = [arm for comparison in comparisons.values() for arm in comparison.arms]
+    rank = {arm: i for i, arm in enumerate(dict.fromkeys([*order, *(run.arm for run in runs)]))}
+    return sorted(runs, key=lambda run: (rank[run.arm], run.seed)), list(comparisons.values())
+
+
+def read_swept(folders: Sequence[Path]) -> list[Run]:
+    """The runs of the sweeps of learning rates of the comparisons in `folders`, by arm.
+
+    Raises:
+        RunDirectoryError: as `read_runs` does.
+    """
+    comparisons, found = _locate(folders)
+    swept = [(run, root) for run, root in found.items() if root and _part(run, root) == "sweep"]
+    return [replace(_read(run, root, comparisons[root]), arm=run.relative_to(root).parts[1]) for run, root in swept]
+
+
+def _locate(folders: Sequence[Path]) -> tuple[dict[Path, Comparison], dict[Path, Path | None]]:
+    """Comparisons by their directories; run directories, those never made too, each with that of its comparison."""
     comparisons: dict[Path, Comparison] = {}
     found: dict[Path, Path | None] = {}
     for folder in folders:
@@ -109,16 +144,11 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
             if root.is_relative_to(folder.resolve())
         ]
         own = {run: _origin(run, comparisons) for run in (*begun, *never)}
-        reported = {run: root for run, root in own.items() if not _is_tried(run, root)}
-        if not reported:
+        if all(_part(run, root) in _NOT_REPORTED for run, root in own.items()):
             of_sweeps = " but those of a sweep" if own else ""
             raise RunDirectoryError(f"runs: {folder} holds no record of a run (run.json){of_sweeps}.")
-        found.update(reported)
-    runs = _named([_read(run, root, comparisons.get(root) if root else None) for run, root in found.items()])
-    runs = _without_twins(runs)
-    order = [arm for comparison in comparisons.values() for arm in comparison.arms]
-    rank = {arm: i for i, arm in enumerate(dict.fromkeys([*order, *(run.arm for run in runs)]))}
-    return sorted(runs, key=lambda run: (rank[run.arm], run.seed)), list(comparisons.values())
+        found.update(own)
+    return comparisons, found
 
 
 def _origin(run: Path, comparisons: Iterable[Path]) -> Path | None:
@@ -128,22 +158,23 @@ def _origin(run: Path, comparisons: Iterable[Path]) -> Path | None:
     )
 
 
-def _is_tried(run: Path, root: Path | None) -> bool:
-    """A run of a comparison that is not reported."""
-    return root is not None and run.relative_to(root).parts[0] in _NOT_REPORTED
+def _part(run: Path, root: Path | None) -> str:
+    """The folder of its comparison that a run lies in; empty without one."""
+    return run.relative_to(root).parts[0] if root else ""
 
 
 def _read(folder: Path, root: Path | None, comparison: Comparison | None) -> Run:
     """A run whose files are damaged has failed; it takes nothing else with it."""
-    record, config = read_record(folder), _config(folder)
+    whole, config = read_record(folder), _config(folder)
+    record = {key: value for key, value in whole.items() if key not in _NESTED or isinstance(value, dict | None)}
     seed = record.get("seed")
-    failure = ""
+    failure = "" if len(record) == len(whole) else "its files are damaged (run.json)"
     rows: list[dict[str, float]] = []
     answers: dict[str, Answers] = {}
     try:
-        failure = _failure(folder, root, comparison, record, config)
+        failure = failure or _failure(folder, root, comparison, record, config)
         rows, answers = read_metrics(folder / "metrics.csv"), read_answers(folder / "recall.csv")
-        failure = failure or _missing(record, config)
+        failure = failure or _missing(record, config) or _contradicted(answers, record)
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
         failure = failure or f"its files are damaged ({' '.join(str(error).split())})"
     return Run(
@@ -167,6 +198,16 @@ def _missing(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return ""
 
 
+def _contradicted(answers: Mapping[str, Answers], record: Mapping[str, Any]) -> str:
+    """Where recall.csv and run.json do not say the same, in words: one of them was cut short or is of another run."""
+    recall = record["metrics"].get("recall") or {}
+    for form, of_form in answers.items():
+        said = recall[form]
+        if len(of_form.exact) != said["n"] or abs(of_form.exact.mean() - said["recall"]) > _ROUNDING:
+            return f"its files are damaged (recall.csv and run.json differ about {form})"
+    return ""
+
+
 def _seed_of(folder: Path) -> int:
     digits = folder.name.removeprefix("seed-")
     return int(digits) if digits.isdigit() else 0
@@ -187,9 +228,10 @@ def _failure(
     if status == "finished":
         if not config:
             return "config.yaml is missing or damaged"
-        loss = (record.get("metrics") or {}).get("test/loss", math.nan)
+        metrics = record.get("metrics") or {}
+        loss = metrics.get("test/loss", metrics.get("val/loss", math.nan))
         # JSON has no word for NaN and infinity: null was one of them.
-        return "diverged: the test loss is not finite" if loss is None else ""
+        return "diverged: the final loss is not finite" if loss is None else ""
     told = comparison.failures.get(str(folder.relative_to(root)), "") if comparison and root else ""
     if status == "failed":
         return str(record.get("reason") or told or "failed")

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from pkm_lightning.compare.board import write_board
 from pkm_lightning.compare.comparison_file import NAME as COMPARISON_FILE
+from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.plots import INK, Plot, all_plots, known_names
 from pkm_lightning.compare.runs_csv import runs_csv
 from pkm_lightning.compare.study import Study
@@ -86,7 +87,7 @@ def _render(name: str, study: Study, tables: Sequence[Table], plots: Sequence[Pl
         tables=tables,
         plots=plots,
         failures=failures(study),
-        commands=[shlex.join(comparison.command) for comparison in study.comparisons],
+        commands=[shlex.join(said) for comparison in study.comparisons for said in _commands(comparison)],
         unfair=[_as_row(difference.key, difference.values, difference.said_by) for difference in study.unfair],
         fair=[
             (*_as_row(difference.key, difference.values, ()), difference.kind)
@@ -95,6 +96,10 @@ def _render(name: str, study: Study, tables: Sequence[Table], plots: Sequence[Pl
         ],
         circumstances=_circumstances(study),
     )
+
+
+def _commands(comparison: Comparison) -> list[list[str]]:
+    return [*comparison.earlier, comparison.command]
 
 
 def _as_row(key: str, values: dict[str, tuple[str, ...]], said_by: Sequence[str]) -> tuple[str, str, str]:

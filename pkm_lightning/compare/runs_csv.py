@@ -26,11 +26,11 @@ def runs_csv(study: Study) -> str:
 
 def _row(study: Study, run: Run) -> dict[str, Any]:
     record, metrics = run.record, dict(run.record.get("metrics") or {})
-    recall = metrics.pop("recall", {})
+    recall = {tuple(key.split(".")): value for key, value in leaves(metrics.pop("recall", {}))}
     deciles = {
-        f"recall_{form}_decile_{decile}": means["recall"]
-        for form, of_form in recall.items()
-        for decile, means in of_form.get("by_decile", {}).items()
+        f"recall_{key[0]}_decile_{key[2]}": value
+        for key, value in recall.items()
+        if key[1:2] == ("by_decile",) and key[-1] == "recall"
     }
     return {
         "arm": run.arm,

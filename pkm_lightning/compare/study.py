@@ -10,11 +10,17 @@ from pathlib import Path
 from pkm_lightning.compare.bootstrap import Resampled, plain_mean, resample
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.costs import BASES, cost, spent
-from pkm_lightning.compare.differences import LENGTHS, Difference, equal_seconds, find_differences
+from pkm_lightning.compare.differences import (
+    LENGTHS,
+    Difference,
+    equal_seconds,
+    find_differences,
+    find_differences_of_sweep,
+)
 from pkm_lightning.compare.leaves import portable_leaves
 from pkm_lightning.compare.multiplier import Multiplier, multipliers
 from pkm_lightning.compare.quality import Quality, choose_quality
-from pkm_lightning.compare.records import Run, read_runs
+from pkm_lightning.compare.records import Run, read_runs, read_swept
 from pkm_lightning.compare.settings import ReportSettings
 
 
@@ -106,6 +112,7 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     resampled = resample(arms, quality, resamples=settings.resamples, seed=settings.seed) if arms else None
     # Of equal seconds larger models get fewer tokens: no ladder of compute.
     ladder = _ladder(arms) if equal_seconds(runs, comparisons) is None else []
+    differences = find_differences(runs, comparisons)
     found: dict[str, dict[str, Multiplier]] = {}
     for basis in BASES if ladder else ():
         took = {arm: _mean_spent(own, basis) for arm, own in arms.items()}
@@ -121,7 +128,7 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
         reference=_reference(arms, ladder),
         ladder=ladder,
         multipliers=found,
-        differences=find_differences(runs, comparisons),
+        differences=[*differences, *find_differences_of_sweep(runs, read_swept(folders), comparisons, differences)],
         settings=settings,
     )
 

@@ -82,7 +82,7 @@ def _interval_note(study: Study) -> str:
     over, n_seeds = study.resampled.over, min(len(runs) for runs in study.arms.values())
     if not over:
         return "Of one seed and no questions there is no interval."
-    few = f"; with {n_seeds} seeds it is too narrow rather than too wide" if "seeds" in over else ""
+    few = f"; {n_seeds} seeds understate how seeds differ" if "seeds" in over else ""
     few = few or "; of one seed it does not say how seeds differ"
     pairs = "paired " if study.resampled.is_paired else ""
     return (
@@ -234,7 +234,7 @@ def _data_of(sweep: Mapping[str, Any], study: Study) -> str:
     same = [arm for arm in swept if "seed" not in (study.arms[arm][0].config.get("data") or {})]
     if not sweep["data_seed"] or (same and len(same) == len(swept)):
         return "the data of the reported runs"
-    raised = f"data.seed raised by {sweep['data_seed']}: other facts, where these are the data"
+    raised = f"data.seed raised by {sweep['data_seed']}: another draw, where the data are facts"
     return raised + (f" ({', '.join(same)}: no data.seed, so the data of the reported runs)" if same else "")
 
 
@@ -252,7 +252,7 @@ def _range(quality: Quality, low: float, high: float, *, signed: bool = False) -
 
 
 def _signed(quality: Quality, value: float) -> str:
-    return ("+" if value > 0 else "") + quality.written(value)
+    return ("+" if value > 0 else "") + quality.written(value).replace("%", " pp")
 
 
 def _count(value: float) -> str:

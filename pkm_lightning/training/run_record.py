@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import platform
 import resource
 import subprocess
@@ -110,6 +111,22 @@ def commit() -> str | None:
 def now() -> str:
     """UTC to the second, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU its name, of a CPU its own and the number of cores that the system has."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{cpu_name() or 'CPU'}, {os.cpu_count()} cores" if device.type == "cpu" else device.type
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it, elsewhere as Python does; it may be empty."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor()
 
 
 def reset_peak_memory() -> None:

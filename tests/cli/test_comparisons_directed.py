@@ -97,6 +97,31 @@ def test_a_refused_command_changes_nothing(
     assert not (tmp_path / "out" / "speed").exists()
 
 
+def test_what_is_refused_or_held_by_others_costs_nothing_of_an_earlier_comparison(
+    compare: Run, tmp_path: Path
+) -> None:
+    assert compare("ffn=dense", "seeds=1", "warm_up=false", "trainer.max_steps=10").code == 0
+    refused = compare("ffn=dense", "seeds=1", "resume=never", "budget.tokens=1")
+    assert "is less than a step" in refused.err
+    assert (tmp_path / "out" / "runs" / "dense" / "seed-1" / "run.json").exists()
+
+
+def test_all_commands_that_made_a_comparison_are_told(compare: Run, tmp_path: Path) -> None:
+    common = ["warm_up=false", "trainer.max_steps=10"]
+    for seeds in ("seeds=1", "seeds=2", "seeds=1"):
+        assert compare("ffn=dense", *common, seeds).code == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.index("seeds=2") < report.index("seeds=1")
+    assert report.count("python -m pkm_lightning compare") == 2
+
+
+def test_a_directory_may_be_named_by_a_number(compare: Run, cli: Run, tmp_path: Path) -> None:
+    assert compare("ffn=dense", "seeds=1", "warm_up=false", "trainer.max_steps=10").code == 0
+    (tmp_path / "out").rename(tmp_path / "2024")
+    assert cli("report", "runs=[2024]", "out=2025").code == 0
+    assert (tmp_path / "2025" / "report.md").exists()
+
+
 def test_a_command_ends_as_its_own_runs_did(compare: Run, tmp_path: Path) -> None:
     fates(tmp_path, **{"runs/moe": "failed"})
     common = ["seeds=1", "trainer.max_steps=10", "warm_up=false"]

@@ -183,7 +183,7 @@ def test_a_killed_run_costs_only_itself_and_is_continued(tmp_path: Path) -> None
     assert "killed by SIGKILL" in said
     assert {row["arm"]: row["status"] for row in rows(tmp_path / "out")} == {
         "dense": "finished",
-        "memory_plus": "running",
+        "memory_plus": "interrupted",
     }
     assert "killed by SIGKILL" in (tmp_path / "out/report.md").read_text()
     code, said = compare(tmp_path, *LONG)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from run_folders import FakeRun
 from scipy import stats
-from tolerances import BOOTSTRAP, EXACT_FLOAT
+from tolerances import BOOTSTRAP, EXACT_FLOAT, SAMPLED_VARIANCE
 
 from pkm_lightning.compare.bootstrap import interval, resample
 from pkm_lightning.compare.quality import Quality
@@ -66,6 +66,16 @@ def test_the_paired_interval_of_a_difference_is_scipys(tmp_path: Path) -> None:
     ).confidence_interval  # fmt: skip
     _, low, high = resample(own, RECALL, resamples=20_000, seed=0).difference("b", "a")
     assert (low, high) == pytest.approx(tuple(theirs), abs=BOOTSTRAP)
+
+
+def test_noise_of_single_answers_counts_as_often_as_drawing_both_must_count_it(tmp_path: Path) -> None:
+    """Answers that are coins: the resampled variance is (2 - 1/S)(2 - 1/F) - 1 times that of the mean (Owen 2007)."""
+    n_seeds, n_facts = 3, 400
+    own = arms(tmp_path, *(FakeRun("a", seed, n_facts=n_facts) for seed in range(1, n_seeds + 1)))
+    found = resample(own, RECALL, resamples=20_000, seed=0)
+    of_the_mean = 0.25 / (n_seeds * n_facts)
+    expected = (2 - 1 / n_seeds) * (2 - 1 / n_facts) - 1
+    assert np.var(found.resamples["a"]) / of_the_mean == pytest.approx(expected, rel=SAMPLED_VARIANCE)
 
 
 def test_seeds_are_resampled_too(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from run_folders import FakeRun, ladder
+from studies import SETTINGS
 
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.differences import Difference, equal_seconds, find_differences
 from pkm_lightning.compare.records import read_runs
+from pkm_lightning.compare.study import make_study
 
 
 def differences(root: Path, *runs: FakeRun, comparison: Comparison | None = None) -> dict[str, Difference]:
@@ -103,6 +105,46 @@ def test_of_merged_comparisons_each_arm_needs_its_own_excuse(tmp_path: Path) -> 
         assert {d.key: d.kind for d in find_differences(runs, comparisons)}["optim.lr"] == "other"
     assert equal_seconds(runs, [swept]) is None
     assert equal_seconds(runs, [swept, other]) is None
+
+
+def test_rates_of_two_sweeps_that_tried_different_things_are_no_equal_procedure(tmp_path: Path) -> None:
+    FakeRun("a", 1, config={"optim": {"lr": 0.003}}).write(tmp_path)
+    FakeRun("b", 1).write(tmp_path)
+    runs, _ = read_runs([tmp_path])
+    tried = {"learning_rates": [0.003, 0.006], "results": {}}
+    both = [
+        Comparison(command=[], base=[], arms={arm: []}, sweep={**tried, "seeds": [seed], "chosen": {arm: rate}})
+        for arm, seed, rate in (("a", 1001, 0.003), ("b", 1002, 0.006))
+    ]
+    assert {d.key: d.kind for d in find_differences(runs, both)}["optim.lr"] == "other"
+    assert both[1].sweep is not None
+    both[1].sweep["seeds"] = [1001]
+    assert {d.key: d.kind for d in find_differences(runs, both)}["optim.lr"] == "sweep"
+
+
+def test_a_sweep_under_other_conditions_is_told(tmp_path: Path) -> None:
+    sweep = {"learning_rates": [0.003, 0.006], "results": {}, "chosen": {"a": 0.006, "b": 0.006}}
+    Comparison(command=[], base=[], arms={"a": [], "b": []}, seeds=[1], sweep=sweep).save(tmp_path)
+    for arm in ("a", "b"):
+        FakeRun(arm, 1).write(tmp_path / "runs")
+        for rate in (0.003, 0.006):
+            run = FakeRun(arm, 1001, data_seed=1000, config={"optim": {"lr": rate}})
+            run.write(tmp_path / "sweep", f"{arm}/lr-{rate}/seed-1001")
+    assert make_study([tmp_path], SETTINGS).unfair == []
+    other = FakeRun("b", 1002, data_seed=1000, config={"trainer": {"precision": "bf16-mixed"}})
+    other.write(tmp_path / "sweep", "b/lr-0.003/seed-1002")
+    (told,) = make_study([tmp_path], SETTINGS).unfair
+    assert told.key == "sweep: trainer.precision"
+    assert told.values["b"] == ("32-true", "bf16-mixed")
+
+
+def test_where_a_machine_keeps_its_caches_makes_no_difference(tmp_path: Path) -> None:
+    assert differences(tmp_path, FakeRun("a", 1), FakeRun("b", 1, config={"data": {"cache_dir": "/mnt/x"}})) == {}
+
+
+def test_variants_of_which_some_were_not_matched_are_told(tmp_path: Path) -> None:
+    found = differences(tmp_path, FakeRun("a", 1), FakeRun("b", 1, flops=9000, config={"match": "none"}))
+    assert found["match"].kind == "other"
 
 
 @pytest.mark.parametrize(

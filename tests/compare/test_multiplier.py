@@ -37,10 +37,16 @@ def test_beyond_the_ladder_it_is_a_bound() -> None:
     assert str(multiplier(LADDER, 0.1, 0.5)) == "<= 2.00x"
 
 
-def test_a_ladder_that_falls_is_made_monotone() -> None:
-    """The middle rungs are averaged to 0.5: what reaches 0.5 needs the smaller of them."""
-    found = multiplier([(1.0, 0.1), (2.0, 0.6), (4.0, 0.4), (8.0, 0.9)], 0.5, 1.0)
-    assert found == Bound(pytest.approx(2.0, rel=EXACT_FLOAT))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("quality", "expected"), [(0.5, 2**0.8), (0.6, 2.0), (0.75, math.sqrt(32))])
+def test_a_rung_that_is_worse_than_a_smaller_one_counts_as_level(quality: float, expected: float) -> None:
+    found = multiplier([(1.0, 0.1), (2.0, 0.6), (4.0, 0.4), (8.0, 0.9)], quality, 1.0)
+    assert found == Bound(pytest.approx(expected, rel=EXACT_FLOAT))  # type: ignore[arg-type]
+
+
+def test_what_a_smaller_rung_reaches_is_not_beyond_the_ladder() -> None:
+    ladder = [(1.0, 0.2), (2.0, 0.8), (4.0, 0.6)]
+    assert multiplier(ladder, 0.75, 1.0).value < 2
+    assert str(multiplier(ladder, 0.81, 1.0)) == ">= 4.00x"
 
 
 def test_on_a_level_ladder_nothing_more_than_a_bound_is_known() -> None:

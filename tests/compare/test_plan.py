@@ -64,6 +64,11 @@ def test_the_ladder_refuses_a_variant_of_its_name() -> None:
         ladder_arms([Arm("dense_2x", ("ffn=moe",))], 1000)
 
 
+def test_the_ladder_is_of_dense_models_alone() -> None:
+    with pytest.raises(ConfigError, match=r"variants\.dense has ffn=moe"):
+        ladder_arms([Arm("dense", ("ffn=moe",))], 1000)
+
+
 def test_runs_go_seed_by_seed_with_the_chosen_rates() -> None:
     arms = [Arm("a", ("ffn=dense",)), Arm("b", ("ffn=moe",))]
     runs = plan_runs(arms, settings(), ["match=flops"], Path("out"), {"a": 0.5})

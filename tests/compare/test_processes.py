@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ PROGRAM = {
     "fine": "print('all good')",
     "wrong": "import sys; print('error: no such thing'); sys.exit(2)",
     "crash": "import os, signal; print('on it', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
+    "silent": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "slow": "import signal, sys, time\n"
     "signal.signal(signal.SIGTERM, lambda *_: (print('stopped in order', flush=True), sys.exit(143)))\n"
     "print('started', flush=True)\ntime.sleep(60)",
@@ -35,12 +37,12 @@ class Fakes(Processes):
         return [sys.executable, "-c", PROGRAM[run.overrides[0]]]
 
 
-def planned(*what: str) -> list[PlannedRun]:
-    return [PlannedRun(f"{name}-{i}", i, None, (name,), Path("out") / f"{name}-{i}") for i, name in enumerate(what)]
+def planned(out: Path, *what: str) -> list[PlannedRun]:
+    return [PlannedRun(f"{name}-{i}", i, None, (name,), out / "runs" / f"{name}-{i}") for i, name in enumerate(what)]
 
 
-def fakes(logs: Path, jobs: int = 1, ranks: int = 1) -> Fakes:
-    return Fakes(flags=[], logs=logs, jobs=jobs, ranks=ranks, resume="auto")
+def fakes(out: Path, jobs: int = 1, ranks: int = 1) -> Fakes:
+    return Fakes(flags=[], logs=out / "logs", jobs=jobs, ranks=ranks, resume="auto")
 
 
 def ends(processes: Processes, runs: list[PlannedRun]) -> dict[str, Ended]:
@@ -48,21 +50,33 @@ def ends(processes: Processes, runs: list[PlannedRun]) -> dict[str, Ended]:
 
 
 def test_one_that_fails_costs_only_itself(tmp_path: Path) -> None:
-    found = ends(fakes(tmp_path), planned("wrong", "crash", "fine"))
+    found = ends(fakes(tmp_path), planned(tmp_path, "wrong", "crash", "fine"))
     assert {name: end.exit_code for name, end in found.items()} == {"wrong": 2, "crash": -signal.SIGKILL, "fine": 0}
     assert found["wrong"].words == "no such thing"
     assert found["crash"].words == "killed by SIGKILL (out of memory?): on it"
     assert found["fine"].last_line == "all good"
 
 
+def test_what_an_earlier_sitting_said_is_not_taken_for_its_end(tmp_path: Path) -> None:
+    ends(fakes(tmp_path), planned(tmp_path, "fine"))
+    (killed,) = [replace(run, overrides=("silent",)) for run in planned(tmp_path, "fine")]
+    assert ends(fakes(tmp_path), [killed])["silent"].words == "killed by SIGKILL (out of memory?)"
+
+
+def test_runs_of_one_arm_and_seed_in_two_folders_have_logs_of_their_own(tmp_path: Path) -> None:
+    folders = [tmp_path / "runs" / "a" / "seed-0", tmp_path / "speed" / "a" / "warm-up"]
+    logs = {fakes(tmp_path).log(PlannedRun("a", 0, None, (), folder)) for folder in folders}
+    assert len(logs) == 2
+
+
 def test_not_more_run_at_a_time_than_jobs(tmp_path: Path) -> None:
     seen: list[int] = []
-    list(fakes(tmp_path, jobs=2).run(planned(*["fine"] * 5), lambda running: seen.append(len(running))))
+    list(fakes(tmp_path, jobs=2).run(planned(tmp_path, *["fine"] * 5), lambda running: seen.append(len(running))))
     assert max(seen) == 2
 
 
 def test_who_leaves_early_has_the_running_ones_stopped_in_order(tmp_path: Path) -> None:
-    processes, runs = fakes(tmp_path, jobs=2), planned("slow", "slow", "fine")
+    processes, runs = fakes(tmp_path, jobs=2), planned(tmp_path, "slow", "slow", "fine")
 
     def impatient(running: list[PlannedRun]) -> None:
         if all(last_line(processes.log(run)) == "started" for run in running):
@@ -77,11 +91,11 @@ def test_who_leaves_early_has_the_running_ones_stopped_in_order(tmp_path: Path) 
 def test_a_killed_comparison_takes_its_runs_with_it(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom test_processes import fakes, planned\n"
-        f"list(fakes(Path({str(tmp_path)!r})).run(planned('slow'), lambda _: None))"
+        f"out = Path({str(tmp_path)!r})\nlist(fakes(out).run(planned(out, 'slow'), lambda _: None))"
     )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "compare")])
     parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths})
-    log = fakes(tmp_path).log(planned("slow")[0])
+    log = fakes(tmp_path).log(planned(tmp_path, "slow")[0])
     try:
         _wait_for(log, "started")
     finally:
@@ -101,9 +115,9 @@ def test_cores_are_shared_out_unless_the_user_says_otherwise(tmp_path: Path, mon
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [threads(n) for n in (1, 3, 20)] == [8, 2, 1]
-    assert ends(fakes(tmp_path / "a", jobs=2, ranks=2), planned("threads"))["threads"].last_line == "2"
+    assert ends(fakes(tmp_path / "a", jobs=2, ranks=2), planned(tmp_path / "a", "threads"))["threads"].last_line == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert ends(fakes(tmp_path / "b"), planned("threads"))["threads"].last_line == "5"
+    assert ends(fakes(tmp_path / "b"), planned(tmp_path / "b", "threads"))["threads"].last_line == "5"
 
 
 def test_the_command_is_fit_with_the_overrides_and_its_directory() -> None:

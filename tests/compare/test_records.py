@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from processes import held_elsewhere
 from run_folders import FakeRun
+from studies import SETTINGS
 
+from pkm_lightning.compare import report
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.records import read_metrics, read_runs
 from pkm_lightning.compare.run_state import run_state
+from pkm_lightning.compare.study import make_study
 from pkm_lightning.errors import RunDirectoryError
 
 
@@ -117,7 +120,7 @@ def test_two_different_runs_of_one_name_and_seed_are_refused(tmp_path: Path, sta
         ({"status": "failed", "reason": "out of memory"}, "out of memory"),
         ({"status": "interrupted"}, "interrupted"),
         ({"status": "running"}, "interrupted"),
-        ({"metrics": {"test/loss": None}}, "diverged: the test loss is not finite"),
+        ({"metrics": {"test/loss": None}}, "diverged: the final loss is not finite"),
     ],
 )
 def test_what_went_wrong_is_told(tmp_path: Path, record: dict[str, object], failure: str) -> None:
@@ -186,14 +189,31 @@ def test_damaged_files_of_a_run_make_it_fail_and_nothing_else(tmp_path: Path) ->
         ("config.yaml", b"- a\n- list\n"),
         ("run.json", b'{"status": "finished", "seed": 1, "metrics": [1], "data": 3}'),
         ("run.json", b'{"status": "failed", "seed": 1, "metrics": [1], "data": 3, "versions": 4, "started": 5}'),
+        ("run.json", b'{"status": "failed", "seed": 1, "metrics": {"recall": 5}, "best_validation": 3}'),
+        (
+            "run.json",
+            b'{"status": "failed", "seed": 1, "metrics": {"recall": {"seen": {"by_decile": 3}}}, "params": 1}',
+        ),
     ],
 )
-def test_a_damaged_file_costs_its_run_alone(tmp_path: Path, file: str, content: bytes) -> None:
-    (FakeRun("a", 1).write(tmp_path) / file).write_bytes(content)
-    FakeRun("b", 1).write(tmp_path)
-    runs = {run.arm: run for run in read_runs([tmp_path])[0]}
+def test_a_damaged_file_costs_its_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes
+) -> None:
+    monkeypatch.setattr(report, "all_plots", lambda study: ())
+    (FakeRun("a", 1).write(tmp_path / "runs") / file).write_bytes(content)
+    FakeRun("b", 1).write(tmp_path / "runs")
+    study = make_study([tmp_path / "runs"], SETTINGS)
+    runs = {run.arm: run for run in study.runs}
     assert runs["a"].failure
     assert runs["b"].ok
+    report.write_report(study, tmp_path / "report")
+
+
+def test_answers_that_were_cut_short_are_no_figures(tmp_path: Path) -> None:
+    file = FakeRun("a", 1).write(tmp_path) / "recall.csv"
+    file.write_text("\n".join(file.read_text().splitlines()[:6]) + "\n")
+    (run,), _ = read_runs([tmp_path])
+    assert run.failure == "its files are damaged (recall.csv and run.json differ about paraphrase)"
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:

@@ -119,6 +119,23 @@ def test_runs_without_questions_are_compared_by_their_loss(tmp_path: Path) -> No
     assert [t.title.split()[0] for t in all_tables(study)] == ["Test/loss", "Cost"]
 
 
+def test_a_run_without_answers_fails_and_does_not_change_what_the_report_is_about(tmp_path: Path) -> None:
+    study = study_of(tmp_path, *ladder((1, 2)), FakeRun("silent", 1, forms=()))
+    assert study.quality.metric == "recall_paraphrase"
+    assert [(run.arm, run.failure) for run in study.failed] == [("silent", "finished without recall_paraphrase")]
+
+
+def test_data_without_a_test_are_compared_by_their_last_validation(tmp_path: Path) -> None:
+    for arm, loss in (("a", 0.25), ("b", 0.5)):
+        folder = FakeRun(arm, 1, forms=()).write(tmp_path)
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**record, "metrics": {"val/loss": loss}}))
+    study = make_study([tmp_path], SETTINGS)
+    assert study.quality.metric == "val/loss"
+    assert study.resampled is not None
+    assert study.resampled.mean == {"a": 0.25, "b": 0.5}
+
+
 def test_the_direction_of_a_metric_does_not_depend_on_its_spelling(tmp_path: Path) -> None:
     metric = read_report_settings({"report": {"metric": "test/recall_question"}}).metric
     study = study_of(tmp_path, *ladder((1, 2)), metric=metric)
@@ -149,7 +166,7 @@ def test_unequal_runs_are_not_said_to_be_equal(tmp_path: Path) -> None:
 
 def test_seeds_are_counted_within_an_arm(tmp_path: Path) -> None:
     runs = [FakeRun("a", seed) for seed in (1, 2)] + [FakeRun("b", seed) for seed in (3, 4)]
-    assert "with 2 seeds" in all_tables(study_of(tmp_path, *runs))[0].note
+    assert "2 seeds understate" in all_tables(study_of(tmp_path, *runs))[0].note
 
 
 def test_a_mean_over_some_seeds_only_is_not_shown(tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ def test_a_report_says_what_was_tried_on_which_data_and_where_an_edge_won(tmp_pa
         del config["data"]["seed"]
         file.write_text(yaml.safe_dump(config))
 
-    assert "seed 8, 9 on data.seed raised by 1: other facts, where these are the data;" in note()
+    assert "seed 8, 9 on data.seed raised by 1: another draw, where the data are facts;" in note()
     take_data_seed_of("b")
-    assert "these are the data (b: no data.seed, so the data of the reported runs);" in note()
+    assert "the data are facts (b: no data.seed, so the data of the reported runs);" in note()
     take_data_seed_of("a")
     assert "seed 8, 9 on the data of the reported runs;" in note()
 
