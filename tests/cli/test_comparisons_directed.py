@@ -97,9 +97,7 @@ def test_a_refused_command_changes_nothing(
     assert not (tmp_path / "out" / "speed").exists()
 
 
-def test_what_is_refused_or_held_by_others_costs_nothing_of_an_earlier_comparison(
-    compare: Run, tmp_path: Path
-) -> None:
+def test_what_is_refused_or_held_by_others_costs_nothing_of_an_earlier_comparison(compare: Run, tmp_path: Path) -> None:
     assert compare("ffn=dense", "seeds=1", "warm_up=false", "trainer.max_steps=10").code == 0
     refused = compare("ffn=dense", "seeds=1", "resume=never", "budget.tokens=1")
     assert "is less than a step" in refused.err
