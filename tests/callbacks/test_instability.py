@@ -47,7 +47,8 @@ def test_after_a_rollback_training_ends_as_if_nothing_had_happened(
     assert all(event["returned_to"] < event["step"] for event in went_back)
 
 
-@pytest.mark.parametrize("fault", ONE_OF_THEM)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_without_an_answer_three_of_the_faults_spoil_the_run(tmp_path: Path, undisturbed: float, fault: Any) -> None:
     module, *_ = faults.train(tmp_path, fault(), faults.watching(tmp_path))
     loss = faults.loss_on_other_rows(module)

@@ -117,6 +117,7 @@ def test_nothing_is_held_after_an_error(tmp_path: Path) -> None:
     assert watch.good._states == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_alone_is_asked_to_stop_stops_all(ranks: Groups, tmp_path: Path) -> None:
     overrides = ["strategy=ddp", "table.shard=dim"]
     assert ranks(2).run(faults.stop_one_rank, overrides, str(tmp_path), timeout=60.0) == ["asked to stop", "SIGTERM"]

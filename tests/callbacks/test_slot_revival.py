@@ -17,6 +17,8 @@ from pkm_lightning.errors import ConfigError
 from pkm_lightning.training.revival import addressing_of
 
 ALONE = "strategy=single"
+#: Of the ranks that must agree, those of the long tests.
+MORE_RANKS = [("ddp", "row"), ("ddp", "dim"), ("fsdp", "dim")]
 STILL = ["optim.warmup_share=0", "optim.final_factor=1.0"]
 
 
@@ -116,8 +118,10 @@ def test_moved_sub_keys_are_read_again(per_head: str, tmp_path: Path) -> None:
     assert alive[1] > 1.2 * alive[0]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("shard", ["row", pytest.param("dim", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "shard"),
+    [("fsdp", "row"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_RANKS)],
+)
 def test_ranks_agree(ranks: Groups, strategy: str, shard: str) -> None:
     given = ["ffn=memory_plus", "placement=middle", f"strategy={strategy}", f"table.shard={shard}", *STILL]
     one, other = ranks(2).run(revivals.train, given, 5, source="queries", max_share=0.2)
@@ -173,6 +177,7 @@ def test_what_cannot_work_is_refused(
         jobs.fit([ALONE, *overrides], 1, [jobs.usage(tmp_path, per_head=per_head), revivals.revival(**changes)])
 
 
+@pytest.mark.slow
 def test_sub_keys_of_an_engine_are_refused(ranks: Groups) -> None:
     for message in ranks(2).run(revivals.refused, ["ffn=memory_plus", "strategy=deepspeed_3"], source="queries"):
         assert "cannot write sub-keys that DeepSpeed's engine owns; say source=busy" in message

@@ -43,7 +43,7 @@ def fates(folder: Path, **of: Any) -> None:
     (folder / "fates.json").write_text(json.dumps(of))
 
 
-@pytest.mark.parametrize("length", ["budget.tokens=4e3", "trainer.max_steps=10"])
+@pytest.mark.parametrize("length", ["trainer.max_steps=10", pytest.param("budget.tokens=4e3", marks=pytest.mark.slow)])
 def test_arms_warm_up_once(compare: Run, tmp_path: Path, length: str) -> None:
     warm = tmp_path / "out" / "speed" / "dense" / "warm-up" / "run.json"
     fates(tmp_path, **{"warm-up": "killed"})

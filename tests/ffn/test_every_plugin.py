@@ -63,7 +63,7 @@ BATCHWISE = {"pkm", "pkm, noise", "peer", "moe_expert_choice"}
 ALL = [*NAMES, *(name for name in OWN if name not in NAMES)]
 EVERY = pytest.mark.parametrize("name", ALL)
 #: Of the kinds of table reads and of the loop over experts one each; compiling takes seconds.
-COMPILED_OFTEN = ("memory_plus", "peer", "moe")
+COMPILED_OFTEN = ("memory_plus", "peer")
 
 
 def overrides(name: str) -> list[str]:
