@@ -57,6 +57,9 @@ def warm_up(
 
 
 def _short(arm: Arm, config: Mapping[str, Any], base: Sequence[str], out: Path, name: str, steps: int) -> PlannedRun:
+    """A run of `steps` steps that asks no questions: the test of an untrained model takes minutes."""
     short = with_steps(arm, steps, 1, config["trainer"]["accumulate_grad_batches"])
-    own = (f"trainer.log_every_n_steps={min(MEASURED, steps)}", "seed=0")
+    own = [f"trainer.log_every_n_steps={min(MEASURED, steps)}", "seed=0"]
+    own += [f"++trainer.limit_{part}_batches=1" for part in ("val", "test")]
+    own += ["~callbacks.recall"] * ("recall" in (config["callbacks"] or {}))
     return PlannedRun(arm.name, 0, None, last_of_each((*base, *short.overrides, *own)), out / "speed" / arm.name / name)

@@ -62,7 +62,7 @@ READS = {
 BATCHWISE = {"pkm", "pkm, noise", "peer", "moe_expert_choice"}
 ALL = [*NAMES, *(name for name in OWN if name not in NAMES)]
 EVERY = pytest.mark.parametrize("name", ALL)
-#: Of the kinds of table reads and of the loop over experts one each; compiling takes seconds.
+#: Of the kinds of table reads one each; compiling takes seconds.
 COMPILED_OFTEN = ("memory_plus", "peer")
 
 
