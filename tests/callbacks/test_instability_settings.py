@@ -60,6 +60,7 @@ def test_refused_in_one_line_before_anything_starts(cli: Run, tmp_path: Path, ov
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_quiet_run_has_no_events_and_its_vitals_beside_the_metrics(cli: Run, tmp_path: Path) -> None:
     assert cli("fit", *SMALL_RUN, "run_dir=run").code == 0
     assert not (tmp_path / "run" / "events.jsonl").exists()

@@ -121,7 +121,7 @@ def test_a_directory_in_use_is_refused(cli: Run, tmp_path: Path) -> None:
     assert "held by another process" in shown.err
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", pytest.param("foreign", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_named(cli: Run, tmp_path: Path, damage: str) -> None:
     assert cli("fit", *SMALL_RUN, "run_dir=run").code == 0
     as_if_killed(tmp_path / "run")

@@ -69,6 +69,7 @@ def test_overrides_reach_every_variant(cli: Run) -> None:
     assert [f["layers"] for f in json.loads(shown.out)] == [[0, 1], [0, 1]]
 
 
+@pytest.mark.slow
 def test_a_dense_model_is_sized_in_all_its_layers(cli: Run) -> None:
     shown = cli("info", "ffn=dense,moe", "model=134m", "match=flops", "match_budget=4e8", "format=json")
     assert [f["layers"] for f in json.loads(shown.out)] == [list(range(12))] * 2

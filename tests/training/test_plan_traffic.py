@@ -14,9 +14,9 @@ ESTIMATED = {"row_statistics"}
 
 FAST = [
     ["strategy=ddp", "ffn=memory_plus", "table.shard=dim"],
-    ["strategy=deepspeed_3", "ffn=dense", "model.vocab_size=8000"],
 ]
 TWO = [
+    ["strategy=deepspeed_3", "ffn=dense", "model.vocab_size=8000"],
     ["strategy=ddp", "ffn=peer", "table.shard=row"],
     ["strategy=ddp", "ffn=ultramem", "table.shard=dim", "table/optimizer=row_adagrad"],
     ["strategy=fsdp", "ffn=memory_plus", "table.shard=row", "trainer.accumulate_grad_batches=2"],
