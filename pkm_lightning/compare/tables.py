@@ -82,7 +82,7 @@ def _interval_note(study: Study) -> str:
     over, n_seeds = study.resampled.over, min(len(runs) for runs in study.arms.values())
     if not over:
         return "Of one seed and no questions there is no interval."
-    few = f"; {n_seeds} seeds understate how seeds differ" if "seeds" in over else ""
+    few = f"; {n_seeds} seeds understate how seeds differ" if n_seeds > 1 and "seeds" in over else ""
     few = few or "; of one seed it does not say how seeds differ"
     pairs = "paired " if study.resampled.is_paired else ""
     return (

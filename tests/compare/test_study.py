@@ -166,7 +166,8 @@ def test_unequal_runs_are_not_said_to_be_equal(tmp_path: Path) -> None:
 
 def test_seeds_are_counted_within_an_arm(tmp_path: Path) -> None:
     runs = [FakeRun("a", seed) for seed in (1, 2)] + [FakeRun("b", seed) for seed in (3, 4)]
-    assert "2 seeds understate" in all_tables(study_of(tmp_path, *runs))[0].note
+    assert "2 seeds understate" in all_tables(study_of(tmp_path / "two", *runs))[0].note
+    assert "of one seed it does not say how seeds differ" in all_tables(study_of(tmp_path / "one", *runs[1:]))[0].note
 
 
 def test_a_mean_over_some_seeds_only_is_not_shown(tmp_path: Path) -> None:
