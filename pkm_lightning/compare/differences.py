@@ -6,7 +6,7 @@
 | seed | the seed, and what follows it |
 | sweep | the learning rate that the same sweep has chosen for each arm |
 | budget | the number of steps that fill the same seconds |
-| other | everything else: the runs differ in more than the FFN and its size |
+| other | everything else, `match` itself too: the runs differ in more than the FFN and its size |
 """
 
 from __future__ import annotations
