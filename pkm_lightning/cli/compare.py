@@ -23,6 +23,7 @@ from pkm_lightning.compare.budget import steps_of_tokens
 from pkm_lightning.compare.calibration import measured_speeds, warm_up
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
 from pkm_lightning.compare.live_table import LiveTable
+from pkm_lightning.compare.overrides import key_of, says
 from pkm_lightning.compare.plan import Arm, PlannedRun, plan_runs, plan_sweep, with_steps
 from pkm_lightning.compare.processes import STARTED, Ended, Processes
 from pkm_lightning.compare.report import write_report
@@ -168,8 +169,8 @@ class Director:
         ]
 
     def _with_steps(self, arm: Arm, steps: int) -> Arm:
-        own = any(override.lstrip("+").startswith("trainer.val_check_interval=") for override in arm.overrides)
-        validations = None if own or self._job.names("trainer.val_check_interval") else _VALIDATIONS
+        said = self._job.names("trainer.val_check_interval") or says(arm.overrides, "trainer.val_check_interval")
+        validations = None if said else _VALIDATIONS
         return with_steps(arm, steps, validations, self._configs[arm.name]["trainer"]["accumulate_grad_batches"])
 
     def _sweep(self) -> dict[str, float]:
@@ -242,7 +243,7 @@ class Director:
 
 
 def _steps(arm: Arm, config: dict[str, Any]) -> int:
-    own = [o.partition("=")[2] for o in arm.overrides if o.startswith("trainer.max_steps=")]
+    own = [o.partition("=")[2] for o in arm.overrides if key_of(o) == "trainer.max_steps"]
     return int(own[-1]) if own else int(config["trainer"]["max_steps"])
 
 
@@ -280,7 +281,7 @@ def _check_said_once(job: Job, settings: Settings, arms: Sequence[Arm]) -> None:
         raise ConfigError("optim.lr and lr_sweep both say the learning rate; leave one out, or say lr_sweep=null.")
     if settings.budget_tokens is None and settings.budget_seconds is None:
         return
-    saying = [arm.name for arm in arms if any(o.startswith("trainer.max_steps=") for o in arm.overrides)]
+    saying = [arm.name for arm in arms if says(arm.overrides, "trainer.max_steps")]
     if job.names("trainer.max_steps") or saying:
         where = f"variants.{saying[0]}.trainer.max_steps" if saying else "trainer.max_steps"
         raise ConfigError(f"budget and {where} both say how long a run is; leave one of them out.")

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pkm_lightning.cli.assembly import assemble, complete
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.job import Job, plain, searchpath_overrides
-from pkm_lightning.compare.overrides import last_of_each
+from pkm_lightning.compare.overrides import key_of, last_of_each
 from pkm_lightning.compare.plan import Arm, dense_arm, ladder_arms, plan_arms
 from pkm_lightning.compare.settings import COMPARE_KEYS, SET_BY_COMPARE, Settings
 from pkm_lightning.errors import ConfigError, PkmError
@@ -32,7 +32,7 @@ def base_overrides(job: Job) -> list[str]:
     """
     base = []
     for override in job.overrides:
-        key = override.split("=")[0].lstrip("+~")
+        key = key_of(override)
         if key in SET_BY_COMPARE:
             raise ConfigError(f"{override}: compare sets {key} of each run itself; say {SET_BY_COMPARE[key]}.")
         if key.split(".")[0] not in _OF_THE_COMMAND or key.startswith("ffn."):

@@ -13,6 +13,7 @@ from pkm_lightning.cli.assembly import complete, make_callbacks, make_trainer
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import check_content, checkpoint_config, load_checkpoint, saved_config
 from pkm_lightning.cli.run_directory import latest_checkpoint
+from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.export import map_checkpoint
@@ -141,7 +142,7 @@ def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
     """The saved configuration with the command's own keys on top."""
     merged = OmegaConf.create(saved)
     for override in job.overrides:
-        key = override.lstrip("+~").split("=")[0]
+        key = key_of(override)
         root = key.split(".")[0].split("@")[0]
         if root in _FIXED and key not in _FREE:
             raise ConfigError(f"{override}: the saved configuration of a run wins; {root} cannot be changed here.")

@@ -23,6 +23,7 @@ from pkm_lightning.cli.outside import Decision, Outside, check_world, join
 from pkm_lightning.cli.resume import differences, is_spread, load_checkpoint, saved_config, spread_anew
 from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
 from pkm_lightning.cli.summary import print_summary
+from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import ConfigError, DataError, RankLostError, RunDirectoryError
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
@@ -96,7 +97,7 @@ def _take_up(
     job: Job, path: Path, config: dict[str, Any], data: L.LightningDataModule
 ) -> tuple[dict[str, Any], L.LightningDataModule]:
     """The saved configuration, if the command says nothing else than over what the run is spread from now on."""
-    keys = [o.split("=")[0].lstrip("+~") for o in job.overrides]
+    keys = [key_of(override) for override in job.overrides]
     said = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
     only_spread = all(map(is_spread, said))
     # What is run then is the saved configuration, not the command's.

@@ -19,6 +19,7 @@ from typing import Any
 from pkm_lightning.compare.comparison_file import Comparison, sweep_settings
 from pkm_lightning.compare.costs import cost
 from pkm_lightning.compare.leaves import leaves, portable_leaves
+from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.compare.records import Run
 
 #: Shares by which lengths of runs may differ: tokens of one seed, and tokens of several seeds, or seconds.
@@ -171,7 +172,7 @@ def _said_by(key: str, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     saying = []
     for comparison in comparisons:
         for arm, overrides in comparison.arms.items():
-            said = [override.split("=")[0].lstrip("+~").replace("/", ".") for override in overrides]
+            said = [key_of(override).replace("/", ".") for override in overrides]
             if any(key == own or key.startswith(f"{own}.") for own in said):
                 saying.append(arm)
     return tuple(dict.fromkeys(saying))

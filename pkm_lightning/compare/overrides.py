@@ -15,6 +15,16 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+def key_of(override: str) -> str:
+    """What an override is about, however it is written: `++optim.lr=1` and `~optim.lr` about `optim.lr`."""
+    return override.split("=")[0].lstrip("+~")
+
+
+def says(overrides: Iterable[str], key: str) -> bool:
+    """One of `overrides` is about `key`."""
+    return any(key_of(override) == key for override in overrides)
+
+
 def last_of_each(overrides: Iterable[str]) -> tuple[str, ...]:
     """Of several overrides of one key the last: Hydra refuses a group that is chosen twice."""
     return tuple({override.split("=")[0].lstrip("+"): override for override in overrides}.values())

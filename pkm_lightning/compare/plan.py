@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pkm_lightning.compare.overrides import as_overrides, last_of_each
+from pkm_lightning.compare.overrides import as_overrides, key_of, last_of_each, says
 from pkm_lightning.compare.settings import SET_BY_COMPARE, Settings, SweepSettings, check_name
 from pkm_lightning.errors import ConfigError
 
@@ -76,12 +76,12 @@ def plan_arms(ffns: Sequence[str], settings: Settings) -> list[Arm]:
     for arm in arms:
         check_name(arm.name)
         for override in arm.overrides:
-            key = override.split("=")[0].lstrip("+~")
+            key = key_of(override)
             if key in SET_BY_COMPARE:
                 raise ConfigError(
                     f"variants.{arm.name}.{key}: compare sets {key} of each run itself; say {SET_BY_COMPARE[key]}."
                 )
-        if settings.sweep and any(override.lstrip("+").startswith("optim.lr=") for override in arm.overrides):
+        if settings.sweep and says(arm.overrides, "optim.lr"):
             raise ConfigError(f"variants.{arm.name} sets optim.lr, and lr_sweep tries others; leave one of them out.")
     return arms
 

@@ -97,7 +97,7 @@ def test_a_refused_command_changes_nothing(
     assert not (tmp_path / "out" / "speed").exists()
 
 
-def test_what_is_refused_or_held_by_others_costs_nothing_of_an_earlier_comparison(compare: Run, tmp_path: Path) -> None:
+def test_a_refused_command_that_would_start_afresh_removes_nothing(compare: Run, tmp_path: Path) -> None:
     assert compare("ffn=dense", "seeds=1", "warm_up=false", "trainer.max_steps=10").code == 0
     refused = compare("ffn=dense", "seeds=1", "resume=never", "budget.tokens=1")
     assert "is less than a step" in refused.err
@@ -173,7 +173,12 @@ def test_never_waits_for_who_has_a_run_and_leaves_a_comparison(compare: Run, tmp
 
 
 @pytest.mark.parametrize(
-    "said", [["trainer.max_steps=9"], ["+variants.b={ffn: dense, trainer.max_steps: 9}"]], ids=["command", "variant"]
+    "said",
+    [
+        ["trainer.max_steps=9"],
+        *([f"+variants.b={{ffn: dense, {key}: 9}}"] for key in ("trainer.max_steps", "++trainer.max_steps")),
+    ],
+    ids=["command", "variant", "variant, forced"],
 )
 def test_a_length_is_said_once(compare: Run, tmp_path: Path, said: list[str]) -> None:
     refused = compare("ffn=dense", "budget.tokens=4e3", *said)
