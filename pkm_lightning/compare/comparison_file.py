@@ -17,15 +17,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pkm_lightning.compare.settings import SweepSettings
 from pkm_lightning.errors import RunDirectoryError
 from pkm_lightning.storage import write_beside
 
 NAME = "compare.json"
 SCHEMA = 1
+_ASKED_OF_SWEEP = tuple(field.name for field in fields(SweepSettings))
+_FOUND_BY_SWEEP = ("results", "chosen")
 
 
 @dataclass(kw_only=True)
@@ -60,7 +63,7 @@ class Comparison:
         self.failures = dict(earlier.failures)
         self.steps_per_second = {**earlier.steps_per_second, **self.steps_per_second}
         if self.sweep is not None and earlier.sweep is not None:
-            self.sweep = {**self.sweep, **{key: earlier.sweep[key] for key in ("results", "chosen")}}
+            self.sweep = {**self.sweep, **{key: earlier.sweep[key] for key in _FOUND_BY_SWEEP}}
 
     def add_arms(self, arms: Mapping[str, list[str]], folder: Path) -> None:
         """More arms, or the same again.
@@ -106,11 +109,20 @@ def read_comparison(folder: Path) -> Comparison | None:
         if schema != SCHEMA:
             raise RunDirectoryError(f"{file} has schema {schema}; this version reads {SCHEMA}.")
         read = Comparison(**content)
-        if not isinstance(read.arms, dict) or not isinstance(read.failures, dict) or not isinstance(read.command, list):
+        if not _is_whole(read):
             raise TypeError
         return read
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunDirectoryError(f"{file} is damaged; remove it, or choose another out.") from None
+
+
+def _is_whole(read: Comparison) -> bool:
+    """Nothing lacks that is read without asking."""
+    sweep = {} if read.sweep is None else read.sweep
+    if read.sweep is not None and not {*_ASKED_OF_SWEEP, *_FOUND_BY_SWEEP} <= sweep.keys():
+        return False
+    tables = [read.arms, read.failures, *(sweep[key] for key in _FOUND_BY_SWEEP if key in sweep)]
+    return isinstance(read.command, list) and all(isinstance(table, dict) for table in tables)
 
 
 def _difference(earlier: Comparison, now: Comparison) -> str:
@@ -128,5 +140,5 @@ def sweep_settings(sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What a sweep was asked to do, without what it found."""
     if sweep is None:
         return None
-    said = {key: value for key, value in sweep.items() if key not in ("results", "chosen")}
+    said = {key: value for key, value in sweep.items() if key not in _FOUND_BY_SWEEP}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}

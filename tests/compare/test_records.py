@@ -160,7 +160,10 @@ def test_a_lock_of_this_process_is_no_other_process(tmp_path: Path) -> None:
         assert run_state(folder) == "finished"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99}', '{"schema": 1, "colour": "red"}'])
+_NO_SWEEP = '{"schema": 1, "command": [], "base": [], "sweep": {"results": {}}}'
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99}', '{"schema": 1, "colour": "red"}', _NO_SWEEP])
 def test_a_damaged_comparison_is_refused(tmp_path: Path, content: str) -> None:
     FakeRun("a", 1).write(tmp_path)
     (tmp_path / "compare.json").write_text(content)
