@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -212,9 +213,23 @@ def test_a_damaged_file_costs_its_run_alone(
     report.write_report(study, tmp_path / "report")
 
 
-def test_answers_that_were_cut_short_are_no_figures(tmp_path: Path) -> None:
+def _with_one_answer_turned(lines: list[str]) -> list[str]:
+    place = lines[0].split(",").index("exact")
+    cells = lines[1].split(",")
+    cells[place] = "0" if cells[place] == "1" else "1"
+    return [lines[0], ",".join(cells), *lines[2:]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda lines: lines[:6], lambda lines: [*lines, *lines[1:]], _with_one_answer_turned],
+    ids=["cut short", "each twice", "one turned"],
+)
+def test_answers_that_contradict_the_record_are_no_figures(
+    tmp_path: Path, damage: Callable[[list[str]], list[str]]
+) -> None:
     file = FakeRun("a", 1).write(tmp_path) / "recall.csv"
-    file.write_text("\n".join(file.read_text().splitlines()[:6]) + "\n")
+    file.write_text("\n".join(damage(file.read_text().splitlines())) + "\n")
     (run,), _ = read_runs([tmp_path])
     assert run.failure == "its files are damaged (recall.csv and run.json differ about paraphrase)"
 
