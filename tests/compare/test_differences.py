@@ -123,7 +123,8 @@ def test_rates_of_two_sweeps_that_tried_different_things_are_no_equal_procedure(
 
 
 def test_a_sweep_under_other_conditions_is_told(tmp_path: Path) -> None:
-    sweep = {"learning_rates": [0.003, 0.006], "results": {}, "chosen": {"a": 0.006, "b": 0.006}}
+    asked = {"learning_rates": [0.003, 0.006], "seeds": [1001], "data_seed": 1000, "metric": "test/loss"}
+    sweep = {**asked, "results": {}, "chosen": {"a": 0.006, "b": 0.006}}
     Comparison(command=[], base=[], arms={"a": [], "b": []}, seeds=[1], sweep=sweep).save(tmp_path)
     for arm in ("a", "b"):
         FakeRun(arm, 1).write(tmp_path / "runs")
