@@ -23,7 +23,7 @@ from pkm_lightning.compare.budget import steps_of_tokens
 from pkm_lightning.compare.calibration import measured_speeds, warm_up
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
 from pkm_lightning.compare.live_table import LiveTable
-from pkm_lightning.compare.overrides import key_of, says
+from pkm_lightning.compare.overrides import says
 from pkm_lightning.compare.plan import Arm, PlannedRun, plan_runs, plan_sweep, with_steps
 from pkm_lightning.compare.processes import STARTED, Ended, Processes
 from pkm_lightning.compare.report import write_report
@@ -243,7 +243,8 @@ class Director:
 
 
 def _steps(arm: Arm, config: dict[str, Any]) -> int:
-    own = [o.partition("=")[2] for o in arm.overrides if key_of(o) == "trainer.max_steps"]
+    # What a variant says is in its configuration; what a budget has come to is the last of its overrides alone.
+    own = [o.partition("=")[2] for o in arm.overrides if o.startswith("trainer.max_steps=")]
     return int(own[-1]) if own else int(config["trainer"]["max_steps"])
 
 

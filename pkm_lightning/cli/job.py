@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pkm_lightning.cli.composition_errors import explain
-from pkm_lightning.compare.overrides import quoted, says
+from pkm_lightning.compare.overrides import key_of, quoted, says
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, PkmError
 
@@ -141,7 +141,7 @@ def _leave_comparison(job: Job) -> None:
         return
     with open_dict(job.config):
         for key in COMPARE_KEYS:
-            if key in job.config and any(o.lstrip("+~").split("=")[0].split(".")[0] == key for o in job.overrides):
+            if key in job.config and any(key_of(o).split(".")[0] == key for o in job.overrides):
                 raise ConfigError(f"{key} is for compare, not for {job.verb}; leave it out.")
             job.config.pop(key, None)
 

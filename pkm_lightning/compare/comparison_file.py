@@ -118,10 +118,11 @@ def read_comparison(folder: Path) -> Comparison | None:
 
 def _is_whole(read: Comparison) -> bool:
     """Nothing lacks that is read without asking."""
-    sweep = {} if read.sweep is None else read.sweep
-    if read.sweep is not None and not {*_ASKED_OF_SWEEP, *_FOUND_BY_SWEEP} <= sweep.keys():
-        return False
-    tables = [read.arms, read.failures, *(sweep[key] for key in _FOUND_BY_SWEEP if key in sweep)]
+    tables = [read.arms, read.failures]
+    if read.sweep is not None:
+        if not {*_ASKED_OF_SWEEP, *_FOUND_BY_SWEEP} <= read.sweep.keys():
+            return False
+        tables += [read.sweep[key] for key in _FOUND_BY_SWEEP]
     return isinstance(read.command, list) and all(isinstance(table, dict) for table in tables)
 
 

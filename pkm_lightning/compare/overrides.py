@@ -26,7 +26,7 @@ def says(overrides: Iterable[str], key: str) -> bool:
 
 
 def last_of_each(overrides: Iterable[str]) -> tuple[str, ...]:
-    """Of several overrides of one key the last: Hydra refuses a group that is chosen twice."""
+    """Of several overrides of one key the last: Hydra refuses a group that is chosen twice. A deletion chooses none."""
     return tuple({override.split("=")[0].lstrip("+"): override for override in overrides}.values())
 
 
