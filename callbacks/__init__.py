@@ -5,6 +5,7 @@ if __name__ != "pkm_lightning.callbacks":
         f"'{__name__}' is pkm_lightning.callbacks; import it by that name: import pkm_lightning.callbacks"
     )
 
+from pkm_lightning.callbacks.diagnostics import Diagnostics
 from pkm_lightning.callbacks.instability import Instability
 from pkm_lightning.callbacks.metrics_csv import MetricsCSV
 from pkm_lightning.callbacks.progress_bar import StepProgressBar
@@ -15,7 +16,9 @@ from pkm_lightning.callbacks.slot_revival import SlotRevival
 from pkm_lightning.callbacks.slot_usage import SlotUsage
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.callbacks.throughput import Throughput
-from pkm_lightning.callbacks.vitals import Vitals
+
+#: The name of `Diagnostics` in the saved configurations of versions before 0.2.
+Vitals = Diagnostics
 
 __all__ = [
     "Instability",
@@ -29,5 +32,5 @@ __all__ = [
     "StepCheckpoint",
     "StepProgressBar",
     "Throughput",
-    "Vitals",
+    "Diagnostics",
 ]

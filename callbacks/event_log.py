@@ -5,7 +5,7 @@
 | step | the optimizer step, counted from 1 |
 | event | what happened; see `pkm_lightning.callbacks.instability` |
 | layer | the layer, or the name of the parameter, that it happened in; null: the whole model |
-| figure | what was looked at: loss, grad_norm_dense, grad_norm_table, or a figure of `callbacks.vitals` |
+| figure | what was looked at: loss, grad_norm_dense, grad_norm_table, or a figure of `callbacks.diagnostics` |
 | value, threshold | what was found (of a spike its score), and what is allowed; a number, or "nan", "inf", "-inf" |
 | action | what its policy says: warn, skip, rollback, stop; the strongest of a step is done |
 | returned_to | of a rollback: the step whose state training goes back to |

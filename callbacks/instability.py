@@ -7,7 +7,7 @@
 | loss_spike | a loss far above those of the last `window` steps | warn, skip, rollback, stop |
 | gradient_spike | a gradient norm far above those of the window | warn, skip, rollback, stop |
 | weight_not_finite | a parameter, at log steps and before a checkpoint | warn, rollback, stop |
-| limit | a figure of `callbacks.vitals` above its `limits` | warn, rollback, stop |
+| limit | a figure of `callbacks.diagnostics` above its `limits` | warn, rollback, stop |
 
 `warn` writes the event at the next log step; nothing else happens, and no step waits for the device. With any other
 policy for one of the first four, every step waits for a handful of numbers before it is made, of several ranks also for
@@ -30,6 +30,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from pkm_lightning.callbacks.diagnostics import Diagnostics
 from pkm_lightning.callbacks.event_log import Event, EventLog
 from pkm_lightning.callbacks.good_states import GoodStates
 from pkm_lightning.callbacks.policies import POLICIES, Tries, all_policies, check_mapping
@@ -37,10 +38,9 @@ from pkm_lightning.callbacks.spikes import SpikeWindow
 from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
 from pkm_lightning.callbacks.step_events import FLOORS, RELATIVE_FLOORS, STEP_EVENTS, StepEvents
 from pkm_lightning.callbacks.stopwatch import step_logs
-from pkm_lightning.callbacks.vitals import Vitals
 from pkm_lightning.errors import ConfigError, InstabilityError, check_choice, check_integer, check_range
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.vitals import held_weights, largest_values
+from pkm_lightning.training.diagnostics import held_weights, largest_values
 
 _log = logging.getLogger(__name__)
 #: Fewer steps have no spread to speak of.
@@ -58,7 +58,7 @@ class Instability(L.Callback):
         threshold: robust z-score from which on a step is a spike; see `SpikeWindow`.
         policies: a policy for each event of the table above; events left out are warned of. `weight_not_finite`, left
             out or None, goes with `loss_not_finite`: rollback as that, stop for its stop or skip.
-        limits: highest values of `callbacks.vitals`, by name; None: none.
+        limits: highest values of `callbacks.diagnostics`, by name; None: none.
         restore: where rollback finds a state: `memory` (a copy in host memory, of two states, each as large as a
             checkpoint) or `disk` (the last checkpoint).
         keep_every_n_steps: steps between states in memory.
@@ -135,8 +135,8 @@ class Instability(L.Callback):
                 "callbacks.instability.restore=disk needs callbacks.step_checkpoint, which is off; turn it on, or say "
                 "callbacks.instability.restore=memory."
             )
-        if self.limits and not callbacks.get("vitals"):
-            _log.warning("callbacks.instability.limits are not watched, since callbacks.vitals is off")
+        if self.limits and not (callbacks.get("diagnostics") or callbacks.get("vitals")):
+            _log.warning("callbacks.instability.limits are not watched, since callbacks.diagnostics is off")
 
     # --- the life of a run
 
@@ -240,13 +240,13 @@ class Instability(L.Callback):
             self._note(trainer, Event("weight_not_finite", trainer.global_step, broken[1], layer=broken[0]))
 
     def _check_limits(self, trainer: L.Trainer) -> None:
-        vitals = next((c for c in trainer.callbacks if isinstance(c, Vitals)), None)  # type: ignore[attr-defined]
-        if vitals is None or vitals.step != trainer.global_step:
+        diagnostics = next((c for c in trainer.callbacks if isinstance(c, Diagnostics)), None)  # type: ignore[attr-defined]
+        if diagnostics is None or diagnostics.step != trainer.global_step:
             return
-        known = {name for values in vitals.found.values() for name in values}
+        known = {name for values in diagnostics.found.values() for name in values}
         for name, limit in self.limits.items():
             check_choice("callbacks.instability.limits: figure", name, sorted(known))
-            for layer, values in vitals.found.items():
+            for layer, values in diagnostics.found.items():
                 value = float(values[name]) if name in values else limit
                 if not value <= limit:
                     self._note(trainer, Event("limit", trainer.global_step, value, name, layer, limit))

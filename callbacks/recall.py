@@ -17,10 +17,10 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
+from pkm_lightning.inference.recall import ItemScore, score_items, summarise
+from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 from pkm_lightning.storage import write_beside
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.in_step import in_step
-from pkm_lightning.training.recall import ItemScore, score_items, summarise
 
 
 class Recall(L.Callback):
@@ -33,7 +33,7 @@ class Recall(L.Callback):
 
     Attributes:
         scores: each question of the last test.
-        report: their means by form, relation and decile (`pkm_lightning.training.recall.summarise`).
+        report: their means by form, relation and decile (`pkm_lightning.inference.recall.summarise`).
     """
 
     def __init__(self, *, val_items: int, test_items: int | None, path: str | None = None) -> None:
@@ -61,7 +61,7 @@ class Recall(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         items = data.recall_items(limit)
         own = items[trainer.global_rank :: trainer.world_size]
-        with in_step(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
+        with synchronized_forwards(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
             scores = score_items(pl_module.model, data.tokenizer, own, device=pl_module.device) if own else []
         if trainer.world_size == 1:
             return scores

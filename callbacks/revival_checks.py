@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pkm_lightning.build.instantiate import target_class
 from pkm_lightning.callbacks.slot_usage import SlotUsage
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.training.instantiate import target_class
 
 _KEY = "callbacks.slot_revival"
 

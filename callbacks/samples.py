@@ -14,9 +14,9 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pkm_lightning.errors import ConfigError, check_integer
+from pkm_lightning.inference.generation import greedy
+from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.generation import greedy
-from pkm_lightning.training.in_step import in_step
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Samples(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         own = [prompt for prompt, _ in self._asked] if trainer.is_global_zero else []
-        with in_step(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
+        with synchronized_forwards(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
             answers = greedy(
                 pl_module.model, tokenizer, own, device=pl_module.device, max_new_tokens=self.max_new_tokens
             )

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkm_lightning.training.step_watch import Traces
-from pkm_lightning.training.usage_counters import UsageCounters
+from pkm_lightning.model import Traces
+from pkm_lightning.usage.counters import UsageCounters
 
 _LARGEST_SIDE = 1024
 _CURVE = (240, 360)

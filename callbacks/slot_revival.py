@@ -34,9 +34,9 @@ from pkm_lightning.callbacks.stopwatch import step_will_log
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.revival import Revival, addressing_of, learns
-from pkm_lightning.training.revival_history import RevivalHistory
-from pkm_lightning.training.slot_readers import find_readers, find_tables
+from pkm_lightning.usage.revival import Revival, addressing_of, learns
+from pkm_lightning.usage.revival_history import RevivalHistory
+from pkm_lightning.usage.slot_readers import find_readers, find_tables
 
 _KEY = "callbacks.slot_revival"
 

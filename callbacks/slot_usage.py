@@ -2,7 +2,7 @@
 
 Metrics, each `every_n_steps`, over all ranks: `train/usage/NAME/FIGURE`, where NAME is a layer's reads (`layer3.slot`,
 `layer3.expert`, `layer3.variant.slot`; `layer3.virtual`: UltraMem's virtual slots) or a table that several layers share
-(`table0`: their sum). FIGURE is, over a window of the last steps (`pkm_lightning.training.slot_metrics` has the
+(`table0`: their sum). FIGURE is, over a window of the last steps (`pkm_lightning.usage.slot_metrics` has the
 formulas), `used_percent`, `kl_count`, `kl_weight`, `gini`, `top50`, `top90`, `top99`; `kl_rows` and `kl_columns` where
 a slot is a pair of sub-keys; `dead`, slots without a read for `dead_after` steps; and `effective`, slots within one
 read, mean over the window's log steps. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns`, by head,
@@ -10,7 +10,7 @@ and with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead`. Wei
 
 The window is cut into two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them
 at its every multiple. It and `dead` count the steps that were watched: those that a rollback repeats count again. The
-figures since the start are in usage.json (`pkm_lightning.training.usage_figures.report`), on the screen when training
+figures since the start are in usage.json (`pkm_lightning.usage.figures.report`), on the screen when training
 ends, and in TensorBoard's panels (`slot_panels`).
 """
 
@@ -31,12 +31,12 @@ from pkm_lightning.callbacks.step_checkpoint import RunInterrupted
 from pkm_lightning.callbacks.stopwatch import in_training
 from pkm_lightning.callbacks.usage_report import print_report, write_report
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
+from pkm_lightning.model import Traces
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.head_counts import PerHead
-from pkm_lightning.training.slot_readers import find_readers
-from pkm_lightning.training.step_watch import Traces
-from pkm_lightning.training.usage_counters import UsageCounters
-from pkm_lightning.training.usage_figures import logged, report
+from pkm_lightning.usage.counters import UsageCounters
+from pkm_lightning.usage.figures import logged, report
+from pkm_lightning.usage.head_counts import PerHead
+from pkm_lightning.usage.slot_readers import find_readers
 
 _KEY = "callbacks.slot_usage"
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pkm_lightning.callbacks.event_log import Event
 from pkm_lightning.callbacks.spikes import SpikeWindow
 
-#: The figures that are watched; see `pkm_lightning.training.step_watch.StepWatch`.
+#: The figures that are watched; see `pkm_lightning.training.step.StepWatch`.
 SERIES = ("loss", "grad_norm_dense", "grad_norm_table")
 #: Least deviation of each that counts: of the loss in parts of its median, of the logarithms of norms by itself.
 RELATIVE_FLOORS, FLOORS = (0.01, 0.0, 0.0), (0.0, 0.01, 0.01)

@@ -1,6 +1,6 @@
 """Slot usage at the end of training: usage.json, and a table on the screen.
 
-What usage.json holds is said by `pkm_lightning.training.usage_figures.report`.
+What usage.json holds is said by `pkm_lightning.usage.figures.report`.
 """
 
 from __future__ import annotations

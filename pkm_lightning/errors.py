@@ -47,6 +47,14 @@ class RankLostError(PkmError, RuntimeError):
         self.exit_code = exit_code
 
 
+class Interrupted(Exception):
+    """A job was asked to stop, or lost one of its processes, and left everything in order."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the spelling in `choices` that is closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -32,7 +32,7 @@ def ways(config: dict[str, Any], each: bool) -> dict[str, list[str]]:
 def with_callbacks(config: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """`config` with these and the needed callbacks, in its own order."""
     kept = {name: value for name, value in config["callbacks"].items() if name in (*names, *_NEEDED)}
-    if "instability" in kept and "vitals" not in kept:
+    if "instability" in kept and "diagnostics" not in kept:
         kept["instability"] = {**kept["instability"], "limits": None}
     return {**config, "callbacks": kept}
 

@@ -31,8 +31,8 @@ from benchmark_inputs import value_table
 from benchmark_report import conditions
 from torch import Tensor, nn
 
-from pkm_lightning.training.mapped import MappedFile, expect_scattered_reads
-from pkm_lightning.training.safetensors_file import plan
+from pkm_lightning.checkpoints.mapped import MappedFile, expect_scattered_reads
+from pkm_lightning.checkpoints.safetensors import plan
 
 DIM = 1024
 GIB = 2**30

@@ -22,9 +22,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.clipping import clip_by_norm
-from pkm_lightning.training.loss import token_nll
 from pkm_lightning.training.run_record import versions
 
 

@@ -2,7 +2,7 @@
 
     python scripts/plan_scaling.py
 
-Nothing is allocated; every figure is a formula of `pkm_lightning.training.plan`.
+Nothing is allocated; every figure is a formula of `pkm_lightning.capacity`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from pkm_lightning.training.build import build_meta_model
-from pkm_lightning.training.plan import Plan, make_plan
+from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.capacity import Plan, make_plan
 
 GPUS = (8, 64, 256, 1024)
 ROWS = (10**7, 10**8, 10**9)

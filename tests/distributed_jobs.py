@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from toys import config
 from training.fits import loader, rows
 
-from pkm_lightning.callbacks import Vitals
+from pkm_lightning.callbacks import Diagnostics
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.errors import CheckpointError, DataError
 from pkm_lightning.training import LanguageModule
@@ -285,7 +285,7 @@ def repeat(overrides: list[str], kept_at: int) -> list[str]:
     return different + ["schedule"] * (first._schedules != again._schedules) + ["step"] * (first.step != again.step)
 
 
-def watch_vitals(overrides: list[str]) -> dict[str, float]:
-    """What the last of three steps logs of the model's vitals."""
-    seen = fit(settings(*overrides, steps=3), 3, watching=[Vitals(rows=1)])[2]
+def watch_diagnostics(overrides: list[str]) -> dict[str, float]:
+    """What the last of three steps logs of the model's diagnostics."""
+    seen = fit(settings(*overrides, steps=3), 3, watching=[Diagnostics(rows=1)])[2]
     return {name: value for name, value in seen[-1].items() if "vitals" in name}

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from toys import VOCAB
 from training.fits import loader
 
-from pkm_lightning.callbacks import Instability, RunInterrupted, StepCheckpoint, vitals
+from pkm_lightning.callbacks import Instability, RunInterrupted, StepCheckpoint, diagnostics
 from pkm_lightning.cli.assembly import make_trainer
+from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.loss import token_nll
-from pkm_lightning.training.vitals import held_weights
+from pkm_lightning.training.diagnostics import held_weights
 
 STEPS = 160
 AT = 80
@@ -189,7 +189,7 @@ def extreme_of_ranks() -> list[float]:
         "c_max": torch.tensor(1.0 + dist.get_rank()),
     }
     module: Any = SimpleNamespace(trainer=SimpleNamespace(world_size=2), device=torch.device("cpu"))
-    return [float(value) for value in vitals._over_ranks({0: values}, module)[0].values()]
+    return [float(value) for value in diagnostics._over_ranks({0: values}, module)[0].values()]
 
 
 def stop_one_rank(overrides: list[str], path: str) -> str:

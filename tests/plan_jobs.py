@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from traffic import Received
 from training.fits import loader
 
+from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.capacity import Plan, make_plan
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.build import build_meta_model
-from pkm_lightning.training.plan import Plan, make_plan
 
 STEPS = 3
 LENGTH = 6  # tokens a row of `batches`

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from small import SMALL_RUN
 
-from pkm_lightning.training.sharded_checkpoint import SavedTensors
+from pkm_lightning.checkpoints.sharded import SavedTensors
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:

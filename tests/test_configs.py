@@ -11,12 +11,12 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tree import ROOT
 
+from pkm_lightning.build.model import attention_context, build_meta_model
 from pkm_lightning.cli.assembly import assemble, complete
 from pkm_lightning.compare.plan import plan_arms
 from pkm_lightning.compare.settings import read_settings
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.build import attention_context, build_meta_model
 
 CONFIGS = ROOT / "configs"
 # What experiments have in common is no choice of its own.

@@ -20,8 +20,8 @@ from training.fits import loader, rows
 
 from pkm_lightning.callbacks import SlotUsage
 from pkm_lightning.cli.assembly import make_trainer
+from pkm_lightning.data.batch import NO_TARGET
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.loss import NO_TARGET
 
 Micro = tuple[dict[str, torch.Tensor], torch.Tensor]
 

@@ -11,15 +11,15 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
+from pkm_lightning.build.instantiate import instantiate, target_class
+from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.callbacks import Instability, MetricsCSV, RunRecord, StepCheckpoint
+from pkm_lightning.capacity import check_setting
+from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.strategies import PortableCheckpoints
-from pkm_lightning.training.build import build_meta_model
-from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
-from pkm_lightning.training.instantiate import instantiate, target_class
 from pkm_lightning.training.optimizer import configured_schedule
-from pkm_lightning.training.plan import check_setting
-from pkm_lightning.training.sizing import solve_size
 from pkm_lightning.training.table_learning import check_learning
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.cli.comparison_arms import arm_config, base_overrides, make_arms
 from pkm_lightning.cli.job import Interrupted, Job, plain
 from pkm_lightning.compare.budget import steps_of_tokens
@@ -33,7 +34,6 @@ from pkm_lightning.compare.study import Study, make_study
 from pkm_lightning.compare.sweep import check_swept, choose_rates
 from pkm_lightning.errors import ConfigError, RunDirectoryError, check_choice
 from pkm_lightning.storage import hold
-from pkm_lightning.training.instantiate import instantiate
 
 _log = logging.getLogger(__name__)
 #: Validations over a run whose length the budget decides.

@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from pkm_lightning.build.model import attention_context, build_meta_model
 from pkm_lightning.cli.assembly import assemble, complete
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.job import Job, plain, searchpath_overrides
@@ -18,7 +19,6 @@ from pkm_lightning.compare.plan import Arm, dense_arm, ladder_arms, plan_arms
 from pkm_lightning.compare.settings import COMPARE_KEYS, SET_BY_COMPARE, Settings
 from pkm_lightning.errors import ConfigError, PkmError
 from pkm_lightning.model import model_cost
-from pkm_lightning.training.build import attention_context, build_meta_model
 
 #: Keys of this command that no run is told.
 _OF_THE_COMMAND = (*COMPARE_KEYS, "out", "resume", "format", "ffn", "trust_config")

@@ -9,18 +9,18 @@ import lightning as L
 from omegaconf import OmegaConf
 
 from pkm_lightning.callbacks import Recall, StepProgressBar
+from pkm_lightning.checkpoints.export import map_checkpoint
+from pkm_lightning.checkpoints.latest import latest_checkpoint
+from pkm_lightning.checkpoints.mapped import expect_scattered_reads
+from pkm_lightning.checkpoints.safetensors import looks_like_safetensors, read_exported
+from pkm_lightning.checkpoints.sharded import SavedTensors
+from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import complete, make_callbacks, make_trainer
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import check_content, checkpoint_config, load_checkpoint, saved_config
-from pkm_lightning.cli.run_directory import latest_checkpoint
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.export import map_checkpoint
-from pkm_lightning.training.mapped import expect_scattered_reads
-from pkm_lightning.training.safetensors_file import looks_like_safetensors, read_exported
-from pkm_lightning.training.sharded_checkpoint import SavedTensors
-from pkm_lightning.training.tokenizer_check import check_tokenizer
 
 #: What a saved run is; a command that evaluates it cannot change it.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pkm_lightning.checkpoints.export import WeightSource, texts_of, write
+from pkm_lightning.checkpoints.safetensors import looks_like_safetensors
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.resume import check_content
 from pkm_lightning.errors import CheckpointError, ConfigError, check_flag
-from pkm_lightning.training.export import WeightSource, texts_of, write
-from pkm_lightning.training.safetensors_file import looks_like_safetensors
 
 
 def run(job: Job) -> None:

@@ -15,19 +15,20 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from pkm_lightning.build.model import attention_context, build_meta_model
 from pkm_lightning.callbacks import RunInterrupted, StepCheckpoint
+from pkm_lightning.checkpoints.latest import latest_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble, complete
-from pkm_lightning.cli.job import Interrupted, Job, plain
-from pkm_lightning.cli.lost_ranks import in_words, last_words, losses_ended, losses_named, watched
-from pkm_lightning.cli.outside import Decision, Outside, check_world, join
+from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import differences, is_spread, load_checkpoint, saved_config, spread_anew
-from pkm_lightning.cli.run_directory import RunDirectory, latest_checkpoint
+from pkm_lightning.cli.run_directory import RunDirectory
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
-from pkm_lightning.errors import ConfigError, DataError, RankLostError, RunDirectoryError
+from pkm_lightning.errors import ConfigError, DataError, Interrupted, RankLostError, RunDirectoryError
 from pkm_lightning.model import model_cost
+from pkm_lightning.supervision.external_ranks import Decision, Outside, check_world, join
+from pkm_lightning.supervision.rank_failures import in_words, last_words, losses_ended, losses_named, watched
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.build import attention_context, build_meta_model
 from pkm_lightning.training.run_record import now, reset_peak_memory, start_record
 
 _log = logging.getLogger(__name__)

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pkm_lightning.build.model import attention_context, build_meta_model, placed_layers
+from pkm_lightning.build.sizing import sized_knob
 from pkm_lightning.cli.assembly import complete
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.plan_rows import describe_plan, plan_rows
@@ -16,9 +18,7 @@ from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.cli.variants import compose_variant
 from pkm_lightning.errors import ConfigError, PkmError, check_choice
 from pkm_lightning.model import model_cost
-from pkm_lightning.training.build import attention_context, build_meta_model, placed_layers
 from pkm_lightning.training.run_record import start_record
-from pkm_lightning.training.sizing import sized_knob
 from pkm_lightning.training.table_learning import optimizer_state_bytes
 
 

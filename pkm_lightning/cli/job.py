@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.compare.overrides import key_of, quoted, says
 from pkm_lightning.compare.settings import COMPARE_KEYS
-from pkm_lightning.errors import ConfigError, PkmError
+from pkm_lightning.errors import ConfigError, Interrupted, PkmError
 
 _RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 
@@ -34,14 +34,6 @@ class JobFailure:
 
     message: str
     exit_code: int
-
-
-class Interrupted(Exception):
-    """A job was asked to stop, or lost one of its processes, and left everything in order."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 class Job:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pkm_lightning.training.plan import check_memory, make_plan
+from pkm_lightning.capacity import check_memory, make_plan
 
 if TYPE_CHECKING:
+    from pkm_lightning.capacity import Plan
     from pkm_lightning.model import Transformer
-    from pkm_lightning.training.plan import Plan
 
 _HELD = {
     "dense_weights": "  dense weights, embedding included",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import yaml
 
+from pkm_lightning.build.instantiate import check_trusted
+from pkm_lightning.checkpoints.sharded import SavedTensors
 from pkm_lightning.compare.leaves import OF_THE_MACHINE, OF_THE_SITTING, leaves, moved
 from pkm_lightning.errors import CheckpointError, RunDirectoryError
-from pkm_lightning.training.instantiate import check_trusted
-from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
 #: Keys that say where a run is spread and what is there: it may go on elsewhere. `devices` counts as `trainer.devices`.
 _SPREAD = (

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import yaml
 
+from pkm_lightning.checkpoints.latest import latest_checkpoint
 from pkm_lightning.errors import RunDirectoryError, check_choice
 from pkm_lightning.storage import hold, write_beside
 
@@ -132,9 +133,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of `run_dir` with the highest step."""
-    found = sorted((run_dir / "checkpoints").glob("step-*.ckpt"))
-    return found[-1] if found else None

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pkm_lightning.callbacks import Recall
-from pkm_lightning.training.recall import ItemScore
+from pkm_lightning.inference.recall import ItemScore
 
 #: Form, and how a reader calls it.
 _FORMS = (

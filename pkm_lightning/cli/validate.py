@@ -9,8 +9,8 @@ from rich.table import Table
 
 from pkm_lightning.cli.evaluation import SavedRun
 from pkm_lightning.cli.job import Job
-from pkm_lightning.cli.lost_ranks import watched_evaluation
 from pkm_lightning.storage import write_beside
+from pkm_lightning.supervision.rank_failures import watched_evaluation
 
 
 def run(job: Job) -> float | None:

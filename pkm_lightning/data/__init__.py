@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pkm_lightning.data.batch import IGNORE, Batch
+    from pkm_lightning.data.batch import NO_TARGET, Batch
     from pkm_lightning.data.datamodule import LoaderOptions, TokenDataModule
     from pkm_lightning.data.facts import FactsDataModule
     from pkm_lightning.data.jsonl import JsonlDataModule
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pkm_lightning.data.tokenizer import Tokenizer
 
 _HOMES = {
-    "IGNORE": "batch",
+    "NO_TARGET": "batch",
     "Batch": "batch",
     "FactsDataModule": "facts",
     "JsonlDataModule": "jsonl",
@@ -30,7 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "IGNORE",
+    "NO_TARGET",
     "Batch",
     "FactsDataModule",
     "JsonlDataModule",

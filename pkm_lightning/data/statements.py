@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pkm_lightning.data.batch import IGNORE, Batch, filler, to_batch, token_dtype
+from pkm_lightning.data.batch import NO_TARGET, Batch, filler, to_batch, token_dtype
 from pkm_lightning.errors import ConfigError
 
 
@@ -106,11 +106,11 @@ class StatementRows:
         place = np.repeat(row_S, len_S), np.repeat(column_S, len_S) + within_N
         target_N = store.tokens[source_N + 1].astype(np.int64)
         if self._answer_only:
-            target_N[within_N + 1 < np.repeat(store.answer_starts[ids_S], len_S)] = IGNORE
+            target_N[within_N + 1 < np.repeat(store.answer_starts[ids_S], len_S)] = NO_TARGET
 
         shape = (len(keys), width)
         input_BT = np.full(shape, self._pad_id, dtype=np.int64)
-        labels_BT = np.full(shape, IGNORE, dtype=np.int64)
+        labels_BT = np.full(shape, NO_TARGET, dtype=np.int64)
         docs_BT = np.full(shape, -1, dtype=np.int64)
         input_BT[place] = store.tokens[source_N]
         labels_BT[place] = target_N

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pkm_lightning.data.batch import IGNORE, Batch, filler, to_batch, token_dtype
+from pkm_lightning.data.batch import NO_TARGET, Batch, filler, to_batch, token_dtype
 from pkm_lightning.data.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS = 20_000
@@ -57,7 +57,7 @@ class WindowRows:
         tokens = self._tokens[np.asarray(keys)[:, None] * self._seq_len + columns].astype(np.int64)
         input_BT, labels_BT = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         is_end_BT = input_BT == self._eos_id
-        labels_BT[is_end_BT] = IGNORE
+        labels_BT[is_end_BT] = NO_TARGET
         docs_BT = np.cumsum(is_end_BT, axis=1) - is_end_BT
         return to_batch(input_BT, labels_BT, docs_BT)
 

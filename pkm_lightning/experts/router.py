@@ -38,7 +38,7 @@ class Router(nn.Module):
         """N(0, 1/dim): logits of about unit variance for normalised inputs."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def vitals(self, logits_TE: Tensor, x_TD: Tensor) -> dict[str, Tensor]:
+    def diagnostics(self, logits_TE: Tensor, x_TD: Tensor) -> dict[str, Tensor]:
         """`router_logit_max`: the largest absolute logit; `router_top`: mean of a token's largest probability."""
         return {
             "router_logit_max": logits_TE.abs().amax(),

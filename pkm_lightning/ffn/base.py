@@ -8,7 +8,8 @@ Optional members: `cost() -> FFNCost`, `reads() -> list[TableRead]`, `slots() ->
 `after_step(stats)`, the class method `table_spec(**arguments) -> TableSpec` (asked for before construction when the
 constructor takes a `table`; the arguments are `dim`, `n_layers` and the YAML's), and `parameter_roles`, a dict from own
 parameter names to roles (`table`, `norm`, `bias`, `embedding`, `matrix`). Any module in it may have
-`vitals(output, *inputs) -> dict[str, Tensor]`: scalars to look at now and then, of what its forward was given and gave.
+`diagnostics(output, *inputs) -> dict[str, Tensor]`: scalars to look at now and then, of the inputs and the output of
+its forward.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class Addressing(nn.Module):
             losses["entropy"] = entropy * (cure.entropy_loss(p_2HS[0]) + cure.entropy_loss(p_2HS[1])) / 2
         return losses
 
-    def vitals(self, output: Addresses, x_TD: Tensor, valid_T: Tensor | None = None) -> dict[str, Tensor]:
+    def diagnostics(self, output: Addresses, x_TD: Tensor, valid_T: Tensor | None = None) -> dict[str, Tensor]:
         """Norms of half queries and sub-keys, extremes of the scores read, and how far the weights are saturated.
 
         `query_norm`, `key_norm`: mean L2 norms, as the scores use them; `score_max`, `score_min`; `weight_top`: mean

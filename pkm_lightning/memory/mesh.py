@@ -12,7 +12,8 @@ number of its devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,6 +121,23 @@ class TableMesh:
         mine = torch.tensor([own], dtype=torch.int64, device="cpu")
         gather_into(numbers, mine, self._groups["cpu"][1])
         return tuple(numbers.tolist())
+
+
+def table_members(table: Mapping[str, Any], world: int, node: int) -> int:
+    """Ranks that share one copy of a table.
+
+    Raises:
+        ConfigError: a group that does not divide the ranks, or an unknown word.
+    """
+    shard = str(table.get("shard", "none"))
+    if shard not in SHARDS:
+        raise ConfigError(f"table.shard={shard!r} is not known; allowed: {', '.join(SHARDS)}.")
+    members = 1 if shard == "none" else group_size(table.get("group", "world"), world, node)
+    # A run of one process has no groups, whatever is configured for several.
+    if world == 1:
+        return 1
+    check_members(shard, members, world)
+    return members
 
 
 def group_size(group: str | int, world: int, node: int) -> int:

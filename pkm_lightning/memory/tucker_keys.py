@@ -143,7 +143,7 @@ class TuckerKeys(nn.Module):
         ids_THK = (row_HTK * self.n_keys + column_HTK).int().transpose(0, 1).contiguous()
         return TuckerRead(scores_HTCK.transpose(0, 1), ids_THK, row_HTS, column_HTS)
 
-    def vitals(self, output: TuckerRead, x_TD: Tensor) -> dict[str, Tensor]:
+    def diagnostics(self, output: TuckerRead, x_TD: Tensor) -> dict[str, Tensor]:
         """`query_norm`, `key_norm`: mean L2 norms, as the scores use them; `score_max`, `score_min` of the slots read;
         `weight_top`: mean share of a read's largest absolute score in the read."""
         q_TXE = half_norm(self.query_norm, self.query(x_TD).float().unflatten(-1, (-1, self.key_dim)))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pkm_lightning.ffn import FFNCost, HasCost
-from pkm_lightning.model.initialisation import plugins
+from pkm_lightning.model.placement import plugins
 
 if TYPE_CHECKING:
     from pkm_lightning.memory import ValueTable

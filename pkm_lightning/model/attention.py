@@ -67,7 +67,7 @@ class Attention(nn.Module):
         )
         return self.out(y_BHTC.transpose(1, 2).flatten(2))
 
-    def vitals(self, output: Tensor, x_BTD: Tensor, shared: AttentionInputs) -> dict[str, Tensor]:
+    def diagnostics(self, output: Tensor, x_BTD: Tensor, shared: AttentionInputs) -> dict[str, Tensor]:
         """`attention_logit_max`: the largest `|<q, k>| / sqrt(C)` of a query and a key that it may see."""
         q_BHTC, k_BGTC = self._queries_and_keys(x_BTD, shared)
         k_BHTC = k_BGTC.repeat_interleave(q_BHTC.shape[1] // k_BGTC.shape[1], dim=1)

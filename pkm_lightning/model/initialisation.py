@@ -22,11 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pkm_lightning.model.placement import Beside
+from pkm_lightning.model.placement import plugins
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pkm_lightning.model.transformer import Transformer
 
 
@@ -46,21 +44,6 @@ def initialise(model: Transformer, seed: int) -> None:
                     module.reset_parameters()  # type: ignore[operator]
             else:
                 nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
-
-
-def plugins(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The plugins that a block's FFN holds, with their names below the block: one, or the base and the variant."""
-    if isinstance(ffn, Beside):
-        yield "ffn.base", ffn.base
-        yield "ffn.variant", ffn.variant
-    else:
-        yield "ffn", ffn
-
-
-def of_plugin(plugin: str, reported: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What one of `plugins` has reported: where two stand side by side, `Beside` wrote `base.` or `variant.` before."""
-    prefix = "" if plugin == "ffn" else f"{plugin.removeprefix('ffn.')}."
-    return {name.removeprefix(prefix): value for name, value in reported.items() if name.startswith(prefix)}
 
 
 def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:

@@ -5,7 +5,7 @@ Letters: B sequences, T tokens, D model dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +112,10 @@ class Placement:
 
     def combine(self, base: nn.Module, variant: nn.Module, *, defer: bool) -> nn.Module:
         """The module that a placed layer runs; `defer` hands the variant's part on for a later layer."""
-        return variant if self.mode == "replace" else Beside(base, variant, defer=defer)
+        return variant if self.mode == "replace" else ParallelFFN(base, variant, defer=defer)
 
 
-class Beside(nn.Module):
+class ParallelFFN(nn.Module):
     """A variant beside the base FFN: `y = base(x) + variant(x)`, or the variant's part handed on for a later layer."""
 
     def __init__(self, base: nn.Module, variant: nn.Module, *, defer: bool) -> None:
@@ -146,3 +146,18 @@ def _told_apart(base: dict[str, Tensor], variant: dict[str, Tensor]) -> dict[str
         **{f"base.{name}": value for name, value in base.items()},
         **{f"variant.{name}": value for name, value in variant.items()},
     }
+
+
+def plugins(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The plugins that a block's FFN holds, with their names below the block: one, or the base and the variant."""
+    if isinstance(ffn, ParallelFFN):
+        yield "ffn.base", ffn.base
+        yield "ffn.variant", ffn.variant
+    else:
+        yield "ffn", ffn
+
+
+def of_plugin(plugin: str, reported: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Selects what one of `plugins` has reported: of two in parallel, `ParallelFFN` prefixed `base.` or `variant.`."""
+    prefix = "" if plugin == "ffn" else f"{plugin.removeprefix('ffn.')}."
+    return {name.removeprefix(prefix): value for name, value in reported.items() if name.startswith(prefix)}

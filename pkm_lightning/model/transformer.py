@@ -21,6 +21,9 @@ from pkm_lightning.model.block import Block
 from pkm_lightning.model.initialisation import initialise
 from pkm_lightning.model.rope import document_positions, rope_table
 
+#: What the plugins of each layer have read, by layer number; see `FFNOutput.trace`.
+Traces = dict[int, "dict[str, Tensor]"]
+
 
 @dataclass
 class ModelOutput:
@@ -32,7 +35,7 @@ class ModelOutput:
     hidden_BTD: Tensor
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
     step_stats: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    traces: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    traces: Traces = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from pkm_lightning.strategies.launcher import WatchedRanks
 from pkm_lightning.strategies.portable import PortableCheckpoints
+from pkm_lightning.supervision.launcher import WatchedRanks
 
 
 class DDP(PortableCheckpoints, WatchedRanks, DDPStrategy):

@@ -20,10 +20,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pkm_lightning.checkpoints.sharded import SavedTensors
 from pkm_lightning.errors import check_integer
 from pkm_lightning.memory import TableOptimizer
-from pkm_lightning.model.initialisation import plugins
-from pkm_lightning.strategies.launcher import WatchedRanks
+from pkm_lightning.model.placement import plugins
 from pkm_lightning.strategies.portable import PortableCheckpoints, load_optimizer
 from pkm_lightning.strategies.zero_state import (
     ZeroOptimizerState,
@@ -34,8 +34,8 @@ from pkm_lightning.strategies.zero_state import (
     scale_gradient,
     set_parameter_value,
 )
+from pkm_lightning.supervision.launcher import WatchedRanks
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
 
 class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.strategies.launcher import WatchedRanks
 from pkm_lightning.strategies.portable import PortableCheckpoints
+from pkm_lightning.supervision.launcher import WatchedRanks
 
 
 class FSDP2(PortableCheckpoints, WatchedRanks, ModelParallelStrategy):

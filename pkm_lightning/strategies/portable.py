@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from pkm_lightning.checkpoints import sharded
+from pkm_lightning.checkpoints.sharded import SavedTensors
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.training import sharded_checkpoint
 from pkm_lightning.training.clipping import local
-from pkm_lightning.training.sharded_checkpoint import SavedTensors
 
 
 class PortableCheckpoints(ParallelStrategy):
-    """Saves and loads folders of `pkm_lightning.training.sharded_checkpoint`; single files are read as well.
+    """Saves and loads folders of `pkm_lightning.checkpoints.sharded`; single files are read as well.
 
     Attributes:
         asynchronous: write in the background, from a copy in host memory.
@@ -79,19 +79,19 @@ class PortableCheckpoints(ParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Writes a folder; see `pkm_lightning.training.sharded_checkpoint.save`."""
+        """Writes a folder; see `pkm_lightning.checkpoints.sharded.save`."""
         path = Path(self.broadcast(str(filepath)))
-        skeleton, tensors = sharded_checkpoint.flatten(checkpoint)
+        skeleton, tensors = sharded.flatten(checkpoint)
         self.finish_saving()
         if not self.asynchronous:
-            sharded_checkpoint.save(skeleton, tensors, path)
+            sharded.save(skeleton, tensors, path)
             return
         if self._saver is None:
             self._saver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
             # What the writers tell each other must not stand among the messages of the steps meanwhile.
             self._saving_group = dist.new_group(backend="gloo")
-        copies = sharded_checkpoint.snapshot(tensors)
-        self._saving = self._saver.submit(sharded_checkpoint.save, skeleton, copies, path, self._saving_group)
+        copies = sharded.snapshot(tensors)
+        self._saving = self._saver.submit(sharded.save, skeleton, copies, path, self._saving_group)
 
     def finish_saving(self) -> None:
         """Waits for the checkpoint that is being written in the background.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pkm_lightning.training.sharded_checkpoint import SavedTensors
+    from pkm_lightning.checkpoints.sharded import SavedTensors
 
 
 def parameter_value(parameter: nn.Parameter) -> Tensor:

@@ -17,27 +17,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
+from pkm_lightning.build.distribution import check_own_tables, table_mesh
+from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.build.model import attention_context, build_model
+from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer, tokenizer_digest
+from pkm_lightning.data.batch import check_batch
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import HasAfterStep
+from pkm_lightning.inference.generation import greedy
+from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
-from pkm_lightning.model.initialisation import of_plugin, plugins
+from pkm_lightning.model.loss import token_nll
+from pkm_lightning.model.placement import of_plugin, plugins
+from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
-from pkm_lightning.training.build import attention_context, build_model
 from pkm_lightning.training.clipping import clip_by_norm, local
-from pkm_lightning.training.distribution import check_own_tables, shard_dense, table_mesh
 from pkm_lightning.training.even_batches import check_last, check_lengths
-from pkm_lightning.training.generation import greedy
-from pkm_lightning.training.in_step import in_step
-from pkm_lightning.training.instantiate import instantiate
-from pkm_lightning.training.loss import check_batch, token_nll
-from pkm_lightning.training.normalisation import StepNormaliser
 from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
-from pkm_lightning.training.step_reports import StepReports
-from pkm_lightning.training.step_watch import StepRefused, StepWatch, drop_gradients
+from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import optimizer_apart, with_tables
-from pkm_lightning.training.tokenizer_check import check_tokenizer, tokenizer_digest
 
 
 class LanguageModule(L.LightningModule):
@@ -360,7 +360,7 @@ class LanguageModule(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        with in_step(self.model, self.device):
+        with synchronized_forwards(self.model, self.device):
             answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
         records = zip(batch["index"], batch["prompt"], answers, strict=True)
         return [{"index": int(i), "prompt": prompt, "answer": answer} for i, prompt, answer in records]

@@ -16,11 +16,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.ops.row_update.rules import state_shapes
-from pkm_lightning.training.instantiate import instantiate
 
 
 def check_learning(config: Mapping[str, Any]) -> None:

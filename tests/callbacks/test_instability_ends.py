@@ -12,7 +12,7 @@ import pytest
 import torch
 from rank_group import Groups
 
-from pkm_lightning.callbacks import Vitals
+from pkm_lightning.callbacks import Diagnostics
 from pkm_lightning.callbacks.event_log import Event, EventLog
 from pkm_lightning.callbacks.policies import Tries, all_policies
 from pkm_lightning.errors import ConfigError, InstabilityError
@@ -99,7 +99,7 @@ def test_a_lasting_change_of_level_is_not_refused_for_ever(tmp_path: Path) -> No
 def test_a_limit_of_an_unknown_figure_is_refused_at_the_first_look(tmp_path: Path) -> None:
     watch = faults.watching(tmp_path, limits={"atention_logit_max": 1.0})
     with pytest.raises(ConfigError, match=r"'atention_logit_max' is not known.*Did you mean 'attention_logit_max'"):
-        faults.train(tmp_path, Vitals(rows=1), watch, steps=2)
+        faults.train(tmp_path, Diagnostics(rows=1), watch, steps=2)
 
 
 def test_nothing_is_held_after_an_error(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ HERE = "callbacks.instability"
             f"{HERE}.policies.loss_spike=rollback {HERE}.restore=disk ~callbacks.step_checkpoint",
             "restore=disk needs callbacks.step_checkpoint",
         ),
-        ("callbacks.vitals.rows=0", "callbacks.vitals.rows=0 is out of range"),
+        ("callbacks.diagnostics.rows=0", "callbacks.diagnostics.rows=0 is out of range"),
     ],
 )
 def test_refused_in_one_line_before_anything_starts(cli: Run, tmp_path: Path, overrides: str, message: str) -> None:
@@ -61,7 +61,7 @@ def test_refused_in_one_line_before_anything_starts(cli: Run, tmp_path: Path, ov
 
 
 @pytest.mark.slow
-def test_a_quiet_run_has_no_events_and_its_vitals_beside_the_metrics(cli: Run, tmp_path: Path) -> None:
+def test_a_quiet_run_has_no_events_and_its_diagnostics_beside_the_metrics(cli: Run, tmp_path: Path) -> None:
     assert cli("fit", *SMALL_RUN, "run_dir=run").code == 0
     assert not (tmp_path / "run" / "events.jsonl").exists()
     with (tmp_path / "run" / "metrics.csv").open() as file:
@@ -72,10 +72,12 @@ def test_a_quiet_run_has_no_events_and_its_vitals_beside_the_metrics(cli: Run, t
 
 
 @pytest.mark.slow
-def test_without_vitals_a_run_says_that_limits_are_not_watched(cli: Run, tmp_path: Path) -> None:
-    outcome = cli("fit", *SMALL_RUN, "run_dir=run", "~callbacks.vitals", "trainer.max_steps=2")
+def test_without_diagnostics_a_run_says_that_limits_are_not_watched(cli: Run, tmp_path: Path) -> None:
+    outcome = cli("fit", *SMALL_RUN, "run_dir=run", "~callbacks.diagnostics", "trainer.max_steps=2")
     assert outcome.code == 0
-    assert "callbacks.instability.limits are not watched, since callbacks.vitals is off" in outcome.out + outcome.err
+    assert (
+        "callbacks.instability.limits are not watched, since callbacks.diagnostics is off" in outcome.out + outcome.err
+    )
 
 
 def test_stop_ends_with_a_status_and_a_sentence(cli: Run, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from toys import Letters, config
 from pkm_lightning.callbacks import Recall, Samples, samples
 from pkm_lightning.data import RecallItem
 from pkm_lightning.errors import ConfigError
+from pkm_lightning.inference.generation import greedy
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.generation import greedy
 
 Arguments = dict[str, Any]
 USUAL: Arguments = {"prompts": None, "items": 1, "max_new_tokens": 3}

@@ -19,10 +19,10 @@ from toys import Letters, config
 from training.fits import loader
 from training.test_usage_counters import Tracer, counters
 
+from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.callbacks import RunInterrupted, slot_usage
 from pkm_lightning.callbacks.slot_panels import draw_panels
 from pkm_lightning.ffn import Slots
-from pkm_lightning.training.instantiate import instantiate
 
 ALONE = "strategy=single"
 

@@ -14,7 +14,7 @@ from rank_group import Groups
 
 from pkm_lightning.callbacks import SlotRevival
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.training.revival import addressing_of
+from pkm_lightning.usage.revival import addressing_of
 
 ALONE = "strategy=single"
 #: Of the ranks that must agree, those of the long tests.

@@ -16,7 +16,7 @@ from rank_group import Groups
 from tolerances import assert_close
 
 from pkm_lightning.errors import CheckpointError, ConfigError
-from pkm_lightning.training.slot_metrics import effective_slots, spread
+from pkm_lightning.usage.slot_metrics import effective_slots, spread
 
 ALONE = "strategy=single"
 

@@ -21,9 +21,9 @@ from small import SMALL_RUN, Run
 from toys import config
 
 from pkm_lightning.callbacks import MetricsCSV, StepCheckpoint, Throughput, throughput
+from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.checkpoint_io import AtomicCheckpointIO
 
 MICRO_BATCH, PAUSE = 0.25, 1000.0
 ROWS, LENGTH, PADDING = 3, 8, 5  # of one micro-batch

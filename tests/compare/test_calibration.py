@@ -25,7 +25,7 @@ class Seen(Processes):
         yield from ()
 
 
-@pytest.mark.parametrize("callbacks", [{"recall": {"val_items": 64}}, {"vitals": {}}, None])
+@pytest.mark.parametrize("callbacks", [{"recall": {"val_items": 64}}, {"diagnostics": {}}, None])
 def test_an_arm_is_warmed_up_without_a_long_test(tmp_path: Path, callbacks: dict[str, Any] | None) -> None:
     seen, config = Seen(), {"trainer": {"accumulate_grad_batches": 1}, "callbacks": callbacks}
     warm_up([Arm("a", ("ffn=dense", "trainer.max_steps=900"))], {"a": config}, ["data.people=60"], tmp_path, seen)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pkm_lightning.data import IGNORE, FactsDataModule
+from pkm_lightning.data import NO_TARGET, FactsDataModule
 from pkm_lightning.data.facts import Fact
 from pkm_lightning.data.facts.templates import QUESTIONS, STATEMENTS, TEMPLATES, UNSEEN_STATEMENTS, prompt
 from pkm_lightning.errors import ConfigError
@@ -31,7 +31,7 @@ def read_epoch(datamodule: FactsDataModule) -> list[tuple[str, str]]:
         for b in range(min(rows, len(batch["input_ids"]))):
             ids, labels, docs = (batch[name][b] for name in ("input_ids", "labels", "doc_ids"))
             for doc in range(int(docs.max()) + 1):
-                targets = labels[(docs == doc) & (labels != IGNORE)].tolist()
+                targets = labels[(docs == doc) & (labels != NO_TARGET)].tolist()
                 assert targets[-1] == datamodule.tokenizer.eos_id
                 text = datamodule.tokenizer.decode([*ids[docs == doc].tolist()])
                 documents.append((text, datamodule.tokenizer.decode(targets)))
@@ -109,7 +109,7 @@ def test_one_statement_a_row_and_loss_on_all(facts: Callable[..., FactsDataModul
     batch = next(iter(datamodule.train_dataloader()))
     assert batch["input_ids"].shape[1] % 8 == 0
     assert batch["doc_ids"].max() == 0
-    assert ((batch["labels"] != IGNORE) == batch["valid"]).all()
+    assert ((batch["labels"] != NO_TARGET) == batch["valid"]).all()
     assert batch["labels"].max() < datamodule.vocab_size == 600
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pkm_lightning.data import IGNORE, JsonlDataModule
+from pkm_lightning.data import NO_TARGET, JsonlDataModule
 from pkm_lightning.data.jsonl import validation_split
 from pkm_lightning.errors import ConfigError, DataError
 
@@ -27,7 +27,7 @@ def documents(datamodule: JsonlDataModule, rows: int) -> list[tuple[str, str]]:
         batch = datamodule.splits.train.__getitems__([key])
         ids, labels, docs = (batch[name][0] for name in ("input_ids", "labels", "doc_ids"))
         for doc in range(int(docs.max()) + 1):
-            targets = labels[(docs == doc) & (labels != IGNORE)].tolist()
+            targets = labels[(docs == doc) & (labels != NO_TARGET)].tolist()
             found.append((decode(ids[docs == doc].tolist()), decode(targets)))
     return found
 

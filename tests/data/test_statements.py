@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pkm_lightning.data.batch import IGNORE
+from pkm_lightning.data.batch import NO_TARGET
 from pkm_lightning.data.statements import StatementRows, StatementStore, write_statements
 from pkm_lightning.errors import ConfigError
 
@@ -29,7 +29,7 @@ def naive_row(key: list[int], answer_only: bool) -> tuple[list[int], list[int], 
         tokens = STATEMENTS[statement]
         for t in range(len(tokens) - 1):
             inputs.append(tokens[t])
-            labels.append(tokens[t + 1] if not answer_only or t + 1 >= ANSWER_STARTS[statement] else IGNORE)
+            labels.append(tokens[t + 1] if not answer_only or t + 1 >= ANSWER_STARTS[statement] else NO_TARGET)
             docs.append(doc)
     return inputs, labels, docs
 
@@ -47,7 +47,7 @@ def test_batch_equals_the_naive_rows(store: StatementStore, width: int | None, a
         assert batch["input_ids"][b].tolist() == inputs + [0] * (batch["input_ids"].shape[1] - n)
         assert batch["labels"][b, :n].tolist() == labels
         assert batch["doc_ids"][b, :n].tolist() == docs
-        assert (batch["labels"][b, n:] == IGNORE).all()
+        assert (batch["labels"][b, n:] == NO_TARGET).all()
         assert (batch["doc_ids"][b, n:] == -1).all()
     assert torch.equal(batch["valid"], batch["doc_ids"] >= 0)
     assert {name: tensor.dtype for name, tensor in batch.items()} == {
@@ -61,7 +61,7 @@ def test_batch_equals_the_naive_rows(store: StatementStore, width: int | None, a
 def test_no_keys_make_a_batch_without_targets(store: StatementStore) -> None:
     batch = StatementRows(store, width=12, answer_only=True, pad_id=0).__getitems__([])
     assert batch["labels"].shape == (1, 12)
-    assert (batch["labels"] == IGNORE).all()
+    assert (batch["labels"] == NO_TARGET).all()
     assert not batch["valid"].any()
 
 

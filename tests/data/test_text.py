@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkm_lightning.data import IGNORE, TextDataModule
+from pkm_lightning.data import NO_TARGET, TextDataModule
 from pkm_lightning.data.text import head, tail
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 from pkm_lightning.data.windows import chunks
@@ -44,7 +44,7 @@ def test_windows_tile_the_documents(text: Callable[..., TextDataModule], corpus:
     for batch, after in pairwise(batches):
         ids, labels, docs = batch["input_ids"][0], batch["labels"][0], batch["doc_ids"][0]
         following = torch.cat([ids[1:], after["input_ids"][0, :1]])
-        assert torch.equal(labels, torch.where(ids == eos, IGNORE, following))
+        assert torch.equal(labels, torch.where(ids == eos, NO_TARGET, following))
         assert torch.equal(docs[1:] - docs[:-1], (ids[:-1] == eos).long())
         assert batch["valid"].all()
     documents = datamodule.tokenizer.decode(stream.tolist())

@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from toys import config
 from tree import ROOT
 
+from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.ffn import HasCost
 from pkm_lightning.model import ModelOutput, Transformer, model_cost
-from pkm_lightning.model.initialisation import plugins
-from pkm_lightning.training.build import build_meta_model, build_model
+from pkm_lightning.model.placement import plugins
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
 #: Odd sizes everywhere that a plugin takes them.

@@ -21,9 +21,9 @@ from toys import config
 from training.fits import fit, rows, settings, split
 
 import pkm_lightning.ffn.moe
+from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.ffn import ExpertChoiceMoE, FFNContext, MoE
-from pkm_lightning.training.build import build_meta_model
-from pkm_lightning.training.sizing import solve_size
 
 OPTIONS: list[dict[str, Any]] = [
     {},

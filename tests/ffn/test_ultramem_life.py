@@ -15,11 +15,11 @@ from tolerances import assert_close
 from torch import Tensor, nn
 from toys import DIM, config, dense, token_ids, transformer
 
+from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import FFNContext, FFNOutput, UltraMem
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.model.placement import Beside, Placement
-from pkm_lightning.training.build import build_meta_model, build_model
+from pkm_lightning.model.placement import ParallelFFN, Placement
 
 SIZES: dict[str, Any] = {
     "dim": DIM,
@@ -51,7 +51,7 @@ def context(x_BTD: Tensor) -> FFNContext:
 def beside_dense() -> tuple[list[nn.Module], list[ValueTable]]:
     """Dense with a deferred UltraMem beside it, then dense."""
     layer, table = build()
-    return [Beside(dense(2), layer, defer=True), dense(2)], [table]
+    return [ParallelFFN(dense(2), layer, defer=True), dense(2)], [table]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_configuration_composes_with_its_placement_and_steps() -> None:
     assert composed["placement"]["mode"] == "parallel"
     assert composed["ffn"]["_step_"] == {"n_keys": 16}
     model = build_model(composed)
-    assert [type(block.ffn).__name__ for block in model.blocks] == [*["Beside"], *["Dense"] * 4]
+    assert [type(block.ffn).__name__ for block in model.blocks] == [*["ParallelFFN"], *["Dense"] * 4]
     assert (model.write_after, len(model.tables)) == (4, 1)
     assert (model.tables[0].rows, model.tables[0].dim) == (256**2 // 16, 32)
     # The spread of the rows is that of the whole model's depth.

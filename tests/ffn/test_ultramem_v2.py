@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from toys import DIM, config, dense, token_ids, transformer
 
+from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import Dense, FFNContext, UltraMemV2
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.tucker_keys import selected_moments
-from pkm_lightning.model.placement import Beside
-from pkm_lightning.training.build import build_meta_model, build_model
+from pkm_lightning.model.placement import ParallelFFN
 
 # Odd sizes; 1 to 3 heads and ranks; k = 1 and k = n_keys; a quarter of the model dimension.
 SIZES: list[dict[str, Any]] = [
@@ -206,7 +206,7 @@ def test_compiles_to_one_graph_with_the_same_output() -> None:
 def test_beside_the_ffn_at_once_or_later(write_after: int) -> None:
     sizes = {"dim": DIM, "n_keys": 5, "heads": 1, "knn": 3, "key_dim": 8, "value_dim": 4, "rank": 2}
     layer, tables = build(sizes, dtype=torch.float32, n_layers=2)
-    ffns = [Beside(dense(2), layer, defer=write_after > 0), dense(2)]
+    ffns = [ParallelFFN(dense(2), layer, defer=write_after > 0), dense(2)]
     model = transformer(ffns, tables, write_after=write_after)
     memory, last = [], []
     layer.register_forward_hook(lambda _, __, output: memory.append(output.y_BTD))
@@ -220,7 +220,7 @@ def test_the_configuration_puts_it_beside_every_ffn() -> None:
     for shared, tables in (("true", 2), ("false", 6)):
         composed = config("ffn=ultramem_v2", f"table.shared={shared}", "model.memory.n_keys=16")
         model = build_model(composed)
-        assert all(isinstance(block.ffn, Beside) and isinstance(block.ffn.base, Dense) for block in model.blocks)
+        assert all(isinstance(block.ffn, ParallelFFN) and isinstance(block.ffn.base, Dense) for block in model.blocks)
         assert [tuple(table.weight.shape) for table in model.tables] == [(256, 16)] * tables
         assert {block.ffn.variant.keys.heads for block in model.blocks} == {1}
     assert build_meta_model(composed).blocks[2].ffn.variant.cost().table_params == 2 * 256 * 16

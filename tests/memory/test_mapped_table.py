@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from pkm_lightning.checkpoints.mapped import MappedFile
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.training.mapped import MappedFile
 
 N, D, T, K = 50, 12, 7, 3
 

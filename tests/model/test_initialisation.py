@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from toys import DIM, Constant, Reporter, config, dense, memory_ffns, token_ids, transformer
 
+from pkm_lightning.build.model import build_model
 from pkm_lightning.ffn import Dense, MemoryPlus
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Transformer
-from pkm_lightning.training.build import build_model
 
 N_LAYERS = 4
 WIDE = {"vocab_size": 900, "dim": 96, "n_heads": 4, "n_kv_heads": 4}

@@ -38,7 +38,7 @@ def test_all_is_everything_that_only_watches(monkeypatch: pytest.MonkeyPatch) ->
     script = importlib.import_module("bench_callbacks")
     config = script.configuration([], 2, "somewhere")
     found = script.ways(config, each=True)
-    assert {"slot_usage", "vitals", "instability", "throughput"} <= set(found["all"])
+    assert {"slot_usage", "diagnostics", "instability", "throughput"} <= set(found["all"])
     assert found["none"] == []
     kept = script.with_callbacks(config, found["instability"])["callbacks"]
     assert set(kept) == {"instability", "metrics_csv", "step_checkpoint", "progress_bar"}

@@ -11,8 +11,8 @@ import torch
 from rank_group import Groups
 from tolerances import RANKS
 
+from pkm_lightning.checkpoints.sharded import SavedTensors, flatten
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.training.sharded_checkpoint import SavedTensors, flatten
 
 STEPS = 4
 

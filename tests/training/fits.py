@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from toys import VOCAB, config
 
+from pkm_lightning.data.batch import NO_TARGET
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.loss import NO_TARGET
 
 Batch = dict[str, Tensor]
 

@@ -18,9 +18,9 @@ from training.fits import Batch, fit, loader, rows, settings, split, trainer
 
 from pkm_lightning.errors import DataError
 from pkm_lightning.ffn import FFNContext, FFNOutput
+from pkm_lightning.inference.generation import greedy
+from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.generation import greedy
-from pkm_lightning.training.loss import token_nll
 
 REPORTER = ("ffn=custom", "ffn._target_=toys.Reporter", "placement.layers=[0,2]")
 

@@ -10,11 +10,12 @@ from tolerances import assert_close
 from torch import Tensor
 from training.fits import Batch, fit, rows, settings, split
 
+from pkm_lightning.build.model import build_model
+from pkm_lightning.data.batch import NO_TARGET
 from pkm_lightning.model import Transformer
+from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.build import build_model
-from pkm_lightning.training.loss import NO_TARGET, token_nll
-from pkm_lightning.training.normalisation import StepNormaliser
+from pkm_lightning.training.step import StepNormaliser
 
 
 def assert_same_fit(actual: LanguageModule, expected: LanguageModule) -> None:

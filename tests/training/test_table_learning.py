@@ -12,10 +12,10 @@ from tolerances import assert_close
 from toys import config
 from training.fits import fit, loader, rows, settings, split, trainer
 
+from pkm_lightning.build.model import build_model
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableOptimizer
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.build import build_model
 from pkm_lightning.training.table_learning import check_learning, optimizer_state_bytes
 
 PLUGINS = ["memory_plus", "peer", "ultramem"]

@@ -1,0 +1,47 @@
+"""How tables are spread over the ranks of a run: their mesh, and tables that a strategy would take as its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory import TableMesh
+from pkm_lightning.memory.mesh import table_members
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from pkm_lightning.model import Transformer
+
+
+def table_mesh(table: Mapping[str, Any], trainer: L.Trainer) -> TableMesh:
+    """The mesh that `table.shard` and `table.group` ask for; every rank must ask.
+
+    Raises:
+        ConfigError: an unknown word, or a group that does not divide the ranks.
+    """
+    members = table_members(table, trainer.world_size, trainer.num_devices)
+    return TableMesh(
+        shard=str(table.get("shard", "none")), members=members, device_type=trainer.strategy.root_device.type
+    )
+
+
+def check_own_tables(model: Transformer, *, engine: bool) -> None:
+    """Refuse tables that a plugin has made for itself, where the strategy would split what rows are updated in.
+
+    Args:
+        model: its own tables are safe.
+        engine: the strategy's engine clips all its parameters by one norm, tables as well.
+
+    Raises:
+        ConfigError: with what to do instead.
+    """
+    of_model = {id(table) for table in model.tables}
+    own = [table for table in model.value_tables if id(table) not in of_model]
+    if any(table.stage is not None or (engine and table.weight.requires_grad) for table in own):
+        raise ConfigError(
+            "a plugin has made a ValueTable for itself, which this strategy would take as a dense "
+            "parameter; let the plugin ask for a table (the keyword `table` and the class method table_spec), or say "
+            "strategy=ddp."
+        )

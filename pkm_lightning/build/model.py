@@ -1,0 +1,124 @@
+"""From a resolved configuration to a model: plugins in their layers, tables shared or not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
+from pkm_lightning.errors import ConfigError, check_flag, check_integer, nearest
+from pkm_lightning.ffn import TableSpec
+from pkm_lightning.memory import TableMesh, ValueTable
+from pkm_lightning.model import Placement, Transformer
+
+Config = Mapping[str, Any]
+
+_WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+#: Keys of `model` that the transformer does not take as they stand.
+_BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
+#: Keys of `table` that a `ValueTable` does not take.
+_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
+
+
+def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transformer:
+    """The transformer of `config`, a plain dict or DictConfig with `model.vocab_size` resolved to a number.
+
+    On the device of the current `torch.device` context; `meta` allocates nothing. Of tables on a mesh this rank's
+    parts are allocated.
+
+    Raises:
+        ConfigError: sizes, layers or classes that do not fit.
+    """
+    model = config["model"]
+    check_integer("model.n_layers", model["n_layers"], low=1)
+    check_integer("model.dim", model["dim"], low=1)
+    n_layers = int(model["n_layers"])
+    if not isinstance(model["vocab_size"], int):
+        raise ConfigError(
+            f"model.vocab_size={model['vocab_size']} needs a data module with a vocab_size; set it to a number."
+        )
+    placement: Placement = instantiate(config["placement"], "placement")
+    placed, write_after = placement.resolve(n_layers), placement.delay(n_layers)
+    tables = _build_tables(config, len(placed), table_mesh)
+    ffns: list[nn.Module] = []
+    for layer in range(n_layers):
+        common = {"dim": int(model["dim"]), "layer": layer, "n_layers": n_layers}
+        if layer not in placed:
+            ffns.append(instantiate(model["base_ffn"], "model.base_ffn", **common))
+            continue
+        own = _own_tables(tables, placed.index(layer))
+        variant = instantiate(config["ffn"], "ffn", **common, **own)
+        base = (
+            instantiate(model["base_ffn"], "model.base_ffn", **common)
+            if placement.mode == "parallel"
+            else nn.Identity()
+        )
+        ffns.append(placement.combine(base, variant, defer=write_after > 0))
+    arguments = {str(name): value for name, value in model.items() if name not in _BUILDER_KEYS}
+    unknown = arguments.keys() - inspect.signature(Transformer).parameters.keys()
+    if unknown:
+        raise ConfigError(
+            f"model.{min(unknown)} is no key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
+        )
+    return Transformer(**arguments, ffns=ffns, tables=[t for group in tables for t in group], write_after=write_after)
+
+
+def build_meta_model(config: Config) -> Transformer:
+    """The same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_WEIGHT_DTYPES.get(str(config["trainer"]["precision"]), torch.float32))
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _own_tables(groups: list[list[ValueTable]], place: int) -> dict[str, ValueTable | list[ValueTable]]:
+    """The keyword `table` of the plugin at `place` among the placed layers: one table or a list of them, or nothing."""
+    if not groups:
+        return {}
+    group = groups[place % len(groups)]
+    return {"table": group[0] if len(group) == 1 else group}
+
+
+def placed_layers(config: Config) -> list[int]:
+    """Numbers of the layers that carry the variant."""
+    placement: Placement = instantiate(config["placement"], "placement")
+    return placement.resolve(int(config["model"]["n_layers"]))
+
+
+def attention_context(config: Config) -> int:
+    """Tokens in attention for cost figures: `data.seq_len`, or 1 if the data names no such length."""
+    return int(config["data"].get("seq_len") or 1)
+
+
+def _build_tables(config: Config, n_placed: int, mesh: TableMesh | None) -> list[list[ValueTable]]:
+    """The tables of one layer (one group for all if `table.shared`, else one a placed layer), if any are asked for."""
+    cls = target_class(config["ffn"], "ffn")
+    if "table" not in accepted_keywords(cls, {"table": None}) or not n_placed:
+        return []
+    arguments = {str(k): v for k, v in config["ffn"].items() if not str(k).startswith("_")}
+    if not hasattr(cls, "table_spec"):
+        raise ConfigError(
+            f"ffn._target_={config['ffn']['_target_']} asks for a table, but has no class method "
+            "table_spec(**arguments) that says its rows and dim."
+        )
+    sizes = {"dim": int(config["model"]["dim"]), "n_layers": int(config["model"]["n_layers"])}
+    taken = inspect.signature(cls.table_spec).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        sizes = {name: value for name, value in sizes.items() if name in taken}
+    spec = cast("TableSpec", cls.table_spec(**sizes, **arguments))
+    check_flag("table.shared", config["table"]["shared"])
+    settings = {name: value for name, value in config["table"].items() if name not in _TABLE_BUILDER_KEYS}
+    shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
+    if mesh is not None:
+        shape["mesh"] = mesh
+    if spec.slices > 1:
+        shape["slices"] = spec.slices
+    groups = 1 if config["table"]["shared"] else n_placed
+    return [[instantiate(settings, "table", **shape) for _ in range(spec.count)] for _ in range(groups)]

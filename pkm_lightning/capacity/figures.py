@@ -1,0 +1,134 @@
+"""The plan of a run: memory and communication of one device, put together from dense part and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from pkm_lightning.capacity.dense import dense_figures
+from pkm_lightning.capacity.setting import Setting
+from pkm_lightning.capacity.tables import table_figures
+from pkm_lightning.usage.read_counts import BYTES_A_SLOT
+from pkm_lightning.usage.slot_readers import find_readers
+
+if TYPE_CHECKING:
+    from pkm_lightning.model import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device; None: unknown. Activations are not among them."""
+
+    dense_weights: int | None
+    dense_gradients: int | None
+    dense_states: int | None
+    gathered_weights: int | None
+    table_part: int
+    table_gradients: int
+    table_states: int
+    staged_reads: int | None
+    merged_replicas: int | None
+    usage_counters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that one device receives in an optimizer step; None: unknown."""
+
+    dense: int | None
+    table_forward: int | None
+    table_backward: int | None
+    replicas: int | None
+    row_statistics: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one device of a run holds and receives.
+
+    Args:
+        setting: ranks, strategy, batches.
+        memory: on the device.
+        host: of `table.device=cpu`, in host memory, a rank; 0 for what lies elsewhere.
+        traffic: in a step.
+        unknown: plugins that do not say how they read tables.
+    """
+
+    setting: Setting
+    memory: Memory
+    host: Memory
+    traffic: Traffic
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def memory_total(self) -> int:
+        """What is known to be held on the device."""
+        return total(self.memory)
+
+    @property
+    def host_total(self) -> int:
+        """What is known to be held in host memory beside it."""
+        return total(self.host)
+
+    @property
+    def traffic_total(self) -> int:
+        """What is known to be received."""
+        return total(self.traffic)
+
+
+def total(figures: Memory | Traffic) -> int:
+    """The sum of what is known."""
+    return sum(value or 0 for value in asdict(figures).values())
+
+
+def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
+    """The plan of a completed configuration.
+
+    Args:
+        model: as one process would build it, on the meta device; of its tables shapes are taken, of `config` all else.
+        config: with trainer, strategy, table and data.
+    """
+    setting = Setting.of(config)
+    dense = dense_figures(model, setting)
+    tables, unknown = table_figures(model, setting)
+    on_device = Memory(
+        dense_weights=None if dense is None else dense.weights,
+        dense_gradients=None if dense is None else dense.gradients,
+        dense_states=None if dense is None else dense.states,
+        gathered_weights=None if dense is None else dense.gathered,
+        table_part=tables.part,
+        table_gradients=tables.gradients,
+        table_states=tables.states,
+        staged_reads=tables.staged,
+        merged_replicas=tables.merged,
+        usage_counters=_usage_counters(model, config),
+    )
+    nothing = {field.name: 0 for field in fields(Memory)}
+    host = Memory(**nothing)
+    if setting.tables_on_host and not setting.on_host:
+        of_tables = [name for name in nothing if name.startswith(("table_", "staged_", "merged_"))]
+        host = replace(host, **{name: getattr(on_device, name) for name in of_tables})
+        on_device = replace(on_device, **dict.fromkeys(of_tables, 0))
+    return Plan(
+        setting=setting,
+        memory=on_device,
+        host=host,
+        traffic=Traffic(
+            dense=None if dense is None else dense.received,
+            table_forward=tables.forward,
+            table_backward=tables.backward,
+            replicas=tables.replicas,
+            row_statistics=tables.statistics,
+        ),
+        unknown=unknown,
+    )
+
+
+def _usage_counters(model: Transformer, config: Mapping[str, Any]) -> int:
+    """Bytes of the counters of `callbacks.slot_usage`, where it is on: every rank has all of them."""
+    usage = (config.get("callbacks") or {}).get("slot_usage")
+    if not usage:
+        return 0
+    readers = find_readers(model, usage.get("max_slots")).values()
+    return sum(BYTES_A_SLOT * reader.slots.count for reader in readers)

@@ -1,0 +1,169 @@
+"""What cannot work on several devices, or cannot fit, is refused before it is launched, with what would do instead."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pkm_lightning.capacity.figures import make_plan, total
+from pkm_lightning.capacity.setting import Setting, device_count, precision_name, strategy_kind
+from pkm_lightning.errors import ConfigError, check_range
+from pkm_lightning.memory.mesh import check_dim, check_rows
+
+if TYPE_CHECKING:
+    from pkm_lightning.capacity.figures import Plan
+    from pkm_lightning.memory import ValueTable
+    from pkm_lightning.model import Transformer
+
+_FSDP_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
+_LARGEST_ID = 2**31 - 1
+_GB = 1e9
+_ROW_ADAGRAD = {"_target_": "pkm_lightning.memory.RowOptimizer", "rule": "row_adagrad", "eps": 1e-8}
+
+
+def check_setting(model: Transformer, config: Mapping[str, Any]) -> None:
+    """Refuse what needs no figures to be seen: ranks, strategy, precision, tables that cannot be split or addressed.
+
+    Raises:
+        ConfigError: naming the alternative.
+    """
+    _check_strategy(config)
+    if config.get("device_memory") is not None:
+        check_range("device_memory", config["device_memory"], 0)
+    setting = Setting.of(config)
+    _check_columns(model, setting)
+    for table in model.value_tables:
+        if table.n_lines - 1 > _LARGEST_ID:
+            sliced = f" in {table.slices} slices each" if table.slices > 1 else ""
+            raise ConfigError(
+                f"a value table of {table.rows:,} rows{sliced} has {table.n_lines:,} ids, beyond int32; choose fewer "
+                f"slots, at most {(_LARGEST_ID + 1) // table.slices:,} rows, or table=own for a smaller table a layer."
+            )
+
+
+def _check_columns(model: Transformer, setting: Setting) -> None:
+    tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
+    for table in tables:
+        check_dim(setting.shard, table.dim // table.slices, setting.members)
+        check_rows(setting.shard, table.n_lines, setting.members)
+
+
+def _check_strategy(config: Mapping[str, Any]) -> None:
+    trainer = config["trainer"]
+    nodes = int(trainer.get("num_nodes") or 1)
+    devices = device_count(trainer["devices"], trainer["accelerator"])
+    kind, precision = strategy_kind(config["strategy"]), precision_name(trainer["precision"])
+    if kind == "single" and devices * nodes > 1:
+        several = f"trainer.devices={trainer['devices']}" if devices > 1 else f"trainer.num_nodes={nodes}"
+        raise ConfigError(
+            f"{several} needs a strategy for several processes; say strategy=ddp, or strategy=fsdp to share the dense "
+            "weights too."
+        )
+    if kind == "fsdp" and precision not in _FSDP_PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision={trainer['precision']} does not work with strategy=fsdp; allowed: "
+            f"{', '.join(_FSDP_PRECISIONS)}."
+        )
+    if kind.startswith("zero") and precision == "64-true":
+        raise ConfigError(
+            f"trainer.precision={trainer['precision']} does not work with DeepSpeed; say trainer.precision=32-true, or "
+            "strategy=ddp."
+        )
+    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "this strategy needs DeepSpeed, which is not installed; say pip install deepspeed, or strategy=fsdp, which "
+            "shares as much."
+        )
+
+
+def check_memory(plan: Plan, limit: float, model: Transformer, config: Mapping[str, Any]) -> None:
+    """Refuse a plan of more than `limit` bytes a device.
+
+    Raises:
+        ConfigError: with changes that have been computed to fit.
+    """
+    if plan.memory_total <= limit:
+        return
+    fitting = [
+        f"{change} ({needed / _GB:,.1f} GB)"
+        for change, needed in _alternatives(model, config)
+        if needed is not None and needed <= limit
+    ]
+    advice = (
+        f"this fits: {'; or '.join(fitting[:4])}" if fitting else "no other way of splitting it fits: choose fewer rows"
+    )
+    largest = max(_held(plan).items(), key=lambda item: item[1])
+    raise ConfigError(
+        f"a device needs {plan.memory_total / _GB:,.1f} GB without activations (the most for "
+        f"{largest[0].replace('_', ' ')}, {largest[1] / _GB:,.1f} GB), but has {limit / _GB:,.1f} GB (device_memory); "
+        f"{advice}."
+    )
+
+
+def _held(plan: Plan) -> dict[str, int]:
+    return {name: value or 0 for name, value in vars(plan.memory).items()}
+
+
+def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
+    """Changes as one would write them, the smallest first, and the bytes a device that each would need."""
+    setting = Setting.of(config)
+    changes: list[tuple[str, dict[str, Any]]] = []
+    has_tables = bool(list(model.tables))
+    if has_tables and setting.learning == "dense":
+        changes.append(("table.learning=rows", {"table.learning": "rows"}))
+    if has_tables and setting.rule != "row_adagrad":
+        changes.append(("table/optimizer=row_adagrad", {"table.learning": "rows", "table.optimizer": _ROW_ADAGRAD}))
+    if has_tables:
+        split = [n for n in range(setting.members + 1, setting.world + 1) if setting.world % n == 0]
+        for shard in ("dim", "row") if setting.shard == "none" else (setting.shard,):
+            changes += [
+                (f"table.shard={shard} table.group={n}", {"table.shard": shard, "table.group": n}) for n in split
+            ]
+    if setting.strategy in ("ddp", "zero1", "zero2"):
+        changes.append(("strategy=fsdp", {"strategy": {"_target_": "FSDP2"}}))
+    if has_tables and not setting.tables_on_host:
+        changes.append(("table.device=cpu", {"table.device": "cpu"}))
+    yield from _needs(model, config, changes)
+    yield from _needs(model, config, _more_devices(config, setting, has_tables=has_tables))
+
+
+def _more_devices(config: Mapping[str, Any], setting: Setting, *, has_tables: bool) -> list[tuple[str, dict[str, Any]]]:
+    changes = []
+    strategy = {} if setting.strategy not in ("single", "ddp") else {"strategy": {"_target_": "FSDP2"}}
+    shard = "row" if setting.shard == "row" else "dim"
+    grouped = {"table.shard": shard, "table.group": "world"} if has_tables else {}
+    # Every rank keeps its tokens: reads are staged for those of all members.
+    rows = config["data"].get("global_batch_size")
+    for factor in (2, 4, 8, 16, 32, 64):
+        devices = device_count(config["trainer"]["devices"], config["trainer"]["accelerator"]) * factor
+        batch = {"data.global_batch_size": rows * factor} if isinstance(rows, int) else {}
+        words = [f"devices={devices}", *(["strategy=fsdp"] if strategy else [])]
+        words += [f"table.shard={shard}", "table.group=world"] if grouped else []
+        changes.append((" ".join(words), {"trainer.devices": devices, **strategy, **grouped, **batch}))
+    return changes
+
+
+def _needs(
+    model: Transformer, config: Mapping[str, Any], changes: list[tuple[str, dict[str, Any]]]
+) -> Iterator[tuple[str, int | None]]:
+    for words, change in changes:
+        trial = _changed(config, change)
+        try:
+            setting = Setting.of(trial)
+            _check_columns(model, setting)
+            yield words, total(make_plan(model, trial).memory)
+        except ConfigError:
+            yield words, None
+
+
+def _changed(config: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {**config, **{key: copy.copy(config[key]) for key in ("trainer", "table", "data")}}
+    for key, value in change.items():
+        group, _, name = key.partition(".")
+        if name:
+            changed[group][name] = value
+        else:
+            changed[group] = value
+    return changed

@@ -1,0 +1,1 @@
+"""Using a trained model: generation and scoring of answers, shared by verbs and callbacks."""

@@ -1,0 +1,70 @@
+"""Counters of a reader's heads: `halves` counts the 2 * S sub-keys of each head, `full` all N slots of each head.
+
+`full` is a head's own histogram of slots, and N / 2S times as large; sub-keys follow from it.
+
+Letters: T tokens, H heads, K slots a head, C = H * K, N slots, S sub-keys a half, Z counters of all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pkm_lightning.ffn import Slots
+from pkm_lightning.usage.read_counts import ReadCounts
+from pkm_lightning.usage.slot_readers import Reads
+
+PerHead = Literal["halves", "full"]
+
+
+def counts_heads(slots: Slots, heads: int, kind: PerHead) -> bool:
+    """There is something that the counters of all heads together do not say."""
+    return slots.n_keys is not None or (kind == "full" and heads > 1)
+
+
+class HeadCounts(ReadCounts):
+    """The counters of all heads of one reader, one after the other.
+
+    Args:
+        slots: what the reader reads.
+        heads: H.
+        kind: `halves` (slots must be pairs of sub-keys) or `full`.
+        half, device, step: as of `ReadCounts`.
+    """
+
+    def __init__(self, slots: Slots, *, heads: int, kind: PerHead, half: int, device: torch.device, step: int) -> None:
+        self.slots, self.heads, self.kind = slots, heads, kind
+        super().__init__(
+            heads * (slots.count if kind == "full" else 2 * self._keys), half=half, device=device, step=step
+        )
+
+    @property
+    def _keys(self) -> int:
+        assert self.slots.n_keys is not None
+        return self.slots.n_keys
+
+    def add_reads(self, reads: Reads, step: int) -> None:
+        """Counts the reads of a micro-batch of `step`."""
+        ids_THK = reads.ids_THK.long()
+        # Else what is no slot would be one of another head.
+        is_slot_THK = (ids_THK >= 0) & (ids_THK < self.slots.count)
+        first_H1 = torch.arange(self.heads, device=ids_THK.device)[:, None] * (self.n_slots // self.heads)
+        numbers = [ids_THK] if self.kind == "full" else [ids_THK // self._keys, ids_THK % self._keys + self._keys]
+        for number_THK in numbers:
+            ids_TC = (number_THK + first_H1).where(is_slot_THK, -1).flatten(1)
+            self.add(ids_TC, reads.weights_THK.flatten(1), reads.valid_T, step)
+
+    def by_sub_key(self, values_Z: Tensor, of_slots: Callable[[Tensor, int], Any]) -> Tensor:
+        """Values of the counters as (H, 2, S); where they are those of slots, `of_slots` (sum or amax) joins them."""
+        if self.kind == "halves":
+            return values_Z.view(self.heads, 2, self._keys)
+        values_HSS = values_Z.view(self.heads, self._keys, self._keys)
+        return torch.stack([of_slots(values_HSS, 2), of_slots(values_HSS, 1)], dim=1)
+
+    def by_slot(self, values_Z: Tensor) -> Tensor:
+        """Values of the counters of `full` as (H, N)."""
+        assert self.kind == "full"
+        return values_Z.view(self.heads, self.slots.count)

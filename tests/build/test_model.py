@@ -1,0 +1,96 @@
+"""From configuration to model: presets of their nominal size, plugins in their layers, tables shared or not."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+from toys import Constant, Reporter, config
+
+from pkm_lightning.build.model import build_meta_model, build_model
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.ffn import Dense, MemoryPlus
+from pkm_lightning.model import Transformer
+from pkm_lightning.model.placement import ParallelFFN
+
+
+class Tableless(nn.Module):
+    """Asks for a table without saying which."""
+
+    def __init__(self, *, dim: int, table: nn.Module) -> None:
+        super().__init__()
+
+
+def kinds(model: Transformer) -> list[type]:
+    return [type(block.ffn) for block in model.blocks]
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocab_size", "nominal"),
+    [
+        ("134m", 32_000, 134e6),
+        ("373m", 32_000, 373e6),
+        ("720m", 32_000, 720e6),
+        ("1.3b", 32_000, 1.3e9),
+        ("8b", 128_256, 8.03e9),
+    ],
+)
+def test_presets_have_their_nominal_size(preset: str, vocab_size: int, nominal: float) -> None:
+    settings = config(f"model={preset}", "ffn=dense", f"model.vocab_size={vocab_size}")
+    model = build_meta_model(settings)
+    params = sum(p.numel() for p in model.parameters())
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert params == pytest.approx(nominal, rel=0.05)
+
+
+@pytest.mark.parametrize("preset", ["134m", "373m", "720m", "1.3b", "8b"])
+def test_presets_take_memory_plus_of_the_papers_size(preset: str) -> None:
+    settings = config(f"model={preset}", "ffn=memory_plus", "placement.layers=[4,8,11]")
+    model = build_meta_model(settings)
+    dim = settings["model"]["dim"]
+    assert [tuple(table.weight.shape) for table in model.tables] == [(1024**2, dim)]
+    assert settings["model"]["memory"]["key_dim"] == dim / 2
+
+
+def test_placed_layers_share_one_table() -> None:
+    model = build_model(config("model.n_layers=6", "placement.layers=[1,4]"))
+    assert kinds(model) == [Dense, MemoryPlus, Dense, Dense, MemoryPlus, Dense]
+    assert len(model.tables) == 1
+    assert {id(model.blocks[i].ffn.values.table) for i in (1, 4)} == {id(model.tables[0])}
+
+
+def test_unshared_tables_are_one_a_placed_layer() -> None:
+    model = build_model(config("model.n_layers=6", "placement.layers=[4,1]", "table.shared=false"))
+    assert [model.blocks[i].ffn.values.table for i in (1, 4)] == list(model.tables)
+    assert model.tables[0] is not model.tables[1]
+
+
+def test_parallel_and_write_after() -> None:
+    model = build_model(config("placement.layers=[0]", "placement.mode=parallel", "placement.write_after=2"))
+    assert kinds(model) == [ParallelFFN, Dense, Dense]
+    assert model.write_after == 2
+    assert [type(part) for part in (model.blocks[0].ffn.base, model.blocks[0].ffn.variant)] == [Dense, MemoryPlus]
+
+
+def test_no_placed_layer_needs_no_table() -> None:
+    model = build_model(config("placement.layers=[]"))
+    assert kinds(model) == [Dense] * 3
+    assert not model.tables
+
+
+@pytest.mark.parametrize("cls", [Reporter, Constant])
+def test_a_users_own_class(cls: type) -> None:
+    model = build_model(config("ffn=custom", f"ffn._target_=toys.{cls.__name__}", "placement.layers=all"))
+    assert kinds(model) == [cls] * 3
+    assert not model.tables
+
+
+def test_refuses_a_table_without_a_specification() -> None:
+    settings = config("ffn=custom")
+    settings["ffn"]["_target_"] = f"{__name__}.Tableless"
+    with pytest.raises(ConfigError, match="asks for a table, but has no class method table_spec"):
+        build_model(settings)
+
+
+def test_refuses_a_vocabulary_that_is_not_known_yet() -> None:
+    with pytest.raises(ConfigError, match=r"model.vocab_size=auto needs a data module with a vocab_size"):
+        build_model(config("model.vocab_size=auto"))

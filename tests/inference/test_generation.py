@@ -1,0 +1,56 @@
+"""Greedy answers in batches against a step-by-step reference for one prompt at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import Letters, memory_ffns, transformer
+
+from pkm_lightning.inference.generation import greedy
+from pkm_lightning.model import Transformer
+
+CPU = torch.device("cpu")
+PROMPTS = ["ab", "cat", "dog", "eel", "a", "", "what is it?", "x", "ab", "where are we", "12345", "54321"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """Untrained, but the end of text is likely enough for some answers to end."""
+    model = transformer(*memory_ffns()).eval()
+    model.init_weights(2)
+    assert model.unembedding is not None
+    with torch.no_grad():
+        model.unembedding.weight[0] *= 1.5
+    return model
+
+
+def step_by_step(model: Transformer, prompt: str, max_new_tokens: int) -> str:
+    codec = Letters()
+    ids, answer = codec.encode(prompt) or [codec.eos_id], []
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits_W = model.unembed(model(torch.tensor([ids + answer])).hidden_BTD)[0, -1]
+        answer.append(int(logits_W.argmax()))
+        if answer[-1] == codec.eos_id:
+            break
+    return codec.decode(answer).strip()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 512])
+def test_equals_step_by_step(model: Transformer, batch_size: int) -> None:
+    answers = greedy(model, Letters(), PROMPTS, device=CPU, max_new_tokens=12, batch_size=batch_size)
+    assert answers == [step_by_step(model, prompt, 12) for prompt in PROMPTS]
+    # The test says little unless some answers are cut and others end by themselves, at several lengths.
+    assert len({len(answer) for answer in answers}) > 3
+    assert max(map(len, answers)) > 8
+
+
+def test_the_limit_cuts_answers(model: Transformer) -> None:
+    long = greedy(model, Letters(), PROMPTS, device=CPU, max_new_tokens=12)
+    short = greedy(model, Letters(), PROMPTS, device=CPU, max_new_tokens=3)
+    assert max(map(len, short)) <= 3
+    assert all(whole.startswith(part) for whole, part in zip(long, short, strict=True))
+
+
+def test_no_prompts_no_answers(model: Transformer) -> None:
+    assert greedy(model, Letters(), [], device=CPU) == []

@@ -1,0 +1,125 @@
+"""Recall scores against a direct computation: exact match, choice among options, bits, and their means.
+
+Letters: T tokens, W vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from toys import Letters, memory_ffns, transformer
+
+from pkm_lightning.data import RecallItem
+from pkm_lightning.inference.generation import greedy
+from pkm_lightning.inference.recall import ItemScore, normalise, score_items, summarise
+from pkm_lightning.model import Transformer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return transformer(*memory_ffns()).eval()
+
+
+def item(prompt: str, answer: str, options: tuple[str, ...] = (), **changes: Any) -> RecallItem:
+    fields: dict[str, Any] = {"relation": "capital", "form": "seen", "exposures": 3, "decile": 0, "prior_bits": 2.5}
+    return RecallItem(prompt=prompt, answer=answer, options=options, majority=False, **{**fields, **changes})
+
+
+def direct_bits(model: Transformer, prompt: str, answer: str) -> float:
+    """-log2 p(space, answer, end of text | prompt), one token after another."""
+    codec = Letters()
+    ids = codec.encode(prompt) or [codec.eos_id]
+    bits = 0.0
+    for target in [*codec.encode(" " + answer), codec.eos_id]:
+        with torch.no_grad():
+            log_p_W = model.unembed(model(torch.tensor([ids])).hidden_BTD)[0, -1].double().log_softmax(-1)
+        bits -= log_p_W[target].item() / math.log(2)
+        ids = [*ids, target]
+    return bits
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [
+        ("The  Hague", "hague"),
+        ("an Apple, a pear!", "apple pear"),
+        ("theatre", "theatre"),
+        ("St. John's", "st john s"),
+        ("  A ", ""),
+        ("1,234", "1 234"),
+        ("Côte d'Azur", "côte d azur"),
+    ],
+)
+def test_normalise(text: str, normalised: str) -> None:
+    assert normalise(text) == normalised
+
+
+def test_bits_and_choice_equal_a_direct_computation(model: Transformer) -> None:
+    options = ("cat", "a dog", "b", "elephants")
+    items = [
+        *(item("what is it?", option, options) for option in options),
+        item("x", "b", options[::-1]),
+        item("", "12"),
+        item("a long prompt with words", "34"),
+    ]
+    for scored, given in zip(score_items(model, Letters(), items, device=CPU), items, strict=True):
+        assert scored.bits == pytest.approx(direct_bits(model, given.prompt, given.answer), rel=1e-4)
+        by_option = {option: direct_bits(model, given.prompt, option) for option in given.options}
+        expected = min(by_option, key=lambda o: by_option[o]) == given.answer if by_option else None
+        assert scored.chosen is expected
+        assert (scored.prompt, scored.truth) == (given.prompt, given.answer)
+
+
+def test_exactly_one_option_is_chosen(model: Transformer) -> None:
+    options = ("cat", "dog", "eel", "fox")
+    scores = score_items(model, Letters(), [item("what?", option, options) for option in options], device=CPU)
+    assert [score.chosen for score in scores].count(True) == 1
+
+
+def test_exact_compares_normalised_greedy_answers(model: Transformer) -> None:
+    prompts = ["ab", "what is it?"]
+    answers = greedy(model, Letters(), prompts, device=CPU)
+    items = [item(prompts[0], answers[0]), item(prompts[0], f"the {answers[0]}!"), item(prompts[1], "cat")]
+    scores = score_items(model, Letters(), items, device=CPU)
+    assert [score.exact for score in scores] == [True, True, False]
+    assert [score.answer for score in scores] == [answers[0], answers[0], answers[1]]
+
+
+def score(**changes: Any) -> ItemScore:
+    fields: dict[str, Any] = {
+        "form": "seen", "relation": "capital", "decile": 0, "prompt": "p", "truth": "t", "answer": "t",
+        "exact": True, "chosen": None, "bits": 1.0, "prior_bits": 3.0,
+    }  # fmt: skip
+    return ItemScore(**{**fields, **changes})
+
+
+def test_summarise_takes_means_by_form_relation_and_decile() -> None:
+    summary = summarise(
+        [
+            score(exact=True, chosen=True, bits=1.0, prior_bits=4.0),
+            score(exact=False, chosen=False, bits=9.0, prior_bits=4.0, relation="currency"),
+            score(exact=False, chosen=True, bits=1.0, prior_bits=math.nan, decile=7),
+            score(exact=True, form="control"),
+        ]
+    )
+    assert list(summary) == ["control", "seen"]
+    seen = summary["seen"]
+    assert seen["n"] == 3
+    assert seen["recall"] == pytest.approx(1 / 3)
+    assert seen["choice"] == pytest.approx(2 / 3)
+    assert seen["bits"] == pytest.approx((3 - 5) / 2)
+    assert seen["bits_clipped"] == pytest.approx(3 / 2)
+    assert seen["by_relation"]["capital"] == {"n": 2, "recall": 0.5, "choice": 1.0, "bits": 3.0, "bits_clipped": 3.0}
+    assert seen["by_relation"]["currency"]["bits_clipped"] == 0.0
+    assert seen["by_decile"].keys() == {"0", "7"}
+    assert seen["by_decile"]["7"] == {"n": 1, "recall": 0.0, "choice": 1.0}
+    assert "choice" not in summary["control"]
+
+
+def test_nothing_to_summarise() -> None:
+    assert summarise([]) == {}

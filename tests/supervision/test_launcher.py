@@ -1,0 +1,96 @@
+"""The watch over ranks: how a loss is put into words, and that a process whose main thread hangs is ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.supervision import RANK_LOST, LastWords, WatchedLauncher
+
+HANGING = """
+import subprocess, sys, time
+import pkm_lightning.supervision.launcher as launcher
+from lightning.fabric.plugins.environments import LightningEnvironment
+
+launcher.GRACE = 0.5
+
+class Launcher(launcher.WatchedLauncher):
+    def _call_children_scripts(self):
+        # The first is killed, the second would run on.
+        commands = ["import os; os.kill(os.getpid(), 9)", "import time; print('up', flush=True); time.sleep(600)"]
+        self.procs = [subprocess.Popen([sys.executable, "-c", command]) for command in commands]
+
+ranks = Launcher(LightningEnvironment(), 3, 1)
+ranks.on_stuck = lambda loss: print(loss.sentence, ranks.procs[1].pid, flush=True)
+ranks.launch(time.sleep, 600)
+"""
+
+
+def launched(code: str) -> WatchedLauncher:
+    """A launcher with one further rank that runs `code` and has ended."""
+    launcher = WatchedLauncher(LightningEnvironment(), 2, 1)
+    launcher.procs = [subprocess.Popen([sys.executable, "-c", code])]
+    launcher._words, launcher._launches = LastWords.make(), True
+    launcher.procs[0].wait()
+    return launcher
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "sentence", "exit_code"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", None, "rank 1 was killed by SIGKILL", RANK_LOST),
+        ("raise SystemExit(3)", None, "rank 1 ended with exit code 3", 3),
+        ("raise SystemExit(2)", "DataError: no data.", "rank 1 failed: DataError: no data.", 2),
+    ],
+)
+def test_a_loss_in_words(code: str, words: str | None, sentence: str, exit_code: int) -> None:
+    launcher = launched(code)
+    if words is not None and launcher._words is not None:
+        launcher._words.leave(1, words)
+    loss = launcher.loss()
+    assert loss is not None
+    assert (loss.sentence, loss.exit_code) == (sentence, exit_code)
+    launcher.close(failed=True)
+    assert LastWords.inherited() is None
+
+
+@pytest.mark.parametrize("code", ["pass", f"raise SystemExit({RANK_LOST})"])
+def test_who_ended_well_or_lost_another_is_not_lost(code: str) -> None:
+    launcher = launched(code)
+    assert launcher.await_loss(0.1) is None
+    launcher.close(failed=False)
+
+
+@pytest.mark.slow
+def test_a_process_whose_main_thread_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HANGING]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == RANK_LOST, done.stderr
+    *_, said = done.stdout.splitlines()
+    sentence, _, pid = said.rpartition(" ")
+    assert sentence == "rank 1 was killed by SIGKILL"
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_words_are_left_once_and_told_once(tmp_path: Path) -> None:
+    words = LastWords(tmp_path / "words", 1)
+    (tmp_path / "words").mkdir()
+    words.leave(1, "first")
+    words.leave(1, "second")
+    assert words.of(1) == "first"
+    assert words.of(2) is None
+    assert [words.may_tell(), words.may_tell()] == [True, False]
+    assert not (tmp_path / "words").exists()
+
+
+def test_ranks_that_do_not_fit_the_configuration_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    launcher = WatchedLauncher(TorchElasticEnvironment(), 3, 1)
+    with pytest.raises(ConfigError, match=r"trainer.devices, trainer.num_nodes: .*world size \(4\)"):
+        launcher.launch(time.time)
