@@ -121,7 +121,7 @@ class Instability(L.Callback):
         if late and config["table"].get("learning") == "fused":
             raise ConfigError(
                 f"callbacks.instability.policies.{late[0]} comes too late with table.learning=fused, which has updated "
-                "the table in backward already; say table.learning=rows, or the policy warn or stop."
+                "the table in backward already; set table.learning=rows, or the policy warn or stop."
             )
         strategy = str((config["strategy"] or {}).get("_target_", ""))
         if self.good is not None and self.good.restore == "memory" and strategy.endswith("DeepSpeed"):

@@ -49,7 +49,7 @@ def check_queries(*, counts_heads: bool, engine_owns: bool, compiled: bool) -> N
         )
     if engine_owns:
         raise ConfigError(
-            f"{_KEY}.source=queries cannot write sub-keys that DeepSpeed's engine owns; say source=busy, which "
+            f"{_KEY}.source=queries cannot write sub-keys that DeepSpeed's engine owns; set source=busy, which "
             "writes values only, or strategy=fsdp."
         )
     if compiled:

@@ -107,7 +107,7 @@ class SlotRevival(L.Callback):
             if not self._addressing:
                 raise ConfigError(
                     f"{_KEY}.source=queries moves the sub-keys of product keys (ffn=pkm, memory, memory_plus, peer), "
-                    "and this model has none; say source=busy."
+                    "and this model has none; set source=busy."
                 )
             self._names += self._addressing
             self._watch_queries(trainer, pl_module)

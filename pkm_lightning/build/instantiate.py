@@ -132,7 +132,7 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
         if not trusted:
             raise ConfigError(
                 f"{source} names {key}={target}, which is no class of pkm_lightning, lightning or torch that is a "
-                f"{', '.join(kind.__name__ for kind in _TRUSTED_KINDS)}; if you trust that file, say trust_config=true."
+                f"{', '.join(kind.__name__ for kind in _TRUSTED_KINDS)}; if you trust that file, set trust_config=true."
             )
 
 

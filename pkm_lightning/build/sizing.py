@@ -37,7 +37,7 @@ def solve_size(config: dict[str, Any]) -> dict[str, Any]:
     if knob is None:
         raise ConfigError(
             f"match={match}: ffn._target_={config['ffn']['_target_']} names no knob to size; add "
-            f"_size_by_: {{{match}: NAME_OF_AN_INTEGER}} to its YAML, or say match=none."
+            f"_size_by_: {{{match}: NAME_OF_AN_INTEGER}} to its YAML, or set match=none."
         )
     budget = _budget(config, match)
     step = _mapping(config, "_step_").get(knob, 1)
@@ -121,7 +121,7 @@ def _basis(config: dict[str, Any], match: str) -> float:
     if match == "params":
         return cost.params_total
     if cost.unknown:
-        raise ConfigError(f"match=flops: {', '.join(cost.unknown)} states no cost(); say match=params or match=none.")
+        raise ConfigError(f"match=flops: {', '.join(cost.unknown)} states no cost(); set match=params or match=none.")
     return cost.trunk_train_flops
 
 

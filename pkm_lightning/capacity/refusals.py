@@ -58,7 +58,7 @@ def _check_strategy(config: Mapping[str, Any]) -> None:
     if kind == "single" and devices * nodes > 1:
         several = f"trainer.devices={trainer['devices']}" if devices > 1 else f"trainer.num_nodes={nodes}"
         raise ConfigError(
-            f"{several} needs a strategy for several processes; say strategy=ddp, or strategy=fsdp to share the dense "
+            f"{several} needs a strategy for several processes; set strategy=ddp, or strategy=fsdp to share the dense "
             "weights too."
         )
     if kind == "fsdp" and precision not in _FSDP_PRECISIONS:
@@ -68,12 +68,12 @@ def _check_strategy(config: Mapping[str, Any]) -> None:
         )
     if kind.startswith("zero") and precision == "64-true":
         raise ConfigError(
-            f"trainer.precision={trainer['precision']} does not work with DeepSpeed; say trainer.precision=32-true, or "
+            f"trainer.precision={trainer['precision']} does not work with DeepSpeed; set trainer.precision=32-true, or "
             "strategy=ddp."
         )
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            "this strategy needs DeepSpeed, which is not installed; say pip install deepspeed, or strategy=fsdp, which "
+            "this strategy needs DeepSpeed, which is not installed; run pip install deepspeed, or strategy=fsdp, which "
             "shares as much."
         )
 

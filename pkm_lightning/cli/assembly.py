@@ -68,7 +68,7 @@ def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
     if needed is not None and given < needed:
         raise ConfigError(
             f"model.vocab_size={given} is too small: the data's tokens need {needed}; "
-            "say model.vocab_size=auto or lower data.vocab_size."
+            "set model.vocab_size=auto or lower data.vocab_size."
         )
     return given
 
@@ -124,7 +124,7 @@ def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers
     if config["strategy"]:
         strategy = instantiate(config["strategy"], "strategy")
     elif devices not in (1, "1"):
-        raise ConfigError(f"trainer.devices={devices} needs a strategy for several processes; say strategy=ddp.")
+        raise ConfigError(f"trainer.devices={devices} needs a strategy for several processes; set strategy=ddp.")
     # Without these Lightning would add a checkpoint callback and a progress bar of its own.
     checkpointing = any(isinstance(callback, Checkpoint) for callback in callbacks)
     try:

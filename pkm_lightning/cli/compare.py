@@ -279,7 +279,7 @@ def _check_said_once(job: Job, settings: Settings, arms: Sequence[Arm]) -> None:
         ConfigError: both are said.
     """
     if settings.sweep is not None and job.names("optim.lr"):
-        raise ConfigError("optim.lr and lr_sweep both say the learning rate; leave one out, or say lr_sweep=null.")
+        raise ConfigError("optim.lr and lr_sweep both say the learning rate; leave one out, or set lr_sweep=null.")
     if settings.budget_tokens is None and settings.budget_seconds is None:
         return
     saying = [arm.name for arm in arms if says(arm.overrides, "trainer.max_steps")]

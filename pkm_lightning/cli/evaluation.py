@@ -59,11 +59,11 @@ class SavedRun:
         self.config, self.data = complete(_with_overrides(config, job))
         if self.is_spread and looks_like_safetensors(self.path):
             raise ConfigError(
-                f"ckpt={self.path} is read by one process; say strategy=single devices=1, or give a run's checkpoint."
+                f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."
             )
         if self.is_spread and self.config["table"].get("device") == "mmap":
             raise ConfigError(
-                "table.device=mmap is of one process; say strategy=single devices=1, or table.device=cpu."
+                "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
         self.data.prepare_data()
         check_tokenizer(checkpoint, self.data)

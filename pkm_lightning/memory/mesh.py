@@ -177,7 +177,7 @@ def check_dim(shard: str, dim: int, members: int) -> None:
     if shard == "dim" and dim % members:
         divisors: Sequence[int] = [n for n in range(1, members) if members % n == 0 and dim % n == 0]
         raise ConfigError(
-            f"table.shard=dim cannot split the {dim} values of a row over {members} ranks; say table.shard=row, or "
+            f"table.shard=dim cannot split the {dim} values of a row over {members} ranks; set table.shard=row, or "
             f"table.group={divisors[-1]}."
         )
 

@@ -47,7 +47,7 @@ class RowOptimizer:
         if rule == "catch_up_adam" and betas[0] != 0:
             raise ConfigError(
                 f"table.optimizer.betas={list(betas)}: catch_up_adam is exact without momentum only; set the first to "
-                "0, or say table/optimizer=lazy_adam."
+                "0, or set table/optimizer=lazy_adam."
             )
         self.rule, self.betas, self.eps = rule, (betas[0], betas[1]), eps
 
@@ -60,7 +60,7 @@ class RowOptimizer:
         if self.rule == "catch_up_adam" and weight_decay:
             raise ConfigError(
                 f"optim.table_weight_decay={weight_decay}: catch_up_adam is the dense algorithm without decay only; "
-                "set it to 0, or say table/optimizer=lazy_adam."
+                "set it to 0, or set table/optimizer=lazy_adam."
             )
 
 
@@ -136,7 +136,7 @@ class TableOptimizer(Optimizer):
             if table.weight.requires_grad:
                 raise ConfigError(
                     f"{name}.weight requires a gradient, which a table that learns by rows must not: freeze and "
-                    "unfreeze the other parameters only, or say table.learning=dense."
+                    "unfreeze the other parameters only, or set table.learning=dense."
                 )
             if table.learning == "rows":
                 self.update(table)

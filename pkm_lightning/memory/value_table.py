@@ -245,7 +245,7 @@ class ValueTable(nn.Module):
             if dtype != self.weight.dtype and not self.weight.is_meta:
                 raise ConfigError(
                     f"table.device=mmap reads the table as it was saved ({self.weight.dtype}), not as {dtype}; leave "
-                    "trainer.precision as it was in training, or say table.device=cpu."
+                    "trainer.precision as it was in training, or set table.device=cpu."
                 )
             return self
         if self.stays_on_cpu and not self.weight.is_meta:

@@ -89,7 +89,7 @@ def check_world(trainer: L.Trainer, started: int) -> None:
     if configured != started:
         raise ConfigError(
             f"trainer.devices times trainer.num_nodes makes {configured} rank(s), but {started} were started "
-            "from outside; say strategy=ddp, trainer.devices= (ranks a node) and trainer.num_nodes= as they were "
+            "from outside; set strategy=ddp, trainer.devices= (ranks a node) and trainer.num_nodes= as they were "
             "started."
         )
 

@@ -145,7 +145,7 @@ class LanguageModule(L.LightningModule):
         if self.config["table"].get("learning") == "fused" and self.trainer.accumulate_grad_batches != 1:
             raise ConfigError(
                 f"table.learning=fused cannot accumulate, but {self.trainer.accumulate_grad_batches} micro-batches "
-                "make a step; say table.learning=rows, which can."
+                "make a step; set table.learning=rows, which can."
             )
         check_last(self.trainer)
         if self.table_optimizer is not None:

@@ -39,14 +39,14 @@ def check_learning(config: Mapping[str, Any]) -> None:
     if str(trainer["precision"]).startswith("16"):
         raise ConfigError(
             f"trainer.precision={trainer['precision']} does not work with table.learning={learning}: its loss scaling "
-            "knows no staged gradients; say trainer.precision=bf16-mixed, or table.learning=dense."
+            "knows no staged gradients; set trainer.precision=bf16-mixed, or table.learning=dense."
         )
     if learning == "fused":
         _check_fused(config)
 
 
 def _check_fused(config: Mapping[str, Any]) -> None:
-    instead = "say table.learning=rows, which can"
+    instead = "set table.learning=rows, which can"
     accumulated = config["trainer"]["accumulate_grad_batches"]
     if accumulated != 1:
         raise ConfigError(

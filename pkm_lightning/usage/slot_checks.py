@@ -42,7 +42,7 @@ def check_slots(place: str, plugin: nn.Module, told: Sequence[Slots]) -> None:
         if slots.n_keys is not None and slots.n_keys**2 != slots.count:
             raise ConfigError(
                 f"{who} says that {slots.name!r} has count={slots.count} and n_keys={slots.n_keys}, but pairs of "
-                f"sub-keys are n_keys**2 = {slots.n_keys**2}; say n_keys=None, or {_REMEDY}"
+                f"sub-keys are n_keys**2 = {slots.n_keys**2}; set n_keys=None, or {_REMEDY}"
             )
         rows = [table.rows for table in slots.tables]
         if any(n != slots.count for n in rows):

@@ -124,7 +124,7 @@ def test_a_saved_configuration_may_not_name(target: str, nested: bool) -> None:
     with pytest.raises(ConfigError) as error:
         check_trusted(settings, "runs/a/config.yaml")
     assert f"runs/a/config.yaml names {where}={target}, which is no class of" in str(error.value)
-    assert "say trust_config=true" in str(error.value)
+    assert "set trust_config=true" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_match_none_changes_nothing() -> None:
                 "+ffn._size_by_={flops: aux_weight}",
                 "match=flops",
             ),
-            r"match=flops: Reporter states no cost\(\); say match=params or match=none",
+            r"match=flops: Reporter states no cost\(\); set match=params or match=none",
         ),
     ],
 )

@@ -180,7 +180,7 @@ def test_what_cannot_work_is_refused(
 @pytest.mark.slow
 def test_sub_keys_of_an_engine_are_refused(ranks: Groups) -> None:
     for message in ranks(2).run(revivals.refused, ["ffn=memory_plus", "strategy=deepspeed_3"], source="queries"):
-        assert "cannot write sub-keys that DeepSpeed's engine owns; say source=busy" in message
+        assert "cannot write sub-keys that DeepSpeed's engine owns; set source=busy" in message
 
 
 def test_it_needs_slot_usage() -> None:

@@ -128,13 +128,13 @@ def test_a_strategy_of_somebody_else_leaves_the_dense_part_unknown() -> None:
 
 
 def test_what_cannot_work_names_what_can() -> None:
-    assert "say strategy=ddp, or strategy=fsdp" in refused("devices=2")
+    assert "set strategy=ddp, or strategy=fsdp" in refused("devices=2")
     assert "trainer.num_nodes=2 needs a strategy" in refused("trainer.num_nodes=2")
     assert "allowed: 1, 2, 4, 8" in refused("devices=8", "strategy=ddp", "table.group=3")
     split = refused("devices=8", "strategy=ddp", "ffn=memory_plus", "ffn.value_dim=60")
-    assert "say table.shard=row, or table.group=4" in split
+    assert "set table.shard=row, or table.group=4" in split
     assert "allowed: 32-true, bf16-true" in refused("devices=2", "strategy=fsdp", "trainer.precision=16-mixed")
-    assert "say trainer.precision=32-true" in refused("devices=2", "strategy=deepspeed_1", "trainer.precision=64")
+    assert "set trainer.precision=32-true" in refused("devices=2", "strategy=deepspeed_1", "trainer.precision=64")
     assert "at most 1,073,741,824 rows" in refused(
         "ffn=ultramem", "ffn.n_keys=46000", "ffn.expansion=1", "ffn.cores=2", "ffn.value_dim=4"
     )
@@ -143,7 +143,7 @@ def test_what_cannot_work_names_what_can() -> None:
 
 def test_deepspeed_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "say pip install deepspeed, or strategy=fsdp" in refused("devices=2", "strategy=deepspeed_2")
+    assert "run pip install deepspeed, or strategy=fsdp" in refused("devices=2", "strategy=deepspeed_2")
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:

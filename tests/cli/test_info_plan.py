@@ -72,10 +72,10 @@ def test_what_does_not_fit_is_refused_in_one_sentence(cli: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["devices=2"], "say strategy=ddp"),
+        (["devices=2"], "set strategy=ddp"),
         (["devices=4", "strategy=ddp", "table.group=3"], "allowed: 1, 2, 4"),
         (["devices=2", "strategy=fsdp", "trainer.precision=64-true"], "allowed: 32-true, bf16-true"),
-        (["devices=2", "strategy=ddp", "ffn.value_dim=7"], "say table.shard=row, or table.group=1"),
+        (["devices=2", "strategy=ddp", "ffn.value_dim=7"], "set table.shard=row, or table.group=1"),
         (["device_memory=much"], "device_memory='much' is no number"),
     ],
 )

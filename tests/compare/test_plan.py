@@ -38,8 +38,8 @@ def test_a_variant_overrides_a_named_ffn_or_brings_its_own() -> None:
     [
         ({"mystery": {"ffn.top_k": 2}}, "variants.mystery names no FFN"),
         ({"dense": {"ffn": "moe"}}, "ffn= names dense already"),
-        ({"dense": {"seed": 3}}, "variants.dense.seed: compare sets seed of each run itself; say seeds="),
-        ({"dense": {"run_dir": "x"}}, "variants.dense.run_dir: compare sets run_dir of each run itself; say out="),
+        ({"dense": {"seed": 3}}, "variants.dense.seed: compare sets seed of each run itself; set seeds="),
+        ({"dense": {"run_dir": "x"}}, "variants.dense.run_dir: compare sets run_dir of each run itself; set out="),
     ],
 )
 def test_a_variant_that_means_nothing_is_refused(variants: dict[str, Any], message: str) -> None:

@@ -64,7 +64,7 @@ def test_overrides_of_a_variant_may_be_dotted_or_nested() -> None:
         (["dense_ladder=maybe"], "dense_ladder='maybe' is neither true nor false"),
         (["budget.tokens=1e6", "budget.seconds=60"], "exclude each other"),
         (["budget.tokens=-1"], "budget.tokens=-1 is out of range"),
-        (["budget.seconds=60", "jobs=2"], r"budget.seconds=60 with jobs=2: .* say jobs=1"),
+        (["budget.seconds=60", "jobs=2"], r"budget.seconds=60 with jobs=2: .* set jobs=1"),
         (["budget=3"], "budget=3 is no mapping"),
         (["+budget.hours=3"], "budget.hours is not known; allowed: tokens, seconds"),
         (["lr_sweep=[1e-3]"], "no list of two or more"),

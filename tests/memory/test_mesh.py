@@ -28,11 +28,11 @@ def test_a_group_is_all_ranks_a_node_or_a_number() -> None:
 def test_groups_and_columns_that_do_not_divide_are_refused_with_those_that_do() -> None:
     with pytest.raises(ConfigError, match=r"table.group=3 does not divide the 4 ranks; allowed: 1, 2, 4"):
         check_members("dim", 3, 4)
-    with pytest.raises(ConfigError, match=r"10 values of a row over 4 ranks; say table.shard=row, or table.group=2"):
+    with pytest.raises(ConfigError, match=r"10 values of a row over 4 ranks; set table.shard=row, or table.group=2"):
         check_dim("dim", 10, 4)
     check_dim("row", 10, 4)
     with pytest.raises(
-        ConfigError, match=r"some of 4 ranks without any of 9 rows; say table.shard=dim, or table.group=2"
+        ConfigError, match=r"some of 4 ranks without any of 9 rows; set table.shard=dim, or table.group=2"
     ):
         check_rows("row", 9, 4)
     check_rows("row", 10, 4)
