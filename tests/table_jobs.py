@@ -1,6 +1,6 @@
 """Jobs for a group of ranks: reads of one table on a mesh, beside the same reads of the whole table.
 
-Letters: T reads of all ranks, K rows a read, D values a row, G groups.
+Letters: T reads of all ranks, K rows a read, V values per row, G groups.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def loss(table: ValueTable, part: slice, kind: str) -> Tensor:
     ids_TK = torch.randint(lines, (tokens, K), dtype=torch.int64)
     ids_TK[:, 0] = 7  # a row that everybody reads
     weights_TK = torch.randn(tokens, K, dtype=torch.float64)
-    x_TD, target = torch.randn(tokens, width, dtype=torch.float64), torch.randn(tokens, 2, width, dtype=torch.float64)
+    x_TV, target = torch.randn(tokens, width, dtype=torch.float64), torch.randn(tokens, 2, width, dtype=torch.float64)
     groups_TK = torch.randint(2, (tokens, K))
-    ids_TK, weights_TK, x_TD, target, groups_TK = (v[part] for v in (ids_TK, weights_TK, x_TD, target, groups_TK))
+    ids_TK, weights_TK, x_TV, target, groups_TK = (v[part] for v in (ids_TK, weights_TK, x_TV, target, groups_TK))
     weights_TK.requires_grad_(True)
-    x_TD.requires_grad_(True)
+    x_TV.requires_grad_(True)
     if kind == "sum":
         value = (table(ids_TK, weights_TK) * target[:, 0]).sum()
     elif kind == "groups":
         value = (table(ids_TK, weights_TK, groups_TK, 2) * target).sum()
     else:  # PEER's expert: a dot and a sum
-        value = (table(ids_TK, weights_TK * table.dot(x_TD, ids_TK).tanh()) * target[:, 0]).sum()
+        value = (table(ids_TK, weights_TK * table.dot(x_TV, ids_TK).tanh()) * target[:, 0]).sum()
     value.backward()
     assert weights_TK.grad is not None
-    return torch.cat([weights_TK.grad, torch.zeros_like(x_TD) if x_TD.grad is None else x_TD.grad], 1)
+    return torch.cat([weights_TK.grad, torch.zeros_like(x_TV) if x_TV.grad is None else x_TV.grad], 1)
 
 
 def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int], rule: str, slices: int = 1) -> None:

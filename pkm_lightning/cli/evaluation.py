@@ -21,6 +21,7 @@ from pkm_lightning.cli.resume import check_content, checkpoint_config, load_chec
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.table_learning import without_learning
 
 #: What a saved run is; a command that evaluates it cannot change it.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
@@ -56,7 +57,7 @@ class SavedRun:
         else:
             config = checkpoint_config(checkpoint, str(self.path), trust=trust)
         self._checkpoint = checkpoint
-        self.config, self.data = complete(_with_overrides(config, job))
+        self.config, self.data = complete(without_learning(_with_overrides(config, job)))
         if self.is_spread and looks_like_safetensors(self.path):
             raise ConfigError(
                 f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."

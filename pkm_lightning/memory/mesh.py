@@ -194,3 +194,8 @@ def check_rows(shard: str, rows: int, members: int) -> None:
             f"table.shard=row in equal shares leaves some of {members} ranks without any of {rows} rows; say "
             f"table.shard=dim, or table.group={fitting}."
         )
+
+
+def whole(value: Tensor) -> Tensor:
+    """Returns `value` as a plain tensor, gathered from all ranks where it is a DTensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -5,6 +5,7 @@ Letters: T tokens, H heads, 2 halves, S sub-keys a half, E dimension of a half k
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int32
     from torch import Tensor
 
+#: Sub-keys per half at most: the ids of their S * S slots are int32.
+MAX_KEYS = math.isqrt(2**31 - 1)
+
 
 def half_key_dim(key_dim: int) -> int:
     """Half of `ffn.key_dim`, the dimension of both half keys together.
@@ -30,6 +34,16 @@ def half_key_dim(key_dim: int) -> int:
     if key_dim % 2:
         raise ConfigError(f"ffn.key_dim={key_dim} is odd; it is split into two half keys: use {key_dim + 1}.")
     return key_dim // 2
+
+
+def product_slots(n_keys: int) -> int:
+    """Returns the number of slots that two halves of `n_keys` sub-keys address.
+
+    Raises:
+        ConfigError: `n_keys` is not a whole number from 1 to `MAX_KEYS`.
+    """
+    check_integer("ffn.n_keys", n_keys, low=1, high=MAX_KEYS)
+    return n_keys**2
 
 
 class ProductKeys(nn.Module):

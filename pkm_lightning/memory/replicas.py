@@ -4,14 +4,14 @@ Each replica has staged the reads of its own tokens. Three things can be exchang
 
 | way | bytes that a rank receives from R - 1 others |
 |---|---|
-| `reads` | (R - 1) (L (4 + 4 + c) + X D b): ids, sources, coefficients and source rows, which many reads share |
-| `rows` | (R - 1) U (4 + D b): one gradient for each touched row |
-| `dense` | 2 (R - 1) / R N (D + 1) c: the whole part and a mark on the touched rows, as an all-reduce |
+| `reads` | (R - 1) (L (4 + 4 + c) + X V b): ids, sources, coefficients and source rows, which many reads share |
+| `rows` | (R - 1) U (4 + V b): one gradient for each touched row |
+| `dense` | 2 (R - 1) / R N (V + 1) c: the whole part and a mark on the touched rows, as an all-reduce |
 
 The numbers are the largest of the replicas, so that all choose alike; of equal ways the first is taken.
 
-Letters: N rows, D values a row, L staged reads, X source rows, U touched rows, R replicas; b and c bytes of a value of
-the table and of a sum.
+Letters: N rows, V values per row, L staged reads, X source rows, U touched rows, R replicas; b and c bytes of a value
+of the table and of a sum.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StagedReads(NamedTuple):
     ids_L: Tensor
     coefficients_L: Tensor
     sources_L: Tensor
-    source_rows_XD: Tensor
+    source_rows_XV: Tensor
 
 
 def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> RowGradient | None:
@@ -52,18 +52,18 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     replicas = world if mesh is None else mesh.replicas
     if replicas == 1:
-        if not len(staged.source_rows_XD):
+        if not len(staged.source_rows_XV):
             return None
         return row_gradient(n_rows, *staged._replace(coefficients_L=staged.coefficients_L / world))
     group = dist.group.WORLD if mesh is None else mesh.replica_group(staged.ids_L.device)
     assert group is not None
     own = row_gradient(n_rows, *staged)
-    numbers = torch.tensor([len(staged.ids_L), len(staged.source_rows_XD), len(own.segments.rows_U)])
+    numbers = torch.tensor([len(staged.ids_L), len(staged.source_rows_XV), len(own.segments.rows_U)])
     every_R3 = all_gather(numbers.to(staged.ids_L.device).unsqueeze(0), [1] * replicas, group).cpu()
     reads, sources, rows = every_R3.T.tolist()
     if not max(reads):
         return None
-    way = cheapest_way(max(reads), max(sources), max(rows), n_rows, staged.source_rows_XD, replicas)
+    way = cheapest_way(max(reads), max(sources), max(rows), n_rows, staged.source_rows_XV, replicas)
     if way == "reads":
         merged = _gather_reads(staged, reads, sources, group)
     elif way == "rows":
@@ -73,9 +73,9 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
     return row_gradient(n_rows, *merged._replace(coefficients_L=merged.coefficients_L / world))
 
 
-def cheapest_way(reads: int, sources: int, rows: int, n_rows: int, source_rows_XD: Tensor, replicas: int) -> str:
+def cheapest_way(reads: int, sources: int, rows: int, n_rows: int, source_rows_XV: Tensor, replicas: int) -> str:
     """`reads`, `rows` or `dense`, by the table above."""
-    dim, item = source_rows_XD.shape[1], source_rows_XD.element_size()
+    dim, item = source_rows_XV.shape[1], source_rows_XV.element_size()
     received = received_bytes(reads, sources, rows, n_rows=n_rows, dim=dim, item=item, replicas=replicas)
     return min(received, key=received.__getitem__)
 
@@ -98,39 +98,39 @@ def _gather_reads(staged: StagedReads, reads: list[int], sources: list[int], gro
     shift_L = before.repeat_interleave(torch.tensor(reads, device=ids_L.device), output_size=sum(reads))
     coefficients_L = all_gather(staged.coefficients_L, reads, group)
     return StagedReads(
-        ids_L, coefficients_L, sources_L + shift_L.int(), all_gather(staged.source_rows_XD, sources, group)
+        ids_L, coefficients_L, sources_L + shift_L.int(), all_gather(staged.source_rows_XV, sources, group)
     )
 
 
 def _gather_rows(own: RowGradient, rows: list[int], n_rows: int, group: dist.ProcessGroup) -> StagedReads:
-    grads_UD = _row_sums(own)
+    grads_UV = _row_sums(own)
     ids_U = own.segments.rows_U.int()
     ids_U = torch.where(ids_U < 0, n_rows, ids_U)  # a segment that is none counts as a row of another rank
     ids_L = all_gather(ids_U, rows, group)
-    return _each_its_own(ids_L, all_gather(grads_UD.to(own.source_rows_XD.dtype), rows, group))
+    return _each_its_own(ids_L, all_gather(grads_UV.to(own.source_rows_XV.dtype), rows, group))
 
 
 def _sum_densely(own: RowGradient, n_rows: int, group: dist.ProcessGroup) -> StagedReads:
-    grads_UD = _row_sums(own)
+    grads_UV = _row_sums(own)
     rows_U = own.segments.rows_U.long()
-    whole = grads_UD.new_zeros(n_rows + 1, grads_UD.shape[1] + 1)  # the last row takes segments that are none
+    whole = grads_UV.new_zeros(n_rows + 1, grads_UV.shape[1] + 1)  # the last row takes segments that are none
     at_U = torch.where(rows_U < 0, n_rows, rows_U)
-    whole[at_U, :-1] = grads_UD
+    whole[at_U, :-1] = grads_UV
     whole[at_U, -1] = 1
     dist.all_reduce(whole[:-1], group=group)
     touched_U = whole[:-1, -1].nonzero().squeeze(-1)
-    return _each_its_own(touched_U.int(), whole[touched_U, :-1].to(own.source_rows_XD.dtype))
+    return _each_its_own(touched_U.int(), whole[touched_U, :-1].to(own.source_rows_XV.dtype))
 
 
 def _row_sums(own: RowGradient) -> Tensor:
-    return row_gradients(own.segments, own.coefficients_L, own.sources_L, own.source_rows_XD)
+    return row_gradients(own.segments, own.coefficients_L, own.sources_L, own.source_rows_XV)
 
 
-def _each_its_own(ids_L: Tensor, rows_LD: Tensor) -> StagedReads:
+def _each_its_own(ids_L: Tensor, rows_LV: Tensor) -> StagedReads:
     """Reads of one source row each."""
-    wide = torch.promote_types(rows_LD.dtype, torch.float32)
+    wide = torch.promote_types(rows_LV.dtype, torch.float32)
     one_L = torch.ones(len(ids_L), dtype=wide, device=ids_L.device)
-    return StagedReads(ids_L, one_L, torch.arange(len(ids_L), dtype=torch.int32, device=ids_L.device), rows_LD)
+    return StagedReads(ids_L, one_L, torch.arange(len(ids_L), dtype=torch.int32, device=ids_L.device), rows_LV)
 
 
 def norm_over_members(norm: Tensor, mesh: TableMesh | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
-from pkm_lightning.memory.table_optimizer import whole
+from pkm_lightning.memory.mesh import whole
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

@@ -7,7 +7,7 @@ exchanged so that a token's rank gets all columns. That traffic does not depend 
 In backward the same paths run the other way round; the local reads are then staged or differentiated as ever, for the
 tokens of all members, so that the part's gradient is the sum over the members' tokens.
 
-Letters: T own reads, A reads of all members, K rows a read, D values a row, C own columns, G groups a read.
+Letters: T own reads, A reads of all members, K rows a read, V values per row, C own columns, G groups a read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LocalDot = Callable[[Tensor, Tensor, Tensor], Tensor]
 def sharded_sum(
     mesh: TableMesh, n_lines: int, read: LocalSum, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None
 ) -> Callable[[], Tensor]:
-    """The weighted sums of `read` over the whole table, (T, D) or (T, G, D), when the result is called for.
+    """The weighted sums of `read` over the whole table, (T, V) or (T, G, V), when the result is called for.
 
     Args:
         mesh: with more than one member.
@@ -56,16 +56,16 @@ def sharded_sum(
 
 
 @torch.compiler.disable
-def sharded_dot(mesh: TableMesh, n_lines: int, dot: LocalDot, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+def sharded_dot(mesh: TableMesh, n_lines: int, dot: LocalDot, x_TV: Tensor, ids_TK: Tensor) -> Tensor:
     """The inner products of `dot` with whole lines, (T, K); arguments as in `sharded_sum`."""
     check_indices("ValueTable", "ids", ids_TK, n_lines)
-    lengths, group = mesh.lengths(len(ids_TK)), mesh.member_group(x_TD.device)
+    lengths, group = mesh.lengths(len(ids_TK)), mesh.member_group(x_TV.device)
     ids_AK = all_gather(ids_TK.int(), lengths, group)
     if mesh.shard == "dim":
-        partial = dot(rows_to_columns(x_TD, lengths, group), ids_AK, ids_AK)
+        partial = dot(rows_to_columns(x_TV, lengths, group), ids_AK, ids_AK)
     else:
         local_AK, own_AK, staged_AK = _own_rows(mesh, n_lines, ids_AK)
-        partial = torch.where(own_AK, dot(all_gather(x_TD, lengths, group), local_AK, staged_AK), 0)
+        partial = torch.where(own_AK, dot(all_gather(x_TV, lengths, group), local_AK, staged_AK), 0)
     return reduce_scatter(partial, lengths, group)
 
 

@@ -4,14 +4,13 @@ A staged read is an identity in forward. Its backward copies what the table's gr
 grow to what a step needs and are used again, so that all layers and micro-batches of a step are one gradient per
 touched row later on. Both are custom operators: compiled blocks call them like any other.
 
-Letters: T reads, K rows a read, L = T * K, X source rows, D values a row.
+Letters: T reads, K rows a read, L = T * K, X source rows, V values per row.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +39,6 @@ class RowStage:
     Attributes:
         seen: whether the table has ever been read with a gradient in view.
         scale: factor on the gradient: a number, or a scalar tensor that no host need read.
-        when_backward_ends: called, if set, at the end of every backward pass that has staged something.
     """
 
     def __init__(self, n_rows: int, mesh: TableMesh | None = None) -> None:
@@ -49,7 +47,6 @@ class RowStage:
         _stages[number] = self
         # A tensor, since a compiled block is compiled anew for another number, and each table has one.
         self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
-        self.when_backward_ends: Callable[[], None] | None = None
         # Requires a gradient, so that a read with constant weights has a backward too. The gradient, a zero, is what
         # staging returns: nobody who compiles the backward can take it for an operation without effect.
         self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
@@ -64,52 +61,50 @@ class RowStage:
     def __reduce__(self) -> tuple[type[RowStage], tuple[int]]:
         return RowStage, (self.n_rows,)
 
-    def watch_sum(self, y_XD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
-        """`y_XD`, in whose row `sources[t, k]` (default t) the row ids[t, k] stands with the weight weights[t, k]."""
-        y: Tensor = _watch_sum(y_XD, ids_TK, weights_TK, sources_TK, self.anchor, self.number)
+    def watch_sum(self, y_XV: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
+        """`y_XV`, in whose row `sources[t, k]` (default t) the row ids[t, k] stands with the weight weights[t, k]."""
+        y: Tensor = _watch_sum(y_XV, ids_TK, weights_TK, sources_TK, self.anchor, self.number)
         return y
 
-    def watch_dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TD: Tensor) -> Tensor:
+    def watch_dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TV: Tensor) -> Tensor:
         """`dots_TK`, which was computed as <row ids[t, k], x[t]>."""
-        dots: Tensor = _watch_dot(dots_TK, ids_TK, x_TD, self.anchor, self.number)
+        dots: Tensor = _watch_dot(dots_TK, ids_TK, x_TV, self.anchor, self.number)
         return dots
 
-    def add(self, ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, source_rows_XD: Tensor) -> None:
+    def add(self, ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor) -> None:
         """Copies one read's part of the gradient behind what is there."""
-        if self._rows.length == 0 and self.when_backward_ends is not None:
-            torch.autograd.Variable._execution_engine.queue_callback(self.when_backward_ends)
         self._gradient = None
         before = self._rows.length
         if self.mesh is not None and self.mesh.shard == "row" and ids_L.device.type == "cpu":
             own_L = ids_L < self.n_rows  # elsewhere the host would wait to learn how many there are
             ids_L, coefficients_L, sources_L = ids_L[own_L], coefficients_L[own_L], sources_L[own_L]
         self._ids.append(ids_L, torch.int32)
-        wide = torch.promote_types(source_rows_XD.dtype, torch.float32)
+        wide = torch.promote_types(source_rows_XV.dtype, torch.float32)
         self._coefficients.append(coefficients_L, wide)
         self._sources.append(sources_L, torch.int32).add_(before)
-        self._rows.append(source_rows_XD, source_rows_XD.dtype)
+        self._rows.append(source_rows_XV, source_rows_XV.dtype)
 
-    def gradient(self, table_ND: Tensor) -> RowGradient | None:
+    def gradient(self, table_NV: Tensor) -> RowGradient | None:
         """The gradient of what is staged, a mean over ranks; None if no rank has anything. Every rank must ask.
 
         Args:
-            table_ND: the table, for width, dtype and device where this rank has read nothing.
+            table_NV: the table, for width, dtype and device where this rank has read nothing.
         """
         if self._gradient is None:
-            wide = torch.promote_types(table_ND.dtype, torch.float32)
+            wide = torch.promote_types(table_NV.dtype, torch.float32)
             staged = StagedReads(
-                self._ids.filled(table_ND[:0, 0].int()),
-                self._coefficients.filled(table_ND[:0, 0].to(wide)),
-                self._sources.filled(table_ND[:0, 0].int()),
-                self._rows.filled(table_ND[:0]),
+                self._ids.filled(table_NV[:0, 0].int()),
+                self._coefficients.filled(table_NV[:0, 0].to(wide)),
+                self._sources.filled(table_NV[:0, 0].int()),
+                self._rows.filled(table_NV[:0]),
             )
             self._gradient = mean_gradient(self.n_rows, staged, self.mesh)
         return self._gradient
 
-    def norm(self, table_ND: Tensor) -> Tensor:
+    def norm(self, table_NV: Tensor) -> Tensor:
         """L2 norm of the gradient over all rows and ranks, a scalar tensor; every rank must ask."""
-        gradient = self.gradient(table_ND)
-        norm = torch.zeros((), device=table_ND.device) if gradient is None else row_gradient_norm(gradient)
+        gradient = self.gradient(table_NV)
+        norm = torch.zeros((), device=table_NV.device) if gradient is None else row_gradient_norm(gradient)
         return norm_over_members(norm, self.mesh) * self.scale
 
     def clear(self) -> None:
@@ -194,20 +189,20 @@ def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(ids_TK, weights_TK, sources_TK, number)
 
 
-def _stage_sum(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
+def _stage_sum(ctx: Any, grad_XV: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
     ids_TK, weights_TK, sources_TK, number = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XD, number)
-    return grad_XD, None, None, None, zero, None
+    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XV, number)
+    return grad_XV, None, None, None, zero, None
 
 
 def _keep_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids_TK, x_TD, _, number = inputs
-    ctx.save_for_backward(ids_TK, x_TD, number)
+    _, ids_TK, x_TV, _, number = inputs
+    ctx.save_for_backward(ids_TK, x_TV, number)
 
 
 def _stage_dot(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
-    ids_TK, x_TD, number = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, grad_TK, None, x_TD, number)
+    ids_TK, x_TV, number = ctx.saved_tensors
+    zero = _stage_reads(ids_TK, grad_TK, None, x_TV, number)
     return grad_TK, None, None, zero, None
 
 

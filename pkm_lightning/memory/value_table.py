@@ -1,6 +1,6 @@
-"""The rows that a memory reads: N x D parameters of which one token touches a few.
+"""The rows that a memory reads: N x V parameters of which one token touches a few.
 
-Letters: N rows, D values a row, T reads, K rows a read, G groups a read.
+Letters: N rows, V values per row, T reads, K rows a read, G groups a read.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class ValueTable(nn.Module):
     The model owns a table once; layers that share it hold a reference that is not registered (`TableReference`), so
     that no class attribute and no global is needed and two models in one process never meet.
 
-    Layers read it by calling it or by `dot`; `weight` itself is for checkpoints. With `learning` rows or fused
+    Layers read it by calling it or by `dot`; `weight` itself is for checkpoints. With `learning=rows`
     `weight` requires no gradient: a read leaves its part of the gradient in `stage`, and a `TableOptimizer` updates the
     rows that were read. Whatever runs backward through a read stages it, `torch.autograd.grad` in evaluation too: what
     should not be learned from is cleared by `TableOptimizer.zero_grad`, or read under `torch.no_grad`.
 
     Args:
         rows: slots N.
-        dim: values a row D.
+        dim: values per row V.
         std: standard deviation of the initial rows; None takes dim**-0.5.
         trainable: False keeps the rows as they were drawn (SimVQ: a trained map after the read moves all of them).
         slices: equal parts of a row that are read each for itself; ids then count slices, `row * slices + slice`, and a
             slice is what a row optimizer takes for a row.
-        learning: `dense` (autograd's N x D gradient, any torch optimizer), `rows` (one update of the touched rows an
-            optimizer step) or `fused` (the same at the end of backward).
+        learning: `dense` (autograd's N x V gradient, any torch optimizer) or `rows` (one update of the touched rows
+            per optimizer step).
         device: `auto` goes where the model goes; `cpu` stays in host memory, ids and outputs travel; `mmap` is for
             reading only: `weight` is on meta, without memory, until `load_state_dict` makes it the very tensor of the
             state dict, and stays that, where it is and in its dtype.
@@ -72,7 +72,7 @@ class ValueTable(nn.Module):
         mesh: TableMesh | None = None,
     ) -> None:
         super().__init__()
-        check_choice("table.learning", learning, ("dense", "rows", "fused"))
+        check_choice("table.learning", learning, ("dense", "rows"))
         check_choice("table.device", device, ("auto", "cpu", "mmap"))
         check_integer("slices", slices, low=1)
         if dim % slices:
@@ -150,7 +150,7 @@ class ValueTable(nn.Module):
         weights_TK: Float[Tensor, "T K"],
         groups_TK: Int[Tensor, "T K"] | None = None,
         n_groups: int | None = None,
-    ) -> Float[Tensor, "T D"] | Float[Tensor, "T G D"]:
+    ) -> Float[Tensor, "T V"] | Float[Tensor, "T G V"]:
         """`sum_k weights[t, k] * lines[ids[t, k]]` in the table's dtype; with groups, one sum a group."""
         return self.start(ids_TK, weights_TK, groups_TK, n_groups)()
 
@@ -166,18 +166,18 @@ class ValueTable(nn.Module):
         With a table split by `dim` the sums travel meanwhile, in backward their gradients too.
         """
         if not self.is_split:
-            read_TD = self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
-            return lambda: read_TD
+            read_TV = self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
+            return lambda: read_TV
         read = functools.partial(self._sum, n_groups=n_groups)
         assert self.mesh is not None
         return sharded_sum(self.mesh, self.n_lines, read, ids_TK, weights_TK.to(self.weight.dtype), groups_TK)
 
-    def dot(self, x_TD: Float[Tensor, "T D"], ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+    def dot(self, x_TV: Float[Tensor, "T V"], ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         """`<lines[ids[t, k]], x[t]>` in the table's dtype."""
         if not self.is_split:
-            return self._dot(x_TD, ids_TK, ids_TK)
+            return self._dot(x_TV, ids_TK, ids_TK)
         assert self.mesh is not None
-        return sharded_dot(self.mesh, self.n_lines, self._dot, x_TD.to(self.weight.dtype), ids_TK)
+        return sharded_dot(self.mesh, self.n_lines, self._dot, x_TV.to(self.weight.dtype), ids_TK)
 
     @property
     def size(self) -> int:
@@ -216,14 +216,14 @@ class ValueTable(nn.Module):
                 y = self.stage.watch_sum(y.flatten(0, 1), staged_TK, weights_TK, sources_TK).view_as(y)
         return y.to(home)
 
-    def _dot(self, x_TD: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
+    def _dot(self, x_TV: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
         """The inner products with the lines that are here."""
-        home = x_TD.device
+        home = x_TV.device
         ids_TK, staged_TK = self._both_here(ids_TK, staged_TK)
-        x_TD = self._here(x_TD).to(self.weight.dtype)
-        dots_TK = gathered_dot(self.weight, x_TD, ids_TK)
+        x_TV = self._here(x_TV).to(self.weight.dtype)
+        dots_TK = gathered_dot(self.weight, x_TV, ids_TK)
         if self.stage is not None and torch.is_grad_enabled():
-            dots_TK = self.stage.watch_dot(dots_TK, staged_TK, x_TD)
+            dots_TK = self.stage.watch_dot(dots_TK, staged_TK, x_TV)
         return dots_TK.to(home)
 
     def _both_here(self, ids_TK: Tensor, staged_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,16 +282,6 @@ class TableReference:
 
     def __init__(self, table: ValueTable) -> None:
         self.table = table
-
-
-def product_slots(n_keys: int) -> int:
-    """Slots that two halves of `n_keys` sub-keys address.
-
-    Raises:
-        ConfigError: `n_keys` is no whole number from 1 to 46,340: ids are int32.
-    """
-    check_integer("ffn.n_keys", n_keys, low=1, high=46_340)
-    return n_keys**2
 
 
 def check_table(table: ValueTable, rows: int, dim: int, *, named: str) -> None:

@@ -141,12 +141,6 @@ class LanguageModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes every random draw of the step a function of (seed, step, micro-batch, rank): resume is then exact."""
-        # A callback may change it after the configuration was checked.
-        if self.config["table"].get("learning") == "fused" and self.trainer.accumulate_grad_batches != 1:
-            raise ConfigError(
-                f"table.learning=fused cannot accumulate, but {self.trainer.accumulate_grad_batches} micro-batches "
-                "make a step; set table.learning=rows, which can."
-            )
         check_last(self.trainer)
         if self.table_optimizer is not None:
             self._follow_schedule(self.table_optimizer)

@@ -4,12 +4,10 @@
 |---|---|---|---|
 | `dense` | N x D, autograd's | `optim.optimizer`, each step, every row | - |
 | `rows` | staged reads | `table.optimizer`, each step, touched rows | 16-bit floats (fp16) |
-| `fused` | staged reads | `table.optimizer`, each backward, touched rows | fp16, accumulation, table_clip_norm |
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +18,7 @@ from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 from pkm_lightning.model.accounting import optimizer_bytes
-from pkm_lightning.ops.row_update.rules import state_shapes
+from pkm_lightning.ops.row_update import state_bytes
 
 
 def check_learning(config: Mapping[str, Any]) -> None:
@@ -31,7 +29,12 @@ def check_learning(config: Mapping[str, Any]) -> None:
     """
     table, optim, trainer = config["table"], config["optim"], config["trainer"]
     learning = table.get("learning", "dense")
-    check_choice("table.learning", learning, ("dense", "rows", "fused"))
+    if learning == "fused":
+        raise ConfigError(
+            "table.learning=fused is no longer offered; set table.learning=rows, which makes the same updates in the "
+            "same time. A run that was trained with it can be evaluated and exported, but not continued."
+        )
+    check_choice("table.learning", learning, ("dense", "rows"))
     if learning == "dense":
         return
     rows: RowOptimizer = instantiate(table["optimizer"], "table.optimizer")
@@ -41,24 +44,14 @@ def check_learning(config: Mapping[str, Any]) -> None:
             f"trainer.precision={trainer['precision']} does not work with table.learning={learning}: its loss scaling "
             "knows no staged gradients; set trainer.precision=bf16-mixed, or table.learning=dense."
         )
-    if learning == "fused":
-        _check_fused(config)
 
 
-def _check_fused(config: Mapping[str, Any]) -> None:
-    instead = "set table.learning=rows, which can"
-    accumulated = config["trainer"]["accumulate_grad_batches"]
-    if accumulated != 1:
-        raise ConfigError(
-            f"table.learning=fused updates after each backward and cannot accumulate "
-            f"(trainer.accumulate_grad_batches={accumulated}); {instead}."
-        )
-    limit = config["optim"]["table_clip_norm"]
-    if limit is not None:
-        raise ConfigError(
-            f"table.learning=fused knows no norm before it updates (optim.table_clip_norm={limit}); set "
-            f"optim.table_clip_norm=null, or {instead}."
-        )
+def without_learning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved configuration that is only evaluated, with `fused`, an earlier way of learning, as `rows`."""
+    table = dict(config["table"])
+    if table.get("learning") == "fused":
+        table["learning"] = "rows"
+    return {**config, "table": table}
 
 
 def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
@@ -107,7 +100,7 @@ def _row_optimizer(
 
 
 def learning_tables(model: nn.Module) -> dict[str, ValueTable]:
-    """The model's tables that learn by rows or fused, by name."""
+    """The model's tables that learn by rows, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -122,6 +115,5 @@ def optimizer_state_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:
     if tables:
         rows: RowOptimizer = instantiate(config["table"]["optimizer"], "table.optimizer")
         for table in tables:
-            shapes = state_shapes(rows.rule, table.weight).values()
-            total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+            total += state_bytes(rows.rule, table.weight)
     return total

@@ -3,7 +3,7 @@
 A table's gradient is a sum over the reads of a row. Sorted into segments, each sum is done by one reader in one order:
 no atomic additions, and the same bits on every run.
 
-Letters: L reads, X source rows, D values a row, N rows of the table, U segments, V = U + 1 their limits.
+Letters: L reads, X source rows, V values per row, N rows of the table, U segments, V = U + 1 their limits.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def row_gradients(
     segments: Segments,
     coefficients_L: Float[Tensor, " L"],
     sources_L: Int[Tensor, " L"],
-    source_rows_XD: Float[Tensor, "X D"],
+    source_rows_XV: Float[Tensor, "X V"],
     *,
     backend: str = "auto",
-) -> Float[Tensor, "U D"]:
+) -> Float[Tensor, "U V"]:
     """`grads[u] = sum over the reads l of segment u of coefficients[l] * source_rows[sources[l]]`; has no gradient.
 
     For a weighted gather `y[t] = sum_k w[t, k] * table[ids[t, k]]` with g = dL/dy, the coefficients are w, the source
@@ -43,27 +43,27 @@ def row_gradients(
         segments: `read_segments(ids_L, n_rows)`; an empty segment (row -1) gives zeros.
         coefficients_L: any floating dtype; in the old order of the reads, not the sorted one.
         sources_L: int32 or int64, 0 to X - 1 (not checked): which source row a read multiplies.
-        source_rows_XD: any floating dtype.
+        source_rows_XV: any floating dtype.
         backend: `auto`, `triton`, `eager` (ATen's embedding bag) or `reference` (a loop).
 
     Returns:
-        grads_UD in float32 (float64 for float64 source rows), summed in that dtype whatever the inputs'. The order of
+        grads_UV in float32 (float64 for float64 source rows), summed in that dtype whatever the inputs'. The order of
         the additions is a function of the segments alone, so that two runs give the same bits.
 
     Raises:
         ValueError: shapes that do not fit, sources that are no integers, or an unknown backend.
     """
-    if source_rows_XD.ndim != 2 or not segments.order_L.shape == coefficients_L.shape == sources_L.shape:
+    if source_rows_XV.ndim != 2 or not segments.order_L.shape == coefficients_L.shape == sources_L.shape:
         raise ValueError(
-            "row_gradients: needs source rows (X, D) and one coefficient and one source for each of the "
-            f"{segments.order_L.numel()} reads, got {tuple(source_rows_XD.shape)}, {tuple(coefficients_L.shape)}, "
+            "row_gradients: needs source rows (X, V) and one coefficient and one source for each of the "
+            f"{segments.order_L.numel()} reads, got {tuple(source_rows_XV.shape)}, {tuple(coefficients_L.shape)}, "
             f"{tuple(sources_L.shape)}."
         )
     if sources_L.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"row_gradients: sources are {sources_L.dtype}; allowed: torch.int32, torch.int64.")
-    default = "triton" if best_backend(source_rows_XD) == "triton" else "eager"
-    implementation = choose_backend("row_gradients", backend, default, _BACKENDS, source_rows_XD)
-    return implementation(*segments, coefficients_L, sources_L, source_rows_XD)
+    default = "triton" if best_backend(source_rows_XV) == "triton" else "eager"
+    implementation = choose_backend("row_gradients", backend, default, _BACKENDS, source_rows_XV)
+    return implementation(*segments, coefficients_L, sources_L, source_rows_XV)
 
 
 @library.custom_op("pkm_lightning::row_gradients", mutates_args=())
@@ -106,8 +106,8 @@ def _flops(
     return 2 * order[0] * source_rows[1]
 
 
-def _sum_dtype(source_rows_XD: Tensor) -> torch.dtype:
-    return torch.promote_types(source_rows_XD.dtype, torch.float32)
+def _sum_dtype(source_rows_XV: Tensor) -> torch.dtype:
+    return torch.promote_types(source_rows_XV.dtype, torch.float32)
 
 
 def _kernels(backend: str) -> ModuleType:

@@ -4,7 +4,7 @@ A row's sum lives in a scratch line that stays in the first-level cache; row and
 asked for two rows ahead, since no hardware foresees which row comes next (lazy Adam takes half the time). The sum is
 computed a second time for the norm instead of being kept: source rows are few and cached, row gradients are not.
 
-Letters: N rows, D values a row, U rows touched, L reads, C chunks, each with scratch lines of its own.
+Letters: N rows, V values per row, U rows touched, L reads, C chunks, each with scratch lines of its own.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from pkm_lightning.ops.numba_threads import use_torch_threads
-from pkm_lightning.ops.row_update.rules import KINDS, RowRule
+from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
 
 if TYPE_CHECKING:
     from pkm_lightning.ops.row_update import RowGradient
 
-_SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM = (KINDS.index(kind) for kind in KINDS)
+# The rules that `_apply` knows: all of its branches stand in this file, since numba's cache sees no change of another.
+_SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM = range(4)
+_KINDS = {"sgd": _SGD, "row_adagrad": _ROW_ADAGRAD, "lazy_adam": _LAZY_ADAM, "catch_up_adam": _CATCH_UP_ADAM}
 _CHUNKS = 64
 _AHEAD = 2
 _CACHE_LINE = 64  # bytes
@@ -44,39 +46,40 @@ def row_gradient_squares(gradient: RowGradient) -> Tensor:
     """See `pkm_lightning.ops.row_update`."""
     use_torch_threads()
     squares_U = torch.empty(len(gradient.segments.rows_U), dtype=torch.float32)
-    scratch_C2D, bits_C2D = _scratch(gradient)
-    _squares(*_reads(gradient), squares_U.numpy(), scratch_C2D, bits_C2D)
+    scratch_C2V, bits_C2V = _scratch(gradient)
+    _squares(*_reads(gradient), squares_U.numpy(), scratch_C2V, bits_C2V)
     return squares_U
 
 
 def row_update(
-    table_ND: Tensor,
+    table_NV: Tensor,
     gradient: RowGradient,
     rule: RowRule,
+    step: UpdateStep,
     state: Mapping[str, Tensor],
     scale: Tensor | float,
-    row_squares_U: Tensor | None,
+    mean_squares_U: Tensor | None,
 ) -> None:
     """See `pkm_lightning.ops.row_update`."""
     use_torch_threads()
     none_0, none_1, none_11 = torch.empty(0), torch.empty(1), torch.empty(1, 1)
-    correction1, root_correction2 = rule.corrections
-    scratch_C2D, bits_C2D = _scratch(gradient)
+    correction1, root_correction2 = rule.bias_corrections(step)
+    scratch_C2V, bits_C2V = _scratch(gradient)
     _update(
-        _as_numpy(table_ND.detach()),
+        _as_numpy(table_NV.detach()),
         gradient.segments.rows_U.numpy(),
         *_reads(gradient),
         state.get("exp_avg", none_11).numpy(),
         state.get("exp_avg_sq", none_11).numpy(),
         state.get("sum", none_1).numpy(),
         state.get("last_step", none_1.int()).numpy(),
-        (none_0 if row_squares_U is None else row_squares_U.contiguous()).numpy(),
-        scratch_C2D,
-        bits_C2D,
-        KINDS.index(rule.kind),
-        rule.step,
-        rule.seed,
-        (float(scale), rule.lr, rule.lr * rule.weight_decay, *rule.betas, rule.eps, correction1, root_correction2),
+        (none_0 if mean_squares_U is None else mean_squares_U.contiguous()).numpy(),
+        scratch_C2V,
+        bits_C2V,
+        _KINDS[rule.name],
+        step.number,
+        step.seed,
+        (float(scale), step.lr, step.lr * step.weight_decay, *rule.betas, rule.eps, correction1, root_correction2),
     )
 
 
@@ -87,7 +90,7 @@ def _reads(gradient: RowGradient) -> tuple[Any, ...]:
         segments.starts_V.numpy(),
         gradient.coefficients_L.detach().numpy(),
         gradient.sources_L.numpy(),
-        _as_numpy(gradient.source_rows_XD.detach().contiguous()),
+        _as_numpy(gradient.source_rows_XV.detach().contiguous()),
     )
 
 
@@ -98,8 +101,8 @@ def _as_numpy(values: Tensor) -> Any:
 
 def _scratch(gradient: RowGradient) -> tuple[Any, Any]:
     """Two lines of fp32 a chunk, and the same memory as bits."""
-    lines_C2D = torch.empty(_CHUNKS, 2, gradient.source_rows_XD.shape[1])
-    return lines_C2D.numpy(), lines_C2D.view(torch.int32).numpy()
+    lines_C2V = torch.empty(_CHUNKS, 2, gradient.source_rows_XV.shape[1])
+    return lines_C2V.numpy(), lines_C2V.view(torch.int32).numpy()
 
 
 @intrinsic
@@ -177,9 +180,9 @@ def _squares(order, starts, coefficients, sources, source_rows, squares, scratch
 
 @njit(**_KERNEL)
 def _apply(  # type: ignore[no-untyped-def]
-    kind, row, segment, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, row_squares, step, numbers
+    kind, row, segment, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, mean_squares, number, numbers
 ):
-    """The rule on one row, `values`, with its gradient; see rules.py. An empty `row_squares` stands for none."""
+    """The rule on one row, `values`, with its gradient; see rules.py. An empty `mean_squares` stands for none."""
     scale, lr, decay, beta1, beta2, eps, correction1, root_correction2 = numbers
     factor, rate, eps = float32(scale), float32(lr), float32(eps)
     dim = values.shape[0]
@@ -194,8 +197,8 @@ def _apply(  # type: ignore[no-untyped-def]
             values[d] -= rate * grad[d]
         return
     if kind == _ROW_ADAGRAD:
-        if row_squares.shape[0] > 0:
-            mean_square = row_squares[segment] * (factor * factor)
+        if mean_squares.shape[0] > 0:
+            mean_square = mean_squares[segment] * (factor * factor)
         else:
             mean_square = _square_sum(grad) / float32(dim)
         total = row_sum[row] + mean_square
@@ -213,8 +216,8 @@ def _apply(  # type: ignore[no-untyped-def]
             exp_avg[row, d], exp_avg_sq[row, d] = mean, square
             values[d] -= rate * mean / (sqrt(square) * root + eps)
         return
-    old2 = float32(beta2 ** (step - last_step[row]))
-    last_step[row] = step
+    old2 = float32(beta2 ** (number - last_step[row]))
+    last_step[row] = number
     for d in range(dim):
         square = old2 * exp_avg_sq[row, d] + new2 * grad[d] * grad[d]
         exp_avg_sq[row, d] = square
@@ -251,11 +254,11 @@ def _update(  # type: ignore[no-untyped-def]
     exp_avg_sq,
     row_sum,
     last_step,
-    row_squares,
+    mean_squares,
     scratch,
     bits,
     kind,
-    step,
+    number,
     seed,
     numbers,
 ):
@@ -271,5 +274,7 @@ def _update(  # type: ignore[no-untyped-def]
                 _prefetch_row(exp_avg_sq, coming)
             _add_reads(segment, order, starts, coefficients, sources, source_rows, total, line, line_bits)
             _load(table, row, line, line_bits)
-            _apply(kind, row, segment, line, total, exp_avg, exp_avg_sq, row_sum, last_step, row_squares, step, numbers)
+            _apply(
+                kind, row, segment, line, total, exp_avg, exp_avg_sq, row_sum, last_step, mean_squares, number, numbers
+            )
             _store(table, row, line, line_bits, seed)

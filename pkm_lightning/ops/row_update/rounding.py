@@ -20,14 +20,14 @@ def hashed_bits(places: Tensor, seed: int) -> Tensor:
     return bits ^ (bits >> 16)
 
 
-def round_stochastically(values_UD: Tensor, rows_U: Tensor, seed: int) -> Tensor:
-    """fp32 values of the table rows `rows_U` in bf16; the place of a value is row * D + column, modulo 2**32."""
-    dim = values_UD.shape[1]
-    column_D = torch.arange(dim, device=values_UD.device)
-    noise_UD = hashed_bits(rows_U.long().unsqueeze(-1) * dim + column_D, seed) & 0xFFFF
-    bits_UD = values_UD.view(torch.int32).long() & _WORD
-    rounded_UD = (bits_UD + noise_UD) & 0xFFFF0000
+def round_stochastically(values_UV: Tensor, rows_U: Tensor, seed: int) -> Tensor:
+    """fp32 values of the table rows `rows_U` in bf16; the place of a value is row * V + column, modulo 2**32."""
+    dim = values_UV.shape[1]
+    column_V = torch.arange(dim, device=values_UV.device)
+    noise_UV = hashed_bits(rows_U.long().unsqueeze(-1) * dim + column_V, seed) & 0xFFFF
+    bits_UV = values_UV.view(torch.int32).long() & _WORD
+    rounded_UV = (bits_UV + noise_UV) & 0xFFFF0000
     # Back into int32, two's complement, and from there into the upper half of a float.
-    signed_UD = torch.where(rounded_UD >= 2**31, rounded_UD - 2**32, rounded_UD).int()
+    signed_UV = torch.where(rounded_UV >= 2**31, rounded_UV - 2**32, rounded_UV).int()
     # Noise on a NaN could carry into its sign and make it a zero.
-    return torch.where(values_UD.isfinite(), signed_UD.view(torch.float32), values_UD).bfloat16()
+    return torch.where(values_UV.isfinite(), signed_UV.view(torch.float32), values_UV).bfloat16()
