@@ -23,7 +23,7 @@ def find_rule(name: str) -> type[RowRule]:
     """Returns the rule `name`: the class that the `__all__` of the module of that name lists.
 
     Raises:
-        ValueError: there is no such module, or its class has another name.
+        ValueError: there is no such module, or its class has another name or a state named `step`.
     """
     if name not in rule_names():
         raise ValueError(f"row_update: rule={name!r} is unknown; allowed: {', '.join(rule_names())}.")
@@ -32,4 +32,6 @@ def find_rule(name: str) -> type[RowRule]:
     rule: type[RowRule] = getattr(module, class_name)
     if rule.name != name:
         raise ValueError(f"row_update: {class_name}.name is {rule.name!r}; it must be the name of its file, {name!r}.")
+    if "step" in rule.state:
+        raise ValueError(f"row_update: {class_name}.state has the name 'step', which the number of the update has.")
     return rule
