@@ -105,13 +105,12 @@ class Both:
 BETAS = {"catch_up_adam": {"betas": (0.0, 0.95)}}
 
 
-@pytest.mark.parametrize(("learning", "micro"), [("rows", 3), pytest.param("fused", 1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", [pytest.param("sgd", marks=pytest.mark.slow), "row_adagrad", "catch_up_adam"])
-def test_200_steps_equal_the_dense_algorithm(rule: str, learning: str, micro: int) -> None:
-    dense_pool, pool = Pool("dense"), Pool(learning)
-    expected = train(dense_pool, dense_twin(dense_pool, rule), 200, micro)
-    losses = train(pool, by_rows(pool, rule, **BETAS.get(rule, {})), 200, micro)
-    assert sum(losses[-40:]) < sum(losses[:40])
+@pytest.mark.parametrize("rule", ["sgd", "row_adagrad", "catch_up_adam"])
+def test_many_steps_equal_the_dense_algorithm(rule: str) -> None:
+    dense_pool, pool = Pool("dense"), Pool("rows")
+    expected = train(dense_pool, dense_twin(dense_pool, rule), 40, 2)
+    losses = train(pool, by_rows(pool, rule, **BETAS.get(rule, {})), 40, 2)
+    assert sum(losses[-10:]) < sum(losses[:10])
     assert max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True)) < 1e-9
     assert_close(pool.table.weight, dense_pool.table.weight, kind="grad")
 
@@ -219,9 +218,8 @@ def test_zero_grad_forgets_a_bad_step() -> None:
     assert torch.equal(optimizer.state[pool.table.weight]["exp_avg"], state["exp_avg"])
 
 
-@pytest.mark.parametrize("learning", ["rows", "fused"])
-def test_a_table_that_is_read_behind_its_back_is_told(learning: str) -> None:
-    pool = Pool(learning)
+def test_a_table_that_is_read_through_its_weight_is_refused_after_ten_steps() -> None:
+    pool = Pool("rows")
     optimizer = by_rows(pool, "sgd")
 
     def steps(count: int) -> None:
