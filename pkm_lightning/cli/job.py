@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from hydra._internal.utils import get_args_parser
@@ -138,7 +139,7 @@ def _leave_comparison(job: Job) -> None:
             job.config.pop(key, None)
 
 
-def plain(config: DictConfig) -> dict[str, object]:
+def plain(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain dicts and lists with every interpolation resolved.
 
     Raises:

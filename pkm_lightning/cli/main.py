@@ -9,16 +9,14 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from pkm_lightning.cli.composition_errors import explain
-from pkm_lightning.cli.job import Job, JobFailure
-from pkm_lightning.cli.variants import split_variants
 from pkm_lightning.errors import PkmError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from pkm_lightning.cli.job import JobFailure
 
 VERBS = {
     "fit": "train a model; an interrupted run in the same run_dir is resumed",
@@ -68,6 +66,15 @@ def _usage() -> str:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    # Not at the top: `--help` and a mistyped verb are answered without Hydra, which takes half a second to import.
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pkm_lightning.cli.composition_errors import explain
+    from pkm_lightning.cli.job import Job, JobFailure
+    from pkm_lightning.cli.variants import split_variants
+
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     given = arguments

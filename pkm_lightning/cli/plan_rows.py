@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pkm_lightning.capacity import check_memory, make_plan
+from pkm_lightning.capacity import check_memory
 
 if TYPE_CHECKING:
+    from pkm_lightning.build.run import ResolvedRun
     from pkm_lightning.capacity import Plan
-    from pkm_lightning.model import Transformer
 
 _HELD = {
     "dense_weights": "  dense weights, embedding included",
@@ -34,17 +34,17 @@ _RECEIVED = {
 }
 
 
-def describe_plan(model: Transformer, config: dict[str, Any]) -> dict[str, Any]:
-    """The key `plan` of `info`'s figures; empty for one process of which no limit was said.
+def describe_plan(resolved: ResolvedRun) -> dict[str, Any]:
+    """Returns the key `plan` of `info`'s figures; empty for one process without a limit of memory.
 
     Raises:
         ConfigError: it needs more memory than `device_memory`, or than the CUDA device has.
     """
-    plan, said = make_plan(model, config), config.get("device_memory")
+    plan, config = resolved.plan, resolved.config
     alone = plan.setting.strategy == "single" and plan.setting.world == 1
     limit = _device_memory(config)
-    if limit is not None and (said is not None or not alone):
-        check_memory(plan, limit, model, config)
+    if limit is not None and (config.get("device_memory") is not None or not alone):
+        check_memory(plan, limit, resolved.model, config)
     return {} if alone else {"plan": _as_keys(plan, limit)}
 
 

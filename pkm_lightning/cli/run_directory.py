@@ -46,21 +46,15 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, *, resume: str) -> None:
-        check_choice("resume", resume, ("auto", "always", "never"))
         self.path = Path(path)
         self._lock = self._acquire()
         try:
-            self.record = self._read_record()
+            self.resumes = continues_run(self.path, resume)
+            self.record = _read_record(self.path)
             if not self.record:
                 self._refuse_foreign_files()
-            self.resumes = bool(self.record) and resume != "never"
             if resume == "never":
                 self._clear()
-            elif resume == "auto" and self.record.get("status") in ("finished", "failed"):
-                raise RunDirectoryError(
-                    f"run_dir={self.path} holds a run that {self.record['status']}; choose another run_dir, "
-                    "continue it with resume=always, or replace it with resume=never."
-                )
         except BaseException:
             self.close()
             raise
@@ -97,18 +91,6 @@ class RunDirectory:
             )
         return lock
 
-    def _read_record(self) -> dict[str, Any]:
-        file = self.path / "run.json"
-        if not file.exists():
-            return {}
-        try:
-            record = json.loads(file.read_text())
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or "status" not in record:
-            raise RunDirectoryError(f"{file} is no record of a run; choose another run_dir or start with resume=never.")
-        return record
-
     def _refuse_foreign_files(self) -> None:
         """Without a record the directory must be empty, but for what a run leaves that was killed at its very start."""
         found = {entry.name for entry in self.path.iterdir()} - {".lock", "config.yaml.tmp", "run.json.tmp"}
@@ -124,6 +106,35 @@ class RunDirectory:
         for name in _OURS:
             entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def continues_run(path: Path, resume: str) -> bool:
+    """Returns whether a run in `path` is to be continued; reads only.
+
+    Raises:
+        RunDirectoryError: the run there has ended and `resume` is `auto`, or its record is unreadable.
+    """
+    check_choice("resume", resume, ("auto", "always", "never"))
+    record = _read_record(path)
+    if resume == "auto" and record.get("status") in ("finished", "failed"):
+        raise RunDirectoryError(
+            f"run_dir={path} holds a run that {record['status']}; choose another run_dir, continue it with "
+            "resume=always, or replace it with resume=never."
+        )
+    return bool(record) and resume != "never"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    file = path / "run.json"
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "status" not in record:
+        raise RunDirectoryError(f"{file} is no record of a run; choose another run_dir or start with resume=never.")
+    return record
 
 
 def _finite(value: Any) -> Any:

@@ -20,9 +20,10 @@ from torchmetrics import SumMetric
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
+from pkm_lightning.build.refusals import check_clipping
+from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer, tokenizer_digest
 from pkm_lightning.data.batch import check_batch
-from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -35,9 +36,9 @@ from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training.clipping import clip_by_norm, local
 from pkm_lightning.training.even_batches import check_last, check_lengths
-from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
+from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
-from pkm_lightning.training.table_learning import optimizer_apart, with_tables
+from pkm_lightning.training.table_learning import table_only_optimizer, with_tables
 
 
 class LanguageModule(L.LightningModule):
@@ -114,7 +115,7 @@ class LanguageModule(L.LightningModule):
         """`optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
         optim = self.config["optim"]
         dense = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
-        self.table_optimizer = optimizer_apart(self.model, self.config)
+        self.table_optimizer = table_only_optimizer(self.model, self.config)
         optimizer = with_tables(dense, self.model, self.config) if self.table_optimizer is None else dense
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -235,8 +236,8 @@ class LanguageModule(L.LightningModule):
 
         `trainer.gradient_clip_val`, where set, takes the place of `optim.clip_norm`. Then the step is judged.
         """
-        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
+        if gradient_clip_val is not None:
+            check_clipping(gradient_clip_algorithm)
         if self._accumulates():
             return
         optim = self.config["optim"]

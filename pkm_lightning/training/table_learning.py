@@ -1,9 +1,11 @@
-"""How the value tables of a configuration learn: what cannot work is refused, and the optimizer gets its row part.
+"""How the value tables of a configuration learn, and the optimizers that update them.
 
-| `table.learning` | table gradient | updated by | refuses |
+| `table.learning` | table gradient | updated once per step | does not work with |
 |---|---|---|---|
-| `dense` | N x D, autograd's | `optim.optimizer`, each step, every row | - |
-| `rows` | staged reads | `table.optimizer`, each step, touched rows | 16-bit floats (fp16) |
+| `dense` | N x V, from autograd | every row, by `optim.optimizer` | - |
+| `rows` | staged reads | the rows that were read, by `table.optimizer` | fp16 (`trainer.precision=16-*`) |
+
+`pkm_lightning.build.refusals.check_learning` refuses what does not work.
 """
 
 from __future__ import annotations
@@ -15,39 +17,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pkm_lightning.build.instantiate import instantiate
-from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.ops.row_update import state_bytes
 
 
-def check_learning(config: Mapping[str, Any]) -> None:
-    """Refuse settings that a way of learning cannot work with; called before anything is built.
+def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved configuration with `table.learning=fused`, which is no longer offered, changed to `rows`.
 
-    Raises:
-        ConfigError: with the setting, and what to say instead.
+    For runs that are only evaluated, where both are the same.
     """
-    table, optim, trainer = config["table"], config["optim"], config["trainer"]
-    learning = table.get("learning", "dense")
-    if learning == "fused":
-        raise ConfigError(
-            "table.learning=fused is no longer offered; set table.learning=rows, which makes the same updates in the "
-            "same time. A run that was trained with it can be evaluated and exported, but not continued."
-        )
-    check_choice("table.learning", learning, ("dense", "rows"))
-    if learning == "dense":
-        return
-    rows: RowOptimizer = instantiate(table["optimizer"], "table.optimizer")
-    rows.check_decay(optim["table_weight_decay"])
-    if str(trainer["precision"]).startswith("16"):
-        raise ConfigError(
-            f"trainer.precision={trainer['precision']} does not work with table.learning={learning}: its loss scaling "
-            "knows no staged gradients; set trainer.precision=bf16-mixed, or table.learning=dense."
-        )
-
-
-def without_learning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a saved configuration that is only evaluated, with `fused`, an earlier way of learning, as `rows`."""
     table = dict(config["table"])
     if table.get("learning") == "fused":
         table["learning"] = "rows"
@@ -55,18 +34,22 @@ def without_learning(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
-    """`dense`, joined by row optimizers where the model has tables that learn by rows."""
+    """Returns `dense`, joined with the row optimizer where the model has tables that learn by rows."""
     tables = learning_tables(model)
     if not tables:
         return dense
     for group in dense.param_groups:
-        if group["name"] == "table":  # a plugin's own parameter of that role; monitors want every name once
+        # A plugin may have a parameter of the role `table`. Monitors need every name once.
+        if group["name"] == "table":
             group["name"] = "table_dense"
     return _row_optimizer(dense, tables, config)
 
 
-def optimizer_apart(model: nn.Module, config: Mapping[str, Any]) -> Optimizer | None:
-    """An optimizer of the tables alone, where an engine owns all parameters and their weights are none; else None."""
+def table_only_optimizer(model: nn.Module, config: Mapping[str, Any]) -> Optimizer | None:
+    """Returns an optimizer of the tables that an engine does not own; None where there is none.
+
+    Engines that own all parameters, such as DeepSpeed, get a model whose tables are unregistered.
+    """
     tables = [t for t in model.modules() if isinstance(t, ValueTable) and not t.is_registered]
     rows = {name: table for name, table in learning_tables(model).items() if table in tables}
     if rows:
@@ -100,7 +83,7 @@ def _row_optimizer(
 
 
 def learning_tables(model: nn.Module) -> dict[str, ValueTable]:
-    """The model's tables that learn by rows, by name."""
+    """Returns the model's tables that learn by rows, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -109,7 +92,7 @@ def learning_tables(model: nn.Module) -> dict[str, ValueTable]:
 
 
 def optimizer_state_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:
-    """Bytes that the optimizers keep: AdamW's two values of each parameter, and what the row rule keeps for a table."""
+    """Returns the bytes of all optimizer states: two values of AdamW per parameter, and the row rule's for tables."""
     total = optimizer_bytes(model)
     tables = learning_tables(model).values()
     if tables:

@@ -13,10 +13,11 @@ from toys import config
 from training.fits import fit, rows, settings, split
 
 from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.build.refusals import check_learning
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableOptimizer
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.table_learning import check_learning, optimizer_state_bytes, without_learning
+from pkm_lightning.training.table_learning import optimizer_state_bytes, without_fused
 
 
 def learned(*overrides: str, micro: list[int], **limits: float | None) -> LanguageModule:
@@ -81,11 +82,11 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_built() -> Non
 
 def test_a_run_that_was_trained_with_fused_can_be_evaluated() -> None:
     saved = config("table.learning=fused", "optim.table_clip_norm=null")
-    evaluated = without_learning(saved)
+    evaluated = without_fused(saved)
     check_learning(evaluated)
     assert saved["table"]["learning"] == "fused"
     assert {**evaluated["table"], "learning": "fused"} == saved["table"]
-    assert without_learning(config("table.learning=dense")) == config("table.learning=dense")
+    assert without_fused(config("table.learning=dense")) == config("table.learning=dense")
     assert list(build_meta_model(evaluated).value_tables)
 
 
