@@ -1,7 +1,4 @@
-"""The gradient norm over value tables, and clipping by it.
-
-Letters: none; all gradients count alike, whatever their shape.
-"""
+"""The gradient norm over value tables and dense parameters, and clipping by it."""
 
 from __future__ import annotations
 
@@ -17,10 +14,12 @@ from pkm_lightning.memory.value_table import ValueTable
 
 
 def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scales the gradients of `tables`, staged or autograd's, and `others`, to a common L2 norm of at most `max_norm`.
+    """Scales the gradients of `tables` and `others` to a common L2 norm of at most `max_norm`.
+
+    Collective: call on all ranks.
 
     Args:
-        tables: at least one; every rank must give the same.
+        tables: at least one, the same on all ranks; their gradients are staged, or autograd's.
         others: dense gradients that belong to the same norm, equal on all ranks or DTensors.
         max_norm: the limit; None only measures.
 
@@ -31,7 +30,8 @@ def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm
     norms = [_table_norm(table) for table in tables] + [whole(grad.norm()) for grad in dense]
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     if max_norm is not None:
-        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
+        # As torch.nn.utils.clip_grads_with_norm_ does. The norm stays on the device: no host synchronisation.
+        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for table in tables:
             if table.stage is not None:
                 table.stage.scale = table.stage.scale * factor

@@ -141,7 +141,7 @@ def test_a_read_that_outlives_its_table_says_so() -> None:
     table = ValueTable(rows=N, dim=V, learning="rows")
     y_TV = table(torch.randint(N, (T, K)), torch.rand(T, K))
     del table
-    with pytest.raises(RuntimeError, match="the table of this read is gone"):
+    with pytest.raises(RuntimeError, match="the table of this read no longer exists"):
         y_TV.sum().backward()
 
 

@@ -1,9 +1,9 @@
-"""The gradient of a table in compact form: one row for each row that was read, and none for the others.
+"""The gradient of a table in compact form: one row per table row that was read.
 
-A table's gradient is a sum over the reads of a row. Sorted into segments, each sum is done by one reader in one order:
-no atomic additions, and the same bits on every run.
+The gradient of a row is a sum over its reads. With the reads sorted into segments, one reader computes each sum in one
+order: there are no atomic additions, and every run gives the same bits.
 
-Letters: L reads, X source rows, V values per row, N rows of the table, U segments, V = U + 1 their limits.
+Letters: L reads, X source rows, V values per row, N rows of the table, U segments.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ def row_gradients(
     *,
     backend: str = "auto",
 ) -> Float[Tensor, "U V"]:
-    """`grads[u] = sum over the reads l of segment u of coefficients[l] * source_rows[sources[l]]`; has no gradient.
+    """Computes `grads[u] = sum over the reads l of segment u of coefficients[l] * source_rows[sources[l]]`.
 
     For a weighted gather `y[t] = sum_k w[t, k] * table[ids[t, k]]` with g = dL/dy, the coefficients are w, the source
-    rows g, and the source of read (t, k) is t: then grads[u] is dL/dtable[rows[u]].
+    rows are g, and the source of read (t, k) is t: then grads[u] is dL/dtable[rows[u]]. The op has no gradient itself.
 
     Args:
         segments: `read_segments(ids_L, n_rows)`; an empty segment (row -1) gives zeros.
-        coefficients_L: any floating dtype; in the old order of the reads, not the sorted one.
-        sources_L: int32 or int64, 0 to X - 1 (not checked): which source row a read multiplies.
+        coefficients_L: any floating dtype, in the order of the ids before the sort.
+        sources_L: the source row that each read multiplies, int32 or int64, 0 to X - 1 (not checked).
         source_rows_XV: any floating dtype.
         backend: `auto`, `triton`, `eager` (ATen's embedding bag) or `reference` (a loop).
 
     Returns:
-        grads_UV in float32 (float64 for float64 source rows), summed in that dtype whatever the inputs'. The order of
-        the additions is a function of the segments alone, so that two runs give the same bits.
+        grads_UV in float32 (float64 for float64 source rows), summed in that dtype. The order of the additions depends
+        only on the segments, so that two runs give the same bits.
 
     Raises:
-        ValueError: shapes that do not fit, sources that are no integers, or an unknown backend.
+        ValueError: shapes that do not fit, sources that are not integers, or an unknown backend.
     """
     if source_rows_XV.ndim != 2 or not segments.order_L.shape == coefficients_L.shape == sources_L.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Row gradients as they are written on paper: a loop over the segments.
+"""Row gradients by a loop over the segments.
 
 Letters: L reads, X source rows, V values per row, N rows of the table, U segments.
 """
@@ -14,7 +14,7 @@ from pkm_lightning.ops.segments import Segments
 
 
 def row_sums(segments: Segments, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor) -> Tensor:
-    """See `pkm_lightning.ops.row_gradients.row_gradients`."""
+    """Computes `pkm_lightning.ops.row_gradients`."""
     wide = torch.promote_types(source_rows_XV.dtype, torch.float32)
     grads_UV = source_rows_XV.new_zeros(len(segments.rows_U), source_rows_XV.shape[1], dtype=wide)
     limits = segments.starts_V.tolist()

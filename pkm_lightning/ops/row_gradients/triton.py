@@ -1,10 +1,11 @@
-"""Row gradients on a GPU: one program a segment and block of columns; long segments are first summed in pieces.
+"""Row gradients on a GPU: one program per segment and block of columns; long segments are first summed in pieces.
 
-A hot row would otherwise be one program's work from beginning to end. The first `_PIECE` reads of a segment belong to
-its own program; each further piece is summed by another one into a buffer, and the segment's program adds those
-partial sums in order. How many pieces there can be follows from the number of reads, so the host never waits.
+Without pieces, one program would sum all reads of a hot row. The first `_PIECE` reads of a segment belong to the
+segment's program; each further piece is summed by another program into a buffer, and the segment's program adds those
+partial sums in order. The number of reads bounds the number of pieces, so the host never waits for the device.
 
-Letters: L reads, X source rows, V values per row, N rows of the table, U segments, P further pieces.
+Letters: L reads, X source rows, V values per row, N rows of the table, U segments, M = U + 1 limits, P further
+pieces.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from pkm_lightning.ops.row_gradients import eager
 from pkm_lightning.ops.segments import Segments
 
 _PIECE = 64
-_COLUMNS = 256  # in one program: narrow slices of the source rows stay in the L2 cache while all segments pass
-_IN_FLIGHT = 8  # source rows whose loads one program has under way
+# Columns of one program: narrow slices of the source rows stay in the L2 cache while all segments are processed.
+_COLUMNS = 256
+# Source rows that one program loads at a time, to hide the latency of memory.
+_IN_FLIGHT = 8
 
 
 def row_sums(segments: Segments, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor) -> Tensor:
-    """See `pkm_lightning.ops.row_gradients.row_gradients`; float64 goes through `eager`."""
+    """Computes `pkm_lightning.ops.row_gradients`; float64 takes the eager path."""
     if source_rows_XV.dtype is torch.float64:
         return eager.row_sums(segments, coefficients_L, sources_L, source_rows_XV)
     shape = len(segments.rows_U), source_rows_XV.shape[1]
@@ -37,7 +40,7 @@ def row_sums(segments: Segments, coefficients_L: Tensor, sources_L: Tensor, sour
 def table_gradient(
     segments: Segments, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor, n_rows: int
 ) -> Tensor:
-    """See `eager.table_gradient`; the compact rows are never written."""
+    """Computes `eager.table_gradient` without writing compact rows."""
     if source_rows_XV.dtype is torch.float64:
         return eager.table_gradient(segments, coefficients_L, sources_L, source_rows_XV, n_rows)
     table_NV = source_rows_XV.new_zeros(n_rows, source_rows_XV.shape[1])
@@ -48,7 +51,7 @@ def table_gradient(
 def further_pieces(
     segments: Segments, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each segment the number of its further pieces and where the last of them ends, (U,); their sums, (P, V)."""
+    """Returns, per segment, the number of its further pieces and the end of the last one, (U,); their sums, (P, V)."""
     order_L, rows_U, starts_M = segments
     dim, n_pieces = source_rows_XV.shape[1], order_L.numel() // _PIECE
     further_U = torch.clamp((starts_M.diff() - 1) // _PIECE, min=0)
@@ -66,7 +69,7 @@ def further_pieces(
 
 
 def block_sizes(dim: int) -> dict[str, int]:
-    """The constants that every kernel over segments takes."""
+    """Returns the constants that every kernel over segments takes."""
     columns = max(16, min(triton.next_power_of_2(dim), _COLUMNS))
     return {"V": dim, "PIECE": _PIECE, "BLOCK_P": _IN_FLIGHT, "BLOCK_V": columns}
 
@@ -91,7 +94,7 @@ def _piece(  # type: ignore[no-untyped-def]
     order, coefficients, sources, source_rows, start, stop, d, in_row,
     V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Columns `d` of the sum of the reads at `start` to `stop`: BLOCK_P source rows are on their way at a time."""
+    """Columns `d` of the sum of the reads at `start` to `stop`, of which BLOCK_P source rows are loaded at a time."""
     total = tl.zeros((BLOCK_P, BLOCK_V), dtype=tl.float32)
     position = start
     while position < stop:
@@ -112,12 +115,12 @@ def _sum_pieces(  # type: ignore[no-untyped-def]
     order, coefficients, sources, source_rows, starts, segment_of, further, ends, partial, n_segments,
     V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """partial[e] = the sum of piece e, the pieces after the first of all segments, in order."""
+    """Computes partial[e] = the sum of piece e; pieces are those after the first of each segment, in order."""
     e = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = d < V
     segment = tl.load(segment_of + e)
-    # There are as many programs as there can be pieces; those past the last one have nothing to do.
+    # The grid has as many programs as there can be pieces; those past the last piece have nothing to do.
     if segment < n_segments:
         place = e - (tl.load(ends + segment) - tl.load(further + segment)) + 1
         start = tl.load(starts + segment) + place * PIECE
@@ -131,7 +134,7 @@ def segment_total(  # type: ignore[no-untyped-def]
     order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
     V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Columns `d` of the sum of segment u: its first piece and then its partial sums, in order."""
+    """Returns columns `d` of the sum of segment u: its first piece, then its partial sums in order."""
     in_row = d < V
     start = tl.load(starts + u)
     stop = tl.minimum(start + PIECE, tl.load(starts + u + 1))
@@ -152,7 +155,7 @@ def _sum_segments(  # type: ignore[no-untyped-def]
     order, coefficients, sources, source_rows, starts, rows, further, ends, partial, out,
     COMPACT: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out[u], or out[rows[u]] if not COMPACT, = one block of columns of the sum of segment u."""
+    """Writes one block of columns of the sum of segment u to out[u], or to out[rows[u]] if not COMPACT."""
     u = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     row = u.to(tl.int64)
@@ -166,7 +169,7 @@ def _sum_segments(  # type: ignore[no-untyped-def]
 
 
 def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Kernels with argument types and constants, for compilation ahead of time without a GPU."""
+    """Returns kernels with argument types and constants, for compilation ahead of time without a GPU."""
     cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
     for element, dim in (("fp32", 1024), ("bf16", 1024), ("bf16", 100)):
         pointers = {"order": "*i64", "coefficients": "*fp32", "sources": "*i32", "source_rows": f"*{element}"}

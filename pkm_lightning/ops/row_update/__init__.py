@@ -1,6 +1,6 @@
-"""One optimizer update of the table rows that a step has read, from the reads themselves: no N x V gradient exists.
+"""One optimizer update of the table rows that a step has read, computed from the reads without an N x V gradient.
 
-Letters: N rows, V values per row, L reads of the step, X source rows, U rows touched.
+Letters: N rows, V values per row, L reads of the step, X source rows, U rows that were read.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ _log = logging.getLogger(__name__)
 
 
 class RowGradient(NamedTuple):
-    """The gradient of a table in factored form: that of row `n` is the sum over its reads l of
-    `coefficients[l] * source_rows[sources[l]]`. For a weighted gather the coefficients are the weights and the source
-    rows the output's gradients."""
+    """The gradient of a table in factored form.
+
+    The gradient of row `n` is the sum over its reads l of `coefficients[l] * source_rows[sources[l]]`. For a weighted
+    gather the coefficients are the weights, and the source rows are the gradients of the outputs.
+    """
 
     #: Rows of the table.
     n_rows: int
     segments: Segments
-    #: (L,), the dtype that sums are taken in: fp32, or fp64 for an fp64 table.
+    #: (L,), in the dtype of the sums: fp32, or fp64 for an fp64 table.
     coefficients_L: Tensor
     #: (L,) int32.
     sources_L: Tensor
@@ -63,7 +65,7 @@ def row_gradient(
     sources_L: Int[Tensor, " L"],
     source_rows_XV: Float[Tensor, "X V"],
 ) -> RowGradient:
-    """Sorts the reads by row: the one sort that the norm and the update of a step share.
+    """Sorts the reads by row; the norm and the update of a step share this sort.
 
     Args:
         n_rows: rows N of the table.
@@ -73,7 +75,8 @@ def row_gradient(
         source_rows_XV: in the table's dtype.
 
     Raises:
-        ValueError: shapes that do not fit; on the CPU also ids or sources out of range, which no other device checks.
+        ValueError: shapes that do not fit; on the CPU also ids or sources out of range. Other devices do not check
+            these, because the host would have to wait for them.
     """
     if not (ids_L.shape == coefficients_L.shape == sources_L.shape and ids_L.ndim == 1 and source_rows_XV.ndim == 2):
         raise ValueError(
@@ -94,22 +97,22 @@ def row_gradient(
 
 
 def row_gradient_norm(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, ""]:
-    """L2 norm of the gradient over all rows, a scalar in the dtype of the coefficients; waits for no device."""
+    """Returns the L2 norm over all rows, a scalar in the dtype of the coefficients, without a host synchronisation."""
     return cast("Tensor", _implementation("row_gradient_norm", gradient, backend)(gradient))
 
 
 def row_gradient_squares(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, " U"]:
-    """Sum of g**2 over the columns of each row that was read, g its gradient before any `scale`.
+    """Returns the sum of g**2 over the columns of each row that was read, where g is its gradient before `scale`.
 
-    Where columns of a table are spread over ranks, the sums of the ranks, added and divided by the whole row's width,
-    are what `row_update` takes as `mean_squares_U`.
+    Where the columns of a table are sharded over ranks, the sums of the ranks are added and divided by the width of
+    the whole row; the result is the argument `mean_squares_U` of `row_update`.
 
     Args:
         gradient: the reads of the step.
         backend: `auto`, `eager`, `cpu`, `triton` or `reference`.
 
     Returns:
-        One sum for each of `gradient.segments.rows_U`, in the dtype of the coefficients; zero where that holds -1.
+        One sum per element of `gradient.segments.rows_U`, in the dtype of the coefficients; zero for padding (-1).
 
     Raises:
         ValueError: an unknown backend, or one that cannot sum in float64.
@@ -128,21 +131,21 @@ def row_update(
     mean_squares_U: Float[Tensor, " U"] | None = None,
     backend: str = "auto",
 ) -> None:
-    """Updates, in place, the rows that were read and their entries of `state`; every other row stays as it is.
+    """Updates the rows that were read and their entries of `state` in place; all other rows keep their values.
 
-    Sums and the rule are computed in fp32 (fp64 for fp64 tables), the reads of a row in their order. A bf16 table is
-    rounded stochastically: an update below its last bit arrives on average instead of never.
+    Sums and the rule are computed in fp32 (fp64 for fp64 tables), and the reads of a row are added in their order. A
+    bf16 table is rounded stochastically, so that updates below its last bit are not lost.
 
     Args:
         table_NV: fp32, fp64 or bf16.
         gradient: the reads of the step.
         rule: the row optimizer.
         step: the numbers of this update.
-        state: what `new_state` returned, moved by each update.
-        scale: factor on the gradient (clipping, averages), a number or a scalar tensor that the host need not read.
-        mean_squares_U: for a rule that needs them, on a table with a part of the columns: the mean of g**2 over the
-            whole row, before `scale`, for each of `gradient.segments.rows_U`, in the dtype of the coefficients. None:
-            the table's own columns are the whole row.
+        state: the tensors of `new_state`, which each update changes.
+        scale: factor on the gradient (clipping, averages): a number, or a scalar tensor, which stays on its device.
+        mean_squares_U: for a rule that needs them, where the table holds only some of the columns: the mean of g**2
+            over the whole row, before `scale`, per element of `gradient.segments.rows_U`, in the dtype of the
+            coefficients. None: the columns of the table are the whole row.
         backend: `auto`, `eager`, `cpu`, `triton` or `reference`. `auto` takes `eager` for a rule without a kernel.
 
     Raises:
@@ -177,7 +180,7 @@ def _check_mean_squares(mean_squares_U: Tensor, gradient: RowGradient, rule: Row
     if actual != expected:
         raise ValueError(
             f"row_update: mean_squares_U is {actual[1]} of shape {actual[0]} on {actual[2]}; this gradient needs "
-            f"{expected[1]} of shape {expected[0]} on {expected[2]}, a number for each of its rows_U."
+            f"{expected[1]} of shape {expected[0]} on {expected[2]}, one number per element of its rows_U."
         )
 
 
@@ -218,7 +221,7 @@ def _implementation(name: str, gradient: RowGradient, backend: str) -> Callable[
     return cast("Callable[..., object]", getattr(module, name))
 
 
-#: The backends that run compiled kernels, of which a rule states its own.
+#: Backends of compiled kernels, which do not exist for every rule: see `RowRule.kernels`.
 _WITH_KERNELS = ("cpu", "triton")
 _MODULES = {
     name: (lambda module=f"{__name__}.{name}": importlib.import_module(module))

@@ -1,6 +1,9 @@
-"""The row update in plain torch operations, on any device: chunks of rows, so that no chunk's gradient is large.
+"""The row update in plain torch operations, on any device and for any rule.
 
-Letters: N rows, V values per row, U rows touched, C rows of a chunk.
+It works on chunks of rows, so that only the gradient of one chunk is in memory at a time.
+
+Letters: N rows, V values per row, U rows that were read, M = U + 1 limits, C rows of
+a chunk.
 """
 
 from __future__ import annotations
@@ -20,17 +23,17 @@ from pkm_lightning.ops.segments import Segments
 if TYPE_CHECKING:
     from pkm_lightning.ops.row_update import RowGradient
 
-_CHUNK_VALUES = 2**22
+_CHUNK_VALUES = 2**22  # values of a chunk's gradient: 16 MiB in fp32
 
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
     squares = [grad_CV.square().sum() for _, grad_CV in _chunks(gradient)]
     return torch.stack(squares).sum().sqrt() if squares else gradient.coefficients_L.new_zeros(())
 
 
 def row_gradient_squares(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
     squares = [grad_CV.square().sum(-1) for _, grad_CV in _chunks(gradient)]
     return torch.cat(squares) if squares else gradient.coefficients_L.new_zeros(0)
 
@@ -44,12 +47,13 @@ def row_update(
     scale: Tensor | float,
     mean_squares_U: Tensor | None,
 ) -> None:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_update`."""
     start = 0
     for rows_C, grad_CV in _chunks(gradient):
         squares_C = None if mean_squares_U is None else mean_squares_U[start : start + len(rows_C)] * scale * scale
         start += len(rows_C)
-        if grad_CV.device.type != "cpu":  # there a row -1 stands for none
+        # Segments of an accelerator are padded with row -1.
+        if grad_CV.device.type != "cpu":
             live_C = rows_C >= 0
             rows_C, grad_CV = rows_C[live_C], grad_CV[live_C]
             squares_C = None if squares_C is None else squares_C[live_C]
@@ -62,7 +66,7 @@ def row_update(
 
 
 def _chunks(gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and their gradients, (C,) and (C, V)."""
+    """Yields the rows of each chunk and their gradients, (C,) and (C, V)."""
     _, (order_L, rows_U, starts_M), coefficients_L, sources_L, source_rows_XV = gradient
     size = max(1, _CHUNK_VALUES // max(1, source_rows_XV.shape[1]))
     for start in range(0, len(rows_U), size):

@@ -1,6 +1,6 @@
-"""The row update as it is written on paper: a dense N x V gradient, then the rule on the rows that were read.
+"""The row update as in a paper: a dense N x V gradient, then the rule on the rows that were read.
 
-Letters: N rows, V values per row, U rows read.
+Letters: N rows, V values per row, U rows that were read, M = U + 1 limits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
     return _dense(gradient, gradient.n_rows).norm()
 
 
 def row_gradient_squares(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
     rows_U = gradient.segments.rows_U.long()
     squares_U = _dense(gradient, gradient.n_rows)[rows_U.clamp(min=0)].square().sum(-1)
     return torch.where(rows_U >= 0, squares_U, 0.0)
@@ -39,7 +39,7 @@ def row_update(
     scale: Tensor | float,
     mean_squares_U: Tensor | None,
 ) -> None:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_update`."""
     grad_NV = _dense(gradient, len(table_NV)) * scale
     rows_U = gradient.segments.rows_U.long()
     if mean_squares_U is not None:

@@ -1,7 +1,8 @@
-"""The row update on a GPU: each program sums the reads of one row in a block of columns and moves that block.
+"""The row update on a GPU: each program sums the reads of one row in a block of columns and updates that block.
 
-Nothing of the size of the gradient is written, and the host waits for nothing: the factor on the gradient stays on the
-device. What a rule needs to know of a whole row first (its mean square, its last step) is one number a row.
+The gradient is never written to memory, and the host does not synchronise with the device: the factor on the gradient
+stays there. What a rule must know of a whole row first (its mean square, its last update) is computed before, as one
+number per row.
 
 Letters: N rows, V values per row, U segments.
 """
@@ -27,12 +28,12 @@ _KINDS = {"sgd": 0, "row_adagrad": 1, "lazy_adam": 2, "catch_up_adam": 3}  # the
 
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
     return row_gradient_squares(gradient).sum().sqrt()
 
 
 def row_gradient_squares(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
     segments = gradient.segments
     squares_U = torch.zeros(len(segments.rows_U), dtype=torch.float32, device=segments.rows_U.device)
     if len(squares_U):
@@ -52,7 +53,7 @@ def row_update(
     scale: Tensor | float,
     mean_squares_U: Tensor | None,
 ) -> None:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_update`."""
     segments = gradient.segments
     if len(segments.rows_U) == 0:
         return
@@ -79,9 +80,10 @@ def _row_factors(
     scale_1: Tensor,
     mean_squares_U: Tensor | None,
 ) -> Tensor:
-    """The one number a row that a rule computes first, (U,); moves the states of that size."""
+    """The number per row that a rule computes before the kernel runs, (U,); updates the states of that size."""
     rows_U = gradient.segments.rows_U.long()
-    live_U, at_U = rows_U >= 0, rows_U.clamp(min=0)  # what row 0 gets for a segment that is none changes nothing
+    # Padding (row -1) is added to row 0 as a zero: a boolean index would make the host wait for the number of rows.
+    live_U, at_U = rows_U >= 0, rows_U.clamp(min=0)
     if rule.name == "row_adagrad":
         if mean_squares_U is None:
             means_U = row_gradient_squares(gradient) * scale_1.square() / gradient.source_rows_XV.shape[1]
@@ -98,7 +100,7 @@ def _row_factors(
 
 
 def _launch_arguments(gradient: RowGradient) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]:
-    """What every kernel reads, the sums of further pieces, and blocks of columns."""
+    """The tensors that every kernel reads, the sums of further pieces, and the number of blocks of columns."""
     _, segments, coefficients_L, sources_L, source_rows_XV = gradient
     reads = segments.order_L, coefficients_L, sources_L, source_rows_XV.contiguous()
     dim = source_rows_XV.shape[1]
@@ -111,7 +113,7 @@ def _squares(  # type: ignore[no-untyped-def]
     order, coefficients, sources, source_rows, starts, further, ends, partial, squares,
     BLOCKS: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """squares[u] = the square of the sum of segment u, all columns one after another."""
+    """Computes squares[u] = the square of the sum of segment u, block of columns after block of columns."""
     u = tl.program_id(0)
     total = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for block in range(BLOCKS):
@@ -126,7 +128,7 @@ def _squares(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _stored(values, row, d, table, seed, V: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`values` in the table's dtype; bf16 rounds stochastically, as rounding.py says."""
+    """`values` in the table's dtype; bf16 is rounded stochastically by the hash of `rounding.py`."""
     if table.dtype.element_ty == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         noise = (row * V + d).to(tl.uint32) ^ seed.to(tl.uint32)
@@ -140,13 +142,14 @@ def _stored(values, row, d, table, seed, V: tl.constexpr):  # type: ignore[no-un
         return values.to(table.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["seed"])  # a seed of 1 would become a constant, and every other one a new kernel
+# Triton specialises integers of 1 and multiples of 16: the seed, which changes every step, would compile more kernels.
+@triton.jit(do_not_specialize=["seed"])
 def _update_rows(  # type: ignore[no-untyped-def]
     order, coefficients, sources, source_rows, starts, rows, further, ends, partial, table,
     exp_avg, exp_avg_sq, factors, scale, lr, decay, beta1, new1, beta2, new2, eps, over1, over_root2, seed,
     KIND: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of one row: gradient, rule, write; see rules.py."""
+    """Updates one block of columns of one row: gradient, rule, write; the equations stand in `rules/`."""
     u = tl.program_id(0)
     row = tl.load(rows + u).to(tl.int64)
     if row >= 0:
@@ -170,15 +173,15 @@ def _update_rows(  # type: ignore[no-untyped-def]
             tl.store(exp_avg_sq + at, square, mask=in_row)
             values -= lr * over1 * mean / (tl.sqrt(square) * over_root2 + eps)
         else:
-            kept = tl.load(factors + u)
-            square = kept * tl.load(exp_avg_sq + at, mask=in_row, other=0.0) + new2 * grad * grad
+            missed_decay = tl.load(factors + u)
+            square = missed_decay * tl.load(exp_avg_sq + at, mask=in_row, other=0.0) + new2 * grad * grad
             tl.store(exp_avg_sq + at, square, mask=in_row)
             values -= lr * grad / (tl.sqrt(square) * over_root2 + eps)
         tl.store(table + at, _stored(values, row, d, table, seed, V), mask=in_row)
 
 
 def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Kernels with argument types and constants, for compilation ahead of time without a GPU."""
+    """Returns kernels with argument types and constants, for compilation ahead of time without a GPU."""
     cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
     for kind, element, dim in (("lazy_adam", "fp32", 1024), ("lazy_adam", "bf16", 1024), ("row_adagrad", "bf16", 100),
                                ("catch_up_adam", "fp32", 100), ("sgd", "bf16", 257)):  # fmt: skip
