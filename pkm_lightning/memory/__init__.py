@@ -1,4 +1,4 @@
-"""Parts that several memory plugins share: addressing by product keys, value tables, cures for unread slots."""
+"""The parts that memory plugins share: addressing by product keys, value tables, cures for unread slots."""
 
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.cures import Cures

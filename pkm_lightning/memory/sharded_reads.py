@@ -75,7 +75,7 @@ def sharded_dot(mesh: TableMesh, n_lines: int, dot: LocalDot, x_TV: Tensor, ids_
 
 
 def _local_rows(mesh: TableMesh, n_lines: int, ids_AK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids within this member's lines (0 for others), which are local, and ids to stage (one past the end for others)."""
+    """Ids within this member's lines (0 for others), which are local, and ids to stage (one past the end if not)."""
     low, high = mesh.row_range(n_lines)
     is_local_AK = (ids_AK >= low) & (ids_AK < high)
     shifted_AK = ids_AK - low

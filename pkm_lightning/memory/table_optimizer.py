@@ -1,8 +1,8 @@
-"""One torch optimizer for a model with value tables: any dense optimizer, and row optimizers for the tables.
+"""One torch optimizer for a model with value tables: any dense optimizer, and a row optimizer for the tables.
 
-Schedulers, loggers and checkpoints see one optimizer whose last group, `table`, holds the tables' weights.
+Schedulers, loggers and checkpoints see one optimizer whose last group, `table`, holds the weights of the tables.
 
-Letters: N rows, V values per row.
+Letters: U rows that were read.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.value_table import ValueTable
 from pkm_lightning.ops.row_update import RowGradient, UpdateStep, new_state, row_gradient_squares, row_update
 
-_STEPS_UNSEEN = 10
+# Steps without any read of a table before the run ends. A table may be read for the first time in a later step.
+_STEPS_UNREAD = 10
 
 
 class TableOptimizer(Optimizer):
-    """Steps `dense` as it is, and each table by what its reads have staged since `zero_grad`.
+    """An optimizer that steps `dense`, and each table by the reads that were staged since `zero_grad`.
 
-    A step without a read leaves a table and its count of updates as they are. A loop of your own clears the gradients
-    by this optimizer's `zero_grad`, not the model's: only the former knows of staged reads. It can neither be copied
-    nor pickled; save its `state_dict`.
+    A step without a read changes neither the table nor its number of updates. A custom training loop must clear the
+    gradients by the `zero_grad` of this optimizer, not of the model, because only the former clears staged reads. The
+    optimizer can neither be copied nor pickled; save its `state_dict`.
 
     Args:
-        dense: the optimizer of all other parameters, of any class; None: another engine steps them.
-        tables: the tables that learn by rows, by a name that stays the same from run to run.
-        rows: how their rows move.
-        lr: learning rate of the tables; a scheduler moves it like every group's.
-        weight_decay: decoupled decay, at each update, of the rows that were read.
-        seed: of the stochastic rounding of bf16 tables.
+        dense: the optimizer of all other parameters, of any class; None if another engine steps them.
+        tables: the tables that learn by rows, by a name that stays the same between runs.
+        rows: the rule by which rows are updated.
+        lr: learning rate of the tables; schedulers change it as that of any group.
+        weight_decay: decoupled decay of the rows that were read, at each update.
+        seed: seed of the stochastic rounding of bf16 tables.
 
     Raises:
         ConfigError: as `RowOptimizer.check_decay`.
-        ValueError: a table that learns densely.
+        ValueError: a table that does not learn by rows.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class TableOptimizer(Optimizer):
         dense_tables = [name for name, table in tables.items() if table.stage is None]
         if dense_tables:
             raise ValueError(
-                f"{', '.join(dense_tables)} learns densely or not at all; leave it to the dense optimizer."
+                f"{', '.join(dense_tables)} learns densely or not at all; pass it to the dense optimizer instead."
             )
         self.dense, self.rows, self.seed = dense, rows, seed
         self.tables = dict(tables)
@@ -65,14 +66,14 @@ class TableOptimizer(Optimizer):
         super().__init__([{"name": "table", "params": weights, "lr": lr, "weight_decay": weight_decay}], {})
         self._table_group = self.param_groups[0]
         self._names = {table.weight: name for name, table in self.tables.items()}
-        self.defaults = {}  # the two parts have not one in common
+        self.defaults = {}  # the dense optimizer and the tables share no defaults
         self._join()
         for table in self.tables.values():
             self.state[table.weight] = {"step": 0, **new_state(rows.rule, table.weight)}
-        self._steps_unseen = 0
+        self._steps_unread = 0
 
     def _join(self) -> None:
-        """Groups and states are those of `dense`, the same objects, and the tables' beside them."""
+        """Joins groups and states: those of `dense`, as the same objects, and those of the tables."""
         tables = {weight: self.state[weight] for weight in self._table_group["params"] if weight in self.state}
         if self.dense is not None:
             self.param_groups = [*self.dense.param_groups, self._table_group]
@@ -81,7 +82,7 @@ class TableOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of everything; `closure` computes the gradients first."""
+        """Updates all parameters and tables, after `closure`, if given, has computed the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -95,23 +96,23 @@ class TableOptimizer(Optimizer):
                     "unfreeze the other parameters only, or set table.learning=dense."
                 )
             self.update(table)
-        self._check_seen()
+        self._check_reads()
         return loss
 
-    def _check_seen(self) -> None:
-        """A table that is read behind its back learns nothing, and no loss would say so."""
-        unseen = [name for name, table in self.tables.items() if table.stage is not None and not table.stage.seen]
-        self._steps_unseen = self._steps_unseen + 1 if unseen else 0
-        if self._steps_unseen == _STEPS_UNSEEN:
+    def _check_reads(self) -> None:
+        """Refuses tables that are read through their weight: they would learn nothing, without any error."""
+        unread = [name for name, table in self.tables.items() if table.stage is not None and not table.stage.seen]
+        self._steps_unread = self._steps_unread + 1 if unread else 0
+        if self._steps_unread == _STEPS_UNREAD:
             raise ConfigError(
-                f"{', '.join(unseen)}: no read was seen in {_STEPS_UNSEEN} steps, so nothing is learned: read a table "
-                "by calling it, table(ids, weights) or table.dot(x, ids), not through its weight; or say "
+                f"{', '.join(unread)}: no read was seen in {_STEPS_UNREAD} steps, so nothing is learned: read a table "
+                "by calling it, table(ids, weights) or table.dot(x, ids), not through its weight; or set "
                 "table.learning=dense."
             )
 
     @torch.no_grad()
     def update(self, table: ValueTable) -> None:
-        """Applies what is staged for one table."""
+        """Updates one table by its staged reads. Collective: call on all ranks."""
         assert table.stage is not None
         state = self.state[table.weight]
         gradient = table.stage.gradient(table.weight)
@@ -125,7 +126,7 @@ class TableOptimizer(Optimizer):
             seed=self._rounding_seed(table, state["step"]),
         )
         for key, value in state.items():
-            # A Trainer moves all optimizer states to its device; those of a table in host memory belong beside it.
+            # Lightning moves all optimizer states to the Trainer's device, but a table may lie in host memory.
             if isinstance(value, Tensor) and value.device != table.weight.device:
                 state[key] = value.to(table.weight.device)
         row_state = {key: value for key, value in state.items() if key != "step"}
@@ -141,6 +142,7 @@ class TableOptimizer(Optimizer):
         )
 
     def _rounding_seed(self, table: ValueTable, step: int) -> int:
+        # Parts of a table must not be rounded by the same bits, but replicas of a part must.
         member = f"/{table.mesh.member}" if table.is_split and table.mesh is not None else ""
         return zlib.crc32(f"{self.seed}/{self._names[table.weight]}/{step}{member}".encode()) & 0x7FFFFFFF
 
@@ -155,19 +157,22 @@ class TableOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of dense parameters."""
-        if not hasattr(self, "_table_group"):  # the base class adds the tables
+        # The constructor of the base class adds the group of the tables by this method.
+        if not hasattr(self, "_table_group"):
             super().add_param_group(param_group)
             return
         if self.dense is None:
-            raise ValueError("this optimizer has tables only; give dense parameters to the engine that steps them.")
+            raise ValueError("this optimizer has tables only; pass dense parameters to the engine that steps them.")
         self.dense.add_param_group(param_group)
         self._join()
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a TableOptimizer belongs to its model's tables and cannot be copied; save its state_dict().")
+        raise TypeError(
+            "a TableOptimizer refers to the tables of its model and cannot be copied; save its state_dict()."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients, staged reads among them."""
+        """Clears all gradients, staged reads included."""
         if self.dense is not None:
             self.dense.zero_grad(set_to_none)
         for table in self.tables.values():
@@ -175,7 +180,7 @@ class TableOptimizer(Optimizer):
                 table.stage.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores both parts; a table's state is copied into the tensors that are there, in their own dtype.
+        """Loads the states of the dense optimizer and of the tables, the latter into the present tensors and dtypes.
 
         Raises:
             ValueError: groups or states of another model or another row optimizer.
@@ -196,22 +201,22 @@ class TableOptimizer(Optimizer):
             self.dense.load_state_dict({"state": dense_states, "param_groups": groups[:-1]})
         self._table_group.update({key: value for key, value in groups[-1].items() if key != "params"})
         for number, weight in tables:
-            own = self.state[weight]
+            state = self.state[weight]
             for key, value in states[number].items():
                 if isinstance(value, Tensor):
-                    own[key].copy_(value)
+                    state[key].copy_(value)
                 else:
-                    own[key] = value
+                    state[key] = value
         self._join()
 
-    def _check_state(self, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    def _check_state(self, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
         def shapes(state: Mapping[str, Any]) -> dict[str, object]:
             return {
                 name: tuple(value.shape) if isinstance(value, Tensor) else "number" for name, value in state.items()
             }
 
-        if shapes(saved) != shapes(own):
+        if shapes(saved) != shapes(present):
             raise ValueError(
                 f"the saved optimizer state of a table is {shapes(saved)}, but {self.rows.rule.name} keeps "
-                f"{shapes(own)}: it was written with another table/optimizer or table.learning."
+                f"{shapes(present)}: it was written with another table/optimizer or table.learning."
             )

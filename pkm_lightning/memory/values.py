@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Values(nn.Module):
     """Weighted sums of table rows, followed by a linear map if `out_dim` is given.
 
-    Because `sum_i w_i (W v_i) = W sum_i w_i v_i`, a map after the sum maps every row, read or not. With frozen rows this
-    is SimVQ on the values (Zhu et al. 2024, arXiv 2411.02038) without further reads.
+    Because `sum_i w_i (W v_i) = W sum_i w_i v_i`, a map after the sum maps every row, read or not. With frozen rows
+    this is SimVQ on the values (Zhu et al. 2024, arXiv 2411.02038) without further reads.
 
     Args:
         table: the value table, owned by the model.

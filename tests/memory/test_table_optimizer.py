@@ -265,9 +265,9 @@ def test_a_group_that_is_added_later_learns() -> None:
 
 
 def test_copies_and_dense_tables_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"belongs to its model's tables and cannot be copied"):
+    with pytest.raises(TypeError, match=r"refers to the tables of its model and cannot be copied"):
         copy.deepcopy(by_rows(Pool("rows"), "sgd"))
-    with pytest.raises(ValueError, match=r"pool learns densely or not at all; leave it to the dense optimizer"):
+    with pytest.raises(ValueError, match=r"pool learns densely or not at all; pass it to the dense optimizer instead"):
         by_rows(Pool("dense"), "sgd")
 
 

@@ -60,7 +60,7 @@ def updated_rows(
     index_U: Tensor,
     mean_squares_U: Tensor | None,
 ) -> Tensor:
-    """Returns the rows after decay and one update by `rule`, and moves their entries of `state`.
+    """Returns the rows after decay and one update by `rule`, and updates their entries of `state`.
 
     `mean_squares_U` is the mean of g**2 over whole rows of which these are a part; None: these are whole.
     """

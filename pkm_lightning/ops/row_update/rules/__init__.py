@@ -1,6 +1,7 @@
-"""Row optimizers: one rule per file of this folder, found by the name of its file.
+"""Row optimizers: one rule per file of this folder, found by the name of the file.
 
-A rule states what it keeps for a row and how an update moves the row. `CONTRIBUTING.md` lists the steps to add one.
+A rule states what it keeps per row or per value, and how an update changes the rows that were read. `CONTRIBUTING.md`
+lists the steps to add one.
 Modules are imported when a rule is first asked for: `find_rule("lazy_adam")` reads `lazy_adam.py`.
 """
 

@@ -1,4 +1,4 @@
-"""The contract of a row optimizer: what it keeps per row or per value, and how one update moves the rows.
+"""The contract of a row optimizer: its state per row or per value, and the update of the rows that were read.
 
 Letters: N rows, V values per row, U rows that were read.
 """
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 class RowState(NamedTuple):
-    """One tensor of an optimizer's state: a number per value of the table, or a number per row."""
+    """One tensor of an optimizer's state."""
 
+    #: `value`: one number per value of the table; `row`: one number per row.
     per: str
     #: None: fp32, or fp64 for an fp64 table.
     dtype: torch.dtype | None = None
@@ -73,7 +74,7 @@ class RowRule:
 
     #: The name in `table.optimizer.rule`, and that of the file.
     name: ClassVar[str]
-    #: What is kept for a table, by name: it starts as zeros, is saved in checkpoints, and is sharded as the table is.
+    #: The state of a table, by name: it starts as zeros, is saved in checkpoints, and is sharded as the table is.
     #: The name `step` is taken by the number of the update.
     state: ClassVar[Mapping[str, RowState]] = {}
     #: `update` needs the mean of g**2 over the whole row. Ranks that hold columns of a row then add their sums.
@@ -99,7 +100,7 @@ class RowRule:
         step: UpdateStep,
         mean_squares_U: Float[Tensor, " U"] | None,
     ) -> Float[Tensor, "U V"]:
-        """Returns the rows after one update, and moves their entries of `state`, in place.
+        """Returns the rows after one update, and updates their entries of `state` in place.
 
         Args:
             rows_UV: the rows that were read, already decayed, in fp32 (fp64 for fp64 tables). On a rank that holds

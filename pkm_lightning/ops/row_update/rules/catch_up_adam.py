@@ -33,7 +33,7 @@ class CatchUpAdam(RowRule):
 
     name = "catch_up_adam"
     state = {"exp_avg_sq": RowState("value"), "last_step": RowState("row", torch.int32)}  # noqa: RUF012 - read only
-    # A row that waits would have to be decayed before it is read, which no update after the read can make up for.
+    # A row would have to be decayed before it is read, which no update after the read can make up for.
     refuses_decay = "catch_up_adam is the dense algorithm without decay only"
     kernels = ("cpu", "triton")
 
@@ -54,7 +54,7 @@ class CatchUpAdam(RowRule):
         step: UpdateStep,
         mean_squares_U: Tensor | None,
     ) -> Tensor:
-        """Makes up for the missed decay, moves the second moment and returns the rows after Adam's step."""
+        """Makes up for the missed decay, updates the second moment and returns the rows after Adam's step."""
         beta2 = self.betas[1]
         _, root_correction2 = self.bias_corrections(step)
         missed_U = (step.number - state["last_step"][index_U]).to(grad_UV.dtype)

@@ -24,7 +24,7 @@ __all__ = ["LazyAdam"]
 
 @dataclass(frozen=True, kw_only=True)
 class LazyAdam(RowRule):
-    """Adam whose moments move with their row."""
+    """Adam whose moments change only when their row is read."""
 
     name = "lazy_adam"
     state = {"exp_avg": RowState("value"), "exp_avg_sq": RowState("value")}  # noqa: RUF012 - read only
@@ -39,7 +39,7 @@ class LazyAdam(RowRule):
         step: UpdateStep,
         mean_squares_U: Tensor | None,
     ) -> Tensor:
-        """Moves both moments of the rows and returns the rows after Adam's step."""
+        """Updates both moments of the rows and returns the rows after Adam's step."""
         beta1, beta2 = self.betas
         correction1, root_correction2 = self.bias_corrections(step)
         mean_UV = beta1 * state["exp_avg"][index_U] + (1 - beta1) * grad_UV

@@ -22,7 +22,7 @@ __all__ = ["RowAdagrad"]
 
 @dataclass(frozen=True, kw_only=True)
 class RowAdagrad(RowRule):
-    """Adagrad with one sum per row instead of one per value: nearly free of memory."""
+    """Adagrad with one sum per row instead of one per value, so that its state needs almost no memory."""
 
     name = "row_adagrad"
     state = {"sum": RowState("row")}  # noqa: RUF012 - read only
