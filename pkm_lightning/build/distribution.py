@@ -42,6 +42,6 @@ def check_own_tables(model: Transformer, *, engine: bool) -> None:
     if any(table.stage is not None or (engine and table.weight.requires_grad) for table in of_plugins):
         raise ConfigError(
             "a plugin has made a ValueTable itself, which this strategy would treat as a dense "
-            "parameter; let the plugin ask for a table (the keyword `table` and the class method table_spec), or say "
+            "parameter; let the builder pass it (the keyword `table` and the class method table_spec), or set "
             "strategy=ddp."
         )

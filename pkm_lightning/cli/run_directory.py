@@ -1,6 +1,6 @@
 """A run's directory: one process holds its lock, `run.json` has the run's status, earlier runs are continued or not.
 
-The status `"running"` without the lock means that the process was killed: such a run is resumed like an interrupted one.
+The status `"running"` without the lock means that the process was killed: that run is resumed like an interrupted one.
 """
 
 from __future__ import annotations
