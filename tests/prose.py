@@ -26,7 +26,7 @@ _UNIT = (
 PER = re.compile(rf"\b{_COUNTED} an? {_UNIT}\b", re.IGNORECASE)
 #: Third-person or imperative verbs that open a function's docstring; add the verb that is missing.
 _VERBS = """
-accept accumulate add adjust adopt advise aggregate align allocate allow answer append apply approximate arrange ask
+accept accumulate add adjust adopt advance advise aggregate align allocate allow answer append apply approximate arrange ask
 assemble assert assign attach average balance bind block bootstrap break broadcast build cache calculate call cast
 change check choose clear clip close collate collect combine compare compile compose compress compute concatenate
 configure connect consume continue convert copy correct count cover create cut decide decode defer define delete
