@@ -26,7 +26,7 @@ _UNIT = (
 PER = re.compile(rf"\b{_COUNTED} an? {_UNIT}\b", re.IGNORECASE)
 #: Third-person or imperative verbs that open a function's docstring; add the verb that is missing.
 _VERBS = """
-accept accumulate add adjust adopt advance advise aggregate align allocate allow answer append apply approximate arrange ask
+accept accumulate add adjust adopt advise aggregate align allocate allow answer append apply approximate arrange ask
 assemble assert assign attach average balance bind block bootstrap break broadcast build cache calculate call cast
 change check choose clear clip close collate collect combine compare compile compose compress compute concatenate
 configure connect consume continue convert copy correct count cover create cut decide decode defer define delete
@@ -46,7 +46,7 @@ seed select send separate serialise serve set shape shard share shift show shrin
 skip slice solve sort split spread stack stage start state step stop store strip sum summarise suppress swap switch
 synchronise take test time tokenise total track trace train transfer transform translate transpose trim try turn
 undo unembed unflatten unmap unpack unregister update use validate verify view visit wait walk warn watch weight
-widen wrap write yield zero zip
+widen wrap write yield zero zip advance
 """
 VERBS = frozenset(_VERBS.split())
 _IRREGULAR = {"does": "do", "goes": "go", "tries": "try", "copies": "copy", "has": "have", "is": "be", "are": "be"}
