@@ -111,9 +111,9 @@ def _build_tables(config: Config, n_placed: int, mesh: TableMesh | None) -> list
             "table_spec(**arguments) that returns its rows and dim."
         )
     sizes = {"dim": int(config["model"]["dim"]), "n_layers": int(config["model"]["n_layers"])}
-    taken = inspect.signature(cls.table_spec).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
-        sizes = {name: value for name, value in sizes.items() if name in taken}
+    parameters = inspect.signature(cls.table_spec).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        sizes = {name: value for name, value in sizes.items() if name in parameters}
     spec = cast("TableSpec", cls.table_spec(**sizes, **arguments))
     check_flag("table.shared", config["table"]["shared"])
     settings = {name: value for name, value in config["table"].items() if name not in _TABLE_BUILDER_KEYS}

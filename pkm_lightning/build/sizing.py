@@ -48,8 +48,8 @@ def solve_size(config: dict[str, Any]) -> dict[str, Any]:
         _set(trial, knob, multiple * step)
         return _basis(trial, match)
 
-    shown = ".".join(_path(knob))
-    _set(config, knob, step * _closest(measure, budget, f"match={match} through {shown}", step))
+    path = ".".join(_path(knob))
+    _set(config, knob, step * _closest(measure, budget, f"match={match} through {path}", step))
     return config
 
 

@@ -64,9 +64,9 @@ def check_last(trainer: L.Trainer, ended: bool = False) -> None:
 
 
 def _gather(trainer: L.Trainer, value: float) -> list[float]:
-    here = torch.tensor([value], dtype=torch.float32, device=trainer.strategy.root_device)
-    gathered = here.new_empty(trainer.world_size)
-    gather_into(gathered, here)
+    local = torch.tensor([value], dtype=torch.float32, device=trainer.strategy.root_device)
+    gathered = local.new_empty(trainer.world_size)
+    gather_into(gathered, local)
     return gathered.tolist()
 
 

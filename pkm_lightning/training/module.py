@@ -228,8 +228,8 @@ class LanguageModule(L.LightningModule):
             if table.stage is not None:
                 table.stage.scale = table.stage.scale * correction
         correct = getattr(self.trainer.strategy, "scale_gradients", None)
-        own = self.parameters() if correct is None else (table.weight for table in tables)
-        grads = [local(p.grad) for p in own if p.grad is not None]
+        parameters = self.parameters() if correct is None else (table.weight for table in tables)
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, correction)
         if correct is not None:

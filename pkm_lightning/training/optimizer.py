@@ -29,13 +29,13 @@ def parameter_roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]
     Raises:
         ConfigError: a module declares a role that does not exist.
     """
-    seen: set[int] = set()
+    visited: set[int] = set()
     for module_name, module in model.named_modules():
         declared: Mapping[str, str] = getattr(module, "parameter_roles", {})
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
+            if id(parameter) in visited or not parameter.requires_grad:
                 continue
-            seen.add(id(parameter))
+            visited.add(id(parameter))
             role = declared.get(name) or _usual_role(module, name, parameter)
             check_choice(f"{type(module).__name__}.parameter_roles['{name}']", role, ROLES)
             yield f"{module_name}.{name}" if module_name else name, parameter, role
