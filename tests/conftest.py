@@ -15,8 +15,7 @@ shape_checks.install()
 import pytest  # noqa: E402  the checks come before anything could import the package
 import torch  # noqa: E402
 
-# Without a GPU the Triton kernels run in the interpreter, which must be set before anything imports Triton, as Lightning
-# does.
+# Without a GPU the Triton kernels run in the interpreter. It must be chosen before Lightning imports Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,4 +1,4 @@
-"""`info`: what configurations cost, from shapes alone, side by side; nothing is allocated, built or written."""
+"""`info`: what configurations cost, from shapes alone, side by side; nothing is allocated or written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pkm_lightning.training.table_learning import optimizer_state_bytes
 
 
 def run(job: Job) -> None:
-    """Prints the figures as a table, one column a variant, or as JSON with `format=json` (a list for several)."""
+    """Prints the figures as a table, one column per variant, or as JSON with `format=json` (a list for several)."""
     check_choice("format", str(job.config.format), ("text", "json"))
     if not job.variants:
         described = {"": describe(resolve(plain(job.config)))}
@@ -56,7 +56,7 @@ def _describe_variant(name: str, job: Job) -> dict[str, Any]:
 
 
 def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and value of everything that `describe` found."""
+    """Returns label and value of everything in `figures`."""
     size = figures["table"]
     rows = cost_rows(figures)
     if figures["sized"]:

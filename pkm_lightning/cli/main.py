@@ -1,6 +1,6 @@
 """Splits off the verb, lets Hydra compose the configuration, runs the verb, and prints errors in one line.
 
-A verb's module has `run(job)`; what it raises as `PkmError` reaches the user without a traceback.
+The module of a verb has `run(job)`; a `PkmError` that it raises reaches the user without a traceback.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `argv` (the process's own by default).
+    """Runs `argv`, by default that of the process.
 
     Exits with 0 on success, 2 on an error that is the user's to mend, 75 if another process of the run was lost, 130,
     138 or 143 after an interruption.
@@ -93,7 +93,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
         try:
             made = Job(verb, arguments, config, variants, given)
-        except PkmError as error:  # which Hydra would announce in a line of its own
+        except PkmError as error:  # Hydra would print a line of its own before it
             failures.append(JobFailure(str(error), 2))
             return None
         return made.execute(run, failures)

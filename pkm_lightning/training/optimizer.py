@@ -21,21 +21,21 @@ _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNor
 
 
 def parameter_roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Name, parameter and role of every trainable parameter, each parameter once.
+    """Yields name, parameter and role of every trainable parameter, each parameter once.
 
-    A module may declare `parameter_roles = {"weight": "table"}`; else norms and embeddings are known by their class,
-    biases by their name, and what has fewer than two dimensions counts as a norm's gain.
+    A module may declare `parameter_roles = {"weight": "table"}`. Otherwise norms and embeddings are recognised by their
+    class, biases by their name, and a parameter of fewer than two dimensions counts as the gain of a norm.
 
     Raises:
         ConfigError: a module declares a role that does not exist.
     """
-    seen: set[int] = set()
+    visited: set[int] = set()
     for module_name, module in model.named_modules():
         declared: Mapping[str, str] = getattr(module, "parameter_roles", {})
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
+            if id(parameter) in visited or not parameter.requires_grad:
                 continue
-            seen.add(id(parameter))
+            visited.add(id(parameter))
             role = declared.get(name) or _usual_role(module, name, parameter)
             check_choice(f"{type(module).__name__}.parameter_roles['{name}']", role, ROLES)
             yield f"{module_name}.{name}" if module_name else name, parameter, role
@@ -52,7 +52,7 @@ def _usual_role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 
 def parameter_groups(model: nn.Module, optim: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """AdamW groups with `lr`, `weight_decay`, and `name` for loggers; empty groups are left out."""
+    """Returns AdamW groups with `lr`, `weight_decay`, and `name` for loggers; empty groups are left out."""
     decayed = {"matrix": optim["weight_decay"], "table": optim["table_weight_decay"]}
     rates = {"table": optim["lr"] * optim["table_lr_factor"]}
     grouped: dict[str, list[nn.Parameter]] = {"matrix": [], "gain": [], "table": []}
