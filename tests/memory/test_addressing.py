@@ -1,6 +1,6 @@
 """Cures for unread slots: losses on the halves, straight-through gradients, noise; each against a definition.
 
-Letters: T tokens, D model dimension, H heads, S sub-keys a half, N slots, K slots read, J candidates a half.
+Letters: T tokens, D model dimension, H heads, S sub-keys per half, N slots, K slots read, J candidates a half.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A table that stays in a file: read as any other, never copied, never written to.
 
-Letters: N rows, V values per row, T reads, K rows a read.
+Letters: N rows, V values per row, T reads, K rows per read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def plain(request: pytest.FixtureRequest) -> ValueTable:
 
 @pytest.fixture
 def mapped(plain: ValueTable, tmp_path: Path) -> ValueTable:
-    """The same table in a read-only file, in a module that is moved as a Trainer moves it."""
+    """Maps the same table from a read-only file, in a module that is moved as a Trainer moves it."""
     path = tmp_path / "table"
     path.write_bytes(plain.weight.detach().view(torch.uint8).numpy().tobytes())
     path.chmod(0o400)
@@ -38,7 +38,7 @@ def mapped(plain: ValueTable, tmp_path: Path) -> ValueTable:
     return table
 
 
-def test_it_reads_as_a_table_in_memory(plain: ValueTable, mapped: ValueTable) -> None:
+def test_a_mapped_table_reads_as_one_in_memory(plain: ValueTable, mapped: ValueTable) -> None:
     ids_TK, weights_TK = torch.randint(0, N, (T, K)), torch.randn(T, K)
     groups_TK, x_TV = torch.randint(0, 2, (T, K)), torch.randn(T, V)
     for table in (plain, mapped):

@@ -1,6 +1,6 @@
 """Half scores against a loop over heads and sub-keys; they stay fp32 whatever the model's precision.
 
-Letters: T tokens, H heads, 2 halves, S sub-keys a half, E dimension of a half key.
+Letters: T tokens, H heads, 2 halves, S sub-keys per half, P values of a half key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def product_keys(*, norm: bool, dtype: torch.dtype = torch.float64) -> ProductKe
 
 
 def by_definition(keys: ProductKeys, q_TH2P: Tensor, half: int) -> Tensor:
-    """Head-major, (H, T, S)."""
+    """Computes the scores head-major, (H, T, S)."""
     scores = []
     for token, head in torch.cartesian_prod(torch.arange(len(q_TH2P)), torch.arange(3)).tolist():
         for key_P in keys.keys[head, half]:

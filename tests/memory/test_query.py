@@ -1,6 +1,6 @@
-"""The query network against its formulas, one a kind of normalisation, and its precision.
+"""The query network against the formula of each normalisation, and its precision.
 
-Letters: T tokens, D model dimension, H heads, 2 halves, E dimension of a half key.
+Letters: T tokens, D model dimension, H heads, 2 halves, P values of a half key.
 """
 
 from __future__ import annotations

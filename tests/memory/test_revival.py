@@ -26,7 +26,7 @@ def test_rows_become_their_sources_and_no_other_row_changes(slices: int) -> None
     assert torch.equal(table.weight.detach().view(7, 12), expected_NV)
 
 
-def test_noise_has_the_size_that_was_asked_for() -> None:
+def test_noise_has_the_configured_size() -> None:
     table = ValueTable(rows=4, dim=4000, std=3.0)
     before_NV = table.weight.detach().clone()
     copy_rows(table, torch.tensor([3]), torch.tensor([1]), noise=0.1, seed=1)
@@ -58,7 +58,7 @@ def test_the_optimizer_forgets_these_rows_and_no_others() -> None:
 
 
 def naive(q_TP: Tensor, keys_SP: Tensor, dead: list[int], normalised: bool) -> Tensor:
-    """One new sub-key after another, by loops."""
+    """Computes one new sub-key after another, by loops."""
     length = float(torch.stack([key.norm() for key in keys_SP]).mean())
     alive = [key / key.norm() if normalised else key for s, key in enumerate(keys_SP) if s not in dead]
     made = []
@@ -71,7 +71,7 @@ def naive(q_TP: Tensor, keys_SP: Tensor, dead: list[int], normalised: bool) -> T
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_new_sub_keys_point_to_the_worst_served_queries_one_after_another(normalised: bool) -> None:
+def test_new_sub_keys_point_to_the_queries_of_lowest_score_one_after_another(normalised: bool) -> None:
     q_TP, keys_SP, dead = torch.randn(30, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64), [1, 4, 6]
     made_MP = keys_for_worst_served(q_TP, keys_SP, torch.tensor(dead), normalised=normalised, noise=0.0, seed=1)
     torch.testing.assert_close(made_MP, naive(q_TP, keys_SP, dead, normalised))

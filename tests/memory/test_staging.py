@@ -1,6 +1,6 @@
-"""Staged reads: what backward leaves adds up to autograd's dense gradient, whatever reads a table and however often.
+"""Staged reads: they add up to the dense gradient of autograd, for every kind of read and any number of them.
 
-Letters: N rows, V values per row, T reads, K rows a read, G groups a read.
+Letters: N rows, V values per row, T reads, K rows per read, G groups per read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Reader(nn.Module):
 
 
 def pair(kind: str, *, slices: int = 1) -> tuple[ValueTable, list[Reader], ValueTable, list[Reader]]:
-    """Two layers over one table that learns densely, and the same by rows."""
+    """Builds two layers over one table that learns densely, and the same by rows."""
     made = []
     for learning in ("dense", "rows"):
         torch.manual_seed(3)
@@ -50,7 +50,7 @@ def pair(kind: str, *, slices: int = 1) -> tuple[ValueTable, list[Reader], Value
 
 
 def run(layers: list[Reader], through: Callable[..., Tensor] | None = None) -> None:
-    """Two micro-batches through both layers, and backward; the same numbers each time."""
+    """Runs two micro-batches forward through both layers and backward, on the same numbers each time."""
     generator = torch.Generator().manual_seed(5)
     for _ in range(2):
         x_TV = torch.randn(T, V, generator=generator)
@@ -61,7 +61,7 @@ def run(layers: list[Reader], through: Callable[..., Tensor] | None = None) -> N
 
 
 def dense(stage: RowStage, table: ValueTable) -> Tensor:
-    """The staged gradient as N x V numbers."""
+    """Returns the staged gradient as N x V numbers."""
     gradient = stage.gradient(table.weight)
     assert gradient is not None
     _, (order_L, rows_U, starts_M), coefficients_L, sources_L, rows_XV = gradient
@@ -109,7 +109,7 @@ def test_compiled_layers_stage_the_same(kind: str) -> None:
     assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
 
 
-def test_a_compiler_does_not_make_one_of_two_equal_reads() -> None:
+def test_a_compiler_does_not_merge_two_equal_reads() -> None:
     table = ValueTable(rows=N, dim=V, learning="rows")
     ids_TK, weights_TK = torch.randint(N, (T, K)), torch.rand(T, K)
 
@@ -137,7 +137,7 @@ def test_one_compiled_graph_serves_many_tables() -> None:
     assert len(graphs) == 1
 
 
-def test_a_read_that_outlives_its_table_says_so() -> None:
+def test_backward_without_the_table_is_an_error() -> None:
     table = ValueTable(rows=N, dim=V, learning="rows")
     y_TV = table(torch.randint(N, (T, K)), torch.rand(T, K))
     del table

@@ -1,6 +1,6 @@
-"""TableOptimizer: equal to the dense algorithms over many steps of a pool that three layers share; state, errors.
+"""TableOptimizer: it equals the dense algorithms over many steps of a table that three layers share; state, errors.
 
-Letters: N rows, V values per row, T reads, K rows a read.
+Letters: N rows, V values per row, T reads, K rows per read.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def test_state_of_another_rule_or_model_is_refused() -> None:
         by_rows(Pool("rows"), "lazy_adam").load_state_dict(plain)
 
 
-def test_zero_grad_forgets_a_bad_step() -> None:
+def test_zero_grad_discards_a_bad_step() -> None:
     pool = Pool("rows")
     optimizer = by_rows(pool, "lazy_adam")
     train(pool, optimizer, 2, 1)
@@ -282,7 +282,7 @@ def test_copies_and_dense_tables_are_refused() -> None:
         ({"rule": "catch_up_adam"}, r"catch_up_adam is exact without momentum only; set the first to 0"),
     ],
 )
-def test_row_optimizers_refuse_what_cannot_be(arguments: dict[str, object], message: str) -> None:
+def test_row_optimizers_refuse_impossible_constants(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RowOptimizer(**arguments)  # type: ignore[arg-type]
 

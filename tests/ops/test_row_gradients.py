@@ -20,7 +20,7 @@ from pkm_lightning.ops.segments import Segments, read_segments
 
 BACKENDS = ["triton", "eager"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# rows, values a row, source rows, reads
+# Rows, values per row, source rows, reads.
 SIZES = [(6, 7, 3, 9), (9, 1, 1, 1), (1, 3, 4, 5), (4, 257, 2, 5), (40, 63, 50, 7)]
 
 

@@ -38,7 +38,7 @@ def columns(gradient: RowGradient, part: slice) -> RowGradient:
 
 
 def split(dim: int, n_parts: int) -> list[slice]:
-    """Ranges of columns, of unequal width where they must be."""
+    """Divides columns into ranges, of unequal width where they must be."""
     limits = [dim * part // n_parts for part in range(n_parts + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(limits)]
 
@@ -53,7 +53,7 @@ def adagrad(seed: int = 77) -> tuple[RowRule, UpdateStep]:
 
 
 def check_update(gradient: RowGradient, means_U: Tensor, backend: str) -> None:
-    """With the means given, `backend` moves table and state as the reference does on the CPU."""
+    """Checks that with given means `backend` updates table and state as the reference does on the CPU."""
     device, dtype = gradient.source_rows_XV.device.type, gradient.source_rows_XV.dtype
     table_NV, state = table_and_state(gradient.n_rows, gradient.source_rows_XV.shape[1], dtype, device)
     expected_NV, expected = table_NV.cpu().clone(), {"sum": state["sum"].cpu().clone()}

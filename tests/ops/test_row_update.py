@@ -35,14 +35,14 @@ KERNELS = [(name, backend) for name in RULES for backend in ("eager", *find_rule
 
 
 def update(name: str, number: int = 1, **numbers: float) -> tuple[RowRule, UpdateStep]:
-    """A rule with its constants, and the numbers of one update."""
+    """Returns a rule with its constants, and the numbers of one update."""
     betas = (0.0, 0.9) if name == "catch_up_adam" else (0.8, 0.9)
     step = {"lr": 0.1, "number": number, "seed": 77 * number, **numbers}
     return find_rule(name)(betas=betas, eps=1e-6), UpdateStep(**step)  # type: ignore[arg-type]
 
 
 def mid_run(name: str, n: int, v: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
-    """A table and a state in the middle of a run."""
+    """Returns a table and a state as in the middle of a run."""
     table_NV = torch.randn(n, v).to(device, dtype)
     state = new_state(find_rule(name), table_NV)
     for value in state.values():

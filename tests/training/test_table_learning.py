@@ -1,4 +1,4 @@
-"""The ways of learning through the real Trainer: equal where they should be, refused where they cannot work."""
+"""The ways in which tables learn, through the real Trainer: they agree, and what cannot work is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pkm_lightning.training.table_learning import optimizer_state_bytes, without
 
 
 def learned(*overrides: str, micro: list[int], **limits: float | None) -> LanguageModule:
-    """The module after two steps of clipped gradient descent on unequal micro-batches."""
+    """Fits two steps of clipped gradient descent on unequal micro-batches and returns the module."""
     torch.manual_seed(2)
     batches = [rows(6) for _ in range(2)]
     changed = settings("placement=centred", "placement.count=2", "table.shared=true", *overrides)

@@ -38,14 +38,14 @@ STEP = UpdateStep(lr=0.1)
 
 @pytest.fixture(autouse=True, scope="module")
 def _discovered() -> Iterator[None]:
-    """The file lies in `ops/row_update/rules/`, as far as the package can see."""
+    """Makes the file visible as if it lay in `ops/row_update/rules/`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rules, "__path__", [*rules.__path__, str(HERE / "rules")])
         yield
 
 
 def reads(n: int, v: int) -> RowGradient:
-    """Rows 1 and 4, the latter twice."""
+    """Returns the gradient of reads of rows 1 and 4, the latter twice."""
     return row_gradient(n, torch.tensor([4, 1, 4]), torch.randn(3), torch.tensor([0, 1, 1]), torch.randn(2, v))
 
 

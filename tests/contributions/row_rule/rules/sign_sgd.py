@@ -21,7 +21,7 @@ __all__ = ["SignSGD"]
 
 @dataclass(frozen=True, kw_only=True)
 class SignSGD(RowRule):
-    """Sign descent; `power` from 0 says how fast the rate of a row falls.
+    """Sign descent; `power`, at least 0, is the speed at which the rate of a row falls.
 
     Raises:
         ValueError: `power` is below 0.
