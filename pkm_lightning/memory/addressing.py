@@ -124,6 +124,7 @@ class Addressing(nn.Module):
                     ids_HTC, weights_HTC = ids_HTK, weights_HTK
                 losses = self._losses(halves_2HTS, ids_HTK, valid_T)
         else:
+            # Without cures the scores of all sub-keys, (H, T, S) per half, are never written to memory.
             scores_HTK, ids_HTK = self.keys.search(q_TH2P, self.knn)
             with ieee_scores(scores_HTK):
                 weights_HTK = self._activate(scores_HTK)
@@ -140,6 +141,7 @@ class Addressing(nn.Module):
         if not self._noisy:
             return halves_2HTS
         scale = self.cures.gumbel_noise
+        # These scores only select, so no gradient flows through them.
         first_HTS, second_HTS = (scores_HTS.detach() for scores_HTS in halves_2HTS)
         return first_HTS + scale * cure.gumbel(first_HTS), second_HTS + scale * cure.gumbel(second_HTS)
 
@@ -166,10 +168,12 @@ class Addressing(nn.Module):
         soft_HTC = self._activate(scores_HTC)
         weights_HTK = self._activate(scores_HTC.gather(-1, best_HTK)).detach()
         hard_HTC = torch.zeros_like(soft_HTC).scatter(-1, best_HTK, weights_HTK)
+        # The difference is 0 in forward; in backward it has the gradient of `soft`.
         return ids_HTC, hard_HTC + (soft_HTC - soft_HTC.detach()), ids_HTC.gather(-1, best_HTK), weights_HTK
 
     def _activate(self, scores_HTK: Tensor) -> Tensor:
         if self.log_temperature is not None:
+            # The logarithm is the parameter, so that the temperature stays positive.
             scores_HTK = scores_HTK * torch.exp(-self.log_temperature.to(scores_HTK.dtype))[:, None, None]
         if self.activation == "softmax":
             return torch.softmax(scores_HTK, dim=-1)

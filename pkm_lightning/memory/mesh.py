@@ -91,6 +91,7 @@ class TableMesh:
         """Returns the first row of this member and the row after its last one; the last member may have fewer rows."""
         if self.shard != "row":
             return 0, rows
+        # As torch.chunk and DTensor's Shard(0) divide rows, so that checkpoints can be resharded.
         share = -(-rows // self.members)
         return min(rows, self.member * share), min(rows, (self.member + 1) * share)
 
@@ -111,6 +112,7 @@ class TableMesh:
         shape = torch.Size((rows,) if dim is None else (rows, dim))
         stride = (1,) if dim is None else (dim, 1)
         placements = [Replicate(), placement]
+        # Without run_check: it would broadcast every part to compare the replicas.
         return DTensor.from_local(part, self.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def lengths(self, reads: int) -> tuple[int, ...]:

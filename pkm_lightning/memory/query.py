@@ -69,6 +69,7 @@ class QueryNetwork(nn.Module):
                 q_TF, stats = self.norm(q_TF, valid_T)
             elif isinstance(self.norm, nn.LayerNorm):
                 q_THF = q_TF.unflatten(-1, (self.heads, -1))
+                # In a bf16 model the parameters of the norm are bf16, but the queries are fp32 here.
                 weight_F, bias_F = self.norm.weight.to(q_TF.dtype), self.norm.bias.to(q_TF.dtype)
                 q_TF = functional.layer_norm(q_THF, weight_F.shape, weight_F, bias_F, self.norm.eps).flatten(1)
             q_TH2P = q_TF.view(-1, self.heads, 2, self.half_dim)

@@ -57,6 +57,7 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
         return row_gradient(n_rows, *staged._replace(coefficients_L=staged.coefficients_L / world))
     group = dist.group.WORLD if mesh is None else mesh.replica_group(staged.ids_L.device)
     assert group is not None
+    # Sorted before the exchange: the number of rows decides the way, and `rows` and `dense` need the sums.
     local = row_gradient(n_rows, *staged)
     numbers = torch.tensor([len(staged.ids_L), len(staged.source_rows_XV), len(local.segments.rows_U)])
     numbers_R3 = all_gather(numbers.to(staged.ids_L.device).unsqueeze(0), [1] * replicas, group).cpu()
@@ -91,7 +92,7 @@ def received_bytes(
         item: bytes of a value of the table.
         replicas: number of replicas.
     """
-    wide = max(item, 4)
+    wide = max(item, 4)  # sums are fp32 or wider
     return {
         "reads": (replicas - 1) * (reads * (8 + wide) + sources * dim * item),
         "rows": (replicas - 1) * rows * (4 + dim * item),

@@ -42,6 +42,7 @@ def copy_rows(
     is_here_L = (from_L >= low) & (from_L < high)
     values_LV[is_here_L] = table.weight[from_L[is_here_L] - low].to(wide)
     if mesh is not None and shard == "row":
+        # One member holds each source row; the others add zeros.
         dist.all_reduce(values_LV, group=mesh.member_group(values_LV.device))
     squares_L = values_LV.square().sum(1)
     if mesh is not None and shard == "dim":

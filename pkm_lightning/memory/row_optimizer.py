@@ -32,6 +32,7 @@ class RowOptimizer:
         check_choice("table.optimizer.rule", rule, rule_names())
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise ConfigError(f"table.optimizer.betas={betas!r} must be two numbers, as in [0.9, 0.95].")
+        # Below 1, because the bias corrections of Adam divide by 1 - beta**t.
         for beta in betas:
             check_range("table.optimizer.betas", beta, 0, 1 - 1e-9)
         check_range("table.optimizer.eps", eps, 0)

@@ -56,6 +56,7 @@ def sharded_sum(
         return columns_to_rows(read(ids_AK, weights_AK, ids_AK, groups_AK), lengths, group)
     local_AK, is_local_AK, staged_AK = _local_rows(mesh, n_lines, ids_AK)
     partial = read(local_AK, torch.where(is_local_AK, weights_AK, 0), staged_AK, groups_AK)
+    # A reduce-scatter is complete when it returns, so there is nothing to overlap as with `dim`.
     summed = reduce_scatter(partial, lengths, group)
     return lambda: summed
 

@@ -28,6 +28,7 @@ def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm
     """
     dense = list(others)
     norms = [_table_norm(table) for table in tables] + [whole(grad.norm()) for grad in dense]
+    # Tables in host memory have their norm on the host.
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     if max_norm is not None:
         # As torch.nn.utils.clip_grads_with_norm_ does. The norm stays on the device: no host synchronisation.

@@ -144,6 +144,7 @@ class TableOptimizer(Optimizer):
     def _rounding_seed(self, table: ValueTable, step: int) -> int:
         # Parts of a table must not be rounded by the same bits, but replicas of a part must.
         member = f"/{table.mesh.member}" if table.is_split and table.mesh is not None else ""
+        # crc32 instead of hash(), which differs between processes.
         return zlib.crc32(f"{self.seed}/{self._names[table.weight]}/{step}{member}".encode()) & 0x7FFFFFFF
 
     def _mean_squares(self, table: ValueTable, gradient: RowGradient) -> Tensor | None:
@@ -203,6 +204,7 @@ class TableOptimizer(Optimizer):
         for number, weight in tables:
             state = self.state[weight]
             for key, value in states[number].items():
+                # torch's own load_state_dict would cast states to the dtype of the weight, bf16 for bf16 tables.
                 if isinstance(value, Tensor):
                     state[key].copy_(value)
                 else:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+# Relative noise of the initial cores, so that the cores, and the ranks of a core, differ from the start.
 _CORE_NOISE = 0.02
 
 
@@ -195,6 +196,7 @@ class TuckerKeys(nn.Module):
         self, rows_HTRS: Tensor, columns_HTRS: Tensor, core_HRR: Tensor, row_HTS: Tensor, column_HTS: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns of the selected slots, (H, T, K) each."""
+        # `ranked_topk` instead of torch.topk, whose order of equal scores differs between devices.
         row_HTM, column_HTM = ranked_topk(row_HTS, self.knn), ranked_topk(column_HTS, self.knn)
         mixed_HTRM = core_HRR.unsqueeze(1) @ _at(columns_HTRS, column_HTM)
         grid_HTMM = _at(rows_HTRS, row_HTM).transpose(-1, -2) @ mixed_HTRM

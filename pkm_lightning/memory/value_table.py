@@ -133,6 +133,7 @@ class ValueTable(nn.Module):
         """
         weight = self._parameters.pop("weight", None)
         if weight is not None:
+            # Past nn.Module.__setattr__, which would register the parameter again.
             self.__dict__["weight"] = weight
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -144,6 +145,7 @@ class ValueTable(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
         was_unregistered = not self.is_registered
+        # nn.Module only loads registered parameters.
         if was_unregistered:
             self._parameters["weight"] = self.__dict__.pop("weight")
         if self.is_mapped:
@@ -258,6 +260,7 @@ class ValueTable(nn.Module):
                 )
             return self
         if self.stays_on_cpu and not self.weight.is_meta:
+            # Applied to an empty tensor, `fn` reveals the dtype without copying the table to its device.
             move = fn
 
             def fn(value: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def row_gradients(
     return implementation(*segments, coefficients_L, sources_L, source_rows_XV)
 
 
+# A custom operator, because torch.compile cannot trace the kernels, and because the FLOP counter sees operators only.
 @library.custom_op("pkm_lightning::row_gradients", mutates_args=())
 def _row_gradients(
     order: Tensor,
@@ -76,6 +77,7 @@ def _row_gradients(
     source_rows: Tensor,
     backend: str,
 ) -> Tensor:
+    # Without reads there is nothing to launch, and ATen's embedding bag has no bag.
     if order.numel() == 0:
         return source_rows.new_zeros(len(rows), source_rows.shape[1], dtype=_sum_dtype(source_rows))
     segments = Segments(order, rows, starts)

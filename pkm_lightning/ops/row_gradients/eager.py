@@ -38,7 +38,7 @@ def _bags(limits: Tensor, order_L: Tensor, coefficients_L: Tensor, sources_L: Te
     return torch.nn.functional.embedding_bag(
         sources_L[order_L],
         source_rows_XV,
-        limits.to(sources_L.dtype),
+        limits.to(sources_L.dtype),  # must be of the dtype of the indices
         per_sample_weights=coefficients_L.to(source_rows_XV.dtype)[order_L],
         mode="sum",
         include_last_offset=True,

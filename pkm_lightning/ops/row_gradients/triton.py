@@ -56,6 +56,7 @@ def further_pieces(
     dim, n_pieces = source_rows_XV.shape[1], order_L.numel() // _PIECE
     further_U = torch.clamp((starts_M.diff() - 1) // _PIECE, min=0)
     ends_U = further_U.cumsum(0)
+    # The segment of each possible piece; `len(rows_U)` for those past the last piece.
     segment_P = torch.searchsorted(ends_U, torch.arange(n_pieces, device=order_L.device), right=True)
     partial_PV = torch.empty(n_pieces, dim, dtype=torch.float32, device=order_L.device)
     if partial_PV.numel():
@@ -126,6 +127,7 @@ def _sum_pieces(  # type: ignore[no-untyped-def]
         start = tl.load(starts + segment) + place * PIECE
         stop = tl.minimum(start + PIECE, tl.load(starts + segment + 1))
         total = _piece(order, coefficients, sources, source_rows, start, stop, d, in_row, V, BLOCK_P, BLOCK_V)
+        # int64, because the number of values may exceed int32.
         tl.store(partial + e.to(tl.int64) * V + d, total, mask=in_row)
 
 

@@ -201,6 +201,7 @@ def _backend_for(rule: RowRule, gradient: RowGradient, backend: str) -> str:
     return best
 
 
+# Cached, so that the log has one line per rule and backend, not one per step.
 @functools.cache
 def _announce_fallback(rule: str, backend: str) -> None:
     _log.info("row_update: %s has no kernel of the %s backend; its eager update runs instead", rule, backend)

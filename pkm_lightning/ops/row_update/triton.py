@@ -160,6 +160,7 @@ def _update_rows(  # type: ignore[no-untyped-def]
             V, PIECE, BLOCK_P, BLOCK_V,
         ) * tl.load(scale)  # fmt: skip
         at = row * V + d
+        # One kernel for all rules, because they share the loads and stores of a row; KIND selects one at compile time.
         values = tl.load(table + at, mask=in_row, other=0.0).to(tl.float32)
         values -= decay * values
         if KIND == _SGD:
