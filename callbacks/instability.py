@@ -116,15 +116,8 @@ class Instability(L.Callback):
         """Refuses what cannot work with the rest of a configuration, before anything starts.
 
         Raises:
-            ConfigError: steps to refuse whose update is made in backward; states in memory that an engine holds.
+            ConfigError: states in memory that an engine holds.
         """
-        chosen = {event: self.policies[event] for event in STEP_EVENTS}
-        late = [f"{event}={policy}" for event, policy in chosen.items() if policy in ("skip", "rollback")]
-        if late and config["table"].get("learning") == "fused":
-            raise ConfigError(
-                f"callbacks.instability.policies.{late[0]} comes too late with table.learning=fused, which has updated "
-                "the table in backward already; set table.learning=rows, or the policy warn or stop."
-            )
         strategy = str((config["strategy"] or {}).get("_target_", ""))
         if self.good is not None and self.good.restore == "memory" and strategy.endswith("DeepSpeed"):
             raise ConfigError(

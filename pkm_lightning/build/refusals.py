@@ -63,6 +63,11 @@ def check_learning(config: Config) -> None:
     """
     table, optim, trainer = config["table"], config["optim"], config["trainer"]
     learning = table.get("learning", "dense")
+    if learning == "fused":
+        raise ConfigError(
+            "table.learning=fused is no longer offered; set table.learning=rows, which makes the same updates in the "
+            "same time. A run that was trained with it can be evaluated and exported, but not continued."
+        )
     check_choice("table.learning", learning, ("dense", "rows"))
     if learning == "dense":
         return

@@ -22,6 +22,7 @@ from pkm_lightning.cli.resume import check_content, checkpoint_config, load_chec
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.table_learning import without_fused
 
 #: What a saved run is; a command that evaluates it cannot change it.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
@@ -57,7 +58,7 @@ class SavedRun:
         else:
             config = checkpoint_config(checkpoint, str(self.path), trust=trust)
         self._checkpoint = checkpoint
-        self.run = resolve(_with_overrides(config, job))
+        self.run = resolve(without_fused(_with_overrides(config, job)))
         if self.is_spread and looks_like_safetensors(self.path):
             raise ConfigError(
                 f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."

@@ -30,7 +30,7 @@ _RECEIVED = {
     "table_forward": "  table, forward",
     "table_backward": "  table, backward",
     "replicas": "  table gradients between replicas, uniform reads",
-    "row_statistics": "  sums over rows of row_adagrad, uniform reads",
+    "row_statistics": "  sums over whole rows, uniform reads",
 }
 
 

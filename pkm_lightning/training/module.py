@@ -25,7 +25,6 @@ from pkm_lightning.build.refusals import check_clipping
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer, tokenizer_digest
 from pkm_lightning.data.batch import check_batch
-from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -40,7 +39,7 @@ from pkm_lightning.training.clipping import clip_by_norm, local
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
-from pkm_lightning.training.table_learning import optimizer_apart, with_tables
+from pkm_lightning.training.table_learning import table_only_optimizer, with_tables
 
 
 class LanguageModule(L.LightningModule):
@@ -121,7 +120,7 @@ class LanguageModule(L.LightningModule):
         """Builds `optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
         optim = self.config["optim"]
         dense = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
-        self.table_optimizer = optimizer_apart(self.model, self.config)
+        self.table_optimizer = table_only_optimizer(self.model, self.config)
         optimizer = with_tables(dense, self.model, self.config) if self.table_optimizer is None else dense
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -148,12 +147,6 @@ class LanguageModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds every random draw of the micro-batch by (seed, step, micro-batch, rank), so that resume is exact."""
-        # A callback may change it after the configuration was checked.
-        if self.config["table"].get("learning") == "fused" and self.trainer.accumulate_grad_batches != 1:
-            raise ConfigError(
-                f"table.learning=fused cannot accumulate, but {self.trainer.accumulate_grad_batches} micro-batches "
-                "make a step; set table.learning=rows, which can."
-            )
         check_last(self.trainer)
         if self.table_optimizer is not None:
             self._follow_schedule(self.table_optimizer)

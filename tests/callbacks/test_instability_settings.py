@@ -34,14 +34,6 @@ HERE = "callbacks.instability"
         (f"+{HERE}.limits.score_max=much", f"{HERE}.limits.score_max='much' is no number"),
         (f"{HERE}.policies=7", f"{HERE}.policies=7 is no mapping"),
         (
-            f"{HERE}.policies.gradient_spike=skip table.learning=fused optim.table_clip_norm=null",
-            "gradient_spike=skip comes too late with table.learning=fused",
-        ),
-        (
-            f"{HERE}.policies.loss_not_finite=rollback table.learning=fused optim.table_clip_norm=null",
-            "loss_not_finite=rollback comes too late with table.learning=fused",
-        ),
-        (
             f"{HERE}.policies.loss_spike=rollback strategy=deepspeed_1 devices=2",
             f"{HERE}.restore=memory cannot copy what DeepSpeed's engine holds; say {HERE}.restore=disk",
         ),
