@@ -14,7 +14,7 @@ Optional members:
 - `slots() -> list[Slots]`, for figures of usage.
 - `after_step(stats)` acts once per optimizer step.
 - `causal_in_training: bool`, False where a token's output depends on later tokens in training; missing means True.
-- `parameter_roles: dict[str, str]`, from the names of own parameters to `table`, `norm`, `bias`, `embedding` or `matrix`.
+- `parameter_roles: dict[str, str]`, from own parameters' names to `table`, `norm`, `bias`, `embedding` or `matrix`.
 
 Any module within a plugin may have `diagnostics(output, *inputs) -> dict[str, Tensor]`: named scalars, computed now and
 then from the inputs and the output of its forward.
@@ -86,6 +86,7 @@ class TableSpec:
     slices: int = 1
 
 
+# Costs are plain numbers from formulas: they must be known on the meta device, before anything runs.
 @dataclass(frozen=True, kw_only=True)
 class FFNCost:
     """The cost of one layer. Multiply and add are two FLOPs; comparisons and element-wise operations count none.

@@ -103,7 +103,7 @@ class MemoryPlus(MemoryLayer):
         """Draws addressing and values, W1 and W2 from N(0, 1/fan_out), and a sigmoid gate from N(0, 1/D)."""
         super().reset_parameters()
         if self.gate is not None:
-            # A sigmoid gate has one output, so its fan_out says nothing about the scale of w x.
+            # A sigmoid gate has one output, so its fan_out of 1 does not bound the scale of w x.
             fan = self.gate.out_features if self.gate_kind == "swilu" else self.gate.in_features
             nn.init.normal_(self.gate.weight, std=fan**-0.5)
         nn.init.normal_(self.out.weight, std=self.out.out_features**-0.5)

@@ -21,7 +21,7 @@ from tree import ROOT
 from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.ffn import HasCost
 from pkm_lightning.model import ModelOutput, Transformer, model_cost
-from pkm_lightning.model.placement import plugins
+from pkm_lightning.model.placement import named_plugins
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
 #: Odd sizes everywhere that a plugin takes them.
@@ -100,7 +100,7 @@ def test_costs_equal_the_built_module_and_the_counter(name: str) -> None:
     assert cost.trunk_flops * 18 == counter.get_total_flops()
     assert cost.params_total == sum(p.numel() for p in model.parameters())
     for block in model.blocks:
-        for _, plugin in plugins(block.ffn):
+        for _, plugin in named_plugins(block.ffn):
             assert isinstance(plugin, HasCost)
             assert plugin.cost().params == sum(p.numel() for p in plugin.parameters())
 
@@ -112,7 +112,7 @@ def test_training_costs_equal_the_counter(name: str) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         hidden(model, ids())
     assert model_cost(model, 9).trunk_train_flops * 18 == counter.get_total_flops()
-    moved = sum(plugin.cost().lookup_bytes for block in model.blocks for _, plugin in plugins(block.ffn))
+    moved = sum(plugin.cost().lookup_bytes for block in model.blocks for _, plugin in named_plugins(block.ffn))
     assert moved == 4 * reads(name, training=False)
 
 
@@ -250,7 +250,7 @@ def test_statistics_of_a_step_move_buffers_once_it_is_over(name: str) -> None:
     output = model(ids())
     assert all(torch.equal(b, c) for b, c in zip(before, model.buffers(), strict=True))
     for layer, stats in output.step_stats.items():
-        for _, plugin in plugins(model.blocks[layer].ffn):
+        for _, plugin in named_plugins(model.blocks[layer].ffn):
             plugin.after_step({n.removeprefix("variant."): value for n, value in stats.items()})
     moved = any(not torch.equal(b, c) for b, c in zip(before, model.buffers(), strict=True))
     assert moved is (name in {"pkm", "pkm, noise", "peer", "moe, balanced by bias"})

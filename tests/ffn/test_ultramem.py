@@ -178,8 +178,11 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
         ({"n_keys": 50_000}, r"ffn.n_keys=50000 is out of range; allowed: 1 to 46340\."),
         ({"key_dim": 0}, r"ffn.key_dim=0 is out of range"),
         ({"cores": 0}, r"ffn.cores=0 is out of range"),
-        ({"cores": 3}, r"ffn.value_dim=8 gives 8 values a row, which ffn.cores=3 .*; use ffn.value_dim=9\."),
-        ({"value_dim": None, "dim": 7}, r"ffn.value_dim=None gives 3 values a row, which ffn.cores=2 .*value_dim=4\."),
+        ({"cores": 3}, r"ffn.value_dim=8 gives 8 values per row, which ffn.cores=3 .*; use ffn.value_dim=9\."),
+        (
+            {"value_dim": None, "dim": 7},
+            r"ffn.value_dim=None gives 3 values per row, which ffn.cores=2 .*value_dim=4\.",
+        ),
         ({"value_dim": 0}, r"ffn.value_dim=0 is out of range"),
         ({"expansion": 5}, r"ffn.expansion=5 does not divide the 36 slots of ffn.n_keys=6; .* or ffn.n_keys=5\."),
         ({"expansion": 0}, r"ffn.expansion=0 is out of range"),
