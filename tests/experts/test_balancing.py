@@ -1,6 +1,6 @@
 """Balancing losses against sums written out by hand; their values in and out of balance.
 
-Letters: B sequences, T tokens, K choices a token, E experts.
+Letters: K choices per token.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def ids(batch: int = 2, length: int = 9) -> Tensor:
 
 
 def run(model: Transformer, ids_BT: Tensor, **options: Any) -> ModelOutput:
-    """Runs a forward whose random draws, if it makes any, are always the same."""
+    """Runs one forward from a fixed state of the random generator."""
     torch.manual_seed(1)
     output: ModelOutput = model(ids_BT, **options)
     return output
@@ -164,7 +164,7 @@ class PluginContract:
         assert lookup_bytes == gathered
 
     def test_only_the_past_is_used(self, model: Transformer) -> None:
-        """At evaluation always; in training unless `causal_in_training` is False."""
+        """Checks causality at evaluation, and in training unless `causal_in_training` is False."""
         ids_BT = ids()
         changed_BT = ids_BT.clone()
         changed_BT[:, 5:] = (changed_BT[:, 5:] + 7) % 50
@@ -197,12 +197,14 @@ class PluginContract:
         for (name, b), c in zip(plain.named_buffers(), recomputed.named_buffers(), strict=True):
             assert torch.equal(b, c[1]), name
 
-    def test_copies_give_the_same_output_and_are_independent(self, case: Case, model: Transformer) -> None:
+    def test_copies_give_the_same_output_and_are_independent(self, model: Transformer) -> None:
         expected_BTD = run(model.eval(), ids()).hidden_BTD
         buffer = io.BytesIO()
         torch.save(model.state_dict(), buffer)
         buffer.seek(0)
-        loaded = build_model(case.settings()).eval()
+        loaded = copy.deepcopy(model)
+        loaded.init_weights(4)
+        assert not torch.equal(run(loaded, ids()).hidden_BTD, expected_BTD)
         loaded.load_state_dict(torch.load(buffer, weights_only=True))
         copied = copy.deepcopy(model)
         for other in (copied, pickle.loads(pickle.dumps(model)), loaded, copy.deepcopy(model).double().float()):
@@ -268,8 +270,10 @@ class PluginContract:
                         assert int(slot_ids.min()) >= 0
                         assert int(slot_ids.max()) < slots.count
 
-    def test_a_meta_model_materialises_to_the_same(self, case: Case, model: Transformer) -> None:
+    def test_a_meta_model_runs_and_materialises_to_the_same(self, case: Case, model: Transformer) -> None:
         meta = build_meta_model(case.settings())
+        for training in (True, False):
+            assert run(meta.train(training), ids().to("meta")).hidden_BTD.shape == (2, 9, 14)
         meta.to_empty(device="cpu")
         meta.init_weights(3)
         assert torch.equal(run(meta.eval(), ids()).hidden_BTD, run(model.eval(), ids()).hidden_BTD)

@@ -39,7 +39,7 @@ class TestEveryPlugin(PluginContract):
 
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("memory_plus", "ultramem_v2")], ids=str)
 def test_a_product_key_and_a_tucker_plugin_compile(case: Case) -> None:
-    """The slow test of every plugin, for one reader of each kind: a weighted sum, and an inner product before it."""
+    """Runs the slow test for two plugins, one with a weighted sum and one with an inner product before it."""
     check_compiled(case)
 
 

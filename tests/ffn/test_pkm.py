@@ -1,7 +1,4 @@
-"""PKM against a brute-force definition that scores every slot: outputs, every gradient, padding, batch statistics.
-
-Letters: B sequences, T tokens, D model dimension.
-"""
+"""PKM against a brute-force definition that scores every slot: outputs, every gradient, padding, batch statistics."""
 
 from __future__ import annotations
 
@@ -102,7 +99,7 @@ def test_initialisation() -> None:
 
 
 def test_initial_output_variance_is_that_of_the_weights_times_the_values() -> None:
-    """y sums H * K values of variance 1 / D with weights w: its variance is E[sum w**2] / D."""
+    """Compares with E[sum w**2] / D, since y sums H * K values of variance 1 / D with weights w."""
     table = ValueTable(rows=64**2, dim=64)
     layer = PKM(dim=64, table=table, n_keys=64, heads=4, knn=8, key_dim=16, query_norm="batch")
     x_BTD = torch.randn(8, 64, 64)

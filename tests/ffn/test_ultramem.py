@@ -1,7 +1,4 @@
-"""UltraMem against a loop over virtual slots: output, every gradient, the spectrum loss, precision, cost, the trace.
-
-Letters: B sequences, T tokens, D model dimension, H heads, K slots read, V values a row, N physical rows.
-"""
+"""UltraMem against a loop over virtual slots: output, every gradient, the spectrum loss, precision, cost, the trace."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ SIZES: list[dict[str, Any]] = [
 
 
 def whole_rows(table: ValueTable) -> Tensor:
-    """The rows of which ids count slices, (rows, dim)."""
+    """Returns whole rows, (rows, dim), of a table whose weight has one line per slice."""
     return table.weight.view(table.rows, table.dim)
 
 
@@ -49,7 +46,7 @@ def context(x_BTD: Tensor, *, observe: bool = False) -> FFNContext:
 def build(
     sizes: dict[str, Any], *, dtype: torch.dtype = torch.float64, random: bool = True, **changes: Any
 ) -> tuple[UltraMem, ValueTable]:
-    """A layer and its table; `random` takes gains and cores away from their initial values."""
+    """Builds a layer and its table; `random` draws gains and cores instead of their initial values."""
     arguments = {"n_layers": 3, "spectrum_loss": 0.5, "spectrum_margin": 0.15, **sizes, **changes}
     spec = UltraMem.table_spec(**arguments)
     table = ValueTable(rows=spec.rows, dim=spec.dim, std=spec.std, slices=spec.slices)
@@ -131,7 +128,7 @@ def test_autocast_is_close_to_float64_and_gives_fp32_gradients() -> None:
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
-def test_trace_says_what_was_read_only_when_asked() -> None:
+def test_the_trace_holds_rows_slots_and_scores_only_when_observed() -> None:
     layer, table = build(SIZES[1])
     x_BTD = torch.randn(2, 5, 6, dtype=torch.float64)
     assert layer(x_BTD, context(x_BTD)).trace == {}

@@ -1,6 +1,6 @@
 """The token loss against cross-entropy over all positions, and the check of a user's first batch.
 
-Letters: B sequences, T tokens, D model dimension, M positions with a target.
+Letters: M positions with a target, W vocabulary.
 """
 
 from __future__ import annotations

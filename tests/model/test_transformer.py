@@ -1,6 +1,6 @@
-"""The transformer around its plugins: what a token may see, what packing and padding change, what is reported.
+"""The transformer around its plugins: causality, packing, padding, reports.
 
-Letters: B sequences, T tokens, D model dimension, W vocabulary.
+Letters: W vocabulary.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class TestHashedMemory(PluginContract):
 
 
 def by_definition(layer: HashedMemory, values_NV: Tensor, x_TD: Tensor) -> Tensor:
-    """One token and one bit at a time."""
+    """Reads one token and one bit at a time."""
     rows = []
     for x_D in x_TD:
         bucket = sum(2**z for z, p_D in enumerate(layer.projection) if float(p_D @ x_D.detach()) > 0)
