@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class FFNContext(NamedTuple):
-    """The tokens of a forward besides their hidden states."""
+    """Facts about the tokens of a forward that their hidden states do not hold."""
 
     #: Token ids, (B, T) int64, for memories that are addressed by token.
     input_ids_BT: Tensor

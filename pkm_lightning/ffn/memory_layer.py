@@ -1,4 +1,4 @@
-"""The base of PKM, Memory and Memory+: addressing by product keys, then a weighted sum of the values of the slots.
+"""The bases of plugins with product keys: of all of them, and of PKM, Memory and Memory+, which sum values of slots.
 
 Letters: C rows that a token reads, all heads together.
 """
@@ -19,7 +19,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class MemoryLayer(nn.Module):
+class ProductKeyFFN(nn.Module):
+    """A plugin whose `addressing` may normalise its queries with statistics of the whole batch."""
+
+    addressing: Addressing
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Moves the running statistics of batch-normalised queries; otherwise does nothing."""
+        self.addressing.after_step(stats)
+
+    @property
+    def causal_in_training(self) -> bool:
+        """Whether a token's output depends on earlier tokens only: not with batch-normalised queries."""
+        return not isinstance(self.addressing.query.norm, MaskedBatchNorm)
+
+
+class MemoryLayer(ProductKeyFFN):
     """A read of the value table; subclasses add what follows it by `during_read` and `after_read`.
 
         I = top-k over slots (i, j) of K1[i] q1 + K2[j] q2        (per head)
@@ -128,15 +143,6 @@ class MemoryLayer(nn.Module):
         """Returns the output, (T, D), from the read and the result of `during_read`."""
         return y_TV
 
-    def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics of batch-normalised queries; otherwise does nothing."""
-        self.addressing.after_step(stats)
-
-    @property
-    def causal_in_training(self) -> bool:
-        """Whether a token's output depends on earlier tokens only: not with batch-normalised queries."""
-        return not isinstance(self.addressing.query.norm, MaskedBatchNorm)
-
     def reads(self) -> list[TableRead]:
         """Returns one weighted sum per token, over all candidates with the straight-through gradient."""
         return [TableRead(table=self.values.table, ids=self.addressing.training_reads)]
@@ -152,7 +158,7 @@ class MemoryLayer(nn.Module):
         Top-k and norms count no FLOPs. The bytes are those of a read at evaluation: the straight-through gradient reads
         K times as many in training.
         """
-        # Addressing and values count their own FLOPs; what is left are a subclass's matrices.
+        # Addressing and values count their FLOPs themselves; the remaining parameters are matrices of subclasses.
         counted = (*self.addressing.parameters(), *self.values.parameters())
         params = sum(p.numel() for p in self.parameters())
         matrices = params - sum(p.numel() for p in counted)

@@ -40,19 +40,10 @@ class MemoryPlus(MemoryLayer):
     | W1, W2 | `gate`, `out` |
 
     Args:
-        dim: model dimension D.
-        table: the value table, owned by the model.
-        n_keys: sub-keys per half S; the table has n_keys**2 slots.
-        heads: queries per token H.
-        knn: slots read per head K, 1 to n_keys.
-        key_dim: dimension of both half keys together, even.
-        value_dim: values per slot V; None takes `dim`.
+        dim, table, n_keys, heads, knn, key_dim, value_dim, activation, temperature, cures: see `MemoryLayer`.
         qk_norm: RMSNorm on half queries and sub-keys.
         gate: `swilu` (W1, silu), `sigmoid` (one number per token) or `none`.
-        activation: `softmax` over a head's slots, or `relu` or `sigmoid` of each score.
-        temperature: scores are divided by one learned number per head, initially 1.
         value_projection: a learned V x V map before the gate.
-        cures: measures against unread slots; see `pkm_lightning.memory.Cures`. None: none.
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a table of another shape.

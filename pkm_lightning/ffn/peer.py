@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import ConfigError, check_choice, check_flag
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.ffn.memory_layer import ProductKeyFFN
 from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, check_table, product_slots
-from pkm_lightning.memory.batch_norm import MaskedBatchNorm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["PEER"]
 
 
-class PEER(nn.Module):
+class PEER(ProductKeyFFN):
     """A mixture of n_keys**2 experts with one hidden neuron each, found by product keys:
 
         I    = top-k over experts (i, j) of K1[i] q1 + K2[j] q2      (per head; heads share keys and experts)
@@ -116,15 +115,6 @@ class PEER(nn.Module):
         y_TD = up(read.ids_TC, read.weights_TC.to(hidden_TC.dtype) * hidden_TC).to(x_TD.dtype)
         trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
         return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)
-
-    def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics of batch-normalised queries; otherwise does nothing."""
-        self.addressing.after_step(stats)
-
-    @property
-    def causal_in_training(self) -> bool:
-        """Whether a token's output depends on earlier tokens only: not with batch-normalised queries."""
-        return not isinstance(self.addressing.query.norm, MaskedBatchNorm)
 
     def slots(self) -> list[Slots]:
         """Returns the experts; expert n consists of row n of every table."""

@@ -28,14 +28,8 @@ class PKM(MemoryLayer):
     | query network | `addressing.query.projection`, `addressing.query.norm` |
 
     Args:
-        dim: model dimension D, also the values per slot V.
-        table: the value table, owned by the model.
-        n_keys: sub-keys per half S; the table has n_keys**2 slots.
-        heads: queries per token H.
-        knn: slots read per head K, 1 to n_keys.
-        key_dim: dimension of both half keys together, even.
+        dim, table, n_keys, heads, knn, key_dim, cures: see `MemoryLayer`; a slot has `dim` values.
         query_norm: `batch`, `layer` or `none`.
-        cures: measures against unread slots; see `pkm_lightning.memory.Cures`. None: none.
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a table of another shape.

@@ -166,7 +166,7 @@ class UltraMemV2(nn.Module):
         return {"balance": self.balance_loss * (rows + columns) / 2}
 
     def slots(self) -> list[Slots]:
-        """Returns the slots, of which each is one row in both tables."""
+        """Returns the slots; slot n is row n of both tables."""
         tables = (self._pre_values.table, self._values.table)
         return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.keys.n_keys)]
 

@@ -43,7 +43,7 @@ def context(x_BTD: Tensor) -> FFNContext:
     return FFNContext(torch.empty(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device))
 
 
-def beside_dense() -> tuple[list[nn.Module], list[ValueTable]]:
+def parallel_to_dense() -> tuple[list[nn.Module], list[ValueTable]]:
     """Returns a dense layer in parallel with a deferred UltraMem, then a dense layer, and the table."""
     layer, table = build()
     return [ParallelFFN(dense(2), layer, defer=True), dense(2)], [table]
@@ -71,7 +71,7 @@ def test_the_variance_of_a_fresh_output(changes: dict[str, Any]) -> None:
 
 def test_a_model_built_on_meta_is_complete_after_materialisation() -> None:
     with torch.device("meta"):
-        model = transformer(*beside_dense(), write_after=1)
+        model = transformer(*parallel_to_dense(), write_after=1)
         x_BTD = torch.empty(2, 3, DIM)
         output = build()[0](x_BTD, context(x_BTD))
     assert output.y_BTD.shape == (2, 3, DIM)
@@ -80,17 +80,17 @@ def test_a_model_built_on_meta_is_complete_after_materialisation() -> None:
     for value in model.state_dict().values():
         value.fill_(-1)
     model.init_weights(0)
-    built = transformer(*beside_dense(), write_after=1)
+    built = transformer(*parallel_to_dense(), write_after=1)
     for name, value in built.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert model.blocks[0].ffn.variant.shuffle.dtype is torch.int32
 
 
 def test_its_output_is_written_where_the_placement_says() -> None:
-    model = transformer(*beside_dense(), write_after=1)
+    model = transformer(*parallel_to_dense(), write_after=1)
     outputs: dict[str, FFNOutput] = {}
-    beside = model.blocks[0].ffn
-    parts = {"first": model.blocks[0], "second": model.blocks[1], "base": beside.base, "variant": beside.variant}
+    parallel = model.blocks[0].ffn
+    parts = {"first": model.blocks[0], "second": model.blocks[1], "base": parallel.base, "variant": parallel.variant}
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> None:
