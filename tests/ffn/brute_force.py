@@ -2,7 +2,7 @@
 
 Functions take named parameters (`dict(layer.named_parameters())`) and tables, and call none of the layer's code.
 
-Letters: N slots (N = S * S), E dimension of a half key.
+Letters: N slots (N = S * S), P values of a half key.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Read(NamedTuple):
     weights_THK: Tensor
 
 
-def rms_normalised(x_XE: Tensor, gain_E: Tensor) -> Tensor:
-    return x_XE / x_XE.square().mean(-1, keepdim=True).sqrt() * gain_E
+def rms_normalised(x_XP: Tensor, gain_P: Tensor) -> Tensor:
+    return x_XP / x_XP.square().mean(-1, keepdim=True).sqrt() * gain_P
 
 
 def parameters(layer: nn.Module) -> dict[str, Tensor]:
@@ -36,31 +36,31 @@ def parameters(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def queries(p: Mapping[str, Tensor], x_TD: Tensor, heads: int, norm: str) -> Tensor:
-    """Computes both half queries of each head side by side, (T, H, 2 E), with batch statistics over all of `x_TD`."""
+    """Computes both half queries of each head side by side, (T, H, 2 P), with batch statistics over all of `x_TD`."""
     q_TF = x_TD @ p["query.projection.weight"].T + p["query.projection.bias"]
     if norm == "batch":
         deviation_F = (q_TF.var(0, unbiased=False) + 1e-5).sqrt()
         q_TF = (q_TF - q_TF.mean(0)) / deviation_F * p["query.norm.weight"] + p["query.norm.bias"]
-    q_THE = q_TF.view(len(x_TD), heads, -1)
+    q_THP = q_TF.view(len(x_TD), heads, -1)
     if norm == "layer":
-        centred_THE = q_THE - q_THE.mean(-1, keepdim=True)
-        deviation_TH1 = (centred_THE.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        q_THE = centred_THE / deviation_TH1 * p["query.norm.weight"] + p["query.norm.bias"]
+        centred_THP = q_THP - q_THP.mean(-1, keepdim=True)
+        deviation_TH1 = (centred_THP.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        q_THP = centred_THP / deviation_TH1 * p["query.norm.weight"] + p["query.norm.bias"]
     if norm == "rms":
-        q_THE = rms_normalised(q_THE.unflatten(-1, (2, -1)), p["query.norm.weight"]).flatten(-2)
-    return q_THE
+        q_THP = rms_normalised(q_THP.unflatten(-1, (2, -1)), p["query.norm.weight"]).flatten(-2)
+    return q_THP
 
 
 def full_keys(p: Mapping[str, Tensor], heads: int) -> Tensor:
-    """Writes out one key per slot, (H, N, 2 E): slot n = i * S + j has the sub-keys i and j side by side."""
-    keys_H2SE = p["keys.keys"].double()
-    size, half = keys_H2SE.shape[2:]
+    """Writes out one key per slot, (H, N, 2 P): slot n = i * S + j has the sub-keys i and j side by side."""
+    keys_H2SP = p["keys.keys"].double()
+    size, half = keys_H2SP.shape[2:]
     if "keys.norm.weight" in p:
-        keys_H2SE = rms_normalised(keys_H2SE, p["keys.norm.weight"].double()) / math.sqrt(half)
-    full_HNE = torch.stack(
-        [torch.cat([keys_H2SE[:, 0, n // size], keys_H2SE[:, 1, n % size]], dim=-1) for n in range(size**2)], dim=1
+        keys_H2SP = rms_normalised(keys_H2SP, p["keys.norm.weight"].double()) / math.sqrt(half)
+    full_HNP = torch.stack(
+        [torch.cat([keys_H2SP[:, 0, n // size], keys_H2SP[:, 1, n % size]], dim=-1) for n in range(size**2)], dim=1
     )
-    return full_HNE.expand(heads, -1, -1)
+    return full_HNP.expand(heads, -1, -1)
 
 
 def best_slots(scores_THN: Tensor, k: int) -> Tensor:
@@ -91,12 +91,12 @@ def read(
     knn: int,
     norm: str,
     activation: str = "softmax",
-    q_THE: Tensor | None = None,
+    q_THP: Tensor | None = None,
     choose: Callable[[Tensor, int], Tensor] = best_slots,
 ) -> Read:
     """Selects the best slots of every head and applies `activation` to their scores."""
-    q_THE = queries(p, x_TD, heads, norm) if q_THE is None else q_THE
-    scores_THN = torch.einsum("the,hne->thn", q_THE, full_keys(p, heads))
+    q_THP = queries(p, x_TD, heads, norm) if q_THP is None else q_THP
+    scores_THN = torch.einsum("thp,hnp->thn", q_THP, full_keys(p, heads))
     ids_THK = choose(scores_THN.detach(), knn)
     chosen_THK = scores_THN.gather(-1, ids_THK)
     if "log_temperature" in p:

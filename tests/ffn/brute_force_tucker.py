@@ -1,6 +1,6 @@
 """Independent references of UltraMem and UltraMemV2, which score and expand every virtual slot.
 
-Letters: C cores, R Tucker rank, A = S * S virtual slots, E dimension of a sub-key.
+Letters: C cores, R Tucker rank, A = S * S virtual slots, P values of a sub-key.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Scores(NamedTuple):
     column_THS: Tensor
 
 
-def rms_normalised(x_XE: Tensor, gain_E: Tensor) -> Tensor:
-    return x_XE / x_XE.square().mean(-1, keepdim=True).sqrt() * gain_E.to(x_XE.dtype)
+def rms_normalised(x_XP: Tensor, gain_P: Tensor) -> Tensor:
+    return x_XP / x_XP.square().mean(-1, keepdim=True).sqrt() * gain_P.to(x_XP.dtype)
 
 
 def leading_pair(core_RR: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,15 +38,15 @@ def all_scores(keys: TuckerKeys, x_TD: Tensor, q_TF: Tensor | None = None) -> Sc
     """Scores all slots; `q_TF`, if given, replaces the query projection of `x_TD`."""
     wide = torch.float64
     q_TF = x_TD @ keys.query.weight.T if q_TF is None else q_TF
-    q_TH2QE = q_TF.to(wide).view(len(x_TD), keys.heads, 2, keys.queries, keys.key_dim)
-    q_TH2QE = rms_normalised(q_TH2QE, keys.query_norm.weight)
-    keys_H2RSE = rms_normalised(keys.keys.to(wide), keys.key_norm.weight)
+    q_TH2QP = q_TF.to(wide).view(len(x_TD), keys.heads, 2, keys.queries, keys.key_dim)
+    q_TH2QP = rms_normalised(q_TH2QP, keys.query_norm.weight)
+    keys_H2RSP = rms_normalised(keys.keys.to(wide), keys.key_norm.weight)
     grids, rows, columns = [], [], []
     for t, h in torch.cartesian_prod(torch.arange(len(x_TD)), torch.arange(keys.heads)).tolist():
         halves = []
         for half in range(2):
             of_ranks = [
-                keys_H2RSE[h, half, a] @ q_TH2QE[t, h, half, a if keys.queries > 1 else 0] for a in range(keys.rank)
+                keys_H2RSP[h, half, a] @ q_TH2QP[t, h, half, a if keys.queries > 1 else 0] for a in range(keys.rank)
             ]
             halves.append(torch.stack(of_ranks))
         row_RS, column_RS = halves

@@ -138,12 +138,12 @@ def test_two_layers_that_share_a_table_add_up_its_gradient() -> None:
 def test_bf16_model_scores_in_fp32_and_is_close_to_float64(qk_norm: bool) -> None:
     layer, table = build(SIZES[1], qk_norm=qk_norm, dtype=torch.bfloat16)
     x_BTD = torch.randn(2, 5, 7, dtype=torch.bfloat16)
-    q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
-    assert {scores.dtype for scores in layer.addressing.keys(q_TH2E)} == {torch.float32}
+    q_TH2P, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+    assert {scores.dtype for scores in layer.addressing.keys(q_TH2P)} == {torch.float32}
     output = layer(x_BTD, context(x_BTD))
     assert output.y_BTD.dtype is torch.bfloat16
     # The same queries go in: rounding them otherwise would choose other slots, which is no error of either side.
-    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THE=q_TH2E.flatten(2).double())
+    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THP=q_TH2P.flatten(2).double())
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
@@ -151,12 +151,12 @@ def test_bf16_autocast_scores_in_fp32_and_is_close_to_float64() -> None:
     layer, table = build(SIZES[1], qk_norm=True, dtype=torch.float32)
     x_BTD = torch.randn(2, 5, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
-        assert {scores.dtype for scores in layer.addressing.keys(q_TH2E)} == {torch.float32}
+        q_TH2P, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+        assert {scores.dtype for scores in layer.addressing.keys(q_TH2P)} == {torch.float32}
         output = layer(x_BTD, context(x_BTD, observe=True))
     assert output.y_BTD.dtype is torch.bfloat16
     assert output.trace["slot_weights"].dtype is torch.float32
-    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THE=q_TH2E.flatten(2).double())
+    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THP=q_TH2P.flatten(2).double())
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 

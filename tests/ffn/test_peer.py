@@ -41,11 +41,11 @@ def build(
 
 
 def by_definition(
-    layer: PEER, tables: list[ValueTable], x_TD: Tensor, norm: str, router: str, q_THE: Tensor | None = None
+    layer: PEER, tables: list[ValueTable], x_TD: Tensor, norm: str, router: str, q_THP: Tensor | None = None
 ) -> Tensor:
     """Runs every expert for every token and weights those not selected with zero."""
     sizes = {"heads": layer.addressing.query.heads, "knn": layer.addressing.knn}
-    chosen = brute_force.read(brute_force.parameters(layer), x_TD, **sizes, norm=norm, activation=router, q_THE=q_THE)
+    chosen = brute_force.read(brute_force.parameters(layer), x_TD, **sizes, norm=norm, activation=router, q_THP=q_THP)
     experts = tables[0].weight.shape[0]
     weights_TN = torch.zeros(len(x_TD), experts, dtype=torch.float64).scatter_add(
         1, chosen.ids_THK.flatten(1), chosen.weights_THK.flatten(1)
@@ -87,11 +87,11 @@ def test_bf16_is_close_to_float64(norm: str) -> None:
     for part in (layer, *tables):
         part.bfloat16()
     x_BTD = torch.randn(2, 5, 7, dtype=torch.bfloat16)
-    q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+    q_TH2P, _ = layer.addressing.query(x_BTD.flatten(0, 1))
     y_BTD = layer(x_BTD, context(x_BTD)).y_BTD
     assert y_BTD.dtype is torch.bfloat16
-    x_TD, q_THE = x_BTD.flatten(0, 1).double(), q_TH2E.flatten(2).double()
-    assert_close(y_BTD.flatten(0, 1), by_definition(layer, tables, x_TD, norm, "softmax", q_THE))
+    x_TD, q_THP = x_BTD.flatten(0, 1).double(), q_TH2P.flatten(2).double()
+    assert_close(y_BTD.flatten(0, 1), by_definition(layer, tables, x_TD, norm, "softmax", q_THP))
 
 
 def test_initial_output_variance_is_that_of_the_experts() -> None:
