@@ -14,7 +14,7 @@ from torch import Tensor
 from toys import config
 from training.fits import trainer
 
-from pkm_lightning.cli.assembly import complete
+from pkm_lightning.build.run import resolve
 from pkm_lightning.training import LanguageModule
 
 STEPS = 500
@@ -23,8 +23,7 @@ STEPS = 500
 def trained(*overrides: str) -> tuple[LanguageModule, Any]:
     """Trains the default model with the mixture of its YAML, 64 experts and 8 per token; returns it with its data."""
     fixed = ("model.vocab_size=auto", "model.n_layers=2", f"trainer.max_steps={STEPS}")
-    resolved, data = complete(config("ffn=moe", *fixed, *overrides))
-    module = LanguageModule(resolved)
+    run = resolve(config("ffn=moe", *fixed, *overrides))
     trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, log_every_n_steps=50).fit(module, datamodule=data)
     return module, data
 
