@@ -24,6 +24,7 @@ def trained(*overrides: str) -> tuple[LanguageModule, Any]:
     """Trains the default model with the mixture of its YAML, 64 experts and 8 per token; returns it with its data."""
     fixed = ("model.vocab_size=auto", "model.n_layers=2", f"trainer.max_steps={STEPS}")
     run = resolve(config("ffn=moe", *fixed, *overrides))
+    module, data = LanguageModule(run.config), run.data
     trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, log_every_n_steps=50).fit(module, datamodule=data)
     return module, data
 
