@@ -32,7 +32,7 @@ from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.loss import token_nll
-from pkm_lightning.model.placement import of_plugin, plugins
+from pkm_lightning.model.placement import named_plugins, plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training.clipping import clip_by_norm, local
@@ -304,9 +304,9 @@ class LanguageModule(L.LightningModule):
     def _after_step(self) -> None:
         for layer, block in enumerate(self.model.blocks):
             stats = {name: sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
-            for name, plugin in plugins(block.ffn):  # type: ignore[arg-type]
+            for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
                 if isinstance(plugin, HasAfterStep):
-                    plugin.after_step(of_plugin(name, stats))
+                    plugin.after_step(plugin_entries(name, stats))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Advances the schedule, unless the step was refused."""
