@@ -19,11 +19,12 @@ from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
 
 CONFIGS = ROOT / "configs"
-# What experiments have in common is no choice of its own.
+# Keys that several YAMLs share are no choice of their own.
+SHARED = (CONFIGS / "experiment" / "regime", CONFIGS / "data" / "loader")
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent not in (CONFIGS, CONFIGS / "experiment" / "regime")
+    if path.parent not in (CONFIGS, *SHARED)
 )
 EXPERIMENTS = [o.removeprefix("experiment=") for o in OPTIONS if o.startswith("experiment=")]
 FFNS = [o.removeprefix("ffn=") for o in OPTIONS if o.startswith("ffn=") and o != "ffn=custom"]

@@ -17,6 +17,7 @@ from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.callbacks import Instability, MetricsCSV, RunRecord, StepCheckpoint
 from pkm_lightning.capacity import check_setting
 from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
+from pkm_lightning.data.base import vocab_size_of
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.strategies import PortableCheckpoints
 from pkm_lightning.training.optimizer import configured_schedule
@@ -56,7 +57,7 @@ def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataMod
 
 
 def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
-    given, needed = config["model"]["vocab_size"], getattr(data, "vocab_size", None)
+    given, needed = config["model"]["vocab_size"], vocab_size_of(data)
     if given == "auto":
         if needed is None:
             raise ConfigError(

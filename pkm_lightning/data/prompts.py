@@ -1,4 +1,4 @@
-"""Prompts to generate from: given in the configuration or read from a file, shared out over the ranks."""
+"""Prompts for `predict`: set in the configuration or read from a file, shared out over the ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PromptBatch(TypedDict):
 
 
 def collect_prompts(prompts: Sequence[str], prompts_file: str | None) -> list[str]:
-    """The prompts of both keys, those given in the configuration first.
+    """Returns the prompts of both keys, those of the configuration first.
 
     Raises:
         ConfigError: if there are none.
@@ -33,15 +33,21 @@ def collect_prompts(prompts: Sequence[str], prompts_file: str | None) -> list[st
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file (one a line, blank lines skipped) or of a .jsonl file (field `prompt`)."""
+    """Returns the prompts of a text file (one per line, blank lines skipped) or of a .jsonl file (field `prompt`).
+
+    Raises:
+        DataError: if the file is missing, empty or malformed.
+    """
     if not path.is_file():
-        raise DataError(f"data.prompts_file={path} does not exist; give a text file with a prompt a line, or a .jsonl.")
+        raise DataError(
+            f"data.prompts_file={path} does not exist; set a text file with one prompt per line, or a .jsonl."
+        )
     if path.suffix == ".jsonl":
         prompts = [_prompt_field(where, record) for where, record in read_records(path)]
     else:
         prompts = [line for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
-        raise DataError(f"data.prompts_file={path} is empty; write a prompt a line.")
+        raise DataError(f"data.prompts_file={path} is empty; write one prompt per line.")
     return prompts
 
 
@@ -66,5 +72,6 @@ class PromptBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[PromptBatch]:
+        # A filler repeats the first prompt: a forward through sharded parameters needs all ranks, and some text.
         for indices in self._batches:
             yield {"prompt": [self._prompts[max(i, 0)] for i in indices], "index": indices}

@@ -17,6 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from pkm_lightning.data.cache import sha256_file
 from pkm_lightning.errors import ConfigError, DataError, nearest
 
+__all__ = ["Tokenizer"]
+
 PAD, EOS = "<pad>", "<eos>"
 BYTES_VOCAB = 258
 END_NAMES = (EOS, "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "[SEP]")

@@ -6,24 +6,13 @@ Letters: B prompts of one length, T tokens so far.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from pkm_lightning.data.base import TextCodec
     from pkm_lightning.model import Transformer
-
-
-class TextCodec(Protocol):
-    """What scoring and generation need of a tokenizer."""
-
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
 
 
 @torch.no_grad()

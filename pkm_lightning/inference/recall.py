@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pkm_lightning.data.batch import NO_TARGET
-from pkm_lightning.inference.generation import TextCodec, greedy
+from pkm_lightning.data.base import NO_TARGET, RecallItem, TextCodec
+from pkm_lightning.inference.generation import greedy
 from pkm_lightning.model.loss import token_nll
 
 if TYPE_CHECKING:
-    from pkm_lightning.data import RecallItem
     from pkm_lightning.model import Transformer
 
 

@@ -20,8 +20,8 @@ from torchmetrics import SumMetric
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
-from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer, tokenizer_digest
-from pkm_lightning.data.batch import check_batch
+from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
+from pkm_lightning.data.base import check_batch, tokenizer_digest
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.generation import greedy
@@ -382,5 +382,5 @@ class LanguageModule(L.LightningModule):
         Raises:
             CheckpointError: the data's tokenizer is not the one that the weights were trained with.
         """
-        check_tokenizer(checkpoint, self._data())
+        check_tokenizer(checkpoint, tokenizer_digest(self._data()))
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)

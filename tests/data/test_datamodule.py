@@ -13,14 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import OmegaConf
+from tree import ROOT
 
 from pkm_lightning.data import FactsDataModule
 from pkm_lightning.errors import ConfigError
-
-CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 
 class Recorder(pl.LightningModule):
@@ -158,11 +157,11 @@ def test_two_processes_share_the_global_batch(facts: Callable[..., FactsDataModu
 
 
 @pytest.mark.parametrize("name", ["facts", "text", "jsonl"])
-def test_configs_name_every_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configurations_name_every_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PKM_LIGHTNING_CACHE", str(tmp_path))
-    config = OmegaConf.create({"seed": 5, "data": OmegaConf.load(CONFIGS / f"{name}.yaml")})
-    if name != "facts":
-        config.data.path = str(tmp_path)
+    path = [] if name == "facts" else [f"data.path={tmp_path}"]
+    with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
+        config = compose("config", overrides=[f"data={name}", "seed=5", *path])
     datamodule = instantiate(config.data)
     assert datamodule.cache_dir == tmp_path
     assert datamodule.order_seed == 5
@@ -170,5 +169,5 @@ def test_configs_name_every_key(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_custom_config_holds_nothing_but_its_target() -> None:
-    assert (CONFIGS / "custom.yaml").read_text() == "_target_: ???\n"
+def test_the_custom_configuration_holds_nothing_but_its_target() -> None:
+    assert (ROOT / "configs" / "data" / "custom.yaml").read_text() == "_target_: ???\n"

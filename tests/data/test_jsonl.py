@@ -23,7 +23,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
 def documents(datamodule: JsonlDataModule, rows: int) -> list[tuple[str, str]]:
     decode = datamodule.tokenizer.decode
     found = []
-    for key in datamodule.splits.order.rows(0)[0:rows]:
+    for key in datamodule.splits.order.keys(0)[0:rows]:
         batch = datamodule.splits.train.__getitems__([key])
         ids, labels, docs = (batch[name][0] for name in ("input_ids", "labels", "doc_ids"))
         for doc in range(int(docs.max()) + 1):
@@ -71,7 +71,7 @@ def test_appending_moves_no_record() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"is empty; write a JSON object a line"),
+        ("", r"is empty; write one JSON object per line"),
         ('{"text": "a"}\n{"text": }', r"r\.jsonl:2 is not JSON"),
         ('{"text": "a"}\n\n[1]', r"r\.jsonl:3 is a JSON list"),
         ('{"text": "a"}\n{"body": "b", "n": 1}', r"r\.jsonl:2: field 'text' is missing \(fields present: body, n\)"),

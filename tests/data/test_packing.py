@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkm_lightning.data.packing import PackedOrder, next_fit, pack_rows
+from pkm_lightning.data.packing import PackedOrder, next_fit, pack
 
 LENGTHS = np.random.default_rng(0).integers(5, 20, size=1000)
 
@@ -27,7 +27,7 @@ def test_next_fit_matches_the_naive_loop(lengths: list[int]) -> None:
 def test_every_statement_once_an_epoch_and_no_row_too_long() -> None:
     order = PackedOrder(np.arange(1000), LENGTHS, capacity=64, seed=5)
     for epoch in (0, 7):
-        rows = order.rows(epoch)
+        rows = order.keys(epoch)
         assert len(rows) == order.size(epoch)
         assert sorted(np.concatenate(list(rows)).tolist()) == list(range(1000))
         assert max(LENGTHS[row].sum() for row in rows) <= 64
@@ -36,14 +36,14 @@ def test_every_statement_once_an_epoch_and_no_row_too_long() -> None:
 def test_rows_depend_on_seed_and_epoch_alone() -> None:
     one = PackedOrder(np.arange(1000), LENGTHS, capacity=64, seed=5)
     two = PackedOrder(np.arange(1000), LENGTHS, capacity=64, seed=5)
-    one.rows(0), one.rows(3)
-    assert all(np.array_equal(a, b) for a, b in zip(one.rows(2), two.rows(2), strict=True))
+    one.keys(0), one.keys(3)
+    assert all(np.array_equal(a, b) for a, b in zip(one.keys(2), two.keys(2), strict=True))
     other = PackedOrder(np.arange(1000), LENGTHS, capacity=64, seed=6)
-    assert not np.array_equal(other.rows(2)[0], two.rows(2)[0])
+    assert not np.array_equal(other.keys(2)[0], two.keys(2)[0])
 
 
 def test_without_capacity_each_statement_is_a_row() -> None:
-    rows = pack_rows(np.asarray([4, 2, 4]), LENGTHS, None)
+    rows = pack(np.asarray([4, 2, 4]), LENGTHS, None)
     assert [row.tolist() for row in rows[0:3]] == [[4], [2], [4]]
 
 
@@ -51,5 +51,5 @@ def test_packing_an_epoch_of_700_000_statements_is_fast() -> None:
     lengths = np.random.default_rng(0).integers(8, 20, size=700_000)
     order = PackedOrder(np.arange(700_000), lengths, capacity=64, seed=0)
     begin = time.perf_counter()
-    order.rows(0)
+    order.keys(0)
     assert time.perf_counter() - begin < 1.0

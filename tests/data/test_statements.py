@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pkm_lightning.data.batch import NO_TARGET
-from pkm_lightning.data.statements import StatementRows, StatementStore, write_statements
+from pkm_lightning.data.base import NO_TARGET
+from pkm_lightning.data.statements import StatementSequences, StatementStore, write_statements
 from pkm_lightning.errors import ConfigError
 
 STATEMENTS = [[5, 6, 7, 1], [8, 9, 1], [10, 11, 12, 13, 14, 1], [15, 1]]
@@ -38,7 +38,7 @@ def naive_row(key: list[int], answer_only: bool) -> tuple[list[int], list[int], 
 @pytest.mark.parametrize("width", [None, 12])
 def test_batch_equals_the_naive_rows(store: StatementStore, width: int | None, answer_only: bool) -> None:
     keys = [[0, 1], [2], [3, 0, 2]]
-    rows = StatementRows(store, width=width, answer_only=answer_only, pad_id=0)
+    rows = StatementSequences(store, width=width, answer_only=answer_only, pad_id=0)
     batch = rows.__getitems__([np.asarray(key) for key in keys])
     assert batch["input_ids"].shape == (3, width or 16)
     for b, key in enumerate(keys):
@@ -59,14 +59,14 @@ def test_batch_equals_the_naive_rows(store: StatementStore, width: int | None, a
 
 
 def test_no_keys_make_a_batch_without_targets(store: StatementStore) -> None:
-    batch = StatementRows(store, width=12, answer_only=True, pad_id=0).__getitems__([])
+    batch = StatementSequences(store, width=12, answer_only=True, pad_id=0).__getitems__([])
     assert batch["labels"].shape == (1, 12)
     assert (batch["labels"] == NO_TARGET).all()
     assert not batch["valid"].any()
 
 
 def test_rows_survive_pickling(store: StatementStore) -> None:
-    rows = StatementRows(store, width=12, answer_only=True, pad_id=0)
+    rows = StatementSequences(store, width=12, answer_only=True, pad_id=0)
     copy = pickle.loads(pickle.dumps(rows))
     key = [np.asarray([0, 2])]
     assert torch.equal(rows.__getitems__(key)["labels"], copy.__getitems__(key)["labels"])

@@ -112,7 +112,7 @@ def test_head_and_tail_share_nothing_and_lose_no_letter(documents: list[str], sh
         ({"missing/x.py": b"1"}, r"missing matches no file; directories are searched for \*\.txt"),
         ({"missing/x.txt": b" \n"}, r"all 1 files are empty"),
         ({"missing/x.txt": b"ab\xff"}, r"x\.txt is not UTF-8 at byte 2"),
-        ({"missing/x.txt": b"a b"}, r"the training part has \d+ tokens, a row of data\.seq_len=16 needs 17"),
+        ({"missing/x.txt": b"a b"}, r"the training part has \d+ tokens, a sequence of data\.seq_len=16 needs 17"),
         ({"missing/x.txt": b"many words " * 5}, r"the validation part has \d+ tokens.* raise data\.val_fraction"),
     ],
 )

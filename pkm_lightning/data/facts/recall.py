@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.facts.selection import Fact
 from pkm_lightning.data.facts.templates import (
     FORMS,
@@ -17,7 +18,6 @@ from pkm_lightning.data.facts.templates import (
     UNSEEN_STATEMENTS,
     prompt,
 )
-from pkm_lightning.data.recall import RecallItem
 
 N_OPTIONS = 4
 DEFAULT_FORMS = ("seen", "paraphrase", "unseen_template", "question", "control")
