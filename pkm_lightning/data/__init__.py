@@ -2,6 +2,7 @@
 
 `base.py` is their contract. Names are imported when they are first used: `from pkm_lightning.data import
 TextDataModule` imports `text.py`, whose `__all__` lists it, and needs no package that another source is made from.
+This file imports nothing heavy, since every import of a module in this folder runs it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,6 @@ import importlib.util
 import pkgutil
 from importlib.abc import InspectLoader
 from typing import Any
-
-from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem, TextCodec, check_batch
-
-__all__ = ["NO_TARGET", "Batch", "RecallItem", "TextCodec", "check_batch"]
 
 
 def __getattr__(name: str) -> Any:

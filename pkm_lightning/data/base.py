@@ -27,13 +27,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from pkm_lightning.errors import DataError
 
-Batch = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NO_TARGET", "Batch", "RecallItem", "TextCodec", "check_batch"]
+
+Batch: TypeAlias = "dict[str, Tensor]"
 
 #: The label of a position that carries no loss, as in `torch.nn.functional.cross_entropy`.
 NO_TARGET = -100

@@ -70,7 +70,7 @@ def test_a_resumed_run_sees_what_the_first_would_have_seen(
     assert len(whole) == 9 * 8
     resumed = fit(facts(), tmp_path / "b", steps=7, ckpt_path=tmp_path / "a" / "step=3.ckpt")
     assert resumed == whole[3 * 8 : 7 * 8]
-    again = fit(facts(num_workers=2), tmp_path / "c", steps=9, ckpt_path=tmp_path / "b" / "step=5.ckpt")
+    again = fit(facts(num_workers=1), tmp_path / "c", steps=9, ckpt_path=tmp_path / "b" / "step=5.ckpt")
     assert again == whole[5 * 8 :]
 
 
@@ -156,12 +156,12 @@ def test_two_processes_share_the_global_batch(facts: Callable[..., FactsDataModu
     assert (fillers_one, fillers_two) == (0, 1)
 
 
-@pytest.mark.parametrize("name", ["facts", "text", "jsonl"])
-def test_configurations_name_every_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_follows_the_environment_and_the_seed_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PKM_LIGHTNING_CACHE", str(tmp_path))
-    path = [] if name == "facts" else [f"data.path={tmp_path}"]
     with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
-        config = compose("config", overrides=[f"data={name}", "seed=5", *path])
+        config = compose("config", overrides=["data=text", "seed=5", f"data.path={tmp_path}"])
     datamodule = instantiate(config.data)
     assert datamodule.cache_dir == tmp_path
     assert datamodule.order_seed == 5

@@ -26,7 +26,7 @@ MODULE = "pkm_lightning.data.modular_arithmetic"
 RUN = [
     f"--config-dir={HERE.parent}",
     *("data=modular_arithmetic", "ffn=dense", "model.dim=16", "model.n_heads=2", "model.n_kv_heads=2"),
-    *("model.ffn_dim=24", "model.n_layers=1", "trainer.max_steps=6", "trainer.val_check_interval=3"),
+    *("model.ffn_dim=24", "model.n_layers=1", "trainer.max_steps=4", "trainer.val_check_interval=4"),
     *("trainer.log_every_n_steps=1", "callbacks.recall.val_items=2", "callbacks.samples.max_new_tokens=2"),
     *("~callbacks.progress_bar", "logger=none"),
 ]
@@ -81,14 +81,14 @@ def test_a_model_is_fitted_resumed_exactly_and_asked(cli: Run, tmp_path: Path, m
     training_step = LanguageModule.training_step
 
     def interrupted(module: LanguageModule, *arguments: Any) -> Any:
-        if module.global_step == 3:
+        if module.global_step == 2:
             signal.raise_signal(signal.SIGTERM)
         return training_step(module, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(LanguageModule, "training_step", interrupted)
         assert cli("fit", *RUN, "run_dir=resumed").code == 143
-    assert 0 < last_checkpoint(tmp_path / "resumed")["global_step"] < 6
+    assert 0 < last_checkpoint(tmp_path / "resumed")["global_step"] < 4
     assert cli("fit", *RUN, "run_dir=resumed").code == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
 
