@@ -33,6 +33,7 @@ def as_is(batch: Any) -> Any:
 
 def filler(width: int, pad_id: int) -> Batch:
     """Returns one sequence of padding, for ranks that have no samples left: all ranks make equally many calls."""
+    # A sequence, and not an empty tensor: plugins and attention kernels need not handle batches without tokens.
     ids_BT = torch.full((1, width), pad_id, dtype=torch.int64)
     return {
         "input_ids": ids_BT,

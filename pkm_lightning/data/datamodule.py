@@ -105,6 +105,7 @@ class TokenDataModule(LightningDataModule):
         check_range("data.global_batch_size", self.global_batch_size, low=1)
         check_range("data.num_workers", self.num_workers, low=0)
         check_range("data.order_seed", self.order_seed, low=0)
+        # Hydra passes `~` and `$VARIABLE` through as they were typed.
         self.cache_dir = Path(os.path.expandvars(options["cache_dir"])).expanduser()
         if isinstance(options["prompts"], str):
             raise ConfigError(f"data.prompts={options['prompts']} is one text; set a list: data.prompts=[...].")
@@ -173,6 +174,7 @@ class TokenDataModule(LightningDataModule):
         # Lightning calls `prepare_data` on one rank per node only.
         if self._splits is None:
             self._splits = self.load(self.cache_folder())
+        # For its refusal, before a loader or a worker exists.
         self._micro_batch_size()
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -85,6 +85,7 @@ class JsonlDataModule(CorpusDataModule):
             "fields": [self.text_field, self.prompt_field, self.answer_field],
             "val_fraction": self.val_fraction,
             "seed": self.seed,
+            # `build` cuts long texts into pieces of this length.
             "seq_len": self.seq_len,
             "tokenizer": self.tokenizer_choice.identity(),
         }
@@ -109,6 +110,7 @@ class JsonlDataModule(CorpusDataModule):
         write_statements(folder, (s[0] for s in both), (s[1] for s in both), tokenizer.vocab_size)
         np.save(folder / "train.npy", np.arange(len(statements[0])))
         np.save(folder / "validation.npy", np.arange(len(statements[0]), len(both)))
+        # As text: recall compares text, and longer records have been cut.
         questions = [[record.prompt, record.answer] for record in validation if record.prompt]
         (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
         return self.sources()
@@ -156,6 +158,7 @@ class JsonlDataModule(CorpusDataModule):
                     f"too short; set data.seq_len={len(tokens) - 1} or more, or shorten the record."
                 )
             # Pieces share one token: the last of a piece is a label, and the first input of the next.
+            # A text without a prompt has its first target after its first token, which nothing precedes.
             for begin in range(0, len(tokens) - 1, self.seq_len):
                 yield tokens[begin : begin + self.seq_len + 1], max(1, len(prompt))
 

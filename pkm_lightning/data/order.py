@@ -114,6 +114,7 @@ class ShareBatchSampler:
     """
 
     def __init__(self, keys: Sequence[Any], *, rank: int, world_size: int, batch_size: int) -> None:
+        # Interleaved shares differ by one key at most; divisions below round up.
         self._share = [keys[i] for i in range(rank, len(keys), world_size)]
         self._batch_size = batch_size
         largest_share = -(-len(keys) // world_size)

@@ -63,7 +63,7 @@ class PromptBatches:
 
     def __init__(self, prompts: Sequence[str], *, rank: int, world_size: int, batch_size: int) -> None:
         indices = list(range(rank, len(prompts), world_size))
-        share = -(-len(prompts) // world_size)
+        share = -(-len(prompts) // world_size)  # rounded up
         indices += [-1] * (share - len(indices))
         self._prompts = prompts
         self._batches = [indices[i : i + batch_size] for i in range(0, share, batch_size)]

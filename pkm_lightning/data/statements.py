@@ -119,5 +119,6 @@ class StatementSequences:
         docs_BT = np.full(shape, -1, dtype=np.int64)
         input_BT[place] = store.tokens[source_M]
         labels_BT[place] = target_M
+        # Documents are numbered from 0 within their sequence.
         docs_BT[place] = np.repeat(np.arange(len(ids_P)) - first_B[sequence_P], len_P)
         return to_batch(input_BT, labels_BT, docs_BT)

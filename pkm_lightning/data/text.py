@@ -110,6 +110,7 @@ class TextDataModule(CorpusDataModule):
 
         Each call reads again, so that memory never holds more than one file.
         """
+        # Lengths first: the number of documents decides how they are split.
         lengths = np.asarray([len(document) for document in self._documents(files)])
         if len(lengths) == 0:
             raise DataError(f"data.path={self.path}: all {len(files)} files are empty; set files with text.")
@@ -137,6 +138,7 @@ def head(documents: Iterator[str], cut: int) -> Iterator[str]:
 def tail(documents: Iterator[str], cut: int) -> Iterator[str]:
     """Yields the text that `head` leaves."""
     for document in documents:
+        # Cut where `head` cuts: after the word that character `cut` falls into.
         rest = document if cut <= 0 else document[_word_end(document, cut) :]
         if rest.strip():
             yield rest

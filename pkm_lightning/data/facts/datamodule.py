@@ -1,4 +1,4 @@
-"""`data=facts`: real facts about people and places in many forms; what training showed, and how often, is known."""
+"""`data=facts`: real facts about people and places in many forms, each shown a known number of times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pkm_lightning.errors import check_choice, check_range
 
 
 class FactsDataModule(TokenDataModule):
-    """Statements about real subjects, each a document: prompt, space, answer, end token.
+    """Sentences about real subjects, each a document: prompt, space, answer, end token.
 
     Each epoch shows `exposures` statements per fact. Validation asks a fixed sample of facts in the one form that
     training never shows for that fact; `recall_items` asks in all forms.
@@ -117,6 +117,7 @@ class FactsDataModule(TokenDataModule):
             tokenizer=tokenizer,
             train=StatementSequences(store, width=capacity, answer_only=self.loss == "answer", pad_id=tokenizer.pad_id),
             order=PackedOrder(exposures, store.lengths, capacity=capacity, seed=self.order_seed),
+            # On the answer whatever `loss` is, so that held-out losses of both settings can be compared.
             validation=StatementSequences(store, width=capacity, answer_only=True, pad_id=tokenizer.pad_id),
             validation_keys=pack(np.load(folder / "validation.npy"), store.lengths, capacity),
         )

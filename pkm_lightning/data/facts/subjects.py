@@ -1,4 +1,4 @@
-"""Subjects: people, countries and cities with unique names, most prominent first, and what is known about each."""
+"""Subjects: people, countries and cities with unique names, most prominent first, with the answers about each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTINENTS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Something facts are about.
+    """A person or place that facts are about.
 
     Attributes:
         name: unique among the subjects of all domains.
@@ -48,7 +48,7 @@ class _Named:
 
 
 def load_people() -> list[Subject]:
-    """Ballplayers whose full name nobody shares, by games played."""
+    """Returns ballplayers with a unique full name, by games played."""
     folder = PEOPLE.folder()
     games, teams = _games_and_main_teams(folder)
     colleges = _latest_colleges(folder)
@@ -69,7 +69,7 @@ def load_people() -> list[Subject]:
 
 
 def load_countries() -> list[Subject]:
-    """Countries and territories, by population."""
+    """Returns countries and territories, by population."""
     countries = _json(PLACES.folder() / "countries.json")
     named = []
     for code, row in countries.items():
@@ -84,7 +84,7 @@ def load_countries() -> list[Subject]:
 
 
 def load_cities() -> list[Subject]:
-    """Cities of more than 5,000 people whose name no other such city and no country bears, by population."""
+    """Returns cities of more than 5,000 people whose name no other such city and no country has, by population."""
     folder = PLACES.folder()
     countries = {code: _clean(row["name"]) for code, row in _json(folder / "countries.json").items()}
     named = [
@@ -108,19 +108,21 @@ def _subject(name: str, answers: dict[str, str]) -> Subject:
 
 def _unique_by_prominence(named: list[_Named]) -> list[Subject]:
     counts = Counter(item.subject.name for item in named)
-    kept = [item for item in named if counts[item.subject.name] == 1 and item.subject.answers]
-    return [item.subject for item in sorted(kept, key=lambda item: (-item.prominence, item.key))]
+    unique = [item for item in named if counts[item.subject.name] == 1 and item.subject.answers]
+    # The key breaks ties, so that the order does not depend on that of the file.
+    return [item.subject for item in sorted(unique, key=lambda item: (-item.prominence, item.key))]
 
 
 def _games_and_main_teams(folder: Path) -> tuple[Counter[str], dict[str, str]]:
-    """Career games of each player, and the name of the team with most of them (the first in the alphabet on a tie)."""
+    """Returns career games of each player, and the team with most of them (the first in the alphabet on a tie)."""
     names = {(row["yearID"], row["teamID"]): _clean(row["name"]) for row in _parquet(folder / "Teams.parquet")}
     career: Counter[str] = Counter()
     by_team: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in _parquet(folder / "Appearances.parquet"):
-        played = row["G_all"] or 0
-        career[row["playerID"]] += played
-        by_team[row["playerID"]][names.get((row["yearID"], row["teamID"]), "")] += played
+        games = row["G_all"] or 0
+        career[row["playerID"]] += games
+        # A team keeps its identifier when it is renamed: names go by the year.
+        by_team[row["playerID"]][names.get((row["yearID"], row["teamID"]), "")] += games
     main = {key: min(teams, key=lambda team: (-teams[team], team)) for key, teams in by_team.items()}
     return career, main
 
@@ -128,6 +130,7 @@ def _games_and_main_teams(folder: Path) -> tuple[Counter[str], dict[str, str]]:
 def _latest_colleges(folder: Path) -> dict[str, str]:
     schools = {row["schoolID"]: _clean(row["name_full"]) for row in _parquet(folder / "Schools.parquet")}
     rows = _parquet(folder / "CollegePlaying.parquet")
+    # A later year overwrites an earlier one below.
     rows.sort(key=lambda row: (row["yearID"] or 0, row["schoolID"]))
     return {row["playerID"]: schools.get(row["schoolID"], "") for row in rows}
 
