@@ -139,9 +139,9 @@ def tail(documents: Iterator[str], cut: int) -> Iterator[str]:
     """Yields the text that `head` leaves."""
     for document in documents:
         # Cut where `head` cuts: after the word that character `cut` falls into.
-        rest = document if cut <= 0 else document[_word_end(document, cut) :]
-        if rest.strip():
-            yield rest
+        remainder = document if cut <= 0 else document[_word_end(document, cut) :]
+        if remainder.strip():
+            yield remainder
         cut -= len(document)
 
 

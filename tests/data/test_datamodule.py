@@ -1,4 +1,4 @@
-"""The shared DataModule inside a real trainer: resume continues exactly, workers and micro-batches change nothing."""
+"""The shared data module in a real trainer: resumes are exact, workers and micro-batches change nothing."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from pkm_lightning.errors import ConfigError
 
 
 class Recorder(pl.LightningModule):
-    """Learns nothing; remembers the rows of every optimizer step."""
+    """A module that learns nothing and records the sequences of every optimizer step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.rows: list[list[int]] = []
+        self.sequences: list[list[int]] = []
         self.fillers = 0
 
     def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.rows += batch["input_ids"].tolist()
+        self.sequences += batch["input_ids"].tolist()
         return self.weight * 1.0
 
     def validation_step(self, batch: dict[str, torch.Tensor]) -> None:
@@ -59,11 +59,11 @@ def fit(datamodule: FactsDataModule, directory: Path, *, steps: int, **options: 
         **options,
     )
     trainer.fit(module, datamodule, ckpt_path=ckpt_path)
-    return module.rows
+    return module.sequences
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_resumed_run_sees_what_the_first_would_have_seen(
+def test_a_resumed_run_continues_the_sequences_of_the_first(
     facts: Callable[..., FactsDataModule], tmp_path: Path
 ) -> None:
     whole = fit(facts(), tmp_path / "a", steps=9)
@@ -84,7 +84,7 @@ def test_a_run_may_resume_with_another_micro_batch(facts: Callable[..., FactsDat
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_accumulation_sees_the_same_rows_and_a_limited_epoch_moves_on(
+def test_accumulation_sees_the_same_sequences_and_a_limited_epoch_continues(
     facts: Callable[..., FactsDataModule], tmp_path: Path
 ) -> None:
     whole = fit(facts(), tmp_path, steps=4)
@@ -92,7 +92,7 @@ def test_accumulation_sees_the_same_rows_and_a_limited_epoch_moves_on(
     assert fit(facts(), tmp_path / "b", steps=4, limit_train_batches=2) == whole
 
 
-def test_a_new_trainer_starts_anew(facts: Callable[..., FactsDataModule], tmp_path: Path) -> None:
+def test_a_new_trainer_starts_from_the_first_sequence(facts: Callable[..., FactsDataModule], tmp_path: Path) -> None:
     datamodule = facts()
     first = fit(datamodule, tmp_path, steps=2)
     assert fit(datamodule, tmp_path / "b", steps=2) == first
@@ -134,7 +134,7 @@ from pkm_lightning.data import FactsDataModule
 class Reporter(Recorder):
     def on_fit_end(self):
         with open(f"{sys.argv[1]}/{self.global_rank}.json", "w") as file:
-            json.dump([self.rows, self.fillers], file)
+            json.dump([self.sequences, self.fillers], file)
 
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, strategy="ddp_fork", max_steps=4, logger=False, enable_progress_bar=False,
@@ -151,7 +151,7 @@ def test_two_processes_share_the_global_batch(facts: Callable[..., FactsDataModu
     command = [sys.executable, "-c", TWO_RANKS, str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, env=environment)
     (one, fillers_one), (two, fillers_two) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
-    together = [row for i in range(0, 16, 4) for rank in (one, two) for row in rank[i : i + 4]]
+    together = [sequence for i in range(0, 16, 4) for rank in (one, two) for sequence in rank[i : i + 4]]
     assert together == fit(facts(eval_facts=1), tmp_path / "alone", steps=4)
     assert (fillers_one, fillers_two) == (0, 1)
 

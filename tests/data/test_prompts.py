@@ -1,4 +1,4 @@
-"""Prompts: shared out evenly, and every way of having none is refused."""
+"""Prompts: shared out evenly over ranks; missing and malformed ones are refused."""
 
 from __future__ import annotations
 

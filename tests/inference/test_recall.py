@@ -1,6 +1,6 @@
 """Recall scores against a direct computation: exact match, choice among options, bits, and their means.
 
-Letters: T tokens, W vocabulary.
+Letters: W vocabulary.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def test_bits_and_choice_equal_a_direct_computation(model: Transformer) -> None:
     ]
     scores = score_items(model, Letters(), items, device=CPU)
     assert [scored.chosen for scored in scores[:4]].count(True) == 1
-    for scored, given in zip(scores, items, strict=True):
-        assert scored.bits == pytest.approx(direct_bits(model, given.prompt, given.answer), rel=1e-4)
-        by_option = {option: direct_bits(model, given.prompt, option) for option in given.options}
-        expected = min(by_option, key=lambda o: by_option[o]) == given.answer if by_option else None
+    for scored, question in zip(scores, items, strict=True):
+        assert scored.bits == pytest.approx(direct_bits(model, question.prompt, question.answer), rel=1e-4)
+        by_option = {option: direct_bits(model, question.prompt, option) for option in question.options}
+        expected = min(by_option, key=lambda o: by_option[o]) == question.answer if by_option else None
         assert scored.chosen is expected
-        assert (scored.prompt, scored.truth) == (given.prompt, given.answer)
+        assert (scored.prompt, scored.truth) == (question.prompt, question.answer)
 
 
 def test_exact_compares_normalised_greedy_answers(model: Transformer) -> None:

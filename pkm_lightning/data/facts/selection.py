@@ -134,9 +134,9 @@ def _domain_facts(choice: FactsChoice, domain: str, eligible: list[Subject], cou
     """Returns the facts of `count` trained subjects, by prominence, followed by those of the controls."""
     # One generator per domain, so that the size of one domain does not change the subjects of another.
     rng = np.random.default_rng([choice.seed, list(LOADERS).index(domain)])
-    chosen = rng.permutation(len(eligible))[: count + controls]
+    selection = rng.permutation(len(eligible))[: count + controls]
     # `eligible` is sorted by prominence, which exposures and deciles follow.
-    trained = [eligible[i] for i in np.sort(chosen[:count])]
+    trained = [eligible[i] for i in np.sort(selection[:count])]
     questioned = rng.permutation(count) < round(count * choice.question_subjects)
     counts = exposure_counts(
         count,
@@ -150,7 +150,7 @@ def _domain_facts(choice: FactsChoice, domain: str, eligible: list[Subject], cou
     for rank, subject in enumerate(trained):
         template = Fact("", "", "", int(counts[rank]), 10 * rank // count, bool(questioned[rank]), 0, False)
         facts += _subject_facts(subject, relations, template)
-    for i in np.sort(chosen[count:]):
+    for i in np.sort(selection[count:]):
         facts += _subject_facts(eligible[i], relations, Fact("", "", "", 0, 9, False, 0, True))
     return facts
 
