@@ -28,6 +28,7 @@ def _public_names(module: str, mentioning: str) -> list[str]:
     spec = importlib.util.find_spec(module)
     loader = None if spec is None else spec.loader
     source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
+    # Parsing is the slow part, and few files contain the name.
     if source is None or mentioning not in source:
         return []
     for statement in ast.parse(source).body:

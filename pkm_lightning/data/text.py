@@ -122,6 +122,7 @@ class TextDataModule(CorpusDataModule):
                 return (text for i, text in enumerate(self._documents(files)) if (i in held_out) == validation)
 
             return lambda: documents(False), lambda: documents(True)
+        # Too few documents to hold whole ones out: one cut through their concatenation.
         cut = round(int(lengths.sum()) * (1 - self.val_fraction))
         return lambda: head(self._documents(files), cut), lambda: tail(self._documents(files), cut)
 

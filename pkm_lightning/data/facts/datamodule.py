@@ -85,6 +85,7 @@ class FactsDataModule(TokenDataModule):
 
     def cache_key(self) -> CacheKey:
         """Returns choice of facts, tokenizer, wording of the templates, and the installed packages."""
+        # Another release of a package, or other wording of the templates, is other data.
         arguments = {
             "facts": asdict(self.choice),
             "tokenizer": self.tokenizer_choice.identity(),
@@ -146,6 +147,7 @@ class FactsDataModule(TokenDataModule):
         codes = np.load(folder / "codes.npy")
         return recall_items(
             read_facts(folder),
+            # Only statements that have an exposure: those of validation are stored after them.
             codes[np.unique(np.load(folder / "exposures.npy"))],
             np.load(folder / "sample.npy"),
             per_form=self.choice.eval_facts if limit is None else min(limit, self.choice.eval_facts),

@@ -76,6 +76,7 @@ def recall_items(
     for code in codes.tolist():
         if code % FORMS in STATEMENTS:
             shown[code // FORMS].append(code % FORMS)
+    # The templates with which a form can ask about fact i; a form without any skips that fact.
     candidates: dict[str, Callable[[int], Sequence[int]]] = {
         "seen": lambda i: shown.get(i, ()),
         "paraphrase": lambda i: () if facts[i].control else (facts[i].held_out,),

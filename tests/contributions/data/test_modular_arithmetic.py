@@ -76,7 +76,10 @@ def test_wrong_values_are_refused(key: str, value: float, tmp_path: Path) -> Non
 def test_a_model_is_fitted_resumed_exactly_and_asked(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = cli("fit", *RUN, "run_dir=whole")
     assert shown.code == 0, shown.err
-    assert record(tmp_path / "whole")["facts"] == 135
+    saved = record(tmp_path / "whole")
+    assert saved["facts"] == 135
+    assert len(saved["data"]) == 64
+    assert {"test/loss", "test/recall_validation", "test/bits_validation"} <= saved["metrics"].keys()
 
     training_step = LanguageModule.training_step
 
