@@ -30,6 +30,7 @@ from pkm_lightning.callbacks.slot_panels import draw_panels
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted
 from pkm_lightning.callbacks.stopwatch import in_training
 from pkm_lightning.callbacks.usage_report import print_report, write_report
+from pkm_lightning.data.base import tokenizer_of
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.model import Traces
 from pkm_lightning.training import LanguageModule
@@ -180,7 +181,7 @@ class SlotUsage(L.Callback):
         assert self.counters is not None
         boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if boards:
-            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            tokenizer = tokenizer_of(getattr(trainer, "datamodule", None))
             draw_panels(
                 boards if trainer.is_global_zero else [], self.counters, self._traces, self._batch, tokenizer, step
             )

@@ -19,11 +19,12 @@ from pkm_lightning.compare.settings import read_settings
 from pkm_lightning.training import LanguageModule
 
 CONFIGS = ROOT / "configs"
-# What experiments have in common is no choice of its own.
+# Keys that several YAMLs share are no choice of their own.
+SHARED = (CONFIGS / "experiment" / "regime", CONFIGS / "data" / "loader")
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent not in (CONFIGS, CONFIGS / "experiment" / "regime")
+    if path.parent not in (CONFIGS, *SHARED)
 )
 #: FFNs and experiments bring settings of other groups with them: each stands alone.
 ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "experiment="))]
@@ -43,14 +44,19 @@ FFNS = [o.removeprefix("ffn=") for o in OPTIONS if o.startswith("ffn=") and o !=
 GIVEN = {
     "ffn=custom": ["ffn._target_=pkm_lightning.ffn.Dense", "+ffn.hidden_dim=8"],
     "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
-    "data=text": ["data.path=somewhere"],
-    "data=jsonl": ["data.path=somewhere"],
     "strategy=ddp": ["trainer.devices=2"],
     "callbacks=slot_revival": [
         "+callbacks.slot_usage={_target_:pkm_lightning.callbacks.SlotUsage,path:usage.json,every_n_steps:null,window:2,"
         "dead_after:1,per_head:false,panels_every_n_steps:null}"
     ],
 }
+
+
+def given(option: str) -> list[str]:
+    """What a user must set for `option` besides the option itself."""
+    group, _, name = option.partition("=")
+    needs_path = "path: ???" in (CONFIGS / group / f"{name}.yaml").read_text()
+    return GIVEN.get(option, [f"{group}.path=somewhere"] if needs_path else [])
 
 
 def composed(overrides: list[str], run_dir: Path, name: str = "config") -> dict[str, Any]:
@@ -67,7 +73,7 @@ def test_every_option_is_in_a_command() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_option_composes_and_builds(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "somewhere").mkdir()
-    needed = [override for option in command for override in GIVEN.get(option, [])]
+    needed = [override for option in command for override in given(option)]
     overrides = [override.replace("somewhere", str(tmp_path / "somewhere")) for override in needed]
     run = resolve(composed([*command, *overrides], tmp_path / "run"), trains=True)
     assembly = assemble(run)

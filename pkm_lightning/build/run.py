@@ -18,6 +18,7 @@ from pkm_lightning.build.refusals import check_learning, check_trainer, check_tr
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.capacity import Plan, check_setting, make_plan
+from pkm_lightning.data.base import vocab_size_of
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.model import ModelCost, Transformer, model_cost
 
@@ -87,7 +88,7 @@ def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
 
 
 def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
-    configured, needed = config["model"]["vocab_size"], getattr(data, "vocab_size", None)
+    configured, needed = config["model"]["vocab_size"], vocab_size_of(data)
     if configured == "auto":
         if needed is None:
             raise ConfigError(

@@ -20,6 +20,7 @@ from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import check_content, checkpoint_config, load_checkpoint, saved_config
 from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.table_learning import without_fused
@@ -68,7 +69,7 @@ class SavedRun:
                 "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
         self.run.data.prepare_data()
-        check_tokenizer(checkpoint, self.run.data)
+        check_tokenizer(checkpoint, tokenizer_digest(self.run.data))
 
     def trainer(self) -> L.Trainer:
         """A Trainer with the callbacks that score and show, without loggers."""

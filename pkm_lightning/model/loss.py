@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional
 
-from pkm_lightning.data.batch import NO_TARGET
+from pkm_lightning.data.base import NO_TARGET
 
 if TYPE_CHECKING:
     from pkm_lightning.model.transformer import Transformer

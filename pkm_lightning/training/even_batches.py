@@ -11,6 +11,7 @@ import math
 import lightning as L
 import torch
 
+from pkm_lightning.data.base import is_endless
 from pkm_lightning.errors import DataError
 from pkm_lightning.ops.ranks import gather_into
 
@@ -49,7 +50,7 @@ def check_last(trainer: L.Trainer, ended: bool = False) -> None:
     Raises:
         DataError: some ranks have their last batch here, or none, and others have more.
     """
-    endless = getattr(trainer.datamodule, "endless", False)  # type: ignore[attr-defined]
+    endless = is_endless(trainer.datamodule)  # type: ignore[attr-defined]
     if trainer.world_size == 1 or endless or not math.isinf(trainer.num_training_batches):
         return
     # 0: more batches follow; 1: this is the last; 2: there was none.

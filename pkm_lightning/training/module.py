@@ -23,8 +23,8 @@ from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
 from pkm_lightning.build.refusals import check_clipping
 from pkm_lightning.build.schedule import configured_schedule
-from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer, tokenizer_digest
-from pkm_lightning.data.batch import check_batch
+from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
+from pkm_lightning.data.base import check_batch, tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -383,5 +383,5 @@ class LanguageModule(L.LightningModule):
         Raises:
             CheckpointError: the data's tokenizer is not the one that the weights were trained with.
         """
-        check_tokenizer(checkpoint, self._data())
+        check_tokenizer(checkpoint, tokenizer_digest(self._data()))
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)

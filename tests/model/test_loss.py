@@ -13,7 +13,7 @@ from tolerances import assert_close
 from torch.nn import functional
 from toys import DIM, VOCAB, dense, token_ids, transformer
 
-from pkm_lightning.data.batch import NO_TARGET, check_batch
+from pkm_lightning.data.base import NO_TARGET, check_batch
 from pkm_lightning.errors import DataError
 from pkm_lightning.model.loss import token_nll
 
