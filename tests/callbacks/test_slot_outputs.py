@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import Letters, config
 from training.fits import loader
-from training.test_usage_counters import Tracer, counters
+from usage.test_counters import Tracer, counters
 
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.callbacks import RunInterrupted, slot_usage
