@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -14,7 +13,9 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from pkm_lightning.build.instantiate import instantiate, target_class
 from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.build.sizing import solve_size
-from pkm_lightning.callbacks import Instability, MetricsCSV, RunRecord, StepCheckpoint
+from pkm_lightning.callbacks.base import ChecksConfig
+from pkm_lightning.callbacks.run_record import RunRecord
+from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
 from pkm_lightning.capacity import check_setting
 from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
 from pkm_lightning.errors import ConfigError, check_integer, check_range
@@ -71,14 +72,6 @@ def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
             "set model.vocab_size=auto or lower data.vocab_size."
         )
     return given
-
-
-@runtime_checkable
-class ChecksConfig(Protocol):
-    """A callback that cannot do its work with every configuration."""
-
-    def check(self, config: Mapping[str, Any]) -> None:
-        """Raises ConfigError for what cannot work, before anything starts."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +149,9 @@ def _checkpoint_io(callbacks: list[L.Callback], strategy: Any) -> CheckpointIO:
 
 
 def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
-    """The configured callbacks, in the order of the configuration.
-
-    `MetricsCSV` comes behind them, to see what all others log, and at last what may go back to an earlier step.
-    """
-    made = [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
-    return sorted(made, key=lambda c: 2 if isinstance(c, Instability) else int(isinstance(c, MetricsCSV)))
+    """Returns the configured callbacks by their `hook_order`, equal ones in the order of the configuration."""
+    callbacks = [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
+    return sorted(callbacks, key=lambda callback: getattr(callback, "hook_order", 0))
 
 
 def make_loggers(config: dict[str, Any], resumed_step: int | None = None) -> list[Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.model import Traces, Transformer
 from pkm_lightning.ops import sum_over_ranks
+from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.usage.head_counts import HeadCounts, PerHead, counts_heads
 from pkm_lightning.usage.read_counts import Counted, ReadCounts
 from pkm_lightning.usage.slot_metrics import effective_slots
@@ -217,7 +218,7 @@ def _summed(own_2N: Tensor) -> Counted:
 
 
 def _latest(last_N: Tensor) -> Tensor:
-    if not _several_ranks():
+    if not is_distributed():
         return last_N
     latest_N = last_N.clone()
     dist.all_reduce(latest_N, op=dist.ReduceOp.MAX)
@@ -225,8 +226,4 @@ def _latest(last_N: Tensor) -> Tensor:
 
 
 def _holds_sums() -> bool:
-    return not _several_ranks() or dist.get_rank() == 0
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not is_distributed() or dist.get_rank() == 0

@@ -53,8 +53,8 @@ def dead_of_heads(counters: UsageCounters, name: str, dead_after: int) -> list[i
     return [int(n) for n in dead_slots(last_HN, counters.clock, dead_after).sum(1)]
 
 
-def logged(counters: UsageCounters, dead_after: int) -> dict[str, float]:
-    """All figures of the window, as `NAME/FIGURE`: of layers, of tables that several layers share, of heads."""
+def window_figures(counters: UsageCounters, dead_after: int) -> dict[str, float]:
+    """Returns all figures of the window as `NAME/FIGURE`: of layers, of tables that several layers share, of heads."""
     shared = [name for name, table in counters.tables.items() if len(table.readers) > 1]
     found: dict[str, dict[str, float]] = {}
     for name in (*counters.readers, *shared):

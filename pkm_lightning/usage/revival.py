@@ -18,12 +18,15 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_served, write_keys
 from pkm_lightning.memory.table_optimizer import whole
+from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.revival_history import RevivalHistory
 from pkm_lightning.usage.slot_metrics import dead_slots
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from pkm_lightning.usage.query_recorder import QueryRecorder
 
 #: Queries of a head that new sub-keys are chosen from.
 _MOST_QUERIES = 4096
@@ -50,6 +53,21 @@ class Revival:
     noise: float
     seed: int
     step: int
+
+    def revive(self, recorder: QueryRecorder) -> None:
+        """Moves the dead sub-keys of the recorder's layers, and gives dead rows new values; forgets the queries.
+
+        With layers in the recorder, rows change only where a moved sub-key leads to them; without, everywhere.
+        """
+        reached = {
+            name: self.keys(name, addressing, recorder.queries[name], recorder.valid_T)
+            for name, addressing in recorder.addressing.items()
+        }
+        for name, tables in self.counters.tables.items():
+            within = [reached[reader] for reader in tables.readers if reader in reached]
+            if within or not recorder.addressing:
+                self.rows(name, torch.stack(within).any(0) if within else None)
+        recorder.queries.clear()
 
     def rows(self, name: str, within_N: Tensor | None) -> None:
         """Makes dead rows of a set of tables copies of the busiest ones of the window, which take turns.
@@ -122,8 +140,9 @@ class Revival:
         made_ME = keys_for_worst_served(
             q_TE, keys_SE, dead_M, normalised=norm is not None, noise=self.noise, seed=self._seed(what)
         )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast(made_ME, src=0)  # each rank has seen other queries
+        # Each rank has seen other queries.
+        if is_distributed():
+            dist.broadcast(made_ME, src=0)
         return made_ME
 
     def _forget_keys(self, keys_H2SE: nn.Parameter, head: int, half: int, dead_M: Tensor) -> None:
