@@ -1,4 +1,4 @@
-"""Fits that SlotUsage watches, on padded batches, in one process or on every rank of a group; and a plain recount.
+"""Fits that SlotUsage watches, on padded batches, in one process or on each rank of a group; and a plain recount.
 
 Letters: B sequences, T tokens.
 """
