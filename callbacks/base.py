@@ -16,13 +16,13 @@ A callback is a `lightning.Callback` whose constructor takes keywords only, one 
 | member | contract |
 |---|---|
 | `log_is_due()` | True in the last micro-batch of a step that logs, before and after the update |
-| `log`, `log_dict` | metrics named `train/...`, from `on_before_optimizer_step` or `on_train_batch_end` of such a step |
-| `watch.watchers` | functions of (traces, batch), called once per micro-batch after its forward, also where activations |
+| `log`, `log_dict` | metrics named `train/...`, in `on_before_optimizer_step` or `on_train_batch_end` of such a step |
+| `watch.watchers` | functions of (traces, batch), called once per micro-batch after its forward, even if activations |
 | | are recomputed; while there are any, plugins fill their traces: `FFNOutput.trace` by layer |
 | `watch.judges` | functions of (figures), called once per step after its last backward and before the update; a False |
 | | refuses the step. All ranks must return the same |
-| `watch.figures` | scalars of the step by name: `loss`, `grad_norm_dense`, `grad_norm_table`; filled when a log is due or |
-| | where there are judges |
+| `watch.figures` | scalars of the step by name: `loss`, `grad_norm_dense`, `grad_norm_table`; filled when a log is due, |
+| | and in every step while there are judges |
 | `tokens_seen` | real input tokens so far over all ranks, a scalar tensor |
 
 A callback appends its watchers and judges in `on_train_start` and removes them in `on_train_end` and `on_exception`.

@@ -6,7 +6,7 @@
 | event | what happened; see `pkm_lightning.callbacks.instability` |
 | layer | the layer, or the name of the parameter, where it happened; null: the whole model |
 | figure | the quantity: loss, grad_norm_dense, grad_norm_table, or a figure of `callbacks.diagnostics` |
-| value, threshold | the value (of a spike its score) and the largest that is allowed; a number, "nan", "inf" or "-inf" |
+| value, threshold | the value (of a spike its score) and the largest allowed one; a number, "nan", "inf" or "-inf" |
 | action | the policy of the event: warn, skip, rollback, stop; the strongest one of a step is carried out |
 | returned_to | only with action rollback: the step whose state training goes back to |
 """
@@ -58,7 +58,7 @@ class EventLog:
         self._last_shown: dict[str, int] = {}
 
     def begin(self) -> None:
-        """Truncates the file to `lines` lines, and removes it if that leaves none."""
+        """Cuts the file to `lines` lines, and removes it if that leaves none."""
         if not self.path.exists():
             self.lines = 0
             return

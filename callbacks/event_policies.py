@@ -145,8 +145,8 @@ class Retries:
         self._furthest = max(self._furthest, step)
         return self._rollbacks <= self.limit
 
-    def note_success(self, step: int) -> None:
-        """Notes that `step` was made without an event."""
+    def register_success(self, step: int) -> None:
+        """Registers that `step` was made without an event."""
         self._skips = 0
         if step > self._furthest:
             self._rollbacks = 0

@@ -3,7 +3,7 @@
 | event | is | may be answered by |
 |---|---|---|
 | loss_not_finite | the mean loss of a step | warn, skip, rollback, stop |
-| gradient_not_finite | a gradient norm of a step, of the tables or of the other parameters | warn, skip, rollback, stop |
+| gradient_not_finite | a gradient norm of a step, of the tables or of the rest | warn, skip, rollback, stop |
 | loss_spike | a loss far above those of the last `window` steps | warn, skip, rollback, stop |
 | gradient_spike | a gradient norm far above those of the window | warn, skip, rollback, stop |
 | weight_not_finite | a parameter, at log steps and before a checkpoint | warn, rollback, stop |
@@ -97,7 +97,7 @@ class Instability(L.Callback):
         check_config(config, policies=self.policies, restore=self.restore, limits=self.limits)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to watch."""
+        """Starts to watch."""
         assert isinstance(pl_module, LanguageModule)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._steps = StepEvents(**self._window, scaled_gradients=scaled, device=pl_module.device)
@@ -137,7 +137,7 @@ class Instability(L.Callback):
         if answer not in (None, "warn"):
             self._act(str(answer), trainer, pl_module)
             return
-        self._retries.note_success(step)
+        self._retries.register_success(step)
         if answer is None and keeps and self.good is not None:
             self.good.keep(trainer, pl_module)
 

@@ -63,7 +63,7 @@ def check_config(
         config: the complete configuration.
         policies: the policy of every event.
         restore: where a rollback finds its state: `memory` or `disk`.
-        limits: the largest values of figures of `Diagnostics`; a warning says if nothing measures them.
+        limits: the largest values of figures of `Diagnostics`; a warning if nothing measures them.
 
     Raises:
         ConfigError: steps to refuse whose update is made in backward; states in memory that an engine holds; states on

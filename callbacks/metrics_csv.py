@@ -53,7 +53,7 @@ class MetricsCSV(TimedCallback):
         self.stopwatch = Stopwatch(state["seconds"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Truncates the file to the rows of the checkpoint; a fresh run starts an empty file."""
+        """Cuts the file to the rows of the checkpoint; a fresh run starts an empty file."""
         self._truncate()
         super().on_train_start(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""The events that are looked for in the model itself: parameters that are not finite, diagnostics above their limits."""
+"""Events of the model itself: parameters that are not finite, diagnostics above their limits."""
 
 from __future__ import annotations
 

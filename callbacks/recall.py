@@ -22,7 +22,6 @@ from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 from pkm_lightning.storage import write_beside
 from pkm_lightning.training import LanguageModule
 
-
 __all__ = ["Recall"]
 
 

@@ -6,7 +6,7 @@ Metrics, every `every_n_steps`, over all ranks: `train/usage/NAME/FIGURE`. NAME 
 `used_percent`, `kl_count`, `kl_weight`, `gini`, `top50`, `top90`, `top99`; `kl_rows` and `kl_columns` where a slot is a
 pair of sub-keys; `dead`, slots without a read for `dead_after` steps; and `effective`, the effective number of slots
 per read, mean over the window's log steps. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns` per
-head, and with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead`. Weights enter by their absolute value.
+head, and with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead`. Weights count by absolute value.
 
 The window consists of two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them
 at every multiple of `window`. It and `dead` count the steps that were watched, so that steps which a rollback repeats
@@ -106,7 +106,7 @@ class SlotUsage(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to count, if the model has slots."""
+        """Starts to count, if the model has slots."""
         assert isinstance(pl_module, LanguageModule)
         self._check_interval(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         counters = UsageCounters(

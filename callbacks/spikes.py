@@ -17,8 +17,8 @@ _NORMAL = 1.4826
 class SpikeWindow:
     """A window over the last values of K series. No method waits for the device.
 
-    The score of a value is `(value - median) / max(1.4826 * MAD, relative_floor * |median|, floor)`, with the median and
-    the MAD (median absolute deviation) of the window before it. Outliers affect neither while they are fewer than half.
+    The score of a value is `(value - median) / max(1.4826 * MAD, relative_floor * |median|, floor)`, with the median
+    and MAD (median absolute deviation) of the window before it. Outliers affect neither while they are fewer than half.
 
     Args:
         floors, relative_floors: the smallest deviation that counts per series, absolute and relative to the median, K

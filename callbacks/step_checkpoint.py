@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pkm_lightning.errors import check_flag, check_integer
 
-
 __all__ = ["RunInterrupted", "StepCheckpoint"]
 
 
@@ -56,7 +55,7 @@ class StepCheckpoint(ModelCheckpoint):
         self._stop_reason = reason
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """Returns whether the interval makes a checkpoint of this step due, which all ranks know; stops do not count."""
+        """Returns whether this step ends an interval, the same on all ranks; a requested stop does not count."""
         return trainer.global_step % self._every_n_train_steps == 0
 
     def newest(self, trainer: L.Trainer) -> Path | None:

@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
-
 __all__ = ["StepProgressBar"]
 
 

@@ -7,7 +7,7 @@ Figures cover all ranks, from log step to log step, without the time of validati
 | train/throughput/tokens_per_sec | real input tokens |
 | train/throughput/samples_per_sec | sequences; every rank is assumed to have as many as this one |
 | train/throughput/steps_per_sec | optimizer steps |
-| train/throughput/flops_per_sec | tokens times the model's analytic training FLOPs per token (`ModelCost.train_flops`) |
+| train/throughput/flops_per_sec | tokens times the analytic training FLOPs per token (`ModelCost.train_flops`) |
 | train/throughput/mfu | the same as a share of the devices' peak; absent for unknown devices |
 | train/throughput/row_bytes_per_sec | tokens times the bytes of embedding and table rows that each token moves |
 | train/throughput/mbu | the same as a share of the devices' memory bandwidth; absent for unknown devices. A lower |
@@ -87,7 +87,7 @@ class Throughput(TimedCallback, ThroughputMonitor):
         self._throughputs = {RunningStage.TRAINING: Rates(available_flops=peak, **self.kwargs)}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to count, in a resumed run too."""
+        """Starts to count, in a resumed run too."""
         assert isinstance(pl_module, LanguageModule)
         self.figures, self._steps, self._sequences = {}, 0, 0
         self._throughputs[RunningStage.TRAINING].reset()

@@ -1,6 +1,6 @@
 """The queries of the last micro-batch, which a revival of sub-keys aims at.
 
-Letters: T tokens, H heads, 2 halves, E dimension of a half.
+Letters: P values of a half key; a 2 is the two halves of a product key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class QueryRecorder:
         addressing: the product-key retrieval of each layer, by the name of its reader.
 
     Attributes:
-        queries: q_TH2E of the last recorded forward, by name.
+        queries: q_TH2P of the last recorded forward, by name.
         valid_T: False at padding in the last micro-batch, (T,), or None.
     """
 
@@ -35,7 +35,7 @@ class QueryRecorder:
         self._hooks: list[Any] = []
 
     def begin(self, is_due: Callable[[], bool]) -> None:
-        """Begins to record the forwards in training for which `is_due` returns True."""
+        """Starts to record the forwards in training for which `is_due` returns True."""
 
         def hook_of(name: str) -> Any:
             def record(query: nn.Module, _: Any, output: tuple[Tensor, Any]) -> None:

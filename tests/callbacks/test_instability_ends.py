@@ -108,7 +108,7 @@ def test_retries_count_skips_in_a_row_and_rollbacks_without_progress() -> None:
     assert retries.allow("rollback", 50)
     for step in (20, 30, 40):
         assert retries.allow("skip", step)
-        retries.note_success(step + 1)
+        retries.register_success(step + 1)
     assert [retries.allow("skip", step) for step in (41, 42, 43)] == [True, True, False]
     assert retries.allow("rollback", 45)
     assert not retries.allow("rollback", 50)

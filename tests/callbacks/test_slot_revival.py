@@ -75,7 +75,7 @@ def test_dead_rows_become_busy_ones_and_nothing_else_moves(overrides: list[str],
         assert not state[name].view(rows, -1)[sorted(changed)].any()
         assert state[name].any()
     assert torch.equal(counters.last_read("table0"), before.last_N)  # it is no read
-    since_N = reviving.history.since("table0", before.last_N)
+    since_N = reviving.history.last_change("table0", before.last_N)
     assert set((since_N != before.last_N).nonzero().flatten().tolist()) == changed
     assert (since_N[sorted(changed)] == 6).all()
 
@@ -94,7 +94,7 @@ def test_dead_sub_keys_move_and_live_ones_stay(ffn: str, tmp_path: Path) -> None
     assert not optimizer.state[keys]["exp_avg"][moved].any()
     assert torch.equal(counters.heads[name].last_N, before.heads[name])
     last_H2S = before.heads[name].view(1, 2, 32)
-    assert torch.equal(reviving.history.since(name, last_H2S), last_H2S.masked_fill(moved, 6))
+    assert torch.equal(reviving.history.last_change(name, last_H2S), last_H2S.masked_fill(moved, 6))
     reached = moved[0, 0][:, None] | moved[0, 1]
     rows = changed_rows(before, module, 1024)
     assert rows <= set(reached.flatten().nonzero().flatten().tolist())

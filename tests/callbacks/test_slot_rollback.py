@@ -62,7 +62,7 @@ def test_a_revival_is_undone(tmp_path: Path) -> None:
         jobs.fit([*given, "trainer.max_steps=5"], 8, [usage, reviving, *going])
         assert usage.counters is not None
         found.append(reviving.revived["table0"])
-        since_N = reviving.history.since("table0", torch.zeros(1024, dtype=torch.int32))
+        since_N = reviving.history.last_change("table0", torch.zeros(1024, dtype=torch.int32))
         assert int((since_N > 0).sum()) == found[-1]
         assert set(since_N.tolist()) == {0, 6 if back else 4}
         content = json.loads((tmp_path / "usage.json").read_text())["tables"]["table0"]

@@ -47,7 +47,7 @@ class RepeatedTokens(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to count."""
+        """Starts to count."""
         assert isinstance(pl_module, LanguageModule)
         self._counts = self._counts.to(pl_module.device)
         # The counts of a checkpoint are sums, so one rank continues from them.
