@@ -21,8 +21,8 @@ A callback is a `lightning.Callback` whose constructor takes keywords only, one 
 | | are recomputed; while there are any, plugins fill their traces: `FFNOutput.trace` by layer |
 | `watch.judges` | functions of (figures), called once per step after its last backward and before the update; a False |
 | | refuses the step. All ranks must return the same |
-| `watch.figures` | scalars of the step by name: `loss`, `grad_norm_dense`, `grad_norm_table`; filled when a log is due, |
-| | and in every step while there are judges |
+| `watch.figures` | scalars of the step by name, `loss`, `grad_norm_dense`, `grad_norm_table`: when a log is due, or |
+| | in every step while there are judges |
 | `tokens_seen` | real input tokens so far over all ranks, a scalar tensor |
 
 A callback appends its watchers and judges in `on_train_start` and removes them in `on_train_end` and `on_exception`.

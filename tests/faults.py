@@ -29,7 +29,7 @@ LONG_STEPS, LONG_AT = 160, 80
 
 
 def rows(count: int = 8, length: int = 12) -> dict[str, torch.Tensor]:
-    """Half of the targets follow from the token, the others from nothing: the loss ends well above zero."""
+    """Returns a batch in which half of the targets follow from the token, so that the loss ends well above zero."""
     ids_BT = torch.randint(VOCAB, (count, length))
     noise_BT = torch.randint(VOCAB, (count, length))
     return {
@@ -213,7 +213,7 @@ def loss_on_other_rows(module: LanguageModule) -> float:
 
 
 def spread(overrides: list[str], path: str, restore: str) -> dict[str, Any]:
-    """Lets one gradient on one rank be not finite; returns losses and steps, after which all ranks have gone back."""
+    """Trains with one gradient on one rank that is not finite; returns the losses and steps of this rank."""
     here = Path(path)
     watch = long_watch(here, policies=everything("rollback"), restore=restore, keep_every_n_steps=10, settle_steps=0)
     fault = [NotANumber(37)] if dist.get_rank() == 1 else []

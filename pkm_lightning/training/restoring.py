@@ -118,7 +118,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _fill(state: dict[str, Any], saved: dict[str, Any]) -> None:
-    # In place: strategies and row optimizers hold references to these tensors.
+    # In place, so that a DTensor keeps its layout.
     for key, value in saved.items():
         if isinstance(value, Tensor):
             local(state[key]).copy_(value)

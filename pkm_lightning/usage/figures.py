@@ -1,4 +1,4 @@
-"""Figures of `slot_metrics` from the counters of a run, over all ranks. Its functions are collective: call on all ranks."""
+"""Figures of `slot_metrics` from the counters of a run, over all ranks. Collective: call each of them on all ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def figures(counters: UsageCounters, name: str, span: Span) -> dict[str, float]:
 
 
 def dead(counters: UsageCounters, name: str, dead_after: int) -> int:
-    """Returns the number of slots of a reader or set of tables without a read in the clock's last `dead_after` steps."""
+    """Returns the number of slots of a reader or set of tables without a read in the last `dead_after` steps."""
     return int(dead_slots(counters.last_read(name), counters.clock, dead_after).sum())
 
 

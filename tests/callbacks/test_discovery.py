@@ -22,7 +22,7 @@ def test_the_package_imports_nothing_before_a_callback_is_asked_for() -> None:
 
 @pytest.mark.parametrize("name", ["Diagnostics", "Vitals"])
 def test_saved_configurations_name_their_classes(name: str) -> None:
-    """`Vitals` is the name of `Diagnostics` in configurations of versions before 0.2."""
+    """Resolves `Vitals` too, the name of `Diagnostics` in configurations of versions before 0.2."""
     target = f"pkm_lightning.callbacks.{name}"
     assert target_class({"_target_": target}, "callbacks.x") is pkgutil.resolve_name(target) is Diagnostics
     assert pkgutil.resolve_name("pkm_lightning.callbacks.StepProgressBar") is StepProgressBar

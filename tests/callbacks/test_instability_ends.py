@@ -26,7 +26,7 @@ def checkpoints(path: Path) -> list[str]:
     "policy", ["rollback", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("stop", "skip"))]
 )
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, policy: str) -> None:
-    """The row breaks in step 10, of which a checkpoint is due."""
+    """Breaks a row in step 10, of which a checkpoint is due."""
     watch = faults.watching(tmp_path, policies=faults.everything(policy), restore="disk")
     if policy == "rollback":
         trainer = faults.train(tmp_path, faults.InfiniteRow(9), watch, steps=12, save_every=5)[2]
@@ -47,7 +47,7 @@ def test_the_last_step_is_checked_before_it_is_saved(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_abandoned_steps_are_removed(tmp_path: Path) -> None:
-    """Step 12 fails; training returns to step 8, and the checkpoint of step 10 is replaced by one of step 8."""
+    """Lets step 12 fail: training returns to step 8, whose checkpoint replaces that of step 10."""
 
     class Late(faults.NotANumber):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -92,7 +92,7 @@ def test_policies_that_cannot_be_carried_out_are_refused(
 
 
 def test_limits_that_nothing_measures_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Diagnostics are found by their class, also under a key and a name of earlier versions."""
+    """Finds diagnostics by their class, also under a key and a name of earlier versions."""
     watch, composed = faults.watching(tmp_path, limits={"score_max": 9.0}), config(f"run_dir={tmp_path}")
     diagnostics = composed["callbacks"].pop("diagnostics")
     composed["callbacks"]["vitals"] = {**diagnostics, "_target_": "pkm_lightning.callbacks.Vitals"}

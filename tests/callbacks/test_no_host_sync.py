@@ -46,7 +46,7 @@ class Reads(TorchDispatchMode):
         with pytest.MonkeyPatch.context() as patch:
             for name in _METHODS:
                 patch.setattr(Tensor, name, self._counting(name, getattr(Tensor, name)))
-            # Where everything is on the CPU only the word tells a way to the host from a way to the device.
+            # On a CPU only the argument distinguishes a copy to the host from one to the device.
             patch.setattr(Tensor, "to", self._counting("to", Tensor.to, lambda given: "cpu" in given))
             yield
 
@@ -70,7 +70,7 @@ class CountSteps(L.Callback):
 
 
 def reads_per_step(overrides: list[str], watching: bool, path: Path, *policies: str) -> list[int]:
-    """Of the steps after the first and before the last, of which none logs."""
+    """Returns the reads in each step but the first and the last; none of them logs."""
     given = jobs.settings(*overrides, "strategy=single", "trainer.log_every_n_steps=100", steps=7)
     reads = Reads()
     count = CountSteps(reads)
@@ -88,7 +88,7 @@ def reads_per_step(overrides: list[str], watching: bool, path: Path, *policies: 
 
 @pytest.mark.parametrize("ffn", ["ultramem", "moe_expert_choice"])
 def test_watching_reads_nothing_in_a_step(tmp_path: Path, ffn: str) -> None:
-    """Slots by their ids with virtual ones beside them, and experts that choose: all forms of a trace."""
+    """Covers all forms of a trace: ids of slots, of virtual slots, and experts that choose tokens."""
     overrides = [f"ffn={ffn}"]
     unwatched = reads_per_step(overrides, False, tmp_path)
     assert reads_per_step(overrides, True, tmp_path) == unwatched

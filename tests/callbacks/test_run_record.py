@@ -42,7 +42,7 @@ def test_without_callbacks_the_record_is_complete(cli: Run, tmp_path: Path) -> N
 
 
 def validated(callback: RunRecord, step: int, loss: float, *, fn: str = "fit", sanity: bool = False) -> None:
-    """As a validation of this loss would end."""
+    """Ends a validation of this loss."""
     trainer: Any = SimpleNamespace(
         state=SimpleNamespace(fn=fn),
         sanity_checking=sanity,

@@ -88,7 +88,7 @@ def fit(data: L.LightningDataModule, watching: list[L.Callback], **changes: Any)
 
 
 def shown(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged, one text a validation."""
+    """Returns the logged texts, one per validation."""
     return [record.getMessage() for record in caplog.records if record.name == samples.__name__]
 
 

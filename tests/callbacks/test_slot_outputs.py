@@ -1,4 +1,4 @@
-"""When slot usage draws its panels, and which files a run leaves behind that has ended."""
+"""When slot usage draws its panels, and which files remain after a run."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_sub_keys_move_above_rows_that_do_not_learn(tmp_path: Path) -> None:
 
 
 def test_moved_sub_keys_are_read_again(tmp_path: Path) -> None:
-    """After revivals more sub-keys find readers than without; sub-keys also follow from counts of whole slots."""
+    """Compares runs with and without revivals, by counts of sub-keys that follow from those of slots."""
     overrides = [ALONE, "ffn=pkm", "model.memory.n_keys=32", "model.memory.knn=1", "optim.lr=0"]
     alive = []
     for callbacks in ([], [revivals.revival(every_n_steps=2, source="queries", dead_after=2, max_share=0.5)]):

@@ -22,7 +22,7 @@ ALONE = "strategy=single"
 
 
 def check(overrides: list[str], names: list[str], tmp_path: Path, steps: int = 5, **changes: Any) -> Any:
-    """Counters of every name equal a recount of the traces; returns what the callback holds and what was logged."""
+    """Checks the counters of every name against a recount; returns the callback, the logs and the traces."""
     raw, watching = jobs.Raw(), jobs.usage(tmp_path, **changes)
     _, _, seen = jobs.fit([ALONE, *overrides], steps, [watching, raw])
     counters = watching.counters
@@ -160,7 +160,7 @@ def test_a_model_without_slots_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ffn", ["memory_plus", pytest.param("moe_expert_choice", marks=pytest.mark.slow)])
 def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None:
-    """Saved by two ranks, resumed by one, and the other way round, in the middle of a window."""
+    """Resumes on one rank what two have saved, and the other way round, in the middle of a window."""
     still = ["optim.warmup_share=0", "optim.final_factor=1.0"]
     given = [f"ffn={ffn}", "placement=middle", "table.shard=dim", "trainer.precision=64-true", *still]
     if ffn == "moe_expert_choice":  # experts choose among the tokens of their rank

@@ -54,7 +54,7 @@ class Watch(L.Callback):
 
 
 def test_every_micro_batch_is_seen_once() -> None:
-    """Also where micro-batches accumulate, and activations are recomputed in backward."""
+    """Accumulates micro-batches, and recomputes activations in backward."""
     watch = Watch()
     settings = jobs.settings(
         "ffn=memory_plus", "model.activation_checkpointing=true", "trainer.accumulate_grad_batches=2",

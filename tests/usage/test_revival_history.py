@@ -1,4 +1,4 @@
-"""What was revived when, through rollbacks and resumes."""
+"""The history of revivals through rollbacks and resumes."""
 
 from __future__ import annotations
 
