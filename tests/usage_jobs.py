@@ -107,7 +107,7 @@ def fit(
 
 
 def counted(watching: SlotUsage) -> dict[str, list[Any]]:
-    """Counts over all ranks, by name: reads and weights since the start, those of the window, last reads."""
+    """Returns reads and weights since the start, those of the window, and last reads, over all ranks, by name."""
     counters = watching.counters
     assert counters is not None
     by_name: dict[str, list[Any]] = {}
@@ -118,7 +118,7 @@ def counted(watching: SlotUsage) -> dict[str, list[Any]]:
 
 
 def count(overrides: list[str], steps: int, save: str = "", resume: str = "", done: int = 0) -> Any:
-    """Trains; returns the counters of all ranks, the logged figures, and whether this rank wrote usage.json."""
+    """Returns the counters of all ranks after a training, its logs, and whether this rank wrote usage.json."""
     with tempfile.TemporaryDirectory() as folder:
         watching = usage(folder)
         options = {"ckpt_path": resume} if resume else {}

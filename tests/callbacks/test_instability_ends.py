@@ -47,7 +47,7 @@ def test_the_last_step_is_checked_before_it_is_saved(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_abandoned_steps_are_removed(tmp_path: Path) -> None:
-    """Lets step 12 fail: training returns to step 8, whose checkpoint replaces that of step 10."""
+    """Breaks step 12: training returns to step 8, whose checkpoint replaces that of step 10."""
 
     class Late(faults.NotANumber):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -96,7 +96,7 @@ def fit(
     ckpt_path: str | None = None,
     **changes: Any,
 ) -> tuple[Figures, LanguageModule]:
-    """Trains; returns the figures after each micro-batch, and the module."""
+    """Returns the figures after each micro-batch of a training, and the module."""
     watched = Throughput(window=window)
     latest = Latest(watched)
     settings: dict[str, Any] = {

@@ -31,7 +31,7 @@ class Tracer(nn.Module):
 
 
 def counters(*ffns: nn.Module, **changes: object) -> UsageCounters:
-    tables = {id(table): table for ffn in ffns if isinstance(ffn, Tracer) for s in ffn.told for table in s.tables}
+    tables = {id(table): table for ffn in ffns if isinstance(ffn, Tracer) for s in ffn.declared for table in s.tables}
     model = toys.transformer(list(ffns), tables.values())
     return UsageCounters(model, **{"window": 4, "per_head": None, "device": HERE, "step": 0, **changes})  # type: ignore[arg-type]
 

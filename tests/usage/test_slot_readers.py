@@ -61,7 +61,7 @@ def test_traces_that_do_not_fit_are_refused(trace: dict[str, torch.Tensor], mess
         made.add({0: trace}, BATCH)
 
 
-def test_slots_that_are_never_traced_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_slots_that_are_never_traced_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     made = counters(Tracer(SLOT))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -81,7 +81,7 @@ def test_steps_without_a_trace_leave_the_window() -> None:
 
 
 def overlapping() -> tuple[Any, list[ValueTable]]:
-    """Returns counters and tables of layers 0 to 2, whose tables layer 1 connects, and of layer 3 with its own table."""
+    """Returns counters and tables of layers 0 to 2, whose tables layer 1 connects, and of layer 3 with its own."""
     first, second, third, separate = (ValueTable(rows=4, dim=2) for _ in range(4))
     sets = ((first,), (first, second), (second, third), (separate,))
     made = counters(*(Tracer(Slots(name="slot", count=4, tables=tables)) for tables in sets))
