@@ -1,26 +1,32 @@
-"""events.jsonl: a line for each event of a run, kept over kills and resumes.
+"""events.jsonl: one line per event of a run, kept over kills and resumes.
 
 | key | meaning |
 |---|---|
 | step | the optimizer step, counted from 1 |
 | event | what happened; see `pkm_lightning.callbacks.instability` |
-| layer | the layer, or the name of the parameter, that it happened in; null: the whole model |
-| figure | what was looked at: loss, grad_norm_dense, grad_norm_table, or a figure of `callbacks.diagnostics` |
-| value, threshold | what was found (of a spike its score), and what is allowed; a number, or "nan", "inf", "-inf" |
-| action | what its policy says: warn, skip, rollback, stop; the strongest of a step is done |
-| returned_to | of a rollback: the step whose state training goes back to |
+| layer | the layer, or the name of the parameter, where it happened; null: the whole model |
+| figure | the quantity: loss, grad_norm_dense, grad_norm_table, or a figure of `callbacks.diagnostics` |
+| value, threshold | the value (of a spike its score) and the largest allowed one; a number, "nan", "inf" or "-inf" |
+| action | the policy of the event: warn, skip, rollback, stop; the strongest one of a step is carried out |
+| returned_to | only with action rollback: the step whose state training goes back to |
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pkm_lightning.storage import write_beside
+
+_log = logging.getLogger(__name__)
+_SHOW_EVERY = 100
+
 
 class Event(NamedTuple):
-    """One thing that happened in one step; a spike's value is its score."""
+    """An event of one step; the value of a spike is its score."""
 
     name: str
     step: int
@@ -30,48 +36,53 @@ class Event(NamedTuple):
     threshold: float | None = None
 
     def __str__(self) -> str:
-        of = "" if self.figure is None else f" of {self.figure}"
-        where = (
-            "" if self.layer is None else f" in {f'layer {self.layer}' if isinstance(self.layer, int) else self.layer}"
-        )
+        figure = "" if self.figure is None else f" of {self.figure}"
+        layer = f"layer {self.layer}" if isinstance(self.layer, int) else self.layer
+        place = "" if layer is None else f" in {layer}"
         allowed = "" if self.threshold is None else f", allowed {self.threshold:.4g}"
-        return f"{self.name}{of}{where} in step {self.step} (found {self.value:.4g}{allowed})"
+        return f"{self.name}{figure}{place} in step {self.step} (found {self.value:.4g}{allowed})"
 
 
 class EventLog:
-    """Appends lines; after a resume it goes on behind those that the checkpoint knew of.
+    """The file of events and its echo on the screen; after a resume it continues behind the lines of the checkpoint.
 
     Args:
         path: the file.
+
+    Attributes:
+        lines: lines of the file that belong to this run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.lines = path, 0
+        self._last_shown: dict[str, int] = {}
 
     def begin(self) -> None:
-        """Cuts the file back to `lines`; with none of them it is removed."""
+        """Cuts the file to `lines` lines, and removes it if that leaves none."""
         if not self.path.exists():
             self.lines = 0
             return
-        kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[: self.lines]
-        self.lines = len(kept)
-        if kept:
-            beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_text("".join(kept), encoding="utf-8")
-            beside.replace(self.path)
+        remaining = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[: self.lines]
+        self.lines = len(remaining)
+        if remaining:
+            write_beside(self.path, "".join(remaining))
         else:
             self.path.unlink()
 
     def write(self, event: Event, action: str, **more: Any) -> None:
-        """One line."""
+        """Appends one line to the file, and shows it; of events that are only warned of, one per 100 steps."""
         line = {"step": event.step, "event": event.name, "layer": event.layer, "figure": event.figure}
         line |= {"value": event.value, "threshold": event.threshold, "action": action, **more}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _number(value) for key, value in line.items()}) + "\n")
         self.lines += 1
+        # A run that stays broken would fill the screen.
+        if action != "warn" or event.step - self._last_shown.get(event.name, -_SHOW_EVERY) >= _SHOW_EVERY:
+            self._last_shown[event.name] = event.step
+            _log.warning("%s: %s", event, action)
 
 
 def _number(value: Any) -> Any:
-    """JSON has no word for what is not finite."""
+    # JSON has no number for NaN and infinity.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

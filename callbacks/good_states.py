@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
+from pkm_lightning.callbacks.base import find_callback
 from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
 from pkm_lightning.errors import InstabilityError
 from pkm_lightning.training import LanguageModule
@@ -13,12 +14,14 @@ from pkm_lightning.training.restoring import MemoryState, lower_rate, restore_ch
 
 
 class GoodStates:
-    """Takes states as training goes on, and restores the newest that has proved good.
+    """Keeper of states of the training under way, which restores the newest one that has proved good.
 
     Args:
-        restore: `memory` or `disk`.
+        restore: `memory` (copies in host memory, of two states, each as large as a checkpoint) or `disk` (the last
+            checkpoint).
         every_n_steps: steps between states in memory.
-        settle_steps: a state is good after as many further steps.
+        settle_steps: further steps after which a state in memory counts as good, at most `every_n_steps`: damage to the
+            weights may take some steps to show.
     """
 
     def __init__(self, restore: str, every_n_steps: int, settle_steps: int) -> None:
@@ -26,17 +29,17 @@ class GoodStates:
         self._states: list[MemoryState] = []
 
     def begin(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """The first state is that which training starts from."""
+        """Keeps the state that training starts from."""
         if self.restore == "memory":
             self._states = [MemoryState(trainer, pl_module)]
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """The state of this step is to be kept, if it is good."""
+        """Returns whether the state of this step is to be kept, provided it is good."""
         on_time = trainer.global_step % self.every_n_steps == 0
         return self.restore == "memory" and on_time and trainer.global_step > self._states[-1].step
 
     def keep(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Keeps the state of this step; the one before stays, until this one has proved good."""
+        """Keeps the state of this step; the previous one stays until this one has proved good."""
         self._states = [self._states[-1], MemoryState(trainer, pl_module)]
 
     def forget(self) -> None:
@@ -44,24 +47,24 @@ class GoodStates:
         self._states = []
 
     def newest(self, trainer: L.Trainer) -> int | None:
-        """The step that would be gone back to; None: there is none."""
+        """Returns the step of the state that a rollback would restore; None: there is no state yet."""
         if self.restore == "disk":
-            path = _newest_checkpoint(trainer)
+            path = _step_checkpoint(trainer).newest(trainer)
             return None if path is None else int(path.stem.removeprefix("step-"))
         return self._good(trainer).step
 
     def go_back(self, trainer: L.Trainer, pl_module: LanguageModule, lr_factor: float) -> None:
-        """Restores, and multiplies the learning rate.
+        """Restores the newest good state, and multiplies the learning rate by `lr_factor`.
 
         Raises:
             InstabilityError: there is no checkpoint yet.
         """
-        rate = _rate(trainer, pl_module)
+        scale = _rate_scale(trainer, pl_module)
         if self.restore == "disk":
-            path = _newest_checkpoint(trainer)
+            path = _step_checkpoint(trainer).newest(trainer)
             if path is None:
                 raise InstabilityError(
-                    "there is no checkpoint to go back to yet; lower callbacks.step_checkpoint.every_n_steps, or say "
+                    "there is no checkpoint to go back to yet; lower callbacks.step_checkpoint.every_n_steps, or set "
                     "callbacks.instability.restore=memory."
                 )
             restore_checkpoint(trainer, pl_module, path)
@@ -69,30 +72,39 @@ class GoodStates:
             state = self._good(trainer)
             state.restore(trainer, pl_module)
             self._states = [state]
-        # The state may be older than an earlier lowering.
-        factor = rate * lr_factor / _rate(trainer, pl_module)
+        # The restored schedule may be older than an earlier reduction of the rate, which must last.
+        factor = scale * lr_factor / _rate_scale(trainer, pl_module)
         if factor != 1:
             lower_rate(trainer, factor)
-        checkpoints = _checkpoints(trainer)
+        checkpoints = find_callback(trainer, StepCheckpoint)
         if checkpoints is not None:
-            checkpoints.went_back(trainer)
+            checkpoints.replace_later(trainer)
 
     def _good(self, trainer: L.Trainer) -> MemoryState:
         settled = [state for state in self._states if trainer.global_step - state.step > self.settle_steps]
         return (settled or self._states[:1])[-1]
 
 
-def _rate(trainer: L.Trainer, pl_module: LanguageModule) -> float:
-    """The schedule's peak over the configured one: below 1 after rollbacks that have lowered it."""
+def will_save(trainer: L.Trainer) -> bool:
+    """Returns whether a checkpoint of the step that has just been made will follow, as all ranks know."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(callback.is_due(trainer) for callback in callbacks if isinstance(callback, StepCheckpoint))
+
+
+def newest_in_words(trainer: L.Trainer) -> str:
+    """Returns, for an error message, the checkpoint that the run can be continued from, as far as this rank knows."""
+    checkpoints = find_callback(trainer, StepCheckpoint)
+    names = [] if checkpoints is None else sorted(p.name for p in Path(str(checkpoints.dirpath)).glob("step-*.ckpt"))
+    return f"its last checkpoint is {names[-1]}" if names else "there is no checkpoint yet"
+
+
+def _rate_scale(trainer: L.Trainer, pl_module: LanguageModule) -> float:
+    """Returns the peak of the schedule over the configured one: below 1 after rollbacks that have lowered it."""
     schedule = trainer.lr_scheduler_configs[0].scheduler
     return float(schedule.base_lrs[0]) / pl_module.config["optim"]["lr"] if pl_module.config["optim"]["lr"] else 1.0
 
 
-def _checkpoints(trainer: L.Trainer) -> StepCheckpoint | None:
-    return next((c for c in trainer.callbacks if isinstance(c, StepCheckpoint)), None)  # type: ignore[attr-defined]
-
-
-def _newest_checkpoint(trainer: L.Trainer) -> Path | None:
-    callback = _checkpoints(trainer)
+def _step_checkpoint(trainer: L.Trainer) -> StepCheckpoint:
+    callback = find_callback(trainer, StepCheckpoint)
     assert callback is not None
-    return callback.newest(trainer)
+    return callback

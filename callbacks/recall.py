@@ -1,8 +1,8 @@
-"""Asks the model the data module's questions at each validation and in the test.
+"""Factual recall: the model answers the data module's questions at each validation and in the test.
 
 Metrics: `val/recall_FORM` and `test/recall_FORM` (exact match), `.../choice_FORM` (best of four options),
-`.../bits_FORM` (bits of knowledge per fact, prior less model). Data modules without `recall_items` are left alone.
-Every answer of the test goes into recall.csv, so that reports can resample facts.
+`.../bits_FORM` (bits of knowledge per fact, prior less model). Data modules without `recall_items` are skipped. Every
+answer of the test is written to recall.csv, so that reports can resample facts.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 from pkm_lightning.storage import write_beside
 from pkm_lightning.training import LanguageModule
 
+__all__ = ["Recall"]
+
 
 class Recall(L.Callback):
-    """Scores questions over all ranks.
+    """Scorer of questions, which the ranks share among them.
 
     Args:
-        val_items: questions a form at each validation; 0 for none.
-        test_items: questions a form in the test; None for all.
-        path: file of the test's answers, a row each with the fields of `ItemScore`; None for no file.
+        val_items: questions per form at each validation; 0 for none.
+        test_items: questions per form in the test; None for all.
+        path: file of the test's answers, one row per answer with the fields of `ItemScore`; None for no file.
 
     Attributes:
-        scores: each question of the last test.
+        scores: the score of each question of the last test.
         report: their means by form, relation and decile (`pkm_lightning.inference.recall.summarise`).
     """
 
@@ -44,12 +46,12 @@ class Recall(L.Callback):
         self.report: dict[str, Any] = {}
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A small sample."""
+        """Scores and logs a small sample."""
         if self.val_items:
             self._log("val", self._score(trainer, pl_module, self.val_items), pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The full sample, kept for the report."""
+        """Scores and logs the full sample, and keeps it for the report."""
         self.scores = self._score(trainer, pl_module, self.test_items)
         self.report = self._log("test", self.scores, pl_module)
         if self.path is not None and self.scores and trainer.is_global_zero:
@@ -61,14 +63,14 @@ class Recall(L.Callback):
         if not items:
             return []
         assert isinstance(pl_module, LanguageModule)
-        own = items[trainer.global_rank :: trainer.world_size]
+        share = items[trainer.global_rank :: trainer.world_size]
         with synchronized_forwards(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
-            scores = score_items(pl_module.model, data.tokenizer, own, device=pl_module.device) if own else []
+            scores = score_items(pl_module.model, data.tokenizer, share, device=pl_module.device) if share else []
         if trainer.world_size == 1:
             return scores
         gathered: list[list[ItemScore]] = [[] for _ in range(trainer.world_size)]
         dist.all_gather_object(gathered, scores)
-        return [score for of_rank in gathered for score in of_rank]
+        return [score for rank_scores in gathered for score in rank_scores]
 
     def _log(self, prefix: str, scores: list[ItemScore], pl_module: L.LightningModule) -> dict[str, Any]:
         report = summarise(scores)
@@ -76,12 +78,13 @@ class Recall(L.Callback):
             for metric in ("recall", "choice", "bits"):
                 if metric in means:
                     on_bar = prefix == "val" and metric == "recall" and form == "paraphrase"
+                    # All ranks hold all scores, so their mean changes nothing, and Lightning does not warn.
                     pl_module.log(f"{prefix}/{metric}_{form}", means[metric], prog_bar=on_bar, sync_dist=True)
         return report
 
 
 def write_scores(path: Path, scores: Sequence[ItemScore]) -> None:
-    """Writes `scores` as CSV; a truth value is 0 or 1."""
+    """Writes `scores` as CSV, with truth values as 0 or 1."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(field.name for field in fields(ItemScore))

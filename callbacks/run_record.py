@@ -1,7 +1,7 @@
-"""Gathers what run.json says of a run besides its status: where it ran, how far it came, what it reached.
+"""The content of run.json except its status: where a run took place, how far it came, what it reached.
 
-run.json is not optional, so `fit` adds this callback to every Trainer by itself: there is no YAML to leave it out with.
-It logs no metric; `pkm_lightning.training.run_record` has the table of keys.
+run.json is not optional, so `fit` adds this callback to every Trainer, and no YAML configures it. It logs no metric;
+`pkm_lightning.training.run_record` has the table of keys.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from typing import Any
 
 import lightning as L
 
+from pkm_lightning.callbacks.base import find_callback, in_training
 from pkm_lightning.callbacks.recall import Recall
-from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback, in_training
+from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
 from pkm_lightning.callbacks.throughput import Throughput
 from pkm_lightning.data.base import fingerprint_of, n_facts_of
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.run_record import device_name, peak_memory_bytes
 
+__all__ = ["RunRecord"]
+
 _log = logging.getLogger(__name__)
 
 
 class RunRecord(TimedCallback):
-    """Its state, the best validation and the seconds trained, goes on in a resumed run.
+    """Collector of the record. A resumed run continues from its state: best validation, throughput, seconds trained.
 
     Attributes:
-        metrics: of the last test or validation outside training.
+        metrics: those of the last test, or of the last validation outside training.
     """
 
     def __init__(self) -> None:
@@ -39,7 +42,7 @@ class RunRecord(TimedCallback):
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Best validation so far, last throughput, and seconds trained."""
+        """Returns the best validation so far, the last throughput, and the seconds trained."""
         return {
             "best_validation": self._best,
             "throughput": self._throughput,
@@ -47,12 +50,12 @@ class RunRecord(TimedCallback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them up."""
+        """Restores them."""
         self._best, self.stopwatch = state["best_validation"], Stopwatch(state["seconds"])
         self._throughput = state["throughput"]
 
     def fields(self, trainer: L.Trainer) -> dict[str, Any]:
-        """What is known so far; reads nothing from a device, so it may be asked while one hangs."""
+        """Returns what is known so far; reads no device, so that it can be called while a device hangs."""
         device = trainer.strategy.root_device
         return {
             "world_size": trainer.world_size,
@@ -66,16 +69,16 @@ class RunRecord(TimedCallback):
         }
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Forgets the best validation, if it was of steps that training has gone back from."""
+        """Drops the best validation if a rollback has abandoned its step; keeps the last throughput."""
         if trainer.global_step < self._step and self._best is not None and self._best["step"] > trainer.global_step:
             self._best = None
         self._step = trainer.global_step
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Throughput) and callback.figures:
-                self._throughput = callback.figures
+        throughput = find_callback(trainer, Throughput)
+        if throughput is not None and throughput.figures:
+            self._throughput = throughput.figures
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keeps the loss, if it is the lowest; outside training, all metrics."""
+        """Keeps the loss if it is the lowest of training; keeps all metrics outside training."""
         if in_training(trainer):
             loss = float(trainer.callback_metrics.get("val/loss", math.nan))
             if math.isfinite(loss) and (self._best is None or loss < self._best["loss"]):
@@ -85,23 +88,23 @@ class RunRecord(TimedCallback):
         super().on_validation_end(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keeps the metrics, and the report on recall, if there is one."""
+        """Keeps the metrics, and the report on recall if there is one."""
         self._keep_metrics(trainer)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Recall):
-                self._recall = callback.report
+        recall = find_callback(trainer, Recall)
+        if recall is not None:
+            self._recall = recall.report
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Counts; a run that has nothing left to train comes here too."""
+        """Counts tokens and seconds; Lightning calls this also for a run that has nothing left to train."""
         self._count(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Counts how far a run came that does not come to its end."""
+        """Counts tokens and seconds of a run that fails or is interrupted."""
         super().on_exception(trainer, pl_module, exception)
         try:
             self._count(trainer, pl_module)
-        except Exception as error:  # a device that has failed, say: what was raised first is to be told
-            _log.warning("run.json lacks the counts of this sitting: %s", error)
+        except Exception as error:  # such as a failed device: the error that was raised first must be reported
+            _log.warning("run.json lacks the tokens and seconds since the run was started: %s", error)
 
     def _keep_metrics(self, trainer: L.Trainer) -> None:
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

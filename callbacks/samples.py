@@ -1,7 +1,7 @@
-"""Shows at each validation what the model answers to a few prompts, in the log and as a text panel of TensorBoard.
+"""Sample answers: what the model answers to a few prompts at each validation, in the log and in TensorBoard.
 
-It logs no metric. Answers are greedy and the model is in evaluation mode, so nothing is drawn and training goes on as
-it would without. Each token of an answer is a forward of the model, of all prompts that are equally long.
+No metric is logged. Decoding is greedy and the model in evaluation mode, so that no random number is drawn and training
+is the same as without this callback. Each token of an answer is one forward of all prompts of equal length.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from pkm_lightning.training import LanguageModule
 _log = logging.getLogger(__name__)
 
 
+__all__ = ["Samples"]
+
+
 class Samples(L.Callback):
-    """Asks on the first rank; the others take part in its forwards.
+    """Display of sample answers, generated on the first rank; the others take part in its forwards.
 
     Args:
-        prompts: what to ask; None for questions of the data module, with the right answers beside, if it has any.
-        items: questions a form of the data module, 0 or more.
-        max_new_tokens: tokens after which an answer is cut, 1 or more.
+        prompts: the prompts; None for questions of the data module, shown with the right answers, if it has any.
+        items: questions per form of the data module, 0 or more.
+        max_new_tokens: tokens after which an answer is cut off, 1 or more.
 
     Raises:
         ConfigError: `prompts` is no list of texts, or the data module has no tokenizer for them; a number out of range.
@@ -39,43 +42,44 @@ class Samples(L.Callback):
             listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
             if not listed or not all(isinstance(prompt, str) for prompt in prompts):
                 raise ConfigError(
-                    f'callbacks.samples.prompts={prompts!r} is no list of texts; say ["first","second"] or null.'
+                    f'callbacks.samples.prompts={prompts!r} is no list of texts; set ["first","second"] or null.'
                 )
         check_integer("callbacks.samples.items", items, 0)
         check_integer("callbacks.samples.max_new_tokens", max_new_tokens, 1)
         self.prompts, self.items, self.max_new_tokens = prompts, items, max_new_tokens
-        self._asked: list[tuple[str, str | None]] = []
+        self._questions: list[tuple[str, str | None]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Collects the questions and, where they are known, their answers."""
+        """Collects the questions, and their answers where they are known."""
         data: Any = getattr(trainer, "datamodule", None)
         if tokenizer_of(data) is None:
             if self.prompts:
                 raise ConfigError(
                     f"callbacks.samples.prompts needs a tokenizer, and {type(data).__name__} has none; "
-                    "leave it out with callbacks.samples.prompts=null."
+                    "set callbacks.samples.prompts=null."
                 )
         elif self.prompts is not None:
-            self._asked = [(prompt, None) for prompt in self.prompts]
+            self._questions = [(prompt, None) for prompt in self.prompts]
         elif self.items and stage in ("fit", "validate"):
-            self._asked = [(item.prompt, item.answer) for item in recall_items_of(data, self.items)]
+            self._questions = [(item.prompt, item.answer) for item in recall_items_of(data, self.items)]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Asks and shows, except in the validation that precedes training."""
-        if trainer.sanity_checking or not self._asked:
+        """Generates and shows the answers, except in the validation that precedes training."""
+        if trainer.sanity_checking or not self._questions:
             return
         assert isinstance(pl_module, LanguageModule)
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        own = [prompt for prompt, _ in self._asked] if trainer.is_global_zero else []
+        # All ranks enter: under FSDP every forward is a collective.
+        prompts = [prompt for prompt, _ in self._questions] if trainer.is_global_zero else []
         with synchronized_forwards(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
             answers = greedy(
-                pl_module.model, tokenizer, own, device=pl_module.device, max_new_tokens=self.max_new_tokens
+                pl_module.model, tokenizer, prompts, device=pl_module.device, max_new_tokens=self.max_new_tokens
             )
         if trainer.is_global_zero:
             self._show(trainer, answers)
 
     def _show(self, trainer: L.Trainer, answers: list[str]) -> None:
-        rows = [(prompt, answer, truth) for (prompt, truth), answer in zip(self._asked, answers, strict=True)]
+        rows = [(prompt, answer, truth) for (prompt, truth), answer in zip(self._questions, answers, strict=True)]
         lines = [f"  {p} -> {a}" + ("" if truth is None else f" (right: {truth})") for p, a, truth in rows]
         _log.info("samples at step %d\n%s", trainer.global_step, "\n".join(lines))
         for logger in trainer.loggers:
@@ -84,7 +88,7 @@ class Samples(L.Callback):
 
 
 def as_table(rows: Sequence[tuple[str, str, str | None]]) -> str:
-    """A Markdown table of prompt, answer and right answer."""
+    """Returns a Markdown table of prompt, answer and right answer."""
     header = ["| prompt | answer | right |", "|---|---|---|"]
     return "\n".join([*header, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)])
 

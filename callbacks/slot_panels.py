@@ -1,12 +1,13 @@
-"""TensorBoard's panels of slot usage, drawn as plain tensors; `usage/NAME/...`, NAME as in `slot_usage`.
+"""TensorBoard's panels of slot usage, drawn as plain tensors: `usage/NAME/...`, NAME as in `slot_usage`.
 
-- `heat_map`: reads since the start of every slot, on a square; where a slot is a pair of sub-keys, row i and column j
-  are its sub-keys, else slots go on line by line. Dark blue over green to yellow: logarithm of the reads; black: never.
+- `heat_map`: reads of every slot since the start, as a square. Where a slot is a pair of sub-keys, they are its row and
+  column; other slots follow each other line by line. The colour, from dark blue over green to yellow, is the logarithm
+  of the reads; black is a slot that was never read.
 - `rank_frequency`: the slots by falling number of reads, both axes logarithmic: rank to the right from 1 to N, reads
-  upwards from 1 to the most. Lines stand at powers of ten. A straight line is Zipf's law, a flat one even use.
-- `most_read`: the slots read most in the window, and the tokens that read them most in the micro-batch at hand.
+  upwards from 1 to the largest number, with lines at powers of ten. Zipf's law is a straight line, even use a flat one.
+- `most_read`: the most-read slots of the window, and the tokens of the last micro-batch that read them most.
 
-Letters: N slots, G side of the square, X and Y pixels, T tokens, K slots a token (of all heads).
+Letters: N slots, G side of the square, X and Y pixels, T tokens, K reads per token over all heads.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from pkm_lightning.data.base import tokenizer_of
 from pkm_lightning.model import Traces
 from pkm_lightning.usage.counters import UsageCounters
 
@@ -29,6 +33,23 @@ _DARK_TO_BRIGHT = torch.tensor([[0.27, 0.0, 0.33], [0.23, 0.32, 0.55], [0.13, 0.
 
 
 def draw_panels(
+    trainer: L.Trainer, counters: UsageCounters, traces: Traces, batch: dict[str, Tensor], step: int
+) -> None:
+    """Draws the panels on the TensorBoard loggers of `trainer`. Collective: call on all ranks.
+
+    Args:
+        trainer: whose data module's tokenizer, if it has one, gives the tokens of `most_read`.
+        counters: the reads so far.
+        traces, batch: the last micro-batch.
+        step: the step number of the panels.
+    """
+    boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    if boards:
+        tokenizer = tokenizer_of(getattr(trainer, "datamodule", None))
+        draw_on(boards if trainer.is_global_zero else [], counters, traces, batch, tokenizer, step)
+
+
+def draw_on(
     boards: Sequence[Any],
     counters: UsageCounters,
     traces: Traces,
@@ -36,7 +57,7 @@ def draw_panels(
     tokenizer: Any,
     step: int,
 ) -> None:
-    """Draws on all `boards` (of one rank; others give none); every rank must call it."""
+    """Draws the panels on `boards`, of which only the first rank has any. Collective: call on all ranks."""
     for name in (*counters.readers, *(name for name, table in counters.tables.items() if len(table.readers) > 1)):
         ever_N, window_N = (counters.total(name, span).counts_N.cpu() for span in ("ever", "window"))
         for board in boards:
@@ -44,6 +65,7 @@ def draw_panels(
             board.add_image(f"usage/{name}/rank_frequency", rank_frequency(ever_N), step)
             if name in counters.readers:
                 reads = counters.readers[name].reads(traces, batch)
+                # A slot that is not traced in this micro-batch has no tokens to show.
                 ids_TK = torch.empty(0, 1, dtype=torch.int64) if reads is None else reads.ids_THK.flatten(1).cpu()
                 tokens_T = batch["input_ids"].flatten().cpu() if reads is not None else ids_TK[:, 0]
                 if reads is not None and reads.valid_T is not None:
@@ -52,28 +74,29 @@ def draw_panels(
 
 
 def heat_map(counts_N: Tensor) -> Tensor:
-    """(3, Y, X) in 0 to 1; above 1024 x 1024 a pixel is the sum of a block."""
+    """Returns the image (3, Y, X) of values in 0 to 1; above 1024 x 1024 a pixel is the sum of a block of slots."""
     side = math.isqrt(len(counts_N) - 1) + 1
     block = -(-side // _LARGEST_SIDE)
     pixels = -(-side // block)
     square_GG = torch.zeros(pixels * block, pixels * block, dtype=torch.float64)
-    line_G2 = torch.zeros(side * side, dtype=torch.float64)
-    line_G2[: len(counts_N)] = counts_N
-    square_GG[:side, :side] = line_G2.view(side, side)
+    padded = torch.zeros(side * side, dtype=torch.float64)
+    padded[: len(counts_N)] = counts_N
+    square_GG[:side, :side] = padded.view(side, side)
     reads_YX = square_GG.view(pixels, block, pixels, block).sum((1, 3))
     level_YX = reads_YX.log1p() / reads_YX.max().clamp(min=1).log1p()
     return _coloured(level_YX.float()) * (reads_YX > 0)
 
 
 def _coloured(level_YX: Tensor) -> Tensor:
-    place_YX = level_YX * (len(_DARK_TO_BRIGHT) - 1)
-    low_YX = place_YX.long().clamp(max=len(_DARK_TO_BRIGHT) - 2)
-    part_YX1 = (place_YX - low_YX)[..., None]
-    return (_DARK_TO_BRIGHT[low_YX] * (1 - part_YX1) + _DARK_TO_BRIGHT[low_YX + 1] * part_YX1).permute(2, 0, 1)
+    # Linear between neighbouring colours of the scale.
+    position_YX = level_YX * (len(_DARK_TO_BRIGHT) - 1)
+    low_YX = position_YX.long().clamp(max=len(_DARK_TO_BRIGHT) - 2)
+    share_YX1 = (position_YX - low_YX)[..., None]
+    return (_DARK_TO_BRIGHT[low_YX] * (1 - share_YX1) + _DARK_TO_BRIGHT[low_YX + 1] * share_YX1).permute(2, 0, 1)
 
 
 def rank_frequency(counts_N: Tensor) -> Tensor:
-    """(3, Y, X) in 0 to 1: grey lines at powers of ten, the curve in blue."""
+    """Returns the image (3, Y, X) of values in 0 to 1: grey lines at powers of ten, the curve in blue."""
     height, width = _CURVE
     image = torch.ones(3, height, width)
     falling_N = counts_N.sort(descending=True).values.double()
@@ -82,11 +105,12 @@ def rank_frequency(counts_N: Tensor) -> Tensor:
         image[:, :, round(power / max(math.log10(n_slots), 1e-9) * (width - 1)) if n_slots > 1 else 0] = 0.85
     for power in range(int(math.log10(max(most, 1))) + 1):
         image[:, _height(10.0**power, most), :] = 0.85
-    # A column stands for the slot of its rank, on a logarithmic scale.
+    # Each column shows the slot of one rank; ranks are spaced logarithmically.
     ranks_X = (n_slots ** (torch.arange(width) / (width - 1)) - 1).round().long().clamp(max=n_slots - 1)
     above = None
     for x, reads in enumerate(falling_N[ranks_X].tolist()):
         if reads > 0:
+            # From the height of the column before, so that the curve has no gaps.
             y = _height(reads, most)
             start = y if above is None else min(above, y)
             image[:, start : y + 2, x] = torch.tensor([0.1, 0.3, 0.8])[:, None]
@@ -95,12 +119,12 @@ def rank_frequency(counts_N: Tensor) -> Tensor:
 
 
 def _height(reads: float, most: float) -> int:
-    """Line of the image, from above."""
+    """Returns the line of the image, counted from the top."""
     return round((1 - math.log10(reads) / max(math.log10(max(most, 1)), 1e-9)) * (_CURVE[0] - 2)) if most > 1 else 0
 
 
 def most_read(counts_N: Tensor, ids_TK: Tensor, tokens_T: Tensor, tokenizer: Any) -> str:
-    """A table in Markdown: slot, its reads and share of all reads in the window, the tokens that read it most."""
+    """Returns a Markdown table: slot, its reads and share of all reads in the window, the tokens that read it most."""
     counts, slots = counts_N.topk(min(_SHOWN_SLOTS, len(counts_N)))
     total = max(int(counts_N.sum()), 1)
     lines = ["| slot | reads | share | tokens of this micro-batch |", "|---|---|---|---|"]
@@ -110,8 +134,8 @@ def most_read(counts_N: Tensor, ids_TK: Tensor, tokens_T: Tensor, tokenizer: Any
             reads = Counter[int]()
             for token, times in zip(tokens_T[readers_T > 0].tolist(), readers_T[readers_T > 0].tolist(), strict=True):
                 reads[token] += times
-            named = [f"{_word(token, tokenizer)} ({times})" for token, times in reads.most_common(_SHOWN_TOKENS)]
-            lines.append(f"| {slot} | {count:,} | {count / total:.2%} | {', '.join(named)} |")
+            tokens = [f"{_word(token, tokenizer)} ({times})" for token, times in reads.most_common(_SHOWN_TOKENS)]
+            lines.append(f"| {slot} | {count:,} | {count / total:.2%} | {', '.join(tokens)} |")
     return "\n".join(lines)
 
 
@@ -120,7 +144,8 @@ def _word(token: int, tokenizer: Any) -> str:
         return str(token)
     try:
         text = tokenizer.decode([token])
-    except Exception:  # a model may have more tokens than its tokenizer, whose errors are its own
+    # A model may have more tokens than its tokenizer, and a tokenizer may raise anything.
+    except Exception:
         return str(token)
     text = text.replace("|", "\\|").replace("`", "'").replace("\n", "⏎")
     return f"`{text}`" if text.strip() else f"`{text}` {token}"

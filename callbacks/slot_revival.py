@@ -1,19 +1,20 @@
-"""Gives slots that nobody has read for long another start. Off by default; needs `slot_usage`.
+"""Slot revival: gives slots that have not been read for long another start. Off by default; needs `slot_usage`.
 
-A row is read where its keys lead, so new values alone bring no read; they make the next one useful. Two sources:
+A row is read where its keys lead, so new values alone bring no read; they make the next one useful. There are two
+sources:
 
-- `busy`: each dead row (of a table; dead for all layers that share it) becomes a copy of one of the most-read rows of
+- `busy`: each dead row of a table (dead for all layers that share it) becomes a copy of one of the most-read rows of
   SlotUsage's window, plus noise. Keys stay. Works with every memory and strategy.
-- `queries`: a product-key slot (i, j) has no key of its own, so what is moved are dead sub-keys: those that no query
-  of their head has chosen for `dead_after` steps, in whatever pair. Each goes to where the worst-served query half of
-  the micro-batch at hand points (on rank 0; see `pkm_lightning.memory.revival`), plus noise; then the dead rows
-  among the S pairs of each moved sub-key get values as from `busy`. Live slots never change.
+- `queries`: a product-key slot (i, j) has no key of its own, so dead sub-keys are moved: those that no query of their
+  head has chosen for `dead_after` steps, in whatever pair. Each moves to where the worst-served half query of the last
+  micro-batch points (on the first rank; see `pkm_lightning.memory.revival`), plus noise; then the dead rows among the S
+  pairs of each moved sub-key get values as from `busy`. Live slots never change.
 
-What the optimizer remembers of a row or sub-key is forgotten. At most `max_share` of a table's rows, and of the
-sub-keys of a half, change at a time (rounded up), the longest unread first. Random numbers depend on the seed, the step
-and the name only, and rows are chosen by sums over the ranks: all ranks agree, however tables are split. What was
-revived has `dead_after` steps to find readers before its next turn; SlotUsage's `dead` counts it until it is read. A
-rollback undoes revivals with the values, and what is known of them.
+The optimizer state of a revived row or sub-key is reset. At most `max_share` of a table's rows, and of the sub-keys of
+a half, change at a time (rounded up), the longest unread first. Random numbers depend on the seed, the step and the
+name only, and rows are chosen by sums over the ranks: all ranks agree, however tables are split. A revived slot has
+`dead_after` steps to find readers before it may be revived again; SlotUsage's `dead` counts it until it is read. A
+rollback undoes revivals with the values, and removes them from the history.
 
 Metrics, at each log, since the start: `train/revived/NAME`, rows of `table0`, sub-keys of `layer3.slot`.
 """
@@ -24,32 +25,33 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from pkm_lightning.callbacks.revival_checks import check_config, check_queries, missing_usage
+from pkm_lightning.callbacks.base import configured, engine_owns_parameters, find_callback
 from pkm_lightning.callbacks.slot_usage import SlotUsage
-from pkm_lightning.callbacks.stopwatch import step_will_log
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
-from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.usage.query_recorder import QueryRecorder
 from pkm_lightning.usage.revival import Revival, addressing_of, learns
 from pkm_lightning.usage.revival_history import RevivalHistory
-from pkm_lightning.usage.slot_readers import find_readers, find_tables
+from pkm_lightning.usage.slot_readers import Reader, find_readers, find_tables
 
+__all__ = ["SlotRevival"]
+
+#: Logged names outlive those of the code: earlier runs, reports and dashboards have them.
+_LOGGED = "train/revived"
 _KEY = "callbacks.slot_revival"
 
 
 class SlotRevival(L.Callback):
-    """Revives dead slots every `every_n_steps`. Its state is what was revived when.
+    """Revival of dead slots every `every_n_steps`. Its state is the history of revivals.
 
     Args:
         every_n_steps: optimizer steps between revivals, 1 or more.
         dead_after: steps without a read after which a slot is dead, 1 or more.
         max_share: largest share of a table's rows (and of a half's sub-keys) that changes at a time, 0 to 1.
         source: `busy` or `queries`.
-        noise: standard deviation of what is added, over the RMS of the row or sub-key.
+        noise: standard deviation of the noise, over the RMS of the row or sub-key.
 
     Raises:
         ConfigError: a value out of range; when training starts, a setting that it cannot work with.
@@ -61,139 +63,137 @@ class SlotRevival(L.Callback):
         check_range(f"{_KEY}.max_share", max_share, 0, 1)
         check_choice(f"{_KEY}.source", source, ("busy", "queries"))
         check_range(f"{_KEY}.noise", noise, 0)
-        self.every_n_steps, self.dead_after, self.max_share = every_n_steps, dead_after, max_share
-        self.source, self.noise = source, noise
+        self.every_n_steps, self.source = every_n_steps, source
+        self._limits: dict[str, Any] = {"dead_after": dead_after, "max_share": max_share, "noise": noise}
         self.history = RevivalHistory()
         self._names: list[str] = []
-        self._reached = 0
-        self._addressing: dict[str, Addressing] = {}
-        self._queries: dict[str, Tensor] = {}
-        self._valid_T: Tensor | None = None
-        self._hooks: list[Any] = []
+        self._last_step = 0
+        self._recorder = QueryRecorder({})
 
     @property
     def revived(self) -> dict[str, int]:
-        """Rows and sub-keys revived so far, by name."""
+        """Numbers of rows and sub-keys revived so far, by name."""
         return dict.fromkeys(self._names, 0) | self.history.counts
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was revived when."""
-        return self.history.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self.history.load_state_dict(state)
-
-    # --- what it works with
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses what cannot work; watches queries, where they are wanted."""
-        assert isinstance(pl_module, LanguageModule)
-        usage = _slot_usage(trainer)
-        readers = find_readers(pl_module.model)
-        tables = find_tables(readers)
-        tables_learn = any(learns(table) for one in tables.values() for table in one.tables)
-        if self.source == "busy" and not tables_learn:
-            raise ConfigError(f"{_KEY}: no table of this model learns, so there is nothing to revive; leave it out.")
-        self._names = list(tables)
-        if self.source == "queries":
-            check_queries(
-                counts_heads=usage.per_head is not None,
-                engine_owns=getattr(trainer.strategy, "owns_parameters", False),
-                compiled=pl_module.config["model"]["compile"],
-            )
-            found = {name: addressing_of(reader.plugin) for name, reader in readers.items() if reader.slots.n_keys}
-            self._addressing = {name: one for name, one in found.items() if one is not None}
-            if not self._addressing:
-                raise ConfigError(
-                    f"{_KEY}.source=queries moves the sub-keys of product keys (ffn=pkm, memory, memory_plus, peer), "
-                    "and this model has none; set source=busy."
-                )
-            self._names += self._addressing
-            self._watch_queries(trainer, pl_module)
-        # A checkpoint of a rollback is written before the next batch starts.
-        self.history.go_back(trainer.global_step)
-
     def check(self, config: Mapping[str, Any]) -> None:
-        """Refuses what cannot work with the rest of a configuration, before anything starts.
+        """Refuses what cannot work with the rest of a configuration.
 
         Raises:
             ConfigError: slot_usage is off; or source=queries with what hides reads, queries or sub-keys.
         """
-        check_config(config, self.source)
+        usage = configured(config, SlotUsage)
+        if not usage:
+            raise _missing_usage()
+        if self.source == "queries":
+            _check_queries(
+                counts_heads=usage[0].get("per_head") not in (False, "false"),
+                engine_owns=engine_owns_parameters(config),
+                compiled=config["model"]["compile"],
+            )
 
-    def _watch_queries(self, trainer: L.Trainer, module: LanguageModule) -> None:
-        def hook_of(name: str) -> Any:
-            def keep(query: torch.nn.Module, _: Any, output: tuple[Tensor, Any]) -> None:
-                if query.training and (trainer.global_step + 1) % self.every_n_steps == 0:
-                    self._queries[name] = output[0].detach()
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses what the model makes impossible; records queries where the source needs them."""
+        assert isinstance(pl_module, LanguageModule)
+        usage = _slot_usage(trainer)
+        readers = find_readers(pl_module.model)
+        tables = find_tables(readers)
+        if self.source == "busy" and not any(learns(table) for one in tables.values() for table in one.tables):
+            raise ConfigError(f"{_KEY}: no table of this model learns, so there is nothing to revive; leave it out.")
+        self._names = list(tables)
+        if self.source == "queries":
+            _check_queries(
+                counts_heads=usage.per_head is not None,
+                engine_owns=getattr(trainer.strategy, "owns_parameters", False),
+                compiled=pl_module.config["model"]["compile"],
+            )
+            self._record_queries(trainer, pl_module, readers)
+        # The checkpoint of a rollback is written before `on_train_batch_start` could correct the history.
+        self.history.go_back(trainer.global_step)
 
-            return keep
-
-        self._hooks = [one.query.register_forward_hook(hook_of(name)) for name, one in self._addressing.items()]
-        module.watch.watchers.append(self._keep_valid)
-
-    def _keep_valid(self, _: Any, batch: dict[str, Tensor]) -> None:
-        self._valid_T = batch["valid"].flatten() if "valid" in batch else None
-
-    # --- the revival
+    def _record_queries(self, trainer: L.Trainer, pl_module: LanguageModule, readers: Mapping[str, Reader]) -> None:
+        every = {name: addressing_of(reader.plugin) for name, reader in readers.items() if reader.slots.n_keys}
+        addressing = {name: part for name, part in every.items() if part is not None}
+        if not addressing:
+            raise ConfigError(
+                f"{_KEY}.source=queries moves the sub-keys of product keys (ffn=pkm, memory, memory_plus, peer), and "
+                "this model has none; set source=busy."
+            )
+        self._names += addressing
+        self._recorder = QueryRecorder(addressing)
+        self._recorder.begin(lambda: (trainer.global_step + 1) % self.every_n_steps == 0)
+        pl_module.watch.watchers.append(self._recorder.watch)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Forgets revivals that a rollback has undone."""
-        if trainer.global_step < self._reached:
+        """Removes revivals that a rollback has undone from the history."""
+        if trainer.global_step < self._last_step:
             self.history.go_back(trainer.global_step)
-        self._reached = trainer.global_step
+        self._last_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Logs how many were revived so far."""
-        if step_will_log(trainer):
-            pl_module.log_dict({f"train/revived/{name}": float(n) for name, n in self.revived.items()})
+        """Logs the numbers of rows and sub-keys revived so far."""
+        assert isinstance(pl_module, LanguageModule)
+        if pl_module.log_is_due():
+            pl_module.log_dict({f"{_LOGGED}/{name}": float(number) for name, number in self.revived.items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Revives after the update, before the checkpoint of the step is written."""
+        """Revives slots after the update, before the checkpoint of the step is written."""
         counters, step = _slot_usage(trainer).counters, trainer.global_step
-        self._reached = step
+        self._last_step = step
         if counters is None or trainer.fit_loop._should_accumulate() or step % self.every_n_steps:
             return
         assert isinstance(pl_module, LanguageModule)
-        apart = pl_module.table_optimizer
-        states = [optimizer.state for optimizer in (*trainer.optimizers, *([] if apart is None else [apart]))]
-        revival = Revival(
-            counters=counters,
-            history=self.history,
-            states=states,
-            dead_after=self.dead_after,
-            max_share=self.max_share,
-            noise=self.noise,
-            seed=pl_module.config["seed"],
-            step=step,
-        )
-        reached = {}
-        for name, addressing in self._addressing.items():
-            reached[name] = revival.keys(name, addressing, self._queries[name], self._valid_T)
-        for name, tables in counters.tables.items():
-            within = [reached[reader] for reader in tables.readers if reader in reached]
-            if self.source == "busy" or within:
-                revival.rows(name, torch.stack(within).any(0) if within else None)
-        self._queries.clear()
+        tables, seed = pl_module.table_optimizer, pl_module.config["seed"]
+        states = [optimizer.state for optimizer in (*trainer.optimizers, *([] if tables is None else [tables]))]
+        revival = Revival(counters, self.history, states, seed=seed, step=step, **self._limits)
+        revival.revive(self._recorder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets go of the queries."""
-        self._stop(pl_module)
+        """Ends the recording of queries."""
+        assert isinstance(pl_module, LanguageModule)
+        self._recorder.end()
+        pl_module.watch.watchers[:] = [w for w in pl_module.watch.watchers if w != self._recorder.watch]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Here too."""
-        self._stop(pl_module)
+        """Ends the recording of queries."""
+        self.on_train_end(trainer, pl_module)
 
-    def _stop(self, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModule)
-        while self._hooks:
-            self._hooks.pop().remove()
-            pl_module.watch.watchers[:] = [w for w in pl_module.watch.watchers if w is not self._keep_valid]
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the history of revivals."""
+        return self.history.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the history."""
+        self.history.load_state_dict(state)
+
+
+def _check_queries(*, counts_heads: bool, engine_owns: bool, compiled: bool) -> None:
+    """Refuses what source=queries cannot work with: reads of sub-keys not counted, sub-keys or queries out of reach."""
+    if not counts_heads:
+        raise ConfigError(
+            f"{_KEY}.source=queries needs callbacks.slot_usage.per_head=halves (or full), which counts the reads of "
+            "sub-keys."
+        )
+    if engine_owns:
+        raise ConfigError(
+            f"{_KEY}.source=queries cannot write sub-keys that DeepSpeed's engine owns; set source=busy, which "
+            "writes values only, or strategy=fsdp."
+        )
+    if compiled:
+        raise ConfigError(
+            f"{_KEY}.source=queries needs the queries inside a layer, which model.compile=true hides; set "
+            f"{_KEY}.source=busy, or model.compile=false."
+        )
 
 
 def _slot_usage(trainer: L.Trainer) -> SlotUsage:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SlotUsage):
-            return callback
-    raise missing_usage()
+    usage = find_callback(trainer, SlotUsage)
+    if usage is None:
+        raise _missing_usage()
+    return usage
+
+
+def _missing_usage() -> ConfigError:
+    return ConfigError(
+        f"{_KEY} needs callbacks.slot_usage, which counts the reads; set 'callbacks=[default,slot_revival]', or leave "
+        "out both."
+    )

@@ -1,4 +1,4 @@
-"""Which step stands out: robust z-scores of a few series over their last steps, on the device.
+"""Spikes: robust z-scores of a few series over their last steps, computed on the device.
 
 Letters: K series, W steps of the window.
 """
@@ -15,17 +15,17 @@ _NORMAL = 1.4826
 
 
 class SpikeWindow:
-    """The last values of K series. No method waits for the device.
+    """A window over the last values of K series. No method waits for the device.
 
-    A value's score is `(value - median) / max(1.4826 * MAD, relative_floor * |median|, floor)`, of the window before:
-    of outliers, as long as they are fewer than half, neither median nor MAD (median absolute deviation) takes notice.
+    The score of a value is `(value - median) / max(1.4826 * MAD, relative_floor * |median|, floor)`, with the median
+    and MAD (median absolute deviation) of the window before it. Outliers affect neither while they are fewer than half.
 
     Args:
-        floors, relative_floors: least deviation of each series that counts, by itself and in parts of the median:
-            what hardly moves would else spike at nothing. As many as there are series, K.
+        floors, relative_floors: the smallest deviation that counts per series, absolute and relative to the median, K
+            each; without them a series that hardly moves would spike at every small change.
         window: steps W, 1 or more.
-        warm_up: steps before which every score is 0.
-        device: of the values.
+        warm_up: values of a series before which its score is 0.
+        device: the device of the values.
     """
 
     def __init__(
@@ -45,29 +45,31 @@ class SpikeWindow:
         self._count_K = torch.zeros(len(floors), dtype=torch.int64, device=device)
 
     def scores(self, values_K: Tensor) -> Tensor:
-        """How far each value stands above its window, (K,); not a number for values that are not finite."""
+        """Returns the score of each value, (K,); NaN for values that are not finite."""
         median_K = self._values_KW.nanmedian(dim=1).values
         spread_K = (self._values_KW - median_K.unsqueeze(1)).abs().nanmedian(dim=1).values
         floor_K = torch.maximum(self._relative_K * median_K.abs(), self._floor_K)
+        # Without a floor, a window of equal values would divide by 0.
         scale_K = torch.maximum(_NORMAL * spread_K, floor_K).clamp(min=1e-12)
         scores_K = (values_K.to(scale_K) - median_K) / scale_K
         return torch.where((self._count_K >= self.warm_up) & ~median_K.isnan(), scores_K, torch.zeros_like(scores_K))
 
     def add(self, values_K: Tensor) -> None:
-        """Takes the values of a step in; those that are not finite are left out."""
+        """Adds the values of a step, except those that are not finite."""
         values_K = values_K.to(self._values_KW)
         finite_K = values_K.isfinite()
-        place_K1 = (self._count_K % self._values_KW.shape[1]).unsqueeze(1)
-        kept_K1 = torch.where(finite_K.unsqueeze(1), values_K.unsqueeze(1), self._values_KW.gather(1, place_K1))
-        self._values_KW.scatter_(1, place_K1, kept_K1)
+        # Each series has a ring buffer of its own; `where`, unlike an index by a mask, does not wait for the device.
+        position_K1 = (self._count_K % self._values_KW.shape[1]).unsqueeze(1)
+        written_K1 = torch.where(finite_K.unsqueeze(1), values_K.unsqueeze(1), self._values_KW.gather(1, position_K1))
+        self._values_KW.scatter_(1, position_K1, written_K1)
         self._count_K += finite_K
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The values and how many there have been."""
+        """Returns the values, and the number of values so far per series."""
         return {"values": self._values_KW, "count": self._count_K}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes up `state` where it is of the same number of series and steps; else starts anew."""
+        """Restores `state` if it has the same number of series and steps; otherwise the window stays empty."""
         if state["values"].shape == self._values_KW.shape:
             self._values_KW.copy_(state["values"])
             self._count_K.copy_(state["count"])

@@ -1,6 +1,7 @@
-"""Checkpoints that a killed run continues from exactly, every n optimizer steps and when the run is asked to stop.
+"""Checkpoints from which a killed run continues exactly: every n optimizer steps, and when the run is asked to stop.
 
-Where a validation follows a step, the checkpoint waits for it: else a resumed run would lack that validation's row.
+Where a validation follows a step, the checkpoint waits for it; otherwise a resumed run would lack that validation's row
+in metrics.csv.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pkm_lightning.errors import check_flag, check_integer
 
+__all__ = ["RunInterrupted", "StepCheckpoint"]
+
 
 class RunInterrupted(Exception):
-    """Raised after a checkpoint was written because the run was asked to stop."""
+    """The run was asked to stop, and has written a checkpoint."""
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Keeps the latest checkpoint, `step-00000500.ckpt`, and writes one at the end of training.
+    """Writer of checkpoints named like `step-00000500.ckpt`; only the latest is kept, the end of training included.
 
-    `request_stop` (from a signal handler, say) saves at the end of the step under way and raises `RunInterrupted`.
+    After `request_stop`, called for instance by a signal handler, the step under way is saved and `RunInterrupted`
+    raised.
 
     Args:
         dirpath: folder of the checkpoints.
         every_n_steps: optimizer steps between checkpoints.
-        asynchronous: training goes on from a copy in host memory while a checkpoint is written.
+        asynchronous: write from a copy in host memory, while training continues.
     """
 
     def __init__(self, *, dirpath: str, every_n_steps: int, asynchronous: bool = False) -> None:
@@ -47,22 +51,23 @@ class StepCheckpoint(ModelCheckpoint):
         self._stop_reason: str | None = None
 
     def request_stop(self, reason: str) -> None:
-        """Asks for a checkpoint and a stop; safe in a signal handler."""
+        """Requests a checkpoint and a stop; safe in a signal handler."""
         self._stop_reason = reason
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """The step that has just been made will be saved, as every rank knows; not so a stop that one was asked for."""
+        """Returns whether this step ends an interval, the same on all ranks; a requested stop does not count."""
         return trainer.global_step % self._every_n_train_steps == 0
 
     def newest(self, trainer: L.Trainer) -> Path | None:
-        """The last checkpoint on disk, the same on every rank; None before the first."""
+        """Returns the last checkpoint on disk, None before the first. Collective: call on all ranks."""
         self._finish(trainer)
-        whole = sorted(Path(str(self.dirpath)).glob("step-*.ckpt"))
-        found: Path | None = trainer.strategy.broadcast(whole[-1] if whole else None)
-        return found
+        complete = sorted(Path(str(self.dirpath)).glob("step-*.ckpt"))
+        # The ranks may see different states of a shared file system.
+        newest: Path | None = trainer.strategy.broadcast(complete[-1] if complete else None)
+        return newest
 
-    def went_back(self, trainer: L.Trainer) -> None:
-        """Training has returned to an earlier step: saves it, and removes what was saved of later ones."""
+    def replace_later(self, trainer: L.Trainer) -> None:
+        """Saves the earlier step that training has returned to, and removes the checkpoints of later steps."""
         self._finish(trainer)
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         self._finish(trainer)
@@ -83,17 +88,17 @@ class StepCheckpoint(ModelCheckpoint):
             self._save_due(trainer, stopping)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves what has waited for the validation."""
+        """Saves the step whose checkpoint has waited for this validation."""
         if trainer.state.fn == "fit" and self._due:
             self._save_due(trainer, self._stop_is_agreed(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of training, if it is not saved yet."""
+        """Saves the last step, if it is not saved yet."""
         self._save_step(trainer)
         self._finish(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Epochs do not matter."""
+        """Does nothing, where Lightning would save: epochs do not matter."""
 
     def _save_due(self, trainer: L.Trainer, stopping: bool) -> None:
         self._due = False
@@ -109,31 +114,32 @@ class StepCheckpoint(ModelCheckpoint):
         self._remove_older(trainer)
 
     def _finish(self, trainer: L.Trainer) -> None:
-        """Waits for what is being written in the background."""
+        """Waits for the checkpoint that is being written in the background."""
         if self.asynchronous:
             strategy: Any = trainer.strategy
             strategy.finish_saving() if hasattr(strategy, "finish_saving") else strategy.checkpoint_io.teardown()
             self._remove_older(trainer)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """The one before stays until the new one is whole."""
+        """Does nothing: the previous checkpoint stays until the new one is complete, see `_remove_older`."""
 
     def _remove_older(self, trainer: L.Trainer) -> None:
         folder = Path(str(self.dirpath))
-        whole = sorted(folder.glob("step-*.ckpt"))
-        if not trainer.is_global_zero or not whole:
+        complete = sorted(folder.glob("step-*.ckpt"))
+        if not trainer.is_global_zero or not complete:
             return
-        # A killed run leaves an older one behind, or one half-written; a later one may be being written right now.
-        unfinished = [p for p in folder.glob("step-*.ckpt.tmp") if p.name.removesuffix(".tmp") <= whole[-1].name]
-        for older in (*whole[:-1], *unfinished):
+        # A killed run leaves an older or half-written one behind; a later one may be in the course of being written.
+        unfinished = [p for p in folder.glob("step-*.ckpt.tmp") if p.name.removesuffix(".tmp") <= complete[-1].name]
+        for older in (*complete[:-1], *unfinished):
             _remove(older)
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
-        """True on every rank if any rank was asked: ranks that stop at different steps would wait for ever."""
-        asked = self._stop_reason is not None
+        """Returns whether any rank was asked to stop, the same on all ranks."""
+        requested = self._stop_reason is not None
         if trainer.world_size == 1:
-            return asked
-        votes = torch.tensor(float(asked), device=trainer.strategy.root_device)
+            return requested
+        # Ranks that stop at different steps would wait for each other for ever.
+        votes = torch.tensor(float(requested), device=trainer.strategy.root_device)
         return bool(trainer.strategy.reduce(votes, reduce_op="sum") > 0)
 
 

@@ -1,19 +1,21 @@
 """Slot usage at the end of training: usage.json, and a table on the screen.
 
-What usage.json holds is said by `pkm_lightning.usage.figures.report`.
+`pkm_lightning.usage.figures.report` describes the content of usage.json.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from rich import box, get_console
 from rich.table import Table
 
-from pkm_lightning.storage import flush
+from pkm_lightning.storage import write_beside
+from pkm_lightning.usage.counters import UsageCounters
+from pkm_lightning.usage.figures import report
 
 #: Figure, column, and format.
 _COLUMNS = (
@@ -24,17 +26,18 @@ _COLUMNS = (
 )
 
 
-def write_report(content: dict[str, Any], path: Path) -> None:
-    """Writes usage.json beside and renames it, so that there never is half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    flush(beside)
-    os.replace(beside, path)
+def save_report(trainer: L.Trainer, counters: UsageCounters, dead_after: int, path: Path, *, show: bool) -> None:
+    """Writes usage.json on the first rank, and prints it if asked. Collective: call on all ranks."""
+    content = report(counters, trainer.global_step, dead_after)
+    if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        if show:
+            _print(content)
 
 
-def print_report(content: dict[str, Any]) -> None:
-    """Prints a row a layer and a row a shared table; below it that of the window, where it is not the whole run."""
+def _print(content: dict[str, Any]) -> None:
+    """Prints one row per layer and shared table, and a second one of the window where it is not the whole run."""
     table = Table(title="slot usage", box=box.SIMPLE_HEAD)
     table.add_column("reads of", no_wrap=True)
     for column in ("slots", *(label for _, label, _ in _COLUMNS), "dead"):
@@ -46,9 +49,10 @@ def print_report(content: dict[str, Any]) -> None:
         table.add_row(name, f"{entry['slots']:,}", *_cells(entry["since_start"]), f"{entry['dead']:,}")
         if not is_whole:
             table.add_row(f"  last {steps:,} steps", "", *_cells(entry["window"]), "")
-    get_console().print(table)  # the progress bar's as well, so that neither writes over the other
+    # The console of the progress bar, so that neither overwrites the other.
+    get_console().print(table)
 
 
 def _cells(figures: dict[str, float | None]) -> list[str]:
-    found = [(figures[figure], form) for figure, _, form in _COLUMNS]
-    return ["-" if value is None else format(value, form) for value, form in found]
+    values = [(figures[figure], form) for figure, _, form in _COLUMNS]
+    return ["-" if value is None else format(value, form) for value, form in values]

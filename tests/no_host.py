@@ -1,4 +1,4 @@
-"""A mode in which nothing may wait for a device, on any device."""
+"""A mode that refuses operators which wait for a device, also on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NoHost(TorchDispatchMode):
-    """Refuses what makes the host wait for a device: a number, or a shape, that depends on values."""
+    """Refuses operators for which the host waits: those that return a number or a shape that depends on values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func.overloadpacket.__name__

@@ -22,7 +22,7 @@ def revival(**changes: Any) -> SlotRevival:
 
 
 def revived_table(shard: str) -> list[list[float]]:
-    """The whole table after two rows of it, on different ranks where rows are split, have changed places in part."""
+    """Returns the whole table after copies of two rows, which lie on different ranks where rows are sharded."""
     mesh = None
     if dist.is_initialized():
         mesh = TableMesh(shard=shard, members=1 if shard == "none" else dist.get_world_size(), device_type="cpu")
@@ -34,7 +34,7 @@ def revived_table(shard: str) -> list[list[float]]:
 
 
 def train(overrides: list[str], steps: int, **changes: Any) -> tuple[list[dict[str, float]], dict[str, int], list[Any]]:
-    """What was logged, how many were revived, and the sub-keys at the end; per_head counting is on."""
+    """Trains with counts per head; returns the logs, the numbers of revivals, and the sub-keys at the end."""
     with tempfile.TemporaryDirectory() as folder:
         reviving = revival(**changes)
         module, _, seen = jobs.fit(overrides, steps, [jobs.usage(folder, per_head="halves"), reviving])
@@ -43,7 +43,7 @@ def train(overrides: list[str], steps: int, **changes: Any) -> tuple[list[dict[s
 
 
 def refused(overrides: list[str], **changes: Any) -> str:
-    """What `train` is refused with."""
+    """Returns the message with which `train` is refused."""
     try:
         train(overrides, 1, **changes)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Fits that SlotUsage watches, on padded batches, in one process or on every rank of a group; and a plain recount.
+"""Fits that SlotUsage watches, on padded batches, in one process or on each rank of a group; and a plain recount.
 
 Letters: B sequences, T tokens.
 """
@@ -27,7 +27,7 @@ Micro = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class Once(SlotUsage):
-    """Notes the steps that it looks at figures for."""
+    """Notes the steps for which it computes figures."""
 
     def _figures(self) -> dict[str, float]:
         assert self.counters is not None
@@ -36,7 +36,7 @@ class Once(SlotUsage):
 
 
 class Raw(L.Callback):
-    """Keeps a copy of everything that a plugin has traced: by step, the trace of each layer and the real tokens."""
+    """Keeps a copy of all traces: per step, the trace of each layer and where its tokens are real."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, dict[int, dict[str, torch.Tensor]], torch.Tensor]] = []
@@ -49,19 +49,19 @@ class Raw(L.Callback):
         pl_module.watch.watchers.append(watch)
 
     def reads(self, layer: int, name: str, steps: Sequence[int] | None = None) -> list[tuple[int, float]]:
-        """(slot, |weight|) of every read of a real token."""
-        found = []
+        """Returns (slot, |weight|) of every read of a real token."""
+        pairs = []
         for step, traces, valid_BT in self.seen:
             if steps is None or step in steps:
                 trace = traces[layer]
                 weights = trace[f"{name}_weights"][valid_BT].double().abs()
                 if f"{name}_ids" in trace:
                     ids = trace[f"{name}_ids"][valid_BT]
-                    found += list(zip(ids.flatten().tolist(), weights.flatten().tolist(), strict=True))
+                    pairs += list(zip(ids.flatten().tolist(), weights.flatten().tolist(), strict=True))
                 else:
                     chosen = trace[f"{name}_chosen"][valid_BT]
-                    found += [(int(slot), float(weights[t, slot])) for t, slot in chosen.nonzero().tolist()]
-        return found
+                    pairs += [(int(slot), float(weights[t, slot])) for t, slot in chosen.nonzero().tolist()]
+        return pairs
 
 
 def usage(folder: Path | str, **changes: Any) -> SlotUsage:
@@ -73,7 +73,7 @@ def usage(folder: Path | str, **changes: Any) -> SlotUsage:
 
 
 def batches(steps: int) -> list[dict[str, torch.Tensor]]:
-    """The same global batches for every number of ranks; all rows but one end with padding."""
+    """Returns the same global batches for every number of ranks; most sequences end with padding."""
     torch.manual_seed(7)
     made = []
     for _ in range(steps):
@@ -87,7 +87,7 @@ def batches(steps: int) -> list[dict[str, torch.Tensor]]:
 def fit(
     overrides: Sequence[str], steps: int, callbacks: Sequence[L.Callback], done: int = 0, **options: Any
 ) -> tuple[LanguageModule, L.Trainer, list[dict[str, float]]]:
-    """As `distributed_jobs.fit`."""
+    """Trains as `distributed_jobs.fit` does."""
     given = copy.deepcopy(jobs.settings(*overrides, steps=steps))
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     given["trainer"]["devices"] = world
@@ -107,18 +107,18 @@ def fit(
 
 
 def counted(watching: SlotUsage) -> dict[str, list[Any]]:
-    """Counts and weights since the start, those of the window, and last reads, over all ranks; by name."""
+    """Returns reads and weights since the start, those of the window, and last reads, over all ranks, by name."""
     counters = watching.counters
     assert counters is not None
-    found: dict[str, list[Any]] = {}
+    by_name: dict[str, list[Any]] = {}
     for name in (*counters.readers, *counters.tables):
         sums = [counters.total(name, span) for span in ("ever", "window")]  # type: ignore[arg-type]
-        found[name] = [part.tolist() for total in sums for part in total] + [counters.last_read(name).tolist()]
-    return found
+        by_name[name] = [part.tolist() for total in sums for part in total] + [counters.last_read(name).tolist()]
+    return by_name
 
 
 def count(overrides: list[str], steps: int, save: str = "", resume: str = "", done: int = 0) -> Any:
-    """Counters of all ranks, what was logged, and this rank's own last step."""
+    """Returns the counters of all ranks after a training, its logs, and whether this rank wrote usage.json."""
     with tempfile.TemporaryDirectory() as folder:
         watching = usage(folder)
         options = {"ckpt_path": resume} if resume else {}
@@ -132,7 +132,7 @@ def count(overrides: list[str], steps: int, save: str = "", resume: str = "", do
 
 
 def histogram(reads: list[tuple[int, float]], n_slots: int) -> tuple[list[int], list[float]]:
-    """Reads and summed weight of each slot."""
+    """Returns the number of reads and the summed weight of each slot."""
     counts, weights = Counter(slot for slot, _ in reads), [0.0] * n_slots
     for slot, weight in reads:
         weights[slot] += weight

@@ -19,10 +19,17 @@ Config = Mapping[str, Any]
 
 @runtime_checkable
 class ChecksConfig(Protocol):
-    """A callback that cannot do its work with every configuration."""
+    """A callback that does not work with every configuration."""
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError for what cannot work, before anything starts."""
+        """Refuses what cannot work together; called on the constructed callback, before a model or a file is made.
+
+        Args:
+            config: the complete configuration, as plain dicts, lists and numbers.
+
+        Raises:
+            ConfigError: naming the key, its value, and what to set instead.
+        """
 
 
 def check_trainer(config: Config) -> None:

@@ -79,12 +79,9 @@ def resolve(config: dict[str, Any], *, trains: bool = False) -> ResolvedRun:
 
 
 def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
-    """Returns the configured callbacks in the order of the configuration, sorted by their class attribute `order`.
-
-    With it `MetricsCSV` comes behind those whose figures it writes, and last what may go back to an earlier step.
-    """
+    """Returns the configured callbacks by their `hook_order`, equal ones in the order of the configuration."""
     callbacks = [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
-    return sorted(callbacks, key=lambda callback: getattr(callback, "order", 0))
+    return sorted(callbacks, key=lambda callback: getattr(callback, "hook_order", 0))
 
 
 def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:

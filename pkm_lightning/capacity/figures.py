@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pkm_lightning.capacity.dense import dense_figures
 from pkm_lightning.capacity.setting import Setting
 from pkm_lightning.capacity.tables import table_figures
-from pkm_lightning.usage.read_counts import BYTES_A_SLOT
+from pkm_lightning.usage.read_counts import BYTES_PER_SLOT
 from pkm_lightning.usage.slot_readers import find_readers
 
 if TYPE_CHECKING:
@@ -131,4 +131,4 @@ def _usage_counters(model: Transformer, config: Mapping[str, Any]) -> int:
     if not usage:
         return 0
     readers = find_readers(model, usage.get("max_slots")).values()
-    return sum(BYTES_A_SLOT * reader.slots.count for reader in readers)
+    return sum(BYTES_PER_SLOT * reader.slots.count for reader in readers)

@@ -12,7 +12,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from pkm_lightning.build.instantiate import instantiate, target_class
 from pkm_lightning.build.run import ResolvedRun
-from pkm_lightning.callbacks import RunRecord, StepCheckpoint
+from pkm_lightning.callbacks.run_record import RunRecord
+from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
 from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.strategies import PortableCheckpoints

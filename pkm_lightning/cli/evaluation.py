@@ -9,7 +9,8 @@ import lightning as L
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.run import make_callbacks, resolve
-from pkm_lightning.callbacks import Recall, StepProgressBar
+from pkm_lightning.callbacks.recall import Recall
+from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
 from pkm_lightning.checkpoints.export import map_checkpoint
 from pkm_lightning.checkpoints.latest import latest_checkpoint
 from pkm_lightning.checkpoints.mapped import expect_scattered_reads

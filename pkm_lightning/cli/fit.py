@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.run import ResolvedRun, resolve
-from pkm_lightning.callbacks import RunInterrupted, StepCheckpoint
+from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.checkpoints.latest import latest_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.job import Job, plain

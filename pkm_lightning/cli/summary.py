@@ -9,7 +9,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
-from pkm_lightning.callbacks import Recall
+from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.inference.recall import ItemScore
 
 #: Form, and its label.

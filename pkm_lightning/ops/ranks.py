@@ -9,12 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_distributed() -> bool:
+    """Returns whether a process group of more than one rank is initialised."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """`value` summed over all ranks, differentiable: each rank's gradient is the sum of all ranks' gradients.
 
     Every rank must call it the same number of times in the same order; one process gets its own `value` back.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed():
         return value
     result: Tensor = _AllReduce.apply(value)
     return result

@@ -69,6 +69,7 @@ class LanguageModule(L.LightningModule):
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
         self._step_nll: Tensor | None = None
+        self._step = 0
         self._reports = StepReports()
         self._batch_checked = False
         self.watch = StepWatch()
@@ -147,6 +148,8 @@ class LanguageModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds every random draw of the micro-batch by (seed, step, micro-batch, rank), so that resume is exact."""
+        # `global_step` changes within the batch: it counts the steps that were made.
+        self._step = self.global_step + 1
         check_last(self.trainer)
         if self.table_optimizer is not None:
             self._follow_schedule(self.table_optimizer)
@@ -204,11 +207,11 @@ class LanguageModule(L.LightningModule):
         correction = self._normaliser.correction()
         if correction is not None:
             self._correct(correction)
-        if self._log_is_due() or self.watch.judges:
+        if self.log_is_due() or self.watch.judges:
             assert self._step_nll is not None
             loss = sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.watch.figures = {"loss": loss}
-        if self._log_is_due():
+        if self.log_is_due():
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             for name, value in self._reports.means().items():
@@ -252,7 +255,7 @@ class LanguageModule(L.LightningModule):
         groups: dict[str, list[torch.nn.Parameter]] = {"dense": [], "table": []}
         for group in [*optimizer.param_groups, *table_groups]:
             groups["table" if group["name"] in ("table", "table_dense") else "dense"] += group["params"]
-        measure = self._log_is_due() or bool(self.watch.judges)
+        measure = self.log_is_due() or bool(self.watch.judges)
         if groups["table"] and (optim["table_clip_norm"] is not None or measure):
             self._clip_tables(groups["table"], optim["table_clip_norm"])
         if any(p.grad is not None for p in groups["dense"]):
@@ -274,7 +277,7 @@ class LanguageModule(L.LightningModule):
 
     def _keep_norm(self, name: str, norm: Tensor) -> None:
         self.watch.figures[f"grad_norm_{name}"] = norm
-        if self._log_is_due():
+        if self.log_is_due():
             self.log(f"train/grad_norm_{name}", norm)
 
     def optimizer_step(
@@ -313,9 +316,10 @@ class LanguageModule(L.LightningModule):
         if not self.watch.refused:
             super().lr_scheduler_step(scheduler, metric)
 
-    def _log_is_due(self) -> bool:
-        # Before the update `global_step` still counts the steps already taken.
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+    def log_is_due(self) -> bool:
+        """Returns whether this is the last micro-batch of a step that logs; for use between its first and last hook."""
+        due: bool = self._step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        return due and not self.trainer.fit_loop._should_accumulate()
 
     # held-out text, answers
 

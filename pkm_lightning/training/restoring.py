@@ -1,6 +1,6 @@
-"""Going back to an earlier state of training without starting anew: weights, optimizers, schedule and step counter.
+"""Return to an earlier state of a training that goes on: weights, optimizers, schedule and step counter.
 
-What has been seen stays seen: the data go on where they are, counters of tokens and of slot usage too.
+Data are not repeated: the loader continues where it is, and so do the counters of tokens and of slot usage.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class MemoryState:
-    """A copy of a training's state in host memory: as much as a checkpoint holds, each rank its part.
+    """A copy of the training state in host memory, as large as a checkpoint; each rank copies its part.
 
     Args:
-        trainer: at the end of an optimizer step.
-        module: its module; its strategy must not hold parameters in an engine of its own.
+        trainer: the trainer, at the end of an optimizer step. Its strategy must not own the parameters.
+        module: its module.
     """
 
     def __init__(self, trainer: L.Trainer, module: LanguageModule) -> None:
@@ -38,10 +38,11 @@ class MemoryState:
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, module: LanguageModule) -> None:
-        """Makes this the state of the training; may be done any number of times."""
+        """Restores this state; may be called any number of times."""
         for name, value in _tensors(module).items():
             local(value).copy_(self._weights[name])
         for optimizer, (states, groups) in zip(_optimizers(trainer, module), self._optimizers, strict=True):
+            # An optimizer makes its states in the first step, which may be abandoned.
             for parameter in [p for p in optimizer.state if p not in states]:
                 del optimizer.state[parameter]
             for parameter, state in states.items():
@@ -55,8 +56,9 @@ class MemoryState:
 
 
 def restore_checkpoint(trainer: L.Trainer, module: LanguageModule, path: Path) -> int:
-    """Makes a checkpoint of this run the state of the training; returns its step. All ranks must ask."""
+    """Restores the state of a checkpoint of this run, and returns its step. Collective: call on all ranks."""
     strategy = trainer.strategy
+    # Our own file, which holds more than weights.
     checkpoint = strategy.load_checkpoint(path, weights_only=False)
     strategy.load_model_state_dict(checkpoint)
     strategy.load_optimizer_state_dict(checkpoint)
@@ -69,14 +71,14 @@ def restore_checkpoint(trainer: L.Trainer, module: LanguageModule, path: Path) -
 
 
 def rewind(trainer: L.Trainer, step: int) -> None:
-    """Sets the counter of optimizer steps, `trainer.global_step`, and that of the loggers; at the end of a batch."""
+    """Sets the counter of optimizer steps, `trainer.global_step`, and that of the loggers; call at a batch's end."""
     loop = trainer.fit_loop.epoch_loop
     progress = loop.automatic_optimization.optim_progress.optimizer.step
     back = progress.total.completed - step
     for counter in (progress.total, progress.current):
         counter.completed -= back
         counter.ready -= back
-    # The loop counts this batch when its hooks are through.
+    # Lightning 2.6 adds this batch to the count after its hooks.
     loop._batches_that_stepped = step - 1
 
 
@@ -92,14 +94,14 @@ def lower_rate(trainer: L.Trainer, factor: float) -> None:
 
 
 def _tensors(module: LanguageModule) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tables among them, as they lie in memory."""
-    found = module.state_dict(keep_vars=True).items()
-    return {name: value for name, value in found if isinstance(value, Tensor)}
+    """Returns parameters and buffers by name, those of tables included."""
+    state = module.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _optimizers(trainer: L.Trainer, module: LanguageModule) -> list[Optimizer]:
-    apart = [] if module.table_optimizer is None else [module.table_optimizer]
-    return [*trainer.optimizers, *apart]
+    tables = [] if module.table_optimizer is None else [module.table_optimizer]
+    return [*trainer.optimizers, *tables]
 
 
 def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
@@ -116,6 +118,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _fill(state: dict[str, Any], saved: dict[str, Any]) -> None:
+    # In place, so that a DTensor keeps its layout.
     for key, value in saved.items():
         if isinstance(value, Tensor):
             local(state[key]).copy_(value)

@@ -1,1 +1,1 @@
-"""Who reads which slots: counters of reads, figures over them, and revival of slots that nobody reads."""
+"""Usage of slots: counters of which slots are read, figures over them, and revival of slots that are never read."""

@@ -1,9 +1,7 @@
-"""All counters of a run: one `ReadCounts` a reader, their sums over the ranks, and their place in a checkpoint.
+"""All counters of a run: one `ReadCounts` per reader, their sums over the ranks, and their state in a checkpoint.
 
-They count time by a clock of their own, steps that were watched: it only grows, where a rollback sets
-`trainer.global_step` back and repeats steps. Until the first rollback both are the same number.
-
-Letters: N slots, S sub-keys a half, T tokens, H heads, K slots a head.
+Time is counted by a clock of their own, the number of steps that were watched. It only grows, while a rollback sets
+`trainer.global_step` back and repeats steps; until the first rollback both are the same number.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from torch import Tensor
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.model import Traces, Transformer
 from pkm_lightning.ops import sum_over_ranks
+from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.usage.head_counts import HeadCounts, PerHead, counts_heads
 from pkm_lightning.usage.read_counts import Counted, ReadCounts
 from pkm_lightning.usage.slot_metrics import effective_slots
@@ -26,30 +25,30 @@ from pkm_lightning.usage.slot_readers import Reader, Reads, find_readers, find_t
 from pkm_lightning.usage.windowed_sums import WindowedSums
 
 _log = logging.getLogger(__name__)
-#: What 1 of a sum of effective slots stands for.
+#: The unit in which effective slots are summed.
 EFFECTIVE_UNIT = 2.0**-16
 Span = Literal["window", "ever"]
 
 
 class UsageCounters:
-    """Counts on each rank for itself; what needs all ranks says so, and every rank must call it.
+    """The counters of one rank. Methods that return figures of all ranks are collective: call them on all ranks.
 
     Args:
-        model: whose reads are counted.
-        window: steps of the sliding window; an odd number counts as the next.
-        per_head: what of each head is counted too; None: nothing.
-        device: where traces are.
-        step: steps taken already.
+        model: the model whose reads are counted.
+        window: steps of the sliding window; an odd number counts as the next even one.
+        per_head: what is also counted per head; None: nothing.
+        device: the device of the traces.
+        step: steps taken before.
         max_slots: reads of more slots are not counted; None: all are.
 
     Attributes:
         clock: the step that is being watched, or the last one; steps that a rollback repeats count again.
         readers: by name.
         tables: sets of tables by name.
-        counts: of each reader by name.
-        heads: of each reader's heads, where asked for; they appear with the first read.
-        effective: of each reader that reads several slots at once, the sum over reads of their effective number of
-            slots, in units of 2**-16, and the number of these reads; they appear with the first such read.
+        counts: the counters of each reader by name.
+        heads: the counters per head of each reader, if `per_head`; they are made at the first read.
+        effective: per reader that reads several slots at once, the sum over reads of their effective number of slots in
+            units of 2**-16, and the number of these reads; they are made at the first such read.
     """
 
     def __init__(
@@ -73,51 +72,50 @@ class UsageCounters:
         self.heads: dict[str, HeadCounts] = {}
         self._saved_heads: dict[str, Any] = {}
         self.effective: dict[str, WindowedSums] = {}
-        self._silent: set[str] = set()
+        self._untraced: set[str] = set()
 
     def add(self, traces: Traces, batch: dict[str, Tensor]) -> None:
-        """Counts a micro-batch, the first since `end_step` as that of a new step; nothing waits for the device."""
+        """Counts a micro-batch, the first one after `end_step` as part of a new step; never waits for the device."""
         if not self._in_step:
             self.clock, self._in_step = self.clock + 1, True
         for name, reader in self.readers.items():
             reads = reader.reads(traces, batch)
             if reads is None:
-                self._say_silent(name)
+                self._warn_untraced(name)
+                # Without reads the window moves on all the same.
                 for counts in (self.counts[name], *([self.heads[name]] if name in self.heads else [])):
-                    counts.turn(self.clock)
+                    counts.advance(self.clock)
                 continue
             self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
             self._add_heads(reader, reads)
         for sums in self.effective.values():
-            sums.turn(self.clock)
+            sums.advance(self.clock)
 
     def add_effective(self, traces: Traces, batch: dict[str, Tensor]) -> None:
-        """Sums up the effective slots of a micro-batch that `add` has counted; nothing waits for the device."""
+        """Adds the effective slots of a micro-batch that `add` has counted; never waits for the device."""
         for name, reader in self.readers.items():
             reads = reader.reads(traces, batch)
             if reads is not None and not reads.slots_choose:
                 total_2 = effective_slots(reads.weights_THK, reads.valid_T)
-                # Whole numbers: a sum has no order, so that resumes and splits over ranks change nothing.
+                # Sums of integers do not depend on their order, so resumes and splits over ranks change nothing.
                 total_2[0] = (total_2[0] / EFFECTIVE_UNIT).round()
                 self._effective(name).now.add_(total_2.long())
 
     def _effective(self, name: str) -> WindowedSums:
         if name not in self.effective:
             self.effective[name] = WindowedSums((2,), half=self._half, device=self._device, step=self._start)
-            self.effective[name].turn(self.clock)
+            self.effective[name].advance(self.clock)
         return self.effective[name]
 
     def end_step(self) -> None:
-        """What is counted next belongs to another step."""
+        """Ends the step: the next micro-batch belongs to another one."""
         self._in_step = False
 
-    def _say_silent(self, name: str) -> None:
-        if name not in self._silent:
-            self._silent.add(name)
+    def _warn_untraced(self, name: str) -> None:
+        if name not in self._untraced:
+            self._untraced.add(name)
             slots = self.readers[name].slots.name
-            _log.warning(
-                "%s: nothing is traced as %s_ids or %s_chosen, so no read of it is counted", name, slots, slots
-            )
+            _log.warning("%s is not counted, since its plugin traces neither %s_ids nor %s_chosen", name, slots, slots)
 
     def _add_heads(self, reader: Reader, reads: Reads) -> None:
         name, heads = reader.name, reads.ids_THK.shape[1]
@@ -134,39 +132,39 @@ class UsageCounters:
     # --- sums over the ranks
 
     def total(self, name: str, span: Span) -> Counted:
-        """Reads of a reader, or of a set of tables by all its readers, on all ranks."""
-        own = [getattr(self.counts[reader], span)() for reader in self._sharing(name)]
-        return _summed(torch.stack([torch.stack(list(counted)) for counted in own]).sum(0))
+        """Returns the reads of a reader on all ranks, or those of all readers of a set of tables."""
+        local = [getattr(self.counts[reader], span)() for reader in self._readers_of(name)]
+        return _summed(torch.stack([torch.stack(list(counted)) for counted in local]).sum(0))
 
     def total_of_heads(self, name: str, span: Span) -> Counted:
-        """Reads by all heads of a reader, each counter for itself, on all ranks; see `HeadCounts` for their order."""
+        """Returns the reads per head of a reader on all ranks; see `HeadCounts` for the order of the counters."""
         return _summed(torch.stack(list(getattr(self.heads[name], span)())))
 
     def n_keys(self, name: str) -> int | None:
-        """Sub-keys a half of the slots of a reader or of a set of tables, where all take them for pairs of sub-keys."""
-        found = {self.readers[reader].slots.n_keys for reader in self._sharing(name)}
-        return found.pop() if len(found) == 1 else None
+        """Returns the sub-keys per half of a reader or set of tables; None unless its readers agree on them."""
+        numbers = {self.readers[reader].slots.n_keys for reader in self._readers_of(name)}
+        return numbers.pop() if len(numbers) == 1 else None
 
     def last_read(self, name: str) -> Tensor:
-        """Last step of the clock that any rank and, of a set of tables, any layer has read a slot, (N,) int32."""
-        return _latest(torch.stack([self.counts[reader].last_N for reader in self._sharing(name)]).amax(0))
+        """Returns the last step of the clock in which any rank and any reader of a set read each slot, (N,) int32."""
+        return _latest(torch.stack([self.counts[reader].last_N for reader in self._readers_of(name)]).amax(0))
 
     def last_read_of_heads(self, name: str) -> Tensor:
-        """Last step of the clock that any rank has read in, for each counter of `total_of_heads`, int32."""
+        """Returns the same for each counter of `total_of_heads`, int32."""
         return _latest(self.heads[name].last_N)
 
     def mean_effective(self, name: str, span: Span) -> float:
-        """Mean effective slots of a read of a reader, on all ranks; NaN without any."""
+        """Returns the mean effective number of slots per read of a reader on all ranks; NaN without any read."""
         total, reads = sum_over_ranks(getattr(self.effective[name], span)()).tolist()
         return total * EFFECTIVE_UNIT / reads if reads else math.nan
 
-    def _sharing(self, name: str) -> tuple[str, ...]:
+    def _readers_of(self, name: str) -> tuple[str, ...]:
         return self.tables[name].readers if name in self.tables else (name,)
 
     # --- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums over the ranks: every rank must call it."""
+        """Returns the sums over the ranks. Collective: call on all ranks."""
         return {
             "clock": self.clock,
             "per_head": self._per_head,
@@ -176,30 +174,31 @@ class UsageCounters:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the sums, on one rank so that nothing counts twice; heads begin anew with another `per_head`.
+        """Restores the sums, on one rank so that nothing counts twice; with another `per_head` heads start empty.
 
         Raises:
             CheckpointError: the checkpoint counts other slots than this model has.
         """
         saved = {name: len(counts["last"]) for name, counts in state["counts"].items()}
-        own = {name: counts.n_slots for name, counts in self.counts.items()}
-        if saved != own:
+        current = {name: counts.n_slots for name, counts in self.counts.items()}
+        if saved != current:
             raise CheckpointError(
-                f"the checkpoint counts the reads of {_in_words(saved)}, but this model has {_in_words(own)}; give the "
-                "configuration that the run was started with, or ~callbacks.slot_usage."
+                f"the checkpoint counts the reads of {_in_words(saved)}, but this model has {_in_words(current)}; use "
+                "the configuration that the run was started with, or set ~callbacks.slot_usage."
             )
         for name, counts in self.counts.items():
             self._load(counts, state["counts"][name], name)
+        # The number of heads is only known at the first read.
         self._saved_heads = dict(state["heads"]) if self._per_head == state["per_head"] else {}
         self.clock = self._start = state["clock"]
-        for name, saved in state["effective"].items():
-            self._effective(name).load(saved, holds_sums=_holds_sums())
+        for name, sums in state["effective"].items():
+            self._effective(name).load(sums, holds_sums=_holds_sums())
 
     def _load(self, counts: ReadCounts, state: dict[str, Any], name: str) -> None:
         if len(state["last"]) != counts.n_slots:
             raise CheckpointError(
-                f"the checkpoint has {len(state['last'])} counters for {name}, this model {counts.n_slots}; give the "
-                "configuration that the run was started with, or ~callbacks.slot_usage."
+                f"the checkpoint has {len(state['last'])} counters for {name}, this model {counts.n_slots}; use the "
+                "configuration that the run was started with, or set ~callbacks.slot_usage."
             )
         counts.load(state, holds_sums=_holds_sums())
 
@@ -212,12 +211,12 @@ def _in_words(slots: dict[str, int]) -> str:
     return ", ".join(f"{name} ({n})" for name, n in slots.items()) or "nothing"
 
 
-def _summed(own_2N: Tensor) -> Counted:
-    return Counted(*sum_over_ranks(own_2N))
+def _summed(local_2N: Tensor) -> Counted:
+    return Counted(*sum_over_ranks(local_2N))
 
 
 def _latest(last_N: Tensor) -> Tensor:
-    if not _several_ranks():
+    if not is_distributed():
         return last_N
     latest_N = last_N.clone()
     dist.all_reduce(latest_N, op=dist.ReduceOp.MAX)
@@ -225,8 +224,4 @@ def _latest(last_N: Tensor) -> Tensor:
 
 
 def _holds_sums() -> bool:
-    return not _several_ranks() or dist.get_rank() == 0
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not is_distributed() or dist.get_rank() == 0

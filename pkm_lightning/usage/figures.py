@@ -1,7 +1,4 @@
-"""The figures of `slot_metrics` for the counters of a run, over all ranks: every rank must ask, and gets the same.
-
-Letters: N slots, H heads, S sub-keys a half.
-"""
+"""Figures of `slot_metrics` from the counters of a run, over all ranks. Collective: call each of them on all ranks."""
 
 from __future__ import annotations
 
@@ -18,65 +15,65 @@ SCHEMA = 1
 
 
 def figures(counters: UsageCounters, name: str, span: Span) -> dict[str, float]:
-    """`slot_metrics.spread` of a reader or of a set of tables; `effective` of a reader, of logged steps."""
+    """Returns the `spread` of a reader or of a set of tables, and `effective` of a reader, mean over logged steps."""
     counted = counters.total(name, span)
-    found = spread(counted.counts_N, counted.weights_N, counters.n_keys(name))
-    return found | ({"effective": counters.mean_effective(name, span)} if name in counters.effective else {})
+    values = spread(counted.counts_N, counted.weights_N, counters.n_keys(name))
+    return values | ({"effective": counters.mean_effective(name, span)} if name in counters.effective else {})
 
 
 def dead(counters: UsageCounters, name: str, dead_after: int) -> int:
-    """Slots of a reader or of a set of tables that nobody has read for the last `dead_after` steps of the clock."""
+    """Returns the number of slots of a reader or set of tables without a read in the last `dead_after` steps."""
     return int(dead_slots(counters.last_read(name), counters.clock, dead_after).sum())
 
 
 def figures_of_heads(counters: UsageCounters, name: str, span: Span) -> list[dict[str, float]]:
-    """`kl_rows` and `kl_columns` of each head of a reader; of `full` counters `used_percent` and both `kl` too."""
-    own, counted = counters.heads[name], counters.total_of_heads(name, span)
-    found: list[dict[str, float]] = [{} for _ in range(own.heads)]
-    if own.kind == "full":
-        for head, counts_N, weights_N in zip(
-            found, own.by_slot(counted.counts_N), own.by_slot(counted.weights_N), strict=True
+    """Returns `kl_rows` and `kl_columns` per head of a reader; with `full` also `used_percent` and the KL of slots."""
+    heads, counted = counters.heads[name], counters.total_of_heads(name, span)
+    by_head: list[dict[str, float]] = [{} for _ in range(heads.heads)]
+    if heads.kind == "full":
+        for values, counts_N, weights_N in zip(
+            by_head, heads.by_slot(counted.counts_N), heads.by_slot(counted.weights_N), strict=True
         ):
-            head |= breadth(counts_N, weights_N)
-    if own.slots.n_keys is not None:
-        for head, (rows_S, columns_S) in zip(found, own.by_sub_key(counted.counts_N, torch.sum), strict=True):
-            head |= {"kl_rows": kl_from_uniform(rows_S), "kl_columns": kl_from_uniform(columns_S)}
-    return found
+            values |= breadth(counts_N, weights_N)
+    if heads.slots.n_keys is not None:
+        for values, (rows_S, columns_S) in zip(by_head, heads.by_sub_key(counted.counts_N, torch.sum), strict=True):
+            values |= {"kl_rows": kl_from_uniform(rows_S), "kl_columns": kl_from_uniform(columns_S)}
+    return by_head
 
 
 def dead_of_heads(counters: UsageCounters, name: str, dead_after: int) -> list[int] | None:
-    """`dead` of each head of a reader; None where its slots are not counted by head."""
-    own = counters.heads[name]
-    if own.kind != "full":
+    """Returns `dead` per head of a reader; None if its slots are not counted per head."""
+    heads = counters.heads[name]
+    if heads.kind != "full":
         return None
-    last_HN = own.by_slot(counters.last_read_of_heads(name))
+    last_HN = heads.by_slot(counters.last_read_of_heads(name))
     return [int(n) for n in dead_slots(last_HN, counters.clock, dead_after).sum(1)]
 
 
-def logged(counters: UsageCounters, dead_after: int) -> dict[str, float]:
-    """All figures of the window, as `NAME/FIGURE`: of layers, of tables that several layers share, of heads."""
+def window_figures(counters: UsageCounters, dead_after: int) -> dict[str, float]:
+    """Returns all figures of the window as `NAME/FIGURE`: of layers, of tables that several layers share, of heads."""
     shared = [name for name, table in counters.tables.items() if len(table.readers) > 1]
-    found: dict[str, dict[str, float]] = {}
+    by_name: dict[str, dict[str, float]] = {}
     for name in (*counters.readers, *shared):
-        found[name] = figures(counters, name, "window") | {"dead": dead(counters, name, dead_after)}
+        by_name[name] = figures(counters, name, "window") | {"dead": dead(counters, name, dead_after)}
     for name in counters.heads:
-        by_head = dead_of_heads(counters, name, dead_after)
-        for head, of_head in enumerate(figures_of_heads(counters, name, "window")):
-            found[f"{name}.head{head}"] = of_head | ({} if by_head is None else {"dead": by_head[head]})
-    return {f"{name}/{figure}": value for name, of in found.items() for figure, value in of.items()}
+        dead_by_head = dead_of_heads(counters, name, dead_after)
+        for head, values in enumerate(figures_of_heads(counters, name, "window")):
+            by_name[f"{name}.head{head}"] = values | ({} if dead_by_head is None else {"dead": dead_by_head[head]})
+    return {f"{name}/{figure}": value for name, values in by_name.items() for figure, value in values.items()}
 
 
 def report(counters: UsageCounters, step: int, dead_after: int) -> dict[str, Any]:
-    """The content of usage.json.
+    """Returns the content of usage.json.
 
     | key | meaning |
     |---|---|
     | schema | version of this table |
     | step, dead_after | last optimizer step; steps without a read after which a slot is dead |
-    | clock | steps watched: `step`, and besides the steps that rollbacks have repeated |
-    | first_step, window_steps | step of the clock that `since_start` begins with; how many of the last `window` holds |
+    | clock | steps watched: `step`, plus the steps that rollbacks have repeated |
+    | first_step, window_steps | first step of the clock in `since_start`; number of the last steps in `window` |
     | layers | by name as in `train/usage/NAME/...`: `slots`, `reads`, `dead`, and the figures `since_start`, `window` |
-    | | and, with `per_head`, `heads`: their own `first_step` and `window_steps`, the two as lists by head, and of |
+    | | and, with `per_head`, `heads`: `first_step`, `window_steps`, the two as lists by head, and with |
     | | `per_head=full` a list `dead` |
     | tables | by name: `layers` that share the tables, and what a layer has, of all of them together |
 

@@ -1,8 +1,8 @@
-"""Counters of a reader's heads: `halves` counts the 2 * S sub-keys of each head, `full` all N slots of each head.
+"""Counters per head of a reader: `halves` counts the 2 * S sub-keys of each head, `full` all N slots of each head.
 
-`full` is a head's own histogram of slots, and N / 2S times as large; sub-keys follow from it.
+`full` is a histogram of slots per head, N / 2S times as large; the counts of sub-keys follow from it.
 
-Letters: T tokens, H heads, K slots a head, C = H * K, N slots, S sub-keys a half, Z counters of all heads.
+Letters: T tokens, C = H * K reads per token, Z counters of all heads.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ PerHead = Literal["halves", "full"]
 
 
 def counts_heads(slots: Slots, heads: int, kind: PerHead) -> bool:
-    """There is something that the counters of all heads together do not say."""
+    """Returns whether counters per head would hold more than those of all heads together."""
     return slots.n_keys is not None or (kind == "full" and heads > 1)
 
 
 class HeadCounts(ReadCounts):
-    """The counters of all heads of one reader, one after the other.
+    """The counters of all heads of one reader, one head after the other.
 
     Args:
-        slots: what the reader reads.
+        slots: the slots of the reader.
         heads: H.
         kind: `halves` (slots must be pairs of sub-keys) or `full`.
         half, device, step: as of `ReadCounts`.
@@ -49,7 +49,7 @@ class HeadCounts(ReadCounts):
     def add_reads(self, reads: Reads, step: int) -> None:
         """Counts the reads of a micro-batch of `step`."""
         ids_THK = reads.ids_THK.long()
-        # Else what is no slot would be one of another head.
+        # An id out of range would otherwise be a counter of another head.
         is_slot_THK = (ids_THK >= 0) & (ids_THK < self.slots.count)
         first_H1 = torch.arange(self.heads, device=ids_THK.device)[:, None] * (self.n_slots // self.heads)
         numbers = [ids_THK] if self.kind == "full" else [ids_THK // self._keys, ids_THK % self._keys + self._keys]
@@ -57,14 +57,14 @@ class HeadCounts(ReadCounts):
             ids_TC = (number_THK + first_H1).where(is_slot_THK, -1).flatten(1)
             self.add(ids_TC, reads.weights_THK.flatten(1), reads.valid_T, step)
 
-    def by_sub_key(self, values_Z: Tensor, of_slots: Callable[[Tensor, int], Any]) -> Tensor:
-        """Values of the counters as (H, 2, S); where they are those of slots, `of_slots` (sum or amax) joins them."""
+    def by_sub_key(self, values_Z: Tensor, reduce: Callable[[Tensor, int], Any]) -> Tensor:
+        """Returns values of the counters as (H, 2, S); with `full`, `reduce` (sum or amax) joins those of its slots."""
         if self.kind == "halves":
             return values_Z.view(self.heads, 2, self._keys)
         values_HSS = values_Z.view(self.heads, self._keys, self._keys)
-        return torch.stack([of_slots(values_HSS, 2), of_slots(values_HSS, 1)], dim=1)
+        return torch.stack([reduce(values_HSS, 2), reduce(values_HSS, 1)], dim=1)
 
     def by_slot(self, values_Z: Tensor) -> Tensor:
-        """Values of the counters of `full` as (H, N)."""
+        """Returns values of the counters of `full` as (H, N)."""
         assert self.kind == "full"
         return values_Z.view(self.heads, self.slots.count)

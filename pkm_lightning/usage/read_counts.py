@@ -1,6 +1,6 @@
-"""How often, how strongly and when each of N slots was read: since the start, and over a sliding window.
+"""Number, weight and last step of the reads of each of N slots: since the start, and over a sliding window.
 
-Letters: N slots, M = N + 1 counters, T tokens, C reads a token.
+Letters: M = N + 1 counters, T tokens, C reads per token over all heads.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Counted(NamedTuple):
         return self.units_N.double() * WEIGHT_UNIT
 
 
-#: Count and weight of a period, of the one before and since the start, and the last step that read a slot.
-BYTES_A_SLOT = 3 * 2 * 8 + 4
+#: Number and weight of the current period, of the one before and of all that have ended, and the last step of a read.
+BYTES_PER_SLOT = 3 * 2 * 8 + 4
 
 
 class ReadCounts:
-    """The counters of one rank, on `device`, `BYTES_A_SLOT` a slot. No method but `state` waits for the device.
+    """The counters of one rank, on `device`, `BYTES_PER_SLOT` each. No method but `state` waits for the device.
 
     Args:
         n_slots: slots N.
         half: steps of half a window, 1 or more; see `WindowedSums`.
-        device: where the ids will be.
-        step: steps taken already; no slot counts as dead for them.
+        device: the device of the ids.
+        step: steps taken before; no slot counts as dead for them.
 
     Attributes:
         last_N: last step that read a slot, (N,) int32; `step` where none did.
@@ -49,7 +49,7 @@ class ReadCounts:
 
     def __init__(self, n_slots: int, *, half: int, device: torch.device, step: int = 0) -> None:
         self.n_slots = n_slots
-        # Count and weight.
+        # The last counter, of all three kinds, is for ids out of range; see `count_reads`.
         self._sums = WindowedSums((2, n_slots + 1), half=half, device=device, step=step)
         self._last_M = torch.full((n_slots + 1,), step, dtype=torch.int32, device=device)
 
@@ -65,37 +65,42 @@ class ReadCounts:
 
     def add(self, ids_TC: Tensor, weights_TC: Tensor, valid_T: Tensor | None, step: int) -> None:
         """Counts the reads of a micro-batch of `step`; see `pkm_lightning.ops.count_reads`."""
-        self.turn(step)
+        self.advance(step)
         counts_M, units_M = self._sums.now
         count_reads(counts_M, units_M, self._last_M, ids_TC, weights_TC, valid_T, step)
 
-    def turn(self, step: int) -> None:
-        """Begins the period of `step`, if it is another."""
-        self._sums.turn(step)
+    def advance(self, step: int) -> None:
+        """Starts the period of `step`, unless it is the current one."""
+        self._sums.advance(step)
 
     def window(self) -> Counted:
-        """Reads of the window on this rank."""
+        """Returns the reads of the window on this rank."""
         return Counted(*self._sums.window()[:, :-1])
 
     def ever(self) -> Counted:
-        """Reads since the start on this rank."""
+        """Returns the reads since the start on this rank."""
         return Counted(*self._sums.ever()[:, :-1])
 
     def window_steps(self, step: int) -> int:
-        """Steps that the window holds at the end of `step`, the last that was counted."""
+        """Returns the number of steps that the window holds at the end of `step`, the last one counted."""
         return self._sums.window_steps(step)
 
-    # --- what a checkpoint keeps
+    # --- checkpoints
 
     def amounts(self) -> Tensor:
-        """Count and weight of the period, of the one before, and of all that are over, (3, 2, N): to be summed."""
+        """Returns number and weight by period, (3, 2, N), to be summed over the ranks; see `WindowedSums.amounts`."""
         return self._sums.amounts()[..., :-1]
 
     def state(self, amounts_32N: Tensor, last_N: Tensor) -> dict[str, Any]:
-        """What `load` takes, on the host, from sums over the ranks of `amounts` and the latest of their `last_N`."""
+        """Returns the state that `load` restores, on the host.
+
+        Args:
+            amounts_32N: the sum of `amounts` over the ranks.
+            last_N: the maximum of `last_N` over the ranks.
+        """
         return {**self._sums.state(amounts_32N), "last": last_N.to("cpu", copy=True)}
 
     def load(self, state: dict[str, Any], *, holds_sums: bool) -> None:
-        """Takes up `state`; only one rank holds the sums. A window of another length begins anew."""
+        """Restores `state`; see `WindowedSums.load`."""
         self._last_M[:-1] = state["last"].to(self._last_M)
         self._sums.load({**state, "amounts": functional.pad(state["amounts"], (0, 1))}, holds_sums=holds_sums)

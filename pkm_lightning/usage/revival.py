@@ -1,6 +1,6 @@
-"""Which dead rows and sub-keys get another start in a step, and from what; what `callbacks.SlotRevival` does.
+"""Revival of dead rows and sub-keys: which of them change in a step, and what they become.
 
-Letters: N rows, M rows or sub-keys that change, T queries, H heads, 2 halves, S sub-keys a half, E dimension of a half.
+Letters: M rows or sub-keys that change, T queries, P values of a half key; a 2 is the two halves of a product key.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.mesh import whole
 from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_served, write_keys
+from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.revival_history import RevivalHistory
 from pkm_lightning.usage.slot_metrics import dead_slots
@@ -25,20 +26,22 @@ from pkm_lightning.usage.slot_metrics import dead_slots
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: Queries of a head that new sub-keys are chosen from.
+    from pkm_lightning.usage.query_recorder import QueryRecorder
+
+#: Queries per head from which new sub-keys are chosen.
 _MOST_QUERIES = 4096
 
 
 @dataclass(frozen=True)
 class Revival:
-    """A revival at the end of `step`; every rank must make the same calls.
+    """A revival at the end of `step`. Its methods are collective: call them on all ranks.
 
     Attributes:
-        counters: what is dead and what is busy.
-        history: what was revived before, and has had no `dead_after` steps yet to find readers; is told of more.
-        states: those of all optimizers, by parameter.
+        counters: the reads, from which dead and busy slots follow.
+        history: the earlier revivals; this one is added to it.
+        states: the states of all optimizers, by parameter.
         dead_after, max_share, noise: as of `SlotRevival`.
-        seed: of the run.
+        seed: the seed of the run.
         step: the step that has ended.
     """
 
@@ -51,17 +54,32 @@ class Revival:
     seed: int
     step: int
 
+    def revive(self, recorder: QueryRecorder) -> None:
+        """Moves the dead sub-keys of the recorder's layers, and gives dead rows new values; forgets the queries.
+
+        With layers in the recorder, rows change only where a moved sub-key leads to them; without, everywhere.
+        """
+        reached = {
+            name: self.keys(name, addressing, recorder.queries[name], recorder.valid_T)
+            for name, addressing in recorder.addressing.items()
+        }
+        for name, tables in self.counters.tables.items():
+            within = [reached[reader] for reader in tables.readers if reader in reached]
+            if within or not recorder.addressing:
+                self.rows(name, torch.stack(within).any(0) if within else None)
+        recorder.queries.clear()
+
     def rows(self, name: str, within_N: Tensor | None) -> None:
-        """Makes dead rows of a set of tables copies of the busiest ones of the window, which take turns.
+        """Makes dead rows of a set of tables copies of the busiest rows of the window, each copied in turn.
 
         Args:
-            name: of the set.
-            within_N: no others than these, (N,) bool; None: any.
+            name: the name of the set.
+            within_N: the rows that may change, (N,) bool; None: all.
         """
         last_N = self.counters.last_read(name)
-        rows_M = self._dead(self.history.since(name, last_N), within_N)[: math.ceil(self.max_share * len(last_N))]
+        rows_M = self._dead(self.history.last_change(name, last_N), within_N)[: math.ceil(self.max_share * len(last_N))]
         counts_N = self.counters.total(name, "window").counts_N
-        # A row that is dead may still be in the window.
+        # A row that is dead may still have reads in the window.
         counts_N = counts_N.masked_fill(dead_slots(last_N, self.counters.clock, self.dead_after), 0)
         busiest_N = counts_N.argsort(descending=True, stable=True)[: int((counts_N > 0).sum())]
         tables = [table for table in self.counters.tables[name].tables if learns(table)]
@@ -73,63 +91,69 @@ class Revival:
             for state in self.states:
                 if table.weight in state:
                     forget_rows(state[table.weight], table, rows_M)
-        self._note(name, torch.zeros_like(last_N, dtype=torch.bool).index_fill(0, rows_M, True))
+        self._add_to_history(name, torch.zeros_like(last_N, dtype=torch.bool).index_fill(0, rows_M, True))
 
-    def keys(self, name: str, addressing: Addressing, q_TH2E: Tensor, valid_T: Tensor | None) -> Tensor:
-        """Moves the dead sub-keys of every head and half of a layer to its worst-served queries.
+    def keys(self, name: str, addressing: Addressing, q_TH2P: Tensor, valid_T: Tensor | None) -> Tensor:
+        """Moves the dead sub-keys per head and half of a layer to its worst-served queries.
 
         Returns:
             True for the slots that a moved sub-key is part of, (N,) bool.
         """
-        keys_H2SE = addressing.keys.keys
-        heads, _, n_keys, _ = keys_H2SE.shape
+        keys_H2SP = addressing.keys.keys
+        heads, _, n_keys, _ = keys_H2SP.shape
         last_H2S = self.counters.heads[name].by_sub_key(self.counters.last_read_of_heads(name), torch.amax)
-        q_TH2E = _sample(q_TH2E, valid_T)
-        if heads == 1:  # one set of sub-keys, whichever head asks
+        q_TH2P = _sample(q_TH2P, valid_T)
+        # All heads share one set of sub-keys, so their reads and their queries are joined.
+        if heads == 1:
             last_H2S = last_H2S.amax(0, keepdim=True)
-            q_TH2E = q_TH2E.flatten(0, 1)[:, None]
-        since_H2S = self.history.since(name, last_H2S)
+            q_TH2P = q_TH2P.flatten(0, 1)[:, None]
+        changed_H2S = self.history.last_change(name, last_H2S)
         moved_H2S = torch.zeros_like(last_H2S, dtype=torch.bool)
         reached_SS = torch.zeros(n_keys, n_keys, dtype=torch.bool, device=last_H2S.device)
         for head in range(heads):
             for half in (0, 1):
-                dead_M = self._dead(since_H2S[head, half])[: math.ceil(self.max_share * n_keys)]
+                dead_M = self._dead(changed_H2S[head, half])[: math.ceil(self.max_share * n_keys)]
                 if len(dead_M):
-                    made_ME = self._made(f"{name}/{head}/{half}", addressing, q_TH2E[:, head, half], head, half, dead_M)
-                    write_keys(keys_H2SE, head, half, dead_M, made_ME)
-                    self._forget_keys(keys_H2SE, head, half, dead_M)
+                    made_MP = self._new_keys(
+                        f"{name}/{head}/{half}", addressing, q_TH2P[:, head, half], head, half, dead_M
+                    )
+                    write_keys(keys_H2SP, head, half, dead_M, made_MP)
+                    self._forget_keys(keys_H2SP, head, half, dead_M)
                     (reached_SS if half == 0 else reached_SS.T)[dead_M] = True
                     moved_H2S[head, half, dead_M] = True
-        self._note(name, moved_H2S)
+        self._add_to_history(name, moved_H2S)
         return reached_SS.flatten()
 
-    def _note(self, name: str, which_N: Tensor) -> None:
-        self.history.note(name, which_N, step=self.step, clock=self.counters.clock)
+    def _add_to_history(self, name: str, is_revived_N: Tensor) -> None:
+        self.history.add(name, is_revived_N, step=self.step, clock=self.counters.clock)
 
-    def _dead(self, since_N: Tensor, within_N: Tensor | None = None) -> Tensor:
-        """Those neither read nor revived for `dead_after` steps, the longest first, equals in their order."""
-        is_dead_N = dead_slots(since_N, self.counters.clock, self.dead_after)
+    def _dead(self, changed_N: Tensor, within_N: Tensor | None = None) -> Tensor:
+        """Returns the slots neither read nor revived for `dead_after` steps, the longest first, equal ones by index."""
+        is_dead_N = dead_slots(changed_N, self.counters.clock, self.dead_after)
         if within_N is not None:
             is_dead_N = is_dead_N & within_N
         dead_M = is_dead_N.nonzero().flatten()
-        return dead_M[since_N[dead_M].argsort(stable=True)]
+        return dead_M[changed_N[dead_M].argsort(stable=True)]
 
-    def _made(self, what: str, addressing: Addressing, q_TE: Tensor, head: int, half: int, dead_M: Tensor) -> Tensor:
-        norm, keys_SE = addressing.keys.norm, whole(addressing.keys.keys.detach())[head, half].to(q_TE.dtype)
+    def _new_keys(
+        self, what: str, addressing: Addressing, q_TP: Tensor, head: int, half: int, dead_M: Tensor
+    ) -> Tensor:
+        norm, keys_SP = addressing.keys.norm, whole(addressing.keys.keys.detach())[head, half].to(q_TP.dtype)
         if norm is not None:
             assert norm.weight is not None
-            q_TE = q_TE * whole(norm.weight.detach()).to(q_TE.dtype)
-        made_ME = keys_for_worst_served(
-            q_TE, keys_SE, dead_M, normalised=norm is not None, noise=self.noise, seed=self._seed(what)
+            q_TP = q_TP * whole(norm.weight.detach()).to(q_TP.dtype)
+        made_MP = keys_for_worst_served(
+            q_TP, keys_SP, dead_M, normalised=norm is not None, noise=self.noise, seed=self._seed(what)
         )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast(made_ME, src=0)  # each rank has seen other queries
-        return made_ME
+        # Each rank has seen other queries, and all must write the same sub-keys.
+        if is_distributed():
+            dist.broadcast(made_MP, src=0)
+        return made_MP
 
-    def _forget_keys(self, keys_H2SE: nn.Parameter, head: int, half: int, dead_M: Tensor) -> None:
+    def _forget_keys(self, keys_H2SP: nn.Parameter, head: int, half: int, dead_M: Tensor) -> None:
         for state in self.states:
-            for value in state.get(keys_H2SE, {}).values():
-                if getattr(value, "shape", None) == keys_H2SE.shape:
+            for value in state.get(keys_H2SP, {}).values():
+                if getattr(value, "shape", None) == keys_H2SP.shape:
                     write_keys(value, head, half, dead_M, 0.0)
 
     def _seed(self, what: str) -> int:
@@ -137,17 +161,17 @@ class Revival:
 
 
 def learns(table: ValueTable) -> bool:
-    """Training moves its rows."""
+    """Returns whether training changes the rows of `table`."""
     return table.stage is not None or table.weight.requires_grad
 
 
 def addressing_of(plugin: nn.Module) -> Addressing | None:
-    """The product-key retrieval within a plugin, if it has one."""
+    """Returns the product-key retrieval within a plugin, None if it has none."""
     return next((part for part in plugin.modules() if isinstance(part, Addressing)), None)
 
 
-def _sample(q_TH2E: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Queries of real tokens, evenly taken where they are many."""
+def _sample(q_TH2P: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Returns the queries of real tokens, or an even sample of them if they are many."""
     if valid_T is not None and bool(valid_T.any()):
-        q_TH2E = q_TH2E[valid_T]
-    return q_TH2E[:: -(-len(q_TH2E) // _MOST_QUERIES)]
+        q_TH2P = q_TH2P[valid_T]
+    return q_TH2P[:: -(-len(q_TH2P) // _MOST_QUERIES)]

@@ -1,10 +1,10 @@
-"""Who reads which slots: every `Slots` of every layer's plugins, by a name, and the tables that several layers share.
+"""Readers of slots: every `Slots` of every layer's plugins, by a name, and the tables that several layers share.
 
-Names: `layer3.slot`; where two FFNs stand side by side `layer3.base.expert` and `layer3.variant.slot`. A set of tables
-is `table0`, `table1`, ... in the order of its first layer; PEER's two tables, read by the same ids, are one set, and so
-are all tables that one reader joins to another's: row n of each is one slot.
+Names are `layer3.slot`, or `layer3.base.expert` and `layer3.variant.slot` where two FFNs stand side by side. A set of
+tables is `table0`, `table1`, ... in the order of its first layer. PEER's two tables, which are read by the same ids,
+are one set, and so are all tables that a reader connects: row n of each of them is one slot.
 
-Letters: B sequences, T tokens of the micro-batch, H heads, K slots a head, C = H * K, N slots.
+Letters: C reads per token over all heads.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ class Reads(NamedTuple):
     weights_THK: Tensor
     #: False at padding, (T,), or None.
     valid_T: Tensor | None
-    #: Experts have chosen tokens: a token's slots are no read of its own.
+    #: Experts have chosen tokens, so that the slots of a token are not one read.
     slots_choose: bool
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What one layer reads of one kind.
+    """The reads of one layer of one kind of slots.
 
     Attributes:
         name: as in the module's docstring.
         layer: number of the block.
         part: `ffn`, `ffn.base` or `ffn.variant`.
         plugin: the FFN that reads.
-        slots: what its trace numbers.
-        told: names of all slots of the plugin.
+        slots: the slots that the ids in its trace number.
+        slot_names: names of all slots of the plugin.
     """
 
     name: str
@@ -53,21 +53,21 @@ class Reader:
     part: str
     plugin: nn.Module
     slots: Slots
-    told: tuple[str, ...]
+    slot_names: tuple[str, ...]
 
     def reads(self, traces: Traces, batch: dict[str, Tensor]) -> Reads | None:
-        """The reads among the `traces` of a micro-batch; None where the plugin has traced none of this name.
+        """Returns the reads in the `traces` of a micro-batch; None if the plugin has traced none of these slots.
 
         Raises:
-            ConfigError: a trace of other names or shapes than the plugin's `slots()` say.
+            ConfigError: a trace of other names or shapes than the plugin's `slots()` declare.
         """
         trace, name = plugin_entries(self.part, traces.get(self.layer, {})), self.slots.name
-        check_trace(self.name.removesuffix(f".{name}"), self.plugin, self.slots, trace, batch, self.told)
+        check_trace(self.name.removesuffix(f".{name}"), self.plugin, self.slots, trace, batch, self.slot_names)
         chosen = trace.get(f"{name}_chosen")
         if f"{name}_ids" in trace:
             ids = trace[f"{name}_ids"]
         elif chosen is not None:
-            # As many reads a token as there are experts, most of them of no slot.
+            # One id per token and expert, out of range where not chosen: no shape depends on values.
             ids = torch.arange(chosen.shape[-1], device=chosen.device).where(chosen, self.slots.count)
         else:
             return None
@@ -88,7 +88,7 @@ class TableSet:
     Attributes:
         name: `table0`, `table1`, ...
         tables: those tables, all with the same number of rows.
-        readers: names of the layers' readers, of which each reads one of the tables at least.
+        readers: names of the readers, each of which reads at least one of the tables.
     """
 
     name: str
@@ -97,42 +97,42 @@ class TableSet:
 
 
 def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, Reader]:
-    """All readers of `model`, by name; a plugin that does not state its slots has none.
+    """Returns all readers of `model` by name; a plugin that does not declare its slots has none.
 
     Args:
-        model: of which no weight is looked at.
-        max_slots: readers of more slots are left out; None: all.
+        model: the model; its weights are not read.
+        max_slots: readers of more slots are omitted; None: none is.
 
     Raises:
-        ConfigError: a plugin states slots that cannot be.
+        ConfigError: a plugin declares inconsistent slots.
     """
     readers = {}
     for layer, block in enumerate(model.blocks):
         for part, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
             if isinstance(plugin, HasSlots):
-                place, told = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
-                check_slots(place, plugin, told)
-                for slots in told:
-                    if max_slots is not None and slots.count > max_slots:
-                        continue
-                    names = tuple(one.name for one in told)
-                    reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots, names)
-                    readers[reader.name] = reader
+                place, declared = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
+                check_slots(place, plugin, declared)
+                names = tuple(slots.name for slots in declared)
+                for slots in declared:
+                    if max_slots is None or slots.count <= max_slots:
+                        reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots, names)
+                        readers[reader.name] = reader
     return readers
 
 
 def find_tables(readers: dict[str, Reader]) -> dict[str, TableSet]:
-    """All sets of tables that `readers` read, by name: readers that have any table in common share one set."""
+    """Returns all sets of tables that `readers` read, by name; readers with a table in common share a set."""
     groups: list[list[Reader]] = []
     for reader in readers.values():
         if reader.slots.tables:
-            own = {id(table) for table in reader.slots.tables}
-            touched = [group for group in groups if any(id(t) in own for one in group for t in one.slots.tables)]
-            joined = [one for group in touched for one in group] + [reader]
+            ids = {id(table) for table in reader.slots.tables}
+            # A reader of two tables may connect groups that had nothing in common before.
+            connected = [group for group in groups if any(id(t) in ids for one in group for t in one.slots.tables)]
+            merged = [one for group in connected for one in group] + [reader]
             # A group keeps the place of its first reader.
-            place = groups.index(touched[0]) if touched else len(groups)
-            groups = [group for group in groups if group not in touched]
-            groups.insert(place, joined)
+            place = groups.index(connected[0]) if connected else len(groups)
+            groups = [group for group in groups if group not in connected]
+            groups.insert(place, merged)
     sets = {}
     for number, group in enumerate(groups):
         tables = {id(table): table for reader in group for table in reader.slots.tables}

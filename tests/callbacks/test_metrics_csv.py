@@ -22,7 +22,7 @@ def module() -> LanguageModule:
 
 
 def add(callback: MetricsCSV, module: LanguageModule, step: int, **metrics: float) -> None:
-    """A row through the callback's own way, as a training step of `step` would write it."""
+    """Appends a row as a training step of `step` would."""
     trainer: Any = SimpleNamespace(global_step=step)
     module.tokens_seen = torch.tensor(step * 5)
     callback._append(trainer, module, {f"train/{name}": torch.tensor(value) for name, value in metrics.items()})

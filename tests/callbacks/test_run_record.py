@@ -23,40 +23,26 @@ def test_the_best_validation_of_abandoned_steps_is_forgotten() -> None:
     assert kept.state_dict()["throughput"] == {"mfu": 0.5}
 
 
-def test_figures_agree_with_metrics_csv(cli: Run, tmp_path: Path) -> None:
-    assert cli("fit", *SMALL_RUN, "run_dir=run", "ffn=dense").code == 0
-    said, written = record(tmp_path / "run"), rows(tmp_path / "run")
-    losses = {float(row["val/loss"]): int(row["step"]) for row in written if row["val/loss"]}
-    assert said["best_validation"] == {"loss": min(losses), "step": losses[min(losses)]}
-    last = [row for row in written if row["train/loss"]][-1]
-    for name, value in said["throughput"].items():
-        assert float(last[f"train/throughput/{name}"]) == pytest.approx(value)
-    assert said["throughput"].keys() >= {"tokens_per_sec", "samples_per_sec", "steps_per_sec", "flops_per_sec"}
-    assert said["tokens"] == int(written[-1]["tokens"])
-    assert said["tokens_per_second"] == pytest.approx(said["tokens"] / said["seconds"]["train"], rel=0.01)
-    assert said["seconds"]["train"] >= float(written[-1]["seconds"])
-
-
-def test_nothing_watches_and_the_record_is_whole(cli: Run, tmp_path: Path) -> None:
+def test_without_callbacks_the_record_is_complete(cli: Run, tmp_path: Path) -> None:
     options = ["model.memory.n_keys=16", "trainer.max_steps=4", "trainer.val_check_interval=2", "logger=none"]
     shown = cli("fit", *SMALL_DATA, *options, "callbacks=none", "run_dir=run")
     assert shown.code == 0, shown.err
-    said = record(tmp_path / "run")
+    content = record(tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "config.yaml", "run.json"}
-    assert said["status"] == "finished"
-    assert said["metrics"].keys() == {"test/loss", "test/perplexity"}
-    assert said["throughput"] is None
-    assert said["best_validation"]["step"] in (2, 4)
-    assert 0 < said["seconds"]["train"] < said["seconds"]["total"]
-    assert (said["world_size"], len(said["data"])) == (1, 64)
-    assert said["device"].endswith(f"{os.cpu_count()} cores")
-    assert said["tokens"] > 0
-    assert said["tokens_per_second"] > 0
+    assert content["status"] == "finished"
+    assert content["metrics"].keys() == {"test/loss", "test/perplexity"}
+    assert content["throughput"] is None
+    assert content["best_validation"]["step"] in (2, 4)
+    assert 0 < content["seconds"]["train"] < content["seconds"]["total"]
+    assert (content["world_size"], len(content["data"])) == (1, 64)
+    assert content["device"].endswith(f"{os.cpu_count()} cores")
+    assert content["tokens"] > 0
+    assert content["tokens_per_second"] > 0
     assert "tokens/s" in shown.out
 
 
 def validated(callback: RunRecord, step: int, loss: float, *, fn: str = "fit", sanity: bool = False) -> None:
-    """As a validation of this loss would end."""
+    """Ends a validation of this loss."""
     trainer: Any = SimpleNamespace(
         state=SimpleNamespace(fn=fn),
         sanity_checking=sanity,
@@ -88,7 +74,7 @@ def test_a_resumed_run_keeps_the_best_and_the_seconds() -> None:
     assert resumed.stopwatch.seconds >= 7.0
 
 
-def test_an_interrupted_run_says_how_far_it_came_and_goes_on(cli: Run, tmp_path: Path) -> None:
+def test_an_interrupted_and_resumed_run_agrees_with_its_metrics_csv(cli: Run, tmp_path: Path) -> None:
     command = ["fit", *SMALL_RUN, "ffn=dense", "+callbacks.interrupt._target_=toys.InterruptOnce", "run_dir=run"]
     (tmp_path / "interrupt").touch()
     assert cli(*command).code == 130
@@ -99,6 +85,15 @@ def test_an_interrupted_run_says_how_far_it_came_and_goes_on(cli: Run, tmp_path:
     assert half["best_validation"]["step"] == 4
     assert half["throughput"]["tokens_per_sec"] > 0
     assert cli("fit", "run_dir=run", "trust_config=true").code == 0
-    whole = record(tmp_path / "run")
+    whole, written = record(tmp_path / "run"), rows(tmp_path / "run")
     assert whole["tokens"] > half["tokens"]
+    assert whole["tokens"] == int(written[-1]["tokens"])
     assert whole["seconds"]["train"] > half["seconds"]["train"] > 0
+    assert whole["seconds"]["train"] >= float(written[-1]["seconds"])
+    assert whole["tokens_per_second"] == pytest.approx(whole["tokens"] / whole["seconds"]["train"], rel=0.01)
+    losses = {float(row["val/loss"]): int(row["step"]) for row in written if row["val/loss"]}
+    assert whole["best_validation"] == {"loss": pytest.approx(min(losses)), "step": losses[min(losses)]}
+    last = [row for row in written if row["train/loss"]][-1]
+    for name, value in whole["throughput"].items():
+        assert float(last[f"train/throughput/{name}"]) == pytest.approx(value)
+    assert whole["throughput"].keys() >= {"tokens_per_sec", "samples_per_sec", "steps_per_sec", "flops_per_sec"}

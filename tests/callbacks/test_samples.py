@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def fit(data: L.LightningDataModule, watching: list[L.Callback], **changes: Any)
 
 
 def shown(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged, one text a validation."""
+    """Returns the logged texts, one per validation."""
     return [record.getMessage() for record in caplog.records if record.name == samples.__name__]
 
 
@@ -121,33 +122,34 @@ def test_given_prompts_are_asked_instead(caplog: pytest.LogCaptureFixture) -> No
     assert "right" not in shown(caplog)[0]
 
 
-@pytest.mark.parametrize(
-    ("data", "changes"), [(Data, {}), (Asking, {"items": 0}), (Asking, {"prompts": []})], ids=["none", "0", "[]"]
-)
-def test_nothing_to_ask_is_nothing_shown(
-    caplog: pytest.LogCaptureFixture, data: type[Data], changes: Arguments
-) -> None:
+def test_without_questions_nothing_is_shown(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        fit(data(), [Samples(**{**USUAL, **changes})])
+        fit(Data(), [Samples(**USUAL)])
+        fit(Asking(), [Samples(**{**USUAL, "items": 0}), Samples(**{**USUAL, "prompts": []})])
     assert shown(caplog) == []
 
 
-@pytest.mark.parametrize("asking", [Samples(**USUAL), Recall(val_items=1, test_items=1)], ids=["samples", "recall"])
-def test_questions_are_asked_in_the_precision_of_training(asking: L.Callback) -> None:
-    seen: set[bool] = set()
+def test_questions_are_asked_in_the_precision_of_training() -> None:
+    callers = ("pkm_lightning.callbacks.samples", "pkm_lightning.callbacks.recall")
+    seen: dict[str, bool] = {}
 
     class Look(L.Callback):
         def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             def note(*_: Any) -> None:
-                seen.add(torch.is_autocast_enabled("cpu"))
+                frame: Any = sys._getframe()
+                while frame is not None and frame.f_globals["__name__"] not in callers:
+                    frame = frame.f_back
+                if frame is not None:
+                    seen[frame.f_globals["__name__"]] = torch.is_autocast_enabled("cpu")
 
             self.hook = pl_module.model.register_forward_hook(note)
 
         def on_validation_end(self, *_: Any) -> None:
             self.hook.remove()
 
-    fit(Asking(), [Look(), asking], precision="bf16-mixed")
-    assert seen == {True}
+    asking = [Samples(**USUAL), Recall(val_items=1, test_items=1)]
+    fit(Asking(), [Look(), *asking], precision="bf16-mixed")
+    assert seen == dict.fromkeys(callers, True)
 
 
 def test_tensorboard_gets_a_table(tmp_path: Path) -> None:

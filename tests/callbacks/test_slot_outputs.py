@@ -1,4 +1,4 @@
-"""When slot usage draws its panels, and what an ended run leaves behind."""
+"""When slot usage draws its panels, and which files remain after a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import Letters, config
 from training.fits import loader
-from training.test_usage_counters import Tracer, counters
+from usage.test_counters import Tracer, counters
 
 from pkm_lightning.build.instantiate import instantiate
-from pkm_lightning.callbacks import RunInterrupted, slot_usage
-from pkm_lightning.callbacks.slot_panels import draw_panels
+from pkm_lightning.callbacks import RunInterrupted, usage_report
+from pkm_lightning.callbacks.slot_panels import draw_on
 from pkm_lightning.ffn import Slots
 
 ALONE = "strategy=single"
@@ -106,7 +106,7 @@ def test_padding_reads_nothing_in_a_panel() -> None:
     traces = {0: {"slot_ids": torch.tensor([[[1], [1], [1]]]), "slot_weights": torch.ones(1, 3, 1)}}
     batch = {"input_ids": torch.tensor([[2, 3, 3]]), "valid": torch.tensor([[True, True, False]])}
     made.add(traces, batch)
-    draw_panels([board], made, traces, batch, Letters(), 1)
+    draw_on([board], made, traces, batch, Letters(), 1)
     assert board.texts["usage/layer0.slot/most_read"].splitlines()[2:] == ["| 1 | 2 | 100.00% | `a` (1), `b` (1) |"]
 
 
@@ -118,7 +118,7 @@ def test_what_stopped_the_run_is_told_even_if_the_report_fails(tmp_path: Path, m
     def broken(*_: Any) -> None:
         raise RuntimeError("the device has failed")
 
-    monkeypatch.setattr(slot_usage, "report", broken)
+    monkeypatch.setattr(usage_report, "report", broken)
     usage = instantiate(config(f"run_dir={tmp_path}")["callbacks"]["slot_usage"], "callbacks.slot_usage")
     with pytest.raises(ValueError, match="the original fault"):
         distributed_jobs.fit(

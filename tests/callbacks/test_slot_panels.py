@@ -30,7 +30,7 @@ def test_large_squares_are_sums_of_blocks(n_slots: int, side: int) -> None:
 
 
 def curve(image: torch.Tensor) -> list[int]:
-    """Line of the lowest blue pixel in each column, -1 where there is none."""
+    """Returns the line of the lowest blue pixel in each column, -1 if there is none."""
     is_blue_YX = image[2] > image[0] + 0.3
     return [int(column.nonzero().max()) if column.any() else -1 for column in is_blue_YX.T]
 

@@ -34,7 +34,7 @@ class GoBack(L.Callback):
 
 @pytest.mark.parametrize(("at", "to"), [(5, 1), (5, 4)])
 def test_windows_and_last_reads_go_on(at: int, to: int, tmp_path: Path) -> None:
-    """As many steps are counted as were made: the window is that of a run of 9 steps that never went back."""
+    """Counts every step that was made: the window is that of a run of 9 steps without a rollback."""
     raw, watching = jobs.Raw(), jobs.usage(tmp_path, dead_after=3)
     steps = 9 - (at - to)
     jobs.fit([*GIVEN, f"trainer.max_steps={steps}"], 9, [watching, GoBack(at, to), raw])
@@ -53,7 +53,7 @@ def test_windows_and_last_reads_go_on(at: int, to: int, tmp_path: Path) -> None:
 
 
 def test_a_revival_is_undone(tmp_path: Path) -> None:
-    """Rows go back, and so does what is known of them: they are revived at the same step again."""
+    """Restores rows and history: the same rows are revived at the same step again."""
     given = [*GIVEN, "model.memory.n_keys=32"]
     found = []
     for back in (False, True):
@@ -62,7 +62,7 @@ def test_a_revival_is_undone(tmp_path: Path) -> None:
         jobs.fit([*given, "trainer.max_steps=5"], 8, [usage, reviving, *going])
         assert usage.counters is not None
         found.append(reviving.revived["table0"])
-        since_N = reviving.history.since("table0", torch.zeros(1024, dtype=torch.int32))
+        since_N = reviving.history.last_change("table0", torch.zeros(1024, dtype=torch.int32))
         assert int((since_N > 0).sum()) == found[-1]
         assert set(since_N.tolist()) == {0, 6 if back else 4}
         content = json.loads((tmp_path / "usage.json").read_text())["tables"]["table0"]

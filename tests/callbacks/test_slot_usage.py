@@ -22,7 +22,7 @@ ALONE = "strategy=single"
 
 
 def check(overrides: list[str], names: list[str], tmp_path: Path, steps: int = 5, **changes: Any) -> Any:
-    """Counters of every name equal a recount of the traces; returns what the callback holds and what was logged."""
+    """Checks the counters of every name against a recount; returns the callback, the logs and the traces."""
     raw, watching = jobs.Raw(), jobs.usage(tmp_path, **changes)
     _, _, seen = jobs.fit([ALONE, *overrides], steps, [watching, raw])
     counters = watching.counters
@@ -44,9 +44,6 @@ def check(overrides: list[str], names: list[str], tmp_path: Path, steps: int = 5
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [
-        (["ffn=memory_plus", "placement=all"], ["layer0.slot", "layer1.slot", "layer2.slot"]),
-        (["ffn=pkm"], ["layer1.slot"]),
-        (["ffn=peer"], ["layer1.slot"]),
         (["ffn=ultramem_v2", "placement=middle"], ["layer1.slot"]),
         (["ffn=ultramem", "placement=middle"], ["layer1.slot", "layer1.virtual"]),
         (["ffn=moe", "placement=middle"], ["layer1.expert"]),
@@ -56,10 +53,9 @@ def test_counts_equal_a_recount(overrides: list[str], names: list[str], tmp_path
     check(overrides, names, tmp_path)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_micro_batches_add_up_and_recomputed_forwards_count_once(checkpointing: bool, tmp_path: Path) -> None:
-    given = ["ffn=pkm", "trainer.accumulate_grad_batches=2", f"model.activation_checkpointing={checkpointing}"]
-    watching, seen, _ = check(given, ["layer1.slot"], tmp_path)
+def test_micro_batches_add_up_and_recomputed_forwards_count_once(tmp_path: Path) -> None:
+    overrides = ["ffn=pkm", "trainer.accumulate_grad_batches=2", "model.activation_checkpointing=true"]
+    watching, seen, _ = check(overrides, ["layer1.slot"], tmp_path)
     assert len(seen) == 5
     assert int(watching.counters.total("layer1.slot", "ever").counts_N.sum()) == 5 * 32 * 2 * 4
 
@@ -82,7 +78,8 @@ def test_figures_are_logged_for_layers_and_shared_tables(tmp_path: Path) -> None
         effective = json.loads((tmp_path / "usage.json").read_text())["layers"]["layer0.slot"][span]["effective"]
         assert effective == pytest.approx(float(total / reads), rel=1e-6)
         if span == "window":
-            assert logged["layer0.slot/effective"] == effective
+            # A logged value is fp32, one of the report fp64.
+            assert logged["layer0.slot/effective"] == pytest.approx(effective, rel=1e-6)
     assert "table0/effective" not in logged
     read = {
         layer: {step: {slot for slot, _ in raw.reads(layer, "slot", [step])} for step in (4, 5)} for layer in (0, 1, 2)
@@ -163,7 +160,7 @@ def test_a_model_without_slots_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ffn", ["memory_plus", pytest.param("moe_expert_choice", marks=pytest.mark.slow)])
 def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None:
-    """Saved by two ranks, resumed by one, and the other way round, in the middle of a window."""
+    """Resumes on one rank what two have saved, and the other way round, in the middle of a window."""
     still = ["optim.warmup_share=0", "optim.final_factor=1.0"]
     given = [f"ffn={ffn}", "placement=middle", "table.shard=dim", "trainer.precision=64-true", *still]
     if ffn == "moe_expert_choice":  # experts choose among the tokens of their rank
@@ -252,13 +249,13 @@ def test_usage_json_and_the_screen_say_the_same(tmp_path: Path, capsys: pytest.C
     assert (content["schema"], content["step"], content["window_steps"], content["first_step"]) == (1, 6, 4, 1)
     layer = content["layers"]["layer1.slot"]
     assert (layer["slots"], layer["reads"]) == (256, len(reads))
-    assert layer["since_start"]["used_percent"] == 100 * len({slot for slot, _ in reads}) / 256
+    assert layer["since_start"]["used_percent"] == pytest.approx(100 * len({slot for slot, _ in reads}) / 256)
     effective = {span: layer[span].pop("effective") for span in ("window", "since_start")}
     assert all(1 <= value <= 4 for value in effective.values())
-    assert layer["window"] == spread(*watching.counters.total("layer1.slot", "window"), 16)
+    assert layer["window"] == pytest.approx(spread(*watching.counters.total("layer1.slot", "window"), 16))
     assert len(layer["heads"]["window"]) == 2
     table = content["tables"]["table0"]
     assert table.pop("layers") == ["layer1.slot"]
-    assert table == {name: value for name, value in layer.items() if name != "heads"}
+    assert table == {name: value for name, value in layer.items() if name != "heads"}  # both from one report
     assert "layer1.slot" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.tmp"))

@@ -1,4 +1,4 @@
-"""Seconds add up over stops, and stand still in between."""
+"""Seconds add up over stops, and do not pass in between."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback, step_logs, step_will_log
+from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
 
 
 @pytest.fixture
@@ -57,14 +57,3 @@ def test_a_callback_counts_training_and_no_validation(clock: list[float], fn: st
     callback.on_train_end(trainer, module)
     clock[0] += 100
     assert callback.stopwatch.seconds == passed
-
-
-def test_a_step_that_logs_is_known_before_and_after_its_update() -> None:
-    def trainer(step: int, *, accumulates: bool = False) -> Any:
-        loop = SimpleNamespace(_should_accumulate=lambda: accumulates)
-        return SimpleNamespace(global_step=step, log_every_n_steps=3, fit_loop=loop)
-
-    assert [step_will_log(trainer(step)) for step in range(6)] == [False, False, True, False, False, True]
-    assert [step_logs(trainer(step)) for step in range(1, 7)] == [False, False, True, False, False, True]
-    assert not step_will_log(trainer(2, accumulates=True))
-    assert not step_logs(trainer(3, accumulates=True))

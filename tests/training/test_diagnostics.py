@@ -1,4 +1,4 @@
-"""Diagnostics equal what a plain recomputation finds, and looking at them changes nothing."""
+"""Diagnostics equal a plain recomputation, and do not change the training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def batch(rows: int = 3) -> dict[str, torch.Tensor]:
         ("dense", set()),
     ],
 )  # fmt: skip
-def test_every_plugin_tells_its_diagnostics(ffn: str, names: set[str]) -> None:
+def test_every_plugin_has_its_diagnostics(ffn: str, names: set[str]) -> None:
     found = probe(model(f"ffn={ffn}"), batch())
     inside = {name for layer, values in found.items() if layer is not None for name in values}
     assert inside == {"attention_logit_max", *names}
@@ -133,7 +133,7 @@ def test_update_ratios_are_those_of_the_step() -> None:
         pytest.param("deepspeed_3", "row", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_tell_what_one_process_tells(ranks: Groups, strategy: str, shard: str) -> None:
+def test_ranks_agree_with_one_process(ranks: Groups, strategy: str, shard: str) -> None:
     alone = jobs.watch_diagnostics(["strategy=single", "ffn=memory_plus"])
     for found in ranks(2).run(
         jobs.watch_diagnostics, [f"strategy={strategy}", "ffn=memory_plus", f"table.shard={shard}"]
@@ -146,7 +146,7 @@ def test_ranks_tell_what_one_process_tells(ranks: Groups, strategy: str, shard: 
 
 
 class Odd(nn.Module):
-    """A plugin with a number for a parameter, and a part that is called by keyword and tells its diagnostics."""
+    """A plugin with a scalar parameter, and a part that is called by keyword and has diagnostics."""
 
     class Part(nn.Module):
         def forward(self, *, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Readers and tables get their names; counting waits for no device, whatever is traced and counted."""
+"""Readers and tables get their names; counting never waits for a device, whatever is traced and counted."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ HERE = torch.device("cpu")
 
 
 class Tracer(nn.Module):
-    """Says what it is told to: slots of any kind, and traces of a shape of their own."""
+    """A plugin that declares any slots."""
 
     def __init__(self, *slots: Slots) -> None:
         super().__init__()
-        self.told = list(slots)
+        self.declared = list(slots)
 
     def slots(self) -> list[Slots]:
-        return self.told
+        return self.declared
 
     def forward(self, x_BTD: torch.Tensor, context: FFNContext) -> FFNOutput:
         return FFNOutput(x_BTD)
 
 
 def counters(*ffns: nn.Module, **changes: object) -> UsageCounters:
-    tables = {id(table): table for ffn in ffns if isinstance(ffn, Tracer) for s in ffn.told for table in s.tables}
+    tables = {id(table): table for ffn in ffns if isinstance(ffn, Tracer) for s in ffn.declared for table in s.tables}
     model = toys.transformer(list(ffns), tables.values())
     return UsageCounters(model, **{"window": 4, "per_head": None, "device": HERE, "step": 0, **changes})  # type: ignore[arg-type]
 
@@ -72,7 +72,7 @@ def test_three_shapes_of_traces_count_alike() -> None:
 
 
 def test_counting_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where the torch implementation runs; periods turn in between."""
+    """Runs the torch implementation, as on a GPU, over several periods."""
     import sys
 
     monkeypatch.setattr(sys.modules[op.__module__], "HAS_NUMBA", False)

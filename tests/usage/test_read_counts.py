@@ -1,4 +1,4 @@
-"""The counters of one reader against a list of everything that was ever read, through periods, gaps and resumes."""
+"""The counters of one reader against a list of all reads, through periods, gaps and resumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def assert_counts(found: Counted, reads: list[int]) -> None:
 
 
 def check(counts: ReadCounts, history: History, step: int, half: int, start: int = 0) -> None:
-    counts.turn(step)
+    counts.advance(step)
     first = max(((step - 1) // half - 1) * half, start)
     assert counts.window_steps(step) == step - first
     assert_counts(counts.ever(), [slot for _, slot in history])

@@ -1,4 +1,4 @@
-"""Plugins that say or trace what does not fit are refused in a sentence that names them; odd tables find their sets."""
+"""Plugins whose slots or traces do not match are refused by name; tables that overlap are one set."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ IDS, WEIGHTS = torch.zeros(1, 2, 3, dtype=torch.int64), torch.ones(1, 2, 3)
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("declared", "message"),
     [
-        ((SLOT, Slots(name="slot", count=3)), r"layer0: slots\(\) of Tracer names 'slot' 2 times"),
+        ((SLOT, Slots(name="slot", count=3)), r"layer0: slots\(\) of Tracer has 'slot' 2 times"),
         (
             (Slots(name="slot", count=0),),
-            r"layer0: slots\(\) of Tracer says that 'slot' has count=0; allowed: 1 to inf",
+            r"layer0: slots\(\) of Tracer has 'slot' with count=0; allowed: 1 to inf",
         ),
         ((Slots(name="slot", count=4, n_keys=3),), r"count=4 and n_keys=3, but pairs of sub-keys are n_keys\*\*2 = 9"),
         (
@@ -35,9 +35,9 @@ IDS, WEIGHTS = torch.zeros(1, 2, 3, dtype=torch.int64), torch.ones(1, 2, 3)
         ),
     ],
 )
-def test_slots_that_cannot_be_are_refused(told: tuple[Slots, ...], message: str) -> None:
+def test_inconsistent_slots_are_refused(declared: tuple[Slots, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        counters(Tracer(*told))
+        counters(Tracer(*declared))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_slots_that_cannot_be_are_refused(told: tuple[Slots, ...], message: str)
         ({"slot_ids": IDS}, r"layer0: Tracer traces slot_ids of shape \(1, 2, 3\), .* has none"),
         (
             {"slot_ids": IDS, "slot_weights": WEIGHTS[..., :2]},
-            r"has slot_weights of shape \(1, 2, 2\); mend the plugin",
+            r"has slot_weights of shape \(1, 2, 2\); correct the plugin",
         ),
         ({"slots_ids": IDS, "slots_weights": WEIGHTS}, r"traces slots_ids, but .* 'slot'; .* Did you mean 'slots'\?"),
         ({"slot_ids": WEIGHTS, "slot_weights": WEIGHTS}, "slot_ids as torch.float32 .* allowed: int32 or int64"),
@@ -61,13 +61,13 @@ def test_traces_that_do_not_fit_are_refused(trace: dict[str, torch.Tensor], mess
         made.add({0: trace}, BATCH)
 
 
-def test_slots_that_are_never_traced_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_slots_that_are_never_traced_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     made = counters(Tracer(SLOT))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             made.add({}, BATCH)
             made.end_step()
-    assert caplog.messages == ["layer0.slot: nothing is traced as slot_ids or slot_chosen, so no read of it is counted"]
+    assert caplog.messages == ["layer0.slot is not counted, since its plugin traces neither slot_ids nor slot_chosen"]
 
 
 def test_steps_without_a_trace_leave_the_window() -> None:
@@ -81,17 +81,18 @@ def test_steps_without_a_trace_leave_the_window() -> None:
 
 
 def overlapping() -> tuple[Any, list[ValueTable]]:
-    """Layers 0 and 2 read tables of their own and, through layer 1, belong together; layer 3 does not."""
-    up, down, other, apart = (ValueTable(rows=4, dim=2) for _ in range(4))
-    sets = ((up,), (up, down), (down, other), (apart,))
-    return counters(*(Tracer(Slots(name="slot", count=4, tables=tables)) for tables in sets)), [up, down, other, apart]
+    """Returns counters and tables of layers 0 to 2, whose tables layer 1 connects, and of layer 3 with its own."""
+    first, second, third, separate = (ValueTable(rows=4, dim=2) for _ in range(4))
+    sets = ((first,), (first, second), (second, third), (separate,))
+    made = counters(*(Tracer(Slots(name="slot", count=4, tables=tables)) for tables in sets))
+    return made, [first, second, third, separate]
 
 
 def test_tables_that_overlap_are_one_set() -> None:
-    made, (up, down, other, apart) = overlapping()
+    made, (first, second, third, separate) = overlapping()
     assert {name: (one.readers, one.tables) for name, one in made.tables.items()} == {
-        "table0": (("layer0.slot", "layer1.slot", "layer2.slot"), (up, down, other)),
-        "table1": (("layer3.slot",), (apart,)),
+        "table0": (("layer0.slot", "layer1.slot", "layer2.slot"), (first, second, third)),
+        "table1": (("layer3.slot",), (separate,)),
     }
 
 
@@ -123,7 +124,7 @@ def test_ids_out_of_range_are_no_sub_key_of_another_half(per_head: str) -> None:
 
 
 def test_padding_is_no_query() -> None:
-    q_TH2E = torch.arange(4.0)[:, None, None, None].expand(4, 1, 2, 3)
-    assert _sample(q_TH2E, torch.tensor([True, False, True, False]))[:, 0, 0, 0].tolist() == [0, 2]
-    assert len(_sample(q_TH2E, torch.zeros(4, dtype=torch.bool))) == len(_sample(q_TH2E, None)) == 4
+    q_TH2P = torch.arange(4.0)[:, None, None, None].expand(4, 1, 2, 3)
+    assert _sample(q_TH2P, torch.tensor([True, False, True, False]))[:, 0, 0, 0].tolist() == [0, 2]
+    assert len(_sample(q_TH2P, torch.zeros(4, dtype=torch.bool))) == len(_sample(q_TH2P, None)) == 4
     assert len(_sample(torch.zeros(10_000, 1, 2, 1), None)) <= 4096

@@ -1,0 +1,34 @@
+"""Callbacks are found by their names in the files of the folder, and imported only when they are asked for."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import pkm_lightning.callbacks
+from pkm_lightning.build.instantiate import target_class
+from pkm_lightning.callbacks.diagnostics import Diagnostics
+from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
+
+
+def test_the_package_imports_nothing_before_a_callback_is_asked_for() -> None:
+    code = "import sys, pkm_lightning.callbacks; print('lightning' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False False", done.stderr
+
+
+@pytest.mark.parametrize("name", ["Diagnostics", "Vitals"])
+def test_saved_configurations_name_their_classes(name: str) -> None:
+    """Resolves `Vitals` too, the name of `Diagnostics` in configurations of versions before 0.2."""
+    target = f"pkm_lightning.callbacks.{name}"
+    assert target_class({"_target_": target}, "callbacks.x") is pkgutil.resolve_name(target) is Diagnostics
+    assert pkgutil.resolve_name("pkm_lightning.callbacks.StepProgressBar") is StepProgressBar
+
+
+@pytest.mark.parametrize("name", ["SlotUsag", "instability_", "EventLog", "_private", "__wrapped__"])
+def test_unknown_names_raise(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"'pkm_lightning.callbacks' has no attribute '{name}'"):
+        getattr(pkm_lightning.callbacks, name)
