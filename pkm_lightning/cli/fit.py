@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.model import attention_context, build_meta_model
 from pkm_lightning.callbacks import RunInterrupted, StepCheckpoint
-from pkm_lightning.checkpoints.latest import latest_checkpoint
+from pkm_lightning.checkpoints import latest_checkpoint, open_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble, complete
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.resume import differences, is_spread, load_checkpoint, saved_config, spread_anew
+from pkm_lightning.cli.resume import differences, is_spread, saved_config, spread_anew
 from pkm_lightning.cli.run_directory import RunDirectory
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
@@ -62,7 +62,7 @@ def _run(job: Job) -> float | None:
                 config, data = _take_up(job, directory.path, config, data)
                 assembly = assemble(config, resumed_step=_step(checkpoint))
             if checkpoint is not None:
-                load_checkpoint(checkpoint)  # refuses a damaged one in one sentence
+                open_checkpoint(checkpoint)  # refuses a damaged one in one sentence
             if outside:
                 check_world(assembly.trainer, outside.world_size)
         if outside:

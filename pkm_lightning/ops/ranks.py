@@ -1,4 +1,4 @@
-"""Sums over the ranks of a data-parallel run, for statistics that belong to the whole batch (batch norm, balancing)."""
+"""Sums over the ranks of a data-parallel run, for statistics of the whole batch (batch norm, balancing)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """`value` summed over all ranks, differentiable: each rank's gradient is the sum of all ranks' gradients.
+def is_distributed() -> bool:
+    """Returns whether a process group of more than one rank is initialised."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    Every rank must call it the same number of times in the same order; one process gets its own `value` back.
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Returns `value` summed over all ranks. Collective: call on all ranks, equally often and in the same order.
+
+    Differentiable: each rank's gradient is the sum of all ranks' gradients. One process gets its `value` back.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed():
         return value
     result: Tensor = _AllReduce.apply(value)
     return result
@@ -36,18 +41,18 @@ def _summed(value: Tensor) -> Tensor:
     return total
 
 
-# Torch 2.13 has renamed both, and warns under the old names.
+# Torch 2.13 renamed both and warns under the old names.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
-def gather_into(gathered: Tensor, own: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """All ranks' `own`, of one shape, one behind the other."""
+def gather_into(gathered: Tensor, local: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fills `gathered` with the `local` tensors of all ranks, of one shape, in the order of ranks."""
     assert _gather is not None
-    _gather(gathered, own, group=group)
+    _gather(gathered, local, group=group)
 
 
-def reduce_scatter_into(reduced: Tensor, every: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """This rank's share of the sum of `every` over ranks."""
+def reduce_scatter_into(reduced: Tensor, whole: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fills `reduced` with this rank's share of the sum of `whole` over ranks."""
     assert _reduce is not None
-    _reduce(reduced, every, group=group)
+    _reduce(reduced, whole, group=group)

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pkm_lightning.checkpoints.sharded import SavedTensors
+from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.errors import check_integer
 from pkm_lightning.memory import TableOptimizer
 from pkm_lightning.model.placement import plugins
@@ -198,7 +198,7 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
                 schedule[key] = schedule[key][: len(self._groups)]
         return checkpoint
 
-    def load_model(self, saved: SavedTensors) -> None:
+    def load_model(self, saved: SavedCheckpoint) -> None:
         """Fills tables and buffers as ever, and the engine's parameters one by one."""
         parameters = dict(self._language_module.named_parameters())
         rest = {n: v for n, v in PortableCheckpoints.lightning_module_state_dict(self).items() if n not in parameters}
@@ -210,7 +210,7 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
             saved.read_into({f"state_dict.{name}": value})
             set_parameter_value(parameter, value)
 
-    def load_optimizers(self, saved: SavedTensors) -> None:
+    def load_optimizers(self, saved: SavedCheckpoint) -> None:
         """Fills the states of the engine's optimizer and of that of the tables."""
         self._engine_state().load(saved, self._numbers())
         saved_groups = saved.optimizer(0)["param_groups"]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pkm_lightning.checkpoints import sharded
-from pkm_lightning.checkpoints.sharded import SavedTensors
+from pkm_lightning.checkpoints import SavedCheckpoint, sharded
+from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.training.clipping import local
@@ -81,7 +81,7 @@ class PortableCheckpoints(ParallelStrategy):
     ) -> None:
         """Writes a folder; see `pkm_lightning.checkpoints.sharded.save`."""
         path = Path(self.broadcast(str(filepath)))
-        skeleton, tensors = sharded.flatten(checkpoint)
+        skeleton, tensors = flatten(checkpoint)
         self.finish_saving()
         if not self.asynchronous:
             sharded.save(skeleton, tensors, path)
@@ -114,27 +114,26 @@ class PortableCheckpoints(ParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fills the module, and in training the optimizers; returns the rest of the checkpoint."""
-        saved = SavedTensors(checkpoint_path)
+        saved = SavedCheckpoint(checkpoint_path)
         assert self.lightning_module is not None
         names = {name for name in saved.shapes if name.startswith("state_dict.")}
         self._check_names({name.removeprefix("state_dict.") for name in names}, saved)
         self.load_model(saved)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in saved.skeleton:
             self.load_optimizers(saved)
-        apart = ("state_dict", "optimizer_states")
-        return {**saved.read_rest(apart), "state_dict": {}, "optimizer_states": []}
+        return {**saved.read(without=("state_dict", "optimizer_states")), "state_dict": {}, "optimizer_states": []}
 
-    def load_model(self, saved: SavedTensors) -> None:
+    def load_model(self, saved: SavedCheckpoint) -> None:
         """Fills the module's parameters and buffers."""
         state = PortableCheckpoints.lightning_module_state_dict(self)
         saved.read_into({f"state_dict.{name}": value for name, value in state.items()})
 
-    def load_optimizers(self, saved: SavedTensors) -> None:
+    def load_optimizers(self, saved: SavedCheckpoint) -> None:
         """Fills the optimizer's states."""
         for number, optimizer in enumerate(self.optimizers):
             load_optimizer(optimizer, saved, self._tables().values(), number)
 
-    def _check_names(self, found: set[str], saved: SavedTensors) -> None:
+    def _check_names(self, found: set[str], saved: SavedCheckpoint) -> None:
         assert self.lightning_module is not None
         expected = set(self.lightning_module.state_dict())
         if found != expected:
@@ -151,7 +150,7 @@ class PortableCheckpoints(ParallelStrategy):
         return {f"{name}.weight": module for name, module in modules if isinstance(module, ValueTable)}
 
 
-def load_optimizer(optimizer: Optimizer, saved: SavedTensors, tables: Any, which: int, first: int = 0) -> None:
+def load_optimizer(optimizer: Optimizer, saved: SavedCheckpoint, tables: Any, which: int, first: int = 0) -> None:
     """Fills the states of `optimizer`, whose parameters are numbered from `first` on in the checkpoint.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pkm_lightning.checkpoints.sharded import SavedTensors
+    from pkm_lightning.checkpoints import SavedCheckpoint
 
 
 def parameter_value(parameter: nn.Parameter) -> Tensor:
@@ -141,7 +141,7 @@ class ZeroOptimizerState:
                 state[key] = safe_get_full_optimizer_state(parameter, key) if whole else value
             yield state
 
-    def load(self, saved: SavedTensors, numbers: list[int]) -> None:
+    def load(self, saved: SavedCheckpoint, numbers: list[int]) -> None:
         """Fills the states of the parameters from those that `numbers` name in the checkpoint."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning as L
 import torch.distributed as dist
 
-from pkm_lightning.checkpoints.latest import latest_checkpoint
+from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.errors import Interrupted, PkmError, RankLostError
 from pkm_lightning.supervision import RANK_LOST, LastWords, RankFailure, WatchedLauncher
 
