@@ -18,7 +18,7 @@ from pkm_lightning.callbacks import Instability, MetricsCSV, RunRecord, StepChec
 from pkm_lightning.capacity import check_setting
 from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
 from pkm_lightning.errors import ConfigError, check_integer, check_range
-from pkm_lightning.strategies import PortableCheckpoints
+from pkm_lightning.strategies.portable import PortableCheckpoints
 from pkm_lightning.training.optimizer import configured_schedule
 from pkm_lightning.training.table_learning import check_learning
 

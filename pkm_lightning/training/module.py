@@ -34,6 +34,7 @@ from pkm_lightning.model.placement import of_plugin, plugins
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training.clipping import clip_by_norm, local
+from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
@@ -98,7 +99,7 @@ class LanguageModule(L.LightningModule):
         # A table that a plugin has made for itself is a parameter like any other.
         tables: list[ValueTable] = list(self.model.tables)  # type: ignore[arg-type]
         weights = [table.weight for table in tables]
-        if getattr(self._trainer.strategy, "owns_parameters", False):
+        if engine_of(self._trainer) is not None:
             for table in tables:
                 table.unregister()
             check_own_tables(self.model, engine=True)
@@ -219,13 +220,13 @@ class LanguageModule(L.LightningModule):
         for table in tables:
             if table.stage is not None:
                 table.stage.scale = table.stage.scale * correction
-        correct = getattr(self.trainer.strategy, "scale_gradients", None)
-        own = self.parameters() if correct is None else (table.weight for table in tables)
+        engine = engine_of(self.trainer)
+        own = self.parameters() if engine is None else (table.weight for table in tables)
         grads = [local(p.grad) for p in own if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, correction)
-        if correct is not None:
-            correct(correction)
+        if engine is not None:
+            engine.scale_gradients(correction)
 
     def _accumulates(self) -> bool:
         """More micro-batches of the step follow; of strategies that accumulate by themselves every one ends here."""
@@ -257,8 +258,8 @@ class LanguageModule(L.LightningModule):
         if any(p.grad is not None for p in groups["dense"]):
             if dense_limit is not None or measure:
                 self._keep_norm("dense", clip_by_norm(groups["dense"], dense_limit))
-        elif measure and hasattr(self.trainer.strategy, "gradient_norm"):
-            self._keep_norm("dense", self.trainer.strategy.gradient_norm())
+        elif measure and (engine := engine_of(self.trainer)) is not None:
+            self._keep_norm("dense", engine.gradient_norm())
         self.watch.judge()
 
     def _clip_tables(self, parameters: list[torch.nn.Parameter], limit: float | None) -> None:
