@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +24,24 @@ from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import ConfigError, DataError, Interrupted, RankLostError, RunDirectoryError
 from pkm_lightning.model import model_cost
-from pkm_lightning.supervision.external_ranks import Decision, Outside, check_world, join
-from pkm_lightning.supervision.rank_failures import in_words, last_words, losses_ended, losses_named, watched
+from pkm_lightning.supervision.external_ranks import Decision, ExternalRanks, check_world, join
+from pkm_lightning.supervision.rank_failures import (
+    describe,
+    end_on_lost_rank,
+    leave_error_to_rank_0,
+    name_lost_rank,
+    watch_ranks,
+)
+from pkm_lightning.supervision.signals import exit_code, stop_on_signals
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.run_record import now, reset_peak_memory, start_record
 
 _log = logging.getLogger(__name__)
-# SLURM sends SIGUSR1 where it is told to warn a job of its end; Lightning's own handler for it would write a checkpoint
-# that every later start prefers to newer ones.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run(job: Job) -> float | None:
     """Trains the configured model; returns the test loss, which sweepers minimise."""
-    with last_words():
+    with leave_error_to_rank_0():
         return _run(job)
 
 
@@ -53,8 +55,8 @@ def _run(job: Job) -> float | None:
     outside = join(assembly.trainer)
     if (outside.rank if outside else getattr(rank_zero_only, "rank", 0)) != 0:
         return _run_other_rank(job, config, data, assembly, outside)
-    with contextlib.ExitStack() as stack, losses_ended(assembly.trainer, Path(config["run_dir"])):
-        with outside.refusals_told() if outside else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack, end_on_lost_rank(assembly.trainer, Path(config["run_dir"])):
+        with outside.refuse_on_error() if outside else contextlib.nullcontext():
             directory = RunDirectory(config["run_dir"], resume=config["resume"])
             stack.callback(directory.close)
             checkpoint = directory.checkpoint()
@@ -66,18 +68,18 @@ def _run(job: Job) -> float | None:
             if outside:
                 check_world(assembly.trainer, outside.world_size)
         if outside:
-            outside.tell(Decision(config, checkpoint))
+            outside.send(Decision(config, checkpoint))
         return _recorded(directory, config, data, assembly, checkpoint)
 
 
 def _run_other_rank(
-    job: Job, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly, outside: Outside | None
+    job: Job, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly, outside: ExternalRanks | None
 ) -> float | None:
     """The first rank has decided: this one neither holds the directory nor writes the record."""
     path = Path(config["run_dir"])
-    with losses_ended(assembly.trainer, path):
+    with end_on_lost_rank(assembly.trainer, path):
         if outside:
-            decision = outside.hear()
+            decision = outside.receive()
             checkpoint = decision.checkpoint
             config, data = complete(decision.config)
             assembly = assemble(config)
@@ -86,7 +88,7 @@ def _run_other_rank(
             if (path / "config.yaml").exists():
                 config, data = _take_up(job, path, config, data)
                 assembly = assemble(config)
-    with losses_ended(assembly.trainer, path), watched(assembly.trainer, path):
+    with end_on_lost_rank(assembly.trainer, path), watch_ranks(assembly.trainer, path):
         try:
             return _train(config, data, assembly, checkpoint)
         except RunInterrupted as stop:
@@ -150,7 +152,10 @@ def _recorded(
     def close_record(reason: str) -> None:
         end("interrupted", reason=reason)
 
-    with losses_ended(assembly.trainer, directory.path), watched(assembly.trainer, directory.path, close_record):
+    with (
+        end_on_lost_rank(assembly.trainer, directory.path),
+        watch_ranks(assembly.trainer, directory.path, close_record),
+    ):
         try:
             loss = _train(config, data, assembly, checkpoint)
         except BaseException as error:
@@ -159,21 +164,16 @@ def _recorded(
             if stopped or isinstance(error, RunInterrupted | KeyboardInterrupt):
                 end("interrupted")
                 message = f"interrupted; the same command with run_dir={directory.path} continues"
-                raise Interrupted(message, _exit_code(error)) from None
+                raise Interrupted(message, exit_code(error)) from None
             if isinstance(error, RankLostError):
                 close_record(str(error))
             else:
-                end("failed", reason=in_words(error))
+                end("failed", reason=describe(error))
             raise
     end("finished")
     print_summary(record, assembly.callbacks)
     _log.info("run directory: %s", directory.path)
     return loss
-
-
-def _exit_code(stop: BaseException) -> int:
-    """128 and the number of the signal, as a shell would say it."""
-    return 128 + next((number for number in _SIGNALS if number.name == str(stop)), signal.SIGINT)
 
 
 def _train(
@@ -186,7 +186,8 @@ def _train(
     trainer, callbacks = assembly.trainer, assembly.callbacks
     L.seed_everything(config["seed"], workers=True, verbose=False)
     module = LanguageModule(config)
-    with losses_named(trainer), _stops_gracefully(trainer, callbacks):
+    request_stop = next((c.request_stop for c in callbacks if isinstance(c, StepCheckpoint)), None)
+    with name_lost_rank(trainer), stop_on_signals(trainer, request_stop):
         data.prepare_data()
         trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
         if trainer.global_step == 0:
@@ -205,33 +206,3 @@ def _test(trainer: L.Trainer, module: LanguageModule, data: L.LightningDataModul
         trainer.test(module, datamodule=data, verbose=False)
     elif is_overridden("val_dataloader", data):
         trainer.validate(module, datamodule=data, verbose=False)
-
-
-@contextlib.contextmanager
-def _stops_gracefully(trainer: L.Trainer, callbacks: list[L.Callback]) -> Iterator[None]:
-    """The signals ask for a checkpoint at the end of the step; outside training, or twice, they stop at once."""
-    checkpoints = [c for c in callbacks if isinstance(c, StepCheckpoint)]
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    asked = False
-
-    def stop(number: int, _frame: object) -> None:
-        nonlocal asked
-        name = signal.Signals(number).name
-        if asked or not checkpoints or trainer.state.fn != "fit":
-            raise KeyboardInterrupt(name)
-        asked = True
-        checkpoints[0].request_stop(name)
-
-    # Lightning's handler of SIGTERM broadcasts from within itself, in the middle of a step, what no rank waits for.
-    trainer._signal_connector.register_signal_handlers = _leave_ours  # type: ignore[method-assign]
-    for number in _SIGNALS:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _leave_ours() -> None:
-    """In place of what would register handlers beside those of `_stops_gracefully`."""
