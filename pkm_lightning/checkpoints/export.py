@@ -73,6 +73,7 @@ def _texts(checkpoint: Mapping[str, Any]) -> dict[str, str]:
 def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> None:
     for block in _blocks(checkpoint, _MODEL + name):
         if block.numel():
+            # As bytes, since NumPy has no bfloat16.
             file.write(block.detach().reshape(-1).view(torch.uint8).numpy().data)
         checkpoint.forget()  # else pages that are no longer needed fill the memory
 
@@ -89,7 +90,7 @@ def _blocks(checkpoint: SavedCheckpoint, name: str) -> Iterator[Tensor]:
 
 def _block(chunks: Sequence[Chunk], shape: tuple[int, ...], dtype: torch.dtype, start: int, end: int) -> Tensor:
     """Returns rows `start` to `end`; a view where one chunk holds all of them."""
-    if not shape:
+    if not shape:  # a scalar has no rows
         return chunks[0].values
     block = None
     for offsets, values in chunks:

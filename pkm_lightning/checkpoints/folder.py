@@ -40,6 +40,7 @@ class FolderContent:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._files: dict[str, MappedFile] = {}
+        # Small: every rank reads it whole.
         self.skeleton: Any = torch.load(path / SKELETON, weights_only=True)
         self._metadata = _reader(path).read_metadata()
         _check_sizes(path, self._metadata)

@@ -80,6 +80,7 @@ def lay_out(
         header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces after the JSON text are part of the format.
     text += b" " * (-(_LENGTH.size + len(text)) % _PAGE)
     first = _LENGTH.size + len(text)
     return _LENGTH.pack(len(text)) + text, {
@@ -129,6 +130,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = fields["data_offsets"]
         entry = Entry(DTYPES[fields["dtype"]], tuple(int(size) for size in fields["shape"]), first + start)
+        # Without gaps and overlaps, as other readers of the format require.
         if start != expected or end - start != entry.n_bytes or min(entry.shape, default=0) < 0:
             raise DamagedFileError(f"{name} does not lie where its shape requires")
         entries[name], expected = entry, end

@@ -1,4 +1,4 @@
-"""Lightning's strategies beside sharded tables, with checkpoints that every one of them can read.
+"""Lightning's strategies for models with sharded tables; each reads the checkpoints of all others.
 
 A strategy's module is imported when its name is first asked for, so that a run pays only for its own.
 """

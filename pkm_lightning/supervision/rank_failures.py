@@ -140,7 +140,7 @@ def end_on_lost_rank(trainer: L.Trainer, run_dir: Path | None) -> Iterator[None]
 
 @contextlib.contextmanager
 def leave_error_to_rank_0() -> Iterator[None]:
-    """In a rank that rank 0 started, records the reason of a failure for rank 0, which reports it to the user."""
+    """Records a failure for rank 0, which reports it to the user, in a rank that rank 0 started."""
     errors = ErrorFolder.inherited()
     try:
         yield
