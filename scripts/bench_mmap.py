@@ -32,7 +32,7 @@ from benchmark_report import conditions
 from torch import Tensor, nn
 
 from pkm_lightning.checkpoints.mapped import MappedFile, expect_scattered_reads
-from pkm_lightning.checkpoints.safetensors import plan
+from pkm_lightning.checkpoints.safetensors import lay_out
 
 DIM = 1024
 GIB = 2**30
@@ -50,7 +50,7 @@ def anonymous() -> int:
 
 def write_table(path: Path, rows: int, *, sparse: bool) -> int:
     """A safetensors file with one table of `rows`; returns the byte at which its values start."""
-    header, entries = plan({"tables.0.weight": ((rows, DIM), torch.float32)}, {})
+    header, entries = lay_out({"tables.0.weight": ((rows, DIM), torch.float32)}, {})
     entry = entries["tables.0.weight"]
     with path.open("wb") as file:
         file.write(header)

@@ -8,18 +8,16 @@ from typing import Any
 import lightning as L
 from omegaconf import OmegaConf
 
+from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
-from pkm_lightning.checkpoints.export import map_checkpoint
-from pkm_lightning.checkpoints.latest import latest_checkpoint
+from pkm_lightning.checkpoints import latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.mapped import expect_scattered_reads
-from pkm_lightning.checkpoints.safetensors import looks_like_safetensors, read_exported
-from pkm_lightning.checkpoints.sharded import SavedTensors
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.resume import check_content, checkpoint_config, load_checkpoint, saved_config
+from pkm_lightning.cli.resume import saved_config
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
@@ -52,16 +50,16 @@ class SavedRun:
                 f"table.device=mmap needs a checkpoint in one file, and {self.path} is a folder; write one with: "
                 f"export ckpt={self.path} file=model.safetensors."
             )
-        # A folder's tensors are read when they are needed: of several ranks each reads its parts only.
-        checkpoint = load_checkpoint(self.path) if self.path.is_dir() else load_weights(self.path)
+        self._checkpoint = open_checkpoint(self.path)
         trust = bool(job.config.trust_config)
         if self.folder is not None:
             config = saved_config(self.folder, trust=trust)
         else:
-            config = checkpoint_config(checkpoint, str(self.path), trust=trust)
-        self._checkpoint = checkpoint
+            config = self._checkpoint.config
+            if not trust:
+                check_trusted(config, str(self.path))
         self.run = resolve(without_fused(_with_overrides(config, job)))
-        if self.is_spread and looks_like_safetensors(self.path):
+        if self.is_spread and self._checkpoint.kind == "exported":
             raise ConfigError(
                 f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."
             )
@@ -70,7 +68,7 @@ class SavedRun:
                 "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
         self.run.data.prepare_data()
-        check_tokenizer(checkpoint, tokenizer_digest(self.run.data))
+        check_tokenizer(self._checkpoint.skeleton, tokenizer_digest(self.run.data))
 
     def trainer(self) -> L.Trainer:
         """A Trainer with the callbacks that score and show, without loggers."""
@@ -90,10 +88,9 @@ class SavedRun:
         if self.is_spread:
             return module
         module.configure_model()
-        if self.path.is_dir():
-            self._checkpoint = load_weights(self.path)
+        weights = self._checkpoint.map(without=("optimizer_states",))["state_dict"]
         try:
-            module.load_state_dict(self._checkpoint["state_dict"])
+            module.load_state_dict(weights)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"ckpt={self.path} does not fit its configuration ({reason}).") from None
@@ -106,19 +103,6 @@ class SavedRun:
     def ckpt_path(self) -> str | None:
         """What the Trainer is to load, where `module` has no weights yet."""
         return str(self.path) if self.is_spread else None
-
-
-def load_weights(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint in a file or a folder, or of an exported model, without optimizer states to use.
-
-    Tensors in one file stay there until they are read, and cannot be written to.
-
-    Raises:
-        CheckpointError: missing, damaged, or not written by this package.
-    """
-    if path.is_dir():
-        return check_content(SavedTensors(path).read_rest(("optimizer_states",)), path)
-    return check_content(read_exported(path) if looks_like_safetensors(path) else map_checkpoint(path), path)
 
 
 def locate(job: Job) -> tuple[Path | None, Path]:

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from pkm_lightning.build.instantiate import check_trusted
-from pkm_lightning.checkpoints.sharded import SavedTensors
 from pkm_lightning.compare.leaves import OF_THE_MACHINE, OF_THE_SITTING, leaves, moved
-from pkm_lightning.errors import CheckpointError, RunDirectoryError
+from pkm_lightning.errors import RunDirectoryError
 
 #: Keys that say where a run is spread and what is there: it may go on elsewhere. `devices` counts as `trainer.devices`.
 _SPREAD = (
@@ -81,47 +79,3 @@ def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], said: Iterable
             if group == "devices":
                 spread["trainer"]["devices"] = new["trainer"]["devices"]
     return spread
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of this package, tensors memory-mapped; of a folder without its tensors.
-
-    Raises:
-        CheckpointError: missing, damaged, or not written by this package.
-    """
-    if Path(path).is_dir():
-        return check_content(SavedTensors(path).skeleton, path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"ckpt={path} does not exist.") from None
-    except Exception:  # torch raises half a dozen kinds for a file that it cannot read
-        raise CheckpointError(f"ckpt={path} is damaged or no checkpoint; use another one.") from None
-    return check_content(checkpoint, path)
-
-
-def check_content(checkpoint: Any, path: str | Path) -> dict[str, Any]:
-    """`checkpoint`, if it is one of this package.
-
-    Raises:
-        CheckpointError: it lacks weights, counters or a configuration.
-    """
-    content = checkpoint if isinstance(checkpoint, dict) else {}
-    hyper_parameters = content.get("hyper_parameters")
-    config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
-    keys = config.keys() if isinstance(config, dict) else set()
-    if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= keys:
-        raise CheckpointError(f"ckpt={path} was not written by this package; use one from a run's checkpoints folder.")
-    return content
-
-
-def checkpoint_config(checkpoint: Mapping[str, Any], path: str, *, trust: bool) -> dict[str, Any]:
-    """The configuration inside a checkpoint.
-
-    Raises:
-        ConfigError: it names classes of other packages and is not trusted.
-    """
-    config: dict[str, Any] = dict(checkpoint["hyper_parameters"]["config"])
-    if not trust:
-        check_trusted(config, path)
-    return config
