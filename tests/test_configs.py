@@ -13,7 +13,7 @@ from tree import ROOT
 
 from pkm_lightning.build.model import attention_context, build_meta_model
 from pkm_lightning.cli.assembly import assemble, complete
-from pkm_lightning.compare.plan import plan_arms
+from pkm_lightning.compare.schedule import list_variants
 from pkm_lightning.compare.settings import read_settings
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
@@ -62,16 +62,16 @@ def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "experiment", [pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS if e != "dense_depth"]
 )
-def test_every_arm_of_an_experiment_is_of_equal_flops(experiment: str, tmp_path: Path) -> None:
+def test_every_variant_of_an_experiment_has_equal_flops(experiment: str, tmp_path: Path) -> None:
     asked = composed([f"experiment={experiment}"], tmp_path, name="compare")
-    arms = plan_arms([], read_settings(asked))
-    assert len(arms) >= 4
+    variants = list_variants([], read_settings(asked))
+    assert len(variants) >= 4
     budget = None
-    for arm in arms:
-        config, _ = complete(composed([f"experiment={experiment}", *arm.overrides], tmp_path))
+    for variant in variants:
+        config, _ = complete(composed([f"experiment={experiment}", *variant.overrides], tmp_path))
         flops = model_cost(build_meta_model(config), attention_context(config)).trunk_train_flops
         budget = budget or flops
-        assert abs(flops / budget - 1) < 0.03, arm.name
+        assert abs(flops / budget - 1) < 0.03, variant.name
 
 
 @pytest.mark.parametrize("ffn", FFNS)

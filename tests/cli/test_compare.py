@@ -21,7 +21,7 @@ def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def test_a_comparison_runs_and_fails_in_part(cli: Run, tmp_path: Path) -> None:
-    """One variant cannot learn: the other finishes, and the report says why."""
+    """One variant cannot learn: the other finishes, and the report sets_key why."""
     out = tmp_path / "out"
     command = ["ffn=memory_plus", "seeds=1", "out=out", "jobs=2", *SHORT,
                "+variants.nan={ffn: dense, optim.lr: 1e30, optim.clip_norm: null}"]  # fmt: skip

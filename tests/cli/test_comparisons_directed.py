@@ -14,7 +14,7 @@ from processes import held_elsewhere
 from small import SMALL_RUN, Run
 from tree import ROOT
 
-from pkm_lightning.compare.plan import PlannedRun
+from pkm_lightning.compare.schedule import ScheduledRun
 from pkm_lightning.compare.processes import Processes
 
 SMALL = [o for o in SMALL_RUN if not o.startswith(("~", "trainer."))]
@@ -25,7 +25,7 @@ SHORT = [*SMALL, "report.resamples=100", "out=out"]
 def compare(cli: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`compare` in this process, each of its runs a stand-in."""
 
-    def command(self: Processes, run: PlannedRun) -> list[str]:
+    def command(self: Processes, run: ScheduledRun) -> list[str]:
         return [sys.executable, str(ROOT / "tests" / "fake_fit.py"), *run.overrides, f"run_dir={run.folder}"]
 
     monkeypatch.setattr(Processes, "command", command)

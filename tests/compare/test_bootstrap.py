@@ -22,7 +22,7 @@ def arms(root: Path, *runs: FakeRun) -> dict[str, list[Run]]:
         run.write(root)
     grouped: dict[str, list[Run]] = {}
     for run in read_runs([root])[0]:
-        grouped.setdefault(run.arm, []).append(run)
+        grouped.setdefault(run.variant, []).append(run)
     return grouped
 
 

@@ -10,8 +10,8 @@ import pytest
 from run_folders import FakeRun
 from tolerances import EXACT_FLOAT
 
-from pkm_lightning.compare.costs import cost, spent
-from pkm_lightning.compare.curves import curve, mean_curve, read_off
+from pkm_lightning.compare.costs import cost, training_cost
+from pkm_lightning.compare.curves import curve, mean_curve, quality_at
 from pkm_lightning.compare.quality import Quality
 from pkm_lightning.compare.records import Run, read_runs
 
@@ -41,17 +41,17 @@ def test_quality_at_a_moment_lies_between_two_validations(tmp_path: Path) -> Non
     (run,) = runs(tmp_path, FakeRun("a", 1, seconds=100))
     end = curve(run, "val/recall_paraphrase", "seconds")[1][-1]
     recall = Quality("recall_paraphrase")
-    assert read_off(run, recall, "seconds", 45) == pytest.approx(end * (0.4**2 + 0.5**2) / 2, rel=EXACT_FLOAT)
-    assert read_off(run, recall, "seconds", 1000) == end
-    assert math.isnan(read_off(run, recall, "seconds", 9))
+    assert quality_at(run, recall, "seconds", 45) == pytest.approx(end * (0.4**2 + 0.5**2) / 2, rel=EXACT_FLOAT)
+    assert quality_at(run, recall, "seconds", 1000) == end
+    assert math.isnan(quality_at(run, recall, "seconds", 9))
 
 
 def test_compute_is_of_the_trunk_or_of_the_model_over_all_tokens(tmp_path: Path) -> None:
     (run,) = runs(tmp_path, FakeRun("a", 1, flops=1000))
     assert cost(run, "trunk_flops_forward") == 1000
-    assert spent(run, "trunk") == 3000 * 1_000_000
-    assert spent(run, "model") == 4500 * 1_000_000
-    assert spent(run, "time") == 100
+    assert training_cost(run, "trunk") == 3000 * 1_000_000
+    assert training_cost(run, "model") == 4500 * 1_000_000
+    assert training_cost(run, "time") == 100
     assert list(curve(run, "val/loss", "active_flops")[0][:2]) == [3000 * 100_000, 3000 * 200_000]
 
 

@@ -83,7 +83,9 @@ def test_a_knob_outside_the_ffn_that_was_solved_is_its_size(tmp_path: Path) -> N
 
 def test_learning_rates_of_the_sweep_are_said_and_not_complained_of(tmp_path: Path) -> None:
     runs = [FakeRun("a", 1, config={"optim": {"lr": 0.003}}), FakeRun("b", 1)]
-    comparison = Comparison(command=[], base=[], arms={"a": [], "b": []}, sweep={"chosen": {"a": 0.003, "b": 0.006}})
+    comparison = Comparison(
+        command=[], base=[], variants={"a": [], "b": []}, sweep={"chosen": {"a": 0.003, "b": 0.006}}
+    )
     assert differences(tmp_path, *runs, comparison=comparison)["optim.lr"].kind == "sweep"
     comparison.sweep = {"chosen": {"a": 0.003, "b": 0.012}}
     assert differences(tmp_path / "again", *runs, comparison=comparison)["optim.lr"].kind == "other"
@@ -91,15 +93,15 @@ def test_learning_rates_of_the_sweep_are_said_and_not_complained_of(tmp_path: Pa
 
 def test_steps_of_an_equal_time_comparison_are_its_budget(tmp_path: Path) -> None:
     runs = [FakeRun("a", 1), FakeRun("b", 1, config={"trainer": {"max_steps": 70}})]
-    comparison = Comparison(command=[], base=[], arms={"a": [], "b": []}, seconds=60)
+    comparison = Comparison(command=[], base=[], variants={"a": [], "b": []}, seconds=60)
     assert differences(tmp_path, *runs, comparison=comparison)["trainer.max_steps"].kind == "budget"
 
 
 def test_of_merged_comparisons_each_arm_needs_its_own_excuse(tmp_path: Path) -> None:
     FakeRun("a", 1, config={"optim": {"lr": 0.003}}).write(tmp_path)
     FakeRun("loose", 1).write(tmp_path)
-    swept = Comparison(command=[], base=[], arms={"a": []}, sweep={"chosen": {"a": 0.003}}, seconds=60)
-    other = Comparison(command=[], base=[], arms={"loose": []}, seconds=120)
+    swept = Comparison(command=[], base=[], variants={"a": []}, sweep={"chosen": {"a": 0.003}}, seconds=60)
+    other = Comparison(command=[], base=[], variants={"loose": []}, seconds=120)
     runs, _ = read_runs([tmp_path])
     for comparisons in ([swept], [swept, other]):
         assert {d.key: d.kind for d in find_differences(runs, comparisons)}["optim.lr"] == "other"
@@ -113,7 +115,7 @@ def test_rates_of_two_sweeps_that_tried_different_things_are_no_equal_procedure(
     runs, _ = read_runs([tmp_path])
     tried = {"learning_rates": [0.003, 0.006], "results": {}}
     both = [
-        Comparison(command=[], base=[], arms={arm: []}, sweep={**tried, "seeds": [seed], "chosen": {arm: rate}})
+        Comparison(command=[], base=[], variants={arm: []}, sweep={**tried, "seeds": [seed], "chosen": {arm: rate}})
         for arm, seed, rate in (("a", 1001, 0.003), ("b", 1002, 0.006))
     ]
     assert {d.key: d.kind for d in find_differences(runs, both)}["optim.lr"] == "other"
@@ -125,7 +127,7 @@ def test_rates_of_two_sweeps_that_tried_different_things_are_no_equal_procedure(
 def test_a_sweep_under_other_conditions_is_told(tmp_path: Path) -> None:
     asked = {"learning_rates": [0.003, 0.006], "seeds": [1001], "data_seed": 1000, "metric": "test/loss"}
     sweep = {**asked, "results": {}, "chosen": {"a": 0.006, "b": 0.006}}
-    Comparison(command=[], base=[], arms={"a": [], "b": []}, seeds=[1], sweep=sweep).save(tmp_path)
+    Comparison(command=[], base=[], variants={"a": [], "b": []}, seeds=[1], sweep=sweep).save(tmp_path)
     for arm in ("a", "b"):
         FakeRun(arm, 1).write(tmp_path / "runs")
         for rate in (0.003, 0.006):
@@ -161,7 +163,7 @@ def test_unequal_tokens_are_told(tmp_path: Path, seed: int, tokens: int, told: b
 def test_runs_of_equal_seconds_may_differ_in_tokens_but_not_in_seconds(
     tmp_path: Path, seconds: float, told: bool
 ) -> None:
-    comparison = Comparison(command=[], base=[], arms={"a": [], "b": []}, seconds=100)
+    comparison = Comparison(command=[], base=[], variants={"a": [], "b": []}, seconds=100)
     runs = [FakeRun("a", 1), FakeRun("b", 1, seconds=seconds, record={"tokens": 300})]
     found = differences(tmp_path, *runs, comparison=comparison)
     assert ("run.json: seconds_train" in found) is told
@@ -170,20 +172,20 @@ def test_runs_of_equal_seconds_may_differ_in_tokens_but_not_in_seconds(
 
 def test_who_asked_for_a_difference_is_named(tmp_path: Path) -> None:
     runs = [FakeRun("a", 1), FakeRun("deep", 1, config={"model": {"n_layers": 6}})]
-    comparison = Comparison(command=[], base=[], arms={"a": [], "deep": ["ffn=dense", "model.n_layers=6"]})
+    comparison = Comparison(command=[], base=[], variants={"a": [], "deep": ["ffn=dense", "model.n_layers=6"]})
     difference = differences(tmp_path, *runs, comparison=comparison)["model.n_layers"]
-    assert (difference.kind, difference.said_by) == ("other", ("deep",))
+    assert (difference.kind, difference.set_by) == ("other", ("deep",))
 
 
 def test_who_asked_for_a_whole_group_is_named_once(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        Comparison(command=[], base=[], arms={"a": [], "deep": ["ffn=dense", "model=small"]}).save(tmp_path / name)
+        Comparison(command=[], base=[], variants={"a": [], "deep": ["ffn=dense", "model=small"]}).save(tmp_path / name)
     runs = [FakeRun("a", 1), FakeRun("deep", 1, config={"model": {"n_layers": 6}})]
     for run in runs:
         run.write(tmp_path / "one" / "runs")
     found = {d.key: d for d in find_differences(*read_runs([tmp_path]))}
-    assert found["model.n_layers"].said_by == ("deep",)
+    assert found["model.n_layers"].set_by == ("deep",)
 
 
 def test_run_directories_may_lie_anywhere(tmp_path: Path) -> None:

@@ -9,20 +9,20 @@ import pytest
 from run_folders import FakeRun
 
 from pkm_lightning.compare.live_table import LiveTable
-from pkm_lightning.compare.plan import PlannedRun
-from pkm_lightning.compare.processes import Ended
+from pkm_lightning.compare.processes import RunEnd
+from pkm_lightning.compare.schedule import ScheduledRun
 
 
-def planned(root: Path) -> list[PlannedRun]:
-    return [PlannedRun(arm, 1, None, (), root / arm / "seed-1") for arm in ("good", "bad", "next")]
+def planned(root: Path) -> list[ScheduledRun]:
+    return [ScheduledRun(arm, 1, None, (), root / arm / "seed-1") for arm in ("good", "bad", "next")]
 
 
-def show(runs: list[PlannedRun]) -> None:
+def show(runs: list[ScheduledRun]) -> None:
     good, bad, _ = runs
-    with LiveTable(runs, {run.arm: 100 for run in runs}, "runs") as table:
-        table.running([good, bad])
-        table.ended(Ended(good, 0, "all good"))
-        table.ended(Ended(bad, -9, "[step] 3"))
+    with LiveTable(runs, {run.variant: 100 for run in runs}, "runs") as table:
+        table.show_running([good, bad])
+        table.show_end(RunEnd(good, 0, "all good"))
+        table.show_end(RunEnd(bad, -9, "[step] 3"))
 
 
 def test_elsewhere_than_on_a_terminal_there_is_a_line_an_event(
@@ -30,7 +30,9 @@ def test_elsewhere_than_on_a_terminal_there_is_a_line_an_event(
 ) -> None:
     runs = planned(tmp_path)
     for run in runs[:2]:
-        FakeRun(run.arm, 1, 0.5, record={"status": "finished" if run.arm == "good" else "running"}).write(tmp_path)
+        FakeRun(run.variant, 1, 0.5, record={"status": "finished" if run.variant == "good" else "running"}).write(
+            tmp_path
+        )
     show(runs)
     assert capsys.readouterr().out.splitlines() == [
         "runs: 3 runs",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from pkm_lightning.compare.overrides import key_of, last_of_each, says
+from pkm_lightning.compare.overrides import key_of, last_of_each, sets_key
 
 
 @pytest.mark.parametrize("override", ["optim.lr=1", "+optim.lr=1", "++optim.lr=a=b", "~optim.lr", "~optim.lr=1"])
 def test_an_override_is_about_its_key_however_it_is_written(override: str) -> None:
     assert key_of(override) == "optim.lr"
-    assert says(["seed=1", override], "optim.lr")
+    assert sets_key(["seed=1", override], "optim.lr")
 
 
 def test_a_key_that_begins_alike_is_another() -> None:
-    assert not says(["optim.lr_factor=1", "optim=sgd"], "optim.lr")
+    assert not sets_key(["optim.lr_factor=1", "optim=sgd"], "optim.lr")
 
 
 def test_the_last_of_each_key_stays_and_a_deletion_beside_it() -> None:

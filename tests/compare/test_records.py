@@ -12,7 +12,7 @@ from processes import held_elsewhere
 from run_folders import FakeRun
 from studies import SETTINGS
 
-from pkm_lightning.compare import report
+from pkm_lightning.compare import plots, report
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.records import read_metrics, read_runs
 from pkm_lightning.compare.run_state import run_state
@@ -24,7 +24,7 @@ def test_arms_are_named_by_their_folders_and_sorted(tmp_path: Path) -> None:
     for arm, seed in (("b", 2), ("b", 1), ("a", 1)):
         FakeRun(arm, seed).write(tmp_path)
     runs, comparisons = read_runs([tmp_path])
-    assert [(run.arm, run.seed) for run in runs] == [("a", 1), ("b", 1), ("b", 2)]
+    assert [(run.variant, run.seed) for run in runs] == [("a", 1), ("b", 1), ("b", 2)]
     assert comparisons == []
 
 
@@ -34,7 +34,7 @@ def test_loose_runs_are_named_by_their_ffn_and_what_differs(tmp_path: Path) -> N
     FakeRun("", 2).write(tmp_path, "wednesday")
     FakeRun("", 1, config={"model": {"dim": 128}}).write(tmp_path, "thursday")
     runs, _ = read_runs([tmp_path])
-    assert [(run.arm, run.seed) for run in runs] == [
+    assert [(run.variant, run.seed) for run in runs] == [
         ("moe", 1),
         ("memory_plus model.dim=128", 1),
         ("memory_plus model.dim=64", 1),
@@ -46,29 +46,29 @@ def test_sweeps_and_speed_tests_are_not_reported(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "runs")
     FakeRun("a", 1001).write(tmp_path / "sweep")
     FakeRun("a", 0).write(tmp_path / "speed", "a/try-1")
-    Comparison(command=[], base=[], arms={"a": []}).save(tmp_path)
+    Comparison(command=[], base=[], variants={"a": []}).save(tmp_path)
     runs, comparisons = read_runs([tmp_path])
-    assert [(run.arm, run.seed) for run in runs] == [("a", 1)]
+    assert [(run.variant, run.seed) for run in runs] == [("a", 1)]
     assert len(comparisons) == 1
 
 
 def test_comparisons_are_found_below_what_is_named(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "mine" / "runs")
     FakeRun("lr-0.1", 1001).write(tmp_path / "mine" / "sweep" / "a")
-    Comparison(command=[], base=[], arms={"a": []}).save(tmp_path / "mine")
+    Comparison(command=[], base=[], variants={"a": []}).save(tmp_path / "mine")
     FakeRun("b", 1).write(tmp_path / "sweep")
     runs, comparisons = read_runs([tmp_path])
-    assert [run.arm for run in runs] == ["a", "b"]
+    assert [run.variant for run in runs] == ["a", "b"]
     assert len(comparisons) == 1
 
 
 def test_a_comparison_around_what_is_named_is_found(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "mine" / "runs")
     FakeRun("lr-0.1", 1001).write(tmp_path / "mine" / "sweep" / "a")
-    Comparison(command=[], base=["x=1"], arms={"a": []}).save(tmp_path / "mine")
+    Comparison(command=[], base=["x=1"], variants={"a": []}).save(tmp_path / "mine")
     runs, (comparison,) = read_runs([tmp_path / "mine" / "runs"])
-    assert ([run.arm for run in runs], comparison.base) == (["a"], ["x=1"])
-    with pytest.raises(RunDirectoryError, match=r"no record of a run .* but those of a sweep"):
+    assert ([run.variant for run in runs], comparison.base) == (["a"], ["x=1"])
+    with pytest.raises(RunDirectoryError, match=r"no record of a run .* except those of a sweep"):
         read_runs([tmp_path / "mine" / "sweep"])
 
 
@@ -77,12 +77,12 @@ def test_a_comparison_inside_another_keeps_its_own(tmp_path: Path, inner: str) -
     for root in (tmp_path, tmp_path / inner):
         root.mkdir(exist_ok=True)
         Comparison(
-            command=[], base=[], arms={}, failures={"runs/b/seed-1": "no luck"} if root != tmp_path else {}
+            command=[], base=[], variants={}, failures={"runs/b/seed-1": "no luck"} if root != tmp_path else {}
         ).save(root)
     FakeRun("a", 1001).write(tmp_path / inner / "sweep")
     FakeRun("b", 1, record={"status": "running"}).write(tmp_path / inner / "runs")
     runs, _ = read_runs([tmp_path])
-    assert [(run.arm, run.failure) for run in runs] == [("b", "no luck")]
+    assert [(run.variant, run.failure) for run in runs] == [("b", "no luck")]
 
 
 def test_a_run_of_several_directories_counts_once(tmp_path: Path) -> None:
@@ -135,9 +135,9 @@ def test_what_a_process_said_at_its_end_is_told(tmp_path: Path) -> None:
     """A killed run could not write why, and one that was refused has no record at all."""
     FakeRun("a", 1, record={"status": "running"}).write(tmp_path / "runs")
     said = {"runs/a/seed-1": "killed by SIGKILL (out of memory?)", "runs/b/seed-1": "data.path does not exist"}
-    Comparison(command=[], base=[], arms={"a": [], "b": []}, failures=said).save(tmp_path)
+    Comparison(command=[], base=[], variants={"a": [], "b": []}, failures=said).save(tmp_path)
     runs, _ = read_runs([tmp_path])
-    assert {run.arm: run.failure for run in runs} == {"a": said["runs/a/seed-1"], "b": said["runs/b/seed-1"]}
+    assert {run.variant: run.failure for run in runs} == {"a": said["runs/a/seed-1"], "b": said["runs/b/seed-1"]}
 
 
 def test_the_state_of_a_directory(tmp_path: Path) -> None:
@@ -203,11 +203,11 @@ def test_damaged_files_of_a_run_make_it_fail_and_nothing_else(tmp_path: Path) ->
 def test_a_damaged_file_costs_its_run_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes
 ) -> None:
-    monkeypatch.setattr(report, "all_plots", lambda study: ())
+    monkeypatch.setattr(plots, "all_plots", lambda study: ())
     (FakeRun("a", 1).write(tmp_path / "runs") / file).write_bytes(content)
     FakeRun("b", 1).write(tmp_path / "runs")
     study = make_study([tmp_path / "runs"], SETTINGS)
-    runs = {run.arm: run for run in study.runs}
+    runs = {run.variant: run for run in study.runs}
     assert runs["a"].failure
     assert runs["b"].ok
     report.write_report(study, tmp_path / "report")

@@ -53,7 +53,7 @@ def test_the_reference_is_the_dense_model_of_equal_compute(tmp_path: Path) -> No
 
 def test_multipliers_are_of_trunk_model_and_time(tmp_path: Path) -> None:
     study = study_of(tmp_path, *ladder(n_facts=400))
-    mean = {arm: statistics.fmean(study.quality.value(run) for run in runs) for arm, runs in study.arms.items()}
+    mean = {arm: statistics.fmean(study.quality.value(run) for run in runs) for arm, runs in study.variants.items()}
     # MoE lies between the rungs 1x and 2x.
     share = (mean["moe"] - mean["dense_1x"]) / (mean["dense_2x"] - mean["dense_1x"])
     assert 0 < share < 1
@@ -93,7 +93,9 @@ def test_equal_time_runs_are_read_off_at_equal_tokens(tmp_path: Path) -> None:
         run.write(tmp_path / "runs")
     fewer = {"trainer": {"max_steps": 60, "val_check_interval": 6}}
     FakeRun("dense_2x", 1, ffn="Dense", flops=2000, config=fewer).write(tmp_path / "runs")
-    Comparison(command=[], base=[], arms={"dense": [], "dense_2x": [], "memory_plus": []}, seconds=100).save(tmp_path)
+    Comparison(command=[], base=[], variants={"dense": [], "dense_2x": [], "memory_plus": []}, seconds=100).save(
+        tmp_path
+    )
     study = make_study([tmp_path], SETTINGS)
     assert (study.ladder, study.multipliers) == ([], {})
     assert not study.unfair
@@ -106,10 +108,10 @@ def test_bits_are_per_fact_of_training_and_parameter(tmp_path: Path) -> None:
     # 8 prior bits less 0.5 for each of 1,000 facts, over 40,000 parameters of which 4,000 are active.
     assert table(study, "Storage")["a"] == {
         "variant": "a",
-        "bits a fact": "7.50",
+        "bits per fact": "7.50",
         "kbit stored": "7.5",
-        "bits a parameter": "0.188",
-        "bits an active parameter": "1.875",
+        "bits per parameter": "0.188",
+        "bits per active parameter": "1.875",
     }
 
 
@@ -122,7 +124,7 @@ def test_runs_without_questions_are_compared_by_their_loss(tmp_path: Path) -> No
 def test_a_run_without_answers_fails_and_does_not_change_what_the_report_is_about(tmp_path: Path) -> None:
     study = study_of(tmp_path, *ladder((1, 2)), FakeRun("silent", 1, forms=()))
     assert study.quality.metric == "recall_paraphrase"
-    assert [(run.arm, run.failure) for run in study.failed] == [("silent", "finished without recall_paraphrase")]
+    assert [(run.variant, run.failure) for run in study.failed] == [("silent", "finished without recall_paraphrase")]
 
 
 def test_data_without_a_test_are_compared_by_their_last_validation(tmp_path: Path) -> None:
@@ -136,9 +138,11 @@ def test_data_without_a_test_are_compared_by_their_last_validation(tmp_path: Pat
     assert study.resampled.mean == {"a": 0.25, "b": 0.5}
 
 
-def test_the_direction_of_a_metric_does_not_depend_on_its_spelling(tmp_path: Path) -> None:
-    metric = read_report_settings({"report": {"metric": "test/recall_question"}}).metric
-    study = study_of(tmp_path, *ladder((1, 2)), metric=metric)
+@pytest.mark.parametrize("spelling", ["recall_question", "test/recall_question", "bits_paraphrase", "test/loss"])
+def test_the_metric_may_be_chosen_and_keeps_its_direction(tmp_path: Path, spelling: str) -> None:
+    metric = read_report_settings({"report": {"metric": spelling}}).metric
+    study = study_of(tmp_path, *ladder((1,)), metric=metric)
+    assert study.quality.metric == metric
     assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
 
 
@@ -167,7 +171,10 @@ def test_unequal_runs_are_not_said_to_be_equal(tmp_path: Path) -> None:
 def test_seeds_are_counted_within_an_arm(tmp_path: Path) -> None:
     runs = [FakeRun("a", seed) for seed in (1, 2)] + [FakeRun("b", seed) for seed in (3, 4)]
     assert "2 seeds understate" in all_tables(study_of(tmp_path / "two", *runs))[0].note
-    assert "of one seed it does not say how seeds differ" in all_tables(study_of(tmp_path / "one", *runs[1:]))[0].note
+    assert (
+        "with one seed it does not include how much seeds differ"
+        in all_tables(study_of(tmp_path / "one", *runs[1:]))[0].note
+    )
 
 
 def test_a_mean_over_some_seeds_only_is_not_shown(tmp_path: Path) -> None:
@@ -180,9 +187,9 @@ def test_a_mean_over_some_seeds_only_is_not_shown(tmp_path: Path) -> None:
 def test_a_finished_run_without_the_figure_has_failed(tmp_path: Path) -> None:
     lacking = FakeRun("b", 1, forms=(), record={"metrics": {"test/loss": 0.3}})
     study = study_of(tmp_path, FakeRun("a", 1), lacking, metric="recall_paraphrase")
-    assert [(run.arm, run.failure) for run in study.failed] == [("b", "finished without recall_paraphrase")]
+    assert [(run.variant, run.failure) for run in study.failed] == [("b", "finished without recall_paraphrase")]
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is a figure of no run; allowed: auto, .*Did you mean 'recall_paraphrase'"):
+    with pytest.raises(ConfigError, match=r"is a metric of no run; allowed: auto, .*Did you mean 'recall_paraphrase'"):
         study_of(tmp_path, FakeRun("a", 1), metric="recall_paraphrases")

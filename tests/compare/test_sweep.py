@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from pkm_lightning.compare.budget import steps_of_tokens
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.plan import Arm, plan_sweep
+from pkm_lightning.compare.schedule import Variant
 from pkm_lightning.compare.settings import SweepSettings
 from pkm_lightning.compare.study import make_study
-from pkm_lightning.compare.sweep import check_swept, choose_rates
+from pkm_lightning.compare.sweep import check_swept, choose_rates, schedule_sweep
 from pkm_lightning.compare.tables import sweep_table
 from pkm_lightning.errors import ConfigError
 
@@ -28,7 +28,7 @@ SWEEP = SweepSettings(learning_rates=(0.001, 0.002, 0.004), seeds=(8, 9), data_s
 
 
 def test_the_rate_with_the_lowest_mean_wins_and_failures_never(tmp_path: Path) -> None:
-    runs = plan_sweep([Arm("a", ()), Arm("b", ()), Arm("c", ())], SWEEP, [], tmp_path, {})
+    runs = schedule_sweep([Variant("a", ()), Variant("b", ()), Variant("c", ())], SWEEP, [], tmp_path, {})
     losses = {
         "a": {0.001: (3.0, 3.0), 0.002: (1.0, 4.0), 0.004: (0.5, None)},
         "b": {0.001: (1.0, 1.0), 0.002: (2.0, 2.0), 0.004: (None, None)},
@@ -36,10 +36,10 @@ def test_the_rate_with_the_lowest_mean_wins_and_failures_never(tmp_path: Path) -
     }
     for run in runs:
         assert run.learning_rate is not None
-        loss = losses[run.arm][run.learning_rate][SWEEP.seeds.index(run.seed)]
+        loss = losses[run.variant][run.learning_rate][SWEEP.seeds.index(run.seed)]
         run.folder.mkdir(parents=True)
         record: dict[str, Any] = {"status": "finished", "metrics": {"test/loss": loss}}
-        if run.arm == "c" and run.seed == 8:
+        if run.variant == "c" and run.seed == 8:
             record = {"status": "failed", "metrics": {"test/loss": 0.1}}
         (run.folder / "run.json").write_text(json.dumps(record))
     results, chosen = choose_rates(runs, SWEEP)
@@ -50,21 +50,21 @@ def test_the_rate_with_the_lowest_mean_wins_and_failures_never(tmp_path: Path) -
 
 def test_of_recall_the_highest_mean_wins_and_an_unknown_metric_is_refused(tmp_path: Path) -> None:
     recall = replace(SWEEP, metric="recall_paraphrase", seeds=(8,))
-    runs = plan_sweep([Arm("a", ())], recall, [], tmp_path, {})
+    runs = schedule_sweep([Variant("a", ())], recall, [], tmp_path, {})
     for run, value in zip(runs, (0.2, 0.5, 0.3), strict=True):
         run.folder.mkdir(parents=True)
         record = {"status": "finished", "metrics": {"test/recall_paraphrase": value}}
         (run.folder / "run.json").write_text(json.dumps(record))
     assert choose_rates(runs, recall)[1] == {"a": 0.002}
     check_swept(runs[0], recall)
-    with pytest.raises(ConfigError, match=r"sweep.metric=test/loss is a figure of no run; .*: recall_paraphrase"):
+    with pytest.raises(ConfigError, match=r"sweep.metric=test/loss is a metric of no run; .*: recall_paraphrase"):
         check_swept(runs[0], SWEEP)
 
 
 def test_a_report_says_what_was_tried_on_which_data_and_where_an_edge_won(tmp_path: Path) -> None:
     results = {"a": {"0.001": 3.0, "0.002": 2.5, "0.004": None}, "b": {"0.001": 1.0, "0.002": 2.0, "0.004": 3.0}}
     sweep = {**asdict(SWEEP), "results": results, "chosen": {"a": 0.002, "b": 0.001}}
-    Comparison(command=[], base=[], arms={"a": [], "b": []}, seeds=[1], sweep=sweep).save(tmp_path)
+    Comparison(command=[], base=[], variants={"a": [], "b": []}, seeds=[1], sweep=sweep).save(tmp_path)
     for arm in ("a", "b"):
         FakeRun(arm, 1).write(tmp_path / "runs")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pkm_lightning.compare.calibration import warm_up
-from pkm_lightning.compare.plan import Arm, PlannedRun
-from pkm_lightning.compare.processes import Ended, Processes
+from pkm_lightning.compare.budget import warm_up
+from pkm_lightning.compare.processes import Processes, RunEnd
+from pkm_lightning.compare.schedule import ScheduledRun, Variant
 
 
 class Seen(Processes):
@@ -18,9 +18,9 @@ class Seen(Processes):
 
     def __init__(self) -> None:
         super().__init__(flags=[], logs=Path("logs"), jobs=1, ranks=1, resume="auto")
-        self.runs: list[PlannedRun] = []
+        self.runs: list[ScheduledRun] = []
 
-    def run(self, planned: Sequence[PlannedRun], tick: Callable[[list[PlannedRun]], None]) -> Iterator[Ended]:  # type: ignore[override]
+    def run(self, planned: Sequence[ScheduledRun], tick: Callable[[list[ScheduledRun]], None]) -> Iterator[RunEnd]:  # type: ignore[override]
         self.runs += planned
         yield from ()
 
@@ -28,7 +28,7 @@ class Seen(Processes):
 @pytest.mark.parametrize("callbacks", [{"recall": {"val_items": 64}}, {"diagnostics": {}}, None])
 def test_an_arm_is_warmed_up_without_a_long_test(tmp_path: Path, callbacks: dict[str, Any] | None) -> None:
     seen, config = Seen(), {"trainer": {"accumulate_grad_batches": 1}, "callbacks": callbacks}
-    warm_up([Arm("a", ("ffn=dense", "trainer.max_steps=900"))], {"a": config}, ["data.people=60"], tmp_path, seen)
+    warm_up([Variant("a", ("ffn=dense", "trainer.max_steps=900"))], {"a": config}, ["data.people=60"], tmp_path, seen)
     (run,) = seen.runs
     assert {"data.people=60", "ffn=dense", "trainer.max_steps=2", "++trainer.limit_test_batches=1"} <= set(
         run.overrides
