@@ -1,10 +1,10 @@
 """One training step of a value table, by every way of learning it: read, backward, clipping, optimizer.
 
-All ways of a case share one table and, on the CPU, one pair of moments, so that they fit into memory side by side; the
+All ways of a case share one table and, on the CPU, one pair of moments, so that they fit into memory together; the
 check starts each from moments of zero. The rest of a step is the same for all: the weights of the reads require a
 gradient, and the loss is the inner product of the reads with a fixed tensor.
 
-Letters: T tokens, K rows a token, N rows, D values a row, R sampled rows, U rows that are read.
+Letters: R sampled rows, U rows that are read, C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from benchmark_inputs import Lookup, Reads, draw_ids, value_table
-from benchmark_ways import bag, gather_einsum
-from benchmarking import Case, Way, relative_error
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 
+from benchmarks.case import Case, Way, relative_error
+from benchmarks.inputs import Lookup, Reads, draw_ids, value_table
+from benchmarks.ways import bag, gather_einsum
 from pkm_lightning.memory import RowOptimizer, TableOptimizer, clip_tables
 
 MAX_NORM, LR, EPS = 1.0, 1e-2, 1e-8
@@ -30,15 +30,15 @@ BATCHES = 4
 
 
 class StepWay(NamedTuple):
-    """How a step is done.
+    """A way of doing a step.
 
     Args:
-        name: in the table.
-        rule: how rows move: `adam`, `catch_up_adam`, `row_adagrad` or `sgd`.
-        learning: of the package's table (`dense`, `rows`, `fused`), or `peer`.
-        clip: the gradient's norm is clipped.
-        read: a peer's read.
-        sparse: a peer's optimizer is SparseAdam, not AdamW.
+        name: shown in the results.
+        rule: update rule of the rows: `adam`, `catch_up_adam`, `row_adagrad` or `sgd`.
+        learning: `table.learning` of the package's table (`dense`, `rows`), or `peer` for a plain tensor.
+        clip: whether the gradient's norm is clipped.
+        read: how a `peer` reads.
+        sparse: whether a `peer` uses SparseAdam instead of AdamW.
     """
 
     name: str
@@ -65,41 +65,40 @@ WAYS = [
     StepWay(
         "sparse embedding_bag, SparseAdam, no clip", "adam", "peer", False, functools.partial(bag, sparse=True), True
     ),
-    StepWay("fused lazy_adam, no clip", "adam", "fused", clip=False),
-    StepWay("fused row_adagrad, no clip", "row_adagrad", "fused", clip=False),
+    StepWay("rows lazy_adam, no clip", "adam", "rows", clip=False),
+    StepWay("rows row_adagrad, no clip", "row_adagrad", "rows", clip=False),
 ]
-#: One for each kind of state.
-MEMORY_WAYS = [way for way in WAYS if way.sparse or way.name == DENSE or way.learning == "rows"]
+#: One for each kind of optimizer state.
+MEMORY_WAYS = [way for way in WAYS if way.sparse or way.name == DENSE or (way.learning == "rows" and way.clip)]
 
 
 class Moments:
-    """Tensors of the table's size that optimizers lend each other on the CPU, where fresh memory takes long."""
+    """Tensors of the table's size that the optimizers of all ways share on the CPU, where new pages are slow."""
 
-    def __init__(self, weight_ND: Tensor) -> None:
-        self._weight_ND = weight_ND
-        self._held: dict[str, Tensor] = {}
+    def __init__(self, weight_NV: Tensor) -> None:
+        self._weight_NV = weight_NV
+        self._moments: dict[str, Tensor] = {}
 
-    def lend(self, state: dict[str, Tensor]) -> None:
-        """Puts zeros of our own in the place of the large tensors of `state`."""
-        if self._weight_ND.device.type != "cpu":
+    def share(self, state: dict[str, Tensor]) -> None:
+        """Replaces the large tensors of `state` by the shared ones, zeroed."""
+        if self._weight_NV.device.type != "cpu":
             return
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == self._weight_ND.shape:
-                state[name] = self._held.setdefault(name, value).zero_()
+            if isinstance(value, Tensor) and value.shape == self._weight_NV.shape:
+                state[name] = self._moments.setdefault(name, value).zero_()
 
 
 class Step:
-    """A built way: a call is one step on the next batch."""
+    """Built way of doing a step: a call is one step on the next batch."""
 
     def __init__(self, way: StepWay, batches: list[Reads], moments: Moments, lr: float) -> None:
         self.way, self.batches, self.calls = way, batches, 0
-        weight_ND = batches[0].table_ND
-        own = way.learning != "peer"
-        self.table = value_table(weight_ND, way.learning) if own else None
-        self.weight = self.table.weight if self.table else nn.Parameter(weight_ND)
+        weight_NV = batches[0].table_NV
+        self.table = None if way.learning == "peer" else value_table(weight_NV, way.learning)
+        self.weight = self.table.weight if self.table else nn.Parameter(weight_NV)
         self.weights = [batch.weights_TK.detach().clone().requires_grad_() for batch in batches]
         self.optimizer = self._optimizer(lr)
-        moments.lend(self.optimizer.state[self.weight])
+        moments.share(self.optimizer.state[self.weight])
 
     def _optimizer(self, lr: float) -> Optimizer:
         if self.table is not None and self.table.stage is not None:
@@ -112,7 +111,7 @@ class Step:
         else:
             dense = AdamW([self.weight], lr=lr, betas=BETAS["adam"], eps=EPS, weight_decay=0.0, fused=True)
         if self.weight.device.type == "cpu":
-            # As the optimizer itself would in its first step.
+            # The state that the optimizer would create in its first step; it must exist to be shared.
             moments = {name: torch.zeros_like(self.weight) for name in ("exp_avg", "exp_avg_sq")}
             dense.state[self.weight] = {"step": 0 if self.way.sparse else torch.zeros(()), **moments}
         return dense
@@ -123,15 +122,15 @@ class Step:
         self.step(self.batches[number], self.weights[number])
 
     def step(self, batch: Reads, weights_TK: Tensor) -> None:
-        """Forward, backward, clipping, update."""
+        """Runs forward, backward, clipping and update."""
         self.optimizer.zero_grad(set_to_none=True)
         weights_TK.grad = None
         if self.table is not None:
-            y_TD = self.table(batch.ids_TK, weights_TK)
+            y_TV = self.table(batch.ids_TK, weights_TK)
         else:
             assert self.way.read is not None
-            y_TD = self.way.read(self.weight, batch.ids_TK, weights_TK)
-        (y_TD * batch.upstream_TD).sum().backward()
+            y_TV = self.way.read(self.weight, batch.ids_TK, weights_TK)
+        (y_TV * batch.upstream_TV).sum().backward()
         if self.way.clip and self.table is not None and self.table.stage is not None:
             clip_tables([self.table], [], MAX_NORM)
         elif self.way.clip:
@@ -142,23 +141,23 @@ class Step:
 def step_case(
     sizes: Lookup, device: torch.device, dtype: torch.dtype, ways: list[StepWay], *, timed: bool = True
 ) -> Case:
-    """All `ways` on one table; with `timed` off, their peak memory instead of their time."""
+    """Builds the case of all `ways` on one table; with `timed` off it measures peak memory instead of time."""
     first = Reads.draw(sizes, dtype, device)
     batches = [first, *(_another(first, sizes) for _ in range(BATCHES - 1))]
-    moments = Moments(first.table_ND)
+    moments = Moments(first.table_NV)
     gradient = functools.cache(lambda: _gradient(first))
 
     def build(way: StepWay) -> Step:
         return Step(way, batches, moments, _rate(way, *gradient()) if timed else LR)
 
     def error(step: Step) -> float:
-        before_RD = first.table_ND[first.rows_R].double()
+        before_RV = first.table_NV[first.rows_R].double()
         for _ in range(2):
             step.step(first, step.weights[0])
-        moved_RD = first.table_ND[first.rows_R].double() - before_RD
-        grad_RD, norm = gradient()
-        clipped_RD = grad_RD * min(1.0, MAX_NORM / norm) if step.way.clip else grad_RD
-        return relative_error([moved_RD], [two_moves(step.way.rule, clipped_RD, _rate(step.way, grad_RD, norm))])
+        moved_RV = first.table_NV[first.rows_R].double() - before_RV
+        grad_RV, norm = gradient()
+        clipped_RV = grad_RV * min(1.0, MAX_NORM / norm) if step.way.clip else grad_RV
+        return relative_error([moved_RV], [two_steps(step.way.rule, clipped_RV, _rate(step.way, grad_RV, norm))])
 
     return Case(
         sizes=f"{sizes} {dtype}".replace("torch.", ""),
@@ -169,48 +168,48 @@ def step_case(
         rebuild=device.type != "cpu",
         timed=timed,
         memory=not timed,
-        held=first.table_ND.nbytes,
-        values=first.table_ND.numel(),
+        held=first.table_NV.nbytes,
+        values=first.table_NV.numel(),
     )
 
 
 def _another(first: Reads, sizes: Lookup) -> Reads:
-    weights_TK, upstream_TD = torch.rand_like(first.weights_TK), torch.randn_like(first.upstream_TD)
-    return first._replace(ids_TK=draw_ids(sizes, first.table_ND.device), weights_TK=weights_TK, upstream_TD=upstream_TD)
+    weights_TK, upstream_TV = torch.rand_like(first.weights_TK), torch.randn_like(first.upstream_TV)
+    return first._replace(ids_TK=draw_ids(sizes, first.table_NV.device), weights_TK=weights_TK, upstream_TV=upstream_TV)
 
 
 def _gradient(reads: Reads) -> tuple[Tensor, float]:
-    """The gradient of the sampled rows and the norm of the whole, in float64."""
+    """Returns the gradient of the sampled rows and the norm of the whole gradient, in float64."""
     rows_U, place_TK = torch.unique(reads.ids_TK, return_inverse=True)
-    grads_UD = torch.zeros(len(rows_U), reads.table_ND.shape[1], dtype=torch.float64, device=rows_U.device)
-    for place_CK, weights_CK, upstream_CD in zip(
-        place_TK.split(64), reads.weights_TK.split(64), reads.upstream_TD.split(64), strict=True
+    grads_UV = torch.zeros(len(rows_U), reads.table_NV.shape[1], dtype=torch.float64, device=rows_U.device)
+    for place_CK, weights_CK, upstream_CV in zip(
+        place_TK.split(64), reads.weights_TK.split(64), reads.upstream_TV.split(64), strict=True
     ):
-        parts_CKD = weights_CK.double().unsqueeze(-1) * upstream_CD.double().unsqueeze(1)
-        grads_UD.index_add_(0, place_CK.flatten(), parts_CKD.flatten(0, 1))
-    return reads.row_gradients(), grads_UD.norm().item()
+        parts_CKV = weights_CK.double().unsqueeze(-1) * upstream_CV.double().unsqueeze(1)
+        grads_UV.index_add_(0, place_CK.flatten(), parts_CKV.flatten(0, 1))
+    return reads.row_gradients(), grads_UV.norm().item()
 
 
-def _rate(way: StepWay, grad_RD: Tensor, norm: float) -> float:
-    """The learning rate; for plain gradient descent one that moves rows about as far as the others do."""
+def _rate(way: StepWay, grad_RV: Tensor, norm: float) -> float:
+    """Returns the learning rate; for plain gradient descent one that moves rows about as far as the other rules do."""
     if way.rule != "sgd":
         return LR
-    return LR / (grad_RD.square().mean().sqrt().item() * min(1.0, MAX_NORM / norm))
+    return LR / (grad_RV.square().mean().sqrt().item() * min(1.0, MAX_NORM / norm))
 
 
-def two_moves(rule: str, grad_RD: Tensor, lr: float) -> Tensor:
-    """How far two steps of the same gradient move rows from moments of zero, in float64."""
-    moved_RD = torch.zeros_like(grad_RD)
-    mean_RD, square_RD, sum_R1 = torch.zeros_like(grad_RD), torch.zeros_like(grad_RD), torch.zeros_like(grad_RD[:, :1])
+def two_steps(rule: str, grad_RV: Tensor, lr: float) -> Tensor:
+    """Returns the displacement of rows after two steps of one gradient, starting from zero moments, in float64."""
+    moved_RV = torch.zeros_like(grad_RV)
+    mean_RV, square_RV, sum_R1 = torch.zeros_like(grad_RV), torch.zeros_like(grad_RV), torch.zeros_like(grad_RV[:, :1])
     beta1, beta2 = BETAS.get(rule, BETAS["adam"])
     for step in (1, 2):
-        mean_RD = beta1 * mean_RD + (1 - beta1) * grad_RD
-        square_RD = beta2 * square_RD + (1 - beta2) * grad_RD**2
-        sum_R1 = sum_R1 + grad_RD.square().mean(dim=1, keepdim=True)
+        mean_RV = beta1 * mean_RV + (1 - beta1) * grad_RV
+        square_RV = beta2 * square_RV + (1 - beta2) * grad_RV**2
+        sum_R1 = sum_R1 + grad_RV.square().mean(dim=1, keepdim=True)
         if rule == "sgd":
-            moved_RD -= lr * grad_RD
+            moved_RV -= lr * grad_RV
         elif rule == "row_adagrad":
-            moved_RD -= lr * grad_RD / (sum_R1.sqrt() + EPS)
+            moved_RV -= lr * grad_RV / (sum_R1.sqrt() + EPS)
         else:
-            moved_RD -= lr * mean_RD / (1 - beta1**step) / ((square_RD / (1 - beta2**step)).sqrt() + EPS)
-    return moved_RD
+            moved_RV -= lr * mean_RV / (1 - beta1**step) / ((square_RV / (1 - beta2**step)).sqrt() + EPS)
+    return moved_RV
