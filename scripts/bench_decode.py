@@ -69,6 +69,7 @@ class Layers(NamedTuple):
     hosted: nn.Module | None
 
 
+# Cached: a table of several GB is built once for all batch sizes.
 @functools.lru_cache(maxsize=1)
 def layers(block: Block, device: torch.device, dtype: torch.dtype) -> Layers:
     """Builds layers of equal width; `hosted` has its table in host memory and is None on the CPU."""
@@ -97,6 +98,7 @@ def decode_case(block: Block, batch: int, device: torch.device, dtype: torch.dty
     return Case(
         sizes=f"B={batch} D={block.dim} hidden={block.hidden} N={block.n_keys**2} {dtype}".replace("torch.", ""),
         ways=ways,
+        # Eight tokens are enough: the check copies the layer to float64, which is slow.
         error=lambda decoder: forward_error(decoder()[0][:8], decoder.module, x_B1D[:8]),
         tolerance=TOLERANCE[dtype],
         baselines=["SwiGLU"],

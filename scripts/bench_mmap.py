@@ -50,11 +50,13 @@ def write_table(path: Path, rows: int, *, sparse: bool) -> int:
     with path.open("wb") as file:
         file.write(header)
         if sparse:
+            # Blocks that were never written take no disk space and read as zeros.
             file.truncate(entry.start + entry.n_bytes)
         else:
             for start in range(0, rows, 2**14):
                 block_RV = torch.randn(min(2**14, rows - start), DIM).mul_(DIM**-0.5)
                 file.write(block_RV.numpy().data)
+            # The page cache drops clean pages only: what is not on the disk yet would stay warm.
             file.flush()
             os.fsync(file.fileno())
     return entry.start
@@ -108,6 +110,7 @@ def decoding_speed(layer: nn.Module, batch: int, seconds: float) -> float:
 
 def decode(path: Path, gib: float, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Measures both ways at batches of 1 and 64, interleaved."""
+    # Product keys address a square number of rows.
     rows = math.isqrt(int(gib * GIB) // (4 * DIM)) ** 2
     start = write_table(path, rows, sparse=False)
     mapped, ahead = MappedTable(path, start, rows), MappedTable(path, start, rows, readahead=True)
@@ -139,6 +142,7 @@ def decode(path: Path, gib: float, rounds: int, seconds: float) -> Iterator[dict
     for batch in (1, 64):
         speeds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
         for number in range(rounds):
+            # Another way comes first in each round, so that none always meets the same state of the machine.
             for way in ways[number % 4 :] + ways[: number % 4]:
                 speeds[way].append(decoding_speed(prepared(*way), batch, seconds))
         base = statistics.median(speeds["memory", "warm"])
@@ -178,6 +182,7 @@ def huge(path: Path, gib: float, rounds: int, seconds: float) -> Iterator[dict[s
         rates.append(n_reads / elapsed)
     yield row("lookup, sparse file", gib, "mmap", "unread rows", batch, rates, None, held)
     try:
+        # Torch maps files writable, so Linux counts the whole mapping as memory that may be needed.
         torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         status = "ok"
     except RuntimeError as error:

@@ -66,6 +66,7 @@ def combine_case(sizes: Retrieval, device: torch.device) -> Case:
     """Builds the case: from ranked halves to slots."""
     scores_2HTS = torch.randn(2, sizes.heads, sizes.tokens, sizes.n_keys, device=device)
     values_2HTK, chosen_2HTK = torch.topk(scores_2HTS, sizes.k)
+    # The package keeps ids in int32, torch.topk gives int64.
     indices_2HTK = chosen_2HTK.int()
     halves = values_2HTK[0], indices_2HTK[0], values_2HTK[1], indices_2HTK[1]
 
@@ -163,6 +164,7 @@ def lookup_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, memory:
         error=lambda run: relative_error([run()[0][reads.tokens_R]], [expected_RV()]),
         tolerance=TOLERANCE[dtype],
         baselines=["embedding_bag", "gather + einsum"],
+        # Each read moves a row, an int32 id and a weight; each token writes a sum.
         moved=sizes.tokens * (sizes.reads * (row_bytes + 4 + dtype.itemsize) + row_bytes),
         memory=memory,
     )
@@ -186,6 +188,7 @@ def lookup_backward_case(sizes: Lookup, device: torch.device, dtype: torch.dtype
 
         return Way(name, build)
 
+    # The package's training never builds the whole gradient: it updates the touched rows from this.
     def touched() -> tuple[Tensor, ...]:
         with torch.no_grad():
             segments = read_segments(reads.ids_TK.flatten(), sizes.rows)
@@ -195,6 +198,7 @@ def lookup_backward_case(sizes: Lookup, device: torch.device, dtype: torch.dtype
 
     def error(run: Run) -> float:
         table_grad, weights_grad, *rows_U = run()
+        # Three forms of the table's gradient: touched rows, a sparse tensor, a dense one.
         if rows_U:
             result_RV = table_grad[torch.isin(rows_U[0].long(), reads.rows_R)]
         elif table_grad.is_sparse:
@@ -203,6 +207,7 @@ def lookup_backward_case(sizes: Lookup, device: torch.device, dtype: torch.dtype
             result_RV = table_grad[reads.rows_R]
         return relative_error([result_RV, weights_grad[reads.tokens_R]], expected())
 
+    # Rows are read for the weights' gradient and added to for their own, which also has to be zeroed once.
     gathered = sizes.tokens * sizes.reads * sizes.dim * dtype.itemsize
     return Case(
         sizes=f"{sizes} {dtype}".replace("torch.", ""),
@@ -302,6 +307,7 @@ GPU = Plan(
 
 def plan(options: Options) -> Iterator[Row]:
     """Yields the rows in the order of a forward pass."""
+    # On a GPU models train in bf16.
     device, dtype = options.device, torch.bfloat16 if options.device.type == "cuda" else torch.float32
     sizes = SMOKE if options.smoke else GPU if device.type == "cuda" else CPU
 

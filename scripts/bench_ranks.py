@@ -80,6 +80,7 @@ def measure(overrides: list[str], steps: int) -> dict[str, Any]:
         times = StepTimes()
         trainer = make_trainer(config, callbacks=[times], loggers=[])
         trainer.fit(LanguageModule(config), datamodule=data)
+    # Linux reports KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peaks: list[Any] = [peak]
     if dist.is_initialized():
@@ -125,6 +126,7 @@ def scaling(counts: list[int], steps: int, rounds: int, extra: list[str]) -> lis
                 row["rows_a_second"] = round(batch / seconds, 1)
                 rows.append(row)
                 print(row, flush=True)
+    # One rank of the same way is the reference of each line.
     for row in rows:
         alone = next(
             r for r in rows if r["ranks"] == 1 and all(r[k] == row[k] for k in ("scaling", "table", "strategy"))

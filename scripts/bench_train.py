@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     blocks: Sequence[Block]
 
 
+# Every kind of row at the smallest sizes.
 SMOKE = Plan(
     [Lookup(16, 8, 256, 16, "uniform")],
     [],
@@ -74,6 +75,7 @@ def plan(options: Options) -> Iterator[Row]:
     device, dtype = options.device, torch.bfloat16 if options.device.type == "cuda" else torch.float32
     sizes = SMOKE if options.smoke else GPU if device.type == "cuda" else CPU
 
+    # Half the table gives a second point of memory against size, whose slope is the bytes per value.
     def step(name: str, lookup: Lookup, ways: list[StepWay], timed: bool = True) -> Row:
         tiny, half = SMOKE.memory, lookup._replace(rows=lookup.rows // 2)
         make, make_tiny, make_half = (
@@ -91,6 +93,7 @@ def plan(options: Options) -> Iterator[Row]:
     for block in sizes.blocks:
         make = functools.partial(block_case, block, device, dtype)
         yield Row("R6 block step", make, make)
+    # None: the default model.
     for dim in (None,) if options.smoke else (None, 256):
         make_model = functools.partial(trainer_case, dim, options.smoke, device)
         yield Row("R7 model in the Trainer", make_model, make_model)

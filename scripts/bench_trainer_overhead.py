@@ -78,6 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {"bare": [], "trainer": []}
     for number in range(arguments.rounds + 1):
+        # Interleaved, so that a slow minute of the machine hits both.
         for name, way in (("bare", bare_loop), ("trainer", through_trainer)):
             with tempfile.TemporaryDirectory() as run_dir:
                 config, data = complete(configuration(arguments.overrides, arguments.steps, run_dir))

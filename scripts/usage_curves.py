@@ -30,6 +30,7 @@ def read(run: Path, table: str) -> Curve:
         SystemExit: no row has the usage of `table`.
     """
     with (run / "metrics.csv").open(newline="") as file:
+        # Usage is logged less often than the loss: other rows have empty fields.
         rows = [row for row in csv.DictReader(file) if row.get(f"train/usage/{table}/used_percent")]
     if not rows:
         raise SystemExit(
@@ -80,6 +81,7 @@ def drawing(curves: dict[str, dict[str, Curve]]) -> str:
         'font-size="12">'
     ]
     lines.append(f'<rect width="{width}" height="{height}" fill="white"/>')
+    # Drawn by hand, so that the script needs nothing but the standard library.
     for percent in range(0, 101, 20):
         y = height - _MARGIN - percent / 100 * (height - 2 * _MARGIN)
         lines.append(

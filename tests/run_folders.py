@@ -1,4 +1,4 @@
-"""Run directories as `fit` leaves them, with figures of our choice: what reports read, without training anything."""
+"""Run directories as `fit` leaves them, with chosen numbers: the files that reports read, without training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class FakeRun:
     """A finished run.
 
     Args:
-        known: chance that a fact is known, which decides `exact`.
-        flops: forward FLOPs a token of the trunk.
-        seconds: of the whole training.
-        config, record: what differs from the others, merged over the rest.
+        known: probability that a fact is known, which decides `exact`.
+        flops: forward FLOPs per token of the trunk.
+        seconds: length of the whole training.
+        config, record: values that are merged over the defaults.
     """
 
     variant: str
@@ -172,7 +172,7 @@ class FakeRun:
 
 
 def ladder(seeds: tuple[int, ...] = (1, 2, 3), n_facts: int = 40) -> list[FakeRun]:
-    """Dense at four sizes, an MoE and Memory+, with recall that grows with compute and variant."""
+    """Returns dense models of four sizes, an MoE and Memory+, with recall that grows with compute and variant."""
     runs = []
     for seed in seeds:
         for factor, known in ((0.5, 0.2), (1, 0.4), (2, 0.6), (4, 0.8)):

@@ -73,7 +73,7 @@ class Director:
         )
 
     def direct(self) -> None:
-        """Carries out the comparison.
+        """Runs the comparison.
 
         Raises:
             Interrupted: a signal arrived; the running runs were asked to stop and can be resumed.

@@ -119,7 +119,7 @@ class Processes:
         self._logs.mkdir(parents=True, exist_ok=True)
         with self.log(run).open("ab") as log:
             # Where this start's output begins: an earlier start's last line must not explain this one's end.
-            self._log_starts[run] = log.tell()
+            self._log_starts[run] = os.fstat(log.fileno()).st_size
             # With a session of its own Ctrl-C reaches only the comparison, which then asks each run to stop, once.
             return subprocess.Popen(
                 self.command(run),

@@ -179,7 +179,7 @@ def _part(run: Path, root: Path | None) -> str:
 
 
 def _read(folder: Path, root: Path | None, comparison: Comparison | None) -> Run:
-    """Reads a run; damaged files make the run a failed one and do not stop the report."""
+    """Reads one run; damaged files make the run a failed one and do not stop the report."""
     stored, config = read_record(folder), _config(folder)
     record = {key: value for key, value in stored.items() if key not in _NESTED or isinstance(value, dict | None)}
     seed = record.get("seed")

@@ -92,6 +92,7 @@ class BlockStep:
 
     def error(self) -> float:
         """Returns the relative error of the forward pass."""
+        # A few tokens are enough: the float64 copy is slow.
         x_BTD = self.x_BTD[:1, :CHECKED]
         with torch.no_grad():
             return forward_error(self.module(x_BTD, context_of(x_BTD)).y_BTD, self.module, x_BTD)
@@ -147,6 +148,7 @@ def block_case(block: Block, device: torch.device, dtype: torch.dtype) -> Case:
 
 
 def _optimizer(module: nn.Module, rule: str | None) -> Optimizer:
+    # The table is no registered parameter of the layer: a row rule moves it.
     dense = AdamW(module.parameters(), lr=LR, fused=True)
     if rule is None:
         return dense

@@ -32,6 +32,7 @@ def pkm_layer(smoke: bool, device: torch.device) -> Case | Skipped:
     layer = PKM(dim, heads=4, num_keys=n_keys, topk=_k(smoke), dim_head=64).to(device)
 
     def ours(x_TD: Tensor, backend: str) -> Tensor:
+        # The package orders halves before heads.
         q_T2HF = layer.norm(layer.to_queries(x_TD).view(tokens, 2, 4, 64))
         scores_HTK, ids_HTK = _search(q_T2HF, layer.keys, layer.topk, backend)
         ids_TC, weights_TC = (part.transpose(0, 1).flatten(1) for part in (ids_HTK, scores_HTK.softmax(-1)))
@@ -80,6 +81,7 @@ def _case(
     """Builds the case: forward and backward to all weights and the input."""
     x_TD, upstream_TD = (torch.randn(tokens, dim, device=device) for _ in range(2))
     x_TD.requires_grad_()
+    # Gradients go to all weights: a layer that skipped some would look faster.
     inputs = [x_TD, *(p for p in layer.parameters() if p.requires_grad)]
 
     def theirs(x_TD: Tensor) -> Tensor:

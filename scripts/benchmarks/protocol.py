@@ -116,7 +116,7 @@ def measure(row: Row, case: Case, options: Options, stopwatch: Stopwatch) -> lis
 
 
 def _attempt(entry: _Entry, step: Callable[[_Entry], None]) -> None:
-    """Runs a step; a way that raises anything is out, and the others go on."""
+    """Runs one step; a way that raises anything is out, and the others go on."""
     if entry.result.status != "ok":
         return
     try:
@@ -137,6 +137,7 @@ def _check(case: Case, entry: _Entry) -> None:
         entry.result.status = f"wrong: relative error {entry.result.error:.1e}, allowed {case.tolerance:.0e}"
     elif not case.rebuild:
         entry.run = run
+    # What the check built must not count as memory of the next way.
     del run
     gc.collect()
 
@@ -158,7 +159,7 @@ def _time(case: Case, entry: _Entry, stopwatch: Stopwatch) -> None:
     run = entry.run
     if run is None:
         run = entry.way.build()
-        run()
+        run()  # warms up
     entry.seconds.append(case.clock(run) if case.clock else stopwatch(run, case.calls))
     if case.rebuild:
         del run

@@ -104,6 +104,7 @@ class Step:
         if self.table is not None and self.table.stage is not None:
             rule = "lazy_adam" if self.way.rule == "adam" else self.way.rule
             rows = RowOptimizer(rule=rule, betas=BETAS.get(self.way.rule, BETAS["adam"]), eps=EPS)
+            # A TableOptimizer wraps the optimizer of all other parameters; here there are none, so it gets a dummy.
             rest = SGD([nn.Parameter(self.weight.new_zeros(1))], lr=lr)
             return TableOptimizer(rest, {"table": self.table}, rows=rows, lr=lr)
         if self.way.sparse:
@@ -152,6 +153,7 @@ def step_case(
 
     def error(step: Step) -> float:
         before_RV = first.table_NV[first.rows_R].double()
+        # After one step Adam has moved rows by the gradient's sign, whatever its moments: a second step checks them.
         for _ in range(2):
             step.step(first, step.weights[0])
         moved_RV = first.table_NV[first.rows_R].double() - before_RV
@@ -182,6 +184,7 @@ def _gradient(reads: Reads) -> tuple[Tensor, float]:
     """Returns the gradient of the sampled rows and the norm of the whole gradient, in float64."""
     rows_U, place_TK = torch.unique(reads.ids_TK, return_inverse=True)
     grads_UV = torch.zeros(len(rows_U), reads.table_NV.shape[1], dtype=torch.float64, device=rows_U.device)
+    # In chunks: all products at once would take T * K * V float64 values.
     for place_CK, weights_CK, upstream_CV in zip(
         place_TK.split(64), reads.weights_TK.split(64), reads.upstream_TV.split(64), strict=True
     ):

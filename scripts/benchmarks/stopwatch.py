@@ -26,6 +26,7 @@ class Stopwatch:
         """Returns the mean seconds over `calls`; results are freed outside the timed part."""
         total = 0.0
         for _ in range(calls):
+            # Layers of a model meet caches that other layers have filled; repeated calls alone would keep them warm.
             self._sweep.add_(1)
             total += self._event_seconds(run) if self.is_cuda else self._wall_seconds(run)
         return total / calls

@@ -33,6 +33,7 @@ def textbook(q_2HTF: Tensor, keys_2HSF: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 def search(q_2HTF: Tensor, keys_2HSF: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Searches with the package's operations, which write only the scores that are kept to memory."""
+    # Scores of all S sub-keys stay in registers or caches; a textbook search writes and reads them.
     values_2HTK, chosen_2HTK = half_topk(q_2HTF, keys_2HSF, k, backend=backend)
     halves = values_2HTK[0], chosen_2HTK[0], values_2HTK[1], chosen_2HTK[1]
     return product_combine(*halves, keys_2HSF.shape[-2], k, backend=backend)

@@ -28,7 +28,7 @@ def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def test_a_comparison_is_reported_with_what_failed(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs are stand-ins; the command line of one of them is then run for real and reported."""
+    """Uses stand-ins for the runs, then runs the command line of one of them for real and reports it."""
     commands: dict[str, list[str]] = {}
 
     def run(

@@ -19,7 +19,7 @@ LENGTH = "trainer.max_steps=10"
 
 @pytest.fixture
 def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """`compare("ffn=dense", ...)` into the folder `out`, without warm-up unless it is asked for."""
+    """Returns `compare("ffn=dense", ...)`, which runs into the folder `out`, by default without warm-up."""
     stand_in_for_fit(monkeypatch, tmp_path)
 
     def run(*overrides: str) -> Outcome:
@@ -58,7 +58,7 @@ def test_variants_warm_up_once(compare: Run, tmp_path: Path, length: str) -> Non
 
 
 def test_a_variant_keeps_the_rate_that_its_runs_started_with(compare: Run, tmp_path: Path) -> None:
-    """A rate whose run was killed at first wins in the second command, which is too late."""
+    """Fails the run of a rate in the first command: winning in the second one is too late."""
     command = ["ffn=dense", "lr_sweep=[3e-3,6e-3]", LENGTH]
     set_fates(tmp_path, **{"lr-0.006": "killed"})
     assert compare(*command, "seeds=1").code == 0

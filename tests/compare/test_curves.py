@@ -1,4 +1,4 @@
-"""Curves over the course of runs, and what a run cost, from their files alone."""
+"""Curves over the course of runs, and the cost of a run, from their files alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def runs(root: Path, *fakes: FakeRun) -> list[Run]:
     return read_runs([root])[0]
 
 
-def test_a_mean_is_of_the_validations_that_all_seeds_have(tmp_path: Path) -> None:
+def test_a_mean_covers_the_validations_that_all_seeds_have(tmp_path: Path) -> None:
     whole, short = runs(tmp_path, FakeRun("a", 1, seconds=100), FakeRun("a", 2, seconds=200))
     lines = (tmp_path / "a" / "seed-2" / "metrics.csv").read_text().splitlines()
     (tmp_path / "a" / "seed-2" / "metrics.csv").write_text("\n".join(lines[:15]) + "\n")
@@ -46,7 +46,7 @@ def test_quality_at_a_moment_lies_between_two_validations(tmp_path: Path) -> Non
     assert math.isnan(quality_at(run, recall, "seconds", 9))
 
 
-def test_compute_is_of_the_trunk_or_of_the_model_over_all_tokens(tmp_path: Path) -> None:
+def test_compute_counts_the_trunk_or_the_model_over_all_tokens(tmp_path: Path) -> None:
     (run,) = runs(tmp_path, FakeRun("a", 1, flops=1000))
     assert cost(run, "trunk_flops_forward") == 1000
     assert training_cost(run, "trunk") == 3000 * 1_000_000
@@ -55,7 +55,7 @@ def test_compute_is_of_the_trunk_or_of_the_model_over_all_tokens(tmp_path: Path)
     assert list(curve(run, "val/loss", "active_flops")[0][:2]) == [3000 * 100_000, 3000 * 200_000]
 
 
-def test_a_plugin_that_states_no_cost_has_parameters_and_seconds_alone(tmp_path: Path) -> None:
+def test_a_plugin_that_states_no_cost_has_only_parameters_and_seconds(tmp_path: Path) -> None:
     (run,) = runs(tmp_path, FakeRun("a", 1, flops=1000, record={"unknown_cost": ["Mine"]}))
     assert math.isnan(cost(run, "trunk_flops_train"))
     assert math.isnan(cost(run, "bytes_decode"))

@@ -1,4 +1,4 @@
-"""A configuration as leaves, and the same configuration elsewhere."""
+"""A configuration as leaves, and the same configuration in another directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIG = {
 }
 
 
-def test_paths_under_a_directory_move_with_it_and_no_others() -> None:
+def test_paths_under_a_directory_are_moved_and_no_others() -> None:
     there = move_paths(CONFIG, "/runs/a", "/b")
     assert there["run_dir"] == "/b"
     assert there["callbacks"] == {"csv": {"path": "/b/metrics.csv"}, "files": ["/b", "/runs/ab/x", 3]}
@@ -20,7 +20,7 @@ def test_paths_under_a_directory_move_with_it_and_no_others() -> None:
     assert move_paths(there, "/b", "/runs/a") == CONFIG
 
 
-def test_what_a_run_is_does_not_depend_on_where_it_lies() -> None:
+def test_portable_leaves_do_not_depend_on_the_directory() -> None:
     leaves = portable_leaves(CONFIG)
     assert leaves == portable_leaves(move_paths(CONFIG, "/runs/a", "/elsewhere"))
     assert not leaves.keys() & {"run_dir", "resume"}

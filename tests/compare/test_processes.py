@@ -57,7 +57,7 @@ def ends(processes: Processes, runs: list[ScheduledRun]) -> dict[str, RunEnd]:
 
 
 def test_a_run_that_fails_affects_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pool of two jobs: how each run ended, how many ran at a time, and how many threads each got."""
+    """Checks one pool of two jobs: the end of each run, how many ran at a time, and the threads of each."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     counts: list[int] = []

@@ -23,12 +23,12 @@ def composed(name: str, *overrides: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, Any]:
-    """The composed defaults, which tests must not change."""
+    """Returns the composed defaults, which tests must not change."""
     return composed("compare")
 
 
 def changed(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `config` with dotted keys set."""
+    """Returns a copy of `config` with dotted keys set."""
     result = copy.deepcopy(config)
     for key, value in values.items():
         group, _, name = key.rpartition(".")
