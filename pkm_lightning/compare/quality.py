@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkm_lightning.compare.metric import LOWER_IS_BETTER, form_of, higher_is_better, kind_of, metric_value
-from pkm_lightning.compare.records import Answers, Run
+from pkm_lightning.compare.records import Run
+from pkm_lightning.compare.run_files import Answers
 from pkm_lightning.errors import ConfigError, nearest
 
 # Forms of recall items in words.

@@ -1,4 +1,4 @@
-"""Runs read back from their directories: configuration, record, curves and answers. No model is needed."""
+"""Runs found under directories and read back, with their variants and the reasons of failures. No model is needed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import numpy as np
-import yaml
-
 from pkm_lightning.compare.comparison_file import NAME as COMPARISON_FILE
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
 from pkm_lightning.compare.leaves import leaves, portable_leaves
+from pkm_lightning.compare.run_files import Answers, read_answers, read_config, read_metrics
 from pkm_lightning.compare.run_state import is_held, read_record
 from pkm_lightning.errors import RunDirectoryError
 
@@ -47,23 +45,6 @@ _NESTED = (
 )
 # Largest difference between two means of the same answers.
 _ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers of a run's test to the questions of one form, in the order of their prompts.
-
-    Args:
-        prompts: the questions; the same for runs on the same facts.
-        exact: whether each answer was right.
-        bits: bits of knowledge about each answer, prior minus model; nan where the prior is unknown.
-        deciles: decile of each subject's exposure; 0 holds the subjects that are shown most.
-    """
-
-    prompts: tuple[str, ...]
-    exact: np.ndarray
-    bits: np.ndarray
-    deciles: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +161,7 @@ def _part(run: Path, root: Path | None) -> str:
 
 def _read(folder: Path, root: Path | None, comparison: Comparison | None) -> Run:
     """Reads one run; damaged files make the run a failed one and do not stop the report."""
-    stored, config = read_record(folder), _config(folder)
+    stored, config = read_record(folder), read_config(folder)
     record = {key: value for key, value in stored.items() if key not in _NESTED or isinstance(value, dict | None)}
     seed = record.get("seed")
     failure = "" if len(record) == len(stored) else "its files are damaged (run.json)"
@@ -229,14 +210,6 @@ def _seed_of(folder: Path) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def _failure(
     folder: Path, root: Path | None, comparison: Comparison | None, record: Mapping[str, Any], config: Mapping[str, Any]
 ) -> str:
@@ -255,50 +228,6 @@ def _failure(
     if status == "running" and is_held(folder):
         return STILL_RUNNING
     return last_words or ("interrupted" if status in ("interrupted", "running") else "no record of a run")
-
-
-def read_metrics(file: Path) -> list[dict[str, float]]:
-    """Reads the rows of a metrics.csv that have `tokens` and `seconds`.
-
-    A missing file has no rows; a line that is being written is left out.
-    """
-    try:
-        with file.open(newline="", encoding="utf-8") as opened:
-            raw = list(csv.DictReader(opened))
-    except OSError:
-        return []
-    rows = []
-    for line in raw:
-        try:
-            row = {key: float(value) for key, value in line.items() if key and value not in ("", None)}
-        except (TypeError, ValueError):
-            continue
-        if {"tokens", "seconds"} <= row.keys():
-            rows.append(row)
-    return rows
-
-
-def read_answers(file: Path) -> dict[str, Answers]:
-    """Reads the answers in a recall.csv by form; a missing file has none."""
-    try:
-        with file.open(newline="", encoding="utf-8") as opened:
-            lines = list(csv.DictReader(opened))
-    except OSError:
-        return {}
-    lines_by_form: dict[str, list[dict[str, str]]] = {}
-    for line in lines:
-        lines_by_form.setdefault(line["form"], []).append(line)
-    answers = {}
-    for form, of_form in lines_by_form.items():
-        # Runs ask in different orders; the bootstrap pairs their answers by position.
-        of_form.sort(key=lambda line: (line["relation"], line["prompt"], line["truth"]))
-        answers[form] = Answers(
-            prompts=tuple(f"{line['relation']}: {line['prompt']}" for line in of_form),
-            exact=np.array([line["exact"] == "1" for line in of_form]),
-            bits=np.array([float(line["prior_bits"]) - float(line["bits"]) for line in of_form]),
-            deciles=np.array([int(line["decile"]) for line in of_form]),
-        )
-    return answers
 
 
 def _named(runs: list[Run]) -> list[Run]:

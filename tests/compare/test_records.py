@@ -14,7 +14,8 @@ from studies import SETTINGS
 
 from pkm_lightning.compare import plots, report
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.records import read_metrics, read_runs
+from pkm_lightning.compare.records import read_runs
+from pkm_lightning.compare.run_files import read_metrics
 from pkm_lightning.compare.run_state import run_state
 from pkm_lightning.compare.study import make_study
 from pkm_lightning.errors import RunDirectoryError
