@@ -10,14 +10,14 @@ from typing import Any
 import yaml
 
 from pkm_lightning.build.instantiate import check_trusted
-from pkm_lightning.compare.leaves import OF_THE_MACHINE, OF_THE_SITTING, leaves, moved
+from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, leaves, move_paths
 from pkm_lightning.errors import RunDirectoryError
 
 #: Keys that say where a run is spread and what is there: it may go on elsewhere. `devices` counts as `trainer.devices`.
 _SPREAD = (
     "strategy",
     "devices",
-    *OF_THE_MACHINE,
+    *MACHINE_KEYS,
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",
@@ -45,14 +45,14 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
         raise RunDirectoryError(f"{file} is no configuration of this package.")
     if not trust:
         check_trusted(config, str(file))
-    here: dict[str, Any] = moved(config, str(config.get("run_dir")), str(run_dir))
+    here: dict[str, Any] = move_paths(config, str(config.get("run_dir")), str(run_dir))
     return {**here, "run_dir": str(run_dir)}
 
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: saved value -> new value` for every leaf that differs, but for keys of the sitting and of the spread."""
     left, right = dict(leaves(saved)), dict(leaves(new))
-    keys = [k for k in {**left, **right} if k.split(".")[0] not in OF_THE_SITTING and not is_spread(k)]
+    keys = [k for k in {**left, **right} if k.split(".")[0] not in COMMAND_KEYS and not is_spread(k)]
     differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
     return [f"{k}: {left.get(k, '(absent)')} -> {right.get(k, '(absent)')}" for k in differing]
 
