@@ -40,7 +40,7 @@ def compile_module(name: str, target: GPUTarget) -> None:
     }
     assert launched <= listed, f"{name} launches {launched - listed}, which aot_signatures does not list"
     for kernel, signature, constants in module.aot_signatures():
-        ordered = {argument: signature.get(argument, "constexpr") for argument in kernel.arg_names}
+        ordered = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
         compiled = triton.compile(ASTSource(fn=kernel, signature=ordered, constexprs=constants), target=target)
         assert compiled.asm
         print(f"{target.backend} {target.arch} {name} {kernel.fn.__name__} {constants}")

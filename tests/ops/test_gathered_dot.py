@@ -105,7 +105,7 @@ def test_runs_on_meta_and_on_nothing() -> None:
 
 @pytest.mark.parametrize(("x", "ids"), [((5, 6), (5, 3)), ((4, 7), (5, 3)), ((5, 7), (15,))])
 def test_refuses_shapes_that_do_not_fit(x: tuple[int, ...], ids: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"gathered_dot: needs table \(N, D\), x \(T, D\) and ids \(T, K\), got"):
+    with pytest.raises(ValueError, match=r"gathered_dot: needs table \(N, V\), x \(T, V\) and ids \(T, K\), got"):
         gathered_dot(torch.zeros(11, 7), torch.zeros(x), torch.zeros(ids, dtype=torch.int32))
 
 
@@ -113,7 +113,7 @@ def test_refuses_other_dtypes_and_ids_out_of_range() -> None:
     table_ND, x_TD = torch.zeros(11, 7), torch.zeros(2, 7)
     with pytest.raises(ValueError, match=r"gathered_dot: ids are torch.int16; allowed: torch.int32, torch.int64\."):
         gathered_dot(table_ND, x_TD, torch.zeros(2, 3, dtype=torch.int16))
-    with pytest.raises(ValueError, match=r"needs a floating table and x, got torch.float32 and torch.int64\."):
+    with pytest.raises(ValueError, match=r"needs table and x of floating dtypes, got torch.float32 and torch.int64\."):
         gathered_dot(table_ND, x_TD.long(), torch.zeros(2, 3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"gathered_dot: ids has 11; allowed: 0 to 10\."):
         gathered_dot(table_ND, x_TD, torch.full((2, 3), 11))

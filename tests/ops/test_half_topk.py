@@ -125,9 +125,9 @@ def test_the_gpu_gradient_passes_over_empty_segments(monkeypatch: pytest.MonkeyP
     exact = backend.read_segments
 
     def padded(ids_L: Tensor, n_rows: int) -> Segments:
-        order_L, rows_U, starts_V = exact(ids_L, n_rows)
-        no_row_2, stop_2 = -torch.ones_like(rows_U[:2]), starts_V[-1:].expand(2)
-        return Segments(order_L, torch.cat([rows_U, no_row_2]), torch.cat([starts_V, stop_2]))
+        order_L, rows_U, starts_Z = exact(ids_L, n_rows)
+        no_row_2, stop_2 = -torch.ones_like(rows_U[:2]), starts_Z[-1:].expand(2)
+        return Segments(order_L, torch.cat([rows_U, no_row_2]), torch.cat([starts_Z, stop_2]))
 
     q_XTE, keys_XSE = inputs(((1,), 3, 4, 9, 2), "triton")
     grads = []
@@ -225,9 +225,9 @@ def test_the_counter_sees_the_products_that_are_computed() -> None:
             (2, 3, 4),
             (2, 5, 6),
             2,
-            r"needs queries \(..., T, E\) and keys \(..., S, E\), got \(2, 3, 4\) and \(2, 5, 6\)",
+            r"needs queries \(..., T, F\) and keys \(..., S, F\), got \(2, 3, 4\) and \(2, 5, 6\)",
         ),
-        ((2, 3, 4), (1, 5, 4), 2, r"needs queries \(..., T, E\)"),
+        ((2, 3, 4), (1, 5, 4), 2, r"needs queries \(..., T, F\)"),
         ((2, 3, 4), (2, 5, 4), 6, r"k=6 is out of range; allowed: 1 to 5 \(keys\)\."),
     ],
 )

@@ -236,5 +236,7 @@ def test_refuses_an_unknown_backend() -> None:
 
 def test_refuses_more_slots_than_int32_counts() -> None:
     scores_XS = torch.zeros(1, 46_341)
-    with pytest.raises(ValueError, match="do not fit int32 ids; at most 46,340"):
+    with pytest.raises(
+        ValueError, match="46341 sub-keys per half .* do not fit int32 ids; allowed: at most 46,340 sub-keys per half"
+    ):
         product_topk(scores_XS, scores_XS, 1)

@@ -122,7 +122,7 @@ def test_large_k_goes_to_torch() -> None:
 
 
 def test_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(ValueError, match=r"ranked_topk: k=5 is out of range; allowed: 1 to 4 \(scores a row\)\."):
+    with pytest.raises(ValueError, match=r"ranked_topk: k=5 is out of range; allowed: 1 to 4 \(scores per row\)\."):
         ranked_topk(torch.zeros(2, 4), 5)
     with pytest.raises(ValueError, match=r"ranked_topk: backend='knn' is not available; allowed: auto, cpu, triton"):
         ranked_topk(torch.zeros(2, 4), 2, backend="knn")

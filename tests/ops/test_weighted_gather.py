@@ -166,13 +166,15 @@ def test_no_reads_give_no_rows_and_no_gradient(groups: int | None, backend: str)
     ("table", "ids", "weights"), [((4,), (2, 3), (2, 3)), ((4, 2), (6,), (6,)), ((4, 2), (2, 3), (3, 2))]
 )
 def test_refuses_shapes_that_do_not_fit(table: tuple[int, ...], ids: tuple[int, ...], weights: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"weighted_gather: needs table \(N, D\) and ids, weights of one shape"):
+    with pytest.raises(ValueError, match=r"weighted_gather: needs table \(N, V\) and ids, weights of one shape"):
         weighted_gather(torch.zeros(table), torch.zeros(ids, dtype=torch.int64), torch.zeros(weights))
 
 
 @pytest.mark.parametrize(("ids", "weights"), [(torch.float32, torch.float32), (torch.int32, torch.int64)])
 def test_refuses_other_dtypes(ids: torch.dtype, weights: torch.dtype) -> None:
-    message = "weighted_gather: needs ids of torch.int32 or torch.int64 and a floating table and weights, got torch."
+    message = (
+        "weighted_gather: needs ids of torch.int32 or torch.int64 and table and weights of floating dtypes, got torch."
+    )
     with pytest.raises(ValueError, match=message):
         weighted_gather(torch.zeros(4, 2), torch.zeros(2, 3, dtype=ids), torch.zeros(2, 3, dtype=weights))
 

@@ -15,7 +15,7 @@ def row_sums(segments: Segments, coefficients_L: Tensor, sources_L: Tensor, sour
     """See `pkm_lightning.ops.row_gradients.row_gradients`; deterministic on every device, as a bag has one reader."""
     # ATen sums in float32 but returns the dtype of its "table", so half precision goes in as float32.
     wide_XD = source_rows_XD.to(torch.promote_types(source_rows_XD.dtype, torch.float32))
-    return _bags(segments.starts_V, segments.order_L, coefficients_L, sources_L, wide_XD)
+    return _bags(segments.starts_Z, segments.order_L, coefficients_L, sources_L, wide_XD)
 
 
 def table_gradient(
@@ -27,9 +27,9 @@ def table_gradient(
     """
     if coefficients_L.numel() == 0:
         return source_rows_XD.new_zeros(n_rows, source_rows_XD.shape[1])
-    counts_M = segments.starts_V.new_zeros(n_rows + 1)
+    counts_M = segments.starts_Z.new_zeros(n_rows + 1)
     # An empty segment (row -1) falls on the first place, and what it puts there is a zero.
-    counts_M[segments.rows_U.long() + 1] = segments.starts_V.diff()
+    counts_M[segments.rows_U.long() + 1] = segments.starts_Z.diff()
     return _bags(counts_M.cumsum(0), segments.order_L, coefficients_L, sources_L, source_rows_XD)
 
 

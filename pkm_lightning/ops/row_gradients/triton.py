@@ -82,7 +82,7 @@ def _launch(
     grid = len(segments.rows_U), triton.cdiv(sizes["D"], sizes["BLOCK_D"])
     with torch.cuda.device_of(out_XD):
         _sum_segments[grid](
-            segments.order_L, *reads, segments.starts_V, segments.rows_U, *pieces, out_XD, COMPACT=compact, **sizes
+            segments.order_L, *reads, segments.starts_Z, segments.rows_U, *pieces, out_XD, COMPACT=compact, **sizes
         )
 
 

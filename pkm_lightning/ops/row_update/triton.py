@@ -38,7 +38,7 @@ def row_gradient_squares(gradient: RowGradient) -> Tensor:
         reads, pieces, blocks = _launch_arguments(gradient)
         sizes = block_sizes(gradient.source_rows_XD.shape[1])
         with torch.cuda.device_of(squares_U):
-            _squares[(len(squares_U),)](*reads, segments.starts_V, *pieces, squares_U, BLOCKS=blocks, **sizes)
+            _squares[(len(squares_U),)](*reads, segments.starts_Z, *pieces, squares_U, BLOCKS=blocks, **sizes)
     return squares_U
 
 
@@ -61,7 +61,7 @@ def row_update(
     correction1, root_correction2 = rule.corrections
     with torch.cuda.device_of(table_ND):
         _update_rows[len(segments.rows_U), blocks](
-            *reads, segments.starts_V, segments.rows_U, *pieces, table_ND,
+            *reads, segments.starts_Z, segments.rows_U, *pieces, table_ND,
             state.get("exp_avg", unused), state.get("exp_avg_sq", unused), factor_U, scale_1,
             rule.lr, rule.lr * rule.weight_decay, rule.betas[0], 1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1],
             rule.eps, 1 / correction1, 1 / root_correction2, rule.seed,
