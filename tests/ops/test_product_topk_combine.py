@@ -29,9 +29,7 @@ def scores(*shape: int, backend: str = "cpu") -> Tensor:
     return torch.randn(*shape).to(device_of(backend)).requires_grad_()
 
 
-@pytest.mark.parametrize(
-    ("backend", "per_half"), [*((backend, 12) for backend in BACKENDS), ("cpu", 7), ("eager", 7)]
-)
+@pytest.mark.parametrize(("backend", "per_half"), [*((backend, 12) for backend in BACKENDS), ("cpu", 7), ("eager", 7)])
 def test_more_sub_keys_than_needed_change_nothing(backend: str, per_half: int) -> None:
     halves = {name: scores(2, 3, 12, backend=backend) for name in ("first", "second")}
     sums_XK, ids_XK = product_combine(*ranked(*halves.values(), per_half, torch.int32), 12, 7, backend=backend)
