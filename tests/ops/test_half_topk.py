@@ -91,7 +91,7 @@ def test_nan_and_infinity_rank_first(backend: str) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 40, 300])
 def test_chunks_on_the_cpu_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of one token, of three tokens of one head, and of two heads."""
+    """Covers chunks of one token, of three tokens of one head, and of two heads."""
     q_XTF, keys_XSF = grid((3,), 10, 4, "cpu"), grid((3,), 13, 4, "cpu")
     expected_XTK, expected_ids_XTK = half_topk(q_XTF, keys_XSF, 5, backend="reference")
     monkeypatch.setattr(importlib.import_module("pkm_lightning.ops.half_topk.cpu"), "_CHUNK_SCORES", chunk)
@@ -111,7 +111,7 @@ def test_values_equal_those_of_one_large_product() -> None:
 
 
 def test_the_gpu_gradient_skips_empty_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the segments are padded to a number that the host knows. On the CPU they are not, so they are here."""
+    """Pads the segments to a number that the host knows, as on a GPU; on the CPU they are not padded."""
     pytest.importorskip("triton")
     backend = importlib.import_module("pkm_lightning.ops.half_topk.triton")
     exact = backend.read_segments
