@@ -102,7 +102,7 @@ def product_combine(
     per_half = min(k, n_keys)
     if shapes[0][-1] < per_half:
         raise ValueError(
-            f"product_combine: halves have {shapes[0][-1]} sub-keys; k={k} of {n_keys} sub-keys needs {per_half} of each."
+            f"product_combine: each half has {shapes[0][-1]} sub-keys; k={k} of {n_keys} sub-keys needs {per_half}."
         )
     combine = _choose("product_combine", backend, values1_XJ, k)
     halves = (half[..., :per_half] for half in (values1_XJ, indices1_XJ, values2_XJ, indices2_XJ))
