@@ -1,4 +1,4 @@
-"""The commands that the pages show, what they need in their working directory, and versions of them that run in seconds."""
+"""The commands that the pages show, what they need beside them, and versions of them that run in seconds."""
 
 from __future__ import annotations
 

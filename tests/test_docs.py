@@ -1,4 +1,4 @@
-"""Every command of README and docs/ runs or composes; links lead to files; the SLURM script starts what torchrun starts."""
+"""Every command of README and docs/ runs or composes; links lead somewhere; SLURM starts what torchrun starts."""
 
 from __future__ import annotations
 
