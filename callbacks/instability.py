@@ -68,6 +68,8 @@ class Instability(L.Callback):
         lr_factor: the learning rate is multiplied by it at each rollback.
     """
 
+    order = 2  # last: it may go back to an earlier step, after the others have seen this one
+
     def __init__(
         self,
         *,

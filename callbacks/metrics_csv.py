@@ -31,6 +31,8 @@ class MetricsCSV(TimedCallback):
         path: the file.
     """
 
+    order = 1  # behind the callbacks whose figures it writes
+
     def __init__(self, *, path: str) -> None:
         super().__init__()
         self.path = Path(path)

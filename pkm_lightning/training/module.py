@@ -20,6 +20,8 @@ from torchmetrics import SumMetric
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
+from pkm_lightning.build.refusals import check_clipping
+from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer, tokenizer_digest
 from pkm_lightning.data.batch import check_batch
 from pkm_lightning.errors import ConfigError
@@ -35,7 +37,7 @@ from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training.clipping import clip_by_norm, local
 from pkm_lightning.training.even_batches import check_last, check_lengths
-from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
+from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import optimizer_apart, with_tables
 
@@ -241,8 +243,8 @@ class LanguageModule(L.LightningModule):
 
         `trainer.gradient_clip_val`, where set, takes the place of `optim.clip_norm`. Then the step is judged.
         """
-        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
+        if gradient_clip_val is not None:
+            check_clipping(gradient_clip_algorithm)
         if self._accumulates():
             return
         optim = self.config["optim"]

@@ -8,7 +8,7 @@ import distributed_jobs as jobs
 import pytest
 from small import SMALL_RUN, Run
 
-from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.build.run import resolve
 from pkm_lightning.errors import ConfigError
 
 QUERIES = ["callbacks=[default,slot_revival]", "callbacks.slot_revival.source=queries"]
@@ -28,16 +28,14 @@ HALVES = "callbacks.slot_usage.per_head=halves"
 def test_what_cannot_work_leaves_no_run_directory(overrides: list[str], message: str, tmp_path: Path) -> None:
     given = jobs.config("ffn=memory_plus", f"run_dir={tmp_path / 'run'}", "model.vocab_size=auto", *overrides)
     with pytest.raises(ConfigError, match=message):
-        assemble(complete(given)[0])
+        resolve(given, trains=True)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("per_head", ["halves", "full", "true"])
 def test_what_goes_together_is_assembled(per_head: str, tmp_path: Path) -> None:
     given = [*QUERIES, f"callbacks.slot_usage.per_head={per_head}", "strategy=single"]
-    assemble(
-        complete(jobs.config("ffn=memory_plus", f"run_dir={tmp_path / 'run'}", "model.vocab_size=auto", *given))[0]
-    )
+    resolve(jobs.config("ffn=memory_plus", f"run_dir={tmp_path / 'run'}", "model.vocab_size=auto", *given), trains=True)
 
 
 def test_tables_with_too_many_slots_are_said_and_not_counted(cli: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from toys import config
 from training.fits import trainer
 
-from pkm_lightning.cli.assembly import complete
+from pkm_lightning.build.run import resolve
 from pkm_lightning.training import LanguageModule
 
 STEPS = 500
@@ -24,8 +24,8 @@ def trained(*overrides: str) -> tuple[LanguageModule, Any]:
     """The default model with the mixture that its YAML describes, 64 experts and 8 a token, and its data."""
     fixed = ("model.vocab_size=auto", "model.n_layers=2", f"trainer.max_steps={STEPS}")
     given = config("ffn=moe", *fixed, *overrides)
-    resolved, data = complete(given)
-    module = LanguageModule(resolved)
+    run = resolve(given)
+    module, data = LanguageModule(run.config), run.data
     trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, log_every_n_steps=50).fit(module, datamodule=data)
     return module, data
 
