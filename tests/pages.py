@@ -81,38 +81,40 @@ def small_version(command: str, *, silent: bool) -> list[str]:
 
 
 def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Returns configuration name and overrides of few compositions that have every override of the commands `shown`.
+    """Returns kind and overrides of few compositions that have every override of the commands `shown`.
 
-    Commands share a composition unless they set something different under the same first name of a key.
+    Commands of a kind share a composition unless they set something different under the same first name of a key. The
+    kinds are `compare`, `fit` (in one process) and `config` for the others.
     """
     merged: list[tuple[str, dict[str, list[str]]]] = []
     for command in shown:
         verb, *arguments = words(command)
-        config = "compare" if verb in ("compare", "report") else "config"
-        for overrides in _expanded([argument for argument in arguments if not argument.startswith("-")]):
+        arguments = [argument for argument in arguments if not argument.startswith("-")]
+        kind = "compare" if verb in ("compare", "report") else "config"
+        if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
+            kind = "fit"
+        for overrides in _expanded(arguments):
             by_name: dict[str, list[str]] = {}
             for override in overrides:
                 by_name.setdefault(re.split(r"[./]", _key(override))[0], []).append(override)
-            for name, together in merged:
-                if name == config and all(together.get(key, own) == own for key, own in by_name.items()):
+            for other, together in merged:
+                if other == kind and all(together.get(key, own) == own for key, own in by_name.items()):
                     together.update(by_name)
                     break
             else:
-                merged.append((config, by_name))
-    return [(name, [o for overrides in together.values() for o in overrides]) for name, together in merged]
+                merged.append((kind, by_name))
+    return [(kind, [o for overrides in together.values() for o in overrides]) for kind, together in merged]
 
 
 def _expanded(overrides: list[str]) -> list[list[str]]:
-    """Returns one list of overrides for each value of a list without brackets, as in `ffn=dense,moe`."""
-    for place, override in enumerate(overrides):
+    """Returns the overrides with the first value of each list, as in `ffn=dense,moe`, and each further value alone."""
+    first, further = [], []
+    for override in overrides:
         key, _, value = override.partition("=")
-        if "," in value and value[0] not in "[{":
-            return [
-                rest
-                for one in value.split(",")
-                for rest in _expanded([*overrides[:place], f"{key}={one}", *overrides[place + 1 :]])
-            ]
-    return [overrides]
+        values = [value] if value.startswith(("[", "{")) else value.split(",")
+        first.append(f"{key}={values[0]}")
+        further += [[f"{key}={other}"] for other in values[1:]]
+    return [first, *further]
 
 
 def _key(override: str) -> str:

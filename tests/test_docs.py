@@ -16,11 +16,16 @@ from processes import finish, start
 from small import SMALL_RUN, Run
 from tree import ROOT, listed_files
 
+from pkm_lightning.build.run import resolve
+from pkm_lightning.cli.job import plain
+
 NODES = ROOT / "docs" / "many-nodes.md"
 TORCHRUN = [command for command in commands(NODES) if command.startswith("torchrun ")]
 (SCRIPT,) = (block for block in blocks(NODES) if block.startswith("#!"))
 SHOWN = {page: of_the_package(page) for page in PAGES}
 (MINE,) = (command for command in SHOWN[ROOT / "docs" / "first-run.md"] if command.endswith(" fit run_dir=runs/mine"))
+#: Different commands, whatever comment follows them.
+COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for command in shown}.values())
 #: The quick test runs every verb that uses a run, and what reads files of the user; the others it composes.
 QUICK = re.compile(
     r"lightning ((test|predict|export) .*runs/mine|predict .*mine\.safetensors|fit (--config-dir|data=text))"
@@ -44,20 +49,24 @@ def run(cli: Run, command: str, *, silent: bool, cwd: Path) -> None:
 def test_commands_that_use_a_run_or_files_of_the_user_run(cli: Run, tmp_path: Path) -> None:
     """They run in one place, since later commands use what earlier ones leave."""
     furnish(tmp_path)
-    # A command that two pages show runs once.
-    shown = {tuple(words(command)): command for page in SHOWN.values() for command in page}
-    chosen = [command for command in shown.values() if QUICK.search(command)]
+    chosen = [command for command in COMMANDS if QUICK.search(command)]
     assert {words(command)[0] for command in chosen} == {"fit", "test", "predict", "export"}
     for command in [MINE, *chosen]:
         run(cli, command, silent=True, cwd=tmp_path)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
 
 
-def test_every_command_names_keys_and_options_that_exist() -> None:
-    together = compositions([*(command for shown in SHOWN.values() for command in shown), *TORCHRUN])
+def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and options exist; of `fit` in one process also the values are accepted."""
+    furnish(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    others = [command for command in COMMANDS if not QUICK.search(command)]
     with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
-        for name, overrides in together:
-            compose(name, overrides=[override for override in overrides if override != "ffn=mine"])
+        for kind, overrides in compositions([*others, *TORCHRUN]):
+            config = compose("compare" if kind == "compare" else "config", overrides=overrides)
+            if kind == "fit":
+                resolve(plain(config), trains=True)
 
 
 @pytest.mark.slow
