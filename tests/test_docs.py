@@ -47,7 +47,7 @@ def run(cli: Run, command: str, *, silent: bool, cwd: Path) -> None:
 
 
 def test_commands_that_use_a_run_or_files_of_the_user_run(cli: Run, tmp_path: Path) -> None:
-    """They run in one place, since later commands use what earlier ones leave."""
+    # In one place, since later commands use what earlier ones leave.
     furnish(tmp_path)
     chosen = [command for command in COMMANDS if QUICK.search(command)]
     assert {words(command)[0] for command in chosen} == {"fit", "test", "predict", "export"}
@@ -57,7 +57,7 @@ def test_commands_that_use_a_run_or_files_of_the_user_run(cli: Run, tmp_path: Pa
 
 
 def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and options exist; of `fit` in one process also the values are accepted."""
+    """Composes every key and option; of `fit` in one process it checks the values as well."""
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -73,6 +73,7 @@ def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("page", [page for page, shown in SHOWN.items() if shown], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(cli: Run, tmp_path: Path, page: Path) -> None:
     furnish(tmp_path)
+    # README repeats commands of the pages, which run there.
     others = [words(command) for other, shown in SHOWN.items() for command in shown if other != page == README]
     chosen = [command for command in SHOWN[page] if words(command) not in others]
     if any("runs/mine" in command for command in chosen) and MINE not in chosen:
@@ -116,12 +117,13 @@ def headings(page: Path) -> set[str]:
 
 
 def test_relative_links_lead_to_files_and_headings() -> None:
-    """In every Markdown file of the project."""
+    """Checks every Markdown file of the project."""
     broken = []
     for name in listed_files():
         if name.suffix != ".md":
             continue
         page = ROOT / name
+        # What looks like a link in code is an index, as in `ids[t](x)`.
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
         for link in re.findall(r"\]\(([^()\s]+)\)|^\[[^\]]+\]: (\S+)", text, re.M):
             path, _, anchor = "".join(link).partition("#")

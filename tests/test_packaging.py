@@ -110,7 +110,7 @@ def test_wheel_and_sdist_carry_metadata_and_licences(wheel: Path, built: Path) -
 
 
 def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
-    """A wheel of pure Python is installed by unpacking it."""
+    # A wheel of pure Python is installed by unpacking it, which costs less than pip.
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     printed = succeed("-c", COMPOSE, cwd=tmp_path, path=site).splitlines()
@@ -121,7 +121,7 @@ def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_bare_checkout_needs_torch_and_triton_only_for_ops_and_memory(checkout: Path) -> None:
-    """Nothing is installed here: the two links make `callbacks` and `configs` parts of the package."""
+    # Nothing is installed here: the two links make `callbacks` and `configs` parts of the package.
     gathered, *origins = succeed("-c", BLOCKER, cwd=checkout).splitlines()
     assert gathered == str([[5.0, 5.0]] * 3)
     assert origins == [str(checkout / "pkm_lightning" / name / "__init__.py") for name in LINKS]

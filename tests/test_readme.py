@@ -28,11 +28,11 @@ def test_extras_that_pages_install_exist() -> None:
 
 
 def test_make_lists_every_target_and_has_those_of_the_pages() -> None:
-    """`make -n` prints what the targets would run, and fails where one does not exist."""
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
     assert len(targets) >= 8
     assert all(re.search(rf"^  {target} +\S", shown, re.M) for target in targets)
+    # `make -n` prints what the targets would run, and fails where one does not exist.
     named = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text())}
     named |= {command.split()[1] for page in PAGES for command in commands(page) if command.startswith("make ")}
     subprocess.run(["make", "-n", *sorted(named)], cwd=ROOT, check=True, capture_output=True)
@@ -40,7 +40,7 @@ def test_make_lists_every_target_and_has_those_of_the_pages() -> None:
 
 @pytest.mark.slow
 def test_make_fit_from_a_fresh_clone(tmp_path: Path) -> None:
-    """The whole promise: install, train on real facts, end with answers that are mostly right."""
+    """Keeps the whole promise: install, train on real facts, end with answers that are mostly right."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone")], check=True)
     done = subprocess.run(["make", "fit"], cwd=tmp_path / "clone", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
