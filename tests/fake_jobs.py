@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_fit import run_fakes
@@ -15,9 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from small import SMALL_RUN, Outcome
 
+from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.cli import compare as compare_verb
 from pkm_lightning.cli import report as report_verb
-from pkm_lightning.cli.assembly import complete
 from pkm_lightning.cli.job import plain
 from pkm_lightning.cli.variants import split_variants
 from pkm_lightning.compare import plots
@@ -52,8 +52,8 @@ def _composed(name: str) -> DictConfig:
 
 
 @functools.cache
-def _completed() -> dict[str, Any]:
-    return complete(plain(_composed("config")))[0]
+def _resolved() -> ResolvedRun:
+    return resolve(plain(_composed("config")))
 
 
 def _with_overrides(config: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
@@ -65,10 +65,11 @@ def _with_overrides(config: DictConfig, overrides: Sequence[str], groups: Sequen
     return changed
 
 
-def _variant_config(variant: Variant, base: Sequence[str]) -> dict[str, Any]:
+def _resolve_variant(variant: Variant, base: Sequence[str]) -> ResolvedRun:
     """The dense configuration with the variant's `trainer`: a comparison reads no key that depends on the FFN."""
     overrides = last_of_each((*base, *variant.overrides))
-    return plain(_with_overrides(OmegaConf.create(_completed()), overrides, ("trainer",)))
+    config = plain(_with_overrides(OmegaConf.create(_resolved().config), overrides, ("trainer",)))
+    return dataclasses.replace(_resolved(), config=config)
 
 
 def run_job(verb: str, *arguments: str) -> Outcome:
@@ -84,5 +85,5 @@ def stand_in_for_fit(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Makes every run of a comparison a stand-in, in the working directory `folder`."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(Processes, "run", run_fakes)
-    monkeypatch.setattr(compare_verb, "variant_config", _variant_config)
+    monkeypatch.setattr(compare_verb, "resolve_variant", _resolve_variant)
     monkeypatch.setattr(plots, "all_plots", lambda study: ())

@@ -1,4 +1,4 @@
-"""What `validate`, `test` and `predict` share: the saved configuration, its weights and a Trainer without logs."""
+"""What `validate`, `test` and `predict` share: the saved configuration, its weights, and a Trainer without loggers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.table_learning import without_fused
 
-#: What a saved run is; a command that evaluates it cannot change it.
+#: Keys that make a run what it is; a command that evaluates it cannot change them.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
-#: But where its table lies.
+#: Except for where its table lies.
 _FREE = ("table.device", "table.shard", "table.group")
 _WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "overwrite")
 
 
 class SavedRun:
-    """A run read back from `run_dir=` or `ckpt=`, ready to be evaluated.
+    """A run that `run_dir=` or `ckpt=` names, ready to be evaluated.
 
     Attributes:
         run: the saved configuration, with the command's `data`, `trainer`, `strategy` and `callbacks` on top, resolved.
@@ -71,19 +71,21 @@ class SavedRun:
         check_tokenizer(self._checkpoint.skeleton, tokenizer_digest(self.run.data))
 
     def trainer(self) -> L.Trainer:
-        """A Trainer with the callbacks that score and show, without loggers."""
-        kept: list[L.Callback] = [c for c in make_callbacks(self.run.config) if isinstance(c, Recall | StepProgressBar)]
-        for recall in (c for c in kept if isinstance(c, Recall)):
-            recall.path = None  # recall.csv is of the run's own test
-        return make_trainer(self.run.config, callbacks=kept, loggers=[])
+        """Makes a Trainer with the callbacks that score and show progress, without loggers."""
+        callbacks: list[L.Callback] = [
+            c for c in make_callbacks(self.run.config) if isinstance(c, Recall | StepProgressBar)
+        ]
+        for recall in (c for c in callbacks if isinstance(c, Recall)):
+            recall.path = None  # recall.csv belongs to the test at the end of training
+        return make_trainer(self.run.config, callbacks=callbacks, loggers=[])
 
     @property
     def is_spread(self) -> bool:
-        """Several ranks evaluate, each of which reads its own parts of the checkpoint."""
+        """Whether several ranks evaluate; each then reads its own parts of the checkpoint."""
         return bool(self.run.config["strategy"])
 
     def module(self) -> LanguageModule:
-        """The module, with the saved weights where one process evaluates."""
+        """Makes the module, with the saved weights if one process evaluates."""
         module = LanguageModule(self.run.config)
         if self.is_spread:
             return module
@@ -101,12 +103,12 @@ class SavedRun:
 
     @property
     def ckpt_path(self) -> str | None:
-        """What the Trainer is to load, where `module` has no weights yet."""
+        """Checkpoint that the Trainer is to load, if `module` has no weights yet."""
         return str(self.path) if self.is_spread else None
 
 
 def locate(job: Job) -> tuple[Path | None, Path]:
-    """The run's directory, None for a bare checkpoint, and the checkpoint that `ckpt=` or `run_dir=` mean.
+    """Returns the run's directory (None for a bare checkpoint) and the checkpoint that `ckpt=` or `run_dir=` name.
 
     Raises:
         ConfigError: neither is given, or `run_dir` is no directory.
@@ -127,7 +129,7 @@ def locate(job: Job) -> tuple[Path | None, Path]:
 
 
 def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
-    """The saved configuration with the command's own keys on top."""
+    """Returns the saved configuration with the keys of the command on top."""
     merged = OmegaConf.create(saved)
     for override in job.overrides:
         key = key_of(override)

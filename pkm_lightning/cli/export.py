@@ -12,7 +12,7 @@ from pkm_lightning.errors import CheckpointError, ConfigError, check_flag
 
 
 def run(job: Job) -> None:
-    """Writes the file that `file` names and says what is in it."""
+    """Writes the file that `file` names, and prints its content."""
     file = _target(job)
     _, path = locate(job)
     checkpoint = open_checkpoint(path)
@@ -29,7 +29,7 @@ def _target(job: Job) -> Path:
         raise ConfigError("export needs file=NAME.safetensors, the file to write.")
     file = Path(str(job.config.file))
     if file.suffix != ".safetensors":
-        raise ConfigError(f"file={file} does not end in .safetensors; name the file to write so.")
+        raise ConfigError(f"file={file} does not end in .safetensors; give a name that does.")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"file={file}: the folder {file.parent} does not exist; make it first.")
     if file.is_dir() or (file.exists() and not job.config.overwrite):

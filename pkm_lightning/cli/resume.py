@@ -1,4 +1,4 @@
-"""An interrupted run goes on with the configuration that it started with; a command that says otherwise is refused."""
+"""Saved configurations: a run is continued with the one that it started with, spread over other devices if asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, leaves, move_paths
 from pkm_lightning.errors import RunDirectoryError
 
-#: Keys that say where a run is spread and what is there: it may go on elsewhere. `devices` counts as `trainer.devices`.
+#: Keys over what a run is spread, and of the machine: a continued run may change them. `devices` is `trainer.devices`.
 _SPREAD = (
     "strategy",
     "devices",
@@ -28,7 +28,7 @@ _ABSENT = object()
 
 
 def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
-    """The configuration in `run_dir`, its paths there too where the directory has moved.
+    """Returns the configuration in `run_dir`; where the directory has moved, paths below it are those of its new place.
 
     Raises:
         RunDirectoryError: there is none, or it is no configuration.
@@ -45,12 +45,12 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
         raise RunDirectoryError(f"{file} is no configuration of this package.")
     if not trust:
         check_trusted(config, str(file))
-    here: dict[str, Any] = move_paths(config, str(config.get("run_dir")), str(run_dir))
-    return {**here, "run_dir": str(run_dir)}
+    moved: dict[str, Any] = move_paths(config, str(config.get("run_dir")), str(run_dir))
+    return {**moved, "run_dir": str(run_dir)}
 
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: saved value -> new value` for every leaf that differs, but for keys of the sitting and of the spread."""
+    """Returns `key: saved value -> new value` for each leaf that differs and that a continued run may not change."""
     left, right = dict(leaves(saved)), dict(leaves(new))
     keys = [k for k in {**left, **right} if k.split(".")[0] not in COMMAND_KEYS and not is_spread(k)]
     differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
@@ -58,7 +58,7 @@ def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def is_spread(key: str) -> bool:
-    """The key, as on a command line, says over what a run is spread."""
+    """Returns whether `key`, as on a command line, is one that a continued run may change."""
     return _spread_of(key) is not None
 
 
@@ -67,10 +67,10 @@ def _spread_of(key: str) -> str | None:
     return next((spread for spread in _SPREAD if path == spread or path.startswith(f"{spread}.")), None)
 
 
-def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], said: Iterable[str]) -> dict[str, Any]:
-    """`saved` with the keys of the spread among `said`, and of them only, as in `new`."""
+def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], changed: Iterable[str]) -> dict[str, Any]:
+    """Returns `saved` with those of the `changed` keys that a continued run may change as in `new`."""
     spread = copy.deepcopy(dict(saved))
-    for key in said:
+    for key in changed:
         group, _, name = (_spread_of(key) or "").partition(".")
         if name:
             spread.setdefault(group, {})[name] = new[group][name]
