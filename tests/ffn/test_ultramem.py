@@ -168,7 +168,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 7}, r"ffn.rank=7 is above the number of keys, ffn.n_keys=6, .*; use a rank of 1 to n_keys\."),
+        ({"rank": 7}, r"ffn.rank=7 is above the number of keys, ffn.n_keys=6, .*; set ffn.rank to 1 to n_keys\."),
         ({"rank": 0}, r"ffn.rank=0 is out of range"),
         ({"knn": 7}, r"ffn.knn=7 is out of range; allowed: 1 to 6\."),
         ({"heads": 0}, r"ffn.heads=0 is out of range"),

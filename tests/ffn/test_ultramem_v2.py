@@ -187,7 +187,7 @@ def test_the_configuration_puts_it_beside_every_ffn() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 7}, r"ffn.rank=7 is above the number of keys, ffn.n_keys=6, .*; use a rank of 1 to n_keys\."),
+        ({"rank": 7}, r"ffn.rank=7 is above the number of keys, ffn.n_keys=6, .*; set ffn.rank to 1 to n_keys\."),
         ({"knn": 7}, r"ffn.knn=7 is out of range; allowed: 1 to 6\."),
         ({"heads": 0}, r"ffn.heads=0 is out of range"),
         ({"n_keys": 0}, r"ffn.n_keys=0 is out of range; allowed: 1 to 46340\."),
