@@ -111,7 +111,7 @@ def test_a_signal_while_the_report_is_written_stops_too(
     def interrupted(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("pkm_lightning.cli.compare.write_report", interrupted)
+    monkeypatch.setattr("pkm_lightning.cli.comparison_director.write_report", interrupted)
     shown = cli("compare", "ffn=dense", "seeds=2", "out=out", "trainer.max_steps=4", *SHORT)
     assert shown.code == 130
     assert "seed 2: started" not in shown.out
