@@ -1,6 +1,6 @@
 """A group of processes that run one job after another, so that many distributed tests pay for one start.
 
-A job is a function of this tests' package, by module and name, and its arguments; each rank runs it and answers.
+A job is a function of a module in tests/, sent by name, and its arguments. Each rank runs it and returns the result.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-_START = multiprocessing.get_context("spawn")
+# Ranks are forked from a server that imported the package once, since the imports cost more than most jobs. The server
+# runs nothing else, so it has no threads that a fork would lose.
+_START = multiprocessing.get_context("forkserver")
+_START.set_forkserver_preload(["pkm_lightning.cli.assembly", "pkm_lightning.callbacks", "numba"])
 
 
 class JobError(AssertionError):
-    """A job failed on some rank; the message holds the tracebacks."""
+    """The failure of a job on some rank; the message holds the tracebacks."""
 
 
 class Group:
-    """`size` ranks on this machine, connected over gloo."""
+    """A group of `size` ranks on this machine, connected over gloo."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -39,20 +42,20 @@ class Group:
             self._processes.append(process)
 
     def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 120.0, **named: Any) -> list[Any]:
-        """What each rank returned."""
+        """Runs `job` on all ranks; returns the result of each."""
         for pipe in self._pipes:
             pipe.send((job.__module__, job.__name__, arguments, named))
-        answers = []
+        results = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(timeout):
                 self.close()
-                raise JobError(f"rank {rank} gave no answer in {timeout} s: a deadlock?")
-            answers.append(pipe.recv())
-        failures = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(answers) if failed]
+                raise JobError(f"rank {rank} gave no result within {timeout} s: a deadlock?")
+            results.append(pipe.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(results) if failed]
         if failures:
-            self.close()  # the others may wait in a collective
+            self.close()  # the other ranks may wait in a collective
             raise JobError("\n".join(failures))
-        return [answer for _, answer in answers]
+        return [result for _, result in results]
 
     @property
     def alive(self) -> bool:
@@ -65,7 +68,7 @@ class Group:
 
 
 class Groups:
-    """Groups by size, started when first asked for and started anew after a failure."""
+    """Groups by size, each started at its first use and again after a failure."""
 
     def __init__(self) -> None:
         self._groups: dict[int, Group] = {}
@@ -78,9 +81,9 @@ class Groups:
 
 @contextmanager
 def groups() -> Iterator[Groups]:
-    made = Groups()
-    yield made
-    for group in made._groups.values():
+    started = Groups()
+    yield started
+    for group in started._groups.values():
         group.close()
 
 
