@@ -21,7 +21,7 @@ class FakeRun:
 
     Args:
         known: chance that a fact is known, which decides `exact`.
-        flops: forward FLOPs a token of the trunk.
+        flops: forward FLOPs per token of the trunk.
         seconds: of the whole training.
         config, record: what differs from the others, merged over the rest.
     """
@@ -172,7 +172,7 @@ class FakeRun:
 
 
 def ladder(seeds: tuple[int, ...] = (1, 2, 3), n_facts: int = 40) -> list[FakeRun]:
-    """Dense at four sizes, an MoE and Memory+, with recall that grows with compute and variant."""
+    """Writes dense at four sizes, an MoE and Memory+, with recall that grows with compute and variant."""
     runs = []
     for seed in seeds:
         for factor, known in ((0.5, 0.2), (1, 0.4), (2, 0.6), (4, 0.8)):

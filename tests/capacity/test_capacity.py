@@ -45,7 +45,7 @@ DENSE = {"_target_": "pkm_lightning.ffn.Dense", "hidden_dim": 8}
 
 
 class Silent(nn.Module):
-    """A plugin that reads a table and has no `reads()`."""
+    """A plugin with a table but without `reads()`."""
 
     def __init__(self, *, dim: int, table: ValueTable) -> None:
         super().__init__()
