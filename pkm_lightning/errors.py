@@ -78,6 +78,7 @@ def check_range(key: str, value: float, low: float | None = None, high: float | 
     Raises:
         ConfigError: naming the key, the value and the interval; also if the value is no finite number.
     """
+    # In Python True is an integer.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key}={value!r} is no number.")
     if not math.isfinite(value):

@@ -82,6 +82,7 @@ def replace(beside: Path, path: Path) -> None:
     if not path.exists() or not (path.is_dir() or beside.is_dir()):
         os.replace(beside, path)
         return
+    # A folder cannot be renamed over another.
     aside = path.with_name(path.name + ".old")
     _remove(aside)
     os.replace(path, aside)

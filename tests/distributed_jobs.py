@@ -37,7 +37,7 @@ class Losses(L.Callback):
 
 
 def settings(*overrides: str, steps: int = 30) -> dict[str, Any]:
-    """A small model with the package's own optimizers, clipped so that norms count."""
+    """Composes a small model with the package's own optimizers, with norms low enough to clip."""
     return config(
         "model.dim=32", "model.ffn_dim=48", "model.n_heads=2", "model.n_kv_heads=2", "model.memory.n_keys=16",
         "model.memory.key_dim=16", "model.memory.knn=4", "model.memory.heads=2", f"trainer.max_steps={steps}",
@@ -47,13 +47,13 @@ def settings(*overrides: str, steps: int = 30) -> dict[str, Any]:
 
 
 def batches(steps: int) -> list[dict[str, torch.Tensor]]:
-    """The same global batches for every number of ranks."""
+    """Draws the same global batches for every number of ranks."""
     torch.manual_seed(7)
     return [rows(GLOBAL_BATCH, length=6) for _ in range(steps)]
 
 
 def share(batch: dict[str, torch.Tensor], parts: int, part: int) -> dict[str, torch.Tensor]:
-    """The rows of one rank and micro-batch."""
+    """Returns the rows of one rank and micro-batch."""
     return {name: value.chunk(parts)[part] for name, value in batch.items()}
 
 
@@ -149,7 +149,7 @@ def resume_and_save(
 
 
 def train_unevenly(overrides: list[str], steps: int, sizes: list[int]) -> list[dict[str, float]]:
-    """As `train`, but rank r has `sizes[r]` of the rows of each batch."""
+    """Trains as `train` does, but rank r has `sizes[r]` of the rows of each batch."""
     given = settings(*overrides, steps=steps)
     given["trainer"]["devices"] = dist.get_world_size()
     mine = [{name: value.split(sizes)[dist.get_rank()] for name, value in batch.items()} for batch in batches(steps)]
@@ -169,7 +169,7 @@ class Endless(torch.utils.data.IterableDataset[Any]):
 
 
 def train_on(overrides: list[str], counts: list[int], known: bool) -> str:
-    """The error that ends training on loaders of which rank r has `counts[r]` batches."""
+    """Trains on loaders of which rank r has `counts[r]` batches; returns the error that ends it."""
     given = settings(*overrides, steps=30)
     given["trainer"]["devices"] = dist.get_world_size()
     count = counts[dist.get_rank()]
@@ -182,7 +182,7 @@ def train_on(overrides: list[str], counts: list[int], known: bool) -> str:
 
 
 def train_half_and_save(overrides: list[str], steps: int, of: int, path: str) -> list[dict[str, float]]:
-    """The first `steps` of a run of `of` steps."""
+    """Trains the first `steps` of a run of `of` steps."""
     given = settings(*overrides, steps=of)
     stop = StopAfter(steps, path)
     given["trainer"]["devices"] = dist.get_world_size()
@@ -205,7 +205,7 @@ class StopAfter(L.Callback):
 
 
 def save_twice_on_a_full_disk(overrides: list[str], path: str) -> str:
-    """The error of a save for which files of this process may not grow beyond 20 kB, after one that went well."""
+    """Saves twice, the second time with files limited to 20 kB; returns the error."""
     _, trainer, _ = fit(settings(*overrides, steps=1), 1)
     trainer.save_checkpoint(path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -269,7 +269,7 @@ class Repeat(L.Callback):
 
 
 def repeat(overrides: list[str], kept_at: int) -> list[str]:
-    """What differs between three steps and the same three steps after going back."""
+    """Returns the names of what differs between three steps and the same three steps after going back."""
     given = settings(*overrides, steps=kept_at + 3)
     given["trainer"]["devices"] = world = dist.get_world_size() if dist.is_initialized() else 1
     mine = [share(batch, world, dist.get_rank() if world > 1 else 0) for batch in batches(kept_at + 3)]
@@ -286,6 +286,6 @@ def repeat(overrides: list[str], kept_at: int) -> list[str]:
 
 
 def watch_diagnostics(overrides: list[str]) -> dict[str, float]:
-    """What the last of three steps logs of the model's diagnostics."""
+    """Returns the diagnostics of the model that the last of three steps logs."""
     seen = fit(settings(*overrides, steps=3), 3, watching=[Diagnostics(rows=1)])[2]
     return {name: value for name, value in seen[-1].items() if "vitals" in name}

@@ -1,4 +1,4 @@
-"""Ranks that are started from outside, as torchrun and SLURM do it, as processes of their own."""
+"""Ranks started externally, as torchrun and SLURM start them, in processes of their own."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _start(command: list[str], cwd: Path, variables: dict[str, str]) -> subproce
 
 
 def torchrun(*options: str, command: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """One agent of torchrun."""
+    """Starts one agent of torchrun."""
     return _start([sys.executable, "-m", "torch.distributed.run", *options, *command], cwd, {})
 
 
 def srun(*overrides: str, cwd: Path, tasks: int = 2, nodes: int = 1) -> list[subprocess.Popen[str]]:
-    """What srun would start, `tasks` on each node, with the variables that it would set."""
+    """Starts what srun would, `tasks` on each node, with the variables that it would set."""
     shared = {
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NAME": "fit",
@@ -50,12 +50,12 @@ def srun(*overrides: str, cwd: Path, tasks: int = 2, nodes: int = 1) -> list[sub
 
 
 def small_fit(*overrides: str) -> list[str]:
-    """What torchrun is to start in every rank."""
+    """Returns the command that torchrun starts in every rank."""
     return ["-m", "pkm_lightning", "fit", *SMALL_RUN, *DDP, *overrides]
 
 
 def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit code and output of each."""
+    """Waits for the processes; returns the exit code and output of each."""
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:

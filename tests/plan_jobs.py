@@ -1,4 +1,4 @@
-"""Runs of a few steps whose traffic and memory are counted, and the plans that they are held against."""
+"""Runs of a few steps whose traffic and memory are counted, and the plans to compare them with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.training import LanguageModule
 
 STEPS = 3
-LENGTH = 6  # tokens a row of `batches`
+LENGTH = 6  # tokens per row of `batches`
 
 
 class Steps(L.Callback):
@@ -37,7 +37,7 @@ class Steps(L.Callback):
 
 
 def counted(overrides: list[str]) -> dict[str, Any]:
-    """Bytes of one step after the first, by kind and operation, and what this rank then holds."""
+    """Returns the bytes of one step after the first, by kind and operation, and what this rank then holds."""
     given = settings(*overrides, steps=STEPS)
     world, rank = dist.get_world_size(), dist.get_rank()
     given["trainer"]["devices"], accumulate = world, given["trainer"]["accumulate_grad_batches"]
@@ -79,7 +79,7 @@ def _bytes(value: Tensor) -> int:
 
 
 def planned(world: int, overrides: list[str]) -> Plan:
-    """The plan of the same run."""
+    """Returns the plan of the same run."""
     given = settings(f"data.global_batch_size={GLOBAL_BATCH}", f"data.seq_len={LENGTH}", *overrides, steps=STEPS)
     given["trainer"]["devices"] = world
     return make_plan(build_meta_model(given), given)

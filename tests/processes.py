@@ -17,18 +17,18 @@ from pkm_lightning.checkpoints import SavedCheckpoint
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """`python -m pkm_lightning ...`, its output in one pipe."""
+    """Starts `python -m pkm_lightning ...` with its output in one pipe."""
     command = [sys.executable, "-m", "pkm_lightning", *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def fit(*overrides: str, cwd: Path) -> subprocess.Popen[str]:
-    """`fit` on the small run."""
+    """Starts `fit` on the small run."""
     return start("fit", *SMALL_RUN, *overrides, cwd=cwd)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """What it printed; it must end well."""
+    """Waits for a process that must succeed; returns its output."""
     out, _ = process.communicate(timeout=180)
     assert process.returncode == 0, out
     return out
@@ -36,7 +36,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @contextlib.contextmanager
 def held_elsewhere(run_dir: Path) -> Iterator[None]:
-    """Another process has the directory's lock."""
+    """Starts another process that holds the lock of the directory within the block."""
     program = (
         "import fcntl, sys; file = open('.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
         "print('held', flush=True); sys.stdin.read()"
@@ -51,14 +51,14 @@ def held_elsewhere(run_dir: Path) -> Iterator[None]:
 
 
 def metrics(run_dir: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without the time and what is measured by it."""
+    """Returns the rows of metrics.csv without times and rates."""
     with (run_dir / "metrics.csv").open(newline="") as file:
         timed = ("seconds", "train/throughput/")
         return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in csv.DictReader(file)]
 
 
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:
-    """The content of the newest checkpoint."""
+    """Returns the content of the latest checkpoint."""
     path = sorted((run_dir / "checkpoints").glob("*.ckpt"))[-1]
     return SavedCheckpoint(path).read()
 

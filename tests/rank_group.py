@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-_START = multiprocessing.get_context("spawn")
+# Ranks are forked from a server that imported the package once, since the imports cost more than most jobs. The server
+# runs nothing else, so it has no threads that a fork would lose.
+_START = multiprocessing.get_context("forkserver")
+_START.set_forkserver_preload(["pkm_lightning.cli.assembly", "pkm_lightning.callbacks", "numba"])
 
 
 class JobError(AssertionError):

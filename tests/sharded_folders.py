@@ -1,4 +1,4 @@
-"""Jobs of a group of ranks that write checkpoint folders, each rank its parts."""
+"""Jobs in which a group of ranks writes checkpoint folders, each rank its parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pkm_lightning.checkpoints.tree import flatten
 
 
 def checkpoint() -> dict[str, Any]:
-    """Of this package by its keys, with weights of odd sizes, layouts and dtypes; the same for every call."""
+    """Returns a checkpoint with the keys of this package and weights of odd sizes, layouts and dtypes."""
     draw = torch.Generator().manual_seed(3)
     state = {
         "model.tables.0.weight": torch.randn(37, 11, generator=draw),
@@ -38,7 +38,7 @@ def checkpoint() -> dict[str, Any]:
 
 
 def save_folders(folder: Path) -> None:
-    """`folder`/0.ckpt with everything split by rows, `folder`/1.ckpt by columns, where there are any; unevenly."""
+    """Writes `folder`/0.ckpt with tensors split by rows and `folder`/1.ckpt by columns, unevenly."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for axis in (0, 1):
         content = checkpoint()

@@ -1,6 +1,6 @@
-"""What a rank receives in a run, counted at torch's own collectives: of this package, of DDP, FSDP2 and DeepSpeed.
+"""Counts what a rank receives in a run at torch's collectives: those of this package, of DDP, FSDP2 and DeepSpeed.
 
-An all-reduce counts as the ring that it is on every network worth planning for, not as gloo happens to do it.
+An all-reduce counts as a ring, as in NCCL, not as gloo's algorithm.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: Files of the package that call collectives, and what for.
+#: Files of the package that call collectives, and the kind of their traffic.
 _PLACES = {
     "memory/sharded_reads.py": "table",
     "memory/replicas.py": "replicas",
@@ -78,7 +78,7 @@ def _kind(received: int) -> str:
         frame = frame.f_back
     for file, name in names:
         if name in ("gather_into", "reduce_scatter_into"):
-            continue  # what everybody calls
+            continue  # called for every kind
         if file.endswith("ops/collectives.py") and name == "backward":
             return "table_backward"
         if name == "_whole_row_squares":

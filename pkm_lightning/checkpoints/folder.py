@@ -78,6 +78,7 @@ class FolderContent:
         assert isinstance(metadata, TensorStorageMetadata)
         chunks = []
         for part in metadata.chunks:
+            # Every chunk is an archive of its own within the file.
             place = self._metadata.storage_data[MetadataIndex(name, part.offsets)]
             try:
                 _, tensors = map_archive(self._file(place.relative_path), place.offset, place.length)

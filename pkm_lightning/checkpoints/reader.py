@@ -31,6 +31,7 @@ from pkm_lightning.errors import CheckpointError
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Returns the checkpoint of `run_dir` with the highest step, or None."""
+    # Steps are padded to eight digits, so that names sort as numbers.
     checkpoints = sorted((run_dir / "checkpoints").glob("step-*.ckpt"))
     return checkpoints[-1] if checkpoints else None
 
@@ -84,6 +85,7 @@ class SavedCheckpoint:
         content = self.skeleton if isinstance(self.skeleton, dict) else {}
         hyper_parameters = content.get("hyper_parameters")
         config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+        # Plain attributes of foreign files may be anything: nothing is assumed about their types.
         keys = config.keys() if isinstance(config, dict) else set()
         if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= keys:
             raise CheckpointError(

@@ -17,6 +17,7 @@ def flatten(checkpoint: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     """Returns the skeleton, in which `{"__tensor__": name}` stands for each tensor, and the tensors by name."""
     if isinstance(checkpoint, Tensor):
         return {_NAME: path}, {path: checkpoint}
+    # Keys keep their types in the skeleton: optimizer states are numbered by integers.
     if isinstance(checkpoint, Mapping):
         items = [(key, flatten(value, f"{path}.{key}" if path else str(key))) for key, value in checkpoint.items()]
         skeleton: Any = {key: part for key, (part, _) in items}

@@ -15,7 +15,7 @@ from pkm_lightning.checkpoints.export import write
 
 @pytest.fixture(scope="session")
 def checkpoints(ranks: Groups, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Paths by form: in one file, exported, and in folders that two ranks wrote, split by rows and by columns."""
+    """Writes it to one file, exported, and as folders that two ranks wrote, split by rows and by columns."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.save(checkpoint(), folder / "file.ckpt")
     write(SavedCheckpoint(folder / "file.ckpt"), folder / "model.safetensors")

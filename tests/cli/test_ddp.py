@@ -1,4 +1,4 @@
-"""Two processes on the CPU from the same command: the same losses, the sweep run once, the run taken up again."""
+"""Two processes on the CPU from one command: the losses of one process, a sweep run once, a run that is resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from processes import finish, fit, metrics, start
 from small import SMALL_RUN
 
 DDP = ["strategy=ddp", "trainer.devices=2"]
-# Adam divides by the gradients' own size, and so makes rounding visible; SGD shows the arithmetic.
+# Adam divides by the size of the gradients and so magnifies rounding errors; SGD does not.
 SGD = [
     "optim.optimizer._target_=torch.optim.SGD",
     "~optim.optimizer.betas",
@@ -65,7 +65,7 @@ def test_two_ranks_and_accumulation_reach_the_losses_of_one(tmp_path: Path) -> N
     ids=["balanced by loss", "batch norm and losses on the halves", "balanced by bias"],
 )
 def test_statistics_of_the_batch_are_those_of_all_ranks(tmp_path: Path, ffn: list[str]) -> None:
-    """Rows are padded unequally and most tokens are no targets, so the ranks' shares of both differ."""
+    """Checks batches whose rows are padded unequally and mostly no targets, so that the ranks' shares differ."""
     steps = ["trainer.max_steps=6", "trainer.val_check_interval=6", "trainer.log_every_n_steps=1"]
     finish(fit(*SGD, *ffn, *steps, "run_dir=one", cwd=tmp_path))
     finish(fit(*SGD, *ffn, *steps, *DDP, "run_dir=two", cwd=tmp_path))
@@ -73,7 +73,7 @@ def test_statistics_of_the_batch_are_those_of_all_ranks(tmp_path: Path, ffn: lis
     assert [row["step"] for row in one] == [row["step"] for row in two]
     compared = 0
     for mine, theirs in zip(one, two, strict=True):
-        # The largest load is a figure of each rank's own.
+        # Each rank logs its own largest load.
         for name in {*mine} - {"step", "tokens", "train/expert_load_max"}:
             if mine[name]:
                 assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-4), (name, mine["step"])
@@ -98,8 +98,7 @@ def test_a_sweep_with_a_config_dir_over_two_ranks(plugins: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_two_ranks_take_up_a_run_without_repeating_its_overrides(tmp_path: Path) -> None:
+def test_two_ranks_resume_a_run_without_repeating_its_overrides(tmp_path: Path) -> None:
     finish(fit(*DDP, "ffn=dense", "run_dir=run", cwd=tmp_path))
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**content, "status": "running"}))

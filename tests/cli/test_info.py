@@ -80,8 +80,8 @@ def test_variants_are_found_on_the_search_path(cli: Run, tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (["ffn=dense,moo"], r"ffn=moo is not known; allowed: .*dense, .*memory_plus.* Did you mean 'moe'\?"),
-        (["ffn=dense,dense"], r"ffn=dense,dense names a variant twice or leaves a name empty"),
-        (["ffn=dense,"], r"ffn=dense, names a variant twice or leaves a name empty"),
+        (["ffn=dense,dense"], r"ffn=dense,dense repeats a variant or leaves a name empty"),
+        (["ffn=dense,"], r"ffn=dense, repeats a variant or leaves a name empty"),
         (
             ["ffn=dense,pkm", "match=params", "match_budget=1000"],
             r"ffn=dense: match=params through ffn.hidden_dim: even",
@@ -90,7 +90,7 @@ def test_variants_are_found_on_the_search_path(cli: Run, tmp_path: Path) -> None
         (["ffn=dense", "match=flops", "match_budget=lots"], r"match_budget='lots' is no number"),
         (
             ["ffn=dense,pkm", "ffn=moe"],
-            r"ffn=dense,pkm and ffn=moe name the FFN more than once; give one ffn=NAME,NAME,...",
+            r"ffn=dense,pkm and ffn=moe name the FFN more than once; set one ffn=NAME,NAME,...",
         ),
     ],
 )

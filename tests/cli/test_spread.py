@@ -1,4 +1,4 @@
-"""A run that was stopped goes on over other ranks, by another strategy, with the losses of one that was not."""
+"""A stopped run resumes on other ranks or with another strategy, with the losses of a run that was not stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = ["trainer.max_steps=24", "trainer.val_check_interval=24", "callbacks.ste
 
 @pytest.mark.slow
 @pytest.mark.parametrize("then", [["strategy=fsdp", "devices=4", "table.shard=row"], ["strategy=single", "devices=1"]])
-def test_a_stopped_run_goes_on_elsewhere(tmp_path: Path, then: list[str]) -> None:
+def test_a_stopped_run_resumes_with_another_strategy(tmp_path: Path, then: list[str]) -> None:
     finish(fit(*STEPS, "run_dir=whole", cwd=tmp_path))
     process = fit(*STEPS, "strategy=ddp", "devices=2", "run_dir=parts", cwd=tmp_path)
     while process.poll() is None and not (
@@ -26,9 +26,9 @@ def test_a_stopped_run_goes_on_elsewhere(tmp_path: Path, then: list[str]) -> Non
     assert process.returncode == 143, out
     assert len(metrics(tmp_path / "parts")) < 12
     finish(start("fit", "run_dir=parts", *then, cwd=tmp_path))
-    for mine, theirs in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
-        assert mine["tokens"] == theirs["tokens"]
+    for whole, parts in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert whole["tokens"] == parts["tokens"]
         for name in ("train/loss", "val/loss"):
-            if mine[name]:
-                assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-3), (name, mine["step"])
+            if whole[name]:
+                assert float(whole[name]) == pytest.approx(float(parts[name]), rel=1e-3), (name, whole["step"])
     finish(start("validate", "run_dir=parts", "strategy=deepspeed_3", "devices=2", cwd=tmp_path))

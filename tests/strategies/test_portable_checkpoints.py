@@ -15,7 +15,7 @@ from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
 
-STEPS = 4
+STEPS = 2
 
 
 def content(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""The watch over ranks: how a loss is put into words, and that a process whose main thread hangs is ended."""
+"""The watch over ranks: the sentence about a failure, and the end of a process whose main thread hangs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ launcher.GRACE_SECONDS = 0.5
 
 class Launcher(launcher.WatchedLauncher):
     def _call_children_scripts(self):
-        # The first is killed, the second would run on.
+        # The first rank is killed, the second would go on for minutes.
         commands = ["import os; os.kill(os.getpid(), 9)", "import time; print('up', flush=True); time.sleep(600)"]
         self.procs = [subprocess.Popen([sys.executable, "-c", command]) for command in commands]
 
@@ -33,7 +33,7 @@ ranks.launch(time.sleep, 600)
 
 
 def launched(code: str) -> WatchedLauncher:
-    """A launcher with one further rank that runs `code` and has ended."""
+    """Returns the launcher of one further rank, which ran `code` and has ended."""
     launcher = WatchedLauncher(LightningEnvironment(), 2, 1)
     launcher.procs = [subprocess.Popen([sys.executable, "-c", code])]
     launcher._errors, launcher._is_rank_0 = ErrorFolder.make(), True
@@ -42,26 +42,26 @@ def launched(code: str) -> WatchedLauncher:
 
 
 @pytest.mark.parametrize(
-    ("code", "words", "sentence", "exit_code"),
+    ("code", "reason", "sentence", "exit_code"),
     [
         ("import os; os.kill(os.getpid(), 9)", None, "rank 1 was killed by SIGKILL", RANK_LOST),
         ("raise SystemExit(3)", None, "rank 1 ended with exit code 3", 3),
         ("raise SystemExit(2)", "DataError: no data.", "rank 1 failed: DataError: no data.", 2),
     ],
 )
-def test_a_loss_in_words(code: str, words: str | None, sentence: str, exit_code: int) -> None:
+def test_the_sentence_about_a_failure(code: str, reason: str | None, sentence: str, exit_code: int) -> None:
     launcher = launched(code)
-    if words is not None and launcher._errors is not None:
-        launcher._errors.write(1, words)
-    loss = launcher.failure()
-    assert loss is not None
-    assert (loss.sentence, loss.exit_code) == (sentence, exit_code)
+    if reason is not None and launcher._errors is not None:
+        launcher._errors.write(1, reason)
+    failure = launcher.failure()
+    assert failure is not None
+    assert (failure.sentence, failure.exit_code) == (sentence, exit_code)
     launcher.close(failed=True)
     assert ErrorFolder.inherited() is None
 
 
 @pytest.mark.parametrize("code", ["pass", f"raise SystemExit({RANK_LOST})"])
-def test_who_ended_well_or_lost_another_is_not_lost(code: str) -> None:
+def test_a_rank_that_succeeded_or_noticed_another_loss_is_not_lost(code: str) -> None:
     launcher = launched(code)
     assert launcher.await_failure(0.1) is None
     launcher.close(failed=False)
@@ -72,21 +72,21 @@ def test_a_process_whose_main_thread_hangs_is_ended_with_all_it_started(tmp_path
     command = [sys.executable, "-c", HANGING]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == RANK_LOST, done.stderr
-    *_, said = done.stdout.splitlines()
-    sentence, _, pid = said.rpartition(" ")
+    *_, report = done.stdout.splitlines()
+    sentence, _, pid = report.rpartition(" ")
     assert sentence == "rank 1 was killed by SIGKILL"
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_words_are_left_once_and_told_once(tmp_path: Path) -> None:
-    words = ErrorFolder(tmp_path / "words", 1)
-    (tmp_path / "words").mkdir()
-    words.write(1, "first")
-    words.write(1, "second")
-    assert words.read(1) == "first"
-    assert words.read(2) is None
-    assert [words.claim_report(), words.claim_report()] == [True, False]
-    assert not (tmp_path / "words").exists()
+def test_a_reason_is_kept_and_reported_once(tmp_path: Path) -> None:
+    errors = ErrorFolder(tmp_path / "errors", 1)
+    (tmp_path / "errors").mkdir()
+    errors.write(1, "first")
+    errors.write(1, "second")
+    assert errors.read(1) == "first"
+    assert errors.read(2) is None
+    assert [errors.claim_report(), errors.claim_report()] == [True, False]
+    assert not (tmp_path / "errors").exists()
 
 
 def test_ranks_that_do_not_fit_the_configuration_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A rank is killed or fails: the others end, one sentence says it, and the same command continues the run."""
+"""A rank is killed or fails: the others end, one sentence reports it, and the same command continues the run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Fails(L.Callback):
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Rank 0 and those that it has started."""
+    """Returns rank 0 and the ranks that it started."""
     first = psutil.Process(process.pid)
     others = [child for child in first.children() if "train_ddp_process" in " ".join(child.cmdline())]
     return [first, *others]
@@ -43,16 +43,16 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def has_ended(rank: psutil.Process) -> bool:
     try:
-        # Nobody waits for a child of a killed process where there is no init process.
+        # Without an init process, a child of a killed process stays a zombie.
         return rank.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
 
 def kill(process: subprocess.Popen[str], run: Path, rank: int, rows: int, delay: float = 0.0) -> list[psutil.Process]:
-    """SIGKILL for a rank `delay` seconds after metrics.csv has `rows` rows; returns all ranks."""
+    """Sends SIGKILL to a rank `delay` seconds after metrics.csv has `rows` rows; returns all ranks."""
     while process.poll() is None and not ((run / "metrics.csv").exists() and len(metrics(run)) >= rows):
-        time.sleep(0.005)
+        time.sleep(0.01)
     assert process.poll() is None, "the run ended before the kill"
     time.sleep(delay)
     ranks = ranks_of(process)
@@ -62,7 +62,7 @@ def kill(process: subprocess.Popen[str], run: Path, rank: int, rows: int, delay:
 
 
 def ended(process: subprocess.Popen[str], ranks: list[psutil.Process]) -> tuple[str, float]:
-    """What the ranks printed and the seconds until all had ended: those that a child holds the pipe for count too."""
+    """Waits for all ranks, also for those that outlive rank 0; returns their output and the seconds until the end."""
     began = time.monotonic()
     out, _ = process.communicate(timeout=60)
     while not all(map(has_ended, ranks)):
@@ -98,11 +98,11 @@ def trainer_of(ranks: int) -> L.Trainer:
 )
 def test_a_broken_connection_is_a_lost_rank(text: str, reason: str | None) -> None:
     with (
-        pytest.raises(RankLostError, match="rank 2 lost the connection to another rank") as told,
+        pytest.raises(RankLostError, match="rank 2 lost the connection to another rank") as raised,
         name_lost_rank(trainer_of(4)),
     ):
         raise RuntimeError(text)
-    assert reason is None or f"({reason})" in str(told.value)
+    assert reason is None or f"({reason})" in str(raised.value)
     with pytest.raises(RuntimeError, match=re.escape(text)), name_lost_rank(trainer_of(1)):
         raise RuntimeError(text)
 
@@ -118,8 +118,9 @@ def test_other_errors_stay_what_they_are(error: RuntimeError) -> None:
 
 def test_a_killed_rank_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = fit(*DDP, "trainer.max_steps=2000", "run_dir=run", cwd=tmp_path)
-    out, seconds = ended(process, kill(process, run, rank=1, rows=5))
+    steps = ["trainer.max_steps=2000", "trainer.log_every_n_steps=1", "trainer.val_check_interval=2000"]
+    process = fit(*DDP, *steps, "run_dir=run", cwd=tmp_path)
+    out, seconds = ended(process, kill(process, run, rank=1, rows=6))
     assert process.returncode == 75, out
     assert "Traceback" not in out
     checkpoint = sorted((run / "checkpoints").iterdir())[-1].name
@@ -147,14 +148,14 @@ def test_the_error_of_one_rank_reaches_the_user(tmp_path: Path, error: str, code
     assert process.returncode == code, out
     text = error.split('"')[1]
     assert f"rank 1 failed: {error.split('(')[0]}: {text}" in out
-    # A mistake in a program is shown with its place, as in a run of one process.
+    # An error in a program is shown with its traceback, as in a run of one process.
     assert ("Traceback" in out) == (code == 1)
     assert record(tmp_path / "run")["status"] == "interrupted"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_rank_that_was_started_from_outside_is_lost(tmp_path: Path, lost: int) -> None:
+def test_an_externally_started_rank_is_lost(tmp_path: Path, lost: int) -> None:
     run = tmp_path / "run"
     tasks = srun(*SMALL_RUN, *DDP, "trainer.max_steps=2000", "run_dir=run", cwd=tmp_path)
     while not ((run / "metrics.csv").exists() and len(metrics(run)) >= 5):
@@ -166,7 +167,7 @@ def test_a_rank_that_was_started_from_outside_is_lost(tmp_path: Path, lost: int)
     assert "Traceback" not in out
     assert f"rank {1 - lost} lost the connection to another rank (" in out
     assert "continues from it" in out
-    # Without the lock a killed rank 0's "running" is resumed as well.
+    # A killed rank 0 leaves "running", which is resumed as well, since nothing holds the lock.
     assert record(run)["status"] == ("interrupted" if lost else "running")
 
 
