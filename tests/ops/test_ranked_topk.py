@@ -23,6 +23,8 @@ SIZES = [(3, 1, 1), (5, 7, 7), (2, 64, 1), (9, 65, 13), (4, 128, 64), (3, 1000, 
 # block, and one program of two blocks, with ties.
 CASES = [
     *itertools.product(["cpu", "eager", "reference"], SIZES, [None, 3]),
+    # Of 64 rows, some have their only tie across the k-th place, between a score that is kept and one that is not.
+    *itertools.product(["cpu", "eager"], [(64, 20, 2)], [50]),
     ("triton", (5, 7, 7), None),
     ("triton", (1, 250, 7), 3),
 ]

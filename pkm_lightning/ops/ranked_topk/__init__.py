@@ -32,7 +32,7 @@ __all__ = ["ranked_topk"]
 def ranked_topk(scores_XL: Float[Tensor, "*X L"], k: int, *, backend: str = "auto") -> Int[Tensor, "*X K"]:
     """Returns the indices of the `k` largest scores, best first, equal scores by lower index.
 
-    `torch.topk` leaves the order of equal scores open, and which of them are kept. NaN ranks above infinity, -0.0
+    `torch.topk` leaves open in which order equal scores come and which of them are kept. NaN ranks above infinity, -0.0
     equals 0.0. Every backend returns the same indices; they have no gradient.
 
     Args:

@@ -27,7 +27,7 @@ def gather_dot(table_NV: Tensor, rows_XV: Tensor, ids_TK: Tensor, groups_TK: Ten
     if table_NV.dtype not in (torch.float32, torch.bfloat16):
         return eager.gather_dot(table_NV, rows_XV, ids_TK, groups_TK, n_groups)
     dots_TK = torch.empty(ids_TK.shape)
-    # The upstream rows are few beside the T * K rows of the table, so that widening a copy of them costs little.
+    # There are far fewer upstream rows than the T * K table rows to read, so widening a copy of them costs little.
     inputs = table_NV, rows_XV.float(), ids_TK.int(), read_sources(ids_TK, groups_TK, n_groups), dots_TK
     use_torch_threads()
     _dots(*map(numpy_view, inputs))

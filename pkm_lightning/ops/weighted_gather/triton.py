@@ -71,7 +71,7 @@ def _gather_sum(  # type: ignore[no-untyped-def]
     g = tl.program_id(1)
     v_C = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row_C = v_C < V
-    # The reads of a block stay apart until the end: one reduction per program instead of one per block.
+    # Reads are added up separately and reduced at the end: one reduction per program instead of one per block.
     total_RC = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         k_R = first + tl.arange(0, BLOCK_K)
@@ -101,7 +101,7 @@ def _gather_dot(  # type: ignore[no-untyped-def]
     source_R = tl.zeros((BLOCK_K,), dtype=tl.int64) + t * n_groups
     if GROUPED:
         source_R += tl.load(groups + t * K + k_R, mask=is_read_R, other=0).to(tl.int64)
-    # Columns stay apart until the end: one reduction per program instead of one per block.
+    # Columns are added up separately and reduced at the end: one reduction per program instead of one per block.
     total_RC = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
     for first in range(0, V, BLOCK_V):
         v_C = first + tl.arange(0, BLOCK_V)
