@@ -64,7 +64,7 @@ def small_version(command: str, *, silent: bool) -> list[str]:
     if verb not in ("fit", "compare"):
         return [verb, *arguments, *(["report.resamples=100"] if verb == "report" else [])]
     # PEER finds no size for equal FLOPs among very few keys.
-    left_out = ("~", "model.memory.n_keys=", "seeds=", "lr_sweep=", "logger=") if verb == "compare" else ("logger=",)
+    left_out = ("~", "model.memory.n_keys=") if verb == "compare" else ("logger=",)
     sizes = [size for size in SMALL_RUN if not size.startswith(left_out)]
     if verb == "compare":
         sizes += ["seeds=1", "lr_sweep=null", "jobs=2", "report.resamples=100"]
