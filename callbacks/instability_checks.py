@@ -69,12 +69,14 @@ def check_config(
         ConfigError: steps to refuse whose update is made in backward; states in memory that an engine holds; states on
             disk that nothing writes.
     """
+    # A fused table is updated during backward, before the step can be judged.
     early = [f"{event}={policies[event]}" for event in STEP_EVENTS if policies[event] in ("skip", "rollback")]
     if early and config["table"].get("learning") == "fused":
         raise ConfigError(
             f"{KEY}.policies.{early[0]} comes too late with table.learning=fused, which has updated the table in "
             f"backward already; set table.learning=rows, or {KEY}.policies.{early[0].partition('=')[0]}=warn."
         )
+    # A state in memory is copied from the module's parameters, which an engine leaves empty or stale.
     rolls_back = "rollback" in policies.values()
     if rolls_back and restore == "memory" and engine_owns_parameters(config):
         raise ConfigError(

@@ -88,6 +88,7 @@ class Revival:
         sources_M = busiest_N[torch.arange(len(rows_M), device=rows_M.device) % len(busiest_N)]
         for number, table in enumerate(tables):
             copy_rows(table, rows_M, sources_M, noise=self.noise, seed=self._seed(f"{name}/{number}"))
+            # Moments of the old row would pull the new one towards it.
             for state in self.states:
                 if table.weight in state:
                     forget_rows(state[table.weight], table, rows_M)
