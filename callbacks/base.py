@@ -31,28 +31,14 @@ A callback appends its watchers and judges in `on_train_start` and removes them 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import lightning as L
 
 from pkm_lightning.build.instantiate import target_class
+from pkm_lightning.build.refusals import ChecksConfig as ChecksConfig
 
 C = TypeVar("C", bound=L.Callback)
-
-
-@runtime_checkable
-class ChecksConfig(Protocol):
-    """A callback that does not work with every configuration."""
-
-    def check(self, config: Mapping[str, Any]) -> None:
-        """Refuses what cannot work together; called on the constructed callback, before a model or a file is made.
-
-        Args:
-            config: the complete configuration, as plain dicts, lists and numbers.
-
-        Raises:
-            ConfigError: naming the key, its value, and what to set instead.
-        """
 
 
 def find_callback(trainer: L.Trainer, cls: type[C]) -> C | None:

@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
+from pkm_lightning.data.base import recall_items_of
 from pkm_lightning.inference.recall import ItemScore, score_items, summarise
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 from pkm_lightning.storage import write_beside
@@ -58,10 +59,10 @@ class Recall(L.Callback):
 
     def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, limit: int | None) -> list[ItemScore]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "recall_items"):
+        items = recall_items_of(data, limit)
+        if not items:
             return []
         assert isinstance(pl_module, LanguageModule)
-        items = data.recall_items(limit)
         # Every n-th question, so that all ranks get a share of every form.
         share = items[trainer.global_rank :: trainer.world_size]
         with synchronized_forwards(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from pkm_lightning.data.base import recall_items_of, tokenizer_of
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -52,7 +53,7 @@ class Samples(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Collects the questions, and their answers where they are known."""
         data: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "tokenizer"):
+        if tokenizer_of(data) is None:
             if self.prompts:
                 raise ConfigError(
                     f"callbacks.samples.prompts needs a tokenizer, and {type(data).__name__} has none; "
@@ -60,8 +61,8 @@ class Samples(L.Callback):
                 )
         elif self.prompts is not None:
             self._questions = [(prompt, None) for prompt in self.prompts]
-        elif self.items and hasattr(data, "recall_items") and stage in ("fit", "validate"):
-            self._questions = [(item.prompt, item.answer) for item in data.recall_items(self.items)]
+        elif self.items and stage in ("fit", "validate"):
+            self._questions = [(item.prompt, item.answer) for item in recall_items_of(data, self.items)]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generates and shows the answers, except in the validation that precedes training."""

@@ -3,7 +3,7 @@
     python scripts/bench_train.py [--device cuda] [--only R5] [--out]
 
 R5 is a step of the table alone: forward, backward, clipping by norm (but where it says "no clip"), update. `dense` is
-autograd's gradient of the whole table and torch's AdamW; `rows` and `fused` are the package's `table.learning`. lazy
+autograd's gradient of the whole table and torch's AdamW; `rows` is the package's `table.learning`. lazy
 Adam, row-wise Adagrad and SGD are other algorithms than AdamW; `catch_up_adam` is Adam with beta1 = 0, exactly. R9 has
 the bytes that one more value of the table costs at the peak of a step: the ratio is how many times larger a table fits.
 R6 is one FFN layer, R7 the model in the Trainer.

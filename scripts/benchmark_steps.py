@@ -35,7 +35,7 @@ class StepWay(NamedTuple):
     Args:
         name: in the table.
         rule: how rows move: `adam`, `catch_up_adam`, `row_adagrad` or `sgd`.
-        learning: of the package's table (`dense`, `rows`, `fused`), or `peer`.
+        learning: of the package's table (`dense`, `rows`), or `peer`.
         clip: the gradient's norm is clipped.
         read: a peer's read.
         sparse: a peer's optimizer is SparseAdam, not AdamW.
@@ -65,8 +65,6 @@ WAYS = [
     StepWay(
         "sparse embedding_bag, SparseAdam, no clip", "adam", "peer", False, functools.partial(bag, sparse=True), True
     ),
-    StepWay("fused lazy_adam, no clip", "adam", "fused", clip=False),
-    StepWay("fused row_adagrad, no clip", "row_adagrad", "fused", clip=False),
 ]
 #: One for each kind of state.
 MEMORY_WAYS = [way for way in WAYS if way.sparse or way.name == DENSE or way.learning == "rows"]

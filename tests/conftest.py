@@ -14,6 +14,11 @@ shape_checks.install()
 
 import pytest  # noqa: E402  the checks come before anything could import the package
 import torch  # noqa: E402
+
+# Without a GPU the Triton kernels run in the interpreter. It must be chosen before Lightning imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from rank_group import Groups, groups  # noqa: E402
 from small import Outcome, Run  # noqa: E402
@@ -22,9 +27,6 @@ from pkm_lightning.cli.main import main  # noqa: E402
 
 # Threads that fight for shared cores cost far more than they bring; the processes that tests start inherit the limit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Without a GPU the Triton kernels run in the interpreter; it must be asked for before they are imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 

@@ -46,10 +46,12 @@ seed select send separate serialise serve set shape shard share shift show shrin
 skip slice solve sort split spread stack stage start state step stop store strip sum summarise suppress swap switch
 synchronise take test time tokenise total track trace train transfer transform translate transpose trim try turn
 undo unembed unflatten unmap unpack unregister update use validate verify view visit wait walk warn watch weight
-widen wrap write yield zero zip
+widen wrap write yield zero zip advance
 """
 VERBS = frozenset(_VERBS.split())
 _IRREGULAR = {"does": "do", "goes": "go", "tries": "try", "copies": "copy", "has": "have", "is": "be", "are": "be"}
+#: Comments for tools.
+_DIRECTIVES = tuple(f"# {tool}" for tool in ("type:", "noqa", "fmt"))
 _PROPERTY = ("property", "cached_property", "setter", "overload")
 
 
@@ -85,7 +87,7 @@ def comment_density(source: str) -> tuple[int, int]:
     """Returns the lines that hold a comment, and all lines of code."""
     comments, code = set(), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and not token.string.startswith(("# type:", "# noqa", "# fmt")):
+        if token.type == tokenize.COMMENT and not token.string.startswith(_DIRECTIVES):
             comments.add(token.start[0])
         elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
             code.update(range(token.start[0], token.end[0] + 1))

@@ -12,8 +12,8 @@ import usage_jobs as jobs
 from pkm_lightning.callbacks import SlotRevival
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableMesh, ValueTable
+from pkm_lightning.memory.mesh import whole
 from pkm_lightning.memory.revival import copy_rows
-from pkm_lightning.memory.table_optimizer import whole
 
 
 def revival(**changes: Any) -> SlotRevival:

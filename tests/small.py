@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_module
+
+from pkm_lightning.build.run import ResolvedRun, resolve
+from pkm_lightning.cli.job import plain
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -20,6 +25,12 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+def resolved(*overrides: str, trains: bool = False) -> ResolvedRun:
+    """Composes and resolves the package's own configuration with `overrides`, as a verb would."""
+    with initialize_config_module("pkm_lightning.configs", version_base="1.3"):
+        return resolve(plain(compose("config", overrides=list(overrides))), trains=trains)
 
 
 SMALL_DATA = [

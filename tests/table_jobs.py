@@ -1,6 +1,6 @@
-"""Jobs for a group of ranks: reads of one table on a mesh, beside the same reads of the whole table.
+"""Jobs for a group of ranks: reads of one table on a mesh, and the same reads of the whole table.
 
-Letters: T reads of all ranks, K rows a read, D values a row, G groups.
+Letters: T reads of all ranks, K rows per read, V values per row, G groups.
 """
 
 from __future__ import annotations
@@ -25,51 +25,51 @@ def make(learning: str, mesh: TableMesh | None, slices: int = 1) -> ValueTable:
 
 
 def part(mesh: TableMesh, whole: Tensor) -> Tensor:
-    """What a member holds of the lines of the whole table."""
+    """Returns the part of the whole table that a member holds."""
     low, high = mesh.row_range(len(whole))
     return whole[low:high, mesh.columns(whole.shape[1])]
 
 
 def loss(table: ValueTable, part: slice, kind: str) -> Tensor:
-    """Of the reads `part` of a fixed set."""
+    """Runs forward and backward of the reads `part` of a fixed set; returns the gradients of the inputs."""
     torch.manual_seed(5)
     lines, width = table.n_lines, table.dim // table.slices
     tokens = 40
     ids_TK = torch.randint(lines, (tokens, K), dtype=torch.int64)
-    ids_TK[:, 0] = 7  # a row that everybody reads
+    ids_TK[:, 0] = 7  # a row that all ranks read
     weights_TK = torch.randn(tokens, K, dtype=torch.float64)
-    x_TD, target = torch.randn(tokens, width, dtype=torch.float64), torch.randn(tokens, 2, width, dtype=torch.float64)
+    x_TV, target = torch.randn(tokens, width, dtype=torch.float64), torch.randn(tokens, 2, width, dtype=torch.float64)
     groups_TK = torch.randint(2, (tokens, K))
-    ids_TK, weights_TK, x_TD, target, groups_TK = (v[part] for v in (ids_TK, weights_TK, x_TD, target, groups_TK))
+    ids_TK, weights_TK, x_TV, target, groups_TK = (v[part] for v in (ids_TK, weights_TK, x_TV, target, groups_TK))
     weights_TK.requires_grad_(True)
-    x_TD.requires_grad_(True)
+    x_TV.requires_grad_(True)
     if kind == "sum":
         value = (table(ids_TK, weights_TK) * target[:, 0]).sum()
     elif kind == "groups":
         value = (table(ids_TK, weights_TK, groups_TK, 2) * target).sum()
     else:  # PEER's expert: a dot and a sum
-        value = (table(ids_TK, weights_TK * table.dot(x_TD, ids_TK).tanh()) * target[:, 0]).sum()
+        value = (table(ids_TK, weights_TK * table.dot(x_TV, ids_TK).tanh()) * target[:, 0]).sum()
     value.backward()
     assert weights_TK.grad is not None
-    return torch.cat([weights_TK.grad, torch.zeros_like(x_TD) if x_TD.grad is None else x_TD.grad], 1)
+    return torch.cat([weights_TK.grad, torch.zeros_like(x_TV) if x_TV.grad is None else x_TV.grad], 1)
 
 
 def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int], rule: str, slices: int = 1) -> None:
-    """Gradients of the inputs, the norm, and the table after a clipped update, against one process."""
+    """Compares gradients of the inputs, the norm, and the table after a clipped update with those of one process."""
     mesh = TableMesh(shard=shard, members=members, device_type="cpu")
     world, rank = dist.get_world_size(), dist.get_rank()
     start = sum(sizes[:rank])
-    own, whole = make(learning, mesh, slices), make(learning, None, slices)
+    local, whole = make(learning, mesh, slices), make(learning, None, slices)
     whole.stage = None if whole.stage is None else type(whole.stage)(whole.n_lines, alone())
-    assert torch.equal(own.weight, part(mesh, whole.weight))
-    inputs = loss(own, slice(start, start + sizes[rank]), kind)
+    assert torch.equal(local.weight, part(mesh, whole.weight))
+    inputs = loss(local, slice(start, start + sizes[rank]), kind)
     expected = loss(whole, slice(0, sum(sizes)), kind)[start : start + sizes[rank]]
     torch.testing.assert_close(inputs, expected)
     norms = []
-    for table in (own, whole):
+    for table in (local, whole):
         if table.weight.grad is not None:
-            if table is own:
-                mean_over_replicas(own.weight.grad, mesh)
+            if table is local:
+                mean_over_replicas(local.weight.grad, mesh)
             else:
                 whole.weight.grad.div_(world)
         norms.append(clip_tables([table], [], 0.01))
@@ -80,12 +80,12 @@ def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int]
         optimizer = TableOptimizer(None, {"t": table}, rows=RowOptimizer(rule=rule, betas=(0.0, 0.95)), lr=0.1)
         optimizer.step()
     torch.testing.assert_close(norms[0], norms[1])
-    torch.testing.assert_close(own.weight.detach(), part(mesh, whole.weight.detach()))
+    torch.testing.assert_close(local.weight.detach(), part(mesh, whole.weight.detach()))
     assert not torch.equal(whole.weight, make(learning, None, slices).weight)
 
 
 def alone() -> Any:
-    """A mesh of this process only, whose mean is still over the world's reads, which one process has all read."""
+    """Builds a mesh of this process only, whose mean is still over all ranks: one process has read for all of them."""
 
     class Alone:
         shard, members, replicas, member = "none", 1, 1, 0
@@ -94,7 +94,7 @@ def alone() -> Any:
 
 
 def way_of_replicas(way: str) -> None:
-    """Each way of exchanging between replicas gives the same update."""
+    """Checks that a way of exchanging between replicas gives the same update."""
     before = replicas_module.cheapest_way
     replicas_module.cheapest_way = lambda *_: way
     try:

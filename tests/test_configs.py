@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,51 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tree import ROOT
 
-from pkm_lightning.build.model import attention_context, build_meta_model
-from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.build.run import resolve
+from pkm_lightning.cli.assembly import assemble
 from pkm_lightning.compare.plan import plan_arms
 from pkm_lightning.compare.settings import read_settings
-from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
 
 CONFIGS = ROOT / "configs"
-# What experiments have in common is no choice of its own.
+# Keys that several YAMLs share are no choice of their own.
+SHARED = (CONFIGS / "experiment" / "regime", CONFIGS / "data" / "loader")
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent not in (CONFIGS, CONFIGS / "experiment" / "regime")
+    if path.parent not in (CONFIGS, *SHARED)
 )
+#: FFNs and experiments bring settings of other groups with them: each stands alone.
+ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "experiment="))]
+#: The options of the other groups side by side, since composing is what takes the time.
+TOGETHER = itertools.zip_longest(
+    *(
+        list(options)
+        for _, options in itertools.groupby(
+            (option for option in OPTIONS if (option,) not in ALONE), key=lambda option: option.partition("=")[0]
+        )
+    )
+)
+COMMANDS = [*ALONE, *(tuple(option for option in row if option) for row in TOGETHER)]
 EXPERIMENTS = [o.removeprefix("experiment=") for o in OPTIONS if o.startswith("experiment=")]
 FFNS = [o.removeprefix("ffn=") for o in OPTIONS if o.startswith("ffn=") and o != "ffn=custom"]
 # What a user must give, for the options that are nothing without it.
 GIVEN = {
     "ffn=custom": ["ffn._target_=pkm_lightning.ffn.Dense", "+ffn.hidden_dim=8"],
     "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
-    "data=text": ["data.path=somewhere"],
-    "data=jsonl": ["data.path=somewhere"],
     "strategy=ddp": ["trainer.devices=2"],
     "callbacks=slot_revival": [
         "+callbacks.slot_usage={_target_:pkm_lightning.callbacks.SlotUsage,path:usage.json,every_n_steps:null,window:2,"
         "dead_after:1,per_head:false,panels_every_n_steps:null}"
     ],
 }
+
+
+def given(option: str) -> list[str]:
+    """What a user must set for `option` besides the option itself."""
+    group, _, name = option.partition("=")
+    needs_path = "path: ???" in (CONFIGS / group / f"{name}.yaml").read_text()
+    return GIVEN.get(option, [f"{group}.path=somewhere"] if needs_path else [])
 
 
 def composed(overrides: list[str], run_dir: Path, name: str = "config") -> dict[str, Any]:
@@ -48,13 +66,19 @@ def composed(overrides: list[str], run_dir: Path, name: str = "config") -> dict[
     return dict(plain)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
+def test_every_option_is_in_a_command() -> None:
+    assert sorted(option for command in COMMANDS for option in command) == OPTIONS
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_option_composes_and_builds(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "somewhere").mkdir()
-    overrides = [o.replace("somewhere", str(tmp_path / "somewhere")) for o in GIVEN.get(option, [])]
-    config, data = complete(composed([option, *overrides], tmp_path / "run"))
-    assembly = assemble(config)
-    assert isinstance(data, L.LightningDataModule)
+    needed = [override for option in command for override in given(option)]
+    overrides = [override.replace("somewhere", str(tmp_path / "somewhere")) for override in needed]
+    run = resolve(composed([*command, *overrides], tmp_path / "run"), trains=True)
+    assembly = assemble(run)
+    config = run.config
+    assert isinstance(run.data, L.LightningDataModule)
     assert assembly.trainer.max_steps == config["trainer"]["max_steps"]
     assert len(assembly.callbacks) == len(config["callbacks"])
 
@@ -68,19 +92,18 @@ def test_every_arm_of_an_experiment_is_of_equal_flops(experiment: str, tmp_path:
     assert len(arms) >= 4
     budget = None
     for arm in arms:
-        config, _ = complete(composed([f"experiment={experiment}", *arm.overrides], tmp_path))
-        flops = model_cost(build_meta_model(config), attention_context(config)).trunk_train_flops
+        flops = resolve(composed([f"experiment={experiment}", *arm.overrides], tmp_path)).cost.trunk_train_flops
         budget = budget or flops
         assert abs(flops / budget - 1) < 0.03, arm.name
 
 
 @pytest.mark.parametrize("ffn", FFNS)
 def test_the_module_builds_with_its_optimizer(ffn: str, tmp_path: Path) -> None:
-    config, _ = complete(composed([f"ffn={ffn}", "model.memory.n_keys=32"], tmp_path))
-    module = LanguageModule(config)
+    run = resolve(composed([f"ffn={ffn}", "model.memory.n_keys=32"], tmp_path))
+    module = LanguageModule(run.config)
     module.configure_model()
     names = [group["name"] for group in module.configure_optimizers()["optimizer"].param_groups]
-    assert names == ["matrix", "gain", "table"][: 2 if ffn == "dense" or ffn.startswith("moe") else 3]
+    assert names == ["matrix", "gain", *(["table"] if module.model.value_tables else [])]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""Toy plugins and tiny models that several tests build on; importable by `_target_`, as a user's own file is.
-
-Letters: B sequences, T tokens, D model dimension.
-"""
+"""Toy plugins and tiny models that several tests build on; importable by `_target_`, as a user's own file is."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ DIM = 16
 
 
 class Constant(nn.Module):
-    """Adds `value` to every hidden state; takes nothing from the builder, states no cost, has no reset_parameters."""
+    """A plugin that adds `value` to every hidden state, without arguments from the builder and optional members."""
 
     def __init__(self, value: float = 0.0) -> None:
         super().__init__()
@@ -85,19 +82,19 @@ def dense(n_layers: int = 1, hidden_dim: int = 20) -> Dense:
 
 
 def memory_plus(table: ValueTable, **changes: Any) -> MemoryPlus:
-    """A small Memory+ layer that fits a table of 49 rows."""
+    """Builds a small Memory+ layer for a table of 49 rows."""
     sizes = {"dim": DIM, "n_keys": 7, "heads": 2, "knn": 3, "key_dim": 6, "value_dim": table.weight.shape[1]}
     return MemoryPlus(table=table, qk_norm=True, **{**sizes, **changes})
 
 
 def memory_ffns() -> tuple[list[nn.Module], list[ValueTable]]:
-    """Dense, Memory+, Memory+ on the same table."""
+    """Returns a dense layer and two Memory+ layers, and the table that these share."""
     table = ValueTable(rows=49, dim=10)
     return [dense(3), memory_plus(table), memory_plus(table)], [table]
 
 
 def transformer(ffns: Sequence[nn.Module], tables: Iterable[ValueTable] = (), **changes: Any) -> Transformer:
-    """A transformer around `ffns` with grouped-query attention, initialised from seed 0."""
+    """Builds a transformer around `ffns` with grouped-query attention, initialised from seed 0."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "dim": DIM,
@@ -120,7 +117,7 @@ def token_ids(batch: int = 2, length: int = 9) -> Tensor:
 
 
 def config(*overrides: str) -> dict[str, Any]:
-    """The package's own configuration as plain values, with three layers and a vocabulary of a fixed size."""
+    """Composes the package's configuration into plain values, with three layers and a fixed vocabulary size."""
     named = {override.split("=")[0] for override in overrides}
     fixed = [] if "model.vocab_size" in named else ["model.vocab_size=50"]
     if not named & {"model", "model.n_layers"}:
@@ -138,7 +135,7 @@ def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 class InterruptOnce(L.Callback):
-    """Sends this process SIGINT in the 7th step, if a file named `interrupt` lies in the working directory."""
+    """A callback that sends SIGINT in the 7th step, if a file named `interrupt` lies in the working directory."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         flag = Path("interrupt")

@@ -20,7 +20,7 @@ from training.fits import loader, rows
 
 from pkm_lightning.callbacks import SlotUsage
 from pkm_lightning.cli.assembly import make_trainer
-from pkm_lightning.data.batch import NO_TARGET
+from pkm_lightning.data.base import NO_TARGET
 from pkm_lightning.training import LanguageModule
 
 Micro = tuple[dict[str, torch.Tensor], torch.Tensor]

@@ -1,4 +1,4 @@
-"""How tables are spread over the ranks of a run: their mesh, and tables that a strategy would take as its own."""
+"""How tables are spread over the ranks of a run: their mesh, and tables that a strategy cannot spread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def table_mesh(table: Mapping[str, Any], trainer: L.Trainer) -> TableMesh:
-    """The mesh that `table.shard` and `table.group` ask for; every rank must ask.
+    """Builds the mesh that `table.shard` and `table.group` describe. Collective: call on all ranks.
 
     Raises:
         ConfigError: an unknown word, or a group that does not divide the ranks.
@@ -28,20 +28,20 @@ def table_mesh(table: Mapping[str, Any], trainer: L.Trainer) -> TableMesh:
 
 
 def check_own_tables(model: Transformer, *, engine: bool) -> None:
-    """Refuse tables that a plugin has made for itself, where the strategy would split what rows are updated in.
+    """Refuses tables that a plugin has made itself where the strategy would shard them as dense parameters.
 
     Args:
-        model: its own tables are safe.
-        engine: the strategy's engine clips all its parameters by one norm, tables as well.
+        model: the tables that it owns (`model.tables`) are safe.
+        engine: the strategy's engine clips all its parameters by one norm, tables included.
 
     Raises:
         ConfigError: with what to do instead.
     """
     of_model = {id(table) for table in model.tables}
-    own = [table for table in model.value_tables if id(table) not in of_model]
-    if any(table.stage is not None or (engine and table.weight.requires_grad) for table in own):
+    of_plugins = [table for table in model.value_tables if id(table) not in of_model]
+    if any(table.stage is not None or (engine and table.weight.requires_grad) for table in of_plugins):
         raise ConfigError(
-            "a plugin has made a ValueTable for itself, which this strategy would take as a dense "
-            "parameter; let the plugin ask for a table (the keyword `table` and the class method table_spec), or say "
+            "a plugin has made a ValueTable itself, which this strategy would treat as a dense "
+            "parameter; let the builder pass it (the keyword `table` and the class method table_spec), or set "
             "strategy=ddp."
         )

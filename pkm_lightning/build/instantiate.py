@@ -1,8 +1,8 @@
-"""The one place where a configuration becomes objects: what may be named, and errors that say what is wrong.
+"""The one place where a configuration becomes objects: which classes it may name, and errors for what cannot be built.
 
-Command line and `--config-dir` are trusted. A configuration read back from a run directory or a checkpoint is data:
-it may only name classes of this package, and such of lightning and torch as a configuration is made of, unless the
-user says `trust_config=true`.
+The command line and `--config-dir` are trusted. A configuration read back from a run directory or a checkpoint is data:
+it may only name classes of this package, and of lightning and torch only the kinds that a configuration is made of,
+unless the user sets `trust_config=true`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _TRUSTED_KINDS = (
 
 
 def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: Any) -> Any:
-    """The object that `config` describes by `_target_` and keywords; `key` says in errors where it stands.
+    """Builds the object that `config` describes by `_target_` and keywords; errors name `key`, its place.
 
-    Only those of `keywords` are passed that the class asks for (or that its `**kwargs` would take).
+    Of `keywords` only those are passed that the constructor names (or that its `**kwargs` would take).
 
     Raises:
         ConfigError: no `_target_`, a class that cannot be imported, or arguments that it does not take.
@@ -55,7 +55,7 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     _check_arguments(cls, config, accepted, key)
     plain = {name: value for name, value in config.items() if not str(name).startswith("_") or name in _HYDRA_KEYS}
     try:
-        # Partial first: Hydra copies what it is handed, and a value table must stay the one object that it is.
+        # Partial first: Hydra deep-copies the arguments that it is given, and a value table must stay one object.
         make = hydra_instantiate({"_convert_": "all", **plain}, _partial_=True)
     except InstantiationException as error:
         if isinstance(error.__cause__, PkmError):
@@ -65,12 +65,12 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
 
 
 def _check_arguments(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
-    own = {str(name): None for name in config if not str(name).startswith("_")}
-    for name in own.keys() & keywords.keys():
+    configured = {str(name): None for name in config if not str(name).startswith("_")}
+    for name in configured.keys() & keywords.keys():
         raise ConfigError(f"{key}.{name} follows from the rest of the configuration; remove it.")
     signature = inspect.signature(cls)
     try:
-        signature.bind(**{**own, **keywords})
+        signature.bind(**{**configured, **keywords})
     except TypeError as error:
         names = ", ".join(signature.parameters)
         raise ConfigError(f"{key}: {cls.__name__} {error}; it takes: {names}.") from None
@@ -80,7 +80,7 @@ _HYDRA_KEYS = ("_target_", "_convert_", "_recursive_", "_args_")
 
 
 def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
-    """The class that `config._target_` names.
+    """Returns the class that `config._target_` names.
 
     Raises:
         ConfigError: it is missing or cannot be imported.
@@ -103,9 +103,9 @@ def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
 
 
 def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `keywords` that the constructor of `cls` names or takes through `**kwargs`."""
+    """Selects those of `keywords` that the constructor of `cls` names or takes through `**kwargs`."""
     if "__init__" not in {name for base in cls.__mro__[:-1] if base is not nn.Module for name in vars(base)}:
-        # No constructor of its own: nn.Module's takes **kwargs only to refuse them.
+        # The class defines no constructor: nn.Module's takes **kwargs only to refuse them.
         return {}
     parameters = inspect.signature(cls).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
@@ -115,7 +115,7 @@ def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_trusted(config: Mapping[str, Any], source: str) -> None:
-    """Refuse a configuration read back from `source` that names anything but trusted classes.
+    """Refuses a configuration read back from `source` that names anything but trusted classes.
 
     Raises:
         ConfigError: naming the offending key and target, and how to trust it.
@@ -137,7 +137,7 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
 
 
 def _is_trusted_class(target: str) -> bool:
-    # The class must be at home there too: a trusted module may import, say, subprocess.Popen.
+    # The class must be defined there too: a trusted module may have imported subprocess.Popen, for example.
     cls = pkgutil.resolve_name(target)
     if not isinstance(cls, type):
         return False

@@ -1,4 +1,4 @@
-"""From a resolved configuration to a model: plugins in their layers, tables shared or not."""
+"""From a resolved configuration to a model: plugins in their layers, and the value tables that they share or own."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
 
 
 def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transformer:
-    """The transformer of `config`, a plain dict or DictConfig with `model.vocab_size` resolved to a number.
+    """Builds the transformer of `config`, whose `model.vocab_size` is a number.
 
-    On the device of the current `torch.device` context; `meta` allocates nothing. Of tables on a mesh this rank's
-    parts are allocated.
+    It is allocated on the device of the current `torch.device` context (`meta` allocates nothing); of tables on a mesh
+    only this rank's parts are.
 
     Raises:
         ConfigError: sizes, layers or classes that do not fit.
@@ -50,8 +50,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         if layer not in placed:
             ffns.append(instantiate(model["base_ffn"], "model.base_ffn", **common))
             continue
-        own = _own_tables(tables, placed.index(layer))
-        variant = instantiate(config["ffn"], "ffn", **common, **own)
+        variant = instantiate(config["ffn"], "ffn", **common, **_tables_of(tables, placed.index(layer)))
         base = (
             instantiate(model["base_ffn"], "model.base_ffn", **common)
             if placement.mode == "parallel"
@@ -68,7 +67,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
 
 
 def build_meta_model(config: Config) -> Transformer:
-    """The same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
+    """Builds the same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(_WEIGHT_DTYPES.get(str(config["trainer"]["precision"]), torch.float32))
     try:
@@ -78,8 +77,8 @@ def build_meta_model(config: Config) -> Transformer:
         torch.set_default_dtype(before)
 
 
-def _own_tables(groups: list[list[ValueTable]], place: int) -> dict[str, ValueTable | list[ValueTable]]:
-    """The keyword `table` of the plugin at `place` among the placed layers: one table or a list of them, or nothing."""
+def _tables_of(groups: list[list[ValueTable]], place: int) -> dict[str, ValueTable | list[ValueTable]]:
+    """Returns the keyword `table` of the plugin at `place` among the placed layers: one table, a list, or nothing."""
     if not groups:
         return {}
     group = groups[place % len(groups)]
@@ -87,31 +86,34 @@ def _own_tables(groups: list[list[ValueTable]], place: int) -> dict[str, ValueTa
 
 
 def placed_layers(config: Config) -> list[int]:
-    """Numbers of the layers that carry the variant."""
+    """Returns the numbers of the layers that carry the variant."""
     placement: Placement = instantiate(config["placement"], "placement")
     return placement.resolve(int(config["model"]["n_layers"]))
 
 
 def attention_context(config: Config) -> int:
-    """Tokens in attention for cost figures: `data.seq_len`, or 1 if the data names no such length."""
+    """Returns the tokens in attention for cost figures: `data.seq_len`, or 1 if the data has no such key."""
     return int(config["data"].get("seq_len") or 1)
 
 
 def _build_tables(config: Config, n_placed: int, mesh: TableMesh | None) -> list[list[ValueTable]]:
-    """The tables of one layer (one group for all if `table.shared`, else one a placed layer), if any are asked for."""
+    """Builds one group of tables for all layers if `table.shared`, else one per placed layer; none if not needed.
+
+    A plugin needs tables if its constructor takes the keyword `table`.
+    """
     cls = target_class(config["ffn"], "ffn")
     if "table" not in accepted_keywords(cls, {"table": None}) or not n_placed:
         return []
     arguments = {str(k): v for k, v in config["ffn"].items() if not str(k).startswith("_")}
     if not hasattr(cls, "table_spec"):
         raise ConfigError(
-            f"ffn._target_={config['ffn']['_target_']} asks for a table, but has no class method "
-            "table_spec(**arguments) that says its rows and dim."
+            f"ffn._target_={config['ffn']['_target_']} takes a table, but has no class method "
+            "table_spec(**arguments) that returns its rows and dim."
         )
     sizes = {"dim": int(config["model"]["dim"]), "n_layers": int(config["model"]["n_layers"])}
-    taken = inspect.signature(cls.table_spec).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
-        sizes = {name: value for name, value in sizes.items() if name in taken}
+    parameters = inspect.signature(cls.table_spec).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        sizes = {name: value for name, value in sizes.items() if name in parameters}
     spec = cast("TableSpec", cls.table_spec(**sizes, **arguments))
     check_flag("table.shared", config["table"]["shared"])
     settings = {name: value for name, value in config["table"].items() if name not in _TABLE_BUILDER_KEYS}

@@ -1,7 +1,7 @@
 """Sizes a plugin to a budget: one integer of its configuration is solved so that FLOPs or parameters match.
 
-The knob is named in the plugin's YAML: `_size_by_: {flops: value_dim, params: n_keys}`, a key of the plugin or a dotted
-path such as `model.base_ffn.hidden_dim`; one that must be a multiple of something says so in `_step_: {value_dim: 2}`.
+The plugin's YAML names this knob: `_size_by_: {flops: value_dim, params: n_keys}`, a key of the plugin or a dotted path
+such as `model.base_ffn.hidden_dim`. A knob that must be a multiple of a number has it in `_step_: {value_dim: 2}`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _LARGEST = 2**24
 
 
 def solve_size(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `config` with the plugin's knob solved for `match` (`none`, `flops` or `params`) and `match_budget`.
+    """Returns a copy of `config` with the plugin's knob solved for `match` and `match_budget`.
 
-    The basis is the trunk's forward FLOPs a token in training (all layers, without embeddings) or total parameters;
-    the default budget is that of the same model with its base FFN everywhere.
+    With `match=flops` the basis is the trunk's forward FLOPs per token in training (all layers, without embeddings),
+    with `params` the total parameters; the default budget is that of the same model with its base FFN everywhere.
 
     Raises:
-        ConfigError: the plugin names no knob, or no value of it comes within 2% of the budget; the message says which
-            bound stops it.
+        ConfigError: the plugin names no knob, or no value of it comes within 2% of the budget; the message names the
+            bound that prevents it.
     """
     match = str(config["match"])
     check_choice("match", match, ("none", "flops", "params"))
@@ -48,13 +48,13 @@ def solve_size(config: dict[str, Any]) -> dict[str, Any]:
         _set(trial, knob, multiple * step)
         return _basis(trial, match)
 
-    shown = ".".join(_path(knob))
-    _set(config, knob, step * _closest(measure, budget, f"match={match} through {shown}", step))
+    path = ".".join(_path(knob))
+    _set(config, knob, step * _closest(measure, budget, f"match={match} through {path}", step))
     return config
 
 
 def sized_knob(config: dict[str, Any]) -> dict[str, int]:
-    """The knob that `match` solves and its value in `config`; empty without `match`."""
+    """Returns the knob that `match` solves and its value in `config`; empty without `match`."""
     knob = _knob(config, str(config["match"]))
     if knob is None:
         return {}
@@ -65,12 +65,12 @@ def sized_knob(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _path(knob: str) -> list[str]:
-    """A knob is a key of `ffn`, or a dotted path from the root of the configuration."""
+    """Returns the keys that lead to a knob: a key of `ffn`, or a dotted path from the root of the configuration."""
     return knob.split(".") if "." in knob else ["ffn", knob]
 
 
 def _knob(config: dict[str, Any], match: str) -> str | None:
-    """The knob that the plugin's YAML names for `match`.
+    """Returns the knob that the plugin's YAML names for `match`.
 
     Raises:
         ConfigError: `_size_by_` is no mapping, or names no key that exists.
@@ -102,11 +102,11 @@ def _set(config: dict[str, Any], knob: str, value: int) -> None:
 
 
 def _budget(config: dict[str, Any], match: str) -> float:
-    given = config["match_budget"]
-    if given is None:
+    budget = config["match_budget"]
+    if budget is None:
         return _basis(_dense_twin(config), match)
-    check_range("match_budget", given, 1)
-    return float(given)
+    check_range("match_budget", budget, 1)
+    return float(budget)
 
 
 def _dense_twin(config: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +126,10 @@ def _basis(config: dict[str, Any], match: str) -> float:
 
 
 def _closest(measure: Callable[[int], float], budget: float, what: str, step: int) -> int:
-    """The integer whose measure is nearest to `budget`; the measure grows with it.
+    """Returns the integer whose measure is nearest to `budget`, by bisection: the measure grows with the integer.
 
     Raises:
-        ConfigError: the nearest one is not within 2%; named as multiples of `step`.
+        ConfigError: the nearest one is not within 2%; the message shows values in multiples of `step`.
     """
     low, smallest = _smallest_valid(measure, what, step)
     if smallest > budget * (1 + _TOLERANCE):
@@ -162,7 +162,7 @@ def _closest(measure: Callable[[int], float], budget: float, what: str, step: in
 
 
 def _smallest_valid(measure: Callable[[int], float], what: str, step: int) -> tuple[int, float]:
-    """The least power of two that the plugin accepts (n_keys, say, must not be below knn), refined downwards."""
+    """Returns the least value that the plugin accepts (n_keys must not be below knn, for example) and its measure."""
     value = 1
     while not _is_valid(measure, value):
         value *= 2

@@ -11,7 +11,7 @@ Bytes in memory of one device (activations, kernels' temporaries and libraries' 
 
 12 is an fp32 copy and two fp32 states; S = min(M, 2 * 10**8) is the engine's bucket, 10**9 its `max_live_parameters`.
 
-| figure | table.learning=rows, fused | table.learning=dense |
+| figure | table.learning=rows | table.learning=dense |
 |---|---|---|
 | `table_part` | N D v / P | N D v / P |
 | `table_gradients` | 0 | N D v / P |
@@ -32,9 +32,9 @@ Bytes that a device receives in an optimizer step; an all-reduce of n bytes is a
 | `table_forward` | sum | p (4 K + v K [+ 4 K groups]) Q + O |
 | | dot | p (4 K + v K) Q + O |
 | `table_backward` | sum | p v K Q + O; dot: the same |
-| `replicas` | rows, fused | the least of `memory.replicas`: reads, rows, dense |
+| `replicas` | rows | the least of `memory.replicas`: reads, rows, dense |
 | | dense | 2 (R - 1) / R N D v / P |
-| `row_statistics` | `row_adagrad`, `dim` | 2 (P - 1) / P U c |
+| `row_statistics` | a rule that needs whole rows, `dim` | 2 (P - 1) / P U c |
 
 with w = (W - 1) / W, p = P - 1, Q = T reads a token (times A), O = p / P Q G D v for `dim` and p Q G D v for `row`.
 `dim`: O does not depend on K. With activation checkpointing the forward is run twice. ZeRO-1 and -2 all-reduce the

@@ -11,6 +11,7 @@ from pkm_lightning.capacity.figures import make_plan, total
 from pkm_lightning.capacity.setting import Setting, device_count, precision_name, strategy_kind
 from pkm_lightning.errors import ConfigError, check_range
 from pkm_lightning.memory.mesh import check_dim, check_rows
+from pkm_lightning.ops.row_update import find_rule, rule_names
 
 if TYPE_CHECKING:
     from pkm_lightning.capacity.figures import Plan
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 _FSDP_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
 _LARGEST_ID = 2**31 - 1
 _GB = 1e9
-_ROW_ADAGRAD = {"_target_": "pkm_lightning.memory.RowOptimizer", "rule": "row_adagrad", "eps": 1e-8}
 
 
 def check_setting(model: Transformer, config: Mapping[str, Any]) -> None:
@@ -113,8 +113,12 @@ def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tup
     has_tables = bool(list(model.tables))
     if has_tables and setting.learning == "dense":
         changes.append(("table.learning=rows", {"table.learning": "rows"}))
-    if has_tables and setting.rule != "row_adagrad":
-        changes.append(("table/optimizer=row_adagrad", {"table.learning": "rows", "table.optimizer": _ROW_ADAGRAD}))
+    if has_tables:
+        changes += [
+            (f"table/optimizer={rule}", {"table.learning": "rows", "table.optimizer": {"rule": rule}})
+            for rule in _frugal_rules()
+            if rule != setting.rule
+        ]
     if has_tables:
         split = [n for n in range(setting.members + 1, setting.world + 1) if setting.world % n == 0]
         for shard in ("dim", "row") if setting.shard == "none" else (setting.shard,):
@@ -127,6 +131,11 @@ def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tup
         changes.append(("table.device=cpu", {"table.device": "cpu"}))
     yield from _needs(model, config, changes)
     yield from _needs(model, config, _more_devices(config, setting, has_tables=has_tables))
+
+
+def _frugal_rules() -> list[str]:
+    """Adaptive row optimizers that keep numbers per row only."""
+    return [name for name in rule_names() if {state.per for state in find_rule(name).state.values()} == {"row"}]
 
 
 def _more_devices(config: Mapping[str, Any], setting: Setting, *, has_tables: bool) -> list[tuple[str, dict[str, Any]]]:

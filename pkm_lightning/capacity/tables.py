@@ -16,8 +16,8 @@ from torch import nn
 from pkm_lightning.ffn import HasReads, TableRead
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.replicas import received_bytes
-from pkm_lightning.model.placement import plugins
-from pkm_lightning.ops.row_update.rules import state_shapes
+from pkm_lightning.model.placement import named_plugins
+from pkm_lightning.ops.row_update import find_rule, state_bytes
 
 if TYPE_CHECKING:
     from pkm_lightning.capacity.setting import Setting
@@ -60,7 +60,7 @@ def _reads(model: Transformer) -> tuple[list[TableRead], tuple[str, ...]]:
     reads: list[TableRead] = []
     unknown: set[str] = set()
     for block in model.blocks:
-        for _, plugin in plugins(block.ffn):  # type: ignore[arg-type]
+        for _, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
             if isinstance(plugin, HasReads):
                 reads += plugin.reads()
             elif hasattr(plugin, "table_spec") or _has_table(plugin):
@@ -98,7 +98,7 @@ class _OneTable:
     def _row_states(self) -> int:
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.item]
         weight = torch.empty(self.lines, self.columns, dtype=dtype, device="meta")
-        return sum(math.prod(s) * kind.itemsize for s, kind in state_shapes(self.setting.rule, weight).values())
+        return state_bytes(find_rule(self.setting.rule), weight)
 
     def _of_reads(self, calls: Sequence[TableRead] | None, part: int, *, dense: bool) -> TableFigures:
         replicas = 2 * (self.replicas - 1) * part // self.replicas if dense else 0
@@ -151,12 +151,12 @@ class _OneTable:
 
     def _staging(self, staged: list[tuple[int, int]]) -> TableFigures:
         reads, sources = sum(ids for ids, _ in staged), sum(rows for _, rows in staged)
-        at_once = staged if self.learning == "rows" else staged[: max(1, len(staged) // self.setting.accumulate)]
-        held = _room([ids for ids, _ in at_once]) * (8 + self.wide)
-        held += _room([rows for _, rows in at_once]) * self.columns * self.item
+        held = _room([ids for ids, _ in staged]) * (8 + self.wide)
+        held += _room([rows for _, rows in staged]) * self.columns * self.item
         exchanged, merged, touched = self._exchange(reads, sources)
         ring = 2 * (self.members - 1) * touched * self.wide // self.members
-        statistics = ring if self.setting.rule == "row_adagrad" and self.shard == "dim" else 0
+        needs_sums = find_rule(self.setting.rule).needs_mean_squares
+        statistics = ring if needs_sums and self.shard == "dim" else 0
         return TableFigures(staged=held, merged=merged, replicas=exchanged, statistics=statistics)
 
     def _exchange(self, reads: int, sources: int) -> tuple[int, int, int]:

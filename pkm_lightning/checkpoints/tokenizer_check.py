@@ -8,19 +8,14 @@ from typing import Any
 from pkm_lightning.errors import CheckpointError
 
 
-def tokenizer_digest(data: object) -> str | None:
-    """What decides how the data module turns text into ids, or None where it does not say."""
-    return getattr(getattr(data, "tokenizer", None), "digest", None)
-
-
-def check_tokenizer(checkpoint: Mapping[str, Any], data: object) -> None:
+def check_tokenizer(checkpoint: Mapping[str, Any], digest: str | None) -> None:
     """Refuse data whose token ids mean other words than those that a checkpoint's weights were trained on.
 
     Raises:
         CheckpointError: the digests differ.
     """
-    trained, given = checkpoint.get("tokenizer"), tokenizer_digest(data)
-    if trained is not None and given is not None and trained != given:
+    trained = checkpoint.get("tokenizer")
+    if trained is not None and digest is not None and trained != digest:
         raise CheckpointError(
             "the data's tokenizer is not the one that the checkpoint was trained with (a source or a data.* key has "
             "changed since), so ids would mean other words; restore the data, or give its tokenizer as "

@@ -1,1 +1,1 @@
-"""The command line: one thin file a verb, on Hydra."""
+"""The command line: one thin file per verb, on Hydra."""

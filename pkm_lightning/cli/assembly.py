@@ -1,4 +1,4 @@
-"""What every verb needs: a resolved configuration, a data module, a module, a Trainer."""
+"""From a resolved run to Lightning's Trainer, with its strategy, callbacks, loggers and writer of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,123 +7,55 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from pkm_lightning.build.instantiate import instantiate, target_class
-from pkm_lightning.build.model import build_meta_model
-from pkm_lightning.build.sizing import solve_size
-from pkm_lightning.callbacks.base import ChecksConfig
+from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.callbacks.run_record import RunRecord
 from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
-from pkm_lightning.capacity import check_setting
 from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
-from pkm_lightning.errors import ConfigError, check_integer, check_range
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.strategies import PortableCheckpoints
-from pkm_lightning.training.optimizer import configured_schedule
-from pkm_lightning.training.table_learning import check_learning
-
-
-def complete(config: dict[str, Any]) -> tuple[dict[str, Any], L.LightningDataModule]:
-    """The configuration with vocabulary and plugin size filled in, checked as far as shapes go, and its data module.
-
-    Nothing is built or written: the data module is only constructed, the model only on the meta device.
-
-    Raises:
-        ConfigError: whatever cannot work.
-    """
-    for name in ("log_every_n_steps", "accumulate_grad_batches"):
-        check_integer(f"trainer.{name}", config["trainer"][name], 1)
-    check_integer("trainer.num_nodes", config["trainer"]["num_nodes"], 1)
-    if isinstance(config["trainer"]["devices"], bool):
-        raise ConfigError(f"trainer.devices={config['trainer']['devices']} is no number of devices; give one.")
-    if config["trainer"].get("gradient_clip_val") is not None:
-        check_range("trainer.gradient_clip_val", config["trainer"]["gradient_clip_val"], 0)
-    if config["trainer"].get("gradient_clip_algorithm") == "value":
-        raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
-    interval = config["trainer"]["val_check_interval"]
-    if isinstance(interval, int | float):
-        check_range("trainer.val_check_interval", interval, 1 if isinstance(interval, int) else 1e-9)
-    check_integer("seed", config["seed"], 0, 2**32 - 1)
-    data = instantiate(config["data"], "data")
-    if not isinstance(data, L.LightningDataModule):
-        raise ConfigError(f"data._target_={config['data']['_target_']} is no LightningDataModule.")
-    config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
-    check_learning(config)
-    config = solve_size(config)
-    check_setting(build_meta_model(config), config)
-    configured_schedule(config["optim"], config["trainer"]["max_steps"])
-    return config, data
-
-
-def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
-    given, needed = config["model"]["vocab_size"], getattr(data, "vocab_size", None)
-    if given == "auto":
-        if needed is None:
-            raise ConfigError(
-                f"model.vocab_size=auto, but {type(data).__name__} has no vocab_size; set model.vocab_size to a number."
-            )
-        return int(needed)
-    if not isinstance(given, int) or isinstance(given, bool):
-        raise ConfigError(f"model.vocab_size={given!r} is neither auto nor a number.")
-    if needed is not None and given < needed:
-        raise ConfigError(
-            f"model.vocab_size={given} is too small: the data's tokens need {needed}; "
-            "set model.vocab_size=auto or lower data.vocab_size."
-        )
-    return given
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """A Trainer, the configured callbacks in it, and the one that gathers what goes into run.json."""
+    """A Trainer, the configured callbacks in it, and the one that collects what goes into run.json."""
 
     trainer: L.Trainer
     callbacks: list[L.Callback]
     record: RunRecord
 
 
-def assemble(config: dict[str, Any], *, resumed_step: int | None = None) -> Assembly:
-    """The Trainer of a training run with its callbacks and loggers; nothing is started or written yet.
+def assemble(run: ResolvedRun, *, resumed_step: int | None = None) -> Assembly:
+    """Returns the Trainer of a training run with its callbacks and loggers; nothing is started or written yet.
 
     Args:
-        config: a completed configuration.
-        resumed_step: step that the run continues after; TensorBoard forgets what an earlier sitting logged later.
+        run: resolved with `trains=True`.
+        resumed_step: step that the run continues after; TensorBoard drops what an earlier sitting logged later.
 
     Raises:
-        ConfigError: as `make_trainer`; a table in a file, which cannot learn.
+        ConfigError: as `make_trainer`.
     """
-    if config["table"].get("device") == "mmap":
-        raise ConfigError(
-            "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; say "
-            "table.device=cpu, or export the run when it is trained."
-        )
-    callbacks, record = make_callbacks(config), RunRecord()
-    for callback in callbacks:
-        if isinstance(callback, ChecksConfig):
-            callback.check(config)
-    trainer = make_trainer(config, callbacks=[*callbacks, record], loggers=make_loggers(config, resumed_step))
-    return Assembly(trainer, callbacks, record)
+    record = RunRecord()
+    loggers = make_loggers(run.config, resumed_step)
+    trainer = make_trainer(run.config, callbacks=[*run.callbacks, record], loggers=loggers)
+    return Assembly(trainer, run.callbacks, record)
 
 
-def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers: list[Any]) -> L.Trainer:
-    """Lightning's Trainer with the configured strategy.
+def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
+    """Returns Lightning's Trainer with the configured strategy.
 
     Raises:
-        ConfigError: several devices without a strategy for them, or a value that Lightning refuses.
+        ConfigError: a value that Lightning refuses.
     """
-    strategy: Any = "auto"
-    devices = config["trainer"]["devices"]
-    if config["strategy"]:
-        strategy = instantiate(config["strategy"], "strategy")
-    elif devices not in (1, "1"):
-        raise ConfigError(f"trainer.devices={devices} needs a strategy for several processes; set strategy=ddp.")
-    # Without these Lightning would add a checkpoint callback and a progress bar of its own.
-    checkpointing = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    strategy: Any = instantiate(config["strategy"], "strategy") if config["strategy"] else "auto"
     try:
         trainer: L.Trainer = instantiate(
             {
-                "enable_checkpointing": checkpointing,
+                # Without these two Lightning would add a checkpoint callback and a progress bar of its own.
+                "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
                 "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
                 "default_root_dir": config["run_dir"],
                 **config["trainer"],
@@ -140,7 +72,7 @@ def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers
 
 
 def _checkpoint_io(callbacks: list[L.Callback], strategy: Any) -> CheckpointIO:
-    """Writes single files; strategies of several processes write by themselves."""
+    """Returns the writer of single files; strategies of several processes write their folders themselves."""
     asynchronous = any(isinstance(c, StepCheckpoint) and c.asynchronous for c in callbacks)
     if isinstance(strategy, PortableCheckpoints):
         strategy.asynchronous = asynchronous
@@ -148,14 +80,8 @@ def _checkpoint_io(callbacks: list[L.Callback], strategy: Any) -> CheckpointIO:
     return AsyncCheckpointIO(AtomicCheckpointIO()) if asynchronous else AtomicCheckpointIO()
 
 
-def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
-    """Returns the configured callbacks by their `hook_order`, equal ones in the order of the configuration."""
-    callbacks = [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
-    return sorted(callbacks, key=lambda callback: getattr(callback, "hook_order", 0))
-
-
-def make_loggers(config: dict[str, Any], resumed_step: int | None = None) -> list[Any]:
-    """The configured loggers."""
+def make_loggers(config: dict[str, Any], resumed_step: int | None = None) -> list[Logger]:
+    """Returns the configured loggers."""
     loggers = []
     for name, logger in (config["logger"] or {}).items():
         if logger:

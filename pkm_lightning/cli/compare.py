@@ -50,7 +50,7 @@ def run(job: Job) -> None:
     base = base_overrides(job)
     arms = make_arms(job, settings, base)
     _check_said_once(job, settings, arms)
-    configs = {arm.name: arm_config(arm, base) for arm in arms}
+    configs = {arm.name: arm_config(arm, base).config for arm in arms}
     if all("progress_bar" in (config["callbacks"] or {}) for config in configs.values()):
         base = [*base, "~callbacks.progress_bar"]
     with _held(out), _signals_stop():

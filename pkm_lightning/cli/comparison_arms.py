@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pkm_lightning.build.model import attention_context, build_meta_model
-from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.build.run import ResolvedRun, resolve
+from pkm_lightning.cli.assembly import assemble
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.job import Job, plain, searchpath_overrides
 from pkm_lightning.compare.overrides import key_of, last_of_each
 from pkm_lightning.compare.plan import Arm, dense_arm, ladder_arms, plan_arms
 from pkm_lightning.compare.settings import COMPARE_KEYS, SET_BY_COMPARE, Settings
 from pkm_lightning.errors import ConfigError, PkmError
-from pkm_lightning.model import model_cost
 
 #: Keys of this command that no run is told.
 _OF_THE_COMMAND = (*COMPARE_KEYS, "out", "resume", "format", "ffn", "trust_config")
@@ -49,15 +47,15 @@ def make_arms(job: Job, settings: Settings, base: Sequence[str]) -> list[Arm]:
     named = job.variants or ([str(o).partition("=")[2] for o in job.overrides if o.startswith("ffn=")])
     arms = plan_arms(named, settings)
     if settings.dense_ladder:
-        config = arm_config(Arm("dense_ladder", (*dense_arm(arms).overrides, "match=none")), base)
-        arms = ladder_arms(arms, model_cost(build_meta_model(config), attention_context(config)).trunk_train_flops)
+        ladder = arm_config(Arm("dense_ladder", (*dense_arm(arms).overrides, "match=none")), base)
+        arms = ladder_arms(arms, ladder.cost.trunk_train_flops)
     if not arms:
         raise ConfigError("nothing to compare; name FFNs, ffn=dense,moe,memory_plus, or choose an experiment=.")
     return arms
 
 
-def arm_config(arm: Arm, base: Sequence[str]) -> dict[str, Any]:
-    """The completed configuration of an arm, as `fit` would have it, but for seed and run directory.
+def arm_config(arm: Arm, base: Sequence[str]) -> ResolvedRun:
+    """The resolved configuration of an arm, as `fit` would have it, but for seed and run directory.
 
     Raises:
         ConfigError: whatever cannot work, with the arm's name.
@@ -67,8 +65,8 @@ def arm_config(arm: Arm, base: Sequence[str]) -> dict[str, Any]:
         with open_dict(composed):
             for key in COMPARE_KEYS:
                 composed.pop(key, None)
-        config, _ = complete(plain(composed))
-        assemble(config)
+        resolved = resolve(plain(composed), trains=True)
+        assemble(resolved)
     except (PkmError, HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"variant {arm.name}: {explain(error)}") from None
-    return config
+    return resolved

@@ -16,7 +16,7 @@ _NOT_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for `error`."""
+    """Returns one sentence for `error`."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option} is not known; allowed: {', '.join(error.options)}.{nearest(option, error.options)}"

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from omegaconf import OmegaConf
 
+from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
 from pkm_lightning.checkpoints.export import map_checkpoint
@@ -16,12 +17,14 @@ from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.safetensors import looks_like_safetensors, read_exported
 from pkm_lightning.checkpoints.sharded import SavedTensors
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.cli.assembly import complete, make_callbacks, make_trainer
+from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import check_content, checkpoint_config, load_checkpoint, saved_config
 from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.table_learning import without_fused
 
 #: What a saved run is; a command that evaluates it cannot change it.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
@@ -34,7 +37,7 @@ class SavedRun:
     """A run read back from `run_dir=` or `ckpt=`, ready to be evaluated.
 
     Attributes:
-        config: the saved configuration, with the command's `data`, `trainer`, `strategy` and `callbacks` on top.
+        run: the saved configuration, with the command's `data`, `trainer`, `strategy` and `callbacks` on top, resolved.
         folder: the run's directory, or None for a bare checkpoint.
 
     Raises:
@@ -57,33 +60,33 @@ class SavedRun:
         else:
             config = checkpoint_config(checkpoint, str(self.path), trust=trust)
         self._checkpoint = checkpoint
-        self.config, self.data = complete(_with_overrides(config, job))
+        self.run = resolve(without_fused(_with_overrides(config, job)))
         if self.is_spread and looks_like_safetensors(self.path):
             raise ConfigError(
                 f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."
             )
-        if self.is_spread and self.config["table"].get("device") == "mmap":
+        if self.is_spread and self.run.config["table"].get("device") == "mmap":
             raise ConfigError(
                 "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
-        self.data.prepare_data()
-        check_tokenizer(checkpoint, self.data)
+        self.run.data.prepare_data()
+        check_tokenizer(checkpoint, tokenizer_digest(self.run.data))
 
     def trainer(self) -> L.Trainer:
         """A Trainer with the callbacks that score and show, without loggers."""
-        kept: list[L.Callback] = [c for c in make_callbacks(self.config) if isinstance(c, Recall | StepProgressBar)]
+        kept: list[L.Callback] = [c for c in make_callbacks(self.run.config) if isinstance(c, Recall | StepProgressBar)]
         for recall in (c for c in kept if isinstance(c, Recall)):
             recall.path = None  # recall.csv is of the run's own test
-        return make_trainer(self.config, callbacks=kept, loggers=[])
+        return make_trainer(self.run.config, callbacks=kept, loggers=[])
 
     @property
     def is_spread(self) -> bool:
         """Several ranks evaluate, each of which reads its own parts of the checkpoint."""
-        return bool(self.config["strategy"])
+        return bool(self.run.config["strategy"])
 
     def module(self) -> LanguageModule:
         """The module, with the saved weights where one process evaluates."""
-        module = LanguageModule(self.config)
+        module = LanguageModule(self.run.config)
         if self.is_spread:
             return module
         module.configure_model()

@@ -15,17 +15,17 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from pkm_lightning.build.model import attention_context, build_meta_model
+from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.checkpoints.latest import latest_checkpoint
-from pkm_lightning.cli.assembly import Assembly, assemble, complete
+from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import differences, is_spread, load_checkpoint, saved_config, spread_anew
-from pkm_lightning.cli.run_directory import RunDirectory
+from pkm_lightning.cli.run_directory import RunDirectory, continues_run
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import ConfigError, DataError, Interrupted, RankLostError, RunDirectoryError
-from pkm_lightning.model import model_cost
+from pkm_lightning.supervision import LastWords
 from pkm_lightning.supervision.external_ranks import Decision, Outside, check_world, join
 from pkm_lightning.supervision.rank_failures import in_words, last_words, losses_ended, losses_named, watched
 from pkm_lightning.training import LanguageModule
@@ -48,72 +48,70 @@ def _run(job: Job) -> float | None:
         raise ConfigError(
             f"ckpt={job.config.ckpt}: fit takes no checkpoint; continue a run with run_dir=ITS_DIRECTORY."
         )
-    config, data = complete(plain(job.config))
-    assembly = assemble(config)
+    command = plain(job.config)
+    path = Path(command["run_dir"])
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    # Ranks that rank 0 has started find what it decided in the directory; others are told when they have joined it.
+    continues = continues_run(path, command["resume"]) if first else LastWords.inherited() is not None
+    resolved = _taken_up(job, path, command) if continues else resolve(command, trains=True)
+    checkpoint = latest_checkpoint(path) if continues else None
+    assembly = assemble(resolved, resumed_step=_step(checkpoint) if first else None)
     outside = join(assembly.trainer)
-    if (outside.rank if outside else getattr(rank_zero_only, "rank", 0)) != 0:
-        return _run_other_rank(job, config, data, assembly, outside)
-    with contextlib.ExitStack() as stack, losses_ended(assembly.trainer, Path(config["run_dir"])):
+    if not (outside.rank == 0 if outside else first):
+        return _run_other_rank(path, resolved, assembly, checkpoint, outside)
+    with contextlib.ExitStack() as stack, losses_ended(assembly.trainer, path):
         with outside.refusals_told() if outside else contextlib.nullcontext():
-            directory = RunDirectory(config["run_dir"], resume=config["resume"])
+            directory = RunDirectory(path, resume=command["resume"])
             stack.callback(directory.close)
-            checkpoint = directory.checkpoint()
-            if directory.resumes:
-                config, data = _take_up(job, directory.path, config, data)
-                assembly = assemble(config, resumed_step=_step(checkpoint))
+            if directory.resumes != continues or directory.checkpoint() != checkpoint:
+                raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
                 load_checkpoint(checkpoint)  # refuses a damaged one in one sentence
             if outside:
                 check_world(assembly.trainer, outside.world_size)
         if outside:
-            outside.tell(Decision(config, checkpoint))
-        return _recorded(directory, config, data, assembly, checkpoint)
+            outside.tell(Decision(resolved.config, checkpoint))
+        return _recorded(directory, resolved, assembly, checkpoint)
 
 
 def _run_other_rank(
-    job: Job, config: dict[str, Any], data: L.LightningDataModule, assembly: Assembly, outside: Outside | None
+    path: Path, resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None, outside: Outside | None
 ) -> float | None:
-    """The first rank has decided: this one neither holds the directory nor writes the record."""
-    path = Path(config["run_dir"])
-    with losses_ended(assembly.trainer, path):
-        if outside:
+    """Trains as the first rank has decided: this one neither holds the directory nor writes the record."""
+    if outside:
+        with losses_ended(assembly.trainer, path):
             decision = outside.hear()
             checkpoint = decision.checkpoint
-            config, data = complete(decision.config)
-            assembly = assemble(config)
-        else:
-            checkpoint = latest_checkpoint(path)
-            if (path / "config.yaml").exists():
-                config, data = _take_up(job, path, config, data)
-                assembly = assemble(config)
+            if decision.config != resolved.config:  # rank 0 continues an earlier run
+                resolved = resolve(decision.config, trains=True)
+                assembly = assemble(resolved)
     with losses_ended(assembly.trainer, path), watched(assembly.trainer, path):
         try:
-            return _train(config, data, assembly, checkpoint)
+            return _train(resolved, assembly, checkpoint)
         except RunInterrupted as stop:
             # An error here would make the first rank end as for a loss, before it could write its record.
             raise Interrupted("", 0) from stop
 
 
-def _take_up(
-    job: Job, path: Path, config: dict[str, Any], data: L.LightningDataModule
-) -> tuple[dict[str, Any], L.LightningDataModule]:
-    """The saved configuration, if the command says nothing else than over what the run is spread from now on."""
+def _taken_up(job: Job, path: Path, command: dict[str, Any]) -> ResolvedRun:
+    """Resolves the saved configuration, if the command changes nothing but over what the run is spread."""
     keys = [key_of(override) for override in job.overrides]
-    said = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
-    only_spread = all(map(is_spread, said))
+    changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
+    only_spread = all(map(is_spread, changed))
     # What is run then is the saved configuration, not the command's.
-    saved = saved_config(path, trust=config["trust_config"] or not only_spread)
+    saved = saved_config(path, trust=command["trust_config"] or not only_spread)
     if only_spread:
-        taken = spread_anew(saved, config, said)
-        return complete({**taken, "resume": config["resume"], "trust_config": config["trust_config"]})
-    different = differences(saved, config)
+        config = spread_anew(saved, command, changed)
+        return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, trains=True)
+    resolved = resolve(command, trains=True)
+    different = differences(saved, resolved.config)
     if different:
         raise RunDirectoryError(
             f"run_dir={path} holds an interrupted run with another configuration ({'; '.join(different[:5])}"
             f"{'; ...' if len(different) > 5 else ''}); leave the overrides out to continue it, choose another "
             "run_dir, or replace it with resume=never."
         )
-    return config, data
+    return resolved
 
 
 def _step(checkpoint: Path | None) -> int | None:
@@ -121,20 +119,15 @@ def _step(checkpoint: Path | None) -> int | None:
 
 
 def _recorded(
-    directory: RunDirectory,
-    config: dict[str, Any],
-    data: L.LightningDataModule,
-    assembly: Assembly,
-    checkpoint: Path | None,
+    directory: RunDirectory, resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None
 ) -> float | None:
     """Trains with run.json kept up to date, whatever happens."""
-    cost = model_cost(build_meta_model(config), attention_context(config))
     earlier = directory.record.get("seconds", {}).get("total", 0.0) if directory.resumes else 0.0
-    record = start_record(config, cost)
+    record = start_record(resolved.config, resolved.cost)
     if directory.resumes:
         record["started"] = directory.record.get("started", record["started"])
         _log.info("continues the run in %s", directory.path)
-    directory.save_config(config)
+    directory.save_config(resolved.config)
     directory.save_record(record)
     began = time.perf_counter()
     reset_peak_memory()
@@ -152,7 +145,7 @@ def _recorded(
 
     with losses_ended(assembly.trainer, directory.path), watched(assembly.trainer, directory.path, close_record):
         try:
-            loss = _train(config, data, assembly, checkpoint)
+            loss = _train(resolved, assembly, checkpoint)
         except BaseException as error:
             # Lightning turns a KeyboardInterrupt inside the Trainer into SystemExit.
             stopped = isinstance(error, SystemExit) and assembly.trainer.interrupted
@@ -176,16 +169,11 @@ def _exit_code(stop: BaseException) -> int:
     return 128 + next((number for number in _SIGNALS if number.name == str(stop)), signal.SIGINT)
 
 
-def _train(
-    config: dict[str, Any],
-    data: L.LightningDataModule,
-    assembly: Assembly,
-    checkpoint: Path | None,
-) -> float | None:
+def _train(resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None) -> float | None:
     """Builds the data, fits, tests; `assembly.record` watches."""
-    trainer, callbacks = assembly.trainer, assembly.callbacks
-    L.seed_everything(config["seed"], workers=True, verbose=False)
-    module = LanguageModule(config)
+    trainer, callbacks, data = assembly.trainer, assembly.callbacks, resolved.data
+    L.seed_everything(resolved.config["seed"], workers=True, verbose=False)
+    module = LanguageModule(resolved.config)
     with losses_named(trainer), _stops_gracefully(trainer, callbacks):
         data.prepare_data()
         trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))

@@ -1,4 +1,4 @@
-"""`info`: what configurations cost, from shapes alone, side by side; nothing is allocated, built or written."""
+"""`info`: what configurations cost, from shapes alone, side by side; nothing is allocated or written."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pkm_lightning.build.model import attention_context, build_meta_model, placed_layers
+from pkm_lightning.build.model import placed_layers
+from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.build.sizing import sized_knob
-from pkm_lightning.cli.assembly import complete
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.plan_rows import describe_plan, plan_rows
 from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.cli.variants import compose_variant
 from pkm_lightning.errors import ConfigError, PkmError, check_choice
-from pkm_lightning.model import model_cost
 from pkm_lightning.training.run_record import start_record
 from pkm_lightning.training.table_learning import optimizer_state_bytes
 
 
 def run(job: Job) -> None:
-    """Prints the figures as a table, one column a variant, or as JSON with `format=json` (a list for several)."""
+    """Prints the figures as a table, one column per variant, or as JSON with `format=json` (a list for several)."""
     check_choice("format", str(job.config.format), ("text", "json"))
     if not job.variants:
-        described = {"": describe(complete(plain(job.config))[0])}
+        described = {"": describe(resolve(plain(job.config)))}
     else:
         described = {name: _describe_variant(name, job) for name in job.variants}
     if job.config.format == "json":
@@ -51,13 +50,13 @@ def run(job: Job) -> None:
 def _describe_variant(name: str, job: Job) -> dict[str, Any]:
     config = plain(compose_variant(name, job.overrides))
     try:
-        return describe(complete(config)[0])
+        return describe(resolve(config))
     except PkmError as error:
         raise ConfigError(f"ffn={name}: {error}") from None
 
 
 def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and value of everything that `describe` found."""
+    """Returns label and value of everything in `figures`."""
     size = figures["table"]
     rows = cost_rows(figures)
     if figures["sized"]:
@@ -71,13 +70,12 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return rows + plan_rows(figures["plan"]) if "plan" in figures else rows
 
 
-def describe(config: dict[str, Any]) -> dict[str, Any]:
-    """Parameters, FLOPs and bytes a token, table size, weight and optimizer memory of a completed configuration.
+def describe(resolved: ResolvedRun) -> dict[str, Any]:
+    """Returns parameters, FLOPs and bytes per token, table size, weight and optimizer memory.
 
     For several devices also `plan`: what each of them holds and receives.
     """
-    model = build_meta_model(config)
-    cost = model_cost(model, attention_context(config))
+    config, model, cost = resolved.config, resolved.model, resolved.cost
     record = start_record(config, cost)
     shared = ("ffn", "params", "flops_per_token", "bytes_per_token", "unknown_cost")
     itemsize = next(model.parameters()).element_size()
@@ -88,5 +86,5 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
         "table": {"rows": cost.table_rows, "dim": cost.table_dim, "bytes": cost.table_params * itemsize},
         "weight_bytes": cost.params_total * itemsize,
         "optimizer_bytes": optimizer_state_bytes(model, config),
-        **describe_plan(model, config),
+        **describe_plan(resolved),
     }

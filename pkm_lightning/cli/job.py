@@ -1,7 +1,8 @@
 """One Hydra job: its run directory, and a command line that Lightning can start the other ranks with.
 
-Lightning starts ranks 1.. by running `sys.argv` again. What Hydra was given will not do: the verb has been split off,
-`-m` would start the whole sweep in every rank, and a time in the run directory's name differs between ranks.
+Lightning starts ranks 1, 2, ... by running `sys.argv` again. The command line that Hydra was given cannot serve for it:
+the verb has been split off, `-m` would start the whole sweep in every rank, and a time in the name of the run directory
+differs between ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from hydra._internal.utils import get_args_parser
@@ -30,7 +32,7 @@ _RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RA
 
 @dataclass(frozen=True)
 class JobFailure:
-    """How a job ended that did not succeed."""
+    """The end of a job that did not succeed: what to print, and the exit code."""
 
     message: str
     exit_code: int
@@ -42,9 +44,9 @@ class Job:
     Args:
         verb: the verb under way.
         arguments: the command line after the verb.
-        config: the composed configuration; `run_dir` becomes absolute here.
+        config: the composed configuration; its `run_dir` becomes absolute.
         variants: names of several FFNs, where the verb takes them; `config` is that of the first.
-        given: the same command line as it was given, with all of those names.
+        given: the command line as the user typed it, with all of those names.
 
     Attributes:
         config: the same, struct-locked.
@@ -64,7 +66,7 @@ class Job:
         self.arguments, self.given = arguments, list(given or arguments)
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)
-        # What was saved knows the resolved `trainer.devices` only, which is what counts.
+        # A saved configuration holds `trainer.devices`, which `devices` is an alias of.
         if self.names("devices") and not self.names("trainer.devices"):
             self.overrides.append(f"trainer.devices={config.trainer.devices}")
         _leave_comparison(self)
@@ -78,7 +80,7 @@ class Job:
             config.run_dir = str(Path(run_dir).absolute())
 
     def names(self, key: str) -> bool:
-        """True if the command line sets `key`."""
+        """Returns whether the command line sets `key`."""
         return says(self.overrides, key)
 
     def execute(self, run: Callable[[Job], float | None], failures: list[JobFailure]) -> float | None:
@@ -108,26 +110,26 @@ class Job:
 
     @property
     def flags(self) -> list[str]:
-        """What the command line says of where configurations are found, for another command like it."""
+        """Hydra's flags that name where configurations lie, for another command like this one."""
         given = get_args_parser().parse_args(self.arguments)
         names = [name for name in ("config_dir", "config_path", "config_name") if getattr(given, name)]
         return [*(f"--{name.replace('_', '-')}={getattr(given, name)}" for name in names), *searchpath_overrides()]
 
     def _rank_command(self) -> list[str]:
-        own = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
-        return [sys.argv[0], self.verb, *self.flags, *own, f"run_dir={quoted(str(self.config.run_dir))}"]
+        overrides = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
+        return [sys.argv[0], self.verb, *self.flags, *overrides, f"run_dir={quoted(str(self.config.run_dir))}"]
 
 
 def searchpath_overrides() -> list[str]:
-    """What the command line adds to Hydra's search path, for another composition like it."""
+    """Returns what the command line adds to Hydra's search path, for another composition like this one."""
     return [o for o in HydraConfig.get().overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
 
 
 def _leave_comparison(job: Job) -> None:
-    """Takes from `job` what an experiment says of a comparison, if its verb makes none.
+    """Removes the keys of a comparison, which an experiment sets, from a `job` whose verb makes none.
 
     Raises:
-        ConfigError: the command line says it.
+        ConfigError: the command line sets one of them.
     """
     if job.verb in ("compare", "report"):
         return
@@ -138,8 +140,8 @@ def _leave_comparison(job: Job) -> None:
             job.config.pop(key, None)
 
 
-def plain(config: DictConfig) -> dict[str, object]:
-    """The configuration as plain dicts and lists with every interpolation resolved.
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Returns the configuration as plain dicts and lists with every interpolation resolved.
 
     Raises:
         ConfigError: a mandatory value (`???`) was not given.
@@ -148,13 +150,14 @@ def plain(config: DictConfig) -> dict[str, object]:
     if missing:
         key = missing[0]
         raise ConfigError(f"{key} is not set; give it as {key}=VALUE.")
+    # Plain types only: a checkpoint that holds an OmegaConf object is refused by torch.load(weights_only=True).
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
-#: What libraries say of each other's names, or of what this package does by other means.
-_BESIDE_THE_POINT = (
+#: Warnings of libraries about each other's names, or about what this package does by other means.
+_IRRELEVANT_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
     "Checkpoint directory .* exists and is not empty",
     r".*torch\.distributed\..* is deprecated",
@@ -164,15 +167,15 @@ _BESIDE_THE_POINT = (
 
 
 def _quieten_libraries() -> None:
-    """Leaves out Lightning's tips, deprecations inside libraries, and surprise at the files of a resumed run."""
+    """Silences Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _BESIDE_THE_POINT:
+    for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
 def _leave_process_group(before: dict[str, str | None]) -> None:
-    """Lets the next job of a sweep start its own group; what was set from outside stays."""
+    """Lets the next job of a sweep start its own process group; variables that were set from outside stay."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     for name, value in before.items():

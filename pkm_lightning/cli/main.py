@@ -1,6 +1,6 @@
 """Splits off the verb, lets Hydra compose the configuration, runs the verb, and prints errors in one line.
 
-A verb's module has `run(job)`; what it raises as `PkmError` reaches the user without a traceback.
+The module of a verb has `run(job)`; a `PkmError` that it raises reaches the user without a traceback.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from pkm_lightning.cli.composition_errors import explain
-from pkm_lightning.cli.job import Job, JobFailure
-from pkm_lightning.cli.variants import split_variants
 from pkm_lightning.errors import PkmError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from pkm_lightning.cli.job import JobFailure
 
 VERBS = {
     "fit": "train a model; an interrupted run in the same run_dir is resumed",
@@ -46,7 +44,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `argv` (the process's own by default).
+    """Runs `argv`, by default that of the process.
 
     Exits with 0 on success, 2 on an error that is the user's to mend, 75 if another process of the run was lost, 130,
     138 or 143 after an interruption.
@@ -68,6 +66,15 @@ def _usage() -> str:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    # Not at the top: `--help` and a mistyped verb are answered without Hydra, which takes half a second to import.
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pkm_lightning.cli.composition_errors import explain
+    from pkm_lightning.cli.job import Job, JobFailure
+    from pkm_lightning.cli.variants import split_variants
+
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     given = arguments
@@ -86,7 +93,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
         try:
             made = Job(verb, arguments, config, variants, given)
-        except PkmError as error:  # which Hydra would announce in a line of its own
+        except PkmError as error:  # Hydra would print a line of its own before it
             failures.append(JobFailure(str(error), 2))
             return None
         return made.execute(run, failures)

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pkm_lightning.capacity import check_memory, make_plan
+from pkm_lightning.capacity import check_memory
 
 if TYPE_CHECKING:
+    from pkm_lightning.build.run import ResolvedRun
     from pkm_lightning.capacity import Plan
-    from pkm_lightning.model import Transformer
 
 _HELD = {
     "dense_weights": "  dense weights, embedding included",
     "dense_gradients": "  dense gradients",
     "dense_states": "  dense optimizer states",
-    "gathered_weights": "  weights gathered for a while",
+    "gathered_weights": "  weights gathered temporarily",
     "table_part": "  part of the tables",
     "table_gradients": "  gradient of that part",
     "table_states": "  optimizer states of that part",
     "staged_reads": "  staged reads of a step",
-    "merged_replicas": "  what replicas have sent, merged",
+    "merged_replicas": "  merged gradients of the replicas",
     "usage_counters": "  counters of slot usage",
 }
 _RECEIVED = {
@@ -30,21 +30,21 @@ _RECEIVED = {
     "table_forward": "  table, forward",
     "table_backward": "  table, backward",
     "replicas": "  table gradients between replicas, uniform reads",
-    "row_statistics": "  sums over rows of row_adagrad, uniform reads",
+    "row_statistics": "  sums over whole rows, uniform reads",
 }
 
 
-def describe_plan(model: Transformer, config: dict[str, Any]) -> dict[str, Any]:
-    """The key `plan` of `info`'s figures; empty for one process of which no limit was said.
+def describe_plan(resolved: ResolvedRun) -> dict[str, Any]:
+    """Returns the key `plan` of `info`'s figures; empty for one process without a limit of memory.
 
     Raises:
         ConfigError: it needs more memory than `device_memory`, or than the CUDA device has.
     """
-    plan, said = make_plan(model, config), config.get("device_memory")
+    plan, config = resolved.plan, resolved.config
     alone = plan.setting.strategy == "single" and plan.setting.world == 1
     limit = _device_memory(config)
-    if limit is not None and (said is not None or not alone):
-        check_memory(plan, limit, model, config)
+    if limit is not None and (config.get("device_memory") is not None or not alone):
+        check_memory(plan, limit, resolved.model, config)
     return {} if alone else {"plan": _as_keys(plan, limit)}
 
 
@@ -72,21 +72,21 @@ def _as_keys(plan: Plan, limit: float | None) -> dict[str, Any]:
 
 
 def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and value of the key `plan`."""
+    """Returns label and value of each figure under the key `plan`."""
     table, held, host = plan["table"], plan["memory_per_device"], plan["host_memory_per_device"]
     split = "whole on each" if table["group"] == 1 else f"by {table['shard']} over {table['group']}"
     tokens = plan["tokens_per_device_and_step"]
     rows = [
         ("devices, strategy", f"{plan['devices']}, {plan['strategy']}"),
         ("tables", f"{split}, {table['copies']} copies"),
-        ("tokens a device and step", "unknown" if tokens is None else f"{tokens:,}"),
-        ("memory a device, without activations", _amount(held["total"])),
+        ("tokens per device and step", "unknown" if tokens is None else f"{tokens:,}"),
+        ("memory per device, without activations", _amount(held["total"])),
         *((label, _amount(held[key])) for key, label in _HELD.items() if held[key] != 0),
     ]
     if host["total"]:
-        rows.append(("host memory a device, for tables", _amount(host["total"])))
+        rows.append(("host memory per device, for tables", _amount(host["total"])))
     received = plan["received_per_step"]
-    rows.append(("received a device and step", _amount(received["total"])))
+    rows.append(("received per device and step", _amount(received["total"])))
     rows += [(label, _amount(received[key])) for key, label in _RECEIVED.items() if received[key] != 0]
     if plan["unknown_reads"]:
         rows.append(("without the table reads of", ", ".join(plan["unknown_reads"])))

@@ -18,7 +18,7 @@ def run(job: Job) -> None:
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
     with watched_evaluation(trainer):
-        batches = trainer.predict(module, datamodule=saved.data, ckpt_path=saved.ckpt_path) or []
+        batches = trainer.predict(module, datamodule=saved.run.data, ckpt_path=saved.ckpt_path) or []
         records = [record for batch in batches for record in batch]
         if trainer.world_size > 1:
             gathered: list[list[dict[str, object]]] = [[] for _ in range(trainer.world_size)]

@@ -1,6 +1,6 @@
-"""A run's directory: one process holds it, `run.json` says how the run stands, and old runs are resumed or refused.
+"""A run's directory: one process holds its lock, `run.json` has the run's status, earlier runs are continued or not.
 
-`"running"` without the lock means that the process was killed: the run is then resumed like an interrupted one.
+The status `"running"` without the lock means that the process was killed: that run is resumed like an interrupted one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pkm_lightning.checkpoints.latest import latest_checkpoint
 from pkm_lightning.errors import RunDirectoryError, check_choice
 from pkm_lightning.storage import hold, write_beside
 
-_OURS = (
+_FILES = (  # what a run writes, and `resume=never` removes
     "config.yaml",
     "run.json",
     "metrics.csv",
@@ -30,37 +30,31 @@ _OURS = (
 
 
 class RunDirectory:
-    """Holds the directory `path` until `close`.
+    """The directory `path`, locked until `close`.
 
     Args:
         path: created if it does not exist.
-        resume: `auto` takes up interrupted runs and refuses finished and failed ones, `always` takes up any,
-            `never` removes an earlier run's files and starts afresh.
+        resume: `auto` continues interrupted runs and refuses finished and failed ones, `always` continues any,
+            `never` removes the files of an earlier run and starts anew.
 
     Attributes:
         record: the content of an earlier `run.json`, or an empty dict.
-        resumes: an earlier run is to be continued.
+        resumes: whether an earlier run is continued.
 
     Raises:
         RunDirectoryError: it cannot be written, another process holds it, or the run in it has ended.
     """
 
     def __init__(self, path: str | Path, *, resume: str) -> None:
-        check_choice("resume", resume, ("auto", "always", "never"))
         self.path = Path(path)
         self._lock = self._acquire()
         try:
-            self.record = self._read_record()
+            self.resumes = continues_run(self.path, resume)
+            self.record = _read_record(self.path)
             if not self.record:
                 self._refuse_foreign_files()
-            self.resumes = bool(self.record) and resume != "never"
             if resume == "never":
                 self._clear()
-            elif resume == "auto" and self.record.get("status") in ("finished", "failed"):
-                raise RunDirectoryError(
-                    f"run_dir={self.path} holds a run that {self.record['status']}; choose another run_dir, "
-                    "continue it with resume=always, or replace it with resume=never."
-                )
         except BaseException:
             self.close()
             raise
@@ -70,7 +64,7 @@ class RunDirectory:
         self._lock.close()
 
     def checkpoint(self) -> Path | None:
-        """The latest checkpoint, if there is one."""
+        """Returns the latest checkpoint, if there is one."""
         return latest_checkpoint(self.path)
 
     def save_config(self, config: dict[str, Any]) -> None:
@@ -97,37 +91,54 @@ class RunDirectory:
             )
         return lock
 
-    def _read_record(self) -> dict[str, Any]:
-        file = self.path / "run.json"
-        if not file.exists():
-            return {}
-        try:
-            record = json.loads(file.read_text())
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or "status" not in record:
-            raise RunDirectoryError(f"{file} is no record of a run; choose another run_dir or start with resume=never.")
-        return record
-
     def _refuse_foreign_files(self) -> None:
-        """Without a record the directory must be empty, but for what a run leaves that was killed at its very start."""
-        found = {entry.name for entry in self.path.iterdir()} - {".lock", "config.yaml.tmp", "run.json.tmp"}
-        if found == {"config.yaml"} and "\nffn:" in (self.path / "config.yaml").read_text(errors="replace"):
+        """Refuses a directory without a record, unless it is empty or left by a run that was killed at its start."""
+        files = {entry.name for entry in self.path.iterdir()} - {".lock", "config.yaml.tmp", "run.json.tmp"}
+        if files == {"config.yaml"} and "\nffn:" in (self.path / "config.yaml").read_text(errors="replace"):
             return
-        if found:
+        if files:
             raise RunDirectoryError(
-                f"run_dir={self.path} is not empty ({', '.join(sorted(found)[:4])}) and has no run.json: it holds "
+                f"run_dir={self.path} is not empty ({', '.join(sorted(files)[:4])}) and has no run.json: it holds "
                 "something else; choose another."
             )
 
     def _clear(self) -> None:
-        for name in _OURS:
+        for name in _FILES:
             entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
+def continues_run(path: Path, resume: str) -> bool:
+    """Returns whether a run in `path` is to be continued; reads only.
+
+    Raises:
+        RunDirectoryError: the run there has ended and `resume` is `auto`, or its record is unreadable.
+    """
+    check_choice("resume", resume, ("auto", "always", "never"))
+    record = _read_record(path)
+    if resume == "auto" and record.get("status") in ("finished", "failed"):
+        raise RunDirectoryError(
+            f"run_dir={path} holds a run that {record['status']}; choose another run_dir, continue it with "
+            "resume=always, or replace it with resume=never."
+        )
+    return bool(record) and resume != "never"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    file = path / "run.json"
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "status" not in record:
+        raise RunDirectoryError(f"{file} is no record of a run; choose another run_dir or start with resume=never.")
+    return record
+
+
 def _finite(value: Any) -> Any:
-    """`value` with null for what JSON has no word for: NaN and infinities."""
+    """Returns `value` with None in place of NaN and infinities, which JSON cannot express."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a run ends with on the screen: its figures in a table, and a few questions with answers beside the truth."""
+"""The screen at the end of a run: its figures in a table, and a few questions with the answers beside the truth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.inference.recall import ItemScore
 
-#: Form, and how a reader calls it.
+#: Form, and its label.
 _FORMS = (
     ("seen", "recall, statements as seen in training"),
     ("paraphrase", "recall, paraphrases held out for the fact"),
@@ -24,7 +24,7 @@ _FORMS = (
 
 
 def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback]) -> None:
-    """Prints the table of `record` and, where questions were asked, six of them."""
+    """Prints the table of `record` and, if questions were asked, six of them."""
     console = Console()
     console.print(_figures(record))
     for callback in callbacks:
@@ -50,13 +50,13 @@ def _figures(record: dict[str, Any]) -> Table:
 
 
 def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and value of the cost figures."""
+    """Returns label and value of the cost figures."""
     params, flops, moved = record["params"], record["flops_per_token"], record["bytes_per_token"]
     rows = [
         ("parameters total / active", f"{params['total']:,} / {params['active']:,}"),
-        ("FLOPs a token, training / decoding", f"{flops['train']:,} / {flops['decode']:,}"),
+        ("FLOPs per token, training / decoding", f"{flops['train']:,} / {flops['decode']:,}"),
         ("  of which trunk", f"{flops['trunk']['train']:,} / {flops['trunk']['decode']:,}"),
-        ("bytes a token, training / decoding", f"{moved['train']:,} / {moved['decode']:,}"),
+        ("bytes per token, training / decoding", f"{moved['train']:,} / {moved['decode']:,}"),
     ]
     if record["unknown_cost"]:
         rows.append(("without the cost of", ", ".join(record["unknown_cost"])))
@@ -75,7 +75,7 @@ def _answers(scores: Sequence[ItemScore]) -> Table:
 
 
 def _spread(scores: Sequence[ItemScore], form: str) -> list[ItemScore]:
-    """Three of a form, of different relations where there are several, chosen by position and not by success."""
+    """Returns three scores of a form, of different relations if possible, by position and not by success."""
     by_relation: dict[str, ItemScore] = {}
     for score in scores:
         if score.form == form:

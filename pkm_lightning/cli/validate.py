@@ -19,7 +19,7 @@ def run(job: Job) -> float | None:
     trainer, module = saved.trainer(), saved.module()
     evaluate = trainer.validate if job.verb == "validate" else trainer.test
     with watched_evaluation(trainer):
-        results = evaluate(module, datamodule=saved.data, ckpt_path=saved.ckpt_path, verbose=False)
+        results = evaluate(module, datamodule=saved.run.data, ckpt_path=saved.ckpt_path, verbose=False)
     metrics = {k: float(v) for result in results for k, v in result.items()}
     if trainer.is_global_zero:
         table = Table(title=f"{job.verb} {saved.path}", show_header=False)

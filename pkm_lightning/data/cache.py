@@ -1,7 +1,7 @@
-"""A cache folder is either complete or absent: built beside its place under a lock, then renamed into it.
+"""Cache folders that are either complete or absent: built under a lock in a temporary folder, then renamed.
 
-Its name is a hash of everything that determines its content; `manifest.json` inside says what that was, where the data
-came from and how large every file must be, so that a damaged folder is noticed and built again.
+The name is a hash of everything that determines the content. `manifest.json` records these arguments, the sources of
+the data and the size of every file, so that a damaged folder is noticed and built again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 from pkm_lightning.errors import DataError
 from pkm_lightning.storage import flush
 
+#: Raised by incompatible changes of the files in a cache folder: older folders are then never found.
 FORMAT_VERSION = 1
-"""Counts incompatible changes of the files inside a cache folder; older folders are then simply not found."""
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,10 @@ class Source:
     """One input of a build.
 
     Attributes:
-        name: package or path, for people.
+        name: package or path, for display.
         version: version of the package, or "".
-        licence: what the data may be used for, or "".
-        attribution: the sentence that the licence asks for, or "".
+        licence: licence of the data, or "".
+        attribution: the sentence that the licence requires, or "".
         files: sha256 of every source file, by name.
     """
 
@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What determines a cache folder.
+    """The arguments that determine the content of a cache folder.
 
     Attributes:
         kind: the readable part of the folder's name.
@@ -58,23 +58,23 @@ class CacheKey:
     arguments: Mapping[str, Any]
 
     def folder_name(self) -> str:
-        """`kind` and 16 digits of the hash."""
+        """Returns `kind` and 16 digits of the hash."""
         text = json.dumps({"format": FORMAT_VERSION, **self.arguments}, sort_keys=True)
         return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Returns the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_cache(root: Path, key: CacheKey, build: Callable[[Path], list[Source]]) -> Path:
-    """The folder for `key`, built if it is missing or damaged. Any number of processes may ask at once.
+    """Returns the folder for `key`, built if it is missing or damaged; any number of processes may call at once.
 
     Args:
         root: `data.cache_dir`.
-        key: what determines the content.
+        key: the arguments that determine the content.
         build: fills an empty folder and returns its sources.
 
     Raises:
@@ -86,6 +86,7 @@ def open_cache(root: Path, key: CacheKey, build: Callable[[Path], list[Source]])
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{folder.name}.lock"):
+            # Another process may have built it while this one waited.
             if not _is_complete(folder):
                 _build(folder, key, build)
     except OSError as error:
@@ -97,7 +98,7 @@ def open_cache(root: Path, key: CacheKey, build: Callable[[Path], list[Source]])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete cache folder."""
+    """Returns the manifest of a complete cache folder."""
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return manifest
 
@@ -107,7 +108,7 @@ def _is_complete(folder: Path) -> bool:
         files: dict[str, dict[str, Any]] = read_manifest(folder)["files"]
         return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
     except (OSError, ValueError, KeyError):
-        return False
+        return False  # absent, not JSON, or a manifest of something else
 
 
 @contextmanager
@@ -120,12 +121,13 @@ def _locked(path: Path) -> Iterator[None]:
 def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]]) -> None:
     if folder.exists():
         log.warning("The cache folder %s is damaged and is built again.", folder)
-    # The lock is held: whatever bears this name was left by a build that was killed.
+    # The lock is held, so a folder of this name was left by a build that was killed.
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     sources = build(part)
     _write_manifest(part, key, sources)
+    # On disk before the rename: after a loss of power the name must not stand for files without content.
     for path in [*part.iterdir(), part]:
         flush(path)
     if folder.exists():

@@ -1,7 +1,7 @@
-"""The DataModule that all data sets share: exact order, exact resume, equal batches for any number of ranks.
+"""The data module that tokenised data sources share: exact order, exact resume, equal batches for any number of ranks.
 
-A data set says what determines it, how its cache folder is built, and which rows the folder holds. Where training
-stands is one number, the samples consumed by all ranks together.
+A subclass defines what determines its cache folder, how the folder is built, and which sequences it holds. The state of
+training is one number: the sequences that all ranks together have consumed.
 """
 
 from __future__ import annotations
@@ -14,35 +14,42 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from pkm_lightning.data.batch import Batch, RowSource, as_is
+from pkm_lightning.data.base import Batch
+from pkm_lightning.data.batch import SequenceSource, as_is
 from pkm_lightning.data.cache import CacheKey, Source, open_cache, read_manifest
 from pkm_lightning.data.order import EpochOrder, ShareBatchSampler, StepBatchSampler, micro_batch_size
 from pkm_lightning.data.prompts import PromptBatches, collect_prompts
-from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
 from pkm_lightning.errors import ConfigError, DataError, check_range
+
+__all__ = ["Splits", "TokenDataModule", "TokenOptions"]
 
 log = logging.getLogger(__name__)
 
 
-class LoaderOptions(TypedDict):
-    """The keys that every data set has.
+class TokenOptions(TypedDict):
+    """The configuration keys that every tokenised data source has.
 
     Attributes:
-        seq_len: tokens a row, T.
-        global_batch_size: rows per optimizer step, over all ranks and micro-batches.
+        tokenizer: `bpe`, `bytes`, or the path of a `tokenizer.json`.
+        vocab_size: tokens of a `bpe` vocabulary, 258 or more.
+        seq_len: tokens per sequence, T.
+        global_batch_size: sequences per optimizer step, over all ranks and micro-batches.
         num_workers: loader processes per rank; 0 loads in the training process.
-        order_seed: decides the order of the training rows, not which rows there are.
-        cache_dir: where built data are kept.
+        order_seed: decides the order of the training sequences, not which sequences there are.
+        cache_dir: where prepared data are kept.
         prompts: texts for `predict`.
         prompts_file: a file of further prompts, or None.
     """
 
+    tokenizer: str
+    vocab_size: int
     seq_len: int
     global_batch_size: int
     num_workers: int
@@ -54,82 +61,86 @@ class LoaderOptions(TypedDict):
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows of a prepared data set.
+    """The sequences of a prepared data source.
 
     Attributes:
-        tokenizer: what the ids mean.
-        train: training rows, and `order` the epochs over them.
-        validation: validation rows, and `validation_keys` all of them in a fixed order.
+        tokenizer: the meaning of the ids.
+        train: training sequences, and `order` the epochs over them.
+        validation: validation sequences, and `validation_keys` all of their keys in a fixed order.
     """
 
     tokenizer: Tokenizer
-    train: RowSource
+    train: SequenceSource
     order: EpochOrder
-    validation: RowSource
+    validation: SequenceSource
     validation_keys: Sequence[Any]
 
 
 class TokenDataModule(LightningDataModule):
-    """Base of the data sets; a subclass gives `vocab_size`, `cache_key`, `build` and `load`.
+    """Base of tokenised data sources; a subclass defines `cache_key`, `build` and `load`.
 
     Args:
-        loader: see `LoaderOptions`.
+        options: see `TokenOptions`.
 
     Raises:
-        ConfigError: for a value out of range.
+        ConfigError: for a missing or unknown key, or a value out of range.
     """
 
     #: Every rank can always make another training batch.
     endless = True
 
-    def __init__(self, **loader: Any) -> None:
+    def __init__(self, **options: Unpack[TokenOptions]) -> None:
         super().__init__()
-        unknown = sorted(set(loader) ^ LoaderOptions.__required_keys__)
-        if unknown:
+        wrong = sorted(set(options) ^ TokenOptions.__required_keys__)
+        if wrong:
             raise ConfigError(
-                f"data has missing or unknown keys: {', '.join(unknown)}; the loader keys are "
-                f"{', '.join(sorted(LoaderOptions.__required_keys__))}."
+                f"data has missing or unknown keys: {', '.join(wrong)}; besides its own, every token data source has "
+                f"the keys {', '.join(sorted(TokenOptions.__required_keys__))}."
             )
-        for key, low in {"seq_len": 2, "global_batch_size": 1, "num_workers": 0, "order_seed": 0}.items():
-            check_range(f"data.{key}", loader[key], low=low)
-        self.seq_len: int = loader["seq_len"]
-        self.global_batch_size: int = loader["global_batch_size"]
-        self.num_workers: int = loader["num_workers"]
-        self.order_seed: int = loader["order_seed"]
-        self.cache_dir = Path(os.path.expandvars(loader["cache_dir"])).expanduser()
-        if isinstance(loader["prompts"], str):
-            raise ConfigError(f"data.prompts={loader['prompts']} is one text; give a list: data.prompts=[...].")
-        self._prompts: Sequence[str] = loader["prompts"]
-        self._prompts_file: str | None = loader["prompts_file"]
+        self.seq_len = options["seq_len"]
+        self.global_batch_size = options["global_batch_size"]
+        self.num_workers = options["num_workers"]
+        self.order_seed = options["order_seed"]
+        check_range("data.seq_len", self.seq_len, low=2)
+        check_range("data.global_batch_size", self.global_batch_size, low=1)
+        check_range("data.num_workers", self.num_workers, low=0)
+        check_range("data.order_seed", self.order_seed, low=0)
+        # Hydra passes `~` and `$VARIABLE` through as they were typed.
+        self.cache_dir = Path(os.path.expandvars(options["cache_dir"])).expanduser()
+        if isinstance(options["prompts"], str):
+            raise ConfigError(f"data.prompts={options['prompts']} is one text; set a list: data.prompts=[...].")
+        self._prompts = options["prompts"]
+        self._prompts_file = options["prompts_file"]
+        self.tokenizer_choice = TokenizerChoice(options["tokenizer"], options["vocab_size"])
         self._folder: Path | None = None
         self._splits: Splits | None = None
         self._loaded_samples = 0
         # The batch counter at which `_loaded_samples` was right; None until the trainer has restored its counters.
         self._loaded_batches: int | None = 0
 
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of ids a model must provide for; known before anything is built, every id is below it."""
-
     @abstractmethod
     def cache_key(self) -> CacheKey:
-        """What determines the cache folder."""
+        """Returns what determines the content of the cache folder."""
 
     @abstractmethod
     def build(self, folder: Path) -> list[Source]:
-        """Fill the empty `folder` and return where the data came from."""
+        """Fills the empty `folder` and returns where the data came from."""
 
     @abstractmethod
     def load(self, folder: Path) -> Splits:
-        """The rows of a complete `folder`."""
+        """Returns the sequences of a complete `folder`."""
 
     def view(self) -> dict[str, Any]:
-        """Arguments that change the rows but not the cache folder; part of the fingerprint."""
+        """Returns the arguments that change the sequences but not the cache folder; part of the fingerprint."""
         return {"seq_len": self.seq_len}
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that a model must provide for; known before anything is built, every id is below it."""
+        return self.tokenizer_choice.vocab_size()
+
     def cache_folder(self) -> Path:
-        """The complete cache folder, built now if need be."""
+        """Returns the complete cache folder, which is built if it is missing."""
         # Remembered, so that a source file edited during a run does not change the data under it.
         if self._folder is None:
             self._folder = open_cache(self.cache_dir, self.cache_key(), self.build)
@@ -137,7 +148,7 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the source files, the produced files and the arguments, but not of the order; builds if need be."""
+        """sha256 of source files, produced files and arguments, but not of the order; builds what is missing."""
         manifest = read_manifest(self.cache_folder())
         content = {"sources": manifest["sources"], "files": manifest["files"], "view": self.view()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -149,23 +160,26 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def splits(self) -> Splits:
-        """The rows, after `prepare_data` or `setup`."""
+        """The sequences, after `prepare_data` or `setup`."""
         if self._splits is None:
             raise ConfigError("The data are not prepared; call prepare_data() or setup() of the DataModule first.")
         return self._splits
 
     def prepare_data(self) -> None:
-        """Build the cache folder if it is missing; several processes may do so at once."""
+        """Builds the cache folder if it is missing; several processes may do so at once."""
         self._splits = self.load(self.cache_folder())
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the cache folder, and refuse a global batch that does not divide over the ranks."""
+        """Opens the cache folder, and refuses a global batch that does not divide over the ranks."""
+        # Lightning calls `prepare_data` on one rank per node only.
         if self._splits is None:
             self._splits = self.load(self.cache_folder())
+        # For its refusal, before a loader or a worker exists.
         self._micro_batch_size()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Endless micro-batches of this rank, from the position where training stands."""
+        """Returns endless micro-batches of this rank, from the position where training stands."""
+        # Lightning restores the loops' counters after `load_state_dict` and before it asks for this loader.
         if self._loaded_batches is None:
             self._loaded_batches = self._trained_batches()
         rank, world_size = self._rank_and_world_size()
@@ -179,7 +193,7 @@ class TokenDataModule(LightningDataModule):
         return self._loader(self.splits.train, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """One pass over the validation rows, shared out over the ranks."""
+        """Returns one pass over the validation sequences, shared out over the ranks."""
         rank, world_size = self._rank_and_world_size()
         sampler = ShareBatchSampler(
             self.splits.validation_keys, rank=rank, world_size=world_size, batch_size=self._micro_batch_size()
@@ -187,11 +201,11 @@ class TokenDataModule(LightningDataModule):
         return self._loader(self.splits.validation, sampler)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The validation rows."""
+        """Returns the validation sequences."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> PromptBatches:
-        """The prompts of this rank; index -1 marks a filler.
+        """Returns the prompts of this rank; index -1 marks a filler.
 
         Raises:
             ConfigError: if there are no prompts.
@@ -203,20 +217,25 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def position(self) -> int:
-        """Samples consumed by all ranks since the start of training; loader prefetching does not count."""
+        """Sequences consumed by all ranks since the start of training; loader prefetching does not count."""
         if self._loaded_batches is None:
             return self._loaded_samples
         batches = self._trained_batches() - self._loaded_batches
-        if batches < 0:  # a new trainer that starts from nothing
+        # A new trainer counts from 0: this data module has been used before, and training starts from nothing.
+        if batches < 0:
             return self._trained_batches() * self._batch_stride()
         return self._loaded_samples + batches * self._batch_stride()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in samples, and what it is a position in."""
+        """Returns the position in sequences, and the order and data that it is a position in."""
         return {"samples": self.position, "order_seed": self.order_seed, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at a saved position, also with other ranks and micro-batches than before."""
+        """Continues at a saved position, also with other ranks and micro-batches than before.
+
+        Raises:
+            DataError: the position is one in other data.
+        """
         if state_dict.get("fingerprint") != self.fingerprint:
             raise DataError(
                 "The data are not those that the checkpoint was trained on: a source or a data.* key has changed "
@@ -227,7 +246,7 @@ class TokenDataModule(LightningDataModule):
         self._loaded_samples = int(state_dict["samples"])
         self._loaded_batches = None
 
-    def _loader(self, source: RowSource, sampler: StepBatchSampler | ShareBatchSampler) -> DataLoader[Batch]:
+    def _loader(self, source: SequenceSource, sampler: StepBatchSampler | ShareBatchSampler) -> DataLoader[Batch]:
         return DataLoader(
             source,  # type: ignore[arg-type]  # a DataLoader that finds __getitems__ needs no other method
             batch_sampler=sampler,
@@ -252,4 +271,5 @@ class TokenDataModule(LightningDataModule):
         return self._micro_batch_size() * self._rank_and_world_size()[1]
 
     def _trained_batches(self) -> int:
+        # `ready` and not `completed`: Lightning 2.6 writes checkpoints before it counts their last batch as completed.
         return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.ready

@@ -1,4 +1,4 @@
-"""Finding and reading the user's files: every complaint names the file, and the line or byte where it can."""
+"""Finding and reading the user's files: every error names the file, and the line or byte where it can."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pkm_lightning.errors import ConfigError, DataError
 
 
 def find_files(path: str | Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """The files that `data.path` means, sorted within each entry, none twice.
+    """Returns the files that `data.path` names, sorted within each entry, none twice.
 
     Args:
         path: a file, a directory (searched to any depth for `suffixes`), a glob (`**` spans directories), or a list.
@@ -26,39 +26,42 @@ def find_files(path: str | Sequence[str], suffixes: Sequence[str]) -> list[Path]
     entries = [path] if isinstance(path, str) else list(path)
     if not entries:
         raise ConfigError("data.path=[] names no files; give a file, a directory, a glob or a list of them.")
-    found: dict[Path, None] = {}
+    # A dict as an ordered set: a file may match several entries.
+    files: dict[Path, None] = {}
     for entry in entries:
-        found.update(dict.fromkeys(_matches(str(Path(entry).expanduser()), suffixes)))
-    return list(found)
+        files.update(dict.fromkeys(_matches(str(Path(entry).expanduser()), suffixes)))
+    return list(files)
 
 
 def _matches(entry: str, suffixes: Sequence[str]) -> list[Path]:
-    wanted = ", ".join(f"*{suffix}" for suffix in suffixes)
+    patterns = ", ".join(f"*{suffix}" for suffix in suffixes)
     if Path(entry).is_dir():
         files = sorted(file for file in Path(entry).rglob("*") if file.suffix in suffixes and file.is_file())
+    # Before globs: the name of an existing file may hold brackets.
     elif Path(entry).exists():
         files = [Path(entry)]
     elif glob.has_magic(entry):
         files = sorted(Path(file) for file in glob.glob(entry, recursive=True) if Path(file).is_file())
     else:
-        raise DataError(f"data.path={entry} does not exist; give a file, a directory with {wanted}, or a glob.")
+        raise DataError(f"data.path={entry} does not exist; give a file, a directory with {patterns}, or a glob.")
     if not files:
-        raise DataError(f"data.path={entry} matches no file; directories are searched for {wanted}.")
+        raise DataError(f"data.path={entry} matches no file; directories are searched for {patterns}.")
     return files
 
 
 def file_identities(files: Sequence[Path]) -> list[list[Any]]:
-    """Path, size and time of change of each file: enough to notice an edit without reading."""
+    """Returns path, size and time of change of each file: enough to notice an edit without reading."""
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def read_text(file: Path) -> str:
-    """The content of a UTF-8 file.
+    """Returns the content of a UTF-8 file.
 
     Raises:
         DataError: if it cannot be read, with the byte offset of what is not UTF-8.
     """
     try:
+        # Some editors write a byte order mark.
         return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); check data.path and the permissions.") from error
@@ -67,11 +70,11 @@ def read_text(file: Path) -> str:
 
 
 def read_documents(file: Path, document_separator: int | None) -> list[str]:
-    """The documents of a text file that are not blank.
+    """Returns the documents of a text file that are not blank.
 
     Args:
         file: UTF-8 text.
-        document_separator: so many blank lines or more end a document; None makes the file one document.
+        document_separator: blank lines (or more) that end a document; None makes the file one document.
     """
     text = read_text(file)
     parts = [text] if document_separator is None else re.split(rf"\n(?:[ \t\r]*\n){{{document_separator},}}", text)
@@ -79,11 +82,12 @@ def read_documents(file: Path, document_separator: int | None) -> list[str]:
 
 
 def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .jsonl file with where they stand, as `file:line`; blank lines are skipped.
+    """Yields the objects of a .jsonl file with their place, as `file:line`; blank lines are skipped.
 
     Raises:
         DataError: naming file and line, if a line is not a JSON object.
     """
+    # Not splitlines(): JSON text may hold U+2028 and other characters that Python takes for ends of lines.
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -98,7 +102,7 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def text_field(where: str, record: dict[str, Any], field: str) -> str:
-    """The text in `field`, without surrounding white space.
+    """Returns the text in `field`, without surrounding white space.
 
     Raises:
         DataError: naming file, line and the fields present, if it is missing, blank or not text.
@@ -107,7 +111,7 @@ def text_field(where: str, record: dict[str, Any], field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         problem = "is missing" if field not in record else "is blank" if isinstance(value, str) else "is not text"
         raise DataError(
-            f"{where}: field '{field}' {problem} (fields present: {', '.join(record)}); mend the record or set "
+            f"{where}: field '{field}' {problem} (fields present: {', '.join(record)}); correct the record or set "
             "data.text_field, data.prompt_field and data.answer_field."
         )
     return value.strip()

@@ -1,7 +1,7 @@
-"""Data order as a pure function: a position counts samples consumed by all ranks together since the start of training.
+"""Data order as a pure function: a position counts the sequences that all ranks together have consumed.
 
-Everything else follows: a rank's micro-batch is a slice at a position, resuming is starting at a position, and the
-number of ranks, micro-batches or workers cannot change what one optimizer step sees.
+Everything else follows: a rank's micro-batch is a slice at a position, a resumed run starts at a position, and the
+number of ranks, micro-batches or workers cannot change the data of one optimizer step.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ from pkm_lightning.errors import ConfigError
 
 
 class EpochOrder(Protocol):
-    """Which rows an epoch holds, in which order; both methods depend on the seed and the epoch alone."""
+    """Which sequences an epoch holds, in which order; both methods depend on the seed and the epoch alone."""
 
     def size(self, epoch: int) -> int:
-        """Number of rows of this epoch, at least 1."""
+        """Returns the number of sequences of this epoch, at least 1."""
 
-    def rows(self, epoch: int) -> Sequence[Any]:
-        """The row keys of this epoch in training order."""
+    def keys(self, epoch: int) -> Sequence[Any]:
+        """Returns the keys of this epoch's sequences in training order."""
 
 
 class ShuffledOrder:
-    """Rows 0..n-1, shuffled anew in every epoch."""
+    """Keys 0..n-1, shuffled anew in every epoch."""
 
     def __init__(self, n: int, seed: int) -> None:
         self._n = n
         self._seed = seed
 
     def size(self, epoch: int) -> int:
-        """Number of rows, the same in every epoch."""
+        """Returns n, for every epoch."""
         return self._n
 
-    def rows(self, epoch: int) -> Sequence[int]:
-        """The permutation of this epoch."""
+    def keys(self, epoch: int) -> Sequence[int]:
+        """Returns the permutation of this epoch."""
         permutation: Sequence[int] = epoch_generator(self._seed, epoch).permutation(self._n).tolist()
         return permutation
 
 
 def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
-    """The random generator of one epoch."""
+    """Returns the random generator of one epoch."""
+    # PCG64 by name: the bit generator that `default_rng` stands for may change with the version of NumPy.
     return np.random.Generator(np.random.PCG64([seed, epoch]))
 
 
 class Timeline:
-    """All epochs of an order laid end to end; looks rows up by global position.
+    """All epochs of an order laid end to end, addressed by global position.
 
     Epochs may differ in size (packing), so the starts of the epochs are summed up as they are first needed.
     """
@@ -57,18 +58,18 @@ class Timeline:
         self._order = order
         self._starts = [0]
         self._epoch = -1
-        self._rows: Sequence[Any] = ()
+        self._keys: Sequence[Any] = ()
 
     def keys(self, position: int, count: int) -> list[Any]:
-        """The `count` row keys from `position` on, across epochs where needed."""
-        found: list[Any] = []
-        while len(found) < count:
-            epoch = self._find_epoch(position + len(found))
+        """Returns the `count` keys from `position` on, across epochs where needed."""
+        keys: list[Any] = []
+        while len(keys) < count:
+            epoch = self._find_epoch(position + len(keys))
             if epoch != self._epoch:
-                self._rows, self._epoch = self._order.rows(epoch), epoch
-            begin = position + len(found) - self._starts[epoch]
-            found.extend(self._rows[begin : begin + count - len(found)])
-        return found
+                self._keys, self._epoch = self._order.keys(epoch), epoch
+            begin = position + len(keys) - self._starts[epoch]
+            keys.extend(self._keys[begin : begin + count - len(keys)])
+        return keys
 
     def _find_epoch(self, position: int) -> int:
         while self._starts[-1] <= position:
@@ -77,14 +78,14 @@ class Timeline:
 
 
 class StepBatchSampler:
-    """Endless micro-batches of one rank: at global position p, rank r of W takes the b rows from p + r * b on.
+    """Endless micro-batches of one rank: at position p, rank r of W takes the b sequences from p + r * b on.
 
     Args:
-        order: the rows of every epoch.
-        start: asked for the global position whenever an iteration begins.
+        order: the sequences of every epoch.
+        start: returns the global position; called whenever an iteration begins.
         rank: this rank, 0 to `world_size` - 1.
         world_size: number of ranks that read different data.
-        micro_batch: b, rows per rank and micro-batch.
+        micro_batch: b, sequences per rank and micro-batch.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class StepBatchSampler:
         self._micro_batch = micro_batch
 
     def __iter__(self) -> Iterator[list[Any]]:
-        # Asked here and not in the generator: its body would run only after training has already moved on.
+        # Called here and not in the generator, whose body would run only after training has moved on.
         return self._batches(self._start())
 
     def _batches(self, position: int) -> Iterator[list[Any]]:
@@ -107,15 +108,16 @@ class StepBatchSampler:
 
 
 class ShareBatchSampler:
-    """One finite pass: rank r of W takes the rows r, r + W, ... of `rows`; every rank makes the same number of batches.
+    """One finite pass: rank r of W takes the keys r, r + W, ...; every rank makes the same number of batches.
 
-    A rank that runs out yields empty batches, which the row source turns into batches without targets.
+    A rank without keys left yields empty batches, which the source turns into batches without targets.
     """
 
-    def __init__(self, rows: Sequence[Any], *, rank: int, world_size: int, batch_size: int) -> None:
-        self._share = [rows[i] for i in range(rank, len(rows), world_size)]
+    def __init__(self, keys: Sequence[Any], *, rank: int, world_size: int, batch_size: int) -> None:
+        # Interleaved shares differ by one key at most; divisions below round up.
+        self._share = [keys[i] for i in range(rank, len(keys), world_size)]
         self._batch_size = batch_size
-        largest_share = -(-len(rows) // world_size)
+        largest_share = -(-len(keys) // world_size)
         self._n_batches = -(-largest_share // batch_size)
 
     def __len__(self) -> int:
@@ -127,7 +129,7 @@ class ShareBatchSampler:
 
 
 def micro_batch_size(global_batch_size: int, world_size: int, accumulate: int) -> int:
-    """Rows per rank and micro-batch.
+    """Returns the sequences per rank and micro-batch.
 
     Raises:
         ConfigError: if the global batch does not divide evenly; names the nearest size that would.

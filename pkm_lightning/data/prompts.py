@@ -1,4 +1,4 @@
-"""Prompts to generate from: given in the configuration or read from a file, shared out over the ranks."""
+"""Prompts for `predict`: set in the configuration or read from a file, shared out over the ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PromptBatch(TypedDict):
 
 
 def collect_prompts(prompts: Sequence[str], prompts_file: str | None) -> list[str]:
-    """The prompts of both keys, those given in the configuration first.
+    """Returns the prompts of both keys, those of the configuration first.
 
     Raises:
         ConfigError: if there are none.
@@ -33,15 +33,21 @@ def collect_prompts(prompts: Sequence[str], prompts_file: str | None) -> list[st
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file (one a line, blank lines skipped) or of a .jsonl file (field `prompt`)."""
+    """Returns the prompts of a text file (one per line, blank lines skipped) or of a .jsonl file (field `prompt`).
+
+    Raises:
+        DataError: if the file is missing, empty or malformed.
+    """
     if not path.is_file():
-        raise DataError(f"data.prompts_file={path} does not exist; give a text file with a prompt a line, or a .jsonl.")
+        raise DataError(
+            f"data.prompts_file={path} does not exist; set a text file with one prompt per line, or a .jsonl."
+        )
     if path.suffix == ".jsonl":
         prompts = [_prompt_field(where, record) for where, record in read_records(path)]
     else:
         prompts = [line for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
-        raise DataError(f"data.prompts_file={path} is empty; write a prompt a line.")
+        raise DataError(f"data.prompts_file={path} is empty; write one prompt per line.")
     return prompts
 
 
@@ -57,7 +63,7 @@ class PromptBatches:
 
     def __init__(self, prompts: Sequence[str], *, rank: int, world_size: int, batch_size: int) -> None:
         indices = list(range(rank, len(prompts), world_size))
-        share = -(-len(prompts) // world_size)
+        share = -(-len(prompts) // world_size)  # rounded up
         indices += [-1] * (share - len(indices))
         self._prompts = prompts
         self._batches = [indices[i : i + batch_size] for i in range(0, share, batch_size)]
@@ -66,5 +72,6 @@ class PromptBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[PromptBatch]:
+        # A filler repeats the first prompt: a forward through sharded parameters needs all ranks, and some text.
         for indices in self._batches:
             yield {"prompt": [self._prompts[max(i, 0)] for i in indices], "index": indices}

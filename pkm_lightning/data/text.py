@@ -1,48 +1,45 @@
-"""`data=text data.path=...`: any UTF-8 text as training data, cut into windows of `seq_len` tokens."""
+"""`data=text data.path=...`: UTF-8 text as training data, cut into windows of `seq_len` tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import numpy as np
 
-from pkm_lightning.data.cache import CacheKey, Source, sha256_file
-from pkm_lightning.data.datamodule import Splits, TokenDataModule
-from pkm_lightning.data.files import file_identities, find_files, read_documents
+from pkm_lightning.data.cache import CacheKey, Source
+from pkm_lightning.data.corpus import CorpusDataModule
+from pkm_lightning.data.datamodule import Splits, TokenOptions
+from pkm_lightning.data.files import file_identities, read_documents
 from pkm_lightning.data.order import ShuffledOrder
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
-from pkm_lightning.data.windows import WindowRows, chunks, write_tokens
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.windows import Windows, chunks, write_tokens
 from pkm_lightning.errors import DataError, check_range
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+__all__ = ["TextDataModule"]
 
-    from pkm_lightning.data.datamodule import LoaderOptions
-
-SUFFIXES = (".txt", ".md")
 ENOUGH_DOCUMENTS = 10
 
 
-class TextDataModule(TokenDataModule):
+class TextDataModule(CorpusDataModule):
     """Windows over the concatenated documents of text files.
 
     Validation holds whole documents where there are 10 or more, else the end of the text.
 
     Args:
         path: a file, a directory (*.txt, *.md at any depth), a glob, or a list of them.
-        document_separator: so many blank lines or more end a document; None makes each file one document.
-        val_fraction: part of the documents (or of the text) that validation gets, 0.001 to 0.5.
-        seed: decides which documents.
-        tokenizer: `bpe`, `bytes`, or the path of a `tokenizer.json`.
-        vocab_size: of a `bpe` tokenizer, 258 or more.
-        loader: see `LoaderOptions`.
+        document_separator: blank lines (or more) that end a document; None makes each file one document.
+        val_fraction: share of the documents (or of the text) that is held out for validation, 0.001 to 0.5.
+        seed: decides which documents are held out.
+        options: see `TokenOptions`.
 
     Raises:
         ConfigError: for a value out of range.
         DataError: in `prepare_data`, for text that is missing, empty, not UTF-8 or too short.
     """
+
+    suffixes = (".txt", ".md")
 
     def __init__(
         self,
@@ -51,59 +48,49 @@ class TextDataModule(TokenDataModule):
         document_separator: int | None,
         val_fraction: float,
         seed: int,
-        tokenizer: str,
-        vocab_size: int,
-        **loader: Unpack[LoaderOptions],
+        **options: Unpack[TokenOptions],
     ) -> None:
-        super().__init__(**loader)
-        check_range("data.val_fraction", val_fraction, low=0.001, high=0.5)
-        check_range("data.seed", seed, low=0)
+        super().__init__(path=path, val_fraction=val_fraction, seed=seed, **options)
         if document_separator is not None:
             check_range("data.document_separator", document_separator, low=1)
-        self.path = path if isinstance(path, str) else tuple(path)
         self.document_separator = document_separator
-        self.val_fraction = val_fraction
-        self.seed = seed
-        self._tokenizer_choice = TokenizerChoice(tokenizer, vocab_size)
-
-    @property
-    def vocab_size(self) -> int:
-        """The configured vocabulary; every id is below it."""
-        return self._tokenizer_choice.vocab_size()
 
     def cache_key(self) -> CacheKey:
-        """The files as they are now, how they are split, and the tokenizer."""
+        """Returns the state of the files, how they are split, and the tokenizer."""
         arguments = {
-            "files": file_identities(self._files()),
+            "files": file_identities(self.files()),
             "document_separator": self.document_separator,
             "val_fraction": self.val_fraction,
             "seed": self.seed,
-            "tokenizer": self._tokenizer_choice.identity(),
+            "tokenizer": self.tokenizer_choice.identity(),
         }
         return CacheKey("text", arguments)
 
     def build(self, folder: Path) -> list[Source]:
-        """Split, learn the tokenizer from the training part, and tokenise both parts."""
-        files = self._files()
-        train, validation = self._parts(files)
-        tokenizer = self._tokenizer_choice.make(lambda: (piece for text in train() for piece in chunks(text)))
+        """Splits the text, trains the tokenizer on the training part, and tokenises both parts."""
+        train, validation = self._parts(self.files())
+        tokenizer = self.tokenizer_choice.make(lambda: (piece for text in train() for piece in chunks(text)))
         tokenizer.save(folder / "tokenizer.json")
         write_tokens(folder / "train.bin", train(), tokenizer)
         write_tokens(folder / "validation.bin", validation(), tokenizer)
-        return [Source(str(self.path), files={str(file): sha256_file(file) for file in files})]
+        return self.sources()
 
     def load(self, folder: Path) -> Splits:
-        """Open both parts; refuses a part that holds less than one row."""
+        """Opens both parts.
+
+        Raises:
+            DataError: a part holds less than one sequence.
+        """
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        train = WindowRows(folder / "train.bin", tokenizer, self.seq_len)
-        validation = WindowRows(folder / "validation.bin", tokenizer, self.seq_len)
-        for part, rows, remedy in (
+        train = Windows(folder / "train.bin", tokenizer, self.seq_len)
+        validation = Windows(folder / "validation.bin", tokenizer, self.seq_len)
+        for part, windows, remedy in (
             ("training", train, "lower data.seq_len or add text"),
             ("validation", validation, "raise data.val_fraction, lower data.seq_len or add text"),
         ):
-            if len(rows) == 0:
+            if len(windows) == 0:
                 raise DataError(
-                    f"data.path={self.path}: the {part} part has {rows.n_tokens} tokens, a row of "
+                    f"data.path={self.path}: the {part} part has {windows.n_tokens} tokens, a sequence of "
                     f"data.seq_len={self.seq_len} needs {self.seq_len + 1}; {remedy}."
                 )
         return Splits(
@@ -114,32 +101,34 @@ class TextDataModule(TokenDataModule):
             validation_keys=range(len(validation)),
         )
 
-    def _files(self) -> list[Path]:
-        return find_files(self.path, SUFFIXES)
-
     def _documents(self, files: list[Path]) -> Iterator[str]:
         for file in files:
             yield from read_documents(file, self.document_separator)
 
     def _parts(self, files: list[Path]) -> tuple[Callable[[], Iterator[str]], Callable[[], Iterator[str]]]:
-        """Two functions that read the training and the validation documents anew, so that memory holds one file."""
+        """Returns two functions that read the training and the validation documents from the files.
+
+        Each call reads again, so that memory never holds more than one file.
+        """
+        # Lengths first: the number of documents decides how they are split.
         lengths = np.asarray([len(document) for document in self._documents(files)])
         if len(lengths) == 0:
-            raise DataError(f"data.path={self.path}: all {len(files)} files are empty; give files with text.")
+            raise DataError(f"data.path={self.path}: all {len(files)} files are empty; set files with text.")
         if len(lengths) >= ENOUGH_DOCUMENTS:
             n_validation = max(1, round(len(lengths) * self.val_fraction))
-            chosen = set(np.random.default_rng(self.seed).permutation(len(lengths))[:n_validation].tolist())
+            held_out = set(np.random.default_rng(self.seed).permutation(len(lengths))[:n_validation].tolist())
 
-            def whole(validation: bool) -> Iterator[str]:
-                return (text for i, text in enumerate(self._documents(files)) if (i in chosen) == validation)
+            def documents(validation: bool) -> Iterator[str]:
+                return (text for i, text in enumerate(self._documents(files)) if (i in held_out) == validation)
 
-            return lambda: whole(False), lambda: whole(True)
+            return lambda: documents(False), lambda: documents(True)
+        # Too few documents to hold whole ones out: one cut through their concatenation.
         cut = round(int(lengths.sum()) * (1 - self.val_fraction))
         return lambda: head(self._documents(files), cut), lambda: tail(self._documents(files), cut)
 
 
 def head(documents: Iterator[str], cut: int) -> Iterator[str]:
-    """The text before character `cut`, moved on to the end of the word."""
+    """Yields the text before character `cut`, which is moved on to the end of a word."""
     for document in documents:
         if cut <= 0:
             return
@@ -148,11 +137,12 @@ def head(documents: Iterator[str], cut: int) -> Iterator[str]:
 
 
 def tail(documents: Iterator[str], cut: int) -> Iterator[str]:
-    """The text that `head` leaves."""
+    """Yields the text that `head` leaves."""
     for document in documents:
-        rest = document if cut <= 0 else document[_word_end(document, cut) :]
-        if rest.strip():
-            yield rest
+        # Cut where `head` cuts: after the word that character `cut` falls into.
+        remainder = document if cut <= 0 else document[_word_end(document, cut) :]
+        if remainder.strip():
+            yield remainder
         cut -= len(document)
 
 

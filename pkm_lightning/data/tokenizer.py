@@ -1,7 +1,7 @@
 """Byte-level tokenizers: any text is representable, and no token crosses a boundary between words.
 
-Hence tokens(prompt) + tokens(" answer") are the tokens of the whole, which is what scoring an answer relies on.
-Text never becomes a control token: a literal "<eos>" in it is spelled out.
+Hence tokens(prompt) + tokens(" answer") are the tokens of the whole, on which the scoring of answers relies.
+Text never becomes a control token: a literal "<eos>" in it is encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from pkm_lightning.data.cache import sha256_file
 from pkm_lightning.errors import ConfigError, DataError, nearest
 
+__all__ = ["Tokenizer"]
+
 PAD, EOS = "<pad>", "<eos>"
 BYTES_VOCAB = 258
+# Names of control tokens in the vocabularies of common models, the preferred ones first.
 END_NAMES = (EOS, "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 PAD_NAMES = (PAD, "<|pad|>", "[PAD]")
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """A byte-level encoding of text as ids.
 
     Attributes:
         pad_id: the id at padded positions.
@@ -36,6 +39,7 @@ class Tokenizer:
         if not end_ids:
             raise DataError(f"{source} has no end token; add one of: {', '.join(END_NAMES)}.")
         pad_ids = _known_ids(backend, PAD_NAMES)
+        # Else `<eos>` in a text would end a document.
         backend.encode_special_tokens = True
         self._backend = backend
         self.eos_id: int = end_ids[0]
@@ -52,39 +56,42 @@ class Tokenizer:
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without an end token."""
+        """Returns the ids of `text`, without an end token."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of several texts, in parallel where the machine allows."""
+        """Returns the ids of several texts, computed in parallel where the machine allows."""
         return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; pad and end tokens vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of `ids` without pad and end tokens; bytes that are not UTF-8 become U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json`."""
+        """Writes a `tokenizer.json`."""
         path.write_text(self._backend.to_str(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a `tokenizer.json`, ours or any of the `tokenizers` library.
+        """Reads a `tokenizer.json`, ours or any of the `tokenizers` library.
 
         Raises:
             DataError: if the file is missing, unreadable, or has no end token.
         """
         if not path.is_file():
-            raise DataError(f"data.tokenizer={path} does not exist; give bpe, bytes or the path of a tokenizer.json.")
+            raise DataError(f"data.tokenizer={path} does not exist; set bpe, bytes or the path of a tokenizer.json.")
         try:
             backend = Backend.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             reason = str(error).splitlines()[0]
-            raise DataError(f"data.tokenizer={path} cannot be read ({reason}); give a tokenizer.json.") from error
+            raise DataError(
+                f"data.tokenizer={path} cannot be read ({reason}); set the path of a tokenizer.json."
+            ) from error
         return cls(backend, str(path))
 
+    # The library's own pickling loses `encode_special_tokens`.
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         return _from_json, (self._backend.to_str(),)
 
@@ -100,6 +107,7 @@ def _from_json(text: str) -> Tokenizer:
 
 def _byte_level(model: models.BPE) -> Backend:
     backend = Backend(model)
+    # No space is added before a text: an answer brings its own, and a document may begin without one.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -110,7 +118,8 @@ def _alphabet() -> list[str]:
 
 
 def bytes_tokenizer() -> Tokenizer:
-    """One token a byte: ids 0 `<pad>`, 1 `<eos>`, 2 to 257 the bytes."""
+    """Returns a tokenizer with one token per byte: ids 0 `<pad>`, 1 `<eos>`, 2 to 257 the bytes."""
+    # Sorted, since the library returns the alphabet in an order that changes from call to call.
     vocab = {token: i for i, token in enumerate([PAD, EOS, *_alphabet()])}
     backend = _byte_level(models.BPE(vocab=vocab, merges=[]))
     backend.add_special_tokens([PAD, EOS])
@@ -118,8 +127,9 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE learned from `texts`; equal texts in equal order give an equal tokenizer."""
+    """Trains a byte-level BPE on `texts`; equal texts in equal order give an equal tokenizer."""
     backend = _byte_level(models.BPE())
+    # The alphabet holds all 256 bytes, also those that do not occur in `texts`: any other text must be representable.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=_alphabet(), show_progress=False
     )
@@ -133,7 +143,7 @@ class TokenizerChoice:
 
     Args:
         kind: `bpe`, `bytes`, or the path of a `tokenizer.json`.
-        size: tokens of a `bpe` vocabulary, at least 258; the other kinds bring their own.
+        size: tokens of a `bpe` vocabulary, at least 258; the other kinds have their own size.
 
     Raises:
         ConfigError: for an unknown kind or a vocabulary below the 256 bytes and 2 control tokens.
@@ -156,19 +166,19 @@ class TokenizerChoice:
             )
 
     def vocab_size(self) -> int:
-        """The number of ids a model must provide for; every id is below it."""
+        """Returns the number of ids that a model must provide for; every id is below it."""
         if self.kind == "bpe":
             return self.size
         return BYTES_VOCAB if self.kind == "bytes" else self._from_file().vocab_size
 
     def identity(self) -> dict[str, object]:
-        """What tells this tokenizer from others: kind and size, or the content of its file."""
+        """Returns what distinguishes this tokenizer from others: kind and size, or the hash of its file."""
         if self.kind in ("bpe", "bytes"):
             return {"kind": self.kind, "size": self.vocab_size()}
         return {"kind": "file", "sha256": sha256_file(Path(self.kind).expanduser())}
 
     def make(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """The tokenizer; `texts` is asked for text only if there is something to learn."""
+        """Makes the tokenizer; `texts` is called only if there is something to learn."""
         if self.kind == "bpe":
             return train_bpe(texts(), self.size)
         return bytes_tokenizer() if self.kind == "bytes" else self._from_file()

@@ -1,8 +1,6 @@
-"""Running text as rows: windows of T + 1 tokens side by side over one long array of documents.
+"""Running text as sequences: windows of T + 1 tokens side by side over one long array of documents.
 
-Every document ends with the end token, so a row finds its documents by itself.
-
-Letters: B rows, T columns.
+Every document ends with the end token, from which a window derives its documents.
 """
 
 from __future__ import annotations
@@ -12,19 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from pkm_lightning.data.batch import NO_TARGET, Batch, filler, to_batch, token_dtype
+from pkm_lightning.data.base import NO_TARGET, Batch
+from pkm_lightning.data.batch import filler, to_batch, token_dtype
 from pkm_lightning.data.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS = 20_000
 CHUNKS_AT_ONCE = 64
 
 
-class WindowRows:
-    """Row source over a token file; a row key is the number of a window.
+class Windows:
+    """Source of sequences over a token file; a key is the number of a window.
 
     Args:
         path: the file, as `write_tokens` leaves it.
-        tokenizer: gives the type of the file and the end and pad ids.
+        tokenizer: decides the type of the file and the end and pad ids.
         seq_len: T.
     """
 
@@ -37,9 +36,9 @@ class WindowRows:
         self._eos_id = tokenizer.eos_id
         self._pad_id = tokenizer.pad_id
 
-    def __reduce__(self) -> tuple[type[WindowRows], tuple[Path, Tokenizer, int]]:
-        # A worker started by spawn opens the file itself instead of receiving a copy of it.
-        return WindowRows, self._args
+    def __reduce__(self) -> tuple[type[Windows], tuple[Path, Tokenizer, int]]:
+        # A worker started by spawn opens the file instead of receiving a copy of its content.
+        return Windows, self._args
 
     @property
     def n_tokens(self) -> int:
@@ -50,20 +49,22 @@ class WindowRows:
         return max(0, len(self._tokens) - 1) // self._seq_len
 
     def __getitems__(self, keys: list[int]) -> Batch:
-        """Whole windows; the end token predicts nothing, since the next document is another matter."""
+        """Returns whole windows; the end token has no target, since the next document does not follow from it."""
         if not keys:
             return filler(self._seq_len, self._pad_id)
         columns = np.arange(self._seq_len + 1)
         tokens = self._tokens[np.asarray(keys)[:, None] * self._seq_len + columns].astype(np.int64)
+        # Copies, since both are views of `tokens`: a NO_TARGET among the labels would change the inputs.
         input_BT, labels_BT = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         is_end_BT = input_BT == self._eos_id
         labels_BT[is_end_BT] = NO_TARGET
+        # An end token still belongs to the document that it ends.
         docs_BT = np.cumsum(is_end_BT, axis=1) - is_end_BT
         return to_batch(input_BT, labels_BT, docs_BT)
 
 
 def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
-    """Append the tokens of each document and an end token to `path`, without ever holding more than a few chunks."""
+    """Writes the tokens of each document and an end token to `path`, holding a few chunks in memory at a time."""
     dtype = token_dtype(tokenizer.vocab_size)
     with path.open("wb") as file:
         for document in documents:
@@ -75,13 +76,14 @@ def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> 
 
 
 def chunks(text: str, size: int = CHUNK_CHARACTERS) -> list[str]:
-    """Pieces of at least `size` characters that are tokenised apart as they would be together.
+    """Cuts `text` into pieces of at least `size` characters whose tokens together are those of the whole.
 
-    A cut is made before a single space between two words only, which no byte-level token spans.
+    A cut is made only before a single space between two words, which no byte-level token spans.
     """
     pieces, begin = [], 0
     while len(text) - begin > size:
         cut = text.find(" ", begin + size)
+        # Next to other white space a cut could change how that run of white space is tokenised.
         while 0 < cut < len(text) - 1 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
             cut = text.find(" ", cut + 1)
         if cut <= 0 or cut == len(text) - 1:

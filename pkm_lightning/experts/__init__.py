@@ -1,4 +1,4 @@
-"""Parts that the mixture-of-experts plugins share: router, expert networks, dispatch of tokens, balancing."""
+"""Parts shared by the mixture-of-experts plugins: router, expert networks, dispatch of tokens, balancing."""
 
 from pkm_lightning.experts.dispatch import run_experts
 from pkm_lightning.experts.router import Router

@@ -1,7 +1,4 @@
-"""Which expert for which token: one logit an expert, in fp32.
-
-Letters: T tokens, D model dimension, E experts.
-"""
+"""The router of a mixture of experts: one logit per token and expert, in fp32."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Router(nn.Module):
-    """`logits = x W^T` without bias, computed in fp32 whatever the precision of the model or autocast.
+    """A linear map `logits = x W^T`, computed in fp32 whatever the precision of the model or autocast.
 
-    Rounded to bf16, logits tie and experts change hands; the loss then diverges more often (Fedus et al. 2021, arXiv
-    2101.03961, section 2.4, "selective precision").
+    In bf16 logits tie and the selection of experts changes; training then diverges more often (Fedus et al. 2021,
+    arXiv 2101.03961, section 2.4, "selective precision").
 
     Args:
         dim: model dimension D.
@@ -35,18 +32,19 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 1/dim): logits of about unit variance for normalised inputs."""
+        """Draws the weight from N(0, 1/dim), for logits of about unit variance on normalised inputs."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def diagnostics(self, logits_TE: Tensor, x_TD: Tensor) -> dict[str, Tensor]:
-        """`router_logit_max`: the largest absolute logit; `router_top`: mean of a token's largest probability."""
+        """Returns the largest absolute logit, `router_logit_max`, and the mean largest probability, `router_top`."""
         return {
             "router_logit_max": logits_TE.abs().amax(),
             "router_top": logits_TE.softmax(-1).amax(-1).mean(),
         }
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        """Logits in fp32 (fp64 for an fp64 model)."""
+        """Returns logits in fp32 (fp64 for an fp64 model)."""
         with ieee_scores(x_TD):
+            # The weight is cast, not stored, in fp32: a cast of the model to bf16 would undo a stored dtype.
             dtype = score_dtype(x_TD)
             return functional.linear(x_TD.to(dtype), self.weight.to(dtype))

@@ -1,6 +1,6 @@
-"""Many small SwiGLU networks whose weights are stacked, so that one grouped matmul runs them all.
+"""Small SwiGLU networks with stacked weights, so that one grouped matmul runs all of them.
 
-Letters: M rows sorted by expert, E experts, D model dimension, F hidden dimension of one expert.
+Letters: M rows sorted by expert, F hidden dimension of one expert.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SwiGLUExperts(nn.Module):
-    """`E_i(x) = (silu(x G_i) * x U_i) O_i` (Shazeer 2020, arXiv 2002.05202, eq. 6), without biases.
+    """Experts `E_i(x) = (silu(x G_i) * x U_i) O_i` without biases (Shazeer 2020, arXiv 2002.05202, eq. 6).
 
     Args:
         n_experts: experts E.
@@ -33,7 +33,7 @@ class SwiGLUExperts(nn.Module):
 
     def __init__(self, *, n_experts: int, dim: int, hidden_dim: int, n_layers: int) -> None:
         super().__init__()
-        # Not read off a parameter, which under ZeRO 3 is empty between forwards.
+        # Not taken from the shape of a parameter, which under DeepSpeed's ZeRO 3 is empty between forwards.
         self.n_experts, self.n_layers = n_experts, n_layers
         self.gate = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
         self.up = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
@@ -41,18 +41,18 @@ class SwiGLUExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each expert as the dense FFN: N(0, 1/fan_in), the output besides by 1/sqrt(2 n_layers)."""
+        """Draws each expert as the dense FFN: N(0, 1/fan_in), and the output divided by sqrt(2 n_layers)."""
         _, hidden_dim, dim = self.out.shape
         nn.init.normal_(self.gate, std=dim**-0.5)
         nn.init.normal_(self.up, std=dim**-0.5)
         nn.init.normal_(self.out, std=(hidden_dim * 2 * self.n_layers) ** -0.5)
 
     def forward(self, x_MD: Float[Tensor, "M D"], counts_E: Int[Tensor, " E"]) -> Float[Tensor, "M D"]:
-        """The first `counts[0]` rows through expert 0, the next `counts[1]` through expert 1, and so on."""
+        """Runs the first `counts[0]` rows through expert 0, the next `counts[1]` through expert 1, and so on."""
         gate_MF = grouped_linear(x_MD, self.gate, counts_E)
         up_MF = grouped_linear(x_MD, self.up, counts_E)
         return grouped_linear(functional.silu(gate_MF) * up_MF, self.out, counts_E)
 
     def params_per_expert(self) -> int:
-        """Three matrices."""
+        """Counts the parameters of one expert's three matrices."""
         return sum(p[0].numel() for p in (self.gate, self.up, self.out))

@@ -1,6 +1,7 @@
-"""FFN plugins, one paper a file. A new plugin is one Python file here, one YAML and one test; nothing else is edited.
+"""FFN plugins, one paper per file. A new plugin is one Python file here, one YAML and one test; nothing else is edited.
 
-Modules are imported when a name is first asked for: `from pkm_lightning.ffn import MemoryPlus` reads `memory_plus.py`.
+A module is imported when one of its names is first used: `from pkm_lightning.ffn import MemoryPlus` reads
+`memory_plus.py`.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """The public class `name` of the plugin module whose `__all__` lists it."""
+    """Returns the public class `name` of the plugin module whose `__all__` lists it."""
     for module_info in pkgutil.iter_modules(__path__):
+        # Introspection asks for dunder names and the import system for submodules; neither may import all plugins.
         if name.startswith("_") or name == module_info.name:
             break
         module = importlib.import_module(f"{__name__}.{module_info.name}")
+        # `__all__` decides, so that a class which a module merely imports is not attributed to it.
         if name in getattr(module, "__all__", ()):
             return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""The dense feed-forward network that every other plugin is compared with.
+"""The dense feed-forward network, the baseline of every other plugin.
 
-Letters: B sequences, T tokens, D model dimension, F hidden dimension.
+Letters: F hidden dimension.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class Dense(nn.Module):
         gelu          y = W_out gelu(W_up x)                   (Hendrycks & Gimpel 2016, arXiv 1606.08415)
         squared_relu  y = W_out relu(W_up x)**2                (So et al. 2021, arXiv 2109.08668)
 
+    | paper (SwiGLU) | here |
+    |---|---|
+    | W, V, W_2 | `gate`, `up`, `out` |
+
     Args:
         dim: model dimension D.
         n_layers: layers of the model, for the residual scale of the output's initialisation.
@@ -47,15 +51,16 @@ class Dense(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 1/fan_in); the output besides by 1/sqrt(2 n_layers), so that the residual stream keeps its scale."""
+        """Draws all matrices from N(0, 1/fan_in), and the output's divided by sqrt(2 n_layers)."""
         dim, hidden_dim = self.out.weight.shape
         if self.gate is not None:
             nn.init.normal_(self.gate.weight, std=dim**-0.5)
         nn.init.normal_(self.up.weight, std=dim**-0.5)
+        # 2 n_layers branches add up in the residual stream; this scale (GPT-2's) keeps its variance.
         nn.init.normal_(self.out.weight, std=(hidden_dim * 2 * self.n_layers) ** -0.5)
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Every token through the same weights; the context is not needed."""
+        """Returns the network's output for every token; `context` is unused."""
         if self.gate is not None:
             hidden_BTF = functional.silu(self.gate(x_BTD)) * self.up(x_BTD)
         elif self.activation == "gelu":
@@ -65,6 +70,6 @@ class Dense(nn.Module):
         return FFNOutput(self.out(hidden_BTF))
 
     def cost(self) -> FFNCost:
-        """All matrices are active for every token."""
+        """Returns the cost: every parameter is active for every token."""
         params = sum(p.numel() for p in self.parameters())
         return FFNCost(params=params, active_params=params, flops=2 * params)

@@ -1,7 +1,4 @@
-"""The vanilla memory layer of "Memory Layers at Scale" (Berges et al. 2024, arXiv 2412.09764, section 3.1).
-
-Letters: D model dimension, H heads, S sub-keys a half, K slots read a head.
-"""
+"""The vanilla memory layer of "Memory Layers at Scale" (Berges et al. 2024, arXiv 2412.09764, section 3.1)."""
 
 from __future__ import annotations
 
@@ -9,19 +6,19 @@ from collections.abc import Mapping
 
 from pkm_lightning.errors import check_flag
 from pkm_lightning.ffn.memory_layer import MemoryLayer
-from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table, product_slots
+from pkm_lightning.memory import ValueTable
 
 __all__ = ["Memory"]
 
 
 class Memory(MemoryLayer):
-    """The product-key layer that Memory+ builds on: one layer, in the place of the middle FFN, without gate and output.
+    """The product-key layer that Memory+ builds on: it replaces the middle FFN, without gate and output matrix.
 
         I = top-k over slots (i, j) of K1[i] q1 + K2[j] q2        (section 3.1, per head)
         s = softmax of those scores, in fp32
         y = sum over heads and slots of s_i V_i                    (eq. 1)
 
-    Half queries and sub-keys are RMS-normalised if `qk_norm`.
+    Half queries and sub-keys are RMS-normalised with `qk_norm`.
 
     | paper | here |
     |---|---|
@@ -30,14 +27,8 @@ class Memory(MemoryLayer):
     | q(x) | `addressing.query.projection` |
 
     Args:
-        dim: model dimension D, also the values a slot.
-        table: the value table, owned by the model.
-        n_keys: sub-keys a half S; the table has n_keys**2 slots.
-        heads: queries a token H.
-        knn: slots read a head K, 1 to n_keys.
-        key_dim: dimension of both half keys together, even.
+        dim, table, n_keys, heads, knn, key_dim, cures: see `MemoryLayer`; a slot has `dim` values.
         qk_norm: RMSNorm on half queries and sub-keys (fig. 3).
-        cures: what is done against unread slots; see `pkm_lightning.memory.Cures`. None: nothing.
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim` or a table of another shape.
@@ -56,18 +47,14 @@ class Memory(MemoryLayer):
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_flag("ffn.qk_norm", qk_norm)
-        options = Cures.of(cures)
-        addressing = Addressing(
+        super().__init__(
             dim=dim,
-            heads=heads,
+            table=table,
             n_keys=n_keys,
+            heads=heads,
             knn=knn,
             key_dim=key_dim,
             query_norm="rms" if qk_norm else "none",
             key_norm=qk_norm,
-            activation="softmax",
-            temperature=False,
-            cures=options,
+            cures=cures,
         )
-        check_table(table, product_slots(n_keys), dim, named=f"ffn.n_keys={n_keys} and model.dim={dim}")
-        super().__init__(addressing=addressing, values=Values(table=table, out_dim=dim if options.simvq else None))

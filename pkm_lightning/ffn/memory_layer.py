@@ -1,6 +1,6 @@
-"""What PKM, Memory and Memory+ have in common: addressing by product keys, then a weighted sum of the slots' values.
+"""The bases of plugins with product keys: of all of them, and of PKM, Memory and Memory+, which sum values of slots.
 
-Letters: B sequences, T tokens (B * T inside), D model dimension, V values a slot.
+Letters: C rows that a token reads, all heads together.
 """
 
 from __future__ import annotations
@@ -12,24 +12,94 @@ from torch import nn
 
 from pkm_lightning.errors import check_integer
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
-from pkm_lightning.memory import Addressing, Cures, Values, product_slots
+from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table, product_slots
+from pkm_lightning.memory.batch_norm import MaskedBatchNorm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class MemoryLayer(nn.Module):
-    """Reads, then does what a subclass adds: here nothing.
+class ProductKeyFFN(nn.Module):
+    """A plugin whose `addressing` may normalise its queries with statistics of the whole batch."""
+
+    addressing: Addressing
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Moves the running statistics of batch-normalised queries; otherwise does nothing."""
+        self.addressing.after_step(stats)
+
+    @property
+    def causal_in_training(self) -> bool:
+        """Whether a token's output depends on earlier tokens only: not with batch-normalised queries."""
+        return not isinstance(self.addressing.query.norm, MaskedBatchNorm)
+
+
+class MemoryLayer(ProductKeyFFN):
+    """A read of the value table; subclasses add what follows it by `during_read` and `after_read`.
+
+        I = top-k over slots (i, j) of K1[i] q1 + K2[j] q2        (per head)
+        s = activation of those scores, in fp32
+        y = sum over heads and slots of s_i V_i
 
     Args:
-        addressing: from inputs to slots and weights.
-        values: the read of the table, mapped where a cure or an option asks for it.
+        dim: model dimension D.
+        table: the value table, owned by the model.
+        n_keys: sub-keys per half S; the table has n_keys**2 slots.
+        heads: queries per token H.
+        knn: slots read per head K, 1 to n_keys.
+        key_dim: dimension of both half keys together, even.
+        query_norm: normalisation of the queries; see `pkm_lightning.memory.QueryNetwork`.
+        key_norm: RMSNorm on the sub-keys.
+        value_dim: values per slot V; None takes `dim`.
+        activation: `softmax` over a head's slots, or `relu` or `sigmoid` of each score.
+        temperature: scores are divided by one learned number per head, initially 1.
+        key_bound: initial sub-keys are uniform in +-key_bound; None takes 1/sqrt(key_dim).
+        value_projection: a learned V x V map of the read.
+        cures: measures against unread slots; see `pkm_lightning.memory.Cures`. None: none.
+
+    Raises:
+        ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a table of another shape.
     """
 
-    def __init__(self, *, addressing: Addressing, values: Values) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        table: ValueTable,
+        n_keys: int,
+        heads: int,
+        knn: int,
+        key_dim: int,
+        query_norm: str,
+        key_norm: bool,
+        value_dim: int | None = None,
+        activation: str = "softmax",
+        temperature: bool = False,
+        key_bound: float | None = None,
+        value_projection: bool = False,
+        cures: Mapping[str, object] | None,
+    ) -> None:
         super().__init__()
-        self.addressing = addressing
-        self.values = values
+        spec = self.table_spec(dim=dim, n_keys=n_keys, value_dim=value_dim, cures=cures)
+        options = Cures.of(cures)
+        self.addressing = Addressing(
+            dim=dim,
+            heads=heads,
+            n_keys=n_keys,
+            knn=knn,
+            key_dim=key_dim,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            activation=activation,
+            temperature=temperature,
+            key_bound=key_bound,
+            cures=options,
+        )
+        width = f"model.dim={dim}" if value_dim is None else f"ffn.value_dim={value_dim}"
+        check_table(table, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and {width}")
+        # SimVQ freezes the rows, so that only the map after the read can learn.
+        mapped = value_projection or options.simvq
+        self.values = Values(table=table, out_dim=spec.dim if mapped else None)
 
     @classmethod
     def table_spec(
@@ -41,22 +111,23 @@ class MemoryLayer(nn.Module):
         cures: Mapping[str, object] | None = None,
         **_: object,
     ) -> TableSpec:
-        """n_keys**2 rows of `value_dim` values (None takes `dim`) from N(0, 1/value_dim)."""
+        """Requests n_keys**2 rows of `value_dim` values (None takes `dim`) from N(0, 1/value_dim)."""
         rows = product_slots(n_keys)
         if value_dim is not None:
             check_integer("ffn.value_dim", value_dim, low=1)
         return TableSpec(rows=rows, dim=dim if value_dim is None else value_dim, trainable=not Cures.of(cures).simvq)
 
     def reset_parameters(self) -> None:
-        """Query xavier-uniform with zero bias, sub-keys and the map of the values as their modules say."""
+        """Draws queries and sub-keys as `Addressing` does, and the map of the values as `Values` does."""
         self.addressing.reset_parameters()
         self.values.reset_parameters()
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Looks up every token of `x_BTD`; the slots read and their weights are the trace."""
+        """Looks up every token of `x_BTD`; the trace holds the slots read and their weights."""
         x_TD = x_BTD.flatten(0, -2)
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
+        # Where ranks hold parts of the table, their sums travel while `during_read` computes.
         pending = self.values.table.start(read.ids_TC, read.weights_TC)
         meanwhile = self.during_read(x_TD)
         y_TV = self.values.finish(pending).to(x_TD.dtype)
@@ -65,37 +136,34 @@ class MemoryLayer(nn.Module):
         return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)
 
     def during_read(self, x_TD: Tensor) -> Tensor | None:
-        """What needs the input only, computed while the sums of a split table travel."""
+        """Computes what depends on the input only, while the sums of a sharded table travel."""
         return None
 
     def after_read(self, y_TV: Tensor, meanwhile: Tensor | None) -> Tensor:
-        """From the read and the result of `during_read` to the output, (T, D)."""
+        """Returns the output, (T, D), from the read and the result of `during_read`."""
         return y_TV
 
-    def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics of a batch normalisation of the queries, where there is one."""
-        self.addressing.after_step(stats)
-
     def reads(self) -> list[TableRead]:
-        """One weighted sum a token; the straight-through gradient reads all candidates."""
+        """Returns one weighted sum per token, over all candidates with the straight-through gradient."""
         return [TableRead(table=self.values.table, ids=self.addressing.training_reads)]
 
     def slots(self) -> list[Slots]:
-        """The rows of the table."""
-        return [
-            Slots(name="slot", count=self.values.table.rows, tables=(self.values.table,), n_keys=self.addressing.n_keys)
-        ]
+        """Returns the rows of the table."""
+        table = self.values.table
+        return [Slots(name="slot", count=table.rows, tables=(table,), n_keys=self.addressing.n_keys)]
 
     def cost(self) -> FFNCost:
-        """Query, all 2 S sub-key scores a head, H * K table rows, matrices; top-k and norms count no FLOPs.
+        """Counts the query, all 2 S sub-key scores per head, H * K table rows and the matrices.
 
-        The bytes are those of a read at evaluation: the straight-through gradient reads K times as many in training.
+        Top-k and norms count no FLOPs. The bytes are those of a read at evaluation: the straight-through gradient reads
+        K times as many in training.
         """
-        shared = (*self.addressing.parameters(), *self.values.parameters())
+        # Addressing and values count their FLOPs themselves; the remaining parameters are matrices of subclasses.
+        counted = (*self.addressing.parameters(), *self.values.parameters())
         params = sum(p.numel() for p in self.parameters())
-        matrices = params - sum(p.numel() for p in shared)
+        matrices = params - sum(p.numel() for p in counted)
         table = self.values.table
-        rows_read = self.addressing.reads * table.dim
+        values_read = self.addressing.reads * table.dim
 
         def flops(reads: int) -> int:
             return self.addressing.flops() + self.values.flops(reads) + 2 * matrices
@@ -103,8 +171,8 @@ class MemoryLayer(nn.Module):
         return FFNCost(
             params=params,
             table_params=table.size,
-            active_params=params + rows_read,
+            active_params=params + values_read,
             flops=flops(self.addressing.reads),
             train_flops=flops(self.addressing.training_reads),
-            lookup_bytes=rows_read * table.weight.element_size(),
+            lookup_bytes=values_read * table.weight.element_size(),
         )

@@ -1,6 +1,6 @@
-"""A mixture of experts in which each token chooses: OLMoE's routing by default, Mixtral's and DeepSeek-V3's by YAML.
+"""A token-choice mixture of experts: OLMoE's routing by default, Mixtral's and DeepSeek-V3's by configuration.
 
-Letters: B sequences, T tokens (B * T inside), D model dimension, E experts, K experts a token.
+Letters: K experts per token.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ __all__ = ["MoE"]
 
 
 class MoE(nn.Module):
-    """Token choice: every token runs through its `top_k` best experts, weighted by their scores; none is dropped.
+    """A mixture in which every token runs through its `top_k` best experts, weighted by their scores; none is dropped.
 
         s   = softmax(x W_r) or sigmoid(x W_r), in fp32
-        I   = top-k of s + b, equal ones by lower index; b = 0 unless `balancing=bias`
+        I   = top-k of s + b, ties by lower index; b = 0 unless `balancing=bias`
         g_i = s_i for i in I              (`select=before`: scored before the selection)
-            = softmax over I of (x W_r)_i (`select=after`: the logits of the selected alone)
-        g_i = g_i / sum over I of g_i     (if `renormalise`)
+            = softmax over I of (x W_r)_i (`select=after`: the logits of the selected experts alone)
+        g_i = g_i / sum over I of g_i     (with `renormalise`)
         y   = routed_scale * sum over I of g_i E_i(x) + E_shared(x)
 
-    Losses, in training, of real tokens only and summed over layers: `balance` (Switch), `router_z` (ST-MoE),
-    `sequence_balance` (DeepSeek-V3, on the top-k of s without b, as its eq. 18 has it); see
-    `pkm_lightning.experts.balancing`. The metric `expert_load_max` is the largest over the mean load of one rank's
+    The losses, in training, are over real tokens only and summed over layers: `balance` (Switch), `router_z` (ST-MoE)
+    and `sequence_balance` (DeepSeek-V3, on the top-k of s without b, as in its eq. 18); see
+    `pkm_lightning.experts.balancing`. The metric `expert_load_max` is the largest load over the mean load in one rank's
     micro-batch. Padding is computed like other tokens, but enters no loss and no count.
 
     | OLMoE (arXiv 2409.02060) | Mixtral (2401.04088) | DeepSeek-V3 (2412.19437) | here |
@@ -57,24 +57,24 @@ class MoE(nn.Module):
         dim: model dimension D.
         n_layers: layers of the model, for the residual scale of the outputs' initialisation.
         n_experts: routed experts E.
-        top_k: experts a token K, 1 to n_experts.
+        top_k: experts per token K, 1 to n_experts.
         dense_hidden_dim: hidden dimension of the dense FFN whose active size is matched where `hidden_dim` is None.
         hidden_dim: hidden dimension of one expert; None takes dense_hidden_dim / (top_k + shared_experts).
-        shared_experts: experts that every token runs through besides, built as one SwiGLU of their joint size.
+        shared_experts: further experts that every token runs through, built as one SwiGLU of their joint size.
         score: `softmax` over all experts, or `sigmoid` of each.
-        select: `before` or `after`, as above; `after` needs `score=softmax`.
-        renormalise: make the weights of the selected add up to 1.
+        select: whether scores are computed `before` or `after` the selection; `after` needs `score=softmax`.
+        renormalise: divide the weights of the selected experts by their sum.
         routed_scale: factor on the routed output.
-        balancing: `loss` (`balance_loss` counts), `bias` (`bias_rate` counts), or `none`. The other two losses are
+        balancing: `loss` (uses `balance_loss`), `bias` (uses `bias_rate`), or `none`. The other two losses are
             independent of it.
-        balance_loss, z_loss, sequence_balance_loss: coefficients of the losses; 0 leaves one out.
+        balance_loss, z_loss, sequence_balance_loss: coefficients of the losses; 0 disables a loss.
         bias_rate: step of the selection bias b after each optimizer step (Wang et al. 2024, arXiv 2408.15664).
 
     Raises:
         ConfigError: a size or a coefficient out of range, an unknown word, or `select=after` with `score=sigmoid`.
     """
 
-    #: Net number of steps that the bias of each expert has made: whole, so that no cast to bf16 can round the bias.
+    #: Net number of steps of each expert's bias, an integer, so that a cast of the model to bf16 cannot round the bias.
     bias_steps: Tensor
 
     def __init__(
@@ -115,13 +115,14 @@ class MoE(nn.Module):
         self.z_loss, self.sequence_balance_loss = z_loss, sequence_balance_loss
         self.router = Router(dim=dim, n_experts=n_experts)
         self.experts = SwiGLUExperts(n_experts=n_experts, dim=dim, hidden_dim=hidden_dim, n_layers=n_layers)
+        # Shared experts all run with weight 1, so one SwiGLU of their joint width computes the same sum.
         shared_dim = shared_experts * hidden_dim
         self.shared = Dense(dim=dim, n_layers=n_layers, hidden_dim=shared_dim) if shared_experts else None
         if balancing == "bias":
             self.register_buffer("bias_steps", torch.zeros(n_experts, dtype=torch.int64))
 
     def reset_parameters(self) -> None:
-        """Router and experts as their modules say; the bias starts anew at zero."""
+        """Draws router and experts, and sets the bias to zero."""
         self.router.reset_parameters()
         self.experts.reset_parameters()
         if self.shared is not None:
@@ -130,9 +131,10 @@ class MoE(nn.Module):
             self.bias_steps.zero_()
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Routes every token of `x_BTD`; the experts chosen and their weights are the trace."""
+        """Routes every token of `x_BTD`; the trace holds the experts chosen and their weights."""
         logits_BTE = self.router(x_BTD.flatten(0, -2)).unflatten(0, x_BTD.shape[:-1])
         scores_BTE = logits_BTE.softmax(dim=-1) if self.score == "softmax" else logits_BTE.sigmoid()
+        # Top-k has no gradient: the router learns through the weights of the experts that it selects.
         ids_BTK = self._selected(scores_BTE.detach())
         weights_BTK = self._weights(logits_BTE, scores_BTE, ids_BTK)
         y_TD = run_experts(self.experts, x_BTD.flatten(0, 1), ids_BTK.flatten(0, 1), weights_BTK.flatten(0, 1))
@@ -146,6 +148,7 @@ class MoE(nn.Module):
             return FFNOutput(y_BTD, trace=trace)
         counts_BE = count_choices(ids_BTK, scores_BTE.shape[-1], context.valid_BT)
         counts_E = counts_BE.sum(dim=0)
+        # Counts leave through the output instead of a buffer, so that a recomputed forward cannot count twice.
         return FFNOutput(
             y_BTD,
             aux_losses=self._losses(logits_BTE, scores_BTE, counts_BE, context.valid_BT),
@@ -160,11 +163,11 @@ class MoE(nn.Module):
             self.bias_steps += bias_direction(stats["expert_counts"])
 
     def slots(self) -> list[Slots]:
-        """The experts; shared ones run for every token and are none of them."""
+        """Returns the routed experts; shared experts run for every token and are not counted."""
         return [Slots(name="expert", count=self.experts.n_experts)]
 
     def cost(self) -> FFNCost:
-        """Router, `top_k` experts and the shared ones; sorting, weighting and adding up count no FLOPs."""
+        """Counts the router, `top_k` experts and the shared ones; sorting and weighting count no FLOPs."""
         params = sum(p.numel() for p in self.parameters())
         idle = (self.experts.n_experts - self.top_k) * self.experts.params_per_expert()
         return FFNCost(params=params, active_params=params - idle, flops=2 * (params - idle))
@@ -180,25 +183,27 @@ class MoE(nn.Module):
         else:
             weights_BTK = scores_BTE.gather(-1, ids_BTK)
         if self.renormalise:
-            # The bias may select scores that are all zero in fp32.
+            # The bias may select experts whose scores are all zero in fp32.
             weights_BTK = weights_BTK / weights_BTK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         return weights_BTK * self.routed_scale
 
     def _losses(
         self, logits_BTE: Tensor, scores_BTE: Tensor, counts_BE: Tensor, valid_BT: Tensor | None
     ) -> dict[str, Tensor]:
-        """The losses whose coefficient is not zero; probabilities are the scores, divided by their sum."""
+        """Returns the losses of a non-zero coefficient; sigmoid scores are divided by their sum to be probabilities."""
         valid_T = None if valid_BT is None else valid_BT.flatten()
         probs_BTE = scores_BTE
         if self.score == "sigmoid":
             probs_BTE = scores_BTE / scores_BTE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         losses = {}
         if self.balance_loss:
+            # The shares are those of all ranks; probabilities stay local, since the loss is linear in them.
             loads_E = sum_over_ranks(counts_BE.sum(dim=0))
             losses["balance"] = self.balance_loss * load_balance_loss(loads_E, probs_BTE.flatten(0, 1), valid_T)
         if self.z_loss:
             losses["router_z"] = self.z_loss * router_z_loss(logits_BTE.flatten(0, 1), valid_T)
         if self.sequence_balance_loss:
+            # DeepSeek-V3's eq. 18 ranks the scores without the bias, which the selection above includes.
             if self.balancing == "bias":
                 ids_BTK = ranked_topk(scores_BTE.detach(), self.top_k)
                 counts_BE = count_choices(ids_BTK, scores_BTE.shape[-1], valid_BT)

@@ -1,6 +1,6 @@
-"""A mixture of experts in which each expert chooses its tokens: perfect balance, but not causal in training.
+"""An expert-choice mixture: each expert selects its tokens, perfectly balanced, but not causal in training.
 
-Letters: B sequences, T tokens (B * T inside), D model dimension, E experts, C tokens an expert, K experts a token.
+Letters: C tokens per expert, K experts per token, M = E * C rows.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ __all__ = ["ExpertChoiceMoE"]
 
 
 class ExpertChoiceMoE(nn.Module):
-    """Expert choice in training (Zhou et al. 2022, arXiv 2202.09368), token choice at evaluation (as the baseline of
-    Berges et al. 2024, arXiv 2412.09764).
+    """A mixture with expert choice in training (Zhou et al. 2022, arXiv 2202.09368) and token choice at evaluation (as
+    the baseline of Berges et al. 2024, arXiv 2412.09764).
 
         S    = softmax over experts of x W_g, in fp32                          (eq. 2)
         k    = floor(n c / E), n the real tokens of one rank's micro-batch     (eq. 1)
-        I    = top-k over tokens of S^T, equal ones by lower position          (eq. 2)
+        I    = top-k over tokens of S^T, ties by lower position                (eq. 2)
         y[t] = sum over experts e with t in I[e] of S[t, e] E_e(x[t])          (eq. 4)
 
-    and at evaluation `y[t] = sum over the eval_top_k best experts of S[t, e] E_e(x[t])`, dropping nothing.
+    and at evaluation `y[t] = sum over the eval_top_k best experts of S[t, e] E_e(x[t])`, without dropping a token.
 
-    **Not causal in training**: whether an expert takes a token depends on every other token of the micro-batch, later
-    ones included. The training loss therefore flatters; only evaluation, which is causal, may be compared. Two metrics
-    say how far the two routings are apart: `expert_choice_mismatch` (share of real tokens whose best expert has not
-    chosen them) and `expert_choice_unrouted` (share that no expert has chosen).
+    **Not causal in training**: whether an expert selects a token depends on every other token of the micro-batch, later
+    ones included. The training loss is therefore too low; compare evaluations only, which are causal. Two metrics
+    measure the difference between the two routings: `expert_choice_mismatch` (share of real tokens that their best
+    expert has not selected) and `expert_choice_unrouted` (share that no expert has selected).
 
-    Where the batch has padding, every expert computes floor(positions c / E) rows, so that no shape depends on the
-    data; those beyond its k best real tokens get weight zero. Should the real tokens be fewer than E / c, k is zero
-    and the layer adds nothing for that micro-batch; `expert_choice_unrouted` is then 1.
+    With padding in the batch, every expert computes floor(positions c / E) rows, so that no shape depends on the data;
+    rows beyond its k best real tokens get weight zero. With fewer real tokens than E / c, k is zero and the layer adds
+    nothing for that micro-batch; `expert_choice_unrouted` is then 1.
 
     | paper | here |
     |---|---|
@@ -51,14 +51,17 @@ class ExpertChoiceMoE(nn.Module):
         dim: model dimension D.
         n_layers: layers of the model, for the residual scale of the output's initialisation.
         n_experts: experts E.
-        capacity_factor: experts a token on average c, above 0, at most n_experts.
-        eval_top_k: experts a token at evaluation K, 1 to n_experts.
+        capacity_factor: average number of experts per token c, above 0, at most n_experts.
+        eval_top_k: experts per token at evaluation K, 1 to n_experts.
         dense_hidden_dim: hidden dimension of the dense FFN.
         hidden_dim: hidden dimension of one expert; None takes `dense_hidden_dim`.
 
     Raises:
         ConfigError: a size out of range; in training also a micro-batch so small that an expert gets no token.
     """
+
+    #: Experts rank the tokens of the whole micro-batch.
+    causal_in_training = False
 
     def __init__(
         self,
@@ -84,15 +87,15 @@ class ExpertChoiceMoE(nn.Module):
         self.experts = SwiGLUExperts(n_experts=n_experts, dim=dim, hidden_dim=hidden_dim, n_layers=n_layers)
 
     def reset_parameters(self) -> None:
-        """Router and experts as their modules say."""
+        """Draws router and experts."""
         self.router.reset_parameters()
         self.experts.reset_parameters()
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Expert choice in training mode, token choice else.
+        """Routes by expert choice in training mode, else by token choice.
 
-        The trace holds `expert_chosen` (bool) and `expert_weights` (B, T, E) in training, `expert_ids` and
-        `expert_weights` (B, T, K) else.
+        The trace holds `expert_chosen` (bool) and `expert_weights`, both (B, T, E), in training; at evaluation
+        `expert_ids` and `expert_weights`, both (B, T, K).
         """
         x_TD = x_BTD.flatten(0, -2)
         probs_TE = self.router(x_TD).softmax(dim=-1)
@@ -102,13 +105,14 @@ class ExpertChoiceMoE(nn.Module):
         return FFNOutput(y_TD.view_as(x_BTD), trace=shaped if context.observe else {}, metrics=metrics)
 
     def slots(self) -> list[Slots]:
-        """The experts."""
+        """Returns the experts."""
         return [Slots(name="expert", count=self.experts.n_experts)]
 
     def cost(self) -> FFNCost:
-        """Router, and `eval_top_k` experts at evaluation, `capacity_factor` experts a token in training.
+        """Counts the router, and per token `eval_top_k` experts at evaluation or `capacity_factor` in training.
 
-        The latter is exact for micro-batches that give each expert a whole number of tokens, else an upper bound.
+        The figure for training is exact for micro-batches that give each expert a whole number of tokens, else an upper
+        bound.
         """
         params = sum(p.numel() for p in self.parameters())
         router, expert = self.router.weight.numel(), self.experts.params_per_expert()
@@ -124,14 +128,16 @@ class ExpertChoiceMoE(nn.Module):
         self, x_TD: Tensor, probs_TE: Tensor, context: FFNContext
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
-        tokens_EC, kept_EC = self._chosen_tokens(probs_TE.detach(), valid_T)
+        tokens_EC, mask_EC = self._chosen_tokens(probs_TE.detach(), valid_T)
+        # Expert by expert, as `SwiGLUExperts` takes its rows; every expert has C of them.
         tokens_M = tokens_EC.flatten()
-        weights_EC = probs_TE.T.gather(1, tokens_EC).masked_fill(~kept_EC, 0)
+        weights_EC = probs_TE.T.gather(1, tokens_EC).masked_fill(~mask_EC, 0)
         counts_E = tokens_EC.new_full((len(tokens_EC),), tokens_EC.shape[1])
         y_MD = self.experts(x_TD.index_select(0, tokens_M), counts_E)
         weighted_MD = y_MD * weights_EC.flatten().unsqueeze(-1)
+        # A token that several experts select gets the sum of their outputs.
         y_TD = weighted_MD.new_zeros(x_TD.shape).index_add(0, tokens_M, weighted_MD).to(y_MD.dtype)
-        chosen_TE = torch.zeros_like(probs_TE.T, dtype=torch.bool).scatter(1, tokens_EC, kept_EC).T
+        chosen_TE = torch.zeros_like(probs_TE.T, dtype=torch.bool).scatter(1, tokens_EC, mask_EC).T
         trace = {"expert_chosen": chosen_TE, "expert_weights": probs_TE.detach().masked_fill(~chosen_TE, 0)}
         return y_TD, trace, _train_test_gap(chosen_TE, probs_TE.detach(), valid_T)
 
@@ -144,9 +150,9 @@ class ExpertChoiceMoE(nn.Module):
         return y_TD, {"expert_ids": ids_TK.int(), "expert_weights": weights_TK.detach()}, {}
 
     def _chosen_tokens(self, probs_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens of each expert, best first, and which of them it keeps: its k best real ones, (E, C) both."""
+        """Returns each expert's tokens, best first, and a mask of those it keeps, its k best real ones, both (E, C)."""
         positions, n_experts = probs_TE.shape
-        # 100 * 0.29 is 28.999...: a whole number of tokens must not lose one to rounding.
+        # 100 * 0.29 is 28.999...: rounding must not cost a whole number of tokens one of them.
         capacity = int(positions * self.capacity_factor / n_experts + 1e-9)
         if capacity < 1:
             raise ConfigError(
@@ -157,8 +163,9 @@ class ExpertChoiceMoE(nn.Module):
         if valid_T is None:
             tokens_EC = ranked_topk(probs_TE.T, capacity)
             return tokens_EC, torch.ones_like(tokens_EC, dtype=torch.bool)
+        # Probabilities are at least 0, so that -1 ranks padding behind every real token.
         tokens_EC = ranked_topk(probs_TE.T.masked_fill(~valid_T, -1), capacity)
-        # The same arithmetic as above in the same precision, so that the two round alike (but MPS has no float64).
+        # The same arithmetic as above in the same precision, so that both round alike (but MPS has no float64).
         wide = torch.float32 if valid_T.device.type == "mps" else torch.float64
         real = (valid_T.sum().to(wide) * self.capacity_factor / n_experts + 1e-9).floor()
         return tokens_EC, (torch.arange(capacity, device=real.device) < real).expand_as(tokens_EC)

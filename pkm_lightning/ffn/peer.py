@@ -1,17 +1,17 @@
 """PEER, parameter-efficient expert retrieval (He 2024, "Mixture of A Million Experts", arXiv 2407.04153).
 
-Letters: B sequences, T tokens (B * T inside), D model dimension, N experts, H heads, K experts a head, C = H * K.
+Letters: C experts of a token, H heads times K experts per head.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import ConfigError, check_choice, check_flag
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.ffn.memory_layer import ProductKeyFFN
 from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, check_table, product_slots
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["PEER"]
 
 
-class PEER(nn.Module):
+class PEER(ProductKeyFFN):
     """A mixture of n_keys**2 experts with one hidden neuron each, found by product keys:
 
         I    = top-k over experts (i, j) of K1[i] q1 + K2[j] q2      (per head; heads share keys and experts)
@@ -28,7 +28,7 @@ class PEER(nn.Module):
         e(x) = gelu(<u, x>) v, or gelu(<u, x>) <w, x> v with `glu`
         y    = sum over heads and experts of g_i e_i(x)
 
-    With `query_norm=batch` (the paper's), a token's output depends on the whole micro-batch in training. On the CPU no
+    With the paper's `query_norm=batch`, a token's output depends on the whole micro-batch in training. On the CPU no
     tensor of (tokens, heads * knn, dim) is held: inner products and weighted sums read the tables row by row.
 
     | paper | here |
@@ -36,14 +36,14 @@ class PEER(nn.Module):
     | u, v | rows of the first and of the last table, (n_keys**2, dim) each |
     | (GLU's second input vector) | rows of the middle table of three |
     | C, C' sub-keys | `addressing.keys.keys`, (1, 2, n_keys, key_dim / 2) |
-    | q(x) | `addressing.query.projection`, a query a head |
+    | q(x) | `addressing.query.projection`, one query per head |
 
     Args:
         dim: model dimension D.
         table: two value tables, or three with `glu`, owned by the model.
-        n_keys: sub-keys a half S; there are n_keys**2 experts.
-        heads: queries a token H.
-        knn: experts a head K, 1 to n_keys.
+        n_keys: sub-keys per half S; there are n_keys**2 experts.
+        heads: queries per token H.
+        knn: experts per head K, 1 to n_keys.
         key_dim: dimension of both half keys together, even.
         query_norm: `batch`, `rms`, `layer` or `none`.
         router: `softmax` over a head's experts, or `sigmoid` of each score.
@@ -84,22 +84,26 @@ class PEER(nn.Module):
         )
         if not isinstance(table, list) or len(table) != spec.count:
             raise ConfigError(f"ffn.glu={glu} needs a list of {spec.count} tables.")
-        for part in table:
-            check_table(part, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and model.dim={dim}")
-        self._tables = [TableReference(part) for part in table]
+        for one_table in table:
+            check_table(one_table, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and model.dim={dim}")
+        # The model owns the tables: registered here too, a shared table would appear in every layer's state dict.
+        self._tables = [TableReference(one_table) for one_table in table]
 
     @classmethod
     def table_spec(cls, *, dim: int, n_keys: int, glu: bool, **_: object) -> TableSpec:
-        """Input and output vectors of n_keys**2 experts, from N(0, 1/dim): inner products start at the scale of x."""
+        """Requests input and output vectors of n_keys**2 experts, from N(0, 1/dim).
+
+        Inner products then start at the scale of x.
+        """
         check_flag("ffn.glu", glu)
         return TableSpec(rows=product_slots(n_keys), dim=dim, count=3 if glu else 2)
 
     def reset_parameters(self) -> None:
-        """Query xavier-uniform with zero bias, sub-keys uniform in +-1/sqrt(key_dim)."""
+        """Draws the query xavier-uniform with zero bias, and the sub-keys uniform in +-1/sqrt(key_dim)."""
         self.addressing.reset_parameters()
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Runs every token through its experts; the experts and their weights are the trace."""
+        """Runs every token through its experts; the trace holds the experts and their weights."""
         x_TD = x_BTD.flatten(0, -2)
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
@@ -107,28 +111,26 @@ class PEER(nn.Module):
         hidden_TC = functional.gelu(down.dot(x_TD, read.ids_TC))
         for gate in gates:
             hidden_TC = hidden_TC * gate.dot(x_TD, read.ids_TC)
+        # One weighted sum over all heads' experts: g_i and the neuron's activation are both scalars, so they multiply.
         y_TD = up(read.ids_TC, read.weights_TC.to(hidden_TC.dtype) * hidden_TC).to(x_TD.dtype)
         trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
         return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)
 
-    def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics of the query's batch normalisation."""
-        self.addressing.after_step(stats)
-
     def slots(self) -> list[Slots]:
-        """The experts, each a row of every table."""
+        """Returns the experts; expert n consists of row n of every table."""
         tables = tuple(reference.table for reference in self._tables)
         return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.addressing.n_keys)]
 
     def reads(self) -> list[TableRead]:
-        """Inner products with all tables but the last, a weighted sum over that."""
+        """Returns one inner product per table but the last, and a weighted sum over the last."""
         *dots, up = (reference.table for reference in self._tables)
         ids = self.addressing.training_reads
         return [*(TableRead(table=table, ids=ids, dot=True) for table in dots), TableRead(table=up, ids=ids)]
 
     def cost(self) -> FFNCost:
-        """Query, all 2 S sub-key scores a head, and H * K experts of two (with GLU three) vectors."""
+        """Counts the query, all 2 S sub-key scores per head, and H * K experts of two (with GLU three) vectors."""
         tables = [reference.table for reference in self._tables]
+        # Each value read is multiplied and added once, whether in an inner product or in the weighted sum.
         values_read = sum(self.addressing.reads * table.dim for table in tables)
         params = sum(p.numel() for p in self.parameters())
         return FFNCost(

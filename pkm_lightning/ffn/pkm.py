@@ -1,7 +1,4 @@
-"""Product-key memory (Lample et al. 2019, "Large Memory Layers with Product Keys", arXiv 1907.05242).
-
-Letters: D model dimension, H heads, S sub-keys a half, K slots read a head.
-"""
+"""Product-key memory (Lample et al. 2019, "Large Memory Layers with Product Keys", arXiv 1907.05242)."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Mapping
 
 from pkm_lightning.errors import check_choice
 from pkm_lightning.ffn.memory_layer import MemoryLayer
-from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table, half_key_dim, product_slots
+from pkm_lightning.memory import ValueTable, half_key_dim
 
 __all__ = ["PKM"]
 
@@ -21,7 +18,7 @@ class PKM(MemoryLayer):
         w = softmax of those scores, in fp32
         y = sum over heads and slots of w_i V_i
 
-    with the queries of all heads batch-normalised (section 4.3), which needs the whole micro-batch: in training, and
+    The queries of all heads are batch-normalised (section 4.3), which needs the whole micro-batch: in training, and
     only then, a token's output depends on later tokens too.
 
     | paper | here |
@@ -31,14 +28,8 @@ class PKM(MemoryLayer):
     | query network | `addressing.query.projection`, `addressing.query.norm` |
 
     Args:
-        dim: model dimension D, also the values a slot.
-        table: the value table, owned by the model.
-        n_keys: sub-keys a half S; the table has n_keys**2 slots.
-        heads: queries a token H.
-        knn: slots read a head K, 1 to n_keys.
-        key_dim: dimension of both half keys together, even.
+        dim, table, n_keys, heads, knn, key_dim, cures: see `MemoryLayer`; a slot has `dim` values.
         query_norm: `batch`, `layer` or `none`.
-        cures: what is done against unread slots; see `pkm_lightning.memory.Cures`. None: nothing.
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a table of another shape.
@@ -57,19 +48,16 @@ class PKM(MemoryLayer):
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_choice("ffn.query_norm", query_norm, ("batch", "layer", "none"))
-        options = Cures.of(cures)
-        addressing = Addressing(
+        super().__init__(
             dim=dim,
-            heads=heads,
+            table=table,
             n_keys=n_keys,
+            heads=heads,
             knn=knn,
             key_dim=key_dim,
             query_norm=query_norm,
             key_norm=False,
-            activation="softmax",
-            temperature=False,
+            # A half query is scored against keys of half the dimension, which sets their scale.
             key_bound=half_key_dim(key_dim) ** -0.5,
-            cures=options,
+            cures=cures,
         )
-        check_table(table, product_slots(n_keys), dim, named=f"ffn.n_keys={n_keys} and model.dim={dim}")
-        super().__init__(addressing=addressing, values=Values(table=table, out_dim=dim if options.simvq else None))

@@ -1,7 +1,7 @@
-"""UltraMem: Tucker-scored slots, values expanded by projectors, one core a slice (Huang et al. 2024, arXiv 2411.12364).
+"""UltraMem: Tucker-scored slots, projected values, one core per slice (Huang et al. 2024, arXiv 2411.12364).
 
-Letters: B sequences, T tokens (B * T inside), D model dimension, H heads, C cores = slices of a value, K slots read a
-head, A = n_keys**2 virtual slots, P projectors, N = A / P physical rows, V values a row, R Tucker rank.
+Letters: C cores, which is also slices per row, A = n_keys**2 virtual slots, P projectors, so that N = A / P physical
+rows, R Tucker rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["UltraMem"]
 
 
 class UltraMem(nn.Module):
-    """Tucker-decomposed retrieval in a virtual table that is `expansion` times larger than the physical one.
+    """A memory with Tucker-decomposed retrieval and a virtual table `expansion` times larger than the physical one.
 
     Section 3 of the paper, for each head h:
 
@@ -31,8 +31,8 @@ class UltraMem(nn.Module):
         z_p    = sum over heads and slots with p(a) = p of [s_1 V^1_n, ..., s_C V^C_n]   (V^c: the c-th slice of V)
         out    = sum over p of W_p^T z_p
 
-    The scores are used as they are, without softmax. The virtual row is V~_p = V W_p, but W_p is applied after the sum,
-    so that no virtual row is ever written. Each row is read once, whatever the number of cores and projectors.
+    The scores are used without softmax. The virtual row is V~_p = V W_p, but W_p is applied after the sum, so that no
+    virtual row is ever written. Each row is read once, whatever the number of cores and projectors.
 
     | paper | here |
     |---|---|
@@ -45,23 +45,25 @@ class UltraMem(nn.Module):
 
     In training `aux_losses["spectrum"]` is alpha / (rank - 1) * sum over i >= 2 of max(0, lambda_i - tau)**2, a mean
     over heads, lambda the singular values of the summed core: it keeps C near rank 1, where the preselection is exact.
-    Reading early and adding the output later is `placement.mode=parallel` with `placement.write_after`.
+    The paper's skip, which reads early and adds the output layers later, is `placement.mode=parallel` with
+    `placement.write_after`.
 
-    Not built: the causal depth-wise convolution before the query (no effect in the paper), queries shared by layers.
+    Not implemented: the causal depth-wise convolution before the query (no effect in the paper), and queries shared by
+    layers.
 
     Args:
         dim: model dimension D.
         n_layers: layers of the model, for the scale of the initial values.
         table: the value table, owned by the model; all heads read it.
         n_keys: row keys, and column keys; n_keys**2 virtual slots.
-        heads: queries a token H.
-        knn: slots read a head K, 1 to n_keys.
+        heads: queries per token H.
+        knn: slots read per head K, 1 to n_keys.
         key_dim: dimension of a row and a column key together, even.
-        value_dim: values a row V, divisible by `cores`; None takes dim // 2.
+        value_dim: values per row V, divisible by `cores`; None takes dim // 2.
         rank: Tucker rank R, 1 to n_keys.
         cores: cores C.
         expansion: projectors P; divides n_keys**2.
-        spectrum_loss: alpha, 0 or more; 0 leaves the loss out.
+        spectrum_loss: alpha, 0 or more; 0 disables the loss.
         spectrum_margin: tau, 0 or more.
 
     Raises:
@@ -113,10 +115,11 @@ class UltraMem(nn.Module):
         named = f"ffn.n_keys={n_keys}, ffn.expansion={expansion} and ffn.value_dim={value_dim}"
         check_table(table, spec.rows, spec.dim, named=named)
         if table.slices != cores:
-            raise ConfigError(f"table has {table.slices} slices a row, but ffn.cores={cores} needs {cores}.")
+            raise ConfigError(f"table has {table.slices} slices per row, but ffn.cores={cores} needs {cores}.")
         self.expansion, self.spectrum_loss, self.spectrum_margin = expansion, spectrum_loss, spectrum_margin
         self._table = TableReference(table)
         self.out = nn.Linear(expansion * spec.dim, dim, bias=False)
+        # A buffer, since the learned rows mean nothing without the addresses that they were learned under.
         self.register_buffer("shuffle", torch.empty(n_keys**2, dtype=torch.int32))
         self.reset_parameters()
 
@@ -134,7 +137,7 @@ class UltraMem(nn.Module):
         expansion: int,
         **_: object,
     ) -> TableSpec:
-        """n_keys**2 / expansion rows from N(0, expansion / (2 knn heads n_layers)), the paper's initialisation.
+        """Requests n_keys**2 / expansion rows from N(0, expansion / (2 knn heads n_layers)), as in the paper.
 
         With W_p from N(0, 1 / (expansion value_dim)) and scores of second moment E[s**2], the output then has the
         variance E[s**2] / (2 n_layers): that of one of the 2 n_layers branches of the residual stream.
@@ -147,8 +150,8 @@ class UltraMem(nn.Module):
         values = dim // 2 if value_dim is None else value_dim
         if values < 1 or values % cores:
             raise ConfigError(
-                f"ffn.value_dim={value_dim} gives {values} values a row, which ffn.cores={cores} does not divide into "
-                f"equal slices; use ffn.value_dim={cores * max(1, round(values / cores))}."
+                f"ffn.value_dim={value_dim} gives {values} values per row, which ffn.cores={cores} does not divide "
+                f"into equal slices; use ffn.value_dim={cores * max(1, round(values / cores))}."
             )
         if slots % expansion:
             raise ConfigError(
@@ -159,17 +162,18 @@ class UltraMem(nn.Module):
         return TableSpec(rows=slots // expansion, dim=values, std=std, slices=cores)
 
     def reset_parameters(self) -> None:
-        """Keys as `TuckerKeys` says; W_p from N(0, 1 / (expansion value_dim)); another shuffle of the addresses."""
+        """Draws keys and cores, W_p from N(0, 1 / (expansion value_dim)), and a new shuffle of the addresses."""
         self.keys.reset_parameters()
         nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
         with torch.no_grad():
             self.shuffle.copy_(torch.randperm(len(self.shuffle), device=self.shuffle.device))
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Looks up every token of `x_BTD`; the trace has physical rows, virtual slots and total scores."""
+        """Looks up every token of `x_BTD`; the trace holds physical rows, virtual slots and summed scores."""
         x_TD = x_BTD.flatten(0, -2)
         read = self.keys(x_TD)
         address_THK = self.shuffle[read.ids_THK.long()]
+        # Each block of N addresses covers every physical row once, under one projector.
         n_rows = self._table.table.rows
         row_THK, projector_THK = address_THK % n_rows, address_THK // n_rows
         z_TX = self._expanded(read.scores_THCK, row_THK, projector_THK)
@@ -187,13 +191,15 @@ class UltraMem(nn.Module):
         return FFNOutput(y_TD.view_as(x_BTD), aux_losses=self._losses(), trace=trace)
 
     def _expanded(self, scores_THCK: Tensor, row_THK: Tensor, projector_THK: Tensor) -> Tensor:
-        """z_p for all projectors side by side, (T, P * V).
+        """Returns z_p of all projectors side by side, (T, P * V).
 
-        A slice of a row is read for itself: slice c of row n has the id n * C + c.
+        Slices of a row are read separately: slice c of row n has the id n * C + c.
         """
         tokens, cores = scores_THCK.shape[0], scores_THCK.shape[2]
         core_C1 = torch.arange(cores, device=row_THK.device).unsqueeze(-1)
+        # int64, because n * C + c may exceed int32 where n itself does not.
         ids_TCK = row_THK.flatten(1).unsqueeze(1).long() * cores + core_C1
+        # The table sums by projector, which costs P accumulators per token instead of a virtual row per slot.
         groups_TCK = projector_THK.flatten(1).unsqueeze(1).expand_as(ids_TCK)
         z_XPV = self._table.table(
             ids_TCK.flatten(0, 1),
@@ -210,18 +216,18 @@ class UltraMem(nn.Module):
         return {"spectrum": self.spectrum_loss / (self.keys.rank - 1) * excess_HR.square().sum(-1).mean()}
 
     def slots(self) -> list[Slots]:
-        """The rows of the table, and the virtual slots that the keys address: `expansion` for each row."""
+        """Returns the rows of the table, and the virtual slots that the keys address, `expansion` per row."""
         table, n_keys = self._table.table, self.keys.n_keys
         rows = Slots(name="slot", count=table.rows, tables=(table,))
         return [rows, Slots(name="virtual", count=n_keys**2, n_keys=n_keys)]
 
     def reads(self) -> list[TableRead]:
-        """A read for each slice, with a sum for each projector."""
+        """Returns one read per slice, with one sum per projector."""
         table, ids = self._table.table, self.keys.heads * self.keys.knn
         return [TableRead(table=table, ids=ids, reads=table.slices, groups=self.expansion)]
 
     def cost(self) -> FFNCost:
-        """`TuckerKeys.flops`, the projectors, and a product and a sum for each value read (all P W_p are applied)."""
+        """Counts `TuckerKeys.flops`, all P projectors, and a product and a sum per value read."""
         table = self._table.table
         values_read = self.keys.heads * self.keys.knn * table.dim
         params = sum(p.numel() for p in self.parameters())

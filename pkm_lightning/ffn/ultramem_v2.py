@@ -1,8 +1,4 @@
-"""UltraMemV2: slots as one-neuron experts, found by Tucker keys, in every block (Huang et al. 2025, arXiv 2508.18756).
-
-Letters: B sequences, T tokens (B * T inside), D model dimension, H heads, K slots read a head, S row keys, N slots,
-V values a row (of both tables).
-"""
+"""UltraMemV2: one-neuron experts found by Tucker keys, in every block (Huang et al. 2025, arXiv 2508.18756)."""
 
 from __future__ import annotations
 
@@ -21,12 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["UltraMemV2"]
 
-# Output variance of a freshly initialised FFN of the paper, times the number of layers.
+# Output variance of the paper's FFN at initialisation, times the number of layers (appendix A).
 _FFN_VARIANCE = 0.2
 
 
 class UltraMemV2(nn.Module):
-    """Tucker-decomposed retrieval with a query a rank, pre-values, one projector, no softmax.
+    """A memory with Tucker-decomposed retrieval, one query per rank, pre-values and one projector, without softmax.
 
     For each head, over the knn slots k that `TuckerKeys` selects, of score s_k:
 
@@ -37,34 +33,34 @@ class UltraMemV2(nn.Module):
 
     | paper | here |
     |---|---|
-    | TDQKR, a query for each rank | `keys`, a `TuckerKeys`; the selection is approximate, see there |
+    | TDQKR, one query per rank | `keys`, a `TuckerKeys`; the selection is approximate, see there |
     | pre-values, values | the model's two tables, of one shape: D_p = D_v = `value_dim` |
     | P x | `pre`, dim to value_dim |
     | W | `out`, value_dim to dim |
     | top-m, D_k | `knn`, `key_dim` |
     | balance loss, beta | `balance_loss` |
 
-    The open models have D_p = D_v = 192, D_k = 192, top 32 and one head; the paper also gives D_p : D_v = 1 : 3, which
-    is not built: both tables have one shape.
+    The open models have D_p = D_v = 192, D_k = 192, top 32 and one head. The paper also has D_p : D_v = 1 : 3, which
+    is not implemented: both tables have one shape.
 
     In training `aux_losses["balance"]` is beta * S * sum over n of f_n p_n, a mean over heads, rows and columns: p the
     mean softmax of the preselecting scores over tokens, f the share of reads of row (column) n, both over the real
     tokens of the micro-batch of all ranks; beta where either is uniform.
 
-    Not built: the causal depth-wise convolution before the query, rings of tables shared by blocks of layers
-    (`table.shared` shares one pair by all layers or by none).
+    Not implemented: the causal depth-wise convolution before the query, rings of tables shared by blocks of layers
+    (`table.shared` shares one pair between all layers or none).
 
     Args:
         dim: model dimension D.
         n_layers: layers of the model, for the scale of the initial values.
         table: pre-values and values, owned by the model.
         n_keys: row keys, and column keys; n_keys**2 slots.
-        heads: queries a token H; their outputs add up.
-        knn: slots read a head K, 1 to n_keys.
+        heads: queries per token H; their outputs are added.
+        knn: slots read per head K, 1 to n_keys.
         key_dim: dimension of a row and a column key together, even.
-        value_dim: values a row of either table V; None takes dim // 4.
+        value_dim: values per row V of both tables; None takes dim // 4.
         rank: Tucker rank, 1 to n_keys.
-        balance_loss: beta, 0 or more; 0 leaves the loss out.
+        balance_loss: beta, 0 or more; 0 disables the loss.
 
     Raises:
         ConfigError: a size out of range, or tables of another number or shape.
@@ -99,11 +95,11 @@ class UltraMemV2(nn.Module):
         check_range("ffn.balance_loss", balance_loss, 0)
         if not isinstance(table, list) or len(table) != spec.count:
             raise ConfigError(f"ffn needs a list of {spec.count} tables, the pre-values and the values.")
-        for one in table:
-            check_table(one, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and ffn.value_dim={value_dim}")
+        for one_table in table:
+            check_table(one_table, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and ffn.value_dim={value_dim}")
         assert spec.std is not None
         self.balance_loss, self.table_std = balance_loss, spec.std
-        self._pre_values, self._values = (TableReference(one) for one in table)
+        self._pre_values, self._values = (TableReference(one_table) for one_table in table)
         self.pre = nn.Linear(dim, spec.dim, bias=False)
         self.out = nn.Linear(spec.dim, dim, bias=False)
         self.reset_parameters()
@@ -112,12 +108,15 @@ class UltraMemV2(nn.Module):
     def table_spec(
         cls, *, dim: int, n_layers: int, n_keys: int, heads: int, knn: int, value_dim: int | None, **_: object
     ) -> TableSpec:
-        """Two tables of n_keys**2 rows from N(0, sigma**2), sigma**2 = 0.2 / (n_layers knn heads (1 + sigma_s**2)).
+        """Requests two tables of n_keys**2 rows from N(0, sigma**2).
+
+        sigma**2 = 0.2 / (n_layers knn heads (1 + sigma_s**2))
 
         With <P[k], W_pre x> of variance 1, scores of mean 1 and variance sigma_s**2 (`selected_moments`) and W from
         N(0, 1/value_dim), the output has the variance 0.2 / n_layers: the paper's aim (appendix A, the variance of an
         FFN's output). Its sigma**2 has further factors k_inner h / (d_pre d_v) for its own scales of W_pre, P and W.
         """
+        # Called before the constructor, which would check these sizes too late for the formulas below.
         slots = product_slots(n_keys)
         check_integer("ffn.heads", heads, low=1)
         check_integer("ffn.knn", knn, low=1, high=n_keys)
@@ -128,9 +127,9 @@ class UltraMemV2(nn.Module):
         return TableSpec(rows=slots, dim=max(1, dim // 4) if value_dim is None else value_dim, count=2, std=std)
 
     def reset_parameters(self) -> None:
-        """Keys as `TuckerKeys` says; W from N(0, 1/value_dim); W_pre so that <P[k], W_pre x> has variance 1.
+        """Draws keys and cores, W from N(0, 1/value_dim), and W_pre so that <P[k], W_pre x> has variance 1.
 
-        Both tables start with one sigma, so W_pre takes the ratio: N(0, 1 / (dim value_dim sigma**2)).
+        Both tables are drawn with one sigma, so W_pre corrects for it: N(0, 1 / (dim value_dim sigma**2)).
         """
         self.keys.reset_parameters()
         dim, values = self.out.weight.shape
@@ -138,11 +137,12 @@ class UltraMemV2(nn.Module):
         nn.init.normal_(self.pre.weight, std=(dim * values) ** -0.5 / self.table_std)
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Looks up every token of `x_BTD`; the trace has the slots and their scores."""
+        """Looks up every token of `x_BTD`; the trace holds the slots and their scores."""
         x_TD = x_BTD.flatten(0, -2)
         read = self.keys(x_TD)
         scores_THK = read.scores_THCK.squeeze(2)
         ids_TK = read.ids_THK.flatten(1)
+        # A slot is a neuron: its input weight is a row of the pre-values, its output weight a row of the values.
         dots_TK = self._pre_values.table.dot(self.pre(x_TD), ids_TK)
         y_TV = self._values.table(ids_TK, scores_THK.flatten(1) * dots_TK)
         y_TD = self.out(y_TV.to(x_TD.dtype))
@@ -158,6 +158,7 @@ class UltraMemV2(nn.Module):
     def _losses(self, read: TuckerRead, valid_BT: Tensor | None) -> dict[str, Tensor]:
         if not self.training or self.balance_loss == 0:
             return {}
+        # Slot i * S + j has row key i and column key j, which are balanced separately.
         valid_T = None if valid_BT is None else valid_BT.flatten()
         ids_HTK = read.ids_THK.transpose(0, 1)
         rows = balance_loss(mean_probabilities(read.row_HTS, valid_T), ids_HTK // self.keys.n_keys, valid_T)
@@ -165,18 +166,18 @@ class UltraMemV2(nn.Module):
         return {"balance": self.balance_loss * (rows + columns) / 2}
 
     def slots(self) -> list[Slots]:
-        """Rows of both tables at once."""
+        """Returns the slots; slot n is row n of both tables."""
         tables = (self._pre_values.table, self._values.table)
         return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.keys.n_keys)]
 
     def reads(self) -> list[TableRead]:
-        """Inner products with the pre-values, a weighted sum over the values."""
+        """Returns the inner products with the pre-values and the weighted sum over the values."""
         ids = self.keys.heads * self.keys.knn
         pre = TableRead(table=self._pre_values.table, ids=ids, dot=True)
         return [pre, TableRead(table=self._values.table, ids=ids)]
 
     def cost(self) -> FFNCost:
-        """`TuckerKeys.flops`, W_pre and W, and a product and a sum for each value read of both tables."""
+        """Counts `TuckerKeys.flops`, W_pre and W, and a product and a sum per value read of both tables."""
         table = self._values.table
         values_read = 2 * self.keys.heads * self.keys.knn * table.dim
         params = sum(p.numel() for p in self.parameters())

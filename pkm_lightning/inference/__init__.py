@@ -1,1 +1,1 @@
-"""Using a trained model: generation and scoring of answers, shared by verbs and callbacks."""
+"""Using a trained model: generation and scoring of answers, shared by commands and callbacks."""

@@ -1,6 +1,6 @@
-"""How many facts a model knows: exact match of its answers, choice among four, and bits stored.
+"""Factual recall of a model: exact match of its answers, choice among four options, and bits stored.
 
-Letters: B sequences, T tokens, M answer tokens of the batch.
+Letters: M answer tokens of a batch.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pkm_lightning.data.batch import NO_TARGET
-from pkm_lightning.inference.generation import TextCodec, greedy
+from pkm_lightning.data.base import NO_TARGET, RecallItem, TextCodec
+from pkm_lightning.inference.generation import greedy
 from pkm_lightning.model.loss import token_nll
 
 if TYPE_CHECKING:
-    from pkm_lightning.data import RecallItem
     from pkm_lightning.model import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItemScore:
-    """One question and what the model made of it."""
+    """One question with the model's answer and scores."""
 
     form: str
     relation: str
@@ -45,7 +44,7 @@ class ItemScore:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and English articles, single spaces: the rule of open question answering."""
+    """Returns lower case without punctuation and English articles, single spaces: the rule of SQuAD's metric."""
     text = "".join(" " if c in string.punctuation else c for c in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -53,8 +52,9 @@ def normalise(text: str) -> str:
 def score_items(
     model: Transformer, tokenizer: TextCodec, items: Sequence[RecallItem], *, device: torch.device
 ) -> list[ItemScore]:
-    """Scores every item; `model` is in evaluation mode."""
+    """Scores every item by greedy decoding and by the likelihood of its options; `model` is in evaluation mode."""
     answers = greedy(model, tokenizer, [item.prompt for item in items], device=device)
+    # The options of all items are scored together, so that batches are full.
     candidates = [(item.prompt, option) for item in items for option in _candidates(item)]
     nats = iter(_answer_nats(model, tokenizer, candidates, device=device))
     scores = []
@@ -92,50 +92,54 @@ def _answer_nats(
     device: torch.device,
     batch_size: int = 1024,
 ) -> list[float]:
-    """-ln p(answer, end of text | prompt) of each (prompt, answer)."""
-    rows = []
+    """Returns -ln p(answer, end of text | prompt) of each (prompt, answer)."""
+    sequences = []
     for prompt, answer in pairs:
         prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+        # The end token counts: a model that would continue the answer does not know it.
         answer_ids = [*tokenizer.encode(" " + answer), tokenizer.eos_id]
-        rows.append((prompt_ids + answer_ids, len(prompt_ids)))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    nats = [0.0] * len(rows)
+        sequences.append((prompt_ids + answer_ids, len(prompt_ids)))
+    # Sorted by length, so that a batch has little padding.
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
+    nats = [0.0] * len(sequences)
     for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids_BT, labels_BT = _padded([rows[i] for i in chosen], tokenizer.eos_id, device)
+        batch = order[start : start + batch_size]
+        ids_BT, labels_BT = _padded([sequences[i] for i in batch], tokenizer.eos_id, device)
         nll_M = token_nll(model, model(ids_BT).hidden_BTD, labels_BT)
-        row_M = torch.nonzero(labels_BT != NO_TARGET)[:, 0]
-        sums_B = torch.zeros(len(chosen), device=device).index_add_(0, row_M, nll_M)
-        for i, value in zip(chosen, sums_B.tolist(), strict=True):
+        sequence_M = torch.nonzero(labels_BT != NO_TARGET)[:, 0]
+        sums_B = torch.zeros(len(batch), device=device).index_add_(0, sequence_M, nll_M)
+        for i, value in zip(batch, sums_B.tolist(), strict=True):
             nats[i] = value
     return nats
 
 
-def _padded(rows: Sequence[tuple[list[int], int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and shifted labels; what follows the end of a row is behind it, so causal attention never sees it."""
-    width = max(len(ids) for ids, _ in rows) - 1
-    ids_BT = torch.full((len(rows), width), filler)
-    labels_BT = torch.full((len(rows), width), NO_TARGET)
-    for b, (ids, prompt_length) in enumerate(rows):
+def _padded(sequences: Sequence[tuple[list[int], int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns inputs and shifted labels of (ids, length of the prompt), padded on the right with `filler`."""
+    width = max(len(ids) for ids, _ in sequences) - 1
+    # No mask is needed: attention is causal, and padding follows the last token that has a target.
+    ids_BT = torch.full((len(sequences), width), filler)
+    labels_BT = torch.full((len(sequences), width), NO_TARGET)
+    for b, (ids, prompt_length) in enumerate(sequences):
         ids_BT[b, : len(ids) - 1] = torch.tensor(ids[:-1])
         labels_BT[b, prompt_length - 1 : len(ids) - 1] = torch.tensor(ids[prompt_length:])
     return ids_BT.to(device), labels_BT.to(device)
 
 
 def summarise(scores: Iterable[ItemScore]) -> dict[str, Any]:
-    """Means by form: `recall`, `choice`, `bits` (prior less model bits, per fact), also by relation and decile.
+    """Returns means by form: `recall`, `choice`, `bits` (prior minus model bits, per fact), by relation and decile too.
 
-    `bits` is the plain mean, which over-confident errors make negative; `bits_clipped` takes each fact at 0 or more.
+    `bits` is the plain mean, which over-confident errors make negative; `bits_clipped` counts a negative fact as 0.
     """
     scores = list(scores)
     by_form = _grouped(scores, lambda s: s.form)
     return {
         form: {
-            **_means(of_form),
-            "by_relation": {key: _means(of) for key, of in _grouped(of_form, lambda s: s.relation).items()},
-            "by_decile": {str(key): _means(of) for key, of in _grouped(of_form, lambda s: s.decile).items()},
+            **_means(group),
+            "by_relation": {key: _means(part) for key, part in _grouped(group, lambda s: s.relation).items()},
+            # Text, since this goes into JSON.
+            "by_decile": {str(key): _means(part) for key, part in _grouped(group, lambda s: s.decile).items()},
         }
-        for form, of_form in by_form.items()
+        for form, group in by_form.items()
     }
 
 
@@ -151,10 +155,10 @@ def _means(scores: Sequence[ItemScore]) -> dict[str, float | int]:
     chosen = [s.chosen for s in scores if s.chosen is not None]
     if chosen:
         means["choice"] = _mean(chosen)
-    gained = [s.prior_bits - s.bits for s in scores if not math.isnan(s.prior_bits)]
-    if gained:
-        means["bits"] = _mean(gained)
-        means["bits_clipped"] = _mean([max(0.0, bits) for bits in gained])
+    stored_bits = [s.prior_bits - s.bits for s in scores if not math.isnan(s.prior_bits)]
+    if stored_bits:
+        means["bits"] = _mean(stored_bits)
+        means["bits_clipped"] = _mean([max(0.0, bits) for bits in stored_bits])
     return means
 
 

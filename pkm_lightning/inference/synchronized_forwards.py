@@ -1,7 +1,7 @@
-"""Evaluation whose ranks run different numbers of forwards, through a model whose forwards need all ranks.
+"""Evaluation in which ranks run different numbers of forwards, through a model whose forwards need all ranks.
 
-Parts of a table, of FSDP2's and of ZeRO's parameters travel in every forward: a rank that has finished must go on
-taking part until the last has.
+Shards of value tables and of the parameters of FSDP2 and ZeRO are exchanged in every forward: a rank that has finished
+must keep taking part until all others have finished.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def synchronized_forwards(model: Transformer, device: torch.device) -> Iterator[None]:
-    """Within it each rank may run as many forwards of `model` as it likes; it ends on all ranks together.
+    """Allows each rank to run any number of forwards of `model`. Collective: enter and leave on all ranks.
 
     Args:
-        model: not in training; all ranks must enter.
+        model: in evaluation mode.
         device: where the model computes.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         yield
         return
 
-    def somebody_works(here: bool) -> bool:
+    def any_rank_works(here: bool) -> bool:
         working = torch.tensor(int(here), device=device)
         dist.all_reduce(working)
         return bool(working)
 
     def announce(*_: Any) -> None:
-        somebody_works(True)
+        any_rank_works(True)
 
     hook = model.register_forward_pre_hook(announce)
     try:
         yield
     finally:
         hook.remove()
+    # Each turn of this loop answers one announcement, then joins that forward's exchanges with one token of its own.
     one_token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with torch.no_grad():
-        while somebody_works(False):
+        while any_rank_works(False):
             model.unembed(model(one_token).hidden_BTD)

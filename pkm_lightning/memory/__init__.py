@@ -1,14 +1,16 @@
-"""Parts that several memory plugins share: addressing by product keys, value tables, cures for unread slots."""
+"""The parts that memory plugins share: addressing by product keys, value tables, cures for unread slots."""
 
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.cures import Cures
 from pkm_lightning.memory.mesh import TableMesh
-from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
+from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim, product_slots
 from pkm_lightning.memory.query import QueryNetwork
+from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.staging import RowStage
-from pkm_lightning.memory.table_optimizer import RowOptimizer, TableOptimizer, clip_tables
+from pkm_lightning.memory.table_clipping import clip_tables
+from pkm_lightning.memory.table_optimizer import TableOptimizer
 from pkm_lightning.memory.tucker_keys import TuckerKeys
-from pkm_lightning.memory.value_table import TableReference, ValueTable, check_table, product_slots
+from pkm_lightning.memory.value_table import TableReference, ValueTable, check_table
 from pkm_lightning.memory.values import Values
 
 __all__ = [

@@ -1,7 +1,9 @@
-"""From the layer's input to the slots that it reads and their weights: queries, product keys, top-k, activation.
+"""Addressing: from the input of a layer to the slots that it reads and their weights.
 
-Letters: T tokens, D model dimension, H heads, S sub-keys a half, K slots read a head, C = K, or K * K in training
-where the straight-through gradient reads all candidates.
+The steps are queries, product keys, top-k and activation.
+
+Letters: T tokens, D model dimension, H heads, S sub-keys per half, P values of a half key, K slots read per head,
+C = K, or K * K in training where the straight-through gradient reads all candidates.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import nn
 from pkm_lightning.errors import check_choice, check_flag, check_integer
 from pkm_lightning.memory import cures as cure
 from pkm_lightning.memory.precision import ieee_scores
-from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
+from pkm_lightning.memory.product_keys import MAX_KEYS, ProductKeys, half_key_dim
 from pkm_lightning.memory.query import QueryNetwork
 from pkm_lightning.ops import product_topk
 
@@ -28,19 +30,19 @@ ACTIVATIONS = ("softmax", "relu", "sigmoid")
 
 
 class Addresses(NamedTuple):
-    """The slots of each token: what to read, what was chosen, and what the plugin reports."""
+    """The slots of each token: those to read, those selected, and the reports of the plugin."""
 
     #: Slots to read and their weights, (T, H * C).
     ids_TC: Tensor
     weights_TC: Tensor
-    #: The chosen slots and their weights, (T, H, K); the same reads unless the gradient is straight-through.
+    #: The selected slots and their weights, (T, H, K); the same reads unless the gradient is straight-through.
     ids_THK: Tensor
     weights_THK: Tensor
     aux_losses: dict[str, Tensor]
     step_stats: dict[str, Tensor]
 
     def trace(self, shape: torch.Size) -> dict[str, Tensor]:
-        """`slot_ids` and `slot_weights` of shape (*shape, H, K), detached."""
+        """Returns `slot_ids` and `slot_weights` of shape (*shape, H, K), detached."""
         return {
             "slot_ids": self.ids_THK.detach().unflatten(0, shape),
             "slot_weights": self.weights_THK.detach().unflatten(0, shape),
@@ -52,21 +54,21 @@ class Addressing(nn.Module):
 
     Args:
         dim: model dimension D.
-        heads: queries a token H.
-        n_keys: sub-keys a half S.
-        knn: slots read a head K, 1 to n_keys.
+        heads: queries per token H.
+        n_keys: sub-keys per half S.
+        knn: slots read per head K, 1 to n_keys.
         key_dim: dimension of both half keys together, even.
         query_norm: `none`, `rms`, `batch` or `layer`; see `QueryNetwork`.
         key_norm: RMSNorm on the sub-keys; see `ProductKeys`.
-        activation: weights from scores: `softmax` over a head's slots, or each for itself `relu` or `sigmoid`
+        activation: weights from scores: `softmax` over the slots of a head, or elementwise `relu` or `sigmoid`
             (Csordas et al. 2023, arXiv 2310.10837).
-        temperature: scores are divided by a learned number a head, at first 1.
-        shared_keys: all heads use one set of sub-keys.
-        key_bound: sub-keys start uniform in +-key_bound; None takes 1/sqrt(key_dim).
-        cures: what is done against unread slots.
+        temperature: whether scores are divided by a learned number per head, initially 1.
+        shared_keys: whether all heads use one set of sub-keys.
+        key_bound: sub-keys are initialised uniform in +-key_bound; None takes 1/sqrt(key_dim).
+        cures: measures against slots that are never read.
 
     Raises:
-        ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a switch that is neither true nor false.
+        ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or a switch that is not a boolean.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Addressing(nn.Module):
     ) -> None:
         super().__init__()
         check_integer("ffn.heads", heads, low=1)
-        check_integer("ffn.n_keys", n_keys, low=1, high=46_340)
+        check_integer("ffn.n_keys", n_keys, low=1, high=MAX_KEYS)
         check_integer("ffn.knn", knn, low=1, high=n_keys)
         half_key_dim(key_dim)
         check_choice("ffn.activation", activation, ACTIVATIONS)
@@ -101,28 +103,29 @@ class Addressing(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Query and keys as their modules say; temperature 1."""
+        """Resets query and keys, and sets the temperature to 1."""
         self.query.reset_parameters()
         self.keys.reset_parameters()
         if self.log_temperature is not None:
             nn.init.zeros_(self.log_temperature)
 
     def forward(self, x_TD: Float[Tensor, "T D"], valid_T: Bool[Tensor, " T"] | None = None) -> Addresses:
-        """The slots of every token; padding is looked up too, but enters neither statistics nor losses."""
-        q_TH2E, stats = self.query(x_TD, valid_T)
+        """Selects the slots of every token; padding is looked up too, but excluded from statistics and losses."""
+        q_TH2P, stats = self.query(x_TD, valid_T)
         losses: dict[str, Tensor] = {}
         if self.training and self.cures.need_all_scores:
-            halves_2HTS = self.keys(q_TH2E)
+            halves_2HTS = self.keys(q_TH2P)
             with ieee_scores(halves_2HTS[0]):
                 choosing_2HTS = self._with_noise(halves_2HTS)
                 if self.cures.straight_through:
                     ids_HTC, weights_HTC, ids_HTK, weights_HTK = self._straight_through(halves_2HTS, choosing_2HTS)
                 else:
-                    ids_HTK, weights_HTK = self._chosen(halves_2HTS, choosing_2HTS)
+                    ids_HTK, weights_HTK = self._select(halves_2HTS, choosing_2HTS)
                     ids_HTC, weights_HTC = ids_HTK, weights_HTK
                 losses = self._losses(halves_2HTS, ids_HTK, valid_T)
         else:
-            scores_HTK, ids_HTK = self.keys.search(q_TH2E, self.knn)
+            # Without cures the scores of all sub-keys, (H, T, S) per half, are never written to memory.
+            scores_HTK, ids_HTK = self.keys.search(q_TH2P, self.knn)
             with ieee_scores(scores_HTK):
                 weights_HTK = self._activate(scores_HTK)
             ids_HTC, weights_HTC = ids_HTK, weights_HTK
@@ -138,13 +141,14 @@ class Addressing(nn.Module):
         if not self._noisy:
             return halves_2HTS
         scale = self.cures.gumbel_noise
+        # These scores only select, so no gradient flows through them.
         first_HTS, second_HTS = (scores_HTS.detach() for scores_HTS in halves_2HTS)
         return first_HTS + scale * cure.gumbel(first_HTS), second_HTS + scale * cure.gumbel(second_HTS)
 
-    def _chosen(
+    def _select(
         self, halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Ids and weights of the best slots; noise decides which, but their weights come from the scores themselves."""
+        """Ids and weights of the best slots, which noise may select; the weights come from the scores without noise."""
         scores_HTK, ids_HTK = product_topk(*choosing_2HTS, self.knn)
         if self._noisy:
             n_keys = halves_2HTS[0].shape[-1]
@@ -155,16 +159,21 @@ class Addressing(nn.Module):
     def _straight_through(
         self, halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All candidates and the chosen of them; the former's weights have the value of the chosen ones' (elsewhere 0)
-        and the gradient of an activation over all of them."""
+        """All candidates and the selected ones, with weights.
+
+        The weights of the candidates have the values of the selected weights (0 for all others), and the gradient of an
+        activation over all candidates.
+        """
         scores_HTC, ids_HTC, best_HTK = cure.candidate_grid(halves_2HTS, choosing_2HTS, self.knn)
         soft_HTC = self._activate(scores_HTC)
         weights_HTK = self._activate(scores_HTC.gather(-1, best_HTK)).detach()
         hard_HTC = torch.zeros_like(soft_HTC).scatter(-1, best_HTK, weights_HTK)
+        # The difference is 0 in forward; in backward it has the gradient of `soft`.
         return ids_HTC, hard_HTC + (soft_HTC - soft_HTC.detach()), ids_HTC.gather(-1, best_HTK), weights_HTK
 
     def _activate(self, scores_HTK: Tensor) -> Tensor:
         if self.log_temperature is not None:
+            # The logarithm is the parameter, so that the temperature stays positive.
             scores_HTK = scores_HTK * torch.exp(-self.log_temperature.to(scores_HTK.dtype))[:, None, None]
         if self.activation == "softmax":
             return torch.softmax(scores_HTK, dim=-1)
@@ -186,44 +195,44 @@ class Addressing(nn.Module):
         return losses
 
     def diagnostics(self, output: Addresses, x_TD: Tensor, valid_T: Tensor | None = None) -> dict[str, Tensor]:
-        """Norms of half queries and sub-keys, extremes of the scores read, and how far the weights are saturated.
+        """Returns norms of half queries and sub-keys, extremes of the scores, and the saturation of the weights.
 
-        `query_norm`, `key_norm`: mean L2 norms, as the scores use them; `score_max`, `score_min`; `weight_top`: mean
-        share of a read's largest weight in the read.
+        `query_norm`, `key_norm`: mean L2 norms as the scores use them; `score_max`, `score_min`: of the selected slots;
+        `weight_top`: mean share of the largest weight in the sum of the weights of a head.
         """
-        q_TH2E, _ = self.query(x_TD, valid_T)
-        scores_HTK, _ = self.keys.search(q_TH2E, self.knn)
+        q_TH2P, _ = self.query(x_TD, valid_T)
+        scores_HTK, _ = self.keys.search(q_TH2P, self.knn)
         weights_THK = output.weights_THK.abs()
         shares_TH = weights_THK.amax(-1) / weights_THK.sum(-1).clamp(min=1e-20)
         return {
-            "query_norm": q_TH2E.norm(dim=-1).mean(),
-            "key_norm": self.keys.used(q_TH2E).norm(dim=-1).mean(),
+            "query_norm": q_TH2P.norm(dim=-1).mean(),
+            "key_norm": self.keys.score_keys(q_TH2P).norm(dim=-1).mean(),
             "score_max": scores_HTK.amax(),
             "score_min": scores_HTK.amin(),
             "weight_top": shares_TH.mean(),
         }
 
     def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics of a batch normalisation, where there is one."""
+        """Updates the running statistics of batch normalisation, if the queries use it."""
         self.query.after_step(stats)
 
     @property
     def n_keys(self) -> int:
-        """Sub-keys a half, S; the slot of sub-keys i and j is i * S + j."""
+        """Sub-keys per half, S; the slot of sub-keys i and j is i * S + j."""
         return self.keys.n_keys
 
     @property
     def reads(self) -> int:
-        """Rows that a token reads at evaluation, H * K."""
+        """Rows that each token reads in evaluation, H * K."""
         return self.query.heads * self.knn
 
     @property
     def training_reads(self) -> int:
-        """Rows that a token reads in training: all candidates with the straight-through gradient."""
+        """Rows that each token reads in training: all candidates with the straight-through gradient."""
         per_head = self.knn**2 if self.cures.straight_through else self.knn
         return self.query.heads * per_head
 
     def flops(self) -> int:
-        """Forward FLOPs a token: the query's matrix and 2 * S half scores a head; top-k and norms count none."""
+        """Returns the forward FLOPs per token: the query's matrix and 2 * S half scores per head, without top-k."""
         half = self.keys.keys.shape[3]
         return 2 * (self.query.projection.weight.numel() + 2 * self.query.heads * self.n_keys * half)

@@ -1,6 +1,6 @@
-"""Batch normalisation of queries that padding never enters, with statistics of the whole batch over all ranks.
+"""Batch normalisation of queries that excludes padding, with statistics of the whole batch over all ranks.
 
-Lample et al. 2019 (arXiv 1907.05242, section 4.3): it spreads queries over the keys, and more slots are used.
+It spreads the queries over the keys, so that more slots are used (Lample et al. 2019, arXiv 1907.05242, section 4.3).
 
 Letters: T tokens, F features.
 """
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 class MaskedBatchNorm(nn.Module):
-    """`(x - mean) / sqrt(var + eps) * weight + bias` with moments of the real tokens of all ranks' micro-batch.
+    """Computes `(x - mean) / sqrt(var + eps) * weight + bias`, with the moments of the real tokens of all ranks.
 
-    In training a token's output depends on the whole micro-batch, later tokens included; at evaluation the running
-    statistics are used. They move once per optimizer step, in `after_step`, from sums over its micro-batches: a forward
-    that activation checkpointing repeats does not move them twice. They stay in fp32 (fp64 in an fp64 module) whatever
-    dtype the module is cast to, since bf16 would lose most of a step of 0.1.
+    In training the output of a token depends on the whole micro-batch, later tokens included; in evaluation the running
+    statistics are used. `after_step` updates them once per optimizer step, from sums over its micro-batches, so that a
+    forward that activation checkpointing repeats does not count twice. They stay in fp32 (fp64 in an fp64 module)
+    whatever dtype the module is cast to, since bf16 would round away most of an update with momentum 0.1.
 
     Args:
-        features: features F.
-        momentum: share of the new step in the running statistics.
+        features: number of features F.
+        momentum: weight of the current step in the running statistics.
         eps: added to the variance.
     """
 
@@ -46,11 +46,11 @@ class MaskedBatchNorm(nn.Module):
             self.register_buffer(name, torch.empty(features, dtype=_at_least_fp32(self.weight.dtype)))
         self.reset_parameters()
 
-    #: Neither is decayed.
+    #: Roles of parameters without weight decay.
     parameter_roles = {"weight": "norm", "bias": "bias"}  # noqa: RUF012 - read only, as in every module
 
     def reset_parameters(self) -> None:
-        """Gain 1, bias 0, running mean 0, running variance 1."""
+        """Sets gain and running variance to 1, bias and running mean to 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
         nn.init.zeros_(self.running_mean)
@@ -59,7 +59,10 @@ class MaskedBatchNorm(nn.Module):
     def forward(
         self, x_TF: Float[Tensor, "T F"], valid_T: Bool[Tensor, " T"] | None = None
     ) -> tuple[Float[Tensor, "T F"], dict[str, Tensor]]:
-        """The normalised features, in the dtype of `x`, and this rank's sums for `after_step` (empty at evaluation)."""
+        """Returns the features normalised, in the dtype of `x`, and sums for `after_step`, which evaluation leaves out.
+
+        Collective in training: call on all ranks.
+        """
         weight_F, bias_F = self.weight.to(x_TF.dtype), self.bias.to(x_TF.dtype)
         centred_TF = x_TF - self.running_mean.to(x_TF.dtype)
         if not self.training:
@@ -72,19 +75,19 @@ class MaskedBatchNorm(nn.Module):
         away_TF = centred_TF - mean_F
         var_F = sum_over_ranks((away_TF if real_T1 is None else away_TF.where(real_T1, 0)).square().sum(0)) / count
         y_TF = away_TF * (var_F + self.eps).rsqrt() * weight_F + bias_F
-        # Of different micro-batches, so about one point, the running mean; in float64 (which MPS has not), since they
-        # may cancel.
+        # Sums of several micro-batches are added later, so all are taken about one point, the running mean. They may
+        # cancel, hence float64, which MPS lacks.
         wide = torch.float32 if x_TF.device.type == "mps" else torch.float64
         sums_2F = [value_TF.sum(0, dtype=wide) for value_TF in (real_TF.detach(), real_TF.detach().square())]
         return y_TF, {"query_norm_tokens": tokens.to(wide), "query_norm_sums": torch.stack(sums_2F)}
 
     @torch.no_grad()
     def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics by the sums of one optimizer step; nothing to do without any."""
+        """Updates the running statistics by the sums of one optimizer step, if there are any."""
         count = stats.get("query_norm_tokens")
         if count is None:
             return
-        # Without a real token nothing moves; a branch on the count would wait for the device.
+        # Without a real token the share is 0. A branch on the count would make the host wait for the device.
         share = (count > 0).to(self.running_mean.dtype) * self.momentum
         mean_F, square_F = (stats["query_norm_sums"] / count.clamp(min=1)).unbind()
         # The unbiased variance, as torch.nn.BatchNorm1d keeps it.

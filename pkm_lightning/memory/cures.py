@@ -1,9 +1,9 @@
 """Cures for slots that are rarely or never updated, each off by default (SimVQ arXiv 2411.02038, IBQ arXiv 2412.02692).
 
-A slot that nobody reads gets no gradient. The losses here work on the scores of the halves, which every sub-key has for
-every token, at the cost of two softmaxes over S: the same idea over all S * S slots could not be paid for.
+A slot that is never read gets no gradient. The losses here use the scores of the halves, which every sub-key has for
+every token. They cost two softmaxes over S sub-keys; the same losses over all S * S slots would be too expensive.
 
-Letters: T tokens, H heads, S sub-keys a half, K slots read a head, C = K * K candidate pairs.
+Letters: T tokens, H heads, S sub-keys per half, K slots read per head, C = K * K candidate pairs.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Cures:
-    """What a memory does against unread slots.
+    """The measures of a memory against slots that are never read.
 
     Args:
-        simvq: the rows stay as drawn and a trained linear map follows the read, so that every row moves in every step.
+        simvq: the rows stay as initialised and a trained linear map follows the read, so that every step changes all.
         balance_loss: coefficient of `balance_loss`.
         entropy_loss: coefficient of `entropy_loss`.
         straight_through: the gradient of the weights is that of the activation over all candidate pairs, which are
             read in training.
-        gumbel_noise: scale of the Gumbel noise on the half scores that decides, in training, which slots are read.
+        gumbel_noise: scale of the Gumbel noise that is added to the half scores for the selection in training.
 
     Raises:
-        ConfigError: a value of a wrong type or below 0.
+        ConfigError: a value of the wrong type or below 0.
     """
 
     simvq: bool = False
@@ -53,14 +53,14 @@ class Cures:
 
     @classmethod
     def of(cls, settings: Mapping[str, object] | None) -> Cures:
-        """The cures that `ffn.cures` of a configuration names; those that it leaves out are off.
+        """Returns the cures that `ffn.cures` of a configuration sets; all others are off.
 
         Raises:
             ConfigError: an unknown name.
         """
         known = [field.name for field in fields(cls)]
         if settings is not None and not isinstance(settings, Mapping):
-            raise ConfigError(f"ffn.cures={settings!r} is no mapping; set a cure, as in ffn.cures.{known[0]}=true.")
+            raise ConfigError(f"ffn.cures={settings!r} is not a mapping; set a cure, as in ffn.cures.{known[0]}=true.")
         for name in settings or {}:
             if name not in known:
                 raise ConfigError(f"ffn.cures.{name} is not known; allowed: {', '.join(known)}.{nearest(name, known)}")
@@ -68,19 +68,22 @@ class Cures:
 
     @property
     def need_all_scores(self) -> bool:
-        """Whether training needs the scores of sub-keys that are not kept."""
+        """Whether training needs the scores of all sub-keys, not only of the best ones."""
         return bool(self.straight_through or self.gumbel_noise or self.balance_loss or self.entropy_loss)
 
 
 def gumbel(like: Tensor) -> Tensor:
-    """Independent standard Gumbel draws: -log of standard exponential ones."""
+    """Draws independent standard Gumbel noise, as -log of standard exponential noise."""
     return -torch.empty_like(like).exponential_().clamp(min=torch.finfo(like.dtype).tiny).log()
 
 
 def mean_probabilities(scores_HTS: Float[Tensor, "H T S"], valid_T: Bool[Tensor, " T"] | None) -> Float[Tensor, "H S"]:
-    """Softmax over a half's sub-keys, averaged over the real tokens of the micro-batch of all ranks."""
+    """Averages the softmax over the sub-keys of a half over the real tokens of all ranks' micro-batches.
+
+    Collective: call on all ranks.
+    """
     if valid_T is not None:
-        # Padding may hold anything, NaN too, which a multiplication by zero would keep.
+        # Padding may hold NaN, which a multiplication by zero would keep.
         scores_HTS = scores_HTS.where(valid_T.unsqueeze(-1), 0)
     p_HTS = scores_HTS.softmax(-1)
     if valid_T is not None:
@@ -90,11 +93,11 @@ def mean_probabilities(scores_HTS: Float[Tensor, "H T S"], valid_T: Bool[Tensor,
 
 
 def entropy_loss(p_HS: Float[Tensor, "H S"]) -> Float[Tensor, ""]:
-    """log S - H(p), a mean over heads: 0 where all sub-keys are equally likely on average, or no token is real.
+    """Computes log S - H(p), averaged over heads: 0 if p is uniform or no token is real.
 
     FwPKM (arXiv 2601.00671) takes -H(p) of both halves, which differs by a constant and a factor.
     """
-    # A probability may underflow to 0, where log has no finite gradient; without a real token all of them are 0.
+    # Probabilities may underflow to 0, where log has no finite gradient; without a real token all are 0.
     log_HS = p_HS.clamp(min=torch.finfo(p_HS.dtype).tiny).log()
     return (p_HS * (math.log(p_HS.shape[-1]) + log_HS)).sum(-1).mean()
 
@@ -102,8 +105,10 @@ def entropy_loss(p_HS: Float[Tensor, "H S"]) -> Float[Tensor, ""]:
 def balance_loss(
     p_HS: Float[Tensor, "H S"], keys_HTK: Int[Tensor, "H T K"], valid_T: Bool[Tensor, " T"] | None
 ) -> Float[Tensor, ""]:
-    """S * sum_n f_n p_n, a mean over heads, f_n the share of reads with sub-key n: 1 where either is uniform
-    (UltraMemV2, arXiv 2508.18756)."""
+    """Computes S * sum_n f_n p_n, averaged over heads, where f_n is the share of reads with sub-key n.
+
+    It is 1 where f or p is uniform (UltraMemV2, arXiv 2508.18756). Collective: call on all ranks.
+    """
     ones_HTK = torch.ones_like(keys_HTK, dtype=p_HS.dtype)
     if valid_T is not None:
         ones_HTK = ones_HTK * valid_T.unsqueeze(-1)
@@ -116,15 +121,16 @@ def balance_loss(
 def candidate_grid(
     halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor], k: int
 ) -> tuple[Float[Tensor, "H T C"], Int[Tensor, "H T C"], Int[Tensor, "H T K"]]:
-    """All pairs of the `k` best sub-keys of each half, by rank in half 1, then in half 2: all that can be chosen.
+    """Returns all pairs of the `k` best sub-keys of each half, which contain the `k` best slots.
 
     Args:
         halves_2HTS: the scores of both halves.
-        choosing_2HTS: the scores that choose: the same, or with noise.
-        k: slots to choose, at most the sub-keys of a half.
+        choosing_2HTS: the scores for the selection: the same, or with noise.
+        k: slots to select, at most the sub-keys per half.
 
     Returns:
-        Scores and slot ids of the candidates, and the places among them of the `k` best, best first.
+        Scores and slot ids of the candidates, ordered by rank in half 1, then in half 2, and the positions of the `k`
+        best among them, best first.
     """
     n_keys = halves_2HTS[0].shape[-1]
     key1_HTK, key2_HTK = (ranked_topk(scores_HTS.detach(), k) for scores_HTS in choosing_2HTS)

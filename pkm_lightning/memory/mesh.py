@@ -1,13 +1,13 @@
-"""Where the parts of a table lie: ranks as a (replicas, members) mesh, a table split over the members of each replica.
+"""The ranks as a (replicas, members) mesh: each replica of a table is sharded over the members of a group.
 
-| `shard` | a member holds | members of a group |
+| `shard` | each member holds | members per group |
 |---|---|---|
-| `dim` | its share of the columns of every row | P |
-| `row` | all columns of its share of the rows | P |
+| `dim` | its columns of every row | P |
+| `row` | all columns of its rows | P |
 | `none` | the whole table | 1 |
 
-Rank r is member r % P of replica r // P, so that the members of a group are neighbours: on one node, where P is the
-number of its devices.
+Rank r is member r % P of replica r // P. The members of a group are therefore neighbouring ranks, which lie on one node
+if P is its number of devices.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class TableMesh:
 
     Args:
         shard: `dim`, `row` or `none`.
-        members: ranks that share one copy of a table, P; it divides the number of ranks. 1 for `none`.
-        device_type: of the tensors that travel, as in `torch.device`.
+        members: ranks that hold one copy of a table together, P; a divisor of the number of ranks, 1 for `none`.
+        device_type: type of the device of the tensors that are exchanged, as in `torch.device`.
 
     Attributes:
-        member: number of this rank among the members of its group.
+        member: index of this rank among the members of its group.
         replicas: copies of a table, R.
 
     Raises:
-        ConfigError: an unknown word, or members that do not divide the ranks.
+        ConfigError: an unknown `shard`, or members that do not divide the ranks.
     """
 
     def __init__(self, *, shard: str, members: int, device_type: str) -> None:
@@ -54,11 +54,12 @@ class TableMesh:
         )
         self.member = self.device_mesh.get_local_rank("members")
         self._groups = {device_type: tuple(self.device_mesh.get_group(name) for name in ("replicas", "members"))}
-        if device_type != "cpu":  # for what the hosts agree on, and for tables in host memory
+        # Hosts exchange lengths, and tables in host memory exchange rows, through gloo.
+        if device_type != "cpu":
             self._groups["cpu"] = self._host_groups()
 
     def __deepcopy__(self, memo: object) -> TableMesh:
-        """The same object: process groups are of the process, not of a model."""
+        """Returns the same object: process groups belong to the process, not to a model."""
         return self
 
     def _host_groups(self) -> tuple[dist.ProcessGroup, ...]:
@@ -66,20 +67,18 @@ class TableMesh:
         return tuple(dist.new_subgroups_by_enumeration(part.tolist(), backend="gloo")[0] for part in (ranks.T, ranks))
 
     def replica_group(self, device: torch.device) -> dist.ProcessGroup:
-        """The ranks that hold the same part of a table, for tensors on `device`."""
+        """Returns the group of the ranks that hold the same part of a table, for tensors on `device`."""
         return self._groups[device.type][0]
 
     def member_group(self, device: torch.device) -> dist.ProcessGroup:
-        """The ranks that hold one copy of a table together, for tensors on `device`."""
+        """Returns the group of the ranks that hold one copy of a table together, for tensors on `device`."""
         return self._groups[device.type][1]
 
-    # --- what a member holds
-
     def local_shape(self, rows: int, dim: int) -> tuple[int, int]:
-        """Rows and values a row of this member's part of a (rows, dim) table.
+        """Returns the shape of this member's part of a (rows, dim) table.
 
         Raises:
-            ConfigError: `dim` does not divide over the members of a `dim` mesh, or a member of a `row` mesh has no row.
+            ConfigError: `dim` is not divisible by the members of a `dim` mesh, or a member of a `row` mesh has no row.
         """
         check_dim(self.shard, dim, self.members)
         check_rows(self.shard, rows, self.members)
@@ -89,51 +88,62 @@ class TableMesh:
         return high - low, dim
 
     def row_range(self, rows: int) -> tuple[int, int]:
-        """First and last + 1 of the rows of this member; equal shares, of which the last may be smaller."""
+        """Returns the first row of this member and the row after its last one; the last member may have fewer rows."""
         if self.shard != "row":
             return 0, rows
+        # As torch.chunk and DTensor's Shard(0) divide rows, so that checkpoints can be resharded.
         share = -(-rows // self.members)
         return min(rows, self.member * share), min(rows, (self.member + 1) * share)
 
     def columns(self, dim: int) -> slice:
-        """The columns of this member."""
+        """Returns the columns of this member."""
         if self.shard != "dim":
             return slice(0, dim)
         share = dim // self.members
         return slice(self.member * share, (self.member + 1) * share)
 
     def as_dtensor(self, part: Tensor, rows: int, dim: int | None) -> Tensor:
-        """The table (or, without `dim`, one value a row) of which `part` is this member's part, for checkpoints."""
-        split = (self.shard == "dim" and dim is not None) or self.shard == "row"
-        placement = Shard(0 if self.shard == "row" else 1) if split else Replicate()
+        """Returns `part`, this member's part of a table, as a DTensor of the whole table, for checkpoints.
+
+        Without `dim`, `part` holds one value per row, such as a state of a row optimizer.
+        """
+        is_sharded = (self.shard == "dim" and dim is not None) or self.shard == "row"
+        placement = Shard(0 if self.shard == "row" else 1) if is_sharded else Replicate()
         shape = torch.Size((rows,) if dim is None else (rows, dim))
         stride = (1,) if dim is None else (dim, 1)
         placements = [Replicate(), placement]
+        # Without run_check: it would broadcast every part to compare the replicas.
         return DTensor.from_local(part, self.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    def lengths(self, own: int) -> tuple[int, ...]:
-        """Reads of each member in the call under way, where this one has `own`; every member must ask.
+    def lengths(self, reads: int) -> tuple[int, ...]:
+        """Returns the number of reads of each member in the current call. Collective: call on all members.
 
-        The hosts tell each other, which no device waits for. Ranks may so hold batches of different sizes, and a plugin
-        may read for some of its tokens only.
+        Args:
+            reads: the number of reads of this rank. Ranks may hold batches of different sizes, and a plugin may read
+                for some of its tokens only.
         """
+        # Between the hosts, so that no device has to be synchronised.
         numbers = torch.empty(self.members, dtype=torch.int64, device="cpu")
-        mine = torch.tensor([own], dtype=torch.int64, device="cpu")
-        gather_into(numbers, mine, self._groups["cpu"][1])
+        gather_into(numbers, torch.tensor([reads], dtype=torch.int64, device="cpu"), self._groups["cpu"][1])
         return tuple(numbers.tolist())
 
 
 def table_members(table: Mapping[str, Any], world: int, node: int) -> int:
-    """Ranks that share one copy of a table.
+    """Returns the number of ranks that hold one copy of a table together.
+
+    Args:
+        table: the group `table` of a configuration.
+        world: ranks of the run.
+        node: ranks per node.
 
     Raises:
-        ConfigError: a group that does not divide the ranks, or an unknown word.
+        ConfigError: a group that does not divide the ranks, or an unknown `table.shard`.
     """
     shard = str(table.get("shard", "none"))
     if shard not in SHARDS:
         raise ConfigError(f"table.shard={shard!r} is not known; allowed: {', '.join(SHARDS)}.")
     members = 1 if shard == "none" else group_size(table.get("group", "world"), world, node)
-    # A run of one process has no groups, whatever is configured for several.
+    # The configuration may be that of a run of several processes.
     if world == 1:
         return 1
     check_members(shard, members, world)
@@ -141,10 +151,10 @@ def table_members(table: Mapping[str, Any], world: int, node: int) -> int:
 
 
 def group_size(group: str | int, world: int, node: int) -> int:
-    """Ranks that share one copy of a table: `world`, `node` (those of one machine) or a number.
+    """Returns the ranks per group that `table.group` asks for: `world`, `node` (those of one node) or a number.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: any other value.
     """
     if group == "world":
         return world
@@ -156,10 +166,10 @@ def group_size(group: str | int, world: int, node: int) -> int:
 
 
 def check_members(shard: str, members: int, world: int) -> None:
-    """Refuse a group that does not divide the ranks.
+    """Refuses a group whose size does not divide the number of ranks.
 
     Raises:
-        ConfigError: with divisors to choose from.
+        ConfigError: with the divisors.
     """
     if shard == "none":
         return
@@ -169,28 +179,33 @@ def check_members(shard: str, members: int, world: int) -> None:
 
 
 def check_dim(shard: str, dim: int, members: int) -> None:
-    """Refuse columns that do not divide.
+    """Refuses columns that cannot be shared equally.
 
     Raises:
-        ConfigError: naming the alternatives.
+        ConfigError: with settings that can.
     """
     if shard == "dim" and dim % members:
         divisors: Sequence[int] = [n for n in range(1, members) if members % n == 0 and dim % n == 0]
         raise ConfigError(
-            f"table.shard=dim cannot split the {dim} values of a row over {members} ranks; set table.shard=row, or "
+            f"table.shard=dim cannot divide the {dim} values of a row over {members} ranks; set table.shard=row, or "
             f"table.group={divisors[-1]}."
         )
 
 
 def check_rows(shard: str, rows: int, members: int) -> None:
-    """Refuse rows of which the last member would get none.
+    """Refuses rows that would leave the last member without any.
 
     Raises:
-        ConfigError: naming the alternatives.
+        ConfigError: with settings that would not.
     """
     if shard == "row" and (members - 1) * -(-rows // members) >= rows:
         fitting = next(n for n in range(members - 1, 0, -1) if members % n == 0 and (n - 1) * -(-rows // n) < rows)
         raise ConfigError(
-            f"table.shard=row in equal shares leaves some of {members} ranks without any of {rows} rows; say "
+            f"table.shard=row in equal shares leaves some of {members} ranks without any of {rows} rows; set "
             f"table.shard=dim, or table.group={fitting}."
         )
+
+
+def whole(value: Tensor) -> Tensor:
+    """Returns `value` as a plain tensor, gathered from all ranks where it is a DTensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,6 +1,6 @@
-"""Half scores are compared, so they are computed in IEEE fp32, whatever the precision of the model.
+"""The precision of scores: IEEE fp32, whatever the precision of the model, because top-k compares them.
 
-In bf16 about two thirds of the rows tie at rank 32, and TF32 differs between devices: both pick other slots.
+In bf16 about two thirds of the rows tie at rank 32, and TF32 differs between devices: both would select other slots.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
-    """fp32, or fp64 for an fp64 model."""
+    """Returns fp32, or fp64 for an fp64 model."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 @contextlib.contextmanager
 def ieee_scores(x: Tensor) -> Iterator[None]:
-    """Inside, autocast is off on the device of `x` and CUDA matmuls do not use TF32."""
+    """Disables autocast on the device of `x`, and TF32 in CUDA matmuls, inside the context."""
     tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
     if tf32:
         torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        # torch knows no autocast of the meta device, on which models are costed.
+        # torch has no autocast for the meta device, on which the cost of models is computed.
         with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             yield
     finally:

@@ -1,6 +1,6 @@
-"""From the layer's input to one query per head, in two halves.
+"""The query network: from the input of a layer to one query per head, in two halves.
 
-Letters: T tokens, D model dimension, H heads, 2 halves, E dimension of a half key.
+Letters: T tokens, D model dimension, H heads, 2 halves, P values of a half key, F values of all queries or of one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class QueryNetwork(nn.Module):
 
     Args:
         dim: model dimension.
-        heads: queries a token.
+        heads: queries per token.
         key_dim: dimension of both half queries together; even.
-        norm: `rms` RMSNorm with a learned gain on each half (Berges et al. 2024, fig. 3); `batch` batch normalisation
-            of all heads' features (Lample et al. 2019, section 4.3); `layer` LayerNorm on each head's query; `none`.
+        norm: `rms`, RMSNorm with a learned gain on each half (Berges et al. 2024, fig. 3); `batch`, batch normalisation
+            of the features of all heads (Lample et al. 2019, section 4.3); `layer`, LayerNorm on the query of each
+            head; `none`.
 
     Raises:
         ConfigError: an unknown `norm`.
@@ -50,7 +51,7 @@ class QueryNetwork(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weight, zero bias, unit gain."""
+        """Draws the weight Xavier-uniform, and sets the bias to 0 and the gain to 1."""
         nn.init.xavier_uniform_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
         if self.norm is not None:
@@ -58,8 +59,8 @@ class QueryNetwork(nn.Module):
 
     def forward(
         self, x_TD: Float[Tensor, "T D"], valid_T: Bool[Tensor, " T"] | None = None
-    ) -> tuple[Float[Tensor, "T H 2 E"], dict[str, Tensor]]:
-        """Half queries, in fp32 whatever the model's precision, and the sums that `after_step` wants."""
+    ) -> tuple[Float[Tensor, "T H 2 P"], dict[str, Tensor]]:
+        """Returns half queries, in fp32 whatever the precision of the model, and the sums for `after_step`."""
         q_TF = self.projection(x_TD)
         stats: dict[str, Tensor] = {}
         with ieee_scores(q_TF):
@@ -68,18 +69,19 @@ class QueryNetwork(nn.Module):
                 q_TF, stats = self.norm(q_TF, valid_T)
             elif isinstance(self.norm, nn.LayerNorm):
                 q_THF = q_TF.unflatten(-1, (self.heads, -1))
+                # In a bf16 model the parameters of the norm are bf16, but the queries are fp32 here.
                 weight_F, bias_F = self.norm.weight.to(q_TF.dtype), self.norm.bias.to(q_TF.dtype)
                 q_TF = functional.layer_norm(q_THF, weight_F.shape, weight_F, bias_F, self.norm.eps).flatten(1)
-            q_TH2E = q_TF.view(-1, self.heads, 2, self.half_dim)
-            return half_norm(self.norm, q_TH2E) if isinstance(self.norm, nn.RMSNorm) else q_TH2E, stats
+            q_TH2P = q_TF.view(-1, self.heads, 2, self.half_dim)
+            return half_norm(self.norm, q_TH2P) if isinstance(self.norm, nn.RMSNorm) else q_TH2P, stats
 
     def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics of a batch normalisation, where there is one."""
+        """Updates the running statistics of batch normalisation, if it is the norm."""
         if isinstance(self.norm, MaskedBatchNorm):
             self.norm.after_step(stats)
 
 
-def half_norm(norm: nn.RMSNorm, x_XE: Float[Tensor, "*X E"]) -> Float[Tensor, "*X E"]:
-    """`norm` applied in the dtype of `x`: a bf16 gain must not pull fp32 half keys down."""
+def half_norm(norm: nn.RMSNorm, x_XP: Float[Tensor, "*X P"]) -> Float[Tensor, "*X P"]:
+    """Applies `norm` in the dtype of `x`, so that a gain in bf16 does not reduce fp32 half keys to bf16."""
     assert norm.weight is not None
-    return functional.rms_norm(x_XE, (x_XE.shape[-1],), norm.weight.to(x_XE.dtype), norm.eps)
+    return functional.rms_norm(x_XP, (x_XP.shape[-1],), norm.weight.to(x_XP.dtype), norm.eps)

@@ -1,17 +1,17 @@
-"""The gradient of a table's part over its replicas: what travels is what needs the fewest bytes.
+"""The gradient of a table's part, averaged over its replicas in the way that exchanges the fewest bytes.
 
-Each replica has staged the reads of its own tokens. Three things can be exchanged, which give the same sum:
+Each replica has staged the reads of its own tokens. Three ways of exchanging them give the same sum:
 
 | way | bytes that a rank receives from R - 1 others |
 |---|---|
-| `reads` | (R - 1) (L (4 + 4 + c) + X D b): ids, sources, coefficients and source rows, which many reads share |
-| `rows` | (R - 1) U (4 + D b): one gradient for each touched row |
-| `dense` | 2 (R - 1) / R N (D + 1) c: the whole part and a mark on the touched rows, as an all-reduce |
+| `reads` | (R - 1) (L (4 + 4 + c) + X V b): ids, sources, coefficients, and source rows, which many reads share |
+| `rows` | (R - 1) U (4 + V b): one gradient per row that was read |
+| `dense` | 2 (R - 1) / R N (V + 1) c: an all-reduce of the whole part and of a flag per row that was read |
 
-The numbers are the largest of the replicas, so that all choose alike; of equal ways the first is taken.
+The numbers are the maxima over the replicas, so that all choose the same way; of equal ways the first is taken.
 
-Letters: N rows, D values a row, L staged reads, X source rows, U touched rows, R replicas; b and c bytes of a value of
-the table and of a sum.
+Letters: N rows, V values per row, L staged reads, X source rows, U rows that were read, R replicas; b and c bytes of a
+value of the table and of a sum.
 """
 
 from __future__ import annotations
@@ -31,51 +31,52 @@ if TYPE_CHECKING:
 
 
 class StagedReads(NamedTuple):
-    """What the reads of a step have left: see `RowStage.add`."""
+    """The staged reads of a step; see `RowStage.add`."""
 
     ids_L: Tensor
     coefficients_L: Tensor
     sources_L: Tensor
-    source_rows_XD: Tensor
+    source_rows_XV: Tensor
 
 
 def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> RowGradient | None:
-    """The gradient of all ranks' reads, a mean over ranks as data parallelism averages; None if nobody has read.
+    """Returns the gradient of all ranks' reads, averaged over ranks as in data parallelism; None if no rank has read.
+
+    Collective: call on all ranks. With several replicas the host synchronises, to exchange the numbers of reads.
 
     Args:
         n_rows: rows of this rank's part.
-        staged: the reads that this rank has seen: its own, or those of all members of its group.
+        staged: the reads of this rank, or of all members of its group where the table is sharded.
         mesh: None: every rank of the default process group, if there is one, holds a copy.
-
-    Every rank must ask; the hosts of several replicas wait to learn how much each has.
     """
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     replicas = world if mesh is None else mesh.replicas
     if replicas == 1:
-        if not len(staged.source_rows_XD):
+        if not len(staged.source_rows_XV):
             return None
         return row_gradient(n_rows, *staged._replace(coefficients_L=staged.coefficients_L / world))
     group = dist.group.WORLD if mesh is None else mesh.replica_group(staged.ids_L.device)
     assert group is not None
-    own = row_gradient(n_rows, *staged)
-    numbers = torch.tensor([len(staged.ids_L), len(staged.source_rows_XD), len(own.segments.rows_U)])
-    every_R3 = all_gather(numbers.to(staged.ids_L.device).unsqueeze(0), [1] * replicas, group).cpu()
-    reads, sources, rows = every_R3.T.tolist()
+    # Sorted before the exchange: the number of rows decides the way, and `rows` and `dense` need the sums.
+    local = row_gradient(n_rows, *staged)
+    numbers = torch.tensor([len(staged.ids_L), len(staged.source_rows_XV), len(local.segments.rows_U)])
+    numbers_R3 = all_gather(numbers.to(staged.ids_L.device).unsqueeze(0), [1] * replicas, group).cpu()
+    reads, sources, rows = numbers_R3.T.tolist()
     if not max(reads):
         return None
-    way = cheapest_way(max(reads), max(sources), max(rows), n_rows, staged.source_rows_XD, replicas)
+    way = cheapest_way(max(reads), max(sources), max(rows), n_rows, staged.source_rows_XV, replicas)
     if way == "reads":
         merged = _gather_reads(staged, reads, sources, group)
     elif way == "rows":
-        merged = _gather_rows(own, rows, n_rows, group)
+        merged = _gather_rows(local, rows, n_rows, group)
     else:
-        merged = _sum_densely(own, n_rows, group)
+        merged = _sum_densely(local, n_rows, group)
     return row_gradient(n_rows, *merged._replace(coefficients_L=merged.coefficients_L / world))
 
 
-def cheapest_way(reads: int, sources: int, rows: int, n_rows: int, source_rows_XD: Tensor, replicas: int) -> str:
-    """`reads`, `rows` or `dense`, by the table above."""
-    dim, item = source_rows_XD.shape[1], source_rows_XD.element_size()
+def cheapest_way(reads: int, sources: int, rows: int, n_rows: int, source_rows_XV: Tensor, replicas: int) -> str:
+    """Returns `reads`, `rows` or `dense`, by the table above."""
+    dim, item = source_rows_XV.shape[1], source_rows_XV.element_size()
     received = received_bytes(reads, sources, rows, n_rows=n_rows, dim=dim, item=item, replicas=replicas)
     return min(received, key=received.__getitem__)
 
@@ -83,8 +84,15 @@ def cheapest_way(reads: int, sources: int, rows: int, n_rows: int, source_rows_X
 def received_bytes(
     reads: int, sources: int, rows: int, *, n_rows: int, dim: int, item: int, replicas: int
 ) -> dict[str, int]:
-    """Bytes that a rank receives in each way, in the order of preference; `item` is the size of a table's value."""
-    wide = max(item, 4)
+    """Returns the bytes that a rank receives in each way, in the order of preference.
+
+    Args:
+        reads, sources, rows: maxima over the replicas of staged reads, source rows and rows that were read.
+        n_rows, dim: shape of the part.
+        item: bytes of a value of the table.
+        replicas: number of replicas.
+    """
+    wide = max(item, 4)  # sums are fp32 or wider
     return {
         "reads": (replicas - 1) * (reads * (8 + wide) + sources * dim * item),
         "rows": (replicas - 1) * rows * (4 + dim * item),
@@ -94,47 +102,49 @@ def received_bytes(
 
 def _gather_reads(staged: StagedReads, reads: list[int], sources: list[int], group: dist.ProcessGroup) -> StagedReads:
     ids_L, sources_L = (all_gather(part, reads, group) for part in (staged.ids_L, staged.sources_L))
-    before = torch.tensor([0, *sources[:-1]], device=ids_L.device).cumsum(0)
-    shift_L = before.repeat_interleave(torch.tensor(reads, device=ids_L.device), output_size=sum(reads))
+    # The source rows of a replica follow those of the replicas before it.
+    first_R = torch.tensor([0, *sources[:-1]], device=ids_L.device).cumsum(0)
+    shift_L = first_R.repeat_interleave(torch.tensor(reads, device=ids_L.device), output_size=sum(reads))
     coefficients_L = all_gather(staged.coefficients_L, reads, group)
     return StagedReads(
-        ids_L, coefficients_L, sources_L + shift_L.int(), all_gather(staged.source_rows_XD, sources, group)
+        ids_L, coefficients_L, sources_L + shift_L.int(), all_gather(staged.source_rows_XV, sources, group)
     )
 
 
-def _gather_rows(own: RowGradient, rows: list[int], n_rows: int, group: dist.ProcessGroup) -> StagedReads:
-    grads_UD = _row_sums(own)
-    ids_U = own.segments.rows_U.int()
-    ids_U = torch.where(ids_U < 0, n_rows, ids_U)  # a segment that is none counts as a row of another rank
+def _gather_rows(local: RowGradient, rows: list[int], n_rows: int, group: dist.ProcessGroup) -> StagedReads:
+    grads_UV = _row_sums(local)
+    ids_U = local.segments.rows_U.int()
+    ids_U = torch.where(ids_U < 0, n_rows, ids_U)  # padding counts as a row of another rank
     ids_L = all_gather(ids_U, rows, group)
-    return _each_its_own(ids_L, all_gather(grads_UD.to(own.source_rows_XD.dtype), rows, group))
+    return _one_source_each(ids_L, all_gather(grads_UV.to(local.source_rows_XV.dtype), rows, group))
 
 
-def _sum_densely(own: RowGradient, n_rows: int, group: dist.ProcessGroup) -> StagedReads:
-    grads_UD = _row_sums(own)
-    rows_U = own.segments.rows_U.long()
-    whole = grads_UD.new_zeros(n_rows + 1, grads_UD.shape[1] + 1)  # the last row takes segments that are none
+def _sum_densely(local: RowGradient, n_rows: int, group: dist.ProcessGroup) -> StagedReads:
+    grads_UV = _row_sums(local)
+    rows_U = local.segments.rows_U.long()
+    # One row more for padding, and one column more to mark the rows that were read.
+    whole = grads_UV.new_zeros(n_rows + 1, grads_UV.shape[1] + 1)
     at_U = torch.where(rows_U < 0, n_rows, rows_U)
-    whole[at_U, :-1] = grads_UD
+    whole[at_U, :-1] = grads_UV
     whole[at_U, -1] = 1
     dist.all_reduce(whole[:-1], group=group)
     touched_U = whole[:-1, -1].nonzero().squeeze(-1)
-    return _each_its_own(touched_U.int(), whole[touched_U, :-1].to(own.source_rows_XD.dtype))
+    return _one_source_each(touched_U.int(), whole[touched_U, :-1].to(local.source_rows_XV.dtype))
 
 
 def _row_sums(own: RowGradient) -> Tensor:
-    return row_gradients(own.segments, own.coefficients_L, own.sources_L, own.source_rows_XD)
+    return row_gradients(own.segments, own.coefficients_L, own.sources_L, own.source_rows_XV)
 
 
-def _each_its_own(ids_L: Tensor, rows_LD: Tensor) -> StagedReads:
-    """Reads of one source row each."""
-    wide = torch.promote_types(rows_LD.dtype, torch.float32)
+def _one_source_each(ids_L: Tensor, rows_LV: Tensor) -> StagedReads:
+    """Staged reads of gradients of rows: each read has a source row of its own and the coefficient 1."""
+    wide = torch.promote_types(rows_LV.dtype, torch.float32)
     one_L = torch.ones(len(ids_L), dtype=wide, device=ids_L.device)
-    return StagedReads(ids_L, one_L, torch.arange(len(ids_L), dtype=torch.int32, device=ids_L.device), rows_LD)
+    return StagedReads(ids_L, one_L, torch.arange(len(ids_L), dtype=torch.int32, device=ids_L.device), rows_LV)
 
 
 def norm_over_members(norm: Tensor, mesh: TableMesh | None) -> Tensor:
-    """The norm of a whole table of whose part this rank has the norm."""
+    """Returns the norm of the whole table, given the norm of this rank's part. Collective: call on all ranks."""
     if mesh is None or mesh.members == 1:
         return norm
     squared = norm.detach().square()
@@ -143,7 +153,10 @@ def norm_over_members(norm: Tensor, mesh: TableMesh | None) -> Tensor:
 
 
 def mean_over_replicas(grad: Tensor, mesh: TableMesh | None) -> None:
-    """Makes autograd's gradient of a part, a sum over the members' tokens, the mean over all ranks, in place."""
+    """Averages autograd's gradient of a part over all ranks, in place. Collective: call on all ranks.
+
+    Before, it is the sum over the tokens of the members of this rank's group.
+    """
     if mesh is None:
         return
     if mesh.replicas > 1:

@@ -1,7 +1,7 @@
-"""New values for rows that nobody reads, new sub-keys for those that no query chooses.
+"""New values for rows that are never read, and new sub-keys for those that no query selects.
 
-Letters: N rows, D values a row, M rows or sub-keys to be written, L lines (M * slices), T queries, S sub-keys,
-E dimension of a half key.
+Letters: N rows, V values per row, M rows or sub-keys to be written, L lines (M * slices), T queries, S sub-keys,
+P values of a half key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
-from pkm_lightning.memory.table_optimizer import whole
+from pkm_lightning.memory.mesh import whole
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 def copy_rows(
     table: ValueTable, rows_M: Int64[Tensor, " M"], sources_M: Int64[Tensor, " M"], *, noise: float, seed: int
 ) -> None:
-    """Row rows[m] becomes row sources[m] plus normal noise of `noise` times the RMS of the line that it is copied from.
+    """Copies row sources[m] to row rows[m], plus normal noise of `noise` times the RMS of the line that is copied.
 
-    Every rank must call it with the same arguments; each writes what it holds, and copies of a table stay the same.
-    The noise is drawn for the whole table: it does not depend on how that is split.
+    Collective: call on all ranks with the same arguments. Each rank writes its part, and copies of a table stay equal.
+    The noise is drawn for whole lines and does not depend on the sharding.
     """
     mesh, width = table.mesh, table.dim // table.slices
     shard = "none" if mesh is None else mesh.shard
@@ -38,24 +38,25 @@ def copy_rows(
     columns = slice(0, width) if mesh is None else mesh.columns(width)
     lines_L, from_L = (_lines(which_M, table).to(table.weight.device) for which_M in (rows_M, sources_M))
     wide = torch.promote_types(table.weight.dtype, torch.float32)
-    values_LD = torch.zeros(len(from_L), table.weight.shape[1], dtype=wide, device=table.weight.device)
+    values_LV = torch.zeros(len(from_L), table.weight.shape[1], dtype=wide, device=table.weight.device)
     is_here_L = (from_L >= low) & (from_L < high)
-    values_LD[is_here_L] = table.weight[from_L[is_here_L] - low].to(wide)
+    values_LV[is_here_L] = table.weight[from_L[is_here_L] - low].to(wide)
     if mesh is not None and shard == "row":
-        dist.all_reduce(values_LD, group=mesh.member_group(values_LD.device))
-    squares_L = values_LD.square().sum(1)
+        # One member holds each source row; the others add zeros.
+        dist.all_reduce(values_LV, group=mesh.member_group(values_LV.device))
+    squares_L = values_LV.square().sum(1)
     if mesh is not None and shard == "dim":
         dist.all_reduce(squares_L, group=mesh.member_group(squares_L.device))
-    # On the host, whose generator draws the same everywhere.
-    drawn_LD = torch.randn(len(from_L), width, generator=torch.Generator().manual_seed(seed))[:, columns]
-    values_LD += noise * (squares_L / width).sqrt()[:, None] * drawn_LD.to(values_LD)
+    # The generator of the host draws the same numbers on every machine.
+    drawn_LV = torch.randn(len(from_L), width, generator=torch.Generator().manual_seed(seed))[:, columns]
+    values_LV += noise * (squares_L / width).sqrt()[:, None] * drawn_LV.to(values_LV)
     is_mine_L = (lines_L >= low) & (lines_L < high)
-    table.weight[lines_L[is_mine_L] - low] = values_LD[is_mine_L].to(table.weight.dtype)
+    table.weight[lines_L[is_mine_L] - low] = values_LV[is_mine_L].to(table.weight.dtype)
 
 
 @torch.no_grad()
 def forget_rows(state: Mapping[str, Any], table: ValueTable, rows_M: Int64[Tensor, " M"]) -> None:
-    """Zeros in an optimizer's `state` of `table.weight` what belongs to these rows: moments, sums, last updates."""
+    """Resets to zero the entries of these rows in an optimizer's `state` of `table.weight`."""
     low, high = (0, table.n_lines) if table.mesh is None else table.mesh.row_range(table.n_lines)
     lines_L = _lines(rows_M, table)
     for value in state.values():
@@ -70,49 +71,53 @@ def _lines(rows_M: Tensor, table: ValueTable) -> Tensor:
 
 @torch.no_grad()
 def keys_for_worst_served(
-    q_TE: Float[Tensor, "T E"],
-    keys_SE: Float[Tensor, "S E"],
+    q_TP: Float[Tensor, "T P"],
+    keys_SP: Float[Tensor, "S P"],
     dead_M: Int64[Tensor, " M"],
     *,
     normalised: bool,
     noise: float,
     seed: int,
-) -> Float[Tensor, "M E"]:
-    """A new sub-key for each of `dead`, near the queries that all others serve worst.
+) -> Float[Tensor, "M P"]:
+    """Returns a new sub-key for each of `dead`, near the queries with the lowest best scores.
 
-    How well a query is served is its best score over its own length. The first new sub-key points where the worst
-    served query does, the next where the then worst served one does, and so on: no two go to one place. They are as
-    long as the others are on average, and get normal noise of `noise` times the RMS of their numbers.
+    The best score of a query is divided by its length. The first new sub-key has the direction of the query whose best
+    score is lowest; that sub-key then counts for the best scores, the next has the direction of the query whose best
+    score is lowest then, and so on, so that no two are equal. Their length is the mean length of the sub-keys, and they
+    get normal noise of `noise` times the RMS of their values.
 
     Args:
-        q_TE: queries; with a normalisation of the keys times its gains.
-        keys_SE: all sub-keys of the half, before any normalisation.
-        dead_M: those to be replaced.
-        normalised: only the direction of a sub-key counts.
-        noise, seed: of what is added.
+        q_TP: queries, multiplied by the gains where the keys are normalised.
+        keys_SP: all sub-keys of the half, before any normalisation.
+        dead_M: the sub-keys to be replaced.
+        normalised: whether the keys are normalised, so that only their direction counts.
+        noise, seed: scale and seed of the noise.
     """
-    length = keys_SE.norm(dim=1).mean()
-    directions_TE = functional.normalize(q_TE.to(keys_SE.dtype), dim=1)
-    is_alive_S = torch.ones(len(keys_SE), dtype=torch.bool, device=keys_SE.device)
+    length = keys_SP.norm(dim=1).mean()
+    directions_TP = functional.normalize(q_TP.to(keys_SP.dtype), dim=1)
+    is_alive_S = torch.ones(len(keys_SP), dtype=torch.bool, device=keys_SP.device)
     is_alive_S[dead_M] = False
-    alive_SE = functional.normalize(keys_SE[is_alive_S], dim=1) if normalised else keys_SE[is_alive_S]
-    served_T = directions_TE.new_full((len(directions_TE),), -torch.inf)
-    if len(alive_SE):
-        served_T = (directions_TE @ alive_SE.T).amax(1)
-    made = []
+    alive_SP = functional.normalize(keys_SP[is_alive_S], dim=1) if normalised else keys_SP[is_alive_S]
+    best_T = directions_TP.new_full((len(directions_TP),), -torch.inf)
+    if len(alive_SP):
+        best_T = (directions_TP @ alive_SP.T).amax(1)
+    directions = []
     for _ in range(len(dead_M)):
-        direction_E = directions_TE[served_T.argmin()]
-        served_T = torch.maximum(served_T, directions_TE @ (direction_E if normalised else direction_E * length))
-        made.append(direction_E * length)
-    made_ME = torch.stack(made)
-    drawn_ME = torch.randn(made_ME.shape, generator=torch.Generator().manual_seed(seed)).to(made_ME)
-    return made_ME + noise * length * keys_SE.shape[1] ** -0.5 * drawn_ME
+        direction_P = directions_TP[best_T.argmin()]
+        best_T = torch.maximum(best_T, directions_TP @ (direction_P if normalised else direction_P * length))
+        directions.append(direction_P * length)
+    new_MP = torch.stack(directions)
+    drawn_MP = torch.randn(new_MP.shape, generator=torch.Generator().manual_seed(seed)).to(new_MP)
+    return new_MP + noise * length * keys_SP.shape[1] ** -0.5 * drawn_MP
 
 
 @torch.no_grad()
-def write_keys(parameter: Tensor, head: int, half: int, dead_M: Int64[Tensor, " M"], value_ME: Tensor | float) -> None:
-    """parameter[head, half, dead] = value, of a tensor (heads, 2, S, E) that may be split over ranks as a DTensor."""
+def write_keys(parameter: Tensor, head: int, half: int, dead_M: Int64[Tensor, " M"], value_MP: Tensor | float) -> None:
+    """Writes parameter[head, half, dead] = value to a tensor (heads, 2, S, P), which may be a DTensor.
+
+    Collective for a DTensor: call on all ranks.
+    """
     full = whole(parameter.detach()).clone() if isinstance(parameter, DTensor) else parameter.detach()
-    full[head, half, dead_M] = value_ME.to(full.dtype) if isinstance(value_ME, Tensor) else value_ME
+    full[head, half, dead_M] = value_MP.to(full.dtype) if isinstance(value_MP, Tensor) else value_MP
     if isinstance(parameter, DTensor):
         parameter.detach().copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))

@@ -1,13 +1,15 @@
-"""Reads of a table that is split over the members of a mesh: what travels before and after the local read.
+"""Reads of a table that is sharded over the members of a mesh: the collectives before and after the local read.
 
-`dim`: ids and weights of all members are gathered, each member sums its columns for all tokens, and the sums are
-exchanged so that a token's rank gets all columns. That traffic does not depend on the number of rows read.
-`row`: the same ids and weights; each member sums over its own rows, and the partial sums are added on their way.
+`dim`: ids and weights of all members are gathered, each member sums its columns for all tokens, and an all-to-all
+returns all columns to the rank of the token. The traffic of the sums does not depend on the number of rows read.
+`row`: ids and weights are gathered as well; each member sums over its own rows, and a reduce-scatter adds the partial
+sums.
 
-In backward the same paths run the other way round; the local reads are then staged or differentiated as ever, for the
-tokens of all members, so that the part's gradient is the sum over the members' tokens.
+Backward runs the transposed collectives. The local reads are staged or differentiated as usual, for the tokens of all
+members, so that the gradient of a part is the sum over the members' tokens.
 
-Letters: T own reads, A reads of all members, K rows a read, D values a row, C own columns, G groups a read.
+Letters: T reads of this rank, A reads of all members, K rows per read, V values per row, C columns of this rank,
+G groups per read.
 """
 
 from __future__ import annotations
@@ -30,17 +32,20 @@ LocalSum = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 LocalDot = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+# Collectives whose sizes the hosts have just exchanged cannot be traced.
 @torch.compiler.disable
 def sharded_sum(
     mesh: TableMesh, n_lines: int, read: LocalSum, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None
 ) -> Callable[[], Tensor]:
-    """The weighted sums of `read` over the whole table, (T, D) or (T, G, D), when the result is called for.
+    """Starts the read and returns a function that returns the weighted sums over the whole table, (T, V) or (T, G, V).
+
+    Collective: call on all members.
 
     Args:
-        mesh: with more than one member.
-        n_lines: lines of the whole table, which ids count.
-        read: sums this member's part for the given ids and weights, (A, K) -> (A, C) or (A, G, C).
-        ids_TK, weights_TK, groups_TK: of the own reads.
+        mesh: a mesh of more than one member.
+        n_lines: lines of the whole table.
+        read: sums over this member's part, (A, K) -> (A, C) or (A, G, C).
+        ids_TK, weights_TK, groups_TK: the reads of this rank.
     """
     check_indices("ValueTable", "ids", ids_TK, n_lines)
     lengths, group = mesh.lengths(len(ids_TK)), mesh.member_group(weights_TK.device)
@@ -49,29 +54,30 @@ def sharded_sum(
     groups_AK = None if groups_TK is None else all_gather(groups_TK.int(), lengths, group)
     if mesh.shard == "dim":
         return columns_to_rows(read(ids_AK, weights_AK, ids_AK, groups_AK), lengths, group)
-    local_AK, own_AK, staged_AK = _own_rows(mesh, n_lines, ids_AK)
-    partial = read(local_AK, torch.where(own_AK, weights_AK, 0), staged_AK, groups_AK)
+    local_AK, is_local_AK, staged_AK = _local_rows(mesh, n_lines, ids_AK)
+    partial = read(local_AK, torch.where(is_local_AK, weights_AK, 0), staged_AK, groups_AK)
+    # A reduce-scatter is complete when it returns, so there is nothing to overlap as with `dim`.
     summed = reduce_scatter(partial, lengths, group)
     return lambda: summed
 
 
 @torch.compiler.disable
-def sharded_dot(mesh: TableMesh, n_lines: int, dot: LocalDot, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
-    """The inner products of `dot` with whole lines, (T, K); arguments as in `sharded_sum`."""
+def sharded_dot(mesh: TableMesh, n_lines: int, dot: LocalDot, x_TV: Tensor, ids_TK: Tensor) -> Tensor:
+    """Computes the inner products with whole lines, (T, K). Collective; arguments as in `sharded_sum`."""
     check_indices("ValueTable", "ids", ids_TK, n_lines)
-    lengths, group = mesh.lengths(len(ids_TK)), mesh.member_group(x_TD.device)
+    lengths, group = mesh.lengths(len(ids_TK)), mesh.member_group(x_TV.device)
     ids_AK = all_gather(ids_TK.int(), lengths, group)
     if mesh.shard == "dim":
-        partial = dot(rows_to_columns(x_TD, lengths, group), ids_AK, ids_AK)
+        partial = dot(rows_to_columns(x_TV, lengths, group), ids_AK, ids_AK)
     else:
-        local_AK, own_AK, staged_AK = _own_rows(mesh, n_lines, ids_AK)
-        partial = torch.where(own_AK, dot(all_gather(x_TD, lengths, group), local_AK, staged_AK), 0)
+        local_AK, is_local_AK, staged_AK = _local_rows(mesh, n_lines, ids_AK)
+        partial = torch.where(is_local_AK, dot(all_gather(x_TV, lengths, group), local_AK, staged_AK), 0)
     return reduce_scatter(partial, lengths, group)
 
 
-def _own_rows(mesh: TableMesh, n_lines: int, ids_AK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids among the own lines (0 for others), which are own, and ids to stage (one past the last line for others)."""
+def _local_rows(mesh: TableMesh, n_lines: int, ids_AK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids within this member's lines (0 for others), which are local, and ids to stage (one past the end if not)."""
     low, high = mesh.row_range(n_lines)
-    own_AK = (ids_AK >= low) & (ids_AK < high)
+    is_local_AK = (ids_AK >= low) & (ids_AK < high)
     shifted_AK = ids_AK - low
-    return torch.where(own_AK, shifted_AK, 0), own_AK, torch.where(own_AK, shifted_AK, high - low)
+    return torch.where(is_local_AK, shifted_AK, 0), is_local_AK, torch.where(is_local_AK, shifted_AK, high - low)

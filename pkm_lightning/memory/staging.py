@@ -1,17 +1,16 @@
-"""Reads that wait for the optimizer: in backward each read of a table leaves its ids, weights and output gradients.
+"""Staged reads: in backward, each read of a table leaves its ids, weights and output gradients for the optimizer.
 
-A staged read is an identity in forward. Its backward copies what the table's gradient is made of into buffers that
-grow to what a step needs and are used again, so that all layers and micro-batches of a step are one gradient per
-touched row later on. Both are custom operators: compiled blocks call them like any other.
+Staging is the identity in forward. Its backward copies the factors of the table's gradient into buffers, which grow to
+the size of a step and are reused. The optimizer merges the reads of all layers and micro-batches of a step into one
+gradient per row. Forward and backward are custom operators, so that compiled blocks can call them.
 
-Letters: T reads, K rows a read, L = T * K, X source rows, D values a row.
+Letters: T reads, K rows per read, L = T * K, X source rows, V values per row.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,110 +23,113 @@ from pkm_lightning.ops.segments import read_sources
 if TYPE_CHECKING:
     from pkm_lightning.memory.mesh import TableMesh
 
-# An operator takes numbers and tensors only: by this number it finds the stage of the table that was read. The stage
-# belongs to its table; nothing here keeps it alive.
+# Arguments of an operator are numbers and tensors, so the stage of a table is passed as a number and looked up here.
+# The table owns its stage: this dictionary must not keep it alive.
 _stages: weakref.WeakValueDictionary[int, RowStage] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 class RowStage:
-    """What the reads of one optimizer step leave for one table.
+    """The staged reads of one table in one optimizer step.
 
     Args:
-        n_rows: rows that this rank holds; a read of row `n_rows` is one of a row that another rank holds.
-        mesh: the ranks that the table is split or copied over; None: each rank holds a copy.
+        n_rows: rows that this rank holds; the id `n_rows` stands for a row that another rank holds.
+        mesh: the ranks that the table is sharded or replicated over; None: each rank holds a copy.
 
     Attributes:
-        seen: whether the table has ever been read with a gradient in view.
-        scale: factor on the gradient: a number, or a scalar tensor that no host need read.
-        when_backward_ends: called, if set, at the end of every backward pass that has staged something.
+        seen: whether the table has ever been read with gradients enabled.
+        scale: factor on the gradient: a number, or a scalar tensor, which stays on its device.
     """
 
     def __init__(self, n_rows: int, mesh: TableMesh | None = None) -> None:
         self.n_rows, self.mesh, self.seen = n_rows, mesh, False
         number = next(_numbers)
         _stages[number] = self
-        # A tensor, since a compiled block is compiled anew for another number, and each table has one.
+        # A tensor, because torch.compile specialises on numbers and would compile a block once per table.
         self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
-        self.when_backward_ends: Callable[[], None] | None = None
-        # Requires a gradient, so that a read with constant weights has a backward too. The gradient, a zero, is what
-        # staging returns: nobody who compiles the backward can take it for an operation without effect.
+        # An input that requires a gradient, so that a read with constant weights has a backward too. Its gradient, a
+        # zero, is the output of the staging operator, so that a compiler cannot remove that operator as unused.
         self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
         self._ids, self._coefficients, self._sources, self._rows = (_Buffer() for _ in range(4))
         self._gradient: RowGradient | None = None
         self.scale: Tensor | float = 1.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowStage:
-        """An empty stage of its own: what is staged belongs to the model that was run."""
+        """Returns an empty stage: staged reads belong to the model that was run."""
         return RowStage(self.n_rows, self.mesh)
 
     def __reduce__(self) -> tuple[type[RowStage], tuple[int]]:
         return RowStage, (self.n_rows,)
 
-    def watch_sum(self, y_XD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
-        """`y_XD`, in whose row `sources[t, k]` (default t) the row ids[t, k] stands with the weight weights[t, k]."""
-        y: Tensor = _watch_sum(y_XD, ids_TK, weights_TK, sources_TK, self.anchor, self.number)
+    def watch_sum(self, y_XV: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
+        """Returns `y_XV` and stages its gradient: row `sources[t, k]` of y (default t) has the term
+        weights[t, k] * row ids[t, k]."""
+        y: Tensor = _watch_sum(y_XV, ids_TK, weights_TK, sources_TK, self.anchor, self.number)
         return y
 
-    def watch_dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TD: Tensor) -> Tensor:
-        """`dots_TK`, which was computed as <row ids[t, k], x[t]>."""
-        dots: Tensor = _watch_dot(dots_TK, ids_TK, x_TD, self.anchor, self.number)
+    def watch_dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TV: Tensor) -> Tensor:
+        """Returns `dots_TK`, computed as <row ids[t, k], x[t]>, and stages its gradient."""
+        dots: Tensor = _watch_dot(dots_TK, ids_TK, x_TV, self.anchor, self.number)
         return dots
 
-    def add(self, ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, source_rows_XD: Tensor) -> None:
-        """Copies one read's part of the gradient behind what is there."""
-        if self._rows.length == 0 and self.when_backward_ends is not None:
-            torch.autograd.Variable._execution_engine.queue_callback(self.when_backward_ends)
+    def add(self, ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor) -> None:
+        """Appends the factors of the gradient of one read to the buffers."""
         self._gradient = None
         before = self._rows.length
         if self.mesh is not None and self.mesh.shard == "row" and ids_L.device.type == "cpu":
-            own_L = ids_L < self.n_rows  # elsewhere the host would wait to learn how many there are
-            ids_L, coefficients_L, sources_L = ids_L[own_L], coefficients_L[own_L], sources_L[own_L]
+            # On an accelerator the host would have to wait for the number of remaining reads.
+            is_local_L = ids_L < self.n_rows
+            ids_L, coefficients_L, sources_L = ids_L[is_local_L], coefficients_L[is_local_L], sources_L[is_local_L]
         self._ids.append(ids_L, torch.int32)
-        wide = torch.promote_types(source_rows_XD.dtype, torch.float32)
+        wide = torch.promote_types(source_rows_XV.dtype, torch.float32)
         self._coefficients.append(coefficients_L, wide)
         self._sources.append(sources_L, torch.int32).add_(before)
-        self._rows.append(source_rows_XD, source_rows_XD.dtype)
+        self._rows.append(source_rows_XV, source_rows_XV.dtype)
 
-    def gradient(self, table_ND: Tensor) -> RowGradient | None:
-        """The gradient of what is staged, a mean over ranks; None if no rank has anything. Every rank must ask.
+    def gradient(self, table_NV: Tensor) -> RowGradient | None:
+        """Returns the gradient of the staged reads, a mean over ranks; None if no rank has any.
+
+        Collective: call on all ranks.
 
         Args:
-            table_ND: the table, for width, dtype and device where this rank has read nothing.
+            table_NV: the table, for width, dtype and device where this rank has read nothing.
         """
         if self._gradient is None:
-            wide = torch.promote_types(table_ND.dtype, torch.float32)
+            wide = torch.promote_types(table_NV.dtype, torch.float32)
             staged = StagedReads(
-                self._ids.filled(table_ND[:0, 0].int()),
-                self._coefficients.filled(table_ND[:0, 0].to(wide)),
-                self._sources.filled(table_ND[:0, 0].int()),
-                self._rows.filled(table_ND[:0]),
+                self._ids.filled(table_NV[:0, 0].int()),
+                self._coefficients.filled(table_NV[:0, 0].to(wide)),
+                self._sources.filled(table_NV[:0, 0].int()),
+                self._rows.filled(table_NV[:0]),
             )
             self._gradient = mean_gradient(self.n_rows, staged, self.mesh)
         return self._gradient
 
-    def norm(self, table_ND: Tensor) -> Tensor:
-        """L2 norm of the gradient over all rows and ranks, a scalar tensor; every rank must ask."""
-        gradient = self.gradient(table_ND)
-        norm = torch.zeros((), device=table_ND.device) if gradient is None else row_gradient_norm(gradient)
+    def norm(self, table_NV: Tensor) -> Tensor:
+        """Returns the L2 norm of the gradient over all rows and ranks, a scalar tensor.
+
+        Collective: call on all ranks.
+        """
+        gradient = self.gradient(table_NV)
+        norm = torch.zeros((), device=table_NV.device) if gradient is None else row_gradient_norm(gradient)
         return norm_over_members(norm, self.mesh) * self.scale
 
     def clear(self) -> None:
-        """Forgets what is staged; the buffers stay."""
+        """Discards the staged reads and keeps the buffers."""
         for buffer in (self._ids, self._coefficients, self._sources, self._rows):
             buffer.length = 0
         self._gradient, self.scale = None, 1.0
 
 
 class _Buffer:
-    """A tensor that is filled from the front and grows by doubling."""
+    """A tensor to which rows are appended, and which grows by doubling."""
 
     def __init__(self) -> None:
         self.length = 0
         self._storage: Tensor | None = None
 
     def append(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Copies `values` behind what is there, as `dtype`; returns the copy, a view."""
+        """Appends `values` as `dtype` and returns a view of the copy."""
         end = self.length + len(values)
         storage = self._storage
         if storage is None or len(storage) < end or storage.device != values.device or storage.dtype is not dtype:
@@ -142,14 +144,14 @@ class _Buffer:
         return copied
 
     def filled(self, empty: Tensor) -> Tensor:
-        """What is there, or `empty`."""
+        """Returns a view of the appended rows, or `empty` if there never were any."""
         return empty if self._storage is None else self._storage[: self.length]
 
 
 def _stage(number: Tensor) -> RowStage:
     stage = _stages.get(int(number))
     if stage is None:
-        raise RuntimeError("the table of this read is gone: keep the model for as long as you compute its gradients.")
+        raise RuntimeError("the table of this read no longer exists: keep the model until its backward pass has ended.")
     return stage
 
 
@@ -194,25 +196,25 @@ def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(ids_TK, weights_TK, sources_TK, number)
 
 
-def _stage_sum(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
+def _stage_sum(ctx: Any, grad_XV: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
     ids_TK, weights_TK, sources_TK, number = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XD, number)
-    return grad_XD, None, None, None, zero, None
+    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XV, number)
+    return grad_XV, None, None, None, zero, None
 
 
 def _keep_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids_TK, x_TD, _, number = inputs
-    ctx.save_for_backward(ids_TK, x_TD, number)
+    _, ids_TK, x_TV, _, number = inputs
+    ctx.save_for_backward(ids_TK, x_TV, number)
 
 
 def _stage_dot(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
-    ids_TK, x_TD, number = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, grad_TK, None, x_TD, number)
+    ids_TK, x_TV, number = ctx.saved_tensors
+    zero = _stage_reads(ids_TK, grad_TK, None, x_TV, number)
     return grad_TK, None, None, zero, None
 
 
-# Two reads of one table by the same ids and weights stage twice: a compiler must not make one of them.
-if hasattr(_stage_reads, "register_effect"):  # older versions of torch have none
+# Two reads of a table by the same ids and weights stage twice: a compiler must not merge them as common subexpressions.
+if hasattr(_stage_reads, "register_effect"):  # torch 2.13 has it, older versions do not
     from torch._library.effects import EffectType
 
     _stage_reads.register_effect(EffectType.ORDERED)

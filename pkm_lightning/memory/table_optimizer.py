@@ -1,88 +1,47 @@
-"""One torch optimizer for a model with value tables: any dense optimizer, and row optimizers for the tables.
+"""One torch optimizer for a model with value tables: any dense optimizer, and a row optimizer for the tables.
 
-Schedulers, loggers and checkpoints see one optimizer whose last group, `table`, holds the tables' weights.
+Schedulers, loggers and checkpoints see one optimizer whose last group, `table`, holds the weights of the tables.
 
-Letters: N rows, D values a row.
+Letters: U rows that were read.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pkm_lightning.errors import ConfigError, check_choice, check_range
-from pkm_lightning.memory.replicas import norm_over_members
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.value_table import ValueTable
-from pkm_lightning.ops.row_update import RowGradient, RowRule, row_gradient_squares, row_update
-from pkm_lightning.ops.row_update.rules import KINDS, new_state
+from pkm_lightning.ops.row_update import RowGradient, UpdateStep, new_state, row_gradient_squares, row_update
 
-_STEPS_UNSEEN = 10
-
-
-class RowOptimizer:
-    """How touched rows move: a rule of `pkm_lightning.ops.row_update.rules` and its constants.
-
-    Args:
-        rule: `lazy_adam`, `row_adagrad`, `sgd` or `catch_up_adam`.
-        betas: decay of the first and of the second moment, for the Adams; the first is 0 for `catch_up_adam`.
-        eps: added to the root, for all but `sgd`.
-
-    Raises:
-        ConfigError: an unknown rule or a constant out of range.
-    """
-
-    def __init__(self, *, rule: str, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) -> None:
-        check_choice("table.optimizer.rule", rule, KINDS)
-        if not isinstance(betas, Sequence) or len(betas) != 2:
-            raise ConfigError(f"table.optimizer.betas={betas!r} must be two numbers, as in [0.9, 0.95].")
-        for beta in betas:
-            check_range("table.optimizer.betas", beta, 0, 1 - 1e-9)
-        check_range("table.optimizer.eps", eps, 0)
-        if rule == "catch_up_adam" and betas[0] != 0:
-            raise ConfigError(
-                f"table.optimizer.betas={list(betas)}: catch_up_adam is exact without momentum only; set the first to "
-                "0, or set table/optimizer=lazy_adam."
-            )
-        self.rule, self.betas, self.eps = rule, (betas[0], betas[1]), eps
-
-    def check_decay(self, weight_decay: float) -> None:
-        """Refuse a decay that the rule cannot make up for: rows that wait would have to be decayed before their read.
-
-        Raises:
-            ConfigError: a decay with `catch_up_adam`.
-        """
-        if self.rule == "catch_up_adam" and weight_decay:
-            raise ConfigError(
-                f"optim.table_weight_decay={weight_decay}: catch_up_adam is the dense algorithm without decay only; "
-                "set it to 0, or set table/optimizer=lazy_adam."
-            )
+# Steps without any read of a table before the run ends. A table may be read for the first time in a later step.
+_STEPS_UNREAD = 10
 
 
 class TableOptimizer(Optimizer):
-    """Steps `dense` as it is, and each table by what its reads have staged since `zero_grad`.
+    """An optimizer that steps `dense`, and each table by the reads that were staged since `zero_grad`.
 
-    A table that learns `fused` is updated at the end of the backward pass instead, by that moment's learning rate.
-    A step without a read leaves a table and its count of updates as they are. A loop of your own clears the gradients
-    by this optimizer's `zero_grad`, not the model's: only the former knows of staged reads. It can neither be copied
-    nor pickled; save its `state_dict`.
+    A step without a read changes neither the table nor its number of updates. A custom training loop must clear the
+    gradients by the `zero_grad` of this optimizer, not of the model, because only the former clears staged reads. The
+    optimizer can neither be copied nor pickled; save its `state_dict`.
 
     Args:
-        dense: the optimizer of all other parameters, of any class; None: another engine steps them.
-        tables: the tables that learn by rows, by a name that stays the same from run to run.
-        rows: how their rows move.
-        lr: learning rate of the tables; a scheduler moves it like every group's.
-        weight_decay: decoupled decay, at each update, of the rows that were read.
-        seed: of the stochastic rounding of bf16 tables.
+        dense: the optimizer of all other parameters, of any class; None if another engine steps them.
+        tables: the tables that learn by rows, by a name that stays the same between runs.
+        rows: the rule by which rows are updated.
+        lr: learning rate of the tables; schedulers change it as that of any group.
+        weight_decay: decoupled decay of the rows that were read, at each update.
+        seed: seed of the stochastic rounding of bf16 tables.
 
     Raises:
         ConfigError: as `RowOptimizer.check_decay`.
-        ValueError: a table that learns densely.
+        ValueError: a table that does not learn by rows.
     """
 
     def __init__(
@@ -99,7 +58,7 @@ class TableOptimizer(Optimizer):
         dense_tables = [name for name, table in tables.items() if table.stage is None]
         if dense_tables:
             raise ValueError(
-                f"{', '.join(dense_tables)} learns densely or not at all; leave it to the dense optimizer."
+                f"{', '.join(dense_tables)} learns densely or not at all; pass it to the dense optimizer instead."
             )
         self.dense, self.rows, self.seed = dense, rows, seed
         self.tables = dict(tables)
@@ -107,16 +66,14 @@ class TableOptimizer(Optimizer):
         super().__init__([{"name": "table", "params": weights, "lr": lr, "weight_decay": weight_decay}], {})
         self._table_group = self.param_groups[0]
         self._names = {table.weight: name for name, table in self.tables.items()}
-        self.defaults = {}  # the two parts have not one in common
+        self.defaults = {}  # the dense optimizer and the tables share no defaults
         self._join()
         for table in self.tables.values():
             self.state[table.weight] = {"step": 0, **new_state(rows.rule, table.weight)}
-            if table.learning == "fused" and table.stage is not None:
-                table.stage.when_backward_ends = _Update(self, table)
-        self._steps_unseen = 0
+        self._steps_unread = 0
 
     def _join(self) -> None:
-        """Groups and states are those of `dense`, the same objects, and the tables' beside them."""
+        """Joins groups and states: those of `dense`, as the same objects, and those of the tables."""
         tables = {weight: self.state[weight] for weight in self._table_group["params"] if weight in self.state}
         if self.dense is not None:
             self.param_groups = [*self.dense.param_groups, self._table_group]
@@ -125,7 +82,7 @@ class TableOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of everything; `closure` computes the gradients first."""
+        """Updates all parameters and tables, after `closure`, if given, has computed the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -138,56 +95,62 @@ class TableOptimizer(Optimizer):
                     f"{name}.weight requires a gradient, which a table that learns by rows must not: freeze and "
                     "unfreeze the other parameters only, or set table.learning=dense."
                 )
-            if table.learning == "rows":
-                self.update(table)
-        self._check_seen()
+            self.update(table)
+        self._check_reads()
         return loss
 
-    def _check_seen(self) -> None:
-        """A table that is read behind its back learns nothing, and no loss would say so."""
-        unseen = [name for name, table in self.tables.items() if table.stage is not None and not table.stage.seen]
-        self._steps_unseen = self._steps_unseen + 1 if unseen else 0
-        if self._steps_unseen == _STEPS_UNSEEN:
+    def _check_reads(self) -> None:
+        """Refuses tables that are read through their weight: they would learn nothing, without any error."""
+        unread = [name for name, table in self.tables.items() if table.stage is not None and not table.stage.seen]
+        self._steps_unread = self._steps_unread + 1 if unread else 0
+        if self._steps_unread == _STEPS_UNREAD:
             raise ConfigError(
-                f"{', '.join(unseen)}: no read was seen in {_STEPS_UNSEEN} steps, so nothing is learned: read a table "
-                "by calling it, table(ids, weights) or table.dot(x, ids), not through its weight; or say "
+                f"{', '.join(unread)}: no read was seen in {_STEPS_UNREAD} steps, so nothing is learned: read a table "
+                "by calling it, table(ids, weights) or table.dot(x, ids), not through its weight; or set "
                 "table.learning=dense."
             )
 
     @torch.no_grad()
     def update(self, table: ValueTable) -> None:
-        """Applies what is staged for one table."""
+        """Updates one table by its staged reads. Collective: call on all ranks."""
         assert table.stage is not None
         state = self.state[table.weight]
         gradient = table.stage.gradient(table.weight)
         if gradient is None:
             return
         state["step"] += 1
-        rule = RowRule(
-            kind=self.rows.rule,
+        step = UpdateStep(
             lr=self._table_group["lr"],
             weight_decay=self._table_group["weight_decay"],
-            betas=self.rows.betas,
-            eps=self.rows.eps,
-            step=state["step"],
+            number=state["step"],
             seed=self._rounding_seed(table, state["step"]),
         )
         for key, value in state.items():
-            # A Trainer moves all optimizer states to its device; those of a table in host memory belong beside it.
+            # Lightning moves all optimizer states to the Trainer's device, but a table may lie in host memory.
             if isinstance(value, Tensor) and value.device != table.weight.device:
                 state[key] = value.to(table.weight.device)
-        kept = {key: value for key, value in state.items() if key != "step"}
-        squares_U = self._whole_row_squares(table, gradient)
-        row_update(table.weight, gradient, rule, kept, scale=table.stage.scale, row_squares_U=squares_U)
+        row_state = {key: value for key, value in state.items() if key != "step"}
+        mean_squares_U = self._mean_squares(table, gradient)
+        row_update(
+            table.weight,
+            gradient,
+            self.rows.rule,
+            step,
+            row_state,
+            scale=table.stage.scale,
+            mean_squares_U=mean_squares_U,
+        )
 
     def _rounding_seed(self, table: ValueTable, step: int) -> int:
+        # Parts of a table must not be rounded by the same bits, but replicas of a part must.
         member = f"/{table.mesh.member}" if table.is_split and table.mesh is not None else ""
+        # crc32 instead of hash(), which differs between processes.
         return zlib.crc32(f"{self.seed}/{self._names[table.weight]}/{step}{member}".encode()) & 0x7FFFFFFF
 
-    def _whole_row_squares(self, table: ValueTable, gradient: RowGradient) -> Tensor | None:
-        """For a rule that needs the mean over a whole row of which this rank holds a part of the columns."""
+    def _mean_squares(self, table: ValueTable, gradient: RowGradient) -> Tensor | None:
+        """Returns mean(g**2) over whole rows for a rule that needs it, where this rank holds a part of the columns."""
         mesh = table.mesh
-        if self.rows.rule != "row_adagrad" or mesh is None or mesh.shard != "dim":
+        if not self.rows.rule.needs_mean_squares or mesh is None or mesh.shard != "dim":
             return None
         squares_U = row_gradient_squares(gradient)
         torch.distributed.all_reduce(squares_U, group=mesh.member_group(squares_U.device))
@@ -195,19 +158,22 @@ class TableOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of dense parameters."""
-        if not hasattr(self, "_table_group"):  # the base class adds the tables
+        # The constructor of the base class adds the group of the tables by this method.
+        if not hasattr(self, "_table_group"):
             super().add_param_group(param_group)
             return
         if self.dense is None:
-            raise ValueError("this optimizer has tables only; give dense parameters to the engine that steps them.")
+            raise ValueError("this optimizer has tables only; pass dense parameters to the engine that steps them.")
         self.dense.add_param_group(param_group)
         self._join()
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a TableOptimizer belongs to its model's tables and cannot be copied; save its state_dict().")
+        raise TypeError(
+            "a TableOptimizer refers to the tables of its model and cannot be copied; save its state_dict()."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients, staged reads among them."""
+        """Clears all gradients, staged reads included."""
         if self.dense is not None:
             self.dense.zero_grad(set_to_none)
         for table in self.tables.values():
@@ -215,7 +181,7 @@ class TableOptimizer(Optimizer):
                 table.stage.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores both parts; a table's state is copied into the tensors that are there, in their own dtype.
+        """Loads the states of the dense optimizer and of the tables, the latter into the present tensors and dtypes.
 
         Raises:
             ValueError: groups or states of another model or another row optimizer.
@@ -236,71 +202,23 @@ class TableOptimizer(Optimizer):
             self.dense.load_state_dict({"state": dense_states, "param_groups": groups[:-1]})
         self._table_group.update({key: value for key, value in groups[-1].items() if key != "params"})
         for number, weight in tables:
-            own = self.state[weight]
+            state = self.state[weight]
             for key, value in states[number].items():
+                # torch's own load_state_dict would cast states to the dtype of the weight, bf16 for bf16 tables.
                 if isinstance(value, Tensor):
-                    own[key].copy_(value)
+                    state[key].copy_(value)
                 else:
-                    own[key] = value
+                    state[key] = value
         self._join()
 
-    def _check_state(self, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    def _check_state(self, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
         def shapes(state: Mapping[str, Any]) -> dict[str, object]:
             return {
                 name: tuple(value.shape) if isinstance(value, Tensor) else "number" for name, value in state.items()
             }
 
-        if shapes(saved) != shapes(own):
+        if shapes(saved) != shapes(present):
             raise ValueError(
-                f"the saved optimizer state of a table is {shapes(saved)}, but {self.rows.rule} keeps {shapes(own)}: "
-                "it was written with another table/optimizer or table.learning."
+                f"the saved optimizer state of a table is {shapes(saved)}, but {self.rows.rule.name} keeps "
+                f"{shapes(present)}: it was written with another table/optimizer or table.learning."
             )
-
-
-class _Update:
-    """Called at the end of backward: updates a table and forgets what was staged for it."""
-
-    def __init__(self, optimizer: TableOptimizer, table: ValueTable) -> None:
-        self.optimizer, self.table = optimizer, table
-
-    def __call__(self) -> None:
-        self.optimizer.update(self.table)
-        assert self.table.stage is not None
-        self.table.stage.clear()
-
-
-def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scales the gradients of `tables`, staged or autograd's, and `others`, to a common L2 norm of at most `max_norm`.
-
-    Args:
-        tables: at least one; every rank must give the same.
-        others: dense gradients that belong to the same norm, equal on all ranks or DTensors.
-        max_norm: the limit; None only measures.
-
-    Returns:
-        The norm before clipping, a scalar tensor, the same on every rank.
-    """
-    dense = list(others)
-    norms = [_table_norm(table) for table in tables] + [whole(grad.norm()) for grad in dense]
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
-    if max_norm is not None:
-        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
-        for table in tables:
-            if table.stage is not None:
-                table.stage.scale = table.stage.scale * factor
-        for grad in (*dense, *(table.weight.grad for table in tables if table.weight.grad is not None)):
-            part = grad.to_local() if isinstance(grad, DTensor) else grad
-            part.mul_(factor.to(part))
-    return total
-
-
-def _table_norm(table: ValueTable) -> Tensor:
-    if table.stage is not None:
-        return table.stage.norm(table.weight)
-    grad = table.weight.grad
-    return norm_over_members(torch.zeros(()) if grad is None else whole(grad.norm()), table.mesh)
-
-
-def whole(value: Tensor) -> Tensor:
-    """A plain tensor of what may be a DTensor."""
-    return value.full_tensor() if isinstance(value, DTensor) else value

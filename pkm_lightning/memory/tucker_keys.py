@@ -1,7 +1,7 @@
 """Tucker-decomposed query-key retrieval: the score of slot (i, j) is bilinear in the scores of row i and of column j.
 
-Letters: T tokens, D model dimension, H heads, 2 halves (rows, columns), Q queries a half, R Tucker rank, S sub-keys a
-half (N = S * S slots), E dimension of a sub-key, C cores, M = K rows and columns preselected, K slots read a head.
+Letters: T tokens, D model dimension, H heads, 2 halves (rows, columns), Q queries per half, R Tucker rank, S sub-keys
+per half (N = S * S slots), P values of a sub-key, C cores, M = K rows and columns preselected, K slots read per head.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
+from pkm_lightning.memory.product_keys import MAX_KEYS
 from pkm_lightning.memory.query import half_norm
 from pkm_lightning.ops import ranked_topk
 
@@ -20,43 +21,44 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+# Relative noise of the initial cores, so that the cores, and the ranks of a core, differ from the start.
 _CORE_NOISE = 0.02
 
 
 class TuckerRead(NamedTuple):
-    """What `TuckerKeys` selects for every token and head."""
+    """The slots that `TuckerKeys` selects for every token and head."""
 
     #: Scores of the slots read under each core, (T, H, C, K), best sum first; no softmax. Differentiable.
     scores_THCK: Tensor
     #: Slot numbers i * n_keys + j, (T, H, K) int32.
     ids_THK: Tensor
-    #: What preselects rows, (H, T, S): u^T S_row. Differentiable in queries and keys, not in the cores.
+    #: The scores that preselect rows, (H, T, S): u^T S_row. Differentiable in queries and keys, not in the cores.
     row_HTS: Tensor
-    #: What preselects columns, (H, T, S): t^T S_col.
+    #: The scores that preselect columns, (H, T, S): t^T S_col.
     column_HTS: Tensor
 
 
 class TuckerKeys(nn.Module):
     """Queries, row and column keys, Tucker cores, and the two-stage selection (TDQKR) of Huang et al. 2024.
 
-    For each head (arXiv 2411.12364, section 3.2; with a query a rank, arXiv 2508.18756):
+    For each head (arXiv 2411.12364, section 3.2; with one query per rank, arXiv 2508.18756):
 
         S_row[a, i] = K_row[a, i] . q_row,  S_col[a, j] = K_col[a, j] . q_col     (all four RMS-normalised)
-        S_c[i, j]   = sum over a, b of S_row[a, i] C_c[a, b] S_col[b, j]          (one grid a core)
+        S_c[i, j]   = sum over a, b of S_row[a, i] C_c[a, b] S_col[b, j]          (one grid per core)
         read        = top-k of the sum of S_c over cores
 
-    Scoring all S * S slots would cost as much as flat keys, so C = sum_c C_c is approximated by its leading singular
-    pair, C ~ lambda u t^T: the M rows of largest u^T S_row and the M columns of largest t^T S_col are preselected, and
-    the M * M grid between them is scored with the full C. **The selection is therefore approximate**:
+    Scoring all S * S slots would cost as much as flat keys. Therefore C = sum_c C_c is approximated by its leading
+    singular pair, C ~ lambda u t^T: the M rows of largest u^T S_row and the M columns of largest t^T S_col are
+    preselected, and the M * M grid between them is scored with the full C. **The selection is therefore approximate**:
 
-    - for a C of rank 1 it finds the best slots among those with u^T S_row > 0 and t^T S_col > 0, as product top-k does;
-      a product of two negative factors is positive as well, and is not looked for;
-    - for another C a slot can win by the singular pairs that the preselection does not see;
-    - with knn = n_keys every slot is in the grid, and it is exact for every C.
+    - for a C of rank 1 it selects the best slots among those with u^T S_row > 0 and t^T S_col > 0, as product top-k
+      does; the product of two negative factors is positive as well, but such slots are not considered;
+    - for any other C, a slot may have a high score from singular pairs that the preselection ignores;
+    - with knn = n_keys every slot is in the grid, and the selection is exact for every C.
 
-    The sign of a singular pair is free, (u, t) and (-u, -t), and decides which sign of the factors is looked for: here
-    sum(u) + sum(t) >= 0, and sum(u) >= 0 where that is 0. No gradient goes through the selection or the pair. The SVD
-    is one of R x R a head and forward; on a GPU it waits for the host.
+    The sign of a singular pair is not determined, (u, t) or (-u, -t), but decides which sign of the factors is
+    considered: here sum(u) + sum(t) >= 0, and sum(u) >= 0 where that sum is 0. No gradient flows through the selection
+    or the pair. The SVD is that of an R x R matrix per head and forward; on a GPU it synchronises with the host.
     Equal scores rank by lower sub-key in the preselection, then by (rank of the row, rank of the column).
 
     | paper | here |
@@ -66,23 +68,24 @@ class TuckerKeys(nn.Module):
     | C^(1..h) | `cores`, (heads, cores, rank, rank) |
     | r, n, h, m | `rank`, `n_keys`, `cores`, `knn` |
 
-    Not built: the causal depth-wise convolution before the query (no effect in the paper), queries shared by layers.
+    Not implemented: the causal depth-wise convolution before the query (no effect in the paper), and queries that
+    layers share.
 
     Args:
         dim: model dimension D.
-        heads: heads H, each with queries, keys and cores of its own.
-        n_keys: sub-keys a half S.
-        key_dim: dimension of one query and of one sub-key E.
-        knn: slots read a head K, and rows and columns preselected, 1 to n_keys.
+        heads: number of heads H, each with its own queries, keys and cores.
+        n_keys: sub-keys per half S.
+        key_dim: dimension P of one query and of one sub-key.
+        knn: slots read per head K, and rows and columns preselected, 1 to n_keys.
         rank: Tucker rank R, 1 to n_keys.
-        cores: cores C; the selection uses their sum.
-        query_per_rank: a query for each rank (UltraMemV2) instead of one for all of them (UltraMem).
+        cores: number of cores C; the selection uses their sum.
+        query_per_rank: one query per rank (UltraMemV2) instead of one for all of them (UltraMem).
 
     Raises:
         ConfigError: a size out of range.
     """
 
-    #: A core holds a handful of numbers near a known value, like a gain: decay would only shrink the scores.
+    #: A core is a few numbers near a known value, like a gain: weight decay would only shrink the scores.
     parameter_roles: ClassVar[dict[str, str]] = {"cores": "norm"}
 
     def __init__(
@@ -108,15 +111,15 @@ class TuckerKeys(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A start at which the selected scores of each core have mean 1 (for inputs of unit variance).
+        """Initialises the weights so that the selected scores of each core have mean 1 for inputs of unit variance.
 
-        | weight | start |
+        | weight | initial values |
         |---|---|
         | query | N(0, 1/dim) |
-        | keys | N(0, 1), normalised anyway; gain 1/sqrt(key_dim): the score of a random key is a standard normal |
+        | keys | N(0, 1), later normalised; gain 1/sqrt(key_dim): the score of a random key is a standard normal |
         | query gain | sqrt(cores / E[Y]), Y the best products of `selected_moments`; 1 where n_keys = 1 |
         | cores | ones / (cores * rank), so that C has the singular value 1 and u = t = ones / sqrt(rank), plus normal
-          noise of 2% of that. The paper does not say: our choice |
+          noise of 2% of that; our choice, which the paper leaves open |
         """
         nn.init.normal_(self.query.weight, std=self.query.in_features**-0.5)
         nn.init.normal_(self.keys)
@@ -127,7 +130,7 @@ class TuckerKeys(nn.Module):
         nn.init.constant_(self.key_norm.weight, self.key_dim**-0.5)
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> TuckerRead:
-        """The two-stage selection for every token of `x_TD`; scores in IEEE fp32 whatever the model's precision."""
+        """Selects slots for every token of `x_TD`; scores are IEEE fp32 whatever the precision of the model."""
         q_TF = self.query(x_TD)
         with ieee_scores(q_TF):
             scores_H2TRS = self._half_scores(q_TF.to(score_dtype(q_TF)))
@@ -139,18 +142,21 @@ class TuckerKeys(nn.Module):
             with torch.no_grad():
                 row_HTK, column_HTK = self._select(rows_HTRS, columns_HTRS, cores_HCRR.sum(1), row_HTS, column_HTS)
             scores_HTCK = _bilinear(_at(rows_HTRS, row_HTK), cores_HCRR, _at(columns_HTRS, column_HTK))
-        # Contiguous, because a compiled graph guesses other strides for what is indexed by a transposed tensor.
+        # Contiguous, because torch.compile infers other strides for the result of indexing by a transposed tensor.
         ids_THK = (row_HTK * self.n_keys + column_HTK).int().transpose(0, 1).contiguous()
         return TuckerRead(scores_HTCK.transpose(0, 1), ids_THK, row_HTS, column_HTS)
 
     def diagnostics(self, output: TuckerRead, x_TD: Tensor) -> dict[str, Tensor]:
-        """`query_norm`, `key_norm`: mean L2 norms, as the scores use them; `score_max`, `score_min` of the slots read;
-        `weight_top`: mean share of a read's largest absolute score in the read."""
-        q_TXE = half_norm(self.query_norm, self.query(x_TD).float().unflatten(-1, (-1, self.key_dim)))
+        """Returns norms of queries and sub-keys, extremes of the scores, and their saturation.
+
+        `query_norm`, `key_norm`: mean L2 norms as the scores use them; `score_max`, `score_min`: of the selected slots;
+        `weight_top`: mean share of the largest absolute score in the sum of the absolute scores of a head.
+        """
+        q_TXP = half_norm(self.query_norm, self.query(x_TD).float().unflatten(-1, (-1, self.key_dim)))
         scores_THK = output.scores_THCK.sum(2)
         shares_TH = scores_THK.abs().amax(-1) / scores_THK.abs().sum(-1).clamp(min=1e-20)
         return {
-            "query_norm": q_TXE.norm(dim=-1).mean(),
+            "query_norm": q_TXP.norm(dim=-1).mean(),
             "key_norm": half_norm(self.key_norm, self.keys.float()).norm(dim=-1).mean(),
             "score_max": scores_THK.amax(),
             "score_min": scores_THK.amin(),
@@ -158,15 +164,15 @@ class TuckerKeys(nn.Module):
         }
 
     def spectrum(self) -> Float[Tensor, "H R"]:
-        """Singular values of each head's C, largest first, differentiable."""
+        """Computes the singular values of each head's C, largest first, differentiably."""
         with ieee_scores(self.cores):
             return torch.linalg.svdvals(_finite(self.cores.to(score_dtype(self.cores)).sum(1)))
 
     def flops(self) -> int:
-        """Forward FLOPs a token as `torch.utils.flop_counter` sees them.
+        """Returns the forward FLOPs per token as `torch.utils.flop_counter` counts them.
 
-        Counted: the query projection, both half scores, the two preselection scores, the grid and the cores times the
-        selected columns. Not counted, as element-wise: norms, sums over cores, and the last sum over the rank.
+        Included are the query projection, both half scores, both preselection scores, the grid, and the cores times the
+        selected columns. Elementwise operations are not: norms, sums over cores, and the last sum over the rank.
         """
         per_head = (
             2 * self.rank * self.n_keys * (self.key_dim + 1)  # half scores, preselection
@@ -176,20 +182,21 @@ class TuckerKeys(nn.Module):
         return 2 * (self.query.weight.numel() + self.heads * per_head)
 
     def _half_scores(self, q_TF: Tensor) -> Tensor:
-        """Row and column scores, (H, 2, T, R, S): one product a query, of the ranks that it serves."""
+        """Row and column scores, (H, 2, T, R, S), by one matrix product per query over the ranks that use it."""
         shape = (self.heads, 2, self.queries)
-        q_THTQE = half_norm(self.query_norm, q_TF.view(-1, *shape, self.key_dim))
-        q_XTE = q_THTQE.permute(1, 2, 3, 0, 4).flatten(0, 2)
-        keys_H2RSE = half_norm(self.key_norm, self.keys.to(q_TF.dtype))
-        keys_XYE = keys_H2RSE.reshape(q_XTE.shape[0], -1, self.key_dim)
-        scores_XTY = torch.bmm(q_XTE, keys_XYE.transpose(1, 2))
+        q_THTQP = half_norm(self.query_norm, q_TF.view(-1, *shape, self.key_dim))
+        q_XTP = q_THTQP.permute(1, 2, 3, 0, 4).flatten(0, 2)
+        keys_H2RSP = half_norm(self.key_norm, self.keys.to(q_TF.dtype))
+        keys_XYP = keys_H2RSP.reshape(q_XTP.shape[0], -1, self.key_dim)
+        scores_XTY = torch.bmm(q_XTP, keys_XYP.transpose(1, 2))
         scores_H2QTRS = scores_XTY.view(*shape, -1, self.rank // self.queries, self.n_keys)
         return scores_H2QTRS.transpose(2, 3).flatten(3, 4)
 
     def _select(
         self, rows_HTRS: Tensor, columns_HTRS: Tensor, core_HRR: Tensor, row_HTS: Tensor, column_HTS: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the slots read, (H, T, K) each."""
+        """Rows and columns of the selected slots, (H, T, K) each."""
+        # `ranked_topk` instead of torch.topk, whose order of equal scores differs between devices.
         row_HTM, column_HTM = ranked_topk(row_HTS, self.knn), ranked_topk(column_HTS, self.knn)
         mixed_HTRM = core_HRR.unsqueeze(1) @ _at(columns_HTRS, column_HTM)
         grid_HTMM = _at(rows_HTRS, row_HTM).transpose(-1, -2) @ mixed_HTRM
@@ -198,7 +205,7 @@ class TuckerKeys(nn.Module):
 
 
 def leading_pair(core_HRR: Float[Tensor, "H R R"]) -> tuple[Float[Tensor, "H R"], Float[Tensor, "H R"]]:
-    """The singular vectors u, t of the largest singular value, without gradient, of the sign `TuckerKeys` documents."""
+    """Returns the singular vectors u, t of the largest singular value, without gradient, signed as in `TuckerKeys`."""
     with torch.no_grad():
         left_HRR, _, right_HRR = torch.linalg.svd(_finite(core_HRR))
         u_HR, t_HR = left_HRR[..., 0], right_HRR[..., 0, :]
@@ -208,14 +215,14 @@ def leading_pair(core_HRR: Float[Tensor, "H R R"]) -> tuple[Float[Tensor, "H R"]
 
 
 def selected_moments(n_keys: int, knn: int) -> tuple[float, float]:
-    """Mean and relative variance of the scores that a rank-1 C of unit singular value selects at initialisation.
+    """Returns mean and relative variance of the scores that a rank-1 C of unit singular value selects initially.
 
-    Row and column factors are then n_keys independent standard normals each. The i-th largest of n has the expectation
-    Phi^-1((n - i + 1 - 0.375) / (n + 0.25)) (Blom 1958); the score Y is one of the `knn` largest products of the first
-    `knn` of both. The relative variance is that of these products over the square of their mean: the spread within a
-    read, not from token to token. Both are 0 for one key.
+    The row and column factors are then n_keys independent standard normals each. The i-th largest of n has the
+    expectation Phi^-1((n - i + 1 - 0.375) / (n + 0.25)) (Blom 1958); the score Y is one of the `knn` largest products
+    of the first `knn` of both. The relative variance is that of these products over the square of their mean: the
+    spread within a read, not between tokens. Both are 0 for one key.
     """
-    # On the CPU even while a model is built on the meta device.
+    # On the CPU, because a model may be built on the meta device.
     rank_M = torch.arange(1, knn + 1, dtype=torch.float64, device="cpu")
     normal_M = torch.special.ndtri((n_keys - rank_M + 0.625) / (n_keys + 0.25))
     best_K = torch.outer(normal_M, normal_M).flatten().topk(knn).values
@@ -224,24 +231,24 @@ def selected_moments(n_keys: int, knn: int) -> tuple[float, float]:
 
 
 def _bilinear(rows_HTRK: Tensor, cores_HCRR: Tensor, columns_HTRK: Tensor) -> Tensor:
-    """sum over a, b of rows[a, k] C_c[a, b] columns[b, k], (H, T, C, K)."""
+    """The sum over a, b of rows[a, k] C_c[a, b] columns[b, k], (H, T, C, K)."""
     mixed_HTXK = cores_HCRR.flatten(1, 2).unsqueeze(1) @ columns_HTRK
     return (mixed_HTXK.unflatten(2, cores_HCRR.shape[1:3]) * rows_HTRK.unsqueeze(2)).sum(3)
 
 
 def _at(scores_HTRS: Tensor, key_HTK: Tensor) -> Tensor:
-    """The scores of the chosen sub-keys under every rank, (H, T, R, K)."""
+    """The scores of the selected sub-keys under every rank, (H, T, R, K)."""
     return scores_HTRS.gather(-1, key_HTK.unsqueeze(2).expand(-1, -1, scores_HTRS.shape[2], -1))
 
 
 def _finite(core_HRR: Tensor) -> Tensor:
-    """LAPACK refuses NaN with an error of its own; a diverged run is to be told by its loss, NaN all the same."""
+    """The core with zeros for NaN: LAPACK would raise an error, where a diverged run should end by its NaN loss."""
     return torch.nan_to_num(core_HRR, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _check_sizes(*, heads: int, n_keys: int, key_dim: int, knn: int, rank: int, cores: int) -> None:
     check_integer("ffn.heads", heads, low=1)
-    check_integer("ffn.n_keys", n_keys, low=1, high=46_340)
+    check_integer("ffn.n_keys", n_keys, low=1, high=MAX_KEYS)
     check_integer("ffn.key_dim", key_dim, low=1)
     check_integer("ffn.knn", knn, low=1, high=n_keys)
     check_integer("ffn.cores", cores, low=1)
@@ -249,5 +256,5 @@ def _check_sizes(*, heads: int, n_keys: int, key_dim: int, knn: int, rank: int, 
     if rank > n_keys:
         raise ConfigError(
             f"ffn.rank={rank} is above the number of keys, ffn.n_keys={n_keys}, so that C has more singular pairs than "
-            "there are rows to tell apart; use a rank of 1 to n_keys."
+            "there are keys; set ffn.rank to 1 to n_keys."
         )

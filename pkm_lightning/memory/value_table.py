@@ -1,6 +1,8 @@
-"""The rows that a memory reads: N x D parameters of which one token touches a few.
+"""The table of a memory: N x V parameters, of which each token reads a few rows.
 
-Letters: N rows, D values a row, T reads, K rows a read, G groups a read.
+A line is what an id counts: a row, or a slice of a row where `slices` is above 1.
+
+Letters: N rows, V values per row, T reads, K rows per read, G groups per read.
 """
 
 from __future__ import annotations
@@ -27,36 +29,37 @@ if TYPE_CHECKING:
 class ValueTable(nn.Module):
     """A table of `rows` x `dim` values, read by ids and weights.
 
-    The model owns a table once; layers that share it hold a reference that is not registered (`TableReference`), so
-    that no class attribute and no global is needed and two models in one process never meet.
+    The model owns a table once. Layers that share it hold an unregistered reference (`TableReference`) instead of a
+    class attribute or a global, so that two models in one process never share a table.
 
-    Layers read it by calling it or by `dot`; `weight` itself is for checkpoints. With `learning` rows or fused
-    `weight` requires no gradient: a read leaves its part of the gradient in `stage`, and a `TableOptimizer` updates the
-    rows that were read. Whatever runs backward through a read stages it, `torch.autograd.grad` in evaluation too: what
-    should not be learned from is cleared by `TableOptimizer.zero_grad`, or read under `torch.no_grad`.
+    Layers read a table by calling it or by `dot`; `weight` itself is for checkpoints. With `learning=rows`, `weight`
+    requires no gradient: a read leaves its part of the gradient in `stage`, and a `TableOptimizer` updates the rows
+    that were read. Every backward pass through a read stages it, `torch.autograd.grad` in evaluation included. To learn
+    nothing from a read, call `TableOptimizer.zero_grad` after it, or read under `torch.no_grad`.
 
     Args:
-        rows: slots N.
-        dim: values a row D.
+        rows: number of rows N.
+        dim: values per row V.
         std: standard deviation of the initial rows; None takes dim**-0.5.
-        trainable: False keeps the rows as they were drawn (SimVQ: a trained map after the read moves all of them).
-        slices: equal parts of a row that are read each for itself; ids then count slices, `row * slices + slice`, and a
-            slice is what a row optimizer takes for a row.
-        learning: `dense` (autograd's N x D gradient, any torch optimizer), `rows` (one update of the touched rows an
-            optimizer step) or `fused` (the same at the end of backward).
-        device: `auto` goes where the model goes; `cpu` stays in host memory, ids and outputs travel; `mmap` is for
-            reading only: `weight` is on meta, without memory, until `load_state_dict` makes it the very tensor of the
-            state dict, and stays that, where it is and in its dtype.
-        mesh: the ranks that the table is split or copied over; None: this process holds it alone.
+        trainable: False keeps the initial rows (SimVQ trains a linear map after the read instead).
+        slices: equal parts of a row that are read separately. Ids then count slices, `row * slices + slice`, and row
+            optimizers treat a slice as a row.
+        learning: `dense` (an N x V gradient from autograd, any torch optimizer) or `rows` (one update per optimizer
+            step of the rows that were read).
+        device: `auto` moves with the model. `cpu` stays in host memory; ids and outputs are copied. `mmap` can only be
+            read: `weight` is on meta, without memory, until `load_state_dict` assigns the tensor of the state dict to
+            it, whose device and dtype it then keeps.
+        mesh: the ranks that the table is sharded or replicated over; None: this process holds the whole table.
 
     Attributes:
-        weight: this rank's part of the lines that ids count, (rows * slices, dim / slices) where it holds all.
+        weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
+        stage: the staged reads of a table that learns by rows, else None.
 
     Raises:
-        ConfigError: an unknown word, `slices` that do not divide `dim`, or a row that the mesh cannot split.
+        ConfigError: an unknown choice, `slices` that do not divide `dim`, or sizes that the mesh cannot divide.
     """
 
-    #: The optimizer gives tables a learning rate, a decay and a clipping norm of their own.
+    #: Tables have a learning rate, a weight decay and a clipping norm of their own.
     parameter_roles: ClassVar[dict[str, str]] = {"weight": "table"}
 
     def __init__(
@@ -72,11 +75,11 @@ class ValueTable(nn.Module):
         mesh: TableMesh | None = None,
     ) -> None:
         super().__init__()
-        check_choice("table.learning", learning, ("dense", "rows", "fused"))
+        check_choice("table.learning", learning, ("dense", "rows"))
         check_choice("table.device", device, ("auto", "cpu", "mmap"))
         check_integer("slices", slices, low=1)
         if dim % slices:
-            raise ConfigError(f"slices={slices} do not divide the {dim} values of a row.")
+            raise ConfigError(f"slices={slices} does not divide the {dim} values of a row; choose a divisor of {dim}.")
         self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
         self.std = dim**-0.5 if std is None else std
         self.learning, self.stays_on_cpu, self.is_mapped = learning, device == "cpu", device == "mmap"
@@ -87,20 +90,22 @@ class ValueTable(nn.Module):
         if mesh is not None:
             lines, width = mesh.local_shape(lines, width)
         self.stage = RowStage(lines, mesh) if by_rows else None
-        # A parameter that requires a gradient gets one of its own size as soon as an optimizer's state is loaded.
-        # A Trainer builds models within the context of its device; models of which only shapes are wanted, on meta.
-        here = torch.empty(0).device
-        home = torch.device("cpu") if self.stays_on_cpu and here.type != "meta" else here
-        home = torch.device("meta") if self.is_mapped else home
-        self.weight = nn.Parameter(torch.empty(lines, width, device=home), requires_grad=trainable and not by_rows)
+        # The device of the enclosing `torch.device` context: the Trainer's, or meta for a model without memory.
+        current = torch.empty(0).device
+        device_of_weight = torch.device("cpu") if self.stays_on_cpu and current.type != "meta" else current
+        device_of_weight = torch.device("meta") if self.is_mapped else device_of_weight
+        values = torch.empty(lines, width, device=device_of_weight)
+        # torch.distributed.checkpoint allocates a gradient for every parameter that requires one when it loads an
+        # optimizer's state: here that would be as large as the table.
+        self.weight = nn.Parameter(values, requires_grad=trainable and not by_rows)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Rows from N(0, std**2): the same table for every way of splitting it, of which a part is kept.
+        """Draws the rows from N(0, std**2): the same table for every sharding, of which each rank keeps its part.
 
-        The whole table is drawn a block of rows at a time, so that no rank ever holds more of it than its part.
+        Every rank draws the whole table block by block, so that it never holds more than its part and one block.
         """
-        if self.weight.is_meta:  # nothing to draw, in very many blocks
+        if self.weight.is_meta:
             return
         width = self.dim // self.slices
         low, high = (0, self.n_lines) if self.mesh is None else self.mesh.row_range(self.n_lines)
@@ -118,13 +123,17 @@ class ValueTable(nn.Module):
 
     @property
     def is_registered(self) -> bool:
-        """`weight` is among `parameters()`."""
+        """Whether `weight` is among `parameters()`."""
         return "weight" in self._parameters
 
     def unregister(self) -> None:
-        """Takes `weight` out of `parameters()`, for engines that would own it; `state_dict` and `.to()` keep it."""
+        """Removes `weight` from `parameters()` but not from `state_dict` and `.to()`.
+
+        Engines such as DeepSpeed take ownership of all parameters, and would gather the whole table.
+        """
         weight = self._parameters.pop("weight", None)
         if weight is not None:
+            # Past nn.Module.__setattr__, which would register the parameter again.
             self.__dict__["weight"] = weight
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -135,13 +144,14 @@ class ValueTable(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
-        apart = not self.is_registered
-        if apart:
+        was_unregistered = not self.is_registered
+        # nn.Module only loads registered parameters.
+        if was_unregistered:
             self._parameters["weight"] = self.__dict__.pop("weight")
         if self.is_mapped:
             local_metadata = {**local_metadata, "assign_to_params_buffers": True}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
-        if apart:
+        if was_unregistered:
             self.unregister()
 
     def forward(
@@ -150,8 +160,8 @@ class ValueTable(nn.Module):
         weights_TK: Float[Tensor, "T K"],
         groups_TK: Int[Tensor, "T K"] | None = None,
         n_groups: int | None = None,
-    ) -> Float[Tensor, "T D"] | Float[Tensor, "T G D"]:
-        """`sum_k weights[t, k] * lines[ids[t, k]]` in the table's dtype; with groups, one sum a group."""
+    ) -> Float[Tensor, "T V"] | Float[Tensor, "T G V"]:
+        """Returns `sum_k weights[t, k] * lines[ids[t, k]]` in the table's dtype; with groups, one sum per group."""
         return self.start(ids_TK, weights_TK, groups_TK, n_groups)()
 
     def start(
@@ -161,37 +171,38 @@ class ValueTable(nn.Module):
         groups_TK: Int[Tensor, "T K"] | None = None,
         n_groups: int | None = None,
     ) -> Callable[[], Tensor]:
-        """As a call, but the result is what a call of the result gives, once: work in between need not wait for ranks.
+        """Starts a read and returns a function that returns its result; call that function once.
 
-        With a table split by `dim` the sums travel meanwhile, in backward their gradients too.
+        With a table sharded by `dim`, the sums are exchanged between ranks while other work is done in between, and so
+        are their gradients in backward.
         """
         if not self.is_split:
-            read_TD = self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
-            return lambda: read_TD
+            read_TV = self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
+            return lambda: read_TV
         read = functools.partial(self._sum, n_groups=n_groups)
         assert self.mesh is not None
         return sharded_sum(self.mesh, self.n_lines, read, ids_TK, weights_TK.to(self.weight.dtype), groups_TK)
 
-    def dot(self, x_TD: Float[Tensor, "T D"], ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-        """`<lines[ids[t, k]], x[t]>` in the table's dtype."""
+    def dot(self, x_TV: Float[Tensor, "T V"], ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        """Returns the inner products `<lines[ids[t, k]], x[t]>` in the table's dtype."""
         if not self.is_split:
-            return self._dot(x_TD, ids_TK, ids_TK)
+            return self._dot(x_TV, ids_TK, ids_TK)
         assert self.mesh is not None
-        return sharded_dot(self.mesh, self.n_lines, self._dot, x_TD.to(self.weight.dtype), ids_TK)
+        return sharded_dot(self.mesh, self.n_lines, self._dot, x_TV.to(self.weight.dtype), ids_TK)
 
     @property
     def size(self) -> int:
-        """Values of the whole table, wherever they lie."""
+        """Number of values of the whole table, over all ranks."""
         return self.rows * self.dim
 
     @property
     def n_lines(self) -> int:
-        """Rows, or slices of rows, of the whole table: what ids count."""
+        """Number of lines of the whole table: rows, or slices of rows."""
         return self.rows * self.slices
 
     @property
     def is_split(self) -> bool:
-        """Other ranks hold parts of the table, and every rank must make the same reads in the same order."""
+        """Whether the table is sharded. Reads are collective then: all ranks make the same reads in the same order."""
         return self.mesh is not None and self.mesh.shard != "none"
 
     def _sum(
@@ -202,11 +213,11 @@ class ValueTable(nn.Module):
         groups_TK: Tensor | None = None,
         n_groups: int | None = None,
     ) -> Tensor:
-        """The sums over the lines that are here; `staged_TK` are the ids that the gradient is staged by."""
-        home = weights_TK.device
-        ids_TK, staged_TK = self._both_here(ids_TK, staged_TK)
-        weights_TK = self._here(weights_TK)
-        groups_TK = None if groups_TK is None else self._here(groups_TK)
+        """The sums over the lines of this rank; `staged_TK` are the ids under which the gradient is staged."""
+        device = weights_TK.device
+        ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
+        weights_TK = self._to_table(weights_TK)
+        groups_TK = None if groups_TK is None else self._to_table(groups_TK)
         y = weighted_gather(self.weight, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
         if self.stage is not None and torch.is_grad_enabled():
             if groups_TK is None or n_groups is None:
@@ -214,31 +225,31 @@ class ValueTable(nn.Module):
             else:
                 sources_TK = read_sources(ids_TK, groups_TK, n_groups)
                 y = self.stage.watch_sum(y.flatten(0, 1), staged_TK, weights_TK, sources_TK).view_as(y)
-        return y.to(home)
+        return y.to(device)
 
-    def _dot(self, x_TD: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
-        """The inner products with the lines that are here."""
-        home = x_TD.device
-        ids_TK, staged_TK = self._both_here(ids_TK, staged_TK)
-        x_TD = self._here(x_TD).to(self.weight.dtype)
-        dots_TK = gathered_dot(self.weight, x_TD, ids_TK)
+    def _dot(self, x_TV: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
+        """The inner products with the lines of this rank."""
+        device = x_TV.device
+        ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
+        x_TV = self._to_table(x_TV).to(self.weight.dtype)
+        dots_TK = gathered_dot(self.weight, x_TV, ids_TK)
         if self.stage is not None and torch.is_grad_enabled():
-            dots_TK = self.stage.watch_dot(dots_TK, staged_TK, x_TD)
-        return dots_TK.to(home)
+            dots_TK = self.stage.watch_dot(dots_TK, staged_TK, x_TV)
+        return dots_TK.to(device)
 
-    def _both_here(self, ids_TK: Tensor, staged_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids to read and to stage, which are mostly one tensor: then it travels once."""
-        here_TK = self._here(ids_TK)
-        return here_TK, here_TK if staged_TK is ids_TK else self._here(staged_TK)
+    def _ids_to_table(self, ids_TK: Tensor, staged_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids to read and to stage on the table's device; if they are one tensor, it is copied once."""
+        local_TK = self._to_table(ids_TK)
+        return local_TK, local_TK if staged_TK is ids_TK else self._to_table(staged_TK)
 
-    def _here(self, value: Tensor) -> Tensor:
+    def _to_table(self, value: Tensor) -> Tensor:
         return value.to(self.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueTable:
-        """Moves and casts with the model; a table that stays on the CPU only casts, a mapped one does neither.
+        """Moves and casts the table with the model; one that stays on the CPU is only cast, a mapped one neither.
 
         Raises:
-            ConfigError: a mapped table is to be cast, which would copy it into memory.
+            ConfigError: a cast of a mapped table, which would copy it into memory.
         """
         if self.is_mapped:
             dtype = fn(torch.empty(0, dtype=self.weight.dtype)).dtype
@@ -249,6 +260,7 @@ class ValueTable(nn.Module):
                 )
             return self
         if self.stays_on_cpu and not self.weight.is_meta:
+            # Applied to an empty tensor, `fn` reveals the dtype without copying the table to its device.
             move = fn
 
             def fn(value: Tensor) -> Tensor:
@@ -259,16 +271,14 @@ class ValueTable(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """Rows, values a row and way of learning, for `print(model)`."""
+        """Returns rows, values per row and the way of learning, for `print(model)`."""
         return f"rows={self.rows}, dim={self.dim}, learning={self.learning}"
 
 
 def _blocks(lines: int, width: int) -> Iterator[tuple[int, int]]:
-    """Start and length of blocks of about 2**22 values, drawn one after another with the values of one long draw.
-
-    torch fills by 16 values on the CPU, and the last 16 of a tensor apart: blocks are multiples of 16 lines, and the
-    last one takes the rest.
-    """
+    """Start and length of blocks of about 2**22 values, whose draws in sequence equal one draw of the whole table."""
+    # torch draws normal values on the CPU in groups of 16 and treats the last 16 of a tensor differently: blocks are
+    # multiples of 16 lines, and the last block takes the rest.
     block = max(16, 2**22 // width // 16 * 16)
     for start in range(0, lines, block):
         if lines - start < 2 * block:
@@ -278,24 +288,19 @@ def _blocks(lines: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 class TableReference:
-    """Holds a table without registering it as a sub-module of the holder; deep copies keep pointing at one copy."""
+    """A reference to a table that does not register it as a sub-module; deep copies of holders share one copy."""
 
     def __init__(self, table: ValueTable) -> None:
         self.table = table
 
 
-def product_slots(n_keys: int) -> int:
-    """Slots that two halves of `n_keys` sub-keys address.
-
-    Raises:
-        ConfigError: `n_keys` is no whole number from 1 to 46,340: ids are int32.
-    """
-    check_integer("ffn.n_keys", n_keys, low=1, high=46_340)
-    return n_keys**2
-
-
 def check_table(table: ValueTable, rows: int, dim: int, *, named: str) -> None:
-    """Refuse a table of another shape than (rows, dim); `named` says which keys of the plugin ask for that shape.
+    """Refuses a table whose shape is not (rows, dim).
+
+    Args:
+        table: the table that a plugin was given.
+        rows, dim: the shape that the plugin needs.
+        named: the configuration keys that determine that shape.
 
     Raises:
         ConfigError: with both shapes.

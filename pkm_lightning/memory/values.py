@@ -1,6 +1,6 @@
 """The read of a value table, and a linear map that may follow it.
 
-Letters: T tokens, C rows a token reads, V values a row, O output dimension.
+Letters: T tokens, C rows that each token reads, V values per row, O output dimension.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Values(nn.Module):
-    """Weighted sums of table rows, mapped if `out_dim` is given.
+    """Weighted sums of table rows, followed by a linear map if `out_dim` is given.
 
-    Because `sum_i w_i (W v_i) = W sum_i w_i v_i`, a map after the sum is a map of every row, read or not: with frozen
-    rows this is SimVQ on the values (Zhu et al. 2024, arXiv 2411.02038) at no further read.
+    Because `sum_i w_i (W v_i) = W sum_i w_i v_i`, a map after the sum maps every row, read or not. With frozen rows
+    this is SimVQ on the values (Zhu et al. 2024, arXiv 2411.02038) without further reads.
 
     Args:
         table: the value table, owned by the model.
-        out_dim: output dimension O of the map; None leaves it out.
+        out_dim: output dimension O of the map; None: no map.
     """
 
     def __init__(self, *, table: ValueTable, out_dim: int | None) -> None:
@@ -41,20 +41,20 @@ class Values(nn.Module):
         return self._table.table
 
     def reset_parameters(self) -> None:
-        """The map from N(0, 1/V), so that it keeps the variance of a read."""
+        """Draws the map from N(0, 1/V), so that it keeps the variance of a read."""
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
     def forward(self, ids_TC: Int[Tensor, "T C"], weights_TC: Float[Tensor, "T C"]) -> Float[Tensor, "T O"]:
-        """The reads in the table's dtype, or that of the map."""
+        """Returns the reads in the dtype of the table, or of the map where there is one."""
         return self.finish(self.table.start(ids_TC, weights_TC))
 
     def finish(self, read: Callable[[], Tensor]) -> Float[Tensor, "T O"]:
-        """The result of `table.start`, mapped."""
+        """Calls `read`, which `table.start` has returned, and maps its result."""
         y_TV = read()
         return y_TV if self.projection is None else self.projection(y_TV.to(self.projection.weight.dtype))
 
     def flops(self, reads: int) -> int:
-        """Forward FLOPs a token of `reads` rows: the map's and the weighted sum's."""
+        """Returns the forward FLOPs per token of `reads` rows: those of the map and of the weighted sum."""
         matrix = 0 if self.projection is None else self.projection.weight.numel()
         return 2 * (matrix + reads * self.table.dim)

@@ -1,4 +1,4 @@
-"""The transformer around the plugins: attention, blocks, placement, initialisation and what it all costs."""
+"""The transformer around the plugins: attention, blocks, placement, initialisation and cost."""
 
 from pkm_lightning.model.accounting import ModelCost, model_cost
 from pkm_lightning.model.placement import Placement

@@ -1,7 +1,7 @@
-"""What a model costs: parameters, FLOPs and bytes a token, in training and in decoding, from formulas.
+"""The cost of a model: parameters, FLOPs and bytes per token, in training and in decoding, from formulas.
 
-FLOP counters count nothing on a model that is not run, and no bytes, so the figures are analytic;
-tests hold them to the built module and to `torch.utils.flop_counter`.
+A FLOP counter needs a model that runs and counts no bytes, so the figures are analytic; tests compare them with the
+built module and with `torch.utils.flop_counter`.
 
 Conventions: multiply and add are two FLOPs; backward is twice forward; attention over a context of T tokens counts all
 T positions for each token, as torch's counter does, although a causal kernel may skip half of them.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pkm_lightning.ffn import FFNCost, HasCost
-from pkm_lightning.model.placement import plugins
+from pkm_lightning.model.placement import named_plugins
 
 if TYPE_CHECKING:
     from pkm_lightning.memory import ValueTable
@@ -28,16 +28,17 @@ class ModelCost:
     """The cost of a whole model. The trunk is all layers and norms, without embedding and unembedding.
 
     Args:
-        params_total: every parameter, a shared table once.
-        params_active: parameters that one token's output depends on through arithmetic: of the embedding one row, of
-            the table the rows read. A tied embedding counts wholly, since unembedding uses all of it.
-        table_rows, table_dim, table_params: the value tables, summed where there are several (of the dims the largest).
-        trunk_flops, model_flops: forward FLOPs a token, at evaluation.
-        trunk_train_flops: forward FLOPs of the trunk a token in training, where some plugins do more.
-        train_bytes: bytes of embedding and table rows that a token moves for itself in forward and backward (read,
-            read again for the weights' gradient, row gradients written); weights shared by the batch are not in it.
+        params_total: all parameters; a shared table counts once.
+        params_active: parameters that enter the arithmetic of one token's output: one row of the embedding, the rows
+            read of a table. A tied embedding counts in full, since unembedding uses all of it.
+        table_rows, table_dim, table_params: sizes of the value tables: rows and parameters are sums over tables, the
+            dim is the largest.
+        trunk_flops, model_flops: forward FLOPs per token at evaluation.
+        trunk_train_flops: forward FLOPs of the trunk per token in training, where some plugins need more.
+        train_bytes: bytes of embedding and table rows that one token moves in forward and backward (read, read again
+            for the weights' gradient, row gradients written), without weights that the batch shares.
         decode_bytes: bytes of parameters read to decode one token at batch 1.
-        unknown: plugins that state no cost; they are missing from every figure but `params_total`.
+        unknown: class names of plugins without `cost`; only `params_total` includes them.
     """
 
     params_total: int
@@ -54,22 +55,23 @@ class ModelCost:
 
     @property
     def train_flops(self) -> int:
-        """Forward and backward of the whole model, FLOPs a token."""
+        """FLOPs per token of forward and backward of the whole model."""
         return 3 * (self.model_flops - self.trunk_flops + self.trunk_train_flops)
 
 
 def model_cost(model: Transformer, context: int) -> ModelCost:
-    """The cost of `model` with `context` tokens in attention; weights may be on the meta device."""
+    """Returns the cost of `model` with `context` tokens in attention; weights may be on the meta device."""
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
     costs, unknown = _plugin_costs(blocks)
     tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
-    # Of a table that is split over ranks each holds a part only.
-    apart = {id(table.weight) for table in tables}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in apart) + sum(table.size for table in tables)
+    # The weight of a sharded table is this rank's shard; `size` is that of the whole table.
+    table_weights = {id(table.weight) for table in tables}
+    dense_params = sum(p.numel() for p in model.parameters() if id(p) not in table_weights)
+    table_params = sum(table.size for table in tables)
     embedding = model.embedding.weight
-    shared = sum(p.numel() for b in blocks for part in (b.attention, b.attention_norm, b.ffn_norm)
-                 for p in part.parameters())  # fmt: skip
-    active = shared + sum(p.numel() for p in model.norm.parameters()) + sum(c.active_params for c in costs)
+    modules = [m for b in blocks for m in (b.attention, b.attention_norm, b.ffn_norm)] + [model.norm]
+    active = sum(p.numel() for m in modules for p in m.parameters()) + sum(c.active_params for c in costs)
+    # Without tying, a token reads one row of the embedding and the whole unembedding, a matrix of the same size.
     active += embedding.numel() + (0 if model.unembedding is None else model.embedding.embedding_dim)
     attention = sum(attention_flops(b, context) for b in blocks)
     trunk = attention + sum(c.flops for c in costs)
@@ -77,11 +79,11 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
     lookup_bytes = sum(c.lookup_bytes for c in costs)
     row_bytes = model.embedding.embedding_dim * embedding.element_size()
     return ModelCost(
-        params_total=total,
+        params_total=dense_params + table_params,
         params_active=active,
         table_rows=sum(table.rows for table in tables),
         table_dim=max((table.dim for table in tables), default=0),
-        table_params=sum(table.size for table in tables),
+        table_params=table_params,
         trunk_flops=trunk,
         trunk_train_flops=trunk_train,
         model_flops=trunk + 2 * embedding.numel(),
@@ -92,7 +94,7 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
 
 
 def attention_flops(block: Block, context: int) -> int:
-    """Forward FLOPs a token: four projections, scores and weighted values over `context` positions."""
+    """Counts forward FLOPs per token: four projections, scores and weighted values over `context` positions."""
     attention = block.attention
     projections = sum(p.numel() for p in attention.parameters())
     return 2 * projections + 4 * context * attention.query.out_features
@@ -102,7 +104,7 @@ def _plugin_costs(blocks: list[Block]) -> tuple[list[FFNCost], set[str]]:
     costs: list[FFNCost] = []
     unknown: set[str] = set()
     for block in blocks:
-        for _, plugin in plugins(block.ffn):
+        for _, plugin in named_plugins(block.ffn):
             if isinstance(plugin, HasCost):
                 costs.append(plugin.cost())
             else:
@@ -111,5 +113,5 @@ def _plugin_costs(blocks: list[Block]) -> tuple[list[FFNCost], set[str]]:
 
 
 def optimizer_bytes(model: nn.Module, states: int = 2) -> int:
-    """Bytes of optimizer state: `states` values of each parameter's own dtype (AdamW keeps two)."""
+    """Counts bytes of optimizer state: `states` values in the dtype of each trained parameter (AdamW keeps two)."""
     return sum(states * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -1,6 +1,6 @@
 """Causal grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) through torch's fused kernels.
 
-Letters: B sequences, T tokens, D model dimension, H query heads, G key-value heads, C head dimension.
+Letters: H query heads, G key-value heads, C head dimension, F = C / 2 frequencies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pkm_lightning.model.rope import apply_rope
 
 
 class AttentionInputs(NamedTuple):
-    """What every layer's attention shares in one forward."""
+    """The inputs of attention that all layers share in one forward."""
 
     cos_B1TF: Tensor
     sin_B1TF: Tensor
@@ -25,7 +25,12 @@ class AttentionInputs(NamedTuple):
 
 
 class Attention(nn.Module):
-    """RoPE on queries and keys, `n_kv_heads` key-value heads shared by groups of query heads, no biases.
+    """Attention with RoPE on queries and keys, key-value heads shared by groups of query heads, and no biases.
+
+    Args:
+        dim: model dimension D.
+        n_heads: query heads H; divides `dim`.
+        n_kv_heads: key-value heads G; divides `n_heads`.
 
     Raises:
         ConfigError: `dim` not divisible by `n_heads`, `n_heads` not by `n_kv_heads`, or an odd head dimension.
@@ -45,7 +50,7 @@ class Attention(nn.Module):
         if head_dim % 2:
             raise ConfigError(
                 f"model.dim={dim} / model.n_heads={n_heads} gives the odd head dimension {head_dim}; "
-                "rotary positions need an even one: change either."
+                "rotary positions need an even one; change model.dim or model.n_heads."
             )
         self.head_dim = head_dim
         self.query = nn.Linear(dim, n_heads * head_dim, bias=False)
@@ -54,7 +59,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
 
     def forward(self, x_BTD: Tensor, shared: AttentionInputs) -> Tensor:
-        """Attends within `shared.mask_B1TT`, or causally."""
+        """Computes attention over the positions that `shared.mask_B1TT` allows, causal without a mask."""
         q_BHTC, k_BGTC = self._queries_and_keys(x_BTD, shared)
         v_BGTC = self._heads(self.value(x_BTD))
         y_BHTC = functional.scaled_dot_product_attention(
@@ -63,22 +68,24 @@ class Attention(nn.Module):
             v_BGTC,
             attn_mask=shared.mask_B1TT,
             is_causal=shared.mask_B1TT is None,
+            # Grouped heads exclude the memory-efficient kernel, so the flag is off without them.
             enable_gqa=k_BGTC.shape[1] != q_BHTC.shape[1],
         )
         return self.out(y_BHTC.transpose(1, 2).flatten(2))
 
     def diagnostics(self, output: Tensor, x_BTD: Tensor, shared: AttentionInputs) -> dict[str, Tensor]:
-        """`attention_logit_max`: the largest `|<q, k>| / sqrt(C)` of a query and a key that it may see."""
+        """Returns `attention_logit_max`, the largest `|<q, k>| / sqrt(C)` of a query and a key it may attend to."""
+        # The fused kernel returns no logits, so they are computed again, all T * T of them and in fp32.
         q_BHTC, k_BGTC = self._queries_and_keys(x_BTD, shared)
         k_BHTC = k_BGTC.repeat_interleave(q_BHTC.shape[1] // k_BGTC.shape[1], dim=1)
         logits_BHTT = q_BHTC.float() @ k_BHTC.float().transpose(-1, -2) * self.head_dim**-0.5
-        seen_XTT = shared.mask_B1TT
-        if seen_XTT is None:
-            seen_XTT = torch.ones_like(logits_BHTT[0, 0], dtype=torch.bool).tril()
-        return {"attention_logit_max": logits_BHTT.abs().masked_fill(~seen_XTT, 0).amax()}
+        mask_XTT = shared.mask_B1TT
+        if mask_XTT is None:
+            mask_XTT = torch.ones_like(logits_BHTT[0, 0], dtype=torch.bool).tril()
+        return {"attention_logit_max": logits_BHTT.abs().masked_fill(~mask_XTT, 0).amax()}
 
     def _queries_and_keys(self, x_BTD: Tensor, shared: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """With their positions, (B, H, T, C) and (B, G, T, C)."""
+        """Returns rotated queries and keys, (B, H, T, C) and (B, G, T, C)."""
         q_BHTC, k_BGTC = self._heads(self.query(x_BTD)), self._heads(self.key(x_BTD))
         return (
             apply_rope(q_BHTC, shared.cos_B1TF, shared.sin_B1TF),
@@ -90,7 +97,7 @@ class Attention(nn.Module):
 
 
 def document_mask(doc_ids_BT: Tensor) -> Tensor:
-    """Causal and within the same document, (B, 1, T, T); every token sees at least itself, so no row is empty."""
+    """Returns the causal mask within documents, (B, 1, T, T); every token attends at least to itself."""
     same_BTT = doc_ids_BT.unsqueeze(2) == doc_ids_BT.unsqueeze(1)
     return torch.tril(same_BTT).unsqueeze(1)
 

@@ -1,7 +1,4 @@
-"""One pre-norm transformer block: attention, then whatever FFN plugin the layer was given.
-
-Letters: B sequences, T tokens, D model dimension.
-"""
+"""One pre-norm transformer block: attention, then the layer's FFN plugin."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))` (Xiong et al. 2020, arXiv 2002.04745)."""
+    """A block `x + attention(norm(x))`, then `x + ffn(norm(x))` (Xiong et al. 2020, arXiv 2002.04745)."""
 
     def __init__(self, *, attention: Attention, ffn: nn.Module, dim: int, norm_eps: float) -> None:
         super().__init__()
@@ -27,7 +24,7 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(self, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:
-        """The plugin's output with `y_BTD` replaced by the new residual stream."""
+        """Returns the plugin's output with `y_BTD` replaced by the new residual stream."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), shared)
         output = self._run_ffn(self.ffn_norm(x_BTD), context)
         return output._replace(y_BTD=x_BTD + output.y_BTD)
@@ -35,6 +32,7 @@ class Block(nn.Module):
     def _run_ffn(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
         ffn: Callable[..., object] = self.ffn
         output = ffn(x_BTD, context)
+        # A bare tensor is the likeliest mistake of a first plugin, and would fail much later as a missing attribute.
         if not isinstance(output, FFNOutput):
             raise TypeError(
                 f"{type(self.ffn).__name__}.forward returned {type(output).__name__}; an FFN plugin returns "

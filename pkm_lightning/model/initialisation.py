@@ -8,32 +8,44 @@
 | RMSNorm gains               | 1                                              |
 | FFN plugins, value tables   | their own `reset_parameters`                   |
 
-Every module draws from a generator seeded by (seed, its name): changing the FFN leaves the other weights as they were,
-so that two variants of one seed start from the same attention and embeddings. Modules without `reset_parameters` keep
-what their constructor gave them.
+Every module draws from a generator seeded by (seed, its name). The weights outside the FFN therefore do not depend on
+the FFN: two variants of one seed start from the same attention and embeddings. Modules without `reset_parameters` keep
+the weights of their constructor.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from pkm_lightning.model.placement import plugins
-
-if TYPE_CHECKING:
-    from pkm_lightning.model.transformer import Transformer
+from pkm_lightning.model.placement import named_plugins
 
 
-def initialise(model: Transformer, seed: int) -> None:
-    """Applies the table above to `model`, in place; the global random state is left as it was."""
+class TransformerParts(Protocol):
+    """The parts of a `Transformer`, which itself imports this module."""
+
+    embedding: nn.Embedding
+    norm: nn.RMSNorm
+    unembedding: nn.Linear | None
+    tables: nn.ModuleList
+    blocks: nn.ModuleList
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields every parameter."""
+
+
+def initialise(model: TransformerParts, seed: int) -> None:
+    """Applies the table above to `model` in place; the global random state stays unchanged."""
     std = model.embedding.embedding_dim**-0.5
+    # `fork_rng` saves only the CPU's generator and those of the devices it is given.
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):
-        for name, module in _parts(model):
+        for name, module in _named_parts(model):
+            # CRC-32 because `hash` of a string differs between processes, and ranks must draw the same weights.
             torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             if name.endswith("attention.out"):
                 nn.init.normal_(module.weight, std=std * (2 * len(model.blocks)) ** -0.5)  # type: ignore[arg-type]
@@ -46,7 +58,7 @@ def initialise(model: Transformer, seed: int) -> None:
                 nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
 
 
-def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+def _named_parts(model: TransformerParts) -> Iterator[tuple[str, nn.Module]]:
     yield "embedding", model.embedding
     yield "norm", model.norm
     if model.unembedding is not None:
@@ -58,5 +70,5 @@ def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
             yield f"blocks.{i}.{part}", getattr(block, part)
         for part in ("query", "key", "value", "out"):
             yield f"blocks.{i}.attention.{part}", getattr(block.attention, part)
-        for name, plugin in plugins(block.ffn):  # type: ignore[arg-type]
+        for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
             yield f"blocks.{i}.{name}", plugin

@@ -1,6 +1,6 @@
-"""Next-token loss, computed where a target is.
+"""Next-token loss, computed only at positions with a target.
 
-Letters: B sequences, T tokens, D model dimension, M positions with a target, W words of the vocabulary.
+Letters: M positions with a target, W vocabulary.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional
 
-from pkm_lightning.data.batch import NO_TARGET
+from pkm_lightning.data.base import NO_TARGET
 
 if TYPE_CHECKING:
     from pkm_lightning.model.transformer import Transformer
 
 
 def token_nll(model: Transformer, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-    """Negative log-likelihoods in nats, fp32, one for each position with a target, in row-major order, (M,).
-
-    Only those positions are unembedded: where the loss is on the answer alone, that is most of the saving.
-    """
+    """Returns the negative log-likelihoods of the targets in nats, fp32, in row-major order, (M,)."""
+    # Positions without a target are not unembedded: with the loss on answers alone they are most of the logits.
     target_BT = labels_BT != NO_TARGET
     logits_MW = model.unembed(hidden_BTD[target_BT]).float()
     return functional.cross_entropy(logits_MW, labels_BT[target_BT], reduction="none")

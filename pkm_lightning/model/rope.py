@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34).
 
-Letters: B sequences, H heads, T tokens, C head dimension, F = C / 2 frequencies.
+Letters: C head dimension, F = C / 2 frequencies.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from torch import Tensor
 
 
 def rope_table(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of `position * theta**(-2 f / C)`, each (B, 1, T, F) in fp32.
-
-    Computed from the positions in every forward: a buffer would be lost when a model is built on the meta device.
-    """
+    """Returns cos and sin of `position * theta**(-2 f / C)`, each (B, 1, T, F) in fp32."""
+    # Computed in every forward: a buffer would be lost when a model is built on the meta device.
     exponents_F = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32) / head_dim
     angles_BTF = positions_BT.float().unsqueeze(-1) * theta**-exponents_F
     return angles_BTF.cos().unsqueeze(1), angles_BTF.sin().unsqueeze(1)
 
 
 def apply_rope(x_BHTC: Tensor, cos_B1TF: Tensor, sin_B1TF: Tensor) -> Tensor:
-    """Rotates the pairs (x[f], x[f + C/2]); the dtype of `x` is kept."""
+    """Rotates the pairs (x[f], x[f + C/2]); the result has the dtype of `x`."""
+    # In fp32: bf16 would round the small rotations between neighbouring positions away.
     first, second = x_BHTC.float().chunk(2, dim=-1)
     rotated = torch.cat([first * cos_B1TF - second * sin_B1TF, second * cos_B1TF + first * sin_B1TF], dim=-1)
     return rotated.type_as(x_BHTC)
 
 
 def document_positions(doc_ids_BT: Tensor) -> Tensor:
-    """Positions that start at 0 with every document, (B, T): the distance to the last change of document number."""
+    """Returns positions that start at 0 with every document, (B, T)."""
+    # A position is the distance to the last change of document number.
     steps_T = torch.arange(doc_ids_BT.shape[1], device=doc_ids_BT.device)
     starts_BT = torch.zeros_like(doc_ids_BT)
     changed_BT = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]

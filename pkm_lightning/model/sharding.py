@@ -1,4 +1,4 @@
-"""FSDP2 over a transformer: one unit per block, one for the rest, and the dimension in which a parameter is split."""
+"""FSDP2 over a transformer: its units, and the dimension in which each parameter is sharded."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ if TYPE_CHECKING:
 
 
 def split_dim(shape: Sequence[int], ranks: int) -> int:
-    """The dimension that FSDP2 splits: the first that the ranks divide, else the first, which it pads.
-
-    Of sub-keys (heads, 2, keys, half) the padding would be most of what is sent.
-    """
+    """Returns the dimension in which FSDP2 shards: the first that `ranks` divides, else 0, which FSDP2 pads."""
+    # Dimension 0 of sub-keys, (heads, 2, keys, half), is small: padded to the ranks, most of the traffic is padding.
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
 def shard_dense(model: Transformer, mesh: DeviceMesh, tables: Iterable[nn.Parameter]) -> None:
-    """FSDP2 over the data-parallel ranks: a unit a block, and one for the rest; `tables` are left as they are."""
+    """Applies FSDP2 over the data-parallel ranks, with one unit per block and one for the rest, except for `tables`."""
 
     def place(parameter: nn.Parameter) -> Shard | None:
         dim = split_dim(parameter.shape, mesh.size())
         return None if dim == 0 else Shard(dim)
 
+    # Value tables are sharded by their own mesh and exchange rows, never whole parameters.
     ignored = set(tables)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, shard_placement_fn=place)

@@ -1,6 +1,6 @@
-"""A decoder-only transformer (Llama's shape) whose layers each run an FFN plugin.
+"""A decoder-only transformer (Llama's architecture) with one FFN plugin per layer.
 
-Letters: B sequences, T tokens, D model dimension, M selected positions, W vocabulary.
+Letters: M selected positions, W vocabulary.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pkm_lightning.model.block import Block
 from pkm_lightning.model.initialisation import initialise
 from pkm_lightning.model.rope import document_positions, rope_table
 
-#: What the plugins of each layer have read, by layer number; see `FFNOutput.trace`.
+#: Traces of the plugins by layer number; see `FFNOutput.trace`.
 Traces = dict[int, "dict[str, Tensor]"]
 
 
 @dataclass
 class ModelOutput:
-    """What one forward gives: the normed last hidden state, and what the plugins reported.
+    """The output of one forward: the last hidden state after the final norm, and the reports of the plugins.
 
-    `aux_losses` sums equal names over layers, `metrics` are their means; `step_stats` and `traces` are by layer number.
+    `aux_losses` are sums over layers, `metrics` means over layers; `step_stats` and `traces` are by layer number.
     """
 
     hidden_BTD: Tensor
@@ -40,10 +40,11 @@ class ModelOutput:
 
 
 class TiedUnembedding(nn.Module):
-    """Multiplies by the rows of `embedding`, which its owner registers."""
+    """An unembedding with the matrix of `embedding`, which stays registered in the transformer alone."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
+        # In a tuple, or `nn.Module` would register the embedding a second time and checkpoints would hold it twice.
         self._embedding = (embedding,)
 
     @property
@@ -52,20 +53,20 @@ class TiedUnembedding(nn.Module):
         return self._embedding[0].weight
 
     def forward(self, hidden_MD: Tensor) -> Tensor:
-        """Logits, (..., D) -> (..., W)."""
+        """Returns logits, (..., D) -> (..., W)."""
         return functional.linear(hidden_MD, self.weight)
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, final norm, unembedding.
+    """A transformer of embedding, blocks, final norm and unembedding.
 
     Args:
-        vocab_size: tokens W.
+        vocab_size: vocabulary W.
         dim: model dimension D.
         n_heads: attention heads.
         n_kv_heads: key-value heads; divides `n_heads`.
-        ffns: one plugin a layer.
-        tables: the value tables that plugins refer to, owned here.
+        ffns: one plugin per layer.
+        tables: the value tables that the plugins refer to, owned by the model.
         write_after: layers between a plugin's read and the layer after which its deferred output is added.
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of the RMSNorms.
@@ -123,15 +124,15 @@ class Transformer(nn.Module):
 
     @property
     def value_tables(self) -> list[ValueTable]:
-        """The tables that the model owns, and those that a plugin made for itself."""
+        """All value tables: those that the model owns and those that a plugin owns itself."""
         return [module for module in self.modules() if isinstance(module, ValueTable)]
 
     def init_weights(self, seed: int) -> None:
-        """Draws every weight anew from `seed`; see `pkm_lightning.model.initialisation`."""
+        """Draws every weight from `seed`; see `pkm_lightning.model.initialisation`."""
         initialise(self, seed)
 
     def compile_blocks(self) -> None:
-        """Compiles each block in place; parameter names stay as they are."""
+        """Compiles each block in place, which leaves parameter names unchanged."""
         for block in self.blocks:
             block.compile()
 
@@ -143,7 +144,7 @@ class Transformer(nn.Module):
         valid_BT: Tensor | None = None,
         observe: bool = False,
     ) -> ModelOutput:
-        """Hidden states for token ids; `observe` asks the plugins for their traces."""
+        """Returns hidden states for token ids; with `observe` also the traces of the plugins."""
         shared = self._attention_inputs(input_ids_BT, doc_ids_BT)
         context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
         output = ModelOutput(self.embedding(input_ids_BT))
@@ -154,6 +155,7 @@ class Transformer(nn.Module):
             output.hidden_BTD = result.y_BTD
             if result.deferred_BTD is not None:
                 deferred[layer + self.write_after] = result.deferred_BTD
+            # A plugin defers to this very layer with write_after=0, hence after the entry above.
             if layer in deferred:
                 output.hidden_BTD = output.hidden_BTD + deferred.pop(layer)
             _collect(output, layer, result)
@@ -164,8 +166,8 @@ class Transformer(nn.Module):
         return output
 
     def unembed(self, hidden_MD: Tensor) -> Tensor:
-        """Logits over the vocabulary for any selection of hidden states, (..., D) -> (..., W)."""
-        # Both are modules, since engines that shard parameters gather those of a module around its forward.
+        """Returns logits over the vocabulary for any selection of hidden states, (..., D) -> (..., W)."""
+        # Both are modules, because engines that shard parameters gather them around the forward of their module.
         unembed = self.tied_unembedding if self.unembedding is None else self.unembedding
         assert unembed is not None
         logits: Tensor = unembed(hidden_MD)
@@ -181,6 +183,7 @@ class Transformer(nn.Module):
 
     def _run_block(self, block: nn.Module, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:
         if self.activation_checkpointing and torch.is_grad_enabled():
+            # The reentrant variant, which torch advises against, would need an input that requires a gradient.
             result: FFNOutput = checkpoint(block, x_BTD, shared, context, use_reentrant=False)
             return result
         result = block(x_BTD, shared, context)
@@ -188,7 +191,7 @@ class Transformer(nn.Module):
 
 
 def _collect(output: ModelOutput, layer: int, result: FFNOutput) -> None:
-    """Adds one layer's report to the model's."""
+    """Adds the losses, statistics and trace of one layer to the model's output."""
     for name, loss in result.aux_losses.items():
         output.aux_losses[name] = output.aux_losses[name] + loss if name in output.aux_losses else loss
     if result.step_stats:

@@ -1,6 +1,7 @@
-"""Clipping by norm that is right for sharded parameters: norms per device mesh, added up, one factor for all.
+"""Clipping by norm that is right for sharded parameters: one norm per device mesh, combined into one factor for all.
 
-`torch.nn.utils.clip_grad_norm_` refuses gradients of different meshes; here each mesh's norm is reduced on its own.
+`torch.nn.utils.clip_grad_norm_` raises for gradients of different meshes (torch 2.13); here the norm of each mesh is
+reduced separately.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> 
             by_mesh.setdefault(mesh, []).append(parameter)
     if not by_mesh:
         return torch.zeros(())
+    # A gradient on the host (a table beside a model on a GPU) has its norm there: one device for the sum.
     norms = [_total_norm(group) for group in by_mesh.values()]
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     if max_norm is not None:
@@ -39,5 +41,5 @@ def _total_norm(group: list[nn.Parameter]) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; a plain tensor as it is."""
+    """Returns this rank's part of a DTensor; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,7 @@
-"""The LightningModule around the transformer: steps, loss over the whole optimizer step, optimizer, counters.
+"""The LightningModule around the transformer: micro-batches, the optimizer step, held-out loss, checkpoints.
 
-Built from a plain configuration dict, so that a checkpoint says by itself what it holds.
+It is built from a plain configuration dict, which every checkpoint holds. A step is normalised in
+`on_before_optimizer_step`, clipped in `configure_gradient_clipping`, and made or refused in `optimizer_step`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torchmetrics import SumMetric
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
-from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer, tokenizer_digest
-from pkm_lightning.data.batch import check_batch
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.build.refusals import check_clipping
+from pkm_lightning.build.schedule import configured_schedule
+from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
+from pkm_lightning.data.base import check_batch, tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -30,28 +32,28 @@ from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.loss import token_nll
-from pkm_lightning.model.placement import of_plugin, plugins
+from pkm_lightning.model.placement import named_plugins, plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training.clipping import clip_by_norm, local
 from pkm_lightning.training.even_batches import check_last, check_lengths
-from pkm_lightning.training.optimizer import configured_schedule, parameter_groups
+from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
-from pkm_lightning.training.table_learning import optimizer_apart, with_tables
+from pkm_lightning.training.table_learning import table_only_optimizer, with_tables
 
 
 class LanguageModule(L.LightningModule):
-    """Trains, validates and answers with the model that `config` describes.
+    """A language model as `config` describes it, with its training, validation and greedy answers.
 
     Args:
         config: the resolved configuration as plain dicts, lists and numbers; `model.vocab_size` is a number.
 
     Attributes:
         model: the transformer, after `configure_model`.
-        cost: its analytic cost with `data.seq_len` tokens in attention (1 if the data names no such length).
-        table_optimizer: of the tables, where the strategy's engine steps everything else; None: one optimizer has both.
+        cost: its analytic cost with `data.seq_len` tokens in attention (1 if the data has no such key).
+        table_optimizer: optimizer of the tables, where the strategy's engine steps all other parameters; else None.
         tokens_seen: real input tokens trained on so far, over all ranks, a scalar tensor.
-        watch: who sees what plugins read, and who judges steps before they are made.
+        watch: watchers of what plugins read, and judges of steps before they are made.
     """
 
     model: Transformer
@@ -61,7 +63,7 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.config = config
-        # Sums, not a mean: torchmetrics' means leave NaN out, and a diverged model must show.
+        # Sums, not a mean: torchmetrics' means leave out NaN, and a diverged model must show.
         self.heldout_nll = SumMetric(nan_strategy="disable")
         self.heldout_targets = SumMetric(nan_strategy="disable")
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
@@ -73,7 +75,7 @@ class LanguageModule(L.LightningModule):
         self.watch = StepWatch()
         self.table_optimizer: Optimizer | None = None
 
-    # --- building
+    # building
 
     def configure_model(self) -> None:
         """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
@@ -87,16 +89,20 @@ class LanguageModule(L.LightningModule):
         self._hand_over()
 
     def _table_mesh(self) -> TableMesh | None:
-        """The ranks over which tables are split or copied; None in one process."""
+        """Returns the ranks over which tables are split or copied; None in one process."""
         if self._trainer is None or self._trainer.world_size == 1 or not torch.distributed.is_initialized():
             return None
         return table_mesh(self.config["table"], self._trainer)
 
     def _hand_over(self) -> None:
-        """Leaves the dense parameters to the strategy, in its own way, and keeps the tables out of its reach."""
+        """Hands the dense parameters to the strategy and keeps the tables out of its reach.
+
+        Tables are sharded or replicated by their own mesh: a strategy that took them for dense parameters would average
+        gradients of different rows (DDP), shard the shards (FSDP2) or gather the whole table (ZeRO-3).
+        """
         if self._trainer is None:
             return
-        # A table that a plugin has made for itself is a parameter like any other.
+        # Not `value_tables`: a table that a plugin has made itself is a dense parameter to the strategy.
         tables: list[ValueTable] = list(self.model.tables)  # type: ignore[arg-type]
         weights = [table.weight for table in tables]
         if getattr(self._trainer.strategy, "owns_parameters", False):
@@ -107,49 +113,43 @@ class LanguageModule(L.LightningModule):
             check_own_tables(self.model, engine=False)
             shard_dense(self.model, self.device_mesh["data_parallel"], weights)
         else:
-            # DDP would give all ranks the first one's part, and average gradients of different parts.
+            # DDP would broadcast rank 0's shard to all ranks, and average gradients of different shards.
             names = {id(parameter): name for name, parameter in self.named_parameters()}
             self._ddp_params_and_buffers_to_ignore = [names[id(weight)] for weight in weights]
 
     def configure_optimizers(self) -> Any:
-        """`optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
+        """Builds `optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
         optim = self.config["optim"]
         dense = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
-        self.table_optimizer = optimizer_apart(self.model, self.config)
+        self.table_optimizer = table_only_optimizer(self.model, self.config)
         optimizer = with_tables(dense, self.model, self.config) if self.table_optimizer is None else dense
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # --- one micro-batch
+    # one micro-batch
 
     def forward(self, batch: dict[str, Tensor], *, observe: bool = False) -> ModelOutput:
-        """The model on a batch of the contract: `input_ids`, optional `doc_ids` and `valid`."""
+        """Runs the model on a batch of the contract: `input_ids`, optional `doc_ids` and `valid`."""
         output: ModelOutput = self.model(
             batch["input_ids"], doc_ids_BT=batch.get("doc_ids"), valid_BT=batch.get("valid"), observe=observe
         )
         return output
 
     def on_train_start(self) -> None:
-        """Refuses data of which the ranks have different shares."""
+        """Refuses data of which the ranks have different numbers of batches."""
         needed = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         check_lengths(self.trainer, "train_dataloader", self.trainer.num_training_batches, needed)
 
     def on_train_epoch_end(self) -> None:
-        """Says that this rank had no batch, where others wait for it."""
+        """Reports that this rank had no batch, where others wait for it."""
         if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
             check_last(self.trainer, ended=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Makes every random draw of the step a function of (seed, step, micro-batch, rank): resume is then exact."""
+        """Seeds every random draw of the micro-batch by (seed, step, micro-batch, rank), so that resume is exact."""
         # `global_step` changes within the batch: it counts the steps that were made.
         self._step = self.global_step + 1
-        # A callback may change it after the configuration was checked.
-        if self.config["table"].get("learning") == "fused" and self.trainer.accumulate_grad_batches != 1:
-            raise ConfigError(
-                f"table.learning=fused cannot accumulate, but {self.trainer.accumulate_grad_batches} micro-batches "
-                "make a step; set table.learning=rows, which can."
-            )
         check_last(self.trainer)
         if self.table_optimizer is not None:
             self._follow_schedule(self.table_optimizer)
@@ -159,45 +159,46 @@ class LanguageModule(L.LightningModule):
         np.random.seed(seed)
         torch.manual_seed(seed)
 
-    def _follow_schedule(self, apart: Optimizer) -> None:
-        """Gives tables that the schedule does not know the rate of this step."""
+    def _follow_schedule(self, table_optimizer: Optimizer) -> None:
+        """Sets this step's rate for tables outside the optimizer that the schedule drives."""
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        for group in apart.param_groups:
+        for group in table_optimizer.param_groups:
             group["lr"] = rate * self.config["optim"]["table_lr_factor"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Summed loss of the micro-batch, scaled so that the gradients of the whole step add up to its mean's."""
+        """Returns the summed loss, scaled so that the gradients of all micro-batches add up to that of the mean."""
         if not self._batch_checked:
             check_batch(batch, self.model.embedding.num_embeddings)
             self._batch_checked = True
-        # Not self(batch): hooks of engines on this module, which run around this method, would run within it again.
+        # Not self(batch): DeepSpeed's hooks on this module already run around this method.
         output = self.forward(batch, observe=self.watch.observes)
-        self.watch.saw(output.traces, batch)
+        self.watch.notify(output.traces, batch)
         nll_M = token_nll(self.model, output.hidden_BTD, batch["labels"])
         valid_BT = batch.get("valid")
-        # Made on the device: a copy of a number from the host would wait for it.
-        own_targets = nll_M.new_full((), nll_M.numel(), dtype=torch.int64)
+        # Filled on the device: copying a number from the host would synchronise.
+        local_targets = nll_M.new_full((), nll_M.numel(), dtype=torch.int64)
         all_tokens = nll_M.new_full((), batch["labels"].numel(), dtype=torch.int64)
-        own_tokens = all_tokens if valid_BT is None else valid_BT.sum()
-        targets, tokens = sum_over_ranks(torch.stack([own_targets, own_tokens])).unbind()
+        local_tokens = all_tokens if valid_BT is None else valid_BT.sum()
+        targets, tokens = sum_over_ranks(torch.stack([local_targets, local_tokens])).unbind()
         self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens
         factor = self._normaliser.scale(
             targets, world_size=self.trainer.world_size, accumulate=self.trainer.accumulate_grad_batches
         )
         if self.trainer.strategy.handles_gradient_accumulation:
-            factor = factor * self.trainer.accumulate_grad_batches  # Lightning divides by it, and the engine again
+            # Lightning divides by the number of micro-batches, and DeepSpeed's engine does so again.
+            factor = factor * self.trainer.accumulate_grad_batches
         nll = nll_M.sum()
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
-        self._reports.add(output, own_tokens)
-        # Auxiliary losses are means over this rank's real tokens. By their share of them the ranks' losses add up to
-        # the mean over all ranks; by its targets a micro-batch's adds to the mean over the step.
+        self._reports.add(output, local_tokens)
+        # Auxiliary losses are means over this rank's real tokens. Weighted by its share of all tokens they add up to
+        # the mean over ranks; weighted by its targets, the micro-batch adds its part to the mean over the step.
         auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(()))
-        return (nll + auxiliary * targets * own_tokens / tokens.clamp(min=1)) * factor
+        return (nll + auxiliary * targets * local_tokens / tokens.clamp(min=1)) * factor
 
-    # --- one optimizer step
+    # one optimizer step
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Corrects the gradients to the mean over all targets of the step; logs the step's loss when a log is due."""
+        """Corrects the gradients to the mean over all targets of the step; logs the step's loss if a log is due."""
         if self._accumulates():
             return
         for table in self.model.value_tables:
@@ -217,21 +218,21 @@ class LanguageModule(L.LightningModule):
                 self.log(f"train/{name}", value)
 
     def _correct(self, correction: Tensor) -> None:
-        """Multiplies every gradient of the step."""
+        """Multiplies every gradient of the step, staged reads included."""
         tables = self.model.value_tables
         for table in tables:
             if table.stage is not None:
                 table.stage.scale = table.stage.scale * correction
         correct = getattr(self.trainer.strategy, "scale_gradients", None)
-        own = self.parameters() if correct is None else (table.weight for table in tables)
-        grads = [local(p.grad) for p in own if p.grad is not None]
+        parameters = self.parameters() if correct is None else (table.weight for table in tables)
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, correction)
         if correct is not None:
             correct(correction)
 
     def _accumulates(self) -> bool:
-        """More micro-batches of the step follow; of strategies that accumulate by themselves every one ends here."""
+        """Returns whether micro-batches of the step follow, under a strategy that calls the hooks for each of them."""
         return bool(self.trainer.strategy.handles_gradient_accumulation and self.trainer.fit_loop._should_accumulate())
 
     def configure_gradient_clipping(
@@ -240,19 +241,19 @@ class LanguageModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips tables and the rest each by a norm of their own (`optim.table_clip_norm`, `optim.clip_norm`).
+        """Clips the tables by `optim.table_clip_norm`, all else by `optim.clip_norm`; then judges the step.
 
-        `trainer.gradient_clip_val`, where set, takes the place of `optim.clip_norm`. Then the step is judged.
+        `trainer.gradient_clip_val`, if set, takes the place of `optim.clip_norm`.
         """
-        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
+        if gradient_clip_val is not None:
+            check_clipping(gradient_clip_algorithm)
         if self._accumulates():
             return
         optim = self.config["optim"]
         dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
-        apart = [] if self.table_optimizer is None else self.table_optimizer.param_groups
+        table_groups = [] if self.table_optimizer is None else self.table_optimizer.param_groups
         groups: dict[str, list[torch.nn.Parameter]] = {"dense": [], "table": []}
-        for group in [*optimizer.param_groups, *apart]:
+        for group in [*optimizer.param_groups, *table_groups]:
             groups["table" if group["name"] in ("table", "table_dense") else "dense"] += group["params"]
         measure = self.log_is_due() or bool(self.watch.judges)
         if groups["table"] and (optim["table_clip_norm"] is not None or measure):
@@ -282,9 +283,9 @@ class LanguageModule(L.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
     ) -> None:
-        """The update; then each plugin that asks for it gets its statistics of the whole step.
+        """Updates the weights, then passes the statistics of the step to each plugin that defines `after_step`.
 
-        Of a step that a judge has refused nothing stays: neither gradients, nor statistics, nor one of the schedule.
+        A step that a judge refuses leaves no trace: gradients and statistics are dropped, the schedule stands still.
         """
         self.watch.refused = False
         try:
@@ -306,12 +307,12 @@ class LanguageModule(L.LightningModule):
     def _after_step(self) -> None:
         for layer, block in enumerate(self.model.blocks):
             stats = {name: sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
-            for name, plugin in plugins(block.ffn):  # type: ignore[arg-type]
+            for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
                 if isinstance(plugin, HasAfterStep):
-                    plugin.after_step(of_plugin(name, stats))
+                    plugin.after_step(plugin_entries(name, stats))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """The schedule goes on, unless the step was refused."""
+        """Advances the schedule, unless the step was refused."""
         if not self.watch.refused:
             super().lr_scheduler_step(scheduler, metric)
 
@@ -320,18 +321,18 @@ class LanguageModule(L.LightningModule):
         due: bool = self._step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return due and not self.trainer.fit_loop._should_accumulate()
 
-    # --- held-out text, answers
+    # held-out text, answers
 
     def on_validation_start(self) -> None:
-        """Refuses data of which the ranks have different shares."""
+        """Refuses data of which the ranks have different numbers of batches."""
         check_lengths(self.trainer, "val_dataloader", self.trainer.num_val_batches)
 
     def on_test_start(self) -> None:
-        """As in validation."""
+        """Refuses the same in testing."""
         check_lengths(self.trainer, "test_dataloader", self.trainer.num_test_batches)
 
     def on_predict_start(self) -> None:
-        """As in validation."""
+        """Refuses the same in prediction."""
         check_lengths(self.trainer, "predict_dataloader", self.trainer.num_predict_batches)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -342,7 +343,7 @@ class LanguageModule(L.LightningModule):
             self.heldout_targets.update(float(nll_M.numel()))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As in validation."""
+        """Adds the batch as in validation."""
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
@@ -350,33 +351,33 @@ class LanguageModule(L.LightningModule):
         self._log_heldout("val")
 
     def on_test_epoch_end(self) -> None:
-        """As in validation."""
+        """Logs the same for the test data."""
         self._log_heldout("test")
 
     def _log_heldout(self, prefix: str) -> None:
         loss = self.heldout_nll.compute() / self.heldout_targets.compute()
         self.heldout_nll.reset()
         self.heldout_targets.reset()
-        # The metric is already summed over ranks; `sync_dist` only tells Lightning so.
+        # The metric is already summed over ranks; without `sync_dist` Lightning would warn that it is not.
         self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val", sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
+        """Returns greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         with synchronized_forwards(self.model, self.device):
             answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
         records = zip(batch["index"], batch["prompt"], answers, strict=True)
         return [{"index": int(i), "prompt": prompt, "answer": answer} for i, prompt, answer in records]
 
-    # --- checkpoint
+    # checkpoints
 
     def _data(self) -> object:
-        """The data module, if a Trainer and with it one is there."""
+        """Returns the data module, if there is a Trainer that has one."""
         return getattr(self._trainer, "datamodule", None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the token counter and what the token ids mean."""
+        """Adds the token counter and the digest of the tokenizer."""
         checkpoint["tokens_seen"] = int(self.tokens_seen)
         checkpoint["tokenizer"] = tokenizer_digest(self._data())
 
@@ -386,5 +387,5 @@ class LanguageModule(L.LightningModule):
         Raises:
             CheckpointError: the data's tokenizer is not the one that the weights were trained with.
         """
-        check_tokenizer(checkpoint, self._data())
+        check_tokenizer(checkpoint, tokenizer_digest(self._data()))
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)

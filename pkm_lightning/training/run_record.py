@@ -1,4 +1,4 @@
-"""The content of run.json: what a run was, what it cost and what it reached. Reports read it and need no model.
+"""The content of run.json: what a run was, what it cost and what it reached. Reports read it without building a model.
 
 | key | meaning |
 |---|---|
@@ -8,7 +8,7 @@
 | params | total, active (parameters of one token's arithmetic), table |
 | flops_per_token | train and decode of the whole model, trunk likewise; unembedding counts at every position, though |
 | | training leaves it out where there is no target |
-| bytes_per_token | train (rows a token moves for itself) and decode (parameters read at batch 1) |
+| bytes_per_token | train (the rows that each token moves) and decode (parameters read at batch 1) |
 | tokens, seconds, tokens_per_second | real input tokens, {train, total} over all sittings |
 | throughput | the last figures of `pkm_lightning.callbacks.Throughput`, without checkpoints' time; None without it |
 | peak_memory_bytes | of the process, or of the device where it is a GPU |
@@ -18,8 +18,8 @@
 | best_validation | lowest loss of the validations in training and its step; None without one |
 | metrics | of the final test; recall by form, relation and decile under `recall` |
 
-What is known before training starts is `start_record`'s; `pkm_lightning.callbacks.RunRecord` gathers the rest, and
-`fit` says how it ended.
+`start_record` has what is known before training, `pkm_lightning.callbacks.RunRecord` collects the rest, and `fit` adds
+how the run ended.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCHEMA = 1
 
 
 def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
-    """The record at the start of a run, with `"status": "running"`."""
+    """Returns the record at the start of a run, with `"status": "running"`."""
     return {
         "schema": SCHEMA,
         "status": "running",
@@ -79,19 +79,19 @@ def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and what its results depend on."""
+    """Returns the versions of Python, of this package and of the libraries that its results depend on."""
     names = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "triton")
-    found = {"python": platform.python_version(), "pkm_lightning": pkm_lightning.__version__}
+    installed = {"python": platform.python_version(), "pkm_lightning": pkm_lightning.__version__}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:
-    """The git commit of the checkout that this package runs from, with `+dirty` if files differ; None elsewhere."""
+    """Returns the git commit of the checkout that this package runs from, with `+dirty` if files differ; else None."""
     package = Path(pkm_lightning.__file__).parent
     try:
         tracked = subprocess.run(
@@ -109,19 +109,19 @@ def commit() -> str | None:
 
 
 def now() -> str:
-    """UTC to the second, ISO 8601."""
+    """Returns the UTC time to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def device_name(device: torch.device) -> str:
-    """Of a GPU its name, of a CPU its own and the number of cores that the system has."""
+    """Returns the name of a GPU, or that of the CPU with the number of cores that the system has."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{cpu_name() or 'CPU'}, {os.cpu_count()} cores" if device.type == "cpu" else device.type
 
 
 def cpu_name() -> str:
-    """The processor as Linux names it, elsewhere as Python does; it may be empty."""
+    """Returns the processor's name from Linux, elsewhere from Python; it may be empty."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -130,20 +130,21 @@ def cpu_name() -> str:
 
 
 def reset_peak_memory() -> None:
-    """Forgets what an earlier job of this process needed, where the system allows it (Linux)."""
+    """Starts the measurement anew, so that earlier jobs of this process do not count; on Linux and on GPUs."""
     with contextlib.suppress(OSError):
+        # 5 resets VmHWM, the peak of resident memory (proc(5)).
         Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The peak of the allocator of a GPU, else of the process's resident memory, since `reset_peak_memory`."""
+    """Returns the peak of a GPU's allocator, else of the process's resident memory, since `reset_peak_memory`."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,15 +1,15 @@
-"""How the value tables of a configuration learn: what cannot work is refused, and the optimizer gets its row part.
+"""How the value tables of a configuration learn, and the optimizers that update them.
 
-| `table.learning` | table gradient | updated by | refuses |
+| `table.learning` | table gradient | updated once per step | does not work with |
 |---|---|---|---|
-| `dense` | N x D, autograd's | `optim.optimizer`, each step, every row | - |
-| `rows` | staged reads | `table.optimizer`, each step, touched rows | 16-bit floats (fp16) |
-| `fused` | staged reads | `table.optimizer`, each backward, touched rows | fp16, accumulation, table_clip_norm |
+| `dense` | N x V, from autograd | every row, by `optim.optimizer` | - |
+| `rows` | staged reads | the rows that were read, by `table.optimizer` | fp16 (`trainer.precision=16-*`) |
+
+`pkm_lightning.build.refusals.check_learning` refuses what does not work.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,63 +17,39 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pkm_lightning.build.instantiate import instantiate
-from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 from pkm_lightning.model.accounting import optimizer_bytes
-from pkm_lightning.ops.row_update.rules import state_shapes
+from pkm_lightning.ops.row_update import state_bytes
 
 
-def check_learning(config: Mapping[str, Any]) -> None:
-    """Refuse settings that a way of learning cannot work with; called before anything is built.
+def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved configuration with `table.learning=fused`, which is no longer offered, changed to `rows`.
 
-    Raises:
-        ConfigError: with the setting, and what to say instead.
+    For runs that are only evaluated, where both are the same.
     """
-    table, optim, trainer = config["table"], config["optim"], config["trainer"]
-    learning = table.get("learning", "dense")
-    check_choice("table.learning", learning, ("dense", "rows", "fused"))
-    if learning == "dense":
-        return
-    rows: RowOptimizer = instantiate(table["optimizer"], "table.optimizer")
-    rows.check_decay(optim["table_weight_decay"])
-    if str(trainer["precision"]).startswith("16"):
-        raise ConfigError(
-            f"trainer.precision={trainer['precision']} does not work with table.learning={learning}: its loss scaling "
-            "knows no staged gradients; set trainer.precision=bf16-mixed, or table.learning=dense."
-        )
-    if learning == "fused":
-        _check_fused(config)
-
-
-def _check_fused(config: Mapping[str, Any]) -> None:
-    instead = "set table.learning=rows, which can"
-    accumulated = config["trainer"]["accumulate_grad_batches"]
-    if accumulated != 1:
-        raise ConfigError(
-            f"table.learning=fused updates after each backward and cannot accumulate "
-            f"(trainer.accumulate_grad_batches={accumulated}); {instead}."
-        )
-    limit = config["optim"]["table_clip_norm"]
-    if limit is not None:
-        raise ConfigError(
-            f"table.learning=fused knows no norm before it updates (optim.table_clip_norm={limit}); set "
-            f"optim.table_clip_norm=null, or {instead}."
-        )
+    table = dict(config["table"])
+    if table.get("learning") == "fused":
+        table["learning"] = "rows"
+    return {**config, "table": table}
 
 
 def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
-    """`dense`, joined by row optimizers where the model has tables that learn by rows."""
+    """Returns `dense`, joined with the row optimizer where the model has tables that learn by rows."""
     tables = learning_tables(model)
     if not tables:
         return dense
     for group in dense.param_groups:
-        if group["name"] == "table":  # a plugin's own parameter of that role; monitors want every name once
+        # A plugin may have a parameter of the role `table`. Monitors need every name once.
+        if group["name"] == "table":
             group["name"] = "table_dense"
     return _row_optimizer(dense, tables, config)
 
 
-def optimizer_apart(model: nn.Module, config: Mapping[str, Any]) -> Optimizer | None:
-    """An optimizer of the tables alone, where an engine owns all parameters and their weights are none; else None."""
+def table_only_optimizer(model: nn.Module, config: Mapping[str, Any]) -> Optimizer | None:
+    """Returns an optimizer of the tables that an engine does not own; None where there is none.
+
+    Engines that own all parameters, such as DeepSpeed, get a model whose tables are unregistered.
+    """
     tables = [t for t in model.modules() if isinstance(t, ValueTable) and not t.is_registered]
     rows = {name: table for name, table in learning_tables(model).items() if table in tables}
     if rows:
@@ -107,7 +83,7 @@ def _row_optimizer(
 
 
 def learning_tables(model: nn.Module) -> dict[str, ValueTable]:
-    """The model's tables that learn by rows or fused, by name."""
+    """Returns the model's tables that learn by rows, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -116,12 +92,11 @@ def learning_tables(model: nn.Module) -> dict[str, ValueTable]:
 
 
 def optimizer_state_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:
-    """Bytes that the optimizers keep: AdamW's two values of each parameter, and what the row rule keeps for a table."""
+    """Returns the bytes of all optimizer states: two values of AdamW per parameter, and the row rule's for tables."""
     total = optimizer_bytes(model)
     tables = learning_tables(model).values()
     if tables:
         rows: RowOptimizer = instantiate(config["table"]["optimizer"], "table.optimizer")
         for table in tables:
-            shapes = state_shapes(rows.rule, table.weight).values()
-            total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+            total += state_bytes(rows.rule, table.weight)
     return total

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.addressing import Addressing
+from pkm_lightning.memory.mesh import whole
 from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_served, write_keys
-from pkm_lightning.memory.table_optimizer import whole
 from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.revival_history import RevivalHistory

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pkm_lightning.ffn import HasSlots, Slots
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Traces, Transformer
-from pkm_lightning.model.placement import of_plugin, plugins
+from pkm_lightning.model.placement import named_plugins, plugin_entries
 from pkm_lightning.usage.slot_checks import check_slots, check_trace
 
 
@@ -61,7 +61,7 @@ class Reader:
         Raises:
             ConfigError: a trace of other names or shapes than the plugin's `slots()` declare.
         """
-        trace, name = of_plugin(self.part, traces.get(self.layer, {})), self.slots.name
+        trace, name = plugin_entries(self.part, traces.get(self.layer, {})), self.slots.name
         check_trace(self.name.removesuffix(f".{name}"), self.plugin, self.slots, trace, batch, self.slot_names)
         chosen = trace.get(f"{name}_chosen")
         if f"{name}_ids" in trace:
@@ -108,7 +108,7 @@ def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, 
     """
     readers = {}
     for layer, block in enumerate(model.blocks):
-        for part, plugin in plugins(block.ffn):  # type: ignore[arg-type]
+        for part, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
             if isinstance(plugin, HasSlots):
                 place, declared = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
                 check_slots(place, plugin, declared)

@@ -87,7 +87,7 @@ def test_a_users_own_class(cls: type) -> None:
 def test_refuses_a_table_without_a_specification() -> None:
     settings = config("ffn=custom")
     settings["ffn"]["_target_"] = f"{__name__}.Tableless"
-    with pytest.raises(ConfigError, match="asks for a table, but has no class method table_spec"):
+    with pytest.raises(ConfigError, match="takes a table, but has no class method table_spec"):
         build_model(settings)
 
 

@@ -55,18 +55,6 @@ def test_values_out_of_range_are_refused(tmp_path: Path, changes: dict[str, Any]
     ("event", "policy", "overrides", "message"),
     [
         (
-            "gradient_spike",
-            "skip",
-            "table.learning=fused optim.table_clip_norm=null",
-            "gradient_spike=skip comes too late with table.learning=fused",
-        ),
-        (
-            "loss_not_finite",
-            "rollback",
-            "table.learning=fused optim.table_clip_norm=null",
-            "loss_not_finite=rollback comes too late with table.learning=fused",
-        ),
-        (
             "loss_spike",
             "rollback",
             "strategy=deepspeed_1",

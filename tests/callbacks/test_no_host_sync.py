@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training.fits import loader
 
-from pkm_lightning.cli.assembly import make_callbacks, make_trainer
+from pkm_lightning.build.run import make_callbacks
+from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.training import LanguageModule
 
 _READING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2"}

@@ -9,8 +9,8 @@ import distributed_jobs
 import pytest
 import usage_jobs as jobs
 
+from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.base import ChecksConfig
-from pkm_lightning.cli.assembly import assemble, complete, make_callbacks
 from pkm_lightning.errors import ConfigError
 
 QUERIES = ["callbacks=[default,slot_revival]", "callbacks.slot_revival.source=queries"]
@@ -47,12 +47,12 @@ def test_what_goes_together_is_not(per_head: str, tmp_path: Path) -> None:
 
 def test_a_run_is_assembled_only_if_its_callbacks_agree(tmp_path: Path) -> None:
     overrides = ["ffn=memory_plus", f"run_dir={tmp_path / 'run'}", "model.vocab_size=auto", "strategy=single", *QUERIES]
-    config = complete(distributed_jobs.config(*overrides, HALVES))[0]
-    names = [type(callback).__name__ for callback in assemble(config).callbacks]
+    config = distributed_jobs.config(*overrides, HALVES)
+    names = [type(callback).__name__ for callback in resolve(config, trains=True).callbacks]
     assert names[-2:] == ["MetricsCSV", "Instability"]
     config["callbacks"]["slot_usage"]["per_head"] = False
     with pytest.raises(ConfigError, match=r"needs callbacks.slot_usage.per_head=halves"):
-        assemble(config)
+        resolve(config, trains=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -22,7 +22,7 @@ TWO = [
     ["strategy=fsdp", "ffn=memory_plus", "table.shard=row", "trainer.accumulate_grad_batches=2"],
     ["strategy=deepspeed_2", "ffn=memory_plus", "trainer.accumulate_grad_batches=2"],
     ["strategy=ddp", "ffn=memory_plus", "model.activation_checkpointing=true"],
-    ["strategy=ddp", "ffn=memory_plus", "table.learning=fused", "optim.table_clip_norm=null", "table.shard=row"],
+    ["strategy=ddp", "ffn=memory_plus", "table.shard=row"],
     ["strategy=ddp", "ffn=peer", "table.shard=dim"],
     ["strategy=ddp", "ffn=ultramem", "table.shard=row"],
     ["strategy=ddp", "ffn=memory", "ffn.cures.straight_through=true"],

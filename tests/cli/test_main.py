@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from small import SMALL_RUN, Run
+from small import SMALL_RUN, Run, resolved
 
 from pkm_lightning.cli.main import VERBS
+from pkm_lightning.errors import PkmError
 
 
 def test_without_a_verb_the_verbs_and_three_examples(cli: Run) -> None:
@@ -33,19 +34,31 @@ def test_cfg_job_prints_the_composed_configuration(cli: Run) -> None:
     assert "seed: 7" in shown.out
 
 
-# What is typed after `fit`, and what the one line must say: the value, the key, the allowed values or the way out.
-BAD_INPUT = {
+# What is typed after `fit`, and what the one line must hold: the value, the key, the allowed values or the way out.
+
+#: One of each way that an error takes to the command line: from Hydra, Lightning, a class, before and after the data.
+AT_THE_COMMAND_LINE = {
     "group option": (["ffn=memry_plus"], ["ffn=memry_plus", "dense", "Did you mean 'memory_plus'?"]),
     "group": (["fnn=dense"], ["fnn", "Did you mean 'ffn'?"]),
     "key": (["trainer.max_step=3"], ["trainer.max_step", "Did you mean 'max_steps'?"]),
     "syntax": (["seed"], ["seed", "EQUAL"]),
     "n_keys": (["ffn.n_keys=0"], ["ffn.n_keys=0", "1 to 46340"]),
+    "precision": (["trainer.precision=31"], ["trainer", "31", "bf16-mixed"]),
+    "missing target": (["ffn=custom"], ["ffn._target_"]),
+    "argument of a class": (["+ffn.colour=red"], ["colour", "n_keys"]),
+    "checkpoint for fit": (["ckpt=some.ckpt"], ["ckpt=some.ckpt", "run_dir="]),
+    "resume": (["resume=yes"], ["resume", "auto, always, never"]),
+    "batch": (["data.global_batch_size=7", "trainer.accumulate_grad_batches=2"], ["data.global_batch_size=7"]),
+    "no option": (["ffn=null"], ["ffn"]),
+    "text that does not exist": (["data=text", "data.path=nowhere.txt"], ["nowhere.txt"]),
+}
+#: Refused by `resolve`, which the line above shows to reach the command line.
+WHEN_RESOLVED = {
     "text for a number": (["ffn.knn=abc"], ["ffn.knn='abc'", "no number"]),
     "fraction": (["ffn.knn=1.5"], ["ffn.knn=1.5", "whole"]),
     "null dimension": (["model.dim=null"], ["model.dim=None", "no number"]),
     "no heads": (["model.n_heads=0"], ["model.n_heads=0"]),
     "a number for layers": (["placement.layers=3"], ["placement.layers=3", "list"]),
-    "no option": (["ffn=null"], ["ffn"]),
     "negative clipping": (["optim.clip_norm=-1"], ["optim.clip_norm=-1"]),
     "no log steps": (["trainer.log_every_n_steps=0"], ["trainer.log_every_n_steps=0"]),
     "no validation steps": (["trainer.val_check_interval=0"], ["trainer.val_check_interval=0"]),
@@ -57,7 +70,6 @@ BAD_INPUT = {
     "one prompt": (["data.prompts=hello"], ["data.prompts=hello", "list"]),
     "negative rate": (["optim.lr=-1"], ["optim.lr=-1"]),
     "seed": (["seed=abc"], ["seed='abc'", "no number"]),
-    "checkpoint for fit": (["ckpt=some.ckpt"], ["ckpt=some.ckpt", "run_dir="]),
     "knn": (["ffn.knn=257"], ["ffn.knn=257", "1 to 256"]),
     "odd key dimension": (["ffn.key_dim=31"], ["ffn.key_dim=31", "odd", "32"]),
     "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "1, 2, 4, 8"]),
@@ -74,35 +86,46 @@ BAD_INPUT = {
     "vocabulary of the model": (["model.vocab_size=300"], ["model.vocab_size=300", "auto"]),
     "vocabulary of the data": (["data.vocab_size=200"], ["data.vocab_size=200", "258"]),
     "devices": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
-    "precision": (["trainer.precision=31"], ["trainer", "31", "bf16-mixed"]),
-    "missing target": (["ffn=custom"], ["ffn._target_"]),
     "unknown module": (["ffn=custom", "ffn._target_=no_such.Thing"], ["no_such.Thing", "import path"]),
     "function as a class": (["ffn=custom", "ffn._target_=os.getcwd"], ["os.getcwd", "no class"]),
     "key added to the model": (["+model.n_head=3"], ["model.n_head", "Did you mean 'n_heads'?"]),
-    "argument of a class": (["+ffn.colour=red"], ["colour", "n_keys"]),
     "no data module": (["data=custom", "data._target_=torch.nn.ReLU"], ["torch.nn.ReLU", "LightningDataModule"]),
     "text without a path": (["data=text"], ["data.path"]),
-    "text that does not exist": (["data=text", "data.path=nowhere.txt"], ["nowhere.txt"]),
-    "resume": (["resume=yes"], ["resume", "auto, always, never"]),
-    "batch": (["data.global_batch_size=7", "trainer.accumulate_grad_batches=2"], ["data.global_batch_size=7"]),
 }
 
 
-@pytest.mark.parametrize("what", BAD_INPUT)
+def arguments(overrides: list[str]) -> list[str]:
+    """The small run without what `overrides` replace or contradict, then they."""
+    keys = {o.split("=")[0] for o in overrides}
+    foreign = tuple(
+        prefix
+        for prefix, causes in (("data.", ("data=",)), ("model.memory", ("ffn.n", "ffn.knn")))
+        if any(o.startswith(causes) for o in overrides)
+    )
+    return [*(o for o in SMALL_RUN if o.split("=")[0] not in keys and not o.startswith(foreign or "-")), *overrides]
+
+
+@pytest.mark.parametrize("what", AT_THE_COMMAND_LINE)
 def test_bad_input_gets_one_helpful_line(cli: Run, tmp_path: Path, what: str) -> None:
-    overrides, said = BAD_INPUT[what]
-    kept = [o for o in SMALL_RUN if o.split("=")[0] not in {p.split("=")[0] for p in overrides}]
-    if any(p.startswith(("data=", "model.memory")) for p in overrides):
-        kept = [o for o in kept if not o.startswith("data.")]
-    if any(p.startswith(("ffn.n", "ffn.knn")) for p in overrides):
-        kept = [o for o in kept if not o.startswith("model.memory")]
-    shown = cli("fit", *kept, "run_dir=run", *overrides)
+    overrides, texts = AT_THE_COMMAND_LINE[what]
+    shown = cli("fit", *arguments(overrides), "run_dir=run")
     lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert shown.code == 2, shown
     assert len(lines) == 1, shown.err
     assert "Traceback" not in shown.err
-    for text in said:
+    for text in texts:
         assert text in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("what", WHEN_RESOLVED)
+def test_bad_values_are_refused_before_anything_starts(tmp_path: Path, what: str) -> None:
+    overrides, texts = WHEN_RESOLVED[what]
+    with pytest.raises(PkmError) as refused:
+        resolved(*arguments(overrides), f"run_dir={tmp_path / 'run'}", trains=True)
+    assert "\n" not in str(refused.value)
+    for text in texts:
+        assert text in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_verb_is_named_with_the_nearest(cli: Run) -> None:
@@ -112,9 +135,8 @@ def test_an_unknown_verb_is_named_with_the_nearest(cli: Run) -> None:
     assert "Did you mean 'fit'?" in cli("fti").err
 
 
-@pytest.mark.parametrize("overrides", [["ffn.knn=999"], ["trainer.devices=2"], ["optim.schedule=x"]])
-def test_a_refused_configuration_leaves_nothing_behind(cli: Run, tmp_path: Path, overrides: list[str]) -> None:
-    assert cli("fit", *SMALL_RUN, *overrides, "run_dir=run").code == 2
+def test_a_refused_configuration_leaves_nothing_behind(cli: Run, tmp_path: Path) -> None:
+    assert cli("fit", *SMALL_RUN, "ffn.knn=999", "run_dir=run").code == 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,7 +51,7 @@ def plugin_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_both_train_from_a_config_dir(cli: Run, plugin_dir: Path) -> None:
+def test_both_train_from_a_config_dir_and_the_saved_run_needs_trust(cli: Run, plugin_dir: Path) -> None:
     shown = cli("fit", "--config-dir=mine", *RUN, "ffn=toy", "data=toy", "run_dir=run")
     assert shown.code == 0, shown.err
     record = json.loads((plugin_dir / "run" / "run.json").read_text())
@@ -59,18 +59,6 @@ def test_both_train_from_a_config_dir(cli: Run, plugin_dir: Path) -> None:
     assert record["unknown_cost"] == ["Toy"]
     assert "without the cost of" in shown.out
     assert record["metrics"]["test/perplexity"] < 32
-
-
-def test_both_train_from_the_command_line(cli: Run, plugin_dir: Path) -> None:
-    shown = cli(
-        "fit", *RUN, "ffn=custom", "ffn._target_=toy_ffn.Toy", "data=custom", "data._target_=toy_data.Toy",
-        "+data.rows=40", "run_dir=run",
-    )  # fmt: skip
-    assert shown.code == 0, shown.err
-
-
-def test_a_saved_run_with_foreign_classes_needs_trust(cli: Run, plugin_dir: Path) -> None:
-    assert cli("fit", "--config-dir=mine", *RUN, "ffn=toy", "data=toy", "run_dir=run").code == 0
     refused = cli("test", "run_dir=run")
     assert refused.code == 2
     assert "toy_ffn.Toy" in refused.err or "toy_data.Toy" in refused.err
@@ -93,8 +81,12 @@ def test_ids_outside_the_vocabulary_are_refused(cli: Run, plugin_dir: Path) -> N
 
 
 def test_data_without_a_test_set_is_validated_instead(cli: Run, plugin_dir: Path) -> None:
+    """Both named on the command line, without a YAML of their own."""
     (plugin_dir / "toy_data.py").write_text(DATA.replace(" = test_dataloader", ""))
-    shown = cli("fit", "--config-dir=mine", *RUN, "ffn=toy", "data=toy", "run_dir=run")
+    shown = cli(
+        "fit", *RUN, "ffn=custom", "ffn._target_=toy_ffn.Toy", "data=custom", "data._target_=toy_data.Toy",
+        "+data.rows=40", "run_dir=run", "trainer.max_steps=4",
+    )  # fmt: skip
     assert shown.code == 0, shown.err
     assert json.loads((plugin_dir / "run" / "run.json").read_text())["metrics"]["val/loss"] > 0
 
@@ -105,7 +97,7 @@ def test_data_without_batches_is_a_failure(cli: Run, plugin_dir: Path) -> None:
     assert "no training step was taken" in shown.err
 
 
-SMALL_TEXT = ["data.vocab_size=280", "data.seq_len=32", "data.global_batch_size=4"]
+SMALL_TEXT = ["data.vocab_size=280", "data.seq_len=32", "data.global_batch_size=4", "trainer.max_steps=4"]
 
 
 def test_jsonl_and_text_train(cli: Run, tmp_path: Path) -> None:

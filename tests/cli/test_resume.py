@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from processes import assert_equal_runs, finish, fit, last_checkpoint, metrics
+from small import SMALL_RUN, Run
 
+#: In place of those of the small run; Hydra takes the last of several.
 STEPS = ["trainer.max_steps=24"]
 
 
@@ -27,14 +29,16 @@ def kill_after(process: subprocess.Popen[str], run_dir: Path, rows: int, delay: 
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_like_an_untouched_one(tmp_path: Path, workers: int) -> None:
+def test_a_killed_run_ends_like_an_untouched_one(cli: Run, tmp_path: Path, workers: int) -> None:
     options = [*STEPS, f"data.num_workers={workers}"]
-    finish(fit(*options, "run_dir=whole", cwd=tmp_path))
+    whole = cli("fit", *SMALL_RUN, *options, "run_dir=whole")
+    assert whole.code == 0, whole.err
     kill_after(fit(*options, "run_dir=killed", cwd=tmp_path), tmp_path / "killed", rows=8, delay=0.02)
     record = json.loads((tmp_path / "killed" / "run.json").read_text())
     assert record["status"] == "running", "the kill came too late to test anything"
     assert last_checkpoint(tmp_path / "killed")["global_step"] < 24
-    finish(fit(*options, "run_dir=killed", cwd=tmp_path))
+    resumed = cli("fit", *SMALL_RUN, *options, "run_dir=killed")
+    assert resumed.code == 0, resumed.err
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
     assert (tmp_path / "whole" / "usage.json").read_text() == (tmp_path / "killed" / "usage.json").read_text()
 

@@ -1,7 +1,9 @@
-"""Small data sets from the real packages; every test module shares one cache, so that each set is built once."""
+"""Small data sources from the real packages, which all test modules share: each package is read once, each cache
+folder built once."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from pkm_lightning.data import FactsDataModule, JsonlDataModule, TextDataModule
+from pkm_lightning.data.facts.subjects import LOADERS
 
 LOADER = {
     "seq_len": 64,
@@ -51,6 +54,15 @@ JSONL = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _subjects_read_once() -> Iterator[None]:
+    """Keeps the subjects of each domain: reading all people takes most of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        for domain, load in LOADERS.items():
+            patch.setitem(LOADERS, domain, functools.cache(load))
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -85,7 +97,7 @@ def jsonl(cache_dir: Path) -> Callable[..., JsonlDataModule]:
 
 @pytest.fixture(scope="session")
 def take() -> Callable[[Any, int], list[Any]]:
-    """The first n items of an endless iterable."""
+    """Returns a function that takes the first n items of an endless iterable."""
 
     def first(iterable: Any, n: int) -> list[Any]:
         iterator: Iterator[Any] = iter(iterable)

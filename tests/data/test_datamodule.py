@@ -1,4 +1,4 @@
-"""The shared DataModule inside a real trainer: resume continues exactly, workers and micro-batches change nothing."""
+"""The shared data module in a real trainer: resumes are exact, workers and micro-batches change nothing."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import OmegaConf
+from tree import ROOT
 
 from pkm_lightning.data import FactsDataModule
 from pkm_lightning.errors import ConfigError
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "data"
-
 
 class Recorder(pl.LightningModule):
-    """Learns nothing; remembers the rows of every optimizer step."""
+    """A module that learns nothing and records the sequences of every optimizer step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.rows: list[list[int]] = []
+        self.sequences: list[list[int]] = []
         self.fillers = 0
 
     def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.rows += batch["input_ids"].tolist()
+        self.sequences += batch["input_ids"].tolist()
         return self.weight * 1.0
 
     def validation_step(self, batch: dict[str, torch.Tensor]) -> None:
@@ -60,18 +59,18 @@ def fit(datamodule: FactsDataModule, directory: Path, *, steps: int, **options: 
         **options,
     )
     trainer.fit(module, datamodule, ckpt_path=ckpt_path)
-    return module.rows
+    return module.sequences
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_resumed_run_sees_what_the_first_would_have_seen(
+def test_a_resumed_run_continues_the_sequences_of_the_first(
     facts: Callable[..., FactsDataModule], tmp_path: Path
 ) -> None:
     whole = fit(facts(), tmp_path / "a", steps=9)
     assert len(whole) == 9 * 8
     resumed = fit(facts(), tmp_path / "b", steps=7, ckpt_path=tmp_path / "a" / "step=3.ckpt")
     assert resumed == whole[3 * 8 : 7 * 8]
-    again = fit(facts(num_workers=2), tmp_path / "c", steps=9, ckpt_path=tmp_path / "b" / "step=5.ckpt")
+    again = fit(facts(num_workers=1), tmp_path / "c", steps=9, ckpt_path=tmp_path / "b" / "step=5.ckpt")
     assert again == whole[5 * 8 :]
 
 
@@ -85,7 +84,7 @@ def test_a_run_may_resume_with_another_micro_batch(facts: Callable[..., FactsDat
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_accumulation_sees_the_same_rows_and_a_limited_epoch_moves_on(
+def test_accumulation_sees_the_same_sequences_and_a_limited_epoch_continues(
     facts: Callable[..., FactsDataModule], tmp_path: Path
 ) -> None:
     whole = fit(facts(), tmp_path, steps=4)
@@ -93,7 +92,7 @@ def test_accumulation_sees_the_same_rows_and_a_limited_epoch_moves_on(
     assert fit(facts(), tmp_path / "b", steps=4, limit_train_batches=2) == whole
 
 
-def test_a_new_trainer_starts_anew(facts: Callable[..., FactsDataModule], tmp_path: Path) -> None:
+def test_a_new_trainer_starts_from_the_first_sequence(facts: Callable[..., FactsDataModule], tmp_path: Path) -> None:
     datamodule = facts()
     first = fit(datamodule, tmp_path, steps=2)
     assert fit(datamodule, tmp_path / "b", steps=2) == first
@@ -135,7 +134,7 @@ from pkm_lightning.data import FactsDataModule
 class Reporter(Recorder):
     def on_fit_end(self):
         with open(f"{sys.argv[1]}/{self.global_rank}.json", "w") as file:
-            json.dump([self.rows, self.fillers], file)
+            json.dump([self.sequences, self.fillers], file)
 
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, strategy="ddp_fork", max_steps=4, logger=False, enable_progress_bar=False,
@@ -152,17 +151,17 @@ def test_two_processes_share_the_global_batch(facts: Callable[..., FactsDataModu
     command = [sys.executable, "-c", TWO_RANKS, str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, env=environment)
     (one, fillers_one), (two, fillers_two) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
-    together = [row for i in range(0, 16, 4) for rank in (one, two) for row in rank[i : i + 4]]
+    together = [sequence for i in range(0, 16, 4) for rank in (one, two) for sequence in rank[i : i + 4]]
     assert together == fit(facts(eval_facts=1), tmp_path / "alone", steps=4)
     assert (fillers_one, fillers_two) == (0, 1)
 
 
-@pytest.mark.parametrize("name", ["facts", "text", "jsonl"])
-def test_configs_name_every_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_follows_the_environment_and_the_seed_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PKM_LIGHTNING_CACHE", str(tmp_path))
-    config = OmegaConf.create({"seed": 5, "data": OmegaConf.load(CONFIGS / f"{name}.yaml")})
-    if name != "facts":
-        config.data.path = str(tmp_path)
+    with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
+        config = compose("config", overrides=["data=text", "seed=5", f"data.path={tmp_path}"])
     datamodule = instantiate(config.data)
     assert datamodule.cache_dir == tmp_path
     assert datamodule.order_seed == 5
@@ -170,5 +169,5 @@ def test_configs_name_every_key(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_custom_config_holds_nothing_but_its_target() -> None:
-    assert (CONFIGS / "custom.yaml").read_text() == "_target_: ???\n"
+def test_the_custom_configuration_holds_nothing_but_its_target() -> None:
+    assert (ROOT / "configs" / "data" / "custom.yaml").read_text() == "_target_: ???\n"

@@ -1,4 +1,4 @@
-"""What training shows, read back from its own batches: nothing held out, nothing about controls, all else."""
+"""What training shows, read back from its batches: everything but held-out forms and controls."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def facts_of(prepared: FactsDataModule) -> list[Fact]:
 
 
 def read_epoch(datamodule: FactsDataModule) -> list[tuple[str, str]]:
-    """Text and target text of every document of the first epoch, decoded from the training batches."""
-    rows, documents = datamodule.splits.order.size(0), []
+    """Returns text and target text of every document of the first epoch, decoded from the training batches."""
+    remaining, documents = datamodule.splits.order.size(0), []
     loader = iter(datamodule.train_dataloader())
-    while rows > 0:
+    while remaining > 0:
         batch = next(loader)
-        for b in range(min(rows, len(batch["input_ids"]))):
+        for b in range(min(remaining, len(batch["input_ids"]))):
             ids, labels, docs = (batch[name][b] for name in ("input_ids", "labels", "doc_ids"))
             for doc in range(int(docs.max()) + 1):
                 targets = labels[(docs == doc) & (labels != NO_TARGET)].tolist()
                 assert targets[-1] == datamodule.tokenizer.eos_id
                 text = datamodule.tokenizer.decode([*ids[docs == doc].tolist()])
                 documents.append((text, datamodule.tokenizer.decode(targets)))
-        rows -= len(batch["input_ids"])
+        remaining -= len(batch["input_ids"])
     return documents
 
 
@@ -44,19 +44,19 @@ def epoch(prepared: FactsDataModule) -> list[tuple[str, str]]:
     return read_epoch(prepared)
 
 
-def test_an_epoch_shows_every_fact_as_often_as_it_should(
+def test_an_epoch_shows_every_fact_as_often_as_its_exposures(
     epoch: list[tuple[str, str]], facts_of: list[Fact], prepared: FactsDataModule
 ) -> None:
-    told = {
+    trained = {
         f"{prompt(f.relation, form, f.subject)} {f.answer}": f
         for f in facts_of
         for form in (*STATEMENTS, *QUESTIONS)
         if form != f.held_out and not f.control
     }
-    shown = Counter(told[text] for text, _ in epoch)
+    shown = Counter(trained[text] for text, _ in epoch)
     assert shown == {fact: fact.exposures for fact in facts_of if not fact.control}
     assert len(shown) == prepared.n_facts
-    assert all(target == f" {told[text].answer}" for text, target in epoch)
+    assert all(target == f" {trained[text].answer}" for text, target in epoch)
 
 
 def test_each_fact_lacks_its_form_which_others_show(epoch: list[tuple[str, str]], facts_of: list[Fact]) -> None:
@@ -77,9 +77,9 @@ def test_unseen_templates_never_appear(epoch: list[tuple[str, str]]) -> None:
 
 def test_half_of_the_subjects_are_never_questioned(epoch: list[tuple[str, str]], facts_of: list[Fact]) -> None:
     questions = [text for text, _ in epoch if text.startswith("Question:")]
-    asked = {f.subject for f in facts_of if f.questioned}
-    silent = {f.subject for f in facts_of if not f.questioned and not f.control}
-    assert len(asked) == len(silent) == 45
+    questioned = {f.subject for f in facts_of if f.questioned}
+    unquestioned = {f.subject for f in facts_of if not f.questioned and not f.control}
+    assert len(questioned) == len(unquestioned) == 45
     assert len(questions) / sum(f.exposures for f in facts_of if f.questioned) == pytest.approx(0.3, abs=0.05)
     for f in facts_of:
         if not f.questioned:
@@ -103,7 +103,7 @@ def test_validation_asks_in_the_held_out_form(prepared: FactsDataModule, facts_o
     assert all(any(text.startswith(head) for head in held_out) for text in documents)
 
 
-def test_one_statement_a_row_and_loss_on_all(facts: Callable[..., FactsDataModule]) -> None:
+def test_one_statement_per_sequence_and_loss_on_all(facts: Callable[..., FactsDataModule]) -> None:
     datamodule = facts(packing="none", loss="all")
     datamodule.prepare_data()
     batch = next(iter(datamodule.train_dataloader()))
@@ -121,7 +121,7 @@ def test_zipf_shows_prominent_subjects_more_often(facts: Callable[..., FactsData
     assert datamodule.vocab_size == 258
 
 
-def test_a_short_row_is_refused_when_the_data_are_built(facts: Callable[..., FactsDataModule]) -> None:
+def test_a_short_sequence_is_refused_when_the_data_are_built(facts: Callable[..., FactsDataModule]) -> None:
     with pytest.raises(
         ConfigError, match=r"data\.seq_len=8 is too short for the longest statement; set data\.seq_len="
     ):
@@ -134,7 +134,7 @@ def test_unknown_choices_are_refused(facts: Callable[..., FactsDataModule], key:
         facts(**{key: "x"})
 
 
-def test_fingerprint_tells_data_apart_but_not_orders(facts: Callable[..., FactsDataModule]) -> None:
+def test_the_fingerprint_distinguishes_data_but_not_orders(facts: Callable[..., FactsDataModule]) -> None:
     one = facts().fingerprint
     assert one == facts(order_seed=9, num_workers=2).fingerprint
     assert len({one, facts(loss="all").fingerprint, facts(seq_len=96).fingerprint, facts(seed=1).fingerprint}) == 4

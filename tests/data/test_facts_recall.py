@@ -1,4 +1,4 @@
-"""Recall items: each form asks whom and what it claims to ask."""
+"""Recall items: the subjects and templates of each form."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def items(prepared: FactsDataModule) -> list[RecallItem]:
 
 
 @pytest.fixture(scope="module")
-def asked(prepared: FactsDataModule) -> dict[tuple[str, str], tuple[Fact, int]]:
-    """The fact and template behind every possible prompt, with its answer."""
+def fact_and_form(prepared: FactsDataModule) -> dict[tuple[str, str], tuple[Fact, int]]:
+    """Returns fact and form of every possible prompt and answer."""
     return {
         (prompt(fact.relation, form, fact.subject), fact.answer): (fact, form)
         for fact in prepared.facts()
@@ -38,11 +38,13 @@ def asked(prepared: FactsDataModule) -> dict[tuple[str, str], tuple[Fact, int]]:
     }
 
 
-def test_each_form_asks_what_it_claims(items: list[RecallItem], asked: dict[tuple[str, str], tuple[Fact, int]]) -> None:
-    n_controls = sum(fact.control for fact, form in asked.values() if form == 0)
+def test_each_form_uses_its_subjects_and_templates(
+    items: list[RecallItem], fact_and_form: dict[tuple[str, str], tuple[Fact, int]]
+) -> None:
+    n_controls = sum(fact.control for fact, form in fact_and_form.values() if form == 0)
     assert Counter(item.form for item in items) == {**dict.fromkeys(FORM_TEMPLATES, 40), "control": min(40, n_controls)}
     for item in items:
-        fact, template = asked[item.prompt, item.answer]
+        fact, template = fact_and_form[item.prompt, item.answer]
         assert template in FORM_TEMPLATES[item.form]
         assert fact.control == (item.form == "control")
         assert (item.relation, item.exposures, item.decile) == (fact.relation, fact.exposures, fact.decile)

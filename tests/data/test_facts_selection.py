@@ -51,13 +51,10 @@ def test_templates_name_the_subject_and_end_where_the_answer_begins() -> None:
         assert sum(t.startswith("Question:") for t in templates) == 4
 
 
-def test_the_seed_decides_which_subjects(choice: FactsChoice) -> None:
-    assert choose_facts(choice) == choose_facts(choice)
-    assert choose_facts(choice) != choose_facts(replace(choice, seed=1))
-
-
-def test_controls_are_other_subjects(choice: FactsChoice) -> None:
+def test_the_seed_decides_which_subjects_and_controls_are_others(choice: FactsChoice) -> None:
     facts = choose_facts(choice)
+    assert facts == choose_facts(choice)
+    assert facts != choose_facts(replace(choice, seed=1))
     trained = {fact.subject for fact in facts if not fact.control}
     controls = {fact.subject for fact in facts if fact.control}
     assert len(trained) == 90

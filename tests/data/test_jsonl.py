@@ -1,4 +1,4 @@
-"""Records: loss on the answer or on the text, a split that appending does not move, and errors with file and line."""
+"""Records: loss on the answer or on the text, a split that appending does not change, errors with file and line."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def documents(datamodule: JsonlDataModule, rows: int) -> list[tuple[str, str]]:
+def documents(datamodule: JsonlDataModule) -> list[tuple[str, str]]:
+    """Returns text and target text of every document of the first epoch."""
     decode = datamodule.tokenizer.decode
-    found = []
-    for key in datamodule.splits.order.rows(0)[0:rows]:
+    pairs = []
+    for key in datamodule.splits.order.keys(0)[:]:
         batch = datamodule.splits.train.__getitems__([key])
         ids, labels, docs = (batch[name][0] for name in ("input_ids", "labels", "doc_ids"))
         for doc in range(int(docs.max()) + 1):
             targets = labels[(docs == doc) & (labels != NO_TARGET)].tolist()
-            found.append((decode(ids[docs == doc].tolist()), decode(targets)))
-    return found
+            pairs.append((decode(ids[docs == doc].tolist()), decode(targets)))
+    return pairs
 
 
 @pytest.mark.parametrize("packing", ["documents", "none"])
@@ -38,7 +39,7 @@ def test_prompt_and_answer(jsonl: Callable[..., JsonlDataModule], tmp_path: Path
     datamodule = jsonl(path, packing=packing, prompt_field="q", answer_field="a")
     datamodule.prepare_data()
     items = datamodule.recall_items()
-    trained = documents(datamodule, datamodule.splits.order.size(0))
+    trained = documents(datamodule)
     assert all(text.endswith(target) and target.startswith(" ") for text, target in trained)
     assert {text for text, _ in trained} | {f"{i.prompt} {i.answer}" for i in items} == {
         f"Double {i}? {2 * i}" for i in range(40)
@@ -50,18 +51,18 @@ def test_prompt_and_answer(jsonl: Callable[..., JsonlDataModule], tmp_path: Path
     assert n_validation == len(items)
 
 
-def test_texts_longer_than_a_row_are_continued(jsonl: Callable[..., JsonlDataModule], tmp_path: Path) -> None:
+def test_texts_longer_than_a_sequence_are_continued(jsonl: Callable[..., JsonlDataModule], tmp_path: Path) -> None:
     texts = ["abcdefghij" * 5 + str(i) for i in range(10)]
     datamodule = jsonl(write(tmp_path / "t.jsonl", [{"text": t} for t in texts]), seq_len=16, packing="none")
     datamodule.prepare_data()
-    pieces = documents(datamodule, datamodule.splits.order.size(0))
+    pieces = documents(datamodule)
     assert all(target == text[1:] or target[:-1] == text[1:] for text, target in pieces)
     assert max(len(text) for text, _ in pieces) == 16
     assert sum(len(text) for text, _ in pieces) in {51 * n for n in range(5, 10)}
     assert datamodule.recall_items() == []
 
 
-def test_appending_moves_no_record() -> None:
+def test_appended_records_change_no_split() -> None:
     few, many = validation_split(500, 0.1, 0), validation_split(1000, 0.1, 0)
     assert many[:500] == few
     assert 0.07 < sum(many) / 1000 < 0.13
@@ -71,7 +72,7 @@ def test_appending_moves_no_record() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"is empty; write a JSON object a line"),
+        ("", r"is empty; write one JSON object per line"),
         ('{"text": "a"}\n{"text": }', r"r\.jsonl:2 is not JSON"),
         ('{"text": "a"}\n\n[1]', r"r\.jsonl:3 is a JSON list"),
         ('{"text": "a"}\n{"body": "b", "n": 1}', r"r\.jsonl:2: field 'text' is missing \(fields present: body, n\)"),

@@ -1,4 +1,4 @@
-"""One optimizer step sees the same rows for any number of ranks, micro-batches and at any resume."""
+"""One optimizer step sees the same sequences for any number of ranks and micro-batches and after any resume."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def global_steps(order: str, *, ranks: int, accumulate: int, start: int, steps: 
     ]
     result = []
     for _ in range(steps):
-        rows = [next(sampler) for _ in range(accumulate) for sampler in samplers]
-        result.append([tuple(np.atleast_1d(key).tolist()) for micro_batch in rows for key in micro_batch])
+        micro_batches = [next(sampler) for _ in range(accumulate) for sampler in samplers]
+        result.append([tuple(np.atleast_1d(key).tolist()) for micro_batch in micro_batches for key in micro_batch])
     return result
 
 
@@ -69,13 +69,13 @@ def test_every_epoch_is_a_different_permutation() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("n", [1, 5, 8, 17])
-def test_shares_cover_every_row_once_with_equal_numbers_of_batches(ranks: int, n: int) -> None:
+def test_shares_cover_every_key_once_with_equal_numbers_of_batches(ranks: int, n: int) -> None:
     shares = [list(ShareBatchSampler(range(n), rank=r, world_size=ranks, batch_size=2)) for r in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(key for share in shares for batch in share for key in batch) == list(range(n))
 
 
-def test_start_is_asked_when_the_iteration_begins() -> None:
+def test_the_position_is_read_when_the_iteration_begins() -> None:
     position = 0
     sampler = StepBatchSampler(ShuffledOrder(100, seed=0), lambda: position, rank=0, world_size=1, micro_batch=4)
     first = iter(sampler)

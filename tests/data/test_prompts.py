@@ -1,4 +1,4 @@
-"""Prompts: shared out evenly, and every way of having none is refused."""
+"""Prompts: shared out evenly over ranks; missing and malformed ones are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_no_prompts_name_both_keys(prepared: FactsDataModule) -> None:
     ("name", "content", "message"),
     [
         ("none.txt", None, r"none\.txt does not exist"),
-        ("empty.txt", b"\n \n", r"empty\.txt is empty; write a prompt a line"),
+        ("empty.txt", b"\n \n", r"empty\.txt is empty; write one prompt per line"),
         ("bad.jsonl", b'{"prompt": "a"}\n{"prompt"', r"bad\.jsonl:2 is not JSON"),
         (
             "field.jsonl",

@@ -1,4 +1,4 @@
-"""Batches of statements against a naive row-by-row construction."""
+"""Batches of statements against a naive construction, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pkm_lightning.data.batch import NO_TARGET
-from pkm_lightning.data.statements import StatementRows, StatementStore, write_statements
+from pkm_lightning.data.base import NO_TARGET
+from pkm_lightning.data.statements import StatementSequences, StatementStore, write_statements
 from pkm_lightning.errors import ConfigError
 
 STATEMENTS = [[5, 6, 7, 1], [8, 9, 1], [10, 11, 12, 13, 14, 1], [15, 1]]
@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> StatementStore:
     return StatementStore(tmp_path)
 
 
-def naive_row(key: list[int], answer_only: bool) -> tuple[list[int], list[int], list[int]]:
+def naive_sequence(key: list[int], answer_only: bool) -> tuple[list[int], list[int], list[int]]:
     inputs, labels, docs = [], [], []
     for doc, statement in enumerate(key):
         tokens = STATEMENTS[statement]
@@ -36,13 +36,13 @@ def naive_row(key: list[int], answer_only: bool) -> tuple[list[int], list[int], 
 
 @pytest.mark.parametrize("answer_only", [True, False])
 @pytest.mark.parametrize("width", [None, 12])
-def test_batch_equals_the_naive_rows(store: StatementStore, width: int | None, answer_only: bool) -> None:
+def test_batches_equal_the_naive_sequences(store: StatementStore, width: int | None, answer_only: bool) -> None:
     keys = [[0, 1], [2], [3, 0, 2]]
-    rows = StatementRows(store, width=width, answer_only=answer_only, pad_id=0)
-    batch = rows.__getitems__([np.asarray(key) for key in keys])
+    source = StatementSequences(store, width=width, answer_only=answer_only, pad_id=0)
+    batch = source.__getitems__([np.asarray(key) for key in keys])
     assert batch["input_ids"].shape == (3, width or 16)
     for b, key in enumerate(keys):
-        inputs, labels, docs = naive_row(key, answer_only)
+        inputs, labels, docs = naive_sequence(key, answer_only)
         n = len(inputs)
         assert batch["input_ids"][b].tolist() == inputs + [0] * (batch["input_ids"].shape[1] - n)
         assert batch["labels"][b, :n].tolist() == labels
@@ -59,20 +59,20 @@ def test_batch_equals_the_naive_rows(store: StatementStore, width: int | None, a
 
 
 def test_no_keys_make_a_batch_without_targets(store: StatementStore) -> None:
-    batch = StatementRows(store, width=12, answer_only=True, pad_id=0).__getitems__([])
+    batch = StatementSequences(store, width=12, answer_only=True, pad_id=0).__getitems__([])
     assert batch["labels"].shape == (1, 12)
     assert (batch["labels"] == NO_TARGET).all()
     assert not batch["valid"].any()
 
 
-def test_rows_survive_pickling(store: StatementStore) -> None:
-    rows = StatementRows(store, width=12, answer_only=True, pad_id=0)
-    copy = pickle.loads(pickle.dumps(rows))
+def test_a_source_survives_pickling(store: StatementStore) -> None:
+    source = StatementSequences(store, width=12, answer_only=True, pad_id=0)
+    copy = pickle.loads(pickle.dumps(source))
     key = [np.asarray([0, 2])]
-    assert torch.equal(rows.__getitems__(key)["labels"], copy.__getitems__(key)["labels"])
+    assert torch.equal(source.__getitems__(key)["labels"], copy.__getitems__(key)["labels"])
 
 
-def test_a_statement_longer_than_a_row_is_refused(store: StatementStore) -> None:
+def test_a_statement_longer_than_a_sequence_is_refused(store: StatementStore) -> None:
     store.require_fit(5)
     with pytest.raises(ConfigError, match=r"data\.seq_len=4 .* set data\.seq_len=5 or more"):
         store.require_fit(4)

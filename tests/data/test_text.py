@@ -31,8 +31,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def windows(datamodule: TextDataModule) -> list[dict[str, torch.Tensor]]:
-    rows = datamodule.splits.train
-    return [rows.__getitems__([i]) for i in range(datamodule.splits.order.size(0))]
+    source = datamodule.splits.train
+    return [source.__getitems__([i]) for i in range(datamodule.splits.order.size(0))]
 
 
 def test_windows_tile_the_documents(text: Callable[..., TextDataModule], corpus: Path) -> None:
@@ -55,11 +55,11 @@ def test_validation_holds_whole_documents(text: Callable[..., TextDataModule], c
     datamodule = text(str(corpus / "deep"), val_fraction=0.1)
     datamodule.prepare_data()
     numbers = {}
-    for name, rows, n in (
+    for name, source, n in (
         ("train", datamodule.splits.train, datamodule.splits.order.size(0)),
         ("validation", datamodule.splits.validation, len(datamodule.splits.validation_keys)),
     ):
-        decoded = datamodule.tokenizer.decode(rows.__getitems__(list(range(n)))["input_ids"].flatten().tolist())
+        decoded = datamodule.tokenizer.decode(source.__getitems__(list(range(n)))["input_ids"].flatten().tolist())
         numbers[name] = set(decoded.replace("document", " ").split())
     assert not {f"{i}" for i in range(20)} & numbers["train"] & numbers["validation"]
 
@@ -112,7 +112,7 @@ def test_head_and_tail_share_nothing_and_lose_no_letter(documents: list[str], sh
         ({"missing/x.py": b"1"}, r"missing matches no file; directories are searched for \*\.txt"),
         ({"missing/x.txt": b" \n"}, r"all 1 files are empty"),
         ({"missing/x.txt": b"ab\xff"}, r"x\.txt is not UTF-8 at byte 2"),
-        ({"missing/x.txt": b"a b"}, r"the training part has \d+ tokens, a row of data\.seq_len=16 needs 17"),
+        ({"missing/x.txt": b"a b"}, r"the training part has \d+ tokens, a sequence of data\.seq_len=16 needs 17"),
         ({"missing/x.txt": b"many words " * 5}, r"the validation part has \d+ tokens.* raise data\.val_fraction"),
     ],
 )

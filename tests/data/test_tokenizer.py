@@ -1,4 +1,4 @@
-"""Byte-level tokenizers: lossless, deterministic, and a prompt and its answer can be tokenised apart."""
+"""Byte-level tokenizers: lossless, deterministic; a prompt and its answer can be tokenised separately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ words = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1).map(lamb
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(prompt=st.lists(words, min_size=1).map(" ".join), answer=st.lists(words, min_size=1).map(" ".join))
-def test_prompt_and_answer_can_be_tokenised_apart(kind: str, prompt: str, answer: str) -> None:
+def test_prompt_and_answer_can_be_tokenised_separately(kind: str, prompt: str, answer: str) -> None:
     tokenizer = TOKENIZERS[kind]
     # U+0085 and the like are white space to the tokenizer but split no Python words.
     if prompt[-1].isspace() or answer[0].isspace():

@@ -1,6 +1,6 @@
 """Balancing losses against sums written out by hand; their values in and out of balance.
 
-Letters: B sequences, T tokens, K choices a token, E experts.
+Letters: K choices per token.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def test_padding_enters_nothing_whatever_it_holds() -> None:
     probs_BTE = torch.rand(2, 3, 4).softmax(-1)
     logits_BTE = torch.randn(2, 3, 4)
     counts_BE = torch.tensor([[1, 1, 2, 0], [0, 1, 1, 0]])
-    kept = VALID.flatten()
+    valid_T = VALID.flatten()
 
     def losses(probs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        balance = load_balance_loss(counts_BE.sum(0), probs.flatten(0, 1), kept)
+        balance = load_balance_loss(counts_BE.sum(0), probs.flatten(0, 1), valid_T)
         return torch.stack(
-            [balance, router_z_loss(logits.flatten(0, 1), kept), sequence_wise_loss(counts_BE, probs, VALID)]
+            [balance, router_z_loss(logits.flatten(0, 1), valid_T), sequence_wise_loss(counts_BE, probs, VALID)]
         )
 
     actual = losses(probs_BTE, logits_BTE)

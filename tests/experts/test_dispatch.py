@@ -1,6 +1,6 @@
 """Sorting by expert and back: the weighted sum over choices, its gradients, and nothing dropped.
 
-Letters: T tokens, D model dimension, K choices a token.
+Letters: K choices per token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The router's logits are fp32 whatever the precision around them.
-
-Letters: T tokens, D model dimension, E experts.
-"""
+"""The router's logits are fp32 whatever the precision around them."""
 
 from __future__ import annotations
 

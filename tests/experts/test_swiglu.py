@@ -1,6 +1,6 @@
 """Stacked SwiGLU experts: each is the dense FFN of its own weights.
 
-Letters: M rows sorted by expert, D model dimension, F hidden dimension.
+Letters: M rows sorted by expert, F hidden dimension.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Product-key memories written down once more from their papers, without any product structure: one key a slot.
+"""Independent references of product-key memories, without any product structure: one full key per slot.
 
-Every function takes named parameters (`dict(layer.named_parameters())`) and tables, and none of the layer's code.
+Functions take named parameters (`dict(layer.named_parameters())`) and tables, and call none of the layer's code.
 
-Letters: T tokens, D model dimension, H heads, N slots, S sub-keys a half (N = S * S), E dimension of a half key,
-K slots read a head, V values a slot.
+Letters: N slots (N = S * S), P values of a half key.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from torch import Tensor, nn
 
 
 class Read(NamedTuple):
-    """Scores of all slots and the chosen ones with their weights."""
+    """The scores of all slots, and the slots read with their weights."""
 
     scores_THN: Tensor
     ids_THK: Tensor
     weights_THK: Tensor
 
 
-def rms_normalised(x_XE: Tensor, gain_E: Tensor) -> Tensor:
-    return x_XE / x_XE.square().mean(-1, keepdim=True).sqrt() * gain_E
+def rms_normalised(x_XP: Tensor, gain_P: Tensor) -> Tensor:
+    return x_XP / x_XP.square().mean(-1, keepdim=True).sqrt() * gain_P
 
 
 def parameters(layer: nn.Module) -> dict[str, Tensor]:
-    """By the names that they have under `addressing`, or their own; float64."""
+    """Returns the parameters in float64, named without the prefix `addressing.`."""
     return {
         name.removeprefix("addressing."): p if p.dtype is torch.float64 else p.double()
         for name, p in layer.named_parameters()
@@ -37,42 +36,42 @@ def parameters(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def queries(p: Mapping[str, Tensor], x_TD: Tensor, heads: int, norm: str) -> Tensor:
-    """The two half queries of each head side by side, (T, H, 2 E); batch statistics are those of all of `x_TD`."""
+    """Computes both half queries of each head side by side, (T, H, 2 P), with batch statistics over all of `x_TD`."""
     q_TF = x_TD @ p["query.projection.weight"].T + p["query.projection.bias"]
     if norm == "batch":
         deviation_F = (q_TF.var(0, unbiased=False) + 1e-5).sqrt()
         q_TF = (q_TF - q_TF.mean(0)) / deviation_F * p["query.norm.weight"] + p["query.norm.bias"]
-    q_THE = q_TF.view(len(x_TD), heads, -1)
+    q_THP = q_TF.view(len(x_TD), heads, -1)
     if norm == "layer":
-        centred_THE = q_THE - q_THE.mean(-1, keepdim=True)
-        deviation_TH1 = (centred_THE.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        q_THE = centred_THE / deviation_TH1 * p["query.norm.weight"] + p["query.norm.bias"]
+        centred_THP = q_THP - q_THP.mean(-1, keepdim=True)
+        deviation_TH1 = (centred_THP.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        q_THP = centred_THP / deviation_TH1 * p["query.norm.weight"] + p["query.norm.bias"]
     if norm == "rms":
-        q_THE = rms_normalised(q_THE.unflatten(-1, (2, -1)), p["query.norm.weight"]).flatten(-2)
-    return q_THE
+        q_THP = rms_normalised(q_THP.unflatten(-1, (2, -1)), p["query.norm.weight"]).flatten(-2)
+    return q_THP
 
 
 def full_keys(p: Mapping[str, Tensor], heads: int) -> Tensor:
-    """One key a slot: slot n = i * S + j has sub-keys i and j side by side, (H, N, 2 E)."""
-    keys_H2SE = p["keys.keys"].double()
-    size, half = keys_H2SE.shape[2:]
+    """Writes out one key per slot, (H, N, 2 P): slot n = i * S + j has the sub-keys i and j side by side."""
+    keys_H2SP = p["keys.keys"].double()
+    size, half = keys_H2SP.shape[2:]
     if "keys.norm.weight" in p:
-        keys_H2SE = rms_normalised(keys_H2SE, p["keys.norm.weight"].double()) / math.sqrt(half)
-    full_HNE = torch.stack(
-        [torch.cat([keys_H2SE[:, 0, n // size], keys_H2SE[:, 1, n % size]], dim=-1) for n in range(size**2)], dim=1
+        keys_H2SP = rms_normalised(keys_H2SP, p["keys.norm.weight"].double()) / math.sqrt(half)
+    full_HNP = torch.stack(
+        [torch.cat([keys_H2SP[:, 0, n // size], keys_H2SP[:, 1, n % size]], dim=-1) for n in range(size**2)], dim=1
     )
-    return full_HNE.expand(heads, -1, -1)
+    return full_HNP.expand(heads, -1, -1)
 
 
 def best_slots(scores_THN: Tensor, k: int) -> Tensor:
-    """The `k` best of all N scores; scores that are equal only by accident do not occur."""
+    """Selects the `k` best of all N scores, for random scores, which have no ties."""
     return scores_THN.topk(k, dim=-1).indices
 
 
 def by_rank_in_both_halves(scores_THN: Tensor, k: int) -> Tensor:
-    """The documented order of equal scores: by rank in half 1, then in half 2; within a half by lower sub-key index.
+    """Selects the `k` best with ties in the documented order: rank in half 1, then rank in half 2, then sub-key index.
 
-    Ranks are read off the N scores: slots (i, 0) are ordered as the first half is, slots (0, j) as the second.
+    The ranks follow from the N scores: slots (i, 0) are ordered like the first half, slots (0, j) like the second.
     """
     size = round(scores_THN.shape[-1] ** 0.5)
     grid_THSS = scores_THN.unflatten(-1, (size, size))
@@ -92,12 +91,12 @@ def read(
     knn: int,
     norm: str,
     activation: str = "softmax",
-    q_THE: Tensor | None = None,
+    q_THP: Tensor | None = None,
     choose: Callable[[Tensor, int], Tensor] = best_slots,
 ) -> Read:
-    """The best slots of every head and what `activation` makes of their scores."""
-    q_THE = queries(p, x_TD, heads, norm) if q_THE is None else q_THE
-    scores_THN = torch.einsum("the,hne->thn", q_THE, full_keys(p, heads))
+    """Selects the best slots of every head and applies `activation` to their scores."""
+    q_THP = queries(p, x_TD, heads, norm) if q_THP is None else q_THP
+    scores_THN = torch.einsum("thp,hnp->thn", q_THP, full_keys(p, heads))
     ids_THK = choose(scores_THN.detach(), knn)
     chosen_THK = scores_THN.gather(-1, ids_THK)
     if "log_temperature" in p:
@@ -110,12 +109,12 @@ def read(
 
 
 def weighted_values(chosen: Read, table_NV: Tensor) -> Tensor:
-    """The sum over heads and slots of weight times value."""
+    """Sums weight times value over heads and slots."""
     return (chosen.weights_THK.unsqueeze(-1) * table_NV[chosen.ids_THK]).sum(dim=(1, 2))
 
 
 def memory_plus(p: Mapping[str, Tensor], table_NV: Tensor, x_TD: Tensor, chosen: Read, gate: str = "swilu") -> Tensor:
-    """(y * silu(W1 x)) W2 with y the read, mapped if there is a map; or the other gates."""
+    """Computes (y * silu(W1 x)) W2, or the other gates, where y is the read, mapped if there is a map."""
     y_TV = weighted_values(chosen, table_NV)
     if "values.projection.weight" in p:
         y_TV = y_TV @ p["values.projection.weight"].T

@@ -1,7 +1,6 @@
-"""UltraMem and UltraMemV2 written down once more from the papers: every virtual slot is scored and expanded.
+"""Independent references of UltraMem and UltraMemV2, which score and expand every virtual slot.
 
-Letters: T tokens, H heads, C cores, R Tucker rank, S sub-keys a half, A = S * S virtual slots, K slots read a head,
-E dimension of a sub-key, D model dimension, V values a row.
+Letters: C cores, R Tucker rank, A = S * S virtual slots, P values of a sub-key.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ class Scores(NamedTuple):
     column_THS: Tensor
 
 
-def rms_normalised(x_XE: Tensor, gain_E: Tensor) -> Tensor:
-    return x_XE / x_XE.square().mean(-1, keepdim=True).sqrt() * gain_E.to(x_XE.dtype)
+def rms_normalised(x_XP: Tensor, gain_P: Tensor) -> Tensor:
+    return x_XP / x_XP.square().mean(-1, keepdim=True).sqrt() * gain_P.to(x_XP.dtype)
 
 
 def leading_pair(core_RR: Tensor) -> tuple[Tensor, Tensor]:
-    """From the eigenvectors of C C^T, and t = C^T u / lambda."""
+    """Computes u from the eigenvectors of C C^T, and t = C^T u / lambda."""
     core_RR = core_RR.detach()
     values_R, vectors_RR = torch.linalg.eigh(core_RR @ core_RR.T)
     u_R = vectors_RR[:, -1]
@@ -36,18 +35,18 @@ def leading_pair(core_RR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def all_scores(keys: TuckerKeys, x_TD: Tensor, q_TF: Tensor | None = None) -> Scores:
-    """Of all slots; `q_TF` stands in for the query projection of `x_TD`."""
+    """Scores all slots; `q_TF`, if given, replaces the query projection of `x_TD`."""
     wide = torch.float64
     q_TF = x_TD @ keys.query.weight.T if q_TF is None else q_TF
-    q_TH2QE = q_TF.to(wide).view(len(x_TD), keys.heads, 2, keys.queries, keys.key_dim)
-    q_TH2QE = rms_normalised(q_TH2QE, keys.query_norm.weight)
-    keys_H2RSE = rms_normalised(keys.keys.to(wide), keys.key_norm.weight)
+    q_TH2QP = q_TF.to(wide).view(len(x_TD), keys.heads, 2, keys.queries, keys.key_dim)
+    q_TH2QP = rms_normalised(q_TH2QP, keys.query_norm.weight)
+    keys_H2RSP = rms_normalised(keys.keys.to(wide), keys.key_norm.weight)
     grids, rows, columns = [], [], []
     for t, h in torch.cartesian_prod(torch.arange(len(x_TD)), torch.arange(keys.heads)).tolist():
         halves = []
         for half in range(2):
             of_ranks = [
-                keys_H2RSE[h, half, a] @ q_TH2QE[t, h, half, a if keys.queries > 1 else 0] for a in range(keys.rank)
+                keys_H2RSP[h, half, a] @ q_TH2QP[t, h, half, a if keys.queries > 1 else 0] for a in range(keys.rank)
             ]
             halves.append(torch.stack(of_ranks))
         row_RS, column_RS = halves
@@ -64,7 +63,7 @@ def ranked(scores: list[float], k: int) -> list[int]:
 
 
 def two_stage(scores: Scores, k: int) -> Tensor:
-    """Ids of the slots read, (T, H, K): k best rows, k best columns, k best of the grid between them."""
+    """Selects the k best rows, the k best columns and the k best of the grid between them, (T, H, K)."""
     tokens, heads, _, _ = scores.grid_THCA.shape
     total_THA = scores.grid_THCA.detach().sum(2)
     size = scores.row_THS.shape[-1]
@@ -78,7 +77,7 @@ def two_stage(scores: Scores, k: int) -> Tensor:
 
 
 def ultramem(layer: UltraMem, table_NV: Tensor, x_TD: Tensor, q_TF: Tensor | None = None) -> Tensor:
-    """The virtual table V~_p = V W_p is written out, a slice a core, and read slot by slot."""
+    """Writes out the virtual table V~_p = V W_p, one slice per core, and reads it slot by slot."""
     scores = all_scores(layer.keys, x_TD, q_TF)
     ids_THK = two_stage(scores, layer.keys.knn)
     n_rows, values = table_NV.shape
@@ -101,7 +100,7 @@ def ultramem(layer: UltraMem, table_NV: Tensor, x_TD: Tensor, q_TF: Tensor | Non
 def ultramem_v2(
     layer: UltraMemV2, pre_values_AV: Tensor, values_AV: Tensor, x_TD: Tensor, q_TF: Tensor | None = None
 ) -> Tensor:
-    """Each slot an expert with one linear neuron: score * <P[slot], W_pre x> * (V[slot] W)."""
+    """Runs each slot as an expert of one linear neuron: score * <P[slot], W_pre x> * (V[slot] W)."""
     scores = all_scores(layer.keys, x_TD, q_TF)
     ids_THK = two_stage(scores, layer.keys.knn)
     outputs = []
@@ -116,7 +115,7 @@ def ultramem_v2(
 
 
 def spectrum_loss(keys: TuckerKeys, alpha: float, margin: float) -> Tensor:
-    """alpha / (rank - 1) * sum over i >= 2 of max(0, lambda_i - tau)**2, a mean over heads."""
+    """Computes alpha / (rank - 1) * sum over i >= 2 of max(0, lambda_i - tau)**2, a mean over heads."""
     losses = []
     for cores_CRR in keys.cores:
         core_RR = cores_CRR.sum(0)
@@ -126,7 +125,7 @@ def spectrum_loss(keys: TuckerKeys, alpha: float, margin: float) -> Tensor:
 
 
 def balance_loss(keys: TuckerKeys, x_TD: Tensor, valid_T: Tensor, beta: float) -> Tensor:
-    """beta * S * sum over n of f_n p_n, a mean over heads, rows and columns; only valid tokens count."""
+    """Computes beta * S * sum over n of f_n p_n over valid tokens, a mean over heads, rows and columns."""
     scores = all_scores(keys, x_TD)
     ids_THK = two_stage(scores, keys.knn)
     losses = []

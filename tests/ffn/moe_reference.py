@@ -1,7 +1,4 @@
-"""Mixtures of experts written down once more from the papers: one token, one expert, one sum at a time.
-
-Letters: B sequences, T tokens, D model dimension, E experts.
-"""
+"""Independent references of the mixtures of experts: one token, one expert, one sum at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ def expert(experts: SwiGLUExperts, e: int, x_D: Tensor) -> Tensor:
 
 
 def best(scores_E: list[float], k: int) -> list[int]:
-    """Equal scores by lower index."""
+    """Selects the `k` best, ties by lower index."""
     return sorted(range(len(scores_E)), key=lambda e: (-scores_E[e], e))[:k]
 
 
@@ -51,7 +48,7 @@ def weights(settings: Settings, logits_E: Tensor, chosen: list[int]) -> list[Ten
 def token_choice(
     layer: MoE, settings: Settings, x_BTD: Tensor, valid_BT: Tensor | None = None
 ) -> tuple[Tensor, Losses, Tensor]:
-    """Output, weighted losses and loads (of real tokens) of `layer`, whose settings are `settings`."""
+    """Computes output, weighted losses and loads (of real tokens) of `layer`, whose settings are `settings`."""
     n_experts, k = settings["n_experts"], settings["top_k"]
     bias = [0.0] * n_experts
     if settings["balancing"] == "bias":
@@ -115,7 +112,7 @@ def probabilities(layer: ExpertChoiceMoE, x_TD: Tensor) -> Tensor:
 def expert_choice(
     layer: ExpertChoiceMoE, capacity_factor: float, x_TD: Tensor, valid_T: Tensor
 ) -> tuple[Tensor, list[list[int]]]:
-    """Output, and the tokens of each expert: its floor(n c / E) best of the n real ones."""
+    """Computes the output and the tokens of each expert: the floor(n c / E) best of the n real tokens."""
     s_TE = probabilities(layer, x_TD)
     n_experts = s_TE.shape[1]
     real = [t for t, is_real in enumerate(valid_T.tolist()) if is_real]
@@ -130,7 +127,7 @@ def expert_choice(
 
 
 def token_choice_of_expert_choice(layer: ExpertChoiceMoE, k: int, x_TD: Tensor) -> Tensor:
-    """What it computes at evaluation: the `k` best experts of each token, weighted by their probabilities."""
+    """Computes the output at evaluation: the `k` best experts of each token, weighted by their probabilities."""
     s_TE = probabilities(layer, x_TD)
     return torch.stack(
         [

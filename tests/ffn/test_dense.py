@@ -1,7 +1,4 @@
-"""The dense FFN against its formula, and its cost against torch's counter.
-
-Letters: B sequences, T tokens, D model dimension.
-"""
+"""The dense FFN against its formula, and its cost against torch's counter."""
 
 from __future__ import annotations
 
@@ -75,7 +72,7 @@ def test_refuses_an_unknown_activation() -> None:
     [("swiglu", 0.3557), ("gelu", 0.4251), ("squared_relu", 1.5)],
 )
 def test_initial_output_variance(activation: str, second_moment: float) -> None:
-    """That of the hidden activations over the 2 n_layers branches of the residual stream."""
+    """Compares with the second moment of the hidden activations over the 2 n_layers branches of the residual stream."""
     layer = Dense(dim=96, n_layers=4, hidden_dim=400, activation=activation)
     y_BTD = layer(torch.randn(16, 64, 96), CONTEXT).y_BTD
     assert y_BTD.var().item() == pytest.approx(second_moment / 8, rel=0.1)

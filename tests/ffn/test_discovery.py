@@ -1,4 +1,4 @@
-"""A plugin is found by dropping one file into the package; nothing else is edited and nothing else is imported."""
+"""Discovery of plugins: one new file in the package is enough, and only that file is imported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_optional_members_are_recognised() -> None:
 
 
 def test_outputs_do_not_share_their_empty_reports() -> None:
-    """Nobody writes to the defaults: the transformer keeps its own dicts."""
+    """Keeps the shared defaults empty, since the transformer collects into dicts of its own."""
     first = FFNOutput(None)  # type: ignore[arg-type]
     assert (first.aux_losses, first.trace, first.step_stats, first.deferred_BTD) == ({}, {}, {}, None)
     assert FFNContext(None).observe is False  # type: ignore[arg-type]

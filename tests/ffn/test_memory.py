@@ -1,7 +1,4 @@
-"""The vanilla memory layer against a brute-force definition that scores every slot.
-
-Letters: B sequences, T tokens, D model dimension.
-"""
+"""The vanilla memory layer against a brute-force definition that scores every slot."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Memory+ against a brute-force definition that scores every slot: outputs, every gradient, ties, precision.
-
-Letters: B sequences, T tokens, D model dimension, H heads, N slots, S sub-keys a half, K slots read, V values a slot.
-"""
+"""Memory+ against a brute-force definition that scores every slot: outputs, every gradient, ties, precision."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def context(x_BTD: Tensor, *, observe: bool = False) -> FFNContext:
 def build(
     sizes: dict[str, Any], *, qk_norm: bool, dtype: torch.dtype = torch.float64, **options: Any
 ) -> tuple[MemoryPlus, ValueTable]:
-    """A layer whose biases, gains and temperatures are not at their initial values."""
+    """Builds a layer whose biases, gains and temperatures are not at their initial values."""
     table = ValueTable(rows=sizes["n_keys"] ** 2, dim=sizes["value_dim"] or sizes["dim"])
     layer = MemoryPlus(**sizes, table=table, qk_norm=qk_norm, **options)
     for name, parameter in layer.named_parameters():
@@ -44,7 +41,7 @@ def build(
 
 
 def by_brute_force(layer: MemoryPlus, table: ValueTable, x_TD: Tensor, **how: Any) -> Tensor:
-    """The reference's output for tokens in float64; `how` may give queries or another rule for ties."""
+    """Computes the reference's output for tokens in float64; `how` may set queries or another rule for ties."""
     p, norm = brute_force.parameters(layer), "rms" if layer.addressing.query.norm is not None else "none"
     heads, knn = layer.addressing.query.heads, layer.addressing.knn
     gate, activation = layer.gate_kind, layer.addressing.activation
@@ -61,7 +58,7 @@ def test_output_and_gradients_equal_brute_force(sizes: dict[str, Any], qk_norm: 
     expected_BTD = by_brute_force(layer, table, x_BTD.flatten(0, 1)).view_as(x_BTD)
     assert_close(output.y_BTD, expected_BTD)
     inputs = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
-    # With one slot read its weight is 1 whatever the scores: query and keys then rightly get a zero gradient.
+    # With one slot read its weight is 1 whatever the scores, so query and keys get a zero gradient.
     if sizes["knn"] == 1:
         addressing = "addressing"
         silent = [p for name, p in layer.named_parameters() if name.startswith(addressing)]
@@ -73,7 +70,7 @@ def test_output_and_gradients_equal_brute_force(sizes: dict[str, Any], qk_norm: 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_ties_are_broken_as_documented(sizes: dict[str, Any]) -> None:
-    """Small whole numbers give exact scores, so that equal ones are equal in both computations, and many are."""
+    """Draws small integers, so that scores are exact and many are equal in both computations."""
     layer, table = build(sizes, qk_norm=False)
     for parameter in (
         layer.addressing.keys.keys,
@@ -141,12 +138,12 @@ def test_two_layers_that_share_a_table_add_up_its_gradient() -> None:
 def test_bf16_model_scores_in_fp32_and_is_close_to_float64(qk_norm: bool) -> None:
     layer, table = build(SIZES[1], qk_norm=qk_norm, dtype=torch.bfloat16)
     x_BTD = torch.randn(2, 5, 7, dtype=torch.bfloat16)
-    q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
-    assert {scores.dtype for scores in layer.addressing.keys(q_TH2E)} == {torch.float32}
+    q_TH2P, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+    assert {scores.dtype for scores in layer.addressing.keys(q_TH2P)} == {torch.float32}
     output = layer(x_BTD, context(x_BTD))
     assert output.y_BTD.dtype is torch.bfloat16
     # The same queries go in: rounding them otherwise would choose other slots, which is no error of either side.
-    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THE=q_TH2E.flatten(2).double())
+    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THP=q_TH2P.flatten(2).double())
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
@@ -154,16 +151,16 @@ def test_bf16_autocast_scores_in_fp32_and_is_close_to_float64() -> None:
     layer, table = build(SIZES[1], qk_norm=True, dtype=torch.float32)
     x_BTD = torch.randn(2, 5, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
-        assert {scores.dtype for scores in layer.addressing.keys(q_TH2E)} == {torch.float32}
+        q_TH2P, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+        assert {scores.dtype for scores in layer.addressing.keys(q_TH2P)} == {torch.float32}
         output = layer(x_BTD, context(x_BTD, observe=True))
     assert output.y_BTD.dtype is torch.bfloat16
     assert output.trace["slot_weights"].dtype is torch.float32
-    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THE=q_TH2E.flatten(2).double())
+    expected_TD = by_brute_force(layer, table, x_BTD.flatten(0, 1).double(), q_THP=q_TH2P.flatten(2).double())
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
-def test_trace_says_what_was_read_only_when_asked() -> None:
+def test_the_trace_holds_slots_and_weights_only_when_observed() -> None:
     layer, _ = build(SIZES[1], qk_norm=True)
     x_BTD = torch.randn(2, 5, 7, dtype=torch.float64)
     assert layer(x_BTD, context(x_BTD)).trace == {}

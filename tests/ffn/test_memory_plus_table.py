@@ -88,7 +88,7 @@ def test_initialisation() -> None:
 
 
 def test_initial_output_variance_is_that_of_its_factors() -> None:
-    """W2 (y * silu(W1 x)): with V = D, E[sum w**2] / V from the read, and the second moment of silu of a normal."""
+    """Multiplies E[sum w**2] / V of the read (V = D) by the second moment of silu of a standard normal."""
     table = ValueTable(rows=32**2, dim=256)
     layer = MemoryPlus(dim=256, table=table, n_keys=32, heads=4, knn=8, key_dim=16, value_dim=None, qk_norm=True)
     x_BTD = torch.randn(16, 64, 256)

@@ -1,11 +1,7 @@
-"""The token-choice mixture against a loop over tokens and experts: outputs, every gradient, every loss, costs, errors.
-
-Letters: B sequences, T tokens, D model dimension, E experts.
-"""
+"""The token-choice mixture against a loop over tokens and experts: outputs, every gradient and loss, costs, errors."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -32,19 +28,25 @@ SIZES: list[dict[str, Any]] = [
     {"dim": 5, "n_experts": 1, "top_k": 1, "hidden_dim": 4},
     {"dim": 8, "n_experts": 16, "top_k": 8, "hidden_dim": 2, "shared_experts": 1},
 ]
+# Every pair of values of two options occurs.
 OPTIONS = [
-    {"score": score, "select": select, "renormalise": renormalise, "shared_experts": shared, "balancing": balancing}
-    for (score, select), renormalise, shared, balancing in itertools.product(
-        [("softmax", "before"), ("softmax", "after"), ("sigmoid", "before")],
-        [False, True],
-        [0, 2],
-        ["loss", "bias", "none"],
-    )
+    dict(zip(("score", "select", "balancing", "renormalise", "shared_experts"), row, strict=True))
+    for row in [
+        ("softmax", "before", "loss", True, 0),
+        ("softmax", "before", "bias", False, 2),
+        ("softmax", "before", "none", True, 0),
+        ("softmax", "after", "loss", False, 0),
+        ("softmax", "after", "bias", True, 2),
+        ("softmax", "after", "none", False, 0),
+        ("sigmoid", "before", "loss", True, 2),
+        ("sigmoid", "before", "bias", False, 0),
+        ("sigmoid", "before", "none", True, 2),
+    ]
 ]
 
 
 def build(**changes: Any) -> tuple[MoE, dict[str, Any]]:
-    """A float64 layer in training mode, whose bias, if it has one, is large enough to change the selection."""
+    """Builds a float64 layer in training mode, whose bias, if any, is large enough to change the selection."""
     settings = {**SETTINGS, **changes}
     layer = MoE(**settings, n_layers=2, dense_hidden_dim=20).double()
     if settings["balancing"] == "bias":
@@ -57,7 +59,7 @@ def context(x_BTD: Tensor, valid_BT: Tensor | None = None, *, observe: bool = Fa
 
 
 def assert_equals_reference(layer: MoE, settings: dict[str, Any], x_BTD: Tensor, valid_BT: Tensor | None) -> None:
-    """Output, losses, loads and, of the output and of each loss by itself, the gradient of every input."""
+    """Compares output, losses and loads, and the gradients of the output and of each loss in every input."""
     x_BTD.requires_grad_()
     output = layer(x_BTD, context(x_BTD, valid_BT))
     y_BTD, losses, loads_E = moe_reference.token_choice(layer, settings, x_BTD, valid_BT)
@@ -76,8 +78,8 @@ def assert_equals_reference(layer: MoE, settings: dict[str, Any], x_BTD: Tensor,
         assert_close(actual, expected)
         grads = torch.autograd.grad(actual, inputs, retain_graph=True, allow_unused=True)
         expected_grads = torch.autograd.grad(expected, inputs, retain_graph=True, allow_unused=True)
-        for grad, expected_grad, given in zip(grads, expected_grads, inputs, strict=True):
-            zero = torch.zeros_like(given)
+        for grad, expected_grad, leaf in zip(grads, expected_grads, inputs, strict=True):
+            zero = torch.zeros_like(leaf)
             assert_close(zero if grad is None else grad, zero if expected_grad is None else expected_grad, kind="grad")
 
 
@@ -90,7 +92,7 @@ def test_every_option_equals_the_reference(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("tokens", [(1, 1), (1, 6), (4, 1), (2, 5)])
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 5)])
 def test_every_size_equals_the_reference(sizes: dict[str, Any], tokens: tuple[int, int]) -> None:
     layer, settings = build(**sizes, routed_scale=2.5)
     assert_equals_reference(layer, settings, torch.randn(*tokens, sizes["dim"], dtype=torch.float64), None)
@@ -99,7 +101,7 @@ def test_every_size_equals_the_reference(sizes: dict[str, Any], tokens: tuple[in
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("balancing", ["loss", "bias"])
 def test_ties_go_to_the_lower_index(score: str, balancing: str) -> None:
-    """Small whole numbers give exact logits, so that equal ones are equal in both computations, and many are."""
+    """Draws small integers, so that logits are exact and many are equal in both computations."""
     layer, settings = build(score=score, balancing=balancing, bias_rate=0.0, top_k=3)
     layer.router.weight.data = torch.randint(-1, 2, (5, 7)).double()
     layer.router.weight.data[3] = layer.router.weight.data[1]
@@ -145,7 +147,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
 
 
 def test_initial_output_has_the_variance_of_dense_times_the_squared_weights() -> None:
-    """Experts are independent, and each has Dense's variance E[silu(z)**2] / (2 n_layers) for z ~ N(0, 1)."""
+    """Sums independent experts, each of the variance of `Dense`: E[silu(z)**2] / (2 n_layers), z ~ N(0, 1)."""
     layer = MoE(**{**SETTINGS, "dim": 64, "hidden_dim": 100, "shared_experts": 1}, n_layers=3, dense_hidden_dim=1)
     x_BTD = torch.randn(8, 64, 64)
     output = layer(x_BTD, context(x_BTD, observe=True))
@@ -167,15 +169,15 @@ def test_the_active_size_is_that_of_the_dense_ffn(top_k: int, shared: int, hidde
 
 
 def test_the_yaml_routes_like_olmoe_in_every_layer() -> None:
-    given = config("ffn=moe")
-    chosen = {name: value for name, value in given["ffn"].items() if not name.startswith("_")}
-    assert given["placement"]["layers"] == "all"
-    assert chosen == {
+    settings = config("ffn=moe")
+    arguments = {name: value for name, value in settings["ffn"].items() if not name.startswith("_")}
+    assert settings["placement"]["layers"] == "all"
+    assert arguments == {
         "n_experts": 64, "top_k": 8, "shared_experts": 0, "hidden_dim": None, "dense_hidden_dim": 172,
         "score": "softmax", "select": "before", "renormalise": False, "routed_scale": 1.0, "balancing": "loss",
         "balance_loss": 0.02, "bias_rate": 0.001, "z_loss": 0.001, "sequence_balance_loss": 0.0,
     }  # fmt: skip
-    MoE(dim=64, n_layers=2, **chosen)
+    MoE(dim=64, n_layers=2, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Training keeps the experts equally busy: loads after 500 steps on the facts, with each way of balancing.
+"""Loads of the experts after 500 steps on the facts, with each way of balancing.
 
-Letters: B sequences, T tokens, E experts.
+Letters: L layers.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from torch import Tensor
 from toys import config
 from training.fits import trainer
 
-from pkm_lightning.cli.assembly import complete
+from pkm_lightning.build.run import resolve
 from pkm_lightning.training import LanguageModule
 
 STEPS = 500
 
 
 def trained(*overrides: str) -> tuple[LanguageModule, Any]:
-    """The default model with the mixture that its YAML describes, 64 experts and 8 a token, and its data."""
+    """Trains the default model with the mixture of its YAML, 64 experts and 8 per token; returns it with its data."""
     fixed = ("model.vocab_size=auto", "model.n_layers=2", f"trainer.max_steps={STEPS}")
-    given = config("ffn=moe", *fixed, *overrides)
-    resolved, data = complete(given)
-    module = LanguageModule(resolved)
+    run = resolve(config("ffn=moe", *fixed, *overrides))
+    module, data = LanguageModule(run.config), run.data
     trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, log_every_n_steps=50).fit(module, datamodule=data)
     return module, data
 
 
 def relative_loads(module: LanguageModule, data: Any) -> Tensor:
-    """Load of each layer's experts over their mean, of the real tokens of 20 training batches."""
+    """Computes each layer's expert loads over their mean, from the real tokens of 20 training batches."""
     model, loads = module.model.eval(), []
     with torch.no_grad():
         for batch in itertools.islice(data.train_dataloader(), 20):
@@ -56,7 +55,7 @@ def test_every_expert_is_used_between_half_and_twice_the_mean(balancing: str) ->
 
 @pytest.mark.slow
 def test_without_balancing_some_experts_starve() -> None:
-    """What the test above would find if balancing did nothing."""
+    """Shows the loads that the test above would measure without any balancing."""
     loads_LE = relative_loads(*trained("ffn.balancing=none"))
     assert loads_LE.min() < 0.5, loads_LE
     assert loads_LE.max() > 2, loads_LE

@@ -1,6 +1,6 @@
 """PEER against a definition that runs every expert: outputs, every gradient, routers, GLU experts, precision.
 
-Letters: B sequences, T tokens, D model dimension, N experts, H heads, K experts a head.
+Letters: K experts per head, N experts.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def build(
 
 
 def by_definition(
-    layer: PEER, tables: list[ValueTable], x_TD: Tensor, norm: str, router: str, q_THE: Tensor | None = None
+    layer: PEER, tables: list[ValueTable], x_TD: Tensor, norm: str, router: str, q_THP: Tensor | None = None
 ) -> Tensor:
-    """Every expert for every token, weighted with zero where it was not chosen."""
+    """Runs every expert for every token and weights those not selected with zero."""
     sizes = {"heads": layer.addressing.query.heads, "knn": layer.addressing.knn}
-    chosen = brute_force.read(brute_force.parameters(layer), x_TD, **sizes, norm=norm, activation=router, q_THE=q_THE)
+    chosen = brute_force.read(brute_force.parameters(layer), x_TD, **sizes, norm=norm, activation=router, q_THP=q_THP)
     experts = tables[0].weight.shape[0]
     weights_TN = torch.zeros(len(x_TD), experts, dtype=torch.float64).scatter_add(
         1, chosen.ids_THK.flatten(1), chosen.weights_THK.flatten(1)
@@ -62,8 +62,7 @@ def context(x_BTD: Tensor) -> FFNContext:
     return FFNContext(torch.zeros(x_BTD.shape[:2], dtype=torch.int64))
 
 
-@pytest.mark.parametrize("glu", [False, True])
-@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("glu", "router"), [(False, "softmax"), (True, "sigmoid")])
 @pytest.mark.parametrize("norm", ["batch", "rms", "layer", "none"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_output_and_gradients_equal_the_definition(sizes: dict[str, Any], norm: str, router: str, glu: bool) -> None:
@@ -88,15 +87,15 @@ def test_bf16_is_close_to_float64(norm: str) -> None:
     for part in (layer, *tables):
         part.bfloat16()
     x_BTD = torch.randn(2, 5, 7, dtype=torch.bfloat16)
-    q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+    q_TH2P, _ = layer.addressing.query(x_BTD.flatten(0, 1))
     y_BTD = layer(x_BTD, context(x_BTD)).y_BTD
     assert y_BTD.dtype is torch.bfloat16
-    x_TD, q_THE = x_BTD.flatten(0, 1).double(), q_TH2E.flatten(2).double()
-    assert_close(y_BTD.flatten(0, 1), by_definition(layer, tables, x_TD, norm, "softmax", q_THE))
+    x_TD, q_THP = x_BTD.flatten(0, 1).double(), q_TH2P.flatten(2).double()
+    assert_close(y_BTD.flatten(0, 1), by_definition(layer, tables, x_TD, norm, "softmax", q_THP))
 
 
 def test_initial_output_variance_is_that_of_the_experts() -> None:
-    """y sums experts gelu(a) v, a ~ N(0, 1), v of variance 1 / D, with weights w: E[sum w**2] E[gelu(a)**2] / D."""
+    """Compares with E[sum w**2] E[gelu(a)**2] / D: y sums w gelu(a) v for a ~ N(0, 1), v of variance 1 / D."""
     tables = [ValueTable(rows=64**2, dim=64) for _ in range(2)]
     layer = PEER(
         dim=64, table=tables, n_keys=64, heads=8, knn=16, key_dim=16, query_norm="batch", router="softmax", glu=False
@@ -110,7 +109,7 @@ def test_initial_output_variance_is_that_of_the_experts() -> None:
 
 @pytest.mark.slow
 def test_peak_memory_is_at_most_half_of_gather_and_einsum() -> None:
-    """At the size that is published, in processes of their own: the script that measures it."""
+    """Runs the script that measures both at the published size, each in its own process."""
     script = ROOT / "scripts" / "bench_peer_memory.py"
     shown = subprocess.run(
         [sys.executable, str(script), "--rounds", "1"], check=True, capture_output=True, text=True

@@ -1,7 +1,4 @@
-"""PKM against a brute-force definition that scores every slot: outputs, every gradient, padding, batch statistics.
-
-Letters: B sequences, T tokens, D model dimension.
-"""
+"""PKM against a brute-force definition that scores every slot: outputs, every gradient, padding, batch statistics."""
 
 from __future__ import annotations
 
@@ -35,10 +32,10 @@ def build(sizes: dict[str, Any], *, norm: str, dtype: torch.dtype = torch.float6
     return layer.to(dtype)
 
 
-def by_brute_force(layer: PKM, norm: str, x_TD: Tensor, q_THE: Tensor | None = None) -> Tensor:
+def by_brute_force(layer: PKM, norm: str, x_TD: Tensor, q_THP: Tensor | None = None) -> Tensor:
     p = brute_force.parameters(layer)
     heads, knn = layer.addressing.query.heads, layer.addressing.knn
-    chosen = brute_force.read(p, x_TD, heads=heads, knn=knn, norm=norm, q_THE=q_THE)
+    chosen = brute_force.read(p, x_TD, heads=heads, knn=knn, norm=norm, q_THP=q_THP)
     y_TD = brute_force.weighted_values(chosen, layer.values.table.weight.double())
     return y_TD @ p["values.projection.weight"].T if "values.projection.weight" in p else y_TD
 
@@ -86,10 +83,10 @@ def test_one_token_at_evaluation(norm: str) -> None:
 def test_bf16_scores_in_fp32_and_is_close_to_float64(norm: str) -> None:
     layer = build(SIZES[0], norm=norm, dtype=torch.bfloat16)
     x_BTD = torch.randn(2, 5, 7, dtype=torch.bfloat16)
-    q_TH2E, _ = layer.addressing.query(x_BTD.flatten(0, 1))
+    q_TH2P, _ = layer.addressing.query(x_BTD.flatten(0, 1))
     y_BTD = layer(x_BTD, context(x_BTD)).y_BTD
     assert y_BTD.dtype is torch.bfloat16
-    expected_TD = by_brute_force(layer, norm, x_BTD.flatten(0, 1).double(), q_TH2E.flatten(2).double())
+    expected_TD = by_brute_force(layer, norm, x_BTD.flatten(0, 1).double(), q_TH2P.flatten(2).double())
     assert_close(y_BTD.flatten(0, 1), expected_TD)
 
 
@@ -102,7 +99,7 @@ def test_initialisation() -> None:
 
 
 def test_initial_output_variance_is_that_of_the_weights_times_the_values() -> None:
-    """y sums H * K values of variance 1 / D with weights w: its variance is E[sum w**2] / D."""
+    """Compares with E[sum w**2] / D, since y sums H * K values of variance 1 / D with weights w."""
     table = ValueTable(rows=64**2, dim=64)
     layer = PKM(dim=64, table=table, n_keys=64, heads=4, knn=8, key_dim=16, query_norm="batch")
     x_BTD = torch.randn(8, 64, 64)

@@ -1,7 +1,4 @@
-"""UltraMem against a loop over virtual slots: output, every gradient, the spectrum loss, precision, cost, the trace.
-
-Letters: B sequences, T tokens, D model dimension, H heads, K slots read, V values a row, N physical rows.
-"""
+"""UltraMem against a loop over virtual slots: output, every gradient, the spectrum loss, precision, cost, the trace."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ SIZES: list[dict[str, Any]] = [
 
 
 def whole_rows(table: ValueTable) -> Tensor:
-    """The rows of which ids count slices, (rows, dim)."""
+    """Returns whole rows, (rows, dim), of a table whose weight has one line per slice."""
     return table.weight.view(table.rows, table.dim)
 
 
@@ -49,7 +46,7 @@ def context(x_BTD: Tensor, *, observe: bool = False) -> FFNContext:
 def build(
     sizes: dict[str, Any], *, dtype: torch.dtype = torch.float64, random: bool = True, **changes: Any
 ) -> tuple[UltraMem, ValueTable]:
-    """A layer and its table; `random` takes gains and cores away from their initial values."""
+    """Builds a layer and its table; `random` draws gains and cores instead of their initial values."""
     arguments = {"n_layers": 3, "spectrum_loss": 0.5, "spectrum_margin": 0.15, **sizes, **changes}
     spec = UltraMem.table_spec(**arguments)
     table = ValueTable(rows=spec.rows, dim=spec.dim, std=spec.std, slices=spec.slices)
@@ -131,7 +128,7 @@ def test_autocast_is_close_to_float64_and_gives_fp32_gradients() -> None:
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
-def test_trace_says_what_was_read_only_when_asked() -> None:
+def test_the_trace_holds_rows_slots_and_scores_only_when_observed() -> None:
     layer, table = build(SIZES[1])
     x_BTD = torch.randn(2, 5, 6, dtype=torch.float64)
     assert layer(x_BTD, context(x_BTD)).trace == {}
@@ -178,8 +175,11 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
         ({"n_keys": 50_000}, r"ffn.n_keys=50000 is out of range; allowed: 1 to 46340\."),
         ({"key_dim": 0}, r"ffn.key_dim=0 is out of range"),
         ({"cores": 0}, r"ffn.cores=0 is out of range"),
-        ({"cores": 3}, r"ffn.value_dim=8 gives 8 values a row, which ffn.cores=3 .*; use ffn.value_dim=9\."),
-        ({"value_dim": None, "dim": 7}, r"ffn.value_dim=None gives 3 values a row, which ffn.cores=2 .*value_dim=4\."),
+        ({"cores": 3}, r"ffn.value_dim=8 gives 8 values per row, which ffn.cores=3 .*; use ffn.value_dim=9\."),
+        (
+            {"value_dim": None, "dim": 7},
+            r"ffn.value_dim=None gives 3 values per row, which ffn.cores=2 .*value_dim=4\.",
+        ),
         ({"value_dim": 0}, r"ffn.value_dim=0 is out of range"),
         ({"expansion": 5}, r"ffn.expansion=5 does not divide the 36 slots of ffn.n_keys=6; .* or ffn.n_keys=5\."),
         ({"expansion": 0}, r"ffn.expansion=0 is out of range"),

@@ -1,12 +1,7 @@
-"""UltraMemV2 against a loop over slots: output, every gradient, balance loss, precision, cost, start, model.
-
-Letters: B sequences, T tokens, D model dimension, H heads, K slots read, V values a row.
-"""
+"""UltraMemV2 against a loop over slots: output, every gradient, balance loss, precision, cost, model."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -41,7 +36,7 @@ def context(x_BTD: Tensor, *, observe: bool = False, valid_BT: Tensor | None = N
 def build(
     sizes: dict[str, Any], *, dtype: torch.dtype = torch.float64, random: bool = True, **changes: Any
 ) -> tuple[UltraMemV2, list[ValueTable]]:
-    """A layer and its two tables; `random` takes gains and cores away from their initial values."""
+    """Builds a layer and its two tables; `random` draws gains and cores instead of their initial values."""
     arguments = {"n_layers": 3, "balance_loss": 0.5, **sizes, **changes}
     spec = UltraMemV2.table_spec(**arguments)
     tables = [ValueTable(rows=spec.rows, dim=spec.dim, std=spec.std).to(dtype) for _ in range(spec.count)]
@@ -118,7 +113,7 @@ def test_bf16_and_autocast_are_close_to_float64(autocast: bool) -> None:
     assert_close(output.y_BTD.flatten(0, 1), expected_TD)
 
 
-def test_trace_says_what_was_read_only_when_asked() -> None:
+def test_the_trace_holds_slots_and_scores_only_when_observed() -> None:
     layer, _ = build(SIZES[1])
     x_BTD = torch.randn(2, 5, 6, dtype=torch.float64)
     assert layer(x_BTD, context(x_BTD)).trace == {}
@@ -150,7 +145,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
     "changes", [{}, {"heads": 3, "rank": 1, "knn": 4}, {"n_keys": 128, "knn": 32, "rank": 3, "n_layers": 7}]
 )
 def test_the_variance_of_a_fresh_output(changes: dict[str, Any]) -> None:
-    """0.2 / n_layers within 25%: the estimate of the scores leaves out how they differ from token to token."""
+    """Allows 25% around 0.2 / n_layers, since the estimate of the scores ignores their spread over tokens."""
     sizes = {"dim": 96, "n_keys": 64, "heads": 1, "knn": 16, "key_dim": 64, "value_dim": 48, "rank": 2, "n_layers": 4}
     sizes |= changes
     layer, tables = build(sizes, dtype=torch.float32, random=False)
@@ -162,44 +157,6 @@ def test_the_variance_of_a_fresh_output(changes: dict[str, Any]) -> None:
     assert tables[1].weight.std().item() == pytest.approx(std, rel=0.02)
     neurons_TK = tables[0].weight[:100] @ layer.pre(x_BTD.flatten(0, 1)).T
     assert neurons_TK.var().item() == pytest.approx(1, rel=0.15)
-
-
-def test_copies_pickles_state_dicts_and_the_meta_device() -> None:
-    layer, tables = build(SIZES[1])
-    x_BTD = torch.randn(2, 5, 6, dtype=torch.float64)
-    expected_BTD = layer(x_BTD, context(x_BTD)).y_BTD
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x_BTD, context(x_BTD)).y_BTD, expected_BTD)
-        assert twin._values.table is not tables[1]
-    other = UltraMemV2(table=tables, n_layers=3, balance_loss=0.5, **SIZES[1]).double()
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x_BTD, context(x_BTD)).y_BTD, expected_BTD)
-    assert not any("table" in name for name in layer.state_dict())
-    with torch.device("meta"):
-        meta_BTD = torch.empty(2, 5, 6)
-        output = build(SIZES[1], dtype=torch.float32)[0](meta_BTD, context(meta_BTD))
-    assert output.y_BTD.shape == (2, 5, 6)
-    assert output.aux_losses["balance"].shape == ()
-
-
-def test_later_tokens_change_nothing_before_them() -> None:
-    layer, _ = build(SIZES[1])
-    x_BTD = torch.randn(1, 6, 6, dtype=torch.float64)
-    changed_BTD = torch.cat([x_BTD[:, :4], torch.randn(1, 2, 6)], dim=1)
-    first_BTD, second_BTD = (layer(x, context(x)).y_BTD for x in (x_BTD, changed_BTD))
-    assert_close(first_BTD[:, :4], second_BTD[:, :4])
-
-
-def test_compiles_to_one_graph_with_the_same_output() -> None:
-    layer, tables = build(SIZES[1])
-    x_BTD = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
-    leaves = [x_BTD, *(table.weight for table in tables), *layer.parameters()]
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    results = [module(x_BTD, context(x_BTD)) for module in (layer, compiled)]
-    assert_close(results[1].y_BTD, results[0].y_BTD)
-    grads = [torch.autograd.grad(r.y_BTD.square().sum() + r.aux_losses["balance"], leaves) for r in results]
-    for actual, expected in zip(grads[1], grads[0], strict=True):
-        assert_close(actual, expected, kind="grad")
 
 
 @pytest.mark.parametrize("write_after", [0, 1])
@@ -217,8 +174,9 @@ def test_beside_the_ffn_at_once_or_later(write_after: int) -> None:
 
 
 def test_the_configuration_puts_it_beside_every_ffn() -> None:
-    for shared, tables in (("true", 2), ("false", 6)):
-        composed = config("ffn=ultramem_v2", f"table.shared={shared}", "model.memory.n_keys=16")
+    composed = config("ffn=ultramem_v2", "model.memory.n_keys=16")
+    for shared, tables in ((True, 2), (False, 6)):
+        composed["table"]["shared"] = shared
         model = build_model(composed)
         assert all(isinstance(block.ffn, ParallelFFN) and isinstance(block.ffn.base, Dense) for block in model.blocks)
         assert [tuple(table.weight.shape) for table in model.tables] == [(256, 16)] * tables

@@ -1,6 +1,6 @@
 """Cures for unread slots: losses on the halves, straight-through gradients, noise; each against a definition.
 
-Letters: T tokens, D model dimension, H heads, S sub-keys a half, N slots, K slots read, J candidates a half.
+Letters: T tokens, D model dimension, H heads, S sub-keys per half, N slots, K slots read, J candidates a half.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def addressing(activation: str = "softmax", norm: str = "rms", **cures: Any) -> 
 def halves(layer: Addressing, x_TD: Tensor) -> list[Tensor]:
     """Scores of both halves by definition, (T, H, S) each."""
     p = brute_force.parameters(layer)
-    q_TH2E = brute_force.queries(p, x_TD, H, "rms").unflatten(-1, (2, -1))
-    keys_H2SE = brute_force.rms_normalised(p["keys.keys"], p["keys.norm.weight"]) / 2
-    return [torch.einsum("the,hse->ths", q_TH2E[:, :, half], keys_H2SE[:, half]) for half in (0, 1)]
+    q_TH2P = brute_force.queries(p, x_TD, H, "rms").unflatten(-1, (2, -1))
+    keys_H2SP = brute_force.rms_normalised(p["keys.keys"], p["keys.norm.weight"]) / 2
+    return [torch.einsum("the,hse->ths", q_TH2P[:, :, half], keys_H2SP[:, half]) for half in (0, 1)]
 
 
 @pytest.mark.parametrize("valid_T", [None, torch.tensor([True, False, True, True, False, True, True])])

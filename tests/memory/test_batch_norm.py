@@ -23,7 +23,7 @@ VALID_T = torch.tensor([True, True, False, True, True, False, True])
 
 
 def pair(features: int = 3, dtype: torch.dtype = torch.float64) -> tuple[MaskedBatchNorm, torch.nn.BatchNorm1d]:
-    """Ours and torch's, with equal gains, biases and running statistics that are not those of the start."""
+    """Builds ours and torch's, with equal gains, biases and running statistics that are not those of the start."""
     ours, theirs = MaskedBatchNorm(features).to(dtype), torch.nn.BatchNorm1d(features).to(dtype)
     with torch.no_grad():
         theirs.weight.uniform_(0.5, 1.5)
@@ -79,7 +79,7 @@ def test_no_real_token_and_one_give_finite_numbers(tokens: int) -> None:
 
 
 def test_statistics_of_a_step_are_those_of_its_micro_batches_together() -> None:
-    """Summed over micro-batches, as the module does, they move the running statistics as one whole batch would."""
+    """Sums over micro-batches, as the module takes them, move the running statistics as one whole batch would."""
     ours, theirs = pair()
     x_TF = torch.randn(9, 3, dtype=torch.float64)
     first, second = ours(x_TF[:4])[1], ours(x_TF[4:])[1]

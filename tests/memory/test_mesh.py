@@ -1,4 +1,4 @@
-"""What a mesh of tables refuses, and which part of a table is whose; the rest needs ranks (tests/strategies)."""
+"""Refusals of table meshes, and the part of each member; what needs ranks stands in `tests/strategies`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pkm_lightning.memory.replicas import cheapest_way
 
 
 def part_of(shard: str, members: int, member: int) -> TableMesh:
-    """A mesh as one of several members sees it, without the others."""
+    """Builds the mesh of one of several members, without the others."""
     mesh = TableMesh.__new__(TableMesh)
     mesh.shard, mesh.members, mesh.member, mesh.replicas, mesh.world = shard, members, member, 1, members
     return mesh
@@ -25,7 +25,7 @@ def test_a_group_is_all_ranks_a_node_or_a_number() -> None:
             group_size(wrong, 16, 8)  # type: ignore[arg-type]
 
 
-def test_groups_and_columns_that_do_not_divide_are_refused_with_those_that_do() -> None:
+def test_indivisible_groups_and_columns_are_refused_with_alternatives() -> None:
     with pytest.raises(ConfigError, match=r"table.group=3 does not divide the 4 ranks; allowed: 1, 2, 4"):
         check_members("dim", 3, 4)
     with pytest.raises(ConfigError, match=r"10 values of a row over 4 ranks; set table.shard=row, or table.group=2"):
@@ -58,7 +58,7 @@ def test_a_large_table_is_drawn_in_blocks_as_in_one_go() -> None:
     assert torch.equal(table.weight, torch.randn(70_001, 129))
 
 
-def test_what_replicas_exchange_is_what_needs_the_fewest_bytes() -> None:
+def test_replicas_exchange_what_needs_the_fewest_bytes() -> None:
     rows_XD = torch.empty(0, 128)
     assert cheapest_way(1_000, 10, 900, 10**6, rows_XD, 8) == "reads"
     assert cheapest_way(10**6, 10**5, 1_000, 10**6, rows_XD, 8) == "rows"

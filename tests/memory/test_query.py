@@ -1,6 +1,6 @@
-"""The query network against its formulas, one a kind of normalisation, and its precision.
+"""The query network against the formula of each normalisation, and its precision.
 
-Letters: T tokens, D model dimension, H heads, 2 halves, E dimension of a half key.
+Letters: T tokens, D model dimension, H heads, 2 halves, P values of a half key.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def by_definition(query: QueryNetwork, norm: str, x_TD: Tensor) -> Tensor:
         centred_THF = q_THF - q_THF.mean(-1, keepdim=True)
         deviation_TH1 = (centred_THF.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         q_TF = (centred_THF / deviation_TH1 * named["norm.weight"] + named["norm.bias"]).flatten(1)
-    q_TH2E = q_TF.view(-1, 3, 2, 7)
+    q_TH2P = q_TF.view(-1, 3, 2, 7)
     if norm == "rms":
-        q_TH2E = q_TH2E / q_TH2E.square().mean(-1, keepdim=True).sqrt() * named["norm.weight"]
-    return q_TH2E
+        q_TH2P = q_TH2P / q_TH2P.square().mean(-1, keepdim=True).sqrt() * named["norm.weight"]
+    return q_TH2P
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_equals_the_formula_with_gradients(norm: str) -> None:
     query = network(norm=norm)
     x_TD = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    q_TH2E, _ = query(x_TD)
-    expected_TH2E = by_definition(query, norm, x_TD)
-    assert_close(q_TH2E, expected_TH2E)
+    q_TH2P, _ = query(x_TD)
+    expected_TH2P = by_definition(query, norm, x_TD)
+    assert_close(q_TH2P, expected_TH2P)
     inputs = [x_TD, *query.parameters()]
-    upstream_TH2E = torch.randn_like(q_TH2E)
-    actual = torch.autograd.grad(q_TH2E, inputs, upstream_TH2E)
-    for grad, expected in zip(actual, torch.autograd.grad(expected_TH2E, inputs, upstream_TH2E), strict=True):
+    upstream_TH2P = torch.randn_like(q_TH2P)
+    actual = torch.autograd.grad(q_TH2P, inputs, upstream_TH2P)
+    for grad, expected in zip(actual, torch.autograd.grad(expected_TH2P, inputs, upstream_TH2P), strict=True):
         assert_close(grad, expected, kind="grad")
 
 

@@ -1,6 +1,6 @@
 """Dead rows become busy ones, alike for every way of splitting a table; dead sub-keys go where nobody serves queries.
 
-Letters: N rows, D values a row, T queries, S sub-keys, E dimension of a half key.
+Letters: N rows, V values per row, T queries, S sub-keys, P values of a half key.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_
 @pytest.mark.parametrize("slices", [1, 3])
 def test_rows_become_their_sources_and_no_other_row_changes(slices: int) -> None:
     table = ValueTable(rows=7, dim=12, slices=slices)
-    before_ND = table.weight.detach().clone().view(7, 12)
+    before_NV = table.weight.detach().clone().view(7, 12)
     copy_rows(table, torch.tensor([5, 2]), torch.tensor([0, 6]), noise=0.0, seed=1)
-    expected_ND = before_ND.clone()
-    expected_ND[[5, 2]] = before_ND[[0, 6]]
-    assert torch.equal(table.weight.detach().view(7, 12), expected_ND)
+    expected_NV = before_NV.clone()
+    expected_NV[[5, 2]] = before_NV[[0, 6]]
+    assert torch.equal(table.weight.detach().view(7, 12), expected_NV)
 
 
-def test_noise_has_the_size_that_was_asked_for() -> None:
+def test_noise_has_the_configured_size() -> None:
     table = ValueTable(rows=4, dim=4000, std=3.0)
-    before_ND = table.weight.detach().clone()
+    before_NV = table.weight.detach().clone()
     copy_rows(table, torch.tensor([3]), torch.tensor([1]), noise=0.1, seed=1)
-    noise_D = table.weight.detach()[3] - before_ND[1]
-    assert float(noise_D.std() / before_ND[1].square().mean().sqrt()) == pytest.approx(0.1, rel=0.05)
+    noise_V = table.weight.detach()[3] - before_NV[1]
+    assert float(noise_V.std() / before_NV[1].square().mean().sqrt()) == pytest.approx(0.1, rel=0.05)
 
 
 def test_bf16_tables_are_rewritten_in_their_dtype() -> None:
@@ -42,9 +42,9 @@ def test_bf16_tables_are_rewritten_in_their_dtype() -> None:
 
 @pytest.mark.parametrize("shard", ["dim", "row", "none"])
 def test_two_ranks_write_the_rows_that_one_process_writes(ranks: Groups, shard: str) -> None:
-    expected_ND = jobs.revived_table(shard)
+    expected_NV = jobs.revived_table(shard)
     for part in ranks(2).run(jobs.revived_table, shard):
-        assert torch.equal(torch.tensor(part), torch.tensor(expected_ND))
+        assert torch.equal(torch.tensor(part), torch.tensor(expected_NV))
 
 
 def test_the_optimizer_forgets_these_rows_and_no_others() -> None:
@@ -57,30 +57,30 @@ def test_the_optimizer_forgets_these_rows_and_no_others() -> None:
     assert float(state["step"]) == 3
 
 
-def naive(q_TE: Tensor, keys_SE: Tensor, dead: list[int], normalised: bool) -> Tensor:
-    """One new sub-key after another, by loops."""
-    length = float(torch.stack([key.norm() for key in keys_SE]).mean())
-    alive = [key / key.norm() if normalised else key for s, key in enumerate(keys_SE) if s not in dead]
+def naive(q_TP: Tensor, keys_SP: Tensor, dead: list[int], normalised: bool) -> Tensor:
+    """Computes one new sub-key after another, by loops."""
+    length = float(torch.stack([key.norm() for key in keys_SP]).mean())
+    alive = [key / key.norm() if normalised else key for s, key in enumerate(keys_SP) if s not in dead]
     made = []
     for _ in dead:
-        served = [max(float(q @ key / q.norm()) for key in alive) for q in q_TE]
-        worst_E = functional.normalize(q_TE[served.index(min(served))], dim=0)
-        alive.append(worst_E if normalised else worst_E * length)
-        made.append(worst_E * length)
+        served = [max(float(q @ key / q.norm()) for key in alive) for q in q_TP]
+        worst_P = functional.normalize(q_TP[served.index(min(served))], dim=0)
+        alive.append(worst_P if normalised else worst_P * length)
+        made.append(worst_P * length)
     return torch.stack(made)
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_new_sub_keys_point_to_the_worst_served_queries_one_after_another(normalised: bool) -> None:
-    q_TE, keys_SE, dead = torch.randn(30, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64), [1, 4, 6]
-    made_ME = keys_for_worst_served(q_TE, keys_SE, torch.tensor(dead), normalised=normalised, noise=0.0, seed=1)
-    torch.testing.assert_close(made_ME, naive(q_TE, keys_SE, dead, normalised))
+def test_new_sub_keys_point_to_the_queries_of_lowest_score_one_after_another(normalised: bool) -> None:
+    q_TP, keys_SP, dead = torch.randn(30, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64), [1, 4, 6]
+    made_MP = keys_for_worst_served(q_TP, keys_SP, torch.tensor(dead), normalised=normalised, noise=0.0, seed=1)
+    torch.testing.assert_close(made_MP, naive(q_TP, keys_SP, dead, normalised))
 
 
 def test_where_all_are_dead_the_new_ones_still_differ() -> None:
-    q_TE = torch.eye(3).repeat(5, 1)
-    made_ME = keys_for_worst_served(q_TE, torch.ones(3, 3), torch.arange(3), normalised=False, noise=0.0, seed=1)
-    assert len({int(key.argmax()) for key in made_ME}) == 3
+    q_TP = torch.eye(3).repeat(5, 1)
+    made_MP = keys_for_worst_served(q_TP, torch.ones(3, 3), torch.arange(3), normalised=False, noise=0.0, seed=1)
+    assert len({int(key.argmax()) for key in made_MP}) == 3
 
 
 def test_only_the_named_sub_keys_are_written() -> None:

@@ -1,6 +1,6 @@
-"""Staged reads: what backward leaves adds up to autograd's dense gradient, whatever reads a table and however often.
+"""Staged reads: they add up to the dense gradient of autograd, for every kind of read and any number of them.
 
-Letters: N rows, D values a row, T reads, K rows a read, G groups a read.
+Letters: N rows, V values per row, T reads, K rows per read, G groups per read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pkm_lightning.memory import RowStage, ValueTable, clip_tables
 
-N, D, T, K = 17, 6, 5, 4
+N, V, T, K = 17, 6, 5, 4
 
 
 class Reader(nn.Module):
@@ -25,51 +25,51 @@ class Reader(nn.Module):
     def __init__(self, table: ValueTable, kind: str) -> None:
         super().__init__()
         self.tables, self.kind = [table], kind
-        self.weights, self.mix = nn.Linear(D, K), nn.Linear(2 * D if kind == "groups" else D, D)
+        self.weights, self.mix = nn.Linear(V, K), nn.Linear(2 * V if kind == "groups" else V, V)
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+    def forward(self, x_TV: Tensor, ids_TK: Tensor) -> Tensor:
         (table,) = self.tables
-        weights_TK = self.weights(x_TD).softmax(-1)
+        weights_TK = self.weights(x_TV).softmax(-1)
         if self.kind == "sum":
-            y_TD = table(ids_TK, weights_TK)
+            y_TV = table(ids_TK, weights_TK)
         elif self.kind == "groups":
-            y_TD = table(ids_TK, weights_TK, groups_TK=ids_TK % 2, n_groups=2).flatten(1)
+            y_TV = table(ids_TK, weights_TK, groups_TK=ids_TK % 2, n_groups=2).flatten(1)
         else:
-            y_TD = table(ids_TK, table.dot(x_TD, ids_TK).tanh() * weights_TK)
-        return self.mix(y_TD) + x_TD
+            y_TV = table(ids_TK, table.dot(x_TV, ids_TK).tanh() * weights_TK)
+        return self.mix(y_TV) + x_TV
 
 
 def pair(kind: str, *, slices: int = 1) -> tuple[ValueTable, list[Reader], ValueTable, list[Reader]]:
-    """Two layers over one table that learns densely, and the same by rows."""
+    """Builds two layers over one table that learns densely, and the same by rows."""
     made = []
     for learning in ("dense", "rows"):
         torch.manual_seed(3)
-        table = ValueTable(rows=N, dim=D, learning=learning, slices=slices)
+        table = ValueTable(rows=N, dim=V, learning=learning, slices=slices)
         made.append((table, [Reader(table, kind), Reader(table, kind)]))
     return *made[0], *made[1]
 
 
 def run(layers: list[Reader], through: Callable[..., Tensor] | None = None) -> None:
-    """Two micro-batches through both layers, and backward; the same numbers each time."""
+    """Runs two micro-batches forward through both layers and backward, on the same numbers each time."""
     generator = torch.Generator().manual_seed(5)
     for _ in range(2):
-        x_TD = torch.randn(T, D, generator=generator)
+        x_TV = torch.randn(T, V, generator=generator)
         for layer in layers:
             ids_TK = torch.randint(N, (T, K), generator=generator)
-            x_TD = layer(x_TD, ids_TK) if through is None else through(layer, x_TD, ids_TK)
-        x_TD.square().sum().backward()
+            x_TV = layer(x_TV, ids_TK) if through is None else through(layer, x_TV, ids_TK)
+        x_TV.square().sum().backward()
 
 
 def dense(stage: RowStage, table: ValueTable) -> Tensor:
-    """The staged gradient as N x D numbers."""
+    """Returns the staged gradient as N x V numbers."""
     gradient = stage.gradient(table.weight)
     assert gradient is not None
-    _, (order_L, rows_U, starts_V), coefficients_L, sources_L, rows_XD = gradient
-    grad_ND = torch.zeros_like(table.weight)
-    for row, start, end in zip(rows_U.tolist(), starts_V[:-1].tolist(), starts_V[1:].tolist(), strict=True):
+    _, (order_L, rows_U, starts_M), coefficients_L, sources_L, rows_XV = gradient
+    grad_NV = torch.zeros_like(table.weight)
+    for row, start, end in zip(rows_U.tolist(), starts_M[:-1].tolist(), starts_M[1:].tolist(), strict=True):
         for read in order_L[start:end].tolist():
-            grad_ND[row] += coefficients_L[read] * rows_XD[sources_L[read]]
-    return grad_ND.view_as(table.weight)
+            grad_NV[row] += coefficients_L[read] * rows_XV[sources_L[read]]
+    return grad_NV.view_as(table.weight)
 
 
 def staged(table: ValueTable) -> RowStage:
@@ -109,18 +109,18 @@ def test_compiled_layers_stage_the_same(kind: str) -> None:
     assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
 
 
-def test_a_compiler_does_not_make_one_of_two_equal_reads() -> None:
-    table = ValueTable(rows=N, dim=D, learning="rows")
+def test_a_compiler_does_not_merge_two_equal_reads() -> None:
+    table = ValueTable(rows=N, dim=V, learning="rows")
     ids_TK, weights_TK = torch.randint(N, (T, K)), torch.rand(T, K)
 
     def twice() -> Tensor:
         return (table(ids_TK, weights_TK) + table(ids_TK, weights_TK)).sum()
 
     twice().backward()
-    expected_ND = dense(staged(table), table)
+    expected_NV = dense(staged(table), table)
     staged(table).clear()
     torch.compile(twice, backend="aot_eager", fullgraph=True)().backward()
-    assert_close(dense(staged(table), table), expected_ND)
+    assert_close(dense(staged(table), table), expected_NV)
 
 
 def test_one_compiled_graph_serves_many_tables() -> None:
@@ -132,41 +132,41 @@ def test_one_compiled_graph_serves_many_tables() -> None:
         return graph.forward  # type: ignore[no-any-return]
 
     for _ in range(4):
-        layer = Reader(ValueTable(rows=N, dim=D, learning="rows"), "sum")
-        torch.compile(layer, backend=count)(torch.randn(T, D), torch.randint(N, (T, K)))
+        layer = Reader(ValueTable(rows=N, dim=V, learning="rows"), "sum")
+        torch.compile(layer, backend=count)(torch.randn(T, V), torch.randint(N, (T, K)))
     assert len(graphs) == 1
 
 
-def test_a_read_that_outlives_its_table_says_so() -> None:
-    table = ValueTable(rows=N, dim=D, learning="rows")
-    y_TD = table(torch.randint(N, (T, K)), torch.rand(T, K))
+def test_backward_without_the_table_is_an_error() -> None:
+    table = ValueTable(rows=N, dim=V, learning="rows")
+    y_TV = table(torch.randint(N, (T, K)), torch.rand(T, K))
     del table
-    with pytest.raises(RuntimeError, match="the table of this read is gone"):
-        y_TD.sum().backward()
+    with pytest.raises(RuntimeError, match="the table of this read no longer exists"):
+        y_TV.sum().backward()
 
 
 def test_slices_of_rows_are_rows_of_their_own() -> None:
     table = ValueTable(rows=3, dim=4, slices=2, learning="rows")
     assert table.weight.shape == (6, 2)
-    y_TD = table(torch.tensor([[5]]), torch.ones(1, 1))
-    assert torch.equal(y_TD[0], table.weight[5])
-    y_TD.backward(torch.tensor([[1.0, 2.0]]))
+    y_TV = table(torch.tensor([[5]]), torch.ones(1, 1))
+    assert torch.equal(y_TV[0], table.weight[5])
+    y_TV.backward(torch.tensor([[1.0, 2.0]]))
     assert dense(staged(table), table).flatten().nonzero().flatten().tolist() == [10, 11]
 
 
 def test_a_read_with_constant_weights_is_staged_too() -> None:
-    table = ValueTable(rows=N, dim=D, learning="rows")
+    table = ValueTable(rows=N, dim=V, learning="rows")
     table(torch.randint(N, (T, K)), torch.rand(T, K)).sum().backward()
     assert dense(staged(table), table).any()
 
 
 def test_nothing_is_staged_without_gradient_or_for_frozen_rows() -> None:
-    table = ValueTable(rows=N, dim=D, learning="rows")
+    table = ValueTable(rows=N, dim=V, learning="rows")
     with torch.no_grad():
         assert not table(torch.randint(N, (T, K)), torch.rand(T, K)).requires_grad
     assert staged(table).gradient(table.weight) is None
     assert staged(table).norm(table.weight).item() == 0
-    frozen = ValueTable(rows=N, dim=D, learning="rows", trainable=False)
+    frozen = ValueTable(rows=N, dim=V, learning="rows", trainable=False)
     assert frozen.stage is None
     assert not frozen.weight.requires_grad
 
@@ -191,19 +191,19 @@ def test_copies_of_a_model_stage_for_themselves() -> None:
 
 
 def test_bf16_tables_keep_their_coefficients_in_fp32() -> None:
-    table = ValueTable(rows=N, dim=D, learning="rows").bfloat16()
+    table = ValueTable(rows=N, dim=V, learning="rows").bfloat16()
     table(torch.randint(N, (T, K)), torch.rand(T, K)).float().sum().backward()
     gradient = staged(table).gradient(table.weight)
     assert gradient is not None
     assert gradient.coefficients_L.dtype is torch.float32
-    assert gradient.source_rows_XD.dtype is torch.bfloat16
+    assert gradient.source_rows_XV.dtype is torch.bfloat16
 
 
 def test_clipping_is_by_the_norm_over_all_tables() -> None:
     dense_table, dense_layers, table, layers = pair("sum")
     run(dense_layers)
     run(layers)
-    other = ValueTable(rows=N, dim=D, learning="rows")
+    other = ValueTable(rows=N, dim=V, learning="rows")
     other(torch.randint(N, (T, K)), torch.rand(T, K)).sum().backward()
     both, beside = [table, other], torch.ones(4)
     assert dense_table.weight.grad is not None
@@ -222,8 +222,8 @@ def test_clipping_is_by_the_norm_over_all_tables() -> None:
 
 def test_a_table_in_host_memory_is_cast_but_not_moved() -> None:
     with torch.device("meta"):  # models of which only shapes are wanted
-        assert ValueTable(rows=N, dim=D, device="cpu").weight.is_meta
-    table = ValueTable(rows=N, dim=D, device="cpu")
+        assert ValueTable(rows=N, dim=V, device="cpu").weight.is_meta
+    table = ValueTable(rows=N, dim=V, device="cpu")
     layer = nn.ModuleDict({"table": table, "linear": nn.Linear(2, 2)}).to("meta", torch.bfloat16)
     assert layer["linear"].weight.is_meta  # type: ignore[union-attr]
     assert table.weight.device.type == "cpu"

@@ -1,6 +1,7 @@
-"""Tucker keys against all n * n slots scored one by one: the two stages, where they are exact, the start, precision.
+"""Tucker keys against the scores of all n * n slots: both stages, exactness, initialisation, precision.
 
-Letters: T tokens, D model dimension, H heads, C cores, R Tucker rank, S sub-keys a half, A = S * S slots, K slots read.
+Letters: T tokens, D model dimension, H heads, C cores, R Tucker rank, S sub-keys per half, A = S * S slots, K slots
+read.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SIZES: list[dict[str, Any]] = [
 def tucker_keys(
     sizes: dict[str, Any], *, query_per_rank: bool = False, dtype: torch.dtype = torch.float64, **changes: Any
 ) -> TuckerKeys:
-    """Gains and cores are not at their initial values."""
+    """Builds keys whose gains and cores are not at their initial values."""
     keys = TuckerKeys(**{**sizes, **changes}, query_per_rank=query_per_rank)
     for parameter in (keys.query_norm.weight, keys.key_norm.weight):
         torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -38,7 +39,7 @@ def tucker_keys(
 
 @pytest.mark.parametrize("query_per_rank", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_selects_and_scores_as_the_two_stages_say(sizes: dict[str, Any], query_per_rank: bool) -> None:
+def test_selects_and_scores_by_two_stages(sizes: dict[str, Any], query_per_rank: bool) -> None:
     keys = tucker_keys(sizes, query_per_rank=query_per_rank)
     x_TD = torch.randn(6, sizes["dim"], dtype=torch.float64, requires_grad=True)
     read, expected = keys(x_TD), brute_force.all_scores(keys, x_TD)
@@ -83,7 +84,7 @@ def test_is_exact_for_cores_of_rank_one_among_slots_of_positive_factors(rank: in
 
 
 def found_share(keys: TuckerKeys, x_TD: Tensor, *, positive: bool) -> float:
-    """The share of the best K of all A slots that the two stages find; `positive`: of those with positive factors."""
+    """Returns the share of the best K of all A slots, or of those with positive factors, that the two stages find."""
     scores = brute_force.all_scores(keys, x_TD)
     total_THA = scores.grid_THCA.sum(2)
     if positive:
@@ -95,7 +96,7 @@ def found_share(keys: TuckerKeys, x_TD: Tensor, *, positive: bool) -> float:
 
 
 def test_is_approximate_for_other_cores() -> None:
-    """Gaussian cores of rank 3: some slots of positive factors are missed, and of all slots about half."""
+    """Uses Gaussian cores of rank 3: some slots of positive factors are missed, and of all slots about half."""
     keys, x_TD = tucker_keys(SIZES[1], rank=3, n_keys=31, knn=5), torch.randn(50, 7, dtype=torch.float64)
     assert 0.3 < found_share(keys, x_TD, positive=False) < 0.7
     assert 0.5 < found_share(keys, x_TD, positive=True) < 0.99
@@ -138,7 +139,7 @@ def test_the_spectrum_and_its_gradient() -> None:
 
 @pytest.mark.parametrize(("n_keys", "knn"), [(16, 4), (64, 8), (256, 32)])
 def test_moments_of_the_selected_scores(n_keys: int, knn: int) -> None:
-    """Against draws of two sets of normals; Blom's formula and the products of expectations err by some percent."""
+    """Compares with draws of two sets of normals, from which Blom's formula deviates by some percent."""
     rows_TM, columns_TM = (torch.randn(2000, n_keys).topk(knn).values for _ in range(2))
     best_TK = (rows_TM.unsqueeze(-1) * columns_TM.unsqueeze(-2)).flatten(1).topk(knn).values
     mean, spread = selected_moments(n_keys, knn)

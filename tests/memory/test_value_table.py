@@ -21,9 +21,9 @@ class Holder(nn.Module):
 def test_reads_weighted_rows() -> None:
     table = ValueTable(rows=6, dim=3)
     ids_TK = torch.tensor([[5, 0], [2, 2]], dtype=torch.int32)
-    y_TD = table(ids_TK, torch.tensor([[0.25, 0.75], [0.5, 1.0]]))
-    rows_ND = table.weight.detach()
-    assert_close(y_TD, torch.stack([0.25 * rows_ND[5] + 0.75 * rows_ND[0], 1.5 * rows_ND[2]]))
+    y_TV = table(ids_TK, torch.tensor([[0.25, 0.75], [0.5, 1.0]]))
+    rows_NV = table.weight.detach()
+    assert_close(y_TV, torch.stack([0.25 * rows_NV[5] + 0.75 * rows_NV[0], 1.5 * rows_NV[2]]))
 
 
 def test_rows_start_with_variance_one_over_dim() -> None:

@@ -81,8 +81,8 @@ def test_a_shared_table_counts_once_and_several_add_up() -> None:
     ffns, tables = memory_ffns()
     shared = model_cost(transformer(ffns, tables), 5)
     assert (shared.table_rows, shared.table_dim, shared.table_params) == (49, 10, 490)
-    own = [ValueTable(rows=49, dim=10) for _ in range(2)]
-    unshared = model_cost(transformer([dense(3), *map(memory_plus, own)], own), 5)
+    separate = [ValueTable(rows=49, dim=10) for _ in range(2)]
+    unshared = model_cost(transformer([dense(3), *map(memory_plus, separate)], separate), 5)
     assert (unshared.table_rows, unshared.table_dim, unshared.table_params) == (98, 10, 980)
     assert unshared.params_total == shared.params_total + 490
     assert unshared.params_active == shared.params_active

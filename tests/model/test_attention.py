@@ -1,6 +1,6 @@
 """Attention against a loop over heads and positions; grouped queries, rotary positions, document masks.
 
-Letters: B sequences, T tokens, D model dimension, H query heads, G key-value heads, C head dimension, F = C / 2.
+Letters: H query heads, G key-value heads, C head dimension, F = C / 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def shared_inputs(positions_BT: Tensor, head_dim: int, mask_B1TT: Tensor | None 
 
 
 def rotated(x_C: Tensor, position: int) -> Tensor:
-    """The pair (x[f], x[f + C/2]) as a complex number, turned by position * theta**(-2 f / C)."""
+    """Rotates the pairs (x[f], x[f + C/2]) as complex numbers by position * theta**(-2 f / C)."""
     half = len(x_C) // 2
     angles_F = torch.tensor([position * THETA ** (-2 * f / len(x_C)) for f in range(half)], dtype=torch.float64)
     turned_F = torch.complex(x_C[:half], x_C[half:]) * torch.polar(torch.ones_like(angles_F), angles_F)
@@ -32,7 +32,7 @@ def rotated(x_C: Tensor, position: int) -> Tensor:
 
 
 def by_definition(attention: Attention, x_TD: Tensor, n_heads: int) -> Tensor:
-    """Causal attention in float64, one head and one position at a time."""
+    """Computes causal attention in float64, one head and one position at a time."""
     x_TD, size = x_TD.double(), attention.head_dim
     q_THC = (x_TD @ attention.query.weight.double().T).unflatten(-1, (-1, size))
     k_TGC = (x_TD @ attention.key.weight.double().T).unflatten(-1, (-1, size))

@@ -1,6 +1,6 @@
 """The token loss against cross-entropy over all positions, and the check of a user's first batch.
 
-Letters: B sequences, T tokens, D model dimension, M positions with a target.
+Letters: M positions with a target, W vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tolerances import assert_close
 from torch.nn import functional
 from toys import DIM, VOCAB, dense, token_ids, transformer
 
-from pkm_lightning.data.batch import NO_TARGET, check_batch
+from pkm_lightning.data.base import NO_TARGET, check_batch
 from pkm_lightning.errors import DataError
 from pkm_lightning.model.loss import token_nll
 
@@ -45,7 +45,7 @@ def test_a_good_batch_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("content", "message"),
     [
         ([1, 2], r"must be a dict with input_ids and labels .* got list\."),
         ({"input_ids": torch.zeros(1, 2)}, r"got \['input_ids'\]\."),
@@ -57,6 +57,6 @@ def test_a_good_batch_passes() -> None:
         (batch(labels=torch.arange(20).view(2, 10)), r"labels equal input_ids: .* shift them by one"),
     ],
 )
-def test_a_bad_batch_is_refused(given: object, message: str) -> None:
+def test_a_bad_batch_is_refused(content: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        check_batch(given, VOCAB)
+        check_batch(content, VOCAB)

@@ -1,7 +1,4 @@
-"""Which layers get the variant, and what replace, parallel and write_after do to the residual stream.
-
-Letters: B sequences, T tokens, D model dimension.
-"""
+"""The layers of the variant, and the residual stream under replace, parallel and write_after."""
 
 from __future__ import annotations
 
@@ -65,7 +62,7 @@ def test_spread_writes_just_before_the_next_one_reads() -> None:
     [
         (4, {"layers": [1, 4]}, r"puts a layer at 4; allowed: 0 to 3 \(model.n_layers=4\)"),
         (4, {"layers": [-1]}, r"puts a layer at -1; allowed: 0 to 3"),
-        (4, {"layers": [2, 2]}, r"placement.layers=\[2, 2\] names a layer twice"),
+        (4, {"layers": [2, 2]}, r"placement.layers=\[2, 2\] repeats a layer"),
         (4, {"count": -1}, r"placement.count=-1 is out of range; allowed: 0 to inf"),
         (4, {"count": 3, "stride": 3}, r"puts a layer at -1; .*placement.stride"),
         (4, {"stride": 0}, r"placement.stride=0 is out of range"),
@@ -94,20 +91,20 @@ def test_construction_refuses(changes: dict[str, Any], message: str) -> None:
 
 
 def residual_stream(model: Transformer, ids_BT: Tensor) -> list[Tensor]:
-    """The stream before each layer's FFN and after the last layer, with attention and final norm switched off."""
+    """Returns the stream before each layer's FFN and after the last layer, without attention and final norm."""
     for block in model.blocks:
         nn.init.zeros_(block.attention.out.weight)
     model.norm = nn.Identity()
-    seen: list[Tensor] = []
-    hooks = [block.ffn_norm.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for block in model.blocks]
+    inputs: list[Tensor] = []
+    hooks = [block.ffn_norm.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) for block in model.blocks]
     output = model(ids_BT)
     for hook in hooks:
         hook.remove()
-    return [*seen, output.hidden_BTD]
+    return [*inputs, output.hidden_BTD]
 
 
 def added_to_embedding(where: Placement, n_layers: int, layer: int) -> list[float]:
-    """What the stream holds besides the embedding, where base FFNs add 1, 10, 100... and the variant adds 0.5."""
+    """Returns the stream minus the embedding, where base FFNs add 1, 10, 100... and the variant adds 0.5."""
     ffns: list[nn.Module] = [Constant(10.0**i) for i in range(n_layers)]
     ffns[layer] = where.combine(ffns[layer], Constant(0.5), defer=where.delay(n_layers) > 0)
     ids_BT = token_ids()

@@ -1,6 +1,6 @@
-"""The transformer around its plugins: what a token may see, what packing and padding change, what is reported.
+"""The transformer around its plugins: causality, packing, padding, reports.
 
-Letters: B sequences, T tokens, D model dimension, W vocabulary.
+Letters: W vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_future_tokens_do_not_change_the_past() -> None:
     assert (after_BTD[:, 5:] - before_BTD[:, 5:]).abs().amax(-1).min() > 0.01
 
 
-def test_the_past_is_seen() -> None:
+def test_the_past_changes_the_output() -> None:
     model, ids_BT = memory_model(), token_ids()
     changed_BT = ids_BT.clone()
     changed_BT[:, 0] = (ids_BT[:, 0] + 1) % VOCAB
@@ -133,14 +133,14 @@ def test_a_recomputed_forward_reports_once(checkpointed: bool) -> None:
 
 def test_auxiliary_losses_of_one_name_are_summed_over_layers() -> None:
     model = transformer([Reporter(dim=DIM, aux_weight=weight) for weight in (1.0, 0.0, 4.0)])
-    seen: list[float] = []
+    losses: list[float] = []
     for block in model.blocks:
-        block.ffn.register_forward_hook(lambda _, __, output: seen.append(output.aux_losses["toy"].item()))
+        block.ffn.register_forward_hook(lambda _, __, output: losses.append(output.aux_losses["toy"].item()))
     output = model(token_ids())
     assert output.aux_losses.keys() == {"toy"}
-    assert output.aux_losses["toy"].item() == pytest.approx(sum(seen), rel=1e-6)
-    assert seen[0] > 0
-    assert seen[2] > 0
+    assert output.aux_losses["toy"].item() == pytest.approx(sum(losses), rel=1e-6)
+    assert losses[0] > 0
+    assert losses[2] > 0
 
 
 def test_statistics_and_traces_are_by_layer() -> None:
@@ -164,20 +164,20 @@ def test_observing_fills_traces_with_slots_and_changes_no_output() -> None:
 
 
 def test_plugins_get_the_whole_context() -> None:
-    seen: list[Any] = []
+    contexts: list[Any] = []
     model = transformer([Constant()])
-    model.blocks[0].ffn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model.blocks[0].ffn.register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[1]))
     ids_BT, doc_ids_BT = packed()
     valid_BT = doc_ids_BT > 7
     model(ids_BT, doc_ids_BT=doc_ids_BT, valid_BT=valid_BT, observe=True)
-    assert seen[0].input_ids_BT is ids_BT
-    assert seen[0].doc_ids_BT is doc_ids_BT
-    assert seen[0].valid_BT is valid_BT
-    assert seen[0].observe is True
+    assert contexts[0].input_ids_BT is ids_BT
+    assert contexts[0].doc_ids_BT is doc_ids_BT
+    assert contexts[0].valid_BT is valid_BT
+    assert contexts[0].observe is True
 
 
 class Bare(nn.Module):
-    """A plugin that forgot to wrap its output."""
+    """A plugin that returns a bare tensor."""
 
     def forward(self, x_BTD: Tensor, context: object) -> Tensor:
         return x_BTD

@@ -1,153 +1,141 @@
-"""Every backend of row_update against a plain reading of the rules and against the reference; stochastic rounding.
+"""Every rule in every backend that has a kernel for it, against the rule written out and against the reference.
 
-Letters: N rows, D values a row, L reads, X source rows, U rows touched.
+Letters: N rows, V values per row, L reads.
 """
 
 from __future__ import annotations
 
-import os
-from typing import NamedTuple
+import importlib
+from collections.abc import Mapping
 
 import pytest
 import torch
+from row_reads import device_of, on_the_cpu, padded, read
 from tolerances import assert_close
 from torch import Tensor
 
-from pkm_lightning.ops.row_update import RowGradient, RowRule, row_gradient, row_gradient_norm, row_update
+from pkm_lightning.ops.row_update import (
+    RowGradient,
+    RowRule,
+    RowState,
+    UpdateStep,
+    find_rule,
+    new_state,
+    row_gradient,
+    row_update,
+    rule_names,
+    state_bytes,
+)
 from pkm_lightning.ops.row_update.rounding import round_stochastically
-from pkm_lightning.ops.row_update.rules import KINDS, new_state
-from pkm_lightning.ops.segments import Segments
 
-BACKENDS = ["eager", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []), "reference"]
-FAST = [backend for backend in BACKENDS if backend != "reference"]
+RULES = rule_names()
 DTYPES = [torch.float32, torch.bfloat16]
+#: Rules and the backends that have more than the reference for them.
+KERNELS = [(name, backend) for name in RULES for backend in ("eager", *find_rule(name).kernels)]
 
 
-class Step(NamedTuple):
-    """What one step has read: row, coefficient and source row of each read, and the source rows."""
-
-    ids_L: Tensor
-    coefficients_L: Tensor
-    sources_L: Tensor
-    rows_XD: Tensor
+def update(name: str, number: int = 1, **numbers: float) -> tuple[RowRule, UpdateStep]:
+    """Returns a rule with its constants, and the numbers of one update."""
+    betas = (0.0, 0.9) if name == "catch_up_adam" else (0.8, 0.9)
+    step = {"lr": 0.1, "number": number, "seed": 77 * number, **numbers}
+    return find_rule(name)(betas=betas, eps=1e-6), UpdateStep(**step)  # type: ignore[arg-type]
 
 
-def step(n: int, d: int, reads: int, *, dtype: torch.dtype = torch.float32, ids: str = "uniform") -> Step:
-    if ids == "equal":
-        ids_L = torch.full((reads,), n // 2)
-    elif ids == "zipf":
-        ids_L = (n ** torch.rand(reads)).long().clamp(max=n - 1)
-    else:
-        ids_L = torch.randint(n, (reads,))
-    return Step(ids_L, torch.randn(reads), torch.randint(5, (reads,)), torch.randn(5, d).to(dtype))
+def mid_run(name: str, n: int, v: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns a table and a state as in the middle of a run."""
+    table_NV = torch.randn(n, v).to(device, dtype)
+    state = new_state(find_rule(name), table_NV)
+    for value in state.values():
+        value.copy_(torch.rand(value.shape) if value.is_floating_point() else torch.randint(2, value.shape))
+    return table_NV, state
 
 
-def rule(kind: str, number: int = 1, **numbers: float) -> RowRule:
-    betas = (0.0, 0.9) if kind == "catch_up_adam" else (0.8, 0.9)
-    return RowRule(
-        kind=kind, **{"lr": 0.1, "betas": betas, "eps": 1e-6, "step": number, "seed": 77 * number, **numbers}
-    )  # type: ignore[arg-type]
+def copies(table_NV: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    return table_NV.cpu().clone(), {name: value.cpu().clone() for name, value in state.items()}
 
 
-def states(kind: str, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """A table and a state in the middle of a run."""
-    table_ND = torch.randn(n, d).to(dtype)
-    state = new_state(kind, table_ND)
-    for name, value in state.items():
-        value.copy_(torch.randint(2, value.shape) if name == "last_step" else torch.rand(value.shape))
-    return table_ND, state
+def check_update(backend: str, name: str, gradient: RowGradient, **numbers: float) -> None:
+    """Compares an update with the reference's, twice, and leaves rows that were not read alone."""
+    dtype, v = gradient.source_rows_XV.dtype, gradient.source_rows_XV.shape[1]
+    table_NV, state = mid_run(name, gradient.n_rows, v, dtype, gradient.source_rows_XV.device.type)
+    live_U = gradient.segments.rows_U >= 0
+    is_read_N = torch.zeros(gradient.n_rows, dtype=torch.bool)
+    is_read_N[gradient.segments.rows_U[live_U].cpu().long()] = True
+    for tensor in (table_NV, *(value for value in state.values() if value.is_floating_point())):
+        tensor[~is_read_N] = torch.nan
+    expected_NV, expected = copies(table_NV, state)
+    step = update(name, 3, **numbers)
+    row_update(expected_NV, on_the_cpu(gradient), *step, expected, scale=0.5, backend="reference")
+    results = []
+    for _ in range(2):
+        run_NV, run = table_NV.clone(), {key: value.clone() for key, value in state.items()}
+        row_update(run_NV, gradient, *step, run, scale=torch.tensor(0.5, device=run_NV.device), backend=backend)
+        results.append((run_NV.cpu(), {key: value.cpu() for key, value in run.items()}))
+    (actual_NV, actual), (again_NV, again) = results
+    assert actual_NV[~is_read_N].isnan().all()
+    assert_close(actual_NV[is_read_N], expected_NV[is_read_N])
+    assert torch.equal(actual_NV[is_read_N], again_NV[is_read_N])
+    for key, value in expected.items():
+        assert_close(actual[key][is_read_N].float(), value[is_read_N].float())
+        assert torch.equal(actual[key][is_read_N], again[key][is_read_N])
+        assert not value.is_floating_point() or actual[key][~is_read_N].isnan().all()
 
 
-def assert_same_update(backend: str, kind: str, reads: Step, n: int, **numbers: float) -> None:
-    dtype, d = reads.rows_XD.dtype, reads.rows_XD.shape[1]
-    table_ND, state = states(kind, n, d, dtype)
-    expected_ND, expected = table_ND.clone(), {name: value.clone() for name, value in state.items()}
-    gradient = row_gradient(n, *reads)
-    row_update(table_ND, gradient, rule(kind, 3, **numbers), state, scale=torch.tensor(0.5), backend=backend)
-    row_update(expected_ND, gradient, rule(kind, 3, **numbers), expected, scale=0.5, backend="reference")
-    assert_close(table_ND, expected_ND)
-    for name, value in expected.items():
-        assert_close(state[name].float(), value.float())
-
-
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("name", "backend"), KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_reference(kind: str, dtype: torch.dtype, backend: str) -> None:
-    assert_same_update(backend, kind, step(13, 7, 50, dtype=dtype), 13, weight_decay=0.2)
+def test_equals_the_reference_on_every_run(name: str, backend: str, dtype: torch.dtype) -> None:
+    decay = {} if find_rule(name).refuses_decay else {"weight_decay": 0.2}
+    check_update(backend, name, read(13, 7, 20, dtype, device_of(backend)), **decay)
 
 
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("dim", [1, 3, 63, 64, 100, 257])
-def test_any_width(dim: int, backend: str) -> None:
-    assert_same_update(backend, "lazy_adam", step(9, dim, 17), 9)
+@pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
+def test_any_width_hot_rows_and_empty_steps(backend: str) -> None:
+    device = device_of(backend)
+    for v in (1, 64, 257):
+        check_update(backend, "lazy_adam", read(5, v, 6, device=device))
+    for gradient in (read(4, 5, 150, device=device, row=2), read(4, 5, 0, device=device)):
+        check_update(backend, "row_adagrad", gradient)
 
 
-def padded(gradient: RowGradient) -> RowGradient:
-    """The same gradient as an accelerator has it: room for more segments than there are."""
-    order_L, rows_U, starts_V = gradient.segments
-    pad, end = torch.nn.functional.pad, len(order_L)
-    return gradient._replace(
-        segments=Segments(order_L, pad(rows_U, (0, 3), value=-1), pad(starts_V, (0, 3), value=end))
-    )
-
-
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
-@pytest.mark.parametrize("first", [0, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_gpu_kernels_pass_over_empty_segments(kind: str, first: int) -> None:
-    reads = step(9, 5, 30)
-    gradient = row_gradient(9, *reads._replace(ids_L=reads.ids_L.clamp(min=first)))
-    table_ND, state = states(kind, 9, 5, torch.float32)
-    # What stands before the first row must not be taken for row -1.
-    around_ND = torch.cat([torch.full((1, 5), torch.nan), table_ND])
-    expected_ND, expected = table_ND.clone(), {name: value.clone() for name, value in state.items()}
-    row_update(around_ND[1:], padded(gradient), rule(kind, 3), state, backend="triton")
-    row_update(expected_ND, gradient, rule(kind, 3), expected, backend="reference")
-    assert around_ND[0].isnan().all()
-    assert_close(around_ND[1:], expected_ND)
-    for name, value in expected.items():
-        assert_close(state[name].float(), value.float())
-    norm = row_gradient_norm(padded(gradient), backend="triton")
-    assert_close(norm, row_gradient_norm(gradient, backend="reference"))
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("seed", [0, 1, 77, 2**31 - 1])
-def test_every_backend_rounds_by_the_same_bits(seed: int, backend: str) -> None:
-    # One read a row and no state: nothing but the hash can differ.
-    reads = Step(torch.arange(6), torch.ones(6), torch.arange(6) % 5, torch.randn(5, 33).bfloat16())
-    table_ND = torch.randn(6, 33).bfloat16()
-    expected_ND = table_ND.clone()
-    row_update(table_ND, row_gradient(6, *reads), rule("sgd", seed=seed), {}, backend=backend)
-    row_update(expected_ND, row_gradient(6, *reads), rule("sgd", seed=seed), {}, backend="reference")
-    assert torch.equal(table_ND, expected_ND)
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize(("ids", "reads"), [("equal", 1), ("equal", 700), ("zipf", 400), ("uniform", 0)])
-def test_hot_rows_and_empty_steps(ids: str, reads: int, backend: str) -> None:
-    assert_same_update(backend, "row_adagrad", step(40, 5, reads, ids=ids), 40)
+@pytest.mark.parametrize("name", [name for name in RULES if "triton" in find_rule(name).kernels])
+def test_the_gpu_kernels_pass_over_empty_segments(name: str) -> None:
+    device = device_of("triton")
+    for first in (0, 2):
+        ids_L = torch.randint(first, 6, (10,))
+        parts = ids_L, torch.randn(10), torch.randint(5, (10,)), torch.randn(5, 3)
+        gradient = row_gradient(6, *(part.to(device) for part in parts))
+        table_NV, state = mid_run(name, 6, 3, torch.float32, device)
+        # What stands before the first row must not be taken for row -1.
+        around_NV = torch.cat([torch.full((1, 3), torch.nan, device=device), table_NV])
+        expected_NV, expected = copies(table_NV, state)
+        row_update(around_NV[1:], padded(gradient), *update(name, 3), state, backend="triton")
+        row_update(expected_NV, on_the_cpu(gradient), *update(name, 3), expected, backend="reference")
+        assert around_NV[0].isnan().all()
+        assert_close(around_NV[1:].cpu(), expected_NV)
+        for key, value in expected.items():
+            assert_close(state[key].cpu().float(), value.float())
 
 
 def test_chunks_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pkm_lightning.ops.row_update.eager._CHUNK_VALUES", 12)
-    assert_same_update("eager", "lazy_adam", step(50, 5, 90, ids="zipf"), 50)
+    check_update("eager", "lazy_adam", read(20, 5, 30))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_reference_equals_the_rule_written_out(kind: str) -> None:
-    reads = step(4, 3, 9)
-    table_ND, state = states(kind, 4, 3, torch.float32)
-    before_ND, before = table_ND.double(), {name: value.double().clone() for name, value in state.items()}
-    row_update(table_ND, row_gradient(4, *reads), rule(kind, 3), state, backend="reference")
+@pytest.mark.parametrize("name", ["sgd", "row_adagrad", "lazy_adam", "catch_up_adam"])
+def test_reference_equals_the_rule_written_out(name: str) -> None:
+    gradient = read(4, 3, 9)
+    table_NV, state = mid_run(name, 4, 3, torch.float32)
+    before_NV, before = copies(table_NV, state)
+    row_update(table_NV, gradient, *update(name, 3), state, backend="reference")
+    _, (order_L, rows_U, starts), coefficients_L, sources_L, source_rows_XV = gradient
     for row in range(4):
         grad = [0.0, 0.0, 0.0]
-        for id_, coefficient, source in zip(reads.ids_L, reads.coefficients_L, reads.sources_L, strict=True):
-            if id_ == row:
-                grad = [g + float(coefficient) * float(x) for g, x in zip(grad, reads.rows_XD[source], strict=True)]
-        if row not in reads.ids_L:
-            assert torch.equal(table_ND[row], before_ND[row].float())
+        for u in (rows_U == row).nonzero().flatten().tolist():
+            for read_ in order_L[starts[u] : starts[u + 1]].tolist():
+                source = source_rows_XV[sources_L[read_]]
+                grad = [g + float(coefficients_L[read_]) * float(x) for g, x in zip(grad, source, strict=True)]
+        if row not in rows_U:
+            assert torch.equal(table_NV[row], before_NV[row])
             continue
         total = (float(before["sum"][row]) if "sum" in before else 0.0) + sum(g * g for g in grad) / 3
         for d, g in enumerate(grad):
@@ -160,108 +148,96 @@ def test_reference_equals_the_rule_written_out(kind: str) -> None:
                 "row_adagrad": g / (total**0.5 + 1e-6),
                 "lazy_adam": m / (1 - 0.8**3) / root,
                 "catch_up_adam": g / root,
-            }[kind]
-            assert float(table_ND[row, d]) == pytest.approx(float(before_ND[row, d]) - 0.1 * move, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_nobody_read_are_left_alone(dtype: torch.dtype, backend: str) -> None:
-    table_ND, state = states("lazy_adam", 30, 5, dtype)
-    reads = step(30, 5, 20, dtype=dtype)
-    unread_N = torch.ones(30, dtype=torch.bool).index_fill(0, reads.ids_L, False)
-    for tensor in (table_ND, *state.values()):
-        tensor[unread_N] = torch.nan
-    row_update(table_ND, row_gradient(30, *reads), rule("lazy_adam"), state, backend=backend)
-    for tensor in (table_ND, *state.values()):
-        assert tensor[unread_N].isnan().all()
-        assert tensor[~unread_N].isfinite().all()
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_runs_are_bitwise_equal(dtype: torch.dtype, backend: str) -> None:
-    reads = step(20, 33, 300, dtype=dtype, ids="zipf")
-    table_ND, state = states("lazy_adam", 20, 33, dtype)
-    results = []
-    for _ in range(2):
-        run_ND, run = table_ND.clone(), {name: value.clone() for name, value in state.items()}
-        row_update(run_ND, row_gradient(20, *reads), rule("lazy_adam"), run, backend=backend)
-        results.append((run_ND, run["exp_avg"], row_gradient_norm(row_gradient(20, *reads), backend=backend)))
-    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_is_that_of_the_dense_gradient(dtype: torch.dtype, backend: str) -> None:
-    reads = step(11, 13, 200, dtype=dtype, ids="zipf")
-    gradient = row_gradient(11, *reads)
-    dense_ND = torch.zeros(11, 13, dtype=torch.float64)
-    dense_ND.index_add_(
-        0, reads.ids_L, reads.coefficients_L.double()[:, None] * reads.rows_XD.double()[reads.sources_L]
-    )
-    assert_close(row_gradient_norm(gradient, backend=backend), dense_ND.norm())
+            }[name]
+            assert float(table_NV[row, d]) == pytest.approx(float(before_NV[row, d]) - 0.1 * move, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 def test_float64_tables(backend: str) -> None:
-    reads = step(5, 4, 12)._replace(rows_XD=torch.randn(5, 4, dtype=torch.float64))
-    table_ND = torch.zeros(5, 4, dtype=torch.float64)
-    row_update(table_ND, row_gradient(5, *reads), rule("sgd", lr=1.0), {}, backend=backend)
-    expected_ND = torch.zeros(5, 4, dtype=torch.float64)
-    expected_ND.index_add_(0, reads.ids_L, reads.coefficients_L.double()[:, None] * reads.rows_XD[reads.sources_L])
-    assert_close(-table_ND, expected_ND)
+    gradient = read(5, 4, 12, torch.float64)
+    table_NV, expected_NV = torch.ones(5, 4, dtype=torch.float64), torch.ones(5, 4, dtype=torch.float64)
+    row_update(table_NV, gradient, *update("sgd", lr=1.0, weight_decay=0.25), {}, backend=backend)
+    _, (order_L, rows_U, starts), coefficients_L, sources_L, rows_XV = gradient
+    expected_NV[rows_U] *= 0.75
+    ids_L = rows_U.repeat_interleave(starts.diff())
+    expected_NV.index_add_(0, ids_L, -(coefficients_L[:, None] * rows_XV[sources_L])[order_L])
+    assert_close(table_NV, expected_NV)
 
 
-@pytest.mark.parametrize("backend", FAST)
-def test_updates_below_the_last_bit_arrive_on_average(backend: str) -> None:
-    table_ND = torch.ones(1, 64, dtype=torch.bfloat16)
-    reads = Step(torch.zeros(1).long(), torch.ones(1), torch.zeros(1).long(), torch.ones(1, 64, dtype=torch.bfloat16))
-    for number in range(1, 201):
-        row_update(table_ND, row_gradient(1, *reads), rule("sgd", number, lr=1e-3), {}, backend=backend)
+@pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
+def test_every_backend_rounds_by_the_same_bits(backend: str) -> None:
+    # One read per row and no state: nothing but the hash can differ.
+    parts = torch.arange(6), torch.ones(6), torch.arange(6) % 5, torch.randn(5, 33).bfloat16()
+    gradient = row_gradient(6, *(part.to(device_of(backend)) for part in parts))
+    before_NV = torch.randn(6, 33).bfloat16()
+    for seed in (0, 1, 2**31 - 1):
+        table_NV, expected_NV = before_NV.to(device_of(backend), copy=True), before_NV.clone()
+        row_update(table_NV, gradient, *update("sgd", seed=seed), {}, backend=backend)
+        row_update(expected_NV, on_the_cpu(gradient), *update("sgd", seed=seed), {}, backend="reference")
+        assert torch.equal(table_NV.cpu(), expected_NV)
+
+
+def test_stochastic_rounding_is_unbiased_and_keeps_exact_values() -> None:
+    values_UV = torch.full((200, 500), 1.001)
+    rounded_UV = round_stochastically(values_UV, torch.arange(200), seed=3).float()
+    assert set(rounded_UV.unique().tolist()) == {1.0, 1.0078125}
+    assert rounded_UV.mean().item() == pytest.approx(1.001, abs=1e-4)
+    exact_UV = torch.tensor([[0.0, -0.0, 1.5, -2.0, torch.inf, -torch.inf, torch.nan, 3.3895e38]])
+    rounded_UV = round_stochastically(exact_UV, torch.zeros(1), seed=1)
+    assert torch.equal(rounded_UV.nan_to_num(7), exact_UV.bfloat16().nan_to_num(7))
     # 200 steps of 1e-3 from 1; rounded to nearest, bf16 would not have moved.
-    assert table_ND.float().mean().item() == pytest.approx(0.8, abs=0.01)
+    table_NV, ones = torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(1, 64, dtype=torch.bfloat16)
+    gradient = row_gradient(1, torch.zeros(1).long(), torch.ones(1), torch.zeros(1).long(), ones)
+    for number in range(1, 201):
+        row_update(table_NV, gradient, *update("sgd", number, lr=1e-3), {})
+    assert table_NV.float().mean().item() == pytest.approx(0.8, abs=0.01)
 
 
-def test_stochastic_rounding_is_unbiased_and_keeps_what_is_exact() -> None:
-    values_UD = torch.full((200, 500), 1.001)
-    rounded_UD = round_stochastically(values_UD, torch.arange(200), seed=3).float()
-    assert set(rounded_UD.unique().tolist()) == {1.0, 1.0078125}
-    assert rounded_UD.mean().item() == pytest.approx(1.001, abs=1e-4)
-    exact_UD = torch.tensor([[0.0, -0.0, 1.5, -2.0, torch.inf, -torch.inf, torch.nan, 3.3895e38]])
-    assert_same = round_stochastically(exact_UD, torch.zeros(1), seed=1)
-    assert torch.equal(assert_same.nan_to_num(7), exact_UD.bfloat16().nan_to_num(7))
+def test_rules_are_found_by_the_names_of_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"sgd", "row_adagrad", "lazy_adam", "catch_up_adam"} <= set(RULES)
+    for backend in ("cpu", "triton"):
+        module = importlib.import_module(f"pkm_lightning.ops.row_update.{backend}")
+        assert set(module._KINDS) == {name for name, kernels in KERNELS if kernels == backend}
+    table_NV = torch.empty(10, 4, dtype=torch.bfloat16, device="meta")
+    sizes = [state_bytes(find_rule(name), table_NV) for name in ("sgd", "row_adagrad", "lazy_adam", "catch_up_adam")]
+    assert sizes == [0, 40, 320, 200]
+    with pytest.raises(ValueError, match=r"row_update: rule='base' is unknown; allowed: catch_up_adam, lazy_adam"):
+        find_rule("base")
+    monkeypatch.setattr(find_rule("sgd"), "name", "gradient_descent")
+    with pytest.raises(ValueError, match=r"SGD.name is 'gradient_descent'; it must be the name of its file, 'sgd'"):
+        find_rule("sgd")
+    monkeypatch.undo()
+    monkeypatch.setattr(find_rule("sgd"), "state", {"step": RowState("row")})
+    with pytest.raises(ValueError, match=r"SGD.state has the name 'step', which the number of the update has"):
+        find_rule("sgd")
 
 
-def test_refusals_name_what_is_wrong() -> None:
-    table_ND, gradient = torch.zeros(4, 3), row_gradient(4, *step(4, 3, 6))
-    with pytest.raises(ValueError, match=r"row_update: rule='adam' is unknown; allowed: sgd, row_adagrad"):
-        RowRule(kind="adam", lr=1)
-    with pytest.raises(ValueError, match=r"step=0; updates are counted from 1"):
-        rule("sgd", 0)
+def test_refusals_name_the_value() -> None:
+    table_NV, gradient, sgd = torch.zeros(4, 3), read(4, 3, 6), update("sgd")
+    with pytest.raises(ValueError, match=r"number=0; updates are counted from 1"):
+        update("sgd", 0)
+    with pytest.raises(ValueError, match=r"seed=-1; allowed: 0 to"):
+        update("sgd", seed=-1)
     with pytest.raises(ValueError, match=r"the table is torch.float16; allowed: torch.float32"):
-        row_update(table_ND.half(), gradient, rule("sgd"), {})
+        row_update(table_NV.half(), gradient, *sgd, {})
     with pytest.raises(ValueError, match=r"source rows are torch.float32 of 3 values, the table torch.float32 of 5"):
-        row_update(torch.zeros(4, 5), gradient, rule("sgd"), {})
+        row_update(torch.zeros(4, 5), gradient, *sgd, {})
     with pytest.raises(ValueError, match=r"lazy_adam needs the state .*exp_avg"):
-        row_update(table_ND, gradient, rule("lazy_adam"), {})
+        row_update(table_NV, gradient, *update("lazy_adam"), {})
     with pytest.raises(ValueError, match=r"the table must be contiguous"):
-        row_update(torch.zeros(3, 4).T, gradient, rule("sgd"), {})
+        row_update(torch.zeros(3, 4).T, gradient, *sgd, {})
     with pytest.raises(ValueError, match=r"the gradient is of a table of 4 rows, this has 5"):
-        row_update(torch.zeros(5, 3), gradient, rule("sgd"), {})
+        row_update(torch.zeros(5, 3), gradient, *sgd, {})
     with pytest.raises(ValueError, match=r"row_gradient: ids has 4; allowed: 0 to 3"):
         row_gradient(4, torch.tensor([4]), torch.ones(1), torch.zeros(1).long(), torch.ones(1, 3))
     with pytest.raises(ValueError, match=r"row_gradient: needs ids, coefficients and sources of one shape"):
         row_gradient(4, torch.zeros(2).long(), torch.ones(2), torch.zeros(2).long(), torch.ones(3))
-    wide = row_gradient(4, *step(4, 3, 6)._replace(rows_XD=torch.ones(5, 3, dtype=torch.float64)))
     with pytest.raises(ValueError, match=r"backend='cpu' sums in float32; use backend=eager for float64"):
-        row_update(table_ND.double(), wide, rule("sgd"), {}, backend="cpu")
+        row_update(table_NV.double(), read(4, 3, 6, torch.float64), *sgd, {}, backend="cpu")
     for betas in ((0.9, 1.0), (1.0, 0.9)):
         with pytest.raises(ValueError, match=r"each must be from 0 to below 1"):
-            RowRule(kind="lazy_adam", lr=1, betas=betas)
-    with pytest.raises(ValueError, match=r"and the first 0 for catch_up_adam"):
-        RowRule(kind="catch_up_adam", lr=1)
-    with pytest.raises(ValueError, match=r"seed=-1; allowed: 0 to"):
-        rule("sgd", seed=-1)
+            find_rule("lazy_adam")(betas=betas)
+    with pytest.raises(ValueError, match=r"catch_up_adam is exact without momentum only; set the first to 0"):
+        find_rule("catch_up_adam")()
     with pytest.raises(ValueError, match=r"backend='cuda' is not available; allowed: auto, eager"):
-        row_update(table_ND, gradient, rule("sgd"), {}, backend="cuda")
+        row_update(table_NV, gradient, *sgd, {}, backend="cuda")

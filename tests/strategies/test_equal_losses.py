@@ -18,7 +18,7 @@ CASES = [
     pytest.param("ddp", 4, "ffn=peer table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("ddp", 2, "ffn=ultramem table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("ddp", 4, "ffn=memory_plus table.shard=dim table.learning=rows table.group=2", marks=pytest.mark.slow),
-    ("ddp", 2, "ffn=memory_plus table.shard=none table.learning=fused optim.table_clip_norm=null"),
+    ("ddp", 2, "ffn=memory_plus table.shard=none table.learning=rows"),
     pytest.param("fsdp", 2, "ffn=peer table.shard=dim table.learning=rows", marks=pytest.mark.slow),
     pytest.param(
         "fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2", marks=pytest.mark.slow
@@ -48,7 +48,7 @@ CASES = [
     pytest.param(
         "deepspeed_3",
         2,
-        "ffn=ultramem_v2 table.shard=dim table.learning=fused optim.table_clip_norm=null",
+        "ffn=ultramem_v2 table.shard=dim table.learning=rows",
         marks=pytest.mark.slow,
     ),
     pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),

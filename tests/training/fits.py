@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from toys import VOCAB, config
 
-from pkm_lightning.data.batch import NO_TARGET
+from pkm_lightning.data.base import NO_TARGET
 from pkm_lightning.training import LanguageModule
 
 Batch = dict[str, Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 from training.fits import Batch, fit, rows, settings, split
 
 from pkm_lightning.build.model import build_model
-from pkm_lightning.data.batch import NO_TARGET
+from pkm_lightning.data.base import NO_TARGET
 from pkm_lightning.model import Transformer
 from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule

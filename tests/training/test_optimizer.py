@@ -9,8 +9,9 @@ import pytest
 from torch import nn
 from toys import Constant, config, dense, memory_ffns, transformer
 
+from pkm_lightning.build.schedule import schedule_factor
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.training.optimizer import parameter_groups, parameter_roles, schedule_factor
+from pkm_lightning.training.optimizer import parameter_groups, parameter_roles
 
 OPTIM = {"lr": 0.01, "weight_decay": 0.1, "table_lr_factor": 4.0, "table_weight_decay": 0.03}
 

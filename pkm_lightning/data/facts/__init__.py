@@ -1,4 +1,4 @@
-"""Real facts, taught a known number of times in known forms, so that recall can be measured form by form."""
+"""Real facts, shown a known number of times in known forms, so that recall can be measured form by form."""
 
 from __future__ import annotations
 

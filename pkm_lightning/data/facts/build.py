@@ -1,4 +1,4 @@
-"""Fill a cache folder: the facts, a tokenizer learned from what training shows, and each shown sentence once."""
+"""The cache folder of facts: the facts, a tokenizer trained on what training shows, and each shown sentence once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
 
 
 def build_facts(folder: Path, choice: FactsChoice, tokenizer_choice: TokenizerChoice) -> None:
-    """Write the data set of `choice` into `folder`.
+    """Writes the data of `choice` into `folder`.
 
     Files: `facts.json`; `tokenizer.json`; the statements (see `StatementStore`) with `codes.npy`, fact * 16 + form of
-    each; `exposures.npy`, the statement of every exposure of an epoch; `validation.npy`, statements in the form that
-    their fact lacks; `sample.npy`, facts in the order in which evaluation draws on them.
+    each; `exposures.npy`, the statement of every exposure of an epoch; `validation.npy`, statements in their fact's
+    held-out form; `sample.npy`, facts in the order in which evaluation takes them.
     """
     facts = choose_facts(choice)
     rng = np.random.default_rng([choice.seed, FORMS])
@@ -34,7 +34,9 @@ def build_facts(folder: Path, choice: FactsChoice, tokenizer_choice: TokenizerCh
     )
     sample = rng.permutation(len(facts))
     evaluated = [i for i in sample.tolist() if not facts[i].control][: choice.eval_facts]
+    # A sentence that an epoch shows several times is stored once.
     trained_codes, exposures = np.unique(shown, return_inverse=True)
+    # Validation statements follow those of training in the store; no exposure refers to them.
     validation_codes = np.asarray([i * FORMS + facts[i].held_out for i in evaluated], dtype=np.int64)
     codes = np.concatenate([trained_codes, validation_codes])
 
@@ -49,7 +51,7 @@ def build_facts(folder: Path, choice: FactsChoice, tokenizer_choice: TokenizerCh
 
 
 def read_facts(folder: Path) -> list[Fact]:
-    """The facts of a cache folder."""
+    """Returns the facts of a cache folder."""
     return [Fact(**entry) for entry in json.loads((folder / "facts.json").read_text(encoding="utf-8"))]
 
 
@@ -60,7 +62,7 @@ def _texts(facts: list[Fact], codes: np.ndarray) -> Iterator[str]:
 
 
 def _write_tokens(folder: Path, facts: list[Fact], codes: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Prompts and answers are tokenised apart, which byte-level tokens allow: an answer is the same in every form."""
+    """Writes the statements; prompt and answer are tokenised separately, so an answer is the same in every form."""
     answers = tokenizer.encode_batch([f" {fact.answer}" for fact in facts])
     prompts = tokenizer.encode_batch(
         [prompt(facts[code // FORMS].relation, code % FORMS, facts[code // FORMS].subject) for code in codes.tolist()]

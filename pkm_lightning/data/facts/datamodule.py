@@ -1,4 +1,4 @@
-"""`data=facts`: real facts about people and places in many forms; what training showed, and how often, is known."""
+"""`data=facts`: real facts about people and places in many forms, each shown a known number of times."""
 
 from __future__ import annotations
 
@@ -7,41 +7,34 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import numpy as np
 
+from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.cache import CacheKey, Source
-from pkm_lightning.data.datamodule import Splits, TokenDataModule
+from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
 from pkm_lightning.data.facts.build import build_facts, read_facts
 from pkm_lightning.data.facts.recall import DEFAULT_FORMS, recall_items
 from pkm_lightning.data.facts.selection import Fact, FactsChoice
 from pkm_lightning.data.facts.sources import PEOPLE, PLACES, FactPackage
 from pkm_lightning.data.facts.templates import TEMPLATES
-from pkm_lightning.data.packing import PackedOrder, pack_rows
-from pkm_lightning.data.recall import RecallItem
-from pkm_lightning.data.statements import StatementRows, StatementStore
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+from pkm_lightning.data.packing import PackedOrder, pack
+from pkm_lightning.data.statements import StatementSequences, StatementStore
+from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import check_choice, check_range
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from pkm_lightning.data.datamodule import LoaderOptions
 
 
 class FactsDataModule(TokenDataModule):
-    """Statements about real subjects, each a document: prompt, space, answer, end token.
+    """Sentences about real subjects, each a document: prompt, space, answer, end token.
 
-    Training cycles through `exposures` statements of each fact an epoch. Validation asks a fixed sample of facts in the
-    one form that training never shows for that fact; `recall_items` asks in all forms.
+    Each epoch shows `exposures` statements per fact. Validation asks a fixed sample of facts in the one form that
+    training never shows for that fact; `recall_items` asks in all forms.
 
     Args:
-        packing: `documents` fills rows of `seq_len` with whole statements, `none` gives each statement a row.
+        packing: `documents` fills sequences of `seq_len` with whole statements, `none` uses one sequence per statement.
         loss: `answer` for the answer and the end token alone, `all` for every token.
-        tokenizer: `bpe`, `bytes`, or the path of a `tokenizer.json`.
-        vocab_size: of a `bpe` tokenizer, 258 or more.
-        loader: see `LoaderOptions`; the other arguments: see `FactsChoice` and configs/data/facts.yaml.
+        options: see `TokenOptions`; the other arguments: see `FactsChoice` and configs/data/facts.yaml.
 
     Raises:
         ConfigError: for a value out of range.
@@ -66,11 +59,9 @@ class FactsDataModule(TokenDataModule):
         eval_facts: int,
         packing: str,
         loss: str,
-        tokenizer: str,
-        vocab_size: int,
-        **loader: Unpack[LoaderOptions],
+        **options: Unpack[TokenOptions],
     ) -> None:
-        super().__init__(**loader)
+        super().__init__(**options)
         check_choice("data.packing", packing, ["documents", "none"])
         check_choice("data.loss", loss, ["answer", "all"])
         self.packing = packing
@@ -91,34 +82,33 @@ class FactsDataModule(TokenDataModule):
             seed=seed,
             eval_facts=eval_facts,
         )
-        self._tokenizer_choice = TokenizerChoice(tokenizer, vocab_size)
-
-    @property
-    def vocab_size(self) -> int:
-        """The configured vocabulary; every id is below it."""
-        return self._tokenizer_choice.vocab_size()
 
     def cache_key(self) -> CacheKey:
-        """Choice of facts, tokenizer, wording of the templates, and the installed packages."""
+        """Returns choice of facts, tokenizer, wording of the templates, and the installed packages."""
+        # Another release of a package, or other wording of the templates, is other data.
         arguments = {
             "facts": asdict(self.choice),
-            "tokenizer": self._tokenizer_choice.identity(),
+            "tokenizer": self.tokenizer_choice.identity(),
             "templates": hashlib.sha256(json.dumps(TEMPLATES).encode()).hexdigest(),
             "packages": {package.name: package.identity() for package in self._packages()},
         }
         return CacheKey("facts", arguments)
 
     def view(self) -> dict[str, Any]:
-        """Row width, packing and loss."""
+        """Returns sequence length, packing and loss."""
         return {"seq_len": self.seq_len, "packing": self.packing, "loss": self.loss}
 
     def build(self, folder: Path) -> list[Source]:
-        """Choose, tokenise and store the facts."""
-        build_facts(folder, self.choice, self._tokenizer_choice)
+        """Chooses, tokenises and stores the facts."""
+        build_facts(folder, self.choice, self.tokenizer_choice)
         return [package.source() for package in self._packages()]
 
     def load(self, folder: Path) -> Splits:
-        """Open the statements; refuses a `seq_len` that cannot hold the longest."""
+        """Opens the statements.
+
+        Raises:
+            ConfigError: `seq_len` cannot hold the longest.
+        """
         store = StatementStore(folder)
         store.require_fit(self.seq_len)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -126,26 +116,27 @@ class FactsDataModule(TokenDataModule):
         exposures = np.load(folder / "exposures.npy")
         return Splits(
             tokenizer=tokenizer,
-            train=StatementRows(store, width=capacity, answer_only=self.loss == "answer", pad_id=tokenizer.pad_id),
+            train=StatementSequences(store, width=capacity, answer_only=self.loss == "answer", pad_id=tokenizer.pad_id),
             order=PackedOrder(exposures, store.lengths, capacity=capacity, seed=self.order_seed),
-            validation=StatementRows(store, width=capacity, answer_only=True, pad_id=tokenizer.pad_id),
-            validation_keys=pack_rows(np.load(folder / "validation.npy"), store.lengths, capacity),
+            # On the answer whatever `loss` is, so that held-out losses of both settings can be compared.
+            validation=StatementSequences(store, width=capacity, answer_only=True, pad_id=tokenizer.pad_id),
+            validation_keys=pack(np.load(folder / "validation.npy"), store.lengths, capacity),
         )
 
     def facts(self) -> list[Fact]:
-        """All facts, those of the controls included."""
+        """Returns all facts, those of the controls included."""
         return read_facts(self.cache_folder())
 
     @property
     def n_facts(self) -> int:
-        """Facts that training shows, those of the controls not among them; builds if need be."""
+        """Facts that training shows, controls excluded; builds what is missing."""
         return sum(not fact.control for fact in self.facts())
 
     def recall_items(self, limit: int | None = None, forms: Sequence[str] = DEFAULT_FORMS) -> list[RecallItem]:
-        """Questions about what training showed, a fixed sample.
+        """Returns questions about what training shows, a fixed sample.
 
         Args:
-            limit: at most so many items of each form; None for `eval_facts`.
+            limit: largest number of items per form; None for `eval_facts`.
             forms: see `RecallItem`; besides the default ones there is `unseen_question`.
         """
         if limit is not None:
@@ -156,6 +147,7 @@ class FactsDataModule(TokenDataModule):
         codes = np.load(folder / "codes.npy")
         return recall_items(
             read_facts(folder),
+            # Only statements that have an exposure: those of validation are stored after them.
             codes[np.unique(np.load(folder / "exposures.npy"))],
             np.load(folder / "sample.npy"),
             per_form=self.choice.eval_facts if limit is None else min(limit, self.choice.eval_facts),

@@ -1,7 +1,7 @@
-"""How often training shows each fact, and in which of its forms.
+"""Exposures: how often training shows each fact, and in which of its forms.
 
-Every fact lacks one statement form, so that later a question in just this form tests the fact and not the form: other
-facts have taught the model what the form means.
+One statement form is held out per fact, so that a question in this form tests the fact and not the form: the model has
+learned the meaning of the form from other facts.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pkm_lightning.data.facts.templates import FORMS, QUESTIONS, STATEMENTS
 
 
 def exposure_counts(n: int, *, mean: float, distribution: str, exponent: float, maximum: int) -> np.ndarray:
-    """Exposures per fact for subjects of rank 1 to n.
+    """Returns the exposures per fact for subjects of rank 1 to n.
 
     Args:
         n: number of subjects.
         mean: average over the subjects, from 1 to `maximum`.
         distribution: `uniform`, or `zipf`: rank to the power of -`exponent`.
         exponent: of the Zipf law; 0 is uniform.
-        maximum: no subject gets more. The scale of the law is raised until the clipped counts still have the mean.
+        maximum: largest count. The scale of the law is raised until the clipped counts have the mean.
 
     Returns:
         (n,) int64, non-increasing, each from 1 to `maximum`.
@@ -30,6 +30,7 @@ def exposure_counts(n: int, *, mean: float, distribution: str, exponent: float, 
     def clipped(scale: float) -> np.ndarray:
         return np.clip(np.rint(scale * law), 1, maximum).astype(np.int64)
 
+    # Bisection: the mean of the clipped counts never falls as the scale rises; at `high` all counts are `maximum`.
     low, high = 0.0, (maximum + 1) / float(law[-1])
     for _ in range(60):
         middle = (low + high) / 2
@@ -40,14 +41,14 @@ def exposure_counts(n: int, *, mean: float, distribution: str, exponent: float, 
 def exposure_list(
     counts: np.ndarray, held_out: np.ndarray, questioned: np.ndarray, question_share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """What one epoch shows, as codes fact * 16 + form.
+    """Returns the exposures of one epoch, as codes fact * 16 + form.
 
-    A fact cycles through its statement forms in a random order of its own, so that they appear equally often. Facts of
+    A fact cycles through its statement forms in its own random order, so that they appear equally often. Facts of
     questioned subjects spend `question_share` of their exposures, rounded at random, on the question forms.
 
     Args:
         counts: (facts,) exposures; 0 for facts that training never shows.
-        held_out: (facts,) the statement form that each fact lacks.
+        held_out: (facts,) the statement form that is never shown of each fact.
         questioned: (facts,) bool.
         question_share: 0 to 1.
         rng: decides the orders and the rounding.
@@ -56,15 +57,17 @@ def exposure_list(
         (sum of counts,) int64, sorted by fact.
     """
     n = len(counts)
-    rows = np.arange(n)
+    facts = np.arange(n)
     priority = rng.random((n, len(STATEMENTS)))
-    priority[rows, held_out] = np.inf
+    # The held-out form sorts last, and the cycle below leaves out the last place.
+    priority[facts, held_out] = np.inf
     form_order = np.argsort(priority, axis=1)
     first_question = rng.integers(len(QUESTIONS), size=n)
     n_questions = np.floor(counts * question_share + rng.random(n)).astype(np.int64)
     n_questions = np.where(questioned, np.minimum(n_questions, counts), 0)
 
-    fact = np.repeat(rows, counts)
+    # One entry per exposure: its fact, and its number among the exposures of this fact, questions first.
+    fact = np.repeat(facts, counts)
     turn = np.arange(len(fact)) - np.repeat(np.cumsum(counts) - counts, counts)
     statement = form_order[fact, (turn - n_questions[fact]) % (len(STATEMENTS) - 1)]
     question = QUESTIONS.start + (turn + first_question[fact]) % len(QUESTIONS)

@@ -1,4 +1,4 @@
-"""Recall items of the facts: the same facts asked in ever less familiar forms, and controls that nobody taught."""
+"""Recall items of the facts: trained facts in less and less familiar forms, and controls that were never trained."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.facts.selection import Fact
 from pkm_lightning.data.facts.templates import (
     FORMS,
@@ -17,14 +18,13 @@ from pkm_lightning.data.facts.templates import (
     UNSEEN_STATEMENTS,
     prompt,
 )
-from pkm_lightning.data.recall import RecallItem
 
 N_OPTIONS = 4
 DEFAULT_FORMS = ("seen", "paraphrase", "unseen_template", "question", "control")
 
 
 class Marginals:
-    """How often each answer occurs within its relation, over all facts."""
+    """Frequencies of the answers within each relation, over all facts."""
 
     def __init__(self, facts: Sequence[Fact]) -> None:
         counters: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -37,19 +37,20 @@ class Marginals:
         }
 
     def prior_bits(self, fact: Fact) -> float:
-        """-log2 of the share of this answer in its relation."""
+        """Returns -log2 of the share of this answer in its relation."""
         counts = self._counts[fact.relation]
         return -math.log2(counts[self._answers[fact.relation].index(fact.answer)] / counts.sum())
 
     def is_majority(self, fact: Fact) -> bool:
-        """Whether no answer of the relation is more frequent (the first in the alphabet on a tie)."""
+        """Returns whether no answer of the relation is more frequent (the first in the alphabet on a tie)."""
         return self._answers[fact.relation][int(self._counts[fact.relation].argmax())] == fact.answer
 
     def options(self, fact: Fact, rng: np.random.Generator) -> tuple[str, ...]:
-        """The answer among three others, drawn as often as they occur; empty if the relation has fewer than four."""
+        """Returns the answer and three others, drawn by frequency; empty if the relation has fewer than four."""
         answers = self._answers[fact.relation]
         if len(answers) < N_OPTIONS:
             return ()
+        # Drawn by frequency: a rare option among common ones would be recognised as the answer without any knowledge.
         weights = self._counts[fact.relation].copy()
         weights[answers.index(fact.answer)] = 0
         others = rng.choice(len(answers), size=N_OPTIONS - 1, replace=False, p=weights / weights.sum())
@@ -60,21 +61,22 @@ class Marginals:
 def recall_items(
     facts: Sequence[Fact], codes: np.ndarray, sample: np.ndarray, *, per_form: int, seed: int, forms: Sequence[str]
 ) -> list[RecallItem]:
-    """Up to `per_form` items of each form, the same whenever the arguments are.
+    """Returns up to `per_form` items per form, a pure function of the arguments.
 
     Args:
         facts: all facts, controls included.
         codes: fact * 16 + form of every sentence that training shows.
-        sample: fact numbers in the order in which to draw on them.
-        per_form: items of each form, fewer where there are not so many facts.
+        sample: fact numbers in the order in which to take them.
+        per_form: items per form, fewer where there are not so many facts.
         seed: decides the form, where a fact has several, and the options.
-        forms: see `RecallItem`; `question` asks the subjects whom training never asks about, with its own questions,
-            `unseen_question` asks them with questions that it never shows.
+        forms: see `RecallItem`. Both forms of question are about subjects that training never asks about: `question`
+            uses the questions of training, `unseen_question` others.
     """
     shown: defaultdict[int, list[int]] = defaultdict(list)
     for code in codes.tolist():
         if code % FORMS in STATEMENTS:
             shown[code // FORMS].append(code % FORMS)
+    # The templates with which a form can ask about fact i; a form without any skips that fact.
     candidates: dict[str, Callable[[int], Sequence[int]]] = {
         "seen": lambda i: shown.get(i, ()),
         "paraphrase": lambda i: () if facts[i].control else (facts[i].held_out,),
@@ -89,6 +91,7 @@ def recall_items(
         number = list(candidates).index(form)
         usable = [i for i in sample.tolist() if candidates[form](i)][:per_form]
         for i in usable:
+            # One generator per item, so that an item does not depend on the others that are asked for.
             rng = np.random.default_rng([seed, number, i])
             template = int(rng.choice(candidates[form](i)))
             items.append(_item(facts[i], form, template, marginals, rng))

@@ -1,4 +1,4 @@
-"""Which facts a run is about: who is trained, who is only a control, who is ever asked, and what each fact lacks."""
+"""Selection of facts: trained subjects, controls, subjects with questions, and the held-out form of each fact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pkm_lightning.data.facts.subjects import LOADERS, Subject
 from pkm_lightning.data.facts.templates import CITY_RELATION, COUNTRY_RELATIONS, PEOPLE_RELATIONS, STATEMENTS
 from pkm_lightning.errors import ConfigError, check_choice, check_range
 
-# Controls come from the first of these that has subjects; names of people occur in no answer, those of places may.
+# Controls come from the first of these that has subjects: names of people occur in no answer, those of places may.
 CONTROL_DOMAINS = ("people", "cities", "countries")
 
 
@@ -61,11 +61,11 @@ class FactsChoice:
             check_choice(f"data.{key}", relation, allowed)
         if count and not relations:
             raise ConfigError(
-                f"data.{key}=[] leaves data.{domain}={count} without facts; name one of: {', '.join(allowed)}."
+                f"data.{key}=[] leaves data.{domain}={count} without facts; set one or more of: {', '.join(allowed)}."
             )
 
     def domains(self) -> dict[str, tuple[int, Sequence[str]]]:
-        """Subjects and relations of each domain that has any."""
+        """Returns number of subjects and relations of each domain that has any."""
         sizes = {
             "people": (self.people, self.people_relations),
             "countries": (self.countries, self.country_relations),
@@ -80,7 +80,7 @@ class Fact:
 
     Attributes:
         subject, relation, answer: the fact.
-        exposures: times an epoch shows it; 0 for a control, which training never shows.
+        exposures: times per epoch that it is shown; 0 for a control, which training never shows.
         decile: of the subject's prominence within its domain, 0 the most prominent tenth; 9 for controls.
         questioned: whether training shows facts of this subject as questions.
         held_out: the statement form (0-9) that training never shows for this fact.
@@ -98,42 +98,45 @@ class Fact:
 
 
 def choose_facts(choice: FactsChoice) -> list[Fact]:
-    """The facts of a run, a function of `choice` and the installed packages alone.
+    """Returns the facts of a run, a function of `choice` and the installed packages alone.
 
     Raises:
-        ConfigError: if more subjects are asked for than exist, with the number that do.
+        ConfigError: if there are fewer subjects than `choice` asks for, with their number.
         DataError: if a package is missing.
     """
     facts: list[Fact] = []
-    taken: set[str] = set()
+    # A name that an earlier domain has is ambiguous in later ones, whether it was chosen there or not.
+    used_names: set[str] = set()
     for domain, (count, relations) in choice.domains().items():
         first_control = next(name for name in CONTROL_DOMAINS if name in choice.domains())
         controls = choice.control_subjects if domain == first_control else 0
         eligible = [
             subject
             for subject in LOADERS[domain]()
-            if subject.name not in taken and any(relation in subject.answers for relation in relations)
+            if subject.name not in used_names and any(relation in subject.answers for relation in relations)
         ]
         _require_enough(domain, count, controls, relations, len(eligible))
-        taken.update(subject.name for subject in eligible)
+        used_names.update(subject.name for subject in eligible)
         facts += _domain_facts(choice, domain, eligible, count, controls)
     return _with_held_out_forms(facts, np.random.default_rng([choice.seed, len(LOADERS)]))
 
 
 def _require_enough(domain: str, count: int, controls: int, relations: Sequence[str], available: int) -> None:
     if count + controls > available:
-        also = f" plus data.control_subjects={controls}" if controls else ""
+        control_text = f" plus data.control_subjects={controls}" if controls else ""
         raise ConfigError(
-            f"data.{domain}={count}{also} exceeds the {available} {domain} with a unique name and one of "
+            f"data.{domain}={count}{control_text} exceeds the {available} {domain} with a unique name and one of "
             f"{', '.join(relations)}; set data.{domain}={max(available - controls, 0)} or less."
         )
 
 
 def _domain_facts(choice: FactsChoice, domain: str, eligible: list[Subject], count: int, controls: int) -> list[Fact]:
-    """Facts of `count` trained subjects, by prominence, followed by those of the controls."""
+    """Returns the facts of `count` trained subjects, by prominence, followed by those of the controls."""
+    # One generator per domain, so that the size of one domain does not change the subjects of another.
     rng = np.random.default_rng([choice.seed, list(LOADERS).index(domain)])
-    chosen = rng.permutation(len(eligible))[: count + controls]
-    trained = [eligible[i] for i in np.sort(chosen[:count])]
+    selection = rng.permutation(len(eligible))[: count + controls]
+    # `eligible` is sorted by prominence, which exposures and deciles follow.
+    trained = [eligible[i] for i in np.sort(selection[:count])]
     questioned = rng.permutation(count) < round(count * choice.question_subjects)
     counts = exposure_counts(
         count,
@@ -147,21 +150,21 @@ def _domain_facts(choice: FactsChoice, domain: str, eligible: list[Subject], cou
     for rank, subject in enumerate(trained):
         template = Fact("", "", "", int(counts[rank]), 10 * rank // count, bool(questioned[rank]), 0, False)
         facts += _subject_facts(subject, relations, template)
-    for i in np.sort(chosen[count:]):
+    for i in np.sort(selection[count:]):
         facts += _subject_facts(eligible[i], relations, Fact("", "", "", 0, 9, False, 0, True))
     return facts
 
 
-def _subject_facts(subject: Subject, relations: Sequence[str], like: Fact) -> list[Fact]:
+def _subject_facts(subject: Subject, relations: Sequence[str], template: Fact) -> list[Fact]:
     return [
-        replace(like, subject=subject.name, relation=relation, answer=subject.answers[relation])
+        replace(template, subject=subject.name, relation=relation, answer=subject.answers[relation])
         for relation in dict.fromkeys(relations)
         if relation in subject.answers
     ]
 
 
 def _with_held_out_forms(facts: list[Fact], rng: np.random.Generator) -> list[Fact]:
-    """Deal the statement forms out evenly within each relation, so that every form is shown by nine facts in ten."""
+    """Assigns the held-out forms evenly within each relation, so that nine facts in ten show any given form."""
     by_relation: defaultdict[str, list[int]] = defaultdict(list)
     for i, fact in enumerate(facts):
         by_relation[fact.relation].append(i)

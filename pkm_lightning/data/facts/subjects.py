@@ -1,4 +1,4 @@
-"""Subjects: people, countries and cities with unique names, most prominent first, and what is known about each."""
+"""Subjects: people, countries and cities with unique names, most prominent first, with the answers about each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTINENTS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Something facts are about.
+    """A person or place that facts are about.
 
     Attributes:
         name: unique among the subjects of all domains.
@@ -48,48 +48,52 @@ class _Named:
 
 
 def load_people() -> list[Subject]:
-    """Ballplayers whose full name nobody shares, by games played."""
+    """Returns ballplayers with a unique full name, by games played."""
     folder = PEOPLE.folder()
     games, teams = _games_and_main_teams(folder)
     colleges = _latest_colleges(folder)
     named = []
-    for row in _parquet(folder / "People.parquet"):
-        key = row["playerID"]
-        year, month, day = row["birthYear"], row["birthMonth"], row["birthDay"]
+    for record in _parquet(folder / "People.parquet"):
+        key = record["playerID"]
+        year, month, day = record["birthYear"], record["birthMonth"], record["birthDay"]
         answers = {
             "birth_date": f"{MONTHS[month - 1]} {day}, {year}" if year and month and day else "",
-            "birth_city": _clean(row["birthCity"]),
-            "debut_year": str(row["debut"].year) if row["debut"] else "",
+            "birth_city": _clean(record["birthCity"]),
+            "debut_year": str(record["debut"].year) if record["debut"] else "",
             "main_team": teams.get(key, ""),
             "college": colleges.get(key, ""),
         }
-        if row["nameFirst"] and row["nameLast"]:
-            named.append(_Named(_subject(f"{row['nameFirst']} {row['nameLast']}", answers), games[key], key))
+        if record["nameFirst"] and record["nameLast"]:
+            named.append(_Named(_subject(f"{record['nameFirst']} {record['nameLast']}", answers), games[key], key))
     return _unique_by_prominence(named)
 
 
 def load_countries() -> list[Subject]:
-    """Countries and territories, by population."""
+    """Returns countries and territories, by population."""
     countries = _json(PLACES.folder() / "countries.json")
     named = []
-    for code, row in countries.items():
+    for code, record in countries.items():
         answers = {
-            "capital": _clean(row["capital"]),
-            "currency": _clean(row["currencyname"]),
-            "continent": CONTINENTS.get(row["continentcode"], ""),
-            "internet_domain": _clean(row["tld"]),
+            "capital": _clean(record["capital"]),
+            "currency": _clean(record["currencyname"]),
+            "continent": CONTINENTS.get(record["continentcode"], ""),
+            "internet_domain": _clean(record["tld"]),
         }
-        named.append(_Named(_subject(row["name"], answers), int(row["population"]), code))
+        named.append(_Named(_subject(record["name"], answers), int(record["population"]), code))
     return _unique_by_prominence(named)
 
 
 def load_cities() -> list[Subject]:
-    """Cities of more than 5,000 people whose name no other such city and no country bears, by population."""
+    """Returns cities of more than 5,000 people whose name no other such city and no country has, by population."""
     folder = PLACES.folder()
-    countries = {code: _clean(row["name"]) for code, row in _json(folder / "countries.json").items()}
+    countries = {code: _clean(record["name"]) for code, record in _json(folder / "countries.json").items()}
     named = [
-        _Named(_subject(row["name"], {"country": countries.get(row["countrycode"], "")}), int(row["population"]), key)
-        for key, row in _json(folder / "cities5000.json").items()
+        _Named(
+            _subject(record["name"], {"country": countries.get(record["countrycode"], "")}),
+            int(record["population"]),
+            key,
+        )
+        for key, record in _json(folder / "cities5000.json").items()
     ]
     country_names = set(countries.values())
     return [city for city in _unique_by_prominence(named) if city.name not in country_names]
@@ -108,28 +112,33 @@ def _subject(name: str, answers: dict[str, str]) -> Subject:
 
 def _unique_by_prominence(named: list[_Named]) -> list[Subject]:
     counts = Counter(item.subject.name for item in named)
-    kept = [item for item in named if counts[item.subject.name] == 1 and item.subject.answers]
-    return [item.subject for item in sorted(kept, key=lambda item: (-item.prominence, item.key))]
+    unique = [item for item in named if counts[item.subject.name] == 1 and item.subject.answers]
+    # The key breaks ties, so that the order does not depend on that of the file.
+    return [item.subject for item in sorted(unique, key=lambda item: (-item.prominence, item.key))]
 
 
 def _games_and_main_teams(folder: Path) -> tuple[Counter[str], dict[str, str]]:
-    """Career games of each player, and the name of the team with most of them (the first in the alphabet on a tie)."""
-    names = {(row["yearID"], row["teamID"]): _clean(row["name"]) for row in _parquet(folder / "Teams.parquet")}
+    """Returns career games of each player, and the team with most of them (the first in the alphabet on a tie)."""
+    names = {
+        (record["yearID"], record["teamID"]): _clean(record["name"]) for record in _parquet(folder / "Teams.parquet")
+    }
     career: Counter[str] = Counter()
     by_team: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for row in _parquet(folder / "Appearances.parquet"):
-        played = row["G_all"] or 0
-        career[row["playerID"]] += played
-        by_team[row["playerID"]][names.get((row["yearID"], row["teamID"]), "")] += played
+    for record in _parquet(folder / "Appearances.parquet"):
+        games = record["G_all"] or 0
+        career[record["playerID"]] += games
+        # A team keeps its identifier when it is renamed: names go by the year.
+        by_team[record["playerID"]][names.get((record["yearID"], record["teamID"]), "")] += games
     main = {key: min(teams, key=lambda team: (-teams[team], team)) for key, teams in by_team.items()}
     return career, main
 
 
 def _latest_colleges(folder: Path) -> dict[str, str]:
-    schools = {row["schoolID"]: _clean(row["name_full"]) for row in _parquet(folder / "Schools.parquet")}
-    rows = _parquet(folder / "CollegePlaying.parquet")
-    rows.sort(key=lambda row: (row["yearID"] or 0, row["schoolID"]))
-    return {row["playerID"]: schools.get(row["schoolID"], "") for row in rows}
+    schools = {record["schoolID"]: _clean(record["name_full"]) for record in _parquet(folder / "Schools.parquet")}
+    records = _parquet(folder / "CollegePlaying.parquet")
+    # A later year overwrites an earlier one below.
+    records.sort(key=lambda record: (record["yearID"] or 0, record["schoolID"]))
+    return {record["playerID"]: schools.get(record["schoolID"], "") for record in records}
 
 
 _COLUMNS = {
@@ -144,13 +153,13 @@ _COLUMNS = {
 def _parquet(path: Path) -> list[dict[str, Any]]:
     from pyarrow import parquet  # type: ignore[import-untyped]  # part of the `facts` extra
 
-    rows: list[dict[str, Any]] = parquet.read_table(path, columns=_COLUMNS[path.name].split()).to_pylist()
-    return rows
+    records: list[dict[str, Any]] = parquet.read_table(path, columns=_COLUMNS[path.name].split()).to_pylist()
+    return records
 
 
 def _json(path: Path) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return rows
+    records: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return records
 
 
 def _clean(text: str | None) -> str:

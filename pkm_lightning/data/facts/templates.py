@@ -1,4 +1,4 @@
-"""The sentences that tell facts, by relation. Each names the subject `{s}` and ends where the answer begins.
+"""Templates of sentences that state facts, by relation. Each names the subject `{s}` and ends where the answer begins.
 
 A form is an index: 0-9 statements, 10-11 statements that training never shows for any fact, 12-13 questions that
 training may show, 14-15 questions that it never shows. About half of the statements open with the subject, so that a
@@ -7,6 +7,7 @@ name is learned both at the start of a text and within one.
 
 from __future__ import annotations
 
+# Indices of forms. Cache folders hold them as numbers: their order is fixed.
 STATEMENTS = range(10)
 UNSEEN_STATEMENTS = range(10, 12)
 QUESTIONS = range(12, 14)
@@ -202,5 +203,5 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def prompt(relation: str, form: int, subject: str) -> str:
-    """The sentence of `relation` in `form` (0-15) about `subject`, up to where the answer begins."""
+    """Returns the sentence of `relation` in `form` (0-15) about `subject`, up to where the answer begins."""
     return TEMPLATES[relation][form].replace("{s}", subject)

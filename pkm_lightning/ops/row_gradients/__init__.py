@@ -1,9 +1,9 @@
-"""The gradient of a table in compact form: one row for each row that was read, and none for the others.
+"""The gradient of a table in compact form: one row per table row that was read.
 
-A table's gradient is a sum over the reads of a row. Sorted into segments, each sum is done by one reader in one order:
-no atomic additions, and the same bits on every run.
+The gradient of a row is a sum over its reads. With the reads sorted into segments, one reader computes each sum in one
+order: there are no atomic additions, and every run gives the same bits.
 
-Letters: L reads, X source rows, D values a row, N rows of the table, U segments, V = U + 1 their limits.
+Letters: L reads, X source rows, V values per row, N rows of the table, U segments.
 """
 
 from __future__ import annotations
@@ -30,42 +30,43 @@ def row_gradients(
     segments: Segments,
     coefficients_L: Float[Tensor, " L"],
     sources_L: Int[Tensor, " L"],
-    source_rows_XD: Float[Tensor, "X D"],
+    source_rows_XV: Float[Tensor, "X V"],
     *,
     backend: str = "auto",
-) -> Float[Tensor, "U D"]:
-    """`grads[u] = sum over the reads l of segment u of coefficients[l] * source_rows[sources[l]]`; has no gradient.
+) -> Float[Tensor, "U V"]:
+    """Computes `grads[u] = sum over the reads l of segment u of coefficients[l] * source_rows[sources[l]]`.
 
     For a weighted gather `y[t] = sum_k w[t, k] * table[ids[t, k]]` with g = dL/dy, the coefficients are w, the source
-    rows g, and the source of read (t, k) is t: then grads[u] is dL/dtable[rows[u]].
+    rows are g, and the source of read (t, k) is t: then grads[u] is dL/dtable[rows[u]]. The op has no gradient itself.
 
     Args:
         segments: `read_segments(ids_L, n_rows)`; an empty segment (row -1) gives zeros.
-        coefficients_L: any floating dtype; in the old order of the reads, not the sorted one.
-        sources_L: int32 or int64, 0 to X - 1 (not checked): which source row a read multiplies.
-        source_rows_XD: any floating dtype.
+        coefficients_L: any floating dtype, in the order of the ids before the sort.
+        sources_L: the source row that each read multiplies, int32 or int64, 0 to X - 1 (not checked).
+        source_rows_XV: any floating dtype.
         backend: `auto`, `triton`, `eager` (ATen's embedding bag) or `reference` (a loop).
 
     Returns:
-        grads_UD in float32 (float64 for float64 source rows), summed in that dtype whatever the inputs'. The order of
-        the additions is a function of the segments alone, so that two runs give the same bits.
+        grads_UV in float32 (float64 for float64 source rows), summed in that dtype. The order of the additions depends
+        only on the segments, so that two runs give the same bits.
 
     Raises:
-        ValueError: shapes that do not fit, sources that are no integers, or an unknown backend.
+        ValueError: shapes that do not fit, sources that are not integers, or an unknown backend.
     """
-    if source_rows_XD.ndim != 2 or not segments.order_L.shape == coefficients_L.shape == sources_L.shape:
+    if source_rows_XV.ndim != 2 or not segments.order_L.shape == coefficients_L.shape == sources_L.shape:
         raise ValueError(
-            "row_gradients: needs source rows (X, D) and one coefficient and one source for each of the "
-            f"{segments.order_L.numel()} reads, got {tuple(source_rows_XD.shape)}, {tuple(coefficients_L.shape)}, "
+            "row_gradients: needs source rows (X, V) and one coefficient and one source for each of the "
+            f"{segments.order_L.numel()} reads, got {tuple(source_rows_XV.shape)}, {tuple(coefficients_L.shape)}, "
             f"{tuple(sources_L.shape)}."
         )
     if sources_L.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"row_gradients: sources are {sources_L.dtype}; allowed: torch.int32, torch.int64.")
-    default = "triton" if best_backend(source_rows_XD) == "triton" else "eager"
-    implementation = choose_backend("row_gradients", backend, default, _BACKENDS, source_rows_XD)
-    return implementation(*segments, coefficients_L, sources_L, source_rows_XD)
+    default = "triton" if best_backend(source_rows_XV) == "triton" else "eager"
+    implementation = choose_backend("row_gradients", backend, default, _BACKENDS, source_rows_XV)
+    return implementation(*segments, coefficients_L, sources_L, source_rows_XV)
 
 
+# A custom operator, because torch.compile cannot trace the kernels, and because the FLOP counter sees operators only.
 @library.custom_op("pkm_lightning::row_gradients", mutates_args=())
 def _row_gradients(
     order: Tensor,
@@ -76,6 +77,7 @@ def _row_gradients(
     source_rows: Tensor,
     backend: str,
 ) -> Tensor:
+    # Without reads there is nothing to launch, and ATen's embedding bag has no bag.
     if order.numel() == 0:
         return source_rows.new_zeros(len(rows), source_rows.shape[1], dtype=_sum_dtype(source_rows))
     segments = Segments(order, rows, starts)
@@ -106,8 +108,8 @@ def _flops(
     return 2 * order[0] * source_rows[1]
 
 
-def _sum_dtype(source_rows_XD: Tensor) -> torch.dtype:
-    return torch.promote_types(source_rows_XD.dtype, torch.float32)
+def _sum_dtype(source_rows_XV: Tensor) -> torch.dtype:
+    return torch.promote_types(source_rows_XV.dtype, torch.float32)
 
 
 def _kernels(backend: str) -> ModuleType:

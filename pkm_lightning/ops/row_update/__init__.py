@@ -1,41 +1,61 @@
-"""One optimizer update of the table rows that a step has read, from the reads themselves: no N x D gradient exists.
+"""One optimizer update of the table rows that a step has read, computed from the reads without an N x V gradient.
 
-Letters: N rows, D values a row, L reads of the step, X source rows, U rows touched.
+Letters: N rows, V values per row, L reads of the step, X source rows, U rows that were read.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
 from pkm_lightning.ops.backends import best_backend, choose_backend
-from pkm_lightning.ops.row_update.rules import RowRule
+from pkm_lightning.ops.row_update.rules import RowRule, RowState, UpdateStep, find_rule, new_state, rule_names
+from pkm_lightning.ops.row_update.rules.base import check_state, state_bytes
 from pkm_lightning.ops.segments import Segments, check_indices, read_segments
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["RowGradient", "RowRule", "row_gradient", "row_gradient_norm", "row_gradient_squares", "row_update"]
+__all__ = [
+    "RowGradient",
+    "RowRule",
+    "RowState",
+    "UpdateStep",
+    "find_rule",
+    "new_state",
+    "row_gradient",
+    "row_gradient_norm",
+    "row_gradient_squares",
+    "row_update",
+    "rule_names",
+    "state_bytes",
+]
+
+_log = logging.getLogger(__name__)
 
 
 class RowGradient(NamedTuple):
-    """The gradient of a table in factored form: that of row `n` is the sum over its reads l of
-    `coefficients[l] * source_rows[sources[l]]`. For a weighted gather the coefficients are the weights and the source
-    rows the output's gradients."""
+    """The gradient of a table in factored form.
+
+    The gradient of row `n` is the sum over its reads l of `coefficients[l] * source_rows[sources[l]]`. For a weighted
+    gather the coefficients are the weights, and the source rows are the gradients of the outputs.
+    """
 
     #: Rows of the table.
     n_rows: int
     segments: Segments
-    #: (L,), the dtype that sums are taken in: fp32, or fp64 for an fp64 table.
+    #: (L,), in the dtype of the sums: fp32, or fp64 for an fp64 table.
     coefficients_L: Tensor
     #: (L,) int32.
     sources_L: Tensor
-    #: (X, D) in the table's dtype.
-    source_rows_XD: Tensor
+    #: (X, V) in the table's dtype.
+    source_rows_XV: Tensor
 
 
 def row_gradient(
@@ -43,55 +63,56 @@ def row_gradient(
     ids_L: Int[Tensor, " L"],
     coefficients_L: Float[Tensor, " L"],
     sources_L: Int[Tensor, " L"],
-    source_rows_XD: Float[Tensor, "X D"],
+    source_rows_XV: Float[Tensor, "X V"],
 ) -> RowGradient:
-    """Sorts the reads by row: the one sort that the norm and the update of a step share.
+    """Sorts the reads by row; the norm and the update of a step share this sort.
 
     Args:
         n_rows: rows N of the table.
         ids_L: int32 or int64, 0 to N - 1.
         coefficients_L: any floating dtype.
         sources_L: int32 or int64, 0 to X - 1.
-        source_rows_XD: in the table's dtype.
+        source_rows_XV: in the table's dtype.
 
     Raises:
-        ValueError: shapes that do not fit; on the CPU also ids or sources out of range, which no other device checks.
+        ValueError: shapes that do not fit; on the CPU also ids or sources out of range. Other devices do not check
+            these, because the host would have to wait for them.
     """
-    if not (ids_L.shape == coefficients_L.shape == sources_L.shape and ids_L.ndim == 1 and source_rows_XD.ndim == 2):
+    if not (ids_L.shape == coefficients_L.shape == sources_L.shape and ids_L.ndim == 1 and source_rows_XV.ndim == 2):
         raise ValueError(
-            "row_gradient: needs ids, coefficients and sources of one shape (L,) and source rows (X, D), got "
+            "row_gradient: needs ids, coefficients and sources of one shape (L,) and source rows (X, V), got "
             f"{tuple(ids_L.shape)}, {tuple(coefficients_L.shape)}, {tuple(sources_L.shape)}, "
-            f"{tuple(source_rows_XD.shape)}."
+            f"{tuple(source_rows_XV.shape)}."
         )
     check_indices("row_gradient", "ids", ids_L, n_rows)
-    check_indices("row_gradient", "sources", sources_L, len(source_rows_XD))
-    sums = torch.promote_types(source_rows_XD.dtype, torch.float32)
+    check_indices("row_gradient", "sources", sources_L, len(source_rows_XV))
+    sums = torch.promote_types(source_rows_XV.dtype, torch.float32)
     return RowGradient(
         n_rows,
         read_segments(ids_L, n_rows),
         coefficients_L.to(sums).contiguous(),
         sources_L.int().contiguous(),
-        source_rows_XD,
+        source_rows_XV,
     )
 
 
 def row_gradient_norm(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, ""]:
-    """L2 norm of the gradient over all rows, a scalar in the dtype of the coefficients; waits for no device."""
+    """Returns the L2 norm over all rows, a scalar in the dtype of the coefficients, without a host synchronisation."""
     return cast("Tensor", _implementation("row_gradient_norm", gradient, backend)(gradient))
 
 
 def row_gradient_squares(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, " U"]:
-    """Sum of g**2 over the columns of each row that was read, g its gradient before any `scale`.
+    """Returns the sum of g**2 over the columns of each row that was read, where g is its gradient before `scale`.
 
-    Where columns of a table are spread over ranks, the sums of the ranks, added and divided by the whole row's width,
-    are what `row_update` takes as `row_squares_U`.
+    Where the columns of a table are sharded over ranks, the sums of the ranks are added and divided by the width of
+    the whole row; the result is the argument `mean_squares_U` of `row_update`.
 
     Args:
         gradient: the reads of the step.
         backend: `auto`, `eager`, `cpu`, `triton` or `reference`.
 
     Returns:
-        One sum for each of `gradient.segments.rows_U`, in the dtype of the coefficients; zero where that holds -1.
+        One sum per element of `gradient.segments.rows_U`, in the dtype of the coefficients; zero for padding (-1).
 
     Raises:
         ValueError: an unknown backend, or one that cannot sum in float64.
@@ -100,77 +121,109 @@ def row_gradient_squares(gradient: RowGradient, *, backend: str = "auto") -> Flo
 
 
 def row_update(
-    table_ND: Float[Tensor, "N D"],
+    table_NV: Float[Tensor, "N V"],
     gradient: RowGradient,
     rule: RowRule,
+    step: UpdateStep,
     state: Mapping[str, Tensor],
     *,
     scale: Tensor | float = 1.0,
-    row_squares_U: Float[Tensor, " U"] | None = None,
+    mean_squares_U: Float[Tensor, " U"] | None = None,
     backend: str = "auto",
 ) -> None:
-    """Updates, in place, the rows that were read and their entries of `state`; every other row stays as it is.
+    """Updates the rows that were read and their entries of `state` in place; all other rows keep their values.
 
-    Sums and the rule are computed in fp32 (fp64 for fp64 tables), reads of a row in their order. A bf16 table is
-    rounded stochastically: an update below its last bit arrives on average instead of never.
+    Sums and the rule are computed in fp32 (fp64 for fp64 tables), and the reads of a row are added in their order. A
+    bf16 table is rounded stochastically, so that updates below its last bit are not lost.
 
     Args:
-        table_ND: fp32, fp64 or bf16.
+        table_NV: fp32, fp64 or bf16.
         gradient: the reads of the step.
-        rule: the optimizer and its numbers for this step.
-        state: what `new_state` made, moved by each update.
-        scale: factor on the gradient (clipping, averages), a number or a scalar tensor that the host need not read.
-        row_squares_U: for `row_adagrad` on a table with a part of the columns: the mean of g**2 over the whole row,
-            before `scale`, for each of `gradient.segments.rows_U`, in the dtype of the coefficients. None: the
-            table's own columns are the whole row.
-        backend: `auto`, `eager`, `cpu`, `triton` or `reference`.
+        rule: the row optimizer.
+        step: the numbers of this update.
+        state: the tensors of `new_state`, which each update changes.
+        scale: factor on the gradient (clipping, averages): a number, or a scalar tensor, which stays on its device.
+        mean_squares_U: for a rule that needs them, where the table holds only some of the columns: the mean of g**2
+            over the whole row, before `scale`, per element of `gradient.segments.rows_U`, in the dtype of the
+            coefficients. None: the columns of the table are the whole row.
+        backend: `auto`, `eager`, `cpu`, `triton` or `reference`. `auto` takes `eager` for a rule without a kernel.
 
     Raises:
-        ValueError: a dtype, shape or state that does not fit, `row_squares_U` for another rule, or an unknown backend.
+        ValueError: a dtype, shape or state that does not fit, `mean_squares_U` for a rule that needs none, or a backend
+            that is unknown or has no kernel for the rule.
     """
-    if table_ND.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise ValueError(f"row_update: the table is {table_ND.dtype}; allowed: torch.float32, float64, bfloat16.")
-    if gradient.source_rows_XD.dtype is not table_ND.dtype or gradient.source_rows_XD.shape[1] != table_ND.shape[1]:
+    if table_NV.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"row_update: the table is {table_NV.dtype}; allowed: torch.float32, float64, bfloat16.")
+    if gradient.source_rows_XV.dtype is not table_NV.dtype or gradient.source_rows_XV.shape[1] != table_NV.shape[1]:
         raise ValueError(
-            f"row_update: source rows are {gradient.source_rows_XD.dtype} of {gradient.source_rows_XD.shape[1]} "
-            f"values, the table {table_ND.dtype} of {table_ND.shape[1]}; both need one dtype and width."
+            f"row_update: source rows are {gradient.source_rows_XV.dtype} of {gradient.source_rows_XV.shape[1]} "
+            f"values, the table {table_NV.dtype} of {table_NV.shape[1]}; both need one dtype and width."
         )
-    rule.check_state(state, table_ND)
-    if gradient.n_rows != len(table_ND):
-        raise ValueError(f"row_update: the gradient is of a table of {gradient.n_rows} rows, this has {len(table_ND)}.")
-    if not table_ND.is_contiguous():
+    check_state(rule, state, table_NV)
+    if gradient.n_rows != len(table_NV):
+        raise ValueError(f"row_update: the gradient is of a table of {gradient.n_rows} rows, this has {len(table_NV)}.")
+    if not table_NV.is_contiguous():
         raise ValueError("row_update: the table must be contiguous.")
-    if row_squares_U is not None:
-        _check_row_squares(row_squares_U, gradient, rule)
+    if mean_squares_U is not None:
+        _check_mean_squares(mean_squares_U, gradient, rule)
+    implementation = _implementation("row_update", gradient, _backend_for(rule, gradient, backend))
     with torch.no_grad():
-        _implementation("row_update", gradient, backend)(table_ND, gradient, rule, state, scale, row_squares_U)
+        implementation(table_NV, gradient, rule, step, state, scale, mean_squares_U)
 
 
-def _check_row_squares(row_squares_U: Tensor, gradient: RowGradient, rule: RowRule) -> None:
-    if rule.kind != "row_adagrad":
-        raise ValueError(f"row_update: row_squares_U is given to {rule.kind}; only row_adagrad takes it.")
+def _check_mean_squares(mean_squares_U: Tensor, gradient: RowGradient, rule: RowRule) -> None:
+    if not rule.needs_mean_squares:
+        raise ValueError(f"row_update: mean_squares_U is given to {rule.name}, which needs none; leave it out.")
     rows_U, coefficients_L = gradient.segments.rows_U, gradient.coefficients_L
-    found = tuple(row_squares_U.shape), row_squares_U.dtype, row_squares_U.device
+    actual = tuple(mean_squares_U.shape), mean_squares_U.dtype, mean_squares_U.device
     expected = tuple(rows_U.shape), coefficients_L.dtype, rows_U.device
-    if found != expected:
+    if actual != expected:
         raise ValueError(
-            f"row_update: row_squares_U is {found[1]} of shape {found[0]} on {found[2]}; this gradient needs "
-            f"{expected[1]} of shape {expected[0]} on {expected[2]}, a number for each of its rows_U."
+            f"row_update: mean_squares_U is {actual[1]} of shape {actual[0]} on {actual[2]}; this gradient needs "
+            f"{expected[1]} of shape {expected[0]} on {expected[2]}, one number per element of its rows_U."
         )
+
+
+def _backend_for(rule: RowRule, gradient: RowGradient, backend: str) -> str:
+    """Returns `backend`, or `eager` where `auto` would take kernels that the rule lacks.
+
+    Raises:
+        ValueError: `backend` names kernels that the rule lacks.
+    """
+    if backend in _WITH_KERNELS and backend not in rule.kernels:
+        raise ValueError(f"row_update: backend={backend!r} has no kernel for {rule.name}; use backend=eager.")
+    if backend != "auto":
+        return backend
+    best = _default_backend(gradient)
+    if best in _WITH_KERNELS and best not in rule.kernels:
+        _announce_fallback(rule.name, best)
+        return "eager"
+    return best
+
+
+# Cached, so that the log has one line per rule and backend, not one per step.
+@functools.cache
+def _announce_fallback(rule: str, backend: str) -> None:
+    _log.info("row_update: %s has no kernel of the %s backend; its eager update runs instead", rule, backend)
+
+
+def _default_backend(gradient: RowGradient) -> str:
+    # The kernels sum in fp32.
+    wide = gradient.source_rows_XV.dtype is torch.float64
+    return "eager" if wide else best_backend(gradient.source_rows_XV)
 
 
 def _implementation(name: str, gradient: RowGradient, backend: str) -> Callable[..., object]:
-    """`name` of the module of the backend: numba and triton are imported where they are first needed."""
-    rows_XD = gradient.source_rows_XD
-    default = best_backend(rows_XD)
-    if rows_XD.dtype is torch.float64:
-        if backend in ("cpu", "triton"):
-            raise ValueError(f"row_update: backend={backend!r} sums in float32; use backend=eager for float64 tables.")
-        default = "eager"
-    module = choose_backend("row_update", backend, default, _MODULES, rows_XD)()
+    """Returns `name` of the module of the backend: numba and triton are imported where they are first needed."""
+    rows_XV = gradient.source_rows_XV
+    if rows_XV.dtype is torch.float64 and backend in _WITH_KERNELS:
+        raise ValueError(f"row_update: backend={backend!r} sums in float32; use backend=eager for float64 tables.")
+    module = choose_backend("row_update", backend, _default_backend(gradient), _MODULES, rows_XV)()
     return cast("Callable[..., object]", getattr(module, name))
 
 
+#: Backends of compiled kernels, which do not exist for every rule: see `RowRule.kernels`.
+_WITH_KERNELS = ("cpu", "triton")
 _MODULES = {
     name: (lambda module=f"{__name__}.{name}": importlib.import_module(module))
     for name in ("eager", "cpu", "triton", "reference")

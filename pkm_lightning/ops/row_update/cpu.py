@@ -1,10 +1,10 @@
-"""The row update as one pass over the touched rows: sum the reads of a row, apply the rule, write it back (numba).
+"""The row update in numba, as one pass over the rows that were read: sum the reads, apply the rule, write the row back.
 
-A row's sum lives in a scratch line that stays in the first-level cache; row and state are read and written once, and
-asked for two rows ahead, since no hardware foresees which row comes next (lazy Adam takes half the time). The sum is
-computed a second time for the norm instead of being kept: source rows are few and cached, row gradients are not.
+The sum of a row is kept in a scratch line that stays in the first-level cache. Row and state are read and written once.
+They are prefetched two rows ahead, because hardware cannot predict which row comes next: this halves the time of lazy
+Adam. For the norm the sum is computed a second time instead of being stored, since the source rows are few and cached.
 
-Letters: N rows, D values a row, U rows touched, L reads, C chunks, each with scratch lines of its own.
+Letters: N rows, V values per row, U rows that were read, L reads, C chunks, which have two scratch lines each.
 """
 
 from __future__ import annotations
@@ -21,62 +21,67 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from pkm_lightning.ops.numba_threads import use_torch_threads
-from pkm_lightning.ops.row_update.rules import KINDS, RowRule
+from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
 
 if TYPE_CHECKING:
     from pkm_lightning.ops.row_update import RowGradient
 
-_SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM = (KINDS.index(kind) for kind in KINDS)
+# The rules that `_apply` has a branch for. Kernels that call each other stay in one file: numba's cache does not notice
+# that a kernel of another file has changed.
+_SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM = range(4)
+_KINDS = {"sgd": _SGD, "row_adagrad": _ROW_ADAGRAD, "lazy_adam": _LAZY_ADAM, "catch_up_adam": _CATCH_UP_ADAM}
+# A constant, so that the limits of the chunks do not depend on the number of threads.
 _CHUNKS = 64
-_AHEAD = 2
+_PREFETCHED_ROWS = 2
 _CACHE_LINE = 64  # bytes
-# Python's error model tests every division for zero, which keeps a loop from being vectorised.
+# Python's error model tests every division for zero, which prevents the vectorisation of a loop.
 _KERNEL = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
-    # In fp64 the order of the sum, which depends on the number of threads, does not reach the result.
+    """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
+    # The order of the sum depends on the number of threads; in fp64 that does not change the fp32 result.
     return row_gradient_squares(gradient).double().sum().sqrt().float()
 
 
 def row_gradient_squares(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
     use_torch_threads()
     squares_U = torch.empty(len(gradient.segments.rows_U), dtype=torch.float32)
-    scratch_C2D, bits_C2D = _scratch(gradient)
-    _squares(*_reads(gradient), squares_U.numpy(), scratch_C2D, bits_C2D)
+    scratch_C2V, bits_C2V = _scratch(gradient)
+    _squares(*_reads(gradient), squares_U.numpy(), scratch_C2V, bits_C2V)
     return squares_U
 
 
 def row_update(
-    table_ND: Tensor,
+    table_NV: Tensor,
     gradient: RowGradient,
     rule: RowRule,
+    step: UpdateStep,
     state: Mapping[str, Tensor],
     scale: Tensor | float,
-    row_squares_U: Tensor | None,
+    mean_squares_U: Tensor | None,
 ) -> None:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_update`."""
     use_torch_threads()
     none_0, none_1, none_11 = torch.empty(0), torch.empty(1), torch.empty(1, 1)
-    correction1, root_correction2 = rule.corrections
-    scratch_C2D, bits_C2D = _scratch(gradient)
+    correction1, root_correction2 = rule.bias_corrections(step)
+    scratch_C2V, bits_C2V = _scratch(gradient)
     _update(
-        _as_numpy(table_ND.detach()),
+        _as_numpy(table_NV.detach()),
         gradient.segments.rows_U.numpy(),
         *_reads(gradient),
         state.get("exp_avg", none_11).numpy(),
         state.get("exp_avg_sq", none_11).numpy(),
         state.get("sum", none_1).numpy(),
         state.get("last_step", none_1.int()).numpy(),
-        (none_0 if row_squares_U is None else row_squares_U.contiguous()).numpy(),
-        scratch_C2D,
-        bits_C2D,
-        KINDS.index(rule.kind),
-        rule.step,
-        rule.seed,
-        (float(scale), rule.lr, rule.lr * rule.weight_decay, *rule.betas, rule.eps, correction1, root_correction2),
+        (none_0 if mean_squares_U is None else mean_squares_U.contiguous()).numpy(),
+        scratch_C2V,
+        bits_C2V,
+        _KINDS[rule.name],
+        step.number,
+        step.seed,
+        (float(scale), step.lr, step.lr * step.weight_decay, *rule.betas, rule.eps, correction1, root_correction2),
     )
 
 
@@ -87,24 +92,24 @@ def _reads(gradient: RowGradient) -> tuple[Any, ...]:
         segments.starts_V.numpy(),
         gradient.coefficients_L.detach().numpy(),
         gradient.sources_L.numpy(),
-        _as_numpy(gradient.source_rows_XD.detach().contiguous()),
+        _as_numpy(gradient.source_rows_XV.detach().contiguous()),
     )
 
 
 def _as_numpy(values: Tensor) -> Any:
-    """numpy knows no bf16: its bits, as int16."""
+    """A numpy view; of bf16, which numpy lacks, the bits as int16."""
     return values.view(torch.int16).numpy() if values.dtype is torch.bfloat16 else values.numpy()
 
 
 def _scratch(gradient: RowGradient) -> tuple[Any, Any]:
-    """Two lines of fp32 a chunk, and the same memory as bits."""
-    lines_C2D = torch.empty(_CHUNKS, 2, gradient.source_rows_XD.shape[1])
-    return lines_C2D.numpy(), lines_C2D.view(torch.int32).numpy()
+    """Two lines of fp32 per chunk, and the same memory as bits."""
+    lines_C2V = torch.empty(_CHUNKS, 2, gradient.source_rows_XV.shape[1])
+    return lines_C2V.numpy(), lines_C2V.view(torch.int32).numpy()
 
 
 @intrinsic
 def _prefetch(typing_context, array, row, column):  # type: ignore[no-untyped-def]
-    """Asks the memory for the line of array[row, column], which is to be written; nothing waits for it."""
+    """Prefetches the cache line of array[row, column] for writing, without waiting for it."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0]
@@ -112,11 +117,11 @@ def _prefetch(typing_context, array, row, column):  # type: ignore[no-untyped-de
             context, builder, kind, context.make_array(kind)(context, builder, arguments[0]), arguments[1:]
         )
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        ask = builder.module.declare_intrinsic(
+        prefetch = builder.module.declare_intrinsic(
             "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
         )
         for_writing, keep_near, data = number(1), number(3), number(1)
-        builder.call(ask, [builder.bitcast(place, pointer), for_writing, keep_near, data])
+        builder.call(prefetch, [builder.bitcast(place, pointer), for_writing, keep_near, data])
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp), code
@@ -124,14 +129,14 @@ def _prefetch(typing_context, array, row, column):  # type: ignore[no-untyped-de
 
 @njit(**_KERNEL)
 def _prefetch_row(values, row):  # type: ignore[no-untyped-def]
-    if values.shape[0] > 1:  # what a rule does not keep has one row
+    if values.shape[0] > 1:  # a state that the rule lacks is passed as one row
         for d in range(0, values.shape[1], _CACHE_LINE // values.itemsize):
             _prefetch(values, row, d)
 
 
 @njit(**_KERNEL)
 def _load(values, row, out, out_bits):  # type: ignore[no-untyped-def]
-    """A row as fp32; the bits of bf16 are the upper half of a float's."""
+    """Loads a row as fp32; the bits of bf16 are the upper half of those of fp32."""
     for d in range(out.shape[0]):
         if values.itemsize == 2:
             out_bits[d] = uint32(uint16(values[row, d])) << uint32(16)
@@ -141,7 +146,7 @@ def _load(values, row, out, out_bits):  # type: ignore[no-untyped-def]
 
 @njit(**_KERNEL)
 def _add_reads(segment, order, starts, coefficients, sources, source_rows, total, line, line_bits):  # type: ignore[no-untyped-def]
-    """total <- the sum of the reads of one segment, in their order."""
+    """Computes total <- the sum of the reads of one segment, in their order."""
     total[:] = float32(0)
     for place in range(starts[segment], starts[segment + 1]):
         read = order[place]
@@ -156,7 +161,8 @@ def _add_reads(segment, order, starts, coefficients, sources, source_rows, total
                 total[d] += coefficient * source_rows[source, d]
 
 
-# Without leave to reorder, a sum over a row is one chain of dependent additions; the order is fixed at compile time.
+# Unless additions may be reordered, the sum over a row is one chain of dependent additions and cannot be vectorised.
+# The compiler fixes the new order, so two runs still give the same bits.
 @njit(**_KERNEL, fastmath={"reassoc"})
 def _square_sum(values):  # type: ignore[no-untyped-def]
     total = float32(0)
@@ -177,25 +183,28 @@ def _squares(order, starts, coefficients, sources, source_rows, squares, scratch
 
 @njit(**_KERNEL)
 def _apply(  # type: ignore[no-untyped-def]
-    kind, row, segment, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, row_squares, step, numbers
+    kind, row, segment, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, mean_squares, number, numbers
 ):
-    """The rule on one row, `values`, with its gradient; see rules.py. An empty `row_squares` stands for none."""
+    """Applies the rule to one row, `values`, with its gradient; the equations stand in `rules/`.
+
+    An empty `mean_squares` stands for None.
+    """
     scale, lr, decay, beta1, beta2, eps, correction1, root_correction2 = numbers
     factor, rate, eps = float32(scale), float32(lr), float32(eps)
     dim = values.shape[0]
     for d in range(dim):
         grad[d] *= factor
     if decay != 0:
-        kept = float32(1 - decay)
+        remaining = float32(1 - decay)
         for d in range(dim):
-            values[d] *= kept
+            values[d] *= remaining
     if kind == _SGD:
         for d in range(dim):
             values[d] -= rate * grad[d]
         return
     if kind == _ROW_ADAGRAD:
-        if row_squares.shape[0] > 0:
-            mean_square = row_squares[segment] * (factor * factor)
+        if mean_squares.shape[0] > 0:
+            mean_square = mean_squares[segment] * (factor * factor)
         else:
             mean_square = _square_sum(grad) / float32(dim)
         total = row_sum[row] + mean_square
@@ -213,8 +222,8 @@ def _apply(  # type: ignore[no-untyped-def]
             exp_avg[row, d], exp_avg_sq[row, d] = mean, square
             values[d] -= rate * mean / (sqrt(square) * root + eps)
         return
-    old2 = float32(beta2 ** (step - last_step[row]))
-    last_step[row] = step
+    old2 = float32(beta2 ** (number - last_step[row]))
+    last_step[row] = number
     for d in range(dim):
         square = old2 * exp_avg_sq[row, d] + new2 * grad[d] * grad[d]
         exp_avg_sq[row, d] = square
@@ -223,11 +232,12 @@ def _apply(  # type: ignore[no-untyped-def]
 
 @njit(**_KERNEL)
 def _store(table, row, values, value_bits, seed):  # type: ignore[no-untyped-def]
-    """Writes a row back; bf16 rounds stochastically, as rounding.py says."""
+    """Writes a row back; bf16 is rounded stochastically by the hash of `rounding.py`."""
     dim = values.shape[0]
     for d in range(dim):
         if table.itemsize == 2:
             word = uint32(value_bits[d])
+            # Infinities and NaNs are cut off instead: the noise could carry into the sign of a NaN.
             if (word & uint32(0x7F800000)) != uint32(0x7F800000):
                 noise = uint32(row * dim + d) ^ uint32(seed)
                 noise = uint32((noise ^ (noise >> uint32(16))) * uint32(0x85EBCA6B))
@@ -251,11 +261,11 @@ def _update(  # type: ignore[no-untyped-def]
     exp_avg_sq,
     row_sum,
     last_step,
-    row_squares,
+    mean_squares,
     scratch,
     bits,
     kind,
-    step,
+    number,
     seed,
     numbers,
 ):
@@ -264,12 +274,14 @@ def _update(  # type: ignore[no-untyped-def]
         total, line, line_bits = scratch[chunk, 0], scratch[chunk, 1], bits[chunk, 1]
         for segment in range(chunk * rows.shape[0] // n_chunks, (chunk + 1) * rows.shape[0] // n_chunks):
             row = rows[segment]
-            if segment + _AHEAD < rows.shape[0]:
-                coming = rows[segment + _AHEAD]
+            if segment + _PREFETCHED_ROWS < rows.shape[0]:
+                coming = rows[segment + _PREFETCHED_ROWS]
                 _prefetch_row(table, coming)
                 _prefetch_row(exp_avg, coming)
                 _prefetch_row(exp_avg_sq, coming)
             _add_reads(segment, order, starts, coefficients, sources, source_rows, total, line, line_bits)
             _load(table, row, line, line_bits)
-            _apply(kind, row, segment, line, total, exp_avg, exp_avg_sq, row_sum, last_step, row_squares, step, numbers)
+            _apply(
+                kind, row, segment, line, total, exp_avg, exp_avg_sq, row_sum, last_step, mean_squares, number, numbers
+            )
             _store(table, row, line, line_bits, seed)

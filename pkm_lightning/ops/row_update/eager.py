@@ -1,6 +1,9 @@
-"""The row update in plain torch operations, on any device: chunks of rows, so that no chunk's gradient is large.
+"""The row update in plain torch operations, on any device and for any rule.
 
-Letters: N rows, D values a row, U rows touched, C rows of a chunk.
+It works on chunks of rows, so that only the gradient of one chunk is in memory at a time.
+
+Letters: N rows, V values per row, U rows that were read, M = U + 1 limits, C rows of
+a chunk.
 """
 
 from __future__ import annotations
@@ -12,61 +15,64 @@ import torch
 from torch import Tensor
 
 from pkm_lightning.ops.row_gradients import row_gradients
-from pkm_lightning.ops.row_update.reference import moved
+from pkm_lightning.ops.row_update.reference import updated_rows
 from pkm_lightning.ops.row_update.rounding import round_stochastically
-from pkm_lightning.ops.row_update.rules import RowRule
+from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
 from pkm_lightning.ops.segments import Segments
 
 if TYPE_CHECKING:
     from pkm_lightning.ops.row_update import RowGradient
 
-_CHUNK_VALUES = 2**22
+_CHUNK_VALUES = 2**22  # values of a chunk's gradient: 16 MiB in fp32
 
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
-    squares = [grad_CD.square().sum() for _, grad_CD in _chunks(gradient)]
+    """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
+    squares = [grad_CV.square().sum() for _, grad_CV in _chunks(gradient)]
     return torch.stack(squares).sum().sqrt() if squares else gradient.coefficients_L.new_zeros(())
 
 
 def row_gradient_squares(gradient: RowGradient) -> Tensor:
-    """See `pkm_lightning.ops.row_update`."""
-    squares = [grad_CD.square().sum(-1) for _, grad_CD in _chunks(gradient)]
+    """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
+    squares = [grad_CV.square().sum(-1) for _, grad_CV in _chunks(gradient)]
     return torch.cat(squares) if squares else gradient.coefficients_L.new_zeros(0)
 
 
 def row_update(
-    table_ND: Tensor,
+    table_NV: Tensor,
     gradient: RowGradient,
     rule: RowRule,
+    step: UpdateStep,
     state: Mapping[str, Tensor],
     scale: Tensor | float,
-    row_squares_U: Tensor | None,
+    mean_squares_U: Tensor | None,
 ) -> None:
-    """See `pkm_lightning.ops.row_update`."""
+    """Computes `pkm_lightning.ops.row_update.row_update`."""
     start = 0
-    for rows_C, grad_CD in _chunks(gradient):
-        squares_C = None if row_squares_U is None else row_squares_U[start : start + len(rows_C)] * scale * scale
+    for rows_C, grad_CV in _chunks(gradient):
+        squares_C = None if mean_squares_U is None else mean_squares_U[start : start + len(rows_C)] * scale * scale
         start += len(rows_C)
-        if grad_CD.device.type != "cpu":  # there a row -1 stands for none
+        # Segments of an accelerator are padded with row -1.
+        if grad_CV.device.type != "cpu":
             live_C = rows_C >= 0
-            rows_C, grad_CD = rows_C[live_C], grad_CD[live_C]
+            rows_C, grad_CV = rows_C[live_C], grad_CV[live_C]
             squares_C = None if squares_C is None else squares_C[live_C]
         index_C = rows_C.long()
-        after_CD = moved(table_ND[index_C].to(grad_CD.dtype), grad_CD * scale, rule, state, index_C, squares_C)
-        if table_ND.dtype is torch.bfloat16:
-            after_CD = round_stochastically(after_CD, index_C, rule.seed)
-        table_ND.index_copy_(0, index_C, after_CD)
+        before_CV = table_NV[index_C].to(grad_CV.dtype)
+        after_CV = updated_rows(before_CV, grad_CV * scale, rule, step, state, index_C, squares_C)
+        if table_NV.dtype is torch.bfloat16:
+            after_CV = round_stochastically(after_CV, index_C, step.seed)
+        table_NV.index_copy_(0, index_C, after_CV)
 
 
 def _chunks(gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and their gradients, (C,) and (C, D)."""
-    _, (order_L, rows_U, starts_V), coefficients_L, sources_L, source_rows_XD = gradient
-    size = max(1, _CHUNK_VALUES // max(1, source_rows_XD.shape[1]))
+    """Yields the rows of each chunk and their gradients, (C,) and (C, V)."""
+    _, (order_L, rows_U, starts_M), coefficients_L, sources_L, source_rows_XV = gradient
+    size = max(1, _CHUNK_VALUES // max(1, source_rows_XV.shape[1]))
     for start in range(0, len(rows_U), size):
-        limits_V = starts_V[start : start + size + 1]
-        reads = slice(int(limits_V[0]), int(limits_V[-1]))
+        limits_M = starts_M[start : start + size + 1]
+        reads = slice(int(limits_M[0]), int(limits_M[-1]))
         chosen_L = order_L[reads]
         in_order_L = torch.arange(len(chosen_L), device=chosen_L.device)
-        part = Segments(in_order_L, rows_U[start : start + size], limits_V - limits_V[0])
-        yield part.rows_U, row_gradients(part, coefficients_L[chosen_L], sources_L[chosen_L], source_rows_XD)
+        part = Segments(in_order_L, rows_U[start : start + size], limits_M - limits_M[0])
+        yield part.rows_U, row_gradients(part, coefficients_L[chosen_L], sources_L[chosen_L], source_rows_XV)

@@ -1,0 +1,103 @@
+"""What a configuration cannot ask for: every refusal that needs no model stands here.
+
+What depends on the shapes of the model (parts of tables, ids, memory) is refused by `pkm_lightning.capacity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+
+from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
+from pkm_lightning.memory import RowOptimizer
+
+Config = Mapping[str, Any]
+
+
+@runtime_checkable
+class ChecksConfig(Protocol):
+    """A callback that does not work with every configuration."""
+
+    def check(self, config: Config) -> None:
+        """Refuses what cannot work together; called on the constructed callback, before a model or a file is made.
+
+        Args:
+            config: the complete configuration, as plain dicts, lists and numbers.
+
+        Raises:
+            ConfigError: naming the key, its value, and what to set instead.
+        """
+
+
+def check_trainer(config: Config) -> None:
+    """Refuses values of `trainer` and `seed` that Lightning would take and misread, or report in its own terms.
+
+    Raises:
+        ConfigError: with the key, the value and what is allowed.
+    """
+    trainer = config["trainer"]
+    for name in ("log_every_n_steps", "accumulate_grad_batches", "num_nodes"):
+        check_integer(f"trainer.{name}", trainer[name], 1)
+    if isinstance(trainer["devices"], bool):
+        raise ConfigError(f"trainer.devices={trainer['devices']} is no number of devices; give one.")
+    if trainer.get("gradient_clip_val") is not None:
+        check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
+    check_clipping(trainer.get("gradient_clip_algorithm"))
+    interval = trainer["val_check_interval"]
+    if isinstance(interval, int | float):
+        check_range("trainer.val_check_interval", interval, 1 if isinstance(interval, int) else 1e-9)
+    check_integer("seed", config["seed"], 0, 2**32 - 1)
+
+
+def check_clipping(algorithm: str | None) -> None:
+    """Refuses to clip gradients by value: tables and dense parameters are clipped by norms of their own.
+
+    Raises:
+        ConfigError: naming what is offered.
+    """
+    if algorithm == "value":
+        raise ConfigError("trainer.gradient_clip_algorithm=value is not offered; allowed: norm.")
+
+
+def check_learning(config: Config) -> None:
+    """Refuses settings with which the tables cannot learn in the configured way.
+
+    Raises:
+        ConfigError: with the setting, and what to set instead.
+    """
+    table, optim, trainer = config["table"], config["optim"], config["trainer"]
+    learning = table.get("learning", "dense")
+    if learning == "fused":
+        raise ConfigError(
+            "table.learning=fused is no longer offered; set table.learning=rows, which makes the same updates in the "
+            "same time. A run that was trained with it can be evaluated and exported, but not continued."
+        )
+    check_choice("table.learning", learning, ("dense", "rows"))
+    if learning == "dense":
+        return
+    rows: RowOptimizer = instantiate(table["optimizer"], "table.optimizer")
+    rows.check_decay(optim["table_weight_decay"])
+    if str(trainer["precision"]).startswith("16"):
+        raise ConfigError(
+            f"trainer.precision={trainer['precision']} does not work with table.learning={learning}: its loss scaling "
+            "knows no staged gradients; set trainer.precision=bf16-mixed, or table.learning=dense."
+        )
+
+
+def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
+    """Refuses what can be evaluated but not trained, and what a callback cannot work with.
+
+    Raises:
+        ConfigError: a table that stays in a file, or a callback's own refusal.
+    """
+    if config["table"].get("device") == "mmap":
+        raise ConfigError(
+            "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; set "
+            "table.device=cpu, or export the run when it is trained."
+        )
+    for callback in callbacks:
+        if isinstance(callback, ChecksConfig):
+            callback.check(config)

@@ -1,0 +1,102 @@
+"""A run, resolved once: the configuration with everything filled in, checked, and what follows from it.
+
+Verbs take their figures from here. Nothing is allocated or written: the data module is only constructed, the model
+stands on the meta device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+
+from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.build.model import attention_context, build_meta_model
+from pkm_lightning.build.refusals import check_learning, check_trainer, check_training
+from pkm_lightning.build.schedule import configured_schedule
+from pkm_lightning.build.sizing import solve_size
+from pkm_lightning.capacity import Plan, check_setting, make_plan
+from pkm_lightning.data.base import vocab_size_of
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.model import ModelCost, Transformer, model_cost
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A configuration that can be run, as `resolve` returns it.
+
+    Attributes:
+        config: plain dicts, lists and values; `model.vocab_size` and the plugin's size are numbers.
+        data: the data module, neither prepared nor set up.
+        model: the transformer on the meta device: shapes without memory.
+        callbacks: those of the configuration in the order in which they act; empty where nothing is trained.
+    """
+
+    config: dict[str, Any]
+    data: L.LightningDataModule
+    model: Transformer
+    callbacks: list[L.Callback] = field(default_factory=list)
+
+    # Made when first asked for: a plugin may state no cost, and few verbs plan.
+
+    @cached_property
+    def cost(self) -> ModelCost:
+        """Parameters, FLOPs and bytes per token."""
+        return model_cost(self.model, attention_context(self.config))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What one device of the run holds and receives."""
+        return make_plan(self.model, self.config)
+
+
+def resolve(config: dict[str, Any], *, trains: bool = False) -> ResolvedRun:
+    """Fills in vocabulary and plugin size, and refuses whatever cannot work before anything starts.
+
+    Args:
+        config: the composed or saved configuration as plain dicts, lists and values.
+        trains: the run is to be trained: its callbacks are made, and they and the tables must be able to.
+
+    Raises:
+        ConfigError: the value, where it stands, and what to set instead.
+    """
+    check_trainer(config)
+    data = instantiate(config["data"], "data")
+    if not isinstance(data, L.LightningDataModule):
+        raise ConfigError(f"data._target_={config['data']['_target_']} is no LightningDataModule.")
+    config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
+    check_learning(config)
+    config = solve_size(config)
+    model = build_meta_model(config)
+    check_setting(model, config)
+    configured_schedule(config["optim"], config["trainer"]["max_steps"])
+    callbacks = make_callbacks(config) if trains else []
+    if trains:
+        check_training(config, callbacks)
+    return ResolvedRun(config, data, model, callbacks)
+
+
+def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
+    """Returns the configured callbacks by their `hook_order`, equal ones in the order of the configuration."""
+    callbacks = [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
+    return sorted(callbacks, key=lambda callback: getattr(callback, "hook_order", 0))
+
+
+def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
+    configured, needed = config["model"]["vocab_size"], vocab_size_of(data)
+    if configured == "auto":
+        if needed is None:
+            raise ConfigError(
+                f"model.vocab_size=auto, but {type(data).__name__} has no vocab_size; set model.vocab_size to a number."
+            )
+        return int(needed)
+    if not isinstance(configured, int) or isinstance(configured, bool):
+        raise ConfigError(f"model.vocab_size={configured!r} is neither auto nor a number.")
+    if needed is not None and configured < needed:
+        raise ConfigError(
+            f"model.vocab_size={configured} is too small: the data's tokens need {needed}; "
+            "set model.vocab_size=auto or lower data.vocab_size."
+        )
+    return configured

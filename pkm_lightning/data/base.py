@@ -1,0 +1,156 @@
+"""The contract of a data source: what the package reads from a data module, and what each optional part brings.
+
+A data source is any `LightningDataModule`; it need not inherit from a class of this package. `TokenDataModule`
+(`datamodule.py`) implements everything below; a subclass adds where its text comes from.
+
+Required: `train_dataloader()`. A batch is a dict of tensors (B, T): `input_ids` (int64) and `labels` (int64; the token
+that follows, or `NO_TARGET`), and optionally `doc_ids` (int64; attention stays within a document, -1 is padding) and
+`valid` (bool; False at padding). All ranks make the same number of batches. `check_batch` refuses what breaks this.
+
+| optional member | what it brings |
+|---|---|
+| `val_dataloader()`, `test_dataloader()` | held-out loss; of equal length on all ranks |
+| `predict_dataloader()` | `predict`: batches with `prompt` (texts) and `index` (their numbers, -1 for a filler) |
+| `vocab_size` | `model.vocab_size=auto`, and a refusal of smaller numbers; known before `prepare_data()` |
+| `tokenizer`, a `TextCodec` | `predict`, the callbacks `samples` and `recall`, words in the panels of `slot_usage` |
+| `tokenizer.digest` | a checkpoint of another tokenizer is refused |
+| `recall_items(limit)` | questions for the callback `recall`, and for `samples` where it has no prompts |
+| `n_facts` | `facts` in run.json, from which `compare` derives costs per fact |
+| `fingerprint` | `data` in run.json, by which reports notice runs on different data |
+| `endless = True` | no comparison among ranks at every step whether the training data end |
+| `state_dict()`, `load_state_dict()` | a resumed run continues with the next batch instead of the first |
+| `global_batch_size`, an attribute | `budget.tokens` takes a batch without a Trainer for a whole optimizer step |
+| `seq_len`, `global_batch_size` in its YAML | figures of attention cost, memory and traffic that depend on tokens |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from pkm_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NO_TARGET", "Batch", "RecallItem", "TextCodec", "check_batch"]
+
+Batch: TypeAlias = "dict[str, Tensor]"
+
+#: The label of a position that carries no loss, as in `torch.nn.functional.cross_entropy`.
+NO_TARGET = -100
+
+
+class TextCodec(Protocol):
+    """The part of a tokenizer that generation and scoring call. A `digest` (str) of its vocabulary is optional."""
+
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of `text`, without special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`, without special tokens."""
+
+
+@dataclass(frozen=True)
+class RecallItem:
+    """One question of a recall test. The model continues `prompt` with a space, the answer and the end token.
+
+    Attributes:
+        prompt: text without a trailing space.
+        answer: the right continuation, without the leading space.
+        options: 4 distinct answers in random order, the right one among them; empty if there are not so many.
+        relation: the kind of question, such as `birth_city`.
+        form: `seen`, `paraphrase`, `unseen_template`, `question`, `unseen_question`, `control` or `validation`.
+        exposures: times per epoch that training shows the fact, in any form.
+        decile: 0 (most shown tenth of the subjects) to 9.
+        prior_bits: -log2 of the answer's share among the answers of its relation; nan where unknown.
+        majority: whether the answer is the most frequent of its relation, so that guessing finds it.
+    """
+
+    prompt: str
+    answer: str
+    options: tuple[str, ...]
+    relation: str
+    form: str
+    exposures: int
+    decile: int
+    prior_bits: float
+    majority: bool
+
+
+# One accessor per optional member. They use `getattr` and no runtime-checkable Protocol: `isinstance` would evaluate a
+# property a second time before Python 3.12, and `fingerprint` and `n_facts` read files.
+
+
+def vocab_size_of(data: object) -> int | None:
+    """Returns the number of token ids that a model must provide for, or None."""
+    return getattr(data, "vocab_size", None)
+
+
+def tokenizer_of(data: object) -> TextCodec | None:
+    """Returns the tokenizer of prepared data, or None."""
+    return getattr(data, "tokenizer", None)
+
+
+def tokenizer_digest(data: object) -> str | None:
+    """Returns the hash of all that decides how the data module turns text into ids, or None."""
+    return getattr(tokenizer_of(data), "digest", None)
+
+
+def recall_items_of(data: object, limit: int | None) -> list[RecallItem]:
+    """Returns the questions about the data, at most `limit` per form (None: all); none if there is no such method."""
+    ask = getattr(data, "recall_items", None)
+    return [] if ask is None else ask(limit)
+
+
+def n_facts_of(data: object) -> int | None:
+    """Returns the number of facts that training shows, or None."""
+    return getattr(data, "n_facts", None)
+
+
+def fingerprint_of(data: object) -> str | None:
+    """Returns the hash of the data, or None."""
+    return getattr(data, "fingerprint", None)
+
+
+def is_endless(data: object) -> bool:
+    """Returns whether every rank can always make another training batch."""
+    return getattr(data, "endless", False)
+
+
+def check_batch(batch: object, vocab_size: int) -> None:
+    """Refuses a batch that breaks the contract. It copies values to the host: call it on the first batch only.
+
+    Raises:
+        DataError: not a dict, missing keys, wrong shapes, ids outside the vocabulary, or labels that were not shifted.
+    """
+    if not isinstance(batch, dict) or not {"input_ids", "labels"} <= batch.keys():
+        content = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise DataError(f"a batch must be a dict with input_ids and labels (and doc_ids, valid if any); got {content}.")
+    ids_BT, labels_BT = batch["input_ids"], batch["labels"]
+    for name in ("labels", "doc_ids", "valid"):
+        if name in batch and batch[name].shape != ids_BT.shape:
+            raise DataError(f"batch['{name}'] has shape {tuple(batch[name].shape)}, input_ids {tuple(ids_BT.shape)}.")
+    if ids_BT.ndim != 2 or not ids_BT.numel():
+        raise DataError(
+            f"batch['input_ids'] has shape {tuple(ids_BT.shape)}; it must be (sequences, tokens), not empty."
+        )
+    targets_M = labels_BT[labels_BT != NO_TARGET]
+    low, high = int(ids_BT.min()), max(int(ids_BT.max()), int(targets_M.max()) if targets_M.numel() else 0)
+    if low < 0 or high >= vocab_size:
+        raise DataError(
+            f"token ids run from {low} to {high}, but model.vocab_size={vocab_size} allows 0 to {vocab_size - 1}: "
+            "set model.vocab_size, or model.vocab_size=auto to take the data module's."
+        )
+    if targets_M.numel() and int(targets_M.min()) < 0:
+        raise DataError(f"labels hold {int(targets_M.min())}; allowed: token ids, and {NO_TARGET} for no target.")
+    # Few equal tokens may be chance, and a text that repeats one token equals itself shifted: neither is refused.
+    copied = targets_M.numel() > 8 and bool((targets_M == ids_BT[labels_BT != NO_TARGET]).all())
+    inner_BT = labels_BT[:, :-1] != NO_TARGET
+    if copied and not bool((labels_BT[:, :-1][inner_BT] == ids_BT[:, 1:][inner_BT]).all()):
+        raise DataError(
+            "labels equal input_ids: labels[t] must be the token that follows input_ids[t]; shift them by one."
+        )

@@ -1,0 +1,38 @@
+"""Row optimizers: one rule per file of this folder, found by the name of the file.
+
+A rule states what it keeps per row or per value, and how an update changes the rows that were read. `CONTRIBUTING.md`
+lists the steps to add one.
+Modules are imported when a rule is first asked for: `find_rule("lazy_adam")` reads `lazy_adam.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from pkm_lightning.ops.row_update.rules.base import RowRule, RowState, UpdateStep, new_state, state_bytes
+
+__all__ = ["RowRule", "RowState", "UpdateStep", "find_rule", "new_state", "rule_names", "state_bytes"]
+
+
+def rule_names() -> tuple[str, ...]:
+    """Returns the names of all rules, sorted."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
+
+
+def find_rule(name: str) -> type[RowRule]:
+    """Returns the rule `name`: the class that the `__all__` of the module of that name lists.
+
+    Raises:
+        ValueError: there is no such module, or its class has another name or a state named `step`.
+    """
+    if name not in rule_names():
+        raise ValueError(f"row_update: rule={name!r} is unknown; allowed: {', '.join(rule_names())}.")
+    module = importlib.import_module(f"{__name__}.{name}")
+    (class_name,) = module.__all__
+    rule: type[RowRule] = getattr(module, class_name)
+    if rule.name != name:
+        raise ValueError(f"row_update: {class_name}.name is {rule.name!r}; it must be the name of its file, {name!r}.")
+    if "step" in rule.state:
+        raise ValueError(f"row_update: {class_name}.state has the name 'step', which the number of the update has.")
+    return rule

@@ -1,0 +1,148 @@
+"""The contract of a row optimizer: its state per row or per value, and the update of the rows that were read.
+
+Letters: N rows, V values per row, U rows that were read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+class RowState(NamedTuple):
+    """One tensor of an optimizer's state."""
+
+    #: `value`: one number per value of the table; `row`: one number per row.
+    per: str
+    #: None: fp32, or fp64 for an fp64 table.
+    dtype: torch.dtype | None = None
+
+    def shape(self, table_NV: Tensor) -> tuple[int, ...]:
+        """Returns the shape of this state for a table."""
+        return tuple(table_NV.shape) if self.per == "value" else (len(table_NV),)
+
+    def dtype_for(self, table_NV: Tensor) -> torch.dtype:
+        """Returns the dtype of this state for a table: never narrower than fp32, which updates are computed in."""
+        return self.dtype or torch.promote_types(table_NV.dtype, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStep:
+    """The numbers of one update, which change from step to step.
+
+    Args:
+        lr: learning rate.
+        weight_decay: factor of the decoupled decay of the rows that were read.
+        number: number of this update, from 1.
+        seed: of the stochastic rounding, 0 to 2**31 - 1; another one for every update.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+    number: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise ValueError(f"row_update: number={self.number}; updates are counted from 1.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"row_update: seed={self.seed}; allowed: 0 to 2**31 - 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRule:
+    """A row optimizer; a subclass is one file of `rules/`. Its fields are its constants, keys of `table.optimizer`.
+
+    Args:
+        betas: decay of the first and of the second moment, each from 0 to below 1; rules without moments ignore it.
+        eps: added to a root before the division by it; rules without a root ignore it.
+
+    Raises:
+        ValueError: a constant out of range. The message opens with NAME=VALUE; users see `table.optimizer.` before it.
+    """
+
+    #: The name in `table.optimizer.rule`, and that of the file.
+    name: ClassVar[str]
+    #: The state of a table, by name: it starts as zeros, is saved in checkpoints, and is sharded as the table is.
+    #: The name `step` is taken by the number of the update.
+    state: ClassVar[Mapping[str, RowState]] = {}
+    #: `update` needs the mean of g**2 over the whole row. Ranks that hold columns of a row then add their sums.
+    needs_mean_squares: ClassVar[bool] = False
+    #: Why no weight decay can be combined with the rule; None: the decay below is applied before each update.
+    refuses_decay: ClassVar[str | None] = None
+    #: Backends with a kernel for the rule, of `cpu` (numba) and `triton`; on all others `update` runs.
+    kernels: ClassVar[tuple[str, ...]] = ()
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)}: each must be from 0 to below 1.")
+
+    def update(
+        self,
+        rows_UV: Float[Tensor, "U V"],
+        grad_UV: Float[Tensor, "U V"],
+        state: Mapping[str, Tensor],
+        index_U: Int[Tensor, " U"],
+        step: UpdateStep,
+        mean_squares_U: Float[Tensor, " U"] | None,
+    ) -> Float[Tensor, "U V"]:
+        """Returns the rows after one update, and updates their entries of `state` in place.
+
+        Args:
+            rows_UV: the rows that were read, already decayed, in fp32 (fp64 for fp64 tables). On a rank that holds
+                a part of the columns these are its columns only.
+            grad_UV: their gradients, in the same dtype.
+            state: tensors of the whole table, named and shaped as `state` of the class states.
+            index_U: the numbers of the rows, each of them once: `state["sum"][index_U]` are their entries.
+            step: the numbers of this update.
+            mean_squares_U: mean of g**2 over the whole row, where `needs_mean_squares`; else None.
+        """
+        raise NotImplementedError
+
+    def decay(self, rows_UV: Float[Tensor, "U V"], step: UpdateStep) -> Float[Tensor, "U V"]:
+        """Returns the rows after decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101)."""
+        return rows_UV - step.lr * step.weight_decay * rows_UV
+
+    def bias_corrections(self, step: UpdateStep) -> tuple[float, float]:
+        """Returns 1 - b1**t and the root of 1 - b2**t for update t, by which Adam divides its moments."""
+        beta1, beta2 = self.betas
+        return 1 - beta1**step.number, (1 - beta2**step.number) ** 0.5
+
+
+def new_state(rule: type[RowRule] | RowRule, table_NV: Tensor) -> dict[str, Tensor]:
+    """Returns the state of `rule` before the first update: zeros, on the table's device."""
+    return {
+        name: torch.zeros(part.shape(table_NV), dtype=part.dtype_for(table_NV), device=table_NV.device)
+        for name, part in rule.state.items()
+    }
+
+
+def state_bytes(rule: type[RowRule] | RowRule, table_NV: Tensor) -> int:
+    """Returns the bytes that `rule` keeps for a table, which may be on the meta device."""
+    return sum(math.prod(part.shape(table_NV)) * part.dtype_for(table_NV).itemsize for part in rule.state.values())
+
+
+def check_state(rule: RowRule, state: Mapping[str, Tensor], table_NV: Tensor) -> None:
+    """Refuses a state that is not that of `rule` for this table.
+
+    Raises:
+        ValueError: names, shapes, dtypes or devices differ.
+    """
+    expected = {name: (part.shape(table_NV), part.dtype_for(table_NV)) for name, part in rule.state.items()}
+    actual = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+    if actual != expected or any(value.device != table_NV.device for value in state.values()):
+        raise ValueError(f"row_update: {rule.name} needs the state {expected} on {table_NV.device}, got {actual}.")
