@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one sentence with the value, where it came from, what is allowed and what to do.
+"""Errors that a user can correct: one sentence with the value, where it came from, what is allowed and what to do.
 
 The command line prints them without a traceback; a program that imports the package can catch `PkmError`.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class PkmError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base class of the errors that a user can correct."""
 
 
 class ConfigError(PkmError, ValueError):
@@ -23,7 +23,7 @@ class DataError(PkmError, ValueError):
 
 
 class CheckpointError(PkmError, RuntimeError):
-    """A checkpoint that is missing, damaged or not ours."""
+    """A checkpoint that is missing, damaged or not written by this package."""
 
 
 class RunDirectoryError(PkmError, OSError):
@@ -31,15 +31,15 @@ class RunDirectoryError(PkmError, OSError):
 
 
 class InstabilityError(PkmError, RuntimeError):
-    """Training has become unstable, and its policy was to stop, or what it tried did not help."""
+    """Training that became unstable, where the policy was to stop or its countermeasures failed."""
 
 
 class RankLostError(PkmError, RuntimeError):
-    """Another process of the run is gone; the run can be continued.
+    """The loss of another process of the run, which can be continued.
 
     Args:
-        message: which rank, and how.
-        exit_code: that of the processes which end because of it.
+        message: names the rank and the way it was lost.
+        exit_code: of the processes that end because of it.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -48,7 +48,7 @@ class RankLostError(PkmError, RuntimeError):
 
 
 class Interrupted(Exception):
-    """A job was asked to stop, or lost one of its processes, and left everything in order."""
+    """The orderly end of a job that was asked to stop or lost one of its processes; nothing is left half-written."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -56,13 +56,13 @@ class Interrupted(Exception):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the spelling in `choices` that is closest to `word`, or an empty string."""
+    """Returns `" Did you mean 'x'?"` with the choice closest in spelling to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
-    """Refuse a `value` of `key` that is not among `allowed`.
+    """Refuses a `value` of `key` that is not among `allowed`.
 
     Raises:
         ConfigError: naming the key, the value, the allowed values and the nearest spelling.
@@ -73,7 +73,7 @@ def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def check_range(key: str, value: float, low: float | None = None, high: float | None = None) -> None:
-    """Refuse a `value` of `key` outside the closed interval [`low`, `high`]; None leaves that side open.
+    """Refuses a `value` of `key` outside the closed interval [`low`, `high`]; None leaves that side open.
 
     Raises:
         ConfigError: naming the key, the value and the interval; also if the value is no finite number.
@@ -88,7 +88,7 @@ def check_range(key: str, value: float, low: float | None = None, high: float | 
 
 
 def check_integer(key: str, value: int, low: int | None = None, high: int | None = None) -> None:
-    """`check_range` for whole numbers.
+    """Refuses a `value` of `key` that is no whole number of at least `low` and at most `high`.
 
     Raises:
         ConfigError: as `check_range`; also for a fraction.
@@ -99,7 +99,7 @@ def check_integer(key: str, value: int, low: int | None = None, high: int | None
 
 
 def check_flag(key: str, value: bool) -> None:
-    """Refuse a `value` of `key` that is not a truth value: a word like `maybe` would count as true.
+    """Refuses a `value` of `key` that is not a truth value: a word like `maybe` would count as true.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.

@@ -1,9 +1,12 @@
-"""What every part that writes files must get right."""
+"""Writes files so that a kill or a loss of power leaves either the earlier content or the new one, and locks them."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -11,7 +14,7 @@ from pkm_lightning.errors import RunDirectoryError
 
 
 def flush(path: Path) -> None:
-    """Returns when a file's content, or a folder's names, are on disk and would survive a loss of power."""
+    """Waits until the content of a file, or the names in a folder, are on disk and would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,31 +23,71 @@ def flush(path: Path) -> None:
 
 
 def hold(lock: IO[str]) -> bool:
-    """Locks an open file until it is closed or the process ends; False if another process has it.
-
-    A POSIX record lock, which forked data workers do not inherit: they outlive a killed run by seconds.
-    """
+    """Locks an open file until it is closed or the process ends; returns False if another process holds the lock."""
     try:
+        # A POSIX record lock, which forked data workers do not inherit: they outlive a killed run by seconds.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
 
 
-def write_beside(path: Path, content: str | bytes) -> None:
-    """Writes `content` to a file beside `path`, flushes it to disk and renames it.
+@contextlib.contextmanager
+def written_beside(path: Path, *, over_folder: bool = False) -> Iterator[IO[bytes]]:
+    """Opens `NAME.tmp` for writing, and renames it to `path` when the block ends and the content is on disk.
+
+    An error within the block removes `NAME.tmp` and leaves `path` as it was.
+
+    Args:
+        path: of the file to write.
+        over_folder: the file may take the place of a folder.
 
     Raises:
-        RunDirectoryError: the disk is full or the place cannot be written.
+        OSError: the disk is full, the folder is missing or cannot be written, or `path` is a folder.
     """
     beside = path.with_name(path.name + ".tmp")
     try:
         with beside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        (replace if over_folder else os.replace)(beside, path)
+        flush(path.parent)  # else a loss of power could undo the renaming
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def write_beside(path: Path, content: str | bytes) -> None:
+    """Writes `content` to `path` as `written_beside` does.
+
+    Raises:
+        RunDirectoryError: the disk is full or the folder cannot be written.
+    """
+    try:
+        with written_beside(path) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise RunDirectoryError(
-            f"{path} cannot be written ({error.strerror}); make room there, or choose another place."
+            f"{path} cannot be written ({error.strerror}); free the disk, or choose another place."
         ) from None
+
+
+def replace(beside: Path, path: Path) -> None:
+    """Renames `beside`, a file or a folder, to `path`, which may exist as either.
+
+    Where that takes two renames, a kill between them leaves the earlier content whole under `NAME.old`.
+    """
+    if not path.exists() or not (path.is_dir() or beside.is_dir()):
+        os.replace(beside, path)
+        return
+    aside = path.with_name(path.name + ".old")
+    _remove(aside)
+    os.replace(path, aside)
+    os.replace(beside, path)
+    _remove(aside)
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)

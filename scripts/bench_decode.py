@@ -1,12 +1,10 @@
-"""Decoding a token: a Memory+ layer against the dense FFN that it replaces, at batches of 1, 8 and 64.
+"""Decoding one token per sequence: a Memory+ layer and the dense FFN that it replaces, at batches of 1, 8 and 64.
 
     python scripts/bench_decode.py [--device cuda] [--out]
 
-No gradient is kept. Both layers start from cold caches, as in a model whose other layers have used them since; so the
-time of a small batch is that of reading the weights. On a GPU the table lies there or in host memory, and both layers
-run as they are and as a CUDA graph, which leaves out what launching the kernels costs.
-
-Letters: B sequences (one token each), D model dimension, N slots, V values a slot.
+Both layers start from cold caches, as in a model whose other layers have used the caches in between, so the time of a
+small batch is that of reading the weights. On a GPU the table lies in its memory or in host memory, and both layers run
+eagerly and as a CUDA graph, which leaves out the cost of launching kernels.
 """
 
 from __future__ import annotations
@@ -16,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from benchmark_blocks import TOLERANCE, Block, context_of, forward_error, memory_plus
-from benchmark_inputs import table
-from benchmarking import Case, Options, Row, Way, benchmark
+from benchmarks.blocks import TOLERANCE, Block, context_of, forward_error, memory_plus
+from benchmarks.case import Case, Options, Row, Way
+from benchmarks.inputs import table
+from benchmarks.protocol import benchmark
 from torch import Tensor, nn
 
 from pkm_lightning.ffn.dense import Dense
@@ -31,7 +30,7 @@ GPU = Block(1, 4096, 16384, 1024, 2048, False)
 
 
 class Decoder:
-    """A call is one token of every sequence."""
+    """Module as a callable: a call decodes one token of every sequence."""
 
     def __init__(self, module: nn.Module, x_B1D: Tensor) -> None:
         self.module, self.x_B1D = module.eval(), x_B1D
@@ -42,10 +41,11 @@ class Decoder:
 
 
 class Replay(Decoder):
-    """The same as a CUDA graph."""
+    """Decoder that replays a CUDA graph."""
 
     def __init__(self, module: nn.Module, x_B1D: Tensor) -> None:
         super().__init__(module, x_B1D)
+        # A capture needs warmed-up kernels, and warming up on another stream (torch's notes on CUDA graphs).
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -62,16 +62,17 @@ class Replay(Decoder):
 
 
 class Layers(NamedTuple):
-    """What is compared; batches share the weights."""
+    """The layers that are compared; all batch sizes share their weights."""
 
     dense: nn.Module
     memory: nn.Module
     hosted: nn.Module | None
 
 
+# Cached: a table of several GB is built once for all batch sizes.
 @functools.lru_cache(maxsize=1)
 def layers(block: Block, device: torch.device, dtype: torch.dtype) -> Layers:
-    """The layers of equal width; `hosted` has its table in host memory, where that is another place."""
+    """Builds layers of equal width; `hosted` has its table in host memory and is None on the CPU."""
     weight_NV = table(block.n_keys**2, block.dim, dtype, device)
     dense = Dense(dim=block.dim, n_layers=2, hidden_dim=block.hidden).to(device, dtype)
     memory = memory_plus(block, weight_NV, "rows").to(device, dtype)
@@ -83,7 +84,7 @@ def layers(block: Block, device: torch.device, dtype: torch.dtype) -> Layers:
 
 
 def decode_case(block: Block, batch: int, device: torch.device, dtype: torch.dtype) -> Case:
-    """One token for each of `batch` sequences."""
+    """Builds the case: one token for each of `batch` sequences."""
     dense, memory, hosted = layers(block, device, dtype)
     x_B1D = torch.randn(batch, 1, block.dim, device=device).to(dtype)
 
@@ -97,6 +98,7 @@ def decode_case(block: Block, batch: int, device: torch.device, dtype: torch.dty
     return Case(
         sizes=f"B={batch} D={block.dim} hidden={block.hidden} N={block.n_keys**2} {dtype}".replace("torch.", ""),
         ways=ways,
+        # Eight tokens are enough: the check copies the layer to float64, which is slow.
         error=lambda decoder: forward_error(decoder()[0][:8], decoder.module, x_B1D[:8]),
         tolerance=TOLERANCE[dtype],
         baselines=["SwiGLU"],
@@ -107,7 +109,7 @@ def decode_case(block: Block, batch: int, device: torch.device, dtype: torch.dty
 
 
 def plan(options: Options) -> Iterator[Row]:
-    """The batches."""
+    """Yields one row per batch size."""
     device, dtype = options.device, torch.bfloat16 if options.device.type == "cuda" else torch.float32
     block = SMOKE if options.smoke else GPU if device.type == "cuda" else CPU
     for batch in (1, 8, 64):

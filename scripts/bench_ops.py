@@ -1,14 +1,13 @@
-"""The operations of a sparse memory against the ways that peers do them: retrieval, lookup, gradients, whole layers.
+"""The operations of a sparse memory and other packages' ways of doing them: retrieval, lookup, gradients, whole layers.
 
     python scripts/bench_ops.py [--device cuda] [--only lookup] [--out]
 
-Read a table from the columns `x WAY`: how many times faster a line is than that way, by the medians of one run. `auto`
-is what the package runs by itself on this device, `eager` its fallback in plain torch. GB/s count the bytes that any
-way must move. `layer` rows run whole modules of other packages with the same weights; they are skipped where those
-are not installed.
+A column `x WAY` shows how many times faster a line is than that way, by the medians of one run. `auto` is the backend
+that the package chooses on this device, `eager` its fallback in plain torch. GB/s count the bytes that any way must
+move. `layer` rows run whole modules of other packages with the same weights; they are skipped where those are not
+installed.
 
-Letters: T tokens, H heads, K rows a token (k a head), S sub-keys a half, E dimension of a half key, N rows, D values a
-row, R sampled rows or tokens.
+Letters: F dimension of a half key, R sampled rows or tokens; `k` is K of one head.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from benchmark_inputs import Lookup, Reads
-from benchmark_layers import peer_layer, pkm_layer
-from benchmark_ways import (
+from benchmarks.case import Case, Options, Row, Run, Way, relative_error
+from benchmarks.inputs import Lookup, Reads
+from benchmarks.layers import peer_layer, pkm_layer
+from benchmarks.protocol import benchmark
+from benchmarks.ways import (
     bag,
     gather_einsum,
     gather_einsum_dot,
@@ -29,21 +30,20 @@ from benchmark_ways import (
     textbook,
     textbook_combine,
 )
-from benchmarking import Case, Options, Row, Run, Way, benchmark, relative_error
 from torch import Tensor
 
 from pkm_lightning.ops import gathered_dot, product_combine, weighted_gather
 from pkm_lightning.ops.row_gradients import row_gradients
 from pkm_lightning.ops.segments import read_segments, read_sources
 
-# fp32 sums of hundreds of terms; bf16 rounds the inputs' products to 8 bits.
+# Sums of hundreds of terms in fp32; bf16 rounds products of the inputs to 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-# One near tie that falls otherwise in float64 moves a whole row of a gradient.
+# A near tie that float64 decides otherwise moves a whole row of a gradient.
 TIES = 1e-2
 
 
 class Retrieval(NamedTuple):
-    """Sizes of a search: T queries of H heads among S sub-keys a half, the best k each."""
+    """Sizes of a search: T queries of H heads among S sub-keys per half, the best k each."""
 
     tokens: int
     heads: int
@@ -52,23 +52,21 @@ class Retrieval(NamedTuple):
     k: int
 
     def __str__(self) -> str:
-        return f"T={self.tokens} H={self.heads} S={self.n_keys} E={self.dim} k={self.k} float32"
+        return f"T={self.tokens} H={self.heads} S={self.n_keys} F={self.dim} k={self.k} float32"
 
 
-# --- retrieval
-
-
-def at(scores_2HTS: Tensor, ids_HTK: Tensor) -> Tensor:
-    """The sums that slots stand for, from the scores of the halves."""
+def scores_of(scores_2HTS: Tensor, ids_HTK: Tensor) -> Tensor:
+    """Returns the scores of slots, sums of the scores of their halves."""
     n_keys = scores_2HTS.shape[-1]
     long = ids_HTK.long()
     return scores_2HTS[0].gather(-1, long // n_keys) + scores_2HTS[1].gather(-1, long % n_keys)
 
 
 def combine_case(sizes: Retrieval, device: torch.device) -> Case:
-    """From ranked halves to slots."""
+    """Builds the case: from ranked halves to slots."""
     scores_2HTS = torch.randn(2, sizes.heads, sizes.tokens, sizes.n_keys, device=device)
     values_2HTK, chosen_2HTK = torch.topk(scores_2HTS, sizes.k)
+    # The package keeps ids in int32, torch.topk gives int64.
     indices_2HTK = chosen_2HTK.int()
     halves = values_2HTK[0], indices_2HTK[0], values_2HTK[1], indices_2HTK[1]
 
@@ -79,7 +77,7 @@ def combine_case(sizes: Retrieval, device: torch.device) -> Case:
 
     def error(run: Run) -> float:
         sums_HTK, ids_HTK = run()
-        return relative_error([sums_HTK, at(scores_2HTS, ids_HTK)], [expected()] * 2)
+        return relative_error([sums_HTK, scores_of(scores_2HTS, ids_HTK)], [expected()] * 2)
 
     def way(name: str, combine: Callable[..., tuple[Tensor, Tensor]], *index: Tensor) -> Way:
         keys1, keys2 = index or (halves[1], halves[3])
@@ -100,25 +98,25 @@ def combine_case(sizes: Retrieval, device: torch.device) -> Case:
 
 
 def retrieval_case(sizes: Retrieval, device: torch.device, backward: bool) -> Case:
-    """From queries and sub-keys to slots and scores, and to the gradients of queries and sub-keys."""
-    q_2HTE = torch.randn(2, sizes.heads, sizes.tokens, sizes.dim, device=device)
-    keys_2HSE = torch.randn(2, sizes.heads, sizes.n_keys, sizes.dim, device=device)
+    """Builds the case: from queries and sub-keys to slots and scores, and with `backward` to their gradients."""
+    q_2HTF = torch.randn(2, sizes.heads, sizes.tokens, sizes.dim, device=device)
+    keys_2HSF = torch.randn(2, sizes.heads, sizes.n_keys, sizes.dim, device=device)
     upstream_HTK = torch.rand(sizes.heads, sizes.tokens, sizes.k, device=device)
-    inputs = (q_2HTE.requires_grad_(backward), keys_2HSE.requires_grad_(backward))
+    inputs = (q_2HTF.requires_grad_(backward), keys_2HSF.requires_grad_(backward))
 
     @functools.cache
     def expected() -> list[Tensor]:
-        """Scores of the halves, best sums, gradients."""
+        """Returns scores of the halves, best sums and gradients."""
         wide = [value.detach().double().requires_grad_(backward) for value in inputs]
         sums_HTK, _ = textbook(*wide, sizes.k)
         gradients = torch.autograd.grad(sums_HTK, wide, upstream_HTK.double()) if backward else ()
-        scores_2HTS = torch.einsum("xhte,xhse->xhts", *(value.detach() for value in wide))
+        scores_2HTS = torch.einsum("xhtf,xhsf->xhts", *(value.detach() for value in wide))
         return [scores_2HTS, sums_HTK.detach(), *gradients]
 
     def error(run: Run) -> float:
         sums_HTK, ids_HTK, *gradients = run()
         scores_2HTS, *theirs = expected()
-        return relative_error([at(scores_2HTS, ids_HTK), sums_HTK, *gradients], [theirs[0], *theirs])
+        return relative_error([scores_of(scores_2HTS, ids_HTK), sums_HTK, *gradients], [theirs[0], *theirs])
 
     def way(name: str, find: Callable[..., tuple[Tensor, Tensor]]) -> Way:
         def run() -> tuple[Tensor, ...]:
@@ -142,13 +140,10 @@ def retrieval_case(sizes: Retrieval, device: torch.device, backward: bool) -> Ca
     )
 
 
-# --- reads and their gradients
-
-
 def lookup_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, memory: bool) -> Case:
-    """Weighted sums of rows."""
+    """Builds the case: weighted sums of rows."""
     reads = Reads.draw(sizes, dtype, device)
-    expected_RD = functools.cache(reads.sums)
+    expected_RV = functools.cache(reads.sums)
 
     def way(name: str, read: Callable[..., Tensor]) -> Way:
         def run() -> tuple[Tensor]:
@@ -166,49 +161,53 @@ def lookup_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, memory:
             way("auto", weighted_gather),
             way("eager", functools.partial(weighted_gather, backend="eager")),
         ],
-        error=lambda run: relative_error([run()[0][reads.tokens_R]], [expected_RD()]),
+        error=lambda run: relative_error([run()[0][reads.tokens_R]], [expected_RV()]),
         tolerance=TOLERANCE[dtype],
         baselines=["embedding_bag", "gather + einsum"],
+        # Each read moves a row, an int32 id and a weight; each token writes a sum.
         moved=sizes.tokens * (sizes.reads * (row_bytes + 4 + dtype.itemsize) + row_bytes),
         memory=memory,
     )
 
 
 def lookup_backward_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, memory: bool) -> Case:
-    """The gradients of weights and table, without the forward pass."""
+    """Builds the case: gradients of weights and table, without the forward pass."""
     reads = Reads.draw(sizes, dtype, device)
-    inputs = reads.table_ND.requires_grad_(), reads.weights_TK.requires_grad_()
+    inputs = reads.table_NV.requires_grad_(), reads.weights_TK.requires_grad_()
     expected = functools.cache(torch.no_grad()(lambda: [reads.row_gradients(), reads.dots()]))
 
     def way(name: str, read: Callable[..., Tensor], coalesce: bool = False) -> Way:
         def build() -> Run:
-            y_TD = read(*reads[:3])
+            y_TV = read(*reads[:3])
 
             def run() -> tuple[Tensor, ...]:
-                table_grad, weights_grad = torch.autograd.grad(y_TD, inputs, reads.upstream_TD, retain_graph=True)
+                table_grad, weights_grad = torch.autograd.grad(y_TV, inputs, reads.upstream_TV, retain_graph=True)
                 return table_grad.coalesce() if coalesce else table_grad, weights_grad
 
             return run
 
         return Way(name, build)
 
+    # The package's training never builds the whole gradient: it updates the touched rows from this.
     def touched() -> tuple[Tensor, ...]:
         with torch.no_grad():
             segments = read_segments(reads.ids_TK.flatten(), sizes.rows)
             source_L = read_sources(reads.ids_TK).flatten()
-            rows_grad_UD = row_gradients(segments, reads.weights_TK.flatten(), source_L, reads.upstream_TD)
-            return rows_grad_UD, gathered_dot(reads.table_ND, reads.upstream_TD, reads.ids_TK), segments.rows_U
+            rows_grad_UV = row_gradients(segments, reads.weights_TK.flatten(), source_L, reads.upstream_TV)
+            return rows_grad_UV, gathered_dot(reads.table_NV, reads.upstream_TV, reads.ids_TK), segments.rows_U
 
     def error(run: Run) -> float:
         table_grad, weights_grad, *rows_U = run()
+        # Three forms of the table's gradient: touched rows, a sparse tensor, a dense one.
         if rows_U:
-            found_RD = table_grad[torch.isin(rows_U[0].long(), reads.rows_R)]
+            result_RV = table_grad[torch.isin(rows_U[0].long(), reads.rows_R)]
         elif table_grad.is_sparse:
-            found_RD = table_grad.coalesce().index_select(0, reads.rows_R).to_dense()
+            result_RV = table_grad.coalesce().index_select(0, reads.rows_R).to_dense()
         else:
-            found_RD = table_grad[reads.rows_R]
-        return relative_error([found_RD, weights_grad[reads.tokens_R]], expected())
+            result_RV = table_grad[reads.rows_R]
+        return relative_error([result_RV, weights_grad[reads.tokens_R]], expected())
 
+    # Rows are read for the weights' gradient and added to for their own, which also has to be zeroed once.
     gathered = sizes.tokens * sizes.reads * sizes.dim * dtype.itemsize
     return Case(
         sizes=f"{sizes} {dtype}".replace("torch.", ""),
@@ -230,9 +229,9 @@ def lookup_backward_case(sizes: Lookup, device: torch.device, dtype: torch.dtype
 
 
 def dot_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, backward: bool) -> Case:
-    """Inner products of a token with its rows; with `backward`, the gradients of table and token too."""
+    """Builds the case: inner products of tokens with their rows, and with `backward` the gradients of both."""
     reads = Reads.draw(sizes, dtype, device)
-    inputs = reads.table_ND.requires_grad_(backward), reads.upstream_TD.requires_grad_(backward)
+    inputs = reads.table_NV.requires_grad_(backward), reads.upstream_TV.requires_grad_(backward)
 
     def way(name: str, dot: Callable[..., Tensor]) -> Way:
         def run() -> tuple[Tensor, ...]:
@@ -244,15 +243,16 @@ def dot_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, backward: 
     @functools.cache
     @torch.no_grad()
     def expected() -> list[Tensor]:
-        # With the weights as upstream: a row's gradient has the same sum in both ops, a token's is the weighted sum.
+        # With the weights as upstream gradient, both operations have the same gradient per row, and a token's gradient
+        # is the weighted sum of its rows.
         return [reads.dots(), *((reads.row_gradients(), reads.sums()) if backward else ())]
 
     def error(run: Run) -> float:
         dots_TK, *gradients = run()
-        found = [dots_TK[reads.tokens_R]]
+        results = [dots_TK[reads.tokens_R]]
         if gradients:
-            found += [gradients[0][reads.rows_R], gradients[1][reads.tokens_R]]
-        return relative_error(found, expected())
+            results += [gradients[0][reads.rows_R], gradients[1][reads.tokens_R]]
+        return relative_error(results, expected())
 
     gathered = sizes.tokens * sizes.reads * sizes.dim * dtype.itemsize
     return Case(
@@ -269,11 +269,8 @@ def dot_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, backward: 
     )
 
 
-# --- the plan
-
-
 class Plan(NamedTuple):
-    """Sizes of a device."""
+    """Sizes for one kind of device."""
 
     retrievals: Sequence[Retrieval]
     lookups: Sequence[Lookup]
@@ -309,7 +306,8 @@ GPU = Plan(
 
 
 def plan(options: Options) -> Iterator[Row]:
-    """The rows, in the order in which a token meets them."""
+    """Yields the rows in the order of a forward pass."""
+    # On a GPU models train in bf16.
     device, dtype = options.device, torch.bfloat16 if options.device.type == "cuda" else torch.float32
     sizes = SMOKE if options.smoke else GPU if device.type == "cuda" else CPU
 
@@ -323,7 +321,7 @@ def plan(options: Options) -> Iterator[Row]:
         yield row("R1 retrieval, forward + backward", retrieval_case, retrieval, True)
     for name, case in (("R2 lookup, forward", lookup_case), ("R3 lookup, backward", lookup_backward_case)):
         for lookup in sizes.lookups:
-            # On the CPU a process a way: one size tells enough.
+            # On the CPU each memory measurement needs a process of its own: one size is enough.
             yield row(name, case, lookup, dtype, device.type == "cuda" or lookup is sizes.lookups[0])
     for lookup in sizes.dots:
         yield row("dot, forward", dot_case, lookup, dtype, False)

@@ -1,7 +1,7 @@
-"""Peak memory of PEER's expert computation, forward and backward, against gather-and-einsum, at T = 4096, H * K = 128.
+"""Peak memory of PEER's expert computation, forward and backward, and of gather-and-einsum, at T = 4096, H * K = 128.
 
-Each way runs in a process of its own; the peak of its resident memory above what inputs and gradients need before is
-what the way itself costs. `python scripts/bench_peer_memory.py [--tokens 4096] [--dim 256] [--reads 128]`
+Each way runs in a process of its own; its cost is the peak of resident memory above that of inputs and gradients.
+`python scripts/bench_peer_memory.py [--tokens 4096] [--dim 256] [--reads 128]`
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
+from benchmarks.memory import reset_peak, resident_memory
 from torch.nn import functional
 
 from pkm_lightning.ops import gathered_dot, weighted_gather
@@ -23,18 +23,19 @@ WAYS = ("rows", "gather_einsum")
 
 
 def one_way(way: str, tokens: int, dim: int, reads: int, rows: int) -> None:
-    """Prints the peak of resident memory above the start, in bytes, and the seconds of the second pass."""
+    """Runs one way; prints peak resident memory above the start in bytes, seconds of the second pass, and the norm."""
     torch.manual_seed(0)
     down, up = (torch.randn(rows, dim).div_(dim**0.5).requires_grad_() for _ in range(2))
     x = torch.randn(tokens, dim, requires_grad=True)
     ids = torch.randint(rows, (tokens, reads), dtype=torch.int32)
     weights = torch.rand(tokens, reads).requires_grad_()
     upstream = torch.randn(tokens, dim)
-    # What every way must hold: the gradients of the inputs.
+    # Every way holds the gradients of the inputs: they exist before the measurement starts.
     for value in (down, up, x, weights):
         value.grad = torch.zeros_like(value)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_memory("VmRSS")
+    reset_peak()
+    # The second pass is timed: the first compiles kernels and touches pages for the first time.
     for _ in range(2):
         start = time.perf_counter()
         if way == "rows":
@@ -46,19 +47,11 @@ def one_way(way: str, tokens: int, dim: int, reads: int, rows: int) -> None:
             y = torch.einsum("tk,tkd->td", weights * hidden, up[long])
         y.backward(upstream)
         seconds = time.perf_counter() - start
-    print(resident("VmHWM") - before, seconds, y.detach().norm().item())
-
-
-def resident(field: str) -> int:
-    """Resident memory of this process, now (`VmRSS`) or at its peak (`VmHWM`), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    print(resident_memory("VmHWM") - before, seconds, y.detach().norm().item())
 
 
 def main() -> None:
-    """Runs both ways a few times and prints a table."""
+    """Runs both ways in `--rounds` processes each and prints a table of the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dim", type=int, default=256)
@@ -83,6 +76,7 @@ def main() -> None:
             peaks[way].append(float(shown[0]))
             times[way].append(float(shown[1]))
             norms[way] = float(shown[2])
+    # Both ways must compute the same, or the comparison means nothing.
     if abs(norms["rows"] - norms["gather_einsum"]) > 1e-3 * norms["rows"]:
         raise RuntimeError(f"the two ways disagree: {norms}")
     print(

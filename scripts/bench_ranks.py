@@ -1,8 +1,9 @@
-"""How a step's time and the memory of a process change with the number of ranks, strong and weak, on the CPU.
+"""Strong and weak scaling on the CPU: time per step and memory per process as the number of ranks grows.
 
 Each line is one launch of `torchrun` with the package's Trainer, strategy and data on this machine: strong scaling
-splits one global batch over the ranks, weak scaling gives every rank as much. Ranks here share cores and memory
-bandwidth, so the figures show what distribution costs, not what more hardware brings. `--out FILE.csv` writes them.
+splits one global batch over the ranks, weak scaling gives every rank equally many sequences. Ranks share cores and
+memory bandwidth, so the numbers show the cost of distribution, not the gain of more hardware. `--out FILE.csv` writes
+them.
 
     python scripts/bench_ranks.py --out scripts/results/2026-11-21-bench-ranks.csv
     python scripts/bench_ranks.py --memory    # a table of 2**22 x 128 on 4 ranks
@@ -29,11 +30,12 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from pkm_lightning.cli.assembly import complete, make_trainer
+from pkm_lightning.build.run import resolve
+from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.run_record import versions
 
-#: Name, strategy, table overrides.
+#: Name, strategy, overrides.
 WAYS = (
     ("dense", "ddp", ["ffn=dense"]),
     ("none", "ddp", ["table.shard=none"]),
@@ -43,35 +45,43 @@ WAYS = (
     ("dim", "deepspeed_3", ["table.shard=dim"]),
 )
 _BATCH = 64
+# Marks the line of a rank's output that holds its measurements.
 _ANSWER = "figures: "
 
 
 class StepTimes(L.Callback):
-    """Seconds between the ends of steps."""
+    """Callback that measures the seconds between the ends of steps."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """One more."""
+        """Records the end of a step."""
         self.ends.append(time.perf_counter())
 
     def median(self) -> float:
-        """Of the steps after the first three, which warm up."""
+        """Returns the median of the steps after the first three, which warm up."""
         gaps = [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
         return statistics.median(gaps[3:])
 
 
 def measure(overrides: list[str], steps: int) -> dict[str, Any]:
-    """In a rank: trains `steps` steps; seconds a step and the largest resident memory of any rank and of all."""
+    """Trains `steps` steps in this rank.
+
+    Collective: call on all ranks.
+
+    Returns:
+        Seconds per step, the largest peak of resident memory of a rank, and the sum over ranks, in bytes.
+    """
     with tempfile.TemporaryDirectory() as folder, initialize_config_module("pkm_lightning.configs", version_base="1.3"):
         fixed = [f"run_dir={folder}", f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "callbacks=none"]
         named = ["logger=none", "+trainer.limit_val_batches=0", *fixed, *overrides]
         config: Any = OmegaConf.to_container(compose("config", overrides=named), resolve=True)
-        config, data = complete(config)
+        run = resolve(config)
         times = StepTimes()
-        trainer = make_trainer(config, callbacks=[times], loggers=[])
-        trainer.fit(LanguageModule(config), datamodule=data)
+        trainer = make_trainer(run.config, callbacks=[times], loggers=[])
+        trainer.fit(LanguageModule(run.config), datamodule=run.data)
+    # Linux reports KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peaks: list[Any] = [peak]
     if dist.is_initialized():
@@ -90,6 +100,7 @@ def launch(ranks: int, overrides: list[str], steps: int) -> dict[str, Any]:
     command = [sys.executable, *worker]
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker]
+    # Equal threads per rank for every number of ranks: otherwise one rank alone would use all cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     for line in ended.stdout.splitlines():
@@ -100,7 +111,7 @@ def launch(ranks: int, overrides: list[str], steps: int) -> dict[str, Any]:
 
 
 def scaling(counts: list[int], steps: int, rounds: int, extra: list[str]) -> list[dict[str, Any]]:
-    """Strong and weak scaling of every way; of `rounds` launches the medians."""
+    """Measures strong and weak scaling of every way, as medians over `rounds` launches."""
     rows = []
     for kind in ("strong", "weak"):
         for table, strategy, overrides in WAYS:
@@ -116,6 +127,7 @@ def scaling(counts: list[int], steps: int, rounds: int, extra: list[str]) -> lis
                 row["rows_a_second"] = round(batch / seconds, 1)
                 rows.append(row)
                 print(row, flush=True)
+    # One rank of the same way is the reference of each line.
     for row in rows:
         alone = next(
             r for r in rows if r["ranks"] == 1 and all(r[k] == row[k] for k in ("scaling", "table", "strategy"))
@@ -125,37 +137,37 @@ def scaling(counts: list[int], steps: int, rounds: int, extra: list[str]) -> lis
 
 
 def main() -> None:
-    """Parses the command line, measures, prints and writes."""
+    """Measures, prints and, with `--out`, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps a launch")
-    parser.add_argument("--rounds", type=int, default=3, help="launches a line")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps per launch")
+    parser.add_argument("--rounds", type=int, default=3, help="launches per line")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--memory", action="store_true", help="only a table of 2**22 x 128 on 4 ranks")
     parser.add_argument("--out", type=Path, help="a CSV file to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides")
-    given = parser.parse_args()
-    if given.worker:
-        figures = measure(**json.loads(given.worker))
+    arguments = parser.parse_args()
+    if arguments.worker:
+        figures = measure(**json.loads(arguments.worker))
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(_ANSWER + json.dumps(figures), flush=True)
         return
-    if given.memory:
+    if arguments.memory:
         sizes = ["model.memory.n_keys=2048", "ffn.value_dim=128", "data.global_batch_size=16"]
-        figures = launch(4, [*sizes, "strategy=ddp", "trainer.devices=4", *given.overrides], 6)
+        figures = launch(4, [*sizes, "strategy=ddp", "trainer.devices=4", *arguments.overrides], 6)
         each, together = figures["peak_rank"] / 1e9, figures["peak_all"] / 1e9
-        print(f"2**22 x 128 on 4 ranks: {each:.2f} GB a rank, {together:.2f} GB in all")
+        print(f"2**22 x 128 on 4 ranks: {each:.2f} GB per rank, {together:.2f} GB in all")
         rows = [{"scaling": "memory", "table": "dim", "strategy": "ddp", "ranks": 4, **figures}]
     else:
-        rows = scaling(given.ranks, given.steps, given.rounds, given.overrides)
-    if given.out:
-        found = versions()
-        with given.out.open("w", newline="") as file:
+        rows = scaling(arguments.ranks, arguments.steps, arguments.rounds, arguments.overrides)
+    if arguments.out:
+        version = versions()["torch"]
+        with arguments.out.open("w", newline="") as file:
             date = datetime.date.today().isoformat()
             writer = csv.DictWriter(file, [*rows[0], "date", "torch", "cores"], lineterminator="\n")
             writer.writeheader()
             for row in rows:
-                writer.writerow({**row, "date": date, "torch": found["torch"], "cores": os.cpu_count()})
+                writer.writerow({**row, "date": date, "torch": version, "cores": os.cpu_count()})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Training with a sparse memory: the whole step of a table, its memory, the step of a block, tokens/s of a model.
+"""Training with a sparse memory: a step of the table, its peak memory, a step of an FFN layer, tokens/s of a model.
 
     python scripts/bench_train.py [--device cuda] [--only R5] [--out]
 
-R5 is a step of the table alone: forward, backward, clipping by norm (but where it says "no clip"), update. `dense` is
-autograd's gradient of the whole table and torch's AdamW; `rows` is the package's `table.learning`. lazy
-Adam, row-wise Adagrad and SGD are other algorithms than AdamW; `catch_up_adam` is Adam with beta1 = 0, exactly. R9 has
-the bytes that one more value of the table costs at the peak of a step: the ratio is how many times larger a table fits.
-R6 is one FFN layer, R7 the model in the Trainer.
-
-Letters: see `benchmark_inputs.py`.
+R5 is a step of the table alone: forward, backward, clipping by norm (except for "no clip"), update. `dense` is
+autograd's gradient of the whole table and torch's AdamW; `rows` is the package's `table.learning=rows`. Lazy Adam,
+row-wise Adagrad and SGD are other algorithms than AdamW; `catch_up_adam` equals Adam with beta1 = 0. R9 measures the
+bytes at the peak of a step per value of the table: their ratio is how many times larger a table fits into memory. R6 is
+one FFN layer, R7 the model in the Trainer.
 """
 
 from __future__ import annotations
@@ -18,15 +16,24 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from benchmark_blocks import Block, block_case
-from benchmark_inputs import Lookup
-from benchmark_steps import MAIN_WAYS, MEMORY_WAYS, WAYS, StepWay, step_case
-from benchmark_trainer import trainer_case
-from benchmarking import Options, Row, benchmark
+from benchmarks.blocks import Block, block_case
+from benchmarks.case import Options, Row
+from benchmarks.inputs import Lookup
+from benchmarks.protocol import benchmark
+from benchmarks.steps import MAIN_WAYS, MEMORY_WAYS, WAYS, StepWay, step_case
+from benchmarks.trainer import trainer_case
 
 
 class Plan(NamedTuple):
-    """Sizes of a device: steps with all ways, with all but SparseAdam, with the main ones; the table of R9; blocks."""
+    """Sizes for one kind of device.
+
+    Args:
+        steps: table steps with all ways.
+        most_steps: table steps with all ways but SparseAdam.
+        main_steps: table steps with the main ways.
+        memory: the table of R9.
+        blocks: FFN layers.
+    """
 
     steps: Sequence[Lookup]
     most_steps: Sequence[Lookup]
@@ -35,6 +42,7 @@ class Plan(NamedTuple):
     blocks: Sequence[Block]
 
 
+# Every kind of row at the smallest sizes.
 SMOKE = Plan(
     [Lookup(16, 8, 256, 16, "uniform")],
     [],
@@ -63,10 +71,11 @@ GPU = Plan(
 
 
 def plan(options: Options) -> Iterator[Row]:
-    """The rows."""
+    """Yields the rows."""
     device, dtype = options.device, torch.bfloat16 if options.device.type == "cuda" else torch.float32
     sizes = SMOKE if options.smoke else GPU if device.type == "cuda" else CPU
 
+    # Half the table gives a second point of memory against size, whose slope is the bytes per value.
     def step(name: str, lookup: Lookup, ways: list[StepWay], timed: bool = True) -> Row:
         tiny, half = SMOKE.memory, lookup._replace(rows=lookup.rows // 2)
         make, make_tiny, make_half = (
@@ -84,6 +93,7 @@ def plan(options: Options) -> Iterator[Row]:
     for block in sizes.blocks:
         make = functools.partial(block_case, block, device, dtype)
         yield Row("R6 block step", make, make)
+    # None: the default model.
     for dim in (None,) if options.smoke else (None, 256):
         make_model = functools.partial(trainer_case, dim, options.smoke, device)
         yield Row("R7 model in the Trainer", make_model, make_model)

@@ -1,6 +1,6 @@
-"""How much time Lightning's Trainer and the default callbacks add to a bare loop over the same model and data.
+"""The time that Lightning's Trainer and the default callbacks add to a plain loop over the same model and data.
 
-Rounds are interleaved in one process; validation and the recall questions are off on both sides. Prints a line a round
+Rounds are interleaved in one process; validation and the recall questions are off in both. Prints one line per round
 and the ratio of the medians; `--out FILE.csv` appends the rounds with versions and date.
 
     python scripts/bench_trainer_overhead.py --steps 100 --rounds 5
@@ -21,7 +21,8 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from pkm_lightning.cli.assembly import assemble, complete
+from pkm_lightning.build.run import ResolvedRun, resolve
+from pkm_lightning.cli.assembly import assemble
 from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.clipping import clip_by_norm
@@ -29,7 +30,7 @@ from pkm_lightning.training.run_record import versions
 
 
 def configuration(overrides: list[str], steps: int, run_dir: str) -> dict[str, Any]:
-    """The default configuration without validation."""
+    """Composes the default configuration without validation."""
     with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
         fixed = [f"run_dir={run_dir}", f"trainer.max_steps={steps}", "~callbacks.recall"]
         config = compose("config", overrides=[*overrides, *fixed, "+trainer.limit_val_batches=0"])
@@ -37,8 +38,9 @@ def configuration(overrides: list[str], steps: int, run_dir: str) -> dict[str, A
     return dict(plain)
 
 
-def bare_loop(config: dict[str, Any], data: Any) -> float:
-    """Seconds a step of the plain loop: loader, forward, backward, clipping, update, schedule."""
+def bare_loop(run: ResolvedRun, data: Any) -> float:
+    """Returns seconds per step of the plain loop: loader, forward, backward, clipping, update, schedule."""
+    config = run.config
     module = LanguageModule(config)
     module.configure_model()
     optimization = module.configure_optimizers()
@@ -59,16 +61,17 @@ def bare_loop(config: dict[str, Any], data: Any) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def through_trainer(config: dict[str, Any], data: Any) -> float:
-    """Seconds a step of `trainer.fit`, from the first batch to the last."""
-    assembly = assemble(config)
-    assembly.trainer.fit(LanguageModule(config), datamodule=data)
+def through_trainer(run: ResolvedRun, data: Any) -> float:
+    """Returns seconds per step of `trainer.fit`, from the first batch to the last."""
+    assembly = assemble(run)
+    assembly.trainer.fit(LanguageModule(run.config), datamodule=data)
+    # The throughput callback's clock starts at the first batch: building the Trainer's loops is no cost of a step.
     watches = [c.stopwatch.seconds for c in assembly.callbacks if hasattr(c, "stopwatch")]
-    return watches[0] / config["trainer"]["max_steps"]
+    return watches[0] / run.config["trainer"]["max_steps"]
 
 
 def main() -> None:
-    """Runs the rounds."""
+    """Runs the rounds, prints and, with `--out`, appends them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
@@ -77,15 +80,16 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {"bare": [], "trainer": []}
     for number in range(arguments.rounds + 1):
+        # Interleaved, so that a slow minute of the machine hits both.
         for name, way in (("bare", bare_loop), ("trainer", through_trainer)):
             with tempfile.TemporaryDirectory() as run_dir:
-                config, data = complete(configuration(arguments.overrides, arguments.steps, run_dir))
-                data.prepare_data()
-                data.setup("fit")
-                taken = way(config, data)
+                run = resolve(configuration(arguments.overrides, arguments.steps, run_dir), trains=True)
+                run.data.prepare_data()
+                run.data.setup("fit")
+                seconds_per_step = way(run, run.data)
             if number:  # the first round warms up
-                seconds[name].append(taken)
-                print(f"round {number} {name:8} {taken * 1e3:8.2f} ms a step", flush=True)
+                seconds[name].append(seconds_per_step)
+                print(f"round {number} {name:8} {seconds_per_step * 1e3:8.2f} ms per step", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"trainer / bare = {medians['trainer'] / medians['bare']:.3f} (medians of {arguments.rounds} rounds)")
     if arguments.out:
@@ -93,21 +97,21 @@ def main() -> None:
 
 
 def write(path: Path, seconds: dict[str, list[float]], steps: int) -> None:
-    """Appends a row a round."""
+    """Appends one row per round."""
     numbers = enumerate(zip(seconds["bare"], seconds["trainer"], strict=True), start=1)
     append(path, ["round", "bare_s", "trainer_s"], [[n, *(f"{v:.6f}" for v in pair)] for n, pair in numbers], steps)
 
 
 def append(path: Path, names: list[str], rows: list[list[Any]], steps: int) -> None:
-    """Appends `rows` of what `names` says to a CSV, with date, steps, threads and versions."""
-    fresh = not path.exists()
+    """Appends `rows` with the columns `names` to a CSV file, with date, steps, threads and versions."""
+    is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
-        if fresh:
+        if is_new:
             writer.writerow(["date", *names, "steps", "threads", "torch", "lightning"])
-        date, found = datetime.date.today().isoformat(), versions()
+        date, version = datetime.date.today().isoformat(), versions()
         for row in rows:
-            writer.writerow([date, *row, steps, torch.get_num_threads(), found["torch"], found["lightning"]])
+            writer.writerow([date, *row, steps, torch.get_num_threads(), version["torch"], version["lightning"]])
 
 
 if __name__ == "__main__":

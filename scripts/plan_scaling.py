@@ -1,8 +1,8 @@
-"""The tables of docs/scaling.md: memory and traffic of a device for many GPUs, tables, strategies and ways to split.
+"""Prints the tables of docs/scaling.md: memory and traffic per device by GPUs, table size, strategy and sharding.
 
     python scripts/plan_scaling.py
 
-Nothing is allocated; every figure is a formula of `pkm_lightning.capacity`.
+Nothing is allocated; every number is a formula of `pkm_lightning.capacity`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pkm_lightning.capacity import Plan, make_plan
 GPUS = (8, 64, 256, 1024)
 ROWS = (10**7, 10**8, 10**9)
 NODE = 8
-#: Sequences of 4096 tokens a GPU and step.
+#: Sequences of 4096 tokens per GPU and step.
 SEQUENCES = 4
 BASE = ("model=1.3b", "ffn=memory_plus", "ffn.value_dim=1024", "model.activation_checkpointing=true",
         "trainer.precision=bf16-true", "trainer.accelerator=gpu", "data=text", "data.path=x", "data.seq_len=4096",
         "model.vocab_size=32000")  # fmt: skip
-#: Name and override.
+#: Name and override of the dense strategies.
 DENSE = (("ddp", "strategy=ddp"), ("fsdp", "strategy=fsdp"), ("zero-1", "strategy=deepspeed_1"),
          ("zero-2", "strategy=deepspeed_2"), ("zero-3", "strategy=deepspeed_3"))  # fmt: skip
 
 
 def composed(overrides: list[str], gpus: int) -> dict[str, Any]:
-    """The resolved configuration of a run on `gpus` devices in nodes of eight."""
+    """Composes the configuration of a run on `gpus` devices in nodes of eight."""
     sizes = [f"devices={NODE}", f"trainer.num_nodes={gpus // NODE}", f"data.global_batch_size={SEQUENCES * gpus}"]
     with initialize_config_module("pkm_lightning.configs", version_base="1.3"):
         config = compose("config", overrides=[*BASE, *sizes, *overrides])
@@ -42,20 +42,21 @@ def composed(overrides: list[str], gpus: int) -> dict[str, Any]:
 
 
 def plans(gpus: int, rows: int, variants: list[list[str]]) -> Iterator[Plan]:
-    """The plans of one size."""
+    """Yields the plan of each variant at one number of GPUs and rows."""
     keys = f"ffn.n_keys={math.isqrt(rows - 1) + 1}"
+    # One model serves all variants: sharding and strategy change the plan, not the shapes.
     model = build_meta_model(composed([keys], NODE))
     for overrides in variants:
         yield make_plan(model, composed([keys, *overrides], gpus))
 
 
 def gigabytes(size: int | None) -> str:
-    """With as many places as say something."""
+    """Formats bytes as GB, with enough digits for small values."""
     return "unknown" if size is None else f"{size / 1e9:,.1f}" if size >= 5e7 or size == 0 else f"{size / 1e9:.3f}"
 
 
 def dense_table() -> None:
-    """The dense model alone, by strategy."""
+    """Prints the table of the dense model alone, by strategy."""
     print("| strategy | " + " | ".join(f"{n} GPUs, GB held / received" for n in GPUS) + " |")
     print("|---|" + "---|" * len(GPUS))
     columns = [list(plans(n, ROWS[0], [[option] for _, option in DENSE])) for n in GPUS]
@@ -69,14 +70,14 @@ def dense_table() -> None:
 
 
 def ways(gpus: int) -> dict[str, list[str]]:
-    """How a table may be split: whole on each, or by columns or rows over a node, eight nodes, or all."""
+    """Returns the shardings of a table by name: none, or by columns or rows over a node, eight nodes, or all GPUs."""
     groups = sorted({size for size in (NODE, 64, gpus) if size <= gpus})
     split = {f"{shard}, {n}": [f"table.shard={shard}", f"table.group={n}"] for shard in ("dim", "row") for n in groups}
     return {"none": ["table.shard=none"], **split}
 
 
 def sparse_table(gpus: int) -> None:
-    """The tables and their reads, by size and way to split."""
+    """Prints the table of value tables and their reads, by size and sharding."""
     print("| shard, group | " + " | ".join(f"10^{round(math.log10(rows))} rows" for rows in ROWS) + " |")
     print("|---|" + "---|" * len(ROWS))
     variants = [["table/optimizer=row_adagrad", "strategy=fsdp", *options] for options in ways(gpus).values()]

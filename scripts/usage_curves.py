@@ -1,7 +1,7 @@
 """Curves of slot usage over training, from run directories alone: a CSV, a table and a drawing.
 
-Runs are named ARM-SEED; their metrics.csv must hold `train/usage/TABLE/...`. Writes `curves.csv`, `curves.svg` and
-prints the table in Markdown.
+Runs are named VARIANT-SEED; their metrics.csv must hold `train/usage/TABLE/...`. Writes `curves.csv` and `curves.svg`
+and prints the table in Markdown.
 
     python scripts/usage_curves.py runs/* --out scripts/results/2026-11-21-usage
 """
@@ -19,17 +19,22 @@ FIGURES = ("used_percent", "kl_count", "gini", "top50", "top90")
 _COLOURS = ("#1f5fa8", "#c4502e", "#3c8f4e", "#8757a8", "#b8860b", "#555555")
 _SIZE, _MARGIN = (720, 360), 48
 
-#: Of an arm and a seed: step, tokens and the figures.
+#: Rows of one run: step, tokens and `FIGURES`.
 Curve = list[dict[str, float]]
 
 
 def read(run: Path, table: str) -> Curve:
-    """The rows of a run that have figures of usage."""
+    """Reads the rows of a run that have usage.
+
+    Raises:
+        SystemExit: no row has the usage of `table`.
+    """
     with (run / "metrics.csv").open(newline="") as file:
+        # Usage is logged less often than the loss: other rows have empty fields.
         rows = [row for row in csv.DictReader(file) if row.get(f"train/usage/{table}/used_percent")]
     if not rows:
         raise SystemExit(
-            f"{run}/metrics.csv has no train/usage/{table}/...; name what it has by --table, as layer0.slot."
+            f"{run}/metrics.csv has no train/usage/{table}/...; choose a table that it has, as --table layer0.slot."
         )
     return [
         {"step": float(row["step"]), "tokens": float(row["tokens"])}
@@ -39,17 +44,18 @@ def read(run: Path, table: str) -> Curve:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and range."""
+    """Formats mean and range."""
     return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def table(curves: dict[str, dict[str, Curve]], recall: dict[str, list[float]]) -> str:
-    """A row an arm: usage early, at its lowest, in the middle and at the end; recall."""
+    """Returns a Markdown table, one row per variant: usage early, at its lowest, half-way and at the end; recall."""
     lines = [
-        "| arm | used %, first log | lowest | at tokens | half-way | end | KL, end | slots of 50%, end | recall, % |",
+        "| variant | used %, first log | lowest | at tokens | half-way | end | KL, end | slots of 50%, end "
+        "| recall, % |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for arm, seeds in sorted(curves.items()):
+    for variant, seeds in sorted(curves.items()):
         runs = list(seeds.values())
         lowest = [min(run, key=lambda point: point["used_percent"]) for run in runs]
         cells = [
@@ -60,14 +66,14 @@ def table(curves: dict[str, dict[str, Curve]], recall: dict[str, list[float]]) -
             spread([run[-1]["used_percent"] for run in runs]),
             spread([run[-1]["kl_count"] for run in runs], 2),
             spread([run[-1]["top50"] for run in runs], 0),
-            spread([100 * value for value in recall[arm]]),
+            spread([100 * value for value in recall[variant]]),
         ]
-        lines.append(f"| {arm} ({len(runs)} seeds) | " + " | ".join(cells) + " |")
+        lines.append(f"| {variant} ({len(runs)} seeds) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def drawing(curves: dict[str, dict[str, Curve]]) -> str:
-    """Used share over tokens, a line a run, a colour an arm."""
+    """Draws the share of used slots over tokens as an SVG, one line per run, one colour per variant."""
     width, height = _SIZE
     most = max(run[-1]["tokens"] for seeds in curves.values() for run in seeds.values())
     lines = [
@@ -75,6 +81,7 @@ def drawing(curves: dict[str, dict[str, Curve]]) -> str:
         'font-size="12">'
     ]
     lines.append(f'<rect width="{width}" height="{height}" fill="white"/>')
+    # Drawn by hand, so that the script needs nothing but the standard library.
     for percent in range(0, 101, 20):
         y = height - _MARGIN - percent / 100 * (height - 2 * _MARGIN)
         lines.append(
@@ -85,13 +92,12 @@ def drawing(curves: dict[str, dict[str, Curve]]) -> str:
         lines.append(f'<text x="{x:.1f}" y="{height - 28}" text-anchor="middle">{million} M</text>')
     lines.append(
         f'<text x="{width // 2}" y="{height - 8}" text-anchor="middle">'
-        "tokens; share of the slots that were read in the window</text>"
+        "tokens; share of the slots that were read in each window</text>"
     )
-    for place, (arm, seeds) in enumerate(sorted(curves.items())):
+    for place, (variant, seeds) in enumerate(sorted(curves.items())):
         colour = _COLOURS[place % len(_COLOURS)]
-        lines.append(
-            f'<text x="{_MARGIN + 8 + place * (width - _MARGIN) // len(curves)}" y="20" fill="{colour}">{arm}</text>'
-        )
+        x = _MARGIN + 8 + place * (width - _MARGIN) // len(curves)
+        lines.append(f'<text x="{x}" y="20" fill="{colour}">{variant}</text>')
         for run in seeds.values():
             points = " ".join(
                 f"{_MARGIN + point['tokens'] / most * (width - _MARGIN - 12):.1f},"
@@ -103,7 +109,7 @@ def drawing(curves: dict[str, dict[str, Curve]]) -> str:
 
 
 def main() -> None:
-    """Reads, writes, prints."""
+    """Reads the runs, writes both files and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--table", default="table0")
@@ -112,17 +118,19 @@ def main() -> None:
     curves: dict[str, dict[str, Curve]] = {}
     recall: dict[str, list[float]] = {}
     for run in arguments.runs:
-        arm, _, seed = run.name.rpartition("-")
-        curves.setdefault(arm, {})[seed] = read(run, arguments.table)
+        variant, _, seed = run.name.rpartition("-")
+        curves.setdefault(variant, {})[seed] = read(run, arguments.table)
         record = json.loads((run / "run.json").read_text())
-        recall.setdefault(arm, []).append(record["metrics"]["recall"]["paraphrase"]["recall"])
+        recall.setdefault(variant, []).append(record["metrics"]["recall"]["paraphrase"]["recall"])
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "curves.csv").open("w", newline="") as file:
+        # The column keeps the name that earlier results have.
         writer = csv.DictWriter(file, ["arm", "seed", "step", "tokens", *FIGURES])
         writer.writeheader()
-        for arm, seeds in sorted(curves.items()):
+        for variant, seeds in sorted(curves.items()):
             for seed, run in sorted(seeds.items()):
-                writer.writerows({"arm": arm, "seed": seed, **{k: f"{v:g}" for k, v in point.items()}} for point in run)
+                for point in run:
+                    writer.writerow({"arm": variant, "seed": seed, **{k: f"{v:g}" for k, v in point.items()}})
     (arguments.out / "curves.svg").write_text(drawing(curves), encoding="utf-8")
     print(table(curves, recall))
 

@@ -1,4 +1,4 @@
-"""For every test: shapes checked, torch seeded, threads limited, one data cache; the command line as a fixture."""
+"""Set-up of all tests: shape checks, seed, threads, data cache; fixtures for groups of ranks and the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from small import Outcome, Run  # noqa: E402
 
 from pkm_lightning.cli.main import main  # noqa: E402
 
-# Threads that fight for shared cores cost far more than they bring; the processes that tests start inherit the limit.
+# With several workers on few cores, more threads per process are slower. Processes that tests start inherit the limit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
@@ -42,7 +42,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One data cache for all workers and for the processes that tests start."""
+    """Shares one data cache between all workers and the processes that tests start."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data-cache"
     before = os.environ.get("PKM_LIGHTNING_CACHE")
@@ -56,12 +56,13 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Groups]:
-    """`ranks(2).run(job, ...)`: one spawned group a size for all tests, which run on one worker."""
-    with groups() as made:
-        yield made
+    """Provides groups of ranks, one per size for all tests: `ranks(2).run(job, ...)`."""
+    with groups() as by_size:
+        yield by_size
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Tests that use `ranks` run on one xdist worker, so that only that worker starts the groups.
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ranks"))
@@ -69,22 +70,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """`cli("fit", "seed=1")`, in an empty working directory."""
+    """Provides `cli("fit", "seed=1")`, which runs a command in this process and in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     argv, handlers = list(sys.argv), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: str) -> Outcome:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        capfd.readouterr()  # drop what was printed before
+        with pytest.raises(SystemExit) as exit_info:
             main(list(arguments))
-        printed = capfd.readouterr()
-        return Outcome(int(ended.value.code or 0), printed.out, printed.err)
+        output = capfd.readouterr()
+        return Outcome(int(exit_info.value.code or 0), output.out, output.err)
 
     yield run
     sys.argv = argv
+    # Plugins that the test has written to its directory must not be visible to the next test.
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
     GlobalHydra.instance().clear()
-    assert {s: signal.getsignal(s) for s in handlers} == handlers, "signal handlers must be put back"
+    assert {s: signal.getsignal(s) for s in handlers} == handlers, "the command must restore the signal handlers"

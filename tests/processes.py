@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from small import SMALL_RUN
 
-from pkm_lightning.checkpoints.sharded import SavedTensors
+from pkm_lightning.checkpoints import SavedCheckpoint
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -60,7 +60,7 @@ def metrics(run_dir: Path) -> list[dict[str, str]]:
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:
     """The content of the newest checkpoint."""
     path = sorted((run_dir / "checkpoints").glob("*.ckpt"))[-1]
-    return SavedTensors(path).read_whole()
+    return SavedCheckpoint(path).read()
 
 
 def assert_equal_runs(first: Path, second: Path) -> None:

@@ -1,6 +1,7 @@
-"""A group of processes that run one job after another, so that many distributed tests pay for one start.
+"""A group of processes that run one job after another, so that many distributed tests share one start of processes.
 
-A job is a function of this tests' package, by module and name, and its arguments; each rank runs it and answers.
+A job is a function of a test module, sent by module and name, with its arguments; each rank runs it and sends back the
+result.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ _START = multiprocessing.get_context("spawn")
 
 
 class JobError(AssertionError):
-    """A job failed on some rank; the message holds the tracebacks."""
+    """Failure of a job on some ranks; the message has their tracebacks."""
 
 
 class Group:
-    """`size` ranks on this machine, connected over gloo."""
+    """`size` processes on this machine, the ranks of a gloo process group."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        # The kernel picks a free port. Another process could take it before rank 0 does, but rarely will.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -39,33 +41,39 @@ class Group:
             self._processes.append(process)
 
     def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 120.0, **named: Any) -> list[Any]:
-        """What each rank returned."""
+        """Runs `job(*arguments, **named)` on every rank and returns the results in the order of the ranks.
+
+        Raises:
+            JobError: a rank raised, or sent no result within `timeout` seconds. The group is closed then.
+        """
         for pipe in self._pipes:
             pipe.send((job.__module__, job.__name__, arguments, named))
-        answers = []
+        results = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(timeout):
                 self.close()
-                raise JobError(f"rank {rank} gave no answer in {timeout} s: a deadlock?")
-            answers.append(pipe.recv())
-        failures = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(answers) if failed]
+                raise JobError(f"rank {rank} sent no result in {timeout} s: a deadlock?")
+            results.append(pipe.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(results) if failed]
         if failures:
-            self.close()  # the others may wait in a collective
+            self.close()  # the other ranks may be waiting in a collective
             raise JobError("\n".join(failures))
-        return [answer for _, answer in answers]
+        return [result for _, result in results]
 
     @property
     def alive(self) -> bool:
+        """Whether all processes are running."""
         return all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
+        """Stops the processes by SIGKILL: a rank in a collective would not react to anything else."""
         for process in self._processes:
             process.kill()
             process.join()
 
 
 class Groups:
-    """Groups by size, started when first asked for and started anew after a failure."""
+    """Groups by size, each started when it is first requested, and again after a failure."""
 
     def __init__(self) -> None:
         self._groups: dict[int, Group] = {}
@@ -78,9 +86,10 @@ class Groups:
 
 @contextmanager
 def groups() -> Iterator[Groups]:
-    made = Groups()
-    yield made
-    for group in made._groups.values():
+    """Yields groups and closes them at the end."""
+    by_size = Groups()
+    yield by_size
+    for group in by_size._groups.values():
         group.close()
 
 
@@ -89,6 +98,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), NODE_RANK="0",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GROUP_RANK="0",
     )  # fmt: skip
+    # Imported here, in the spawned process, after the variables above are set.
     import torch
     import torch.distributed as dist
 

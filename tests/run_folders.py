@@ -1,4 +1,4 @@
-"""Run directories as `fit` leaves them, with figures of our choice: what reports read, without training anything."""
+"""Run directories as `fit` leaves them, with chosen numbers: the files that reports read, without training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class FakeRun:
     """A finished run.
 
     Args:
-        known: chance that a fact is known, which decides `exact`.
-        flops: forward FLOPs a token of the trunk.
-        seconds: of the whole training.
-        config, record: what differs from the others, merged over the rest.
+        known: probability that a fact is known, which decides `exact`.
+        flops: forward FLOPs per token of the trunk.
+        seconds: length of the whole training.
+        config, record: values that are merged over the defaults.
     """
 
-    arm: str
+    variant: str
     seed: int
     known: float = 0.5
     ffn: str = "MemoryPlus"
@@ -39,8 +39,8 @@ class FakeRun:
     record: dict[str, Any] = field(default_factory=dict)
 
     def write(self, root: Path, folder: str | None = None) -> Path:
-        """Writes it to ROOT/ARM/seed-N, or ROOT/FOLDER, and returns that."""
-        place = root / (folder or f"{self.arm}/seed-{self.seed}")
+        """Writes it to ROOT/VARIANT/seed-N, or ROOT/FOLDER, and returns that."""
+        place = root / (folder or f"{self.variant}/seed-{self.seed}")
         place.mkdir(parents=True)
         answers = self._answers()
         (place / "config.yaml").write_text(yaml.safe_dump(_merged(self._config(place), self.config), sort_keys=False))
@@ -88,7 +88,7 @@ class FakeRun:
             },
             "placement": {"layers": "all", "mode": "replace"},
             "table": {"learning": "rows"},
-            "model": {"dim": 64, "n_layers": 3},
+            "model": {"dim": 64, "n_layers": 3, "base_ffn": {"_target_": "pkm_lightning.ffn.Dense"}},
             "data": {"seed": self.data_seed, "order_seed": self.seed, "global_batch_size": 48},
             "optim": {"lr": 0.006},
             "trainer": {"max_steps": 100, "precision": "32-true", "val_check_interval": 10},
@@ -172,12 +172,12 @@ class FakeRun:
 
 
 def ladder(seeds: tuple[int, ...] = (1, 2, 3), n_facts: int = 40) -> list[FakeRun]:
-    """Dense at four sizes, an MoE and Memory+, with recall that grows with compute and variant."""
+    """Returns dense models of four sizes, an MoE and Memory+, with recall that grows with compute and variant."""
     runs = []
     for seed in seeds:
         for factor, known in ((0.5, 0.2), (1, 0.4), (2, 0.6), (4, 0.8)):
-            arm, flops = f"dense_{factor:g}x", round(1000 * factor)
-            runs.append(FakeRun(arm, seed, known, "Dense", flops, 100 * factor**0.5, n_facts))
+            variant, flops = f"dense_{factor:g}x", round(1000 * factor)
+            runs.append(FakeRun(variant, seed, known, "Dense", flops, 100 * factor**0.5, n_facts))
         runs.append(FakeRun("moe", seed, 0.55, "MoE", 1010, 150, n_facts))
         runs.append(FakeRun("memory_plus", seed, 0.9, "MemoryPlus", 990, 160, n_facts))
     return runs

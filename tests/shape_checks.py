@@ -1,9 +1,9 @@
-"""Under pytest the shapes that `ops/`, `memory/` and `experts/` annotate are checked at every call.
+"""An import hook that checks the annotated shapes in `ops/`, `memory/` and `experts/` at every call under pytest.
 
-Those floors import jaxtyping for type checking only. This hook compiles their modules with the `if TYPE_CHECKING:`
-blocks taken and wraps every function that annotates a shape. jaxtyping's own hook cannot do it: it leaves names that
-are imported for type checking unresolved, and so unchecked without a word, and it wraps Triton kernels, which breaks
-them. Compiled code is not cached, so no other process ever runs it.
+Those packages import jaxtyping for type checking only. The hook compiles their modules as if `TYPE_CHECKING` were true
+and wraps every function that annotates a shape. jaxtyping's own hook cannot be used: it silently skips annotations
+whose names are imported for type checking only, and it wraps Triton kernels, which breaks them. Compiled code is not
+cached, so that no other process runs it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _DECORATOR = "_check_shapes"
 
 
 def check_shapes(function: Callable[..., object]) -> Callable[..., object]:
-    """`function` with arguments and result checked; untouched while torch.compile traces it.
+    """Wraps `function` to check the shapes of its arguments and result, except while torch.compile traces it.
 
-    Where the function refuses such arguments itself, its own ValueError is raised: it is what a user would see.
+    If the function itself refuses the arguments, its own ValueError is raised, as users would see it.
     """
     strict = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))(function)
 
@@ -41,23 +41,29 @@ def check_shapes(function: Callable[..., object]) -> Callable[..., object]:
         try:
             return strict(*args, **kwargs)
         except TypeCheckError as mismatch:
-            _raise_own_refusal(function, args, kwargs)
+            _raise_error_of_function(function, args, kwargs)
             raise mismatch from None
 
     return checked
 
 
-def _raise_own_refusal(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+def _raise_error_of_function(
+    function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
+    """Calls the function without checks and raises its ValueError, if any."""
     try:
         function(*args, **kwargs)
     except ValueError:
         raise
-    except Exception:  # whatever torch says of shapes that do not fit; the mismatch says it better
+    except Exception:  # torch's own error about shapes is less clear than the mismatch that is raised next
         return
 
 
 class _ShapeChecks(ast.NodeTransformer):
-    """Takes the `if TYPE_CHECKING:` blocks; decorates functions that annotate a shape, except Triton kernels."""
+    """A transformer that enables `if TYPE_CHECKING:` blocks and decorates functions that annotate a shape.
+
+    Triton kernels are left alone: Triton compiles the function object itself.
+    """
 
     def visit_If(self, node: ast.If) -> ast.AST:
         if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
@@ -72,13 +78,14 @@ class _ShapeChecks(ast.NodeTransformer):
 
 
 def _annotates_a_shape(node: ast.FunctionDef) -> bool:
-    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    annotations = [arg.annotation for arg in every if arg.annotation] + ([node.returns] if node.returns else [])
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    annotations = [arg.annotation for arg in arguments if arg.annotation] + ([node.returns] if node.returns else [])
     names = (getattr(part, "id", getattr(part, "attr", None)) for note in annotations for part in ast.walk(note))
     return any(name in _SHAPED for name in names)
 
 
 class _Loader(SourceFileLoader):
+    # SourceFileLoader would read and write `__pycache__` here; overriding `get_code` avoids both.
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
         tree = _ShapeChecks().visit(ast.parse(self.get_data(path), path))
@@ -105,7 +112,11 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install(packages: tuple[str, ...] = CHECKED) -> None:
-    """Check the shapes of every module of `packages` that is imported from now on."""
+    """Checks the shapes in every module of `packages` that is imported from now on.
+
+    Raises:
+        RuntimeError: one of them has been imported already.
+    """
     early = [package for package in packages if package in sys.modules]
     if early:
         raise RuntimeError(f"{', '.join(early)} was imported before its shapes could be checked.")

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from pkm_lightning.checkpoints.sharded import flatten, save
+from pkm_lightning.checkpoints.sharded import save
+from pkm_lightning.checkpoints.tree import flatten
 
 
 def checkpoint() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Real facts at the smallest useful size, for tests that train: a few seconds a run."""
+"""Overrides for the smallest useful run on real facts, a few seconds per run, and readers of what a run writes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from pkm_lightning.cli.job import plain
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
 
+#: The `cli` fixture: `cli("fit", "seed=1")` runs a command.
 Run = Callable[..., Outcome]
 
 
@@ -58,12 +59,12 @@ SMALL_RUN = [
 
 
 def record(run_dir: Path) -> dict[str, Any]:
-    """run.json."""
+    """Loads run.json."""
     content: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
     return content
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
-    """metrics.csv."""
+    """Loads metrics.csv, one dict per row."""
     with (run_dir / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))

@@ -14,7 +14,7 @@ from tree import ROOT
 
 from pkm_lightning.build.run import resolve
 from pkm_lightning.cli.assembly import assemble
-from pkm_lightning.compare.plan import plan_arms
+from pkm_lightning.compare.schedule import list_variants
 from pkm_lightning.compare.settings import read_settings
 from pkm_lightning.training import LanguageModule
 
@@ -86,15 +86,16 @@ def test_every_option_composes_and_builds(command: tuple[str, ...], tmp_path: Pa
 @pytest.mark.parametrize(
     "experiment", [pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS if e != "dense_depth"]
 )
-def test_every_arm_of_an_experiment_is_of_equal_flops(experiment: str, tmp_path: Path) -> None:
+def test_every_variant_of_an_experiment_has_equal_flops(experiment: str, tmp_path: Path) -> None:
     asked = composed([f"experiment={experiment}"], tmp_path, name="compare")
-    arms = plan_arms([], read_settings(asked))
-    assert len(arms) >= 4
+    variants = list_variants([], read_settings(asked))
+    assert len(variants) >= 4
     budget = None
-    for arm in arms:
-        flops = resolve(composed([f"experiment={experiment}", *arm.overrides], tmp_path)).cost.trunk_train_flops
+    for variant in variants:
+        run = resolve(composed([f"experiment={experiment}", *variant.overrides], tmp_path))
+        flops = run.cost.trunk_train_flops
         budget = budget or flops
-        assert abs(flops / budget - 1) < 0.03, arm.name
+        assert abs(flops / budget - 1) < 0.03, variant.name
 
 
 @pytest.mark.parametrize("ffn", FFNS)

@@ -1,4 +1,4 @@
-"""The commands of docs/many-nodes.md run, two nodes of two ranks on this machine; its SLURM script says the same."""
+"""Every command of README and docs/ runs or composes; links lead somewhere; SLURM starts what torchrun starts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,77 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
 from launches import end, free_port, torchrun
+from pages import OURS, PAGES, README, blocks, commands, compositions, furnish, of_the_package, small_version, words
+from processes import finish, start
 from small import SMALL_RUN, Run
-from tree import ROOT
+from tree import ROOT, listed_files
 
-PAGE = (ROOT / "docs" / "many-nodes.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
-TORCHRUN = [line for block in BLOCKS for line in block.splitlines() if line.startswith("torchrun ")]
-(SCRIPT,) = (block for block in BLOCKS if "#SBATCH" in block)
+from pkm_lightning.build.run import resolve
+from pkm_lightning.cli.job import plain
+
+NODES = ROOT / "docs" / "many-nodes.md"
+TORCHRUN = [command for command in commands(NODES) if command.startswith("torchrun ")]
+(SCRIPT,) = (block for block in blocks(NODES) if block.startswith("#!"))
+SHOWN = {page: of_the_package(page) for page in PAGES}
+(MINE,) = (command for command in SHOWN[ROOT / "docs" / "first-run.md"] if command.endswith(" fit run_dir=runs/mine"))
+#: Different commands, whatever comment follows them.
+COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for command in shown}.values())
+#: The quick test runs every verb that uses a run, and what reads files of the user; the others it composes.
+QUICK = re.compile(
+    r"lightning ((test|predict|export) .*runs/mine|predict .*mine\.safetensors|fit (--config-dir|data=text))"
+)
 
 
-def overrides(command: str) -> list[str]:
-    """What follows the verb."""
-    words = shlex.split(command)
-    return words[words.index("fit") + 1 :]
+def test_every_command_is_of_a_kind_that_is_tested() -> None:
+    kinds = (OURS, "torchrun ", "make ", "source .venv/bin/activate")
+    assert [command for page in PAGES for command in commands(page) if not command.startswith(kinds)] == []
+
+
+def run(cli: Run, command: str, *, silent: bool, cwd: Path) -> None:
+    arguments = small_version(command, silent=silent)
+    if arguments[0] == "fit" and any(argument.startswith("strategy=") for argument in arguments):
+        finish(start(*arguments, cwd=cwd))  # starts its other ranks by running the program again
+        return
+    shown = cli(*arguments)
+    assert shown.code == 0, f"{command}\n{shown.err}"
+
+
+def test_commands_that_use_a_run_or_files_of_the_user_run(cli: Run, tmp_path: Path) -> None:
+    # In one place, since later commands use what earlier ones leave.
+    furnish(tmp_path)
+    chosen = [command for command in COMMANDS if QUICK.search(command)]
+    assert {words(command)[0] for command in chosen} == {"fit", "test", "predict", "export"}
+    for command in [MINE, *chosen]:
+        run(cli, command, silent=True, cwd=tmp_path)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composes every key and option; of `fit` in one process it checks the values as well."""
+    furnish(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    others = [command for command in COMMANDS if not QUICK.search(command)]
+    with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
+        for kind, overrides in compositions([*others, *TORCHRUN]):
+            config = compose("compare" if kind == "compare" else "config", overrides=overrides)
+            if kind == "fit":
+                resolve(plain(config), trains=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page, shown in SHOWN.items() if shown], ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(cli: Run, tmp_path: Path, page: Path) -> None:
+    furnish(tmp_path)
+    # README repeats commands of the pages, which run there.
+    others = [words(command) for other, shown in SHOWN.items() for command in shown if other != page == README]
+    chosen = [command for command in SHOWN[page] if words(command) not in others]
+    if any("runs/mine" in command for command in chosen) and MINE not in chosen:
+        run(cli, MINE, silent=False, cwd=tmp_path)
+    for command in chosen:
+        run(cli, command, silent=False, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -32,9 +89,9 @@ def test_the_torchrun_commands_train_on_two_nodes_of_two_ranks(tmp_path: Path) -
     for command in TORCHRUN:
         small = command.replace("--nproc-per-node=8", "--nproc-per-node=2").replace("devices=8", "devices=2")
         small = small.replace("node0", "127.0.0.1").replace("29500", str(port)).replace("/shared/runs/", "")
-        words = shlex.split(small)
-        module = words.index("-m")
-        agents.append(torchrun(*words[1:module], command=[*words[module:], *SMALL_RUN], cwd=tmp_path))
+        arguments = shlex.split(small)
+        module = arguments.index("-m")
+        agents.append(torchrun(*arguments[1:module], command=[*arguments[module:], *SMALL_RUN], cwd=tmp_path))
     ended = end(agents)
     assert [code for code, _ in ended] == [0, 0], ended
     record = json.loads((tmp_path / "big" / "run.json").read_text())
@@ -46,43 +103,40 @@ def test_the_slurm_script_starts_what_torchrun_starts(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     subprocess.run(["bash", "-n", str(script)], check=True)
     (command,) = (line for line in SCRIPT.splitlines() if line.startswith("srun "))
-    assert all(overrides(command) == overrides(other) for other in TORCHRUN)
+    assert all(words(command) == words(other) for other in TORCHRUN)
     for option, key in (("--nodes", "num_nodes"), ("--ntasks-per-node", "devices"), ("--gpus-per-node", "devices")):
-        found = re.search(rf"^#SBATCH {option}=(\d+)$", SCRIPT, re.M)
-        assert found
-        assert f"trainer.{key}={found.group(1)}" in overrides(command)
+        value = re.search(rf"^#SBATCH {option}=(\d+)$", SCRIPT, re.M)
+        assert value
+        assert f"trainer.{key}={value.group(1)}" in words(command)
 
 
-WATCHING = (ROOT / "docs" / "watching.md").read_text()
-WATCHED = [line for block in re.findall(r"```bash\n(.*?)```", WATCHING, re.S) for line in block.splitlines()]
+def headings(page: Path) -> set[str]:
+    """Returns the anchors of the headings of `page`, as GitHub derives them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", WATCHED)
-def test_the_commands_of_watching_run(cli: Run, command: str) -> None:
-    shown = cli("fit", *SMALL_RUN, *overrides(command))
-    assert shown.code == 0, shown.err
+def test_relative_links_lead_to_files_and_headings() -> None:
+    """Checks every Markdown file of the project."""
+    broken = []
+    for name in listed_files():
+        if name.suffix != ".md":
+            continue
+        page = ROOT / name
+        # What looks like a link in code is an index, as in `ids[t](x)`.
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        for link in re.findall(r"\]\(([^()\s]+)\)|^\[[^\]]+\]: (\S+)", text, re.M):
+            path, _, anchor = "".join(link).partition("#")
+            if ":" in path:
+                continue
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and target.suffix == ".md" and anchor not in headings(target)):
+                broken.append(f"{name}: {''.join(link)}")
+    assert broken == []
 
 
-COMPARING = (ROOT / "docs" / "comparing.md").read_text()
-
-
-@pytest.mark.slow
-def test_the_commands_of_comparing_run(cli: Run, tmp_path: Path) -> None:
-    """In one place, since the last one reports on what the others leave."""
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", COMPARING, re.S) for line in block.splitlines()]
-    # PEER finds no size for equal FLOPs among very few keys.
-    small = [o for o in SMALL_RUN if not o.startswith(("~", "model.memory.n_keys="))]
-    for command in commands:
-        verb, *own = shlex.split(command)[3:]
-        sizes = ["seeds=1", "lr_sweep=null", "jobs=2", *small] if verb == "compare" else []
-        shown = cli(verb, *[o for o in own if not o.startswith("seeds=")], *sizes, "report.resamples=100")
-        assert shown.code == 0, f"{command}\n{shown.err}"
-    assert "moe_2" in (tmp_path / "runs" / "all" / "report.md").read_text()
-
-
-@pytest.mark.parametrize("page", [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-def test_what_a_page_links_to_is_there(page: Path) -> None:
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
-    missing = [link for link in links if link and not (page.parent / link).exists()]
-    assert not missing
+@pytest.mark.parametrize("index", [README, ROOT / "docs" / "README.md"], ids=["README", "docs"])
+def test_an_index_lists_every_page(index: Path) -> None:
+    links = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+\.md)", index.read_text())}
+    pages = set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "README.md"}
+    assert pages - links == set()

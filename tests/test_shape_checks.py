@@ -1,4 +1,4 @@
-"""The guard is awake: a wrong shape is refused, a function's own error wins, kernels and compiled code stay whole."""
+"""shape_checks: wrong shapes are refused, a function's own error is raised, kernels and compiled code are unchanged."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def module(tmp_path_factory: pytest.TempPathFactory):
     assert not (Path(folder) / "__pycache__").exists(), "checked code must never be cached for other processes"
 
 
-def test_right_shapes_pass(module) -> None:
+def test_correct_shapes_pass(module) -> None:
     assert module.matmul(torch.ones(2, 3), torch.ones(3, 4)).shape == (2, 4)
 
 
@@ -65,7 +65,7 @@ def test_wrong_result_is_refused(module) -> None:
         module.Layer().forward(torch.ones(2, 3))
 
 
-def test_own_error_wins(module) -> None:
+def test_the_error_of_the_function_itself_is_raised(module) -> None:
     with pytest.raises(ValueError, match="positive: needs one dimension"):
         module.positive(torch.ones(2, 2))
 
@@ -75,7 +75,7 @@ def test_compiled_code_is_one_graph(module) -> None:
     assert compiled(torch.ones(2, 3), torch.ones(3, 4)).shape == (2, 4)
 
 
-def test_kernels_are_left_alone(module) -> None:
+def test_kernels_are_not_wrapped(module) -> None:
     assert module.kernel.fn.__name__ == "kernel"
     assert module.kernel.fn.__globals__ is vars(module)
 

@@ -1,4 +1,4 @@
-"""The one table of tolerances. A test that needs a looser one explains a defect, so there are no others."""
+"""The tolerances of all tests. A test that needs a looser one has found a defect, so there are no others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# dtype -> (rtol, atol). Values: a few roundings of the dtype; gradients: sums of many products, twice that or more.
+# By dtype, (rtol, atol). Values allow for a few roundings of the dtype; gradients, which are sums of many products, for
+# at least twice as many.
 VALUE = {
     torch.float64: (1e-10, 1e-10),
     torch.float32: (1e-5, 1e-5),
@@ -22,21 +23,24 @@ GRAD = {
     torch.float16: (4e-3, 2e-3),
 }
 
-#: Relative, between one process and several in fp32: what is left is the order of additions, which 30 steps of Adam
-#: carry on. The norms are those of gradients.
+#: Relative difference between training with one process and with several, in float32. They differ in the order of
+#: additions, which up to 30 steps of Adam amplify. `norm` is for norms of gradients.
 RANKS = {"loss": 1e-5, "norm": 1e-3}
-#: Ends of an interval from two bootstraps of some thousand resamples, absolute; of means of a few hundred values.
+#: Absolute difference between the ends of two bootstrap intervals, each from some thousand resamples of a mean of a few
+#: hundred values.
 BOOTSTRAP = 0.012
-#: Variance over thousands of resamples of some hundred coins against the formula, relative: the coins are one draw.
+#: Relative difference between a variance over thousands of resamples of some hundred coins and the formula: the coins
+#: themselves are one random draw.
 SAMPLED_VARIANCE = 0.2
-#: A formula in float64 against another, relative.
+#: Relative difference between two formulas in float64.
 EXACT_FLOAT = 1e-12
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, kind: Literal["value", "grad"] = "value") -> None:
-    """`actual` equals `expected` to the tolerance of `actual`'s dtype; NaN equals nothing, shapes must agree.
+    """Asserts that `actual` equals `expected` to the tolerance of `actual`'s dtype.
 
-    `expected` may come in a wider dtype (a float64 reference); the two are compared in the wider one, unrounded.
+    Shapes must agree, and NaN equals nothing. `expected` may have a wider dtype (a float64 reference); the two are
+    compared in the wider one, without rounding.
     """
     rtol, atol = {"value": VALUE, "grad": GRAD}[kind][actual.dtype]
     wider = torch.promote_types(actual.dtype, expected.dtype)
@@ -44,7 +48,7 @@ def assert_close(actual: Tensor, expected: Tensor, *, kind: Literal["value", "gr
 
 
 def assert_same_gradients(actual: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> None:
-    """The gradients of both outputs in every named input agree, and none of them is zero altogether."""
+    """Asserts that the gradients of both outputs in every input agree, and that no expected gradient is all zero."""
     upstream = torch.randn_like(expected)
     actual_grads = torch.autograd.grad(actual, list(inputs.values()), upstream.to(actual.dtype))
     expected_grads = torch.autograd.grad(expected, list(inputs.values()), upstream)

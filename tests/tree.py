@@ -1,4 +1,4 @@
-"""The files of the project as git sees them: tracked, or new and not ignored."""
+"""The files of the project according to git: tracked files, and new ones that are not ignored."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def listed_files() -> tuple[Path, ...]:
-    """Paths relative to `ROOT`, links among them; files deleted but still tracked are left out."""
+    """Lists the files relative to `ROOT`, including symbolic links, without those that are tracked but deleted."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"needs a git checkout: {done.stderr.strip()}")
-    return tuple(Path(name) for name in sorted(set(done.stdout.split("\0")) - {""}) if os.path.lexists(ROOT / name))
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if process.returncode != 0:
+        pytest.skip(f"needs a git checkout: {process.stderr.strip()}")
+    return tuple(Path(name) for name in sorted(set(process.stdout.split("\0")) - {""}) if os.path.lexists(ROOT / name))
 
 
 def copy_of_the_tree(target: Path) -> Path:
-    """Copies the listed files to `target`, links as links."""
+    """Copies the listed files to `target`, symbolic links as links, and returns it."""
     for path in listed_files():
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / path, target / path, follow_symlinks=False)

@@ -1,4 +1,4 @@
-"""Everything but the tables: what a device holds and receives under each strategy.
+"""The dense part of a plan: what a device holds and receives under each strategy, tables excluded.
 
 Letters as in `pkm_lightning.capacity`.
 """
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from pkm_lightning.capacity.setting import Setting
     from pkm_lightning.model import Transformer
 
-#: DeepSpeed's defaults, in values.
+#: DeepSpeed 0.19's defaults, in values: the sizes of a bucket, of live, persistent and reused parameters.
 _BUCKET, _LIVE, _PERSISTENT, _REUSE = 200_000_000, 1_000_000_000, 100_000, 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFigures:
-    """Bytes on a device, and bytes that it receives in a step."""
+    """Bytes on a device, and bytes that it receives per step."""
 
     weights: int
     gradients: int
@@ -32,7 +32,7 @@ class DenseFigures:
 
 
 class _Sizes:
-    """Numbers of values; `shares` of one rank, each parameter's split dimension rounded up as FSDP2 pads it."""
+    """Numbers of values. Shares are those of one rank, with each split dimension rounded up, as FSDP2 pads it."""
 
     def __init__(self, model: Transformer, world: int) -> None:
         tables = {id(table.weight) for table in model.value_tables}
@@ -60,7 +60,7 @@ def _share(parameter: nn.Parameter, world: int) -> int:
 
 
 def dense_figures(model: Transformer, setting: Setting) -> DenseFigures | None:
-    """The figures; None of a strategy that is not known."""
+    """Returns the figures, or None for an unknown strategy."""
     size = _Sizes(model, setting.world)
     if setting.strategy in ("single", "ddp"):
         return _whole(size, setting)
@@ -73,6 +73,7 @@ def dense_figures(model: Transformer, setting: Setting) -> DenseFigures | None:
 
 def _whole(size: _Sizes, setting: Setting) -> DenseFigures:
     trained = size.trained * setting.item
+    # The all-reduce of the gradients as a ring.
     return DenseFigures(
         weights=size.all * setting.item,
         gradients=trained,
@@ -84,7 +85,9 @@ def _whole(size: _Sizes, setting: Setting) -> DenseFigures:
 
 def _fsdp(size: _Sizes, setting: Setting) -> DenseFigures:
     others, item = setting.world - 1, setting.item
+    # Blocks are gathered in forward and again in backward; parameters outside blocks stay gathered in between.
     gathers = setting.accumulate * (2 * size.share - size.rest_share)
+    # `FSDP2.block_backward_sync` keeps gradients whole until the last micro-batch of a step.
     whole_gradients = size.trained if setting.accumulate > 1 else 0
     return DenseFigures(
         weights=size.share * item,
@@ -99,12 +102,14 @@ def _zero(size: _Sizes, setting: Setting, *, stage: int) -> DenseFigures:
     world, item, accumulate = setting.world, setting.item, setting.accumulate
     trained, large, share = size.trained, size.large, -(-size.trained // world)
     bucket = min(trained, _BUCKET) if stage > 1 else 0
-    # A weight whose next use, in backward, is too far off is let go and gathered again.
+    # ZeRO-3 releases a weight whose next use, in backward, is too far off, and gathers it again.
     twice = max(0, large - _REUSE // 2)
+    # Stages 1 and 2 all-reduce gradients, stage 1 once per step, and then gather the updated weights.
     if stage == 3:
         sent = accumulate * (large + twice + trained) + size.all - large
     else:
         sent = (2 * trained if stage == 1 else 2 * accumulate * trained) + trained
+    # `LanguageModule` scales accumulated gradients, which the engine exposes in fp32 only.
     corrected = 0 if accumulate == 1 else trained * (4 if stage == 3 else 8)
     return DenseFigures(
         weights=(-(-size.all // world) if stage == 3 else size.all) * item,

@@ -1,4 +1,4 @@
-"""The plan of a run: memory and communication of one device, put together from dense part and tables."""
+"""The plan of a run: memory and communication of one device, summed over the dense part and the tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device; None: unknown. Activations are not among them."""
+    """Bytes on one device without activations; None: unknown."""
 
     dense_weights: int | None
     dense_gradients: int | None
@@ -34,7 +34,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that one device receives in an optimizer step; None: unknown."""
+    """Bytes that one device receives per optimizer step; None: unknown."""
 
     dense: int | None
     table_forward: int | None
@@ -45,14 +45,14 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one device of a run holds and receives.
+    """The memory and traffic of one device of a run.
 
     Args:
         setting: ranks, strategy, batches.
         memory: on the device.
-        host: of `table.device=cpu`, in host memory, a rank; 0 for what lies elsewhere.
-        traffic: in a step.
-        unknown: plugins that do not say how they read tables.
+        host: in host memory per rank, with `table.device=cpu`; 0 for figures on the device.
+        traffic: per step.
+        unknown: plugin classes without `reads()`.
     """
 
     setting: Setting
@@ -63,30 +63,30 @@ class Plan:
 
     @property
     def memory_total(self) -> int:
-        """What is known to be held on the device."""
+        """The sum of the known figures on the device."""
         return total(self.memory)
 
     @property
     def host_total(self) -> int:
-        """What is known to be held in host memory beside it."""
+        """The sum of the known figures in host memory."""
         return total(self.host)
 
     @property
     def traffic_total(self) -> int:
-        """What is known to be received."""
+        """The sum of the known traffic."""
         return total(self.traffic)
 
 
 def total(figures: Memory | Traffic) -> int:
-    """The sum of what is known."""
+    """Returns the sum of the known figures."""
     return sum(value or 0 for value in asdict(figures).values())
 
 
 def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
-    """The plan of a completed configuration.
+    """Returns the plan of a completed configuration.
 
     Args:
-        model: as one process would build it, on the meta device; of its tables shapes are taken, of `config` all else.
+        model: as one process would build it, on the meta device; the plan depends on its shapes only.
         config: with trainer, strategy, table and data.
     """
     setting = Setting.of(config)
@@ -106,6 +106,7 @@ def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
     )
     nothing = {field.name: 0 for field in fields(Memory)}
     host = Memory(**nothing)
+    # In a run on CPUs the host is the device.
     if setting.tables_on_host and not setting.on_host:
         of_tables = [name for name in nothing if name.startswith(("table_", "staged_", "merged_"))]
         host = replace(host, **{name: getattr(on_device, name) for name in of_tables})
@@ -126,7 +127,7 @@ def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
 
 
 def _usage_counters(model: Transformer, config: Mapping[str, Any]) -> int:
-    """Bytes of the counters of `callbacks.slot_usage`, where it is on: every rank has all of them."""
+    """Returns the bytes of the counters of `callbacks.slot_usage`, where it is on; every rank has all of them."""
     usage = (config.get("callbacks") or {}).get("slot_usage")
     if not usage:
         return 0

@@ -1,4 +1,4 @@
-"""What cannot work on several devices, or cannot fit, is refused before it is launched, with what would do instead."""
+"""Refuses what cannot work on several devices or cannot fit, before the launch, and names what would work."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from pkm_lightning.model import Transformer
 
 _FSDP_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
+#: Ids are int32 in the kernels and between ranks.
 _LARGEST_ID = 2**31 - 1
 _GB = 1e9
 
 
 def check_setting(model: Transformer, config: Mapping[str, Any]) -> None:
-    """Refuse what needs no figures to be seen: ranks, strategy, precision, tables that cannot be split or addressed.
+    """Refuses ranks, strategies, precisions and tables that cannot work together, whatever memory there is.
 
     Raises:
-        ConfigError: naming the alternative.
+        ConfigError: naming an alternative.
     """
     _check_strategy(config)
     if config.get("device_memory") is not None:
@@ -39,7 +40,8 @@ def check_setting(model: Transformer, config: Mapping[str, Any]) -> None:
             sliced = f" in {table.slices} slices each" if table.slices > 1 else ""
             raise ConfigError(
                 f"a value table of {table.rows:,} rows{sliced} has {table.n_lines:,} ids, beyond int32; choose fewer "
-                f"slots, at most {(_LARGEST_ID + 1) // table.slices:,} rows, or table=own for a smaller table a layer."
+                f"slots, at most {(_LARGEST_ID + 1) // table.slices:,} rows, or set table=own for a smaller table per "
+                "layer."
             )
 
 
@@ -71,6 +73,7 @@ def _check_strategy(config: Mapping[str, Any]) -> None:
             f"trainer.precision={trainer['precision']} does not work with DeepSpeed; set trainer.precision=32-true, or "
             "strategy=ddp."
         )
+    # DeepSpeed is not imported here: that takes seconds.
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "this strategy needs DeepSpeed, which is not installed; run pip install deepspeed, or strategy=fsdp, which "
@@ -79,10 +82,10 @@ def _check_strategy(config: Mapping[str, Any]) -> None:
 
 
 def check_memory(plan: Plan, limit: float, model: Transformer, config: Mapping[str, Any]) -> None:
-    """Refuse a plan of more than `limit` bytes a device.
+    """Refuses a plan of more than `limit` bytes per device.
 
     Raises:
-        ConfigError: with changes that have been computed to fit.
+        ConfigError: naming changes whose plans fit.
     """
     if plan.memory_total <= limit:
         return
@@ -107,7 +110,7 @@ def _held(plan: Plan) -> dict[str, int]:
 
 
 def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
-    """Changes as one would write them, the smallest first, and the bytes a device that each would need."""
+    """Yields changes as overrides, the smallest first, and the bytes per device that each would need."""
     setting = Setting.of(config)
     changes: list[tuple[str, dict[str, Any]]] = []
     has_tables = bool(list(model.tables))
@@ -143,7 +146,7 @@ def _more_devices(config: Mapping[str, Any], setting: Setting, *, has_tables: bo
     strategy = {} if setting.strategy not in ("single", "ddp") else {"strategy": {"_target_": "FSDP2"}}
     shard = "row" if setting.shard == "row" else "dim"
     grouped = {"table.shard": shard, "table.group": "world"} if has_tables else {}
-    # Every rank keeps its tokens: reads are staged for those of all members.
+    # The tokens per rank stay the same, since reads are staged for the tokens of all members.
     rows = config["data"].get("global_batch_size")
     for factor in (2, 4, 8, 16, 32, 64):
         devices = device_count(config["trainer"]["devices"], config["trainer"]["accelerator"]) * factor
@@ -159,7 +162,7 @@ def _needs(
 ) -> Iterator[tuple[str, int | None]]:
     for words, change in changes:
         trial = _changed(config, change)
-        try:
+        try:  # a change can itself be impossible, such as a group that does not divide the table
             setting = Setting.of(trial)
             _check_columns(model, setting)
             yield words, total(make_plan(model, trial).memory)

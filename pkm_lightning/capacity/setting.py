@@ -1,4 +1,4 @@
-"""What of a configuration decides how a model is spread: ranks, strategy, precision, batches, the tables' way."""
+"""The part of a configuration that decides how a model is distributed: ranks, strategy, precision, batches, tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pkm_lightning.memory.mesh import table_members
 
 Config = Mapping[str, Any]
 
-#: Precisions as Lightning abbreviates them.
+#: Lightning's abbreviations of precisions.
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 _ITEM = {"bf16-true": 2, "16-true": 2, "64-true": 8}
 _STRATEGIES = {"DDP": "ddp", "DDPStrategy": "ddp", "FSDP2": "fsdp", "DeepSpeed": "zero", "DeepSpeedStrategy": "zero"}
@@ -20,20 +20,22 @@ _STRATEGIES = {"DDP": "ddp", "DDPStrategy": "ddp", "FSDP2": "fsdp", "DeepSpeed":
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """See the letters in `pkm_lightning.capacity`.
+    """The settings of a distributed run; the letters are those of `pkm_lightning.capacity`.
 
     Args:
         strategy: `single`, `ddp`, `fsdp`, `zero1` to `zero3`, or `other`.
-        world: ranks W.
-        accumulate: micro-batches a step A.
-        tokens: tokens a rank and micro-batch T; None where the data do not say.
-        item: bytes of a value of a weight b.
-        table_item: the same of a table.
+        world: W, ranks.
+        accumulate: A, micro-batches per step.
+        tokens: T, tokens per rank and micro-batch; None where the data module has no fixed sizes.
+        item: b, bytes of a dense value.
+        table_item: v, bytes of a table's value.
         on_host: the model is trained on the CPU.
-        shard, members: `table.shard`, `none` in a group of one, and P.
-        learning, rule: `table.learning`, and the rule of `table.optimizer`.
-        tables_on_host: `table.device=cpu`, beside a model on an accelerator or not.
-        checkpointing: blocks run their forward twice.
+        shard: `table.shard`; `none` in a group of one.
+        members: P, ranks that hold one table together.
+        learning: `table.learning`.
+        rule: of `table.optimizer`.
+        tables_on_host: tables are in host memory, with the model or by `table.device=cpu`.
+        checkpointing: activation checkpointing runs the forward of blocks twice.
     """
 
     strategy: str
@@ -52,20 +54,20 @@ class Setting:
 
     @property
     def replicas(self) -> int:
-        """Copies of a table R."""
+        """R, copies of a table."""
         return self.world // self.members
 
     @property
     def wide(self) -> int:
-        """Bytes of a sum c."""
+        """c, bytes of a sum."""
         return max(4, self.item)
 
     @classmethod
     def of(cls, config: Config) -> Setting:
-        """That of a resolved configuration.
+        """Returns the setting of a resolved configuration.
 
         Raises:
-            ConfigError: a group of tables that does not divide the ranks.
+            ConfigError: `table.group` does not divide the ranks.
         """
         trainer, table = config["trainer"], config["table"]
         node = device_count(trainer["devices"], trainer["accelerator"])
@@ -73,7 +75,7 @@ class Setting:
         strategy = strategy_kind(config["strategy"])
         members = table_members(table, world, node)
         precision = precision_name(trainer["precision"])
-        # DeepSpeed casts its parameters, which tables are not, where the others leave that to autocast.
+        # DeepSpeed casts its parameters, but not the tables; the other strategies leave casting to autocast.
         item = 2 if strategy.startswith("zero") and "16" in precision else _ITEM.get(precision, 4)
         accumulate = int(trainer["accumulate_grad_batches"])
         optimizer = table.get("optimizer") or {}
@@ -95,7 +97,7 @@ class Setting:
 
 
 def device_count(devices: Any, accelerator: Any) -> int:
-    """Processes of a node that `trainer.devices` asks for: a number, a list of devices, or all there are."""
+    """Counts the processes per node that `trainer.devices` names: a number, a list of devices, or all devices."""
     if isinstance(devices, list | tuple):
         return max(1, len(devices))
     if isinstance(devices, str) and "," in devices:
@@ -110,7 +112,7 @@ def device_count(devices: Any, accelerator: Any) -> int:
 
 
 def strategy_kind(strategy: Config | None) -> str:
-    """`single`, `ddp`, `fsdp`, `zero1` to `zero3`, or `other`, by the name of its class."""
+    """Returns `single`, `ddp`, `fsdp`, `zero1` to `zero3`, or `other`, by the name of the strategy's class."""
     if not strategy:
         return "single"
     kind = _STRATEGIES.get(str(strategy.get("_target_")).rpartition(".")[2], "other")
@@ -118,7 +120,7 @@ def strategy_kind(strategy: Config | None) -> str:
 
 
 def precision_name(precision: Any) -> str:
-    """`trainer.precision` in full."""
+    """Returns the full name of `trainer.precision`."""
     return _PRECISIONS.get(str(precision), str(precision))
 
 

@@ -1,4 +1,4 @@
-"""Value tables: what a device holds of them, and what their reads and updates send.
+"""Value tables in a plan: what a device holds of them, and what it receives for their reads and updates.
 
 Letters as in `pkm_lightning.capacity`.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TableFigures:
-    """Bytes where the tables lie, and bytes that a device receives in a step; None: unknown."""
+    """Bytes on the device or host that holds the tables, and bytes that a device receives per step; None: unknown."""
 
     part: int = 0
     gradients: int = 0
@@ -41,18 +41,18 @@ class TableFigures:
     def __add__(self, other: TableFigures) -> TableFigures:
         sums: dict[str, Any] = {}
         for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            sums[field.name] = None if mine is None or theirs is None else mine + theirs
+            one, another = getattr(self, field.name), getattr(other, field.name)
+            sums[field.name] = None if one is None or another is None else one + another
         return TableFigures(**sums)
 
 
 def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, tuple[str, ...]]:
-    """The sum over all tables, and the plugins that do not say how they read theirs."""
+    """Returns the sum over all tables, and the classes of plugins with a table but without `reads()`."""
     reads, unknown = _reads(model)
     total = TableFigures()
     for table in model.value_tables:
         calls = None if unknown or setting.tokens is None else [read for read in reads if read.table is table]
-        total += _OneTable(table, setting, split=any(table is own for own in model.tables)).figures(calls)
+        total += _OneTable(table, setting, split=any(table is shared for shared in model.tables)).figures(calls)
     return total, unknown
 
 
@@ -73,7 +73,7 @@ def _has_table(plugin: nn.Module) -> bool:
 
 
 class _OneTable:
-    """One table; a plugin's own is not split, since only tables of the model know of groups."""
+    """One table of a model; `split` is False for a plugin's own table, which every rank holds whole."""
 
     def __init__(self, table: ValueTable, setting: Setting, *, split: bool) -> None:
         self.setting = setting
@@ -85,15 +85,16 @@ class _OneTable:
         self.columns = -(-self.width // self.members) if self.shard == "dim" else self.width
         self.trained = table.stage is not None or table.weight.requires_grad
         self.learning = setting.learning if split else table.learning
+        # In host memory each rank drops reads of other ranks' rows before staging.
         self.own_lines_only = self.shard == "row" and setting.tables_on_host
 
     def figures(self, calls: Sequence[TableRead] | None) -> TableFigures:
-        """With the calls of a forward, None where they are unknown."""
+        """Returns the figures, given the reads of one forward (None: unknown)."""
         part = self.lines * self.columns * self.item
         dense = self.trained and self.learning == "dense"
         states = 2 * part if dense else self._row_states() if self.trained else 0
-        held = TableFigures(part=part, gradients=part if dense else 0, states=states)
-        return held + self._of_reads(calls, part, dense=dense)
+        memory = TableFigures(part=part, gradients=part if dense else 0, states=states)
+        return memory + self._of_reads(calls, part, dense=dense)
 
     def _row_states(self) -> int:
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.item]
@@ -107,24 +108,22 @@ class _OneTable:
                 staged=None, merged=None, forward=None, backward=None, replicas=replicas or None, statistics=None
             )
         batches = self.setting.accumulate
-        again = 2 if self.setting.checkpointing else 1
-        travelled = TableFigures(
-            forward=batches * again * sum(self._forward(call) for call in calls),
+        forwards = 2 if self.setting.checkpointing else 1
+        traffic = TableFigures(
+            forward=batches * forwards * sum(self._forward(call) for call in calls),
             backward=batches * sum(self._backward(call) for call in calls),
             replicas=replicas,
         )
         if dense or not self.trained:
-            return travelled
-        return travelled + self._staging([self._staged(call) for call in calls] * batches)
-
-    # --- one call
+            return traffic
+        return traffic + self._staging([self._staged(call) for call in calls] * batches)
 
     def _own_reads(self, call: TableRead) -> int:
         assert self.setting.tokens is not None
         return self.setting.tokens * call.reads
 
     def _outputs(self, call: TableRead) -> int:
-        """Sums, or what the inner products are with, on their way in one direction."""
+        """Returns the bytes of sums, or of the vectors for inner products, received in one direction."""
         if self.shard == "none":
             return 0
         sent = (self.members - 1) * self._own_reads(call) * max(1, call.groups) * self.width * self.item
@@ -133,6 +132,7 @@ class _OneTable:
     def _forward(self, call: TableRead) -> int:
         if self.shard == "none":
             return 0
+        # An int32 id, its weight, and an int32 group.
         per_id = 4 + self.item + (4 if call.groups else 0)
         return (self.members - 1) * self._own_reads(call) * call.ids * per_id + self._outputs(call)
 
@@ -142,31 +142,31 @@ class _OneTable:
         return (self.members - 1) * self._own_reads(call) * call.ids * self.item + self._outputs(call)
 
     def _staged(self, call: TableRead) -> tuple[int, int]:
-        """Reads and source rows of all members."""
+        """Returns the staged reads and source rows of all members for one call."""
         reads = self.members * self._own_reads(call)
         ids = reads * call.ids
         return (-(-ids // self.members) if self.own_lines_only else ids), reads * max(1, call.groups)
 
-    # --- all calls of a step
-
     def _staging(self, staged: list[tuple[int, int]]) -> TableFigures:
         reads, sources = sum(ids for ids, _ in staged), sum(rows for _, rows in staged)
-        held = _room([ids for ids, _ in staged]) * (8 + self.wide)
-        held += _room([rows for _, rows in staged]) * self.columns * self.item
+        buffers = _capacity([ids for ids, _ in staged]) * (8 + self.wide)
+        buffers += _capacity([rows for _, rows in staged]) * self.columns * self.item
         exchanged, merged, touched = self._exchange(reads, sources)
         ring = 2 * (self.members - 1) * touched * self.wide // self.members
+        # A rule that needs the squares of whole rows: `dim` leaves each rank only a part of each row.
         needs_sums = find_rule(self.setting.rule).needs_mean_squares
         statistics = ring if needs_sums and self.shard == "dim" else 0
-        return TableFigures(staged=held, merged=merged, replicas=exchanged, statistics=statistics)
+        return TableFigures(staged=buffers, merged=merged, replicas=exchanged, statistics=statistics)
 
     def _exchange(self, reads: int, sources: int) -> tuple[int, int, int]:
-        """Bytes between replicas, bytes that hold what all of them have sent, and rows of the gradient in the end."""
+        """Returns bytes received from replicas, bytes to hold what all of them sent, and the merged gradient's rows."""
         rows = self._touched(reads)
         if self.replicas == 1:
             return 0, 0, rows
         received = received_bytes(
             reads, sources, rows, n_rows=self.lines, dim=self.columns, item=self.item, replicas=self.replicas
         )
+        # The same choice as `memory.replicas` makes in training.
         way = min(received, key=received.__getitem__)
         padded = {"reads": reads, "rows": rows, "dense": self.lines}[way]
         merged = reads if self.setting.tables_on_host else padded
@@ -175,15 +175,16 @@ class _OneTable:
 
     def _touched(self, reads: int) -> int:
         if not self.setting.tables_on_host:
+            # Padded on an accelerator, since the host does not wait for the number of distinct rows.
             return min(reads, self.lines)
         return round(self.lines * -math.expm1(-reads / self.lines))
 
 
-def _room(lengths: list[int]) -> int:
-    """What a buffer holds that grows as `RowStage`'s do."""
-    room = filled = 0
+def _capacity(lengths: list[int]) -> int:
+    """Returns the final capacity of a buffer that doubles as those of `RowStage` do, after appending `lengths`."""
+    capacity = filled = 0
     for length in lengths:
         filled += length
-        if filled > room:
-            room = max(filled, 2 * room)
-    return room
+        if filled > capacity:
+            capacity = max(filled, 2 * capacity)
+    return capacity

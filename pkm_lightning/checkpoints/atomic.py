@@ -1,56 +1,50 @@
-"""Checkpoints written beside and renamed: a kill or a full disk leaves the previous one whole.
+"""Lightning's plugin for single-file checkpoints: a kill or a full disk leaves the previous checkpoint whole.
 
-Lightning's own writer goes through a file in the system's temporary folder; moved to another file system, that is a
-plain copy, which a kill can cut short.
+Lightning's own plugin writes through a file in the system's temporary folder. Where that is another file system, the
+file is copied to its place, and a kill can cut the copy short.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from pkm_lightning.checkpoints.sharded import SavedTensors, replace
+from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.storage import written_beside
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Single-file checkpoints on a local file system; folders are read as well."""
+    """Single-file checkpoints on a local file system; folders of several ranks are read as well."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes `checkpoint` to `path`, on disk before the name appears.
+        """Writes `checkpoint` to `path`, which appears when all of it is on disk.
 
         Raises:
-            CheckpointError: the disk is full or the folder cannot be written; nothing is left half-written.
+            CheckpointError: the disk is full or the folder cannot be written; an earlier file at `path` is whole.
         """
         path = Path(path)
-        beside = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
+            with written_beside(path, over_folder=True) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace(beside, path)
         except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-            # Of a full disk torch's own writer says no more than that the positions do not add up.
+            # On a full disk torch's writer raises a RuntimeError about positions in the archive, without the cause.
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "cut short: is the disk full?"
             raise CheckpointError(
                 f"{path} cannot be written ({reason}); free the disk or move run_dir: the previous checkpoint is whole."
             ) from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **named: Any) -> dict[str, Any]:
-        """The content of a file, or of a folder that several ranks have written.
+        """Returns the content of a file, or of a folder that several ranks wrote.
 
         Raises:
-            CheckpointError: a folder that is damaged.
+            CheckpointError: the folder is damaged.
         """
         if Path(path).is_dir():
-            return SavedTensors(path).read_whole()
+            return SavedCheckpoint(path).read()
+        # Not mapped read-only: optimizers keep the tensors that they load, and update them in place.
         return super().load_checkpoint(path, *arguments, **named)

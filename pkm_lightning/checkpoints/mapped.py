@@ -1,8 +1,9 @@
-"""Tensors that stay in their files: pages come when they are read, and go when memory is wanted for something else.
+"""Maps tensors of a file into memory: the system reads a page when it is used and drops it when memory is short.
 
-The mappings are read-only. torch's own (`torch.load(mmap=True)`, `UntypedStorage.from_file`) can be written to, which
-Linux counts against memory: it refuses a file larger than that. The price: a write to one of these tensors ends the
-process, so they are for reading weights, never for training; so does a file that is cut short while it is read.
+The mappings are read-only. Torch's own (`torch.load(mmap=True)`, `UntypedStorage.from_file`) can be written to, so
+Linux counts them as memory in use and refuses a file that is larger than the memory. The price: a write to a mapped
+tensor ends the process with a segmentation fault, so these tensors serve for reading weights, never for training. A
+file that is shortened while it is mapped ends the process as well.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from pkm_lightning.checkpoints.sharded import flatten, restore
+from pkm_lightning.checkpoints.tree import flatten
+
+
+class DamagedFileError(ValueError):
+    """A file whose bytes do not fit its own header; the message is the reason without the path."""
 
 
 class MappedFile:
-    """A file as memory. Tensors made from it keep it open.
+    """A file mapped read-only into memory. Tensors made from it keep it open.
 
     Raises:
         OSError, ValueError: it cannot be opened, or is empty.
@@ -36,16 +41,21 @@ class MappedFile:
         return len(self._map)
 
     def read(self, start: int, length: int) -> bytes:
-        """A copy of some bytes, fewer at the end."""
+        """Returns a copy of up to `length` bytes, fewer at the end of the file."""
         return self._map[start : start + length]
 
     def tensor(
         self, start: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
     ) -> Tensor:
-        """The tensor of `shape` whose first value lies at byte `start`; `stride` in values, None: contiguous.
+        """Returns the tensor of `shape` whose first value lies at byte `start`, without reading it.
+
+        Args:
+            start: in bytes.
+            dtype, shape: of the tensor.
+            stride: in values; None for a contiguous tensor.
 
         Raises:
-            ValueError: it would reach beyond the file.
+            ValueError: the tensor would reach beyond the end of the file.
         """
         if stride is None:
             stride = torch.empty(tuple(shape), device="meta").stride()
@@ -55,52 +65,55 @@ class MappedFile:
         if start < 0 or start + count * dtype.itemsize > len(self):
             raise ValueError(f"bytes {start} to {start + count * dtype.itemsize} of a file of {len(self)}.")
         with warnings.catch_warnings():
+            # Torch has no read-only tensors and warns of a buffer that is one.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
         return flat.as_strided(tuple(shape), tuple(stride))
 
     def forget(self) -> None:
-        """Gives back the memory of all pages read so far; they come again when they are read again."""
+        """Releases the memory of all pages read so far; a page is read again when it is used again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def expect_scattered_reads(tensor: Tensor) -> None:
-    """Tells the system to fetch pages of a mapped tensor without their neighbours, which nobody will want.
+    """Advises the system to read single pages of a mapped tensor, without the neighbours that it reads by default.
 
-    Rows read here and there come from a cold disk several times as fast so; see scripts/bench_mmap.py.
+    Scattered rows of a table come from a cold disk several times as fast this way; see scripts/bench_mmap.py.
     """
     if not hasattr(mmap, "MADV_RANDOM") or not tensor.numel():
         return
-    # The tensor does not know its mapping, and Python's mmap gives advice on none but its own.
+    # The tensor does not know its mapping, and Python's mmap object advises only on the whole of its own.
     first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     end = tensor.data_ptr() + tensor.untyped_storage().nbytes()
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_RANDOM)
 
 
-def map_archive(file: MappedFile, start: int = 0, length: int | None = None) -> Any:
-    """What `torch.save` wrote into `length` bytes of `file` from `start` on, its tensors mapped.
+def map_archive(file: MappedFile, start: int = 0, length: int | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """Maps what `torch.save` wrote into `length` bytes of `file` from `start` on.
+
+    Returns:
+        The skeleton and the mapped tensors by name; see `pkm_lightning.checkpoints.tree`.
 
     Raises:
-        Exception: of half a dozen kinds, torch's, for what it cannot read.
+        Exception: torch's, of half a dozen classes, for bytes that it cannot read.
     """
     part = _Part(file, start, len(file) - start if length is None else length)
-    # Tensors on meta come with the place of their values in the archive, which is not read.
+    # Loaded to the meta device, a tensor carries the offset of its values in the archive, and no value is read.
     skeleton, tensors = flatten(torch.load(cast("IO[bytes]", part), map_location="meta", weights_only=True))
-    mapped = {name: _mapped(file, start, tensor) for name, tensor in tensors.items()}
-    return restore(skeleton, mapped)
+    return skeleton, {name: _mapped(file, start, tensor) for name, tensor in tensors.items()}
 
 
 def _mapped(file: MappedFile, start: int, tensor: Tensor) -> Tensor:
-    place = tensor.untyped_storage()._checkpoint_offset
-    if place is None:
-        raise ValueError("the archive does not say where its values lie.")
-    first = start + place + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    offset = tensor.untyped_storage()._checkpoint_offset
+    if offset is None:
+        raise ValueError("the archive does not record where its values lie.")
+    first = start + offset + int(tensor.storage_offset()) * tensor.dtype.itemsize
     return file.tensor(first, tensor.dtype, tensor.shape, tensor.stride())
 
 
 class _Part(io.RawIOBase):
-    """Bytes `start` to `start + length` of a mapped file as a file of their own."""
+    """Bytes `start` to `start + length` of a mapped file as a file object, which is what `torch.load` takes."""
 
     def __init__(self, file: MappedFile, start: int, length: int) -> None:
         super().__init__()
@@ -112,15 +125,12 @@ class _Part(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._at
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        found = self._file.read(self._start + self._at, min(len(buffer), max(0, self._length - self._at)))
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        content = self._file.read(self._start + self._at, min(len(buffer), max(0, self._length - self._at)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)

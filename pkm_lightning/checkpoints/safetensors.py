@@ -1,16 +1,16 @@
-"""The safetensors format: 8 bytes of header length (little-endian), a JSON header, the values.
+"""The safetensors format: 8 bytes with the length of the header (little-endian), a JSON header, the values.
 
-The header maps names to dtype, shape and the range of bytes after it; texts stand under `__metadata__`. What an
-exported model says of itself there:
+The header maps names to dtype, shape and the range of bytes after it. Under `__metadata__` stand texts by name, in an
+exported model these:
 
-| key | text |
+| name | text |
 |---|---|
-| `format` | `pt`, which other readers of such files ask for |
+| `format` | `pt`, which other readers of the format require |
 | `pkm_lightning_format` | version of this table |
-| `pkm_lightning_version` | of the package that wrote it |
+| `pkm_lightning_version` | of the package that wrote the file |
 | `config` | the resolved configuration, as JSON |
 | `tokens_seen` | number |
-| `tokenizer` | digest; absent where the data named none |
+| `tokenizer` | digest; absent where the data module has none |
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import pkm_lightning
-from pkm_lightning.checkpoints.mapped import MappedFile
+from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile
 from pkm_lightning.errors import CheckpointError
 
 FORMAT_VERSION = "1"
@@ -40,7 +39,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
 #: Other readers refuse longer headers.
 _LONGEST_HEADER = 100_000_000
-#: The values start where a page does, so that a row that fills a page lies in one.
+#: The values start at a page boundary, so that a row as long as a page lies in one page.
 _PAGE = 4096
 
 
@@ -56,38 +55,41 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan(
+def lay_out(
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], texts: Mapping[str, str]
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file with tensors of these shapes and dtypes, and where each goes, in the order of the file.
+    """Lays out a file with tensors of these shapes and dtypes.
 
-    The largest come first, so that tables start at a page and every tensor at a multiple of its item's size.
+    Returns:
+        The header, and the place of each tensor in the order of the file.
 
     Raises:
-        CheckpointError: a dtype that the format does not know.
+        CheckpointError: a dtype that the format lacks.
     """
     foreign = [f"{name} ({dtype})" for name, (_, dtype) in shapes.items() if dtype not in _NAMES]
     if foreign:
-        raise CheckpointError(f"{foreign[0]} cannot be exported: safetensors knows {', '.join(_NAMES.values())} only.")
-    sizes = {name: Entry(dtype, tuple(shape), 0) for name, (shape, dtype) in shapes.items()}
-    order = sorted(sizes, key=lambda name: (-sizes[name].dtype.itemsize, -sizes[name].n_bytes, name))
+        raise CheckpointError(f"{foreign[0]} cannot be exported: safetensors has only {', '.join(_NAMES.values())}.")
+    entries = {name: Entry(dtype, tuple(shape), 0) for name, (shape, dtype) in shapes.items()}
+    # The widest and largest first: tables start at a page, and every tensor at a multiple of its item's size.
+    order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, -entries[name].n_bytes, name))
     header: dict[str, Any] = {"__metadata__": dict(texts)}
-    at = 0
+    start = 0
     for name in order:
-        entry = sizes[name]
-        sizes[name], end = entry._replace(start=at), at + entry.n_bytes
-        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [at, end]}
-        at = end
+        entry = entries[name]
+        entries[name], end = entry._replace(start=start), start + entry.n_bytes
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces after the JSON text are part of the format.
     text += b" " * (-(_LENGTH.size + len(text)) % _PAGE)
     first = _LENGTH.size + len(text)
     return _LENGTH.pack(len(text)) + text, {
-        name: sizes[name]._replace(start=first + sizes[name].start) for name in order
+        name: entries[name]._replace(start=first + entries[name].start) for name in order
     }
 
 
 def looks_like_safetensors(path: Path) -> bool:
-    """By the suffix or the first bytes."""
+    """Returns whether the suffix or the first bytes of a file are those of the format."""
     if path.suffix == ".safetensors":
         return True
     try:
@@ -98,72 +100,40 @@ def looks_like_safetensors(path: Path) -> bool:
     return len(start) > _LENGTH.size and start[-1:] == b"{" and _LENGTH.unpack(start[:-1])[0] <= _LONGEST_HEADER
 
 
-def read_exported(path: Path) -> dict[str, Any]:
-    """An exported model with the keys of a checkpoint; its tensors are mapped and cannot be written to.
+def map_tensors(file: MappedFile) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Returns the texts and the mapped tensors of any safetensors file.
 
     Raises:
-        CheckpointError: missing, damaged, cut short, or not exported by this package.
+        DamagedFileError: the header is unreadable, or the file is cut short.
     """
-    texts, tensors = read_tensors(path)
-    if "pkm_lightning_format" not in texts:
-        raise CheckpointError(
-            f"ckpt={path} was not written by this package; make one with: export ckpt=CHECKPOINT file={path.name}."
-        )
-    if texts["pkm_lightning_format"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"ckpt={path} has the format version {texts['pkm_lightning_format']}, this package "
-            f"({pkm_lightning.__version__}) reads {FORMAT_VERSION}; export it again with this one."
-        )
-    try:
-        config, tokens_seen = json.loads(texts["config"]), int(texts["tokens_seen"])
-    except (KeyError, ValueError):
-        raise CheckpointError(f"ckpt={path} is damaged (its metadata is unreadable); use another one.") from None
-    return {
-        "state_dict": {f"model.{name}": tensor for name, tensor in tensors.items()},
-        "hyper_parameters": {"config": config},
-        "tokens_seen": tokens_seen,
-        "tokenizer": texts.get("tokenizer"),
-    }
-
-
-def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The texts and the mapped tensors of any safetensors file.
-
-    Raises:
-        CheckpointError: missing, damaged or cut short.
-    """
-    try:
-        file = MappedFile(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"ckpt={path} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"ckpt={path} cannot be read ({error}); use another one.") from None
     try:
         texts, entries = _read_header(file)
         return texts, {name: file.tensor(e.start, e.dtype, e.shape) for name, e in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error) if type(error) is ValueError else "its header is unreadable"
-        raise CheckpointError(f"ckpt={path} is damaged ({reason}); use another one.") from None
+    except DamagedFileError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedFileError("its header is unreadable") from None
 
 
 def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
     if len(file) < _LENGTH.size:
-        raise ValueError(f"cut short: {len(file)} bytes")
+        raise DamagedFileError(f"cut short: {len(file)} bytes")
     length = _LENGTH.unpack(file.read(0, _LENGTH.size))[0]
     if length > min(_LONGEST_HEADER, len(file) - _LENGTH.size):
-        raise ValueError(f"a header of {length} bytes in a file of {len(file)}")
+        raise DamagedFileError(f"a header of {length} bytes in a file of {len(file)}")
     try:
         header = json.loads(file.read(_LENGTH.size, length))
     except ValueError:
-        raise ValueError("its header is no JSON") from None
+        raise DamagedFileError("its header is no JSON") from None
     texts = {str(key): str(text) for key, text in header.pop("__metadata__", {}).items()}
-    first, at, entries = _LENGTH.size + length, 0, {}
-    for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = told["data_offsets"]
-        entry = Entry(DTYPES[told["dtype"]], tuple(int(size) for size in told["shape"]), first + start)
-        if start != at or end - start != entry.n_bytes or min(entry.shape, default=0) < 0:
-            raise ValueError(f"{name} does not lie where its shape says")
-        entries[name], at = entry, end
-    if len(file) != first + at:
-        raise ValueError(f"{len(file)} bytes instead of {first + at}")
+    first, expected, entries = _LENGTH.size + length, 0, {}
+    for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = fields["data_offsets"]
+        entry = Entry(DTYPES[fields["dtype"]], tuple(int(size) for size in fields["shape"]), first + start)
+        # Without gaps and overlaps, as other readers of the format require.
+        if start != expected or end - start != entry.n_bytes or min(entry.shape, default=0) < 0:
+            raise DamagedFileError(f"{name} does not lie where its shape requires")
+        entries[name], expected = entry, end
+    if len(file) != first + expected:
+        raise DamagedFileError(f"{len(file)} bytes instead of {first + expected}")
     return texts, entries

@@ -1,4 +1,4 @@
-"""Token ids mean words: a checkpoint and the data that it is used with must agree on which."""
+"""Compares the tokenizer that a checkpoint was trained with to that of the data: ids must mean the same words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pkm_lightning.errors import CheckpointError
 
 
 def check_tokenizer(checkpoint: Mapping[str, Any], digest: str | None) -> None:
-    """Refuse data whose token ids mean other words than those that a checkpoint's weights were trained on.
+    """Refuses data whose token ids have another meaning than those that a checkpoint's weights were trained on.
 
     Raises:
         CheckpointError: the digests differ.
@@ -18,6 +18,6 @@ def check_tokenizer(checkpoint: Mapping[str, Any], digest: str | None) -> None:
     if trained is not None and digest is not None and trained != digest:
         raise CheckpointError(
             "the data's tokenizer is not the one that the checkpoint was trained with (a source or a data.* key has "
-            "changed since), so ids would mean other words; restore the data, or give its tokenizer as "
-            "data.tokenizer=FILE."
+            "changed since), so ids would mean other words; restore the data, or set data.tokenizer=FILE to the "
+            "tokenizer of the training."
         )

@@ -16,7 +16,7 @@ from pkm_lightning.callbacks.run_record import RunRecord
 from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
 from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.strategies import PortableCheckpoints
+from pkm_lightning.strategies.portable import PortableCheckpoints
 
 
 @dataclass(frozen=True)

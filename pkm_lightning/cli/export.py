@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pkm_lightning.checkpoints.export import WeightSource, texts_of, write
-from pkm_lightning.checkpoints.safetensors import looks_like_safetensors
+from pkm_lightning.checkpoints import open_checkpoint
+from pkm_lightning.checkpoints.export import write
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
-from pkm_lightning.cli.resume import check_content
 from pkm_lightning.errors import CheckpointError, ConfigError, check_flag
 
 
 def run(job: Job) -> None:
-    """Writes the file that `file` names and says what is in it."""
+    """Writes the file that `file` names, and prints its content."""
     file = _target(job)
-    _, checkpoint = locate(job)
-    if checkpoint.is_file() and looks_like_safetensors(checkpoint):
-        raise CheckpointError(f"ckpt={checkpoint} is an exported file already; copy it, or give a run's checkpoint.")
-    if not checkpoint.exists():
-        raise CheckpointError(f"ckpt={checkpoint} does not exist.")
-    source = WeightSource(checkpoint)
-    entries = write(source, texts_of(check_content(source.rest, checkpoint)), file)
+    _, path = locate(job)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.kind == "exported":
+        raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
+    entries = write(checkpoint, file)
     size = sum(entry.n_bytes for entry in entries.values())
-    print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {checkpoint}")
+    print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}")
 
 
 def _target(job: Job) -> Path:
@@ -32,7 +29,7 @@ def _target(job: Job) -> Path:
         raise ConfigError("export needs file=NAME.safetensors, the file to write.")
     file = Path(str(job.config.file))
     if file.suffix != ".safetensors":
-        raise ConfigError(f"file={file} does not end in .safetensors; name the file to write so.")
+        raise ConfigError(f"file={file} does not end in .safetensors; give a name that does.")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"file={file}: the folder {file.parent} does not exist; make it first.")
     if file.is_dir() or (file.exists() and not job.config.overwrite):

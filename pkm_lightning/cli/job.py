@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pkm_lightning.cli.composition_errors import explain
-from pkm_lightning.compare.overrides import key_of, quoted, says
+from pkm_lightning.compare.overrides import key_of, quoted, sets_key
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, Interrupted, PkmError
 
@@ -81,7 +81,7 @@ class Job:
 
     def names(self, key: str) -> bool:
         """Returns whether the command line sets `key`."""
-        return says(self.overrides, key)
+        return sets_key(self.overrides, key)
 
     def execute(self, run: Callable[[Job], float | None], failures: list[JobFailure]) -> float | None:
         """Runs the verb; an error of the user's is kept for the end, so that the other jobs of a sweep still run."""

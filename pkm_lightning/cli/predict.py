@@ -10,14 +10,14 @@ import torch.distributed as dist
 from pkm_lightning.cli.evaluation import SavedRun
 from pkm_lightning.cli.job import Job
 from pkm_lightning.storage import write_beside
-from pkm_lightning.supervision.rank_failures import watched_evaluation
+from pkm_lightning.supervision.rank_failures import supervise_evaluation
 
 
 def run(job: Job) -> None:
     """Answers `data.prompts` or `data.prompts_file` and writes the file that `out` names."""
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
-    with watched_evaluation(trainer):
+    with supervise_evaluation(trainer):
         batches = trainer.predict(module, datamodule=saved.run.data, ckpt_path=saved.ckpt_path) or []
         records = [record for batch in batches for record in batch]
         if trainer.world_size > 1:

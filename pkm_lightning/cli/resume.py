@@ -1,4 +1,4 @@
-"""An interrupted run goes on with the configuration that it started with; a command that says otherwise is refused."""
+"""Saved configurations: a run is continued with the one that it started with, spread over other devices if asked."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from pkm_lightning.build.instantiate import check_trusted
-from pkm_lightning.checkpoints.sharded import SavedTensors
-from pkm_lightning.compare.leaves import OF_THE_MACHINE, OF_THE_SITTING, leaves, moved
-from pkm_lightning.errors import CheckpointError, RunDirectoryError
+from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, leaves, move_paths
+from pkm_lightning.errors import RunDirectoryError
 
-#: Keys that say where a run is spread and what is there: it may go on elsewhere. `devices` counts as `trainer.devices`.
+#: Keys over what a run is spread, and of the machine: a continued run may change them. `devices` is `trainer.devices`.
 _SPREAD = (
     "strategy",
     "devices",
-    *OF_THE_MACHINE,
+    *MACHINE_KEYS,
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",
@@ -30,7 +28,7 @@ _ABSENT = object()
 
 
 def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
-    """The configuration in `run_dir`, its paths there too where the directory has moved.
+    """Returns the configuration in `run_dir`; where the directory has moved, paths below it are those of its new place.
 
     Raises:
         RunDirectoryError: there is none, or it is no configuration.
@@ -47,20 +45,20 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
         raise RunDirectoryError(f"{file} is no configuration of this package.")
     if not trust:
         check_trusted(config, str(file))
-    here: dict[str, Any] = moved(config, str(config.get("run_dir")), str(run_dir))
-    return {**here, "run_dir": str(run_dir)}
+    moved: dict[str, Any] = move_paths(config, str(config.get("run_dir")), str(run_dir))
+    return {**moved, "run_dir": str(run_dir)}
 
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: saved value -> new value` for every leaf that differs, but for keys of the sitting and of the spread."""
+    """Returns `key: saved value -> new value` for each leaf that differs and that a continued run may not change."""
     left, right = dict(leaves(saved)), dict(leaves(new))
-    keys = [k for k in {**left, **right} if k.split(".")[0] not in OF_THE_SITTING and not is_spread(k)]
+    keys = [k for k in {**left, **right} if k.split(".")[0] not in COMMAND_KEYS and not is_spread(k)]
     differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
     return [f"{k}: {left.get(k, '(absent)')} -> {right.get(k, '(absent)')}" for k in differing]
 
 
 def is_spread(key: str) -> bool:
-    """The key, as on a command line, says over what a run is spread."""
+    """Returns whether `key`, as on a command line, is one that a continued run may change."""
     return _spread_of(key) is not None
 
 
@@ -69,10 +67,10 @@ def _spread_of(key: str) -> str | None:
     return next((spread for spread in _SPREAD if path == spread or path.startswith(f"{spread}.")), None)
 
 
-def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], said: Iterable[str]) -> dict[str, Any]:
-    """`saved` with the keys of the spread among `said`, and of them only, as in `new`."""
+def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], changed: Iterable[str]) -> dict[str, Any]:
+    """Returns `saved` with those of the `changed` keys that a continued run may change as in `new`."""
     spread = copy.deepcopy(dict(saved))
-    for key in said:
+    for key in changed:
         group, _, name = (_spread_of(key) or "").partition(".")
         if name:
             spread.setdefault(group, {})[name] = new[group][name]
@@ -81,47 +79,3 @@ def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], said: Iterable
             if group == "devices":
                 spread["trainer"]["devices"] = new["trainer"]["devices"]
     return spread
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of this package, tensors memory-mapped; of a folder without its tensors.
-
-    Raises:
-        CheckpointError: missing, damaged, or not written by this package.
-    """
-    if Path(path).is_dir():
-        return check_content(SavedTensors(path).skeleton, path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"ckpt={path} does not exist.") from None
-    except Exception:  # torch raises half a dozen kinds for a file that it cannot read
-        raise CheckpointError(f"ckpt={path} is damaged or no checkpoint; use another one.") from None
-    return check_content(checkpoint, path)
-
-
-def check_content(checkpoint: Any, path: str | Path) -> dict[str, Any]:
-    """`checkpoint`, if it is one of this package.
-
-    Raises:
-        CheckpointError: it lacks weights, counters or a configuration.
-    """
-    content = checkpoint if isinstance(checkpoint, dict) else {}
-    hyper_parameters = content.get("hyper_parameters")
-    config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
-    keys = config.keys() if isinstance(config, dict) else set()
-    if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= keys:
-        raise CheckpointError(f"ckpt={path} was not written by this package; use one from a run's checkpoints folder.")
-    return content
-
-
-def checkpoint_config(checkpoint: Mapping[str, Any], path: str, *, trust: bool) -> dict[str, Any]:
-    """The configuration inside a checkpoint.
-
-    Raises:
-        ConfigError: it names classes of other packages and is not trusted.
-    """
-    config: dict[str, Any] = dict(checkpoint["hyper_parameters"]["config"])
-    if not trust:
-        check_trusted(config, path)
-    return config

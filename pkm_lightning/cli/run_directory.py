@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import yaml
 
-from pkm_lightning.checkpoints.latest import latest_checkpoint
+from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.errors import RunDirectoryError, check_choice
 from pkm_lightning.storage import hold, write_beside
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from pkm_lightning.cli.evaluation import SavedRun
 from pkm_lightning.cli.job import Job
 from pkm_lightning.storage import write_beside
-from pkm_lightning.supervision.rank_failures import watched_evaluation
+from pkm_lightning.supervision.rank_failures import supervise_evaluation
 
 
 def run(job: Job) -> float | None:
@@ -18,7 +18,7 @@ def run(job: Job) -> float | None:
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
     evaluate = trainer.validate if job.verb == "validate" else trainer.test
-    with watched_evaluation(trainer):
+    with supervise_evaluation(trainer):
         results = evaluate(module, datamodule=saved.run.data, ckpt_path=saved.ckpt_path, verbose=False)
     metrics = {k: float(v) for result in results for k, v in result.items()}
     if trainer.is_global_zero:

@@ -1,41 +1,121 @@
-"""How many optimizer steps a budget of tokens is."""
+"""The length of a run from a budget of tokens or of seconds, and the short runs that measure speed or compile kernels.
+
+A learning-rate schedule spans the whole run, so the number of steps must be known before a run starts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
-from torch import Tensor
-
+from pkm_lightning.compare.overrides import last_of_each
+from pkm_lightning.compare.processes import Processes
+from pkm_lightning.compare.run_state import read_record
+from pkm_lightning.compare.schedule import ScheduledRun, Variant, with_steps
 from pkm_lightning.errors import ConfigError
 
-#: Optimizer steps whose real tokens are counted; packed rows differ little from step to step.
+if TYPE_CHECKING:
+    import lightning as L
+    from torch import Tensor
+
+#: Optimizer steps whose real tokens are counted; packed sequences differ little from step to step.
 SAMPLE = 50
+#: Steps of a short run, and of the part at its end that is timed: caches and kernels warm up before.
+STEPS, MEASURED = 150, 50
+#: Short runs per variant; the median counts.
+REPEATS = 3
 
 
 def steps_of_tokens(budget: float, data: L.LightningDataModule, config: dict[str, Any]) -> int:
-    """The steps that come nearest to `budget` real input tokens, from the first `SAMPLE` steps of prepared data.
+    """Returns the steps that come nearest to `budget` real input tokens, from the first `SAMPLE` steps of the data.
+
+    Args:
+        budget: tokens, without padding.
+        data: the data module, prepared.
+        config: the completed configuration.
 
     Raises:
-        ConfigError: the budget is less than half a step.
+        ConfigError: the budget is less than half a step, or the data give no token.
     """
     data.setup("fit")
-    # Without a Trainer this package's data modules make batches of a whole step; others know nothing of steps.
-    whole = hasattr(data, "global_batch_size")
+    # Without a Trainer the package's own data modules yield batches of a whole step; others yield micro-batches.
+    is_whole_step = hasattr(data, "global_batch_size")
     trainer = config["trainer"]
     ranks = trainer["num_nodes"] * (trainer["devices"] if isinstance(trainer["devices"], int) else 1)
-    batches = 1 if whole else trainer["accumulate_grad_batches"] * ranks
-    counted = [_real_tokens(batch) for batch in islice(data.train_dataloader(), SAMPLE * batches)]
-    if not sum(counted):
+    batches = 1 if is_whole_step else trainer["accumulate_grad_batches"] * ranks
+    tokens = [_real_tokens(batch) for batch in islice(data.train_dataloader(), SAMPLE * batches)]
+    if not sum(tokens):
         raise ConfigError(f"budget.tokens={budget:g}: the training data give no token to count; set trainer.max_steps.")
-    a_step = sum(counted) / len(counted) * batches
-    steps = round(budget / a_step)
+    tokens_per_step = sum(tokens) / len(tokens) * batches
+    steps = round(budget / tokens_per_step)
     if steps < 1:
-        raise ConfigError(f"budget.tokens={budget:g} is less than a step, which has about {a_step:,.0f} tokens.")
+        raise ConfigError(
+            f"budget.tokens={budget:g} is less than a step, which has about {tokens_per_step:,.0f} tokens."
+        )
     return steps
 
 
 def _real_tokens(batch: dict[str, Tensor]) -> int:
     valid = batch.get("valid")
     return batch["input_ids"].numel() if valid is None else int(valid.sum())
+
+
+def measure_speeds(
+    variants: Sequence[Variant],
+    configs: Mapping[str, dict[str, Any]],
+    base: Sequence[str],
+    out: Path,
+    processes: Processes,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Measures optimizer steps per second of each variant in `REPEATS` short runs.
+
+    Returns:
+        The median speed by variant, and the reason by variant where a run failed.
+    """
+    speeds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    failures: dict[str, str] = {}
+    # The variants take turns, so that a slow minute of the machine does not hit one variant alone. The first run of
+    # each compiles kernels, which the later ones find cached; the median leaves it out.
+    for repeat in range(REPEATS):
+        remaining = [variant for variant in variants if variant.name not in failures]
+        runs = [_short_run(v, configs[v.name], base, out, f"try-{repeat + 1}", STEPS) for v in remaining]
+        ends = {end.run.variant: end.reason for end in processes.run(processes.to_start(runs), lambda _: None)}
+        for run in runs:
+            record = read_record(run.folder)
+            rate = (record.get("throughput") or {}).get("steps_per_sec")
+            if rate:
+                speeds[run.variant].append(float(rate))
+            else:
+                reason = record.get("reason") or ends.get(run.variant, "")
+                failures[run.variant] = f"its speed is not known, callbacks.throughput may be off: {reason}"
+    return {name: median(rates) for name, rates in speeds.items() if name not in failures}, failures
+
+
+def warm_up(
+    variants: Sequence[Variant],
+    configs: Mapping[str, dict[str, Any]],
+    base: Sequence[str],
+    out: Path,
+    processes: Processes,
+) -> None:
+    """Runs two steps of each variant that has not been run, to compile its kernels."""
+    new = [variant for variant in variants if not (out / "runs" / variant.name).exists()]
+    runs = [_short_run(variant, configs[variant.name], base, out, "warm-up", 2) for variant in new]
+    # How these runs end does not matter: a variant that fails here fails again in its reported run, with a reason.
+    for _ in processes.run(processes.to_start(runs), lambda _: None):
+        pass
+
+
+def _short_run(
+    variant: Variant, config: Mapping[str, Any], base: Sequence[str], out: Path, name: str, steps: int
+) -> ScheduledRun:
+    """Returns a run without recall questions: testing an untrained model on them would take minutes."""
+    short = with_steps(variant, steps, 1, config["trainer"]["accumulate_grad_batches"])
+    extra = [f"trainer.log_every_n_steps={min(MEASURED, steps)}", "seed=0"]
+    extra += [f"++trainer.limit_{part}_batches=1" for part in ("val", "test")]
+    extra += ["~callbacks.recall"] * ("recall" in (config["callbacks"] or {}))
+    overrides = last_of_each((*base, *short.overrides, *extra))
+    return ScheduledRun(variant.name, 0, None, overrides, out / "speed" / variant.name / name)

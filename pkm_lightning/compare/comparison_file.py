@@ -1,16 +1,16 @@
-"""compare.json: what a comparison is about, so that the same command goes on with it and reports can name arms.
+"""compare.json: what a comparison is about, so that the same command continues it and reports can name its variants.
 
 | key | meaning |
 |---|---|
 | schema | version of this table |
-| command, earlier | the command line that wrote it last; others that did before |
-| base | overrides of all arms |
-| arms | overrides of each arm, its steps included |
-| seeds | of the reported runs |
-| sweep | learning rates, seeds, `data_seed`, metric; `results` by arm and rate; `chosen` rates by arm. None without |
-| seconds | `budget.seconds`, None without it |
-| steps_per_second | of each arm, where `budget.seconds` had to know |
-| failures | what a process said that ended without finishing its run, by the run's folder within `out` |
+| command, earlier | the command line that wrote the file last; different ones that wrote it before |
+| base | overrides of all variants |
+| arms | overrides of each variant, its number of steps included |
+| seeds | seeds of the reported runs |
+| sweep | learning rates, seeds, `data_seed`, metric; `results` by variant and rate; `chosen` rates; null without |
+| seconds | `budget.seconds`, null without it |
+| steps_per_second | speed of each variant, measured for `budget.seconds` |
+| failures | last output of each process that ended without finishing its run, by the run's folder within `out` |
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from pkm_lightning.storage import write_beside
 
 NAME = "compare.json"
 SCHEMA = 1
-_ASKED_OF_SWEEP = tuple(field.name for field in fields(SweepSettings))
-_FOUND_BY_SWEEP = ("results", "chosen")
+# Keys in the file by attribute, where they differ. Changing them would orphan the comparisons that are on disk.
+_FILE_KEYS = {"variants": "arms"}
+_SWEEP_SETTINGS = tuple(field.name for field in fields(SweepSettings))
+_SWEEP_RESULTS = ("results", "chosen")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +39,7 @@ class Comparison:
 
     command: list[str]
     base: list[str]
-    arms: dict[str, list[str]] = field(default_factory=dict)
+    variants: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
     sweep: dict[str, Any] | None = None
     seconds: float | None = None
@@ -46,38 +48,39 @@ class Comparison:
     earlier: list[list[str]] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Writes it."""
-        content = {"schema": SCHEMA, **asdict(self)}
-        write_beside(folder / NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        """Writes the file into `folder`."""
+        content = {_FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        write_beside(folder / NAME, json.dumps({"schema": SCHEMA, **content}, indent=2, allow_nan=False) + "\n")
 
     def continue_from(self, earlier: Comparison, folder: Path) -> None:
-        """Takes up what an earlier command of the same comparison found out; other arms and seeds may join.
+        """Adopts the results of an earlier command of the same comparison; variants and seeds may be added.
 
         Raises:
-            RunDirectoryError: the directory is about something else.
+            RunDirectoryError: the directory holds another comparison.
         """
         _refuse(_difference(earlier, self), folder)
         self.earlier = [command for command in (*earlier.earlier, earlier.command) if command != self.command]
-        self.arms = dict(earlier.arms)
+        self.variants = dict(earlier.variants)
         self.seeds = sorted({*earlier.seeds, *self.seeds})
         self.failures = dict(earlier.failures)
         self.steps_per_second = {**earlier.steps_per_second, **self.steps_per_second}
         if self.sweep is not None and earlier.sweep is not None:
-            self.sweep = {**self.sweep, **{key: earlier.sweep[key] for key in _FOUND_BY_SWEEP}}
+            self.sweep = {**self.sweep, **{key: earlier.sweep[key] for key in _SWEEP_RESULTS}}
 
-    def add_arms(self, arms: Mapping[str, list[str]], folder: Path) -> None:
-        """More arms, or the same again.
+    def add_variants(self, variants: Mapping[str, list[str]], folder: Path) -> None:
+        """Adds variants; those that are there already must have the same overrides.
 
         Raises:
-            RunDirectoryError: one of them was something else before.
+            RunDirectoryError: one of them had other overrides before.
         """
-        for name in sorted(arms.keys() & self.arms.keys()):
-            if arms[name] != self.arms[name]:
-                _refuse(f"{name} is {' '.join(self.arms[name])} there, {' '.join(arms[name])} here", folder)
-        self.arms = {**self.arms, **arms}
+        for name in sorted(variants.keys() & self.variants.keys()):
+            if variants[name] != self.variants[name]:
+                there, here = " ".join(self.variants[name]), " ".join(variants[name])
+                _refuse(f"{name} is {there} there, {here} here", folder)
+        self.variants = {**self.variants, **variants}
 
     def add_sweep(self, results: Mapping[str, Any], chosen: Mapping[str, float]) -> None:
-        """What a sweep has found for some arms."""
+        """Adds the results of a sweep for some variants."""
         assert self.sweep is not None
         self.sweep = {
             **self.sweep,
@@ -86,16 +89,16 @@ class Comparison:
         }
 
 
-def _refuse(what: str, folder: Path) -> None:
-    if what:
+def _refuse(difference: str, folder: Path) -> None:
+    if difference:
         raise RunDirectoryError(
-            f"out={folder} holds another comparison ({what}); choose another out, say what that one says, or "
-            "replace it with resume=never."
+            f"out={folder} holds another comparison ({difference}); choose another out, repeat the overrides of that "
+            "comparison, or replace it with resume=never."
         )
 
 
 def read_comparison(folder: Path) -> Comparison | None:
-    """The content of `folder`'s compare.json; None without one.
+    """Returns the content of `folder`'s compare.json, or None if there is no such file.
 
     Raises:
         RunDirectoryError: it cannot be read.
@@ -108,38 +111,40 @@ def read_comparison(folder: Path) -> Comparison | None:
         schema = content.pop("schema")
         if schema != SCHEMA:
             raise RunDirectoryError(f"{file} has schema {schema}; this version reads {SCHEMA}.")
-        read = Comparison(**content)
-        if not _is_whole(read):
+        attributes = {key: name for name, key in _FILE_KEYS.items()}
+        comparison = Comparison(**{attributes.get(key, key): value for key, value in content.items()})
+        if not _is_whole(comparison):
             raise TypeError
-        return read
+        return comparison
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunDirectoryError(f"{file} is damaged; remove it, or choose another out.") from None
 
 
-def _is_whole(read: Comparison) -> bool:
-    """Nothing lacks that is read without asking."""
-    tables = [read.arms, read.failures]
-    if read.sweep is not None:
-        if not {*_ASKED_OF_SWEEP, *_FOUND_BY_SWEEP} <= read.sweep.keys():
+def _is_whole(comparison: Comparison) -> bool:
+    """Returns whether everything is there that is used without a further check."""
+    tables = [comparison.variants, comparison.failures]
+    if comparison.sweep is not None:
+        if not {*_SWEEP_SETTINGS, *_SWEEP_RESULTS} <= comparison.sweep.keys():
             return False
-        tables += [read.sweep[key] for key in _FOUND_BY_SWEEP]
-    return isinstance(read.command, list) and all(isinstance(table, dict) for table in tables)
+        tables += [comparison.sweep[key] for key in _SWEEP_RESULTS]
+    return isinstance(comparison.command, list) and all(isinstance(table, dict) for table in tables)
 
 
 def _difference(earlier: Comparison, now: Comparison) -> str:
-    """What of two comparisons differs that must not, in words; empty if nothing does."""
+    """Describes a difference that rules out continuing; returns an empty string if there is none."""
     base = sorted(set(earlier.base) ^ set(now.base))
     if base:
-        return f"{base[0]} is not said by both"
+        return f"{base[0]} is set by one of the two commands only"
     if earlier.seconds != now.seconds:
         return f"budget.seconds is {earlier.seconds} there, {now.seconds} here"
-    left, right = sweep_settings(earlier.sweep), sweep_settings(now.sweep)
-    return f"the sweep is {left} there, {right} here" if left != right else ""
+    there, here = sweep_settings(earlier.sweep), sweep_settings(now.sweep)
+    return f"the sweep is {there} there, {here} here" if there != here else ""
 
 
 def sweep_settings(sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What a sweep was asked to do, without what it found."""
+    """Returns a sweep's settings without its results."""
     if sweep is None:
         return None
-    said = {key: value for key, value in sweep.items() if key not in _FOUND_BY_SWEEP}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
+    settings = {key: value for key, value in sweep.items() if key not in _SWEEP_RESULTS}
+    # JSON has no tuples: what was read back has lists.
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}

@@ -1,4 +1,4 @@
-"""What a run cost, from its record: figures of shapes (parameters, FLOPs, bytes) and of the machine (time, memory)."""
+"""The cost of a run from its record: counts (parameters, FLOPs, bytes) and measurements (time, memory)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pkm_lightning.compare.records import Run
 
 Getter = Callable[[Mapping[str, Any]], Any]
 
-#: Name in runs.csv, and where run.json has it. Unit: parameters, FLOPs or bytes a token, seconds, bytes.
+#: Name in runs.csv, and its place in run.json. Units: parameters, FLOPs or bytes per token, seconds, bytes.
 FIGURES: dict[str, Getter] = {
     "params_total": lambda r: r["params"]["total"],
     "params_active": lambda r: r["params"]["active"],
     "params_table": lambda r: r["params"]["table"],
+    # A training step takes three times the forward FLOPs: one forward and two backward products.
     "trunk_flops_forward": lambda r: r["flops_per_token"]["trunk"]["train"] / 3,
     "trunk_flops_train": lambda r: r["flops_per_token"]["trunk"]["train"],
     "model_flops_train": lambda r: r["flops_per_token"]["train"],
@@ -27,15 +28,15 @@ FIGURES: dict[str, Getter] = {
     "peak_memory_bytes": lambda r: r["peak_memory_bytes"],
     "facts": lambda r: r["facts"],
 }
-#: What a training is paid in: FLOPs of the trunk or of the model, or seconds; see `spent`.
+#: Units of a training's total cost: FLOPs of the trunk or of the model, or seconds; see `training_cost`.
 BASES = ("trunk", "model", "time")
-#: Figures without meaning where a plugin states no cost.
-_OF_THE_COST = frozenset(name for name in FIGURES if "flops" in name or name.startswith("bytes_"))
+# Where a plugin states no cost, the record's sums leave it out: they would be too low.
+_STATED_BY_PLUGINS = frozenset(name for name in FIGURES if "flops" in name or name.startswith("bytes_"))
 
 
 def cost(run: Run, name: str) -> float:
-    """One of `FIGURES`; nan where the record lacks it, or a plugin has not stated its cost."""
-    if name in _OF_THE_COST and run.record.get("unknown_cost"):
+    """Returns one of `FIGURES`; nan where the record lacks it or a plugin states no cost."""
+    if name in _STATED_BY_PLUGINS and run.record.get("unknown_cost"):
         return math.nan
     try:
         value = FIGURES[name](run.record)
@@ -44,8 +45,8 @@ def cost(run: Run, name: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def spent(run: Run, basis: str) -> float:
-    """What the whole training took.
+def training_cost(run: Run, basis: str) -> float:
+    """Returns the cost of the whole training.
 
     Args:
         run: a finished run.

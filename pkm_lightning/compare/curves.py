@@ -1,4 +1,7 @@
-"""Quality over the course of a run, at its validations, and read off at an equal moment of all runs."""
+"""Quality over the course of a run, at its validations, and interpolated at a moment that all runs share.
+
+Letters: R runs, P validations.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from pkm_lightning.compare.costs import cost
 from pkm_lightning.compare.quality import Quality
 from pkm_lightning.compare.records import Run
 
-#: Columns of metrics.csv that a curve may be drawn against; `flops` as `active_flops`, of the trunk alone.
-AXES = ("tokens", "seconds", "active_flops")
-
 
 def curve(run: Run, column: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """Abscissa and value of every row that has `column`."""
+    """Returns abscissa and value of every row of metrics.csv that has `column`.
+
+    Args:
+        run: a run.
+        column: of metrics.csv.
+        axis: `tokens`, `seconds`, or `active_flops`: training FLOPs of the trunk.
+    """
     rows = [row for row in run.rows if column in row]
     if axis == "active_flops":
         x = [row["tokens"] * cost(run, "trunk_flops_train") for row in rows]
@@ -25,24 +31,27 @@ def curve(run: Run, column: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(x, dtype=np.float64), np.array([row[column] for row in rows], dtype=np.float64)
 
 
-def read_off(run: Run, quality: Quality, axis: str, at: float) -> float:
-    """Quality at a point of a run, linearly between validations; at its end for a run that ended before.
+def quality_at(run: Run, quality: Quality, axis: str, moment: float) -> float:
+    """Interpolates quality at `moment` linearly between validations.
 
-    nan before the first validation, and without any.
+    A run that ended before keeps its last value; nan before the first validation, and without any.
     """
     x, y = curve(run, quality.curve, axis)
-    if not len(x) or at < x[0]:
+    if not len(x) or moment < x[0]:
         return math.nan
-    return float(np.interp(at, x, y))
+    return float(np.interp(moment, x, y))
 
 
 def mean_curve(runs: Sequence[Run], column: str, axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Abscissa, mean, least and greatest value over the runs of an arm, at the validations that all of them have."""
+    """Returns abscissa, mean, least and greatest value over the runs of a variant (P each).
+
+    Only the validations that all runs have count: a mean that loses a seed half-way would jump there.
+    """
     curves = [curve(run, column, axis) for run in runs]
     n = min((len(x) for x, _ in curves), default=0)
     if not n:
         empty = np.array([])
         return empty, empty, empty, empty
-    x_SN = np.stack([x[:n] for x, _ in curves])
-    y_SN = np.stack([y[:n] for _, y in curves])
-    return x_SN.mean(0), y_SN.mean(0), y_SN.min(0), y_SN.max(0)
+    x_RP = np.stack([x[:n] for x, _ in curves])
+    y_RP = np.stack([y[:n] for _, y in curves])
+    return x_RP.mean(0), y_RP.mean(0), y_RP.min(0), y_RP.max(0)

@@ -1,9 +1,11 @@
 """The compute multiplier: how many times a variant's compute a dense model needs to reach the same quality.
 
-The dense models of a ladder give quality against compute. Between two rungs quality is interpolated in the logarithm of
-compute. A rung that is worse than a smaller one counts as level with it: what is asked is the least compute that has
-reached a quality. A variant above all rungs has a multiplier of at least the last rung's compute over its own, one
-below the first of at most that rung's.
+The dense models of a ladder give quality as a function of compute. Between two rungs, quality is interpolated in the
+logarithm of compute. A rung that is worse than a smaller one counts as level with it, because the multiplier is about
+the least compute that reaches a quality. A variant above all rungs has at least the last rung's compute over its own; a
+variant below the first rung at most that rung's.
+
+Letters: Q resamples.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pkm_lightning.compare.bootstrap import COVERAGE, Resampled
 
 @dataclass(frozen=True)
 class Bound:
-    """A multiplier, or what it is at least (`>=`) or at most (`<=`)."""
+    """A multiplier, or its lower (`>=`) or upper (`<=`) bound."""
 
     value: float
     sign: str = ""
@@ -32,7 +34,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Multiplier:
-    """Of one variant, with the interval over resamples."""
+    """The multiplier of one variant and the ends of its interval over resamples."""
 
     value: Bound
     low: Bound
@@ -40,11 +42,11 @@ class Multiplier:
 
 
 def multiplier(ladder: Sequence[tuple[float, float]], quality: float, compute: float) -> Bound:
-    """Dense compute for `quality`, over `compute`.
+    """Returns the dense compute for `quality`, divided by `compute`.
 
     Args:
-        ladder: compute and quality of two dense models or more; the higher quality is the better, and where two
-            rungs are level the smaller one counts.
+        ladder: compute and quality of two or more dense models; higher quality is better, and of two level rungs the
+            smaller one counts.
         quality: of the variant.
         compute: of the variant, in the unit of the ladder.
     """
@@ -59,7 +61,7 @@ def multiplier(ladder: Sequence[tuple[float, float]], quality: float, compute: f
         return Bound(math.exp(logs[0]) / compute, "<=")
     upper = int(np.searchsorted(reached, quality, side="left"))
     if upper == 0 and reached[1] == quality:
-        # The least rungs are level: smaller models might do as well.
+        # The first two rungs are level: an even smaller model might reach the same.
         return Bound(math.exp(logs[0]) / compute, "<=")
     if upper == 0 or reached[upper] == quality:
         return Bound(math.exp(logs[upper]) / compute)
@@ -70,36 +72,40 @@ def multiplier(ladder: Sequence[tuple[float, float]], quality: float, compute: f
 def multipliers(
     resampled: Resampled, ladder: Sequence[str], compute: Mapping[str, float], *, higher_is_better: bool
 ) -> dict[str, Multiplier]:
-    """The multiplier of every arm that is no rung of the ladder, with its interval over the resamples.
+    """Returns the multiplier of every variant outside the ladder, with its interval over the resamples.
 
     Args:
-        resampled: quality of all arms.
-        ladder: the arms that are dense models of one shape, two or more.
-        compute: of every arm, for one run.
+        resampled: quality of all variants.
+        ladder: the variants that are dense models of one shape, two or more.
+        compute: of one run of each variant; a variant without it has no multiplier.
+        higher_is_better: whether quality rises or falls with better models.
     """
     sign = 1.0 if higher_is_better else -1.0
-    found = {}
-    for arm in resampled.mean:
-        if arm in ladder or not compute.get(arm):
+    result = {}
+    for name in resampled.mean:
+        if name in ladder or not compute.get(name):
             continue
+        rungs = [compute[rung] for rung in ladder]
         point = multiplier(
-            [(compute[r], sign * resampled.mean[r]) for r in ladder], sign * resampled.mean[arm], compute[arm]
+            [(compute[rung], sign * resampled.mean[rung]) for rung in ladder],
+            sign * resampled.mean[name],
+            compute[name],
         )
-        drawn = [
-            multiplier(list(zip([compute[r] for r in ladder], rungs, strict=True)), own, compute[arm])
-            for *rungs, own in zip(
-                *(sign * resampled.resamples[r] for r in ladder), sign * resampled.resamples[arm], strict=True
-            )
+        # The ladder is resampled together with the variant: its rungs are measured with the same noise.
+        columns_Q = [sign * resampled.resamples[column] for column in (*ladder, name)]
+        bounds = [
+            multiplier(list(zip(rungs, qualities, strict=True)), quality, compute[name])
+            for *qualities, quality in zip(*columns_Q, strict=True)
         ]
-        low, high = _quantiles(drawn)
-        found[arm] = Multiplier(point, low, high)
-    return found
+        low, high = _interval(bounds)
+        result[name] = Multiplier(point, low, high)
+    return result
 
 
-def _quantiles(drawn: Sequence[Bound]) -> tuple[Bound, Bound]:
-    """Bounds are ordered by value; `<=` stands before and `>=` behind what is known to be that value."""
+def _interval(bounds: Sequence[Bound]) -> tuple[Bound, Bound]:
+    """Returns the percentiles; `<=` sorts before, `>=` after the same value without a sign."""
     rank = {"<=": 0, "": 1, ">=": 2}
-    ordered = sorted(drawn, key=lambda bound: (bound.value, rank[bound.sign]))
+    ordered = sorted(bounds, key=lambda bound: (bound.value, rank[bound.sign]))
     last = len(ordered) - 1
     low, high = (round(last * share) for share in ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2))
     return ordered[low], ordered[high]

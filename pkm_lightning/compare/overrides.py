@@ -7,32 +7,38 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+# Hydra would read these as something else than a string.
+_RESERVED_WORDS = ("null", "true", "false", "inf", "nan")
 
 
 def quoted(text: str) -> str:
-    """`text` in quotes, as Hydra reads it back: there a backslash stands for itself, but for one before a quote."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    """Returns `text` in quotes, so that Hydra reads back the same text."""
+    # Inside quotes Hydra keeps a backslash as it is, except in a run of backslashes before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
 
 
 def key_of(override: str) -> str:
-    """What an override is about, however it is written: `++optim.lr=1` and `~optim.lr` about `optim.lr`."""
+    """Returns the key of an override in any form: `optim.lr` for `++optim.lr=1` and for `~optim.lr`."""
     return override.split("=")[0].lstrip("+~")
 
 
-def says(overrides: Iterable[str], key: str) -> bool:
-    """One of `overrides` is about `key`."""
+def sets_key(overrides: Iterable[str], key: str) -> bool:
+    """Returns whether one of `overrides` sets, adds or deletes `key`."""
     return any(key_of(override) == key for override in overrides)
 
 
 def last_of_each(overrides: Iterable[str]) -> tuple[str, ...]:
-    """Of several overrides of one key the last: Hydra refuses a group that is chosen twice. A deletion chooses none."""
+    """Returns the last override of each key: Hydra refuses a group that is chosen twice.
+
+    A deletion (`~KEY`) chooses nothing and therefore stays next to a choice.
+    """
     return tuple({override.split("=")[0].lstrip("+"): override for override in overrides}.values())
 
 
-def as_overrides(own: Mapping[str, Any]) -> tuple[str, ...]:
-    """Overrides from keys and values, in the grammar of Hydra."""
-    return tuple(f"{key}={_literal(value)}" for key, value in own.items())
+def as_overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Writes keys and values as overrides in Hydra's grammar."""
+    return tuple(f"{key}={_literal(value)}" for key, value in values.items())
 
 
 def _literal(value: Any) -> str:
@@ -46,6 +52,6 @@ def _literal(value: Any) -> str:
         return f"[{','.join(_literal(item) for item in value)}]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
-    if _PLAIN.fullmatch(str(value)) and str(value).lower() not in ("null", "true", "false", "inf", "nan"):
+    if _PLAIN.fullmatch(str(value)) and str(value).lower() not in _RESERVED_WORDS:
         return str(value)
     return quoted(str(value))

@@ -1,6 +1,6 @@
-"""The plots of a report, each a panel that is legible alone, on a phone too, on light and on dark ground.
+"""The plots of a report: panels that are legible on a phone, and on light and dark backgrounds.
 
-Text and lines that are not a variant's are drawn in `INK`; in the HTML report that colour becomes the page's own.
+Text, axes and grid are drawn in `INK`, which the HTML report replaces by the page's text colour.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 
 from pkm_lightning.compare.curves import mean_curve
 from pkm_lightning.compare.study import Study
-from pkm_lightning.compare.tables import by_decile
+from pkm_lightning.compare.tables import recall_by_decile
 
 INK = "#1b1f24"
-#: Okabe and Ito's colours without black and the lightest; all are told apart on white and on dark grey.
+# Okabe and Ito's colours for colour-blind readers, without black and yellow: distinguishable on white and on dark grey.
 _COLOURS = ("#d55e00", "#0084c8", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7fd6", "#b3a100")
 _DENSE = "#8c959f"
 _MARKERS = "osD^vPX*"
-#: Solid, dashed, dash-dotted, dotted; then as (offset, (on, off, ...)) in points.
+# Solid, dashed, dash-dotted, dotted; then as (offset, (on, off, ...)) in points.
 _DASHES: Any = ("-", "--", "-.", ":", (0, (9, 3)), (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)), (0, (3, 5)))
 _AXES = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "training FLOPs, trunk"}
 _STYLE: Any = {
@@ -48,8 +48,8 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "axes.titlesize": 11,
-    "svg.hashsalt": "pkm_lightning",
-    "text.parse_math": False,  # a variant's name may have a dollar sign
+    "svg.hashsalt": "pkm_lightning",  # the ids in an SVG would be random, and equal runs give different files
+    "text.parse_math": False,  # a variant's name may contain a dollar sign
     "svg.fonttype": "none",
     "figure.constrained_layout.use": True,
 }
@@ -60,9 +60,9 @@ class Plot:
     """A drawn panel.
 
     Args:
-        name: of its files.
-        title: in words; the text for those who cannot see it, too.
-        svg: on transparent ground.
+        name: names its files.
+        title: in words; also the alternative text.
+        svg: on a transparent background.
         png: on white.
     """
 
@@ -73,7 +73,7 @@ class Plot:
 
 
 def known_names() -> set[str]:
-    """Names that a panel may have: of files that a report may replace or remove."""
+    """Returns all names of panels: files that a report may replace or remove."""
     curves = {f"{name}_by_{axis}" for name in ("quality", "loss") for axis in _AXES}
     costs = {f"quality_by_{axis}" for axis in ("compute", "params_total", "bytes_decode")}
     others = {"recall_by_decile", "bits_per_parameter", "usage_used_percent", "usage_kl_count"}
@@ -88,7 +88,7 @@ class _Panel:
 
 
 def all_plots(study: Study) -> Iterator[Plot]:
-    """Draws every panel that the runs have figures for."""
+    """Draws every panel that the runs have results for."""
     if study.resampled is None:
         return
     styles = _Styles(study)
@@ -109,32 +109,33 @@ def _saved(figure: Figure, panel: _Panel) -> Plot:
 
 
 class _Styles:
-    """Colour, dash and marker of each arm: dense arms are grey."""
+    """Colour, dash and marker of each variant; dense variants are grey."""
 
     def __init__(self, study: Study) -> None:
-        self._of: dict[str, tuple[str, Any, str]] = {}
+        self._by_variant: dict[str, tuple[str, Any, str]] = {}
         dense, others = itertools.count(), itertools.count()
-        for arm, runs in study.arms.items():
-            is_dense = runs[0].record.get("ffn") == "Dense"
+        for variant, runs in study.variants.items():
+            is_dense = runs[0].is_dense
             i = next(dense if is_dense else others)
             colour = _DENSE if is_dense else _COLOURS[i % len(_COLOURS)]
+            # Dashes distinguish the grey lines, and variants whose colour repeats.
             dash = _DASHES[(i if is_dense else i // len(_COLOURS)) % len(_DASHES)]
-            self._of[arm] = (colour, dash, _MARKERS[i % len(_MARKERS)])
+            self._by_variant[variant] = (colour, dash, _MARKERS[i % len(_MARKERS)])
 
-    def line(self, arm: str) -> dict[str, Any]:
-        colour, dash, _ = self._of[arm]
-        return {"color": colour, "linestyle": dash, "label": arm}
+    def line(self, variant: str) -> dict[str, Any]:
+        colour, dash, _ = self._by_variant[variant]
+        return {"color": colour, "linestyle": dash, "label": variant}
 
-    def point(self, arm: str) -> dict[str, Any]:
-        colour, _, marker = self._of[arm]
-        return {"color": colour, "marker": marker, "label": arm}
+    def point(self, variant: str) -> dict[str, Any]:
+        colour, _, marker = self._by_variant[variant]
+        return {"color": colour, "marker": marker, "label": variant}
 
-    def colour(self, arm: str) -> str:
-        return self._of[arm][0]
+    def colour(self, variant: str) -> str:
+        return self._by_variant[variant][0]
 
 
 def _panels(study: Study, styles: _Styles) -> Iterator[_Panel]:
-    """Every panel, whether or not the runs have figures for it."""
+    """Yields every panel, whether or not the runs have results for it."""
     quality = study.quality
 
     def panel(name: str, title: str, draw: Callable[..., bool], *arguments: object) -> _Panel:
@@ -147,99 +148,100 @@ def _panels(study: Study, styles: _Styles) -> Iterator[_Panel]:
     for (name, column, label), axis in itertools.product(curves, _AXES):
         title = f"{label} by {_AXES[axis].removeprefix('training ')}"
         yield panel(f"{name}_by_{axis}", title, _curves, column, axis, label)
-    for axis, label in (("params_total", "parameters, total"), ("bytes_decode", "bytes a token, decoding")):
+    for axis, label in (("params_total", "parameters, total"), ("bytes_decode", "bytes per token, decoding")):
         yield panel(f"quality_by_{axis}", f"{quality.label} by {label}", _by_cost, axis, label)
     yield panel("recall_by_decile", "recall of paraphrases by exposure", _deciles)
     yield panel("bits_per_parameter", "bits stored, per parameter", _bits)
     yield panel("usage_used_percent", "slots in use, %", _usage, "used_percent")
     yield panel("usage_kl_count", "KL of reads from uniform, nats", _usage, "kl_count")
-    yield panel("tokens_per_second", "tokens a second, training", _bars, "tokens_per_second", 1.0)
+    yield panel("tokens_per_second", "tokens per second, training", _bars, "tokens_per_second", 1.0)
     yield panel("peak_memory_bytes", "peak memory, MB", _bars, "peak_memory_bytes", 1e-6)
 
 
 def _curves(axes: Axes, study: Study, styles: _Styles, column: str, axis: str, label: str) -> bool:
-    drawn = False
-    for arm, runs in study.arms.items():
+    is_drawn = False
+    for variant, runs in study.variants.items():
         x, mean, low, high = mean_curve(runs, column, axis)
         if not np.isfinite(x).any():
             continue
-        drawn = True
-        axes.plot(x, mean, **styles.line(arm))
-        axes.fill_between(x, low, high, color=styles.colour(arm), alpha=0.15, linewidth=0)
+        is_drawn = True
+        axes.plot(x, mean, **styles.line(variant))
+        axes.fill_between(x, low, high, color=styles.colour(variant), alpha=0.15, linewidth=0)
     axes.set_xlabel(_AXES[axis])
     axes.set_ylabel(label)
     axes.xaxis.set_major_formatter(EngFormatter())
     if column == "val/loss":
+        # A loss falls fast, then slowly: only a logarithmic axis shows the end of the run.
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(axes)
-    return drawn
+    return is_drawn
 
 
 def _by_compute(axes: Axes, study: Study, styles: _Styles) -> bool:
-    """Quality against the trunk's forward FLOPs a token; the ladder is a line, bars are intervals."""
+    """Draws quality against the trunk's forward FLOPs per token; the ladder is a line, bars are intervals."""
     assert study.resampled is not None
-    flops = {arm: study.mean_cost(arm, "trunk_flops_forward") for arm in study.arms}
+    flops = {variant: study.mean_cost(variant, "trunk_flops_forward") for variant in study.variants}
     mean = study.resampled.mean
-    axes.plot([flops[a] for a in study.ladder], [mean[a] for a in study.ladder], color=_DENSE, zorder=1)
-    for arm in study.arms:
-        _point(axes, study, styles, arm, flops[arm])
+    axes.plot([flops[rung] for rung in study.ladder], [mean[rung] for rung in study.ladder], color=_DENSE, zorder=1)
+    for variant in study.variants:
+        _point(axes, study, styles, variant, flops[variant])
     axes.set_xscale("log")
     _few_ticks(axes.xaxis)
-    axes.set_xlabel("forward FLOPs a token, trunk")
+    axes.set_xlabel("forward FLOPs per token, trunk")
     axes.set_ylabel(study.quality.label)
     _legend(axes)
     return True
 
 
 def _by_cost(axes: Axes, study: Study, styles: _Styles, name: str, label: str) -> bool:
-    drawn = False
-    for arm in study.arms:
-        value = study.mean_cost(arm, name)
+    is_drawn = False
+    for variant in study.variants:
+        value = study.mean_cost(variant, name)
         if math.isfinite(value):
-            _point(axes, study, styles, arm, value)
-            drawn = True
+            _point(axes, study, styles, variant, value)
+            is_drawn = True
     axes.set_xscale("log")
     _few_ticks(axes.xaxis)
     axes.set_xlabel(label)
     axes.set_ylabel(study.quality.label)
     _legend(axes)
-    return drawn
+    return is_drawn
 
 
-def _point(axes: Axes, study: Study, styles: _Styles, arm: str, x: float) -> None:
+def _point(axes: Axes, study: Study, styles: _Styles, variant: str, x: float) -> None:
     assert study.resampled is not None
-    mean, (low, high) = study.resampled.mean[arm], study.resampled.interval(arm)
-    axes.plot([x, x], [low, high], color=styles.colour(arm), linewidth=1.2)
-    axes.plot([x], [mean], linestyle="none", markersize=6, **styles.point(arm))
+    mean, (low, high) = study.resampled.mean[variant], study.resampled.interval(variant)
+    axes.plot([x, x], [low, high], color=styles.colour(variant), linewidth=1.2)
+    axes.plot([x], [mean], linestyle="none", markersize=6, **styles.point(variant))
 
 
 def _deciles(axes: Axes, study: Study, styles: _Styles) -> bool:
-    drawn = False
-    for arm in study.arms:
-        found = by_decile(study, arm)
-        if len(found) > 1:
-            axes.plot(list(found), list(found.values()), **styles.line(arm))
-            drawn = True
+    is_drawn = False
+    for variant in study.variants:
+        recall = recall_by_decile(study, variant)
+        if len(recall) > 1:
+            axes.plot(list(recall), list(recall.values()), **styles.line(variant))
+            is_drawn = True
     axes.set_xlabel("decile of subjects, 0 the most shown")
     axes.set_ylabel("recall, paraphrase")
     axes.set_ylim(0, 1.02)
     _legend(axes)
-    return drawn
+    return is_drawn
 
 
 def _bits(axes: Axes, study: Study, styles: _Styles) -> bool:
-    rows = {}
-    for arm in study.arms:
-        _, stored = study.bits_stored(arm)
-        rows[arm] = [stored / study.mean_cost(arm, name) for name in ("params_total", "params_active")]
-    known = {arm: values for arm, values in rows.items() if np.isfinite(values).all()}
+    ratios = {}
+    for variant in study.variants:
+        _, stored = study.bits_stored(variant)
+        ratios[variant] = [stored / study.mean_cost(variant, name) for name in ("params_total", "params_active")]
+    known = {variant: values for variant, values in ratios.items() if np.isfinite(values).all()}
     if not known:
         return False
     places = np.arange(len(known))
-    colours = [styles.colour(arm) for arm in known]
+    colours = [styles.colour(variant) for variant in known]
     axes.barh(places - 0.2, [total for total, _ in known.values()], 0.36, color=colours)
     axes.barh(places + 0.2, [active for _, active in known.values()], 0.36, color=colours, alpha=0.45)
     axes.set_yticks(places, list(known))
@@ -249,9 +251,9 @@ def _bits(axes: Axes, study: Study, styles: _Styles) -> bool:
 
 
 def _usage(axes: Axes, study: Study, styles: _Styles, figure: str) -> bool:
-    """The mean over layers, where the callback `slot_usage` was on."""
-    drawn = False
-    for arm, runs in study.arms.items():
+    """Draws the mean over layers, for runs with the callback `slot_usage`."""
+    is_drawn = False
+    for variant, runs in study.variants.items():
         for run in runs[:1]:
             points = [
                 (row["tokens"], np.mean(values))
@@ -259,27 +261,27 @@ def _usage(axes: Axes, study: Study, styles: _Styles, figure: str) -> bool:
                 if (values := [v for k, v in row.items() if k.startswith("train/usage/layer") and k.endswith(figure)])
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), **styles.line(arm))
-                drawn = True
+                axes.plot(*zip(*points, strict=True), **styles.line(variant))
+                is_drawn = True
     axes.set_xlabel("tokens (first seed, mean over layers)")
     _legend(axes)
-    return drawn
+    return is_drawn
 
 
 def _bars(axes: Axes, study: Study, styles: _Styles, name: str, scale: float) -> bool:
-    known = {arm: study.mean_cost(arm, name) for arm in study.arms}
-    known = {arm: value for arm, value in known.items() if math.isfinite(value)}
+    means = {variant: study.mean_cost(variant, name) for variant in study.variants}
+    known = {variant: value for variant, value in means.items() if math.isfinite(value)}
     if not known:
         return False
     places = np.arange(len(known))
-    axes.barh(places, [value * scale for value in known.values()], color=[styles.colour(arm) for arm in known])
+    axes.barh(places, [value * scale for value in known.values()], color=[styles.colour(name) for name in known])
     axes.set_yticks(places, list(known))
     axes.invert_yaxis()
     return True
 
 
 def _few_ticks(axis: Axis) -> None:
-    """Of a logarithmic axis: 1, 2 and 5 times the powers of ten, as 200 k."""
+    """Labels a logarithmic axis at 1, 2 and 5 times the powers of ten, for example 200 k."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(EngFormatter())
     axis.set_minor_formatter(NullFormatter())
@@ -288,4 +290,5 @@ def _few_ticks(axis: Axis) -> None:
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
+        # Below the axes: inside it would cover curves, and many variants need several rows.
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=3)

@@ -1,4 +1,4 @@
-"""Runs `fit` for each planned run in a process of its own, several at a time; one that fails costs only itself."""
+"""Runs `fit` for each scheduled run in a process of its own, several at a time; a failure affects no other run."""
 
 from __future__ import annotations
 
@@ -13,72 +13,74 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pkm_lightning.compare.overrides import quoted
-from pkm_lightning.compare.plan import PlannedRun
 from pkm_lightning.compare.run_state import run_state
+from pkm_lightning.compare.schedule import ScheduledRun
 from pkm_lightning.errors import RunDirectoryError
 
-#: States of a run directory in which it is run, by `resume`.
+#: States of a run directory in which its run is started, by `resume`.
 STARTED = {
     "auto": ("absent", "interrupted"),
     "always": ("absent", "interrupted", "failed"),
-    "never": ("absent",),  # what was there has been removed
+    "never": ("absent",),  # earlier runs have been removed
 }
 #: Seconds between looks at the processes.
 POLL = 0.5
-#: Seconds that runs have, after they were asked to stop, to write their checkpoints.
+#: Seconds that runs have to write their checkpoints after they were asked to stop.
 GRACE = 60.0
+# From linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How the process of a run ended.
+class RunEnd:
+    """The end of a run's process.
 
     Args:
-        run: which one.
-        exit_code: below 0: the number of the signal that ended it.
-        last_line: of its output.
+        run: the run.
+        exit_code: below 0 the negated number of the signal that ended it.
+        last_line: last line of its output.
     """
 
-    run: PlannedRun
+    run: ScheduledRun
     exit_code: int
     last_line: str
 
     @property
-    def words(self) -> str:
-        """Why it did not finish, in a line."""
+    def reason(self) -> str:
+        """Why it did not finish, in one line."""
         if self.exit_code < 0:
             name = signal.Signals(-self.exit_code).name
-            why = " (out of memory?)" if name == "SIGKILL" else ""
-            return f"killed by {name}{why}: {self.last_line}".removesuffix(": ")
+            # Linux kills with SIGKILL where memory runs out; nothing in the process can report it.
+            cause = " (out of memory?)" if name == "SIGKILL" else ""
+            return f"killed by {name}{cause}: {self.last_line}".removesuffix(": ")
         return self.last_line.removeprefix("error: ") or f"exit code {self.exit_code}"
 
 
 class Processes:
-    """Runs planned runs as processes.
+    """Pool of processes, one per run.
 
     Args:
-        flags: of the command line, for Hydra (`--config-dir=...`).
-        logs: folder of their output.
+        flags: Hydra's flags of the command line (`--config-dir=...`), passed on to every run.
+        logs: folder for their output.
         jobs: runs at a time.
-        ranks: processes of a run on this machine.
-        resume: of every run.
+        ranks: processes of one run on this machine.
+        resume: passed on to every run.
     """
 
     def __init__(self, *, flags: Sequence[str], logs: Path, jobs: int, ranks: int, resume: str) -> None:
         self._flags, self._logs, self._jobs, self._resume = list(flags), logs, jobs, resume
-        self._threads = threads(jobs * ranks)
-        self._running: dict[subprocess.Popen[bytes], PlannedRun] = {}
-        self._written: dict[PlannedRun, int] = {}
+        self._threads = threads_per_process(jobs * ranks)
+        self._running: dict[subprocess.Popen[bytes], ScheduledRun] = {}
+        self._log_starts: dict[ScheduledRun, int] = {}
 
     def run(
-        self, planned: Sequence[PlannedRun], tick: Callable[[list[PlannedRun]], None]
-    ) -> Generator[Ended, None, None]:
-        """Yields each run as it ends; `tick` is told now and then what is running.
+        self, runs: Sequence[ScheduledRun], tick: Callable[[list[ScheduledRun]], None]
+    ) -> Generator[RunEnd, None, None]:
+        """Yields the end of each run; calls `tick` with the running ones every `POLL` seconds.
 
-        Whatever ends this early, an interruption say, first asks the running ones to stop and waits for them.
+        If the caller leaves early, for example by an interruption, the running ones are asked to stop and waited for.
         """
-        waiting = list(planned)
+        waiting = list(runs)
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self._jobs:
@@ -88,36 +90,37 @@ class Processes:
                 time.sleep(POLL)
                 for process in [process for process in self._running if process.poll() is not None]:
                     run = self._running.pop(process)
-                    yield Ended(run, process.returncode, last_line(self.log(run), self._written.pop(run)))
+                    yield RunEnd(run, process.returncode, last_line(self.log(run), self._log_starts.pop(run)))
         finally:
             self._stop()
 
-    def to_start(self, planned: Sequence[PlannedRun]) -> list[PlannedRun]:
-        """Those that are still to be run, as `resume` says it.
+    def to_start(self, runs: Sequence[ScheduledRun]) -> list[ScheduledRun]:
+        """Returns the runs that `resume` starts, given the states of their directories.
 
         Raises:
-            RunDirectoryError: another process has one of them.
+            RunDirectoryError: another process holds one of them.
         """
-        states = {run.folder: run_state(run.folder) for run in planned}
-        held = [run.label for run in planned if states[run.folder] == "held"]
+        states = {run.folder: run_state(run.folder) for run in runs}
+        held = [run.label for run in runs if states[run.folder] == "held"]
         if held:
-            raise RunDirectoryError(f"{held[0]} is being run by another process; wait for it or stop it.")
-        return [run for run in planned if states[run.folder] in STARTED[self._resume]]
+            raise RunDirectoryError(f"{held[0]} is in use by another process; wait for it or stop it.")
+        return [run for run in runs if states[run.folder] in STARTED[self._resume]]
 
-    def log(self, run: PlannedRun) -> Path:
-        """The file with the run's output, of all sittings."""
+    def log(self, run: ScheduledRun) -> Path:
+        """Returns the file that collects the output of all starts of a run."""
         return self._logs / f"{'-'.join(run.folder.relative_to(self._logs.parent).parts)}.log"
 
-    def command(self, run: PlannedRun) -> list[str]:
-        """The command line of a run."""
-        own = [*run.overrides, f"run_dir={quoted(str(run.folder))}", f"resume={self._resume}"]
-        return [sys.executable, "-m", "pkm_lightning", "fit", *self._flags, *own]
+    def command(self, run: ScheduledRun) -> list[str]:
+        """Returns the command line of a run."""
+        overrides = [*run.overrides, f"run_dir={quoted(str(run.folder))}", f"resume={self._resume}"]
+        return [sys.executable, "-m", "pkm_lightning", "fit", *self._flags, *overrides]
 
-    def _start(self, run: PlannedRun) -> subprocess.Popen[bytes]:
+    def _start(self, run: ScheduledRun) -> subprocess.Popen[bytes]:
         self._logs.mkdir(parents=True, exist_ok=True)
         with self.log(run).open("ab") as log:
-            self._written[run] = log.tell()
-            # A session of its own: Ctrl-C reaches the comparison, which then asks each run to stop, once.
+            # Where this start's output begins: an earlier start's last line must not explain this one's end.
+            self._log_starts[run] = os.fstat(log.fileno()).st_size
+            # With a session of its own Ctrl-C reaches only the comparison, which then asks each run to stop, once.
             return subprocess.Popen(
                 self.command(run),
                 stdin=subprocess.DEVNULL,
@@ -125,12 +128,12 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(self._threads), **os.environ},
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
             )
 
     def _stop(self) -> None:
         for process in self._running:
-            process.terminate()  # rank 0 alone: it ends the others in order
+            process.terminate()  # rank 0 only: it ends the other ranks in order
         deadline = time.monotonic() + GRACE
         for process in self._running:
             try:
@@ -141,13 +144,13 @@ class Processes:
         self._running.clear()
 
 
-def threads(processes: int) -> int:
-    """Threads a process, where OMP_NUM_THREADS does not say it: its share of the cores."""
+def threads_per_process(processes: int) -> int:
+    """Returns the share of the cores for each of `processes`, at least 1; a set OMP_NUM_THREADS overrules it."""
     return max(1, (os.cpu_count() or 1) // processes)
 
 
 def last_line(log: Path, start: int = 0) -> str:
-    """The last line of text in `log` after `start` bytes, of its last 64 KiB; empty without one."""
+    """Returns the last line with text in the last 64 KiB of `log` and after `start` bytes; empty if there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(start, file.seek(0, os.SEEK_END) - 65536))
@@ -157,6 +160,6 @@ def last_line(log: Path, start: int = 0) -> str:
     return next((line for line in reversed(lines) if line), "")
 
 
-def _die_with_parent() -> None:
-    """In the new process: it is asked to stop when the comparison is killed, rather than go on unseen."""
+def _stop_with_parent() -> None:
+    """Asks the kernel, in the new process, to send SIGTERM when the comparison dies: runs must not go on unseen."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

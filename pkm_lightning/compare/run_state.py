@@ -1,4 +1,4 @@
-"""How a run directory stands, from its files alone, while its process may be running or be gone."""
+"""The state of a run directory, read from its files while its process may be running or gone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Progress:
     """The last line of metrics.csv.
 
     Args:
-        step: optimizer steps done.
-        loss: of training, nan if the last line has none.
-        tokens_per_second: since the start.
+        step: optimizer steps that are done.
+        loss: training loss, nan if the last two lines have none.
+        tokens_per_second: mean since the start.
     """
 
     step: int
@@ -28,17 +28,18 @@ class Progress:
 
 
 def run_state(folder: Path) -> str:
-    """absent (never started), held (a process has it), interrupted (to be continued), failed, or finished."""
+    """Returns `absent` (never started), `held` (by a process), `interrupted` (resumable), `failed` or `finished`."""
     if is_held(folder):
         return "held"
     status = read_record(folder).get("status")
     if status is None:
         return "absent"
+    # Without a lock nobody runs it: its process was killed before it could write another status.
     return "interrupted" if status == "running" else str(status)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """run.json, or an empty dict where there is none that can be read."""
+    """Reads run.json; returns an empty dict where there is no readable one."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,9 +48,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def is_held(folder: Path) -> bool:
-    """A process other than this one holds the directory's lock.
+    """Returns whether another process holds the directory's lock.
 
-    It is taken for a moment: not to be asked of a run that this process is starting.
+    The test takes the lock for a moment: never call it for a run that this process is starting.
     """
     try:
         lock = (folder / ".lock").open("r+")
@@ -60,7 +61,7 @@ def is_held(folder: Path) -> bool:
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """Where a run stands; None before its first line."""
+    """Reads the progress of a run; returns None before its first line of metrics."""
     try:
         with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -69,6 +70,7 @@ def read_progress(folder: Path) -> Progress | None:
     if not rows:
         return None
     last = rows[-1]
+    # A validation writes a line of its own after the one with the training loss.
     losses = [row.get("train/loss") for row in rows[-2:] if row.get("train/loss")]
     try:
         seconds = float(last["seconds"])
@@ -78,4 +80,4 @@ def read_progress(folder: Path) -> Progress | None:
             tokens_per_second=int(last["tokens"]) / seconds if seconds else math.nan,
         )
     except (KeyError, TypeError, ValueError):
-        return None  # a line that is being written
+        return None  # the line is being written

@@ -1,4 +1,4 @@
-"""runs.csv: a row a run, failed ones too, with every figure that the report is made of."""
+"""runs.csv: one row per run, failed ones included, with every number that the report is made of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pkm_lightning.compare.study import Study
 
 
 def runs_csv(study: Study) -> str:
-    """The content of the file; a figure that a run lacks is an empty field."""
+    """Returns the content of the file; a number that a run lacks is an empty field."""
     rows = [_row(study, run) for run in study.runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO(newline="")
@@ -33,7 +33,8 @@ def _row(study: Study, run: Run) -> dict[str, Any]:
         if key[1:2] == ("by_decile",) and key[-1] == "recall"
     }
     return {
-        "arm": run.arm,
+        # The column keeps the name that files on disk have.
+        "arm": run.variant,
         "seed": run.seed,
         "status": _status(run),
         "reason": run.failure,
@@ -56,7 +57,7 @@ def _row(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _status(run: Run) -> str:
-    """As in run.json, but for what that cannot know: that its process was killed, or that its figures are useless."""
+    """Returns the status of run.json, corrected where the process was killed or its metrics are useless."""
     status = str(run.record.get("status", "failed"))
     if status == "running":
         return "running" if run.failure == STILL_RUNNING else "interrupted"
@@ -67,5 +68,6 @@ def _field(value: Any) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             return ""
+        # Whole numbers without ".0", as long as a float holds them exactly.
         return int(value) if value.is_integer() and abs(value) < 1e15 else value
     return "" if value is None else value

@@ -1,4 +1,4 @@
-"""The keys of `compare` and `report` (configs/compare.yaml), checked."""
+"""The keys of `compare` and `report` (configs/compare.yaml), read and checked."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 from pkm_lightning.compare.metric import check_metric
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range
 
-#: Keys that are of the comparison and not of its runs; an experiment that sets them may be trained by `fit` too.
+#: Keys of the comparison, not of its runs; `fit` ignores them in an experiment.
 COMPARE_KEYS = (
     "seeds", "jobs", "variants", "dense_ladder", "budget", "lr_sweep", "sweep", "warm_up", "report", "runs"
 )  # fmt: skip
-#: Keys that `compare` sets for each run itself, and what to say instead.
+#: Keys that `compare` sets for each run itself, and what the user can do instead.
 SET_BY_COMPARE = {
-    "seed": "seeds=",
-    "run_dir": "out=",
-    "ckpt": "nothing: runs are continued by the same command",
+    "seed": "set seeds=",
+    "run_dir": "set out=",
+    "ckpt": "leave it out: the same command continues its runs",
 }
+# A variant's name becomes a folder's.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DEFAULT_SWEEP = {"seeds": 1, "first_seed": 1001, "data_seed": 1000, "metric": "test/loss"}
 _DEFAULT_REPORT = {"metric": "auto", "resamples": 2000, "seed": 0}
@@ -27,13 +28,13 @@ _DEFAULT_REPORT = {"metric": "auto", "resamples": 2000, "seed": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """How learning rates are tried.
+    """Settings of a sweep of learning rates.
 
     Args:
-        learning_rates: those to try, two or more.
-        seeds: of the runs of a sweep.
+        learning_rates: the rates to try, two or more.
+        seeds: seeds of the sweep's runs.
         data_seed: added to `data.seed`.
-        metric: as `pkm_lightning.compare.metric` names it; the best mean wins.
+        metric: its name, see `pkm_lightning.compare.metric`; the rate with the best mean is chosen.
     """
 
     learning_rates: tuple[float, ...]
@@ -44,13 +45,16 @@ class SweepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the user asked for; see configs/compare.yaml.
+    """Settings of a comparison; see configs/compare.yaml.
 
     Args:
+        seeds: seeds of the reported runs.
+        jobs: runs at a time.
         variants: overrides by variant, as `{KEY: VALUE}` with dotted keys.
-        budget_tokens, budget_seconds: at most one of them.
-        sweep: None without one.
-        warm_up: each variant is run for two steps before, where neither a sweep nor a budget of seconds does so.
+        dense_ladder: whether to add dense models of several sizes.
+        budget_tokens, budget_seconds: at most one of them is set.
+        sweep: None without a sweep of learning rates.
+        warm_up: whether each variant first runs two steps, unless a sweep or a budget of seconds runs it anyway.
     """
 
     seeds: tuple[int, ...]
@@ -65,7 +69,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings:
-    """What a report is about, and its bootstrap."""
+    """Settings of a report: its metric, and the resamples and seed of its bootstrap."""
 
     metric: str
     resamples: int
@@ -73,10 +77,10 @@ class ReportSettings:
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
-    """The settings of `compare` in a composed configuration.
+    """Reads the settings of `compare` from a composed configuration.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: a value is not allowed.
     """
     _check_whole(config)
     jobs = config["jobs"]
@@ -86,15 +90,15 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     budget = _mapping("budget", config["budget"], ("tokens", "seconds"))
     tokens, seconds = budget.get("tokens"), budget.get("seconds")
     if tokens is not None and seconds is not None:
-        raise ConfigError(f"budget.tokens={tokens} and budget.seconds={seconds} exclude each other; give one.")
+        raise ConfigError(f"budget.tokens={tokens} and budget.seconds={seconds} exclude each other; set one of them.")
     if tokens is not None:
         check_range("budget.tokens", tokens, 1)
     if seconds is not None:
         check_range("budget.seconds", seconds, 1)
         if jobs != 1:
             raise ConfigError(
-                f"budget.seconds={seconds} with jobs={jobs}: runs that share the machine slow each other down; say "
-                "jobs=1, or give budget.tokens."
+                f"budget.seconds={seconds} with jobs={jobs}: runs that share the machine slow each other down; set "
+                "jobs=1, or use budget.tokens."
             )
     seeds = _seeds("seeds", config["seeds"], first=1)
     return Settings(
@@ -110,42 +114,44 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def read_report_settings(config: Mapping[str, Any]) -> ReportSettings:
-    """The settings of a report.
+    """Reads the settings of a report.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: a value is not allowed.
     """
-    given = {**_DEFAULT_REPORT, **_mapping("report", config.get("report"), tuple(_DEFAULT_REPORT))}
-    check_integer("report.resamples", given["resamples"], 100, 1_000_000)
-    check_integer("report.seed", given["seed"], 0)
-    metric = check_metric("report.metric", str(given["metric"]), "auto")
-    return ReportSettings(metric=metric, resamples=given["resamples"], seed=given["seed"])
+    report = {**_DEFAULT_REPORT, **_mapping("report", config.get("report"), tuple(_DEFAULT_REPORT))}
+    check_integer("report.resamples", report["resamples"], 100, 1_000_000)
+    check_integer("report.seed", report["seed"], 0)
+    metric = check_metric("report.metric", str(report["metric"]), "auto")
+    return ReportSettings(metric=metric, resamples=report["resamples"], seed=report["seed"])
 
 
 def check_name(name: str) -> None:
-    """Refuses a variant's name that cannot be that of a folder.
+    """Refuses a variant's name that cannot name a folder.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: the name has other characters than letters, digits, `_`, `-` and `.`.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"variants.{name}: a name is letters, digits, _ - and ., as in memory_plus_3; rename it.")
+        raise ConfigError(
+            f"variants.{name}: a name consists of letters, digits, _ - and ., as in memory_plus_3; rename it."
+        )
 
 
 def _check_whole(config: Mapping[str, Any]) -> None:
     missing = [key for key in COMPARE_KEYS if key not in config]
     if missing:
-        raise ConfigError(f"{missing[0]} was taken out of the configuration; set it to null, or to what it shall be.")
+        raise ConfigError(f"{missing[0]} was deleted from the configuration; set it to null or to a value.")
 
 
 def _seeds(key: str, value: Any, first: int) -> tuple[int, ...]:
     if isinstance(value, list):
         if not value:
-            raise ConfigError(f"{key}=[] leaves nothing to run; give a number of seeds, 1 or more, or a list.")
+            raise ConfigError(f"{key}=[] leaves nothing to run; set a number of seeds, 1 or more, or a list.")
         for seed in value:
             check_integer(key, seed, 0, 2**32 - 1)
         if len(set(value)) != len(value):
-            raise ConfigError(f"{key}={value} names a seed twice; give each once.")
+            raise ConfigError(f"{key}={value} contains a seed twice; list each once.")
         return tuple(value)
     check_integer(key, value, 1, 10_000)
     return tuple(range(first, first + value))
@@ -158,35 +164,37 @@ def _sweep(config: Mapping[str, Any], seeds: tuple[int, ...]) -> SweepSettings |
     for rate in rates if isinstance(rates, list) else ():
         check_range("lr_sweep", rate, 1e-12)
     if not isinstance(rates, list) or len(set(rates)) < 2 or len(set(rates)) != len(rates):
-        raise ConfigError(f"lr_sweep={rates} is no list of two or more different learning rates, as in [3e-3,6e-3].")
-    given = {**_DEFAULT_SWEEP, **_mapping("sweep", config["sweep"], tuple(_DEFAULT_SWEEP))}
-    check_integer("sweep.first_seed", given["first_seed"], 0, 2**31)
-    check_integer("sweep.data_seed", given["data_seed"], 0, 2**31)
-    tried = _seeds("sweep.seeds", given["seeds"], given["first_seed"])
-    both = sorted(set(tried) & set(seeds))
-    if both:
         raise ConfigError(
-            f"seed {both[0]} is of the sweep and of the reported runs, which would then be tuned on what they report; "
-            "set sweep.first_seed, or other seeds."
+            f"lr_sweep={rates} is no list of two or more different learning rates; set for example [3e-3,6e-3]."
+        )
+    sweep = {**_DEFAULT_SWEEP, **_mapping("sweep", config["sweep"], tuple(_DEFAULT_SWEEP))}
+    check_integer("sweep.first_seed", sweep["first_seed"], 0, 2**31)
+    check_integer("sweep.data_seed", sweep["data_seed"], 0, 2**31)
+    sweep_seeds = _seeds("sweep.seeds", sweep["seeds"], sweep["first_seed"])
+    shared = sorted(set(sweep_seeds) & set(seeds))
+    if shared:
+        raise ConfigError(
+            f"seed {shared[0]} belongs to the sweep and to the reported runs, which would then be tuned on what they "
+            "report; set sweep.first_seed, or other seeds."
         )
     return SweepSettings(
         learning_rates=tuple(sorted(float(rate) for rate in rates)),
-        seeds=tried,
-        data_seed=given["data_seed"],
-        metric=check_metric("sweep.metric", str(given["metric"])),
+        seeds=sweep_seeds,
+        data_seed=sweep["data_seed"],
+        metric=check_metric("sweep.metric", str(sweep["metric"])),
     )
 
 
-def _variants(given: Any) -> dict[str, dict[str, Any]]:
+def _variants(value: Any) -> dict[str, dict[str, Any]]:
     variants = {}
-    for name, overrides in _mapping("variants", given).items():
+    for name, overrides in _mapping("variants", value).items():
         check_name(str(name))
         variants[str(name)] = _flat(_mapping(f"variants.{name}", overrides), "")
     return variants
 
 
 def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Keys dotted: `+variants.moe.ffn.top_k=2` arrives nested, `+variants.moe={ffn.top_k: 2}` as it stands."""
+    """Returns dotted keys: `+variants.moe.ffn.top_k=2` arrives nested, `+variants.moe={ffn.top_k: 2}` dotted."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         where = f"{path}.{key}" if path else str(key)

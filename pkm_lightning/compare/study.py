@@ -1,4 +1,4 @@
-"""Everything that a report says, computed from runs: one object that tables and plots read."""
+"""The evaluation of a comparison: one object, computed from runs, that tables and plots read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pkm_lightning.compare.bootstrap import Resampled, plain_mean, resample
+from pkm_lightning.compare.bootstrap import Resampled, finite_mean, resample
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.costs import BASES, cost, spent
+from pkm_lightning.compare.costs import BASES, cost, training_cost
 from pkm_lightning.compare.differences import (
     LENGTHS,
     Difference,
@@ -26,23 +26,23 @@ from pkm_lightning.compare.settings import ReportSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A comparison, evaluated.
+    """An evaluated comparison.
 
     Args:
-        runs: all runs, in the order of the arms.
-        arms: the runs with figures, by arm; arms without any are missing.
-        comparisons: what wrote them, where it was `compare`.
-        quality: the figure that the report is about.
-        resampled: its means and resamples by arm; None without a finished run.
-        reference: the arm that others are compared with.
-        ladder: dense arms of one shape, by compute; empty if there are fewer than two, or all had equal seconds.
-        multipliers: by basis and arm; empty without a ladder.
-        differences: in what the runs differ.
-        settings: of the report.
+        runs: all runs, in the order of the variants.
+        variants: the runs with results, by variant; variants without any are missing.
+        comparisons: the comparisons that the runs belong to, where `compare` started them.
+        quality: the metric that the report is about.
+        resampled: its means and resamples by variant; None without a finished run.
+        reference: the variant that others are compared with.
+        ladder: dense variants of one shape, by compute; empty if there are fewer than two, or all had equal seconds.
+        multipliers: by basis and variant; empty without a ladder.
+        differences: keys in which the runs differ.
+        settings: settings of the report.
     """
 
     runs: list[Run]
-    arms: dict[str, list[Run]]
+    variants: dict[str, list[Run]]
     comparisons: list[Comparison]
     quality: Quality
     resampled: Resampled | None
@@ -54,123 +54,125 @@ class Study:
 
     @property
     def failed(self) -> list[Run]:
-        """Runs without figures."""
+        """Runs without results."""
         return [run for run in self.runs if not run.ok]
 
     @property
     def is_unequal_length(self) -> bool:
-        """The runs were to have equal tokens, or seconds, and have not."""
+        """The runs should have equal tokens, or equal seconds, and do not."""
         return any(difference.key in LENGTHS for difference in self.unfair)
 
     @property
     def unfair(self) -> list[Difference]:
-        """Differences that are not those of a comparison of FFNs."""
+        """Differences that a comparison of FFNs must not have."""
         return [difference for difference in self.differences if difference.kind == "other"]
 
     @property
     def n_planned(self) -> int:
-        """Runs that the comparisons are to have, as far as they are known, and those without a comparison."""
+        """Number of runs that the comparisons will have, as far as known, and of runs without a comparison."""
         planned = {
-            (arm, seed) for comparison in self.comparisons for arm in comparison.arms for seed in comparison.seeds
+            (variant, seed)
+            for comparison in self.comparisons
+            for variant in comparison.variants
+            for seed in comparison.seeds
         }
-        return len(planned | {(run.arm, run.seed) for run in self.runs})
+        return len(planned | {(run.variant, run.seed) for run in self.runs})
 
     @property
     def is_equal_time(self) -> bool:
-        """The runs were given equal seconds, not equal tokens."""
+        """The runs had a budget of seconds, not of tokens."""
         return equal_seconds(self.runs, self.comparisons) is not None
 
-    def mean_cost(self, arm: str, name: str) -> float:
-        """The mean of a figure of `costs` over the arm's runs."""
-        return plain_mean([cost(run, name) for run in self.arms[arm]])
+    def mean_cost(self, variant: str, name: str) -> float:
+        """Returns the mean of one of `costs.FIGURES` over the variant's runs."""
+        return finite_mean([cost(run, name) for run in self.variants[variant]])
 
-    def spent(self, arm: str, basis: str) -> float:
-        """What a training of the arm took, the mean over its runs; see `costs.spent`."""
-        return _mean_spent(self.arms[arm], basis)
+    def training_cost(self, variant: str, basis: str) -> float:
+        """Returns the mean cost of a training over the variant's runs; see `costs.training_cost`."""
+        return _mean_training_cost(self.variants[variant], basis)
 
-    def bits_stored(self, arm: str) -> tuple[float, float]:
-        """Bits of knowledge about a fact, and about all facts of training; nan where questions or facts are unknown."""
+    def bits_stored(self, variant: str) -> tuple[float, float]:
+        """Returns bits of knowledge per fact and in total over the facts of training; nan where either is unknown."""
         bits = Quality("bits_paraphrase")
-        a_fact = plain_mean([bits.value(run) for run in self.arms[arm]])
-        return a_fact, a_fact * self.mean_cost(arm, "facts")
+        bits_per_fact = finite_mean([bits.value(run) for run in self.variants[variant]])
+        return bits_per_fact, bits_per_fact * self.mean_cost(variant, "facts")
 
 
 def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     """Reads the runs under `folders` and evaluates them.
 
     Raises:
-        RunDirectoryError: there are none.
-        ConfigError: `report.metric` is a figure of none of them.
+        RunDirectoryError: there are no runs.
+        ConfigError: no run has the metric of `report.metric`.
     """
     runs, comparisons = read_runs(folders)
     quality = choose_quality(settings.metric, runs)
-    runs = [_judged(run, quality) for run in runs]
-    arms: dict[str, list[Run]] = {}
+    runs = [_checked(run, quality) for run in runs]
+    variants: dict[str, list[Run]] = {}
     for run in runs:
         if run.ok:
-            arms.setdefault(run.arm, []).append(run)
-    resampled = resample(arms, quality, resamples=settings.resamples, seed=settings.seed) if arms else None
-    # Of equal seconds larger models get fewer tokens: no ladder of compute.
-    ladder = _ladder(arms) if equal_seconds(runs, comparisons) is None else []
+            variants.setdefault(run.variant, []).append(run)
+    resampled = resample(variants, quality, resamples=settings.resamples, seed=settings.seed) if variants else None
+    # At equal seconds larger models train on fewer tokens: that is no ladder of compute.
+    ladder = _ladder(variants) if equal_seconds(runs, comparisons) is None else []
     differences = find_differences(runs, comparisons)
-    found: dict[str, dict[str, Multiplier]] = {}
+    by_basis: dict[str, dict[str, Multiplier]] = {}
     for basis in BASES if ladder else ():
-        took = {arm: _mean_spent(own, basis) for arm, own in arms.items()}
-        known = {arm: value for arm, value in took.items() if math.isfinite(value)}
+        costs = {variant: _mean_training_cost(of_variant, basis) for variant, of_variant in variants.items()}
+        known = {variant: value for variant, value in costs.items() if math.isfinite(value)}
         assert resampled is not None
-        found[basis] = multipliers(resampled, ladder, known, higher_is_better=quality.higher_is_better)
+        by_basis[basis] = multipliers(resampled, ladder, known, higher_is_better=quality.higher_is_better)
     return Study(
         runs=runs,
-        arms=arms,
+        variants=variants,
         comparisons=comparisons,
         quality=quality,
         resampled=resampled,
-        reference=_reference(arms, ladder),
+        reference=_reference(variants, ladder),
         ladder=ladder,
-        multipliers=found,
+        multipliers=by_basis,
         differences=[*differences, *find_differences_of_sweep(runs, read_swept(folders), comparisons, differences)],
         settings=settings,
     )
 
 
-def _mean_spent(runs: Sequence[Run], basis: str) -> float:
-    return plain_mean([spent(run, basis) for run in runs])
+def _mean_training_cost(runs: Sequence[Run], basis: str) -> float:
+    return finite_mean([training_cost(run, basis) for run in runs])
 
 
-def _judged(run: Run, quality: Quality) -> Run:
-    """The run; without the figure that the report is about it has failed."""
-    lacks = run.ok and not math.isfinite(quality.value(run))
-    return replace(run, failure=f"finished without {quality.metric}") if lacks else run
+def _checked(run: Run, quality: Quality) -> Run:
+    """Returns the run, marked as failed if it lacks the metric of the report."""
+    is_lacking = run.ok and not math.isfinite(quality.value(run))
+    return replace(run, failure=f"finished without {quality.metric}") if is_lacking else run
 
 
-def _ladder(arms: Mapping[str, list[Run]]) -> list[str]:
-    """Dense arms that differ in nothing but their hidden dimension, each compute once; two or more, or none."""
-    alike: dict[str, dict[float, str]] = {}
-    for arm, runs in arms.items():
-        flops = spent(runs[0], "trunk")
-        if runs[0].record.get("ffn") == "Dense" and math.isfinite(flops) and flops > 0:
-            alike.setdefault(_but_for_its_size(runs[0]), {}).setdefault(flops, arm)
-    rungs = max(alike.values(), key=len, default={})
+def _ladder(variants: Mapping[str, list[Run]]) -> list[str]:
+    """Returns dense variants that differ only in hidden dimension, one per compute; two or more, or none."""
+    families: dict[str, dict[float, str]] = {}
+    for variant, runs in variants.items():
+        flops = training_cost(runs[0], "trunk")
+        if runs[0].is_dense and math.isfinite(flops) and flops > 0:
+            families.setdefault(_family(runs[0]), {}).setdefault(flops, variant)
+    rungs = max(families.values(), key=len, default={})
     return [rungs[flops] for flops in sorted(rungs)] if len(rungs) > 1 else []
 
 
-def _but_for_its_size(run: Run) -> str:
-    """What a run is, but for the size of its FFN, its seed and its learning rate, which is each model's own."""
-    kept = {
-        key: value
-        for key, value in portable_leaves(run.config).items()
-        if key not in ("seed", "data.order_seed", "optim.lr", "match", "match_budget", "ffn.hidden_dim")
-    }
-    return repr(sorted(kept.items()))
+def _family(run: Run) -> str:
+    """Returns a text that is equal for runs that differ only in FFN size, seed and learning rate.
+
+    The learning rate is left out because a sweep may choose another one for each size.
+    """
+    ignored = ("seed", "data.order_seed", "optim.lr", "match", "match_budget", "ffn.hidden_dim")
+    return repr(sorted((key, value) for key, value in portable_leaves(run.config).items() if key not in ignored))
 
 
-def _reference(arms: Mapping[str, list[Run]], ladder: Sequence[str]) -> str | None:
-    """The dense arm whose compute is nearest to that of the others, else the first arm."""
-    flops = {arm: spent(runs[0], "trunk") for arm, runs in arms.items()}
-    known = {arm: value for arm, value in flops.items() if math.isfinite(value) and value > 0}
-    dense = list(ladder) or [arm for arm in known if arms[arm][0].record.get("ffn") == "Dense"]
-    others = sorted(value for arm, value in known.items() if arm not in dense)
+def _reference(variants: Mapping[str, list[Run]], ladder: Sequence[str]) -> str | None:
+    """Returns the dense variant whose compute is nearest to that of the others, or else the first variant."""
+    flops = {variant: training_cost(runs[0], "trunk") for variant, runs in variants.items()}
+    known = {variant: value for variant, value in flops.items() if math.isfinite(value) and value > 0}
+    dense = list(ladder) or [variant for variant in known if variants[variant][0].is_dense]
+    others = sorted(value for variant, value in known.items() if variant not in dense)
     if not dense or not others:
-        return next(iter(dense or arms), None)
+        return next(iter(dense or variants), None)
     middle = others[len(others) // 2]
-    return min(dense, key=lambda arm: abs(math.log(known[arm] / middle)))
+    return min(dense, key=lambda variant: abs(math.log(known[variant] / middle)))

@@ -1,4 +1,4 @@
-"""The tables of a report: columns and cells as text, which HTML and Markdown only lay out."""
+"""The tables of a report: columns and cells as text, which the HTML and Markdown templates lay out."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pkm_lightning.compare.bootstrap import plain_mean
-from pkm_lightning.compare.curves import read_off
+from pkm_lightning.compare.bootstrap import finite_mean
+from pkm_lightning.compare.curves import quality_at
 from pkm_lightning.compare.quality import Quality
 from pkm_lightning.compare.study import Study
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table of texts.
 
     Args:
         title: a few words.
-        note: what a reader must know; may be empty.
+        note: explains the table to a reader; may be empty.
         columns, rows: texts; the first column names the variant.
     """
 
@@ -30,60 +30,65 @@ class Table:
 
 
 def all_tables(study: Study) -> list[Table]:
-    """Those that the runs have figures for."""
+    """Returns the tables that the runs have results for."""
     if study.resampled is None:
         return []
-    made = [quality_table(study), multiplier_table(study), cost_table(study), storage_table(study)]
-    made += [decile_table(study), relation_table(study), sweep_table(study)]
-    return [table for table in made if table is not None and table.rows]
+    tables = [quality_table(study), multiplier_table(study), cost_table(study), storage_table(study)]
+    tables += [decile_table(study), relation_table(study), sweep_table(study)]
+    return [table for table in tables if table is not None and table.rows]
 
 
 def quality_table(study: Study) -> Table:
-    """Quality of every seed, mean, interval, difference to the reference, and at another equal moment."""
+    """Returns quality of every seed, mean, interval, difference to the reference, and quality at another moment.
+
+    That moment is the reference's end: in seconds for runs of equal tokens, in tokens for runs of equal seconds.
+    """
     quality, resampled, reference = study.quality, study.resampled, study.reference
     assert resampled is not None
     assert reference is not None
-    seeds = sorted({run.seed for runs in study.arms.values() for run in runs})
+    seeds = sorted({run.seed for runs in study.variants.values() for run in runs})
     axis = "tokens" if study.is_equal_time else "seconds"
     moment = study.mean_cost(reference, "tokens" if study.is_equal_time else "seconds_train")
-    forms = _other_forms(study)
+    other_metrics = _other_metrics(study)
     rows = []
-    for arm, runs in study.arms.items():
+    for variant, runs in study.variants.items():
         by_seed = {run.seed: quality.value(run) for run in runs}
-        difference, low, high = resampled.difference(arm, reference)
-        read = [read_off(run, quality, axis, moment) for run in runs]
+        difference, low, high = resampled.difference(variant, reference)
+        at_moment = [quality_at(run, quality, axis, moment) for run in runs]
         rows.append([
-            arm,
-            *(quality.written(by_seed.get(seed, math.nan)) for seed in seeds),
-            quality.written(resampled.mean[arm]),
-            _range(quality, *resampled.interval(arm)),
-            "" if arm == reference else f"{_signed(quality, difference)} ({_range(quality, low, high, signed=True)})",
-            # A mean over some seeds only would leave out just the slow ones.
-            quality.written(sum(read) / len(read)),
-            *(other.written(plain_mean([other.value(run) for run in runs])) for other in forms),
+            variant,
+            *(quality.format(by_seed.get(seed, math.nan)) for seed in seeds),
+            quality.format(resampled.mean[variant]),
+            _range(quality, *resampled.interval(variant)),
+            "" if variant == reference
+            else f"{_signed(quality, difference)} ({_range(quality, low, high, signed=True)})",
+            # A plain mean, nan if one is: a mean over some of the seeds would leave out exactly the slow ones.
+            quality.format(sum(at_moment) / len(at_moment)),
+            *(other.format(finite_mean([other.value(run) for run in runs])) for other in other_metrics),
             ", ".join(sorted({f"{run.config['optim']['lr']:g}" for run in runs})),
         ])  # fmt: skip
     finals, others = ("seconds", "tokens") if study.is_equal_time else ("tokens", "seconds")
     equal = f"{moment:,.0f} {others}"
-    partly = " Not all variants have the same seeds and facts: what they have in common is resampled together."
+    partly = " Not all variants have the same seeds and facts: those that they share are resampled together."
     return Table(
         f"{quality.label.capitalize()} at {'unequal' if study.is_unequal_length else 'equal'} {finals}",
         f"Final test of each run. {_interval_note(study)}{'' if resampled.is_paired else partly} "
-        f"'At {equal}' is read off each run's validations where {reference} ends: the learning rates of longer runs "
-        "have not come down there, a run that ended earlier keeps its last value, and validations ask fewer questions.",
+        f"'At {equal}' is interpolated between each run's validations where {reference} ends: there the learning rates "
+        "of longer runs have not decayed yet, a run that ended earlier keeps its last value, and validations ask fewer "
+        "questions.",
         ["variant", *(f"seed {seed}" for seed in seeds), "mean", "95% interval", f"less {reference}", f"at {equal}",
-         *(other.label for other in forms), "learning rate"],
+         *(other.label for other in other_metrics), "learning rate"],
         rows,
     )  # fmt: skip
 
 
 def _interval_note(study: Study) -> str:
     assert study.resampled is not None
-    over, n_seeds = study.resampled.over, min(len(runs) for runs in study.arms.values())
+    over, n_seeds = study.resampled.over, min(len(runs) for runs in study.variants.values())
     if not over:
-        return "Of one seed and no questions there is no interval."
-    few = f"; {n_seeds} seeds understate how seeds differ" if n_seeds > 1 and "seeds" in over else ""
-    few = few or "; of one seed it does not say how seeds differ"
+        return "With one seed and no questions there is no interval."
+    few = f"; {n_seeds} seeds understate how much seeds differ" if n_seeds > 1 and "seeds" in over else ""
+    few = few or "; with one seed it does not include how much seeds differ"
     pairs = "paired " if study.resampled.is_paired else ""
     return (
         f"The interval is a 95% percentile interval of {study.settings.resamples:,} {pairs}resamples over {over}{few}."
@@ -91,28 +96,28 @@ def _interval_note(study: Study) -> str:
 
 
 def multiplier_table(study: Study) -> Table | None:
-    """How much more compute, and time, a dense model needs for the same quality."""
+    """Returns how much more compute, and time, a dense model needs for the same quality; None without a ladder."""
     if not study.multipliers:
         return None
     assert study.resampled is not None
     assert study.reference is not None
     rows = []
-    for arm in study.multipliers["trunk"]:
+    for variant in study.multipliers["trunk"]:
         cells = []
-        for basis, found in study.multipliers.items():
-            share = study.spent(arm, basis) / study.spent(study.reference, basis)
-            between = "-" if math.isnan(found[arm].low.value) else f"{found[arm].low} to {found[arm].high}"
-            cells += [f"{share:.2f}x", str(found[arm].value), between]
-        rows.append([arm, study.quality.written(study.resampled.mean[arm]), *cells])
-    rungs = ", ".join(f"{arm} {study.quality.written(study.resampled.mean[arm])}" for arm in study.ladder)
+        for basis, of_basis in study.multipliers.items():
+            share = study.training_cost(variant, basis) / study.training_cost(study.reference, basis)
+            value, low, high = of_basis[variant].value, of_basis[variant].low, of_basis[variant].high
+            cells += [f"{share:.2f}x", str(value), "-" if math.isnan(low.value) else f"{low} to {high}"]
+        rows.append([variant, study.quality.format(study.resampled.mean[variant]), *cells])
+    rungs = ", ".join(f"{variant} {study.quality.format(study.resampled.mean[variant])}" for variant in study.ladder)
     return Table(
         "Compute and time multipliers",
         "How many times a variant's training compute a dense model needs for the same quality, interpolated in the "
         f"logarithm of compute over {rungs}. 'Own' is the variant's compute over that of {study.reference}. 'Trunk': "
         "all layers without embedding and unembedding. 'Model': with the unembedding at every position, though "
-        "training computes it only where there is a target. 'Time': the same of training seconds, as this machine took "
-        "them. '>=': better than the largest dense model; '<=': no better than the smallest. The interval resamples "
-        "quality; compute and seconds are taken as they are.",
+        "training computes it only where there is a target. 'Time': the same for training seconds, as this machine "
+        "took them. '>=': better than the largest dense model; '<=': no better than the smallest. The interval "
+        "resamples quality; compute and seconds count as exact.",
         ["variant", study.quality.label, *(f"{basis}, {what}" for basis in study.multipliers
                                            for what in ("own", "multiplier", "95% interval"))],
         rows,
@@ -120,71 +125,76 @@ def multiplier_table(study: Study) -> Table | None:
 
 
 def cost_table(study: Study) -> Table:
-    """Parameters, FLOPs, bytes, speed, memory."""
+    """Returns parameters, FLOPs, bytes, speed and memory."""
     shown = (
         ("parameters", "params_total", _count),
         ("active", "params_active", _count),
         ("in tables", "params_table", _count),
-        ("FLOPs a token, trunk forward", "trunk_flops_forward", _count),
+        ("FLOPs per token, trunk forward", "trunk_flops_forward", _count),
         ("model, training", "model_flops_train", _count),
         ("model, decoding", "model_flops_decode", _count),
-        ("bytes a token, training", "bytes_train", _count),
+        ("bytes per token, training", "bytes_train", _count),
         ("decoding", "bytes_decode", _count),
         ("tokens", "tokens", _count),
         ("training seconds", "seconds_train", _count),
         ("tokens/s", "tokens_per_second", _count),
         ("peak memory, MB", "peak_memory_bytes", lambda value: _count(value / 1e6)),
     )
-    rows = [[arm, *(write(study.mean_cost(arm, name)) for _, name, write in shown)] for arm in study.arms]
+    rows = [
+        [variant, *(write(study.mean_cost(variant, name)) for _, name, write in shown)] for variant in study.variants
+    ]
     return Table(
         "Cost",
-        "Means over seeds. Active: parameters of one token's arithmetic. Bytes in training are rows of embedding and "
-        "tables that a token moves for itself; in decoding, parameters read at batch 1. Seconds are those of training "
-        "alone, as the machine was.",
+        "Means over seeds. Active: parameters that take part in the arithmetic of one token. Bytes in training are "
+        "rows of embedding and tables that each token moves; in decoding, parameters read at batch 1. Seconds are "
+        "those of training without tests, as this machine took them.",
         ["variant", *(label for label, _, _ in shown)],
         rows,
     )
 
 
 def storage_table(study: Study) -> Table | None:
-    """Bits of knowledge about the facts of training, and per parameter."""
+    """Returns bits of knowledge about the facts of training, in total and per parameter."""
     rows = []
-    for arm in study.arms:
-        a_fact, stored = study.bits_stored(arm)
+    for variant in study.variants:
+        bits_per_fact, stored = study.bits_stored(variant)
         if math.isfinite(stored):
-            per = [stored / study.mean_cost(arm, name) for name in ("params_total", "params_active")]
-            rows.append([arm, f"{a_fact:.2f}", f"{stored / 1e3:,.1f}", *(f"{value:.3f}" for value in per)])
+            ratios = [stored / study.mean_cost(variant, name) for name in ("params_total", "params_active")]
+            cells = [f"{bits_per_fact:.2f}", f"{stored / 1e3:,.1f}", *(f"{ratio:.3f}" for ratio in ratios)]
+            rows.append([variant, *cells])
     return Table(
         "Storage",
         "Bits of knowledge about a fact: -log2 of its answer's share in the relation, less the model's -log2 "
         "probability of the answer after a held-out paraphrase; not clipped at 0. Stored: that mean times all facts of "
         "training.",
-        ["variant", "bits a fact", "kbit stored", "bits a parameter", "bits an active parameter"],
+        ["variant", "bits per fact", "kbit stored", "bits per parameter", "bits per active parameter"],
         rows,
     )
 
 
 def decile_table(study: Study) -> Table | None:
-    """Recall of held-out paraphrases by decile of exposure."""
-    by_arm = {arm: by_decile(study, arm) for arm in study.arms}
-    deciles = sorted({decile for found in by_arm.values() for decile in found})
+    """Returns recall of held-out paraphrases by decile of exposure; None with fewer than two deciles."""
+    by_variant = {variant: recall_by_decile(study, variant) for variant in study.variants}
+    deciles = sorted({decile for recall in by_variant.values() for decile in recall})
     if len(deciles) < 2:
         return None
     rows = [
-        [arm, *(f"{found[d]:.1%}" if d in found else "-" for d in deciles)] for arm, found in by_arm.items() if found
+        [variant, *(f"{recall[d]:.1%}" if d in recall else "-" for d in deciles)]
+        for variant, recall in by_variant.items()
+        if recall
     ]
     return Table(
         "Recall of paraphrases by decile of exposure",
-        "Decile 0 holds the subjects that are shown most. With uniform exposures deciles are of prominence alone.",
+        "Decile 0 holds the subjects that are shown most. With uniform exposures deciles order prominence only.",
         ["variant", *(str(decile) for decile in deciles)],
         rows,
     )
 
 
-def by_decile(study: Study, arm: str) -> dict[int, float]:
-    """Mean recall of paraphrases in each decile, over the arm's runs."""
+def recall_by_decile(study: Study, variant: str) -> dict[int, float]:
+    """Returns the mean recall of paraphrases in each decile, over the variant's runs."""
     hits: dict[int, list[float]] = {}
-    for run in study.arms[arm]:
+    for run in study.variants[variant]:
         answers = run.answers.get("paraphrase")
         for decile, exact in zip(answers.deciles, answers.exact, strict=True) if answers else ():
             hits.setdefault(int(decile), []).append(float(exact))
@@ -192,67 +202,74 @@ def by_decile(study: Study, arm: str) -> dict[int, float]:
 
 
 def relation_table(study: Study) -> Table | None:
-    """Recall of held-out paraphrases by relation."""
-    by_arm: dict[str, dict[str, list[float]]] = {}
-    for arm, runs in study.arms.items():
+    """Returns recall of held-out paraphrases by relation; None with fewer than two relations."""
+    by_variant: dict[str, dict[str, list[float]]] = {}
+    for variant, runs in study.variants.items():
         for run in runs:
             of_run = ((run.record["metrics"].get("recall") or {}).get("paraphrase") or {}).get("by_relation") or {}
             for relation, means in of_run.items():
-                by_arm.setdefault(arm, {}).setdefault(relation, []).append(means["recall"])
-    relations = sorted({relation for found in by_arm.values() for relation in found})
+                by_variant.setdefault(variant, {}).setdefault(relation, []).append(means["recall"])
+    relations = sorted({relation for recalls in by_variant.values() for relation in recalls})
     if len(relations) < 2:
         return None
     recall = Quality("recall_paraphrase")
-    rows = [[arm, *(recall.written(plain_mean(found.get(r, []))) for r in relations)] for arm, found in by_arm.items()]
+    rows = [
+        [variant, *(recall.format(finite_mean(recalls.get(relation, []))) for relation in relations)]
+        for variant, recalls in by_variant.items()
+    ]
     return Table("Recall of paraphrases by relation", "", ["variant", *relations], rows)
 
 
 def sweep_table(study: Study) -> Table | None:
-    """What every learning rate of a sweep gave."""
+    """Returns the metric of every learning rate of the sweeps."""
     sweeps = [comparison.sweep for comparison in study.comparisons if comparison.sweep and comparison.sweep["results"]]
     rates = [f"{rate:g}" for rate in sorted({rate for sweep in sweeps for rate in sweep["learning_rates"]})]
     rows, notes = [], []
     for sweep in sweeps:
-        tried = sorted(sweep["learning_rates"])
-        for arm, results in sweep["results"].items():
-            chosen = sweep["chosen"].get(arm)
+        swept_rates = sorted(sweep["learning_rates"])
+        for variant, results in sweep["results"].items():
+            chosen = sweep["chosen"].get(variant)
             cells = {rate: "failed" if value is None else f"{value:.4f}" for rate, value in results.items()}
             if chosen is not None:
-                cells[f"{chosen:g}"] += " *" + (" (edge)" if chosen in (tried[0], tried[-1]) else "")
-            rows.append([arm, *(cells.get(rate, "") for rate in rates)])
+                cells[f"{chosen:g}"] += " *" + (" (edge)" if chosen in (swept_rates[0], swept_rates[-1]) else "")
+            rows.append([variant, *(cells.get(rate, "") for rate in rates)])
         notes.append(
             f"{sweep['metric']} of runs with seed {', '.join(map(str, sweep['seeds']))} on {_data_of(sweep, study)}; "
-            "* the chosen rate. At an edge of the sweep a better rate may lie outside."
+            "* marks the chosen rate. At an edge of the sweep a better rate may lie outside it."
         )
-    once = [list(row) for row in dict.fromkeys(map(tuple, rows))]
-    return Table("Sweep of learning rates", " ".join(dict.fromkeys(notes)), ["variant", *rates], once)
+    # Directories that were merged may contain one sweep twice.
+    unique_rows = [list(row) for row in dict.fromkeys(map(tuple, rows))]
+    return Table("Sweep of learning rates", " ".join(dict.fromkeys(notes)), ["variant", *rates], unique_rows)
 
 
 def _data_of(sweep: Mapping[str, Any], study: Study) -> str:
-    """On which data a sweep chose, in words: rates chosen on the reported data flatter whom they were chosen for."""
-    swept = [arm for arm in sweep["results"] if arm in study.arms]
-    same = [arm for arm in swept if "seed" not in (study.arms[arm][0].config.get("data") or {})]
+    """Describes the data of a sweep.
+
+    A reader must know: rates that were chosen on the reported data favour the variants that they were chosen for.
+    """
+    swept = [variant for variant in sweep["results"] if variant in study.variants]
+    same = [variant for variant in swept if "seed" not in (study.variants[variant][0].config.get("data") or {})]
     if not sweep["data_seed"] or (same and len(same) == len(swept)):
         return "the data of the reported runs"
     raised = f"data.seed raised by {sweep['data_seed']}: another draw, where the data are facts"
     return raised + (f" ({', '.join(same)}: no data.seed, so the data of the reported runs)" if same else "")
 
 
-def _other_forms(study: Study) -> list[Quality]:
-    """Figures beside the one that the report is about, as far as any run has them."""
+def _other_metrics(study: Study) -> list[Quality]:
+    """Returns further metrics that any run has."""
     candidates = [Quality(name) for name in ("recall_paraphrase", "recall_question", "recall_control", "test/loss")]
-    runs = [run for own in study.arms.values() for run in own]
-    others = [q for q in candidates if q.metric != study.quality.metric]
-    return [q for q in others if any(math.isfinite(q.value(run)) for run in runs)]
+    runs = [run for of_variant in study.variants.values() for run in of_variant]
+    others = [quality for quality in candidates if quality.metric != study.quality.metric]
+    return [quality for quality in others if any(math.isfinite(quality.value(run)) for run in runs)]
 
 
 def _range(quality: Quality, low: float, high: float, *, signed: bool = False) -> str:
-    write = _signed if signed else (lambda q, value: q.written(value))
+    write = _signed if signed else Quality.format
     return f"{write(quality, low)} to {write(quality, high)}"
 
 
 def _signed(quality: Quality, value: float) -> str:
-    return ("+" if value > 0 else "") + quality.written(value).replace("%", " pp")
+    return ("+" if value > 0 else "") + quality.format(value).replace("%", " pp")
 
 
 def _count(value: float) -> str:
@@ -260,5 +277,5 @@ def _count(value: float) -> str:
 
 
 def failures(study: Study) -> Sequence[tuple[str, str]]:
-    """Run and reason of what gave no figures."""
-    return [(f"{run.arm} seed {run.seed}", run.failure) for run in study.failed]
+    """Returns run and reason of the runs without results."""
+    return [(f"{run.variant} seed {run.seed}", run.failure) for run in study.failed]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from pkm_lightning.ops.ranks import is_distributed
+
 if TYPE_CHECKING:
     from pkm_lightning.model import Transformer
 
@@ -25,7 +27,7 @@ def synchronized_forwards(model: Transformer, device: torch.device) -> Iterator[
         model: in evaluation mode.
         device: where the model computes.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed():
         yield
         return
 

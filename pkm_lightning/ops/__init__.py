@@ -1,19 +1,21 @@
-"""Tensors in, tensors out: the operations that a sparse memory is made of.
+"""Tensor operations of sparse memory layers: functions of tensors, without parameters, state or configuration.
 
-One folder an op: a public function that chooses the backend, a naive `reference.py`, the faster backends beside it,
-and a README.md with the mathematics. Needs nothing but torch (and, for GPU kernels, triton).
+Each op has its own folder: `__init__.py` holds the public function, which checks its arguments and chooses a backend;
+`reference.py` is a naive implementation for tests; `eager.py`, `cpu.py` and `triton.py` are the backends for training;
+README.md has the mathematics. The package needs torch only; numba (CPU) and triton (GPU) make it faster.
 """
 
 from pkm_lightning.ops.count_reads import count_reads
 from pkm_lightning.ops.gathered_dot import gathered_dot
 from pkm_lightning.ops.grouped_linear import grouped_linear
 from pkm_lightning.ops.half_topk import half_topk
-from pkm_lightning.ops.product_topk import product_combine, product_topk
+from pkm_lightning.ops.product_topk import MAX_SUB_KEYS, product_combine, product_topk
 from pkm_lightning.ops.ranked_topk import ranked_topk
 from pkm_lightning.ops.ranks import sum_over_ranks
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
 __all__ = [
+    "MAX_SUB_KEYS",
     "count_reads",
     "gathered_dot",
     "grouped_linear",

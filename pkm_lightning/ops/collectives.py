@@ -1,15 +1,16 @@
-"""Collectives with gradients, by which a sharded table's reads travel between the ranks of a group.
+"""Collectives with gradients that exchange the reads of a sharded table between the ranks of a group.
 
 Each is the transpose of another: what one sends in forward, the other sends in backward. Ranks may hold different
-numbers of rows, which every rank knows beforehand (`lengths`). Every rank of the group must make the same calls.
+numbers of rows, which every rank knows beforehand (`lengths`). Collective: call on all ranks of the group, in the same
+order.
 
-| forward | backward | bytes a rank receives, n values of size b a row, T rows a rank, P ranks |
+| forward | backward | bytes that each rank receives, for n values of size b per row |
 |---|---|---|
-| `all_gather` | `reduce_scatter` | (P - 1) T n b |
-| `reduce_scatter` | `all_gather` | (P - 1) T n b |
-| `columns_to_rows` | `rows_to_columns` | (P - 1) / P T n b, of the n values of a whole row |
+| `all_gather` | `reduce_scatter` | (P - 1) R n b |
+| `reduce_scatter` | `all_gather` | (P - 1) R n b |
+| `columns_to_rows` | `rows_to_columns` | (P - 1) / P R n b, for the n values of a whole row |
 
-Letters: T own rows, A rows of all ranks, P ranks, C own columns, D columns of all ranks.
+Letters: R rows of this rank, A rows of all ranks, P ranks, C columns (values per row) of this rank, V of all ranks.
 """
 
 from __future__ import annotations
@@ -23,48 +24,49 @@ from torch import Tensor
 
 from pkm_lightning.ops.ranks import gather_into, reduce_scatter_into
 
-# With equal lengths one contiguous tensor goes in and one comes out; else each rank's part is padded to the longest.
+# Torch has contiguous collectives for equal lengths only: otherwise each rank's part is padded to the longest.
 
 
-def all_gather(x_T: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """All ranks' rows in the order of ranks, (A, ...); the gradient is the sum of all ranks' gradients of the rows."""
-    if x_T.requires_grad and torch.is_grad_enabled():
-        gathered: Tensor = _AllGather.apply(x_T, tuple(lengths), group)
+def all_gather(x_R: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Returns the rows of all ranks in the order of ranks, (A, ...); their gradient is the sum over all ranks."""
+    if x_R.requires_grad and torch.is_grad_enabled():  # ids are integers and need no autograd node
+        gathered: Tensor = _AllGather.apply(x_R, tuple(lengths), group)
         return gathered
-    return _all_gather(x_T, lengths, group)
+    return _all_gather(x_R, lengths, group)
 
 
 def reduce_scatter(x_A: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """The own rows of the sum over ranks, (T, ...)."""
-    own: Tensor = _ReduceScatter.apply(x_A, tuple(lengths), group)
-    return own
+    """Returns this rank's rows of the sum over ranks, (R, ...)."""
+    reduced: Tensor = _ReduceScatter.apply(x_A, tuple(lengths), group)
+    return reduced
 
 
 def columns_to_rows(x_AC: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """From own columns of all ranks' rows, (A, ..., C), to all columns of the own rows, (T, ..., D).
+    """Starts the exchange of this rank's columns of all rows, (A, ..., C), for all columns of its rows, (R, ..., V).
 
-    The exchange starts here and ends when the result is called for, once; what is computed in between, the exchange
-    does not wait for. In backward it is the same between the gradients of the result and of `x_AC`.
+    Returns:
+        A function to call once, which waits for the exchange and returns the rows. Work between the two calls overlaps
+        with the exchange; in backward, work between the gradient of the rows and that of `x_AC` does.
     """
-    flight = _Flight(tuple(lengths), group)
-    received: Tensor = _Send.apply(x_AC, flight)
+    exchange = _Exchange(tuple(lengths), group)
+    received: Tensor = _Send.apply(x_AC, exchange)
 
     def result() -> Tensor:
-        rows: Tensor = _Receive.apply(received, flight)
+        rows: Tensor = _Receive.apply(received, exchange)
         return rows
 
     return result
 
 
-def rows_to_columns(x_TD: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """From all columns of the own rows, (T, ..., D), to own columns of all ranks' rows, (A, ..., C)."""
-    columns: Tensor = _RowsToColumns.apply(x_TD, tuple(lengths), group)
+def rows_to_columns(x_RV: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Returns this rank's columns of all rows, (A, ..., C), for all columns of its own rows, (R, ..., V)."""
+    columns: Tensor = _RowsToColumns.apply(x_RV, tuple(lengths), group)
     return columns
 
 
-def _all_gather(x_T: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def _all_gather(x_R: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     longest = max(lengths)
-    padded = x_T.contiguous()
+    padded = x_R.contiguous()
     if len(padded) < longest:
         padded = torch.cat([padded, padded.new_zeros(longest - len(padded), *padded.shape[1:])])
     gathered = padded.new_empty(len(lengths) * longest, *padded.shape[1:])
@@ -75,7 +77,7 @@ def _all_gather(x_T: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -
 
 
 def _reduce_scatter(x_A: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    longest, own = max(lengths), lengths[dist.get_rank(group)]
+    longest, length = max(lengths), lengths[dist.get_rank(group)]
     padded = x_A.contiguous()
     if min(lengths) < longest:
         padded = x_A.new_zeros(len(lengths), longest, *x_A.shape[1:])
@@ -84,41 +86,42 @@ def _reduce_scatter(x_A: Tensor, lengths: Sequence[int], group: dist.ProcessGrou
         padded = padded.flatten(0, 1)
     reduced = padded.new_empty(longest, *padded.shape[1:])
     reduce_scatter_into(reduced, padded, group)
-    return reduced[:own]
+    return reduced[:length]
 
 
-def _rows_to_columns(x_TD: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    ranks, own = len(lengths), len(x_TD)
-    columns = x_TD.shape[-1] // ranks
-    parts = x_TD.unflatten(-1, (ranks, columns)).movedim(-2, 0).flatten(0, 1).contiguous()
-    received = x_TD.new_empty(sum(lengths), *x_TD.shape[1:-1], columns)
-    work = dist.all_to_all_single(received, parts, list(lengths), [own] * ranks, group=group, async_op=True)
+def _rows_to_columns(x_RV: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+    ranks, rows = len(lengths), len(x_RV)
+    columns = x_RV.shape[-1] // ranks
+    # Rank-major, since all_to_all sends contiguous blocks of the first dimension.
+    parts = x_RV.unflatten(-1, (ranks, columns)).movedim(-2, 0).flatten(0, 1).contiguous()
+    received = x_RV.new_empty(sum(lengths), *x_RV.shape[1:-1], columns)
+    work = dist.all_to_all_single(received, parts, list(lengths), [rows] * ranks, group=group, async_op=True)
     return received, work
 
 
-class _Flight:
-    """One exchange under way, there or back."""
+class _Exchange:
+    """One exchange between columns and rows, in forward or in backward."""
 
     def __init__(self, lengths: tuple[int, ...], group: dist.ProcessGroup) -> None:
         self.lengths, self.group = lengths, group
-        self.own = lengths[dist.get_rank(group)]
+        self.rows = lengths[dist.get_rank(group)]
         self.work: dist.Work | None = None
-        self.back: Tensor | None = None
+        self.grad: Tensor | None = None
 
     def send(self, x_AC: Tensor) -> Tensor:
-        """Starts from columns to rows; what is returned is filled when `work` has ended."""
+        """Starts the exchange from columns to rows; the returned buffer is filled when `work` has ended."""
         ranks = len(self.lengths)
-        received = x_AC.new_empty(ranks * self.own, *x_AC.shape[1:])
-        splits = [self.own] * ranks, list(self.lengths)
+        received = x_AC.new_empty(ranks * self.rows, *x_AC.shape[1:])
+        splits = [self.rows] * ranks, list(self.lengths)
         self.work = dist.all_to_all_single(received, x_AC.contiguous(), *splits, group=self.group, async_op=True)
         return received
 
-    def rows(self, received: Tensor) -> Tensor:
-        """All columns side by side."""
-        return received.view(len(self.lengths), self.own, *received.shape[1:]).movedim(0, -2).flatten(-2)
+    def join_columns(self, received: Tensor) -> Tensor:
+        """Puts the columns of all ranks side by side."""
+        return received.view(len(self.lengths), self.rows, *received.shape[1:]).movedim(0, -2).flatten(-2)
 
     def wait(self) -> None:
-        """Until the exchange that was started last has ended; of a device's stream, not of the host."""
+        """Waits for the last exchange; under NCCL only the device's stream waits, not the host."""
         assert self.work is not None
         self.work.wait()
         self.work = None
@@ -126,29 +129,30 @@ class _Flight:
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.send(x)
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.send(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        ctx.flight.wait()
-        back, ctx.flight.back = ctx.flight.back, None
-        return back, None
+        ctx.exchange.wait()
+        grad, ctx.exchange.grad = ctx.exchange.grad, None
+        return grad, None
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, received: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight, ctx.shape = flight, received.shape
-        flight.wait()
-        return flight.rows(received)
+    def forward(ctx: Any, received: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange, ctx.shape = exchange, received.shape
+        exchange.wait()
+        return exchange.join_columns(received)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        flight = ctx.flight
-        flight.back, flight.work = _rows_to_columns(grad, flight.lengths, flight.group)
-        # The gradient proper arrives in _Send's backward; its shape is another where lengths differ.
+        # Starts the exchange; autograd may compute other gradients before _Send's backward waits for it.
+        exchange = ctx.exchange
+        exchange.grad, exchange.work = _rows_to_columns(grad, exchange.lengths, exchange.group)
+        # A placeholder of the shape that autograd expects; _Send's backward returns the exchanged gradient.
         return grad.new_zeros(()).expand(ctx.shape), None
 
 
@@ -184,7 +188,7 @@ class _RowsToColumns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        flight = _Flight(*ctx.where)
-        received = flight.send(grad)
-        flight.wait()
-        return flight.rows(received), None, None
+        exchange = _Exchange(*ctx.where)
+        received = exchange.send(grad)
+        exchange.wait()
+        return exchange.join_columns(received), None, None

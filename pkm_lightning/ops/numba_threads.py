@@ -1,6 +1,6 @@
-"""One number of threads for torch and for the numba kernels beside it: torch's.
+"""The number of threads of the numba kernels, which follows that of torch.
 
-Imported by `cpu` backends only, so that the package imports without numba.
+Only `cpu` backends import this module, so that the package can be imported without numba.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import torch
 
 
 def use_torch_threads() -> None:
-    """Gives the numba kernels that this thread starts as many threads as torch has, where numba has that many."""
+    """Sets the number of threads of numba kernels started by this thread to torch's, or to numba's maximum if lower."""
     threads = torch.get_num_threads()
-    # numba forgets the limit with the thread that set it, so every call of a kernel sets it anew; it costs nothing.
+    # numba keeps the limit per calling thread, and autograd runs backwards in threads of its own: each call of a
+    # kernel sets the limit again, which costs about 3 microseconds.
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    # The first call starts numba's threads, and gives the OpenMP that torch shares with it as many as there are cores.
+    # The first call starts numba's thread pool. That sets the thread count of the OpenMP runtime, which torch shares,
+    # to the number of cores; torch gets its own number back.
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

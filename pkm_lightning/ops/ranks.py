@@ -1,4 +1,4 @@
-"""Sums over the ranks of a data-parallel run, for statistics that belong to the whole batch (batch norm, balancing)."""
+"""Sums over the ranks of a data-parallel run, for statistics of the whole batch (batch norm, balancing)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def is_distributed() -> bool:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """`value` summed over all ranks, differentiable: each rank's gradient is the sum of all ranks' gradients.
+    """Returns `value` summed over all ranks. Collective: call on all ranks, equally often and in the same order.
 
-    Every rank must call it the same number of times in the same order; one process gets its own `value` back.
+    Differentiable: each rank's gradient is the sum of all ranks' gradients. One process gets its `value` back.
     """
     if not is_distributed():
         return value
@@ -41,18 +41,18 @@ def _summed(value: Tensor) -> Tensor:
     return total
 
 
-# Torch 2.13 has renamed both, and warns under the old names.
+# Torch 2.13 renamed both and warns under the old names.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
-def gather_into(gathered: Tensor, own: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """All ranks' `own`, of one shape, one behind the other."""
+def gather_into(gathered: Tensor, local: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fills `gathered` with the `local` tensors of all ranks, of one shape, in the order of ranks."""
     assert _gather is not None
-    _gather(gathered, own, group=group)
+    _gather(gathered, local, group=group)
 
 
-def reduce_scatter_into(reduced: Tensor, every: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """This rank's share of the sum of `every` over ranks."""
+def reduce_scatter_into(reduced: Tensor, whole: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Fills `reduced` with this rank's share of the sum of `whole` over ranks."""
     assert _reduce is not None
-    _reduce(reduced, every, group=group)
+    _reduce(reduced, whole, group=group)

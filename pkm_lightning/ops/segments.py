@@ -1,9 +1,9 @@
-"""Reads of table rows, sorted by row: what every sum over the reads of a row walks along.
+"""Reads of table rows, sorted by row into segments, so that the gradient of a row is one sum over one segment.
 
-The sort is stable, so that the reads of a row are added in one order on every run: sums over segments are
+The sort is stable: the reads of a row are added in the same order on every run. Sums over segments are therefore
 deterministic, which atomic additions are not.
 
-Letters: L reads, N rows of the table, U segments, V = U + 1 their limits, T tokens, K reads a token, G groups a token.
+Letters: L reads (T * K), U segments, Z = U + 1 limits of segments, G groups per token.
 """
 
 from __future__ import annotations
@@ -16,24 +16,31 @@ if TYPE_CHECKING:
     from jaxtyping import Int, Int32
     from torch import Tensor
 
+#: Integer dtypes in which ops accept row ids, group ids and sources.
+INDEX_DTYPES = (torch.int32, torch.int64)
+
 
 class Segments(NamedTuple):
-    """For each row that is read, where its reads stand."""
+    """For each row that is read, the positions of its reads."""
 
-    #: Positions of the reads, sorted by row, those of one row in their old order; (L,) int64.
+    #: Positions of the reads, sorted by row; those of one row in their original order; (L,) int64.
     order_L: Tensor
-    #: The rows that are read, ascending; (U,) int32. On an accelerator U is min(L, N), so that the host need not wait
-    #: to learn how many there are; from the last row on it holds -1.
+    #: Rows that are read, ascending; (U,) int32. On an accelerator U is min(L, N), an upper bound that the host knows
+    #: without waiting for the device; the entries after the last row hold -1.
     rows_U: Tensor
     #: Segment u is order[starts[u]:starts[u + 1]]; (U + 1,) int64. Empty where `rows_U` is -1.
-    starts_V: Tensor
+    starts_Z: Tensor
 
 
 def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
-    """The segments of reads of rows `ids_L`, each 0 to `n_rows` - 1 (not checked).
+    """Sorts reads of the rows `ids_L` into segments.
 
-    On an accelerator `n_rows` itself stands for a read that belongs to no segment.
+    Args:
+        ids_L: the row of each read, 0 to `n_rows` - 1 (not checked). On an accelerator, `n_rows` itself marks a read
+            that belongs to no segment.
+        n_rows: rows of the table.
     """
+    # int32 halves the sort's traffic.
     sorted_L, order_L = torch.sort(ids_L.int(), stable=True)
     if ids_L.device.type == "cpu":
         rows_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
@@ -42,23 +49,28 @@ def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
 
 
 def _padded_segments(sorted_L: Tensor, order_L: Tensor, n_rows: int) -> Segments:
+    """Returns segments whose number depends on shapes only: `unique` would make the host wait for the device."""
     reads = sorted_L.numel()
-    first_L = torch.ones_like(sorted_L, dtype=torch.bool)
-    first_L[1:] = sorted_L[1:] != sorted_L[:-1]
+    is_first_L = torch.ones_like(sorted_L, dtype=torch.bool)
+    is_first_L[1:] = sorted_L[1:] != sorted_L[:-1]
     n_segments = min(reads, n_rows)
-    starts_U = torch.nonzero_static(first_L, size=n_segments, fill_value=reads).squeeze(-1)
+    starts_U = torch.nonzero_static(is_first_L, size=n_segments, fill_value=reads).squeeze(-1)
+    # A padding segment starts at `reads`, one past the last read, where the padded ids hold -1.
     padded_L = torch.nn.functional.pad(sorted_L, (0, 1), value=-1)
     rows_U = padded_L[starts_U]
-    # Reads of a row that another rank holds stand last.
+    # Reads marked with `n_rows`, of rows that another rank holds, are sorted to the end and cut off there.
     end = (sorted_L < n_rows).sum()
-    starts_V = torch.minimum(torch.nn.functional.pad(starts_U, (0, 1), value=reads), end)
-    return Segments(order_L, rows_U.masked_fill(rows_U >= n_rows, -1), starts_V)
+    starts_Z = torch.minimum(torch.nn.functional.pad(starts_U, (0, 1), value=reads), end)
+    return Segments(order_L, rows_U.masked_fill(rows_U >= n_rows, -1), starts_Z)
 
 
 def read_sources(
     ids_TK: Int[Tensor, "T K"], groups_TK: Int[Tensor, "T K"] | None = None, n_groups: int = 1
 ) -> Int32[Tensor, "T K"]:
-    """Which row of (T * G, D) upstream values a read belongs to: its token's, or that of its group in its token."""
+    """Returns for each read the row of the upstream values (T * G, V) that its weight multiplies.
+
+    It is the row of the read's token, or of the read's group in that token.
+    """
     token_T1 = torch.arange(len(ids_TK), dtype=torch.int32, device=ids_TK.device).unsqueeze(-1)
     if groups_TK is None:
         return token_T1.expand(-1, ids_TK.shape[1]).contiguous()
@@ -66,10 +78,13 @@ def read_sources(
 
 
 def check_indices(op: str, name: str, indices_TK: Tensor, limit: int) -> None:
-    """Refuse indices that no row answers to; on the CPU only, where it costs 1 % and kernels would read wild memory.
+    """Checks that indices on the CPU lie between 0 and `limit` - 1; indices on other devices are not checked.
+
+    On the CPU the check costs about 1 % of an op, and kernels would access memory outside the table. On an accelerator
+    it would make the host wait.
 
     Raises:
-        ValueError: with the index and the limit.
+        ValueError: an index is out of range; the message names the index and the limit.
     """
     if indices_TK.device.type != "cpu" or indices_TK.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""One copy of the dense model a process, gradients averaged."""
+"""DDP: one copy of the dense model per rank, gradients averaged over the ranks."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from pkm_lightning.supervision.launcher import WatchedRanks
 
 
 class DDP(PortableCheckpoints, WatchedRanks, DDPStrategy):
-    """Lightning's `DDPStrategy`, whose arguments it takes, beside tables that are split or copied over the ranks."""
+    """Lightning's `DDPStrategy` with its arguments, for models whose tables are split or copied over the ranks."""

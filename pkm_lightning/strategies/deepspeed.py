@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO for the dense parameters; the tables stay out of its engine, which would gather them whole.
+"""DeepSpeed ZeRO for the dense parameters. Tables stay out of its engine, which would gather them whole.
 
-Runs on CPUs over gloo too, which Lightning's own strategy refuses.
+The strategy runs on CPUs over gloo as well, which Lightning's own refuses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pkm_lightning.checkpoints.sharded import SavedTensors
+from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.errors import check_integer
 from pkm_lightning.memory import TableOptimizer
 from pkm_lightning.model.placement import named_plugins
@@ -46,20 +46,22 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         **options: of `lightning.pytorch.strategies.DeepSpeedStrategy`.
     """
 
-    #: The engine takes every registered parameter: tables must not be among them.
+    #: See `pkm_lightning.training.engine.Engine`, which this class implements.
     owns_parameters = True
     _groups: list[list[nn.Parameter]]
 
     def __init__(self, *, stage: int, **options: Any) -> None:
         check_integer("strategy.stage", stage, low=1, high=3)
+        # Lightning 2.6 writes into the options, which here belong to the run's configuration.
         super().__init__(stage=stage, **copy.deepcopy(options))
-        self._groups = []  # the parameters of the optimizer's groups, in training
+        self._groups = []  # the parameters of each group of the optimizer; filled in training
 
     def setup_environment(self) -> None:
-        """On CPUs without Lightning's refusal and without compiling an operator for shared memory."""
+        """Prepares CPUs without Lightning's refusal and without compiling DeepSpeed's operator for shared memory."""
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
+        # DeepSpeed chooses its accelerator when it is first imported.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed.ops
 
@@ -67,7 +69,7 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
-        """On CPUs without a check of the devices' numbers."""
+        """Connects the ranks, on CPUs without Lightning's check of the devices' indices."""
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_distributed()
             return
@@ -77,7 +79,7 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The rank's device; a CPU has a number, which the engine asks for."""
+        """The rank's device. A CPU gets an index, since the engine requires one."""
         if isinstance(self.accelerator, CPUAccelerator):
             return torch.device("cpu", self.local_rank)
         return super().root_device
@@ -89,12 +91,13 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """The model is built whole and then partitioned: modules draw their weights as they are constructed."""
+        """Builds the model whole within the block, where Lightning would partition each module as it is constructed."""
+        # Modules draw their weights as they are constructed: partitioned ones would draw other weights.
         self._init_config_if_needed()
         yield
 
     def init_deepspeed(self) -> None:
-        """Tells ZeRO-3 which parameters are used elsewhere than in the forward of the module that owns them."""
+        """Initialises the engine; names to ZeRO-3 the parameters used outside the forward of their own module."""
         if not self.zero_stage_3:
             super().init_deepspeed()
             return
@@ -103,7 +106,7 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
 
         model = self._language_module.model
         kinds = [plugin for block in model.blocks for _, plugin in named_plugins(block.ffn)]  # type: ignore[arg-type]
-        # A plugin's parts are often called by other names than forward: it is gathered as a whole.
+        # ZeRO-3 gathers a module in a hook on its forward, but plugins call parts by other methods: they are leaves.
         set_z3_leaf_modules(model, sorted({type(module) for module in kinds}, key=str))
         super().init_deepspeed()
         tied = model.tied_unembedding
@@ -116,56 +119,55 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         if limit is None:
             limit = self._language_module.config["optim"]["clip_norm"]
         self.config.setdefault("gradient_clipping", limit or 0.0)
-        self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # for the engine's own log only
+        # The engine uses this only to log samples per second.
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)
         super()._format_config()
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any | None = None
     ) -> tuple[Any, Optimizer]:
-        # The engine replaces the parameters in the groups by its flat pieces.
+        # The engine will replace the parameters in the groups by flat partitions.
         self._groups = [] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Multiplies the gradients that the engine holds."""
+        """Multiplies the gradients that the engine holds. Collective: call on all ranks."""
         for parameter in self._language_module.parameters():
             scale_gradient(parameter, factor)
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the gradients that the engine holds at the end of a step's backward; all ranks must ask."""
+        """Returns the L2 norm of the gradients at the end of a step's backward. Collective: call on all ranks."""
         return held_gradient_norm(self.optimizers[0])
 
     def drop_gradients(self) -> None:
-        """Ends the step without an update, in the engine's own way: as if gradients had overflowed."""
+        """Ends the step without an update, as the engine does when gradients overflow."""
         with overflowing(self.optimizers[0]):
             self.deepspeed_engine.step()
 
-    # --- checkpoints, in the numbering of a single process: the engine's parameters and the tables in one optimizer
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state by name, each parameter whole on one rank and on meta on the others."""
+        """Returns the module's state by name; a parameter is whole on one rank, on the meta device on the others."""
         state = super().lightning_module_state_dict()
         for number, (name, parameter) in enumerate(self._language_module.named_parameters()):
-            state[name] = self._shared_out(number, parameter_value(parameter))
+            state[name] = self._on_its_writer(number, parameter_value(parameter))
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The states of the engine's optimizer and of that of the tables."""
+        """Returns the states of the engine's optimizer and of the tables', numbered as in a single process."""
         numbers = self._numbers()
         states: dict[int, Any] = {}
         for number, state in zip(numbers, self._engine_state().states(), strict=True):
             states[number] = {
-                key: self._shared_out(number, value) if isinstance(value, Tensor) and value.ndim else value
+                key: self._on_its_writer(number, value) if isinstance(value, Tensor) and value.ndim else value
                 for key, value in state.items()
             }
-        own = inner_optimizer(self.optimizers[0]).param_groups
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in own]
+        engine_groups = inner_optimizer(self.optimizers[0]).param_groups
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in engine_groups]
         bounds = [0, *itertools.accumulate(len(group) for group in self._groups)]
         for group, low, high in zip(groups, bounds, bounds[1:], strict=False):
             group["params"] = numbers[low:high]
-        apart = self._language_module.table_optimizer
-        if apart is not None:
-            tables = super().optimizer_state(apart)
+        table_optimizer = self._language_module.table_optimizer
+        if table_optimizer is not None:
+            tables = super().optimizer_state(table_optimizer)
             first = self._first_table()
             states |= {number + first: state for number, state in tables["state"].items()}
             for group in tables["param_groups"]:
@@ -175,80 +177,77 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """As of every strategy; the schedule names the tables' group too."""
+        """Writes a folder as every strategy does, with the tables' groups added to the schedule."""
         groups = checkpoint["optimizer_states"][0]["param_groups"] if "optimizer_states" in checkpoint else []
         schedules = checkpoint.get("lr_schedulers", [])
         checkpoint["lr_schedulers"] = [self._with_tables(schedule, groups) for schedule in schedules]
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _with_tables(self, schedule: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-        apart = groups[len(schedule["base_lrs"]) :]
+        added = groups[len(schedule["base_lrs"]) :]
         return {
             **schedule,
-            "base_lrs": [*schedule["base_lrs"], *(group.get("initial_lr", self._table_rate()) for group in apart)],
-            "_last_lr": [*schedule["_last_lr"], *(group["lr"] for group in apart)],
-            "lr_lambdas": [*schedule["lr_lambdas"], *(None for _ in apart)],
+            "base_lrs": [*schedule["base_lrs"], *(group.get("initial_lr", self._table_rate()) for group in added)],
+            "_last_lr": [*schedule["_last_lr"], *(group["lr"] for group in added)],
+            "lr_lambdas": [*schedule["lr_lambdas"], *(None for _ in added)],
         }
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """As of every strategy; the schedule is that of the engine's groups."""
+        """Loads as every strategy does, and reduces the schedule to the engine's groups."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         for schedule in checkpoint.get("lr_schedulers", []) if self._groups else []:
             for key in ("base_lrs", "_last_lr", "lr_lambdas"):
                 schedule[key] = schedule[key][: len(self._groups)]
         return checkpoint
 
-    def load_model(self, saved: SavedTensors) -> None:
-        """Fills tables and buffers as ever, and the engine's parameters one by one."""
+    def load_model(self, saved: SavedCheckpoint) -> None:
+        """Fills tables and buffers in place, and the engine's parameters one by one. Collective: call on all ranks."""
         parameters = dict(self._language_module.named_parameters())
         rest = {n: v for n, v in PortableCheckpoints.lightning_module_state_dict(self).items() if n not in parameters}
         saved.read_into({f"state_dict.{name}": value for name, value in rest.items()})
         for name, parameter in parameters.items():
             dtype = saved.shapes[f"state_dict.{name}"][1]
-            expected = getattr(parameter, "ds_shape", parameter.shape)
-            value = torch.empty(expected, dtype=dtype)
+            # ZeRO-3 leaves an empty tensor in the place of a parameter, with the shape as an attribute.
+            value = torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=dtype)
             saved.read_into({f"state_dict.{name}": value})
             set_parameter_value(parameter, value)
 
-    def load_optimizers(self, saved: SavedTensors) -> None:
-        """Fills the states of the engine's optimizer and of that of the tables."""
+    def load_optimizers(self, saved: SavedCheckpoint) -> None:
+        """Fills the states of the engine's optimizer and of the tables'. Collective: call on all ranks."""
         self._engine_state().load(saved, self._numbers())
         saved_groups = saved.optimizer(0)["param_groups"]
         for group, written in zip(inner_optimizer(self.optimizers[0]).param_groups, saved_groups, strict=False):
             group.update({key: value for key, value in written.items() if key not in ("params", "name")})
-        apart = self._language_module.table_optimizer
-        if apart is not None:
-            tables = self._tables().values()
-            load_optimizer(apart, saved, tables, 0, first=self._first_table())
+        table_optimizer = self._language_module.table_optimizer
+        if table_optimizer is not None:
+            load_optimizer(table_optimizer, saved, self._tables().values(), 0, first=self._first_table())
 
     def _engine_state(self) -> ZeroOptimizerState:
         return ZeroOptimizerState(self.optimizers[0], [p for group in self._groups for p in group])
 
     def _numbers(self) -> list[int]:
-        """The numbers of the engine's parameters where one process's optimizer has the tables too, in their group."""
+        """Returns the engine's parameters' numbers in the optimizer of a single process, which has the tables too."""
         count = sum(len(group) for group in self._groups)
         first, tables = self._first_table(), self._table_count()
         return [number if number < first else number + tables for number in range(count)]
 
     def _first_table(self) -> int:
-        """Tables that learn by rows are a last group of their own; others stand first in the group of that role."""
-        apart = self._language_module.table_optimizer
-        own = inner_optimizer(self.optimizers[0]).param_groups
-        counted = [
-            len(params)
-            for params, group in zip(self._groups, own, strict=True)
-            if isinstance(apart, TableOptimizer) or group["name"] != "table"
-        ]
-        return sum(counted)
+        """Returns the number of the first table in the optimizer of a single process.
+
+        Tables that learn by rows are its last group; others stand first in the group `table`, which is then the last.
+        """
+        by_rows = isinstance(self._language_module.table_optimizer, TableOptimizer)
+        groups = zip(self._groups, inner_optimizer(self.optimizers[0]).param_groups, strict=True)
+        return sum(len(parameters) for parameters, group in groups if by_rows or group["name"] != "table")
 
     def _table_count(self) -> int:
-        apart = self._language_module.table_optimizer
-        return 0 if apart is None else sum(len(group["params"]) for group in apart.param_groups)
+        table_optimizer = self._language_module.table_optimizer
+        return 0 if table_optimizer is None else sum(len(group["params"]) for group in table_optimizer.param_groups)
 
     def _table_rate(self) -> float:
         optim = self._language_module.config["optim"]
         return float(optim["lr"] * optim["table_lr_factor"])
 
-    def _shared_out(self, number: int, value: Tensor) -> Tensor:
-        """`value` on the rank that is to write it; on the others its shape."""
+    def _on_its_writer(self, number: int, value: Tensor) -> Tensor:
+        """Returns `value` on the rank that writes it, and on the others a tensor of its shape on the meta device."""
         return value.cpu() if number % self.world_size == self.global_rank else value.to("meta")

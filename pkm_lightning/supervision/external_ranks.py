@@ -1,7 +1,7 @@
-"""Ranks that torchrun or SLURM started: rank 0 decides what is run and from which checkpoint, and the others are told.
+"""Ranks that torchrun or SLURM started: rank 0 chooses the configuration and the checkpoint and sends them to all.
 
-Left to themselves they would read the run directory while rank 0 still changes it. The process group is joined for that
-before Lightning would; it finds the group and keeps it.
+On their own the other ranks would read the run directory while rank 0 still changes it. For that message the process
+group is initialised before Lightning would; Lightning finds the group and keeps it.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from lightning.fabric.utilities.distributed import (
 from torch.distributed import default_pg_timeout
 
 from pkm_lightning.errors import ConfigError, Interrupted, RankLostError
-from pkm_lightning.supervision import RANK_LOST
+from pkm_lightning.supervision.launcher import RANK_LOST
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks run."""
+    """The configuration that all ranks run, and the checkpoint that they start from."""
 
     config: dict[str, Any]
     checkpoint: Path | None
 
 
-class Outside:
-    """The connected ranks.
+class ExternalRanks:
+    """The connected ranks of a run that an external launcher started.
 
     Args:
-        environment: what started them.
-        device: on which messages travel.
+        environment: of the launcher.
+        device: on which messages are sent.
     """
 
     def __init__(self, environment: ClusterEnvironment, device: torch.device) -> None:
         self.rank, self.world_size = environment.global_rank(), environment.world_size()
         self._device = device
 
-    def tell(self, decision: Decision | None) -> None:
-        """Sends the decision of rank 0 to the others; None means that it refuses to run."""
+    def send(self, decision: Decision | None) -> None:
+        """Sends the decision of rank 0 to the other ranks; None means that it refuses to run. Call on rank 0."""
         self._broadcast(decision)
 
-    def hear(self) -> Decision:
-        """The decision of rank 0.
+    def receive(self) -> Decision:
+        """Returns the decision of rank 0. Call on the other ranks.
 
         Raises:
-            Interrupted: it refused, and has said why.
+            Interrupted: rank 0 refused to run; it reports the reason.
         """
         decision = self._broadcast(None)
         if decision is None:
@@ -62,52 +62,53 @@ class Outside:
         return decision
 
     @contextlib.contextmanager
-    def refusals_told(self) -> Iterator[None]:
-        """The other ranks hear of it if rank 0 leaves this block with an error."""
+    def refuse_on_error(self) -> Iterator[None]:
+        """Sends a refusal to the other ranks if rank 0 leaves the block with an error."""
         try:
             yield
         except Exception:
-            self.tell(None)
+            self.send(None)
             raise
 
     def _broadcast(self, decision: Decision | None) -> Decision | None:
-        box = [decision]
-        dist.broadcast_object_list(box, src=0, device=self._device)
-        # Rank 0 may end right after it: not before all have heard.
+        message = [decision]
+        dist.broadcast_object_list(message, src=0, device=self._device)
+        # Rank 0 may end right after a refusal: it waits here until all ranks have received it.
         dist.barrier(device_ids=None if self._device.type == "cpu" else [self._device.index])
-        return box[0]
+        return message[0]
 
 
 def check_world(trainer: L.Trainer, started: int) -> None:
-    """Refuses a Trainer that is made for another number of ranks than were started.
+    """Refuses a Trainer that is configured for another number of ranks than were started.
 
     Raises:
         ConfigError: naming both numbers.
     """
-    # Not trainer.world_size, which is what the environment says.
+    # Not trainer.world_size, which comes from the launcher's environment.
     configured = trainer.num_devices * trainer.num_nodes
     if configured != started:
         raise ConfigError(
             f"trainer.devices times trainer.num_nodes makes {configured} rank(s), but {started} were started "
-            "from outside; set strategy=ddp, trainer.devices= (ranks a node) and trainer.num_nodes= as they were "
+            "externally; set strategy=ddp, trainer.devices= (ranks per node) and trainer.num_nodes= as they were "
             "started."
         )
 
 
-def join(trainer: L.Trainer) -> Outside | None:
-    """Joins the process group of ranks that were started from outside; None where rank 0 starts them or is alone.
+def join(trainer: L.Trainer) -> ExternalRanks | None:
+    """Initialises the process group of ranks that were started externally; returns None where there are none.
 
     Raises:
-        ConfigError: several nodes, but nothing that starts ranks on them, or another number of ranks than configured.
-        Interrupted: the same, in a rank that leaves it to rank 0 to say so.
+        ConfigError: several nodes without a launcher that starts ranks on them, or another number of ranks than
+            configured.
+        Interrupted: the same, in a rank other than 0, which leaves the report to rank 0.
         RankLostError: the ranks could not be connected.
     """
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, LightningEnvironment):
         if trainer.num_nodes > 1:
             raise ConfigError(
-                f"trainer.num_nodes={trainer.num_nodes} needs ranks that are started from outside, on every node: use "
-                "torchrun or srun (docs/many-nodes.md)."
+                f"trainer.num_nodes={trainer.num_nodes} needs an external launcher that starts ranks on every node: "
+                "use torchrun or srun (docs/many-nodes.md)."
             )
         return None
     if not environment.creates_processes_externally or environment.world_size() == 1:
@@ -116,29 +117,29 @@ def join(trainer: L.Trainer) -> Outside | None:
         if trainer.num_devices * trainer.num_nodes > 1:
             check_world(trainer, environment.world_size())
     except ConfigError:
-        # All ranks see the same, and must not wait for each other to say it.
+        # All ranks raise this error by themselves, before they are connected: rank 0 reports it.
         if environment.global_rank() == 0:
             raise
         raise Interrupted("", 2) from None
     return _connect(trainer, environment)
 
 
-def _connect(trainer: L.Trainer, environment: ClusterEnvironment) -> Outside:
+def _connect(trainer: L.Trainer, environment: ClusterEnvironment) -> ExternalRanks:
     strategy = trainer.strategy
     device = strategy.root_device
     if device.type == "cuda":
         device = torch.device("cuda", min(environment.local_rank(), torch.cuda.device_count() - 1))
-    # A run that is continued without its overrides has no strategy yet: then what fits the device.
+    # A run that is continued without its overrides has no distributed strategy yet: the device decides.
     choose = getattr(strategy, "_get_process_group_backend", None)
     backend = choose() if choose else _get_default_process_group_backend_for_device(device)
     timeout = getattr(strategy, "_timeout", None) or default_pg_timeout
     try:
         _init_dist_connection(environment, backend, device_id=None if device.type == "cpu" else device, timeout=timeout)
     except RuntimeError as error:
-        where = f"{environment.main_address}:{environment.main_port}"
+        address = f"{environment.main_address}:{environment.main_port}"
         raise RankLostError(
-            f"rank {environment.global_rank()} of {environment.world_size()} could not join the others at {where} "
-            f"({' '.join(str(error).split())[:200]})",
+            f"rank {environment.global_rank()} of {environment.world_size()} could not connect to the others at "
+            f"{address} ({' '.join(str(error).split())[:200]})",
             RANK_LOST,
         ) from error
-    return Outside(environment, device)
+    return ExternalRanks(environment, device)

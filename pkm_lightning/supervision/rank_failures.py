@@ -1,4 +1,4 @@
-"""What becomes of an error in one of several ranks: one sentence for the user, from one process, and how to go on."""
+"""Turns an error in one of several ranks into one sentence for the user, printed by one process, and an exit code."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from pathlib import Path
 import lightning as L
 import torch.distributed as dist
 
-from pkm_lightning.checkpoints.latest import latest_checkpoint
+from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.errors import Interrupted, PkmError, RankLostError
-from pkm_lightning.supervision import RANK_LOST, LastWords, RankFailure, WatchedLauncher
+from pkm_lightning.ops.ranks import is_distributed
+from pkm_lightning.supervision.error_folder import ErrorFolder
+from pkm_lightning.supervision.launcher import RANK_LOST, RankFailure, WatchedLauncher
 
-# How gloo, NCCL and the store of the process group say that the other side is gone; they have no class for it.
-_GONE = re.compile(
+# Texts by which gloo, NCCL and the store of the process group report a broken connection: they raise plain
+# RuntimeErrors (torch 2.11 to 2.13).
+_BROKEN = re.compile(
     r"[^.;\n]*(?:connection (?:closed|reset|refused)|closed by peer|broken pipe|gloo/transport|timed out waiting|"
     r"remote process exited|ncclRemoteError|communicator was aborted|collective operation timeout)[^;\n]*",
     re.IGNORECASE,
 )
 
 
-def in_words(error: BaseException) -> str:
-    """An error in one line, with its kind."""
+def describe(error: BaseException) -> str:
+    """Returns the class and message of an error in one line of at most 500 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def how_to_go_on(run_dir: Path | None) -> str:
-    """The end of a sentence about a run that stopped, or about another verb (None)."""
+def resume_hint(run_dir: Path | None) -> str:
+    """Returns the second half of a sentence about a run that stopped; None for a verb that leaves no run behind."""
     if run_dir is None:
         return "run the command again"
     checkpoint = latest_checkpoint(run_dir)
@@ -42,35 +45,36 @@ def how_to_go_on(run_dir: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def losses_named(trainer: L.Trainer) -> Iterator[None]:
-    """Turns the errors that broken connections raise into one that says which rank was lost.
+def name_lost_rank(trainer: L.Trainer) -> Iterator[None]:
+    """Replaces the error of a broken connection by one that names the lost rank.
 
     Raises:
-        RankLostError: from within, where the connection to another rank broke.
+        RankLostError: within the block the connection to another rank broke.
     """
     try:
         yield
     except RuntimeError as error:
-        # Before rank 0 has told a run's configuration, a rank from outside may have a Trainer for one process.
-        alone = trainer.world_size == 1 and not (dist.is_initialized() and dist.get_world_size() > 1)
+        # Before rank 0 has sent the configuration, a rank that was started externally may have a Trainer of one rank.
+        alone = trainer.world_size == 1 and not is_distributed()
         reason = None if alone or isinstance(error, PkmError) else _broken_connection(error)
         if reason is None:
             raise
         launcher = _launcher(trainer)
-        loss = launcher.await_loss() if launcher else None
-        if loss is None:
-            loss = RankFailure(f"rank {trainer.global_rank} lost the connection to another rank ({reason})", RANK_LOST)
-        raise RankLostError(loss.sentence, loss.exit_code) from error
+        failure = launcher.await_failure() if launcher else None
+        if failure is None:
+            sentence = f"rank {trainer.global_rank} lost the connection to another rank ({reason})"
+            failure = RankFailure(sentence, RANK_LOST)
+        raise RankLostError(failure.sentence, failure.exit_code) from error
 
 
 def _broken_connection(error: RuntimeError) -> str | None:
-    """What of the error's text says so; None for an error of another kind."""
-    found = _GONE.search(str(error))
-    if found is None and not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+    """Returns the part of the message that reports a broken connection, or None for an error of another kind."""
+    match = _BROKEN.search(str(error))
+    if match is None and not isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return None
-    text = found.group() if found else str(error)
+    text = match.group() if match else str(error)
     # "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711. This is typically caused by ...":
-    # neither the place nor the guess helps.
+    # neither the place in the source nor the guess helps a user.
     text = re.split(r"\.\s", re.sub(r"\[\S*\.(?:cc|cpp|h):\d+\]", "", text))[0]
     return " ".join(text.split())[:200].rstrip(".")
 
@@ -81,14 +85,14 @@ def _launcher(trainer: L.Trainer) -> WatchedLauncher | None:
 
 
 @contextlib.contextmanager
-def watched(
+def watch_ranks(
     trainer: L.Trainer, run_dir: Path | None, close_record: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """The other ranks of this machine end with the block, and it with them.
+    """Ends the other ranks of this machine with the block, and this process with them.
 
     Args:
-        trainer: its strategy says how the ranks were started.
-        run_dir: named in the sentence about a loss.
+        trainer: its strategy holds the launcher of the ranks.
+        run_dir: named in the sentence about a lost rank.
         close_record: called with the reason if a rank was lost and this process must be ended because it hangs.
     """
     launcher = _launcher(trainer)
@@ -96,13 +100,13 @@ def watched(
         yield
         return
 
-    def stuck(loss: RankFailure) -> None:
+    def report_hang(failure: RankFailure) -> None:
         if close_record is not None:
-            close_record(loss.sentence)
-        if launcher.tells:
-            print(f"{loss.sentence}; {how_to_go_on(run_dir)}", file=sys.stderr, flush=True)
+            close_record(failure.sentence)
+        if launcher.reports_failures:
+            print(f"{failure.sentence}; {resume_hint(run_dir)}", file=sys.stderr, flush=True)
 
-    launcher.on_stuck = stuck
+    launcher.on_hang = report_hang
     failed = True
     try:
         yield
@@ -112,47 +116,47 @@ def watched(
         raise
     finally:
         if not failed and dist.is_initialized():
-            # The others may wait for this before they end.
+            # The other ranks may wait for this before they end.
             dist.destroy_process_group()
         launcher.close(failed=failed)
 
 
 @contextlib.contextmanager
-def losses_ended(trainer: L.Trainer, run_dir: Path | None) -> Iterator[None]:
-    """A process that lost another ends with a sentence, unless it is for another process to say it.
+def end_on_lost_rank(trainer: L.Trainer, run_dir: Path | None) -> Iterator[None]:
+    """Ends this process with a sentence if another rank is lost, or silently where another process reports it.
 
     Raises:
-        Interrupted: from within, where another rank was lost.
+        Interrupted: within the block another rank was lost.
     """
     try:
-        with losses_named(trainer):
+        with name_lost_rank(trainer):
             yield
     except RankLostError as error:
         launcher = _launcher(trainer)
-        told_elsewhere = launcher is not None and not launcher.tells
-        message = "" if told_elsewhere else f"{error}; {how_to_go_on(run_dir)}"
+        silent = launcher is not None and not launcher.reports_failures
+        message = "" if silent else f"{error}; {resume_hint(run_dir)}"
         raise Interrupted(message, error.exit_code) from error
 
 
 @contextlib.contextmanager
-def last_words() -> Iterator[None]:
-    """In a rank that rank 0 has started: leaves rank 0 the reason of a failure, which tells the user."""
-    words = LastWords.inherited()
+def leave_error_to_rank_0() -> Iterator[None]:
+    """Records a failure for rank 0, which reports it to the user, in a rank that rank 0 started."""
+    errors = ErrorFolder.inherited()
     try:
         yield
     except (Interrupted, SystemExit):
         raise
     except Exception as error:
-        if words is None or words.launcher_is_gone:
+        if errors is None or errors.launcher_is_gone:
             raise
-        words.leave(int(os.environ["LOCAL_RANK"]), in_words(error))
+        errors.write(int(os.environ["LOCAL_RANK"]), describe(error))
         if isinstance(error, PkmError | OSError):
             raise Interrupted("", 2) from error
         raise
 
 
 @contextlib.contextmanager
-def watched_evaluation(trainer: L.Trainer) -> Iterator[None]:
-    """All of the above for a verb that leaves nothing to be continued."""
-    with last_words(), losses_ended(trainer, None), watched(trainer, None):
+def supervise_evaluation(trainer: L.Trainer) -> Iterator[None]:
+    """Combines all context managers of this module for a verb that leaves no run to continue."""
+    with leave_error_to_rank_0(), end_on_lost_rank(trainer, None), watch_ranks(trainer, None):
         yield

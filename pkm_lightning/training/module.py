@@ -36,6 +36,7 @@ from pkm_lightning.model.placement import named_plugins, plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training.clipping import clip_by_norm, local
+from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
@@ -105,7 +106,7 @@ class LanguageModule(L.LightningModule):
         # Not `value_tables`: a table that a plugin has made itself is a dense parameter to the strategy.
         tables: list[ValueTable] = list(self.model.tables)  # type: ignore[arg-type]
         weights = [table.weight for table in tables]
-        if getattr(self._trainer.strategy, "owns_parameters", False):
+        if engine_of(self._trainer) is not None:
             for table in tables:
                 table.unregister()
             check_own_tables(self.model, engine=True)
@@ -223,13 +224,13 @@ class LanguageModule(L.LightningModule):
         for table in tables:
             if table.stage is not None:
                 table.stage.scale = table.stage.scale * correction
-        correct = getattr(self.trainer.strategy, "scale_gradients", None)
-        parameters = self.parameters() if correct is None else (table.weight for table in tables)
+        engine = engine_of(self.trainer)
+        parameters = self.parameters() if engine is None else (table.weight for table in tables)
         grads = [local(p.grad) for p in parameters if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, correction)
-        if correct is not None:
-            correct(correction)
+        if engine is not None:
+            engine.scale_gradients(correction)
 
     def _accumulates(self) -> bool:
         """Returns whether micro-batches of the step follow, under a strategy that calls the hooks for each of them."""
@@ -261,8 +262,8 @@ class LanguageModule(L.LightningModule):
         if any(p.grad is not None for p in groups["dense"]):
             if dense_limit is not None or measure:
                 self._keep_norm("dense", clip_by_norm(groups["dense"], dense_limit))
-        elif measure and hasattr(self.trainer.strategy, "gradient_norm"):
-            self._keep_norm("dense", self.trainer.strategy.gradient_norm())
+        elif measure and (engine := engine_of(self.trainer)) is not None:
+            self._keep_norm("dense", engine.gradient_norm())
         self.watch.judge()
 
     def _clip_tables(self, parameters: list[torch.nn.Parameter], limit: float | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pkm_lightning.model import Traces
 from pkm_lightning.ops import sum_over_ranks
+from pkm_lightning.training.engine import engine_of
 
 if TYPE_CHECKING:
     import lightning as L
@@ -154,9 +155,9 @@ class StepWatch:
 
 def drop_gradients(trainer: L.Trainer, optimizer: Optimizer | LightningOptimizer) -> None:
     """Drops the gradients of a refused step, staged reads among them, wherever they are held."""
-    drop = getattr(trainer.strategy, "drop_gradients", None)
-    if drop is not None:
-        drop()
+    engine = engine_of(trainer)
+    if engine is not None:
+        engine.drop_gradients()
         return
     optimizer.zero_grad()
     scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from toys import config
 
-from pkm_lightning.checkpoints.export import WeightSource, texts_of, write
-from pkm_lightning.checkpoints.safetensors import read_exported
+from pkm_lightning.checkpoints import SavedCheckpoint, open_checkpoint
+from pkm_lightning.checkpoints.export import write
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.training import LanguageModule
 
@@ -36,10 +36,9 @@ def test_every_memory_reads_mapped_tables(ffn: str, tmp_path: Path) -> None:
     trained = module(saved)
     content = {"state_dict": trained.state_dict(), "tokens_seen": 0, "hyper_parameters": {"config": saved}}
     torch.save(content, tmp_path / "a.ckpt")
-    source = WeightSource(tmp_path / "a.ckpt")
-    write(source, texts_of(source.rest), tmp_path / "a.safetensors")
+    write(SavedCheckpoint(tmp_path / "a.ckpt"), tmp_path / "a.safetensors")
     mapped = module(config(*overrides, "table.device=mmap"))
-    mapped.load_state_dict(read_exported(tmp_path / "a.safetensors")["state_dict"])
+    mapped.load_state_dict(open_checkpoint(tmp_path / "a.safetensors").map()["state_dict"])
     tables = [part for part in mapped.to("cpu").modules() if isinstance(part, ValueTable)]
     assert tables
     assert all(table.is_mapped and not table.weight.is_meta for table in tables)

@@ -1,72 +1,68 @@
-"""What `compare` decides over several sittings: rates, steps, who is run again. Its runs are stand-ins."""
+"""The decisions of `compare` over several commands: rates, steps, which runs are started. Its runs are stand-ins."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fake_jobs import run_job, stand_in_for_fit
 from processes import held_elsewhere
-from small import SMALL_RUN, Run
-from tree import ROOT
+from small import Outcome, Run
 
-from pkm_lightning.compare.plan import PlannedRun
-from pkm_lightning.compare.processes import Processes
-
-SMALL = [o for o in SMALL_RUN if not o.startswith(("~", "trainer."))]
-SHORT = [*SMALL, "report.resamples=100", "out=out"]
+LENGTH = "trainer.max_steps=10"
 
 
 @pytest.fixture
-def compare(cli: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`compare` in this process, each of its runs a stand-in."""
+def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Returns `compare("ffn=dense", ...)`, which runs into the folder `out`, by default without warm-up."""
+    stand_in_for_fit(monkeypatch, tmp_path)
 
-    def command(self: Processes, run: PlannedRun) -> list[str]:
-        return [sys.executable, str(ROOT / "tests" / "fake_fit.py"), *run.overrides, f"run_dir={run.folder}"]
+    def run(*overrides: str) -> Outcome:
+        warm_up = [] if any(override.startswith("warm_up") for override in overrides) else ["warm_up=false"]
+        return run_job("compare", *overrides, *warm_up, "out=out")
 
-    monkeypatch.setattr(Processes, "command", command)
-    monkeypatch.setattr("pkm_lightning.compare.processes.POLL", 0.02)
-    monkeypatch.setattr("pkm_lightning.compare.report.all_plots", lambda study: ())
-    return lambda *overrides: cli("compare", *overrides, *SHORT)
+    return run
 
 
 def content(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "out" / "compare.json").read_text())
-    return found
+    stored: dict[str, Any] = json.loads((folder / "out" / "compare.json").read_text())
+    return stored
 
 
-def fates(folder: Path, **of: Any) -> None:
-    (folder / "fates.json").write_text(json.dumps(of))
+def set_fates(folder: Path, **fates: Any) -> None:
+    (folder / "fates.json").write_text(json.dumps(fates))
 
 
-@pytest.mark.parametrize("length", ["trainer.max_steps=10", pytest.param("budget.tokens=4e3", marks=pytest.mark.slow)])
-def test_arms_warm_up_once(compare: Run, tmp_path: Path, length: str) -> None:
+@pytest.mark.parametrize("length", [LENGTH, "budget.tokens=4e3"])
+def test_variants_warm_up_once(compare: Run, tmp_path: Path, length: str) -> None:
     warm = tmp_path / "out" / "speed" / "dense" / "warm-up" / "run.json"
-    fates(tmp_path, **{"warm-up": "killed"})
-    assert compare("ffn=dense", "seeds=1", "warm_up=false", length).code == 0
+    command = ["ffn=dense", length, "warm_up=true"]
+    set_fates(tmp_path, **{"warm-up": "killed"})
     assert compare("ffn=dense", "seeds=1", length).code == 0
-    assert not warm.exists(), "an arm that has been run is warm"
-    assert compare("ffn=dense", "seeds=1", "resume=never", length).code == 0
+    assert compare(*command, "seeds=1").code == 0
+    assert not warm.exists(), "a variant that has been run is warm"
+    assert compare(*command, "seeds=1", "resume=never").code == 0
     assert json.loads(warm.read_text())["status"] == "running"
-    fates(tmp_path)
+    set_fates(tmp_path)
     (tmp_path / "out" / "runs" / "dense").rename(tmp_path / "elsewhere")
-    assert compare("ffn=dense", "seeds=1", length).code == 0
+    assert compare(*command, "seeds=1").code == 0
     assert json.loads(warm.read_text())["status"] == "finished", "one that was killed is not warm"
     before = warm.stat().st_mtime_ns
-    assert compare("ffn=dense", "seeds=2", length).code == 0
+    assert compare(*command, "seeds=2").code == 0
     assert warm.stat().st_mtime_ns == before
 
 
-def test_what_runs_were_begun_with_stays(compare: Run, tmp_path: Path) -> None:
-    """A rate whose run was killed in the first sitting wins in the second: too late."""
-    command = ["ffn=dense", "lr_sweep=[3e-3,6e-3]", "trainer.max_steps=10"]
-    fates(tmp_path, **{"lr-0.006": "killed"})
+def test_a_variant_keeps_the_rate_that_its_runs_started_with(compare: Run, tmp_path: Path) -> None:
+    """Fails the run of a rate in the first command: winning in the second one is too late."""
+    command = ["ffn=dense", "lr_sweep=[3e-3,6e-3]", LENGTH]
+    set_fates(tmp_path, **{"lr-0.006": "killed"})
     assert compare(*command, "seeds=1").code == 0
-    fates(tmp_path)
+    set_fates(tmp_path)
     assert compare(*command, "seeds=2").code == 0
     sweep = content(tmp_path)["sweep"]
     assert sweep["results"]["dense"]["0.006"] == 1.0
@@ -77,119 +73,170 @@ def test_what_runs_were_begun_with_stays(compare: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "message"),
+    ("length", "refusals"),
     [
-        ("trainer.max_steps=10", ["+variants.moe={ffn.top_k: 4}", "trainer.max_steps=10"], "moe is ffn=moe there"),
-        ("trainer.max_steps=10", ["trainer.max_steps=20"], "trainer.max_steps=.* is not said by both"),
-        ("budget.tokens=4e3", ["budget.tokens=8e3"], "dense is .*trainer.max_steps=.* there"),
-        ("budget.tokens=4e3", ["budget.tokens=1"], "is less than a step"),
+        (
+            LENGTH,
+            {
+                "moe is ffn=moe there": ["+variants.moe={ffn.top_k: 4}", LENGTH],
+                "trainer.max_steps=.* is set by one": ["trainer.max_steps=20"],
+                "is less than a step": ["budget.tokens=1"],
+            },
+        ),
+        (
+            "budget.tokens=4e3",
+            {
+                "dense is .*trainer.max_steps=.* there": ["budget.tokens=8e3"],
+                "is less than a step": ["budget.tokens=1", "resume=never"],
+            },
+        ),
     ],
 )
 def test_a_refused_command_changes_nothing(
-    compare: Run, tmp_path: Path, first: str, second: list[str], message: str
+    compare: Run, tmp_path: Path, length: str, refusals: dict[str, list[str]]
 ) -> None:
-    assert compare("ffn=dense,moe", "seeds=1", "warm_up=false", first).code == 0
+    assert compare("ffn=dense,moe", "seeds=1", length).code == 0
     before = (tmp_path / "out" / "compare.json").read_text()
-    refused = compare("ffn=dense,moe", "seeds=3", *second)
-    assert refused.code == 2
-    assert re.search(message, refused.err)
-    assert (tmp_path / "out" / "compare.json").read_text() == before
-    assert not (tmp_path / "out" / "speed").exists()
+    for message, overrides in refusals.items():
+        refused = compare("ffn=dense,moe", "seeds=3", "warm_up=true", *overrides)
+        assert refused.code == 2
+        assert re.search(message, refused.err), refused.err
+        assert (tmp_path / "out" / "compare.json").read_text() == before
+        assert not (tmp_path / "out" / "speed").exists()
+        assert (tmp_path / "out" / "runs" / "dense" / "seed-1" / "run.json").exists()
 
 
-def test_a_refused_command_that_would_start_afresh_removes_nothing(compare: Run, tmp_path: Path) -> None:
-    assert compare("ffn=dense", "seeds=1", "warm_up=false", "trainer.max_steps=10").code == 0
-    refused = compare("ffn=dense", "seeds=1", "resume=never", "budget.tokens=1")
-    assert "is less than a step" in refused.err
-    assert (tmp_path / "out" / "runs" / "dense" / "seed-1" / "run.json").exists()
-
-
-def test_all_commands_that_made_a_comparison_are_told(compare: Run, tmp_path: Path) -> None:
-    common = ["warm_up=false", "trainer.max_steps=10"]
+def test_all_commands_are_listed_and_a_report_reads_a_directory_named_by_a_number(compare: Run, tmp_path: Path) -> None:
     for seeds in ("seeds=1", "seeds=2", "seeds=1"):
-        assert compare("ffn=dense", *common, seeds).code == 0
+        assert compare("ffn=dense", LENGTH, seeds).code == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.index("seeds=2") < report.index("seeds=1")
     assert report.count("python -m pkm_lightning compare") == 2
-
-
-def test_a_directory_may_be_named_by_a_number(compare: Run, cli: Run, tmp_path: Path) -> None:
-    assert compare("ffn=dense", "seeds=1", "warm_up=false", "trainer.max_steps=10").code == 0
     (tmp_path / "out").rename(tmp_path / "2024")
-    assert cli("report", "runs=[2024]", "out=2025").code == 0
+    assert run_job("report", "runs=[2024]", "out=2025").code == 0
     assert (tmp_path / "2025" / "report.md").exists()
 
 
 def test_a_command_ends_as_its_own_runs_did(compare: Run, tmp_path: Path) -> None:
-    fates(tmp_path, **{"runs/moe": "failed"})
-    common = ["seeds=1", "trainer.max_steps=10", "warm_up=false"]
-    failed = compare("ffn=dense,moe", *common)
+    set_fates(tmp_path, **{"runs/moe": "failed"})
+    failed = compare("ffn=dense,moe", "seeds=1", LENGTH)
     assert failed.code == 2
     assert "moe seed 1" in failed.err
     assert "resume=always" in failed.err
-    assert compare("ffn=dense", *common).code == 0
-    fates(tmp_path)
-    assert compare("ffn=dense,moe", *common).code == 2
-    assert compare("ffn=dense,moe", *common, "resume=always").code == 0
+    assert compare("ffn=dense", "seeds=1", LENGTH).code == 0
+    set_fates(tmp_path)
+    assert compare("ffn=dense,moe", "seeds=1", LENGTH).code == 2
+    assert compare("ffn=dense,moe", "seeds=1", LENGTH, "resume=always").code == 0
     assert content(tmp_path)["failures"] == {}
 
 
-def test_why_a_run_was_killed_is_known_after_commands_about_others(compare: Run, tmp_path: Path) -> None:
-    fates(tmp_path, **{"runs/moe": "killed"})
-    common = ["seeds=1", "trainer.max_steps=10", "warm_up=false"]
-    assert compare("ffn=dense,moe", *common).code == 2
-    assert compare("ffn=dense", *common).code == 0
+def test_the_reason_of_a_killed_run_outlives_commands_about_others(compare: Run, tmp_path: Path) -> None:
+    set_fates(tmp_path, **{"runs/moe": "killed"})
+    assert compare("ffn=dense,moe", "seeds=1", LENGTH).code == 2
+    assert compare("ffn=dense", "seeds=1", LENGTH).code == 0
     assert "killed by SIGKILL" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_speed_is_measured_of_new_arms_alone(compare: Run, tmp_path: Path) -> None:
-    fates(tmp_path, **{"speed/moe/try-2": "failed"})
-    common = ["seeds=1", "budget.seconds=4", "trainer.accumulate_grad_batches=2"]
-    failed = compare("ffn=dense,moe", *common)
+def test_a_diverged_run_is_not_to_be_retried_and_a_variant_without_a_rate_fails_alone(
+    compare: Run, tmp_path: Path
+) -> None:
+    set_fates(tmp_path, **{"runs/moe": "diverged"})
+    failed = compare("ffn=dense,moe", "seeds=1", LENGTH)
+    assert (failed.code, "resume=always" in failed.err) == (2, False)
+    assert "diverged" in (tmp_path / "out" / "report.md").read_text()
+    shutil.rmtree(tmp_path / "out")
+    set_fates(tmp_path, **{"sweep/moe": "diverged"})
+    failed = compare("ffn=dense,moe", "seeds=1", LENGTH, "lr_sweep=[3e-3,6e-3]")
+    assert "moe seed 1" in failed.err
+    assert "no learning rate of the sweep ended with a finite test/loss" in (tmp_path / "out/report.md").read_text()
+    assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["dense"]
+
+
+def test_a_speed_is_measured_for_new_variants_alone(compare: Run, tmp_path: Path) -> None:
+    set_fates(tmp_path, **{"speed/moe/try-2": "failed"})
+    command = ["ffn=dense,moe", "seeds=1", "budget.seconds=4", "trainer.accumulate_grad_batches=2"]
+    failed = compare(*command)
     assert "moe seed 1" in failed.err
     assert "no luck" in (tmp_path / "out" / "report.md").read_text()
     assert content(tmp_path)["arms"] == {
         "dense": ["ffn=dense", "trainer.max_steps=200", "trainer.val_check_interval=40"]
     }
-    again = compare("ffn=dense,moe", *common)
-    assert "no luck" in (tmp_path / "out" / "report.md").read_text(), "not that it was not run again"
-    assert again.code == 2
-    fates(tmp_path)
-    assert compare("ffn=dense,moe", *common, "resume=always").code == 0
+    assert compare(*command).code == 2
+    assert "no luck" in (tmp_path / "out" / "report.md").read_text(), "the reason of the first command stays"
+    set_fates(tmp_path)
+    assert compare(*command, "resume=always").code == 0
     assert set(content(tmp_path)["steps_per_second"]) == {"dense", "moe"}
 
 
-def test_never_waits_for_who_has_a_run_and_leaves_a_comparison(compare: Run, tmp_path: Path) -> None:
-    common = ["seeds=1", "trainer.max_steps=10", "warm_up=false", "resume=never"]
-    assert compare("ffn=dense", *common).code == 0
+def test_never_refuses_runs_that_are_held_and_leaves_a_comparison(compare: Run, tmp_path: Path) -> None:
+    command = ["seeds=1", LENGTH, "resume=never"]
+    assert compare("ffn=dense", *command).code == 0
     run = tmp_path / "out" / "runs" / "dense" / "seed-1"
     with held_elsewhere(run):
-        refused = compare("ffn=moe", *common)
-    assert "is being run by another process" in refused.err
+        refused = compare("ffn=moe", *command)
+    assert "is in use by another process" in refused.err
     assert (run / "run.json").exists()
-    assert compare("ffn=moe", *common).code == 0
+    assert compare("ffn=moe", *command).code == 0
     assert list(content(tmp_path)["arms"]) == ["moe"]
     assert not run.exists()
 
 
+def test_a_wrong_metric_of_the_sweep_is_refused_every_time(compare: Run, tmp_path: Path) -> None:
+    command = ["ffn=dense", "seeds=1", "lr_sweep=[3e-3,6e-3]", LENGTH, "sweep.metric=recall_riddle"]
+    for _ in range(3):
+        refused = compare(*command)
+        assert "sweep.metric=recall_riddle is a metric of no run" in refused.err
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+_TOO_LONG = "both set the length of a run"
+
+
 @pytest.mark.parametrize(
-    "said",
+    ("overrides", "message"),
     [
-        ["trainer.max_steps=9"],
-        *([f"+variants.b={{ffn: dense, {key}: 9}}"] for key in ("trainer.max_steps", "++trainer.max_steps")),
+        ([], "nothing to compare; name FFNs"),
+        (["ffn=dense", "budget.tokens=4e3", "trainer.max_steps=9"], _TOO_LONG),
+        (["ffn=dense", "budget.tokens=4e3", "+variants.b={ffn: dense, trainer.max_steps: 9}"], _TOO_LONG),
+        (["ffn=dense", "budget.seconds=4", "+variants.b={ffn: dense, ++trainer.max_steps: 9}"], _TOO_LONG),
+        (["ffn=dense", "optim.lr=0.1", "lr_sweep=[0.1,0.2]"], "both set the learning rate"),
+        (["ffn=dense", "seeds=0"], "seeds=0 is out of range"),
+        (["ffn=dense", "seed=3"], "compare sets seed of each run itself; set seeds="),
+        (["ffn=dense", "run_dir=x"], "compare sets run_dir of each run itself; set out="),
+        (["ffn=dense", "resume=sometimes"], "resume='sometimes' is not known"),
     ],
-    ids=["command", "variant", "variant, forced"],
 )
-def test_a_length_is_said_once(compare: Run, tmp_path: Path, said: list[str]) -> None:
-    refused = compare("ffn=dense", "budget.tokens=4e3", *said)
+def test_a_command_that_cannot_work_writes_nothing(
+    compare: Run, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    refused = compare(*overrides)
     assert refused.code == 2
-    assert "both say how long a run is" in refused.err
+    assert message in refused.err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_metric_of_the_sweep_is_refused_every_time(compare: Run, tmp_path: Path) -> None:
-    command = ["ffn=dense", "seeds=1", "lr_sweep=[3e-3,6e-3]", "trainer.max_steps=10", "sweep.metric=recall_riddle"]
-    for _ in range(3):
-        refused = compare(*command)
-        assert "sweep.metric=recall_riddle is a figure of no run" in refused.err
-    assert not (tmp_path / "out" / "runs").exists()
+@pytest.mark.parametrize(
+    ("verb", "overrides", "message"),
+    [
+        ("compare", ["ffn=dense"], "out is not set"),
+        ("report", ["out=out"], "runs is not set"),
+        ("report", ["runs=[nowhere]", "out=out"], "nowhere is no directory"),
+        ("report", ["runs=[.]", "out=out"], "holds no record of a run"),
+        ("report", ["runs=[.]"], "out is not set"),
+    ],
+)
+def test_a_command_without_its_directories_is_refused(
+    compare: Run, tmp_path: Path, verb: str, overrides: list[str], message: str
+) -> None:
+    refused = run_job(verb, *overrides)
+    assert message in refused.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_holds_something_else_is_refused(compare: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    assert "is not empty (thesis.tex) and holds no comparison" in compare("ffn=dense", LENGTH).err
+    (tmp_path / "out" / "thesis.tex").unlink()
+    with held_elsewhere(tmp_path / "out"):
+        assert "is held by another comparison" in compare("ffn=dense", LENGTH).err

@@ -1,4 +1,4 @@
-"""Whole comparisons of real runs: budgets, sweeps, the ladder, kills. Minutes, so all are `slow`."""
+"""Whole comparisons of real runs: budgets, sweeps, the ladder, kills. They take minutes, so all are `slow`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pkm_lightning.compare.run_state import run_state
 pytestmark = pytest.mark.slow
 SMALL = [o for o in SMALL_RUN if not o.startswith(("~", "trainer."))]
 SHORT = [*SMALL, "warm_up=false", "trainer.log_every_n_steps=2", "report.resamples=100"]
-#: Columns of runs.csv that tell of the machine, or of where the runs lie.
+#: Columns of runs.csv that depend on the machine or the time.
 _TIMINGS = ("seconds_train", "tokens_per_second", "peak_memory_bytes", "started")
 
 
@@ -48,41 +48,41 @@ def content(out: Path) -> dict[str, Any]:
 def test_the_same_command_twice_gives_the_same_table(tmp_path: Path) -> None:
     command = ["ffn=dense,memory_plus", "match=flops", "seeds=2", "budget.tokens=4e3", "jobs=2", *SHORT]
     for name in ("one", "two"):
-        code, said = compare(tmp_path, *command, f"out={name}")
-        assert code == 0, said
+        code, output = compare(tmp_path, *command, f"out={name}")
+        assert code == 0, output
     assert rows(tmp_path / "one", timings=False) == rows(tmp_path / "two", timings=False)
     tokens = {float(row["tokens"]) for row in rows(tmp_path / "one")}
     steps = int(content(tmp_path / "one")["arms"]["dense"][1].removeprefix("trainer.max_steps="))
     assert all(abs(value - 4e3) <= value / steps for value in tokens)
 
 
-def test_every_arm_is_swept_alike_and_trained_with_its_best_rate(tmp_path: Path) -> None:
-    code, said = compare(
+def test_every_variant_is_swept_alike_and_trained_with_its_best_rate(tmp_path: Path) -> None:
+    code, output = compare(
         tmp_path, "ffn=dense,pkm", "seeds=1", "lr_sweep=[1e-4,1e-2]", "out=out", "jobs=2", "trainer.max_steps=30",
         "trainer.val_check_interval=10", "dense_ladder=true", "match=flops", *SHORT,
     )  # fmt: skip
-    assert code == 0, said
+    assert code == 0, output
     sweep = content(tmp_path / "out")["sweep"]
-    arms = ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x", "pkm"]
-    assert list(sweep["results"]) == arms
-    for arm in arms:
+    variants = ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x", "pkm"]
+    assert list(sweep["results"]) == variants
+    for variant in variants:
         losses = {
-            rate: record(tmp_path / f"out/sweep/{arm}/lr-{rate}/seed-1001")["metrics"]["test/loss"]
+            rate: record(tmp_path / f"out/sweep/{variant}/lr-{rate}/seed-1001")["metrics"]["test/loss"]
             for rate in ("0.0001", "0.01")
         }
-        assert sweep["results"][arm] == losses
-        assert sweep["chosen"][arm] == float(min(losses, key=lambda rate: losses[rate]))
+        assert sweep["results"][variant] == losses
+        assert sweep["chosen"][variant] == float(min(losses, key=lambda rate: losses[rate]))
     assert {row["arm"]: float(row["lr"]) for row in rows(tmp_path / "out")} == sweep["chosen"]
     data = {record(folder.parent)["data"] for folder in (tmp_path / "out").rglob("run.json")}
     assert len(data) == 2
     flops = {row["arm"]: float(row["trunk_flops_forward"]) for row in rows(tmp_path / "out")}
-    for arm, factor in (("dense_0.5x", 0.5), ("dense_2x", 2), ("dense_4x", 4), ("pkm", 1)):
-        assert abs(flops[arm] / flops["dense_1x"] / factor - 1) < 0.02
+    for variant, factor in (("dense_0.5x", 0.5), ("dense_2x", 2), ("dense_4x", 4), ("pkm", 1)):
+        assert abs(flops[variant] / flops["dense_1x"] / factor - 1) < 0.02
     assert "multiplier" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_an_arm_that_no_rate_fits_costs_only_itself(tmp_path: Path) -> None:
-    code, _said = compare(
+def test_a_variant_without_a_working_rate_fails_alone(tmp_path: Path) -> None:
+    code, _ = compare(
         tmp_path, "ffn=dense", "seeds=1", "lr_sweep=[1e-3,2e-3]", "out=out", "trainer.max_steps=4", "jobs=2", *SHORT,
         "+variants.nan={ffn: dense, optim.weight_decay: 1e30, optim.clip_norm: null}",
     )  # fmt: skip
@@ -91,17 +91,17 @@ def test_an_arm_that_no_rate_fits_costs_only_itself(tmp_path: Path) -> None:
     assert "no learning rate of the sweep" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_more_arms_and_seeds_join_and_never_starts_afresh(tmp_path: Path) -> None:
+def test_more_variants_and_seeds_join_and_never_starts_afresh(tmp_path: Path) -> None:
     common = ["lr_sweep=[1e-3,2e-3]", "out=out", "trainer.max_steps=4", "jobs=2", *SHORT]
     for command in (["ffn=dense", "seeds=2"], ["ffn=dense,pkm", "seeds=1"]):
-        code, said = compare(tmp_path, *command, *common)
-        assert code == 0, said
+        code, output = compare(tmp_path, *command, *common)
+        assert code == 0, output
     assert content(tmp_path / "out")["command"][4] == "ffn=dense,pkm"
     assert set(content(tmp_path / "out")["sweep"]["chosen"]) == {"dense", "pkm"}
     assert len(rows(tmp_path / "out")) == 3
     assert "differ in more than" not in (tmp_path / "out" / "report.html").read_text()
-    code, said = compare(tmp_path, "ffn=pkm", "seeds=1", "resume=never", *common)
-    assert code == 0, said
+    code, output = compare(tmp_path, "ffn=pkm", "seeds=1", "resume=never", *common)
+    assert code == 0, output
     assert [(row["arm"], row["seed"]) for row in rows(tmp_path / "out")] == [("pkm", "1")]
 
 
@@ -124,14 +124,14 @@ def test_a_comparison_stopped_while_speeds_are_measured_goes_on(tmp_path: Path) 
     _wait_until(lambda: (tmp_path / "out/speed/dense/try-1/run.json").exists(), process)
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process)[0] == 143
-    code, said = compare(tmp_path, *command)
-    assert code == 0, said
+    code, output = compare(tmp_path, *command)
+    assert code == 0, output
 
 
-def test_equal_seconds_become_steps_of_each_arms_own_speed(tmp_path: Path) -> None:
+def test_equal_seconds_become_steps_of_each_variants_own_speed(tmp_path: Path) -> None:
     command = ["ffn=dense,peer", "seeds=1", "budget.seconds=8", "out=out", *SHORT]
-    code, said = compare(tmp_path, *command)
-    assert code == 0, said
+    code, output = compare(tmp_path, *command)
+    assert code == 0, output
     found = content(tmp_path / "out")
     speeds = found["steps_per_second"]
     for row in rows(tmp_path / "out"):
@@ -144,7 +144,7 @@ def test_equal_seconds_become_steps_of_each_arms_own_speed(tmp_path: Path) -> No
 
 
 def _children(process: Any) -> dict[str, psutil.Process]:
-    """The running fits of a comparison, by arm."""
+    """The running fits of a comparison, by variant."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
@@ -173,31 +173,31 @@ def _steps(folder: Path) -> int:
     return int(found[-1].stem.removeprefix("step-")) if found else 0
 
 
-def test_a_killed_run_costs_only_itself_and_is_continued(tmp_path: Path) -> None:
+def test_a_killed_run_affects_no_other_and_is_continued(tmp_path: Path) -> None:
     process = start("compare", *LONG, cwd=tmp_path)
     victim = tmp_path / "out/runs/memory_plus/seed-1"
     _wait_until(lambda: _steps(victim) > 20, process)
     _children(process)["memory_plus"].send_signal(signal.SIGKILL)
-    code, said = ended(process)
+    code, output = ended(process)
     assert code == 2
-    assert "killed by SIGKILL" in said
+    assert "killed by SIGKILL" in output
     assert {row["arm"]: row["status"] for row in rows(tmp_path / "out")} == {
         "dense": "finished",
         "memory_plus": "interrupted",
     }
     assert "killed by SIGKILL" in (tmp_path / "out/report.md").read_text()
-    code, said = compare(tmp_path, *LONG)
-    assert code == 0, said
-    assert "dense seed 1: started" not in said
+    code, output = compare(tmp_path, *LONG)
+    assert code == 0, output
+    assert "dense seed 1: started" not in output
     assert {row["status"] for row in rows(tmp_path / "out")} == {"finished"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_comparison_goes_on_to_the_same_result(tmp_path: Path, number: signal.Signals) -> None:
-    code, said = compare(tmp_path, *LONG[:2], "out=whole", *LONG[3:])
-    assert code == 0, said
+    code, output = compare(tmp_path, *LONG[:2], "out=whole", *LONG[3:])
+    assert code == 0, output
     process = start("compare", *LONG, cwd=tmp_path)
-    folders = [tmp_path / f"out/runs/{arm}/seed-1" for arm in ("dense", "memory_plus")]
+    folders = [tmp_path / f"out/runs/{variant}/seed-1" for variant in ("dense", "memory_plus")]
     _wait_until(lambda: all(_steps(folder) > 20 for folder in folders), process)
     children = [child.pid for child in _children(process).values()]
     assert len(children) == 2
@@ -209,17 +209,17 @@ def test_a_stopped_comparison_goes_on_to_the_same_result(tmp_path: Path, number:
         assert time.monotonic() < deadline, "a run outlived the comparison"
         time.sleep(0.1)
     assert {run_state(folder) for folder in folders} == {"interrupted"}
-    code, said = compare(tmp_path, *LONG)
-    assert code == 0, said
+    code, output = compare(tmp_path, *LONG)
+    assert code == 0, output
     assert rows(tmp_path / "out", timings=False) == rows(tmp_path / "whole", timings=False)
 
 
 def test_another_comparison_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    code, said = compare(tmp_path, "ffn=dense", "seeds=1", "out=out", "trainer.max_steps=4", *SHORT)
-    assert code == 0, said
-    code, said = compare(tmp_path, "ffn=dense", "seeds=1", "out=out", "trainer.max_steps=6", *SHORT)
+    code, output = compare(tmp_path, "ffn=dense", "seeds=1", "out=out", "trainer.max_steps=4", *SHORT)
+    assert code == 0, output
+    code, output = compare(tmp_path, "ffn=dense", "seeds=1", "out=out", "trainer.max_steps=6", *SHORT)
     assert code == 2
-    assert "holds another comparison (trainer.max_steps=" in said
-    code, said = compare(tmp_path, "ffn=dense,moe", "seeds=2", "out=out", "trainer.max_steps=4", *SHORT)
-    assert code == 0, said
+    assert "holds another comparison (trainer.max_steps=" in output
+    code, output = compare(tmp_path, "ffn=dense,moe", "seeds=2", "out=out", "trainer.max_steps=4", *SHORT)
+    assert code == 0, output
     assert len(rows(tmp_path / "out")) == 4

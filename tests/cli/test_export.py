@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from small import SMALL_RUN, Run
 
 from pkm_lightning.checkpoints import sharded
+from pkm_lightning.checkpoints.tree import flatten
 
 FILE = "file=model.safetensors"
 PROMPTS = 'data.prompts=["The capital of France is","Who"]'
@@ -32,7 +33,7 @@ def test_all_ways_to_the_weights_give_the_same_answers_and_losses(cli: Run, trai
     assert all(torch.equal(found[name.removeprefix("model.")], value) for name, value in saved.items())
 
     folder = trained / "checkpoints" / "folder.ckpt"
-    sharded.save(*sharded.flatten(torch.load(checkpoint, weights_only=True)), folder)
+    sharded.save(*flatten(torch.load(checkpoint, weights_only=True)), folder)
     assert cli("export", f"ckpt={folder}", "file=from-folder.safetensors").code == 0
     assert Path("from-folder.safetensors").read_bytes() == Path("model.safetensors").read_bytes()
 
@@ -96,7 +97,7 @@ def test_a_table_stays_in_one_file_and_only_for_reading(cli: Run, checkpoint: Pa
     assert refused.code == 2
     assert "table.device=mmap is for validate, test and predict" in refused.err
     assert not Path("new").exists()
-    sharded.save(*sharded.flatten(torch.load(checkpoint, weights_only=True)), Path("folder.ckpt"))
+    sharded.save(*flatten(torch.load(checkpoint, weights_only=True)), Path("folder.ckpt"))
     refused = cli("predict", "ckpt=folder.ckpt", PROMPTS, "table.device=mmap")
     assert refused.code == 2
     assert "export ckpt=folder.ckpt file=model.safetensors" in refused.err

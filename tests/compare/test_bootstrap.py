@@ -1,4 +1,4 @@
-"""The paired bootstrap against scipy's, and what pairing means."""
+"""The paired bootstrap against scipy's, and the effect of pairing."""
 
 from __future__ import annotations
 
@@ -17,102 +17,102 @@ from pkm_lightning.compare.records import Run, read_runs
 RECALL = Quality("recall_paraphrase")
 
 
-def arms(root: Path, *runs: FakeRun) -> dict[str, list[Run]]:
+def variants(root: Path, *runs: FakeRun) -> dict[str, list[Run]]:
     for run in runs:
         run.write(root)
     grouped: dict[str, list[Run]] = {}
     for run in read_runs([root])[0]:
-        grouped.setdefault(run.arm, []).append(run)
+        grouped.setdefault(run.variant, []).append(run)
     return grouped
 
 
 def test_means_are_plain_means_over_seeds_and_facts(tmp_path: Path) -> None:
-    own = arms(tmp_path, *(FakeRun("a", seed) for seed in (1, 2, 3)))
-    exact = [run.answers["paraphrase"].exact for run in own["a"]]
-    assert resample(own, RECALL, resamples=100, seed=0).mean["a"] == np.mean(exact)
+    runs = variants(tmp_path, *(FakeRun("a", seed) for seed in (1, 2, 3)))
+    exact = [run.answers["paraphrase"].exact for run in runs["a"]]
+    assert resample(runs, RECALL, resamples=100, seed=0).mean["a"] == np.mean(exact)
 
 
-def test_of_one_seed_the_interval_over_facts_is_scipys(tmp_path: Path) -> None:
-    own = arms(tmp_path, FakeRun("a", 1, 0.3, n_facts=400))
-    exact = own["a"][0].answers["paraphrase"].exact.astype(float)
+def test_the_interval_over_facts_of_one_seed_equals_scipys(tmp_path: Path) -> None:
+    runs = variants(tmp_path, FakeRun("a", 1, 0.3, n_facts=400))
+    exact = runs["a"][0].answers["paraphrase"].exact.astype(float)
     theirs = stats.bootstrap((exact,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
-    assert resample(own, RECALL, resamples=20_000, seed=0).interval("a") == pytest.approx(tuple(theirs), abs=BOOTSTRAP)
+    assert resample(runs, RECALL, resamples=20_000, seed=0).interval("a") == pytest.approx(tuple(theirs), abs=BOOTSTRAP)
 
 
-def test_without_facts_the_interval_over_seeds_is_scipys(tmp_path: Path) -> None:
+def test_the_interval_over_seeds_without_facts_equals_scipys(tmp_path: Path) -> None:
     losses = [0.2, 0.5, 0.4, 0.9, 0.6, 0.35]
     runs = [FakeRun("a", i, 1 - loss, forms=()) for i, loss in enumerate(losses)]
-    found = resample(arms(tmp_path, *runs), Quality("test/loss"), resamples=20_000, seed=0)
+    found = resample(variants(tmp_path, *runs), Quality("test/loss"), resamples=20_000, seed=0)
     theirs = stats.bootstrap((losses,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
     assert found.interval("a") == pytest.approx(tuple(theirs), abs=BOOTSTRAP)
 
 
-def test_a_difference_of_arms_that_know_the_same_facts_is_certain(tmp_path: Path) -> None:
-    """Paired: both arms are asked the same facts, so what luck of the draw they share cancels."""
-    own = arms(tmp_path, *(FakeRun(arm, seed, 0.5, flops=1000) for arm in ("a", "b") for seed in (1, 2)))
-    found = resample(own, RECALL, resamples=500, seed=0)
+def test_the_difference_of_variants_that_know_the_same_facts_is_certain(tmp_path: Path) -> None:
+    """Answers the same questions in both variants: the noise of their common draws cancels."""
+    runs = variants(tmp_path, *(FakeRun(name, seed, 0.5, flops=1000) for name in ("a", "b") for seed in (1, 2)))
+    found = resample(runs, RECALL, resamples=500, seed=0)
     assert found.is_paired
     assert found.difference("b", "a") == (0.0, 0.0, 0.0)
     low, high = found.interval("a")
     assert low < found.mean["a"] < high
 
 
-def test_the_paired_interval_of_a_difference_is_scipys(tmp_path: Path) -> None:
-    own = arms(tmp_path, FakeRun("a", 1, 0.3, n_facts=300), FakeRun("b", 1, 0.6, n_facts=300))
-    a, b = (own[arm][0].answers["paraphrase"].exact.astype(float) for arm in ("a", "b"))
+def test_the_paired_interval_of_a_difference_equals_scipys(tmp_path: Path) -> None:
+    runs = variants(tmp_path, FakeRun("a", 1, 0.3, n_facts=300), FakeRun("b", 1, 0.6, n_facts=300))
+    a, b = (runs[name][0].answers["paraphrase"].exact.astype(float) for name in ("a", "b"))
     theirs = stats.bootstrap(
         (b, a), lambda x, y: np.mean(x) - np.mean(y), paired=True, vectorized=False, method="percentile",
         n_resamples=5_000, rng=1,
     ).confidence_interval  # fmt: skip
-    _, low, high = resample(own, RECALL, resamples=20_000, seed=0).difference("b", "a")
+    _, low, high = resample(runs, RECALL, resamples=20_000, seed=0).difference("b", "a")
     assert (low, high) == pytest.approx(tuple(theirs), abs=BOOTSTRAP)
 
 
-def test_noise_of_single_answers_counts_as_often_as_drawing_both_must_count_it(tmp_path: Path) -> None:
-    """Answers that are coins: the resampled variance is (2 - 1/S)(2 - 1/F) - 1 times that of the mean (Owen 2007)."""
+def test_noise_of_single_answers_counts_as_often_as_the_pigeonhole_bootstrap_counts_it(tmp_path: Path) -> None:
+    """Answers by coin flips: the resampled variance is (2 - 1/R)(2 - 1/F) - 1 times that of the mean (Owen 2007)."""
     n_seeds, n_facts = 3, 400
-    own = arms(tmp_path, *(FakeRun("a", seed, n_facts=n_facts) for seed in range(1, n_seeds + 1)))
-    found = resample(own, RECALL, resamples=20_000, seed=0)
+    runs = variants(tmp_path, *(FakeRun("a", seed, n_facts=n_facts) for seed in range(1, n_seeds + 1)))
+    found = resample(runs, RECALL, resamples=20_000, seed=0)
     of_the_mean = 0.25 / (n_seeds * n_facts)
     expected = (2 - 1 / n_seeds) * (2 - 1 / n_facts) - 1
     assert np.var(found.resamples["a"]) / of_the_mean == pytest.approx(expected, rel=SAMPLED_VARIANCE)
 
 
 def test_seeds_are_resampled_too(tmp_path: Path) -> None:
-    """One seed knows everything, the other nothing: the mean of two draws is 0, 1/2 or 1."""
-    own = arms(tmp_path, FakeRun("a", 1, 1.0), FakeRun("a", 2, 0.0))
-    found = resample(own, RECALL, resamples=4000, seed=0)
+    """Draws two seeds, of which one knows everything and one nothing: the mean is 0, 1/2 or 1."""
+    runs = variants(tmp_path, FakeRun("a", 1, 1.0), FakeRun("a", 2, 0.0))
+    found = resample(runs, RECALL, resamples=4000, seed=0)
     shares = [np.mean(np.isclose(found.resamples["a"], value)) for value in (0.0, 0.5, 1.0)]
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=5 * BOOTSTRAP)
 
 
-def test_arms_with_other_seeds_or_facts_are_not_paired(tmp_path: Path) -> None:
-    seeds = arms(tmp_path / "seeds", FakeRun("a", 1), FakeRun("b", 2))
-    facts = arms(tmp_path / "facts", FakeRun("a", 1), FakeRun("b", 1, data_seed=3))
+def test_variants_with_other_seeds_or_facts_are_not_paired(tmp_path: Path) -> None:
+    seeds = variants(tmp_path / "seeds", FakeRun("a", 1), FakeRun("b", 2))
+    facts = variants(tmp_path / "facts", FakeRun("a", 1), FakeRun("b", 1, data_seed=3))
     assert not resample(seeds, RECALL, resamples=100, seed=0).is_paired
     assert not resample(facts, RECALL, resamples=100, seed=0).is_paired
 
 
-def test_what_arms_have_in_common_is_drawn_once(tmp_path: Path) -> None:
-    """An arm that lost a seed keeps its facts paired, and leaves the others as they were."""
-    runs = [FakeRun(arm, seed) for arm in ("a", "b") for seed in (1, 2)]
-    whole = resample(arms(tmp_path / "whole", *runs), RECALL, resamples=200, seed=0)
-    fewer = resample(arms(tmp_path / "fewer", *runs, FakeRun("c", 1)), RECALL, resamples=200, seed=0)
+def test_common_seeds_and_facts_are_drawn_once(tmp_path: Path) -> None:
+    """Keeps the facts of a variant paired that has lost a seed, and the draws of the other variants unchanged."""
+    runs = [FakeRun(name, seed) for name in ("a", "b") for seed in (1, 2)]
+    whole = resample(variants(tmp_path / "whole", *runs), RECALL, resamples=200, seed=0)
+    fewer = resample(variants(tmp_path / "fewer", *runs, FakeRun("c", 1)), RECALL, resamples=200, seed=0)
     assert not fewer.is_paired
     assert fewer.difference("b", "a") == (0.0, 0.0, 0.0)
     np.testing.assert_array_equal(fewer.resamples["a"], whole.resamples["a"])
-    alone = arms(tmp_path / "alone", FakeRun("a", 1), FakeRun("b", 2))
+    alone = variants(tmp_path / "alone", FakeRun("a", 1), FakeRun("b", 2))
     facts = resample(alone, RECALL, resamples=2000, seed=0).resamples
-    alike = arms(tmp_path / "alike", FakeRun("a", 1, 1.0), FakeRun("b", 2, 1.0))
+    alike = variants(tmp_path / "alike", FakeRun("a", 1, 1.0), FakeRun("b", 2, 1.0))
     assert resample(alike, RECALL, resamples=10, seed=0).difference("a", "b") == (0.0, 0.0, 0.0)
-    exact = [alone[arm][0].answers["paraphrase"].exact.astype(float) for arm in ("a", "b")]
+    exact = [alone[name][0].answers["paraphrase"].exact.astype(float) for name in ("a", "b")]
     expected = np.corrcoef(*exact)[0, 1]
     assert np.corrcoef(facts["a"], facts["b"])[0, 1] == pytest.approx(expected, abs=10 * BOOTSTRAP)
 
 
-def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
-    own = arms(tmp_path, *(FakeRun("a", seed) for seed in (1, 2, 3)))
-    first, again, other = (resample(own, RECALL, resamples=300, seed=seed) for seed in (0, 0, 1))
+def test_the_same_seed_gives_the_same_intervals(tmp_path: Path) -> None:
+    runs = variants(tmp_path, *(FakeRun("a", seed) for seed in (1, 2, 3)))
+    first, again, other = (resample(runs, RECALL, resamples=300, seed=seed) for seed in (0, 0, 1))
     assert first.interval("a") == again.interval("a")
     assert not np.array_equal(first.resamples["a"], other.resamples["a"])
 

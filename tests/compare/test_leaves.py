@@ -1,8 +1,8 @@
-"""A configuration as leaves, and the same configuration elsewhere."""
+"""A configuration as leaves, and the same configuration in another directory."""
 
 from __future__ import annotations
 
-from pkm_lightning.compare.leaves import moved, portable_leaves
+from pkm_lightning.compare.leaves import move_paths, portable_leaves
 
 CONFIG = {
     "run_dir": "/runs/a",
@@ -12,17 +12,17 @@ CONFIG = {
 }
 
 
-def test_paths_under_a_directory_move_with_it_and_no_others() -> None:
-    there = moved(CONFIG, "/runs/a", "/b")
+def test_paths_under_a_directory_are_moved_and_no_others() -> None:
+    there = move_paths(CONFIG, "/runs/a", "/b")
     assert there["run_dir"] == "/b"
     assert there["callbacks"] == {"csv": {"path": "/b/metrics.csv"}, "files": ["/b", "/runs/ab/x", 3]}
     assert there["data"] == CONFIG["data"]
-    assert moved(there, "/b", "/runs/a") == CONFIG
+    assert move_paths(there, "/b", "/runs/a") == CONFIG
 
 
-def test_what_a_run_is_does_not_depend_on_where_it_lies() -> None:
+def test_portable_leaves_do_not_depend_on_the_directory() -> None:
     leaves = portable_leaves(CONFIG)
-    assert leaves == portable_leaves(moved(CONFIG, "/runs/a", "/elsewhere"))
+    assert leaves == portable_leaves(move_paths(CONFIG, "/runs/a", "/elsewhere"))
     assert not leaves.keys() & {"run_dir", "resume"}
     assert leaves["data.path"] == "/runs/ab"
     assert portable_leaves({"seed": 1}) == {"seed": 1}

@@ -1,4 +1,4 @@
-"""What a comparison shows while it runs."""
+"""The progress of a comparison, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import pytest
 from run_folders import FakeRun
 
 from pkm_lightning.compare.live_table import LiveTable
-from pkm_lightning.compare.plan import PlannedRun
-from pkm_lightning.compare.processes import Ended
+from pkm_lightning.compare.processes import RunEnd
+from pkm_lightning.compare.schedule import ScheduledRun
 
 
-def planned(root: Path) -> list[PlannedRun]:
-    return [PlannedRun(arm, 1, None, (), root / arm / "seed-1") for arm in ("good", "bad", "next")]
+def scheduled(root: Path) -> list[ScheduledRun]:
+    return [ScheduledRun(name, 1, None, (), root / name / "seed-1") for name in ("good", "bad", "next")]
 
 
-def show(runs: list[PlannedRun]) -> None:
+def show(runs: list[ScheduledRun]) -> None:
     good, bad, _ = runs
-    with LiveTable(runs, {run.arm: 100 for run in runs}, "runs") as table:
-        table.running([good, bad])
-        table.ended(Ended(good, 0, "all good"))
-        table.ended(Ended(bad, -9, "[step] 3"))
+    with LiveTable(runs, {run.variant: 100 for run in runs}, "runs") as table:
+        table.show_running([good, bad])
+        table.show_end(RunEnd(good, 0, "all good"))
+        table.show_end(RunEnd(bad, -9, "[step] 3"))
 
 
-def test_elsewhere_than_on_a_terminal_there_is_a_line_an_event(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = planned(tmp_path)
+def test_without_a_terminal_each_event_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = scheduled(tmp_path)
     for run in runs[:2]:
-        FakeRun(run.arm, 1, 0.5, record={"status": "finished" if run.arm == "good" else "running"}).write(tmp_path)
+        FakeRun(run.variant, 1, 0.5, record={"status": "finished" if run.variant == "good" else "running"}).write(
+            tmp_path
+        )
     show(runs)
     assert capsys.readouterr().out.splitlines() == [
         "runs: 3 runs",
@@ -41,10 +41,10 @@ def test_elsewhere_than_on_a_terminal_there_is_a_line_an_event(
     ]
 
 
-def test_on_a_terminal_a_table_says_how_far_each_run_is(
+def test_on_a_terminal_a_table_shows_the_progress_of_each_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = planned(tmp_path)
+    runs = scheduled(tmp_path)
     FakeRun("good", 1).write(tmp_path)
     FakeRun("bad", 1, record={"status": "running"}).write(tmp_path)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

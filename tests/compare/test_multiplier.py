@@ -26,7 +26,7 @@ LADDER = [(1.0, 0.2), (2.0, 0.4), (4.0, 0.8)]
         (0.4, 4.0, 0.5),
     ],
 )
-def test_it_is_exact_on_a_constructed_ladder(quality: float, compute: float, expected: float) -> None:
+def test_the_multiplier_is_exact_on_a_constructed_ladder(quality: float, compute: float, expected: float) -> None:
     for order in (LADDER, LADDER[::-1]):
         found = multiplier(order, quality, compute)
         assert (found.value, found.sign) == (pytest.approx(expected, rel=EXACT_FLOAT), "")
@@ -43,13 +43,13 @@ def test_a_rung_that_is_worse_than_a_smaller_one_counts_as_level(quality: float,
     assert found == Bound(pytest.approx(expected, rel=EXACT_FLOAT))  # type: ignore[arg-type]
 
 
-def test_what_a_smaller_rung_reaches_is_not_beyond_the_ladder() -> None:
+def test_a_quality_that_a_smaller_rung_reaches_is_not_beyond_the_ladder() -> None:
     ladder = [(1.0, 0.2), (2.0, 0.8), (4.0, 0.6)]
     assert multiplier(ladder, 0.75, 1.0).value < 2
     assert str(multiplier(ladder, 0.81, 1.0)) == ">= 4.00x"
 
 
-def test_on_a_level_ladder_nothing_more_than_a_bound_is_known() -> None:
+def test_a_level_ladder_gives_only_a_bound() -> None:
     assert str(multiplier([(1.0, 0.0), (2.0, 0.0), (4.0, 0.0)], 0.0, 1.0)) == "<= 1.00x"
 
 
@@ -66,7 +66,7 @@ def test_lower_may_be_better() -> None:
     assert str(found["own"].low) == str(found["own"].high) == "2.00x"
 
 
-def test_the_interval_is_of_the_resamples_with_bounds_at_its_ends() -> None:
+def test_the_interval_over_resamples_has_bounds_at_its_ends() -> None:
     qualities = np.linspace(0.1, 0.9, 201)
     means = Resampled(
         mean={"small": 0.2, "large": 0.8, "own": 0.5},
@@ -79,7 +79,7 @@ def test_the_interval_is_of_the_resamples_with_bounds_at_its_ends() -> None:
     assert str(found["own"].value) == "2.00x"
 
 
-def test_a_bound_lies_beyond_the_same_value_that_is_known() -> None:
+def test_a_bound_sorts_after_the_same_value_without_a_sign() -> None:
     means = Resampled(
         mean={"small": 0.2, "large": 0.8, "own": 0.8},
         resamples={"small": np.full(4, 0.2), "large": np.full(4, 0.8), "own": np.array([0.9, 0.8, 0.9, 0.8])},
@@ -90,7 +90,7 @@ def test_a_bound_lies_beyond_the_same_value_that_is_known() -> None:
     assert (str(found["own"].low), str(found["own"].high)) == ("4.00x", ">= 4.00x")
 
 
-def test_an_arm_without_known_compute_has_none() -> None:
+def test_a_variant_without_known_compute_has_no_multiplier() -> None:
     means = Resampled(
         mean={"a": 0.1, "b": 0.2, "c": 0.3}, resamples={k: np.zeros(3) for k in "abc"}, is_paired=True, over="seeds"
     )

@@ -1,4 +1,4 @@
-"""Runs read back from directories of any layout, with what went wrong with them."""
+"""Runs read back from directories of any layout, with the reasons of failures."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from processes import held_elsewhere
 from run_folders import FakeRun
 from studies import SETTINGS
 
-from pkm_lightning.compare import report
+from pkm_lightning.compare import plots, report
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.records import read_metrics, read_runs
+from pkm_lightning.compare.records import read_runs
+from pkm_lightning.compare.run_files import read_metrics
 from pkm_lightning.compare.run_state import run_state
 from pkm_lightning.compare.study import make_study
 from pkm_lightning.errors import RunDirectoryError
 
 
-def test_arms_are_named_by_their_folders_and_sorted(tmp_path: Path) -> None:
-    for arm, seed in (("b", 2), ("b", 1), ("a", 1)):
-        FakeRun(arm, seed).write(tmp_path)
+def test_variants_are_named_by_their_folders_and_sorted(tmp_path: Path) -> None:
+    for variant, seed in (("b", 2), ("b", 1), ("a", 1)):
+        FakeRun(variant, seed).write(tmp_path)
     runs, comparisons = read_runs([tmp_path])
-    assert [(run.arm, run.seed) for run in runs] == [("a", 1), ("b", 1), ("b", 2)]
+    assert [(run.variant, run.seed) for run in runs] == [("a", 1), ("b", 1), ("b", 2)]
     assert comparisons == []
 
 
-def test_loose_runs_are_named_by_their_ffn_and_what_differs(tmp_path: Path) -> None:
+def test_loose_runs_are_named_by_their_ffn_and_their_differences(tmp_path: Path) -> None:
     FakeRun("", 1, ffn="MoE").write(tmp_path, "monday")
     FakeRun("", 1).write(tmp_path, "tuesday")
     FakeRun("", 2).write(tmp_path, "wednesday")
     FakeRun("", 1, config={"model": {"dim": 128}}).write(tmp_path, "thursday")
     runs, _ = read_runs([tmp_path])
-    assert [(run.arm, run.seed) for run in runs] == [
+    assert [(run.variant, run.seed) for run in runs] == [
         ("moe", 1),
         ("memory_plus model.dim=128", 1),
         ("memory_plus model.dim=64", 1),
@@ -46,29 +47,29 @@ def test_sweeps_and_speed_tests_are_not_reported(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "runs")
     FakeRun("a", 1001).write(tmp_path / "sweep")
     FakeRun("a", 0).write(tmp_path / "speed", "a/try-1")
-    Comparison(command=[], base=[], arms={"a": []}).save(tmp_path)
+    Comparison(command=[], base=[], variants={"a": []}).save(tmp_path)
     runs, comparisons = read_runs([tmp_path])
-    assert [(run.arm, run.seed) for run in runs] == [("a", 1)]
+    assert [(run.variant, run.seed) for run in runs] == [("a", 1)]
     assert len(comparisons) == 1
 
 
-def test_comparisons_are_found_below_what_is_named(tmp_path: Path) -> None:
+def test_comparisons_are_found_below_the_folder(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "mine" / "runs")
     FakeRun("lr-0.1", 1001).write(tmp_path / "mine" / "sweep" / "a")
-    Comparison(command=[], base=[], arms={"a": []}).save(tmp_path / "mine")
+    Comparison(command=[], base=[], variants={"a": []}).save(tmp_path / "mine")
     FakeRun("b", 1).write(tmp_path / "sweep")
     runs, comparisons = read_runs([tmp_path])
-    assert [run.arm for run in runs] == ["a", "b"]
+    assert [run.variant for run in runs] == ["a", "b"]
     assert len(comparisons) == 1
 
 
-def test_a_comparison_around_what_is_named_is_found(tmp_path: Path) -> None:
+def test_a_comparison_around_the_folder_is_found(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "mine" / "runs")
     FakeRun("lr-0.1", 1001).write(tmp_path / "mine" / "sweep" / "a")
-    Comparison(command=[], base=["x=1"], arms={"a": []}).save(tmp_path / "mine")
+    Comparison(command=[], base=["x=1"], variants={"a": []}).save(tmp_path / "mine")
     runs, (comparison,) = read_runs([tmp_path / "mine" / "runs"])
-    assert ([run.arm for run in runs], comparison.base) == (["a"], ["x=1"])
-    with pytest.raises(RunDirectoryError, match=r"no record of a run .* but those of a sweep"):
+    assert ([run.variant for run in runs], comparison.base) == (["a"], ["x=1"])
+    with pytest.raises(RunDirectoryError, match=r"no record of a run .* except those of a sweep"):
         read_runs([tmp_path / "mine" / "sweep"])
 
 
@@ -77,12 +78,12 @@ def test_a_comparison_inside_another_keeps_its_own(tmp_path: Path, inner: str) -
     for root in (tmp_path, tmp_path / inner):
         root.mkdir(exist_ok=True)
         Comparison(
-            command=[], base=[], arms={}, failures={"runs/b/seed-1": "no luck"} if root != tmp_path else {}
+            command=[], base=[], variants={}, failures={"runs/b/seed-1": "no luck"} if root != tmp_path else {}
         ).save(root)
     FakeRun("a", 1001).write(tmp_path / inner / "sweep")
     FakeRun("b", 1, record={"status": "running"}).write(tmp_path / inner / "runs")
     runs, _ = read_runs([tmp_path])
-    assert [(run.arm, run.failure) for run in runs] == [("b", "no luck")]
+    assert [(run.variant, run.failure) for run in runs] == [("b", "no luck")]
 
 
 def test_a_run_of_several_directories_counts_once(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_run_of_several_directories_counts_once(tmp_path: Path) -> None:
     assert len(runs) == 1
 
 
-def test_of_equal_runs_the_finished_one_counts(tmp_path: Path) -> None:
+def test_the_finished_one_of_equal_runs_counts(tmp_path: Path) -> None:
     FakeRun("a", 1, record={"status": "interrupted", "data": None}).write(tmp_path / "one")
     FakeRun("a", 1).write(tmp_path / "two")
     (run,), _ = read_runs([tmp_path / "one", tmp_path / "two"])
@@ -124,20 +125,20 @@ def test_two_different_runs_of_one_name_and_seed_are_refused(tmp_path: Path, sta
         ({"metrics": {"test/loss": None}}, "diverged: the final loss is not finite"),
     ],
 )
-def test_what_went_wrong_is_told(tmp_path: Path, record: dict[str, object], failure: str) -> None:
+def test_the_reason_of_a_failure_is_read(tmp_path: Path, record: dict[str, object], failure: str) -> None:
     FakeRun("a", 1, record=record).write(tmp_path)
     ((run,), _) = read_runs([tmp_path])
     assert run.failure == failure
     assert run.ok is not bool(failure)
 
 
-def test_what_a_process_said_at_its_end_is_told(tmp_path: Path) -> None:
-    """A killed run could not write why, and one that was refused has no record at all."""
+def test_the_last_output_of_a_process_is_the_reason(tmp_path: Path) -> None:
+    """Covers a killed run, whose record has no reason, and a refused one, which has no record."""
     FakeRun("a", 1, record={"status": "running"}).write(tmp_path / "runs")
-    said = {"runs/a/seed-1": "killed by SIGKILL (out of memory?)", "runs/b/seed-1": "data.path does not exist"}
-    Comparison(command=[], base=[], arms={"a": [], "b": []}, failures=said).save(tmp_path)
+    reasons = {"runs/a/seed-1": "killed by SIGKILL (out of memory?)", "runs/b/seed-1": "data.path does not exist"}
+    Comparison(command=[], base=[], variants={"a": [], "b": []}, failures=reasons).save(tmp_path)
     runs, _ = read_runs([tmp_path])
-    assert {run.arm: run.failure for run in runs} == {"a": said["runs/a/seed-1"], "b": said["runs/b/seed-1"]}
+    assert {run.variant: run.failure for run in runs} == {"a": reasons["runs/a/seed-1"], "b": reasons["runs/b/seed-1"]}
 
 
 def test_the_state_of_a_directory(tmp_path: Path) -> None:
@@ -147,14 +148,14 @@ def test_the_state_of_a_directory(tmp_path: Path) -> None:
     assert not (folder / ".lock").exists()
 
 
-def test_a_directory_that_another_process_has_is_held(tmp_path: Path) -> None:
+def test_a_directory_that_another_process_holds_is_held(tmp_path: Path) -> None:
     folder = FakeRun("a", 1, record={"status": "running"}).write(tmp_path)
     with held_elsewhere(folder):
         assert run_state(folder) == "held"
     assert run_state(folder) == "interrupted"
 
 
-def test_a_lock_of_this_process_is_no_other_process(tmp_path: Path) -> None:
+def test_a_lock_of_this_process_does_not_count(tmp_path: Path) -> None:
     folder = FakeRun("a", 1).write(tmp_path)
     with (folder / ".lock").open("a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
@@ -172,7 +173,7 @@ def test_a_damaged_comparison_is_refused(tmp_path: Path, content: str) -> None:
         read_runs([tmp_path])
 
 
-def test_damaged_files_of_a_run_make_it_fail_and_nothing_else(tmp_path: Path) -> None:
+def test_damaged_files_make_their_run_fail_and_no_other(tmp_path: Path) -> None:
     config = FakeRun("a", 1).write(tmp_path) / "config.yaml"
     record = FakeRun("b", 1).write(tmp_path) / "run.json"
     FakeRun("c", 1).write(tmp_path)
@@ -200,20 +201,20 @@ def test_damaged_files_of_a_run_make_it_fail_and_nothing_else(tmp_path: Path) ->
         ),
     ],
 )
-def test_a_damaged_file_costs_its_run_alone(
+def test_a_damaged_file_affects_no_other_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes
 ) -> None:
-    monkeypatch.setattr(report, "all_plots", lambda study: ())
+    monkeypatch.setattr(plots, "all_plots", lambda study: ())
     (FakeRun("a", 1).write(tmp_path / "runs") / file).write_bytes(content)
     FakeRun("b", 1).write(tmp_path / "runs")
     study = make_study([tmp_path / "runs"], SETTINGS)
-    runs = {run.arm: run for run in study.runs}
+    runs = {run.variant: run for run in study.runs}
     assert runs["a"].failure
     assert runs["b"].ok
     report.write_report(study, tmp_path / "report")
 
 
-def _with_one_answer_turned(lines: list[str]) -> list[str]:
+def _with_one_answer_flipped(lines: list[str]) -> list[str]:
     place = lines[0].split(",").index("exact")
     cells = lines[1].split(",")
     cells[place] = "0" if cells[place] == "1" else "1"
@@ -222,10 +223,10 @@ def _with_one_answer_turned(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda lines: lines[:6], lambda lines: [*lines, *lines[1:]], _with_one_answer_turned],
-    ids=["cut short", "each twice", "one turned"],
+    [lambda lines: lines[:6], lambda lines: [*lines, *lines[1:]], _with_one_answer_flipped],
+    ids=["cut short", "each twice", "one flipped"],
 )
-def test_answers_that_contradict_the_record_are_no_figures(
+def test_answers_that_contradict_the_record_are_refused(
     tmp_path: Path, damage: Callable[[list[str]], list[str]]
 ) -> None:
     file = FakeRun("a", 1).write(tmp_path) / "recall.csv"
@@ -248,7 +249,7 @@ def test_a_directory_without_runs_is_refused(tmp_path: Path, make: bool) -> None
         read_runs([folder])
 
 
-def test_numbers_that_are_not_finite_come_back_as_such(tmp_path: Path) -> None:
+def test_a_run_may_have_numbers_that_were_not_finite(tmp_path: Path) -> None:
     folder = FakeRun("a", 1).write(tmp_path)
     record = json.loads((folder / "run.json").read_text())
     record["tokens_per_second"] = None

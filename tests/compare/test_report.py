@@ -1,20 +1,19 @@
-"""The files of a report: whole, self-contained, honest about what failed or differs, and never in the way of others."""
+"""The files of a report: whole, self-contained, explicit about failures and differences, and never in others' way."""
 
 from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_folders import FakeRun, ladder
 from studies import SETTINGS, study_of, table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pkm_lightning.compare import report
+from pkm_lightning.compare import pages, plots, report
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.plots import all_plots, known_names
 from pkm_lightning.compare.report import write_report
@@ -23,24 +22,24 @@ from pkm_lightning.errors import RunDirectoryError
 
 
 @pytest.fixture
-def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a report's time; where plots are not what is tested, two of them do."""
-    monkeypatch.setattr(report, "all_plots", lambda study: islice(all_plots(study), 2))
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the panels out: drawing takes most of a report's time."""
+    monkeypatch.setattr(plots, "all_plots", lambda study: ())
 
 
 class Page(HTMLParser):
-    """What a page would load, and the text that it shows in red."""
+    """What a page would load, and the text of its warnings."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.loads: list[str] = []
-        self.open: list[str] = []
+        self.targets: list[str] = []
         self.warnings = ""
         self._depth = 0
+        self.feed((folder / "report.html").read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.loads += [str(given[key]) for key in ("src", "href", "xlink:href") if given.get(key)]
+        values = dict(attrs)
+        self.targets += [str(values[key]) for key in ("src", "href", "xlink:href") if values.get(key)]
         if tag == "section":
             self._depth += 1
 
@@ -53,206 +52,150 @@ class Page(HTMLParser):
             self.warnings += data
 
 
-def page(folder: Path) -> Page:
-    parsed = Page()
-    parsed.feed((folder / "report.html").read_text())
-    return parsed
-
-
-@pytest.mark.usefixtures("few_plots")
-@pytest.mark.parametrize("metric", ["recall_question", "bits_paraphrase", "test/loss"])
-def test_the_metric_may_be_chosen(tmp_path: Path, metric: str) -> None:
-    study = study_of(tmp_path, *ladder((1, 2)), metric=metric)
-    write_report(study, tmp_path / "report")
-    assert study.quality.metric == metric
-    assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
-
-
-def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
-    out = tmp_path / "report"
-    write_report(study_of(tmp_path / "runs", *ladder()), out)
-    text = (out / "report.html").read_text()
-    assert all(target.startswith(("#", "data:,")) for target in page(out).loads)
-    assert "@import" not in text
-    assert not re.search(r"url\((?!#)", text)
-    assert text.count("<svg") == len(list((out / "plots").glob("*.svg"))) == len(list((out / "plots").glob("*.png")))
-    assert "prefers-color-scheme: dark" in text
-    assert 'name="viewport"' in text
-
-
-@pytest.mark.usefixtures("few_plots")
-def test_every_drawing_says_what_it_is_and_takes_the_pages_colour(tmp_path: Path) -> None:
+def test_a_whole_report_is_one_page_that_loads_nothing_and_warns_of_nothing(tmp_path: Path) -> None:
+    """Draws every panel once: known names, one SVG and PNG each, described and in the page's colour."""
     out = tmp_path / "report"
     write_report(study_of(tmp_path / "runs", *ladder((1,))), out)
-    text = (out / "report.html").read_text()
-    assert text.count('role="img" aria-label="') == text.count("<svg")
+    page, text = Page(out), (out / "report.html").read_text()
+    assert all(target.startswith(("#", "data:,")) for target in page.targets)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert {file.stem for file in (out / "plots").glob("*.svg")} == known_names()
+    assert {file.stem for file in (out / "plots").glob("*.png")} == known_names()
+    assert text.count("<svg") == text.count('role="img" aria-label="') == len(known_names())
     assert "currentColor" in text
     assert "#1b1f24" not in text.split("</style>", 1)[1]
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert page.warnings == ""
+    assert "Warning" not in (out / "report.md").read_text()
+    assert {entry.name for entry in out.iterdir()} == {"plots", "report.html", "report.md", "runs.csv"}
 
 
-@pytest.mark.usefixtures("few_plots")
-def test_a_fair_comparison_warns_of_nothing(tmp_path: Path) -> None:
-    write_report(study_of(tmp_path / "runs", *ladder()), tmp_path / "report")
-    assert page(tmp_path / "report").warnings == ""
-    assert "Warning" not in (tmp_path / "report" / "report.md").read_text()
+def test_a_drawing_is_the_same_each_time_for_any_name_of_a_variant(tmp_path: Path) -> None:
+    for i, name in enumerate((r"$\foo{$", "ein Löwe & <b>", "x" * 150)):
+        FakeRun(name, 1, 0.1 * (i + 1)).write(tmp_path / "runs")
+    FakeRun("", 1, config={"ffn": {"_target_": "y" * 300}}).write(tmp_path / "runs", "loose")
+    FakeRun("", 1).write(tmp_path / "runs", "other")
+    study = make_study([tmp_path / "runs"], SETTINGS)
+    first, again = next(all_plots(study)), next(all_plots(study))
+    assert first == again
+    assert "ein Löwe &amp; &lt;b&gt;" in pages.render_pages(study, [first], report.MARK)["report.html"]
 
 
-@pytest.mark.usefixtures("few_plots")
-@pytest.mark.parametrize(
-    ("config", "key"),
-    [({"data": {"global_batch_size": 24}}, "data.global_batch_size"), ({"data": {"seed": 7}}, "data.seed"),
-     ({"trainer": {"precision": "bf16-mixed"}}, "trainer.precision")],
-)  # fmt: skip
-def test_runs_that_secretly_differ_are_warned_of_in_red(tmp_path: Path, config: dict[str, Any], key: str) -> None:
-    runs = ladder((1, 2))
-    runs[-1].config = config
+@pytest.mark.usefixtures("no_plots")
+def test_unfair_differences_are_warned_of_in_red(tmp_path: Path) -> None:
+    runs = ladder((1,))
+    runs[-1].config = {"trainer": {"precision": "bf16-mixed"}, "data": {"seed": 7}}
     write_report(study_of(tmp_path / "runs", *runs), tmp_path / "report")
-    assert key in page(tmp_path / "report").warnings
-    assert f"`{key}`" in (tmp_path / "report" / "report.md").read_text().split("##")[0]
+    for key in ("trainer.precision", "data.seed"):
+        assert key in Page(tmp_path / "report").warnings
+        assert f"`{key}`" in (tmp_path / "report" / "report.md").read_text().split("##")[0]
 
 
-@pytest.mark.usefixtures("few_plots")
+@pytest.mark.usefixtures("no_plots")
 def test_failed_runs_are_shown_with_their_reason_and_the_rest_is_reported(tmp_path: Path) -> None:
-    failed = FakeRun("peer", 1, record={"status": "failed", "reason": "CUDA out of <memory>"})
-    nan = FakeRun("moe", 3, record={"metrics": {"test/loss": None}})
-    runs = [run for run in ladder() if (run.arm, run.seed) != ("moe", 3)]
-    study = study_of(tmp_path / "runs", *runs, failed, nan)
+    failed = FakeRun("peer", 1, record={"status": "failed", "reason": "CUDA out of <script>memory</script> | x"})
+    diverged = FakeRun("moe", 2, record={"metrics": {"test/loss": None}})
+    runs = [run for run in ladder((1, 2)) if (run.variant, run.seed) != ("moe", 2)]
+    study = study_of(tmp_path / "runs", *runs, failed, diverged)
     write_report(study, tmp_path / "report")
-    warnings = page(tmp_path / "report").warnings
+    warnings = Page(tmp_path / "report").warnings
     assert "peer seed 1" in warnings
-    assert "CUDA out of <memory>" in warnings
-    assert "moe seed 3" in warnings
+    assert "CUDA out of <script>memory</script> | x" in warnings
+    assert "moe seed 2" in warnings
+    # Texts of runs must not become markup.
+    assert "<script" not in (tmp_path / "report" / "report.html").read_text()
+    assert r"</script> \| x |" in (tmp_path / "report" / "report.md").read_text()
     quality = table(study, "Recall")
-    assert quality["moe"]["seed 3"] == "-"
+    assert quality["moe"]["seed 2"] == "-"
     assert "peer" not in quality
     with (tmp_path / "report" / "runs.csv").open() as file:
         rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 19
-    assert rows["peer", "1"]["status"] == rows["moe", "3"]["status"] == "failed"
+    assert len(rows) == 13
+    assert rows["peer", "1"]["status"] == rows["moe", "2"]["status"] == "failed"
 
 
-def test_when_all_runs_failed_there_is_still_a_report(tmp_path: Path) -> None:
+def test_a_report_of_failed_runs_alone_is_written(tmp_path: Path) -> None:
     study = study_of(tmp_path / "runs", FakeRun("a", 1, record={"status": "failed", "reason": "no disk"}))
     write_report(study, tmp_path / "report")
     assert "no disk" in (tmp_path / "report" / "report.md").read_text()
 
 
-@pytest.mark.usefixtures("few_plots")
+@pytest.mark.usefixtures("no_plots")
 def test_a_plugin_without_a_cost_is_reported_without_it(tmp_path: Path) -> None:
     strange = FakeRun("mine", 1, 0.5, ffn="Mine", record={"unknown_cost": ["Mine"]})
     study = study_of(tmp_path / "runs", *ladder((1,)), strange)
     write_report(study, tmp_path / "report")
-    assert table(study, "Cost")["mine"]["FLOPs a token, trunk forward"] == "-"
+    assert table(study, "Cost")["mine"]["FLOPs per token, trunk forward"] == "-"
     assert "mine" not in study.multipliers["trunk"]
 
 
-@pytest.mark.usefixtures("few_plots")
-def test_text_of_runs_cannot_become_markup(tmp_path: Path) -> None:
-    evil = FakeRun("a", 1, record={"status": "failed", "reason": "<script>alert(1)</script> | x"})
-    write_report(study_of(tmp_path / "runs", FakeRun("b", 1), evil), tmp_path / "report")
-    assert "<script" not in (tmp_path / "report" / "report.html").read_text()
-    assert r"</script> \| x |" in (tmp_path / "report" / "report.md").read_text()
+def test_a_report_replaces_an_earlier_one_and_leaves_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [plots.Plot(name, name, "<svg></svg>", b"png") for name in ("quality_by_compute", "recall_by_decile")]
+    monkeypatch.setattr(plots, "all_plots", lambda study: drawn[: len(study.ladder)])
+    out = tmp_path / "report"
+    study = study_of(tmp_path / "runs", *ladder((1,)))
+    write_report(study, out)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    texts = [path.read_bytes() for path in files]
+    (out / "plots" / "mine.png").write_text("precious")
+    (out / "hparams").mkdir()  # written by earlier versions
+    write_report(study, out)
+    assert [path.read_bytes() for path in files] == texts, "the same runs give the same report"
+    write_report(study_of(tmp_path / "loose", FakeRun("a", 1, forms=())), out)
+    assert [path.name for path in (out / "plots").iterdir()] == ["mine.png"]
+    assert not (out / "hparams").exists()
+    assert not list(out.rglob("*.tmp"))
 
 
-@pytest.mark.usefixtures("few_plots")
-def test_the_same_runs_give_the_same_report(tmp_path: Path) -> None:
-    for run in ladder((1, 2)):
-        run.write(tmp_path / "runs")
-    written = []
-    for name in ("one", "two"):
-        write_report(make_study([tmp_path / "runs"], SETTINGS), tmp_path / name)
-        files = sorted(f for f in (tmp_path / name).rglob("*") if f.suffix in (".html", ".md", ".csv", ".svg"))
-        written.append([(f.name, f.read_text()) for f in files])
-    assert written[0] == written[1]
-
-
-@pytest.mark.usefixtures("few_plots")
-def test_a_report_replaces_an_earlier_one(tmp_path: Path) -> None:
-    write_report(study_of(tmp_path / "runs", *ladder((1,))), tmp_path / "report")
-    loose = study_of(tmp_path / "loose", FakeRun("a", 1, forms=()))
-    write_report(loose, tmp_path / "report")
-    assert not (tmp_path / "report" / "plots" / "quality_by_compute.svg").exists()
-    assert [entry.name for entry in (tmp_path / "report" / "hparams").iterdir()] == ["a-seed-1"]
-    assert not list((tmp_path / "report").rglob("*.tmp"))
-
-
-@pytest.mark.usefixtures("few_plots")
-def test_how_far_a_comparison_is_and_what_was_killed_is_told(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_plots")
+def test_the_state_of_a_comparison_and_its_command_are_shown(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "runs")
     FakeRun("a", 2, record={"status": "running"}).write(tmp_path / "runs")
-    Comparison(command=[], base=[], arms={"a": [], "b": []}, seeds=[1, 2, 3]).save(tmp_path)
+    command = ["python", "compare", "+variants.b={ffn: moe}"]
+    Comparison(command=command, base=[], variants={"a": [], "b": []}, seeds=[1, 2, 3]).save(tmp_path)
     write_report(make_study([tmp_path], SETTINGS), tmp_path)
     for name in ("report.md", "report.html"):
-        assert "So far: 2 of 6 runs have begun." in (tmp_path / name).read_text()
+        assert "So far: 2 of 6 runs have started." in (tmp_path / name).read_text()
+    assert "python compare '+variants.b={ffn: moe}'" in (tmp_path / "report.md").read_text()
     with (tmp_path / "runs.csv").open(newline="") as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["finished", "interrupted"]
 
 
-@pytest.mark.usefixtures("few_plots")
-def test_a_report_that_was_stopped_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_plots")
+def test_a_report_that_was_interrupted_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = study_of(tmp_path / "runs", FakeRun("a", 1))
 
-    def stop(*_: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for what in ("all_plots", "runs_csv", "write_board"):
+    for module, name in ((plots, "all_plots"), (report, "runs_csv")):
         with monkeypatch.context() as patch:
-            patch.setattr(report, what, stop)
+            patch.setattr(module, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 write_report(study, tmp_path / "report")
     write_report(study, tmp_path / "report")
 
 
-@pytest.mark.parametrize("name", ["run.json", "thesis.tex", "report.md"])
-def test_a_report_replaces_nothing_but_reports(tmp_path: Path, name: str) -> None:
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda out: (out / "run.json").write_text("precious"),
+        lambda out: (out / "thesis.tex").write_text("precious"),
+        lambda out: (out / "report.md").write_text("precious"),
+    ],
+    ids=["a run", "other files", "another report.md"],
+)
+def test_a_report_replaces_nothing_but_reports(tmp_path: Path, place: Callable[[Path], int]) -> None:
     study = study_of(tmp_path / "runs", FakeRun("a", 1))
     out = tmp_path / "mine"
     (out / "plots").mkdir(parents=True)
-    (out / name).write_text("precious")
+    place(out)
+    before = sorted(out.rglob("*"))
     with pytest.raises(RunDirectoryError, match=r"choose (another|an empty)"):
         write_report(study, out)
-    assert sorted(entry.name for entry in out.iterdir()) == ["plots", name]
-    assert not list((out / "plots").iterdir())
-
-
-@pytest.mark.usefixtures("few_plots")
-def test_own_files_beside_the_plots_stay(tmp_path: Path) -> None:
-    study = study_of(tmp_path / "runs", *ladder((1,)))
-    write_report(study, tmp_path / "report")
-    (tmp_path / "report" / "plots" / "mine.png").write_text("precious")
-    write_report(study, tmp_path / "report")
-    assert (tmp_path / "report" / "plots" / "mine.png").read_text() == "precious"
-
-
-@pytest.mark.usefixtures("few_plots")
-def test_any_name_of_an_arm_can_be_drawn_and_written(tmp_path: Path) -> None:
-    for i, name in enumerate((r"$\foo{$", "ein Löwe & <b>", "x" * 150)):
-        FakeRun(name, 1, 0.1 * (i + 1)).write(tmp_path / "runs")
-    FakeRun("", 1, config={"ffn": {"_target_": "y" * 300}}).write(tmp_path / "runs", "loose")
-    FakeRun("", 1).write(tmp_path / "runs", "other")
-    write_report(make_study([tmp_path / "runs"], SETTINGS), tmp_path / "report")
-    assert len(list((tmp_path / "report" / "hparams").iterdir())) == 5
-    assert "&lt;b&gt;" in (tmp_path / "report" / "report.html").read_text()
-
-
-def test_every_panel_has_a_known_name(tmp_path: Path) -> None:
-    assert {plot.name for plot in all_plots(study_of(tmp_path, *ladder((1,))))} == known_names()
-
-
-def test_the_command_can_be_copied(tmp_path: Path) -> None:
-    FakeRun("a", 1).write(tmp_path / "runs")
-    Comparison(command=["python", "compare", "+variants.b={ffn: moe}"], base=[], arms={"a": []}).save(tmp_path)
-    write_report(make_study([tmp_path], SETTINGS), tmp_path)
-    assert "python compare '+variants.b={ffn: moe}'" in (tmp_path / "report.md").read_text()
-
-
-@pytest.mark.usefixtures("few_plots")
-def test_the_board_has_a_row_a_run(tmp_path: Path) -> None:
-    study = study_of(tmp_path / "runs", *ladder((1, 2)))
-    write_report(study, tmp_path / "report")
-    folders = sorted((tmp_path / "report" / "hparams").iterdir())
-    assert len(folders) == 12
-    events = EventAccumulator(str(folders[0])).Reload()
-    (value,) = [event.value for event in events.Scalars("hparam/recall_paraphrase")]
-    assert value == pytest.approx(study.quality.value(study.arms["dense_0.5x"][0]))
-    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert sorted(out.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""The numbers of constructed runs equal a plain recomputation; what is compared with what, and what is left out."""
+"""The numbers of constructed runs equal a plain recomputation; the reference, the ladder and what is left out."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from pkm_lightning.compare.tables import all_tables
 from pkm_lightning.errors import ConfigError
 
 
-def test_the_numbers_are_those_of_a_plain_recomputation(tmp_path: Path) -> None:
-    """From metrics.csv, recall.csv and run.json, with nothing of the package."""
+def test_the_numbers_equal_a_plain_recomputation(tmp_path: Path) -> None:
+    """Recomputes from metrics.csv, recall.csv and run.json, without the package."""
     study = study_of(tmp_path, *ladder())
     quality, costs = table(study, "Recall"), table(study, "Cost")
-    for arm in ("dense_1x", "moe", "memory_plus"):
+    for variant in ("dense_1x", "moe", "memory_plus"):
         exact, read, seconds = [], [], []
         for seed in (1, 2, 3):
-            folder = tmp_path / arm / f"seed-{seed}"
+            folder = tmp_path / variant / f"seed-{seed}"
             with (folder / "recall.csv").open() as file:
                 hits = [int(row["exact"]) for row in csv.DictReader(file) if row["form"] == "paraphrase"]
             exact.append(sum(hits) / len(hits))
-            assert quality[arm][f"seed {seed}"] == f"{exact[-1]:.1%}"
+            assert quality[variant][f"seed {seed}"] == f"{exact[-1]:.1%}"
             with (folder / "metrics.csv").open() as file:
                 rows = [row for row in csv.DictReader(file) if row["val/recall_paraphrase"]]
             curve = [(float(row["seconds"]), float(row["val/recall_paraphrase"])) for row in rows]
             read.append(np.interp(100.0, *zip(*curve, strict=True)))
             seconds.append(json.loads((folder / "run.json").read_text())["seconds"]["train"])
-        assert quality[arm]["mean"] == f"{statistics.fmean(exact):.1%}"
-        assert quality[arm]["at 100 seconds"] == f"{statistics.fmean(read):.1%}"
-        assert costs[arm]["training seconds"] == f"{statistics.fmean(seconds):,.0f}"
+        assert quality[variant]["mean"] == f"{statistics.fmean(exact):.1%}"
+        assert quality[variant]["at 100 seconds"] == f"{statistics.fmean(read):.1%}"
+        assert costs[variant]["training seconds"] == f"{statistics.fmean(seconds):,.0f}"
 
 
 def test_the_reference_is_the_dense_model_of_equal_compute(tmp_path: Path) -> None:
@@ -51,18 +51,20 @@ def test_the_reference_is_the_dense_model_of_equal_compute(tmp_path: Path) -> No
     assert table(study, "Recall")["dense_1x"]["less dense_1x"] == ""
 
 
-def test_multipliers_are_of_trunk_model_and_time(tmp_path: Path) -> None:
+def test_multipliers_of_trunk_model_and_time(tmp_path: Path) -> None:
     study = study_of(tmp_path, *ladder(n_facts=400))
-    mean = {arm: statistics.fmean(study.quality.value(run) for run in runs) for arm, runs in study.arms.items()}
+    mean = {
+        variant: statistics.fmean(study.quality.value(run) for run in runs) for variant, runs in study.variants.items()
+    }
     # MoE lies between the rungs 1x and 2x.
     share = (mean["moe"] - mean["dense_1x"]) / (mean["dense_2x"] - mean["dense_1x"])
     assert 0 < share < 1
-    found = study.multipliers["trunk"]["moe"].value
-    assert found.value == pytest.approx(1000 * 2**share / 1010, rel=EXACT_FLOAT)
-    found = study.multipliers["model"]["moe"].value
-    assert found.value == pytest.approx(1500 * (2500 / 1500) ** share / 1510, rel=EXACT_FLOAT)
-    found = study.multipliers["time"]["moe"].value
-    assert found.value == pytest.approx(100 * math.sqrt(2) ** share / 150, rel=EXACT_FLOAT)
+    multiplier = study.multipliers["trunk"]["moe"].value
+    assert multiplier.value == pytest.approx(1000 * 2**share / 1010, rel=EXACT_FLOAT)
+    multiplier = study.multipliers["model"]["moe"].value
+    assert multiplier.value == pytest.approx(1500 * (2500 / 1500) ** share / 1510, rel=EXACT_FLOAT)
+    multiplier = study.multipliers["time"]["moe"].value
+    assert multiplier.value == pytest.approx(100 * math.sqrt(2) ** share / 150, rel=EXACT_FLOAT)
     assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
     assert table(study, "Compute")["moe"]["time, own"] == "1.50x"
     assert table(study, "Compute")["memory_plus"]["trunk, multiplier"] == ">= 4.04x"
@@ -73,7 +75,7 @@ def test_multipliers_are_of_trunk_model_and_time(tmp_path: Path) -> None:
     [{"config": {"trainer": {"max_steps": 30}}}, {"config": {"data": {"global_batch_size": 7}}}],
     ids=["steps", "batch"],
 )
-def test_a_rung_differs_in_its_size_alone(tmp_path: Path, odd: dict[str, Any]) -> None:
+def test_a_rung_differs_only_in_its_size(tmp_path: Path, odd: dict[str, Any]) -> None:
     study = study_of(tmp_path, *ladder((1,)), FakeRun("cheap", 1, ffn="Dense", flops=3000, **odd))
     assert study.ladder == ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x"]
 
@@ -88,12 +90,14 @@ def test_without_a_ladder_there_are_no_multipliers(tmp_path: Path) -> None:
     assert (study.ladder, study.multipliers, study.reference) == ([], {}, "dense")
 
 
-def test_equal_time_runs_are_read_off_at_equal_tokens(tmp_path: Path) -> None:
+def test_equal_time_runs_are_interpolated_at_equal_tokens(tmp_path: Path) -> None:
     for run in (FakeRun("dense", 1, ffn="Dense"), FakeRun("memory_plus", 1)):
         run.write(tmp_path / "runs")
     fewer = {"trainer": {"max_steps": 60, "val_check_interval": 6}}
     FakeRun("dense_2x", 1, ffn="Dense", flops=2000, config=fewer).write(tmp_path / "runs")
-    Comparison(command=[], base=[], arms={"dense": [], "dense_2x": [], "memory_plus": []}, seconds=100).save(tmp_path)
+    Comparison(command=[], base=[], variants={"dense": [], "dense_2x": [], "memory_plus": []}, seconds=100).save(
+        tmp_path
+    )
     study = make_study([tmp_path], SETTINGS)
     assert (study.ladder, study.multipliers) == ([], {})
     assert not study.unfair
@@ -101,33 +105,33 @@ def test_equal_time_runs_are_read_off_at_equal_tokens(tmp_path: Path) -> None:
     assert all_tables(study)[0].title.endswith("equal seconds")
 
 
-def test_bits_are_per_fact_of_training_and_parameter(tmp_path: Path) -> None:
+def test_bits_per_fact_of_training_and_per_parameter(tmp_path: Path) -> None:
     study = study_of(tmp_path, FakeRun("a", 1, known=1.0))
     # 8 prior bits less 0.5 for each of 1,000 facts, over 40,000 parameters of which 4,000 are active.
     assert table(study, "Storage")["a"] == {
         "variant": "a",
-        "bits a fact": "7.50",
+        "bits per fact": "7.50",
         "kbit stored": "7.5",
-        "bits a parameter": "0.188",
-        "bits an active parameter": "1.875",
+        "bits per parameter": "0.188",
+        "bits per active parameter": "1.875",
     }
 
 
 def test_runs_without_questions_are_compared_by_their_loss(tmp_path: Path) -> None:
-    study = study_of(tmp_path, *(FakeRun(arm, seed, forms=()) for arm in ("a", "b") for seed in (1, 2)))
+    study = study_of(tmp_path, *(FakeRun(variant, seed, forms=()) for variant in ("a", "b") for seed in (1, 2)))
     assert study.quality.metric == "test/loss"
     assert [t.title.split()[0] for t in all_tables(study)] == ["Test/loss", "Cost"]
 
 
-def test_a_run_without_answers_fails_and_does_not_change_what_the_report_is_about(tmp_path: Path) -> None:
+def test_a_run_without_answers_fails_and_does_not_change_the_metric(tmp_path: Path) -> None:
     study = study_of(tmp_path, *ladder((1, 2)), FakeRun("silent", 1, forms=()))
     assert study.quality.metric == "recall_paraphrase"
-    assert [(run.arm, run.failure) for run in study.failed] == [("silent", "finished without recall_paraphrase")]
+    assert [(run.variant, run.failure) for run in study.failed] == [("silent", "finished without recall_paraphrase")]
 
 
 def test_data_without_a_test_are_compared_by_their_last_validation(tmp_path: Path) -> None:
-    for arm, loss in (("a", 0.25), ("b", 0.5)):
-        folder = FakeRun(arm, 1, forms=()).write(tmp_path)
+    for variant, loss in (("a", 0.25), ("b", 0.5)):
+        folder = FakeRun(variant, 1, forms=()).write(tmp_path)
         record = json.loads((folder / "run.json").read_text())
         (folder / "run.json").write_text(json.dumps({**record, "metrics": {"val/loss": loss}}))
     study = make_study([tmp_path], SETTINGS)
@@ -136,14 +140,16 @@ def test_data_without_a_test_are_compared_by_their_last_validation(tmp_path: Pat
     assert study.resampled.mean == {"a": 0.25, "b": 0.5}
 
 
-def test_the_direction_of_a_metric_does_not_depend_on_its_spelling(tmp_path: Path) -> None:
-    metric = read_report_settings({"report": {"metric": "test/recall_question"}}).metric
-    study = study_of(tmp_path, *ladder((1, 2)), metric=metric)
+@pytest.mark.parametrize("spelling", ["recall_question", "test/recall_question", "bits_paraphrase", "test/loss"])
+def test_the_metric_may_be_chosen_and_keeps_its_direction(tmp_path: Path, spelling: str) -> None:
+    metric = read_report_settings({"report": {"metric": spelling}}).metric
+    study = study_of(tmp_path, *ladder((1,)), metric=metric)
+    assert study.quality.metric == metric
     assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
 
 
-def test_of_one_value_there_is_no_interval(tmp_path: Path) -> None:
-    runs = [FakeRun(arm, 1, known, ffn, flops, forms=()) for arm, known, ffn, flops in
+def test_a_single_value_has_no_interval(tmp_path: Path) -> None:
+    runs = [FakeRun(variant, 1, known, ffn, flops, forms=()) for variant, known, ffn, flops in
             (("d1", 0.2, "Dense", 500), ("d2", 0.6, "Dense", 1000), ("m", 0.4, "MemoryPlus", 600))]  # fmt: skip
     study = study_of(tmp_path, *runs)
     shown = table(study, "Test/loss")["m"]
@@ -152,37 +158,40 @@ def test_of_one_value_there_is_no_interval(tmp_path: Path) -> None:
     assert "there is no interval" in all_tables(study)[0].note
 
 
-def test_what_was_resampled_is_said(tmp_path: Path) -> None:
+def test_the_resampled_units_are_named(tmp_path: Path) -> None:
     over = [study_of(tmp_path / str(i), *runs).resampled for i, runs in enumerate((
         [FakeRun("a", 1)], [FakeRun("a", 1, forms=()), FakeRun("a", 2, forms=())], [FakeRun("a", 1), FakeRun("a", 2)],
     ))]  # fmt: skip
-    assert [found.over for found in over if found] == ["facts", "seeds", "facts and seeds"]
+    assert [resampled.over for resampled in over if resampled] == ["facts", "seeds", "facts and seeds"]
 
 
-def test_unequal_runs_are_not_said_to_be_equal(tmp_path: Path) -> None:
+def test_unequal_runs_are_called_unequal(tmp_path: Path) -> None:
     study = study_of(tmp_path, FakeRun("a", 1), FakeRun("b", 1, record={"tokens": 300_000}))
     assert all_tables(study)[0].title.endswith("at unequal tokens")
 
 
-def test_seeds_are_counted_within_an_arm(tmp_path: Path) -> None:
+def test_seeds_are_counted_within_a_variant(tmp_path: Path) -> None:
     runs = [FakeRun("a", seed) for seed in (1, 2)] + [FakeRun("b", seed) for seed in (3, 4)]
     assert "2 seeds understate" in all_tables(study_of(tmp_path / "two", *runs))[0].note
-    assert "of one seed it does not say how seeds differ" in all_tables(study_of(tmp_path / "one", *runs[1:]))[0].note
+    assert (
+        "with one seed it does not include how much seeds differ"
+        in all_tables(study_of(tmp_path / "one", *runs[1:]))[0].note
+    )
 
 
 def test_a_mean_over_some_seeds_only_is_not_shown(tmp_path: Path) -> None:
-    """The second seed's first validation comes after the moment: it would leave out just the slow one."""
+    """Leaves the cell empty: the second seed's first validation comes after the moment."""
     slow = FakeRun("slow", 2, seconds=5000.0)
     study = study_of(tmp_path, FakeRun("d", 1, ffn="Dense"), FakeRun("d", 2, ffn="Dense"), FakeRun("slow", 1), slow)
     assert table(study, "Recall")["slow"]["at 100 seconds"] == "-"
 
 
-def test_a_finished_run_without_the_figure_has_failed(tmp_path: Path) -> None:
+def test_a_finished_run_without_the_metric_has_failed(tmp_path: Path) -> None:
     lacking = FakeRun("b", 1, forms=(), record={"metrics": {"test/loss": 0.3}})
     study = study_of(tmp_path, FakeRun("a", 1), lacking, metric="recall_paraphrase")
-    assert [(run.arm, run.failure) for run in study.failed] == [("b", "finished without recall_paraphrase")]
+    assert [(run.variant, run.failure) for run in study.failed] == [("b", "finished without recall_paraphrase")]
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is a figure of no run; allowed: auto, .*Did you mean 'recall_paraphrase'"):
+    with pytest.raises(ConfigError, match=r"is a metric of no run; allowed: auto, .*Did you mean 'recall_paraphrase'"):
         study_of(tmp_path, FakeRun("a", 1), metric="recall_paraphrases")

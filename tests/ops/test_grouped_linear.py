@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pkm_lightning.ops import grouped_linear
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-# (values in, values out), rows a group: odd sizes, empty groups first, between and last, one group, one row, no rows
+# (Values in, values out), rows per group: odd sizes, empty groups first, between and last, one group, one row, no rows.
 ODD = [
     ((7, 5), [3, 0, 1, 6]),
     ((1, 3), [0, 0, 4]),
@@ -59,7 +59,7 @@ def test_output_and_gradients_equal_the_definition(backend: str, sizes: Sizes, d
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
-def test_takes_the_expanded_gradient_of_a_sum(backend: str) -> None:
+def test_accepts_the_expanded_gradient_of_a_sum(backend: str) -> None:
     x_MI, weight_EIO, counts_E = operands(ALIGNED[0], torch.float32)
     grouped_linear(x_MI, weight_EIO, counts_E, backend=backend).sum().backward()
     assert x_MI.grad is not None
@@ -70,8 +70,8 @@ def test_takes_the_expanded_gradient_of_a_sum(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 def test_rows_and_weights_in_any_layout(backend: str) -> None:
     x_MI, weight_EIO, counts_E = operands(((16, 16), [3, 0, 1, 6]), torch.float32)
-    turned_MI, turned_EIO = x_MI.T.contiguous().T, weight_EIO.mT.contiguous().mT
-    y_MO = grouped_linear(turned_MI, turned_EIO, counts_E.int(), backend=backend)
+    strided_MI, strided_EIO = x_MI.T.contiguous().T, weight_EIO.mT.contiguous().mT
+    y_MO = grouped_linear(strided_MI, strided_EIO, counts_E.int(), backend=backend)
     assert_close(y_MO, grouped_linear(x_MI, weight_EIO, counts_E, backend="loop"))
 
 
@@ -82,7 +82,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("sizes", [*ODD, *ALIGNED])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_counter_sees_every_product(sizes: Sizes, device: str) -> None:
+def test_the_flop_counter_counts_every_product(sizes: Sizes, device: str) -> None:
     x_MI, weight_EIO, counts_E = (operand.to(device) for operand in operands(sizes, torch.float32))
     with FlopCounterMode(display=False) as counter:
         y_MO = grouped_linear(x_MI, weight_EIO, counts_E)
@@ -124,7 +124,7 @@ def test_refuses_two_dtypes() -> None:
 
 
 @pytest.mark.parametrize("counts", [[1, 2], [3, 2]])
-def test_the_loop_refuses_counts_of_other_rows(counts: list[int]) -> None:
+def test_the_loop_refuses_counts_of_more_or_fewer_rows(counts: list[int]) -> None:
     with pytest.raises(ValueError, match=rf"counts add up to {sum(counts)}, but there are 4 rows"):
         grouped_linear(torch.zeros(4, 3), torch.zeros(2, 3, 5), torch.tensor(counts))
 
@@ -138,7 +138,7 @@ def test_the_loop_refuses_counts_of_other_rows(counts: list[int]) -> None:
         (torch.float32, 8, "meta", "on the meta device it takes bfloat16 only, not float32"),
     ],
 )
-def test_grouped_mm_says_why_it_cannot(dtype: torch.dtype, width: int, device: str, reason: str) -> None:
+def test_grouped_mm_refuses_operands_with_a_reason(dtype: torch.dtype, width: int, device: str, reason: str) -> None:
     x_MI, weight_EIO = (
         torch.zeros(2, 8, dtype=dtype, device=device),
         torch.zeros(1, 8, width, dtype=dtype, device=device),

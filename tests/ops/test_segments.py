@@ -1,6 +1,6 @@
-"""Segments hold every read once, sorted by row; the form that accelerators get is the same with a padded end.
+"""Segments hold every read once, sorted by row; on accelerators they are the same with a padded end.
 
-Letters: L reads, N rows, U segments, T tokens, K reads a token.
+Letters: L reads, U segments, Z limits of segments.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ def padded(ids_L: Tensor, n_rows: int) -> Segments:
 
 @pytest.mark.parametrize("build", [read_segments, padded])
 @pytest.mark.parametrize("n_rows", [1, 5, 200])
-def test_every_read_stands_once_in_the_segment_of_its_row(n_rows: int, build) -> None:
+def test_every_read_is_once_in_the_segment_of_its_row(n_rows: int, build) -> None:
     ids_L = torch.randint(n_rows, (77,))
-    order_L, rows_U, starts_V = build(ids_L, n_rows)
+    order_L, rows_U, starts_Z = build(ids_L, n_rows)
     assert rows_U.dtype is torch.int32
     assert rows_U[rows_U >= 0].tolist() == sorted(set(ids_L.tolist()))
-    assert starts_V[-1] == 77
-    for row, start, stop in zip(rows_U.tolist(), starts_V[:-1].tolist(), starts_V[1:].tolist(), strict=True):
+    assert starts_Z[-1] == 77
+    for row, start, stop in zip(rows_U.tolist(), starts_Z[:-1].tolist(), starts_Z[1:].tolist(), strict=True):
         assert order_L[start:stop].tolist() == [read for read, i in enumerate(ids_L.tolist()) if i == row]
 
 
-def test_the_padded_form_has_a_length_that_no_data_decides() -> None:
+def test_the_length_of_padded_segments_does_not_depend_on_the_ids() -> None:
     segments = padded(torch.tensor([3, 3, 1]), 100)
     assert segments.rows_U.tolist() == [1, 3, -1]
-    assert segments.starts_V.tolist() == [0, 1, 3, 3]
+    assert segments.starts_Z.tolist() == [0, 1, 3, 3]
 
 
 @pytest.mark.parametrize("build", [read_segments, padded])

@@ -1,6 +1,6 @@
-"""What torch sees of weighted_gather and gathered_dot: complete operators, one graph, FLOPs, only wanted gradients.
+"""weighted_gather and gathered_dot as operators: registration, one graph, FLOPs, only the gradients that are needed.
 
-Letters: N rows, D values a row, T reads, K rows a read.
+Letters: G groups per token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pkm_lightning.ops import gathered_dot, weighted_gather
 
-FLOPS = 2 * 5 * 3 * 7  # of one sum over all reads
+FLOPS = 2 * 5 * 3 * 7  # one product and one sum per value of all reads
 Op = Callable[..., Tensor]
 
 
@@ -29,54 +29,56 @@ def inputs() -> dict[str, Tensor]:
     }
 
 
-def plain(given: dict[str, Tensor], backend: str) -> Tensor:
-    return weighted_gather(given["table"], given["ids"], given["weights"], backend=backend)
+def ungrouped(tensors: dict[str, Tensor], backend: str) -> Tensor:
+    return weighted_gather(tensors["table"], tensors["ids"], tensors["weights"], backend=backend)
 
 
-def grouped(given: dict[str, Tensor], backend: str) -> Tensor:
-    groups = {"groups_TK": given["groups"], "n_groups": 2}
-    return weighted_gather(given["table"], given["ids"], given["weights"], **groups, backend=backend)
+def grouped(tensors: dict[str, Tensor], backend: str) -> Tensor:
+    groups = {"groups_TK": tensors["groups"], "n_groups": 2}
+    return weighted_gather(tensors["table"], tensors["ids"], tensors["weights"], **groups, backend=backend)
 
 
-def dot(given: dict[str, Tensor], backend: str) -> Tensor:
-    return gathered_dot(given["table"], given["x"], given["ids"], backend=backend)
+def dot(tensors: dict[str, Tensor], backend: str) -> Tensor:
+    return gathered_dot(tensors["table"], tensors["x"], tensors["ids"], backend=backend)
 
 
-CASES = [(plain, "weights"), (grouped, "weights"), (dot, "x")]  # the op and its second differentiable input
+CASES = [(ungrouped, "weights"), (grouped, "weights"), (dot, "x")]  # the op and its second differentiable input
 
 
 @pytest.mark.parametrize("groups", [False, True])
 def test_weighted_gather_is_registered_completely(groups: bool) -> None:
-    given = inputs()
-    arguments = given["table"], given["ids"], given["weights"]
-    grouping: tuple[Any, ...] = (given["groups"], 2) if groups else (None, 1)
+    tensors = inputs()
+    arguments = tensors["table"], tensors["ids"], tensors["weights"]
+    grouping: tuple[Any, ...] = (tensors["groups"], 2) if groups else (None, 1)
     library.opcheck(torch.ops.pkm_lightning.weighted_gather.default, (*arguments, *grouping, "eager"))
     frozen = arguments[0].detach(), *arguments[1:]
     backward = torch.ops.pkm_lightning.weighted_gather_backward.default
-    upstream_TGD = torch.randn(5, grouping[1], 7)
+    upstream_TGV = torch.randn(5, grouping[1], 7)
     with torch.no_grad():
-        library.opcheck(backward, (*(part.detach() for part in frozen), grouping[0], upstream_TGD, "eager", True, True))
+        library.opcheck(backward, (*(part.detach() for part in frozen), grouping[0], upstream_TGV, "eager", True, True))
 
 
 def test_gathered_dot_is_registered_completely() -> None:
-    given = inputs()
-    arguments = given["table"], given["x"], given["ids"]
+    tensors = inputs()
+    arguments = tensors["table"], tensors["x"], tensors["ids"]
     library.opcheck(torch.ops.pkm_lightning.gathered_dot.default, (*arguments, "eager"))
     frozen = (part.detach() for part in arguments)
     backward = torch.ops.pkm_lightning.gathered_dot_backward.default
     library.opcheck(backward, (*frozen, torch.randn(5, 3), "eager", True, True))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize(("op", "second"), CASES)
+@pytest.mark.parametrize(
+    ("op", "second", "backend"),
+    [(ungrouped, "weights", "cpu"), (grouped, "weights", "eager"), (dot, "x", "cpu")],
+)
 def test_one_graph_gives_the_same_bits(op: Op, second: str, backend: str) -> None:
-    given = inputs()
+    tensors = inputs()
 
-    def loss(table_ND: Tensor, other: Tensor) -> Tensor:
-        return op(given | {"table": table_ND, second: other}, backend).square().sum()
+    def loss(table_NV: Tensor, other: Tensor) -> Tensor:
+        return op(tensors | {"table": table_NV, second: other}, backend).square().sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    leaves = given["table"], given[second]
+    leaves = tensors["table"], tensors[second]
     for grad, expected in zip(
         torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True
     ):
@@ -84,15 +86,15 @@ def test_one_graph_gives_the_same_bits(op: Op, second: str, backend: str) -> Non
 
 
 @pytest.mark.parametrize(("op", "second"), CASES)
-def test_only_wanted_gradients_are_computed_and_counted(op: Op, second: str) -> None:
+def test_only_needed_gradients_are_computed_and_counted(op: Op, second: str) -> None:
     for frozen, sums in ((None, 3), ("table", 2), (second, 2)):
-        given = inputs()
+        tensors = inputs()
         if frozen is not None:
-            given[frozen] = given[frozen].detach()
+            tensors[frozen] = tensors[frozen].detach()
         with FlopCounterMode(display=False) as counter:
-            op(given, "eager").sum().backward()
+            op(tensors, "eager").sum().backward()
         assert counter.get_total_flops() == sums * FLOPS
-        assert {name for name in ("table", second) if given[name].grad is not None} == {"table", second} - {frozen}
+        assert {name for name in ("table", second) if tensors[name].grad is not None} == {"table", second} - {frozen}
 
 
 def largest_allocation(run: Callable[[], object]) -> int:
@@ -102,17 +104,17 @@ def largest_allocation(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("op", [plain, grouped, dot])
+@pytest.mark.parametrize("op", [ungrouped, grouped, dot])
 def test_gathered_rows_are_never_held(op: Op, backend: str) -> None:
-    reads, per_read, dim = 32, 16, 64
-    given = {
+    tokens, per_token, dim = 32, 16, 64
+    tensors = {
         "table": torch.randn(20, dim, requires_grad=True),
-        "x": torch.randn(reads, dim, requires_grad=True),
-        "weights": torch.rand(reads, per_read, requires_grad=True),
-        "ids": torch.randint(20, (reads, per_read)),
-        "groups": torch.randint(2, (reads, per_read)),
+        "x": torch.randn(tokens, dim, requires_grad=True),
+        "weights": torch.rand(tokens, per_token, requires_grad=True),
+        "ids": torch.randint(20, (tokens, per_token)),
+        "groups": torch.randint(2, (tokens, per_token)),
     }
-    gathered = reads * per_read * dim * 4
-    op(given, backend).sum().backward()
-    assert largest_allocation(lambda: op(given, backend).sum().backward()) < gathered / 4
-    assert largest_allocation(lambda: op(given, "reference").sum().backward()) >= gathered
+    gathered = tokens * per_token * dim * 4
+    op(tensors, backend).sum().backward()
+    assert largest_allocation(lambda: op(tensors, backend).sum().backward()) < gathered / 4
+    assert largest_allocation(lambda: op(tensors, "reference").sum().backward()) >= gathered

@@ -1,4 +1,4 @@
-"""The script runs each way as often as asked, and writes what it prints."""
+"""The script runs each way once per round and writes the rounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_every_way_is_run_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    file = tmp_path / "found.csv"
+    file = tmp_path / "rounds.csv"
     given = ["--steps", "2", "--rounds", "2", "--out", str(file), *SMALL_DATA, "model.memory.n_keys=8"]
     monkeypatch.setattr(sys, "argv", ["bench_callbacks.py", *given])
     script = importlib.import_module("bench_callbacks")
@@ -33,12 +33,12 @@ def test_every_way_is_run_and_written(
     ]
 
 
-def test_all_is_everything_that_only_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_are_the_callbacks_that_only_observe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     script = importlib.import_module("bench_callbacks")
     config = script.configuration([], 2, "somewhere")
-    found = script.ways(config, each=True)
-    assert {"slot_usage", "diagnostics", "instability", "throughput"} <= set(found["all"])
-    assert found["none"] == []
-    kept = script.with_callbacks(config, found["instability"])["callbacks"]
-    assert set(kept) == {"instability", "metrics_csv", "step_checkpoint", "progress_bar"}
+    ways = script.ways(config, each=True)
+    assert {"slot_usage", "diagnostics", "instability", "throughput"} <= set(ways["all"])
+    assert ways["none"] == []
+    callbacks = script.with_callbacks(config, ways["instability"])["callbacks"]
+    assert set(callbacks) == {"instability", "metrics_csv", "step_checkpoint", "progress_bar"}

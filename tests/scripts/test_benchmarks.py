@@ -1,4 +1,4 @@
-"""The benchmarks run, check what they time, and need nothing but torch and triton; figures are nobody's test."""
+"""The benchmarks run, check what they time, and need nothing but torch and triton; no test checks their timings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 FOUND = {"torch", "torchgen", "functorch", "triton", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec",
-         "filelock", "typing_extensions", "pkm_lightning"}
+         "filelock", "typing_extensions", "pkm_lightning", "benchmarks"}
 FOUND |= sys.stdlib_module_names | {path.stem for path in Path(sys.argv[1]).glob("*.py")}
 
 class Bare:
@@ -42,7 +42,7 @@ print("imported:", *sorted({name.partition(".")[0] for name in sys.modules} & {"
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    """What a Python process prints that finds the package and the scripts; it must end well."""
+    """Runs Python with the package and the scripts on its path; returns its output."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{SCRIPTS}"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, *arguments]
@@ -58,7 +58,7 @@ def lines(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`script("bench_ops")`, imported as when it is run."""
+    """Imports a script as when it is run: `script("bench_ops")`."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
     def imported(name: str) -> ModuleType:
@@ -112,26 +112,31 @@ def test_memory_is_that_of_a_way_alone(tmp_path: Path) -> None:
     assert all(line["date"] and line["torch"] == torch.__version__ and line["threads"] for line in found)
 
 
-def test_a_wrong_and_a_failing_way_are_not_timed(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    harness = script("benchmarking")
+def test_a_wrong_and_a_failing_way_are_not_timed(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocol, parts = script("benchmarks.protocol"), script("benchmarks.case")
+    monkeypatch.setattr(protocol, "SWEEP_BYTES", 2**16)
 
     def broken() -> tuple[torch.Tensor]:
         raise RuntimeError("no such kernel")
 
     ways = {"right": torch.ones, "wrong": torch.zeros, "not finite": lambda n: torch.ones(n) / 0}
-    case = harness.Case(
+    case = parts.Case(
         sizes="3",
         ways=[
-            *(harness.Way(name, lambda make=make: lambda: (make(3),)) for name, make in ways.items()),
-            harness.Way("broken", lambda: broken),
+            *(parts.Way(name, lambda make=make: lambda: (make(3),)) for name, make in ways.items()),
+            parts.Way("broken", lambda: broken),
         ],
-        error=lambda run: harness.relative_error(run(), [torch.ones(3)]),
+        error=lambda run: parts.relative_error(run(), [torch.ones(3)]),
         tolerance=1e-6,
         baselines=["right"],
         memory=False,
     )
-    rows = [harness.Row("row", lambda: case, lambda: case)]
-    right, wrong, infinite, failed = harness.benchmark("test", "", lambda _: rows, ["--device", "cpu", "--rounds", "2"])
+    rows = [parts.Row("row", lambda: case, lambda: case)]
+    right, wrong, infinite, failed = protocol.benchmark(
+        "test", "", lambda _: rows, ["--device", "cpu", "--rounds", "2"]
+    )
     assert (right.status, right.rounds, right.same_bits, right.faster) == ("ok", 2, True, {"right": 1.0})
     assert wrong.status == "wrong: relative error 1.0e+00, allowed 1e-06"
     assert infinite.status.startswith("wrong: relative error inf")

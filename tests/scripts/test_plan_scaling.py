@@ -1,4 +1,4 @@
-"""docs/scaling.md shows what its script prints."""
+"""docs/scaling.md shows the output of its script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curves are those of the runs' metrics.csv, and the drawing is well-formed."""
+"""The curves equal the runs' metrics.csv, and the drawing is well-formed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_table_csv_and_drawing(
     assert len(ElementTree.parse(out / "curves.svg").findall("{http://www.w3.org/2000/svg}polyline")) == 3
 
 
-def test_a_table_that_no_run_has_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_no_run_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     run = run_of(tmp_path / "plain-1", [90.0])
     with pytest.raises(SystemExit, match=r"no train/usage/layer9\.slot"):

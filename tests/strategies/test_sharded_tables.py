@@ -56,6 +56,6 @@ def test_on_an_accelerator_reads_of_other_ranks_rows_belong_to_no_segment() -> N
     for n_rows, rows in ((4, [0, 2, -1, -1]), (3, [0, 2, -1])):
         segments = _padded_segments(sorted_L.clamp(max=n_rows), order_L, n_rows)
         assert segments.rows_U.tolist() == rows
-        starts = segments.starts_V.tolist()
+        starts = segments.starts_Z.tolist()
         assert starts[:3] == [0, 1, 3]
         assert set(starts[3:]) == {3}

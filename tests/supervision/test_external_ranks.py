@@ -33,7 +33,7 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     for overrides, made in ((DDP, 2), ([], 1)):
         ended = end(srun(*SMALL_RUN, *overrides, "run_dir=run", cwd=tmp_path, tasks=3))
         assert [code for code, _ in ended] == [2] * 3, ended
-        assert f"makes {made} rank(s), but 3 were started from outside" in ended[0][1]
+        assert f"makes {made} rank(s), but 3 were started externally" in ended[0][1]
         assert ["error:" in out for _, out in ended[:2]] == [True, False]
 
 

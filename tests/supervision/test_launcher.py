@@ -11,14 +11,14 @@ import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.supervision import RANK_LOST, LastWords, WatchedLauncher
+from pkm_lightning.supervision import RANK_LOST, ErrorFolder, WatchedLauncher
 
 HANGING = """
 import subprocess, sys, time
 import pkm_lightning.supervision.launcher as launcher
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-launcher.GRACE = 0.5
+launcher.GRACE_SECONDS = 0.5
 
 class Launcher(launcher.WatchedLauncher):
     def _call_children_scripts(self):
@@ -27,7 +27,7 @@ class Launcher(launcher.WatchedLauncher):
         self.procs = [subprocess.Popen([sys.executable, "-c", command]) for command in commands]
 
 ranks = Launcher(LightningEnvironment(), 3, 1)
-ranks.on_stuck = lambda loss: print(loss.sentence, ranks.procs[1].pid, flush=True)
+ranks.on_hang = lambda failure: print(failure.sentence, ranks.procs[1].pid, flush=True)
 ranks.launch(time.sleep, 600)
 """
 
@@ -36,7 +36,7 @@ def launched(code: str) -> WatchedLauncher:
     """A launcher with one further rank that runs `code` and has ended."""
     launcher = WatchedLauncher(LightningEnvironment(), 2, 1)
     launcher.procs = [subprocess.Popen([sys.executable, "-c", code])]
-    launcher._words, launcher._launches = LastWords.make(), True
+    launcher._errors, launcher._is_rank_0 = ErrorFolder.make(), True
     launcher.procs[0].wait()
     return launcher
 
@@ -51,19 +51,19 @@ def launched(code: str) -> WatchedLauncher:
 )
 def test_a_loss_in_words(code: str, words: str | None, sentence: str, exit_code: int) -> None:
     launcher = launched(code)
-    if words is not None and launcher._words is not None:
-        launcher._words.leave(1, words)
-    loss = launcher.loss()
+    if words is not None and launcher._errors is not None:
+        launcher._errors.write(1, words)
+    loss = launcher.failure()
     assert loss is not None
     assert (loss.sentence, loss.exit_code) == (sentence, exit_code)
     launcher.close(failed=True)
-    assert LastWords.inherited() is None
+    assert ErrorFolder.inherited() is None
 
 
 @pytest.mark.parametrize("code", ["pass", f"raise SystemExit({RANK_LOST})"])
 def test_who_ended_well_or_lost_another_is_not_lost(code: str) -> None:
     launcher = launched(code)
-    assert launcher.await_loss(0.1) is None
+    assert launcher.await_failure(0.1) is None
     launcher.close(failed=False)
 
 
@@ -79,13 +79,13 @@ def test_a_process_whose_main_thread_hangs_is_ended_with_all_it_started(tmp_path
 
 
 def test_words_are_left_once_and_told_once(tmp_path: Path) -> None:
-    words = LastWords(tmp_path / "words", 1)
+    words = ErrorFolder(tmp_path / "words", 1)
     (tmp_path / "words").mkdir()
-    words.leave(1, "first")
-    words.leave(1, "second")
-    assert words.of(1) == "first"
-    assert words.of(2) is None
-    assert [words.may_tell(), words.may_tell()] == [True, False]
+    words.write(1, "first")
+    words.write(1, "second")
+    assert words.read(1) == "first"
+    assert words.read(2) is None
+    assert [words.claim_report(), words.claim_report()] == [True, False]
     assert not (tmp_path / "words").exists()
 
 

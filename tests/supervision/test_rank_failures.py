@@ -21,7 +21,7 @@ from processes import finish, fit, last_checkpoint, metrics
 from small import SMALL_RUN
 
 from pkm_lightning.errors import CheckpointError, RankLostError
-from pkm_lightning.supervision.rank_failures import losses_named
+from pkm_lightning.supervision.rank_failures import name_lost_rank
 
 FAILS = """
 import lightning as L
@@ -99,11 +99,11 @@ def trainer_of(ranks: int) -> L.Trainer:
 def test_a_broken_connection_is_a_lost_rank(text: str, reason: str | None) -> None:
     with (
         pytest.raises(RankLostError, match="rank 2 lost the connection to another rank") as told,
-        losses_named(trainer_of(4)),
+        name_lost_rank(trainer_of(4)),
     ):
         raise RuntimeError(text)
     assert reason is None or f"({reason})" in str(told.value)
-    with pytest.raises(RuntimeError, match=re.escape(text)), losses_named(trainer_of(1)):
+    with pytest.raises(RuntimeError, match=re.escape(text)), name_lost_rank(trainer_of(1)):
         raise RuntimeError(text)
 
 
@@ -111,7 +111,7 @@ def test_a_broken_connection_is_a_lost_rank(text: str, reason: str | None) -> No
     "error", [RuntimeError("CUDA out of memory."), CheckpointError("cut short: timed out waiting")]
 )
 def test_other_errors_stay_what_they_are(error: RuntimeError) -> None:
-    with pytest.raises(RuntimeError) as raised, losses_named(trainer_of(4)):
+    with pytest.raises(RuntimeError) as raised, name_lost_rank(trainer_of(4)):
         raise error
     assert raised.value is error
 

@@ -1,6 +1,6 @@
-"""The three counters in one pass over the reads (numba), one thread: two must not meet in one slot.
+"""count_reads on the CPU: one pass over the reads that updates the three counters (numba, one thread).
 
-Letters: N slots, M = N + 1 counters, T tokens, C reads a token.
+Letters: M = N + 1 counters, C reads per token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from pkm_lightning.ops.count_reads.reference import WEIGHT_LIMIT, WEIGHT_UNIT
+from pkm_lightning.ops.numba_arrays import numpy_view
 
 _UNITS = 1 / WEIGHT_UNIT
 
@@ -26,15 +27,16 @@ def count_reads_cpu(
     valid_T: Tensor | None,
     step: int,
 ) -> None:
-    """See `pkm_lightning.ops.count_reads`."""
+    """Counts with the numba kernel; the arguments are those of `pkm_lightning.ops.count_reads`."""
     if weights_TC.dtype is not torch.float64:
         weights_TC = weights_TC.float()
-    valid_T = torch.ones(1, dtype=torch.bool) if valid_T is None else valid_T
-    tensors = (counts_M, weights_M, last_M, ids_TC.contiguous(), weights_TC.contiguous(), valid_T.contiguous())
-    # A tensor whose memory FSDP2 takes back after use must not be seen by `.numpy()`, which forbids that for good.
-    _count(*(np.from_dlpack(tensor.detach()) for tensor in tensors), len(valid_T) == len(ids_TC), step)
+    # The kernel takes an array in any case: with None numba would compile it a second time.
+    padding_T = torch.ones(0, dtype=torch.bool) if valid_T is None else valid_T
+    tensors = (counts_M, weights_M, last_M, ids_TC.contiguous(), weights_TC.contiguous(), padding_T.contiguous())
+    _count(*map(numpy_view, tensors), valid_T is not None, step)
 
 
+# Not parallel: two threads could meet in one slot, and the pass is bound by memory.
 @njit(nogil=True, cache=True)
 def _count(
     counts_M: Any,
@@ -51,10 +53,11 @@ def _count(
         if has_padding and not valid_T[t]:
             continue
         for c in range(ids_TC.shape[1]):
+            # In float64: the units of one read need up to 41 bits.
             slot, weight = ids_TC[t, c], abs(np.float64(weights_TC[t, c]))
             if slot < 0 or slot >= n_slots:
                 continue
             counts_M[slot] += 1
             last_M[slot] = step
-            if weight == weight:  # a NaN is nothing
+            if weight == weight:  # False for NaN, which counts as 0
                 weights_M[slot] += np.int64(min(weight, WEIGHT_LIMIT) * _UNITS + 0.5)

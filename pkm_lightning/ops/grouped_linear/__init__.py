@@ -1,6 +1,6 @@
-"""One linear map a group of rows: the arithmetic of a mixture of experts.
+"""A different linear map for each group of rows: the matrix products of a mixture of experts.
 
-Letters: M rows, E groups, I values in, O values out.
+Letters: M rows (token copies sorted by expert), E groups, I values in, O values out.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ def grouped_linear(
     *,
     backend: str = "auto",
 ) -> Float[Tensor, "M O"]:
-    """Rows sorted by group: the first `counts[0]` rows times `weight[0]`, the next `counts[1]` times `weight[1]`, ...
+    """Multiplies the first `counts[0]` rows by `weight[0]`, the next `counts[1]` rows by `weight[1]`, and so on.
 
-    Differentiable in the rows and in the weights; a group without rows gives its weight a zero gradient. Under
-    autocast rows and weights are cast to its dtype, as a matmul's operands are.
+    Differentiable in rows and weights; the weight of a group without rows gets a zero gradient. Under autocast rows and
+    weights are cast to its dtype, like the operands of a matmul.
 
     Args:
-        x_MI: the rows.
-        weight_EIO: one matrix a group, of the dtype of the rows.
-        counts_E: int32 or int64 rows a group; they must add up to M, which only the loop can check.
-        backend: `auto` (`grouped_mm` for bf16 on CUDA where it can, else `loop`), `loop` (a matmul a group, any
+        x_MI: the rows, sorted by group.
+        weight_EIO: one matrix per group, of the dtype of the rows.
+        counts_E: int32 or int64 number of rows per group; they must add up to M, which only `loop` checks.
+        backend: `auto` (`grouped_mm` for bf16 on CUDA where it can run, else `loop`), `loop` (one matmul per group, any
             device) or `grouped_mm` (torch's own).
 
     Raises:
-        ValueError: shapes, dtypes or counts that do not fit, an unknown backend, or `grouped_mm` where it cannot.
+        ValueError: shapes, dtypes or counts do not fit, the backend is unknown, or `grouped_mm` cannot take the
+            operands.
     """
     if x_MI.ndim != 2 or weight_EIO.ndim != 3 or (*counts_E.shape, x_MI.shape[1]) != tuple(weight_EIO.shape[:2]):
         raise ValueError(
@@ -55,12 +56,13 @@ def grouped_linear(
     reason = refusal(x_MI, weight_EIO)
     if backend == "grouped_mm" and reason:
         raise ValueError(f"grouped_linear: backend='grouped_mm' cannot run, {reason}; use auto or loop.")
+    # Only bf16 on CUDA has a kernel; elsewhere torch loops itself, and more slowly than `loop` (README.md).
     default = "grouped_mm" if x_MI.is_cuda and x_MI.dtype is torch.bfloat16 and not reason else "loop"
     return choose_backend("grouped_linear", backend, default, _BACKENDS, x_MI)(x_MI, weight_EIO, counts_E)
 
 
 def _as_autocast(x: Tensor) -> Tensor:
-    # torch knows no autocast of the meta device; like autocast itself, float64 is left alone.
+    # torch has no autocast on the meta device; float64 is left alone, as autocast itself does.
     if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

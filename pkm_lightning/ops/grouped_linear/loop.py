@@ -1,6 +1,6 @@
-"""The grouped linear map as it is written on paper: one matrix product a group.
+"""grouped_linear as one matrix product per group, on any device and in any dtype; also the reference of the op.
 
-Letters: M rows, E groups, I values in, O values out.
+Letters: M rows, C rows of one group, E groups, I values in, O values out.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 
-# How many rows a group has depends on the data: traced, every new set of counts would be compiled anew. This is the
-# lazy form of `torch.compiler.disable`, which would make importing the package load the compiler (1.6 s).
+# Not traced: the number of rows per group depends on the data, so each new set of counts would be compiled again. This
+# is the lazy form of `torch.compiler.disable`, which would load the compiler when the package is imported (1.6 s).
 @torch._disable_dynamo
 def grouped_linear_loop(x_MI: Tensor, weight_EIO: Tensor, counts_E: Tensor) -> Tensor:
-    """See `pkm_lightning.ops.grouped_linear`; reads the counts on the host."""
+    """Computes `pkm_lightning.ops.grouped_linear`; reads the counts on the host.
+
+    Raises:
+        ValueError: the counts do not add up to the number of rows.
+    """
     if x_MI.is_meta:
-        # Counts have no values there; the shape and the FLOPs are the same whichever rows are whose.
+        # Counts have no values on the meta device; shape and FLOPs are the same for every split of the rows.
         return x_MI @ weight_EIO[0]
     counts = counts_E.tolist()
     if sum(counts) != len(x_MI):

@@ -1,6 +1,6 @@
-"""The best keys of every query, without the scores of all of them in memory.
+"""The best sub-keys of every query, found without holding the scores of all of them in memory.
 
-Letters: `...` any leading shape (heads and halves), T tokens, E dimension of a key, S keys, K kept.
+Letters: `...` or X any leading shape (heads and halves), F dimension of a half key; K sub-keys kept per query.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "cpu": functools.partial(half_topk_kernels, backend="cpu"),
-    "triton": functools.partial(half_topk_kernels, backend="triton"),
+    **{name: functools.partial(half_topk_kernels, backend=name) for name in ("cpu", "triton")},
     "eager": half_topk_eager,
     "reference": half_topk_reference,
 }
@@ -33,43 +32,46 @@ __all__ = ["half_topk"]
 
 
 def half_topk(
-    q_XTE: Float[Tensor, "*X T E"], keys_XSE: Float[Tensor, "*X S E"], k: int, *, backend: str = "auto"
+    q_XTF: Float[Tensor, "*X T F"], keys_XSF: Float[Tensor, "*X S F"], k: int, *, backend: str = "auto"
 ) -> tuple[Float[Tensor, "*X T K"], Int32[Tensor, "*X T K"]]:
-    """The `k` largest `<q[x, t], keys[x, s]>` of every query, best first, equal scores by lower key.
+    """Finds the `k` largest `<q[x, t], keys[x, s]>` of every query, best first, equal scores by lower key index.
 
-    With `product_combine` it is the retrieval of a product-key memory (Lample et al. 2019, section 3.1, eq. 2-5).
-    NaN ranks above infinity. Under autocast the caller switches it off: scores are computed in the queries' dtype.
+    Together with `product_combine` it is the retrieval of a product-key memory (Lample et al. 2019, section 3.1,
+    eq. 2-5). NaN ranks above infinity. Scores are computed in the queries' dtype; callers must switch autocast off.
 
     Args:
-        q_XTE: queries of any leading shape, float32 or float64; scores are IEEE, never TF32.
-        keys_XSE: keys of the same leading shape and dtype.
-        k: keys to keep, 1 to S.
+        q_XTF: queries of any leading shape, float32 or float64; scores are IEEE, never TF32.
+        keys_XSF: sub-keys of the same leading shape and dtype.
+        k: sub-keys to keep per query, 1 to S.
         backend: `auto`, `cpu` (numba), `triton` (float32), `eager` (all scores at once, any device) or `reference`.
 
     Returns:
-        The scores, differentiable in queries and keys, and the keys' int32 indices.
+        The scores, differentiable in queries and keys, and the int32 indices of the keys.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, `k` out of range, an unknown backend, or one that cannot run here
-            or in this dtype.
+        ValueError: shapes or dtypes do not fit, `k` is out of range, or the backend is unknown or cannot run here or
+            in this dtype.
     """
-    fit = (q_XTE.shape[:-2], q_XTE.shape[-1:]) == (keys_XSE.shape[:-2], keys_XSE.shape[-1:])
-    if min(q_XTE.ndim, keys_XSE.ndim) < 2 or not fit:
+    fit = (q_XTF.shape[:-2], q_XTF.shape[-1:]) == (keys_XSF.shape[:-2], keys_XSF.shape[-1:])
+    if min(q_XTF.ndim, keys_XSF.ndim) < 2 or not fit:
         raise ValueError(
-            "half_topk: needs queries (..., T, E) and keys (..., S, E), got "
-            f"{tuple(q_XTE.shape)} and {tuple(keys_XSE.shape)}."
+            "half_topk: needs queries (..., T, F) and keys (..., S, F), got "
+            f"{tuple(q_XTF.shape)} and {tuple(keys_XSF.shape)}."
         )
-    if q_XTE.dtype is not keys_XSE.dtype or q_XTE.dtype not in (torch.float32, torch.float64):
+    if q_XTF.dtype is not keys_XSF.dtype or q_XTF.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"half_topk: queries are {q_XTE.dtype} and keys {keys_XSE.dtype}; both need torch.float32 or torch.float64."
+            f"half_topk: queries are {q_XTF.dtype} and keys {keys_XSF.dtype}; both need torch.float32 or torch.float64."
         )
-    if not 1 <= k <= keys_XSE.shape[-2]:
-        raise ValueError(f"half_topk: k={k} is out of range; allowed: 1 to {keys_XSE.shape[-2]} (keys).")
-    check_limits("half_topk", backend, q_XTE, k, EXACT)
-    default = default_backend(q_XTE, k, EXACT)
-    run = choose_backend("half_topk", backend, default, _BACKENDS, q_XTE)
-    (tokens, dim), n_keys = q_XTE.shape[-2:], keys_XSE.shape[-2]
-    entries = q_XTE.shape[:-2].numel()
-    values_YTK, indices_YTK = run(q_XTE.reshape(entries, tokens, dim), keys_XSE.reshape(entries, n_keys, dim), k)
-    shape = (*q_XTE.shape[:-1], k)
-    return values_YTK.reshape(shape), indices_YTK.reshape(shape)
+    if not 1 <= k <= keys_XSF.shape[-2]:
+        raise ValueError(f"half_topk: k={k} is out of range; allowed: 1 to {keys_XSF.shape[-2]} (keys).")
+    check_limits("half_topk", backend, q_XTF, k, EXACT)
+    default = default_backend(q_XTF, k, EXACT)
+    implementation = choose_backend("half_topk", backend, default, _BACKENDS, q_XTF)
+    # Backends take one leading dimension: an entry is one half of one head.
+    (tokens, dim), n_keys = q_XTF.shape[-2:], keys_XSF.shape[-2]
+    entries = q_XTF.shape[:-2].numel()
+    values_XTK, indices_XTK = implementation(
+        q_XTF.reshape(entries, tokens, dim), keys_XSF.reshape(entries, n_keys, dim), k
+    )
+    shape = (*q_XTF.shape[:-1], k)
+    return values_XTK.reshape(shape), indices_XTK.reshape(shape)

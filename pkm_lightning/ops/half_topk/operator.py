@@ -1,43 +1,43 @@
-"""The best keys of every query by kernels, as an operator with a sparse gradient.
+"""half_topk as custom operators that torch can trace, with a gradient that touches only the keys that were chosen.
 
-Letters: X heads and halves, T tokens, E dimension of a key, S keys, K kept.
+The arguments of a custom operator form its schema, so they carry no shape suffix.
+
+Letters: X heads and halves, F dimension of a half key; K sub-keys kept per query.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
+from pkm_lightning.ops.backends import load_kernels
 
-def half_topk_kernels(q_XTE: Tensor, keys_XSE: Tensor, k: int, *, backend: str) -> tuple[Tensor, Tensor]:
-    """See `pkm_lightning.ops.half_topk`; `backend` is `cpu` or `triton`."""
-    values_XTK, indices_XTK = _half_topk(q_XTE, keys_XSE, k, backend)
+
+def half_topk_kernels(q_XTF: Tensor, keys_XSF: Tensor, k: int, *, backend: str) -> tuple[Tensor, Tensor]:
+    """Computes `pkm_lightning.ops.half_topk` by the kernels of `backend`, `cpu` or `triton`."""
+    values_XTK, indices_XTK = _half_topk(q_XTF, keys_XSF, k, backend)
     return values_XTK, indices_XTK
-
-
-def _kernels(backend: str) -> Any:
-    return importlib.import_module(f"pkm_lightning.ops.half_topk.{backend}")
 
 
 @library.custom_op("pkm_lightning::half_topk", mutates_args=())
 def _half_topk(q: Tensor, keys: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     values_XTK = q.new_empty(*q.shape[:2], k)
     indices_XTK = values_XTK.new_empty(values_XTK.shape, dtype=torch.int32)
-    _kernels(backend).best_keys(q.contiguous(), keys.contiguous(), values_XTK, indices_XTK)
+    load_kernels("half_topk", backend).best_keys(q.contiguous(), keys.contiguous(), values_XTK, indices_XTK)
     return values_XTK, indices_XTK
 
 
 @library.custom_op("pkm_lightning::half_topk_backward", mutates_args=())
 def _half_topk_backward(grad: Tensor, indices: Tensor, q: Tensor, keys: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    q_grad_XTE, keys_grad_XSE = q.new_zeros(q.shape), keys.new_zeros(keys.shape)
-    given = (grad.contiguous(), indices, q.contiguous(), keys.contiguous())
+    # Zeros: the CPU kernel adds to them, and the GPU kernel does not write keys that no query chose.
+    q_grad_XTF, keys_grad_XSF = q.new_zeros(q.shape), keys.new_zeros(keys.shape)
     if grad.numel():
-        _kernels(backend).add_gradients(*given, q_grad_XTE, keys_grad_XSE)
-    return q_grad_XTE, keys_grad_XSE
+        inputs = (grad.contiguous(), indices, q.contiguous(), keys.contiguous())
+        load_kernels("half_topk", backend).add_gradients(*inputs, q_grad_XTF, keys_grad_XSF)
+    return q_grad_XTF, keys_grad_XSF
 
 
 @_half_topk.register_fake
@@ -52,14 +52,15 @@ def _(grad: Tensor, indices: Tensor, q: Tensor, keys: Tensor, backend: str) -> t
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, str], output: tuple[Tensor, Tensor]) -> None:
-    q_XTE, keys_XSE, _, ctx.backend = inputs
+    q_XTF, keys_XSF, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], q_XTE, keys_XSE)
+    ctx.save_for_backward(output[1], q_XTF, keys_XSF)
 
 
 def _backward(ctx: Any, grad_XTK: Tensor, _indices: Any) -> tuple[Tensor, Tensor, None, None]:
-    q_grad_XTE, keys_grad_XSE = _half_topk_backward(grad_XTK, *ctx.saved_tensors, ctx.backend)
-    return q_grad_XTE, keys_grad_XSE, None, None
+    # An operator of its own: AOTAutograd traces this function and cannot trace kernels; the FLOP counter sees it too.
+    q_grad_XTF, keys_grad_XSF = _half_topk_backward(grad_XTK, *ctx.saved_tensors, ctx.backend)
+    return q_grad_XTF, keys_grad_XSF, None, None
 
 
 _half_topk.register_autograd(_backward, setup_context=_setup_context)

@@ -1,10 +1,10 @@
-"""The best keys of every query on a GPU: a program scores its tokens against one block of keys after the other.
+"""half_topk on a GPU: a program scores its tokens against one block of keys after the other.
 
-Scores live in registers only. The gradient of a key sums over its reads, which are sorted by key: no atomic additions,
-so that two runs agree bitwise.
+Scores exist in registers only. The gradient of a key is a sum over its reads, which are sorted by key: there are no
+atomic additions, so that two runs agree bitwise.
 
-Letters: X heads and halves, T tokens, E dimension of a key, S keys, K kept, P = K padded to a power of two, M tokens of
-a program, N keys of a block, B columns of a block, G reads of a group, L = X * T * K reads.
+Letters: X heads and halves, F dimension of a half key; K sub-keys kept per query, P = K padded to a power of two,
+L = X * T * K reads, U segments, Z = U + 1 limits; M tokens of a program; I keys, C columns and G reads of a block.
 """
 
 from __future__ import annotations
@@ -19,125 +19,135 @@ from torch import Tensor
 from pkm_lightning.ops.ranked_topk.triton import below_all, merge_best, pack, packed_places, packed_scores
 from pkm_lightning.ops.segments import read_segments
 
-_TOKENS, _SMALLEST_BLOCK, _READS = 16, 64, 32  # a matrix unit wants 16 rows and columns at least
+_TOKENS = 16  # per program; `tl.dot` needs at least 16 rows and 16 columns
+_SMALLEST_BLOCK = 64  # keys
+_READS = 32  # whose rows one program of a gradient loads at once
 
 
 @triton.jit
 def _best_keys(  # type: ignore[no-untyped-def]
-    q_XTE, keys_XSE, values_XTK, indices_XTK, tokens,
-    S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    q_XTF, keys_XSF, values_XTK, indices_XTK, tokens,
+    S: tl.constexpr, F: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    # int64: the offsets of large inputs pass 2**31.
     x = tl.program_id(1).to(tl.int64)
-    t_M1 = (tl.program_id(0) * M + tl.arange(0, M))[:, None]
+    t_M1 = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     query_M1 = x * tokens + t_M1
-    best_MP = below_all((M, P))
-    for first in range(0, S, N):
-        s_1N = (first + tl.arange(0, N))[None, :]
-        scores_MN = tl.zeros((M, N), tl.float32)
-        for column in range(0, E, B):
-            e_B = column + tl.arange(0, B)
-            q_mask, keys_mask = (t_M1 < tokens) & (e_B < E)[None, :], (s_1N < S) & (e_B < E)[:, None]
-            q_MB = tl.load(q_XTE + query_M1 * E + e_B[None, :], mask=q_mask, other=0.0)
-            keys_BN = tl.load(keys_XSE + (x * S + s_1N) * E + e_B[:, None], mask=keys_mask, other=0.0)
-            scores_MN = tl.dot(q_MB, keys_BN, scores_MN, input_precision="ieee")
-        best_MP = merge_best(best_MP, tl.where(s_1N < S, pack(scores_MN, s_1N), below_all((M, N))))
+    best_MP = below_all((BLOCK_T, P))
+    for first in range(0, S, BLOCK_S):
+        s_1I = (first + tl.arange(0, BLOCK_S))[None, :]
+        scores_MI = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        for column in range(0, F, BLOCK_F):
+            f_C = column + tl.arange(0, BLOCK_F)
+            q_mask, keys_mask = (t_M1 < tokens) & (f_C < F)[None, :], (s_1I < S) & (f_C < F)[:, None]
+            q_MC = tl.load(q_XTF + query_M1 * F + f_C[None, :], mask=q_mask, other=0.0)
+            keys_CI = tl.load(keys_XSF + (x * S + s_1I) * F + f_C[:, None], mask=keys_mask, other=0.0)
+            # Not TF32, whose 10 bits of mantissa would exchange keys with close scores.
+            scores_MI = tl.dot(q_MC, keys_CI, scores_MI, input_precision="ieee")
+        # Keys beyond S have the score 0, which could win, so they are replaced.
+        best_MP = merge_best(best_MP, tl.where(s_1I < S, pack(scores_MI, s_1I), below_all((BLOCK_T, BLOCK_S))))
     rank_1P = tl.arange(0, P)[None, :]
-    kept_MP = (t_M1 < tokens) & (rank_1P < K)
-    tl.store(values_XTK + query_M1 * K + rank_1P, packed_scores(best_MP), mask=kept_MP)
-    tl.store(indices_XTK + query_M1 * K + rank_1P, packed_places(best_MP), mask=kept_MP)
+    is_kept_MP = (t_M1 < tokens) & (rank_1P < K)
+    tl.store(values_XTK + query_M1 * K + rank_1P, packed_scores(best_MP), mask=is_kept_MP)
+    tl.store(indices_XTK + query_M1 * K + rank_1P, packed_places(best_MP), mask=is_kept_MP)
 
 
 @triton.jit
 def _query_gradient(  # type: ignore[no-untyped-def]
-    grad_XTK, indices_XTK, keys_XSE, q_grad_XTE, tokens,
-    S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
+    grad_XTK, indices_XTK, keys_XSF, q_grad_XTF, tokens,
+    S: tl.constexpr, F: tl.constexpr, K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0).to(tl.int64)
     x = query // tokens
-    e_1B = (tl.program_id(1) * B + tl.arange(0, B))[None, :]
-    sum_B = tl.zeros((B,), tl.float32)
-    for first in range(0, K, G):
-        rank_G = first + tl.arange(0, G)
+    f_C = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    sum_C = tl.zeros((BLOCK_F,), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        rank_G = first + tl.arange(0, BLOCK_K)
         grad_G = tl.load(grad_XTK + query * K + rank_G, mask=rank_G < K, other=0.0)
         s_G = tl.load(indices_XTK + query * K + rank_G, mask=rank_G < K, other=0)
-        mask_GB = (rank_G < K)[:, None] & (e_1B < E)
-        keys_GB = tl.load(keys_XSE + (x * S + s_G)[:, None] * E + e_1B, mask=mask_GB, other=0.0)
-        sum_B += tl.sum(grad_G[:, None] * keys_GB, 0)
-    e_B = tl.program_id(1) * B + tl.arange(0, B)
-    tl.store(q_grad_XTE + query * E + e_B, sum_B, mask=e_B < E)
+        mask_GC = (rank_G < K)[:, None] & (f_C < F)[None, :]
+        keys_GC = tl.load(keys_XSF + (x * S + s_G)[:, None] * F + f_C[None, :], mask=mask_GC, other=0.0)
+        sum_C += tl.sum(grad_G[:, None] * keys_GC, 0)
+    tl.store(q_grad_XTF + query * F + f_C, sum_C, mask=f_C < F)
 
 
 @triton.jit
 def _key_gradient(  # type: ignore[no-untyped-def]
-    grad_L, q_XTE, keys_grad_XSE, order_L, rows_U, starts_V,
-    E: tl.constexpr, K: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
+    grad_L, q_XTF, keys_grad_XSF, order_L, rows_U, starts_Z,
+    F: tl.constexpr, K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     row = tl.load(rows_U + segment).to(tl.int64)
-    if row < 0:  # U counts more segments than there are
+    # The grid covers the largest possible number of segments; the rows of those that do not exist are -1.
+    if row < 0:
         return
-    read, stop = tl.load(starts_V + segment), tl.load(starts_V + segment + 1)
-    e_B = tl.program_id(1) * B + tl.arange(0, B)
-    sum_B = tl.zeros((B,), tl.float32)
-    # Not `for`: the interpreter of triton 3.6 takes no range that is known at run time only.
+    read, stop = tl.load(starts_Z + segment), tl.load(starts_Z + segment + 1)
+    f_C = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    sum_C = tl.zeros((BLOCK_F,), tl.float32)
+    # Not `for`: the interpreter of Triton 3.6 does not take a range that is known at run time only.
     while read < stop:
-        read_G = read + tl.arange(0, G)
+        read_G = read + tl.arange(0, BLOCK_K)
         place_G = tl.load(order_L + read_G, mask=read_G < stop, other=0)
         grad_G = tl.load(grad_L + place_G, mask=read_G < stop, other=0.0)
-        mask_GB = (read_G < stop)[:, None] & (e_B < E)[None, :]
-        q_GB = tl.load(q_XTE + (place_G // K)[:, None] * E + e_B[None, :], mask=mask_GB, other=0.0)
-        sum_B += tl.sum(grad_G[:, None] * q_GB, 0)
-        read += G
-    tl.store(keys_grad_XSE + row * E + e_B, sum_B, mask=e_B < E)
+        mask_GC = (read_G < stop)[:, None] & (f_C < F)[None, :]
+        # Read l belongs to query l // K, as reads are numbered (x, t, k).
+        q_GC = tl.load(q_XTF + (place_G // K)[:, None] * F + f_C[None, :], mask=mask_GC, other=0.0)
+        sum_C += tl.sum(grad_G[:, None] * q_GC, 0)
+        read += BLOCK_K
+    tl.store(keys_grad_XSF + row * F + f_C, sum_C, mask=f_C < F)
 
 
-def best_keys(q_XTE: Tensor, keys_XSE: Tensor, values_XTK: Tensor, indices_XTK: Tensor) -> None:
-    """Writes the K best scores of every query and their keys; all contiguous, fp32."""
-    entries, tokens, dim = q_XTE.shape
+def best_keys(q_XTF: Tensor, keys_XSF: Tensor, values_XTK: Tensor, indices_XTK: Tensor) -> None:
+    """Writes the K best scores of every query and the indices of their keys; all tensors contiguous, float32."""
+    entries, tokens, dim = q_XTF.shape
     if entries and tokens:
-        sizes = _forward_sizes(keys_XSE.shape[1], dim, values_XTK.shape[-1])
+        sizes = _forward_sizes(keys_XSF.shape[1], dim, values_XTK.shape[-1])
         grid = (triton.cdiv(tokens, _TOKENS), entries)
-        with torch.cuda.device_of(q_XTE):
-            _best_keys[grid](q_XTE, keys_XSE, values_XTK, indices_XTK, tokens, **sizes)
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(q_XTF):
+            _best_keys[grid](q_XTF, keys_XSF, values_XTK, indices_XTK, tokens, **sizes)
 
 
 def add_gradients(
-    grad_XTK: Tensor, indices_XTK: Tensor, q_XTE: Tensor, keys_XSE: Tensor, q_grad_XTE: Tensor, keys_grad_XSE: Tensor
+    grad_XTK: Tensor, indices_XTK: Tensor, q_XTF: Tensor, keys_XSF: Tensor, q_grad_XTF: Tensor, keys_grad_XSF: Tensor
 ) -> None:
-    """Writes the gradients of queries and keys over zeros; all contiguous, fp32."""
-    (entries, tokens, dim), n_keys = q_XTE.shape, keys_XSE.shape[1]
+    """Writes the gradients of queries and keys over zeros; all tensors contiguous, float32."""
+    (entries, tokens, dim), n_keys = q_XTF.shape, keys_XSF.shape[1]
     sizes = _backward_sizes(dim, grad_XTK.shape[-1])
-    columns = triton.cdiv(dim, sizes["B"])
-    first_X11 = torch.arange(entries, dtype=torch.int32, device=q_XTE.device).view(-1, 1, 1) * n_keys
+    columns = triton.cdiv(dim, sizes["BLOCK_F"])
+    # Keys of all entries are numbered through, so that one sort and one launch serve all of them.
+    first_X11 = torch.arange(entries, dtype=torch.int32, device=q_XTF.device).view(-1, 1, 1) * n_keys
     segments = read_segments((indices_XTK + first_X11).flatten(), entries * n_keys)
-    with torch.cuda.device_of(q_XTE):
+    with torch.cuda.device_of(q_XTF):
         _query_gradient[(entries * tokens, columns)](
-            grad_XTK, indices_XTK, keys_XSE, q_grad_XTE, tokens, S=n_keys, **sizes
+            grad_XTK, indices_XTK, keys_XSF, q_grad_XTF, tokens, S=n_keys, **sizes
         )
-        _key_gradient[(len(segments.rows_U), columns)](grad_XTK, q_XTE, keys_grad_XSE, *segments, **sizes)
+        _key_gradient[(len(segments.rows_U), columns)](grad_XTK, q_XTF, keys_grad_XSF, *segments, **sizes)
 
 
 def _forward_sizes(n_keys: int, dim: int, k: int) -> dict[str, int]:
     padded = triton.next_power_of_2(k)
-    block, columns = max(_SMALLEST_BLOCK, padded), min(64, max(16, triton.next_power_of_2(dim)))
-    return {"S": n_keys, "E": dim, "K": k, "P": padded, "M": _TOKENS, "N": block, "B": columns}
+    # The best of a block are merged with the best so far, so a block has at least P keys.
+    block = max(_SMALLEST_BLOCK, padded)
+    columns = min(64, max(16, triton.next_power_of_2(dim)))
+    return {"S": n_keys, "F": dim, "K": k, "P": padded, "BLOCK_T": _TOKENS, "BLOCK_S": block, "BLOCK_F": columns}
 
 
 def _backward_sizes(dim: int, k: int) -> dict[str, int]:
-    return {"E": dim, "K": k, "B": min(128, triton.next_power_of_2(dim)), "G": _READS}
+    return {"F": dim, "K": k, "BLOCK_F": min(128, triton.next_power_of_2(dim)), "BLOCK_K": _READS}
 
 
 def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, int]]]:
-    """Kernels with argument types and constants, for compilation ahead of time without a GPU."""
-    floats = dict.fromkeys(("q_XTE", "keys_XSE", "values_XTK", "grad_XTK", "grad_L", "q_grad_XTE"), "*fp32")
-    types = floats | {"keys_grad_XSE": "*fp32", "indices_XTK": "*i32", "rows_U": "*i32", "tokens": "i32"}
-    types |= {"order_L": "*i64", "starts_V": "*i64"}
+    """Lists kernels with types of arguments and constants, to compile them ahead of time without a GPU."""
+    floats = ("q_XTF", "keys_XSF", "values_XTK", "grad_XTK", "grad_L", "q_grad_XTF", "keys_grad_XSF")
+    types = dict.fromkeys(floats, "*fp32") | {"indices_XTK": "*i32", "rows_U": "*i32", "tokens": "i32"}
+    types |= {"order_L": "*i64", "starts_Z": "*i64"}
     cases = []
+    # A usual size, and odd sizes that need every mask.
     for n_keys, dim, k in ((1024, 64, 32), (100, 24, 7)):
         backward = _backward_sizes(dim, k)
-        sizes = (_forward_sizes(n_keys, dim, k), backward | {"S": n_keys}, backward)
-        for kernel, constants in zip((_best_keys, _query_gradient, _key_gradient), sizes, strict=True):
-            runtime = {name: types[name] for name in kernel.arg_names if name not in constants}
-            cases.append((kernel, runtime, constants))
+        cases.append((_best_keys, types, _forward_sizes(n_keys, dim, k)))
+        cases.append((_query_gradient, types, backward | {"S": n_keys}))
+        cases.append((_key_gradient, types, backward))
     return cases

@@ -1,6 +1,6 @@
-"""Exact top-k over the product of two sub-key sets, from the scores of the halves or from their ranked best.
+"""Exact top-k over the product of two sets of sub-keys, from the scores of both halves or from their ranked best.
 
-Letters: `...` any leading shape, S sub-keys a half (N = S * S slots), J kept a half, K slots kept.
+Letters: `...` or X any leading shape, J sub-keys kept per half; K slots kept, of the N = S * S slots.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pkm_lightning.ops.backends import choose_backend
 from pkm_lightning.ops.product_topk.eager import product_combine_eager
+from pkm_lightning.ops.product_topk.limits import MAX_SUB_KEYS, check_slots
 from pkm_lightning.ops.product_topk.operator import product_combine_kernels
 from pkm_lightning.ops.product_topk.reference import product_combine_reference
 from pkm_lightning.ops.ranked_topk import ranked_topk
@@ -22,25 +23,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _COMBINE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "cpu": functools.partial(product_combine_kernels, backend="cpu"),
-    "triton": functools.partial(product_combine_kernels, backend="triton"),
+    **{name: functools.partial(product_combine_kernels, backend=name) for name in ("cpu", "triton")},
     "eager": product_combine_eager,
     "reference": product_combine_reference,
 }
 
-__all__ = ["product_topk", "product_combine"]
+__all__ = ["MAX_SUB_KEYS", "product_topk", "product_combine"]
 
 
 def product_topk(
     scores1_XS: Float[Tensor, "*X S"], scores2_XS: Float[Tensor, "*X S"], k: int, *, backend: str = "auto"
 ) -> tuple[Float[Tensor, "*X K"], Int32[Tensor, "*X K"]]:
-    """The `k` slots (i, j) with the largest `scores1[i] + scores2[j]` (Lample et al. 2019, section 3.1, eq. 4-5).
+    """Finds the `k` slots (i, j) with the largest `scores1[i] + scores2[j]` (Lample et al. 2019, section 3.1, eq. 4-5).
 
     Equal half scores rank by lower sub-key index, equal sums by (rank in half 1, rank in half 2), so that every
     backend returns the same slots for the same half scores. NaN ranks above infinity; README.md has the exact rules.
 
     Args:
-        scores1_XS, scores2_XS: scores of the first and of the second half key, same shape and dtype.
+        scores1_XS, scores2_XS: scores of the sub-keys of the first and second half, of the same shape and dtype.
         k: slots to keep, 1 to S * S.
         backend: `auto`, `cpu` (numba), `triton`, `eager` (torch operations, any device) or `reference` (scores all
             S * S slots).
@@ -49,8 +49,8 @@ def product_topk(
         The sums, best first and differentiable in both scores, and the slot ids `i * S + j` as int32.
 
     Raises:
-        ValueError: shapes or dtypes that differ, `k` out of range, more than 2**31 - 1 slots, an unknown backend, or
-            one that cannot run here or in this dtype.
+        ValueError: shapes or dtypes differ, `k` is out of range, S is above `MAX_SUB_KEYS`, or the backend is unknown
+            or cannot run here or in this dtype.
     """
     if scores1_XS.shape != scores2_XS.shape or scores1_XS.dtype is not scores2_XS.dtype:
         raise ValueError(
@@ -58,11 +58,12 @@ def product_topk(
             f"{tuple(scores1_XS.shape)} of {scores1_XS.dtype} and {tuple(scores2_XS.shape)} of {scores2_XS.dtype}."
         )
     n_keys = scores1_XS.shape[-1]
-    _check_slots("product_topk", n_keys, k)
+    check_slots("product_topk", n_keys, k)
     combine = _choose("product_topk", backend, scores1_XS, k)
-    # The reference prunes nothing, and so depends on no proof.
+    # The reference drops no sub-key, so that it does not depend on the proof that the top-k of each half suffices.
     per_half = n_keys if backend == "reference" else min(k, n_keys)
     key1_XJ, key2_XJ = (ranked_topk(half.detach(), per_half, backend=backend) for half in (scores1_XS, scores2_XS))
+    # The ranking has no gradient; gathering by its indices has the one that is wanted.
     return combine(scores1_XS.gather(-1, key1_XJ), key1_XJ, scores2_XS.gather(-1, key2_XJ), key2_XJ, n_keys, k)
 
 
@@ -76,20 +77,20 @@ def product_combine(
     *,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "*X K"], Int32[Tensor, "*X K"]]:
-    """`product_topk` from halves that are ranked already, as `half_topk` returns them.
+    """Computes `product_topk` from halves that are ranked already, as `half_topk` returns them.
 
     Args:
         values1_XJ, values2_XJ: the best scores of each half, best first (not checked), of one dtype.
-        indices1_XJ, indices2_XJ: their sub-keys, int32 or int64.
-        n_keys: sub-keys a half S.
-        k: slots to keep, 1 to S * S; J must be min(k, S) at least.
+        indices1_XJ, indices2_XJ: the indices of their sub-keys, int32 or int64.
+        n_keys: number S of sub-keys per half.
+        k: slots to keep, 1 to S * S; J must be at least min(k, S).
         backend: as in `product_topk`; `reference` scores all J * J pairs.
 
     Returns:
         The sums, best first and differentiable in both values, and the slot ids `i * S + j` as int32.
 
     Raises:
-        ValueError: as in `product_topk`, or fewer than min(k, S) kept a half.
+        ValueError: as in `product_topk`, or if J is below min(k, S).
     """
     shapes = [tuple(half.shape) for half in (values1_XJ, indices1_XJ, values2_XJ, indices2_XJ)]
     if len(set(shapes)) > 1 or values1_XJ.dtype is not values2_XJ.dtype:
@@ -97,21 +98,15 @@ def product_combine(
             f"product_combine: values and indices need one shape and both values one dtype, got shapes {shapes} and "
             f"{values1_XJ.dtype}, {values2_XJ.dtype}."
         )
-    _check_slots("product_combine", n_keys, k)
+    check_slots("product_combine", n_keys, k)
     per_half = min(k, n_keys)
     if shapes[0][-1] < per_half:
-        raise ValueError(f"product_combine: {shapes[0][-1]} kept a half; k={k} of {n_keys} sub-keys needs {per_half}.")
+        raise ValueError(
+            f"product_combine: each half has {shapes[0][-1]} sub-keys; k={k} of {n_keys} sub-keys needs {per_half}."
+        )
     combine = _choose("product_combine", backend, values1_XJ, k)
     halves = (half[..., :per_half] for half in (values1_XJ, indices1_XJ, values2_XJ, indices2_XJ))
     return combine(*halves, n_keys, k)
-
-
-def _check_slots(op: str, n_keys: int, k: int) -> None:
-    n_slots = n_keys**2
-    if not 1 <= k <= n_slots:
-        raise ValueError(f"{op}: k={k} is out of range; allowed: 1 to {n_slots} (sub-keys squared).")
-    if n_slots > 2**31 - 1:
-        raise ValueError(f"{op}: {n_slots} slots do not fit int32 ids; at most 46,340 sub-keys a half.")
 
 
 def _choose(op: str, backend: str, values_XJ: Tensor, k: int) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -1,15 +1,17 @@
-"""The combination of two ranked halves by kernels, as an operator; its gradient reaches the chosen pairs only.
+"""product_combine as custom operators that torch can trace; the gradient reaches the chosen pairs only.
 
-Letters: `...` any leading shape, R rows, J kept a half, C candidate pairs, K slots kept.
+The arguments of a custom operator form its schema, so they carry no shape suffix.
+
+Letters: X any leading shape, R rows, J sub-keys kept per half, C candidate pairs; K slots kept.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import Tensor, library
 
+from pkm_lightning.ops.backends import load_kernels
 from pkm_lightning.ops.product_topk.candidates import cached_ranks
 
 
@@ -23,25 +25,22 @@ def product_combine_kernels(
     *,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """See `pkm_lightning.ops.product_topk.product_combine`; `backend` is `cpu` or `triton`."""
+    """Computes `pkm_lightning.ops.product_combine` by the kernels of `backend`, `cpu` or `triton`."""
     sums_XK, ids_XK, _ = _combine(values1_XJ, indices1_XJ.int(), values2_XJ, indices2_XJ.int(), n_keys, k, backend)
     return sums_XK, ids_XK
-
-
-def _kernels(backend: str) -> Any:
-    return importlib.import_module(f"pkm_lightning.ops.product_topk.{backend}")
 
 
 @library.custom_op("pkm_lightning::product_combine", mutates_args=())
 def _combine(
     values1: Tensor, indices1: Tensor, values2: Tensor, indices2: Tensor, n_keys: int, k: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums, their slots, and which candidate pairs they are."""
+    """Returns the sums, their slots, and the candidate pairs that they are, which the backward needs."""
     (*shape_X, per_half), rows = values1.shape, values1.shape[:-1].numel()
     halves_RJ = [half.reshape(rows, per_half).contiguous() for half in (values1, indices1, values2, indices2)]
     results_RK = (values1.new_empty(rows, k), indices1.new_empty(rows, k), indices1.new_empty(rows, k))
     if rows:
-        _kernels(backend).combine_rows(*halves_RJ, *cached_ranks(k, per_half, values1.device), n_keys, *results_RK)
+        kernels = load_kernels("product_topk", backend)
+        kernels.combine_rows(*halves_RJ, *cached_ranks(k, per_half, values1.device), n_keys, *results_RK)
     sums_XK, ids_XK, chosen_XK = (result.view(*shape_X, k) for result in results_RK)
     return sums_XK, ids_XK, chosen_XK
 
@@ -49,10 +48,12 @@ def _combine(
 @library.custom_op("pkm_lightning::product_combine_backward", mutates_args=())
 def _combine_backward(grad: Tensor, sums: Tensor, chosen: Tensor, per_half: int, backend: str) -> tuple[Tensor, Tensor]:
     (*shape_X, k), rows = grad.shape, grad.shape[:-1].numel()
-    given_RK = [given.reshape(rows, k).contiguous() for given in (grad, sums, chosen)]
+    inputs_RK = [part.reshape(rows, k).contiguous() for part in (grad, sums, chosen)]
+    # Zeros, as the CPU kernel adds to them.
     results_RJ = grad.new_zeros(rows, per_half), grad.new_zeros(rows, per_half)
     if rows:
-        _kernels(backend).add_to_halves(*given_RK, *cached_ranks(k, per_half, grad.device), *results_RJ)
+        kernels = load_kernels("product_topk", backend)
+        kernels.add_to_halves(*inputs_RK, *cached_ranks(k, per_half, grad.device), *results_RJ)
     grad1_XJ, grad2_XJ = (result.view(*shape_X, per_half) for result in results_RJ)
     return grad1_XJ, grad2_XJ
 
@@ -79,6 +80,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_XK: Tensor, _ids: Any, _chosen: Any) -> tuple[Tensor | None, ...]:
+    # An operator of its own: AOTAutograd traces this function and cannot trace kernels.
     grad1_XJ, grad2_XJ = _combine_backward(grad_XK, *ctx.saved_tensors, ctx.per_half, ctx.backend)
     return grad1_XJ, None, grad2_XJ, None, None, None, None
 

@@ -1,6 +1,6 @@
-"""Top-k with a defined order of equal scores: what experts, candidates and preselections are chosen by.
+"""Top-k with a defined order of equal scores, for the choice of experts, candidates and sub-keys.
 
-Letters: `...` any leading shape, S scores, K kept.
+Letters: `...` or X any leading shape, L scores per row; K indices kept.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "cpu": functools.partial(ranked_topk_kernels, backend="cpu"),
-    "triton": functools.partial(ranked_topk_kernels, backend="triton"),
+    **{name: functools.partial(ranked_topk_kernels, backend=name) for name in ("cpu", "triton")},
     "eager": ranked_topk_eager,
     "reference": ranked_topk_reference,
 }
@@ -30,24 +29,25 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 __all__ = ["ranked_topk"]
 
 
-def ranked_topk(scores_XS: Float[Tensor, "*X S"], k: int, *, backend: str = "auto") -> Int[Tensor, "*X K"]:
-    """Indices of the `k` largest scores, best first, equal scores by lower index (which `torch.topk` leaves open).
+def ranked_topk(scores_XL: Float[Tensor, "*X L"], k: int, *, backend: str = "auto") -> Int[Tensor, "*X K"]:
+    """Returns the indices of the `k` largest scores, best first, equal scores by lower index.
 
-    NaN ranks above infinity, -0.0 equals 0.0. Every backend returns the same indices; they carry no gradient.
+    `torch.topk` leaves the order of equal scores open, and which of them are kept. NaN ranks above infinity, -0.0
+    equals 0.0. Every backend returns the same indices; they have no gradient.
 
     Args:
-        scores_XS: any floating dtype; float64 is left to torch on CUDA devices.
-        k: 1 to S.
-        backend: `auto`, `cpu` (numba), `triton` (k to 128), `eager` (torch's top-k and sort) or `reference` (sort).
+        scores_XL: scores of any floating dtype; `auto` leaves float64 on CUDA devices to torch.
+        k: indices to keep per row, 1 to L.
+        backend: `auto`, `cpu` (numba), `triton` (k up to 128), `eager` (torch's top-k and sort) or `reference` (sort).
 
     Returns:
         int64 indices.
 
     Raises:
-        ValueError: `k` out of range, an unknown backend, or one that cannot run here or in this dtype.
+        ValueError: `k` is out of range, or the backend is unknown or cannot run here or in this dtype.
     """
-    if not 1 <= k <= scores_XS.shape[-1]:
-        raise ValueError(f"ranked_topk: k={k} is out of range; allowed: 1 to {scores_XS.shape[-1]} (scores a row).")
-    check_limits("ranked_topk", backend, scores_XS, k, WIDENED)
-    default = default_backend(scores_XS, k, WIDENED)
-    return choose_backend("ranked_topk", backend, default, _BACKENDS, scores_XS)(scores_XS, k)
+    if not 1 <= k <= scores_XL.shape[-1]:
+        raise ValueError(f"ranked_topk: k={k} is out of range; allowed: 1 to {scores_XL.shape[-1]} (scores per row).")
+    check_limits("ranked_topk", backend, scores_XL, k, WIDENED)
+    default = default_backend(scores_XL, k, WIDENED)
+    return choose_backend("ranked_topk", backend, default, _BACKENDS, scores_XL)(scores_XL, k)

@@ -1,6 +1,7 @@
-"""Ranked top-k through torch's own top-k and sort.
+"""ranked_topk by torch's own top-k and sort.
 
-Letters: `...` any leading shape, R rows, S scores, K kept, J one more than kept, U rows that a tie leaves unclear.
+Letters: X any leading shape, R rows, L scores per row; K indices kept, J = K + 1, U rows in which ties leave the order
+open.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ import torch
 from torch import Tensor
 
 
-def ranked_topk_eager(scores_XS: Tensor, k: int) -> Tensor:
-    """See `pkm_lightning.ops.ranked_topk`."""
-    # Where a branch on data is dear (a GPU, a traced graph), the stable sort is taken at once.
-    if scores_XS.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.sort(scores_XS, dim=-1, descending=True, stable=True).indices[..., :k]
-    # One more than k: a tie across the k-th place also leaves open which of the equals is in.
-    rows_RS = scores_XS.reshape(-1, scores_XS.shape[-1])
-    values_RJ, indices_RJ = torch.topk(rows_RS, min(k + 1, rows_RS.shape[-1]), dim=-1)
+def ranked_topk_eager(scores_XL: Tensor, k: int) -> Tensor:
+    """Computes `pkm_lightning.ops.ranked_topk` by a top-k, and by a stable sort of the rows that have ties."""
+    # The stable sort of everything where a branch on data is expensive (the host waits for a GPU) or breaks a graph.
+    if scores_XL.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.sort(scores_XL, dim=-1, descending=True, stable=True).indices[..., :k]
+    rows_RL = scores_XL.reshape(-1, scores_XL.shape[-1])
+    # One more than k: a tie across the k-th place leaves open which of the equal scores is kept.
+    values_RJ, indices_RJ = torch.topk(rows_RL, min(k + 1, rows_RL.shape[-1]), dim=-1)
     indices_RK = indices_RJ[:, :k]
-    unclear_R = ~(values_RJ[:, :-1] > values_RJ[:, 1:]).all(-1)
-    if bool(unclear_R.any()):
-        exact_US = torch.sort(rows_RS[unclear_R], dim=-1, descending=True, stable=True).indices
-        indices_RK = indices_RK.masked_scatter(unclear_R[:, None], exact_US[:, :k].contiguous())
-    return indices_RK.reshape(*scores_XS.shape[:-1], k)
+    # Not `<=`: NaN compares false, so that rows with NaN are sorted too.
+    has_ties_R = ~(values_RJ[:, :-1] > values_RJ[:, 1:]).all(-1)
+    if bool(has_ties_R.any()):
+        order_UL = torch.sort(rows_RL[has_ties_R], dim=-1, descending=True, stable=True).indices
+        indices_RK = indices_RK.masked_scatter(has_ties_R[:, None], order_UL[:, :k].contiguous())
+    return indices_RK.reshape(*scores_XL.shape[:-1], k)

@@ -1,30 +1,32 @@
-"""Ranked top-k by kernels, as an operator that compiled code calls without a break.
+"""ranked_topk as a custom operator, which compiled code calls without a graph break.
 
-Letters: `...` any leading shape, R rows, S scores, K kept.
+The arguments of a custom operator form its schema, so they carry no shape suffix.
+
+Letters: X any leading shape, R rows, L scores per row; K indices kept.
 """
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor, library
 
+from pkm_lightning.ops.backends import load_kernels
 
-def ranked_topk_kernels(scores_XS: Tensor, k: int, *, backend: str) -> Tensor:
-    """See `pkm_lightning.ops.ranked_topk`; `backend` is `cpu` or `triton`."""
-    result: Tensor = _ranked_topk(scores_XS.detach(), k, backend)
+
+def ranked_topk_kernels(scores_XL: Tensor, k: int, *, backend: str) -> Tensor:
+    """Computes `pkm_lightning.ops.ranked_topk` by the kernel of `backend`, `cpu` or `triton`."""
+    result: Tensor = _ranked_topk(scores_XL.detach(), k, backend)
     return result
 
 
 @library.custom_op("pkm_lightning::ranked_topk", mutates_args=())
 def _ranked_topk(scores: Tensor, k: int, backend: str) -> Tensor:
-    scores_RS = scores.reshape(-1, scores.shape[-1])
-    # bf16 and fp16 are float32 with fewer bits: the order stays.
-    scores_RS = (scores_RS if scores_RS.element_size() >= 4 else scores_RS.float()).contiguous()
-    values_RK = scores_RS.new_empty(len(scores_RS), k)
+    scores_RL = scores.reshape(-1, scores.shape[-1])
+    # float32 represents every bf16 and fp16 value exactly, so widening keeps the order.
+    scores_RL = (scores_RL if scores_RL.element_size() >= 4 else scores_RL.float()).contiguous()
+    values_RK = scores_RL.new_empty(len(scores_RL), k)
     indices_RK = values_RK.new_empty(values_RK.shape, dtype=torch.int32)
-    importlib.import_module(f"pkm_lightning.ops.ranked_topk.{backend}").rank_rows(scores_RS, values_RK, indices_RK)
+    load_kernels("ranked_topk", backend).rank_rows(scores_RL, values_RK, indices_RK)
     return indices_RK.long().view(*scores.shape[:-1], k)
 
 

@@ -1,6 +1,6 @@
-"""Ranked top-k as it is defined: sort the whole row, stably.
+"""Naive ranked_topk: a stable sort of the whole row.
 
-Letters: `...` any leading shape, S scores, K kept.
+Letters: X any leading shape, L scores per row; K indices kept.
 """
 
 from __future__ import annotations
@@ -9,6 +9,6 @@ import torch
 from torch import Tensor
 
 
-def ranked_topk_reference(scores_XS: Tensor, k: int) -> Tensor:
-    """See `pkm_lightning.ops.ranked_topk`; torch sorts NaN above infinity and -0.0 as 0.0."""
-    return torch.sort(scores_XS, dim=-1, descending=True, stable=True).indices[..., :k]
+def ranked_topk_reference(scores_XL: Tensor, k: int) -> Tensor:
+    """Computes `pkm_lightning.ops.ranked_topk`; torch sorts NaN above infinity and -0.0 as 0.0."""
+    return torch.sort(scores_XL, dim=-1, descending=True, stable=True).indices[..., :k]

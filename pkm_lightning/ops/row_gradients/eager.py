@@ -15,7 +15,7 @@ def row_sums(segments: Segments, coefficients_L: Tensor, sources_L: Tensor, sour
     """Computes `pkm_lightning.ops.row_gradients`; deterministic on every device, as a bag has one reader."""
     # ATen sums in float32 but returns the dtype of its table, so half precision is converted before.
     wide_XV = source_rows_XV.to(torch.promote_types(source_rows_XV.dtype, torch.float32))
-    return _bags(segments.starts_V, segments.order_L, coefficients_L, sources_L, wide_XV)
+    return _bags(segments.starts_Z, segments.order_L, coefficients_L, sources_L, wide_XV)
 
 
 def table_gradient(
@@ -27,9 +27,9 @@ def table_gradient(
     """
     if coefficients_L.numel() == 0:
         return source_rows_XV.new_zeros(n_rows, source_rows_XV.shape[1])
-    counts_R = segments.starts_V.new_zeros(n_rows + 1)
+    counts_R = segments.starts_Z.new_zeros(n_rows + 1)
     # An empty segment (row -1) writes its count, a zero, to the first place.
-    counts_R[segments.rows_U.long() + 1] = segments.starts_V.diff()
+    counts_R[segments.rows_U.long() + 1] = segments.starts_Z.diff()
     return _bags(counts_R.cumsum(0), segments.order_L, coefficients_L, sources_L, source_rows_XV)
 
 

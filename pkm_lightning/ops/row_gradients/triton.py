@@ -86,7 +86,7 @@ def _launch(
     grid = len(segments.rows_U), triton.cdiv(sizes["V"], sizes["BLOCK_V"])
     with torch.cuda.device_of(out_XV):
         _sum_segments[grid](
-            segments.order_L, *reads, segments.starts_V, segments.rows_U, *pieces, out_XV, COMPACT=compact, **sizes
+            segments.order_L, *reads, segments.starts_Z, segments.rows_U, *pieces, out_XV, COMPACT=compact, **sizes
         )
 
 

@@ -89,7 +89,7 @@ def _reads(gradient: RowGradient) -> tuple[Any, ...]:
     segments = gradient.segments
     return (
         segments.order_L.numpy(),
-        segments.starts_V.numpy(),
+        segments.starts_Z.numpy(),
         gradient.coefficients_L.detach().numpy(),
         gradient.sources_L.numpy(),
         _as_numpy(gradient.source_rows_XV.detach().contiguous()),

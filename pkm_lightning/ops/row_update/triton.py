@@ -40,7 +40,7 @@ def row_gradient_squares(gradient: RowGradient) -> Tensor:
         reads, pieces, blocks = _launch_arguments(gradient)
         sizes = block_sizes(gradient.source_rows_XV.shape[1])
         with torch.cuda.device_of(squares_U):
-            _squares[(len(squares_U),)](*reads, segments.starts_V, *pieces, squares_U, BLOCKS=blocks, **sizes)
+            _squares[(len(squares_U),)](*reads, segments.starts_Z, *pieces, squares_U, BLOCKS=blocks, **sizes)
     return squares_U
 
 
@@ -64,7 +64,7 @@ def row_update(
     correction1, root_correction2 = rule.bias_corrections(step)
     with torch.cuda.device_of(table_NV):
         _update_rows[len(segments.rows_U), blocks](
-            *reads, segments.starts_V, segments.rows_U, *pieces, table_NV,
+            *reads, segments.starts_Z, segments.rows_U, *pieces, table_NV,
             state.get("exp_avg", unused), state.get("exp_avg_sq", unused), factor_U, scale_1,
             step.lr, step.lr * step.weight_decay, rule.betas[0], 1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1],
             rule.eps, 1 / correction1, 1 / root_correction2, step.seed,

@@ -1,35 +1,51 @@
-"""The weighted gather as operators that torch can trace: one forward, one backward, whatever kernels they run on.
+"""weighted_gather as custom operators that torch can trace: one forward and one backward for all kernels.
 
-A backend is a module beside this one with `gather_sum`, `gather_dot` and `table_gradient` (which it takes from
-`pkm_lightning.ops.row_gradients`). No tensor of T * K * D values exists anywhere.
+A backend is a module in this folder with `gather_sum`, `gather_dot` and `table_gradient` (which comes from
+`pkm_lightning.ops.row_gradients`). None of them holds a tensor of T * K * V values.
 
-Letters: N rows of the table, D values a row, T reads, K rows a read, G groups a read (1 without groups), X = T * G.
+The arguments of a custom operator form its schema, so they carry no shape suffix.
+
+Letters: G groups per token (1 without groups), X = T * G rows.
 """
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
+from pkm_lightning.ops.backends import load_kernels
 from pkm_lightning.ops.segments import check_indices, read_segments, read_sources
 
 
 def gather(
-    table_ND: Tensor, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None, n_groups: int, *, backend: str
+    table_NV: Tensor, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None, n_groups: int, *, backend: str
 ) -> Tensor:
-    """See `pkm_lightning.ops.weighted_gather`: y_TGD; weights have the table's dtype."""
-    result: Tensor = _gather(table_ND, ids_TK, weights_TK, groups_TK, n_groups, backend)
+    """Computes `pkm_lightning.ops.weighted_gather` as (T, G, V) by the kernels of `backend`.
+
+    The weights must have the table's dtype.
+    """
+    result: Tensor = _gather(table_NV, ids_TK, weights_TK, groups_TK, n_groups, backend)
     return result
 
 
-def gather_kernels(backend: str) -> ModuleType:
-    """The module of `backend`, imported when it is first used: numba and triton take their time."""
-    return importlib.import_module(f"pkm_lightning.ops.weighted_gather.{backend}")
+def table_gradient(
+    ids_TK: Tensor,
+    coefficients_TK: Tensor,
+    groups_TK: Tensor | None,
+    n_groups: int,
+    source_rows_XV: Tensor,
+    n_rows: int,
+    backend: str,
+) -> Tensor:
+    """Computes the dense gradient (N, V) of a table: each read adds `coefficient * source row` to its row."""
+    segments = read_segments(ids_TK.flatten(), n_rows)
+    sources_L = read_sources(ids_TK, groups_TK, n_groups).flatten()
+    kernels = load_kernels("weighted_gather", backend)
+    gradient_NV: Tensor = kernels.table_gradient(segments, coefficients_TK.flatten(), sources_L, source_rows_XV, n_rows)
+    return gradient_NV
 
 
 @library.custom_op("pkm_lightning::weighted_gather", mutates_args=())
@@ -38,11 +54,12 @@ def _gather(table: Tensor, ids: Tensor, weights: Tensor, groups: Tensor | None, 
     if groups is not None:
         check_indices("weighted_gather", "groups", groups, n_groups)
         groups = groups.contiguous()
+    # ATen's embedding bag refuses K = 0 ("step must be nonzero", torch 2.13).
     if ids.numel() == 0:
         return table.new_zeros(len(ids), n_groups, table.shape[1])
-    kernels = gather_kernels(backend)
-    y_XD: Tensor = kernels.gather_sum(table.contiguous(), ids.contiguous(), weights.contiguous(), groups, n_groups)
-    return y_XD.view(len(ids), n_groups, table.shape[1])
+    kernels = load_kernels("weighted_gather", backend)
+    y_XV: Tensor = kernels.gather_sum(table.contiguous(), ids.contiguous(), weights.contiguous(), groups, n_groups)
+    return y_XV.view(len(ids), n_groups, table.shape[1])
 
 
 @library.custom_op("pkm_lightning::weighted_gather_backward", mutates_args=())
@@ -53,24 +70,22 @@ def _gather_backward(
     groups: Tensor | None,
     grad: Tensor,
     backend: str,
-    table_too: bool,
-    weights_too: bool,
+    needs_table: bool,
+    needs_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients that are wanted; an empty tensor in the place of one that is not."""
-    grad_XD, ids_TK = grad.contiguous().flatten(0, 1), ids.contiguous()
+    """Returns the gradients that are needed, each of the others as an empty tensor."""
+    grad_XV, ids_TK = grad.contiguous().flatten(0, 1), ids.contiguous()
     n_groups = grad.shape[1]
     groups_TK = None if groups is None else groups.contiguous()
-    kernels = gather_kernels(backend)
-    table_grad_ND, weights_grad_TK = table.new_empty(0), weights.new_empty(0)
-    if table_too:
-        segments = read_segments(ids_TK.flatten(), len(table))
-        sources_L = read_sources(ids_TK, groups_TK, n_groups).flatten()
-        table_grad_ND = kernels.table_gradient(segments, weights.flatten(), sources_L, grad_XD, len(table))
-    if weights_too and ids_TK.numel() == 0:
+    table_grad_NV, weights_grad_TK = table.new_empty(0), weights.new_empty(0)
+    if needs_table:
+        table_grad_NV = table_gradient(ids_TK, weights, groups_TK, n_groups, grad_XV, len(table), backend)
+    if needs_weights and ids_TK.numel() == 0:
         weights_grad_TK = torch.zeros_like(ids_TK, dtype=weights.dtype)
-    elif weights_too:
-        weights_grad_TK = kernels.gather_dot(table.contiguous(), grad_XD, ids_TK, groups_TK, n_groups)
-    return table_grad_ND, weights_grad_TK
+    elif needs_weights:
+        kernels = load_kernels("weighted_gather", backend)
+        weights_grad_TK = kernels.gather_dot(table.contiguous(), grad_XV, ids_TK, groups_TK, n_groups)
+    return table_grad_NV, weights_grad_TK
 
 
 @_gather.register_fake
@@ -86,11 +101,11 @@ def _(
     groups: Tensor | None,
     grad: Tensor,
     backend: str,
-    table_too: bool,
-    weights_too: bool,
+    needs_table: bool,
+    needs_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    table_grad_ND = table.new_empty(table.shape if table_too else (0,))
-    return table_grad_ND, weights.new_empty(ids.shape if weights_too else (0,))
+    table_grad_NV = table.new_empty(table.shape if needs_table else (0,))
+    return table_grad_NV, weights.new_empty(ids.shape if needs_weights else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -98,10 +113,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(table, ids, weights, groups)
 
 
-def _backward(ctx: Any, grad_TGD: Tensor) -> tuple[Tensor | None, ...]:
-    table_too, _, weights_too, *_ = ctx.needs_input_grad
-    table_grad_ND, weights_grad_TK = _gather_backward(*ctx.saved_tensors, grad_TGD, ctx.backend, table_too, weights_too)
-    return table_grad_ND if table_too else None, None, weights_grad_TK if weights_too else None, None, None, None
+def _backward(ctx: Any, grad_TGV: Tensor) -> tuple[Tensor | None, ...]:
+    needs_table, _, needs_weights, *_ = ctx.needs_input_grad
+    # An operator of its own: AOTAutograd traces this function and cannot trace kernels; the FLOP counter sees it too.
+    table_grad_NV, weights_grad_TK = _gather_backward(
+        *ctx.saved_tensors, grad_TGV, ctx.backend, needs_table, needs_weights
+    )
+    table_grad, weights_grad = table_grad_NV if needs_table else None, weights_grad_TK if needs_weights else None
+    return table_grad, None, weights_grad, None, None, None
 
 
 _gather.register_autograd(_backward, setup_context=_setup_context)
@@ -115,6 +134,6 @@ def _flops(table: list[int], ids: list[int], *_: object, **__: object) -> int:
 @register_flop_formula(torch.ops.pkm_lightning.weighted_gather_backward)
 def _backward_flops(
     table: list[int], ids: list[int], weights: object, groups: object, grad: object, backend: str,
-    table_too: bool, weights_too: bool, **_: object,
+    needs_table: bool, needs_weights: bool, **_: object,
 ) -> int:  # fmt: skip
-    return 2 * ids[0] * ids[1] * table[1] * (table_too + weights_too)
+    return 2 * ids[0] * ids[1] * table[1] * (needs_table + needs_weights)

@@ -1,6 +1,6 @@
-"""The weighted gather as it is written on paper: gather T * K rows, weight them, add them up.
+"""Naive weighted_gather: gather T * K rows, multiply by the weights, add up.
 
-Letters: N rows, D values a row, T reads, K rows a read, G groups a read.
+Letters: G groups per token.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def weighted_gather_reference(
-    table_ND: Tensor, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None, n_groups: int
+    table_NV: Tensor, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None, n_groups: int
 ) -> Tensor:
-    """See `pkm_lightning.ops.weighted_gather`, (T, G, D); keeps T * K * D values in memory, with groups once a group.
+    """Computes `pkm_lightning.ops.weighted_gather` as (T, G, V); holds T * K * V values in memory, for each group anew.
 
-    One-hot groups multiply the weights.
+    Groups multiply the weights as one-hot vectors.
     """
-    rows_TKD = table_ND[ids_TK.long()]
+    rows_TKV = table_NV[ids_TK.long()]
     if groups_TK is None:
-        return (weights_TK.unsqueeze(-1) * rows_TKD).sum(dim=1, keepdim=True)
+        return (weights_TK.unsqueeze(-1) * rows_TKV).sum(dim=1, keepdim=True)
     one_hot_TKG = groups_TK.unsqueeze(-1) == torch.arange(n_groups, device=groups_TK.device)
     weights_TKG = weights_TK.unsqueeze(-1) * one_hot_TKG
-    return torch.stack([(weights_TKG[..., g, None] * rows_TKD).sum(dim=1) for g in range(n_groups)], dim=1)
+    return torch.stack([(weights_TKG[..., g, None] * rows_TKV).sum(dim=1) for g in range(n_groups)], dim=1)

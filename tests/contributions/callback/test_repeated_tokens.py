@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import pkm_lightning.callbacks
+from pkm_lightning.build.run import make_callbacks
 from pkm_lightning.callbacks.base import ChecksConfig
-from pkm_lightning.cli.assembly import make_callbacks
 from pkm_lightning.errors import ConfigError
 
 HERE, DENSE = Path(__file__).parent, ["ffn=dense", "strategy=single"]

@@ -1,7 +1,8 @@
-"""What a benchmark prints and writes: one line a way, with the conditions under which it was measured."""
+"""The results of a benchmark, printed and written as one line per way, with the conditions of the measurement."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import platform
@@ -14,20 +15,18 @@ from pathlib import Path
 
 import torch
 
-from pkm_lightning.training.run_record import cpu_name
-
 
 @dataclass
 class Result:
-    """One way at one size; `status` is `ok` or why there is no figure."""
+    """Result of one way at one size; `status` is `ok` or the reason why there is no measurement."""
 
     row: str
     sizes: str = ""
     way: str = ""
     status: str = "ok"
-    #: Relative to float64.
+    #: Relative error against float64.
     error: float | None = None
-    #: Two calls agreed bitwise.
+    #: Whether two calls agreed bitwise.
     same_bits: bool | None = None
     rounds: int = 0
     #: Seconds.
@@ -35,48 +34,66 @@ class Result:
     least: float | None = None
     p20: float | None = None
     p80: float | None = None
-    bytes_a_second: float | None = None
-    copied_a_second: float | None = None
-    seconds_a_token: float | None = None
+    bandwidth: float | None = None
+    #: Bandwidth of a copy, measured in the same rounds.
+    copy_bandwidth: float | None = None
+    seconds_per_token: float | None = None
     peak_bytes: int | None = None
-    bytes_a_value: float | None = None
-    #: By baseline: how many times faster, and how many times fewer bytes a value of the table.
+    #: Bytes at the peak per value of the table.
+    bytes_per_value: float | None = None
+    #: By baseline: how many times faster, and how many times fewer bytes per value.
     faster: dict[str, float] = field(default_factory=dict)
     leaner: dict[str, float] = field(default_factory=dict)
 
-    def summarise(self, seconds: list[float], moved: float, tokens: int, copied_a_second: float) -> None:
-        """Quantiles of the rounds, if none of them failed."""
+    def summarise(self, seconds: list[float], moved: float, tokens: int, copy_bandwidth: float) -> None:
+        """Computes quantiles of the rounds, if none of them failed.
+
+        Args:
+            seconds: one measurement per round.
+            moved: bytes per call that any way must move; 0 leaves bandwidth out.
+            tokens: tokens per call; 0 leaves the time per token out.
+            copy_bandwidth: bytes per second of a copy.
+        """
         if self.status != "ok" or not seconds:
             return
         cuts = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
         self.rounds, self.median, self.least = len(seconds), statistics.median(seconds), min(seconds)
         self.p20, self.p80 = cuts[0], cuts[3]
-        self.copied_a_second = copied_a_second
-        self.bytes_a_second = moved / self.median if moved else None
-        self.seconds_a_token = self.median / tokens if tokens else None
+        self.copy_bandwidth = copy_bandwidth
+        self.bandwidth = moved / self.median if moved else None
+        self.seconds_per_token = self.median / tokens if tokens else None
 
     def compare(self, baselines: list[Result]) -> None:
-        """Fills `faster` and `leaner`."""
+        """Computes `faster` and `leaner`."""
         for other in baselines:
             if self.median and other.median:
                 self.faster[other.way] = other.median / self.median
-            if self.bytes_a_value and other.bytes_a_value:
-                self.leaner[other.way] = other.bytes_a_value / self.bytes_a_value
+            if self.bytes_per_value and other.bytes_per_value:
+                self.leaner[other.way] = other.bytes_per_value / self.bytes_per_value
 
 
 def conditions(device: torch.device) -> dict[str, str]:
-    """Where, when and with what a benchmark runs."""
+    """Returns date, commit, machine and versions of a benchmark."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "cpu": cpu_name(),
+        "cpu": _cpu_name(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numba": _version("numba"),
     }
+
+
+def _cpu_name() -> str:
+    # Not imported from `pkm_lightning.training`, which needs Lightning.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor()
 
 
 def _commit() -> str:
@@ -95,12 +112,12 @@ def _version(package: str) -> str:
 
 
 def print_head(name: str, facts: Mapping[str, str]) -> None:
-    """The conditions, in one paragraph."""
+    """Prints the conditions as one line."""
     print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items() if value), flush=True)
 
 
 def print_case(row: str, sizes: str, results: list[Result]) -> None:
-    """A table with the columns that have something to say; times in milliseconds."""
+    """Prints a table with the columns that are not empty; times in milliseconds."""
     baselines = list(dict.fromkeys(name for result in results for name in (*result.faster, *result.leaner)))
     lines = [_cells(result, baselines) for result in results]
     shown = [name for name in lines[0] if any(line[name] for line in lines)]
@@ -122,7 +139,7 @@ def _cells(result: Result, baselines: list[str]) -> dict[str, str]:
     notes = [] if result.status == "ok" else [result.status]
     if result.same_bits is False:
         notes.append("two calls differ in bits")
-    rate, copied = result.bytes_a_second, result.copied_a_second
+    rate, copied = result.bandwidth, result.copy_bandwidth
     return {
         "way": result.way,
         "median ms": shown(result.median, 1e3),
@@ -131,17 +148,17 @@ def _cells(result: Result, baselines: list[str]) -> dict[str, str]:
         "p80": shown(result.p80, 1e3),
         "GB/s": shown(rate, 1e-9, 1),
         "% of copy": shown(rate / copied if rate and copied else None, 100, 0),
-        "us a token": shown(result.seconds_a_token, 1e6, 1),
+        "us per token": shown(result.seconds_per_token, 1e6, 1),
         "peak MiB": shown(result.peak_bytes, 2**-20, 0),
         **{f"x {name}": shown(result.faster.get(name), 1) for name in baselines},
-        "B a value": shown(result.bytes_a_value, 1),
+        "B per value": shown(result.bytes_per_value, 1),
         **{f"x less than {name}": shown(result.leaner.get(name), 1) for name in baselines},
         "note": "; ".join(notes),
     }
 
 
 def write_csv(out: Path, name: str, facts: Mapping[str, str], results: list[Result]) -> None:
-    """A line a way, into the file `out` or, if it is a folder, into DATE-NAME.csv there; replaces what was there."""
+    """Writes one line per way into the file `out`, or into DATE-NAME.csv if `out` is a folder; replaces the file."""
     path = out if out.suffix == ".csv" else out / f"{facts['date']}-{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -155,8 +172,9 @@ def _record(result: Result) -> dict[str, str]:
     def text(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    rate, copied = result.bytes_a_second, result.copied_a_second
+    rate, copied = result.bandwidth, result.copy_bandwidth
     return {
+        # The columns keep the names that earlier results have.
         "row": result.row,
         "sizes": result.sizes,
         "way": result.way,
@@ -170,9 +188,9 @@ def _record(result: Result) -> dict[str, str]:
         "p80_s": text(result.p80, ".3e"),
         "GBps": text(rate and rate / 1e9, ".2f"),
         "copy_GBps": text(copied and copied / 1e9, ".2f"),
-        "token_s": text(result.seconds_a_token, ".3e"),
+        "token_s": text(result.seconds_per_token, ".3e"),
         "peak_bytes": text(result.peak_bytes, "d"),
-        "bytes_a_value": text(result.bytes_a_value, ".2f"),
+        "bytes_a_value": text(result.bytes_per_value, ".2f"),
         "times_faster_than": _ratios(result.faster),
         "times_fewer_bytes_than": _ratios(result.leaner),
     }

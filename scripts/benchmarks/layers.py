@@ -1,7 +1,6 @@
-"""Whole layers of other packages, and the same layers with this package's operations in them: equal weights, one step.
+"""Whole layers of other packages, next to the same layers with this package's operations: equal weights, one step.
 
-Letters: T tokens, D model dimension, H heads, 2 halves, S sub-keys a half, E dimension of a half key, k slots a head,
-N slots.
+Letters: 2 halves, F dimension of a half key, C reads per token over all heads.
 """
 
 from __future__ import annotations
@@ -12,19 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmark_ways import search
-from benchmarking import Case, Run, Skipped, Way, relative_error
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.case import Case, Run, Skipped, Way, relative_error
+from benchmarks.ways import search
 from pkm_lightning.ops import gathered_dot, weighted_gather
 
-# One near tie that falls otherwise in float64 moves a whole row of a gradient.
+# A near tie that float64 decides otherwise moves a whole row of a gradient.
 TOLERANCE = 1e-2
 
 
 def pkm_layer(smoke: bool, device: torch.device) -> Case | Skipped:
-    """product-key-memory 0.3.0 (MIT), forward and backward, and its weights through `search` and `weighted_gather`."""
+    """Compares product-key-memory 0.3.0 (MIT), forward and backward, with `search` and `weighted_gather`."""
     try:
         from product_key_memory import PKM
     except ImportError as error:
@@ -33,8 +32,9 @@ def pkm_layer(smoke: bool, device: torch.device) -> Case | Skipped:
     layer = PKM(dim, heads=4, num_keys=n_keys, topk=_k(smoke), dim_head=64).to(device)
 
     def ours(x_TD: Tensor, backend: str) -> Tensor:
-        q_T2HE = layer.norm(layer.to_queries(x_TD).view(tokens, 2, 4, 64))
-        scores_HTK, ids_HTK = _found(q_T2HE, layer.keys, layer.topk, backend)
+        # The package orders halves before heads.
+        q_T2HF = layer.norm(layer.to_queries(x_TD).view(tokens, 2, 4, 64))
+        scores_HTK, ids_HTK = _search(q_T2HF, layer.keys, layer.topk, backend)
         ids_TC, weights_TC = (part.transpose(0, 1).flatten(1) for part in (ids_HTK, scores_HTK.softmax(-1)))
         return weighted_gather(layer.values.weight, ids_TC, weights_TC, backend=backend)
 
@@ -42,7 +42,7 @@ def pkm_layer(smoke: bool, device: torch.device) -> Case | Skipped:
 
 
 def peer_layer(smoke: bool, device: torch.device) -> Case | Skipped:
-    """PEER-pytorch 0.2.2 (MIT), forward and backward, and its weights through `gathered_dot` and `weighted_gather`."""
+    """Compares PEER-pytorch 0.2.2 (MIT), forward and backward, with `gathered_dot` and `weighted_gather`."""
     try:
         from PEER_pytorch import PEER
     except ImportError as error:
@@ -52,8 +52,8 @@ def peer_layer(smoke: bool, device: torch.device) -> Case | Skipped:
     layer = PEER(dim, num_experts=n_keys**2, **options).to(device)
 
     def ours(x_TD: Tensor, backend: str) -> Tensor:
-        q_T2HE = layer.to_queries[0](x_TD).view(tokens, 2, 4, 64)
-        scores_HTK, ids_HTK = _found(q_T2HE, layer.keys, options["num_experts_per_head"], backend)
+        q_T2HF = layer.to_queries[0](x_TD).view(tokens, 2, 4, 64)
+        scores_HTK, ids_HTK = _search(q_T2HF, layer.keys, options["num_experts_per_head"], backend)
         ids_TC, weights_TC = (part.transpose(0, 1).flatten(1) for part in (ids_HTK, scores_HTK.softmax(-1)))
         hidden_TC = functional.gelu(gathered_dot(layer.weight_down_embed.weight, x_TD, ids_TC, backend=backend))
         return weighted_gather(layer.weight_up_embed.weight, ids_TC, weights_TC * hidden_TC, backend=backend)
@@ -71,16 +71,17 @@ def _k(smoke: bool) -> int:
     return 4 if smoke else 32
 
 
-def _found(q_T2HE: Tensor, keys_HS2E: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    return search(q_T2HE.permute(1, 2, 0, 3), keys_HS2E.permute(2, 0, 1, 3), k, backend)
+def _search(q_T2HF: Tensor, keys_HS2F: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    return search(q_T2HF.permute(1, 2, 0, 3), keys_HS2F.permute(2, 0, 1, 3), k, backend)
 
 
 def _case(
     layer: nn.Module, name: str, ours: Callable[..., Tensor], tokens: int, dim: int, sizes: str, device: torch.device
 ) -> Case:
-    """Forward and backward to all weights and the input."""
+    """Builds the case: forward and backward to all weights and the input."""
     x_TD, upstream_TD = (torch.randn(tokens, dim, device=device) for _ in range(2))
     x_TD.requires_grad_()
+    # Gradients go to all weights: a layer that skipped some would look faster.
     inputs = [x_TD, *(p for p in layer.parameters() if p.requires_grad)]
 
     def theirs(x_TD: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Time a token of a whole model in Lightning's Trainer, with memory layers and without, on the data of the default run.
+"""Time per token of a whole model in Lightning's Trainer, with and without memory layers, on the default data.
 
-Needs what the command line needs, Lightning and Hydra; elsewhere the case is skipped.
+Needs Lightning and Hydra; without them the case is skipped.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import time
 from typing import Any
 
 import torch
-from benchmarking import Case, Run, Skipped, Way
+
+from benchmarks.case import Case, Run, Skipped, Way
 
 ONE_LAYER = ["placement=middle", "match=flops"]
 
 
 def trainer_case(dim: int | None, smoke: bool, device: torch.device) -> Case | Skipped:
-    """`dim` None is the default model of `fit`, with its memory in one and in all layers; else a wider model of 4
-    layers, a memory in one of them, at the FLOPs of the dense one."""
+    """Builds the case.
+
+    Args:
+        dim: model dimension of a model of 4 layers with a memory in one of them, at the FLOPs of the dense model; None
+            for the default model of `fit`, with a memory in one and in all layers.
+        smoke: tiny sizes.
+        device: where it trains.
+    """
     try:
         import hydra  # noqa: F401
         import lightning  # noqa: F401
@@ -43,7 +50,7 @@ def trainer_case(dim: int | None, smoke: bool, device: torch.device) -> Case | S
         sizes=f"{'default model' if dim is None else f'D={dim}'}, facts, {data['global_batch_size']} rows of "
         f"{data['seq_len']} tokens, {steps} steps",
         ways=[Way(name, functools.partial(_fit, config)) for name, config in configs.items()],
-        error=lambda run: 0.0 if run() > 0 else float("inf"),  # what the models compute is the tests' matter
+        error=lambda run: 0.0 if run() > 0 else float("inf"),  # tests check what the models compute
         tolerance=0.0,
         baselines=["dense"],
         tokens=data["global_batch_size"] * data["seq_len"],
@@ -63,10 +70,11 @@ def _configuration(overrides: list[str]) -> dict[str, Any]:
 
 
 def _fit(config: dict[str, Any]) -> Run:
-    """A run that returns the seconds a step, from the end of the second to the end of the last."""
+    """Returns a function that trains and returns seconds per step, from the end of the second step to the last."""
     import lightning as L
 
-    from pkm_lightning.cli.assembly import complete, make_trainer
+    from pkm_lightning.build.run import resolve
+    from pkm_lightning.cli.assembly import make_trainer
     from pkm_lightning.training import LanguageModule
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -76,19 +84,20 @@ def _fit(config: dict[str, Any]) -> Run:
             self.ends: list[float] = []
 
         def on_train_batch_end(self, *_: object) -> None:
+            # Kernels are asynchronous: without this the clock would stop before the step has ended.
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
 
-    completed, data = complete(config)
-    data.prepare_data()
-    data.setup("fit")
+    resolved = resolve(config)
+    resolved.data.prepare_data()
+    resolved.data.setup("fit")
 
     def run() -> float:
         clock = Clock()
         with tempfile.TemporaryDirectory() as run_dir:
-            trainer = make_trainer({**completed, "run_dir": run_dir}, callbacks=[clock], loggers=[])
-            trainer.fit(LanguageModule(completed), datamodule=data)
+            trainer = make_trainer({**resolved.config, "run_dir": run_dir}, callbacks=[clock], loggers=[])
+            trainer.fit(LanguageModule(resolved.config), datamodule=resolved.data)
         return (clock.ends[-1] - clock.ends[1]) / (len(clock.ends) - 2)
 
     return run

@@ -1,8 +1,6 @@
 """One training step of an FFN alone: forward, backward, update, for SwiGLU, a mixture of experts and Memory+.
 
-On the CPU all have equal forward FLOPs a token; on a GPU Memory+ has the paper's shape, values as wide as the model.
-
-Letters: B sequences, T tokens, D model dimension, V values a slot, N slots.
+On the CPU all have equal forward FLOPs per token; on a GPU Memory+ has the paper's shape, values as wide as the model.
 """
 
 from __future__ import annotations
@@ -13,11 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from benchmark_inputs import table, value_table
-from benchmarking import Case, Way
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from benchmarks.case import Case, Way
+from benchmarks.inputs import table, value_table
 from pkm_lightning.ffn import FFNContext
 from pkm_lightning.ffn.dense import Dense
 from pkm_lightning.ffn.memory_plus import MemoryPlus
@@ -26,17 +24,20 @@ from pkm_lightning.memory import RowOptimizer, TableOptimizer
 
 LR = 1e-4
 CHECKED = 256
-# In bf16 queries are rounded, and slots at the border of the top-k are others than in float64.
+# In bf16 queries are rounded, which changes the slots at the border of the top-k against float64.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 class Block(NamedTuple):
-    """Sizes: T tokens of D values through a SwiGLU of `hidden`, or through its rivals.
+    """Sizes of an FFN layer.
 
     Args:
-        n_keys: sub-keys a half of Memory+; its 4 heads read 32 rows each.
-        key_dim: both half keys together.
-        matched: Memory+ has as wide values as give the SwiGLU's forward FLOPs; else as wide as the model.
+        tokens: T.
+        dim: model dimension D.
+        hidden: hidden dimension of the SwiGLU.
+        n_keys: sub-keys per half of Memory+; its 4 heads read 32 rows each.
+        key_dim: dimension of both half keys together.
+        matched: give Memory+ values so wide that forward FLOPs equal the SwiGLU's; otherwise as wide as the model.
     """
 
     tokens: int
@@ -51,7 +52,7 @@ class Block(NamedTuple):
 
 
 def memory_plus(block: Block, weight_NV: Tensor, learning: str, device: str = "auto") -> MemoryPlus:
-    """The layer around a table that is there."""
+    """Builds the layer around existing rows."""
     return MemoryPlus(
         dim=block.dim,
         table=value_table(weight_NV, learning, device),
@@ -65,17 +66,18 @@ def memory_plus(block: Block, weight_NV: Tensor, learning: str, device: str = "a
 
 
 def value_dim(block: Block) -> int:
-    """Values a slot."""
+    """Returns the values per row."""
     if not block.matched:
         return block.dim
+    # FLOPs are linear in the width: two of them give slope and offset.
     with torch.device("meta"):
         costs = [memory_plus(block, torch.empty(block.n_keys**2, width), "rows").cost().flops for width in (8, 16)]
-    a_value = (costs[1] - costs[0]) // 8
-    return max(8, (6 * block.dim * block.hidden - costs[0]) // a_value // 8 * 8 + 8)
+    per_value = (costs[1] - costs[0]) // 8
+    return max(8, (6 * block.dim * block.hidden - costs[0]) // per_value // 8 * 8 + 8)
 
 
 class BlockStep:
-    """A call is one step."""
+    """Training step of a module, as a callable."""
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, x_BTD: Tensor, upstream_BTD: Tensor) -> None:
         self.module, self.optimizer = module, optimizer
@@ -89,14 +91,15 @@ class BlockStep:
         self.optimizer.step()
 
     def error(self) -> float:
-        """Of the forward pass."""
+        """Returns the relative error of the forward pass."""
+        # A few tokens are enough: the float64 copy is slow.
         x_BTD = self.x_BTD[:1, :CHECKED]
         with torch.no_grad():
             return forward_error(self.module(x_BTD, context_of(x_BTD)).y_BTD, self.module, x_BTD)
 
 
 def block_case(block: Block, device: torch.device, dtype: torch.dtype) -> Case:
-    """A step of each FFN on the same tokens."""
+    """Builds the case: a step of each FFN on the same tokens."""
     weight_NV = table(block.n_keys**2, value_dim(block), dtype, device)
     x_BTD, upstream_BTD = (torch.randn(8, block.tokens // 8, block.dim, device=device).to(dtype) for _ in range(2))
 
@@ -145,6 +148,7 @@ def block_case(block: Block, device: torch.device, dtype: torch.dtype) -> Case:
 
 
 def _optimizer(module: nn.Module, rule: str | None) -> Optimizer:
+    # The table is no registered parameter of the layer: a row rule moves it.
     dense = AdamW(module.parameters(), lr=LR, fused=True)
     if rule is None:
         return dense
@@ -153,19 +157,19 @@ def _optimizer(module: nn.Module, rule: str | None) -> Optimizer:
 
 
 def context_of(x_BTD: Tensor) -> FFNContext:
-    """Tokens that say nothing."""
+    """Returns a context with zero ids, for FFNs that do not read them."""
     return FFNContext(input_ids_BT=torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device))
 
 
 @torch.no_grad()
-def forward_error(found_BTD: Tensor, module: nn.Module, x_BTD: Tensor) -> float:
-    """Median over tokens of the relative error of an output against a copy of the module in float64.
+def forward_error(y_BTD: Tensor, module: nn.Module, x_BTD: Tensor) -> float:
+    """Returns the median over tokens of the relative error of an output against a copy of the module in float64.
 
-    A median, because a near tie that falls otherwise there moves single tokens far; nothing else does.
+    The median ignores single tokens for which float64 decides a near tie otherwise.
     """
     wide = copy.deepcopy(module).double()
     if isinstance(wide, MemoryPlus):
-        wide.values.table.double()  # a copy too, but not registered
+        wide.values.table.double()  # deepcopy copied the table, but it is no registered submodule
     expected_BTD = wide(x_BTD.double(), context_of(x_BTD)).y_BTD
-    error_BT = (found_BTD - expected_BTD).norm(dim=-1) / expected_BTD.norm(dim=-1)
+    error_BT = (y_BTD - expected_BTD).norm(dim=-1) / expected_BTD.norm(dim=-1)
     return error_BT.median().item()

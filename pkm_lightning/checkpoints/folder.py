@@ -1,0 +1,124 @@
+"""Reads a checkpoint folder that several ranks wrote, in parts; `pkm_lightning.checkpoints.sharded` has the format."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
+from pkm_lightning.errors import CheckpointError
+from pkm_lightning.ops.ranks import is_distributed
+
+SKELETON = "skeleton.pt"
+
+
+class Chunk(NamedTuple):
+    """A block of a tensor and the offset of its first value in each dimension."""
+
+    offsets: tuple[int, ...]
+    values: Tensor
+
+
+class FolderContent:
+    """The tensors of a folder, read on demand.
+
+    Attributes:
+        skeleton: the checkpoint with names in place of tensors.
+        shapes: shape and dtype by name.
+
+    Raises:
+        Exception: torch's, of half a dozen classes, for what it cannot read.
+        DamagedFileError: a file is cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, MappedFile] = {}
+        # Small: every rank reads it whole.
+        self.skeleton: Any = torch.load(path / SKELETON, weights_only=True)
+        self._metadata = _reader(path).read_metadata()
+        _check_sizes(path, self._metadata)
+        stored = self._metadata.state_dict_metadata.items()
+        self.shapes = {n: (m.size, m.properties.dtype) for n, m in stored if isinstance(m, TensorStorageMetadata)}
+
+    def read_into(self, targets: dict[str, Tensor]) -> None:
+        """Fills `targets` in place, of a DTensor this rank's part. Collective: call on all ranks.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended in one process
+                dcp.load(targets, storage_reader=_reader(self._path), no_dist=not is_distributed())
+        except Exception as error:
+            raise CheckpointError(
+                f"ckpt={self._path} cannot be read ({failure_reason(error)}); use another one."
+            ) from error
+
+    def mapped(self, names: list[str]) -> dict[str, Tensor]:
+        """Returns whole tensors in memory: a tensor of several chunks cannot be mapped in one piece."""
+        tensors = {name: torch.empty(self.shapes[name][0], dtype=self.shapes[name][1]) for name in names}
+        self.read_into(tensors)
+        return tensors
+
+    def chunks(self, name: str) -> list[Chunk]:
+        """Returns the blocks in which the ranks wrote a tensor, mapped.
+
+        Raises:
+            DamagedFileError: naming the file and the byte.
+        """
+        metadata = self._metadata.state_dict_metadata[name]
+        assert isinstance(metadata, TensorStorageMetadata)
+        chunks = []
+        for part in metadata.chunks:
+            place = self._metadata.storage_data[MetadataIndex(name, part.offsets)]
+            try:
+                _, tensors = map_archive(self._file(place.relative_path), place.offset, place.length)
+                (values,) = tensors.values()
+                assert tuple(values.shape) == tuple(part.sizes)
+            except Exception:  # torch has half a dozen classes for what it cannot read
+                raise DamagedFileError(f"{place.relative_path} at byte {place.offset}") from None
+            chunks.append(Chunk(tuple(part.offsets), values))
+        return chunks
+
+    def forget(self) -> None:
+        """Releases the memory of all pages read through `chunks`."""
+        for file in self._files.values():
+            file.forget()
+
+    def _file(self, name: str) -> MappedFile:
+        if name not in self._files:
+            self._files[name] = MappedFile(self._path / name)
+        return self._files[name]
+
+
+def failure_reason(error: BaseException) -> str:
+    """Returns the first cause that has a name; `torch.distributed.checkpoint` raises one error for all ranks."""
+    if isinstance(error, dcp.CheckpointException):
+        failures = [failure[0] for failure in error.failures.values()]
+        error = next((f for f in failures if isinstance(f, OSError)), failures[0])
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "cut short: is the disk full?"
+
+
+def _reader(path: Path) -> dcp.FileSystemReader:
+    # Every read of a folder's metadata, a pickle, goes through this reader.
+    return dcp.FileSystemReader(path)
+
+
+def _check_sizes(path: Path, metadata: Metadata) -> None:
+    """Refuses a folder in which a file is missing or cut short, before any rank waits for another in a collective."""
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        if (path / name).stat().st_size < end:
+            raise DamagedFileError(f"{name} is cut short")

@@ -1,0 +1,217 @@
+"""Opens a checkpoint of any kind. All checks of what is on disk stand here.
+
+| kind | on disk | tensors |
+|---|---|---|
+| `file` | one file, written by `torch.save` | mapped read-only |
+| `folder` | written by several ranks; see `pkm_lightning.checkpoints.sharded` | read on demand, in parts |
+| `exported` | weights as safetensors; see `pkm_lightning.checkpoints.export` | mapped read-only |
+
+Opening reads no tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import pkm_lightning
+from pkm_lightning.checkpoints.folder import Chunk, FolderContent
+from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
+from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, looks_like_safetensors, map_tensors
+from pkm_lightning.checkpoints.tree import flatten, restore
+from pkm_lightning.errors import CheckpointError
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Returns the checkpoint of `run_dir` with the highest step, or None."""
+    checkpoints = sorted((run_dir / "checkpoints").glob("step-*.ckpt"))
+    return checkpoints[-1] if checkpoints else None
+
+
+def open_checkpoint(path: str | Path) -> SavedCheckpoint:
+    """Opens a checkpoint of this package.
+
+    Raises:
+        CheckpointError: missing, damaged, of another format version, or not written by this package.
+    """
+    checkpoint = SavedCheckpoint(path)
+    checkpoint.check_content()
+    return checkpoint
+
+
+class SavedCheckpoint:
+    """A checkpoint on disk, of any LightningModule; `open_checkpoint` accepts those of this package only.
+
+    Attributes:
+        path: of the file or folder.
+        kind: `file`, `folder` or `exported`.
+        skeleton: the content with `{"__tensor__": name}` in place of each tensor.
+        shapes: shape and dtype of each tensor by name; see `pkm_lightning.checkpoints.tree`.
+
+    Raises:
+        CheckpointError: missing, damaged, or exported in another format version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise CheckpointError(f"ckpt={path} does not exist.")
+        self.kind: Literal["file", "folder", "exported"] = "file"
+        self._content: FolderContent | _MappedContent
+        with self._damage_reported():
+            if self.path.is_dir():
+                self.kind, self._content = "folder", FolderContent(self.path)
+            elif looks_like_safetensors(self.path):
+                self.kind, self._content = "exported", _exported(self.path)
+            else:
+                self._content = _archive(self.path)
+        self.skeleton: Any = self._content.skeleton
+        self.shapes = self._content.shapes
+
+    def check_content(self) -> None:
+        """Refuses a checkpoint of another package.
+
+        Raises:
+            CheckpointError: it lacks weights, counters or a configuration.
+        """
+        content = self.skeleton if isinstance(self.skeleton, dict) else {}
+        hyper_parameters = content.get("hyper_parameters")
+        config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+        keys = config.keys() if isinstance(config, dict) else set()
+        if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= keys:
+            raise CheckpointError(
+                f"ckpt={self.path} was not written by this package; use one from a run's checkpoints folder."
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of the run; not checked for classes of other packages."""
+        return dict(self.skeleton["hyper_parameters"]["config"])
+
+    def optimizer(self, number: int) -> dict[str, Any]:
+        """Returns the skeleton of an optimizer's state dict."""
+        states: dict[str, Any] = self.skeleton["optimizer_states"][number]
+        return states
+
+    def read_into(self, targets: dict[str, Tensor]) -> None:
+        """Fills `targets` in place, of a DTensor this rank's part. Collective for a folder: call on all ranks.
+
+        Raises:
+            CheckpointError: a tensor's shape differs from its target's, or a file cannot be read.
+        """
+        for name, target in targets.items():
+            if self.shapes[name][0] != target.shape:
+                raise CheckpointError(
+                    f"ckpt={self.path}: {name} has the shape {tuple(self.shapes[name][0])}, here it is "
+                    f"{tuple(target.shape)}: it was written with another configuration."
+                )
+        self._content.read_into(targets)
+
+    def read(self, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Returns everything but the top-level keys `without`, whole on every rank, in memory that may be written to.
+
+        Collective for a folder: call on all ranks.
+        """
+        skeleton, names = self._part(without)
+        tensors = {name: torch.empty(self.shapes[name][0], dtype=self.shapes[name][1]) for name in names}
+        self.read_into(tensors)
+        return dict(restore(skeleton, tensors))
+
+    def map(self, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Returns what `read` returns, but the tensors of one file stay there, and a write to them ends the process."""
+        skeleton, names = self._part(without)
+        return dict(restore(skeleton, self._content.mapped(names)))
+
+    def chunks(self, name: str) -> list[Chunk]:
+        """Returns the mapped blocks of a tensor: one, or as many as ranks wrote.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        with self._damage_reported():
+            return self._content.chunks(name)
+
+    def forget(self) -> None:
+        """Releases the memory of all pages read through `chunks` so far."""
+        self._content.forget()
+
+    def _part(self, without: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        skeleton = {key: value for key, value in self.skeleton.items() if key not in without}
+        return skeleton, [name for name in self.shapes if name.split(".")[0] not in without]
+
+    @contextlib.contextmanager
+    def _damage_reported(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except DamagedFileError as error:
+            raise CheckpointError(f"ckpt={self.path} is damaged ({error}); use another one.") from None
+        except Exception:  # torch has half a dozen classes for a file that it cannot read
+            raise CheckpointError(f"ckpt={self.path} is damaged or no checkpoint; use another one.") from None
+
+
+class _MappedContent:
+    """The tensors of one file, mapped read-only."""
+
+    def __init__(self, file: MappedFile, skeleton: Any, tensors: Mapping[str, Tensor]) -> None:
+        self._file, self.skeleton, self._tensors = file, skeleton, tensors
+        self.shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def read_into(self, targets: dict[str, Tensor]) -> None:
+        for name, target in targets.items():
+            whole = self._tensors[name]
+            if isinstance(target, DTensor):
+                # Every rank has the file, so none need send a part: src_data_rank=None.
+                part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+                target.to_local().copy_(part.to_local())
+            else:
+                target.copy_(whole)
+
+    def mapped(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: self._tensors[name] for name in names}
+
+    def chunks(self, name: str) -> list[Chunk]:
+        return [Chunk((0,) * self._tensors[name].ndim, self._tensors[name])]
+
+    def forget(self) -> None:
+        self._file.forget()
+
+
+def _archive(path: Path) -> _MappedContent:
+    file = MappedFile(path)
+    return _MappedContent(file, *map_archive(file))
+
+
+def _exported(path: Path) -> _MappedContent:
+    """Returns an exported model with the keys of a checkpoint."""
+    file = MappedFile(path)
+    texts, tensors = map_tensors(file)
+    if "pkm_lightning_format" not in texts:
+        raise CheckpointError(
+            f"ckpt={path} was not written by this package; make one with: export ckpt=CHECKPOINT file={path.name}."
+        )
+    if texts["pkm_lightning_format"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"ckpt={path} has the format version {texts['pkm_lightning_format']}, this package "
+            f"({pkm_lightning.__version__}) reads {FORMAT_VERSION}; export it again with this one."
+        )
+    try:
+        config, tokens_seen = json.loads(texts["config"]), int(texts["tokens_seen"])
+    except (KeyError, ValueError):
+        raise DamagedFileError("its metadata is unreadable") from None
+    content = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in tensors.items()},
+        "hyper_parameters": {"config": config},
+        "tokens_seen": tokens_seen,
+        "tokenizer": texts.get("tokenizer"),
+    }
+    return _MappedContent(file, *flatten(content))

@@ -1,0 +1,81 @@
+"""The files of one run: its configuration, the rows of its metrics, and its answers."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a run's test to the questions of one form, in the order of their prompts.
+
+    Args:
+        prompts: the questions; the same for runs on the same facts.
+        exact: whether each answer was right.
+        bits: bits of knowledge about each answer, prior minus model; nan where the prior is unknown.
+        deciles: decile of each subject's exposure; 0 holds the subjects that are shown most.
+    """
+
+    prompts: tuple[str, ...]
+    exact: np.ndarray
+    bits: np.ndarray
+    deciles: np.ndarray
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.yaml; returns an empty dict where there is no readable one."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """Reads the rows of a metrics.csv that have `tokens` and `seconds`.
+
+    A missing file has no rows; a line that is being written is left out.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            raw = list(csv.DictReader(opened))
+    except OSError:
+        return []
+    rows = []
+    for line in raw:
+        try:
+            row = {key: float(value) for key, value in line.items() if key and value not in ("", None)}
+        except (TypeError, ValueError):
+            continue
+        if {"tokens", "seconds"} <= row.keys():
+            rows.append(row)
+    return rows
+
+
+def read_answers(file: Path) -> dict[str, Answers]:
+    """Reads the answers in a recall.csv by form; a missing file has none."""
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            lines = list(csv.DictReader(opened))
+    except OSError:
+        return {}
+    lines_by_form: dict[str, list[dict[str, str]]] = {}
+    for line in lines:
+        lines_by_form.setdefault(line["form"], []).append(line)
+    answers = {}
+    for form, of_form in lines_by_form.items():
+        # Runs ask in different orders; the bootstrap pairs their answers by position.
+        of_form.sort(key=lambda line: (line["relation"], line["prompt"], line["truth"]))
+        answers[form] = Answers(
+            prompts=tuple(f"{line['relation']}: {line['prompt']}" for line in of_form),
+            exact=np.array([line["exact"] == "1" for line in of_form]),
+            bits=np.array([float(line["prior_bits"]) - float(line["bits"]) for line in of_form]),
+            deciles=np.array([int(line["decile"]) for line in of_form]),
+        )
+    return answers

@@ -1,0 +1,56 @@
+"""Turns the signals that ask a process to stop into a request for a checkpoint, and into an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+import lightning as L
+
+# SLURM sends SIGUSR1 to a job where it was asked to warn of the end. Lightning's own handler for it writes a checkpoint
+# that every later start prefers to newer ones.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def stop_on_signals(trainer: L.Trainer, request_stop: Callable[[str], None] | None) -> Iterator[None]:
+    """Handles SIGINT, SIGTERM and SIGUSR1 within the block.
+
+    Args:
+        trainer: in training the first signal calls `request_stop`.
+        request_stop: gets the signal's name; saves a checkpoint at the end of the step and then ends training. None
+            where no checkpoints are written.
+
+    Raises:
+        KeyboardInterrupt: with the signal's name; at a second signal, outside training, or without `request_stop`.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    requested = False
+
+    def handle(number: int, _frame: object) -> None:
+        nonlocal requested
+        name = signal.Signals(number).name
+        if requested or request_stop is None or trainer.state.fn != "fit":
+            raise KeyboardInterrupt(name)
+        requested = True
+        request_stop(name)
+
+    # Lightning 2.6's handler of SIGTERM broadcasts in the middle of a step, which the other ranks do not expect.
+    trainer._signal_connector.register_signal_handlers = _register_none  # type: ignore[method-assign]
+    for number in _SIGNALS:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _register_none() -> None:
+    """Replaces the method by which Lightning would register handlers over those of `stop_on_signals`."""
+
+
+def exit_code(stop: BaseException) -> int:
+    """Returns 128 plus the number of the signal that `stop` names, as shells do; SIGINT where it names none."""
+    return 128 + next((number for number in _SIGNALS if number.name == str(stop)), signal.SIGINT)

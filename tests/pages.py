@@ -1,0 +1,121 @@
+"""The commands that the pages show, what they need beside them, and versions of them that run in seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from small import SMALL_RUN
+from tree import ROOT
+
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+OURS = "python -m pkm_lightning "
+
+_SHORT = ("trainer.max_steps=2", "trainer.val_check_interval=2", "callbacks.step_checkpoint.every_n_steps=2")
+#: Recall and samples generate answers token by token, which is most of a small run.
+_SILENT = ("~callbacks.recall", "~callbacks.samples")
+_TEXT_SIZES = ("data.vocab_size=270", "data.seq_len=16", "data.global_batch_size=2")
+
+
+def blocks(page: Path, language: str = "bash") -> list[str]:
+    """Returns the code blocks of `page` in `language`."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+def commands(page: Path) -> list[str]:
+    """Returns the command lines of `page`, without the lines of scripts."""
+    return [line for block in blocks(page) if not block.startswith("#!") for line in block.splitlines() if line]
+
+
+def of_the_package(page: Path) -> list[str]:
+    """Returns the commands of `page` that start with `python -m pkm_lightning`."""
+    return [command for command in commands(page) if command.startswith(OURS)]
+
+
+def words(command: str) -> list[str]:
+    """Returns the verb and the arguments of a command of the package, launched by whatever stands before them."""
+    split = shlex.split(command, comments=True)
+    return split[split.index("pkm_lightning") + 1 :]
+
+
+def furnish(folder: Path) -> None:
+    """Writes what the commands name: the FFN of docs/extending.md, a configuration folder, texts, answers, prompts."""
+    (folder / "my_ffn.py").write_text(blocks(ROOT / "docs" / "extending.md", "python")[0])
+    (folder / "my_configs" / "ffn").mkdir(parents=True)
+    (folder / "my_configs" / "ffn" / "mine.yaml").write_text("_target_: my_ffn.MyFFN\n")
+    (folder / "my_texts").mkdir()
+    (folder / "my_texts" / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    records = [{"prompt": f"{i} and one is", "answer": str(i + 1)} for i in range(60)]
+    (folder / "my_answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "prompts.txt").write_text("The capital of France is\n")
+
+
+def small_version(command: str, *, silent: bool) -> list[str]:
+    """Returns verb and arguments with small sizes; a size that the command sets gives way, everything else stays.
+
+    Args:
+        silent: leave out what generates text, which takes most of the time of a small run.
+    """
+    verb, *arguments = words(command)
+    if verb not in ("fit", "compare"):
+        return [verb, *arguments, *(["report.resamples=100"] if verb == "report" else [])]
+    # PEER finds no size for equal FLOPs among very few keys.
+    left_out = ("~", "model.memory.n_keys=", "seeds=", "lr_sweep=", "logger=") if verb == "compare" else ("logger=",)
+    sizes = [size for size in SMALL_RUN if not size.startswith(left_out)]
+    if verb == "compare":
+        sizes += ["seeds=1", "lr_sweep=null", "jobs=2", "report.resamples=100"]
+    elif silent:
+        sizes = [size for size in sizes if "callbacks.recall" not in size and "callbacks.samples" not in size]
+        sizes += [*_SHORT, *_SILENT]
+    if {"data=text", "data=jsonl"} & set(arguments):
+        sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES]
+    sizes = list({_key(size): size for size in sizes}.values())
+    small = {_key(size) for size in sizes}
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    kept = [a for a in arguments if a not in flags and _key(a) not in small]
+    return [verb, *flags, *kept, *sizes]
+
+
+def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Returns kind and overrides of few compositions that have every override of the commands `shown`.
+
+    Commands of a kind share a composition unless they set something different under the same first name of a key. The
+    kinds are `compare`, `fit` (in one process) and `config` for the others.
+    """
+    merged: list[tuple[str, dict[str, list[str]]]] = []
+    for command in shown:
+        verb, *arguments = words(command)
+        arguments = [argument for argument in arguments if not argument.startswith("-")]
+        kind = "compare" if verb in ("compare", "report") else "config"
+        if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
+            kind = "fit"
+        for overrides in _expanded(arguments):
+            by_name: dict[str, list[str]] = {}
+            for override in overrides:
+                by_name.setdefault(re.split(r"[./]", _key(override))[0], []).append(override)
+            for other, together in merged:
+                if other == kind and all(together.get(key, own) == own for key, own in by_name.items()):
+                    together.update(by_name)
+                    break
+            else:
+                merged.append((kind, by_name))
+    return [(kind, [o for overrides in together.values() for o in overrides]) for kind, together in merged]
+
+
+def _expanded(overrides: list[str]) -> list[list[str]]:
+    """Returns the overrides with the first value of each list, as in `ffn=dense,moe`, and each further value alone."""
+    first, further = [], []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        values = [value] if value.startswith(("[", "{")) else value.split(",")
+        first.append(f"{key}={values[0]}")
+        further += [[f"{key}={other}"] for other in values[1:]]
+    return [first, *further]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
