@@ -31,6 +31,6 @@ def __getattr__(name: str) -> type[L.Callback]:
         for file in sorted(files, key=lambda file: file != expected):
             module: Any = importlib.import_module(f"{__name__}.{file}")
             if name in getattr(module, "__all__", ()):
-                found: type[L.Callback] = getattr(module, name)
-                return found
+                public: type[L.Callback] = getattr(module, name)
+                return public
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

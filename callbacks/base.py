@@ -43,6 +43,7 @@ C = TypeVar("C", bound=L.Callback)
 
 def find_callback(trainer: L.Trainer, cls: type[C]) -> C | None:
     """Returns the first callback of class `cls` that `trainer` has."""
+    # Lightning 2.6 sets this attribute without declaring it.
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, cls)), None)
 
@@ -55,6 +56,7 @@ def configured(config: Mapping[str, Any], cls: type[L.Callback]) -> list[Mapping
 
 def engine_owns_parameters(config: Mapping[str, Any]) -> bool:
     """Returns whether the configured strategy is one whose engine holds parameters and optimizer states itself."""
+    # From the class, since nothing may be constructed yet.
     strategy = config["strategy"]
     return bool(strategy) and bool(getattr(target_class(strategy, "strategy"), "owns_parameters", False))
 

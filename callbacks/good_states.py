@@ -40,6 +40,7 @@ class GoodStates:
 
     def keep(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         """Keeps the state of this step; the previous one stays until this one has proved good."""
+        # Two are enough: the older one is good until the newer one has settled.
         self._states = [self._states[-1], MemoryState(trainer, pl_module)]
 
     def forget(self) -> None:
@@ -71,6 +72,7 @@ class GoodStates:
         else:
             state = self._good(trainer)
             state.restore(trainer, pl_module)
+            # The other state is of the abandoned steps.
             self._states = [state]
         # The restored schedule may be older than an earlier reduction of the rate, which must last.
         factor = scale * lr_factor / _rate_scale(trainer, pl_module)
@@ -81,6 +83,7 @@ class GoodStates:
             checkpoints.replace_later(trainer)
 
     def _good(self, trainer: L.Trainer) -> MemoryState:
+        # Before the second state has settled, the first one is the best there is.
         settled = [state for state in self._states if trainer.global_step - state.step > self.settle_steps]
         return (settled or self._states[:1])[-1]
 

@@ -15,7 +15,7 @@ and, with several ranks, for the first rank. `skip` refuses the step: weights, o
 of plugins and the schedule stay as they were; the step counts in `max_steps`, and its tokens count as seen. `rollback`
 refuses the step too and returns to the last good state, from which training continues with the data that come next: the
 remedy of PaLM (arXiv 2204.02311, section 5.1), within the run. `stop` ends the run with an error. The strongest answer
-to the events of a step counts. Unless the policy of `weight_not_finite` is `warn`, such weights are never saved.
+of a step counts. Weights that are not finite are never saved, unless the policy of `weight_not_finite` is `warn`.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class Instability(L.Callback):
             for event in limit_events(find_callback(trainer, Diagnostics), self.limits, step):
                 self._note(trainer, event)
         answer, self._answer = self._answer, None
+        # A skipped step has been refused before its update; here it only counts as a retry.
         if answer not in (None, "warn"):
             self._act(str(answer), trainer, pl_module)
             return
@@ -163,8 +164,7 @@ class Instability(L.Callback):
                 f"{self._reason}; {self._retries.limit} times {answer} did not get beyond it: lower optim.lr, lengthen "
                 f"optim.warmup_share, or look at the data; {newest_in_words(trainer)}."
             )
-        if answer == "rollback":
-            assert self.good is not None
+        if answer == "rollback" and self.good is not None:
             self.good.go_back(trainer, pl_module, self.lr_factor)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

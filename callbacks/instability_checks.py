@@ -8,7 +8,7 @@ from typing import Any
 
 from pkm_lightning.callbacks.base import configured, engine_owns_parameters
 from pkm_lightning.callbacks.diagnostics import Diagnostics
-from pkm_lightning.callbacks.event_policies import STEP_EVENTS, check_mapping
+from pkm_lightning.callbacks.event_policies import check_mapping
 from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 
@@ -66,15 +66,9 @@ def check_config(
         limits: the largest values of figures of `Diagnostics`; a warning if nothing measures them.
 
     Raises:
-        ConfigError: steps to refuse whose update is made in backward; states in memory that an engine holds; states on
-            disk that nothing writes.
+        ConfigError: states in memory of parameters that an engine holds; states on disk that nothing writes.
     """
-    early = [f"{event}={policies[event]}" for event in STEP_EVENTS if policies[event] in ("skip", "rollback")]
-    if early and config["table"].get("learning") == "fused":
-        raise ConfigError(
-            f"{KEY}.policies.{early[0]} comes too late with table.learning=fused, which has updated the table in "
-            f"backward already; set table.learning=rows, or {KEY}.policies.{early[0].partition('=')[0]}=warn."
-        )
+    # A state in memory is copied from the module's parameters, which an engine leaves empty or stale.
     rolls_back = "rollback" in policies.values()
     if rolls_back and restore == "memory" and engine_owns_parameters(config):
         raise ConfigError(

@@ -54,6 +54,7 @@ class MetricsCSV(TimedCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cuts the file to the rows of the checkpoint; a fresh run starts an empty file."""
+        # A killed run may have written rows after its last checkpoint.
         self._truncate()
         super().on_train_start(trainer, pl_module)
 
@@ -80,6 +81,7 @@ class MetricsCSV(TimedCallback):
             "tokens": tokens,
             "seconds": round(self.stopwatch.seconds, 3),
             "flops": tokens * pl_module.cost.train_flops,
+            # Reads the device; a log is due, so it may.
             **{name: float(value) for name, value in sorted(metrics.items())},
         }
         new = [name for name in row if name not in self._columns]

@@ -63,11 +63,13 @@ class Recall(L.Callback):
         if not items:
             return []
         assert isinstance(pl_module, LanguageModule)
+        # Every n-th question, so that all ranks get a share of every form.
         share = items[trainer.global_rank :: trainer.world_size]
         with synchronized_forwards(pl_module.model, pl_module.device), trainer.precision_plugin.forward_context():
             scores = score_items(pl_module.model, data.tokenizer, share, device=pl_module.device) if share else []
         if trainer.world_size == 1:
             return scores
+        # All ranks need all scores: they log the same means.
         gathered: list[list[ItemScore]] = [[] for _ in range(trainer.world_size)]
         dist.all_gather_object(gathered, scores)
         return [score for rank_scores in gathered for score in rank_scores]

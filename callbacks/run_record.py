@@ -70,6 +70,7 @@ class RunRecord(TimedCallback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Drops the best validation if a rollback has abandoned its step; keeps the last throughput."""
+        # Only a rollback lowers the step counter.
         if trainer.global_step < self._step and self._best is not None and self._best["step"] > trainer.global_step:
             self._best = None
         self._step = trainer.global_step
@@ -80,6 +81,7 @@ class RunRecord(TimedCallback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps the loss if it is the lowest of training; keeps all metrics outside training."""
         if in_training(trainer):
+            # NaN, or no validation loss at all, is never the best.
             loss = float(trainer.callback_metrics.get("val/loss", math.nan))
             if math.isfinite(loss) and (self._best is None or loss < self._best["loss"]):
                 self._best = {"loss": loss, "step": trainer.global_step}

@@ -39,6 +39,7 @@ class Samples(L.Callback):
 
     def __init__(self, *, prompts: Sequence[str] | None, items: int, max_new_tokens: int) -> None:
         if prompts is not None:
+            # A text is a sequence of texts too.
             listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
             if not listed or not all(isinstance(prompt, str) for prompt in prompts):
                 raise ConfigError(

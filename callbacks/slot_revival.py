@@ -1,7 +1,6 @@
 """Slot revival: gives slots that have not been read for long another start. Off by default; needs `slot_usage`.
 
-A row is read where its keys lead, so new values alone bring no read; they make the next one useful. There are two
-sources:
+A row is read where its keys lead, so new values alone bring no read; they make the next one useful. Its sources:
 
 - `busy`: each dead row of a table (dead for all layers that share it) becomes a copy of one of the most-read rows of
   SlotUsage's window, plus noise. Keys stay. Works with every memory and strategy.
@@ -120,6 +119,7 @@ class SlotRevival(L.Callback):
             )
         self._names += addressing
         self._recorder = QueryRecorder(addressing)
+        # Queries are kept only where a revival follows: they take as much memory as an activation.
         self._recorder.begin(lambda: (trainer.global_step + 1) % self.every_n_steps == 0)
         pl_module.watch.watchers.append(self._recorder.watch)
 
@@ -138,11 +138,13 @@ class SlotRevival(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Revives slots after the update, before the checkpoint of the step is written."""
         counters, step = _slot_usage(trainer).counters, trainer.global_step
+        # Before `Instability`, which is called later, may set the step counter back.
         self._last_step = step
         if counters is None or trainer.fit_loop._should_accumulate() or step % self.every_n_steps:
             return
         assert isinstance(pl_module, LanguageModule)
         tables, seed = pl_module.table_optimizer, pl_module.config["seed"]
+        # Under an engine the tables have an optimizer of their own.
         states = [optimizer.state for optimizer in (*trainer.optimizers, *([] if tables is None else [tables]))]
         revival = Revival(counters, self.history, states, seed=seed, step=step, **self._limits)
         revival.revive(self._recorder)
@@ -194,6 +196,5 @@ def _slot_usage(trainer: L.Trainer) -> SlotUsage:
 
 def _missing_usage() -> ConfigError:
     return ConfigError(
-        f"{_KEY} needs callbacks.slot_usage, which counts the reads; set 'callbacks=[default,slot_revival]', or leave "
-        "out both."
+        f"{_KEY} needs callbacks.slot_usage, which counts the reads; set callbacks=[default,slot_revival]."
     )

@@ -8,10 +8,9 @@ pair of sub-keys; `dead`, slots without a read for `dead_after` steps; and `effe
 per read, mean over the window's log steps. With `per_head` also `train/usage/NAME.head0/kl_rows` and `kl_columns` per
 head, and with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead`. Weights count by absolute value.
 
-The window consists of two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them
-at every multiple of `window`. It and `dead` count the steps that were watched, so that steps which a rollback repeats
-count again. Figures since the start are in usage.json (`pkm_lightning.usage.figures.report`), on the screen when
-training ends, and in TensorBoard's panels (`slot_panels`).
+The window has two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them at every
+multiple of `window`. It and `dead` count steps that a rollback repeats again. Figures since the start are in usage.json
+(`pkm_lightning.usage.figures.report`), on the screen when training ends, and in TensorBoard (`slot_panels`).
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ class StepCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             every_n_train_steps=every_n_steps,
             save_on_train_epoch_end=False,
+            # A step that is saved again, after a rollback, replaces its file.
             enable_version_counter=False,
         )
         self._due = False
@@ -94,6 +95,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the last step, if it is not saved yet."""
+        # The process may end right after, so background writes must be complete.
         self._save_step(trainer)
         self._finish(trainer)
 

@@ -44,6 +44,7 @@ class TimedCallback(L.Callback):
     """
 
     def __init__(self, **arguments: Any) -> None:
+        # For subclasses that also inherit from a callback of Lightning.
         super().__init__(**arguments)
         self.stopwatch = Stopwatch()
 
@@ -57,6 +58,7 @@ class TimedCallback(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock again, if the validation was part of training."""
+        # The validation that precedes training ends before the clock is first started.
         if in_training(trainer):
             self.stopwatch.start()
 

@@ -17,8 +17,8 @@ from pkm_lightning.memory.revival import copy_rows
 
 
 def revival(**changes: Any) -> SlotRevival:
-    given: dict[str, Any] = {"every_n_steps": 3, "dead_after": 2, "max_share": 0.1, "source": "busy", "noise": 0.1}
-    return SlotRevival(**{**given, **changes})
+    defaults: dict[str, Any] = {"every_n_steps": 3, "dead_after": 2, "max_share": 0.1, "source": "busy", "noise": 0.1}
+    return SlotRevival(**{**defaults, **changes})
 
 
 def revived_table(shard: str) -> list[list[float]]:

@@ -65,11 +65,11 @@ class Raw(L.Callback):
 
 
 def usage(folder: Path | str, **changes: Any) -> SlotUsage:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "path": str(Path(folder) / "usage.json"), "every_n_steps": None, "window": 4, "dead_after": 2,
         "per_head": False, "panels_every_n_steps": None,
     }  # fmt: skip
-    return Once(**{**given, **changes})
+    return Once(**{**defaults, **changes})
 
 
 def batches(steps: int) -> list[dict[str, torch.Tensor]]:
@@ -88,10 +88,10 @@ def fit(
     overrides: Sequence[str], steps: int, callbacks: Sequence[L.Callback], done: int = 0, **options: Any
 ) -> tuple[LanguageModule, L.Trainer, list[dict[str, float]]]:
     """Trains as `distributed_jobs.fit` does."""
-    given = copy.deepcopy(jobs.settings(*overrides, steps=steps))
+    settings = copy.deepcopy(jobs.settings(*overrides, steps=steps))
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    given["trainer"]["devices"] = world
-    accumulate = given["trainer"]["accumulate_grad_batches"]
+    settings["trainer"]["devices"] = world
+    accumulate = settings["trainer"]["accumulate_grad_batches"]
     made = batches(steps)
     mine = [
         jobs.share(batch, world * accumulate, micro * world + rank)
@@ -100,8 +100,8 @@ def fit(
     ]
     losses = jobs.Losses()
     loggers = options.pop("loggers", [])
-    trainer = make_trainer(given, callbacks=[losses, *callbacks], loggers=loggers)
-    module = LanguageModule(given)
+    trainer = make_trainer(settings, callbacks=[losses, *callbacks], loggers=loggers)
+    module = LanguageModule(settings)
     trainer.fit(module, loader(mine), **options)
     return module, trainer, losses.seen
 

@@ -79,7 +79,7 @@ def report(counters: UsageCounters, step: int, dead_after: int) -> dict[str, Any
 
     Figures that have no value, as no slot was read, are null.
     """
-    # All have begun with the same step, or come from one checkpoint; only those of heads may be younger.
+    # All counters began at the same step, or come from one checkpoint; only those of heads may be younger.
     first = next(iter(counters.counts.values()))
     entries = {name: _entry(counters, name, dead_after) for name in (*counters.readers, *counters.tables)}
     for name, table in counters.tables.items():
@@ -120,4 +120,5 @@ def _entry(counters: UsageCounters, name: str, dead_after: int) -> dict[str, Any
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    # JSON has no NaN.
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -54,6 +54,7 @@ class HeadCounts(ReadCounts):
         first_H1 = torch.arange(self.heads, device=ids_THK.device)[:, None] * (self.n_slots // self.heads)
         numbers = [ids_THK] if self.kind == "full" else [ids_THK // self._keys, ids_THK % self._keys + self._keys]
         for number_THK in numbers:
+            # Ids of -1 go to the counter that is never read.
             ids_TC = (number_THK + first_H1).where(is_slot_THK, -1).flatten(1)
             self.add(ids_TC, reads.weights_THK.flatten(1), reads.valid_T, step)
 

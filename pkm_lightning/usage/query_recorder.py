@@ -39,6 +39,7 @@ class QueryRecorder:
 
         def hook_of(name: str) -> Any:
             def record(query: nn.Module, _: Any, output: tuple[Tensor, Any]) -> None:
+                # Not the extra forward of the diagnostics, which is in evaluation mode.
                 if query.training and is_due():
                     self.queries[name] = output[0].detach()
 

@@ -88,6 +88,7 @@ class Revival:
         sources_M = busiest_N[torch.arange(len(rows_M), device=rows_M.device) % len(busiest_N)]
         for number, table in enumerate(tables):
             copy_rows(table, rows_M, sources_M, noise=self.noise, seed=self._seed(f"{name}/{number}"))
+            # Moments of the old row would pull the new one towards it.
             for state in self.states:
                 if table.weight in state:
                     forget_rows(state[table.weight], table, rows_M)
@@ -114,10 +115,10 @@ class Revival:
             for half in (0, 1):
                 dead_M = self._dead(changed_H2S[head, half])[: math.ceil(self.max_share * n_keys)]
                 if len(dead_M):
-                    made_MP = self._new_keys(
+                    new_MP = self._new_keys(
                         f"{name}/{head}/{half}", addressing, q_TH2P[:, head, half], head, half, dead_M
                     )
-                    write_keys(keys_H2SP, head, half, dead_M, made_MP)
+                    write_keys(keys_H2SP, head, half, dead_M, new_MP)
                     self._forget_keys(keys_H2SP, head, half, dead_M)
                     (reached_SS if half == 0 else reached_SS.T)[dead_M] = True
                     moved_H2S[head, half, dead_M] = True
@@ -142,13 +143,13 @@ class Revival:
         if norm is not None:
             assert norm.weight is not None
             q_TP = q_TP * whole(norm.weight.detach()).to(q_TP.dtype)
-        made_MP = keys_for_worst_served(
+        new_MP = keys_for_worst_served(
             q_TP, keys_SP, dead_M, normalised=norm is not None, noise=self.noise, seed=self._seed(what)
         )
         # Each rank has seen other queries, and all must write the same sub-keys.
         if is_distributed():
-            dist.broadcast(made_MP, src=0)
-        return made_MP
+            dist.broadcast(new_MP, src=0)
+        return new_MP
 
     def _forget_keys(self, keys_H2SP: nn.Parameter, head: int, half: int, dead_M: Tensor) -> None:
         for state in self.states:

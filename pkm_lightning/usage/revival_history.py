@@ -58,10 +58,12 @@ class RevivalHistory:
         if undone:
             self._events = [event for event in self._events if event.step <= step]
             for clock_N in self._clock_N.values():
+                # By the clock, which never goes back, since optimizer steps repeat.
                 clock_N[clock_N >= min(undone)] = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the history, on the host."""
+        # Copies: a rollback changes these tensors in place.
         clocks = {name: clock_N.to("cpu", copy=True) for name, clock_N in self._clock_N.items()}
         return {"events": [tuple(event) for event in self._events], "clocks": clocks}
 

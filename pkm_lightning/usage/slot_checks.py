@@ -67,6 +67,7 @@ def check_trace(
     Raises:
         ConfigError: names or shapes in the trace are not those that `Reader.reads` needs.
     """
+    # Slots that are not traced are allowed, but a trace of unknown name is probably misspelled.
     name, who = slots.name, f"{place}: {type(plugin).__name__}"
     kind = next((kind for kind in _KINDS if name + kind in trace), None)
     if kind is None:
@@ -97,6 +98,7 @@ def _check_shape(what: str, kind: str, count: int, traced: Tensor, batch: dict[s
         allowed = f"bool of shape (B, T, {count})"
     if not fits:
         raise ConfigError(f"{what} as {traced.dtype} of shape {tuple(traced.shape)}; allowed: {allowed}, {_REMEDY}")
+    # Whichever the batch has; without both there is nothing to compare with.
     tokens = batch.get("valid", batch.get("input_ids"))
     if tokens is not None and traced.shape[:2] != tokens.shape:
         raise ConfigError(

@@ -70,9 +70,9 @@ def test_a_fault_of_one_rank_asks_no_other(tmp_path: Path, monkeypatch: pytest.M
 
 def test_panels_are_drawn_at_validations(tmp_path: Path) -> None:
     logger = TensorBoardLogger(str(tmp_path), name="", version="board")
-    given = [ALONE, "ffn=pkm", "trainer.limit_val_batches=1", "trainer.val_check_interval=2"]
+    overrides = [ALONE, "ffn=pkm", "trainer.limit_val_batches=1", "trainer.val_check_interval=2"]
     held_out = loader(jobs.batches(1))
-    jobs.fit(given, 5, [jobs.usage(tmp_path)], loggers=[logger], val_dataloaders=held_out)
+    jobs.fit(overrides, 5, [jobs.usage(tmp_path)], loggers=[logger], val_dataloaders=held_out)
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     assert [event.step for event in events.Images("usage/layer1.slot/heat_map")] == [2, 4]
 

@@ -82,8 +82,14 @@ def test_dead_rows_become_busy_ones_and_nothing_else_moves(overrides: list[str],
 
 @pytest.mark.parametrize("ffn", ["memory_plus", "peer"])
 def test_dead_sub_keys_move_and_live_ones_stay(ffn: str, tmp_path: Path) -> None:
-    given = [f"ffn={ffn}", "placement=middle", "model.memory.n_keys=32", "model.memory.knn=2", "model.memory.heads=1"]
-    module, before, reviving, (counters, optimizer) = run(tmp_path, *given, source="queries", dead_after=1)
+    overrides = [
+        f"ffn={ffn}",
+        "placement=middle",
+        "model.memory.n_keys=32",
+        "model.memory.knn=2",
+        "model.memory.heads=1",
+    ]
+    module, before, reviving, (counters, optimizer) = run(tmp_path, *overrides, source="queries", dead_after=1)
     name = "layer1.slot"
     keys = addressing_of(module.model.blocks[1].ffn).keys.keys  # type: ignore[union-attr]
     moved = (keys.detach() != before.keys[0]).any(-1)
@@ -103,8 +109,8 @@ def test_dead_sub_keys_move_and_live_ones_stay(ffn: str, tmp_path: Path) -> None
 
 
 def test_sub_keys_move_above_rows_that_do_not_learn(tmp_path: Path) -> None:
-    given = ["ffn=pkm", "ffn.cures.simvq=true", "model.memory.n_keys=32", "model.memory.knn=2"]
-    module, before, reviving, _ = run(tmp_path, *given, source="queries", dead_after=1)
+    overrides = ["ffn=pkm", "ffn.cures.simvq=true", "model.memory.n_keys=32", "model.memory.knn=2"]
+    module, before, reviving, _ = run(tmp_path, *overrides, source="queries", dead_after=1)
     assert reviving.revived["layer1.slot"] > 0
     assert not changed_rows(before, module, 1024)
 
@@ -127,8 +133,8 @@ def test_moved_sub_keys_are_read_again(tmp_path: Path) -> None:
     [("fsdp", "row"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_RANKS)],
 )
 def test_ranks_agree(ranks: Groups, strategy: str, shard: str) -> None:
-    given = ["ffn=memory_plus", "placement=middle", f"strategy={strategy}", f"table.shard={shard}", *STILL]
-    one, other = ranks(2).run(revivals.train, given, 5, source="queries", max_share=0.2)
+    overrides = ["ffn=memory_plus", "placement=middle", f"strategy={strategy}", f"table.shard={shard}", *STILL]
+    one, other = ranks(2).run(revivals.train, overrides, 5, source="queries", max_share=0.2)
     assert one == other
     assert one[1]["table0"] > 0
     assert one[1]["layer1.slot"] > 0
@@ -136,29 +142,31 @@ def test_ranks_agree(ranks: Groups, strategy: str, shard: str) -> None:
 
 @pytest.mark.slow
 def test_rows_of_split_tables_are_those_of_one_process(ranks: Groups) -> None:
-    given = ["ffn=memory_plus", "placement=middle", "trainer.precision=64-true", *STILL]
-    alone = revivals.train([*given, ALONE], 5)
+    overrides = ["ffn=memory_plus", "placement=middle", "trainer.precision=64-true", *STILL]
+    alone = revivals.train([*overrides, ALONE], 5)
     for strategy in ("ddp", "deepspeed_2"):
         precision = ["trainer.precision=32-true"] if strategy != "ddp" else []
-        spread = revivals.train([*given, *precision, ALONE], 5) if precision else alone
-        for part in ranks(2).run(revivals.train, [*given, *precision, f"strategy={strategy}", "table.shard=row"], 5):
+        spread = revivals.train([*overrides, *precision, ALONE], 5) if precision else alone
+        for part in ranks(2).run(
+            revivals.train, [*overrides, *precision, f"strategy={strategy}", "table.shard=row"], 5
+        ):
             assert part[1] == spread[1]
             for step, expected in zip(part[0], spread[0], strict=True):
                 assert step["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
 
 
 def test_what_was_revived_is_logged_and_survives_a_resume(tmp_path: Path) -> None:
-    given = [ALONE, "ffn=memory_plus", *STILL]
+    overrides = [ALONE, "ffn=memory_plus", *STILL]
     found = []
     for kill in (False, True):
         callbacks = [jobs.usage(tmp_path), revivals.revival(dead_after=1)]
         if kill:
-            _, trainer, _ = jobs.fit(given, 4, callbacks)
+            _, trainer, _ = jobs.fit(overrides, 4, callbacks)
             trainer.save_checkpoint(str(tmp_path / "saved.ckpt"))
             callbacks = [jobs.usage(tmp_path), revivals.revival(dead_after=1)]
-            seen = jobs.fit(given, 8, callbacks, 4, ckpt_path=str(tmp_path / "saved.ckpt"))[2]
+            seen = jobs.fit(overrides, 8, callbacks, 4, ckpt_path=str(tmp_path / "saved.ckpt"))[2]
         else:
-            seen = jobs.fit(given, 8, callbacks)[2]
+            seen = jobs.fit(overrides, 8, callbacks)[2]
         found.append((seen[-4:], callbacks[1].revived))
     assert found[0] == found[1]
     assert found[0][0][-1]["train/revived/table0"] == found[0][1]["table0"] > 0

@@ -54,12 +54,12 @@ def test_windows_and_last_reads_go_on(at: int, to: int, tmp_path: Path) -> None:
 
 def test_a_revival_is_undone(tmp_path: Path) -> None:
     """Restores rows and history: the same rows are revived at the same step again."""
-    given = [*GIVEN, "model.memory.n_keys=32"]
+    overrides = [*GIVEN, "model.memory.n_keys=32"]
     found = []
     for back in (False, True):
         usage, reviving = jobs.usage(tmp_path), revivals.revival(every_n_steps=4, dead_after=2)
         going = [GoBack(5, 3)] if back else []
-        jobs.fit([*given, "trainer.max_steps=5"], 8, [usage, reviving, *going])
+        jobs.fit([*overrides, "trainer.max_steps=5"], 8, [usage, reviving, *going])
         assert usage.counters is not None
         found.append(reviving.revived["table0"])
         since_N = reviving.history.last_change("table0", torch.zeros(1024, dtype=torch.int32))

@@ -124,12 +124,12 @@ def test_heads_are_counted_on_request(per_head: str, tmp_path: Path) -> None:
 
 
 def test_heads_switched_on_at_a_resume_say_where_they_begin(tmp_path: Path) -> None:
-    given = [ALONE, "ffn=pkm"]
-    _, trainer, _ = jobs.fit(given, 3, [jobs.usage(tmp_path, per_head="full")])
+    overrides = [ALONE, "ffn=pkm"]
+    _, trainer, _ = jobs.fit(overrides, 3, [jobs.usage(tmp_path, per_head="full")])
     trainer.save_checkpoint(str(tmp_path / "saved.ckpt"))
     for per_head, first_step in (("full", 1), (True, 4)):
         watching = jobs.usage(tmp_path, per_head=per_head)
-        jobs.fit(given, 5, [watching], 3, ckpt_path=str(tmp_path / "saved.ckpt"))
+        jobs.fit(overrides, 5, [watching], 3, ckpt_path=str(tmp_path / "saved.ckpt"))
         content = json.loads((tmp_path / "usage.json").read_text())
         assert (content["first_step"], content["window_steps"]) == (1, 3)
         heads = content["layers"]["layer1.slot"]["heads"]
@@ -162,15 +162,15 @@ def test_a_model_without_slots_is_left_alone(tmp_path: Path) -> None:
 def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None:
     """Resumes on one rank what two have saved, and the other way round, in the middle of a window."""
     still = ["optim.warmup_share=0", "optim.final_factor=1.0"]
-    given = [f"ffn={ffn}", "placement=middle", "table.shard=dim", "trainer.precision=64-true", *still]
+    overrides = [f"ffn={ffn}", "placement=middle", "table.shard=dim", "trainer.precision=64-true", *still]
     if ffn == "moe_expert_choice":  # experts choose among the tokens of their rank
-        given.append("ffn.capacity_factor=1")
-    spread_over = [*given, "strategy=ddp"]
+        overrides.append("ffn.capacity_factor=1")
+    spread_over = [*overrides, "strategy=ddp"]
     two = ranks(2).run(jobs.count, spread_over, 7)
     assert two[0][:2] == two[1][:2]
     assert [written for *_, written in two] == [True, False]
     if ffn == "memory_plus":
-        one = jobs.count([*given, ALONE], 7)
+        one = jobs.count([*overrides, ALONE], 7)
         assert two[0][0] == one[0]
     saved = str(tmp_path / "saved.ckpt")
     ranks(2).run(jobs.count, spread_over, 3, saved)
@@ -178,9 +178,9 @@ def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None
     assert resumed[0][0] == two[0][0]
     assert resumed[0][1] == two[0][1][3:]
     if ffn == "memory_plus":
-        assert jobs.count([*given, ALONE], 7, "", saved, 3)[0] == two[0][0]
+        assert jobs.count([*overrides, ALONE], 7, "", saved, 3)[0] == two[0][0]
         by_one = str(tmp_path / "by_one.ckpt")
-        jobs.count([*given, ALONE], 3, by_one)
+        jobs.count([*overrides, ALONE], 3, by_one)
         for part in ranks(2).run(jobs.count, spread_over, 7, "", by_one, 3):
             assert part[0] == two[0][0]
 
@@ -195,9 +195,9 @@ def test_two_ranks_count_as_one(ranks: Groups, ffn: str, tmp_path: Path) -> None
     ],
 )
 def test_every_strategy_counts(ranks: Groups, strategy: str, ffn: str) -> None:
-    given = [f"ffn={ffn}", "placement=middle", "trainer.accumulate_grad_batches=2"]
-    one = jobs.count([*given, ALONE], 1)
-    for counted, logged, _ in ranks(2).run(jobs.count, [*given, f"strategy={strategy}"], 1):
+    overrides = [f"ffn={ffn}", "placement=middle", "trainer.accumulate_grad_batches=2"]
+    one = jobs.count([*overrides, ALONE], 1)
+    for counted, logged, _ in ranks(2).run(jobs.count, [*overrides, f"strategy={strategy}"], 1):
         assert {name: found[0] for name, found in counted.items()} == {name: found[0] for name, found in one[0].items()}
         assert logged[0].keys() == one[1][0].keys()
 
@@ -229,9 +229,9 @@ def test_wrong_numbers_are_refused(change: dict[str, Any], message: str, tmp_pat
 
 
 def test_an_interval_that_nothing_is_logged_at_is_refused(tmp_path: Path) -> None:
-    given = [ALONE, "ffn=pkm", "trainer.log_every_n_steps=2"]
+    overrides = [ALONE, "ffn=pkm", "trainer.log_every_n_steps=2"]
     with pytest.raises(ConfigError, match=r"every_n_steps=3 is no multiple of trainer.log_every_n_steps=2"):
-        jobs.fit(given, 1, [jobs.usage(tmp_path, every_n_steps=3)])
+        jobs.fit(overrides, 1, [jobs.usage(tmp_path, every_n_steps=3)])
 
 
 def test_figures_have_an_interval_of_their_own(tmp_path: Path) -> None:

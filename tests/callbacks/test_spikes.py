@@ -1,4 +1,4 @@
-"""Robust scores equal a plain recomputation; the window takes in what is finite, and goes on after a resume."""
+"""Robust scores equal a plain recomputation; the window skips what is not finite, and continues after a resume."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pkm_lightning.callbacks.event_policies import StepEvents
 from pkm_lightning.callbacks.spikes import SpikeWindow
 
 VALUES = st.one_of(
@@ -84,3 +85,27 @@ def test_a_window_of_another_size_starts_anew() -> None:
     other = window(size=6)
     other.load_state_dict(spikes.state_dict())
     assert int(other.state_dict()["count"]) == 0
+
+
+def test_a_step_far_above_its_window_is_an_event_at_once_or_when_drained() -> None:
+    quiet, names = torch.tensor(1.0), ("loss", "grad_norm_dense")
+    steps = {
+        21: ({"loss": 1.3}, [("loss_spike", "loss")]),
+        22: ({"grad_norm_dense": 2.0}, [("gradient_spike", "grad_norm_dense")]),
+        23: ({"loss": 0.1, "grad_norm_dense": 0.1}, []),  # far below is no spike
+        24: ({"loss": 1.05, "grad_norm_dense": 1.05}, []),  # 5 deviations
+        25: ({"loss": math.nan, "grad_norm_dense": math.inf}, [("loss_not_finite", "loss")]),
+    }
+    for wait in (True, False):
+        watched = StepEvents(window=20, warm_up=10, threshold=10.0, scaled_gradients=wait, device=torch.device("cpu"))
+        for step in range(1, 21):
+            assert watched.add(step, dict.fromkeys(names, quiet), wait=wait) == []
+        for step, (changed, expected) in steps.items():
+            figures = {name: torch.tensor(changed.get(name, 1.0)) for name in names}
+            events = watched.add(step, figures, wait=wait)
+            assert events == [] if not wait else [(e.name, e.figure) for e in events] == expected
+        drained = [(event.step, event.name, event.figure) for event in watched.drain()]
+        # Without a scaler a gradient that is not finite is an event as well.
+        more = [] if wait else [(25, "gradient_not_finite", "grad_norm_dense")]
+        assert drained == [(step, *event) for step, (_, events) in steps.items() for event in events] + more
+        assert watched.drain() == []

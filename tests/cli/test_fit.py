@@ -67,7 +67,9 @@ def check_record(run: Path) -> None:
     with (run / "recall.csv").open(newline="") as file:
         answers = [row for row in csv.DictReader(file) if row["form"] == "paraphrase"]
     assert len(answers) == recall["paraphrase"]["n"]
-    assert statistics.fmean(int(row["exact"]) for row in answers) == content["metrics"]["test/recall_paraphrase"]
+    assert statistics.fmean(int(row["exact"]) for row in answers) == pytest.approx(
+        content["metrics"]["test/recall_paraphrase"]
+    )
     gained = [float(row["prior_bits"]) - float(row["bits"]) for row in answers]
     assert statistics.fmean(gained) == pytest.approx(recall["paraphrase"]["bits"], rel=EXACT_FLOAT)
 
