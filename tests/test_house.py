@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ AGREED_ROOT = {
     *("constraints.txt", ".ci", ".github", ".gitignore", ".gitattributes", ".pre-commit-config.yaml"),
 }
 SOURCE = (".py", ".yaml", ".yml", ".toml", ".sh")
+#: Names of variables that say nothing of what they hold.
+VAGUE = {"found", "told", "own", "apart", "given", "taken", "kept", "seen", "made", "said", "asked", "mine", "theirs"}
 VAGUE_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
 # In two halves where this file would otherwise accuse itself.
 FORBIDDEN_WORDS = {
@@ -129,6 +132,26 @@ def test_the_prose_is_field_english() -> None:
     assert not to_rewrite, "\n".join(to_rewrite)
     assert rates["tells, told, says per 1,000 words"] < 0.3
     assert 3 <= rates["comments per 100 lines"] <= 12
+
+
+def test_names_are_nouns_and_verbs() -> None:
+    """Pronouns and participles name nothing: `found` rows are `rows`."""
+    names = Counter(
+        name for path in sources(".py", under=("pkm_lightning", "callbacks", "scripts")) for name in bound(path)
+    )
+    vague = {name: n for name, n in names.items() if name.strip("_") in VAGUE}
+    assert sum(vague.values()) <= 0.003 * names.total(), vague
+
+
+def bound(path: Path) -> Iterator[str]:
+    """Yields every name that a file binds: variables, arguments, functions and classes."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
 
 
 @pytest.mark.parametrize(
