@@ -64,9 +64,9 @@ def dense(stage: RowStage, table: ValueTable) -> Tensor:
     """Returns the staged gradient as N x V numbers."""
     gradient = stage.gradient(table.weight)
     assert gradient is not None
-    _, (order_L, rows_U, starts_M), coefficients_L, sources_L, rows_XV = gradient
+    _, (order_L, rows_U, starts_Z), coefficients_L, sources_L, rows_XV = gradient
     grad_NV = torch.zeros_like(table.weight)
-    for row, start, end in zip(rows_U.tolist(), starts_M[:-1].tolist(), starts_M[1:].tolist(), strict=True):
+    for row, start, end in zip(rows_U.tolist(), starts_Z[:-1].tolist(), starts_Z[1:].tolist(), strict=True):
         for read in order_L[start:end].tolist():
             grad_NV[row] += coefficients_L[read] * rows_XV[sources_L[read]]
     return grad_NV.view_as(table.weight)

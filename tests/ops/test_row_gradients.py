@@ -92,9 +92,9 @@ def test_hot_rows_are_summed_in_pieces_and_alike_on_every_run(backend: str) -> N
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_empty_segments_give_zeros_and_touch_no_row(backend: str) -> None:
     case = draw(1, 3, 2, 3, torch.float32, backend)._replace(ids_L=torch.tensor([5, 1, 5]))
-    order_L, rows_U, starts_M = read_segments(case.ids_L, 6)
+    order_L, rows_U, starts_Z = read_segments(case.ids_L, 6)
     segments = Segments(
-        order_L, torch.cat([rows_U, -torch.ones_like(rows_U)]), torch.nn.functional.pad(starts_M, (0, 2), value=3)
+        order_L, torch.cat([rows_U, -torch.ones_like(rows_U)]), torch.nn.functional.pad(starts_Z, (0, 2), value=3)
     )
     segments = Segments(*(part.to(case.rows_XV.device) for part in segments))
     expected_NV = case.by_definition(6)

@@ -4,7 +4,7 @@ Without pieces, one program would sum all reads of a hot row. The first `_PIECE`
 segment's program; each further piece is summed by another program into a buffer, and the segment's program adds those
 partial sums in order. The number of reads bounds the number of pieces, so the host never waits for the device.
 
-Letters: L reads, X source rows, V values per row, N rows of the table, U segments, M = U + 1 limits, P further
+Letters: L reads, X source rows, V values per row, N rows of the table, U segments, Z = U + 1 limits, P further
 pieces.
 """
 
@@ -52,9 +52,9 @@ def further_pieces(
     segments: Segments, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns, per segment, the number of its further pieces and the end of the last one, (U,); their sums, (P, V)."""
-    order_L, rows_U, starts_M = segments
+    order_L, rows_U, starts_Z = segments
     dim, n_pieces = source_rows_XV.shape[1], order_L.numel() // _PIECE
-    further_U = torch.clamp((starts_M.diff() - 1) // _PIECE, min=0)
+    further_U = torch.clamp((starts_Z.diff() - 1) // _PIECE, min=0)
     ends_U = further_U.cumsum(0)
     # The segment of each possible piece; `len(rows_U)` for those past the last piece.
     segment_P = torch.searchsorted(ends_U, torch.arange(n_pieces, device=order_L.device), right=True)
@@ -63,7 +63,7 @@ def further_pieces(
         sizes = block_sizes(dim)
         with torch.cuda.device_of(partial_PV):
             _sum_pieces[n_pieces, triton.cdiv(dim, sizes["BLOCK_V"])](
-                order_L, coefficients_L, sources_L, source_rows_XV, starts_M, segment_P, further_U, ends_U, partial_PV,
+                order_L, coefficients_L, sources_L, source_rows_XV, starts_Z, segment_P, further_U, ends_U, partial_PV,
                 len(rows_U), **sizes,
             )  # fmt: skip
     return further_U, ends_U, partial_PV

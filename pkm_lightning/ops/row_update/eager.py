@@ -2,7 +2,7 @@
 
 It works on chunks of rows, so that only the gradient of one chunk is in memory at a time.
 
-Letters: N rows, V values per row, U rows that were read, M = U + 1 limits, C rows of
+Letters: N rows, V values per row, U rows that were read, Z = U + 1 limits, C rows of
 a chunk.
 """
 
@@ -67,12 +67,12 @@ def row_update(
 
 def _chunks(gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the rows of each chunk and their gradients, (C,) and (C, V)."""
-    _, (order_L, rows_U, starts_M), coefficients_L, sources_L, source_rows_XV = gradient
+    _, (order_L, rows_U, starts_Z), coefficients_L, sources_L, source_rows_XV = gradient
     size = max(1, _CHUNK_VALUES // max(1, source_rows_XV.shape[1]))
     for start in range(0, len(rows_U), size):
-        limits_M = starts_M[start : start + size + 1]
-        reads = slice(int(limits_M[0]), int(limits_M[-1]))
+        limits_Z = starts_Z[start : start + size + 1]
+        reads = slice(int(limits_Z[0]), int(limits_Z[-1]))
         chosen_L = order_L[reads]
         in_order_L = torch.arange(len(chosen_L), device=chosen_L.device)
-        part = Segments(in_order_L, rows_U[start : start + size], limits_M - limits_M[0])
+        part = Segments(in_order_L, rows_U[start : start + size], limits_Z - limits_Z[0])
         yield part.rows_U, row_gradients(part, coefficients_L[chosen_L], sources_L[chosen_L], source_rows_XV)

@@ -1,6 +1,6 @@
 """The row update as in a paper: a dense N x V gradient, then the rule on the rows that were read.
 
-Letters: N rows, V values per row, U rows that were read, M = U + 1 limits.
+Letters: N rows, V values per row, U rows that were read, Z = U + 1 limits.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def updated_rows(
 
 
 def _dense(gradient: RowGradient, n_rows: int) -> Tensor:
-    _, (order_L, rows_U, starts_M), coefficients_L, sources_L, source_rows_XV = gradient
+    _, (order_L, rows_U, starts_Z), coefficients_L, sources_L, source_rows_XV = gradient
     grad_NV = torch.zeros(n_rows, source_rows_XV.shape[1], dtype=coefficients_L.dtype, device=coefficients_L.device)
-    for row, start, end in zip(rows_U.tolist(), starts_M[:-1].tolist(), starts_M[1:].tolist(), strict=True):
+    for row, start, end in zip(rows_U.tolist(), starts_Z[:-1].tolist(), starts_Z[1:].tolist(), strict=True):
         for read in order_L[start:end].tolist():
             grad_NV[row] += coefficients_L[read] * source_rows_XV[sources_L[read]].to(grad_NV.dtype)
     return grad_NV
