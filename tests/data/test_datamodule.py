@@ -79,8 +79,12 @@ def test_a_run_may_resume_with_another_micro_batch(facts: Callable[..., FactsDat
     whole = fit(facts(), tmp_path / "a", steps=9)
     resumed = fit(facts(), tmp_path / "b", steps=8, ckpt_path=tmp_path / "a" / "step=4.ckpt", accumulate_grad_batches=4)
     assert resumed == whole[4 * 8 : 8 * 8]
-    again = fit(facts(), tmp_path / "c", steps=9, ckpt_path=tmp_path / "b" / "step=6.ckpt", accumulate_grad_batches=2)
+    datamodule = facts()
+    again = fit(
+        datamodule, tmp_path / "c", steps=9, ckpt_path=tmp_path / "b" / "step=6.ckpt", accumulate_grad_batches=2
+    )
     assert again == whole[6 * 8 :]
+    assert fit(datamodule, tmp_path / "d", steps=1) == whole[:8], "a new trainer without a checkpoint starts afresh"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

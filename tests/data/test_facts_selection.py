@@ -14,7 +14,7 @@ from pkm_lightning.data import FactsDataModule
 from pkm_lightning.data.facts.exposures import exposure_counts, exposure_list
 from pkm_lightning.data.facts.selection import FactsChoice, choose_facts
 from pkm_lightning.data.facts.sources import FactPackage
-from pkm_lightning.data.facts.subjects import LOADERS
+from pkm_lightning.data.facts.subjects import LOADERS, Subject
 from pkm_lightning.data.facts.templates import (
     CITY_RELATION,
     COUNTRY_RELATIONS,
@@ -54,12 +54,23 @@ def test_templates_name_the_subject_and_end_where_the_answer_begins() -> None:
 def test_the_seed_decides_which_subjects_and_controls_are_others(choice: FactsChoice) -> None:
     facts = choose_facts(choice)
     assert facts == choose_facts(choice)
-    assert facts != choose_facts(replace(choice, seed=1))
+    assert {fact.subject for fact in facts} != {fact.subject for fact in choose_facts(replace(choice, seed=1))}
     trained = {fact.subject for fact in facts if not fact.control}
     controls = {fact.subject for fact in facts if fact.control}
     assert len(trained) == 90
     assert len(controls) == 20
     assert not trained & controls
+
+
+def test_a_name_of_an_earlier_domain_is_left_out_of_later_ones(
+    choice: FactsChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = [Subject(name, {"debut_year": "1990"}) for name in ("Chad", "Ann Lee")]
+    countries = [Subject(name, {"capital": "N'Djamena"}) for name in ("Chad", "Mali")]
+    monkeypatch.setitem(LOADERS, "people", lambda: people)
+    monkeypatch.setitem(LOADERS, "countries", lambda: countries)
+    facts = choose_facts(replace(choice, people=1, countries=1, control_subjects=0))
+    assert facts[-1].subject == "Mali"
 
 
 @settings(max_examples=50)

