@@ -56,7 +56,7 @@ def configured(config: Mapping[str, Any], cls: type[L.Callback]) -> list[Mapping
 
 def engine_owns_parameters(config: Mapping[str, Any]) -> bool:
     """Returns whether the configured strategy is one whose engine holds parameters and optimizer states itself."""
-    # From the class, since nothing may be constructed yet.
+    # From the class, before there is an object; see `pkm_lightning.training.engine.Engine`.
     strategy = config["strategy"]
     return bool(strategy) and bool(getattr(target_class(strategy, "strategy"), "owns_parameters", False))
 

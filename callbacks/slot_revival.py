@@ -30,6 +30,7 @@ from pkm_lightning.callbacks.base import configured, engine_owns_parameters, fin
 from pkm_lightning.callbacks.slot_usage import SlotUsage
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.engine import engine_of
 from pkm_lightning.usage.query_recorder import QueryRecorder
 from pkm_lightning.usage.revival import Revival, addressing_of, learns
 from pkm_lightning.usage.revival_history import RevivalHistory
@@ -38,8 +39,7 @@ from pkm_lightning.usage.slot_readers import Reader, find_readers, find_tables
 __all__ = ["SlotRevival"]
 
 #: Logged names outlive those of the code: earlier runs, reports and dashboards have them.
-_LOGGED = "train/revived"
-_KEY = "callbacks.slot_revival"
+_LOGGED, _KEY = "train/revived", "callbacks.slot_revival"
 
 
 class SlotRevival(L.Callback):
@@ -75,10 +75,10 @@ class SlotRevival(L.Callback):
         return dict.fromkeys(self._names, 0) | self.history.counts
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Refuses what cannot work with the rest of a configuration.
+        """Refuses a configuration without slot_usage, or one that hides from source=queries what it needs.
 
         Raises:
-            ConfigError: slot_usage is off; or source=queries with what hides reads, queries or sub-keys.
+            ConfigError: naming what to change.
         """
         usage = configured(config, SlotUsage)
         if not usage:
@@ -102,7 +102,7 @@ class SlotRevival(L.Callback):
         if self.source == "queries":
             _check_queries(
                 counts_heads=usage.per_head is not None,
-                engine_owns=getattr(trainer.strategy, "owns_parameters", False),
+                engine_owns=engine_of(trainer) is not None,
                 compiled=pl_module.config["model"]["compile"],
             )
             self._record_queries(trainer, pl_module, readers)
