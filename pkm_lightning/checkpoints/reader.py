@@ -82,10 +82,10 @@ class SavedCheckpoint:
         Raises:
             CheckpointError: it lacks weights, counters or a configuration.
         """
+        # A foreign file may hold anything under these keys.
         content = self.skeleton if isinstance(self.skeleton, dict) else {}
         hyper_parameters = content.get("hyper_parameters")
         config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
-        # Plain attributes of foreign files may be anything: nothing is assumed about their types.
         keys = config.keys() if isinstance(config, dict) else set()
         if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= keys:
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """Every strategy, number of ranks, shard, way of learning and FFN against one process: 130 runs of 30 steps.
 
-`RANKS_MATRIX=FILE.csv pytest -m slow tests/strategies/test_full_matrix.py` writes a line a case; started again, it goes
-on with those that are not in it.
+`RANKS_MATRIX=FILE.csv pytest -m slow tests/strategies/test_full_matrix.py` writes one line per case; started again, it
+skips the cases in the file.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write(file: Path, row: dict[str, object]) -> None:
 def test_losses_are_those_of_one_process(ranks: Groups, size: int, overrides: str, strategy: str) -> None:
     file = Path(os.environ["RANKS_MATRIX"]) if "RANKS_MATRIX" in os.environ else None
     if file is not None and (str(size), overrides, strategy) in done(file):
-        pytest.skip("is in the file")
+        pytest.skip("the case is in the file")
     expected = [step["train/loss"] for step in alone(overrides)]
     found = ranks(size).run(jobs.train, [f"strategy={strategy}", *overrides.split()])
     losses = [[step["train/loss"] for step in of_rank] for of_rank in found]
