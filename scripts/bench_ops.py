@@ -81,8 +81,8 @@ def combine_case(sizes: Retrieval, device: torch.device) -> Case:
 
     def way(name: str, combine: Callable[..., tuple[Tensor, Tensor]], *index: Tensor) -> Way:
         keys1, keys2 = index or (halves[1], halves[3])
-        given = halves[0], keys1, halves[2], keys2, sizes.n_keys, sizes.k
-        return Way(name, lambda: lambda: combine(*given))
+        arguments = halves[0], keys1, halves[2], keys2, sizes.n_keys, sizes.k
+        return Way(name, lambda: lambda: combine(*arguments))
 
     return Case(
         sizes=str(sizes),
