@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import datetime
 import platform
@@ -14,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from pkm_lightning.training.run_record import cpu_name
 
 
 @dataclass
@@ -78,22 +79,13 @@ def conditions(device: torch.device) -> dict[str, str]:
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numba": _version("numba"),
     }
-
-
-def _cpu_name() -> str:
-    # Not imported from `pkm_lightning.training`, which needs Lightning.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(": ")[2]
-    return platform.processor()
 
 
 def _commit() -> str:
