@@ -87,7 +87,7 @@ def test_layouts_and_no_rows(backend: str) -> None:
 
 
 def test_rows_in_which_almost_all_scores_tie() -> None:
-    """More scores tie at the k-th place than are ranked, so that the kernel bisects down to exactly k."""
+    """Makes more scores tie at the k-th place than are ranked, so that the kernel bisects down to exactly k."""
     scores_RL = torch.zeros(2, 900)
     scores_RL[0, 700], scores_RL[1, :860] = 1.0, 2.0
     assert_ranked(scores_RL, 8, "cpu")
