@@ -16,9 +16,9 @@ from torch import nn
 from pkm_lightning.errors import check_choice, check_flag, check_integer
 from pkm_lightning.memory import cures as cure
 from pkm_lightning.memory.precision import ieee_scores
-from pkm_lightning.memory.product_keys import MAX_KEYS, ProductKeys, half_key_dim
+from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
 from pkm_lightning.memory.query import QueryNetwork
-from pkm_lightning.ops import product_topk
+from pkm_lightning.ops import MAX_SUB_KEYS, product_topk
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -89,7 +89,7 @@ class Addressing(nn.Module):
     ) -> None:
         super().__init__()
         check_integer("ffn.heads", heads, low=1)
-        check_integer("ffn.n_keys", n_keys, low=1, high=MAX_KEYS)
+        check_integer("ffn.n_keys", n_keys, low=1, high=MAX_SUB_KEYS)
         check_integer("ffn.knn", knn, low=1, high=n_keys)
         half_key_dim(key_dim)
         check_choice("ffn.activation", activation, ACTIVATIONS)

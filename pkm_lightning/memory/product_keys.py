@@ -6,7 +6,6 @@ selected per half.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,14 +14,11 @@ from torch import nn
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
 from pkm_lightning.memory.query import half_norm
-from pkm_lightning.ops import half_topk, product_combine
+from pkm_lightning.ops import MAX_SUB_KEYS, half_topk, product_combine
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int32
     from torch import Tensor
-
-#: Sub-keys per half at most: the ids of their S * S slots are int32.
-MAX_KEYS = math.isqrt(2**31 - 1)
 
 
 def half_key_dim(key_dim: int) -> int:
@@ -41,9 +37,9 @@ def product_slots(n_keys: int) -> int:
     """Returns the number of slots that two halves of `n_keys` sub-keys address.
 
     Raises:
-        ConfigError: `n_keys` is not a whole number from 1 to `MAX_KEYS`.
+        ConfigError: `n_keys` is not a whole number from 1 to `MAX_SUB_KEYS`.
     """
-    check_integer("ffn.n_keys", n_keys, low=1, high=MAX_KEYS)
+    check_integer("ffn.n_keys", n_keys, low=1, high=MAX_SUB_KEYS)
     return n_keys**2
 
 

@@ -13,9 +13,8 @@ from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
-from pkm_lightning.memory.product_keys import MAX_KEYS
 from pkm_lightning.memory.query import half_norm
-from pkm_lightning.ops import ranked_topk
+from pkm_lightning.ops import MAX_SUB_KEYS, ranked_topk
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -248,7 +247,7 @@ def _finite(core_HRR: Tensor) -> Tensor:
 
 def _check_sizes(*, heads: int, n_keys: int, key_dim: int, knn: int, rank: int, cores: int) -> None:
     check_integer("ffn.heads", heads, low=1)
-    check_integer("ffn.n_keys", n_keys, low=1, high=MAX_KEYS)
+    check_integer("ffn.n_keys", n_keys, low=1, high=MAX_SUB_KEYS)
     check_integer("ffn.key_dim", key_dim, low=1)
     check_integer("ffn.knn", knn, low=1, high=n_keys)
     check_integer("ffn.cores", cores, low=1)
