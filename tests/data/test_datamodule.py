@@ -16,7 +16,6 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tree import ROOT
 
 from pkm_lightning.data import FactsDataModule
 from pkm_lightning.errors import ConfigError
@@ -174,4 +173,4 @@ def test_the_configuration_follows_the_environment_and_the_seed_and_writes_nothi
 
 
 def test_the_custom_configuration_holds_nothing_but_its_target() -> None:
-    assert (ROOT / "configs" / "data" / "custom.yaml").read_text() == "_target_: ???\n"
+    assert (Path(__file__).parents[2] / "configs" / "data" / "custom.yaml").read_text() == "_target_: ???\n"
