@@ -25,7 +25,7 @@ def test_the_file_that_is_named_after_a_class_is_the_only_one_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "aaa_first_of_all.py").write_text("raise AssertionError('imported')")
-    monkeypatch.setattr(pkm_lightning.callbacks, "__path__", [*pkm_lightning.callbacks.__path__, str(tmp_path)])
+    monkeypatch.setattr(pkm_lightning.callbacks, "__path__", [str(tmp_path), *pkm_lightning.callbacks.__path__])
     assert pkm_lightning.callbacks.SlotUsage.__module__ == "pkm_lightning.callbacks.slot_usage"
     with pytest.raises(AssertionError, match="imported"):
         _ = pkm_lightning.callbacks.RunInterrupted  # in step_checkpoint.py, for which all files are searched
