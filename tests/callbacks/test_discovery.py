@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,16 @@ def test_the_package_imports_nothing_before_a_callback_is_asked_for() -> None:
     code = "import sys, pkm_lightning.callbacks; print('lightning' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "False False", done.stderr
+
+
+def test_the_file_that_is_named_after_a_class_is_the_only_one_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "aaa_first_of_all.py").write_text("raise AssertionError('imported')")
+    monkeypatch.setattr(pkm_lightning.callbacks, "__path__", [str(tmp_path), *pkm_lightning.callbacks.__path__])
+    assert pkm_lightning.callbacks.SlotUsage.__module__ == "pkm_lightning.callbacks.slot_usage"
+    with pytest.raises(AssertionError, match="imported"):
+        _ = pkm_lightning.callbacks.RunInterrupted  # in step_checkpoint.py, for which all files are searched
 
 
 @pytest.mark.parametrize("name", ["Diagnostics", "Vitals"])
