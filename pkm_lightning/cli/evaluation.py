@@ -17,12 +17,11 @@ from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.resume import saved_config
+from pkm_lightning.cli.resume import saved_config, without_fused
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.table_learning import without_fused
 
 #: Keys that make a run what it is; a command that evaluates it cannot change them.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")

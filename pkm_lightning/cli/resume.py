@@ -49,6 +49,17 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
     return {**moved, "run_dir": str(run_dir)}
 
 
+def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved configuration with `table.learning=fused`, which is no longer offered, changed to `rows`.
+
+    For runs that are only evaluated, where both are the same.
+    """
+    table = dict(config["table"])
+    if table.get("learning") == "fused":
+        table["learning"] = "rows"
+    return {**config, "table": table}
+
+
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns `key: saved value -> new value` for each leaf that differs and that a continued run may not change."""
     left, right = dict(leaves(saved)), dict(leaves(new))

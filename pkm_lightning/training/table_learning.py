@@ -22,17 +22,6 @@ from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.ops.row_update import state_bytes
 
 
-def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a saved configuration with `table.learning=fused`, which is no longer offered, changed to `rows`.
-
-    For runs that are only evaluated, where both are the same.
-    """
-    table = dict(config["table"])
-    if table.get("learning") == "fused":
-        table["learning"] = "rows"
-    return {**config, "table": table}
-
-
 def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
     """Returns `dense`, joined with the row optimizer where the model has tables that learn by rows."""
     tables = learning_tables(model)

@@ -14,10 +14,11 @@ from training.fits import fit, rows, settings, split
 
 from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.build.refusals import check_learning
+from pkm_lightning.cli.resume import without_fused
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableOptimizer
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.table_learning import optimizer_state_bytes, without_fused
+from pkm_lightning.training.table_learning import optimizer_state_bytes
 
 
 def learned(*overrides: str, micro: list[int], **limits: float | None) -> LanguageModule:
