@@ -75,7 +75,7 @@ WHEN_RESOLVED = {
     "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "1, 2, 4, 8"]),
     "kv heads": (["model.n_kv_heads=3"], ["model.n_heads=4", "model.n_kv_heads=3", "1, 2, 4"]),
     "layers": (["placement.layers=[0,2]"], ["2", "0 to 1", "model.n_layers=2"]),
-    "layer twice": (["placement.layers=[1,1]"], ["twice"]),
+    "layer twice": (["placement.layers=[1,1]"], ["repeats a layer"]),
     "write_after": (["placement.write_after=1"], ["placement.write_after=1", "placement.mode=parallel"]),
     "mode": (["placement.mode=paralel"], ["placement.mode='paralel'", "Did you mean 'parallel'?"]),
     "match": (["match=flop"], ["match='flop'", "Did you mean 'flops'?"]),
