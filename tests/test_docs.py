@@ -80,6 +80,8 @@ def test_the_commands_of_a_page_run(cli: Run, tmp_path: Path, page: Path) -> Non
         run(cli, MINE, silent=False, cwd=tmp_path)
     for command in chosen:
         run(cli, command, silent=False, cwd=tmp_path)
+    if page.stem == "comparing":  # its last command reports on what the others leave
+        assert "moe_2" in (tmp_path / "runs" / "all" / "report.md").read_text()
 
 
 @pytest.mark.slow
