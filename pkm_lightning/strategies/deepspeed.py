@@ -37,6 +37,8 @@ from pkm_lightning.strategies.zero_state import (
 from pkm_lightning.supervision.launcher import WatchedRanks
 from pkm_lightning.training import LanguageModule
 
+__all__ = ["DeepSpeed"]
+
 
 class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
     """ZeRO 1, 2 or 3 with the optimizer of `optim`, stepped and clipped by the engine.

@@ -13,6 +13,8 @@ from pkm_lightning.errors import ConfigError
 from pkm_lightning.strategies.portable import PortableCheckpoints
 from pkm_lightning.supervision.launcher import WatchedRanks
 
+__all__ = ["FSDP2"]
+
 
 class FSDP2(PortableCheckpoints, WatchedRanks, ModelParallelStrategy):
     """Lightning's strategy for FSDP2 with all ranks data-parallel; on CPUs it runs over gloo.

@@ -26,6 +26,8 @@ from pkm_lightning.errors import CheckpointError
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.training.clipping import local
 
+__all__ = ["PortableCheckpoints"]
+
 
 class PortableCheckpoints(ParallelStrategy):
     """Mixin for a strategy that writes checkpoint folders and reads checkpoints of every kind.
