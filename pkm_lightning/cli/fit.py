@@ -136,6 +136,7 @@ def _recorded(
     record = start_record(resolved.config, resolved.cost)
     if directory.resumes:
         record["started"] = directory.record.get("started", record["started"])
+        record["seconds"]["total"] = earlier  # else a kill in this sitting would lose the time of earlier ones
         _log.info("continues the run in %s", directory.path)
     directory.save_config(resolved.config)
     directory.save_record(record)

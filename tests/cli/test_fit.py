@@ -14,6 +14,7 @@ from processes import held_elsewhere
 from small import SMALL_RUN, Run, record, rows
 from tolerances import EXACT_FLOAT
 
+from pkm_lightning.cli import fit
 from pkm_lightning.cli.run_directory import RunDirectory
 from pkm_lightning.errors import RunDirectoryError
 
@@ -108,6 +109,22 @@ def test_an_interrupted_run_takes_its_own_configuration_also_where_it_was_moved(
     assert record(tmp_path / "moved")["ffn"] == "MemoryPlus"
     assert record(tmp_path / "moved")["status"] == "finished"
     assert not trained.exists()
+
+
+def test_a_continued_run_keeps_the_time_of_earlier_sittings_from_its_start(
+    cli: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_if_killed(trained)
+    before, at_start = record(trained)["seconds"]["total"], []
+
+    def stopped_at_once(*_: object) -> None:
+        at_start.append(record(trained)["seconds"]["total"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "_train", stopped_at_once)
+    assert cli("fit", "run_dir=run").code == 130
+    assert at_start == [before]
+    assert record(trained)["seconds"]["total"] >= before > 0
 
 
 def test_a_directory_in_use_is_refused(cli: Run, tmp_path: Path) -> None:
