@@ -100,8 +100,8 @@ class SlotUsage(L.Callback):
     def _check_interval(self, log_every: int) -> None:
         if self.every_n_steps is not None and log_every and self.every_n_steps % log_every:
             raise ConfigError(
-                f"{_KEY}.every_n_steps={self.every_n_steps} is no multiple of trainer.log_every_n_steps={log_every}, "
-                f"the steps at which anything is logged; set {_KEY}.every_n_steps to a multiple of it, or to null."
+                f"{_KEY}.every_n_steps={self.every_n_steps} is not a multiple of trainer.log_every_n_steps={log_every}"
+                f", the steps at which anything is logged; set {_KEY}.every_n_steps to a multiple of it, or to null."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
