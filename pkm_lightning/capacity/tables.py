@@ -116,7 +116,7 @@ class _OneTable:
         )
         if dense or not self.trained:
             return traffic
-        return traffic + self._staging([self._staged(call) for call in calls] * batches)
+        return traffic + self._staged_figures([self._staged(call) for call in calls] * batches)
 
     def _own_reads(self, call: TableRead) -> int:
         assert self.setting.tokens is not None
@@ -147,7 +147,7 @@ class _OneTable:
         ids = reads * call.ids
         return (-(-ids // self.members) if self.own_lines_only else ids), reads * max(1, call.groups)
 
-    def _staging(self, staged: list[tuple[int, int]]) -> TableFigures:
+    def _staged_figures(self, staged: list[tuple[int, int]]) -> TableFigures:
         reads, sources = sum(ids for ids, _ in staged), sum(rows for _, rows in staged)
         buffers = _capacity([ids for ids, _ in staged]) * (8 + self.sum_bytes)
         buffers += _capacity([rows for _, rows in staged]) * self.columns * self.item

@@ -148,7 +148,7 @@ class Addressing(nn.Module):
     def _select(
         self, halves_2HTS: tuple[Tensor, Tensor], selection_2HTS: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Returns ids and weights of the best slots; the weights come from the scores without noise."""
+        """Returns ids and weights of the best slots, with noise if set; the weights come from the scores without it."""
         scores_HTK, ids_HTK = product_topk(*selection_2HTS, self.knn)
         if self._noisy:
             n_keys = halves_2HTS[0].shape[-1]
@@ -180,18 +180,18 @@ class Addressing(nn.Module):
         return torch.relu(scores_HTK) if self.activation == "relu" else torch.sigmoid(scores_HTK)
 
     def _losses(self, halves_2HTS: tuple[Tensor, Tensor], ids_HTK: Tensor, valid_T: Tensor | None) -> dict[str, Tensor]:
-        balance, entropy = self.cures.balance_loss, self.cures.entropy_loss
-        if not (balance or entropy):
+        balance_weight, entropy_weight = self.cures.balance_loss, self.cures.entropy_loss
+        if not (balance_weight or entropy_weight):
             return {}
         n_keys = halves_2HTS[0].shape[-1]
         keys_2HTK = (ids_HTK // n_keys, ids_HTK % n_keys)
         p_2HS = [mean_probabilities(scores_HTS, valid_T) for scores_HTS in halves_2HTS]
         losses: dict[str, Tensor] = {}
-        if balance:
+        if balance_weight:
             first, second = (balance_loss(p, keys, valid_T) for p, keys in zip(p_2HS, keys_2HTK, strict=True))
-            losses["balance"] = balance * (first + second) / 2
-        if entropy:
-            losses["entropy"] = entropy * (entropy_loss(p_2HS[0]) + entropy_loss(p_2HS[1])) / 2
+            losses["balance"] = balance_weight * (first + second) / 2
+        if entropy_weight:
+            losses["entropy"] = entropy_weight * (entropy_loss(p_2HS[0]) + entropy_loss(p_2HS[1])) / 2
         return losses
 
     def diagnostics(self, output: Addresses, x_TD: Tensor, valid_T: Tensor | None = None) -> dict[str, Tensor]:
