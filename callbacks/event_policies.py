@@ -15,6 +15,7 @@ from torch import Tensor
 from pkm_lightning.callbacks.event_log import Event
 from pkm_lightning.callbacks.spikes import SpikeWindow
 from pkm_lightning.errors import ConfigError, check_choice
+from pkm_lightning.ops.ranks import is_distributed
 
 #: The figures that are watched; see `pkm_lightning.training.step.StepWatch`.
 SERIES = ("loss", "grad_norm_dense", "grad_norm_table")
@@ -63,7 +64,7 @@ class StepEvents:
         # Refused steps enter the window too; otherwise a lasting change of level would be refused for ever.
         self.spikes.add(levels_K)
         # Ranks may round differently, and all must take the same decision.
-        if wait and dist.is_available() and dist.is_initialized():
+        if wait and is_distributed():
             dist.broadcast(scored_2K, src=0)
         if not wait:
             self._unread.append((step, scored_2K))
@@ -96,13 +97,13 @@ class StepEvents:
 
 
 def check_mapping(name: str, value: object) -> None:
-    """Refuses a `value` of `callbacks.instability.NAME` that is no mapping.
+    """Refuses a `value` of `callbacks.instability.NAME` that is not a mapping.
 
     Raises:
         ConfigError: naming it.
     """
     if not isinstance(value, Mapping):
-        raise ConfigError(f"callbacks.instability.{name}={value} is no mapping; write {name}: {{NAME: VALUE}}.")
+        raise ConfigError(f"callbacks.instability.{name}={value} is not a mapping; write {name}: {{NAME: VALUE}}.")
 
 
 def policies_by_event(policies: Mapping[str, str | None]) -> dict[str, str]:

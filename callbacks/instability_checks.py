@@ -43,10 +43,10 @@ def check_numbers(window: int, warm_up: int, threshold: float, max_tries: int, l
 
 
 def check_limits(limits: Mapping[str, float] | None) -> dict[str, float]:
-    """Returns the limits by name of their figure; None is no limits.
+    """Returns the limits by name of their figure; None sets no limits.
 
     Raises:
-        ConfigError: they are no mapping, or one is no number.
+        ConfigError: they are not a mapping, or one is not a number.
     """
     check_mapping("limits", limits or {})
     for name, limit in (limits or {}).items():

@@ -34,7 +34,8 @@ class Samples(L.Callback):
         max_new_tokens: tokens after which an answer is cut off, 1 or more.
 
     Raises:
-        ConfigError: `prompts` is no list of texts, or the data module has no tokenizer for them; a number out of range.
+        ConfigError: `prompts` is not a list of texts, or the data module has no tokenizer for them; a number out of
+            range.
     """
 
     def __init__(self, *, prompts: Sequence[str] | None, items: int, max_new_tokens: int) -> None:
@@ -43,7 +44,7 @@ class Samples(L.Callback):
             listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
             if not listed or not all(isinstance(prompt, str) for prompt in prompts):
                 raise ConfigError(
-                    f'callbacks.samples.prompts={prompts!r} is no list of texts; set ["first","second"] or null.'
+                    f'callbacks.samples.prompts={prompts!r} is not a list of texts; set ["first","second"] or null.'
                 )
         check_integer("callbacks.samples.items", items, 0)
         check_integer("callbacks.samples.max_new_tokens", max_new_tokens, 1)

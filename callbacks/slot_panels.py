@@ -7,7 +7,7 @@
   upwards from 1 to the largest number, with lines at powers of ten. Zipf's law is a straight line, even use a flat one.
 - `most_read`: the most-read slots of the window, and the tokens of the last micro-batch that read them most.
 
-Letters: N slots, G side of the square, X and Y pixels, T tokens, K reads per token over all heads.
+Letters: N slots, G side of the square, X and Y pixels, K reads per token over all heads.
 """
 
 from __future__ import annotations

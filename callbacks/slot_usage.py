@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from torch import Tensor
 
 from pkm_lightning.callbacks.base import in_training
@@ -30,6 +29,7 @@ from pkm_lightning.callbacks.step_checkpoint import RunInterrupted
 from pkm_lightning.callbacks.usage_report import save_report
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.model import Traces
+from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.figures import window_figures
@@ -100,8 +100,8 @@ class SlotUsage(L.Callback):
     def _check_interval(self, log_every: int) -> None:
         if self.every_n_steps is not None and log_every and self.every_n_steps % log_every:
             raise ConfigError(
-                f"{_KEY}.every_n_steps={self.every_n_steps} is no multiple of trainer.log_every_n_steps={log_every}, "
-                f"the steps at which anything is logged; set {_KEY}.every_n_steps to a multiple of it, or to null."
+                f"{_KEY}.every_n_steps={self.every_n_steps} is not a multiple of trainer.log_every_n_steps={log_every}"
+                f", the steps at which anything is logged; set {_KEY}.every_n_steps to a multiple of it, or to null."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -172,7 +172,7 @@ class SlotUsage(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes usage.json, unless that would wait for other ranks, which may have ended."""
-        together = isinstance(exception, RunInterrupted) or not dist.is_initialized() or trainer.world_size == 1
+        together = isinstance(exception, RunInterrupted) or not is_distributed()
         try:
             if self._traces and self.counters is not None and together:
                 save_report(trainer, self.counters, self.dead_after, self.path, show=False)

@@ -12,8 +12,8 @@ import usage_jobs as jobs
 from pkm_lightning.callbacks import SlotRevival
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableMesh, ValueTable
-from pkm_lightning.memory.mesh import whole
 from pkm_lightning.memory.revival import copy_rows
+from pkm_lightning.ops.ranks import full_tensor
 
 
 def revival(**changes: Any) -> SlotRevival:
@@ -30,7 +30,7 @@ def revived_table(shard: str) -> list[list[float]]:
     table = ValueTable(rows=6, dim=8, slices=2, mesh=mesh)
     copy_rows(table, torch.tensor([0, 5]), torch.tensor([4, 1]), noise=0.5, seed=9)
     weight = table.weight.detach()
-    return (weight if mesh is None else whole(mesh.as_dtensor(weight, 12, 4))).tolist()
+    return (weight if mesh is None else full_tensor(mesh.as_dtensor(weight, 12, 4))).tolist()
 
 
 def train(overrides: list[str], steps: int, **changes: Any) -> tuple[list[dict[str, float]], dict[str, int], list[Any]]:
@@ -38,7 +38,7 @@ def train(overrides: list[str], steps: int, **changes: Any) -> tuple[list[dict[s
     with tempfile.TemporaryDirectory() as folder:
         reviving = revival(**changes)
         module, _, seen = jobs.fit(overrides, steps, [jobs.usage(folder, per_head="halves"), reviving])
-    keys = [whole(p.detach()).tolist() for name, p in module.named_parameters() if name.endswith("keys.keys")]
+    keys = [full_tensor(p.detach()).tolist() for name, p in module.named_parameters() if name.endswith("keys.keys")]
     return seen, reviving.revived, keys
 
 

@@ -93,14 +93,14 @@ def alone() -> Any:
     return Alone()
 
 
-def way_of_replicas(way: str) -> None:
-    """Checks that a way of exchanging between replicas gives the same update."""
-    before = replicas_module.cheapest_way
-    replicas_module.cheapest_way = lambda *_: way
+def scheme_of_replicas(scheme: str) -> None:
+    """Checks that a scheme of exchange between replicas gives the same update."""
+    before = replicas_module.cheapest_scheme
+    replicas_module.cheapest_scheme = lambda *_: scheme
     try:
         compare("none", 1, "rows", "sum", [13, 27], "lazy_adam")
     finally:
-        replicas_module.cheapest_way = before
+        replicas_module.cheapest_scheme = before
 
 
 def gathered(lengths: list[int]) -> Tensor:

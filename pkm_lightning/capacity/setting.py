@@ -58,7 +58,7 @@ class Setting:
         return self.world // self.members
 
     @property
-    def wide(self) -> int:
+    def sum_bytes(self) -> int:
         """c, bytes of a sum."""
         return max(4, self.item)
 

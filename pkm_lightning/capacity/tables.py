@@ -79,7 +79,7 @@ class _OneTable:
         self.setting = setting
         self.shard, self.members = (setting.shard, setting.members) if split else ("none", 1)
         self.replicas = setting.world // self.members
-        self.item, self.wide = setting.table_item, setting.wide
+        self.item, self.sum_bytes = setting.table_item, setting.sum_bytes
         self.width = table.dim // table.slices
         self.lines = -(-table.n_lines // self.members) if self.shard == "row" else table.n_lines
         self.columns = -(-self.width // self.members) if self.shard == "dim" else self.width
@@ -116,7 +116,7 @@ class _OneTable:
         )
         if dense or not self.trained:
             return traffic
-        return traffic + self._staging([self._staged(call) for call in calls] * batches)
+        return traffic + self._staged_figures([self._staged(call) for call in calls] * batches)
 
     def _own_reads(self, call: TableRead) -> int:
         assert self.setting.tokens is not None
@@ -147,12 +147,12 @@ class _OneTable:
         ids = reads * call.ids
         return (-(-ids // self.members) if self.own_lines_only else ids), reads * max(1, call.groups)
 
-    def _staging(self, staged: list[tuple[int, int]]) -> TableFigures:
+    def _staged_figures(self, staged: list[tuple[int, int]]) -> TableFigures:
         reads, sources = sum(ids for ids, _ in staged), sum(rows for _, rows in staged)
-        buffers = _capacity([ids for ids, _ in staged]) * (8 + self.wide)
+        buffers = _capacity([ids for ids, _ in staged]) * (8 + self.sum_bytes)
         buffers += _capacity([rows for _, rows in staged]) * self.columns * self.item
         exchanged, merged, touched = self._exchange(reads, sources)
-        ring = 2 * (self.members - 1) * touched * self.wide // self.members
+        ring = 2 * (self.members - 1) * touched * self.sum_bytes // self.members
         # A rule that needs the squares of whole rows: `dim` leaves each rank only a part of each row.
         needs_sums = find_rule(self.setting.rule).needs_mean_squares
         statistics = ring if needs_sums and self.shard == "dim" else 0
@@ -167,11 +167,11 @@ class _OneTable:
             reads, sources, rows, n_rows=self.lines, dim=self.columns, item=self.item, replicas=self.replicas
         )
         # The same choice as `memory.replicas` makes in training.
-        way = min(received, key=received.__getitem__)
-        padded = {"reads": reads, "rows": rows, "dense": self.lines}[way]
+        scheme = min(received, key=received.__getitem__)
+        padded = {"reads": reads, "rows": rows, "dense": self.lines}[scheme]
         merged = reads if self.setting.tables_on_host else padded
-        shares = 2 * (self.replicas - 1) if way == "dense" else self.replicas - 1
-        return received[way], received[way] * self.replicas // shares, self._touched(merged * self.replicas)
+        shares = 2 * (self.replicas - 1) if scheme == "dense" else self.replicas - 1
+        return received[scheme], received[scheme] * self.replicas // shares, self._touched(merged * self.replicas)
 
     def _touched(self, reads: int) -> int:
         if not self.setting.tables_on_host:

@@ -1,6 +1,6 @@
 """The bases of plugins with product keys: of all of them, and of PKM, Memory and Memory+, which sum values of slots.
 
-Letters: C rows that a token reads, all heads together.
+Letters: C reads per token over all heads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ProductKeyFFN(nn.Module):
     addressing: Addressing
 
     def after_step(self, stats: dict[str, Tensor]) -> None:
-        """Moves the running statistics of batch-normalised queries; otherwise does nothing."""
+        """Updates the running statistics of batch-normalised queries; otherwise does nothing."""
         self.addressing.after_step(stats)
 
     @property
@@ -55,10 +55,10 @@ class MemoryLayer(ProductKeyFFN):
         temperature: scores are divided by one learned number per head, initially 1.
         key_bound: initial sub-keys are uniform in +-key_bound; None takes 1/sqrt(key_dim).
         value_projection: a learned V x V map of the read.
-        cures: measures against unread slots; see `pkm_lightning.memory.Cures`. None: none.
+        cures: measures against unread slots; see `pkm_lightning.memory.Cures`. None switches all off.
 
     Raises:
-        ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a table of another shape.
+        ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or a table of another shape.
     """
 
     def __init__(
@@ -129,17 +129,17 @@ class MemoryLayer(ProductKeyFFN):
         read = self.addressing(x_TD, valid_T)
         # Where ranks hold parts of the table, their sums travel while `during_read` computes.
         pending = self.values.table.start(read.ids_TC, read.weights_TC)
-        meanwhile = self.during_read(x_TD)
+        precomputed = self.during_read(x_TD)
         y_TV = self.values.finish(pending).to(x_TD.dtype)
         trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
-        y_TD = self.after_read(y_TV, meanwhile)
+        y_TD = self.after_read(y_TV, precomputed)
         return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)
 
     def during_read(self, x_TD: Tensor) -> Tensor | None:
         """Computes what depends on the input only, while the sums of a sharded table travel."""
         return None
 
-    def after_read(self, y_TV: Tensor, meanwhile: Tensor | None) -> Tensor:
+    def after_read(self, y_TV: Tensor, precomputed: Tensor | None) -> Tensor:
         """Returns the output, (T, D), from the read and the result of `during_read`."""
         return y_TV
 

@@ -42,11 +42,11 @@ class MemoryPlus(MemoryLayer):
     Args:
         dim, table, n_keys, heads, knn, key_dim, value_dim, activation, temperature, cures: see `MemoryLayer`.
         qk_norm: RMSNorm on half queries and sub-keys.
-        gate: `swilu` (W1, silu), `sigmoid` (one number per token) or `none`.
+        gate: `swilu`, the paper's name for silu(W1 x) (table 3), `sigmoid` (one number per token) or `none`.
         value_projection: a learned V x V map before the gate.
 
     Raises:
-        ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a table of another shape.
+        ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or a table of another shape.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class MemoryPlus(MemoryLayer):
         gate_TV: Tensor = self.gate(x_TD)
         return functional.silu(gate_TV) if self.gate_kind == "swilu" else gate_TV.sigmoid()
 
-    def after_read(self, y_TV: Tensor, meanwhile: Tensor | None) -> Tensor:
+    def after_read(self, y_TV: Tensor, gate_TV: Tensor | None) -> Tensor:
         """Multiplies the gated read by W2."""
-        y_TD: Tensor = self.out(y_TV if meanwhile is None else y_TV * meanwhile)
+        y_TD: Tensor = self.out(y_TV if gate_TV is None else y_TV * gate_TV)
         return y_TD

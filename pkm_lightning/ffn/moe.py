@@ -71,7 +71,7 @@ class MoE(nn.Module):
         bias_rate: step of the selection bias b after each optimizer step (Wang et al. 2024, arXiv 2408.15664).
 
     Raises:
-        ConfigError: a size or a coefficient out of range, an unknown word, or `select=after` with `score=sigmoid`.
+        ConfigError: a size or a coefficient out of range, an unknown choice, or `select=after` with `score=sigmoid`.
     """
 
     #: Net number of steps of each expert's bias, an integer, so that a cast of the model to bf16 cannot round the bias.

@@ -166,8 +166,8 @@ class ExpertChoiceMoE(nn.Module):
         # Probabilities are at least 0, so that -1 ranks padding behind every real token.
         tokens_EC = ranked_topk(probs_TE.T.masked_fill(~valid_T, -1), capacity)
         # The same arithmetic as above in the same precision, so that both round alike (but MPS has no float64).
-        wide = torch.float32 if valid_T.device.type == "mps" else torch.float64
-        real = (valid_T.sum().to(wide) * self.capacity_factor / n_experts + 1e-9).floor()
+        count_dtype = torch.float32 if valid_T.device.type == "mps" else torch.float64
+        real = (valid_T.sum().to(count_dtype) * self.capacity_factor / n_experts + 1e-9).floor()
         return tokens_EC, (torch.arange(capacity, device=real.device) < real).expand_as(tokens_EC)
 
 

@@ -50,7 +50,7 @@ class PEER(ProductKeyFFN):
         glu: gated experts, with a second input vector.
 
     Raises:
-        ConfigError: a size out of range, an odd `key_dim`, an unknown word, or tables of another number or shape.
+        ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or tables of another number or shape.
     """
 
     def __init__(

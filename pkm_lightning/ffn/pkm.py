@@ -32,7 +32,7 @@ class PKM(MemoryLayer):
         query_norm: `batch`, `layer` or `none`.
 
     Raises:
-        ConfigError: a size out of range, an odd `key_dim`, an unknown word, or a table of another shape.
+        ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or a table of another shape.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
 The steps are queries, product keys, top-k and activation.
 
-Letters: T tokens, D model dimension, H heads, S sub-keys per half, P values of a half key, K slots read per head,
-C = K, or K * K in training where the straight-through gradient reads all candidates.
+Letters: P values of a half key, C reads per token over all heads, J candidates per head: K, or K * K in training where
+the straight-through gradient reads all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pkm_lightning.errors import check_choice, check_flag, check_integer
-from pkm_lightning.memory import cures as cure
+from pkm_lightning.memory.cures import balance_loss, candidate_grid, entropy_loss, gumbel, mean_probabilities
 from pkm_lightning.memory.precision import ieee_scores
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
 from pkm_lightning.memory.query import QueryNetwork
@@ -32,7 +32,7 @@ ACTIVATIONS = ("softmax", "relu", "sigmoid")
 class Addresses(NamedTuple):
     """The slots of each token: those to read, those selected, and the reports of the plugin."""
 
-    #: Slots to read and their weights, (T, H * C).
+    #: Slots to read and their weights, (T, C).
     ids_TC: Tensor
     weights_TC: Tensor
     #: The selected slots and their weights, (T, H, K); the same reads unless the gradient is straight-through.
@@ -116,21 +116,21 @@ class Addressing(nn.Module):
         if self.training and self.cures.need_all_scores:
             halves_2HTS = self.keys(q_TH2P)
             with ieee_scores(halves_2HTS[0]):
-                choosing_2HTS = self._with_noise(halves_2HTS)
+                selection_2HTS = self._with_noise(halves_2HTS)
                 if self.cures.straight_through:
-                    ids_HTC, weights_HTC, ids_HTK, weights_HTK = self._straight_through(halves_2HTS, choosing_2HTS)
+                    ids_HTJ, weights_HTJ, ids_HTK, weights_HTK = self._straight_through(halves_2HTS, selection_2HTS)
                 else:
-                    ids_HTK, weights_HTK = self._select(halves_2HTS, choosing_2HTS)
-                    ids_HTC, weights_HTC = ids_HTK, weights_HTK
+                    ids_HTK, weights_HTK = self._select(halves_2HTS, selection_2HTS)
+                    ids_HTJ, weights_HTJ = ids_HTK, weights_HTK
                 losses = self._losses(halves_2HTS, ids_HTK, valid_T)
         else:
             # Without cures the scores of all sub-keys, (H, T, S) per half, are never written to memory.
             scores_HTK, ids_HTK = self.keys.search(q_TH2P, self.knn)
             with ieee_scores(scores_HTK):
                 weights_HTK = self._activate(scores_HTK)
-            ids_HTC, weights_HTC = ids_HTK, weights_HTK
+            ids_HTJ, weights_HTJ = ids_HTK, weights_HTK
         ids_THK, weights_THK = ids_HTK.transpose(0, 1), weights_HTK.transpose(0, 1)
-        ids_TC, weights_TC = ids_HTC.transpose(0, 1).flatten(1), weights_HTC.transpose(0, 1).flatten(1)
+        ids_TC, weights_TC = ids_HTJ.transpose(0, 1).flatten(1), weights_HTJ.transpose(0, 1).flatten(1)
         return Addresses(ids_TC, weights_TC, ids_THK, weights_THK, losses, stats)
 
     @property
@@ -143,13 +143,13 @@ class Addressing(nn.Module):
         scale = self.cures.gumbel_noise
         # These scores only select, so no gradient flows through them.
         first_HTS, second_HTS = (scores_HTS.detach() for scores_HTS in halves_2HTS)
-        return first_HTS + scale * cure.gumbel(first_HTS), second_HTS + scale * cure.gumbel(second_HTS)
+        return first_HTS + scale * gumbel(first_HTS), second_HTS + scale * gumbel(second_HTS)
 
     def _select(
-        self, halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor]
+        self, halves_2HTS: tuple[Tensor, Tensor], selection_2HTS: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Ids and weights of the best slots, which noise may select; the weights come from the scores without noise."""
-        scores_HTK, ids_HTK = product_topk(*choosing_2HTS, self.knn)
+        """Returns ids and weights of the best slots, with noise if set; the weights come from the scores without it."""
+        scores_HTK, ids_HTK = product_topk(*selection_2HTS, self.knn)
         if self._noisy:
             n_keys = halves_2HTS[0].shape[-1]
             key1_HTK, key2_HTK = ids_HTK.long() // n_keys, ids_HTK.long() % n_keys
@@ -157,19 +157,19 @@ class Addressing(nn.Module):
         return ids_HTK, self._activate(scores_HTK)
 
     def _straight_through(
-        self, halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor]
+        self, halves_2HTS: tuple[Tensor, Tensor], selection_2HTS: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All candidates and the selected ones, with weights.
+        """Returns all candidates and the selected ones, with weights.
 
         The weights of the candidates have the values of the selected weights (0 for all others), and the gradient of an
         activation over all candidates.
         """
-        scores_HTC, ids_HTC, best_HTK = cure.candidate_grid(halves_2HTS, choosing_2HTS, self.knn)
-        soft_HTC = self._activate(scores_HTC)
-        weights_HTK = self._activate(scores_HTC.gather(-1, best_HTK)).detach()
-        hard_HTC = torch.zeros_like(soft_HTC).scatter(-1, best_HTK, weights_HTK)
+        scores_HTJ, ids_HTJ, best_HTK = candidate_grid(halves_2HTS, selection_2HTS, self.knn)
+        soft_HTJ = self._activate(scores_HTJ)
+        weights_HTK = self._activate(scores_HTJ.gather(-1, best_HTK)).detach()
+        hard_HTJ = torch.zeros_like(soft_HTJ).scatter(-1, best_HTK, weights_HTK)
         # The difference is 0 in forward; in backward it has the gradient of `soft`.
-        return ids_HTC, hard_HTC + (soft_HTC - soft_HTC.detach()), ids_HTC.gather(-1, best_HTK), weights_HTK
+        return ids_HTJ, hard_HTJ + (soft_HTJ - soft_HTJ.detach()), ids_HTJ.gather(-1, best_HTK), weights_HTK
 
     def _activate(self, scores_HTK: Tensor) -> Tensor:
         if self.log_temperature is not None:
@@ -180,18 +180,18 @@ class Addressing(nn.Module):
         return torch.relu(scores_HTK) if self.activation == "relu" else torch.sigmoid(scores_HTK)
 
     def _losses(self, halves_2HTS: tuple[Tensor, Tensor], ids_HTK: Tensor, valid_T: Tensor | None) -> dict[str, Tensor]:
-        balance, entropy = self.cures.balance_loss, self.cures.entropy_loss
-        if not (balance or entropy):
+        balance_weight, entropy_weight = self.cures.balance_loss, self.cures.entropy_loss
+        if not (balance_weight or entropy_weight):
             return {}
         n_keys = halves_2HTS[0].shape[-1]
         keys_2HTK = (ids_HTK // n_keys, ids_HTK % n_keys)
-        p_2HS = [cure.mean_probabilities(scores_HTS, valid_T) for scores_HTS in halves_2HTS]
+        p_2HS = [mean_probabilities(scores_HTS, valid_T) for scores_HTS in halves_2HTS]
         losses: dict[str, Tensor] = {}
-        if balance:
-            first, second = (cure.balance_loss(p, keys, valid_T) for p, keys in zip(p_2HS, keys_2HTK, strict=True))
-            losses["balance"] = balance * (first + second) / 2
-        if entropy:
-            losses["entropy"] = entropy * (cure.entropy_loss(p_2HS[0]) + cure.entropy_loss(p_2HS[1])) / 2
+        if balance_weight:
+            first, second = (balance_loss(p, keys, valid_T) for p, keys in zip(p_2HS, keys_2HTK, strict=True))
+            losses["balance"] = balance_weight * (first + second) / 2
+        if entropy_weight:
+            losses["entropy"] = entropy_weight * (entropy_loss(p_2HS[0]) + entropy_loss(p_2HS[1])) / 2
         return losses
 
     def diagnostics(self, output: Addresses, x_TD: Tensor, valid_T: Tensor | None = None) -> dict[str, Tensor]:

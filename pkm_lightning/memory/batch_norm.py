@@ -2,7 +2,7 @@
 
 It spreads the queries over the keys, so that more slots are used (Lample et al. 2019, arXiv 1907.05242, section 4.3).
 
-Letters: T tokens, F features.
+Letters: F features.
 """
 
 from __future__ import annotations
@@ -46,9 +46,6 @@ class MaskedBatchNorm(nn.Module):
             self.register_buffer(name, torch.empty(features, dtype=_at_least_fp32(self.weight.dtype)))
         self.reset_parameters()
 
-    #: Roles of parameters without weight decay.
-    parameter_roles = {"weight": "norm", "bias": "bias"}  # noqa: RUF012 - read only, as in every module
-
     def reset_parameters(self) -> None:
         """Sets gain and running variance to 1, bias and running mean to 0."""
         nn.init.ones_(self.weight)
@@ -72,14 +69,18 @@ class MaskedBatchNorm(nn.Module):
         tokens = x_TF.new_full((), len(x_TF)) if valid_T is None else valid_T.sum().to(x_TF.dtype)
         count = sum_over_ranks(tokens).clamp(min=1)
         mean_F = sum_over_ranks(real_TF.sum(0)) / count
-        away_TF = centred_TF - mean_F
-        var_F = sum_over_ranks((away_TF if real_T1 is None else away_TF.where(real_T1, 0)).square().sum(0)) / count
-        y_TF = away_TF * (var_F + self.eps).rsqrt() * weight_F + bias_F
+        deviation_TF = centred_TF - mean_F
+        var_F = (
+            sum_over_ranks((deviation_TF if real_T1 is None else deviation_TF.where(real_T1, 0)).square().sum(0))
+            / count
+        )
+        y_TF = deviation_TF * (var_F + self.eps).rsqrt() * weight_F + bias_F
         # Sums of several micro-batches are added later, so all are taken about one point, the running mean. They may
         # cancel, hence float64, which MPS lacks.
-        wide = torch.float32 if x_TF.device.type == "mps" else torch.float64
-        sums_2F = [value_TF.sum(0, dtype=wide) for value_TF in (real_TF.detach(), real_TF.detach().square())]
-        return y_TF, {"query_norm_tokens": tokens.to(wide), "query_norm_sums": torch.stack(sums_2F)}
+        sum_dtype = torch.float32 if x_TF.device.type == "mps" else torch.float64
+        values = (real_TF.detach(), real_TF.detach().square())
+        sums_2F = torch.stack([value_TF.sum(0, dtype=sum_dtype) for value_TF in values])
+        return y_TF, {"query_norm_tokens": tokens.to(sum_dtype), "query_norm_sums": sums_2F}
 
     @torch.no_grad()
     def after_step(self, stats: dict[str, Tensor]) -> None:
@@ -100,9 +101,10 @@ class MaskedBatchNorm(nn.Module):
         super()._apply(fn, recurse)
         for name, old_F in before.items():
             new_F = getattr(self, name)
-            wide = _at_least_fp32(new_F.dtype)
-            if new_F.dtype is not wide:
-                setattr(self, name, new_F.to(wide) if old_F.is_meta else old_F.to(new_F.device, wide))
+            dtype = _at_least_fp32(new_F.dtype)
+            if new_F.dtype is not dtype:
+                # From the values before the cast, which bf16 would already have rounded.
+                setattr(self, name, new_F.to(dtype) if old_F.is_meta else old_F.to(new_F.device, dtype))
         return self
 
 

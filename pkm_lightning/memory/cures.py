@@ -3,7 +3,7 @@
 A slot that is never read gets no gradient. The losses here use the scores of the halves, which every sub-key has for
 every token. They cost two softmaxes over S sub-keys; the same losses over all S * S slots would be too expensive.
 
-Letters: T tokens, H heads, S sub-keys per half, K slots read per head, C = K * K candidate pairs.
+Letters: J = K * K candidate pairs per head.
 """
 
 from __future__ import annotations
@@ -119,13 +119,13 @@ def balance_loss(
 
 
 def candidate_grid(
-    halves_2HTS: tuple[Tensor, Tensor], choosing_2HTS: tuple[Tensor, Tensor], k: int
-) -> tuple[Float[Tensor, "H T C"], Int[Tensor, "H T C"], Int[Tensor, "H T K"]]:
+    halves_2HTS: tuple[Tensor, Tensor], selection_2HTS: tuple[Tensor, Tensor], k: int
+) -> tuple[Float[Tensor, "H T J"], Int[Tensor, "H T J"], Int[Tensor, "H T K"]]:
     """Returns all pairs of the `k` best sub-keys of each half, which contain the `k` best slots.
 
     Args:
         halves_2HTS: the scores of both halves.
-        choosing_2HTS: the scores for the selection: the same, or with noise.
+        selection_2HTS: the scores for the selection: the same, or with noise.
         k: slots to select, at most the sub-keys per half.
 
     Returns:
@@ -133,12 +133,12 @@ def candidate_grid(
         best among them, best first.
     """
     n_keys = halves_2HTS[0].shape[-1]
-    key1_HTK, key2_HTK = (ranked_topk(scores_HTS.detach(), k) for scores_HTS in choosing_2HTS)
+    key1_HTK, key2_HTK = (ranked_topk(scores_HTS.detach(), k) for scores_HTS in selection_2HTS)
 
     def sums(scores1_HTS: Tensor, scores2_HTS: Tensor) -> Tensor:
         return (
             scores1_HTS.gather(-1, key1_HTK).unsqueeze(-1) + scores2_HTS.gather(-1, key2_HTK).unsqueeze(-2)
         ).flatten(-2)
 
-    ids_HTC = (key1_HTK.unsqueeze(-1) * n_keys + key2_HTK.unsqueeze(-2)).flatten(-2).int()
-    return sums(*halves_2HTS), ids_HTC, ranked_topk(sums(*choosing_2HTS).detach(), k)
+    ids_HTJ = (key1_HTK.unsqueeze(-1) * n_keys + key2_HTK.unsqueeze(-2)).flatten(-2).int()
+    return sums(*halves_2HTS), ids_HTJ, ranked_topk(sums(*selection_2HTS).detach(), k)

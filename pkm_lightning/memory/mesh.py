@@ -8,6 +8,8 @@
 
 Rank r is member r % P of replica r // P. The members of a group are therefore neighbouring ranks, which lie on one node
 if P is its number of devices.
+
+Letters: P members of a group, R replicas.
 """
 
 from __future__ import annotations
@@ -140,10 +142,9 @@ def table_members(table: Mapping[str, Any], world: int, node: int) -> int:
         ConfigError: a group that does not divide the ranks, or an unknown `table.shard`.
     """
     shard = str(table.get("shard", "none"))
-    if shard not in SHARDS:
-        raise ConfigError(f"table.shard={shard!r} is not known; allowed: {', '.join(SHARDS)}.")
+    check_choice("table.shard", shard, SHARDS)
     members = 1 if shard == "none" else group_size(table.get("group", "world"), world, node)
-    # The configuration may be that of a run of several processes.
+    # A saved configuration may name groups of a larger run; one process holds whole tables.
     if world == 1:
         return 1
     check_members(shard, members, world)
@@ -204,8 +205,3 @@ def check_rows(shard: str, rows: int, members: int) -> None:
             f"table.shard=row in equal shares leaves some of {members} ranks without any of {rows} rows; set "
             f"table.shard=dim, or table.group={fitting}."
         )
-
-
-def whole(value: Tensor) -> Tensor:
-    """Returns `value` as a plain tensor, gathered from all ranks where it is a DTensor."""
-    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,6 +1,7 @@
 """The precision of scores: IEEE fp32, whatever the precision of the model, because top-k compares them.
 
-In bf16 about two thirds of the rows tie at rank 32, and TF32 differs between devices: both would select other slots.
+In bf16 the scores at the border of the top 32 tie for about two thirds of the queries, and TF32 differs between
+devices: both would select other slots.
 """
 
 from __future__ import annotations

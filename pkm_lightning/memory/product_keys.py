@@ -1,7 +1,7 @@
 """Two sets of sub-keys per head; their products address S * S slots with 2 * S comparisons (Lample et al. 2019).
 
-Letters: T tokens, H heads, 2 halves, S sub-keys per half, P values of a half key, K slots selected, J sub-keys
-selected per half.
+Letters: P values of a half key, K slots selected per head, J sub-keys selected per half, X sets of sub-keys: H, or 1
+where the heads share one; 2 is the two halves.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ class ProductKeys(nn.Module):
             q_2HTP = q_TH2P.permute(2, 1, 0, 3)
             keys_2HSP = self.score_keys(q_TH2P).transpose(0, 1)
             # Heads that share sub-keys are treated as further queries of one head.
-            shape_2XTP = (*keys_2HSP.shape[:2], -1, q_2HTP.shape[-1])
+            query_shape = (*keys_2HSP.shape[:2], -1, q_2HTP.shape[-1])
             per_half = min(knn, keys_2HSP.shape[2])
-            scores_2XTJ, keys_2XTJ = half_topk(q_2HTP.reshape(shape_2XTP), keys_2HSP, per_half)
-            shape_HTJ = (self.heads, -1, per_half)
+            scores_2XTJ, keys_2XTJ = half_topk(q_2HTP.reshape(query_shape), keys_2HSP, per_half)
+            result_shape = (self.heads, -1, per_half)
             first, second = (
-                (scores_2XTJ[half].reshape(shape_HTJ), keys_2XTJ[half].reshape(shape_HTJ)) for half in (0, 1)
+                (scores_2XTJ[half].reshape(result_shape), keys_2XTJ[half].reshape(result_shape)) for half in (0, 1)
             )
             return product_combine(*first, *second, keys_2HSP.shape[2], knn)
 

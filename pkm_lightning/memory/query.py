@@ -1,6 +1,7 @@
 """The query network: from the input of a layer to one query per head, in two halves.
 
-Letters: T tokens, D model dimension, H heads, 2 halves, P values of a half key, F values of all queries or of one.
+Letters: P values of a half key, Q = 2 * P values of one query, F values of all queries of a token, X any leading shape;
+2 is the two halves.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class QueryNetwork(nn.Module):
             if isinstance(self.norm, MaskedBatchNorm):
                 q_TF, stats = self.norm(q_TF, valid_T)
             elif isinstance(self.norm, nn.LayerNorm):
-                q_THF = q_TF.unflatten(-1, (self.heads, -1))
+                q_THQ = q_TF.unflatten(-1, (self.heads, -1))
                 # In a bf16 model the parameters of the norm are bf16, but the queries are fp32 here.
-                weight_F, bias_F = self.norm.weight.to(q_TF.dtype), self.norm.bias.to(q_TF.dtype)
-                q_TF = functional.layer_norm(q_THF, weight_F.shape, weight_F, bias_F, self.norm.eps).flatten(1)
+                weight_Q, bias_Q = self.norm.weight.to(q_TF.dtype), self.norm.bias.to(q_TF.dtype)
+                q_TF = functional.layer_norm(q_THQ, weight_Q.shape, weight_Q, bias_Q, self.norm.eps).flatten(1)
             q_TH2P = q_TF.view(-1, self.heads, 2, self.half_dim)
             return half_norm(self.norm, q_TH2P) if isinstance(self.norm, nn.RMSNorm) else q_TH2P, stats
 

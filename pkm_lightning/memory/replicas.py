@@ -1,17 +1,17 @@
-"""The gradient of a table's part, averaged over its replicas in the way that exchanges the fewest bytes.
+"""The gradient of a table's part, averaged over its replicas by the scheme that exchanges the fewest bytes.
 
-Each replica has staged the reads of its own tokens. Three ways of exchanging them give the same sum:
+Each replica has staged the reads of its own tokens. Three schemes of exchange give the same sum:
 
-| way | bytes that a rank receives from R - 1 others |
+| scheme | bytes that a rank receives from R - 1 others |
 |---|---|
 | `reads` | (R - 1) (L (4 + 4 + c) + X V b): ids, sources, coefficients, and source rows, which many reads share |
 | `rows` | (R - 1) U (4 + V b): one gradient per row that was read |
 | `dense` | 2 (R - 1) / R N (V + 1) c: an all-reduce of the whole part and of a flag per row that was read |
 
-The numbers are the maxima over the replicas, so that all choose the same way; of equal ways the first is taken.
+The numbers are the maxima over the replicas, so that all choose the same scheme; of equal ones the first is taken.
 
-Letters: N rows, V values per row, L staged reads, X source rows, U rows that were read, R replicas; b and c bytes of a
-value of the table and of a sum.
+Letters: L staged reads, X source rows, U rows that were read, R replicas, b and c bytes of a value of the table and
+of a sum.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pkm_lightning.ops.collectives import all_gather
+from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.ops.row_gradients import row_gradients
 from pkm_lightning.ops.row_update import RowGradient, row_gradient
 
@@ -49,7 +50,7 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
         staged: the reads of this rank, or of all members of its group where the table is sharded.
         mesh: None: every rank of the default process group, if there is one, holds a copy.
     """
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    world = dist.get_world_size() if is_distributed() else 1
     replicas = world if mesh is None else mesh.replicas
     if replicas == 1:
         if not len(staged.source_rows_XV):
@@ -57,24 +58,24 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
         return row_gradient(n_rows, *staged._replace(coefficients_L=staged.coefficients_L / world))
     group = dist.group.WORLD if mesh is None else mesh.replica_group(staged.ids_L.device)
     assert group is not None
-    # Sorted before the exchange: the number of rows decides the way, and `rows` and `dense` need the sums.
+    # Sorted before the exchange: the number of rows decides the scheme, and `rows` and `dense` need the sums.
     local = row_gradient(n_rows, *staged)
     numbers = torch.tensor([len(staged.ids_L), len(staged.source_rows_XV), len(local.segments.rows_U)])
     numbers_R3 = all_gather(numbers.to(staged.ids_L.device).unsqueeze(0), [1] * replicas, group).cpu()
     reads, sources, rows = numbers_R3.T.tolist()
     if not max(reads):
         return None
-    way = cheapest_way(max(reads), max(sources), max(rows), n_rows, staged.source_rows_XV, replicas)
-    if way == "reads":
+    scheme = cheapest_scheme(max(reads), max(sources), max(rows), n_rows, staged.source_rows_XV, replicas)
+    if scheme == "reads":
         merged = _gather_reads(staged, reads, sources, group)
-    elif way == "rows":
+    elif scheme == "rows":
         merged = _gather_rows(local, rows, n_rows, group)
     else:
         merged = _sum_densely(local, n_rows, group)
     return row_gradient(n_rows, *merged._replace(coefficients_L=merged.coefficients_L / world))
 
 
-def cheapest_way(reads: int, sources: int, rows: int, n_rows: int, source_rows_XV: Tensor, replicas: int) -> str:
+def cheapest_scheme(reads: int, sources: int, rows: int, n_rows: int, source_rows_XV: Tensor, replicas: int) -> str:
     """Returns `reads`, `rows` or `dense`, by the table above."""
     dim, item = source_rows_XV.shape[1], source_rows_XV.element_size()
     received = received_bytes(reads, sources, rows, n_rows=n_rows, dim=dim, item=item, replicas=replicas)
@@ -84,7 +85,7 @@ def cheapest_way(reads: int, sources: int, rows: int, n_rows: int, source_rows_X
 def received_bytes(
     reads: int, sources: int, rows: int, *, n_rows: int, dim: int, item: int, replicas: int
 ) -> dict[str, int]:
-    """Returns the bytes that a rank receives in each way, in the order of preference.
+    """Returns the bytes that a rank receives with each scheme, in the order of preference.
 
     Args:
         reads, sources, rows: maxima over the replicas of staged reads, source rows and rows that were read.
@@ -92,11 +93,11 @@ def received_bytes(
         item: bytes of a value of the table.
         replicas: number of replicas.
     """
-    wide = max(item, 4)  # sums are fp32 or wider
+    sum_bytes = max(item, 4)  # sums are fp32 or wider
     return {
-        "reads": (replicas - 1) * (reads * (8 + wide) + sources * dim * item),
+        "reads": (replicas - 1) * (reads * (8 + sum_bytes) + sources * dim * item),
         "rows": (replicas - 1) * rows * (4 + dim * item),
-        "dense": 2 * (replicas - 1) * n_rows * (dim + 1) * wide // replicas,
+        "dense": 2 * (replicas - 1) * n_rows * (dim + 1) * sum_bytes // replicas,
     }
 
 
@@ -123,23 +124,23 @@ def _sum_densely(local: RowGradient, n_rows: int, group: dist.ProcessGroup) -> S
     grads_UV = _row_sums(local)
     rows_U = local.segments.rows_U.long()
     # One row more for padding, and one column more to mark the rows that were read.
-    whole = grads_UV.new_zeros(n_rows + 1, grads_UV.shape[1] + 1)
+    table_NV = grads_UV.new_zeros(n_rows + 1, grads_UV.shape[1] + 1)
     at_U = torch.where(rows_U < 0, n_rows, rows_U)
-    whole[at_U, :-1] = grads_UV
-    whole[at_U, -1] = 1
-    dist.all_reduce(whole[:-1], group=group)
-    touched_U = whole[:-1, -1].nonzero().squeeze(-1)
-    return _one_source_each(touched_U.int(), whole[touched_U, :-1].to(local.source_rows_XV.dtype))
+    table_NV[at_U, :-1] = grads_UV
+    table_NV[at_U, -1] = 1
+    dist.all_reduce(table_NV[:-1], group=group)
+    touched_U = table_NV[:-1, -1].nonzero().squeeze(-1)
+    return _one_source_each(touched_U.int(), table_NV[touched_U, :-1].to(local.source_rows_XV.dtype))
 
 
-def _row_sums(own: RowGradient) -> Tensor:
-    return row_gradients(own.segments, own.coefficients_L, own.sources_L, own.source_rows_XV)
+def _row_sums(local: RowGradient) -> Tensor:
+    return row_gradients(local.segments, local.coefficients_L, local.sources_L, local.source_rows_XV)
 
 
 def _one_source_each(ids_L: Tensor, rows_LV: Tensor) -> StagedReads:
-    """Staged reads of gradients of rows: each read has a source row of its own and the coefficient 1."""
-    wide = torch.promote_types(rows_LV.dtype, torch.float32)
-    one_L = torch.ones(len(ids_L), dtype=wide, device=ids_L.device)
+    """Returns staged reads of gradients of rows: each read has a source row of its own and the coefficient 1."""
+    sum_dtype = torch.promote_types(rows_LV.dtype, torch.float32)
+    one_L = torch.ones(len(ids_L), dtype=sum_dtype, device=ids_L.device)
     return StagedReads(ids_L, one_L, torch.arange(len(ids_L), dtype=torch.int32, device=ids_L.device), rows_LV)
 
 
@@ -155,7 +156,7 @@ def norm_over_members(norm: Tensor, mesh: TableMesh | None) -> Tensor:
 def mean_over_replicas(grad: Tensor, mesh: TableMesh | None) -> None:
     """Averages autograd's gradient of a part over all ranks, in place. Collective: call on all ranks.
 
-    Before, it is the sum over the tokens of the members of this rank's group.
+    On entry it is the sum over the tokens of this group's members.
     """
     if mesh is None:
         return

@@ -1,7 +1,6 @@
 """New values for rows that are never read, and new sub-keys for those that no query selects.
 
-Letters: N rows, V values per row, M rows or sub-keys to be written, L lines (M * slices), T queries, S sub-keys,
-P values of a half key.
+Letters: M rows or sub-keys to be written, L lines (M * slices), T queries, P values of a half key.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
-from pkm_lightning.memory.mesh import whole
+from pkm_lightning.ops.ranks import full_tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -36,11 +35,11 @@ def copy_rows(
     shard = "none" if mesh is None else mesh.shard
     low, high = (0, table.n_lines) if mesh is None else mesh.row_range(table.n_lines)
     columns = slice(0, width) if mesh is None else mesh.columns(width)
-    lines_L, from_L = (_lines(which_M, table).to(table.weight.device) for which_M in (rows_M, sources_M))
-    wide = torch.promote_types(table.weight.dtype, torch.float32)
-    values_LV = torch.zeros(len(from_L), table.weight.shape[1], dtype=wide, device=table.weight.device)
-    is_here_L = (from_L >= low) & (from_L < high)
-    values_LV[is_here_L] = table.weight[from_L[is_here_L] - low].to(wide)
+    lines_L, source_lines_L = (_lines(ids_M, table).to(table.weight.device) for ids_M in (rows_M, sources_M))
+    sum_dtype = torch.promote_types(table.weight.dtype, torch.float32)
+    values_LV = torch.zeros(len(source_lines_L), table.weight.shape[1], dtype=sum_dtype, device=table.weight.device)
+    is_local_source_L = (source_lines_L >= low) & (source_lines_L < high)
+    values_LV[is_local_source_L] = table.weight[source_lines_L[is_local_source_L] - low].to(sum_dtype)
     if mesh is not None and shard == "row":
         # One member holds each source row; the others add zeros.
         dist.all_reduce(values_LV, group=mesh.member_group(values_LV.device))
@@ -48,10 +47,10 @@ def copy_rows(
     if mesh is not None and shard == "dim":
         dist.all_reduce(squares_L, group=mesh.member_group(squares_L.device))
     # The generator of the host draws the same numbers on every machine.
-    drawn_LV = torch.randn(len(from_L), width, generator=torch.Generator().manual_seed(seed))[:, columns]
-    values_LV += noise * (squares_L / width).sqrt()[:, None] * drawn_LV.to(values_LV)
-    is_mine_L = (lines_L >= low) & (lines_L < high)
-    table.weight[lines_L[is_mine_L] - low] = values_LV[is_mine_L].to(table.weight.dtype)
+    noise_LV = torch.randn(len(source_lines_L), width, generator=torch.Generator().manual_seed(seed))[:, columns]
+    values_LV += noise * (squares_L / width).sqrt()[:, None] * noise_LV.to(values_LV)
+    is_local_L = (lines_L >= low) & (lines_L < high)
+    table.weight[lines_L[is_local_L] - low] = values_LV[is_local_L].to(table.weight.dtype)
 
 
 @torch.no_grad()
@@ -61,8 +60,8 @@ def forget_rows(state: Mapping[str, Any], table: ValueTable, rows_M: Int64[Tenso
     lines_L = _lines(rows_M, table)
     for value in state.values():
         if isinstance(value, Tensor) and value.ndim and len(value) == len(table.weight):
-            own_L = lines_L.to(value.device)
-            value[own_L[(own_L >= low) & (own_L < high)] - low] = 0
+            lines_L = lines_L.to(value.device)
+            value[lines_L[(lines_L >= low) & (lines_L < high)] - low] = 0
 
 
 def _lines(rows_M: Tensor, table: ValueTable) -> Tensor:
@@ -107,8 +106,8 @@ def keys_for_worst_served(
         best_T = torch.maximum(best_T, directions_TP @ (direction_P if normalised else direction_P * length))
         directions.append(direction_P * length)
     new_MP = torch.stack(directions)
-    drawn_MP = torch.randn(new_MP.shape, generator=torch.Generator().manual_seed(seed)).to(new_MP)
-    return new_MP + noise * length * keys_SP.shape[1] ** -0.5 * drawn_MP
+    noise_MP = torch.randn(new_MP.shape, generator=torch.Generator().manual_seed(seed)).to(new_MP)
+    return new_MP + noise * length * keys_SP.shape[1] ** -0.5 * noise_MP
 
 
 @torch.no_grad()
@@ -117,7 +116,7 @@ def write_keys(parameter: Tensor, head: int, half: int, dead_M: Int64[Tensor, " 
 
     Collective for a DTensor: call on all ranks.
     """
-    full = whole(parameter.detach()).clone() if isinstance(parameter, DTensor) else parameter.detach()
+    full = full_tensor(parameter.detach()).clone() if isinstance(parameter, DTensor) else parameter.detach()
     full[head, half, dead_M] = value_MP.to(full.dtype) if isinstance(value_MP, Tensor) else value_MP
     if isinstance(parameter, DTensor):
         parameter.detach().copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))

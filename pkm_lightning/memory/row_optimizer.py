@@ -40,7 +40,7 @@ class RowOptimizer:
         for name in constants:
             known = [field.name for field in fields(cls)]
             if name not in known:
-                raise ConfigError(f"table.optimizer.{name} is no constant of {rule}; allowed: {', '.join(known)}.")
+                raise ConfigError(f"table.optimizer.{name} is not a constant of {rule}; allowed: {', '.join(known)}.")
         try:
             self.rule: RowRule = cls(betas=(betas[0], betas[1]), eps=eps, **constants)
         except ValueError as error:

@@ -8,8 +8,8 @@ sums.
 Backward runs the transposed collectives. The local reads are staged or differentiated as usual, for the tokens of all
 members, so that the gradient of a part is the sum over the members' tokens.
 
-Letters: T reads of this rank, A reads of all members, K rows per read, V values per row, C columns of this rank,
-G groups per read.
+Letters: T tokens, or reads where a plugin reads several times per token, of this rank, A those of all members, K lines
+per read, C columns of this rank, G groups per read.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def sharded_dot(mesh: TableMesh, n_lines: int, dot: LocalDot, x_TV: Tensor, ids_
 
 
 def _local_rows(mesh: TableMesh, n_lines: int, ids_AK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids within this member's lines (0 for others), which are local, and ids to stage (one past the end if not)."""
+    """Returns ids within this member's lines (0 for others), whether they are local, and ids to stage.
+
+    The id to stage is one past the end for lines of other members.
+    """
     low, high = mesh.row_range(n_lines)
     is_local_AK = (ids_AK >= low) & (ids_AK < high)
     shifted_AK = ids_AK - low

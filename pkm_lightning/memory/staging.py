@@ -4,7 +4,7 @@ Staging is the identity in forward. Its backward copies the factors of the table
 the size of a step and are reused. The optimizer merges the reads of all layers and micro-batches of a step into one
 gradient per row. Forward and backward are custom operators, so that compiled blocks can call them.
 
-Letters: T reads, K rows per read, L = T * K, X source rows, V values per row.
+Letters: T tokens, or reads where a plugin reads several times per token, K lines per read, L = T * K, X source rows.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pkm_lightning.ops.segments import read_sources
 if TYPE_CHECKING:
     from pkm_lightning.memory.mesh import TableMesh
 
-# Arguments of an operator are numbers and tensors, so the stage of a table is passed as a number and looked up here.
-# The table owns its stage: this dictionary must not keep it alive.
+# Arguments of an operator are numbers and tensors, so the stage of a table is passed as an integer handle and looked up
+# here. The table owns its stage: this dictionary must not keep it alive.
 _stages: weakref.WeakValueDictionary[int, RowStage] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
+_handles = itertools.count()
 
 
 class RowStage:
@@ -37,16 +37,16 @@ class RowStage:
         mesh: the ranks that the table is sharded or replicated over; None: each rank holds a copy.
 
     Attributes:
-        seen: whether the table has ever been read with gradients enabled.
+        was_read: whether the table has ever been read with gradients enabled.
         scale: factor on the gradient: a number, or a scalar tensor, which stays on its device.
     """
 
     def __init__(self, n_rows: int, mesh: TableMesh | None = None) -> None:
-        self.n_rows, self.mesh, self.seen = n_rows, mesh, False
-        number = next(_numbers)
-        _stages[number] = self
+        self.n_rows, self.mesh, self.was_read = n_rows, mesh, False
+        handle = next(_handles)
+        _stages[handle] = self
         # A tensor, because torch.compile specialises on numbers and would compile a block once per table.
-        self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
+        self.handle = torch.tensor(handle, dtype=torch.int64, device="cpu")
         # An input that requires a gradient, so that a read with constant weights has a backward too. Its gradient, a
         # zero, is the output of the staging operator, so that a compiler cannot remove that operator as unused.
         self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
@@ -59,17 +59,18 @@ class RowStage:
         return RowStage(self.n_rows, self.mesh)
 
     def __reduce__(self) -> tuple[type[RowStage], tuple[int]]:
+        # Process groups cannot be pickled: the copy stands for a whole table.
         return RowStage, (self.n_rows,)
 
-    def watch_sum(self, y_XV: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
+    def stage_sum(self, y_XV: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
         """Returns `y_XV` and stages its gradient: row `sources[t, k]` of y (default t) has the term
         weights[t, k] * row ids[t, k]."""
-        y: Tensor = _watch_sum(y_XV, ids_TK, weights_TK, sources_TK, self.anchor, self.number)
+        y: Tensor = _stage_sum(y_XV, ids_TK, weights_TK, sources_TK, self.anchor, self.handle)
         return y
 
-    def watch_dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TV: Tensor) -> Tensor:
+    def stage_dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TV: Tensor) -> Tensor:
         """Returns `dots_TK`, computed as <row ids[t, k], x[t]>, and stages its gradient."""
-        dots: Tensor = _watch_dot(dots_TK, ids_TK, x_TV, self.anchor, self.number)
+        dots: Tensor = _stage_dot(dots_TK, ids_TK, x_TV, self.anchor, self.handle)
         return dots
 
     def add(self, ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor) -> None:
@@ -81,8 +82,8 @@ class RowStage:
             is_local_L = ids_L < self.n_rows
             ids_L, coefficients_L, sources_L = ids_L[is_local_L], coefficients_L[is_local_L], sources_L[is_local_L]
         self._ids.append(ids_L, torch.int32)
-        wide = torch.promote_types(source_rows_XV.dtype, torch.float32)
-        self._coefficients.append(coefficients_L, wide)
+        sum_dtype = torch.promote_types(source_rows_XV.dtype, torch.float32)
+        self._coefficients.append(coefficients_L, sum_dtype)
         self._sources.append(sources_L, torch.int32).add_(before)
         self._rows.append(source_rows_XV, source_rows_XV.dtype)
 
@@ -95,10 +96,10 @@ class RowStage:
             table_NV: the table, for width, dtype and device where this rank has read nothing.
         """
         if self._gradient is None:
-            wide = torch.promote_types(table_NV.dtype, torch.float32)
+            sum_dtype = torch.promote_types(table_NV.dtype, torch.float32)
             staged = StagedReads(
                 self._ids.filled(table_NV[:0, 0].int()),
-                self._coefficients.filled(table_NV[:0, 0].to(wide)),
+                self._coefficients.filled(table_NV[:0, 0].to(sum_dtype)),
                 self._sources.filled(table_NV[:0, 0].int()),
                 self._rows.filled(table_NV[:0]),
             )
@@ -148,68 +149,70 @@ class _Buffer:
         return empty if self._storage is None else self._storage[: self.length]
 
 
-def _stage(number: Tensor) -> RowStage:
-    stage = _stages.get(int(number))
+def _stage(handle: Tensor) -> RowStage:
+    stage = _stages.get(int(handle))
     if stage is None:
         raise RuntimeError("the table of this read no longer exists: keep the model until its backward pass has ended.")
     return stage
 
 
-@library.custom_op("pkm_lightning::watch_sum", mutates_args=())
-def _watch_sum(
-    y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, number: Tensor
+@library.custom_op("pkm_lightning::stage_sum", mutates_args=())
+def _stage_sum(
+    y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, handle: Tensor
 ) -> Tensor:
-    _stage(number).seen = True
+    _stage(handle).was_read = True
+    # An operator's output must not alias its input.
     return y.clone()
 
 
-@library.custom_op("pkm_lightning::watch_dot", mutates_args=())
-def _watch_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, number: Tensor) -> Tensor:
-    _stage(number).seen = True
+@library.custom_op("pkm_lightning::stage_dot", mutates_args=())
+def _stage_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Tensor) -> Tensor:
+    _stage(handle).was_read = True
+    # As in `_stage_sum`: no alias of the input.
     return dots.clone()
 
 
 @library.custom_op("pkm_lightning::stage_reads", mutates_args=())
-def _stage_reads(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, number: Tensor) -> Tensor:
+def _stage_reads(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, handle: Tensor) -> Tensor:
     sources = read_sources(ids) if sources is None else sources
-    _stage(number).add(ids.flatten(), coefficients.flatten(), sources.flatten(), rows)
+    _stage(handle).add(ids.flatten(), coefficients.flatten(), sources.flatten(), rows)
     return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
-@_watch_sum.register_fake
-def _(y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, number: Tensor) -> Tensor:
+@_stage_sum.register_fake
+def _(y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, handle: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
-@_watch_dot.register_fake
-def _(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, number: Tensor) -> Tensor:
+@_stage_dot.register_fake
+def _(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Tensor) -> Tensor:
     return torch.empty_like(dots)
 
 
 @_stage_reads.register_fake
-def _(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, number: Tensor) -> Tensor:
+def _(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, handle: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.float32, device="cpu")
 
 
-def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids_TK, weights_TK, sources_TK, _, number = inputs
-    ctx.save_for_backward(ids_TK, weights_TK, sources_TK, number)
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ids_TK, weights_TK, sources_TK, _, handle = inputs
+    ctx.save_for_backward(ids_TK, weights_TK, sources_TK, handle)
 
 
-def _stage_sum(ctx: Any, grad_XV: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
-    ids_TK, weights_TK, sources_TK, number = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XV, number)
+def _backward_sum(ctx: Any, grad_XV: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
+    ids_TK, weights_TK, sources_TK, handle = ctx.saved_tensors
+    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XV, handle)
     return grad_XV, None, None, None, zero, None
 
 
-def _keep_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids_TK, x_TV, _, number = inputs
-    ctx.save_for_backward(ids_TK, x_TV, number)
+def _save_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ids_TK, x_TV, _, handle = inputs
+    ctx.save_for_backward(ids_TK, x_TV, handle)
 
 
-def _stage_dot(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
-    ids_TK, x_TV, number = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, grad_TK, None, x_TV, number)
+def _backward_dot(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
+    ids_TK, x_TV, handle = ctx.saved_tensors
+    zero = _stage_reads(ids_TK, grad_TK, None, x_TV, handle)
     return grad_TK, None, None, zero, None
 
 
@@ -218,5 +221,5 @@ if hasattr(_stage_reads, "register_effect"):  # torch 2.13 has it, older version
     from torch._library.effects import EffectType
 
     _stage_reads.register_effect(EffectType.ORDERED)
-_watch_sum.register_autograd(_stage_sum, setup_context=_keep_sum)
-_watch_dot.register_autograd(_stage_dot, setup_context=_keep_dot)
+_stage_sum.register_autograd(_backward_sum, setup_context=_save_sum)
+_stage_dot.register_autograd(_backward_dot, setup_context=_save_dot)

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from pkm_lightning.memory.mesh import whole
 from pkm_lightning.memory.replicas import norm_over_members
 from pkm_lightning.memory.value_table import ValueTable
+from pkm_lightning.ops.ranks import full_tensor, local_shard
 
 
 def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm: float | None) -> Tensor:
@@ -27,7 +26,7 @@ def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm
         The norm before clipping, a scalar tensor, the same on every rank.
     """
     dense = list(others)
-    norms = [_table_norm(table) for table in tables] + [whole(grad.norm()) for grad in dense]
+    norms = [_table_norm(table) for table in tables] + [full_tensor(grad.norm()) for grad in dense]
     # Tables in host memory have their norm on the host.
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     if max_norm is not None:
@@ -37,7 +36,7 @@ def clip_tables(tables: Sequence[ValueTable], others: Iterable[Tensor], max_norm
             if table.stage is not None:
                 table.stage.scale = table.stage.scale * factor
         for grad in (*dense, *(table.weight.grad for table in tables if table.weight.grad is not None)):
-            part = grad.to_local() if isinstance(grad, DTensor) else grad
+            part = local_shard(grad)
             part.mul_(factor.to(part))
     return total
 
@@ -46,4 +45,4 @@ def _table_norm(table: ValueTable) -> Tensor:
     if table.stage is not None:
         return table.stage.norm(table.weight)
     grad = table.weight.grad
-    return norm_over_members(torch.zeros(()) if grad is None else whole(grad.norm()), table.mesh)
+    return norm_over_members(torch.zeros(()) if grad is None else full_tensor(grad.norm()), table.mesh)

@@ -20,7 +20,8 @@ from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.value_table import ValueTable
 from pkm_lightning.ops.row_update import RowGradient, UpdateStep, new_state, row_gradient_squares, row_update
 
-# Steps without any read of a table before the run ends. A table may be read for the first time in a later step.
+# Steps after which a table that was never read ends the run with an error; not 1, because a table may first be read in
+# a later step.
 _STEPS_UNREAD = 10
 
 
@@ -101,7 +102,7 @@ class TableOptimizer(Optimizer):
 
     def _check_reads(self) -> None:
         """Refuses tables that are read through their weight: they would learn nothing, without any error."""
-        unread = [name for name, table in self.tables.items() if table.stage is not None and not table.stage.seen]
+        unread = [name for name, table in self.tables.items() if table.stage is not None and not table.stage.was_read]
         self._steps_unread = self._steps_unread + 1 if unread else 0
         if self._steps_unread == _STEPS_UNREAD:
             raise ConfigError(

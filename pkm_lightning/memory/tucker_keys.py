@@ -1,7 +1,7 @@
 """Tucker-decomposed query-key retrieval: the score of slot (i, j) is bilinear in the scores of row i and of column j.
 
-Letters: T tokens, D model dimension, H heads, 2 halves (rows, columns), Q queries per half, R Tucker rank, S sub-keys
-per half (N = S * S slots), P values of a sub-key, C cores, M = K rows and columns preselected, K slots read per head.
+Letters: Q queries per half, R Tucker rank, P values of a sub-key, C cores, M = K rows and columns preselected, F values
+of all queries, X and Y merged dimensions; 2 is the two halves (rows, columns), and S * S slots are addressed.
 """
 
 from __future__ import annotations
@@ -117,8 +117,10 @@ class TuckerKeys(nn.Module):
         | query | N(0, 1/dim) |
         | keys | N(0, 1), later normalised; gain 1/sqrt(key_dim): the score of a random key is a standard normal |
         | query gain | sqrt(cores / E[Y]), Y the best products of `selected_moments`; 1 where n_keys = 1 |
-        | cores | ones / (cores * rank), so that C has the singular value 1 and u = t = ones / sqrt(rank), plus normal
-          noise of 2% of that; our choice, which the paper leaves open |
+        | cores | ones / (cores * rank), plus normal noise of 2% of that |
+
+        Without the noise C has the singular value 1 and u = t = ones / sqrt(rank). The paper leaves the initial values
+        of the cores open.
         """
         nn.init.normal_(self.query.weight, std=self.query.in_features**-0.5)
         nn.init.normal_(self.keys)
@@ -140,7 +142,9 @@ class TuckerKeys(nn.Module):
             column_HTS = (t_HR[:, None, None] @ columns_HTRS).squeeze(-2)
             with torch.no_grad():
                 row_HTK, column_HTK = self._select(rows_HTRS, columns_HTRS, cores_HCRR.sum(1), row_HTS, column_HTS)
-            scores_HTCK = _bilinear(_at(rows_HTRS, row_HTK), cores_HCRR, _at(columns_HTRS, column_HTK))
+            scores_HTCK = _bilinear(
+                _gather_keys(rows_HTRS, row_HTK), cores_HCRR, _gather_keys(columns_HTRS, column_HTK)
+            )
         # Contiguous, because torch.compile infers other strides for the result of indexing by a transposed tensor.
         ids_THK = (row_HTK * self.n_keys + column_HTK).int().transpose(0, 1).contiguous()
         return TuckerRead(scores_HTCK.transpose(0, 1), ids_THK, row_HTS, column_HTS)
@@ -181,10 +185,10 @@ class TuckerKeys(nn.Module):
         return 2 * (self.query.weight.numel() + self.heads * per_head)
 
     def _half_scores(self, q_TF: Tensor) -> Tensor:
-        """Row and column scores, (H, 2, T, R, S), by one matrix product per query over the ranks that use it."""
+        """Returns row and column scores, (H, 2, T, R, S): one matrix product per query over the ranks that use it."""
         shape = (self.heads, 2, self.queries)
-        q_THTQP = half_norm(self.query_norm, q_TF.view(-1, *shape, self.key_dim))
-        q_XTP = q_THTQP.permute(1, 2, 3, 0, 4).flatten(0, 2)
+        q_TH2QP = half_norm(self.query_norm, q_TF.view(-1, *shape, self.key_dim))
+        q_XTP = q_TH2QP.permute(1, 2, 3, 0, 4).flatten(0, 2)
         keys_H2RSP = half_norm(self.key_norm, self.keys.to(q_TF.dtype))
         keys_XYP = keys_H2RSP.reshape(q_XTP.shape[0], -1, self.key_dim)
         scores_XTY = torch.bmm(q_XTP, keys_XYP.transpose(1, 2))
@@ -194,11 +198,11 @@ class TuckerKeys(nn.Module):
     def _select(
         self, rows_HTRS: Tensor, columns_HTRS: Tensor, core_HRR: Tensor, row_HTS: Tensor, column_HTS: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the selected slots, (H, T, K) each."""
+        """Returns rows and columns of the selected slots, (H, T, K) each."""
         # `ranked_topk` instead of torch.topk, whose order of equal scores differs between devices.
         row_HTM, column_HTM = ranked_topk(row_HTS, self.knn), ranked_topk(column_HTS, self.knn)
-        mixed_HTRM = core_HRR.unsqueeze(1) @ _at(columns_HTRS, column_HTM)
-        grid_HTMM = _at(rows_HTRS, row_HTM).transpose(-1, -2) @ mixed_HTRM
+        mixed_HTRM = core_HRR.unsqueeze(1) @ _gather_keys(columns_HTRS, column_HTM)
+        grid_HTMM = _gather_keys(rows_HTRS, row_HTM).transpose(-1, -2) @ mixed_HTRM
         best_HTK = ranked_topk(grid_HTMM.flatten(-2), self.knn)
         return row_HTM.gather(-1, best_HTK // self.knn), column_HTM.gather(-1, best_HTK % self.knn)
 
@@ -208,8 +212,8 @@ def leading_pair(core_HRR: Float[Tensor, "H R R"]) -> tuple[Float[Tensor, "H R"]
     with torch.no_grad():
         left_HRR, _, right_HRR = torch.linalg.svd(_finite(core_HRR))
         u_HR, t_HR = left_HRR[..., 0], right_HRR[..., 0, :]
-        u_H1, both_H1 = u_HR.sum(-1, keepdim=True), (u_HR + t_HR).sum(-1, keepdim=True)
-        flip_H1 = (both_H1 < 0) | ((both_H1 == 0) & (u_H1 < 0))
+        u_H1, sum_H1 = u_HR.sum(-1, keepdim=True), (u_HR + t_HR).sum(-1, keepdim=True)
+        flip_H1 = (sum_H1 < 0) | ((sum_H1 == 0) & (u_H1 < 0))
         return torch.where(flip_H1, -u_HR, u_HR), torch.where(flip_H1, -t_HR, t_HR)
 
 
@@ -230,18 +234,18 @@ def selected_moments(n_keys: int, knn: int) -> tuple[float, float]:
 
 
 def _bilinear(rows_HTRK: Tensor, cores_HCRR: Tensor, columns_HTRK: Tensor) -> Tensor:
-    """The sum over a, b of rows[a, k] C_c[a, b] columns[b, k], (H, T, C, K)."""
+    """Returns the sum over a, b of rows[a, k] C_c[a, b] columns[b, k], (H, T, C, K)."""
     mixed_HTXK = cores_HCRR.flatten(1, 2).unsqueeze(1) @ columns_HTRK
     return (mixed_HTXK.unflatten(2, cores_HCRR.shape[1:3]) * rows_HTRK.unsqueeze(2)).sum(3)
 
 
-def _at(scores_HTRS: Tensor, key_HTK: Tensor) -> Tensor:
-    """The scores of the selected sub-keys under every rank, (H, T, R, K)."""
+def _gather_keys(scores_HTRS: Tensor, key_HTK: Tensor) -> Tensor:
+    """Returns the scores of the selected sub-keys under every rank, (H, T, R, K)."""
     return scores_HTRS.gather(-1, key_HTK.unsqueeze(2).expand(-1, -1, scores_HTRS.shape[2], -1))
 
 
 def _finite(core_HRR: Tensor) -> Tensor:
-    """The core with zeros for NaN: LAPACK would raise an error, where a diverged run should end by its NaN loss."""
+    """Returns the core with zeros for NaN: LAPACK would raise an error, but a diverged run should end by its loss."""
     return torch.nan_to_num(core_HRR, nan=0.0, posinf=0.0, neginf=0.0)
 
 

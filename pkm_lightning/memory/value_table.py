@@ -1,8 +1,9 @@
 """The table of a memory: N x V parameters, of which each token reads a few rows.
 
-A line is what an id counts: a row, or a slice of a row where `slices` is above 1.
+A line is the unit that ids address: a row, or a slice of a row where `slices` is above 1.
 
-Letters: N rows, V values per row, T reads, K rows per read, G groups per read.
+Letters: T tokens, or reads where a plugin reads several times per token, K lines per read, G groups per read, V values
+per line: of a row, or of its slice.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class ValueTable(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the rows from N(0, std**2): the same table for every sharding, of which each rank keeps its part.
+        """Draws the rows from N(0, std**2): the same table for every sharding; each rank keeps its part.
 
         Every rank draws the whole table block by block, so that it never holds more than its part and one block.
         """
@@ -111,15 +112,15 @@ class ValueTable(nn.Module):
         low, high = (0, self.n_lines) if self.mesh is None else self.mesh.row_range(self.n_lines)
         columns = slice(0, width) if self.mesh is None else self.mesh.columns(width)
         with torch.no_grad():
-            for start, some in _blocks(self.n_lines, width):
+            for start, length in _blocks(self.n_lines, width):
                 if not self.is_split:
-                    nn.init.normal_(self.weight[start : start + some], std=self.std)
+                    nn.init.normal_(self.weight[start : start + length], std=self.std)
                     continue
-                drawn = torch.empty(some, width, dtype=self.weight.dtype, device=self.weight.device)
-                nn.init.normal_(drawn, std=self.std)
-                first, last = max(start, low), min(start + some, high)
+                block = torch.empty(length, width, dtype=self.weight.dtype, device=self.weight.device)
+                nn.init.normal_(block, std=self.std)
+                first, last = max(start, low), min(start + length, high)
                 if first < last:
-                    self.weight[first - low : last - low] = drawn[first - start : last - start, columns]
+                    self.weight[first - low : last - low] = block[first - start : last - start, columns]
 
     @property
     def is_registered(self) -> bool:
@@ -161,7 +162,10 @@ class ValueTable(nn.Module):
         groups_TK: Int[Tensor, "T K"] | None = None,
         n_groups: int | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, "T G V"]:
-        """Returns `sum_k weights[t, k] * lines[ids[t, k]]` in the table's dtype; with groups, one sum per group."""
+        """Returns `sum_k weights[t, k] * lines[ids[t, k]]` in the table's dtype; with groups, one sum per group.
+
+        A line has V values, dim / slices of them where rows are sliced.
+        """
         return self.start(ids_TK, weights_TK, groups_TK, n_groups)()
 
     def start(
@@ -213,7 +217,7 @@ class ValueTable(nn.Module):
         groups_TK: Tensor | None = None,
         n_groups: int | None = None,
     ) -> Tensor:
-        """The sums over the lines of this rank; `staged_TK` are the ids under which the gradient is staged."""
+        """Returns the sums over the lines of this rank; `staged_TK` are the ids under which the gradient is staged."""
         device = weights_TK.device
         ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
         weights_TK = self._to_table(weights_TK)
@@ -221,24 +225,24 @@ class ValueTable(nn.Module):
         y = weighted_gather(self.weight, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
         if self.stage is not None and torch.is_grad_enabled():
             if groups_TK is None or n_groups is None:
-                y = self.stage.watch_sum(y, staged_TK, weights_TK)
+                y = self.stage.stage_sum(y, staged_TK, weights_TK)
             else:
                 sources_TK = read_sources(ids_TK, groups_TK, n_groups)
-                y = self.stage.watch_sum(y.flatten(0, 1), staged_TK, weights_TK, sources_TK).view_as(y)
+                y = self.stage.stage_sum(y.flatten(0, 1), staged_TK, weights_TK, sources_TK).view_as(y)
         return y.to(device)
 
     def _dot(self, x_TV: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
-        """The inner products with the lines of this rank."""
+        """Returns the inner products with the lines of this rank."""
         device = x_TV.device
         ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
         x_TV = self._to_table(x_TV).to(self.weight.dtype)
         dots_TK = gathered_dot(self.weight, x_TV, ids_TK)
         if self.stage is not None and torch.is_grad_enabled():
-            dots_TK = self.stage.watch_dot(dots_TK, staged_TK, x_TV)
+            dots_TK = self.stage.stage_dot(dots_TK, staged_TK, x_TV)
         return dots_TK.to(device)
 
     def _ids_to_table(self, ids_TK: Tensor, staged_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids to read and to stage on the table's device; if they are one tensor, it is copied once."""
+        """Returns the ids to read and to stage on the table's device; if they are one tensor, it is copied once."""
         local_TK = self._to_table(ids_TK)
         return local_TK, local_TK if staged_TK is ids_TK else self._to_table(staged_TK)
 
@@ -271,12 +275,15 @@ class ValueTable(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """Returns rows, values per row and the way of learning, for `print(model)`."""
+        """Returns rows, values per row and `learning`, for `print(model)`."""
         return f"rows={self.rows}, dim={self.dim}, learning={self.learning}"
 
 
 def _blocks(lines: int, width: int) -> Iterator[tuple[int, int]]:
-    """Start and length of blocks of about 2**22 values, whose draws in sequence equal one draw of the whole table."""
+    """Yields start and length of blocks of about 2**22 values.
+
+    Their draws in sequence equal, on the CPU, one draw of the whole table.
+    """
     # torch draws normal values on the CPU in groups of 16 and treats the last 16 of a tensor differently: blocks are
     # multiples of 16 lines, and the last block takes the rest.
     block = max(16, 2**22 // width // 16 * 16)

@@ -1,6 +1,6 @@
 """The read of a value table, and a linear map that may follow it.
 
-Letters: T tokens, C rows that each token reads, V values per row, O output dimension.
+Letters: C reads per token over all heads, O output dimension.
 """
 
 from __future__ import annotations

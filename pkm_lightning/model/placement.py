@@ -24,7 +24,7 @@ class Placement:
             `mode=parallel`. None needs `spread` and takes stride - 1: just before the next variant reads.
 
     Raises:
-        ConfigError: an unknown word, a negative number, or `write_after` together with `replace`.
+        ConfigError: an unknown choice, a negative number, or `write_after` together with `replace`.
     """
 
     def __init__(

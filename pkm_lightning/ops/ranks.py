@@ -1,4 +1,4 @@
-"""Sums over the ranks of a data-parallel run, for statistics of the whole batch (batch norm, balancing)."""
+"""Tensors over the ranks of a run: sums for statistics of the whole batch (batch norm, balancing), and DTensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def is_distributed() -> bool:
@@ -56,3 +57,16 @@ def reduce_scatter_into(reduced: Tensor, whole: Tensor, group: dist.ProcessGroup
     """Fills `reduced` with this rank's share of the sum of `whole` over ranks."""
     assert _reduce is not None
     _reduce(reduced, whole, group=group)
+
+
+def local_shard(value: Tensor) -> Tensor:
+    """Returns this rank's part of a DTensor; a plain tensor as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """Returns `value` as a plain tensor, gathered from all ranks where it is a DTensor.
+
+    Collective for a DTensor: call on all ranks.
+    """
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -24,7 +24,7 @@ from pkm_lightning.checkpoints import SavedCheckpoint, sharded
 from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.training.clipping import local
+from pkm_lightning.ops.ranks import local_shard
 
 __all__ = ["PortableCheckpoints"]
 
@@ -177,7 +177,7 @@ def load_optimizer(
             if name in shapes:
                 state[key] = targets[name] = _empty(parameter, by_weight.get(id(parameter)), shapes[name])
         # The optimizer of a table steps the plain part.
-        states[number] = {k: local(v) if id(parameter) in by_weight else v for k, v in state.items()}
+        states[number] = {k: local_shard(v) if id(parameter) in by_weight else v for k, v in state.items()}
     saved.read_into(targets)  # in one collective call for all states
     groups = _groups_of(section["param_groups"], first, len(parameters))
     try:

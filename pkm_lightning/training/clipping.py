@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pkm_lightning.ops.ranks import full_tensor
+
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scales the gradients of `parameters` so that their common L2 norm is at most `max_norm`; None only measures.
@@ -37,9 +39,4 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> 
 
 def _total_norm(group: list[nn.Parameter]) -> Tensor:
     norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a DTensor; a plain tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return full_tensor(norm)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.training.clipping import local
+from pkm_lightning.ops.ranks import local_shard
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +75,7 @@ def more_extreme(name: str, first: Tensor, second: Tensor) -> Tensor:
 def local_part(parameter: Tensor) -> Tensor:
     """Returns this rank's part of a parameter under any strategy, without gradient."""
     # DeepSpeed's ZeRO-3 leaves the parameter empty, and keeps the rank's part in `ds_tensor`.
-    return local(getattr(parameter, "ds_tensor", parameter).detach())
+    return local_shard(getattr(parameter, "ds_tensor", parameter).detach())
 
 
 def held_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ from pkm_lightning.model.loss import token_nll
 from pkm_lightning.model.placement import named_plugins, plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
-from pkm_lightning.training.clipping import clip_by_norm, local
+from pkm_lightning.ops.ranks import local_shard
+from pkm_lightning.training.clipping import clip_by_norm
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.optimizer import parameter_groups
@@ -226,7 +227,7 @@ class LanguageModule(L.LightningModule):
                 table.stage.scale = table.stage.scale * correction
         engine = engine_of(self.trainer)
         parameters = self.parameters() if engine is None else (table.weight for table in tables)
-        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        grads = [local_shard(p.grad) for p in parameters if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, correction)
         if engine is not None:

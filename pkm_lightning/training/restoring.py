@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pkm_lightning.training.clipping import local
+from pkm_lightning.ops.ranks import local_shard
 
 if TYPE_CHECKING:
     import lightning as L
@@ -40,7 +40,7 @@ class MemoryState:
     def restore(self, trainer: L.Trainer, module: LanguageModule) -> None:
         """Restores this state; may be called any number of times."""
         for name, value in _tensors(module).items():
-            local(value).copy_(self._weights[name])
+            local_shard(value).copy_(self._weights[name])
         for optimizer, (states, groups) in zip(_optimizers(trainer, module), self._optimizers, strict=True):
             # An optimizer makes its states in the first step, which may be abandoned.
             for parameter in [p for p in optimizer.state if p not in states]:
@@ -114,14 +114,14 @@ def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Tensor, dict[str, Any]]
 
 
 def _copy(value: Tensor) -> Tensor:
-    return local(value.detach()).to("cpu", copy=True)
+    return local_shard(value.detach()).to("cpu", copy=True)
 
 
 def _fill(state: dict[str, Any], saved: dict[str, Any]) -> None:
     # In place, so that a DTensor keeps its layout.
     for key, value in saved.items():
         if isinstance(value, Tensor):
-            local(state[key]).copy_(value)
+            local_shard(state[key]).copy_(value)
         else:
             state[key] = value
 

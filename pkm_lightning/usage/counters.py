@@ -129,8 +129,6 @@ class UsageCounters:
                 self._load(self.heads[name], self._saved_heads.pop(name), f"{name} by head")
         self.heads[name].add_reads(reads, self.clock)
 
-    # --- sums over the ranks
-
     def total(self, name: str, span: Span) -> Counted:
         """Returns the reads of a reader on all ranks, or those of all readers of a set of tables."""
         local = [getattr(self.counts[reader], span)() for reader in self._readers_of(name)]
@@ -160,8 +158,6 @@ class UsageCounters:
 
     def _readers_of(self, name: str) -> tuple[str, ...]:
         return self.tables[name].readers if name in self.tables else (name,)
-
-    # --- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the sums over the ranks. Collective: call on all ranks."""

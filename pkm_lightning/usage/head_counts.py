@@ -2,7 +2,7 @@
 
 `full` is a histogram of slots per head, N / 2S times as large; the counts of sub-keys follow from it.
 
-Letters: T tokens, C = H * K reads per token, Z counters of all heads.
+Letters: C = H * K reads per token, Z counters of all heads.
 """
 
 from __future__ import annotations

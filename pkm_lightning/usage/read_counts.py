@@ -1,6 +1,6 @@
 """Number, weight and last step of the reads of each of N slots: since the start, and over a sliding window.
 
-Letters: M = N + 1 counters, T tokens, C reads per token over all heads.
+Letters: M = N + 1 counters, C reads per token over all heads.
 """
 
 from __future__ import annotations
@@ -84,8 +84,6 @@ class ReadCounts:
     def window_steps(self, step: int) -> int:
         """Returns the number of steps that the window holds at the end of `step`, the last one counted."""
         return self._sums.window_steps(step)
-
-    # --- checkpoints
 
     def amounts(self) -> Tensor:
         """Returns number and weight by period, (3, 2, N), to be summed over the ranks; see `WindowedSums.amounts`."""

@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.addressing import Addressing
-from pkm_lightning.memory.mesh import whole
 from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_served, write_keys
-from pkm_lightning.ops.ranks import is_distributed
+from pkm_lightning.ops.ranks import full_tensor, is_distributed
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.revival_history import RevivalHistory
 from pkm_lightning.usage.slot_metrics import dead_slots
@@ -139,10 +138,10 @@ class Revival:
     def _new_keys(
         self, what: str, addressing: Addressing, q_TP: Tensor, head: int, half: int, dead_M: Tensor
     ) -> Tensor:
-        norm, keys_SP = addressing.keys.norm, whole(addressing.keys.keys.detach())[head, half].to(q_TP.dtype)
+        norm, keys_SP = addressing.keys.norm, full_tensor(addressing.keys.keys.detach())[head, half].to(q_TP.dtype)
         if norm is not None:
             assert norm.weight is not None
-            q_TP = q_TP * whole(norm.weight.detach()).to(q_TP.dtype)
+            q_TP = q_TP * full_tensor(norm.weight.detach()).to(q_TP.dtype)
         new_MP = keys_for_worst_served(
             q_TP, keys_SP, dead_M, normalised=norm is not None, noise=self.noise, seed=self._seed(what)
         )

@@ -57,8 +57,6 @@ class WindowedSums:
         """Returns the number of steps that the window holds at the end of `step`, the last one that was added to."""
         return step - max((self._period - 1) * self.half, self._window_after)
 
-    # --- checkpoints
-
     def amounts(self) -> Tensor:
         """Returns the sums of the current period, of the one before, and of all that have ended, (3, *shape)."""
         return torch.stack([self.now, self._before, self._past])

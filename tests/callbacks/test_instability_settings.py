@@ -32,7 +32,7 @@ HERE = "callbacks.instability"
             {"policies": {"weight_not_finite": "skip"}},
             "policies.weight_not_finite='skip' is not known; allowed: warn, rollback, stop",
         ),
-        ({"policies": 7}, f"{HERE}.policies=7 is no mapping"),
+        ({"policies": 7}, f"{HERE}.policies=7 is not a mapping"),
         ({"window": 9, "warm_up": 5}, f"{HERE}.window=9 is out of range; allowed: 10 to inf"),
         ({"warm_up": 21}, f"{HERE}.warm_up=21 is out of range; allowed: 1 to 20"),
         ({"threshold": -1.0}, f"{HERE}.threshold=-1.0 is out of range"),
@@ -42,7 +42,7 @@ HERE = "callbacks.instability"
         ({"lr_factor": 2.0}, f"{HERE}.lr_factor=2.0 is out of range"),
         ({"restore": "tape"}, f"{HERE}.restore='tape' is not known; allowed: memory, disk"),
         ({"limits": {"score_max": "much"}}, f"{HERE}.limits.score_max='much' is no number"),
-        ({"limits": 7}, f"{HERE}.limits=7 is no mapping"),
+        ({"limits": 7}, f"{HERE}.limits=7 is not a mapping"),
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

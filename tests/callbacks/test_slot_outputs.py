@@ -63,7 +63,8 @@ def test_a_fault_of_one_rank_asks_no_other(tmp_path: Path, monkeypatch: pytest.M
     trainer: Any = SimpleNamespace(world_size=2, global_step=1, is_global_zero=True)
     with monkeypatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: True)
-        patch.setattr(dist, "get_world_size", lambda: pytest.fail("waits for other ranks"))
+        patch.setattr(dist, "get_world_size", lambda: 2)
+        patch.setattr(dist, "all_reduce", lambda *_, **__: pytest.fail("waits for other ranks"))
         watching.on_exception(trainer, module, ValueError("a fault"))
     assert not (tmp_path / "usage.json").exists()
 

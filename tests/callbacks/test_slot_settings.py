@@ -28,7 +28,10 @@ def check(tmp_path: Path, *overrides: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["callbacks.slot_usage.every_n_steps=3", "trainer.log_every_n_steps=2"], "every_n_steps=3 is no multiple of"),
+        (
+            ["callbacks.slot_usage.every_n_steps=3", "trainer.log_every_n_steps=2"],
+            "every_n_steps=3 is not a multiple of",
+        ),
         ([*QUERIES], "needs callbacks.slot_usage.per_head=halves"),
         ([*QUERIES, HALVES, "model.compile=true"], "model.compile=true hides"),
         ([*QUERIES, HALVES, "strategy=deepspeed_2"], "DeepSpeed's engine owns"),

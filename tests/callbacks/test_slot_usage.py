@@ -230,7 +230,7 @@ def test_wrong_numbers_are_refused(change: dict[str, Any], message: str, tmp_pat
 
 def test_an_interval_that_nothing_is_logged_at_is_refused(tmp_path: Path) -> None:
     overrides = [ALONE, "ffn=pkm", "trainer.log_every_n_steps=2"]
-    with pytest.raises(ConfigError, match=r"every_n_steps=3 is no multiple of trainer.log_every_n_steps=2"):
+    with pytest.raises(ConfigError, match=r"every_n_steps=3 is not a multiple of trainer.log_every_n_steps=2"):
         jobs.fit(overrides, 1, [jobs.usage(tmp_path, every_n_steps=3)])
 
 

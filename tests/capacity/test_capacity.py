@@ -159,7 +159,9 @@ def test_what_cannot_work_names_what_can(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "allowed: 32-true, bf16-true" in refused(fsdp)
     deepspeed = {"strategy": {**STRATEGIES["deepspeed"], "stage": 1}}
     assert "set trainer.precision=32-true" in refused({**deepspeed, "trainer.precision": 64})
-    assert "table.shard='column'" in refused({"table.shard": "column"})
+    assert "table.shard='rows' is not known; allowed: dim, row, none. Did you mean 'row'?" in refused(
+        {"table.shard": "rows"}
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "run pip install deepspeed, or strategy=fsdp" in refused(deepspeed)
 

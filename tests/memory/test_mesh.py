@@ -8,7 +8,7 @@ import torch
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.mesh import TableMesh, check_dim, check_members, check_rows, group_size
-from pkm_lightning.memory.replicas import cheapest_way
+from pkm_lightning.memory.replicas import cheapest_scheme
 
 
 def part_of(shard: str, members: int, member: int) -> TableMesh:
@@ -60,6 +60,6 @@ def test_a_large_table_is_drawn_in_blocks_as_in_one_go() -> None:
 
 def test_replicas_exchange_what_needs_the_fewest_bytes() -> None:
     rows_XD = torch.empty(0, 128)
-    assert cheapest_way(1_000, 10, 900, 10**6, rows_XD, 8) == "reads"
-    assert cheapest_way(10**6, 10**5, 1_000, 10**6, rows_XD, 8) == "rows"
-    assert cheapest_way(10**6, 10**5, 10_000, 10_000, rows_XD, 8) == "dense"
+    assert cheapest_scheme(1_000, 10, 900, 10**6, rows_XD, 8) == "reads"
+    assert cheapest_scheme(10**6, 10**5, 1_000, 10**6, rows_XD, 8) == "rows"
+    assert cheapest_scheme(10**6, 10**5, 10_000, 10_000, rows_XD, 8) == "dense"

@@ -39,9 +39,9 @@ def test_slices_are_split_each_for_itself(ranks: Groups) -> None:
     ranks(2).run(jobs.compare, "dim", 2, "rows", "groups", [13, 27], "row_adagrad", 2)
 
 
-@pytest.mark.parametrize("way", ["reads", "rows", "dense"])
-def test_every_way_of_exchange_between_replicas_gives_the_same(ranks: Groups, way: str) -> None:
-    ranks(2).run(jobs.way_of_replicas, way)
+@pytest.mark.parametrize("scheme", ["reads", "rows", "dense"])
+def test_every_scheme_of_exchange_between_replicas_gives_the_same(ranks: Groups, scheme: str) -> None:
+    ranks(2).run(jobs.scheme_of_replicas, scheme)
 
 
 def test_all_gather_of_different_lengths_and_its_gradient(ranks: Groups) -> None:

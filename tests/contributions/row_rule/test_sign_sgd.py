@@ -105,7 +105,7 @@ def test_its_own_constants_are_checked() -> None:
     given = config(*OPTIONS)["table"]["optimizer"]
     for change, message in [
         ({"power": -1}, r"table.optimizer.power=-1 must be at least 0"),
-        ({"pover": 1}, r"table.optimizer.pover is no constant of sign_sgd; allowed: betas, eps, power"),
+        ({"pover": 1}, r"table.optimizer.pover is not a constant of sign_sgd; allowed: betas, eps, power"),
     ]:
         with pytest.raises(ConfigError, match=message):
             instantiate({**given, **change}, "table.optimizer")
