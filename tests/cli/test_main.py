@@ -121,7 +121,7 @@ def test_bad_input_gets_one_helpful_line(cli: Run, tmp_path: Path, what: str) ->
 def test_bad_values_are_refused_before_anything_starts(tmp_path: Path, what: str) -> None:
     overrides, texts = WHEN_RESOLVED[what]
     with pytest.raises(PkmError) as refused:
-        resolved(*arguments(overrides), f"run_dir={tmp_path / 'run'}", trains=True)
+        resolved(*arguments(overrides), f"run_dir={tmp_path / 'run'}", training=True)
     assert "\n" not in str(refused.value)
     for text in texts:
         assert text in str(refused.value)
