@@ -71,7 +71,7 @@ def test_scores_and_norms_are_those_of_the_memory() -> None:
     addressing = next(m for m in made.modules() if isinstance(m, Addressing))
     seen: dict[str, Any] = {}
     addressing.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], read=output))
-    found = probe(made, data, rows=2)[0]
+    found = probe(made, data, n_sequences=2)[0]
     with torch.no_grad():
         q_TH2E, _ = addressing.query(seen["x"])
         first_HTS, second_HTS = addressing.keys(q_TH2E)
