@@ -35,8 +35,8 @@ from typing import Any, TypeVar
 
 import lightning as L
 
+from pkm_lightning.build.checks import ChecksConfig as ChecksConfig
 from pkm_lightning.build.instantiate import target_class
-from pkm_lightning.build.refusals import ChecksConfig as ChecksConfig
 
 C = TypeVar("C", bound=L.Callback)
 

@@ -30,7 +30,7 @@ from pkm_lightning.errors import check_integer
 from pkm_lightning.memory.replicas import norm_over_members
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.diagnostics import Figures, local_part, more_extreme, probe
+from pkm_lightning.training.diagnostics import LayerDiagnostics, local_part, more_extreme, probe
 from pkm_lightning.training.optimizer import parameter_groups
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Diagnostics(L.Callback):
     def __init__(self, *, rows: int) -> None:
         check_integer("callbacks.diagnostics.rows", rows, low=1)
         self.rows = rows
-        self.figures: Figures = {}
+        self.figures: LayerDiagnostics = {}
         self.step = 0
         self._before: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -140,7 +140,7 @@ def _row_norm(table: Any) -> Tensor:
     return root
 
 
-def _over_ranks(figures: Figures, pl_module: LanguageModule) -> Figures:
+def _over_ranks(figures: LayerDiagnostics, pl_module: LanguageModule) -> LayerDiagnostics:
     """Returns the most extreme values over the ranks, which hold the same names in the same order."""
     if pl_module.trainer.world_size == 1:
         return figures
@@ -150,7 +150,7 @@ def _over_ranks(figures: Figures, pl_module: LanguageModule) -> Figures:
     # A maximum over ranks may lose NaN.
     values = torch.where(values.isfinite(), values, torch.full_like(values, float("inf")))
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-    reduced: Figures = {}
+    reduced: LayerDiagnostics = {}
     for (layer, name), value in zip(names, values * signs, strict=True):
         reduced.setdefault(layer, {})[name] = value
     return reduced

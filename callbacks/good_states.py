@@ -10,7 +10,7 @@ from pkm_lightning.callbacks.base import find_callback
 from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
 from pkm_lightning.errors import InstabilityError
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.restoring import MemoryState, lower_rate, restore_checkpoint
+from pkm_lightning.training.restoring import HostSnapshot, restore_checkpoint, scale_learning_rates
 
 
 class GoodStates:
@@ -26,12 +26,12 @@ class GoodStates:
 
     def __init__(self, restore: str, every_n_steps: int, settle_steps: int) -> None:
         self.restore, self.every_n_steps, self.settle_steps = restore, every_n_steps, settle_steps
-        self._states: list[MemoryState] = []
+        self._states: list[HostSnapshot] = []
 
     def begin(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         """Keeps the state that training starts from."""
         if self.restore == "memory":
-            self._states = [MemoryState(trainer, pl_module)]
+            self._states = [HostSnapshot(trainer, pl_module)]
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Returns whether the state of this step is to be kept, provided it is good."""
@@ -41,7 +41,7 @@ class GoodStates:
     def keep(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         """Keeps the state of this step; the previous one stays until this one has proved good."""
         # Two are enough: the older one is good until the newer one has settled.
-        self._states = [self._states[-1], MemoryState(trainer, pl_module)]
+        self._states = [self._states[-1], HostSnapshot(trainer, pl_module)]
 
     def forget(self) -> None:
         """Frees the memory."""
@@ -77,12 +77,12 @@ class GoodStates:
         # The restored schedule may be older than an earlier reduction of the rate, which must last.
         factor = scale * lr_factor / _rate_scale(trainer, pl_module)
         if factor != 1:
-            lower_rate(trainer, factor)
+            scale_learning_rates(trainer, factor)
         checkpoints = find_callback(trainer, StepCheckpoint)
         if checkpoints is not None:
             checkpoints.replace_later(trainer)
 
-    def _good(self, trainer: L.Trainer) -> MemoryState:
+    def _good(self, trainer: L.Trainer) -> HostSnapshot:
         # Before the second state has settled, the first one is the best there is.
         settled = [state for state in self._states if trainer.global_step - state.step > self.settle_steps]
         return (settled or self._states[:1])[-1]

@@ -11,7 +11,7 @@ from pkm_lightning.callbacks.diagnostics import Diagnostics
 from pkm_lightning.callbacks.event_log import Event
 from pkm_lightning.errors import check_choice
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.diagnostics import held_weights, largest_values
+from pkm_lightning.training.diagnostics import largest_values, local_weights
 
 
 def weight_events(pl_module: LanguageModule, step: int) -> list[Event]:
@@ -19,7 +19,7 @@ def weight_events(pl_module: LanguageModule, step: int) -> list[Event]:
 
     Its value is the largest absolute value of that parameter, infinite with several ranks.
     """
-    named = held_weights(pl_module)
+    named = local_weights(pl_module)
     values = largest_values(list(named.values()))
     if pl_module.trainer.world_size > 1:
         # A maximum over ranks may lose NaN, so every value that is not finite becomes inf.

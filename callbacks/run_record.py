@@ -1,7 +1,7 @@
 """The content of run.json except its status: where a run took place, how far it came, what it reached.
 
 run.json is not optional, so `fit` adds this callback to every Trainer, and no YAML configures it. It logs no metric;
-`pkm_lightning.training.run_record` has the table of keys.
+`pkm_lightning.training.record` has the table of keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
 from pkm_lightning.callbacks.throughput import Throughput
 from pkm_lightning.data.base import fingerprint_of, n_facts_of
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.run_record import device_name, peak_memory_bytes
+from pkm_lightning.training.machine import device_name, peak_memory_bytes
 
 __all__ = ["RunRecord"]
 

@@ -76,11 +76,11 @@ def check_range(key: str, value: float, low: float | None = None, high: float | 
     """Refuses a `value` of `key` outside the closed interval [`low`, `high`]; None leaves that side open.
 
     Raises:
-        ConfigError: naming the key, the value and the interval; also if the value is no finite number.
+        ConfigError: naming the key, the value and the interval; also if the value is not a finite number.
     """
     # In Python True is an integer.
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key}={value!r} is no number.")
+        raise ConfigError(f"{key}={value!r} is not a number.")
     if not math.isfinite(value):
         raise ConfigError(f"{key}={value} is not finite; give a number.")
     if (low is not None and value < low) or (high is not None and value > high):
@@ -89,14 +89,14 @@ def check_range(key: str, value: float, low: float | None = None, high: float | 
 
 
 def check_integer(key: str, value: int, low: int | None = None, high: int | None = None) -> None:
-    """Refuses a `value` of `key` that is no whole number of at least `low` and at most `high`.
+    """Refuses a `value` of `key` that is not a whole number of at least `low` and at most `high`.
 
     Raises:
         ConfigError: as `check_range`; also for a fraction.
     """
     check_range(key, value, low, high)
     if not isinstance(value, int):
-        raise ConfigError(f"{key}={value} is no whole number.")
+        raise ConfigError(f"{key}={value} is not a whole number.")
 
 
 def check_flag(key: str, value: bool) -> None:

@@ -61,7 +61,7 @@ def main() -> None:
             order = list(ways(run.config, arguments.each).items())
             for name, callbacks in order if number % 2 else reversed(order):
                 run.data.setup("fit")
-                watched = resolve(with_callbacks(run.config, callbacks), trains=True)
+                watched = resolve(with_callbacks(run.config, callbacks), training=True)
                 seconds_per_step = through_trainer(watched, run.data)
                 if number:  # the first round warms up
                     seconds.setdefault(name, []).append(seconds_per_step)

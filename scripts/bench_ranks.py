@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from pkm_lightning.build.run import resolve
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.run_record import versions
+from pkm_lightning.training.machine import versions
 
 #: Name, strategy, overrides.
 WAYS = (

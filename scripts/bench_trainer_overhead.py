@@ -26,7 +26,7 @@ from pkm_lightning.cli.assembly import assemble
 from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.clipping import clip_by_norm
-from pkm_lightning.training.run_record import versions
+from pkm_lightning.training.machine import versions
 
 
 def configuration(overrides: list[str], steps: int, run_dir: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def main() -> None:
         # Interleaved, so that a slow minute of the machine hits both.
         for name, way in (("bare", bare_loop), ("trainer", through_trainer)):
             with tempfile.TemporaryDirectory() as run_dir:
-                run = resolve(configuration(arguments.overrides, arguments.steps, run_dir), trains=True)
+                run = resolve(configuration(arguments.overrides, arguments.steps, run_dir), training=True)
                 run.data.prepare_data()
                 run.data.setup("fit")
                 seconds_per_step = way(run, run.data)

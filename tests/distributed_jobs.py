@@ -19,7 +19,7 @@ from pkm_lightning.callbacks import Diagnostics
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.errors import CheckpointError, DataError
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.restoring import MemoryState
+from pkm_lightning.training.restoring import HostSnapshot
 
 #: Rows of an optimizer step, over all ranks.
 GLOBAL_BATCH = 8
@@ -252,18 +252,18 @@ class Repeat(L.Callback):
 
     def __init__(self, kept_at: int) -> None:
         self.kept_at, self.batches = kept_at, 0
-        self.after: list[MemoryState] = []
+        self.after: list[HostSnapshot] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.kept_at == 0:
-            self.state = MemoryState(trainer, pl_module)
+            self.state = HostSnapshot(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self.batches += 1
         if self.batches == self.kept_at:
-            self.state = MemoryState(trainer, pl_module)
+            self.state = HostSnapshot(trainer, pl_module)
         if self.batches in (self.kept_at + 3, self.kept_at + 6):
-            self.after.append(MemoryState(trainer, pl_module))
+            self.after.append(HostSnapshot(trainer, pl_module))
             if len(self.after) == 1:
                 self.state.restore(trainer, pl_module)
 

@@ -38,7 +38,7 @@ class FakeJob:
         self.overrides, self.variants = split_variants(arguments)
         self.config = _with_overrides(_composed("compare"), self.overrides, (*COMPARE_KEYS, "out", "resume"))
 
-    def names(self, key: str) -> bool:
+    def sets(self, key: str) -> bool:
         """Returns whether the command line sets `key`."""
         return sets_key(self.overrides, key)
 

@@ -19,7 +19,7 @@ from pkm_lightning.callbacks import Instability, RunInterrupted, StepCheckpoint,
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.diagnostics import held_weights
+from pkm_lightning.training.diagnostics import local_weights
 
 #: A run of a small model, long enough for a spike window to fill before the fault.
 STEPS, AT = 48, 26
@@ -218,7 +218,7 @@ def spread(overrides: list[str], path: str, restore: str) -> dict[str, Any]:
     watch = long_watch(here, policies=everything("rollback"), restore=restore, keep_every_n_steps=10, settle_steps=0)
     fault = [NotANumber(37)] if dist.get_rank() == 1 else []
     module, losses, trainer = train(here, *fault, watch, overrides=tuple(overrides), steps=45, save_every=30)
-    norms = [float(value.norm()) for value in held_weights(module).values()]
+    norms = [float(value.norm()) for value in local_weights(module).values()]
     return {"losses": losses.losses, "steps": losses.steps, "final": trainer.global_step, "norms": norms}
 
 

@@ -28,10 +28,10 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
-def resolved(*overrides: str, trains: bool = False) -> ResolvedRun:
+def resolved(*overrides: str, training: bool = False) -> ResolvedRun:
     """Composes and resolves the package's own configuration with `overrides`, as a verb would."""
     with initialize_config_module("pkm_lightning.configs", version_base="1.3"):
-        return resolve(plain(compose("config", overrides=list(overrides))), trains=trains)
+        return resolve(plain(compose("config", overrides=list(overrides))), training=training)
 
 
 SMALL_DATA = [

@@ -66,7 +66,7 @@ def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch:
         for kind, overrides in compositions([*others, *TORCHRUN]):
             config = compose("compare" if kind == "compare" else "config", overrides=overrides)
             if kind == "fit":
-                resolve(plain(config), trains=True)
+                resolve(plain(config), training=True)
 
 
 @pytest.mark.slow

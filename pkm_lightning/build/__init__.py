@@ -1,1 +1,1 @@
-"""From a configuration to objects: the only room that instantiates what a configuration names."""
+"""From a configuration to objects: the only package that instantiates what a configuration names."""

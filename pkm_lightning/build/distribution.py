@@ -19,7 +19,7 @@ def table_mesh(table: Mapping[str, Any], trainer: L.Trainer) -> TableMesh:
     """Builds the mesh that `table.shard` and `table.group` describe. Collective: call on all ranks.
 
     Raises:
-        ConfigError: an unknown word, or a group that does not divide the ranks.
+        ConfigError: an unknown choice, or a group that does not divide the ranks.
     """
     members = table_members(table, trainer.world_size, trainer.num_devices)
     return TableMesh(

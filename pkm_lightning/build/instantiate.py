@@ -98,13 +98,13 @@ def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
             "working directory."
         ) from None
     if not isinstance(cls, type):
-        raise ConfigError(f"{key}._target_={target} is no class.")
+        raise ConfigError(f"{key}._target_={target} is not a class.")
     return cls
 
 
 def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Selects those of `keywords` that the constructor of `cls` names or takes through `**kwargs`."""
-    if "__init__" not in {name for base in cls.__mro__[:-1] if base is not nn.Module for name in vars(base)}:
+    if not any("__init__" in vars(base) for base in cls.__mro__[:-1] if base is not nn.Module):
         # The class defines no constructor: nn.Module's takes **kwargs only to refuse them.
         return {}
     parameters = inspect.signature(cls).parameters.values()
@@ -131,7 +131,7 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
             trusted = False
         if not trusted:
             raise ConfigError(
-                f"{source} names {key}={target}, which is no class of pkm_lightning, lightning or torch that is a "
+                f"{source} names {key}={target}, which is not a class of pkm_lightning, lightning or torch that is a "
                 f"{', '.join(kind.__name__ for kind in _TRUSTED_KINDS)}; if you trust that file, set trust_config=true."
             )
 

@@ -20,6 +20,8 @@ Config = Mapping[str, Any]
 _WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 #: Keys of `model` that the transformer does not take as they stand.
 _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
+#: Arguments of the transformer that are built here, and are not keys of `model`.
+_BUILT_ARGUMENTS = {"ffns", "tables", "write_after"}
 #: Keys of `table` that a `ValueTable` does not take.
 _TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
 
@@ -27,8 +29,8 @@ _TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
 def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transformer:
     """Builds the transformer of `config`, whose `model.vocab_size` is a number.
 
-    It is allocated on the device of the current `torch.device` context (`meta` allocates nothing); of tables on a mesh
-    only this rank's parts are.
+    It is allocated on the device of the current `torch.device` context (`meta` allocates nothing); of a sharded table,
+    only this rank's shard is allocated.
 
     Raises:
         ConfigError: sizes, layers or classes that do not fit.
@@ -58,10 +60,10 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         )
         ffns.append(placement.combine(base, variant, defer=write_after > 0))
     arguments = {str(name): value for name, value in model.items() if name not in _BUILDER_KEYS}
-    unknown = arguments.keys() - inspect.signature(Transformer).parameters.keys()
+    unknown = arguments.keys() - (inspect.signature(Transformer).parameters.keys() - _BUILT_ARGUMENTS)
     if unknown:
         raise ConfigError(
-            f"model.{min(unknown)} is no key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
+            f"model.{min(unknown)} is not a key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
         )
     return Transformer(**arguments, ffns=ffns, tables=[t for group in tables for t in group], write_after=write_after)
 

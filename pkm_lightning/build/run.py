@@ -1,7 +1,5 @@
-"""A run, resolved once: the configuration with everything filled in, checked, and what follows from it.
-
-Verbs take their figures from here. Nothing is allocated or written: the data module is only constructed, the model
-stands on the meta device.
+"""A run before it starts: its completed, checked configuration, its data module and callbacks, and its model on the
+meta device. Nothing is allocated or written, and the data module is only constructed.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ from typing import Any
 
 import lightning as L
 
+from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_meta_model
-from pkm_lightning.build.refusals import check_learning, check_trainer, check_training
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.capacity import Plan, check_setting, make_plan
@@ -52,12 +50,12 @@ class ResolvedRun:
         return make_plan(self.model, self.config)
 
 
-def resolve(config: dict[str, Any], *, trains: bool = False) -> ResolvedRun:
+def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     """Fills in vocabulary and plugin size, and refuses whatever cannot work before anything starts.
 
     Args:
         config: the composed or saved configuration as plain dicts, lists and values.
-        trains: the run is to be trained: its callbacks are made, and they and the tables must be able to.
+        training: also construct the callbacks and check that tables and callbacks can train.
 
     Raises:
         ConfigError: the value, where it stands, and what to set instead.
@@ -65,15 +63,16 @@ def resolve(config: dict[str, Any], *, trains: bool = False) -> ResolvedRun:
     check_trainer(config)
     data = instantiate(config["data"], "data")
     if not isinstance(data, L.LightningDataModule):
-        raise ConfigError(f"data._target_={config['data']['_target_']} is no LightningDataModule.")
+        raise ConfigError(f"data._target_={config['data']['_target_']} is not a LightningDataModule.")
     config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
     check_learning(config)
     config = solve_size(config)
     model = build_meta_model(config)
     check_setting(model, config)
+    # For its checks only.
     configured_schedule(config["optim"], config["trainer"]["max_steps"])
-    callbacks = make_callbacks(config) if trains else []
-    if trains:
+    callbacks = make_callbacks(config) if training else []
+    if training:
         check_training(config, callbacks)
     return ResolvedRun(config, data, model, callbacks)
 

@@ -49,13 +49,12 @@ def schedule_factor(
     Raises:
         ConfigError: an unknown schedule, a number out of range, or no positive `max_steps`.
     """
-    check_integer("trainer.max_steps", max_steps)
     check_choice("optim.schedule", schedule, ("cosine", "linear", "wsd"))
     check_range("optim.final_factor", final_factor, 0, 1)
     check_range("optim.decay_share", decay_share, 0, 1)
     if max_steps < 1:
         raise ConfigError(f"trainer.max_steps={max_steps} gives the schedule no length; set a number of steps.")
-    check_range("optim.warmup_steps", warmup_steps, 0, max_steps)
+    check_range("warmup_steps", warmup_steps, 0, max_steps)
     start = max(warmup_steps, int(max_steps * (1 - decay_share))) if schedule == "wsd" else warmup_steps
 
     def factor(step: int) -> float:

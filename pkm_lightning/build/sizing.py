@@ -40,16 +40,16 @@ def solve_size(config: dict[str, Any]) -> dict[str, Any]:
             f"_size_by_: {{{match}: NAME_OF_AN_INTEGER}} to its YAML, or set match=none."
         )
     budget = _budget(config, match)
-    step = _mapping(config, "_step_").get(knob, 1)
-    check_integer(f"ffn._step_.{knob}", step, low=1)
+    multiple = _mapping(config, "_step_").get(knob, 1)
+    check_integer(f"ffn._step_.{knob}", multiple, low=1)
 
-    def measure(multiple: int) -> float:
+    def measure(factor: int) -> float:
         trial = copy.deepcopy(config)
-        _set(trial, knob, multiple * step)
+        _set(trial, knob, factor * multiple)
         return _basis(trial, match)
 
     path = ".".join(_path(knob))
-    _set(config, knob, step * _closest(measure, budget, f"match={match} through {path}", step))
+    _set(config, knob, multiple * _closest(measure, budget, f"match={match} through {path}", multiple))
     return config
 
 
@@ -73,12 +73,12 @@ def _knob(config: dict[str, Any], match: str) -> str | None:
     """Returns the knob that the plugin's YAML names for `match`.
 
     Raises:
-        ConfigError: `_size_by_` is no mapping, or names no key that exists.
+        ConfigError: `_size_by_` is not a mapping, or names a key that does not exist.
     """
     knob = _mapping(config, "_size_by_").get(match)
     if knob is not None and "." not in str(knob) and knob not in config["ffn"]:
         raise ConfigError(
-            f"ffn._size_by_.{match}={knob} is no key of ffn.{nearest(str(knob), map(str, config['ffn']))}"
+            f"ffn._size_by_.{match}={knob} is not a key of ffn.{nearest(str(knob), map(str, config['ffn']))}"
         )
     return None if knob is None else str(knob)
 
@@ -87,7 +87,7 @@ def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
     value = config["ffn"].get(key)
     if value is not None and not isinstance(value, dict):
         example = "{flops: NAME_OF_AN_INTEGER}" if key == "_size_by_" else "{NAME_OF_AN_INTEGER: 2}"
-        raise ConfigError(f"ffn.{key}={value!r} is no mapping; write it as in {key}: {example}.")
+        raise ConfigError(f"ffn.{key}={value!r} is not a mapping; write it as in {key}: {example}.")
     return value or {}
 
 
@@ -96,7 +96,7 @@ def _set(config: dict[str, Any], knob: str, value: int) -> None:
     node = config
     for parent in parents:
         if not isinstance(node.get(parent), dict):
-            raise ConfigError(f"ffn._size_by_ names {knob}, which is no key of the configuration.")
+            raise ConfigError(f"ffn._size_by_ names {knob}, which is not a key of the configuration.")
         node = node[parent]
     node[leaf] = value
 
@@ -110,6 +110,7 @@ def _budget(config: dict[str, Any], match: str) -> float:
 
 
 def _dense_twin(config: dict[str, Any]) -> dict[str, Any]:
+    # The budget is the plain model: nothing in parallel, nothing deferred.
     twin = copy.deepcopy(config)
     twin["ffn"] = twin["model"]["base_ffn"]
     twin["placement"].update(mode="replace", write_after=0)
@@ -125,16 +126,16 @@ def _basis(config: dict[str, Any], match: str) -> float:
     return cost.trunk_train_flops
 
 
-def _closest(measure: Callable[[int], float], budget: float, what: str, step: int) -> int:
+def _closest(measure: Callable[[int], float], budget: float, what: str, multiple: int) -> int:
     """Returns the integer whose measure is nearest to `budget`, by bisection: the measure grows with the integer.
 
     Raises:
-        ConfigError: the nearest one is not within 2%; the message shows values in multiples of `step`.
+        ConfigError: the nearest one is not within 2%; the message shows values in multiples of `multiple`.
     """
-    low, smallest = _smallest_valid(measure, what, step)
+    low, smallest = _smallest_valid(measure, what, multiple)
     if smallest > budget * (1 + _TOLERANCE):
         raise ConfigError(
-            f"{what}: even its least value {low * step} gives {smallest:,.0f}, above the budget {budget:,.0f}; set "
+            f"{what}: even its least value {low * multiple} gives {smallest:,.0f}, above the budget {budget:,.0f}; set "
             "match_budget, or lower the plugin's other sizes."
         )
     high = low
@@ -150,25 +151,25 @@ def _closest(measure: Callable[[int], float], budget: float, what: str, step: in
     reached = measure(best)
     if abs(reached - budget) > _TOLERANCE * budget and reached == smallest:
         raise ConfigError(
-            f"{what}: the knob changes nothing, {smallest:,.0f} up to its value {best * step}, and the budget is "
+            f"{what}: the knob changes nothing, {smallest:,.0f} up to its value {best * multiple}, and the budget is "
             f"{budget:,.0f}; does any layer carry the FFN?"
         )
     if abs(reached - budget) > _TOLERANCE * budget:
         raise ConfigError(
-            f"{what}: the nearest value {best * step} gives {reached:,.0f}, not within {_TOLERANCE:.0%} of the "
+            f"{what}: the nearest value {best * multiple} gives {reached:,.0f}, not within {_TOLERANCE:.0%} of the "
             f"budget {budget:,.0f}; set match_budget, or change the plugin's other sizes."
         )
     return best
 
 
-def _smallest_valid(measure: Callable[[int], float], what: str, step: int) -> tuple[int, float]:
+def _smallest_valid(measure: Callable[[int], float], what: str, multiple: int) -> tuple[int, float]:
     """Returns the least value that the plugin accepts (n_keys must not be below knn, for example) and its measure."""
     value = 1
     while not _is_valid(measure, value):
         value *= 2
         if value > _LARGEST:
             measure(1)  # raises the plugin's own error
-            raise ConfigError(f"{what}: no value up to {_LARGEST * step} is accepted.")
+            raise ConfigError(f"{what}: no value up to {_LARGEST * multiple} is accepted.")
     refused = value // 2
     while value - refused > 1:
         middle = (value + refused) // 2

@@ -32,7 +32,7 @@ def assemble(run: ResolvedRun, *, resumed_step: int | None = None) -> Assembly:
     """Returns the Trainer of a training run with its callbacks and loggers; nothing is started or written yet.
 
     Args:
-        run: resolved with `trains=True`.
+        run: resolved with `training=True`.
         resumed_step: step that the run continues after; TensorBoard drops what an earlier sitting logged later.
 
     Raises:

@@ -53,12 +53,12 @@ def _check_conflicts(job: Job, settings: Settings, variants: Sequence[Variant]) 
     Raises:
         ConfigError: both are set.
     """
-    if settings.sweep is not None and job.names("optim.lr"):
+    if settings.sweep is not None and job.sets("optim.lr"):
         raise ConfigError("optim.lr and lr_sweep both set the learning rate; leave one out, or set lr_sweep=null.")
     if settings.budget_tokens is None and settings.budget_seconds is None:
         return
     with_steps = [variant.name for variant in variants if sets_key(variant.overrides, "trainer.max_steps")]
-    if job.names("trainer.max_steps") or with_steps:
+    if job.sets("trainer.max_steps") or with_steps:
         where = f"variants.{with_steps[0]}.trainer.max_steps" if with_steps else "trainer.max_steps"
         raise ConfigError(f"budget and {where} both set the length of a run; leave one of them out.")
 

@@ -151,7 +151,7 @@ class Director:
 
     def _with_steps(self, variant: Variant, steps: int) -> Variant:
         key = "trainer.val_check_interval"
-        validations = None if self._job.names(key) or sets_key(variant.overrides, key) else _VALIDATIONS
+        validations = None if self._job.sets(key) or sets_key(variant.overrides, key) else _VALIDATIONS
         accumulate = self._configs[variant.name]["trainer"]["accumulate_grad_batches"]
         return with_steps(variant, steps, validations, accumulate)
 

@@ -68,7 +68,7 @@ def resolve_variant(variant: Variant, base: Sequence[str]) -> ResolvedRun:
         with open_dict(composed):
             for key in COMPARE_KEYS:
                 composed.pop(key, None)
-        resolved = resolve(plain(composed), trains=True)
+        resolved = resolve(plain(composed), training=True)
         assemble(resolved)  # refuses here what would otherwise fail in the run's own process
     except (PkmError, HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"variant {variant.name}: {explain(error)}") from None

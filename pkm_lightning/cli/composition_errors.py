@@ -37,7 +37,7 @@ def _unknown_key(key: str) -> str:
     where = f"{parent} has" if parent else "the configuration has"
     names = ", ".join(k.rpartition(".")[2] for k in siblings)
     allowed = f" {where} (by default): {names}." if names else ""
-    return f"{key} is no key of the configuration; +{key}=VALUE would add one.{hint}{allowed}"
+    return f"{key} is not a key of the configuration; +{key}=VALUE would add one.{hint}{allowed}"
 
 
 def _default_config() -> DictConfig:

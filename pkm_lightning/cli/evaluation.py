@@ -110,17 +110,17 @@ def locate(job: Job) -> tuple[Path | None, Path]:
     """Returns the run's directory (None for a bare checkpoint) and the checkpoint that `ckpt=` or `run_dir=` name.
 
     Raises:
-        ConfigError: neither is given, or `run_dir` is no directory.
+        ConfigError: neither is given, or `run_dir` is not a directory.
         CheckpointError: the run has no checkpoint yet.
     """
     if job.config.ckpt is not None:
-        folder = Path(job.config.run_dir) if job.names("run_dir") else None
+        folder = Path(job.config.run_dir) if job.sets("run_dir") else None
         return folder, Path(str(job.config.ckpt))
-    if not job.names("run_dir"):
+    if not job.sets("run_dir"):
         raise ConfigError(f"{job.verb} needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT.")
     folder = Path(job.config.run_dir)
     if not folder.is_dir():
-        raise ConfigError(f"run_dir={folder} is no directory; give that of a run.")
+        raise ConfigError(f"run_dir={folder} is not a directory; set run_dir=DIRECTORY_OF_A_RUN.")
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise CheckpointError(f"run_dir={folder} has no checkpoint yet; train first, or give ckpt=PATH.")

@@ -1,7 +1,7 @@
 """`fit`: trains, tests and records a run, or continues one that was interrupted.
 
-The order of things: the configuration is resolved once (the saved one of a run that is continued), the Trainer is made,
-ranks that were started from outside are joined, rank 0 locks the run directory, then all ranks train.
+In order: the configuration is resolved once (the saved one of a run that is continued), the Trainer is made, ranks that
+were started externally are joined, rank 0 locks the run directory, then all ranks train.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoi
 from pkm_lightning.checkpoints import latest_checkpoint, open_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.resume import differences, is_spread, saved_config, spread_anew
+from pkm_lightning.cli.resume import differences, may_change_on_resume, saved_config, with_machine_overrides
 from pkm_lightning.cli.run_directory import RunDirectory, continues_run
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
@@ -38,7 +38,8 @@ from pkm_lightning.supervision.rank_failures import (
 )
 from pkm_lightning.supervision.signals import exit_code, stop_on_signals
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.run_record import now, reset_peak_memory, start_record
+from pkm_lightning.training.machine import now, reset_peak_memory
+from pkm_lightning.training.record import start_record
 
 _log = logging.getLogger(__name__)
 
@@ -57,10 +58,10 @@ def _run(job: Job) -> float | None:
     command = plain(job.config)
     path = Path(command["run_dir"])
     is_first = getattr(rank_zero_only, "rank", 0) == 0
-    # Ranks that rank 0 has started find its decision in the directory; those from outside receive it when they join.
-    continues = continues_run(path, command["resume"]) if is_first else ErrorFolder.inherited() is not None
-    resolved = _resolve_saved(job, path, command) if continues else resolve(command, trains=True)
-    checkpoint = latest_checkpoint(path) if continues else None
+    # Ranks that rank 0 has started find its decision in the directory; those started externally receive it on joining.
+    resumes = continues_run(path, command["resume"]) if is_first else ErrorFolder.inherited() is not None
+    resolved = _resolve_saved(job, path, command) if resumes else resolve(command, training=True)
+    checkpoint = latest_checkpoint(path) if resumes else None
     assembly = assemble(resolved, resumed_step=_step(checkpoint) if is_first else None)
     external = join(assembly.trainer)
     if not (external.rank == 0 if external else is_first):
@@ -69,7 +70,7 @@ def _run(job: Job) -> float | None:
         with external.refuse_on_error() if external else contextlib.nullcontext():
             directory = RunDirectory(path, resume=command["resume"])
             stack.callback(directory.close)
-            if directory.resumes != continues or directory.checkpoint() != checkpoint:
+            if directory.resumes != resumes or directory.checkpoint() != checkpoint:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
                 open_checkpoint(checkpoint)  # refuses a damaged one before anything starts
@@ -77,7 +78,7 @@ def _run(job: Job) -> float | None:
                 check_world(assembly.trainer, external.world_size)
         if external:
             external.send(Decision(resolved.config, checkpoint))
-        return _recorded(directory, resolved, assembly, checkpoint)
+        return _train_with_record(directory, resolved, assembly, checkpoint)
 
 
 def _run_other_rank(
@@ -89,7 +90,7 @@ def _run_other_rank(
             decision = external.receive()
             checkpoint = decision.checkpoint
             if decision.config != resolved.config:  # rank 0 continues an earlier run
-                resolved = resolve(decision.config, trains=True)
+                resolved = resolve(decision.config, training=True)
                 assembly = assemble(resolved)
     with end_on_lost_rank(assembly.trainer, path), watch_ranks(assembly.trainer, path):
         try:
@@ -100,20 +101,20 @@ def _run_other_rank(
 
 
 def _resolve_saved(job: Job, path: Path, command: dict[str, Any]) -> ResolvedRun:
-    """Resolves the saved configuration; the command may change only over what the run is spread.
+    """Resolves the saved configuration; the command line may change only the devices, strategy and sharding.
 
     Raises:
         RunDirectoryError: the command asks for another configuration.
     """
     keys = [key_of(override) for override in job.overrides]
     changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
-    only_spread = all(map(is_spread, changed))
+    only_machine = all(map(may_change_on_resume, changed))
     # With nothing else changed the saved configuration is executed, so it must be trusted; else it is only compared.
-    saved = saved_config(path, trust=command["trust_config"] or not only_spread)
-    if only_spread:
-        config = spread_anew(saved, command, changed)
-        return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, trains=True)
-    resolved = resolve(command, trains=True)
+    saved = saved_config(path, trust=command["trust_config"] or not only_machine)
+    if only_machine:
+        config = with_machine_overrides(saved, command, changed)
+        return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
+    resolved = resolve(command, training=True)
     different = differences(saved, resolved.config)
     if different:
         raise RunDirectoryError(
@@ -128,7 +129,7 @@ def _step(checkpoint: Path | None) -> int | None:
     return None if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
 
 
-def _recorded(
+def _train_with_record(
     directory: RunDirectory, resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None
 ) -> float | None:
     """Trains, and keeps run.json up to date whatever happens."""

@@ -17,7 +17,7 @@ from pkm_lightning.cli.plan_rows import describe_plan, plan_rows
 from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.cli.variants import compose_variant
 from pkm_lightning.errors import ConfigError, PkmError, check_choice
-from pkm_lightning.training.run_record import start_record
+from pkm_lightning.training.record import start_record
 from pkm_lightning.training.table_learning import optimizer_state_bytes
 
 

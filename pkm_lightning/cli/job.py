@@ -67,7 +67,7 @@ class Job:
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)
         # A saved configuration holds `trainer.devices`, which `devices` is an alias of.
-        if self.names("devices") and not self.names("trainer.devices"):
+        if self.sets("devices") and not self.sets("trainer.devices"):
             self.overrides.append(f"trainer.devices={config.trainer.devices}")
         _leave_comparison(self)
         swept = hydra.mode == RunMode.MULTIRUN
@@ -79,7 +79,7 @@ class Job:
         with open_dict(config):
             config.run_dir = str(Path(run_dir).absolute())
 
-    def names(self, key: str) -> bool:
+    def sets(self, key: str) -> bool:
         """Returns whether the command line sets `key`."""
         return sets_key(self.overrides, key)
 
@@ -105,8 +105,10 @@ class Job:
     def _check_external_launch(self, environment: dict[str, str | None]) -> None:
         external = environment["RANK"] is not None or environment["LOCAL_RANK"] is not None
         external = external or os.environ.get("SLURM_NTASKS", "1") != "1"
-        if self.verb == "fit" and external and not self.names("run_dir"):
-            raise ConfigError("run_dir is not set; ranks started from outside need run_dir=PATH to agree on one.")
+        if self.verb == "fit" and external and not self.sets("run_dir"):
+            raise ConfigError(
+                "run_dir is not set; ranks that were started externally need run_dir=PATH to agree on one."
+            )
 
     @property
     def flags(self) -> list[str]:
@@ -175,7 +177,7 @@ def _quieten_libraries() -> None:
 
 
 def _leave_process_group(before: dict[str, str | None]) -> None:
-    """Lets the next job of a sweep start its own process group; variables that were set from outside stay."""
+    """Lets the next job of a sweep start its own process group; variables that were set before stay."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     for name, value in before.items():

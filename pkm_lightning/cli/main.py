@@ -24,7 +24,7 @@ VERBS = {
     "test": "the same on the full test questions",
     "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
-    "compare": "train ffn=NAME,NAME,... x seeds=N, a process a run, into out=DIR with one report",
+    "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory of ffn=NAME or ffn=NAME,NAME,... side by side; allocates nothing",
 }

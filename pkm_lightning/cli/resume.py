@@ -1,4 +1,4 @@
-"""Saved configurations: a run is continued with the one that it started with, spread over other devices if asked."""
+"""Saved configurations: a run resumes with the one that it started with, on other devices or shards if requested."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, leaves, move_paths
 from pkm_lightning.errors import RunDirectoryError
 
-#: Keys over what a run is spread, and of the machine: a continued run may change them. `devices` is `trainer.devices`.
-_SPREAD = (
+#: Keys of devices, strategy, sharding and the machine, which a continued run may change; `devices` is an alias.
+_CHANGEABLE = (
     "strategy",
     "devices",
     *MACHINE_KEYS,
@@ -31,7 +31,7 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
     """Returns the configuration in `run_dir`; where the directory has moved, paths below it are those of its new place.
 
     Raises:
-        RunDirectoryError: there is none, or it is no configuration.
+        RunDirectoryError: there is none, or it is not a configuration.
         ConfigError: it names classes of other packages and is not trusted.
     """
     file = run_dir / "config.yaml"
@@ -42,7 +42,7 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunDirectoryError(f"{file} cannot be read ({str(error).splitlines()[0]}).") from None
     if not isinstance(config, dict) or not {"model", "ffn", "data"} <= config.keys():
-        raise RunDirectoryError(f"{file} is no configuration of this package.")
+        raise RunDirectoryError(f"{file} is not a configuration of this package.")
     if not trust:
         check_trusted(config, str(file))
     moved: dict[str, Any] = move_paths(config, str(config.get("run_dir")), str(run_dir))
@@ -63,30 +63,30 @@ def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns `key: saved value -> new value` for each leaf that differs and that a continued run may not change."""
     left, right = dict(leaves(saved)), dict(leaves(new))
-    keys = [k for k in {**left, **right} if k.split(".")[0] not in COMMAND_KEYS and not is_spread(k)]
+    keys = [k for k in {**left, **right} if k.split(".")[0] not in COMMAND_KEYS and not may_change_on_resume(k)]
     differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
     return [f"{k}: {left.get(k, '(absent)')} -> {right.get(k, '(absent)')}" for k in differing]
 
 
-def is_spread(key: str) -> bool:
+def may_change_on_resume(key: str) -> bool:
     """Returns whether `key`, as on a command line, is one that a continued run may change."""
-    return _spread_of(key) is not None
+    return _changeable_key(key) is not None
 
 
-def _spread_of(key: str) -> str | None:
+def _changeable_key(key: str) -> str | None:
     path = key.lstrip("+~").split("@")[0].replace("/", ".")
-    return next((spread for spread in _SPREAD if path == spread or path.startswith(f"{spread}.")), None)
+    return next((known for known in _CHANGEABLE if path == known or path.startswith(f"{known}.")), None)
 
 
-def spread_anew(saved: Mapping[str, Any], new: Mapping[str, Any], changed: Iterable[str]) -> dict[str, Any]:
+def with_machine_overrides(saved: Mapping[str, Any], new: Mapping[str, Any], changed: Iterable[str]) -> dict[str, Any]:
     """Returns `saved` with those of the `changed` keys that a continued run may change as in `new`."""
-    spread = copy.deepcopy(dict(saved))
+    changed_config = copy.deepcopy(dict(saved))
     for key in changed:
-        group, _, name = (_spread_of(key) or "").partition(".")
+        group, _, name = (_changeable_key(key) or "").partition(".")
         if name:
-            spread.setdefault(group, {})[name] = new[group][name]
+            changed_config.setdefault(group, {})[name] = new[group][name]
         elif group in new:
-            spread[group] = new[group]
+            changed_config[group] = new[group]
             if group == "devices":
-                spread["trainer"]["devices"] = new["trainer"]["devices"]
-    return spread
+                changed_config["trainer"]["devices"] = new["trainer"]["devices"]
+    return changed_config

@@ -133,7 +133,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict) or "status" not in record:
-        raise RunDirectoryError(f"{file} is no record of a run; choose another run_dir or start with resume=never.")
+        raise RunDirectoryError(f"{file} is not a record of a run; choose another run_dir or start with resume=never.")
     return record
 
 

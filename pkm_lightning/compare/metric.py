@@ -54,5 +54,5 @@ def check_metric(key: str, metric: str, *more: str) -> str:
         return short
     if metric not in (*LOWER_IS_BETTER, *more):
         names = ", ".join((*more, *LOWER_IS_BETTER, *(f"{kind}_FORM" for kind in QUESTION_KINDS)))
-        raise ConfigError(f"{key}={metric} is no metric that can be compared; allowed: {names}.")
+        raise ConfigError(f"{key}={metric} is not a metric that can be compared; allowed: {names}.")
     return metric

@@ -127,7 +127,7 @@ def _locate(folders: Sequence[Path]) -> tuple[dict[Path, Comparison], dict[Path,
     locations: dict[Path, Path | None] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise RunDirectoryError(f"runs: {folder} is no directory.")
+            raise RunDirectoryError(f"runs: {folder} is not a directory.")
         around = [parent / COMPARISON_FILE for parent in folder.resolve().parents]
         for file in (*filter(Path.exists, around), *sorted(folder.rglob(COMPARISON_FILE))):
             comparison = read_comparison(file.parent)
@@ -190,7 +190,7 @@ def _missing(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     known = {**dict(leaves(config)), **{f"run.json {key}": value for key, value in leaves(record)}}
     for key in _NEEDED:
         if isinstance(known.get(key), bool) or not isinstance(known.get(key), int | float):
-            return f"{key} is no number: not a run of this package, or damaged"
+            return f"{key} is not a number: not a run of this package, or damaged"
     return ""
 
 

@@ -165,7 +165,7 @@ def _sweep(config: Mapping[str, Any], seeds: tuple[int, ...]) -> SweepSettings |
         check_range("lr_sweep", rate, 1e-12)
     if not isinstance(rates, list) or len(set(rates)) < 2 or len(set(rates)) != len(rates):
         raise ConfigError(
-            f"lr_sweep={rates} is no list of two or more different learning rates; set for example [3e-3,6e-3]."
+            f"lr_sweep={rates} is not a list of two or more different learning rates; set for example [3e-3,6e-3]."
         )
     sweep = {**_DEFAULT_SWEEP, **_mapping("sweep", config["sweep"], tuple(_DEFAULT_SWEEP))}
     check_integer("sweep.first_seed", sweep["first_seed"], 0, 2**31)
@@ -206,7 +206,7 @@ def _mapping(key: str, value: Any, allowed: tuple[str, ...] | None = None) -> di
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key}={value!r} is no mapping; write it as {key}={{KEY: VALUE}}.")
+        raise ConfigError(f"{key}={value!r} is not a mapping; write it as {key}={{KEY: VALUE}}.")
     unknown = [str(name) for name in value if allowed is not None and name not in allowed]
     if unknown:
         raise ConfigError(f"{key}.{unknown[0]} is not known; allowed: {', '.join(allowed or ())}.")

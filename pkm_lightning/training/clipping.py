@@ -1,7 +1,7 @@
-"""Clipping by norm that is right for sharded parameters: one norm per device mesh, combined into one factor for all.
+"""Gradient clipping by norm for sharded parameters: one norm per device mesh, combined into one factor for all.
 
 `torch.nn.utils.clip_grad_norm_` raises for gradients of different meshes (torch 2.13); here the norm of each mesh is
-reduced separately.
+reduced separately. Value tables are clipped by `clip_tables` in `memory/table_clipping.py`.
 """
 
 from __future__ import annotations

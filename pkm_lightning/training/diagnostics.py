@@ -1,7 +1,7 @@
 """Signs of instability inside the model: norms, extremes of scores and logits, saturation.
 
-A module provides them itself, by a method `diagnostics(output, *inputs)`, which an extra forward of a few rows calls: a
-training step pays nothing for it, and neither compiled nor recomputed blocks are affected.
+A module provides them itself, by a method `diagnostics(output, *inputs)`, which an extra forward of a few sequences
+calls: a training step pays nothing for it, and neither compiled nor recomputed blocks are affected.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ if TYPE_CHECKING:
     from pkm_lightning.model import Transformer
 
 #: Scalars by name, per layer and for the output (layer None).
-Figures = dict[int | None, dict[str, Tensor]]
+LayerDiagnostics = dict[int | None, dict[str, Tensor]]
 
 
 @torch.no_grad()
-def probe(model: Transformer, batch: Mapping[str, Tensor], rows: int = 1) -> Figures:
-    """Returns the diagnostics on the first `rows` of a batch, in evaluation mode. Collective: call on all ranks.
+def probe(model: Transformer, batch: Mapping[str, Tensor], n_sequences: int = 1) -> LayerDiagnostics:
+    """Returns the diagnostics on the first `n_sequences` of a batch, in evaluation mode. Collective: call on all ranks.
 
     A module that several layers share reports to each of them the most extreme value of all its calls. Those of the
     output are `output_logit_max`, the largest absolute logit, and `log_partition`, the mean of logsumexp.
+
+    Letters: W vocabulary.
     """
-    figures: Figures = {}
+    figures: LayerDiagnostics = {}
     hooks = [
         module.register_forward_hook(functools.partial(_collect, figures.setdefault(layer, {})), with_kwargs=True)
         for layer, block in enumerate(model.blocks)
         for module in block.modules()
         if callable(getattr(module, "diagnostics", None))
     ]
-    first = {name: batch[name][:rows] for name in ("input_ids", "doc_ids", "valid") if name in batch}
+    first = {name: batch[name][:n_sequences] for name in ("input_ids", "doc_ids", "valid") if name in batch}
     devices = [model.embedding.weight.device] if model.embedding.weight.is_cuda else []
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -78,7 +80,7 @@ def local_part(parameter: Tensor) -> Tensor:
     return local_shard(getattr(parameter, "ds_tensor", parameter).detach())
 
 
-def held_weights(module: nn.Module) -> dict[str, Tensor]:
+def local_weights(module: nn.Module) -> dict[str, Tensor]:
     """Returns this rank's part of each parameter and table by name, under any strategy, without gradients."""
     held = {name: local_part(parameter) for name, parameter in module.named_parameters()}
     for name, table in module.named_modules():

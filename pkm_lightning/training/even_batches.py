@@ -65,7 +65,10 @@ def check_last(trainer: L.Trainer, ended: bool = False) -> None:
 
 
 def _gather(trainer: L.Trainer, value: float) -> list[float]:
-    local = torch.tensor([value], dtype=torch.float32, device=trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    # float32 is exact only up to 2**24 batches; MPS has no float64.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    local = torch.tensor([value], dtype=dtype, device=device)
     gathered = local.new_empty(trainer.world_size)
     gather_into(gathered, local)
     return gathered.tolist()

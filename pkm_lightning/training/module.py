@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
+from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
-from pkm_lightning.build.refusals import check_clipping
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import check_batch, tokenizer_digest
@@ -41,11 +41,11 @@ from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
-from pkm_lightning.training.table_learning import table_only_optimizer, with_tables
+from pkm_lightning.training.table_learning import add_row_optimizer, table_only_optimizer
 
 
 class LanguageModule(L.LightningModule):
-    """A language model as `config` describes it, with its training, validation and greedy answers.
+    """LightningModule that trains, validates and queries the transformer that `config` describes.
 
     Args:
         config: the resolved configuration as plain dicts, lists and numbers; `model.vocab_size` is a number.
@@ -77,8 +77,6 @@ class LanguageModule(L.LightningModule):
         self.watch = StepWatch()
         self.table_optimizer: Optimizer | None = None
 
-    # building
-
     def configure_model(self) -> None:
         """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
         if hasattr(self, "model"):
@@ -88,7 +86,7 @@ class LanguageModule(L.LightningModule):
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
-        self._hand_over()
+        self._assign_parameters()
 
     def _table_mesh(self) -> TableMesh | None:
         """Returns the ranks over which tables are split or copied; None in one process."""
@@ -96,7 +94,7 @@ class LanguageModule(L.LightningModule):
             return None
         return table_mesh(self.config["table"], self._trainer)
 
-    def _hand_over(self) -> None:
+    def _assign_parameters(self) -> None:
         """Hands the dense parameters to the strategy and keeps the tables out of its reach.
 
         Tables are sharded or replicated by their own mesh: a strategy that took them for dense parameters would average
@@ -124,12 +122,10 @@ class LanguageModule(L.LightningModule):
         optim = self.config["optim"]
         dense = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
         self.table_optimizer = table_only_optimizer(self.model, self.config)
-        optimizer = with_tables(dense, self.model, self.config) if self.table_optimizer is None else dense
+        optimizer = add_row_optimizer(dense, self.model, self.config) if self.table_optimizer is None else dense
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    # one micro-batch
 
     def forward(self, batch: dict[str, Tensor], *, observe: bool = False) -> ModelOutput:
         """Runs the model on a batch of the contract: `input_ids`, optional `doc_ids` and `valid`."""
@@ -139,24 +135,24 @@ class LanguageModule(L.LightningModule):
         return output
 
     def on_train_start(self) -> None:
-        """Refuses data of which the ranks have different numbers of batches."""
+        """Raises DataError if the ranks have different numbers of training batches."""
         needed = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         check_lengths(self.trainer, "train_dataloader", self.trainer.num_training_batches, needed)
 
     def on_train_epoch_end(self) -> None:
-        """Reports that this rank had no batch, where others wait for it."""
+        """Raises DataError if this rank had no batch in the epoch and other ranks had some."""
         if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
             check_last(self.trainer, ended=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds every random draw of the micro-batch by (seed, step, micro-batch, rank), so that resume is exact."""
-        # `global_step` changes within the batch: it counts the steps that were made.
+        # `global_step` is incremented within the batch, refused steps included.
         self._step = self.global_step + 1
         check_last(self.trainer)
         if self.table_optimizer is not None:
             self._follow_schedule(self.table_optimizer)
-        place = f"{self.config['seed']}/{self.global_step}/{batch_idx}/{self.global_rank}"
-        seed = zlib.crc32(place.encode())
+        stream = f"{self.config['seed']}/{self.global_step}/{batch_idx}/{self.global_rank}"
+        seed = zlib.crc32(stream.encode())
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -168,7 +164,10 @@ class LanguageModule(L.LightningModule):
             group["lr"] = rate * self.config["optim"]["table_lr_factor"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the summed loss, scaled so that the gradients of all micro-batches add up to that of the mean."""
+        """Returns the summed loss, scaled so that the gradients of all micro-batches add up to that of the mean.
+
+        Letters: M positions with a target.
+        """
         if not self._batch_checked:
             check_batch(batch, self.model.embedding.num_embeddings)
             self._batch_checked = True
@@ -192,12 +191,11 @@ class LanguageModule(L.LightningModule):
         nll = nll_M.sum()
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
         self._reports.add(output, local_tokens)
-        # Auxiliary losses are means over this rank's real tokens. Weighted by its share of all tokens they add up to
-        # the mean over ranks; weighted by its targets, the micro-batch adds its part to the mean over the step.
+        # aux is a mean over this rank's tokens. Times local_tokens / tokens it sums over ranks to the mean over all
+        # tokens; times `targets`, which `factor` divides by those of the step, each micro-batch weighs as much as its
+        # share of the targets.
         auxiliary = sum(output.aux_losses.values(), start=nll.new_zeros(()))
         return (nll + auxiliary * targets * local_tokens / tokens.clamp(min=1)) * factor
-
-    # one optimizer step
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Corrects the gradients to the mean over all targets of the step; logs the step's loss if a log is due."""
@@ -262,22 +260,22 @@ class LanguageModule(L.LightningModule):
             self._clip_tables(groups["table"], optim["table_clip_norm"])
         if any(p.grad is not None for p in groups["dense"]):
             if dense_limit is not None or measure:
-                self._keep_norm("dense", clip_by_norm(groups["dense"], dense_limit))
+                self._record_norm("dense", clip_by_norm(groups["dense"], dense_limit))
         elif measure and (engine := engine_of(self.trainer)) is not None:
-            self._keep_norm("dense", engine.gradient_norm())
+            self._record_norm("dense", engine.gradient_norm())
         self.watch.judge()
 
     def _clip_tables(self, parameters: list[torch.nn.Parameter], limit: float | None) -> None:
-        # What has learned in backward already has nothing left to measure.
+        # Every table that learns by rows, also where this rank read none: its norm is a collective.
         tables = [t for t in self.model.value_tables if t.learning == "rows" or t.weight.grad is not None]
         weights = {id(table.weight) for table in tables}
         others = [p for p in parameters if id(p) not in weights and p.grad is not None]
         if tables:
-            self._keep_norm("table", clip_tables(tables, [p.grad for p in others if p.grad is not None], limit))
+            self._record_norm("table", clip_tables(tables, [p.grad for p in others if p.grad is not None], limit))
         elif others:
-            self._keep_norm("table", clip_by_norm(others, limit))
+            self._record_norm("table", clip_by_norm(others, limit))
 
-    def _keep_norm(self, name: str, norm: Tensor) -> None:
+    def _record_norm(self, name: str, norm: Tensor) -> None:
         self.watch.figures[f"grad_norm_{name}"] = norm
         if self.log_is_due():
             self.log(f"train/grad_norm_{name}", norm)
@@ -319,26 +317,30 @@ class LanguageModule(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def log_is_due(self) -> bool:
-        """Returns whether this is the last micro-batch of a step that logs; for use between its first and last hook."""
+        """Returns whether this is the last micro-batch of a step that logs.
+
+        Valid from `on_train_batch_start` to `on_train_batch_end`.
+        """
         due: bool = self._step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return due and not self.trainer.fit_loop._should_accumulate()
 
-    # held-out text, answers
-
     def on_validation_start(self) -> None:
-        """Refuses data of which the ranks have different numbers of batches."""
+        """Raises DataError if the ranks have different numbers of validation batches."""
         check_lengths(self.trainer, "val_dataloader", self.trainer.num_val_batches)
 
     def on_test_start(self) -> None:
-        """Refuses the same in testing."""
+        """Raises DataError if the ranks have different numbers of test batches."""
         check_lengths(self.trainer, "test_dataloader", self.trainer.num_test_batches)
 
     def on_predict_start(self) -> None:
-        """Refuses the same in prediction."""
+        """Raises DataError if the ranks have different numbers of prediction batches."""
         check_lengths(self.trainer, "predict_dataloader", self.trainer.num_predict_batches)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds the batch to a mean over all held-out target tokens."""
+        """Adds the batch to a mean over all held-out target tokens.
+
+        Letters: M positions with a target.
+        """
         nll_M = token_nll(self.model, self.forward(batch).hidden_BTD, batch["labels"])
         if nll_M.numel():
             self.heldout_nll.update(nll_M.sum())
@@ -371,8 +373,6 @@ class LanguageModule(L.LightningModule):
             answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
         records = zip(batch["index"], batch["prompt"], answers, strict=True)
         return [{"index": int(i), "prompt": prompt, "answer": answer} for i, prompt, answer in records]
-
-    # checkpoints
 
     def _data(self) -> object:
         """Returns the data module, if there is a Trainer that has one."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pkm_lightning.errors import check_choice
+from pkm_lightning.errors import ConfigError, check_choice, nearest
 
 ROLES = ("matrix", "norm", "bias", "embedding", "table")
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -27,11 +27,19 @@ def parameter_roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]
     class, biases by their name, and a parameter of fewer than two dimensions counts as the gain of a norm.
 
     Raises:
-        ConfigError: a module declares a role that does not exist.
+        ConfigError: a module declares a role that does not exist, or the role of a parameter that it does not have.
     """
     visited: set[int] = set()
     for module_name, module in model.named_modules():
         declared: Mapping[str, str] = getattr(module, "parameter_roles", {})
+        # Not only registered parameters: an engine's table keeps its weight as an attribute, and a bias may be None.
+        for name in declared:
+            if not hasattr(module, name):
+                known = [own for own, _ in module.named_parameters(recurse=False)]
+                raise ConfigError(
+                    f"{type(module).__name__}.parameter_roles['{name}'] is not a parameter of the module; allowed: "
+                    f"{', '.join(known) or 'none'}.{nearest(name, known)}"
+                )
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in visited or not parameter.requires_grad:
                 continue
@@ -55,6 +63,7 @@ def parameter_groups(model: nn.Module, optim: Mapping[str, Any]) -> list[dict[st
     """Returns AdamW groups with `lr`, `weight_decay`, and `name` for loggers; empty groups are left out."""
     decayed = {"matrix": optim["weight_decay"], "table": optim["table_weight_decay"]}
     rates = {"table": optim["lr"] * optim["table_lr_factor"]}
+    # `gain` also holds biases and embeddings; logs and saved optimizer states know the group by this name.
     grouped: dict[str, list[nn.Parameter]] = {"matrix": [], "gain": [], "table": []}
     for _, parameter, role in parameter_roles(model):
         grouped[role if role in grouped else "gain"].append(parameter)

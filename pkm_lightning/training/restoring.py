@@ -1,4 +1,4 @@
-"""Return to an earlier state of a training that goes on: weights, optimizers, schedule and step counter.
+"""Rollback within a running training: restores weights, optimizers, schedule and step counter.
 
 Data are not repeated: the loader continues where it is, and so do the counters of tokens and of slot usage.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pkm_lightning.training.module import LanguageModule
 
 
-class MemoryState:
+class HostSnapshot:
     """A copy of the training state in host memory, as large as a checkpoint; each rank copies its part.
 
     Args:
@@ -58,7 +58,7 @@ class MemoryState:
 def restore_checkpoint(trainer: L.Trainer, module: LanguageModule, path: Path) -> int:
     """Restores the state of a checkpoint of this run, and returns its step. Collective: call on all ranks."""
     strategy = trainer.strategy
-    # Our own file, which holds more than weights.
+    # weights_only=False: this run wrote the file, which also holds loop and callback states.
     checkpoint = strategy.load_checkpoint(path, weights_only=False)
     strategy.load_model_state_dict(checkpoint)
     strategy.load_optimizer_state_dict(checkpoint)
@@ -74,15 +74,15 @@ def rewind(trainer: L.Trainer, step: int) -> None:
     """Sets the counter of optimizer steps, `trainer.global_step`, and that of the loggers; call at a batch's end."""
     loop = trainer.fit_loop.epoch_loop
     progress = loop.automatic_optimization.optim_progress.optimizer.step
-    back = progress.total.completed - step
+    n_undone = progress.total.completed - step
     for counter in (progress.total, progress.current):
-        counter.completed -= back
-        counter.ready -= back
+        counter.completed -= n_undone
+        counter.ready -= n_undone
     # Lightning 2.6 adds this batch to the count after its hooks.
     loop._batches_that_stepped = step - 1
 
 
-def lower_rate(trainer: L.Trainer, factor: float) -> None:
+def scale_learning_rates(trainer: L.Trainer, factor: float) -> None:
     """Multiplies the learning rate of every group, now and for the rest of the schedule."""
     for configured in trainer.lr_scheduler_configs:
         scheduler: Any = configured.scheduler

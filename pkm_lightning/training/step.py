@@ -1,4 +1,4 @@
-"""One optimizer step: the normalisation of its loss, the plugins' reports over it, its watchers and judges.
+"""One optimizer step: normalisation of its loss, statistics of the plugins, watchers and judges.
 
 The loss of a step is the sum of its token losses over the number of its targets: over all ranks and all micro-batches,
 so that world sizes and accumulations agree. That number is known only after the last micro-batch: each loss is scaled
@@ -62,7 +62,7 @@ class StepNormaliser:
 
     def reset(self) -> None:
         """Starts the next step."""
-        self.__init__()  # type: ignore[misc]
+        self._expected, self._seen, self._exact = None, None, False
 
 
 class StepReports:
@@ -112,8 +112,9 @@ class StepRefused(Exception):
 class StepWatch:
     """The watchers and judges of a `LanguageModule`'s steps: how callbacks look at training.
 
-    Watchers see every micro-batch once, also where activation checkpointing repeats a forward. Judges are called once
-    per step, after its last backward and before anything is updated; they must answer alike on all ranks.
+    Watchers see every micro-batch once, also where activation checkpointing repeats a forward. Judges are
+    vetoes: called once per step, after its last backward and before anything is updated, they must return the same on
+    all ranks.
 
     Attributes:
         watchers: called after each forward in training with the traces by layer (`FFNOutput.trace`) and the batch;

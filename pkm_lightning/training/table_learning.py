@@ -5,7 +5,7 @@
 | `dense` | N x V, from autograd | every row, by `optim.optimizer` | - |
 | `rows` | staged reads | the rows that were read, by `table.optimizer` | fp16 (`trainer.precision=16-*`) |
 
-`pkm_lightning.build.refusals.check_learning` refuses what does not work.
+`pkm_lightning.build.checks.check_learning` refuses what does not work.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.ops.row_update import state_bytes
 
 
-def with_tables(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
+def add_row_optimizer(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
     """Returns `dense`, joined with the row optimizer where the model has tables that learn by rows."""
-    tables = learning_tables(model)
+    tables = row_learning_tables(model)
     if not tables:
         return dense
     for group in dense.param_groups:
@@ -40,7 +40,7 @@ def table_only_optimizer(model: nn.Module, config: Mapping[str, Any]) -> Optimiz
     Engines that own all parameters, such as DeepSpeed, get a model whose tables are unregistered.
     """
     tables = [t for t in model.modules() if isinstance(t, ValueTable) and not t.is_registered]
-    rows = {name: table for name, table in learning_tables(model).items() if table in tables}
+    rows = {name: table for name, table in row_learning_tables(model).items() if table in tables}
     if rows:
         return _row_optimizer(None, rows, config)
     weights = [table.weight for table in tables if table.weight.requires_grad]
@@ -71,7 +71,7 @@ def _row_optimizer(
     )
 
 
-def learning_tables(model: nn.Module) -> dict[str, ValueTable]:
+def row_learning_tables(model: nn.Module) -> dict[str, ValueTable]:
     """Returns the model's tables that learn by rows, by name."""
     return {
         name: module
@@ -83,7 +83,7 @@ def learning_tables(model: nn.Module) -> dict[str, ValueTable]:
 def optimizer_state_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:
     """Returns the bytes of all optimizer states: two values of AdamW per parameter, and the row rule's for tables."""
     total = optimizer_bytes(model)
-    tables = learning_tables(model).values()
+    tables = row_learning_tables(model).values()
     if tables:
         rows: RowOptimizer = instantiate(config["table"]["optimizer"], "table.optimizer")
         for table in tables:

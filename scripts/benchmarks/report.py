@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pkm_lightning.training.run_record import cpu_name
+from pkm_lightning.training.machine import cpu_name
 
 
 @dataclass

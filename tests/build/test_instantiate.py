@@ -73,7 +73,7 @@ def test_nested_targets_are_built_as_plain_containers() -> None:
         (OmegaConf.create({"_target_": "???"}), r"ffn._target_ is not set"),
         ({"_target_": "nowhere.Thing"}, r"nowhere.Thing cannot be imported \(No module named 'nowhere'\)"),
         ({"_target_": "pkm_lightning.ffn.Dence"}, r"Dence cannot be imported \(.*no attribute 'Dence'"),
-        ({"_target_": "os.system"}, r"ffn._target_=os.system is no class"),
+        ({"_target_": "os.system"}, r"ffn._target_=os.system is not a class"),
         ({**DENSE, "hiden_dim": 5}, r"ffn: Dense got an unexpected keyword argument 'hiden_dim'; it takes: dim,"),
         ({"_target_": DENSE["_target_"]}, r"ffn: Dense missing a required .*argument: 'hidden_dim'; it takes:"),
         ({**DENSE, "dim": 8}, r"ffn.dim follows from the rest of the configuration; remove it"),
@@ -105,7 +105,7 @@ def test_the_shipped_configurations_are_trusted() -> None:
         "torch.load",  # a function
         "pkm_lightning.build.model.build_model",
         "pkm_lightning.build.instantiate.instantiate",
-        "pkm_lightning.training.run_record.subprocess.Popen",  # a foreign class through a trusted path
+        "pkm_lightning.training.machine.subprocess.Popen",  # a foreign class through a trusted path
         "torch.utils.cpp_extension.subprocess.Popen",
         "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler",  # starts programs
         "lightning.pytorch.cli.LightningCLI",
@@ -123,7 +123,7 @@ def test_a_saved_configuration_may_not_name(target: str, nested: bool) -> None:
         settings, where = {"ffn": {"_target_": target}}, "ffn._target_"  # type: ignore[dict-item]
     with pytest.raises(ConfigError) as error:
         check_trusted(settings, "runs/a/config.yaml")
-    assert f"runs/a/config.yaml names {where}={target}, which is no class of" in str(error.value)
+    assert f"runs/a/config.yaml names {where}={target}, which is not a class of" in str(error.value)
     assert "set trust_config=true" in str(error.value)
 
 

@@ -91,6 +91,12 @@ def test_refuses_a_table_without_a_specification() -> None:
         build_model(settings)
 
 
+@pytest.mark.parametrize("key", ["ffns", "tables", "write_after", "dims"])
+def test_refuses_a_key_that_the_model_does_not_have(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model.{key} is not a key of model; remove it"):
+        build_model(config(f"+model.{key}=1"))
+
+
 def test_refuses_a_vocabulary_that_is_not_known_yet() -> None:
     with pytest.raises(ConfigError, match=r"model.vocab_size=auto needs a data module with a vocab_size"):
         build_model(config("model.vocab_size=auto"))

@@ -41,7 +41,7 @@ HERE = "callbacks.instability"
         ({"max_tries": 0}, f"{HERE}.max_tries=0 is out of range"),
         ({"lr_factor": 2.0}, f"{HERE}.lr_factor=2.0 is out of range"),
         ({"restore": "tape"}, f"{HERE}.restore='tape' is not known; allowed: memory, disk"),
-        ({"limits": {"score_max": "much"}}, f"{HERE}.limits.score_max='much' is no number"),
+        ({"limits": {"score_max": "much"}}, f"{HERE}.limits.score_max='much' is not a number"),
         ({"limits": 7}, f"{HERE}.limits=7 is not a mapping"),
     ],
 )

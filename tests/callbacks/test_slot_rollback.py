@@ -12,7 +12,7 @@ import revival_jobs as revivals
 import torch
 import usage_jobs as jobs
 
-from pkm_lightning.training.restoring import MemoryState
+from pkm_lightning.training.restoring import HostSnapshot
 
 GIVEN = ["strategy=single", "ffn=memory_plus", "placement=middle", "optim.warmup_share=0", "optim.final_factor=1.0"]
 
@@ -22,11 +22,11 @@ class GoBack(L.Callback):
 
     def __init__(self, at: int, to: int) -> None:
         self.at, self.to = at, to
-        self.state: MemoryState | None = None
+        self.state: HostSnapshot | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == self.to and self.state is None:
-            self.state = MemoryState(trainer, pl_module)
+            self.state = HostSnapshot(trainer, pl_module)
         elif trainer.global_step == self.at and self.state is not None:
             self.state.restore(trainer, pl_module)
             self.at = -1

@@ -51,11 +51,11 @@ def test_what_goes_together_is_not(per_head: str, tmp_path: Path) -> None:
 def test_a_run_is_assembled_only_if_its_callbacks_agree(tmp_path: Path) -> None:
     overrides = ["ffn=memory_plus", f"run_dir={tmp_path / 'run'}", "model.vocab_size=auto", "strategy=single", *QUERIES]
     config = distributed_jobs.config(*overrides, HALVES)
-    names = [type(callback).__name__ for callback in resolve(config, trains=True).callbacks]
+    names = [type(callback).__name__ for callback in resolve(config, training=True).callbacks]
     assert names[-2:] == ["MetricsCSV", "Instability"]
     config["callbacks"]["slot_usage"]["per_head"] = False
     with pytest.raises(ConfigError, match=r"needs callbacks.slot_usage.per_head=halves"):
-        resolve(config, trains=True)
+        resolve(config, training=True)
     assert not (tmp_path / "run").exists()
 
 

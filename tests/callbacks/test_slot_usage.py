@@ -218,7 +218,7 @@ def test_a_checkpoint_of_other_slots_is_refused(tmp_path: Path) -> None:
         ({"window": 0}, "callbacks.slot_usage.window=0 is out of range; allowed: 2 to inf"),
         ({"every_n_steps": 0}, "callbacks.slot_usage.every_n_steps=0 is out of range"),
         ({"dead_after": -1}, "callbacks.slot_usage.dead_after=-1 is out of range"),
-        ({"dead_after": 1.5}, "callbacks.slot_usage.dead_after=1.5 is no whole number"),
+        ({"dead_after": 1.5}, "callbacks.slot_usage.dead_after=1.5 is not a whole number"),
         ({"per_head": "maybe"}, "callbacks.slot_usage.per_head='maybe' is not known; allowed: false, halves, full"),
         ({"panels_every_n_steps": 0}, "callbacks.slot_usage.panels_every_n_steps=0 is out of range"),
     ],

@@ -12,7 +12,7 @@ from toys import config
 
 from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.capacity import Plan, Setting, check_memory, check_setting, make_plan
-from pkm_lightning.capacity.refusals import _changed
+from pkm_lightning.capacity.checks import _changed
 from pkm_lightning.capacity.setting import device_count
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import FFNContext, FFNOutput, TableSpec

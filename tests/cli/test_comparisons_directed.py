@@ -220,7 +220,7 @@ def test_a_command_that_cannot_work_writes_nothing(
     [
         ("compare", ["ffn=dense"], "out is not set"),
         ("report", ["out=out"], "runs is not set"),
-        ("report", ["runs=[nowhere]", "out=out"], "nowhere is no directory"),
+        ("report", ["runs=[nowhere]", "out=out"], "nowhere is not a directory"),
         ("report", ["runs=[.]", "out=out"], "holds no record of a run"),
         ("report", ["runs=[.]"], "out is not set"),
     ],

@@ -41,7 +41,7 @@ def test_predict_answers_in_order_from_the_command_line_and_from_a_file(cli: Run
     ("arguments", "said"),
     [
         ([], "needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT"),
-        (["run_dir=elsewhere"], "is no directory"),
+        (["run_dir=elsewhere"], "is not a directory"),
         (["ckpt=elsewhere.ckpt"], "does not exist"),
         (["run_dir=run", "ffn=dense"], "the saved configuration of a run wins"),
         (["run_dir=run", "model.dim=128"], "the saved configuration of a run wins"),

@@ -86,8 +86,8 @@ def test_variants_are_found_on_the_search_path(cli: Run, tmp_path: Path) -> None
             ["ffn=dense,pkm", "match=params", "match_budget=1000"],
             r"ffn=dense: match=params through ffn.hidden_dim: even",
         ),
-        (["ffn=dense,pkm", "ffn.n_keys=8"], r"ffn.n_keys is no key of the configuration"),
-        (["ffn=dense", "match=flops", "match_budget=lots"], r"match_budget='lots' is no number"),
+        (["ffn=dense,pkm", "ffn.n_keys=8"], r"ffn.n_keys is not a key of the configuration"),
+        (["ffn=dense", "match=flops", "match_budget=lots"], r"match_budget='lots' is not a number"),
         (
             ["ffn=dense,pkm", "ffn=moe"],
             r"ffn=dense,pkm and ffn=moe name the FFN more than once; set one ffn=NAME,NAME,...",
@@ -117,12 +117,12 @@ def test_variants_that_cannot_be_shown(cli: Run, arguments: list[str], message: 
         (["ffn=moe", "ffn.top_k=65"], r"ffn.top_k=65 is out of range; allowed: 1 to 64\."),
         (["ffn=ultramem", "ffn.rank=300"], r"ffn.rank=300 is above the number of keys, ffn.n_keys=256"),
         (["ffn=ultramem", "ffn.expansion=3"], r"ffn.expansion=3 does not divide the 65536 slots"),
-        (["ffn=dense", "ffn._size_by_=hidden_dim", "match=flops"], r"ffn._size_by_='hidden_dim' is no mapping"),
+        (["ffn=dense", "ffn._size_by_=hidden_dim", "match=flops"], r"ffn._size_by_='hidden_dim' is not a mapping"),
         (
             ["ffn=dense", "ffn._size_by_.flops=hiden_dim", "match=flops"],
-            r"ffn._size_by_.flops=hiden_dim is no key of ffn",
+            r"ffn._size_by_.flops=hiden_dim is not a key of ffn",
         ),
-        (["ffn=dense", "+ffn._step_={hidden_dim: two}", "match=flops"], r"ffn._step_.hidden_dim='two' is no number"),
+        (["ffn=dense", "+ffn._step_={hidden_dim: two}", "match=flops"], r"ffn._step_.hidden_dim='two' is not a number"),
         (["ffn=dense", "+ffn._step_={hidden_dim: 0}", "match=flops"], r"ffn._step_.hidden_dim=0 is out of range"),
         (
             ["ffn=moe", "placement=middle", "placement.count=0", "match=flops", "match_budget=5e5"],

@@ -83,7 +83,7 @@ def test_fit_refuses_what_info_refuses_before_it_starts(cli: Run, tmp_path: Path
         (["devices=2"], "set strategy=ddp"),
         (["devices=2", "strategy=fsdp", "trainer.precision=64-true"], "allowed: 32-true, bf16-true"),
         (["devices=2", "strategy=ddp", "ffn.value_dim=7"], "set table.shard=row, or table.group=1"),
-        (["device_memory=much"], "device_memory='much' is no number"),
+        (["device_memory=much"], "device_memory='much' is not a number"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_starts(overrides: list[str], message: str) -> None:

@@ -54,9 +54,9 @@ AT_THE_COMMAND_LINE = {
 }
 #: Refused by `resolve`, which the line above shows to reach the command line.
 WHEN_RESOLVED = {
-    "text for a number": (["ffn.knn=abc"], ["ffn.knn='abc'", "no number"]),
+    "text for a number": (["ffn.knn=abc"], ["ffn.knn='abc'", "not a number"]),
     "fraction": (["ffn.knn=1.5"], ["ffn.knn=1.5", "whole"]),
-    "null dimension": (["model.dim=null"], ["model.dim=None", "no number"]),
+    "null dimension": (["model.dim=null"], ["model.dim=None", "not a number"]),
     "no heads": (["model.n_heads=0"], ["model.n_heads=0"]),
     "a number for layers": (["placement.layers=3"], ["placement.layers=3", "list"]),
     "negative clipping": (["optim.clip_norm=-1"], ["optim.clip_norm=-1"]),
@@ -69,7 +69,7 @@ WHEN_RESOLVED = {
     "no answers": (["callbacks.samples.max_new_tokens=0"], ["callbacks.samples.max_new_tokens=0", "1"]),
     "one prompt": (["data.prompts=hello"], ["data.prompts=hello", "list"]),
     "negative rate": (["optim.lr=-1"], ["optim.lr=-1"]),
-    "seed": (["seed=abc"], ["seed='abc'", "no number"]),
+    "seed": (["seed=abc"], ["seed='abc'", "not a number"]),
     "knn": (["ffn.knn=257"], ["ffn.knn=257", "1 to 256"]),
     "odd key dimension": (["ffn.key_dim=31"], ["ffn.key_dim=31", "odd", "32"]),
     "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "1, 2, 4, 8"]),
@@ -87,7 +87,7 @@ WHEN_RESOLVED = {
     "vocabulary of the data": (["data.vocab_size=200"], ["data.vocab_size=200", "258"]),
     "devices": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
     "unknown module": (["ffn=custom", "ffn._target_=no_such.Thing"], ["no_such.Thing", "import path"]),
-    "function as a class": (["ffn=custom", "ffn._target_=os.getcwd"], ["os.getcwd", "no class"]),
+    "function as a class": (["ffn=custom", "ffn._target_=os.getcwd"], ["os.getcwd", "not a class"]),
     "key added to the model": (["+model.n_head=3"], ["model.n_head", "Did you mean 'n_heads'?"]),
     "no data module": (["data=custom", "data._target_=torch.nn.ReLU"], ["torch.nn.ReLU", "LightningDataModule"]),
     "text without a path": (["data=text"], ["data.path"]),
@@ -121,7 +121,7 @@ def test_bad_input_gets_one_helpful_line(cli: Run, tmp_path: Path, what: str) ->
 def test_bad_values_are_refused_before_anything_starts(tmp_path: Path, what: str) -> None:
     overrides, texts = WHEN_RESOLVED[what]
     with pytest.raises(PkmError) as refused:
-        resolved(*arguments(overrides), f"run_dir={tmp_path / 'run'}", trains=True)
+        resolved(*arguments(overrides), f"run_dir={tmp_path / 'run'}", training=True)
     assert "\n" not in str(refused.value)
     for text in texts:
         assert text in str(refused.value)

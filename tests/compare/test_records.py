@@ -245,7 +245,7 @@ def test_a_directory_without_runs_is_refused(tmp_path: Path, make: bool) -> None
     folder = tmp_path / "empty"
     if make:
         folder.mkdir()
-    with pytest.raises(RunDirectoryError, match="holds no record of a run" if make else "is no directory"):
+    with pytest.raises(RunDirectoryError, match="holds no record of a run" if make else "is not a directory"):
         read_runs([folder])
 
 

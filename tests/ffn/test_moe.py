@@ -184,7 +184,7 @@ def test_the_yaml_routes_like_olmoe_in_every_layer() -> None:
     ("changes", "message"),
     [
         ({"n_experts": 0}, r"ffn.n_experts=0 is out of range; allowed: 1 to inf\."),
-        ({"n_experts": 2.5}, r"ffn.n_experts=2.5 is no whole number\."),
+        ({"n_experts": 2.5}, r"ffn.n_experts=2.5 is not a whole number\."),
         ({"top_k": 6}, r"ffn.top_k=6 is out of range; allowed: 1 to 5\."),
         ({"top_k": 0}, r"ffn.top_k=0 is out of range; allowed: 1 to 5\."),
         ({"hidden_dim": 0}, r"ffn.hidden_dim=0 is out of range; allowed: 1 to inf\."),
@@ -200,7 +200,7 @@ def test_the_yaml_routes_like_olmoe_in_every_layer() -> None:
         ({"routed_scale": -1.0}, r"ffn.routed_scale=-1.0 is out of range; allowed: 0 to inf\."),
         ({"balance_loss": -0.1}, r"ffn.balance_loss=-0.1 is out of range"),
         ({"z_loss": -0.1}, r"ffn.z_loss=-0.1 is out of range"),
-        ({"sequence_balance_loss": "much"}, r"ffn.sequence_balance_loss='much' is no number\."),
+        ({"sequence_balance_loss": "much"}, r"ffn.sequence_balance_loss='much' is not a number\."),
         ({"bias_rate": -0.1}, r"ffn.bias_rate=-0.1 is out of range"),
     ],
 )

@@ -199,7 +199,7 @@ def test_the_yaml_costs_a_dense_ffn_and_its_router() -> None:
         ({"eval_top_k": 4}, r"ffn.eval_top_k=4 is out of range; allowed: 1 to 3\."),
         ({"eval_top_k": 0}, r"ffn.eval_top_k=0 is out of range"),
         ({"hidden_dim": 0}, r"ffn.hidden_dim=0 is out of range; allowed: 1 to inf\."),
-        ({"hidden_dim": 2.5}, r"ffn.hidden_dim=2.5 is no whole number\."),
+        ({"hidden_dim": 2.5}, r"ffn.hidden_dim=2.5 is not a whole number\."),
     ],
 )
 def test_refuses_bad_settings_in_one_line(changes: dict[str, Any], message: str) -> None:

@@ -113,7 +113,7 @@ def test_initial_output_variance_is_that_of_the_weights_times_the_values() -> No
     [
         ({"query_norm": "rms"}, r"ffn.query_norm='rms' is not known; allowed: batch, layer, none\."),
         ({"key_dim": 5}, r"ffn.key_dim=5 is odd"),
-        ({"key_dim": "x"}, r"ffn.key_dim='x' is no number"),
+        ({"key_dim": "x"}, r"ffn.key_dim='x' is not a number"),
         ({"knn": 6}, r"ffn.knn=6 is out of range; allowed: 1 to 5\."),
         ({"n_keys": 6}, r"table has shape \(25, 7\), but ffn.n_keys=6 and model.dim=7 need \(36, 7\)"),
         ({"cures": {"gumble_noise": 1}}, r"ffn.cures.gumble_noise is not known; .* Did you mean 'gumbel_noise'\?"),

@@ -183,7 +183,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
         ({"value_dim": 0}, r"ffn.value_dim=0 is out of range"),
         ({"expansion": 5}, r"ffn.expansion=5 does not divide the 36 slots of ffn.n_keys=6; .* or ffn.n_keys=5\."),
         ({"expansion": 0}, r"ffn.expansion=0 is out of range"),
-        ({"expansion": 1.5}, r"ffn.expansion=1.5 is no whole number"),
+        ({"expansion": 1.5}, r"ffn.expansion=1.5 is not a whole number"),
         ({"spectrum_loss": -1.0}, r"ffn.spectrum_loss=-1.0 is out of range"),
         ({"spectrum_margin": -1.0}, r"ffn.spectrum_margin=-1.0 is out of range"),
     ],

@@ -41,7 +41,7 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_run_dir_must_be_given(tmp_path: Path) -> None:
     for code, out in end(srun(*SMALL_RUN, *DDP, cwd=tmp_path)):
         assert code == 2
-        assert "run_dir is not set; ranks started from outside need run_dir=PATH" in out
+        assert "run_dir is not set; ranks that were started externally need run_dir=PATH" in out
 
 
 @pytest.mark.slow

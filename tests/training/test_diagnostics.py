@@ -20,7 +20,7 @@ from pkm_lightning.callbacks import Diagnostics, diagnostics
 from pkm_lightning.ffn import FFNOutput
 from pkm_lightning.memory import Addressing
 from pkm_lightning.model.rope import apply_rope
-from pkm_lightning.training.diagnostics import held_weights, largest_values, probe
+from pkm_lightning.training.diagnostics import largest_values, local_weights, probe
 
 MEMORY = {"query_norm", "key_norm", "score_max", "score_min", "weight_top"}
 
@@ -71,7 +71,7 @@ def test_scores_and_norms_are_those_of_the_memory() -> None:
     addressing = next(m for m in made.modules() if isinstance(m, Addressing))
     seen: dict[str, Any] = {}
     addressing.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], read=output))
-    found = probe(made, data, rows=2)[0]
+    found = probe(made, data, n_sequences=2)[0]
     with torch.no_grad():
         q_TH2E, _ = addressing.query(seen["x"])
         first_HTS, second_HTS = addressing.keys(q_TH2E)
@@ -106,12 +106,12 @@ def test_update_ratios_are_those_of_the_step() -> None:
 
     class Copy(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-            weights.append({name: value.clone() for name, value in held_weights(pl_module).items()})
+            weights.append({name: value.clone() for name, value in local_weights(pl_module).items()})
 
     module, _, seen = jobs.fit(
         jobs.settings("ffn=memory_plus", "strategy=single", steps=3), 3, watching=[Copy(), Diagnostics(rows=1)]
     )
-    after = held_weights(module)
+    after = local_weights(module)
     name = "model.tables.0.weight"
     expected = (after[name] - weights[2][name]).norm() / weights[2][name].norm()
     assert seen[2]["train/vitals/update_ratio_table"] == pytest.approx(float(expected))

@@ -78,12 +78,19 @@ class WrongRole(nn.Linear):
     parameter_roles = {"weight": "gate"}  # noqa: RUF012
 
 
+class WrongName(nn.Linear):
+    parameter_roles = {"bias": "bias", "wieght": "matrix"}  # noqa: RUF012
+
+
 def test_a_declared_role_wins_and_must_exist() -> None:
     layer = nn.Linear(3, 3)
     layer.parameter_roles = {"weight": "embedding"}
     assert roles(layer)["weight"] == "embedding"
     with pytest.raises(ConfigError, match=r"WrongRole.parameter_roles\['weight'\]='gate' is not known; allowed: "):
         roles(WrongRole(3, 3))
+    message = r"WrongName.parameter_roles\['wieght'\] is not a parameter of the module; allowed: weight.* Did you mean"
+    with pytest.raises(ConfigError, match=message):
+        roles(WrongName(3, 3, bias=False))  # a declared bias that is None is not a typo
 
 
 def factor_at(step: int, schedule: str = "cosine", **changes: Any) -> float:
@@ -130,7 +137,7 @@ def test_wsd_with_a_decay_longer_than_what_warm_up_leaves() -> None:
         ({"schedule": "cosin"}, r"optim.schedule='cosin' is not known; .* Did you mean 'cosine'\?"),
         ({"final_factor": 1.5}, r"optim.final_factor=1.5 is out of range; allowed: 0 to 1"),
         ({"decay_share": -0.1}, r"optim.decay_share=-0.1 is out of range"),
-        ({"warmup_steps": 111}, r"optim.warmup_steps=111 is out of range; allowed: 0 to 110"),
+        ({"warmup_steps": 111}, r"^warmup_steps=111 is out of range; allowed: 0 to 110"),
         ({"max_steps": -1}, r"trainer.max_steps=-1 gives the schedule no length"),
     ],
 )

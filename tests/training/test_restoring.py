@@ -10,7 +10,7 @@ import pytest
 import torch
 from rank_group import Groups
 
-from pkm_lightning.training.restoring import MemoryState, lower_rate
+from pkm_lightning.training.restoring import HostSnapshot, scale_learning_rates
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_lower_rate_lasts_and_keeps_the_shape_of_the_schedule() -> None:
     class Lower(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.global_step == 3:
-                lower_rate(trainer, 0.5)
+                scale_learning_rates(trainer, 0.5)
 
     given = jobs.settings("ffn=dense", "strategy=single", steps=6)
     usual = jobs.fit(given, 6)[2]
@@ -46,7 +46,7 @@ def test_loggers_count_on_from_the_step_that_was_gone_back_to() -> None:
 
     class GoBack(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            self.state = MemoryState(trainer, pl_module)
+            self.state = HostSnapshot(trainer, pl_module)
 
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
             seen.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
@@ -58,11 +58,11 @@ def test_loggers_count_on_from_the_step_that_was_gone_back_to() -> None:
 
 
 def test_a_state_is_a_copy() -> None:
-    kept: list[MemoryState] = []
+    kept: list[HostSnapshot] = []
 
     class Keep(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-            kept.append(MemoryState(trainer, pl_module))
+            kept.append(HostSnapshot(trainer, pl_module))
 
     jobs.fit(jobs.settings("ffn=memory_plus", "strategy=single", steps=3), 3, watching=[Keep()])
     first, last = kept[0]._weights, kept[2]._weights

@@ -12,8 +12,8 @@ from tolerances import assert_close
 from toys import config
 from training.fits import fit, rows, settings, split
 
+from pkm_lightning.build.checks import check_learning
 from pkm_lightning.build.model import build_meta_model
-from pkm_lightning.build.refusals import check_learning
 from pkm_lightning.cli.resume import without_fused
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import TableOptimizer

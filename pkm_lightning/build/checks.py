@@ -1,7 +1,4 @@
-"""What a configuration cannot ask for: every refusal that needs no model stands here.
-
-What depends on the shapes of the model (parts of tables, ids, memory) is refused by `pkm_lightning.capacity`.
-"""
+"""Checks of a configuration that need no model; sizes are checked by `pkm_lightning.capacity`."""
 
 from __future__ import annotations
 
@@ -42,7 +39,9 @@ def check_trainer(config: Config) -> None:
     for name in ("log_every_n_steps", "accumulate_grad_batches", "num_nodes"):
         check_integer(f"trainer.{name}", trainer[name], 1)
     if isinstance(trainer["devices"], bool):
-        raise ConfigError(f"trainer.devices={trainer['devices']} is no number of devices; give one.")
+        raise ConfigError(
+            f"trainer.devices={trainer['devices']} is not a number of devices; set a number, a list, or auto."
+        )
     if trainer.get("gradient_clip_val") is not None:
         check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
     check_clipping(trainer.get("gradient_clip_algorithm"))

@@ -1,0 +1,71 @@
+"""The content of run.json: what a run was, what it cost and what it reached. Reports read it without building a model.
+
+| key | meaning |
+|---|---|
+| schema | version of this table |
+| status | running, finished, failed (with `reason`), interrupted |
+| ffn, seed, precision, world_size, threads, device | what ran where |
+| params | total, active (parameters of one token's arithmetic), table |
+| flops_per_token | train and decode, of the model and of its trunk; the unembedding counts at every position [1] |
+| bytes_per_token | train (the rows that each token moves) and decode (parameters read at batch 1) |
+| unknown_cost | plugins that state no cost; the figures above exclude them |
+| tokens, seconds, tokens_per_second | real input tokens, {train, total} over all sittings |
+| throughput | the last figures of `pkm_lightning.callbacks.Throughput`, without checkpoints' time; None without it |
+| peak_memory_bytes | of the process, or of the device where it is a GPU |
+| versions, commit | of the libraries; of the working directory, if it is this package's checkout |
+| data, facts | fingerprint of the data set; number of facts that training shows, where the data module has `n_facts` |
+| started, ended | UTC, ISO 8601 |
+| best_validation | lowest loss of the validations in training and its step; None without one |
+| metrics | of the final test; recall by form, relation and decile under `recall` |
+
+[1] Training computes the unembedding only where there is a target.
+
+`start_record` has what is known before training, `pkm_lightning.callbacks.RunRecord` collects the rest, and `fit` adds
+how the run ended.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pkm_lightning.model import ModelCost
+from pkm_lightning.training.machine import commit, now, versions
+
+SCHEMA = 1
+
+
+def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
+    """Returns the record at the start of a run, with `"status": "running"`."""
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "ffn": config["ffn"]["_target_"].rsplit(".", 1)[-1],
+        "seed": config["seed"],
+        "params": {"total": cost.params_total, "active": cost.params_active, "table": cost.table_params},
+        "flops_per_token": {
+            "train": cost.train_flops,
+            "decode": cost.model_flops,
+            "trunk": {"train": 3 * cost.trunk_train_flops, "decode": cost.trunk_flops},
+        },
+        "bytes_per_token": {"train": cost.train_bytes, "decode": cost.decode_bytes},
+        "unknown_cost": list(cost.unknown),
+        "tokens": 0,
+        "seconds": {"train": 0.0, "total": 0.0},
+        "tokens_per_second": None,
+        "throughput": None,
+        "peak_memory_bytes": None,
+        "device": None,
+        "versions": versions(),
+        "commit": commit(),
+        "precision": str(config["trainer"]["precision"]),
+        "world_size": None,
+        "threads": torch.get_num_threads(),
+        "data": None,
+        "facts": None,
+        "started": now(),
+        "ended": None,
+        "best_validation": None,
+        "metrics": {},
+    }
