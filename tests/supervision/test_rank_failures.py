@@ -128,7 +128,7 @@ def test_a_killed_rank_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
         f"rank 1 was killed by SIGKILL; the last checkpoint, {checkpoint}, is whole: the same command with "
         f"run_dir={run} continues from it" in out.splitlines()
     )
-    assert seconds < 15
+    assert seconds < 60  # usually 2; the grace of a hanging main thread is 10, and the machine may be busy
     assert record(run)["status"] == "interrupted"
     assert record(run)["tokens"] > 0
     assert last_checkpoint(run)["global_step"] >= 4
