@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pkm_lightning.discovery import find_public
+from pkm_lightning.discovery import find_public, list_public
 
 # Imported as `callbacks`, every class would exist twice, and `isinstance` would fail between the two.
 if __name__ != "pkm_lightning.callbacks":
@@ -20,3 +20,7 @@ if __name__ != "pkm_lightning.callbacks":
 
 def __getattr__(name: str) -> Any:
     return find_public(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return list_public(__name__)

@@ -32,7 +32,8 @@ from pkm_lightning.errors import CheckpointError
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Returns the checkpoint of `run_dir` with the highest step, or None."""
     # Steps are padded to eight digits, so that names sort as numbers.
-    checkpoints = sorted((run_dir / "checkpoints").glob("step-*.ckpt"))
+    entries = (run_dir / "checkpoints").glob("step-*.ckpt")
+    checkpoints = sorted(entry for entry in entries if entry.stem.removeprefix("step-").isdigit())
     return checkpoints[-1] if checkpoints else None
 
 
@@ -124,12 +125,14 @@ class SavedCheckpoint:
         skeleton, names = self._part(without)
         tensors = {name: torch.empty(self.shapes[name][0], dtype=self.shapes[name][1]) for name in names}
         self.read_into(tensors)
-        return dict(restore(skeleton, tensors))
+        with self._damage_reported():
+            return dict(restore(skeleton, tensors))
 
     def map(self, without: Sequence[str] = ()) -> dict[str, Any]:
         """Returns what `read` returns, but the tensors of one file stay there, and a write to them ends the process."""
         skeleton, names = self._part(without)
-        return dict(restore(skeleton, self._content.mapped(names)))
+        with self._damage_reported():
+            return dict(restore(skeleton, self._content.mapped(names)))
 
     def chunks(self, name: str) -> list[Chunk]:
         """Returns the mapped blocks of a tensor: one, or as many as ranks wrote.
@@ -156,6 +159,8 @@ class SavedCheckpoint:
             raise
         except DamagedFileError as error:
             raise CheckpointError(f"ckpt={self.path} is damaged ({error}); use another one.") from None
+        except PermissionError as error:
+            raise CheckpointError(f"ckpt={self.path} cannot be read ({error.strerror}); use another one.") from None
         except Exception:  # torch has half a dozen classes for a file that it cannot read
             raise CheckpointError(f"ckpt={self.path} is damaged or no checkpoint; use another one.") from None
 

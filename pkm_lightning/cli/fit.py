@@ -27,8 +27,7 @@ from pkm_lightning.cli.run_directory import RunDirectory, continues_run
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import ConfigError, DataError, Interrupted, RankLostError, RunDirectoryError
-from pkm_lightning.supervision import ErrorFolder
-from pkm_lightning.supervision.external_ranks import Decision, ExternalRanks, check_world, join
+from pkm_lightning.supervision.external_ranks import Decision, ExternalRanks, check_world, join, started_externally
 from pkm_lightning.supervision.rank_failures import (
     describe,
     end_on_lost_rank,
@@ -57,41 +56,59 @@ def _run(job: Job) -> float | None:
         )
     command = plain(job.config)
     path = Path(command["run_dir"])
-    is_first = getattr(rank_zero_only, "rank", 0) == 0
-    # Ranks that rank 0 has started find its decision in the directory; those started externally receive it on joining.
-    resumes = continues_run(path, command["resume"]) if is_first else ErrorFolder.inherited() is not None
-    resolved = _resolve_saved(job, path, command) if resumes else resolve(command, training=True)
-    checkpoint = latest_checkpoint(path) if resumes else None
-    assembly = assemble(resolved, resumed_step=_step(checkpoint) if is_first else None)
-    external = join(assembly.trainer)
-    if not (external.rank == 0 if external else is_first):
-        return _run_other_rank(path, resolved, assembly, checkpoint, external)
-    with contextlib.ExitStack() as stack, end_on_lost_rank(assembly.trainer, path):
+    is_external = started_externally()
+    if not is_external and getattr(rank_zero_only, "rank", 0) != 0:
+        # Rank 0, which has started this rank, has written its decision into the directory.
+        saved = (path / "config.yaml").exists()
+        resolved = _resolve_saved(job, path, command, None) if saved else resolve(command, training=True)
+        return _run_other_rank(path, resolved, assemble(resolved), latest_checkpoint(path))
+    of_command: ResolvedRun | None = None
+    external: ExternalRanks | None = None
+    if is_external:
+        # All ranks join with what the command alone says, so that no refusal of rank 0 below leaves them waiting.
+        of_command = resolve(command, training=True)
+        assembly = assemble(of_command)
+        external = join(assembly.trainer)
+        if external and external.rank != 0:
+            return _run_external_rank(path, of_command, assembly, external)
+    with contextlib.ExitStack() as stack:
+        if external:
+            stack.enter_context(end_on_lost_rank(assembly.trainer, path))
         with external.refuse_on_error() if external else contextlib.nullcontext():
+            resumes = continues_run(path, command["resume"])
+            checkpoint = latest_checkpoint(path) if resumes else None
+            if resumes:
+                resolved = _resolve_saved(job, path, command, of_command)
+            else:
+                resolved = of_command or resolve(command, training=True)
+            assembly = assemble(resolved, resumed_step=_step(checkpoint))
+            if external:
+                check_world(assembly.trainer, external.world_size)
+            else:
+                join(assembly.trainer)  # refuses several nodes without an external launcher
             directory = RunDirectory(path, resume=command["resume"])
             stack.callback(directory.close)
             if directory.resumes != resumes or directory.checkpoint() != checkpoint:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
                 open_checkpoint(checkpoint)  # refuses a damaged one before anything starts
-            if external:
-                check_world(assembly.trainer, external.world_size)
         if external:
             external.send(Decision(resolved.config, checkpoint))
         return _train_with_record(directory, resolved, assembly, checkpoint)
 
 
-def _run_other_rank(
-    path: Path, resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None, external: ExternalRanks | None
-) -> float | None:
-    """Trains as the first rank has decided: this one neither holds the directory nor writes the record."""
-    if external:
-        with end_on_lost_rank(assembly.trainer, path):
-            decision = external.receive()
-            checkpoint = decision.checkpoint
-            if decision.config != resolved.config:  # rank 0 continues an earlier run
-                resolved = resolve(decision.config, training=True)
-                assembly = assemble(resolved)
+def _run_external_rank(path: Path, resolved: ResolvedRun, assembly: Assembly, external: ExternalRanks) -> float | None:
+    """Waits for the decision of rank 0, and trains as it says."""
+    with end_on_lost_rank(assembly.trainer, path):
+        decision = external.receive()
+        if decision.config != resolved.config:  # rank 0 continues an earlier run
+            resolved = resolve(decision.config, training=True)
+            assembly = assemble(resolved)
+    return _run_other_rank(path, resolved, assembly, decision.checkpoint)
+
+
+def _run_other_rank(path: Path, resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None) -> float | None:
+    """Trains in a rank other than the first: it neither holds the directory nor writes the record."""
     with end_on_lost_rank(assembly.trainer, path), watch_ranks(assembly.trainer, path):
         try:
             return _train(resolved, assembly, checkpoint)
@@ -100,8 +117,12 @@ def _run_other_rank(
             raise Interrupted("", 0) from stop
 
 
-def _resolve_saved(job: Job, path: Path, command: dict[str, Any]) -> ResolvedRun:
+def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: ResolvedRun | None) -> ResolvedRun:
     """Resolves the saved configuration; the command line may change only the devices, strategy and sharding.
+
+    Args:
+        job, path, command: the job, its run directory and configuration.
+        of_command: the resolved configuration of the command, if there is one already.
 
     Raises:
         RunDirectoryError: the command asks for another configuration.
@@ -114,7 +135,7 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any]) -> ResolvedRun
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
-    resolved = resolve(command, training=True)
+    resolved = of_command or resolve(command, training=True)
     different = differences(saved, resolved.config)
     if different:
         raise RunDirectoryError(

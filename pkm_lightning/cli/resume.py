@@ -45,8 +45,19 @@ def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
         raise RunDirectoryError(f"{file} is not a configuration of this package.")
     if not trust:
         check_trusted(config, str(file))
-    moved: dict[str, Any] = move_paths(config, str(config.get("run_dir")), str(run_dir))
+    moved: dict[str, Any] = move_paths(_with_new_names(config), str(config.get("run_dir")), str(run_dir))
     return {**moved, "run_dir": str(run_dir)}
+
+
+def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a saved configuration with the callback `vitals` of earlier versions under its name of today."""
+    callbacks = config.get("callbacks")
+    if not isinstance(callbacks, dict) or "vitals" not in callbacks:
+        return config
+    renamed = {"diagnostics" if key == "vitals" else key: value for key, value in callbacks.items()}
+    if isinstance(renamed["diagnostics"], dict):
+        renamed["diagnostics"] = {**renamed["diagnostics"], "_target_": "pkm_lightning.callbacks.Diagnostics"}
+    return {**config, "callbacks": renamed}
 
 
 def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:

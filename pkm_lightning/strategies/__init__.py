@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pkm_lightning.discovery import find_public
+from pkm_lightning.discovery import find_public, list_public
 
 
 def __getattr__(name: str) -> Any:
     return find_public(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return list_public(__name__)

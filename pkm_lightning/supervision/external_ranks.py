@@ -15,7 +15,14 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
@@ -24,6 +31,8 @@ from torch.distributed import default_pg_timeout
 
 from pkm_lightning.errors import ConfigError, Interrupted, RankLostError
 from pkm_lightning.supervision.launcher import RANK_LOST
+
+_EXTERNAL = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,14 @@ class ExternalRanks:
         # Rank 0 may end right after a refusal: it waits here until all ranks have received it.
         dist.barrier(device_ids=None if self._device.type == "cpu" else [self._device.index])
         return message[0]
+
+
+def started_externally() -> bool:
+    """Returns whether a launcher outside this package (torchrun, SLURM, LSF, MPI) has started this process.
+
+    Call it before a Trainer is made; the kinds are those among which Lightning chooses.
+    """
+    return any(kind.detect() for kind in _EXTERNAL)
 
 
 def check_world(trainer: L.Trainer, started: int) -> None:

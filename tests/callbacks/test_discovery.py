@@ -28,6 +28,14 @@ def test_only_the_file_that_lists_a_class_is_imported(tmp_path: Path, monkeypatc
     assert pkm_lightning.callbacks.RunInterrupted.__module__ == "pkm_lightning.callbacks.step_checkpoint"
 
 
+def test_the_public_names_are_listed() -> None:
+    assert {"SlotUsage", "Instability", "StepCheckpoint"} <= set(dir(pkm_lightning.callbacks))
+    names: dict[str, object] = {}
+    exec("from pkm_lightning.callbacks import *", names)
+    assert names["SlotUsage"] is pkm_lightning.callbacks.SlotUsage
+    assert "find_public" not in names
+
+
 @pytest.mark.parametrize("name", ["Diagnostics", "Vitals"])
 def test_saved_configurations_name_their_classes(name: str) -> None:
     """Resolves `Vitals` too, the name of `Diagnostics` in configurations of versions before 0.2."""

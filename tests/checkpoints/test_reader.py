@@ -48,6 +48,13 @@ def test_a_checkpoint_of_another_module_is_opened_only_unchecked(tmp_path: Path)
         open_checkpoint(tmp_path / "other.ckpt")
 
 
+def test_a_name_without_a_tensor_is_damage(tmp_path: Path) -> None:
+    torch.save({**checkpoint(), "extra": {"__tensor__": "nowhere"}}, tmp_path / "odd.ckpt")
+    for read in (SavedCheckpoint.map, SavedCheckpoint.read):
+        with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+            read(open_checkpoint(tmp_path / "odd.ckpt"))
+
+
 def test_the_latest_checkpoint_has_the_highest_step(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for step in (90, 100, 20):

@@ -111,6 +111,18 @@ def test_an_interrupted_run_takes_its_own_configuration_also_where_it_was_moved(
     assert not trained.exists()
 
 
+def test_a_run_of_an_earlier_version_is_continued_by_its_own_command(cli: Run, trained: Path) -> None:
+    """The callback `diagnostics` was `vitals`; the command that started the run goes on with it."""
+    as_if_killed(trained)
+    saved = yaml.safe_load((trained / "config.yaml").read_text())
+    entry = saved["callbacks"].pop("diagnostics")
+    saved["callbacks"]["vitals"] = {**entry, "_target_": "pkm_lightning.callbacks.Vitals"}
+    (trained / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+    continued = cli("fit", *SMALL_RUN, "run_dir=run", "model.tied=true")
+    assert continued.code == 0, continued.err
+    assert record(trained)["status"] == "finished"
+
+
 def test_a_continued_run_keeps_the_time_of_earlier_sittings_from_its_start(
     cli: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from launches import DDP, end, free_port, small_fit, srun, torchrun
 from processes import finish, fit, metrics
-from small import SMALL_RUN
+from small import SMALL_RUN, resolved
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -20,12 +21,33 @@ def record(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_refusal_ends_all_ranks_and_is_printed_once(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("")
-    ended = end(srun(*SMALL_RUN, *DDP, "run_dir=run", cwd=tmp_path))
+@pytest.mark.parametrize(
+    ("saved", "overrides", "message"),
+    [
+        (None, DDP, "has no run.json"),
+        ({"status": "finished"}, DDP, "holds a run that finished"),
+        ({"status": "interrupted"}, [*DDP, "model.dim=128"], "another configuration (model.dim: 64 -> 128"),
+        ({"status": "interrupted"}, [], "makes 1 rank(s), but 2 were started externally"),
+        ("not a record", DDP, "run.json"),
+    ],
+)
+def test_a_refusal_of_rank_0_ends_all_ranks_and_is_printed_once(
+    tmp_path: Path, saved: object, overrides: list[str], message: str
+) -> None:
+    """Whatever rank 0 refuses after it has read the run directory: the others wait for its decision."""
+    run = tmp_path / "run"
+    run.mkdir()
+    if saved is None:
+        (run / "thesis.tex").write_text("")
+    else:
+        (run / "run.json").write_text(json.dumps(saved))
+        small = resolved(*SMALL_RUN, f"run_dir={run}").config
+        (run / "config.yaml").write_text(yaml.safe_dump(small, sort_keys=False))
+    small_run = SMALL_RUN if overrides else []
+    ended = end(srun(*small_run, *overrides, "run_dir=run", cwd=tmp_path))
     assert [code for code, _ in ended] == [2, 2], ended
-    assert ["error: run_dir=" in out for _, out in ended] == [True, False]
+    assert [message in out for _, out in ended] == [True, False], ended
+    assert ["error: " in out for _, out in ended] == [True, False], ended
 
 
 @pytest.mark.slow

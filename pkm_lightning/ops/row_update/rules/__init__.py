@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from pkm_lightning.discovery import public_names
 from pkm_lightning.ops.row_update.rules.base import RowRule, RowState, UpdateStep, new_state, state_bytes
 
 __all__ = ["RowRule", "RowState", "UpdateStep", "find_rule", "new_state", "rule_names", "state_bytes"]
@@ -17,7 +18,8 @@ __all__ = ["RowRule", "RowState", "UpdateStep", "find_rule", "new_state", "rule_
 
 def rule_names() -> tuple[str, ...]:
     """Returns the names of all rules, sorted."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(name for name in names if public_names(f"{__name__}.{name}"))
 
 
 def find_rule(name: str) -> type[RowRule]:
