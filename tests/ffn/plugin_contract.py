@@ -122,14 +122,17 @@ def check_compiled(case: Case) -> None:
     # The experts' shares of tokens depend on the data.
     whole = not any(isinstance(module, SwiGLUExperts) for module in model.modules())
     compiled.blocks[0].compile(backend="aot_eager", fullgraph=whole)
-    outputs_BTD = [run(other, ids()).hidden_BTD for other in (compiled, model)]
-    assert_close(*outputs_BTD)
-    for y_BTD in outputs_BTD:
-        y_BTD.square().sum().backward()
-    for p, expected in zip(compiled.parameters(), model.parameters(), strict=True):
-        if expected.grad is not None and p.grad is not None:
-            assert_close(p.grad, expected.grad, kind="grad")
-        assert (p.grad is None) == (expected.grad is None)
+    for ids_BT in (ids(), ids()[:, 2:]):  # another length recompiles, or must not depend on it
+        outputs = [run(other, ids_BT) for other in (compiled, model)]
+        assert_close(*(output.hidden_BTD for output in outputs))
+        assert outputs[0].aux_losses.keys() == outputs[1].aux_losses.keys()
+        for output in outputs:
+            (output.hidden_BTD.square().sum() + sum(output.aux_losses.values())).backward()
+        for p, expected in zip(compiled.parameters(), model.parameters(), strict=True):
+            if expected.grad is not None and p.grad is not None:
+                assert_close(p.grad, expected.grad, kind="grad")
+            assert (p.grad is None) == (expected.grad is None)
+            p.grad = expected.grad = None
     torch._dynamo.reset()
 
 
