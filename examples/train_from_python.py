@@ -28,7 +28,8 @@ def train(overrides: Sequence[str]) -> dict[str, str]:
     with initialize_config_module("pkm_lightning.configs", version_base="1.3"):
         composed: Any = OmegaConf.to_container(compose("config", overrides=[*SETTING, *overrides]), resolve=True)
     run = resolve(composed)  # fills in what follows from data and sizes, and refuses what cannot work
-    print(f"{run.cost.params_total:,} parameters, {run.cost.params_active:,} of them active per token")
+    unknown = f", without those of {', '.join(run.cost.unknown)}" if run.cost.unknown else ""
+    print(f"{run.cost.params_total:,} parameters, {run.cost.params_active:,} of them active per token{unknown}")
 
     module = LanguageModule(run.config)
     trainer = L.Trainer(

@@ -131,8 +131,9 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
             trusted = False
         if not trusted:
             raise ConfigError(
-                f"{source} names {key}={target}, which is not a class of pkm_lightning, lightning or torch that is a "
-                f"{', '.join(kind.__name__ for kind in _TRUSTED_KINDS)}; if you trust that file, set trust_config=true."
+                f"{source} names {key}={target}, code that a saved configuration may not run unasked (allowed: classes "
+                f"of pkm_lightning, lightning and torch of the kinds {', '.join(k.__name__ for k in _TRUSTED_KINDS)}); "
+                "if it is yours, repeat the command with trust_config=true."
             )
 
 

@@ -63,7 +63,10 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("sized by", ", ".join(f"{knob} = {value:,}" for knob, value in figures["sized"].items())))
     rows += [
         ("layers with the variant", ", ".join(map(str, figures["layers"])) or "none"),
-        ("value table", f"{size['rows']:,} rows of {size['dim']:,}: {size['bytes']:,} bytes"),
+        (
+            "value table",
+            f"{size['rows']:,} rows of {size['dim']:,}: {size['bytes']:,} bytes" if size["rows"] else "none",
+        ),
         ("weights", f"{figures['weight_bytes']:,} bytes"),
         ("optimizer states", f"{figures['optimizer_bytes']:,} bytes"),
     ]

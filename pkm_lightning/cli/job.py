@@ -170,7 +170,7 @@ _IRRELEVANT_WARNINGS = (
 
 def _quieten_libraries() -> None:
     """Silences Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -78,7 +78,7 @@ def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     tokens = plan["tokens_per_device_and_step"]
     rows = [
         ("devices, strategy", f"{plan['devices']}, {plan['strategy']}"),
-        ("tables", f"{split}, {table['copies']} copies"),
+        ("tables", f"{split}, {table['copies']} cop{'y' if table['copies'] == 1 else 'ies'}"),
         ("tokens per device and step", "unknown" if tokens is None else f"{tokens:,}"),
         ("memory per device, without activations", _amount(held["total"])),
         *((label, _amount(held[key])) for key, label in _HELD.items() if held[key] != 0),

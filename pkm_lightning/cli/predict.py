@@ -32,4 +32,4 @@ def run(job: Job) -> None:
         write_beside(path, "".join(line + "\n" for line in lines))
         for line in lines[:20]:
             print(line)
-        print(f"{len(lines)} answers in {path}")
+        print(f"{len(lines)} answer{'' if len(lines) == 1 else 's'} in {path}")

@@ -64,7 +64,7 @@ def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _answers(scores: Sequence[ItemScore]) -> Table:
-    table = Table(title="held-out paraphrases and questions")
+    table = Table(title="some of the questions, chosen by position")
     for column in ("prompt", "answer", "truth"):
         table.add_column(column)
     shown = [s for form in ("paraphrase", "question", "validation") for s in _spread(scores, form)]
