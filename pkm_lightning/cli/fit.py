@@ -65,7 +65,7 @@ def _run(job: Job) -> float | None:
     of_command: ResolvedRun | None = None
     external: ExternalRanks | None = None
     if is_external:
-        # All ranks join with what the command alone says, so that no refusal of rank 0 below leaves them waiting.
+        # All ranks join with the configuration of the command, so that no refusal of rank 0 below leaves them waiting.
         of_command = resolve(command, training=True)
         assembly = assemble(of_command)
         external = join(assembly.trainer)
@@ -98,7 +98,7 @@ def _run(job: Job) -> float | None:
 
 
 def _run_external_rank(path: Path, resolved: ResolvedRun, assembly: Assembly, external: ExternalRanks) -> float | None:
-    """Waits for the decision of rank 0, and trains as it says."""
+    """Waits for the decision of rank 0, and trains accordingly."""
     with end_on_lost_rank(assembly.trainer, path):
         decision = external.receive()
         if decision.config != resolved.config:  # rank 0 continues an earlier run

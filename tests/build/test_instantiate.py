@@ -123,8 +123,9 @@ def test_a_saved_configuration_may_not_name(target: str, nested: bool) -> None:
         settings, where = {"ffn": {"_target_": target}}, "ffn._target_"  # type: ignore[dict-item]
     with pytest.raises(ConfigError) as error:
         check_trusted(settings, "runs/a/config.yaml")
-    assert f"runs/a/config.yaml names {where}={target}, code that a saved configuration may not run unasked" in str(error.value)
-    assert "set trust_config=true" in str(error.value)
+    refusal = f"runs/a/config.yaml names {where}={target}, code that a saved configuration may not run unasked"
+    assert refusal in str(error.value)
+    assert "repeat the command with trust_config=true" in str(error.value)
 
 
 @pytest.mark.parametrize(
