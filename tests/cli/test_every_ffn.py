@@ -14,14 +14,10 @@ from tree import ROOT
 FFNS = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
 
 
-#: The others differ in formulas, which tests/ffn holds, not in what a run does with them.
-QUICK = ("memory_plus",)
-
-
-@pytest.mark.parametrize(
-    "ffn",
-    [ffn if ffn in QUICK else pytest.param(ffn, marks=pytest.mark.slow) for ffn in (*FFNS, "moe ffn.balancing=bias")],
-)
+# Quick tests of the same for Memory+: a killed run in test_resume.py, a moved one in test_fit.py. Other FFNs differ in
+# formulas, which tests/ffn compares, not in what a run does with them.
+@pytest.mark.slow
+@pytest.mark.parametrize("ffn", [*FFNS, "moe ffn.balancing=bias"])
 def test_trains_reports_recall_and_resumes_bit_for_bit(cli: Run, ffn: str, tmp_path: Path) -> None:
     command = ["fit", *f"ffn={ffn}".split(), *SMALL_RUN, "+callbacks.interrupt._target_=toys.InterruptOnce"]
     whole = cli(*command, "run_dir=whole")
