@@ -103,7 +103,7 @@ def test_wheel_and_sdist_carry_metadata_and_licences(wheel: Path, built: Path) -
     metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
     assert (metadata["Version"], metadata["License-Expression"]) == (__version__, "Apache-2.0")
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(archive.namelist())
-    assert b"pkm-lightning = pkm_lightning.cli.main:main" in archive.read(f"{info}/entry_points.txt")
+    assert b"pkm-lightning = pkm_lightning.__main__:run" in archive.read(f"{info}/entry_points.txt")
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"LICENSE", "NOTICE", "README.md"} <= names

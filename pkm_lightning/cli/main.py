@@ -5,6 +5,7 @@ The module of a verb has `run(job)`; a `PkmError` that it raises reaches the use
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -91,6 +92,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         nonlocal composed
         composed = True
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
+        if verb != "info":  # short, and it makes few objects
+            gc.enable()  # see `__main__`
         try:
             made = Job(verb, arguments, config, variants, given)
         except PkmError as error:  # Hydra would print a line of its own before it
