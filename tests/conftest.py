@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import shape_checks
 
-# The million objects that imports make all stay: a collection that looks at them takes 0.4 s, and there are many.
-gc.disable()
 shape_checks.install()
 
 import pytest  # noqa: E402  the checks come before anything could import the package
@@ -31,17 +28,6 @@ from pkm_lightning.cli.main import main  # noqa: E402
 # With several workers on few cores, more threads per process are slower. Processes that tests start inherit the limit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-
-
-def pytest_collection_finish() -> None:
-    """Takes all that imports have made out of the collections of garbage."""
-    gc.freeze()
-    gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """Puts it back: nanobind reports what is still frozen at the end as leaked."""
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
