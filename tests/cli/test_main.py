@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 from small import SMALL_RUN, Run, resolved
 
+from pkm_lightning.__main__ import run
 from pkm_lightning.cli.main import VERBS
 from pkm_lightning.errors import PkmError
 
@@ -25,6 +29,36 @@ def test_help_is_no_error(cli: Run) -> None:
     shown = cli("--help")
     assert shown.code == 0
     assert "usage:" in shown.out
+
+
+def test_help_imports_neither_hydra_nor_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['pkm-lightning', '--help']\n"
+        "from pkm_lightning.__main__ import run\n"
+        "try:\n    run()\nexcept SystemExit:\n    print(*sorted({'hydra', 'torch', 'lightning'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_info_ends_its_process_with_all_it_printed_and_imports_what_it_uses() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "pkm_lightning", "info", "format=json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["ffn"] == "MemoryPlus"
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert {"torch", "lightning"} <= imported
+    assert not imported & {"deepspeed", "tensorboard", "jinja2"}
+
+
+def test_info_hands_on_the_exit_code_of_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(sys, "argv", ["pkm-lightning", "info", "ffn=dense,"])
+    monkeypatch.setattr(os, "_exit", codes.append)
+    try:
+        run()
+    finally:
+        gc.enable()
+    assert codes == [2]
 
 
 def test_cfg_job_prints_the_composed_configuration(cli: Run) -> None:
