@@ -43,7 +43,8 @@ def test_help_imports_neither_hydra_nor_torch() -> None:
 
 def test_info_ends_its_process_with_all_it_printed_and_imports_what_it_uses() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "pkm_lightning", "info", "format=json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=buffered)
     assert json.loads(done.stdout)["ffn"] == "MemoryPlus"
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"torch", "lightning"} <= imported
