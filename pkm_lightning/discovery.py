@@ -28,7 +28,9 @@ def find_public(package: str, name: str) -> Any:
     if not name.startswith("_"):
         for module in _modules(package):
             if name in public_names(module, mentioning=name):
-                return getattr(importlib.import_module(module), name)
+                found = getattr(importlib.import_module(module), name)
+                setattr(sys.modules[package], name, found)  # the next use of the name does not search again
+                return found
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 

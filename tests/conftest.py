@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import compositions
 import shape_checks
 
 shape_checks.install()
+compositions.keep_compositions()
 
 import pytest  # noqa: E402  the checks come before anything could import the package
 import torch  # noqa: E402

@@ -43,10 +43,11 @@ def initialise(model: TransformerParts, seed: int) -> None:
     std = model.embedding.embedding_dim**-0.5
     # `fork_rng` saves only the CPU's generator and those of the devices it is given.
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    on_cpu = all(p.device.type in ("cpu", "meta") for p in model.parameters())
     with torch.random.fork_rng(devices=sorted(devices)):
         for name, module in _named_parts(model):
             # CRC-32 because `hash` of a string differs between processes, and ranks must draw the same weights.
-            torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            seed_torch(zlib.crc32(f"{seed}/{name}".encode()), on_cpu=on_cpu)
             if name.endswith("attention.out"):
                 nn.init.normal_(module.weight, std=std * (2 * len(model.blocks)) ** -0.5)  # type: ignore[arg-type]
             elif isinstance(module, nn.RMSNorm):
@@ -56,6 +57,18 @@ def initialise(model: TransformerParts, seed: int) -> None:
                     module.reset_parameters()  # type: ignore[operator]
             else:
                 nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
+
+
+def seed_torch(seed: int, *, on_cpu: bool) -> None:
+    """Seeds torch's generator of the CPU, and those of all other devices unless all draws are on the CPU.
+
+    Where no other device is initialised, `torch.manual_seed` formats the Python stack for each kind of device, to be
+    shown if its later seeding fails: 0.3 to 1 ms per call.
+    """
+    if on_cpu:
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _named_parts(model: TransformerParts) -> Iterator[tuple[str, nn.Module]]:

@@ -31,6 +31,7 @@ from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
+from pkm_lightning.model.initialisation import seed_torch
 from pkm_lightning.model.loss import token_nll
 from pkm_lightning.model.placement import named_plugins, plugin_entries
 from pkm_lightning.model.sharding import shard_dense
@@ -155,7 +156,7 @@ class LanguageModule(L.LightningModule):
         seed = zlib.crc32(stream.encode())
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        seed_torch(seed, on_cpu=self.device.type == "cpu")
 
     def _follow_schedule(self, table_optimizer: Optimizer) -> None:
         """Sets this step's rate for tables outside the optimizer that the schedule drives."""

@@ -7,6 +7,7 @@ Modules are imported when a rule is first asked for: `find_rule("lazy_adam")` re
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 
@@ -22,6 +23,7 @@ def rule_names() -> tuple[str, ...]:
     return tuple(name for name in names if public_names(f"{__name__}.{name}"))
 
 
+@functools.cache
 def find_rule(name: str) -> type[RowRule]:
     """Returns the rule `name`: the class that the `__all__` of the module of that name lists.
 
