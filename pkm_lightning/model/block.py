@@ -12,6 +12,8 @@ from pkm_lightning.model.attention import Attention, AttentionInputs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pkm_lightning.model.cache import LayerCache
+
 
 class Block(nn.Module):
     """A block `x + attention(norm(x))`, then `x + ffn(norm(x))` (Xiong et al. 2020, arXiv 2002.04745)."""
@@ -23,9 +25,11 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.ffn = ffn
 
-    def forward(self, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:
+    def forward(
+        self, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext, cached: LayerCache | None = None
+    ) -> FFNOutput:
         """Returns the plugin's output with `y_BTD` replaced by the new residual stream."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), shared)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), shared, cached)
         output = self._run_ffn(self.ffn_norm(x_BTD), context)
         return output._replace(y_BTD=x_BTD + output.y_BTD)
 

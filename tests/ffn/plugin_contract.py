@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,6 +178,21 @@ class PluginContract:
         before_BTD, after_BTD = (run(model.train(), x_BT).hidden_BTD[:, :5] for x_BT in (ids_BT, changed_BT))
         causal = all(getattr(plugin, "causal_in_training", True) for plugin in plugins(model))
         assert torch.allclose(after_BTD, before_BTD, rtol=1e-5, atol=1e-5) is causal
+
+    def test_a_cache_gives_the_full_forward(self, model: Transformer) -> None:
+        """Reads prompts of 3 and 5 tokens, one padded, then the rest one by one and in pairs."""
+        model.eval()
+        full_BTD = run(model, ids()).hidden_BTD
+        shorter_BTD = run(model, ids()[1:, 2:]).hidden_BTD
+        cache, read = model.new_cache(2, 9), [5, 6, 7, 9]
+        valid_BT = torch.ones(2, 5, dtype=torch.bool)
+        valid_BT[1, :2] = False
+        parts = [run(model, ids()[:, :5], valid_BT=valid_BT, cache=cache).hidden_BTD]
+        for start, end in itertools.pairwise(read):
+            parts.append(run(model, ids()[:, start:end], cache=cache).hidden_BTD)
+        cached_BTD = torch.cat(parts, dim=1)
+        assert_close(cached_BTD[0], full_BTD[0])
+        assert_close(cached_BTD[1, 2:], shorter_BTD[0])
 
     def test_parameters_learn_also_with_activation_checkpointing(self, model: Transformer) -> None:
         plain, recomputed = model.train(), copy.deepcopy(model)
