@@ -184,11 +184,9 @@ class PluginContract:
         model.eval()
         full_BTD = run(model, ids()).hidden_BTD
         shorter_BTD = run(model, ids()[1:, 2:]).hidden_BTD
-        cache, read = model.new_cache(2, 9), [5, 6, 7, 9]
-        valid_BT = torch.ones(2, 5, dtype=torch.bool)
-        valid_BT[1, :2] = False
+        cache, valid_BT = model.new_cache(2, 9), torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
         parts = [run(model, ids()[:, :5], valid_BT=valid_BT, cache=cache).hidden_BTD]
-        for start, end in itertools.pairwise(read):
+        for start, end in itertools.pairwise([5, 6, 7, 9]):
             parts.append(run(model, ids()[:, start:end], cache=cache).hidden_BTD)
         cached_BTD = torch.cat(parts, dim=1)
         assert_close(cached_BTD[0], full_BTD[0])
