@@ -95,11 +95,14 @@ def check_memory(plan: Plan, limit: float, model: Transformer, config: Mapping[s
         if needed is not None and needed <= limit
     ]
     advice = (
-        f"this fits: {'; or '.join(fitting[:4])}" if fitting else "no other way of splitting it fits: choose fewer rows"
+        f"this fits: {'; or '.join(fitting[:4])}"
+        if fitting
+        else "no other way of splitting it fits: choose fewer rows or a smaller batch"
     )
     largest = max(_held(plan).items(), key=lambda item: item[1])
+    without = " without activations" if plan.memory.activations is None else ""
     raise ConfigError(
-        f"a device needs {plan.memory_total / _GB:,.1f} GB without activations (the most for "
+        f"a device needs {plan.memory_total / _GB:,.1f} GB{without} (the most for "
         f"{largest[0].replace('_', ' ')}, {largest[1] / _GB:,.1f} GB), but has {limit / _GB:,.1f} GB (device_memory); "
         f"{advice}."
     )
@@ -114,6 +117,13 @@ def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tup
     setting = Setting.of(config)
     changes: list[tuple[str, dict[str, Any]]] = []
     has_tables = bool(list(model.tables))
+    if not setting.checkpointing:
+        changes.append(("model.activation_checkpointing=true", {"model.activation_checkpointing": True}))
+    rows = 0 if setting.tokens is None or setting.length is None else setting.tokens // setting.length
+    changes += [
+        (f"trainer.accumulate_grad_batches={n}", {"trainer.accumulate_grad_batches": n})
+        for n in (setting.accumulate * factor for factor in (2, 4, 8) if rows > 0 and rows % factor == 0)
+    ]
     if has_tables and setting.learning == "dense":
         changes.append(("table.learning=rows", {"table.learning": "rows"}))
     if has_tables:
@@ -171,7 +181,7 @@ def _needs(
 
 
 def _changed(config: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    changed = {**config, **{key: copy.copy(config[key]) for key in ("trainer", "table", "data")}}
+    changed = {**config, **{key: copy.copy(config[key]) for key in ("trainer", "table", "data", "model")}}
     for key, value in change.items():
         group, _, name = key.partition(".")
         if name:
