@@ -22,7 +22,8 @@ Bytes in the memory of one device when a backward starts. Temporaries of kernels
 the attention kernel and the casts of mixed precision that a device uses. Per token, a block with a SwiGLU FFN keeps
 (9 D + 2 J + H + S + 4 F + 2) b bytes: input, normalised input and output of both norms (6 D), queries and, twice, the
 output of attention (3 D), keys and values (2 J), a sum per head (H), the mask of documents (S), gate, its activation,
-the other factor and the product (4 F), and the scales of the norms. Compiled blocks and fused norms keep less.
+the other factor and the product (4 F), and the scales of the norms, which keep fp32 in every precision. Compiled blocks
+and fused norms keep less.
 
 | figure | table.learning=rows | table.learning=dense |
 |---|---|---|

@@ -41,16 +41,18 @@ def activations(model: Transformer, setting: Setting) -> Activations | None:
     if setting.tokens is None or setting.length is None:
         return None
     dtype = torch.bfloat16 if setting.item == 2 else None
-    kept = _kept(model, setting.tokens // setting.length, setting.length, setting.checkpointing, setting.mixed, dtype)
-    logits = _LOGIT_BYTES * setting.tokens * model.embedding.num_embeddings
-    return None if kept is None else Activations(kept=kept, logits=logits)
+    count = _counted(model, setting.tokens // setting.length, setting.length, setting.mixed, dtype)
+    if count is None:
+        return None
+    kept = count.total
+    if setting.checkpointing:  # blocks keep their inputs only, and one block at a time is run again
+        kept += sum(count.inputs) + max(count.blocks) - sum(count.blocks)
+    return Activations(kept=kept, logits=_LOGIT_BYTES * setting.tokens * model.embedding.num_embeddings)
 
 
 # A refused plan looks at many settings of the same micro-batch.
 @lru_cache(maxsize=4)
-def _kept(
-    model: Transformer, rows: int, length: int, checkpointing: bool, mixed: bool, dtype: torch.dtype | None
-) -> int | None:
+def _counted(model: Transformer, rows: int, length: int, mixed: bool, dtype: torch.dtype | None) -> _Count | None:
     ids_BT = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     # The copy shares nothing with a model that others go on to use, and costs no memory on the meta device.
     model = copy.deepcopy(model).train().to(dtype=dtype)
@@ -62,10 +64,7 @@ def _kept(
         # A user's plugin may need values, which the meta device has none of.
         except Exception:
             return None
-    if not checkpointing:
-        return count.total
-    # Blocks keep their inputs only, and one block at a time is run again.
-    return count.total - sum(count.blocks) + sum(count.inputs) + max(count.blocks)
+    return count
 
 
 class _Count(saved_tensors_hooks):
@@ -107,6 +106,7 @@ class _Count(saved_tensors_hooks):
 
     def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)
+        self._held.clear()
         for handle in self._hooks:
             handle.remove()
 

@@ -71,6 +71,7 @@ def _describe_variant(name: str, own: Sequence[str], job: Job) -> dict[str, Any]
 def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns label and value of everything in `figures`."""
     size = figures["table"]
+    tables = f" in {size['count']} tables" if size["count"] > 1 else ""
     rows = cost_rows(figures)
     if figures["sized"]:
         rows.append(("sized by", ", ".join(f"{knob} = {value:,}" for knob, value in figures["sized"].items())))
@@ -78,7 +79,7 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers with the variant", ", ".join(map(str, figures["layers"])) or "none"),
         (
             "value table",
-            f"{size['rows']:,} rows of {size['dim']:,}: {size['bytes']:,} bytes" if size["rows"] else "none",
+            f"{size['rows']:,} rows of {size['dim']:,}{tables}: {size['bytes']:,} bytes" if size["rows"] else "none",
         ),
         ("weights", f"{figures['weight_bytes']:,} bytes"),
         ("optimizer states", f"{figures['optimizer_bytes']:,} bytes"),
@@ -101,7 +102,12 @@ def describe(resolved: ResolvedRun) -> dict[str, Any]:
         "model": {"n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"]},
         "sized": sized_knob(config),
         "layers": placed_layers(config),
-        "table": {"rows": cost.table_rows, "dim": cost.table_dim, "bytes": cost.table_params * itemsize},
+        "table": {
+            "count": len(list(model.tables)),
+            "rows": cost.table_rows,
+            "dim": cost.table_dim,
+            "bytes": cost.table_params * itemsize,
+        },
         "weight_bytes": cost.params_total * itemsize,
         "optimizer_bytes": optimizer_state_bytes(model, config),
         **describe_plan(resolved),

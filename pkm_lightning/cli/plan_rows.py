@@ -80,10 +80,10 @@ def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns label and value of each figure under the key `plan`."""
     table, held, host = plan["table"], plan["memory_per_device"], plan["host_memory_per_device"]
     split = "whole on each" if table["group"] == 1 else f"by {table['shard']} over {table['group']}"
-    tokens = plan["tokens_per_device_and_step"]
+    tokens, tables = plan["tokens_per_device_and_step"], held["table_part"] + host["table_part"]
     rows = [
-        ("devices, strategy", f"{plan['devices']}, {plan['strategy']}"),
-        ("tables", f"{split}, {table['copies']} cop{'y' if table['copies'] == 1 else 'ies'}"),
+        ("devices, strategy", f"{plan['devices']}, {plan['strategy'].replace('zero', 'deepspeed_')}"),
+        *([("tables", f"{split}, {table['copies']} cop{'y' if table['copies'] == 1 else 'ies'}")] if tables else []),
         ("tokens per device and step", "unknown" if tokens is None else f"{tokens:,}"),
         ("memory per device", _amount(held["total"])),
         *((label, _amount(held[key])) for key, label in _HELD.items() if held[key] != 0),
@@ -93,7 +93,8 @@ def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     if host["total"]:
         rows.append(("host memory per device, for tables", _amount(host["total"])))
     received = plan["received_per_step"]
-    rows.append(("received per device and step", _amount(received["total"])))
+    if plan["devices"] > 1:
+        rows.append(("received per device and step", _amount(received["total"])))
     rows += [(label, _amount(received[key])) for key, label in _RECEIVED.items() if received[key] != 0]
     if plan["unknown_reads"]:
         rows.append(("without the table reads of", ", ".join(plan["unknown_reads"])))

@@ -23,7 +23,7 @@ def test_the_table_and_the_json_agree(cli: Run, tmp_path: Path) -> None:
     assert figures["model"] == {"n_layers": 2, "dim": 64}
     assert figures["remarks"] == []
     assert f"{figures['bytes_per_token']['decode']:,}" in shown
-    assert figures["table"] == {"rows": 65536, "dim": 64, "bytes": 65536 * 64 * 4}
+    assert figures["table"] == {"count": 1, "rows": 65536, "dim": 64, "bytes": 65536 * 64 * 4}
     assert figures["optimizer_bytes"] == 2 * figures["weight_bytes"] == 8 * figures["params"]["total"]
     assert list(tmp_path.iterdir()) == []
 

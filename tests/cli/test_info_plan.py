@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from small import SMALL_RUN, Run, resolved
 
+from pkm_lightning.cli.plan_rows import plan_rows
 from pkm_lightning.cli.resume import differences
 from pkm_lightning.errors import ConfigError
 
@@ -57,9 +58,12 @@ def test_strategies_stand_side_by_side(cli: Run) -> None:
     figures = json.loads(cli(*arguments, "format=json").out)
     assert [f["variant"] for f in figures] == ["fsdp", "deepspeed_2"]
     assert [f["plan"]["strategy"] for f in figures] == ["fsdp", "zero2"]
+    rows = dict(plan_rows(figures[1]["plan"]))
+    assert (rows["devices, strategy"], rows["tables"]) == ("2, deepspeed_2", "by dim over 2, 1 copy")
     both = json.loads(cli(*arguments, "ffn=dense,memory_plus", "format=json").out)
     names = ["dense, fsdp", "dense, deepspeed_2", "memory_plus, fsdp", "memory_plus, deepspeed_2"]
     assert [f["variant"] for f in both] == names
+    assert "tables" not in dict(plan_rows(both[0]["plan"]))
     assert {name: f["plan"]["memory_per_device"] for name, f in zip(names, both, strict=True)}[names[2]] == (
         figures[0]["plan"]["memory_per_device"]
     )
