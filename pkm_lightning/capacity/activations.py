@@ -114,7 +114,8 @@ class _Count(saved_tensors_hooks):
 class _FusedKernels(TorchFunctionMode):
     """Replaces attention by what its fused kernels keep, and casts inputs of products as autocast would to `low`.
 
-    On the meta device torch takes the unfused attention, which keeps all T * T weights, and has no autocast.
+    On the meta device torch takes the unfused attention, which keeps all T * T weights, and has no autocast. In mixed
+    precision the products of experts and of Tucker cores are counted without casts.
     """
 
     def __init__(self, low: torch.dtype | None) -> None:

@@ -89,11 +89,12 @@ def check_memory(plan: Plan, limit: float, model: Transformer, config: Mapping[s
     """
     if plan.memory_total <= limit:
         return
-    fitting = [
-        f"{change} ({needed / _GB:,.1f} GB)"
-        for change, needed in _alternatives(model, config)
-        if needed is not None and needed <= limit
-    ]
+    fitting: list[str] = []
+    for change, needed in _alternatives(model, config):
+        # Of several divisions of the batch the first that fits is enough.
+        divides = "accumulate" in change and any("accumulate" in other for other in fitting)
+        if needed is not None and needed <= limit and not divides:
+            fitting.append(f"{change} ({needed / _GB:,.1f} GB)")
     advice = (
         f"this fits: {'; or '.join(fitting[:4])}"
         if fitting
@@ -115,15 +116,8 @@ def _held(plan: Plan) -> dict[str, int]:
 def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
     """Yields changes as overrides, the smallest first, and the bytes per device that each would need."""
     setting = Setting.of(config)
-    changes: list[tuple[str, dict[str, Any]]] = []
+    changes = _smaller_activations(setting)
     has_tables = bool(list(model.tables))
-    if not setting.checkpointing:
-        changes.append(("model.activation_checkpointing=true", {"model.activation_checkpointing": True}))
-    rows = 0 if setting.tokens is None or setting.length is None else setting.tokens // setting.length
-    changes += [
-        (f"trainer.accumulate_grad_batches={n}", {"trainer.accumulate_grad_batches": n})
-        for n in (setting.accumulate * factor for factor in (2, 4, 8) if rows > 0 and rows % factor == 0)
-    ]
     if has_tables and setting.learning == "dense":
         changes.append(("table.learning=rows", {"table.learning": "rows"}))
     if has_tables:
@@ -144,6 +138,20 @@ def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tup
         changes.append(("table.device=cpu", {"table.device": "cpu"}))
     yield from _needs(model, config, changes)
     yield from _needs(model, config, _more_devices(config, setting, has_tables=has_tables))
+
+
+def _smaller_activations(setting: Setting) -> list[tuple[str, dict[str, Any]]]:
+    """Returns recomputation, divisions of the batch, and both together."""
+    rows = 0 if setting.tokens is None or setting.length is None else setting.tokens // setting.length
+    divisions = [setting.accumulate * factor for factor in (2, 4, 8) if rows and rows % factor == 0]
+    divided: list[tuple[str, dict[str, Any]]] = [
+        (f"trainer.accumulate_grad_batches={n}", {"trainer.accumulate_grad_batches": n}) for n in divisions
+    ]
+    if setting.checkpointing:
+        return divided
+    words, change = "model.activation_checkpointing=true", {"model.activation_checkpointing": True}
+    both = [(f"{words} {more_words}", {**change, **more}) for more_words, more in divided]
+    return [(words, change), *divided, *both]
 
 
 def _frugal_rules() -> list[str]:
