@@ -30,24 +30,25 @@ _IN_16_BIT = (functional.linear, torch.matmul, torch.bmm, functional.scaled_dot_
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes on a device at the start of a backward: what the layers keep, and the logits of the loss."""
+    """Bytes on a device at the start of a backward: what the layers keep, and the logits of the loss; None: unknown."""
 
-    kept: int
-    logits: int
+    kept: int | None
+    logits: int | None
 
 
-def activations(model: Transformer, setting: Setting) -> Activations | None:
-    """Returns the figures of one micro-batch; None where its shape is unknown or a plugin does not run on meta."""
+def activations(model: Transformer, setting: Setting) -> Activations:
+    """Returns the figures of one micro-batch: unknown without its shape, or where a plugin does not run on meta."""
     if setting.tokens is None or setting.length is None:
-        return None
+        return Activations(kept=None, logits=None)
     dtype = torch.bfloat16 if setting.item == 2 else None
     count = _counted(model, setting.tokens // setting.length, setting.length, setting.mixed, dtype)
+    logits = _LOGIT_BYTES * setting.tokens * model.embedding.num_embeddings
     if count is None:
-        return None
+        return Activations(kept=None, logits=logits)
     kept = count.total
     if setting.checkpointing:  # blocks keep their inputs only, and one block at a time is run again
         kept += sum(count.inputs) + max(count.blocks) - sum(count.blocks)
-    return Activations(kept=kept, logits=_LOGIT_BYTES * setting.tokens * model.embedding.num_embeddings)
+    return Activations(kept=kept, logits=logits)
 
 
 # A refused plan looks at many settings of the same micro-batch.

@@ -80,26 +80,31 @@ def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns label and value of each figure under the key `plan`."""
     table, held, host = plan["table"], plan["memory_per_device"], plan["host_memory_per_device"]
     split = "whole on each" if table["group"] == 1 else f"by {table['shard']} over {table['group']}"
+    at_least, at_most = (", at least", ", at most") if None in held.values() else ("", "")
     tokens, tables = plan["tokens_per_device_and_step"], held["table_part"] + host["table_part"]
     rows = [
         ("devices, strategy", f"{plan['devices']}, {plan['strategy'].replace('zero', 'deepspeed_')}"),
         *([("tables", f"{split}, {table['copies']} cop{'y' if table['copies'] == 1 else 'ies'}")] if tables else []),
         ("tokens per device and step", "unknown" if tokens is None else f"{tokens:,}"),
-        ("memory per device", _amount(held["total"])),
+        (f"memory per device{at_least}", _amount(held["total"])),
         *((label, _amount(held[key])) for key, label in _HELD.items() if held[key] != 0),
     ]
     if plan["device_memory"] is not None:
-        rows.append((f"  left of {plan['device_memory'] / 1e9:,.1f} GB", _amount(round(plan["device_memory_left"]))))
+        left = f"  left of {_amount(round(plan['device_memory'])).partition(' (')[0]}{at_most}"
+        rows.append((left, _amount(round(plan["device_memory_left"]))))
     if host["total"]:
         rows.append(("host memory per device, for tables", _amount(host["total"])))
     received = plan["received_per_step"]
     if plan["devices"] > 1:
         rows.append(("received per device and step", _amount(received["total"])))
-    rows += [(label, _amount(received[key])) for key, label in _RECEIVED.items() if received[key] != 0]
+        rows += [(label, _amount(received[key])) for key, label in _RECEIVED.items() if received[key] != 0]
     if plan["unknown_reads"]:
         rows.append(("without the table reads of", ", ".join(plan["unknown_reads"])))
     return rows
 
 
 def _amount(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 1e9:,.1f} GB ({size:,} bytes)"
+    if size is None:
+        return "unknown"
+    rounded = f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+    return f"{rounded} ({size:,} bytes)"

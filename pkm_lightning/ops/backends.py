@@ -4,7 +4,7 @@
 |---|---|---|
 | `reference` | any | nothing; naive, for tests |
 | `eager` | any | nothing; torch operations |
-| `cpu` | CPU | numba, the extra `pkm_lightning[cpu]` |
+| `cpu` | CPU; the meta device, for shapes | numba, the extra `pkm_lightning[cpu]` |
 | `triton` | CUDA; CPU under TRITON_INTERPRET=1 | triton |
 """
 

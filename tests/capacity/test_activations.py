@@ -138,4 +138,6 @@ def test_what_does_not_run_on_meta_is_unknown() -> None:
     model = build_meta_model(settings)
     model.blocks[1].ffn = NeedsValues()  # type: ignore[union-attr]
     memory = make_plan(model, settings).memory
-    assert memory.activations is memory.logits is None
+    assert (memory.activations, memory.logits) == (None, 12 * ROWS * LENGTH * VOCABULARY)
+    del settings["data"]["seq_len"]
+    assert make_plan(model, settings).memory.logits is None

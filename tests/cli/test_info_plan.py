@@ -27,7 +27,7 @@ def test_the_table_and_the_json_agree(cli: Run, tmp_path: Path) -> None:
     table = cli(*arguments).out
     assert "8, fsdp" in table
     assert "by dim over 4, 2 copies" in table
-    assert f"0.0 GB ({plan['memory_per_device']['table_part']:,} bytes)" in table
+    assert f"4.2 MB ({plan['memory_per_device']['table_part']:,} bytes)" in table
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,6 +64,10 @@ def test_strategies_stand_side_by_side(cli: Run) -> None:
     names = ["dense, fsdp", "dense, deepspeed_2", "memory_plus, fsdp", "memory_plus, deepspeed_2"]
     assert [f["variant"] for f in both] == names
     assert "tables" not in dict(plan_rows(both[0]["plan"]))
+    held = {**figures[1]["plan"]["memory_per_device"], "activations": None}
+    unknown = dict(plan_rows({**figures[1]["plan"], "memory_per_device": held}))
+    assert unknown["  activations of a micro-batch"] == "unknown"
+    assert {"memory per device, at least", "  left of 1.0 GB, at most"} <= unknown.keys()
     assert {name: f["plan"]["memory_per_device"] for name, f in zip(names, both, strict=True)}[names[2]] == (
         figures[0]["plan"]["memory_per_device"]
     )
