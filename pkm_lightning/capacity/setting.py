@@ -27,7 +27,9 @@ class Setting:
         world: W, ranks.
         accumulate: A, micro-batches per step.
         tokens: T, tokens per rank and micro-batch; None where the data module has no fixed sizes.
+        length: tokens per sequence, of which `tokens` is a multiple; None likewise.
         item: b, bytes of a dense value.
+        mixed: products run in 16 bit with weights in 32 bit.
         table_item: v, bytes of a table's value.
         on_host: the model is trained on the CPU.
         shard: `table.shard`; `none` in a group of one.
@@ -42,7 +44,9 @@ class Setting:
     world: int
     accumulate: int
     tokens: int | None
+    length: int | None
     item: int
+    mixed: bool
     table_item: int
     on_host: bool
     shard: str
@@ -84,7 +88,9 @@ class Setting:
             world=world,
             accumulate=accumulate,
             tokens=_tokens(config["data"], world * accumulate),
+            length=_length(config["data"]),
             item=item,
+            mixed=precision.endswith("-mixed") and item == 4,
             table_item=_ITEM.get(precision, 4),
             on_host=str(trainer["accelerator"]) == "cpu",
             shard=str(table.get("shard", "none")) if members > 1 else "none",
@@ -125,7 +131,10 @@ def precision_name(precision: Any) -> str:
 
 
 def _tokens(data: Config, parts: int) -> int | None:
-    rows, length = data.get("global_batch_size"), data.get("seq_len")
-    if not isinstance(rows, int) or not isinstance(length, int):
-        return None
-    return -(-rows // parts) * length
+    rows, length = data.get("global_batch_size"), _length(data)
+    return -(-rows // parts) * length if isinstance(rows, int) and length is not None else None
+
+
+def _length(data: Config) -> int | None:
+    length = data.get("seq_len")
+    return length if isinstance(length, int) else None

@@ -47,8 +47,10 @@ class Job:
         config: the composed configuration; its `run_dir` becomes absolute.
         variants: names of several FFNs, where the verb takes them; `config` is that of the first.
         given: the command line as the user typed it, with all of those names.
+        strategies: names of several strategies, likewise.
 
     Attributes:
+        comparison: keys of a comparison that an experiment sets, where the verb makes none.
         config: the same, struct-locked.
         arguments, given: the command line after the verb.
         overrides: the task overrides of this job, as `KEY=VALUE` texts.
@@ -61,15 +63,16 @@ class Job:
         config: DictConfig,
         variants: Sequence[str] = (),
         given: Sequence[str] = (),
+        strategies: Sequence[str] = (),
     ) -> None:
-        self.verb, self.config, self.variants = verb, config, list(variants)
+        self.verb, self.config, self.variants, self.strategies = verb, config, list(variants), list(strategies)
         self.arguments, self.given = arguments, list(given or arguments)
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)
         # A saved configuration holds `trainer.devices`, which `devices` is an alias of.
         if self.sets("devices") and not self.sets("trainer.devices"):
             self.overrides.append(f"trainer.devices={config.trainer.devices}")
-        _leave_comparison(self)
+        self.comparison = _leave_comparison(self)
         swept = hydra.mode == RunMode.MULTIRUN
         if swept and verb != "fit":
             raise ConfigError(f"-m sweeps fit only; run {verb} once for each run_dir.")
@@ -127,19 +130,22 @@ def searchpath_overrides() -> list[str]:
     return [o for o in HydraConfig.get().overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
 
 
-def _leave_comparison(job: Job) -> None:
-    """Removes the keys of a comparison, which an experiment sets, from a `job` whose verb makes none.
+def _leave_comparison(job: Job) -> dict[str, Any]:
+    """Removes and returns the keys of a comparison, which an experiment sets, from a `job` whose verb makes none.
 
     Raises:
         ConfigError: the command line sets one of them.
     """
     if job.verb in ("compare", "report"):
-        return
+        return {}
+    removed = {}
     with open_dict(job.config):
         for key in COMPARE_KEYS:
             if key in job.config and any(key_of(o).split(".")[0] == key for o in job.overrides):
                 raise ConfigError(f"{key} is for compare, not for {job.verb}; leave it out.")
-            job.config.pop(key, None)
+            if key in job.config:
+                removed[key] = job.config.pop(key)
+    return plain(OmegaConf.create(removed))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

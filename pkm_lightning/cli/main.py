@@ -27,7 +27,7 @@ VERBS = {
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
-    "info": "parameters, FLOPs, bytes and memory of ffn=NAME or ffn=NAME,NAME,... side by side; allocates nothing",
+    "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
@@ -81,6 +81,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     given = arguments
     try:
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
+        arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
     except PkmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,7 +96,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         if verb != "info":  # short, and it makes few objects
             gc.enable()  # see `__main__`
         try:
-            made = Job(verb, arguments, config, variants, given)
+            made = Job(verb, arguments, config, variants, given, strategies)
         except PkmError as error:  # Hydra would print a line of its own before it
             failures.append(JobFailure(str(error), 2))
             return None

@@ -52,10 +52,13 @@ def _figures(record: dict[str, Any]) -> Table:
 def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns label and value of the cost figures."""
     params, flops, moved = record["params"], record["flops_per_token"], record["bytes_per_token"]
+    # Data without a length count as one token.
+    context = f"{flops['context']:,} tokens (data.seq_len)" if flops["context"] > 1 else "1 token: no data.seq_len"
     rows = [
         ("parameters total / active", f"{params['total']:,} / {params['active']:,}"),
         ("FLOPs per token, training / decoding", f"{flops['train']:,} / {flops['decode']:,}"),
         ("  of which trunk", f"{flops['trunk']['train']:,} / {flops['trunk']['decode']:,}"),
+        ("  at a context of", context),
         ("bytes per token, training / decoding", f"{moved['train']:,} / {moved['decode']:,}"),
     ]
     if record["unknown_cost"]:

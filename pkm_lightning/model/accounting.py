@@ -33,6 +33,7 @@ class ModelCost:
             read of a table. A tied embedding counts in full, since unembedding uses all of it.
         table_rows, table_dim, table_params: sizes of the value tables: rows and parameters are sums over tables, the
             dim is the largest.
+        context: tokens in attention, which the FLOPs grow with.
         trunk_flops, model_flops: forward FLOPs per token at evaluation.
         trunk_train_flops: forward FLOPs of the trunk per token in training, where some plugins need more.
         train_bytes: bytes of embedding and table rows that one token moves in forward and backward (read, read again
@@ -46,6 +47,7 @@ class ModelCost:
     table_rows: int
     table_dim: int
     table_params: int
+    context: int
     trunk_flops: int
     trunk_train_flops: int
     model_flops: int
@@ -84,6 +86,7 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
         table_rows=sum(table.rows for table in tables),
         table_dim=max((table.dim for table in tables), default=0),
         table_params=table_params,
+        context=context,
         trunk_flops=trunk,
         trunk_train_flops=trunk_train,
         model_flops=trunk + 2 * embedding.numel(),

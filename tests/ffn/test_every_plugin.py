@@ -27,6 +27,7 @@ OPTIONS = [
     Case("memory_plus", {"gate": "sigmoid", "value_projection": True, "value_dim": 9}, "sigmoid gate"),
     Case("memory_plus", {"gate": "none", "temperature": True, "activation": "relu"}, "no gate"),
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
+    Case("peer", {"shared_keys": False}, "keys per head"),
 ]
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
 CASES = [*(Case(name, CHANGES.get(name, {})) for name in NAMES), *OPTIONS]
