@@ -8,7 +8,7 @@ from typing import ClassVar, Unpack
 
 from pkm_lightning.data.cache import Source, sha256_file
 from pkm_lightning.data.datamodule import TokenDataModule, TokenOptions
-from pkm_lightning.data.files import find_files
+from pkm_lightning.data.files import check_paths, find_files
 from pkm_lightning.errors import check_range
 
 
@@ -32,6 +32,7 @@ class CorpusDataModule(TokenDataModule):
         self, *, path: str | Sequence[str], val_fraction: float, seed: int, **options: Unpack[TokenOptions]
     ) -> None:
         super().__init__(**options)
+        check_paths("data.path", path)
         check_range("data.val_fraction", val_fraction, low=0.001, high=0.5)
         check_range("data.seed", seed, low=0)
         self.path = path if isinstance(path, str) else tuple(path)

@@ -9,12 +9,13 @@ from typing import Unpack
 import numpy as np
 
 from pkm_lightning.data.cache import CacheKey, Source
+from pkm_lightning.data.chunks import MAX_WORD_CHARACTERS, chunks
 from pkm_lightning.data.corpus import CorpusDataModule
 from pkm_lightning.data.datamodule import Splits, TokenOptions
 from pkm_lightning.data.files import file_identities, read_documents
 from pkm_lightning.data.order import ShuffledOrder
 from pkm_lightning.data.tokenizer import Tokenizer
-from pkm_lightning.data.windows import Windows, chunks, write_tokens
+from pkm_lightning.data.windows import Windows, write_tokens
 from pkm_lightning.errors import DataError, check_range
 
 __all__ = ["TextDataModule"]
@@ -147,6 +148,10 @@ def tail(documents: Iterator[str], cut: int) -> Iterator[str]:
 
 
 def _word_end(document: str, cut: int) -> int:
-    while cut < len(document) and not document[cut].isspace():
-        cut += 1
-    return cut
+    """Returns the end of the word that character `cut` falls into, or `cut` itself if no word ends nearby."""
+    end = cut
+    while end < len(document) and not document[end].isspace():
+        end += 1
+        if end - cut > MAX_WORD_CHARACTERS:
+            return cut
+    return end

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from pkm_lightning.data import NO_TARGET, TextDataModule
 from pkm_lightning.data.text import head, tail
-from pkm_lightning.data.tokenizer import bytes_tokenizer
-from pkm_lightning.data.windows import chunks
 from pkm_lightning.errors import ConfigError, DataError
 
 STORY = "".join(f"Sentence number {i} of the story has its own number. " for i in range(200))
@@ -88,14 +86,6 @@ def test_an_edited_file_is_read_again(text: Callable[..., TextDataModule], tmp_p
     assert text(str(file)).fingerprint == before
     file.write_text(STORY + "More of it.")
     assert text(str(file)).fingerprint != before
-
-
-@given(text=st.text(st.sampled_from("ab \n"), max_size=200), size=st.integers(1, 30))
-def test_chunks_are_tokenised_as_the_whole(text: str, size: int) -> None:
-    tokenizer = bytes_tokenizer()
-    pieces = chunks(text, size)
-    assert "".join(pieces) == text
-    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 @given(documents=st.lists(st.text(st.sampled_from("abc "), min_size=1), min_size=1), share=st.floats(0, 1))
