@@ -15,11 +15,21 @@ MAX_CHUNK_CHARACTERS = 1_000_000
 MAX_WORD_CHARACTERS = 1_000
 #: Characters that it learns from within longer ones: the time grows with their number times the size of the vocabulary.
 MAX_LONG_CHARACTERS = 1_000_000
+#: Text without white space beyond this length is encoded data, or a script that has no spaces.
+MAX_UNBROKEN_CHARACTERS = 100_000
+#: Characters that a BPE learns from within such text: in encoded data nearly every word is a new one.
+MAX_ENCODED_CHARACTERS = 10_000_000
 
 # The classes of characters between which byte-level BPE cuts. The search is linear, since it begins where a run begins.
 _CLASSES = (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s")
-_LONG_RUN = re.compile("|".join(f"(?<!{c}){c}{{{MAX_WORD_CHARACTERS + 1},}}" for c in _CLASSES))
-_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_WORD_CHARACTERS + 1},}}")
+
+
+def _runs(classes: Iterable[str], longer_than: int) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?<!{c}){c}{{{longer_than + 1},}}" for c in classes))
+
+
+_LONG_WORD, _LONG_SPACE = _runs(_CLASSES, MAX_WORD_CHARACTERS), _runs([r"\s"], MAX_WORD_CHARACTERS)
+_UNBROKEN = _runs([r"\S"], MAX_UNBROKEN_CHARACTERS)
 
 log = logging.getLogger(__name__)
 
@@ -63,32 +73,35 @@ def grouped(pieces: Iterable[str], characters: int) -> Iterator[list[str]]:
 def learnable(texts: Iterable[str]) -> Iterator[str]:
     """Yields the texts for the training of a BPE: those without very long words as they are.
 
-    Words of more than `MAX_WORD_CHARACTERS` are cut, and left out when `MAX_LONG_CHARACTERS` of them have been yielded.
+    Of text without white space over `MAX_UNBROKEN_CHARACTERS` the first `MAX_ENCODED_CHARACTERS` are yielded; of words
+    over `MAX_WORD_CHARACTERS` the first `MAX_LONG_CHARACTERS`, cut into pieces.
     """
-    remaining = MAX_LONG_CHARACTERS
+    sampled = _sample(texts, _UNBROKEN, MAX_UNBROKEN_CHARACTERS, MAX_ENCODED_CHARACTERS)
+    return _sample(sampled, _LONG_WORD, MAX_WORD_CHARACTERS, MAX_LONG_CHARACTERS)
+
+
+def _sample(texts: Iterable[str], runs: re.Pattern[str], piece: int, budget: int) -> Iterator[str]:
+    """Yields the texts with each of the `runs` cut into pieces, until `budget` characters of them are used up."""
+    remaining = budget
     for text in texts:
-        if not _may_hold_long_run(text):
-            yield text
-            continue
         begin = 0
-        for run in _LONG_RUN.finditer(text):
-            if remaining == MAX_LONG_CHARACTERS:
-                log.info(
-                    "The text holds words of more than %d characters; the tokenizer learns from pieces of them, %d "
-                    "characters in all. What it encodes is the whole text.",
-                    MAX_WORD_CHARACTERS,
-                    MAX_LONG_CHARACTERS,
-                )
+        for run in runs.finditer(text) if _may_hold(text, piece) else ():
             yield text[begin : run.start()]
             end = min(run.end(), run.start() + remaining)
-            for cut in range(run.start(), end, MAX_WORD_CHARACTERS):
-                yield text[cut : min(cut + MAX_WORD_CHARACTERS, end)]
+            for cut in range(run.start(), end, piece):
+                yield text[cut : min(cut + piece, end)]
+            if end < run.end() and remaining:
+                log.info(
+                    "The text holds more than %d characters in words of more than %d; the tokenizer learns from the "
+                    "first of them. All of the text is encoded.",
+                    budget,
+                    piece,
+                )
             remaining -= end - run.start()
             begin = run.end()
         yield text[begin:]
 
 
-def _may_hold_long_run(text: str) -> bool:
-    """Returns False for nearly all text, in a tenth of the time that the search for runs takes."""
-    longest = max(map(len, text.split()), default=0)
-    return longest > MAX_WORD_CHARACTERS or _LONG_SPACE.search(text) is not None
+def _may_hold(text: str, length: int) -> bool:
+    """Returns False for nearly all text, in a tenth of the time that a search for runs over `length` takes."""
+    return max(map(len, text.split()), default=0) > length or _LONG_SPACE.search(text) is not None

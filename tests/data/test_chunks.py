@@ -57,5 +57,15 @@ def test_long_words_of_every_kind_are_cut_and_sampled(letter: str, caplog: pytes
     # The second run comes after the last character that is learned from.
     assert text.startswith(f"before. x{edge}{letter}")
     assert text.endswith(f"{edge}{edge} end")
-    assert MAX_LONG_CHARACTERS <= text.count(letter) <= MAX_LONG_CHARACTERS + 20
-    assert caplog.text.count("holds words of more than 1000 characters") == 1
+    assert MAX_LONG_CHARACTERS <= text.count(letter) <= MAX_LONG_CHARACTERS + MAX_WORD_CHARACTERS
+    assert caplog.text.count("more than 1000000 characters in words of more than 1000;") == 1
+
+
+def test_of_text_without_spaces_a_sample_is_learned_from(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(module, "MAX_ENCODED_CHARACTERS", 250_000)
+    encoded = "a1" * 200_000
+    assert "".join(learnable(["one ", f"two {encoded} three", encoded])) == f"one two {encoded[:250_000]} three"
+    assert caplog.text.count("more than 250000 characters in words of more than 100000;") == 1
