@@ -155,15 +155,19 @@ def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]], d
     # The lock is held, so a folder of this name was left by a build that was killed.
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    sources = build(part)
-    _write_manifest(part, key, sources)
-    # On disk before the rename: after a loss of power the name must not stand for files without content.
-    for path in [*part.iterdir(), part]:
-        flush(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
+    try:
+        part.mkdir()
+        sources = build(part)
+        _write_manifest(part, key, sources)
+        # On disk before the rename: after a loss of power the name must not stand for files without content.
+        for path in [*part.iterdir(), part]:
+            flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     flush(folder.parent)
     for source in sources:
         if source.attribution:

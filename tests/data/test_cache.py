@@ -152,7 +152,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="No space left on device"):
         open_cache(tmp_path, KEY, fill)
-    assert not (tmp_path / KEY.folder_name()).exists()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"], "nothing half-written stays"
     flip_bit(open_cache(tmp_path, KEY, build) / "two")
     with pytest.raises(DataError, match=r"No space left on device.* is damaged: two has changed"):
         open_cache(tmp_path, KEY, fill)
