@@ -70,6 +70,7 @@ class Splits:
         tokenizer: the meaning of the ids.
         train: training sequences, and `order` the epochs over them.
         validation: validation sequences, and `validation_keys` all of their keys in a fixed order.
+        tokens: of the training and the validation part, for display.
     """
 
     tokenizer: Tokenizer
@@ -77,6 +78,7 @@ class Splits:
     order: EpochOrder
     validation: SequenceSource
     validation_keys: Sequence[Any]
+    tokens: tuple[int, int] | None = None
 
 
 class TokenDataModule(LightningDataModule):
@@ -110,7 +112,8 @@ class TokenDataModule(LightningDataModule):
         check_range("data.order_seed", self.order_seed, low=0)
         cache_dir = options["cache_dir"]
         if not isinstance(cache_dir, str) or not cache_dir.strip():
-            raise ConfigError(f"data.cache_dir={cache_dir or ''} names no directory; set one, or leave the key out.")
+            shown = "null" if cache_dir is None else cache_dir
+            raise ConfigError(f"data.cache_dir={shown} names no directory; set one, or leave the key out.")
         self.cache_dir = expanded(cache_dir)
         check_prompts(options["prompts"])
         self._prompts = options["prompts"]

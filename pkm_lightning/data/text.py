@@ -100,6 +100,7 @@ class TextDataModule(CorpusDataModule):
             order=ShuffledOrder(len(train), self.order_seed),
             validation=validation,
             validation_keys=range(len(validation)),
+            tokens=(train.n_tokens, validation.n_tokens),
         )
 
     def _documents(self, files: list[Path]) -> Iterator[str]:
@@ -117,6 +118,7 @@ class TextDataModule(CorpusDataModule):
             raise DataError(f"data.path={self.path}: all {len(files)} files are empty; set files with text.")
         if len(lengths) >= ENOUGH_DOCUMENTS:
             n_validation = max(1, round(len(lengths) * self.val_fraction))
+            self.log_split(len(lengths), "document", f"{n_validation} are")
             held_out = set(np.random.default_rng(self.seed).permutation(len(lengths))[:n_validation].tolist())
 
             def documents(validation: bool) -> Iterator[str]:
@@ -124,6 +126,7 @@ class TextDataModule(CorpusDataModule):
 
             return lambda: documents(False), lambda: documents(True)
         # Too few documents to hold whole ones out: one cut through their concatenation.
+        self.log_split(len(lengths), "document", "the end of the text is")
         cut = round(int(lengths.sum()) * (1 - self.val_fraction))
         return lambda: head(self._documents(files), cut), lambda: tail(self._documents(files), cut)
 
