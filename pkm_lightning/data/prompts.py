@@ -39,7 +39,7 @@ def check_prompts(prompts: object) -> None:
         ConfigError: naming the value, and how to quote it.
     """
     if not isinstance(prompts, Sequence) or isinstance(prompts, str):
-        raise ConfigError(f"data.prompts={prompts!r} is not a list of texts; set data.prompts=[...].")
+        raise ConfigError(f"data.prompts={prompts} is not a list of texts; set data.prompts=[...].")
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise ConfigError(

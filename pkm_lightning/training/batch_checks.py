@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import lightning as L
 from torch import Tensor
 
 from pkm_lightning.data.batch_check import check_batch, check_prompt_batch
 from pkm_lightning.errors import DataError
+from pkm_lightning.model import Transformer
 
-if TYPE_CHECKING:
-    from pkm_lightning.training.module import LanguageModule
+
+class TrainedModule(Protocol):
+    """What the checks read of a `LanguageModule`."""
+
+    model: Transformer
+    _trainer: L.Trainer | None
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The Trainer, within a run."""
+
+    def log_is_due(self) -> bool:
+        """Returns whether this step logs."""
 
 
 class BatchChecks:
@@ -20,7 +32,7 @@ class BatchChecks:
     def __init__(self) -> None:
         self._has_trained = False
 
-    def check_training(self, module: LanguageModule, batch: object, batch_idx: int) -> None:
+    def check_training(self, module: TrainedModule, batch: object, batch_idx: int) -> None:
         """Refuses a batch that cannot be trained on; on a GPU in the first step and in steps that log.
 
         Raises:
@@ -31,7 +43,7 @@ class BatchChecks:
         vocab_size = module.model.embedding.num_embeddings
         check_batch(batch, vocab_size, where=where, sampled=sampled, first=not self._has_trained)
 
-    def check_first_step(self, module: LanguageModule, targets: Tensor) -> None:
+    def check_first_step(self, module: TrainedModule, targets: Tensor) -> None:
         """Refuses a first step whose `targets`, their number over all ranks and micro-batches, is zero.
 
         Raises:
@@ -41,7 +53,7 @@ class BatchChecks:
             self._has_trained = True
             _refuse_without_targets(targets, f"{_name(module, 'train_dataloader')}: the first optimizer step")
 
-    def check_heldout(self, module: LanguageModule, batch: object, batch_idx: int) -> None:
+    def check_heldout(self, module: TrainedModule, batch: object, batch_idx: int) -> None:
         """Refuses a batch that no loss can be computed for; on a GPU the first of a pass.
 
         Raises:
@@ -51,7 +63,7 @@ class BatchChecks:
         vocab_size = module.model.embedding.num_embeddings
         check_batch(batch, vocab_size, where=where, sampled=batch_idx == 0, first=False)
 
-    def check_heldout_targets(self, module: LanguageModule, targets: Tensor) -> None:
+    def check_heldout_targets(self, module: TrainedModule, targets: Tensor) -> None:
         """Refuses a pass without a target, whose loss would be no number.
 
         Raises:
@@ -62,7 +74,7 @@ class BatchChecks:
             stage = _stage(module.trainer)
             _refuse_without_targets(targets, f"{_name(module, f'{stage}_dataloader')}: the {stage} data")
 
-    def check_prompts(self, module: LanguageModule, batch: object, batch_idx: int) -> None:
+    def check_prompts(self, module: TrainedModule, batch: object, batch_idx: int) -> None:
         """Refuses a batch that holds no prompts.
 
         Raises:
@@ -83,7 +95,7 @@ def _stage(trainer: L.Trainer) -> str:
     return "test" if trainer.testing else "val"
 
 
-def _name(module: LanguageModule, loader: str, batch_idx: int | None = None) -> str:
+def _name(module: TrainedModule, loader: str, batch_idx: int | None = None) -> str:
     data = getattr(module._trainer, "datamodule", None)
     name = loader if data is None else f"{type(data).__name__}.{loader}"
     return name if batch_idx is None else f"batch {batch_idx} of {name}"

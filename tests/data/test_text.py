@@ -136,8 +136,8 @@ def test_a_user_without_a_home_is_asked_for_a_cache_when_it_is_needed(
 def test_a_document_without_white_space_is_cut_within_its_only_word(
     text: Callable[..., TextDataModule], tmp_path: Path
 ) -> None:
-    (tmp_path / "a.txt").write_text("\u6f22\u5b57" * 10_000)
-    datamodule = text(str(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").write_text("\u6f22\u5b57" * 10_000, encoding="utf-8")
+    datamodule = text(str(tmp_path / "a.txt"), tokenizer="bytes")
     datamodule.prepare_data()
     decoded = [
         datamodule.tokenizer.decode(np.fromfile(datamodule.cache_folder() / f"{part}.bin", np.uint16).tolist())
