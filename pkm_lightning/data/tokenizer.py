@@ -195,7 +195,8 @@ class TokenizerChoice:
         """Returns what distinguishes this tokenizer from others: kind and size, or the hash of its file."""
         if self.kind in ("bpe", "bytes"):
             return {"kind": self.kind, "size": self.vocab_size()}
-        return {"kind": "file", "sha256": sha256_file(expanded(self.kind))}
+        # "whole": folders that were made while truncation and padding were obeyed must not be found.
+        return {"kind": "file", "sha256": sha256_file(expanded(self.kind)), "whole": True}
 
     def make(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Makes the tokenizer from `texts`; a tokenizer from a file is tried on the first of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from pkm_lightning.data import NO_TARGET, TextDataModule
 from pkm_lightning.data.text import head, tail
+from pkm_lightning.data.tokenizer import bytes_tokenizer
 from pkm_lightning.data.windows import Windows
 from pkm_lightning.errors import ConfigError, DataError
 
@@ -112,6 +114,39 @@ def test_an_edited_file_is_read_again(text: Callable[..., TextDataModule], tmp_p
     assert text(str(file)).fingerprint == before
     file.write_text(STORY + "More of it.")
     assert text(str(file)).fingerprint != before
+
+
+def test_a_flipped_bit_in_any_prepared_file_is_mended_and_the_file_is_named(
+    text: Callable[..., TextDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text(STORY)
+    first = text(str(tmp_path / "a.txt"))
+    folder, fingerprint = first.cache_folder(), first.fingerprint
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        caplog.clear()
+        datamodule = text(str(tmp_path / "a.txt"))
+        datamodule.prepare_data()
+        assert f"is damaged ({file.name} has changed since it was written) and is built again" in caplog.text
+        assert file.read_bytes() == content
+        assert datamodule.fingerprint == fingerprint
+
+
+def test_a_tokenizer_that_truncates_makes_the_files_of_one_that_does_not(
+    text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(STORY)
+    made = []
+    for name, setting in (("plain", None), ("cut", {"direction": "Right", "max_length": 16, "stride": 0})):
+        content = json.loads(bytes_tokenizer()._backend.to_str())
+        content["truncation"] = setting and {**setting, "strategy": "LongestFirst"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        folder = text(str(tmp_path / "a.txt"), tokenizer=str(tmp_path / f"{name}.json")).cache_folder()
+        made.append({part: (folder / part).read_bytes() for part in ("train.bin", "validation.bin", "tokenizer.json")})
+    assert made[0] == made[1]
+    assert len(made[0]["train.bin"]) + len(made[0]["validation.bin"]) == 2 * (len(STORY) + 2)
 
 
 @given(documents=st.lists(st.text(st.sampled_from("abc "), min_size=1), min_size=1), share=st.floats(0, 1))
