@@ -1,6 +1,6 @@
 """Learns the vocabulary of a byte-level BPE, in another process where it takes more than a moment.
 
-So SIGINT and SIGTERM end it at once, and it says how far it is.
+So SIGINT and SIGTERM end it at once, and its progress is logged.
 """
 
 from __future__ import annotations

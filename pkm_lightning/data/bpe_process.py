@@ -1,4 +1,4 @@
-"""The training of a byte-level BPE, which is also a program, so that it can be stopped and say how far it is.
+"""The training of a byte-level BPE, which is also a program, so that it can be stopped.
 
 The library trains for minutes without a look at signals. As a program, `bpe_process.py VOCAB_SIZE` reads one JSON text
 per line up to an empty line and writes a tokenizer.json. It imports nothing of this package, so that it starts in a

@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def find_damage(folder: Path, key: CacheKey) -> str | None:
     """Returns what is wrong with a cache folder, such as `train.bin has changed since it was written`, or None.
 
-    Reads all files; a line in the log now and then says so where that takes long.
+    Reads all files; where that takes long, a line is logged now and then.
     """
     if not folder.exists():
         return "it is missing"

@@ -50,18 +50,20 @@ def _acquire(file: IO[str], path: Path) -> None:
         except BlockingIOError:
             time.sleep(0.05)
         if heartbeat.is_due():
-            log.warning("waits for %s, which prepares the same data (%s)", _holder(file), path)
+            log.warning("waits for %s (%s)", _holder(file), path)
 
 
 def _holder(file: IO[str]) -> str:
     file.seek(0)
     try:
         holder = json.loads(file.read())
-        shown = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-        local = holder["host"] == socket.gethostname()
+        pid, host, since = holder["pid"], holder["host"], holder["since"]
     except (ValueError, KeyError, TypeError):
-        return "another process"
-    return f"{shown}; it is suspended: kill -CONT {holder['pid']}" if local and _suspended(holder["pid"]) else shown
+        return "another process, which prepares the same data"
+    shown = f"process {pid} on {host}, which has prepared the same data since {since}"
+    if host == socket.gethostname() and _suspended(pid):
+        return f"{shown} and is suspended: kill -CONT {pid} lets it go on"
+    return shown
 
 
 def _suspended(pid: int) -> bool:

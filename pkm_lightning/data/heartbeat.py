@@ -8,7 +8,7 @@ SECONDS = 10.0
 
 
 class Heartbeat:
-    """A clock that says when the next line is due.
+    """A clock by which lines are due now and then.
 
     Args:
         first: seconds until the first line; then one is due every 10 s.

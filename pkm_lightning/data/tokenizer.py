@@ -5,7 +5,7 @@ Text never becomes a control token: a literal "<eos>" in it is encoded as ordina
 
 A `tokenizer.json` of the user's may hold settings for other uses. What would cut, fill up or vary the data is off here:
 truncation, padding, dropout of merges, special tokens around a text. What belongs to its vocabulary stays, such as
-lower-casing or an unknown token; a warning says so where it changes the text at hand.
+lower-casing or an unknown token; a warning shows where it changes the text at hand.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ def test_a_suspended_holder_is_named_and_waiting_can_be_stopped(
     threading.Thread(target=interrupt, args=[caplog]).start()
     with pytest.raises(KeyboardInterrupt), cache_lock(tmp_path / "lock"):
         raise AssertionError("the lock is held")
-    holder = f"process {suspended.pid} on {socket.gethostname()}, since 20"
+    holder = f"process {suspended.pid} on {socket.gethostname()}, which has prepared the same data since 20"
     assert f"waits for {holder}" in caplog.text
-    assert f"it is suspended: kill -CONT {suspended.pid}" in caplog.text
+    assert f"and is suspended: kill -CONT {suspended.pid} lets it go on" in caplog.text
     suspended.kill()
     with cache_lock(tmp_path / "lock"):
         assert str(os.getpid()) in (tmp_path / "lock").read_text(), "the lock of a dead process is free"
