@@ -24,7 +24,7 @@ from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.data.base import check_batch, tokenizer_digest
+from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -37,6 +37,7 @@ from pkm_lightning.model.placement import named_plugins, plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
+from pkm_lightning.training.batch_checks import BatchChecks
 from pkm_lightning.training.clipping import clip_by_norm
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
@@ -74,7 +75,7 @@ class LanguageModule(L.LightningModule):
         self._step_nll: Tensor | None = None
         self._step = 0
         self._reports = StepReports()
-        self._batch_checked = False
+        self._batches = BatchChecks()
         self.watch = StepWatch()
         self.table_optimizer: Optimizer | None = None
 
@@ -125,8 +126,8 @@ class LanguageModule(L.LightningModule):
         self.table_optimizer = table_only_optimizer(self.model, self.config)
         optimizer = add_row_optimizer(dense, self.model, self.config) if self.table_optimizer is None else dense
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def forward(self, batch: dict[str, Tensor], *, observe: bool = False) -> ModelOutput:
         """Runs the model on a batch of the contract: `input_ids`, optional `doc_ids` and `valid`."""
@@ -158,6 +159,11 @@ class LanguageModule(L.LightningModule):
         np.random.seed(seed)
         seed_torch(seed, on_cpu=self.device.type == "cpu")
 
+    def on_train_batch_end(self, outputs: Any, batch: object, batch_idx: int) -> None:
+        """Raises DataError for a batch that is None, which Lightning leaves out with a warning."""
+        if batch is None:
+            self._batches.check_training(self, batch, batch_idx)
+
     def _follow_schedule(self, table_optimizer: Optimizer) -> None:
         """Sets this step's rate for tables outside the optimizer that the schedule drives."""
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -169,9 +175,7 @@ class LanguageModule(L.LightningModule):
 
         Letters: M positions with a target.
         """
-        if not self._batch_checked:
-            check_batch(batch, self.model.embedding.num_embeddings)
-            self._batch_checked = True
+        self._batches.check_training(self, batch, batch_idx)
         # Not self(batch): DeepSpeed's hooks on this module already run around this method.
         output = self.forward(batch, observe=self.watch.observes)
         self.watch.notify(output.traces, batch)
@@ -202,11 +206,11 @@ class LanguageModule(L.LightningModule):
         """Corrects the gradients to the mean over all targets of the step; logs the step's loss if a log is due."""
         if self._accumulates():
             return
+        self._batches.check_first_step(self, self._normaliser.total())
         for table in self.model.value_tables:
             if table.weight.grad is not None:
                 mean_over_replicas(table.weight.grad, table.mesh)
-        correction = self._normaliser.correction()
-        if correction is not None:
+        if (correction := self._normaliser.correction()) is not None:
             self._correct(correction)
         if self.log_is_due() or self.watch.judges:
             assert self._step_nll is not None
@@ -226,8 +230,7 @@ class LanguageModule(L.LightningModule):
                 table.stage.scale = table.stage.scale * correction
         engine = engine_of(self.trainer)
         parameters = self.parameters() if engine is None else (table.weight for table in tables)
-        grads = [local_shard(p.grad) for p in parameters if p.grad is not None]
-        if grads:
+        if grads := [local_shard(p.grad) for p in parameters if p.grad is not None]:
             torch._foreach_mul_(grads, correction)
         if engine is not None:
             engine.scale_gradients(correction)
@@ -342,6 +345,7 @@ class LanguageModule(L.LightningModule):
 
         Letters: M positions with a target.
         """
+        self._batches.check_heldout(self, batch, batch_idx)
         nll_M = token_nll(self.model, self.forward(batch).hidden_BTD, batch["labels"])
         if nll_M.numel():
             self.heldout_nll.update(nll_M.sum())
@@ -360,7 +364,9 @@ class LanguageModule(L.LightningModule):
         self._log_heldout("test")
 
     def _log_heldout(self, prefix: str) -> None:
-        loss = self.heldout_nll.compute() / self.heldout_targets.compute()
+        targets = self.heldout_targets.compute()
+        self._batches.check_heldout_targets(self, targets)
+        loss = self.heldout_nll.compute() / targets
         self.heldout_nll.reset()
         self.heldout_targets.reset()
         # The metric is already summed over ranks; without `sync_dist` Lightning would warn that it is not.
@@ -369,6 +375,7 @@ class LanguageModule(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Returns greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
+        self._batches.check_prompts(self, batch, batch_idx)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         with synchronized_forwards(self.model, self.device):
             answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
