@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
+from pkm_lightning.checkpoints.metadata import MetadataReader, read_metadata
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.ops.ranks import is_distributed
 
@@ -42,7 +43,7 @@ class FolderContent:
         self._files: dict[str, MappedFile] = {}
         # Small: every rank reads it whole.
         self.skeleton: Any = torch.load(path / SKELETON, weights_only=True)
-        self._metadata = _reader(path).read_metadata()
+        self._metadata = read_metadata(path)
         _check_sizes(path, self._metadata)
         stored = self._metadata.state_dict_metadata.items()
         self.shapes = {n: (m.size, m.properties.dtype) for n, m in stored if isinstance(m, TensorStorageMetadata)}
@@ -56,7 +57,8 @@ class FolderContent:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended in one process
-                dcp.load(targets, storage_reader=_reader(self._path), no_dist=not is_distributed())
+                reader = MetadataReader(self._path, self._metadata)
+                dcp.load(targets, storage_reader=reader, no_dist=not is_distributed())
         except Exception as error:
             raise CheckpointError(
                 f"ckpt={self._path} cannot be read ({failure_reason(error)}); use another one."
@@ -108,11 +110,6 @@ def failure_reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return "cut short: is the disk full?"
-
-
-def _reader(path: Path) -> dcp.FileSystemReader:
-    # Every read of a folder's metadata, a pickle, goes through this reader.
-    return dcp.FileSystemReader(path)
 
 
 def _check_sizes(path: Path, metadata: Metadata) -> None:

@@ -98,7 +98,7 @@ def map_archive(file: MappedFile, start: int = 0, length: int | None = None) -> 
     Raises:
         Exception: torch's, of half a dozen classes, for bytes that it cannot read.
     """
-    part = _Part(file, start, len(file) - start if length is None else length)
+    part = FilePart(file, start, len(file) - start if length is None else length)
     # Loaded to the meta device, a tensor carries the offset of its values in the archive, and no value is read.
     skeleton, tensors = flatten(torch.load(cast("IO[bytes]", part), map_location="meta", weights_only=True))
     return skeleton, {name: _mapped(file, start, tensor) for name, tensor in tensors.items()}
@@ -112,7 +112,7 @@ def _mapped(file: MappedFile, start: int, tensor: Tensor) -> Tensor:
     return file.tensor(first, tensor.dtype, tensor.shape, tensor.stride())
 
 
-class _Part(io.RawIOBase):
+class FilePart(io.RawIOBase):
     """Bytes `start` to `start + length` of a mapped file as a file object, which is what `torch.load` takes."""
 
     def __init__(self, file: MappedFile, start: int, length: int) -> None:
