@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
 from pkm_lightning.checkpoints.metadata import MetadataReader, read_metadata
+from pkm_lightning.checkpoints.sums import ALL, Share, check_archive, check_skeleton
+from pkm_lightning.checkpoints.tree import check_extent
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.ops.ranks import is_distributed
 
@@ -42,7 +45,13 @@ class FolderContent:
         self._path = path
         self._files: dict[str, MappedFile] = {}
         # Small: every rank reads it whole.
+        skeleton = MappedFile(path / SKELETON)
+        try:
+            check_skeleton(skeleton)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{SKELETON}: {error}") from None
         self.skeleton: Any = torch.load(path / SKELETON, weights_only=True)
+        check_extent(self.skeleton)
         self._metadata = read_metadata(path)
         _check_sizes(path, self._metadata)
         stored = self._metadata.state_dict_metadata.items()
@@ -59,10 +68,9 @@ class FolderContent:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended in one process
                 reader = MetadataReader(self._path, self._metadata)
                 dcp.load(targets, storage_reader=reader, no_dist=not is_distributed())
-        except Exception as error:
-            raise CheckpointError(
-                f"ckpt={self._path} cannot be read ({failure_reason(error)}); use another one."
-            ) from error
+        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+            reason = failure_reason(error, otherwise="a part of it is damaged")
+            raise CheckpointError(f"ckpt={self._path} cannot be read ({reason}); use another one.") from error
 
     def mapped(self, names: list[str]) -> dict[str, Tensor]:
         """Returns whole tensors in memory: a tensor of several chunks cannot be mapped in one piece."""
@@ -83,13 +91,26 @@ class FolderContent:
             # Every chunk is an archive of its own within the file.
             place = self._metadata.storage_data[MetadataIndex(name, part.offsets)]
             try:
-                _, tensors = map_archive(self._file(place.relative_path), place.offset, place.length)
-                (values,) = tensors.values()
+                archive = map_archive(self._file(place.relative_path), place.offset, place.length)
+                (values,) = archive.tensors.values()
                 assert tuple(values.shape) == tuple(part.sizes)
             except Exception:  # torch has half a dozen classes for what it cannot read
                 raise DamagedFileError(f"{place.relative_path} at byte {place.offset}") from None
             chunks.append(Chunk(tuple(part.offsets), values))
         return chunks
+
+    def check_sums(self, without: Collection[str] = (), share: Share = ALL) -> None:
+        """Compares the tensors, except those `without`, to their stored sums; the rest was compared when it was read.
+
+        Raises:
+            DamagedFileError: naming the file and the tensor.
+        """
+        for index, place in share.of(sorted(self._metadata.storage_data.items(), key=lambda item: item[1])):
+            if index.fqn not in without:
+                try:
+                    check_archive(self._file(place.relative_path), place.offset, place.length, {})
+                except DamagedFileError as error:
+                    raise DamagedFileError(f"{place.relative_path}, {index.fqn}: {error}") from None
 
     def forget(self) -> None:
         """Releases the memory of all pages read through `chunks`."""
@@ -102,14 +123,14 @@ class FolderContent:
         return self._files[name]
 
 
-def failure_reason(error: BaseException) -> str:
+def failure_reason(error: BaseException, otherwise: str = "cut short: is the disk full?") -> str:
     """Returns the first cause that has a name; `torch.distributed.checkpoint` raises one error for all ranks."""
     if isinstance(error, dcp.CheckpointException):
         failures = [failure[0] for failure in error.failures.values()]
         error = next((f for f in failures if isinstance(f, OSError)), failures[0])
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return "cut short: is the disk full?"
+    return otherwise
 
 
 def _check_sizes(path: Path, metadata: Metadata) -> None:

@@ -97,7 +97,7 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(value, torch.dtype):
             return value
         if name not in _RECORDS.get(module, ()):
-            raise DamagedFileError(f"{NAME} names {module}.{name}, which no checkpoint holds and which is not run")
+            raise DamagedFileError(f"{NAME} names {module}.{name}, code that no checkpoint needs and that was not run")
         # A class per use: a pickle may set attributes of a class.
         return type(name, (_Record,), {})
 
@@ -169,7 +169,10 @@ def _check_chunks(name: str, tensor: TensorStorageMetadata, places: Mapping[Meta
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
         if any(end > size for end, size in zip(ends, tensor.size, strict=True)):
             raise ValueError(f"a chunk of {name} reaches beyond it")
-        if places[MetadataIndex(name, chunk.offsets)].length < math.prod(chunk.sizes) * tensor.properties.dtype.itemsize:
+        if (
+            places[MetadataIndex(name, chunk.offsets)].length
+            < math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
+        ):
             raise ValueError(f"a chunk of {name} is shorter than its shape")
     if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
         raise ValueError(f"the chunks of {name} do not make up its shape")

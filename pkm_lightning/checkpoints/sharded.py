@@ -53,7 +53,7 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.Proc
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         reason = failure_reason(error)
     # Rank 0 may fail after the others are through: all ranks must raise, or none.
-    reasons = _gathered(reason, group)
+    reasons = gathered(reason, group)
     if any(reasons):
         if first:
             shutil.rmtree(beside, ignore_errors=True)
@@ -85,7 +85,8 @@ def _finish(skeleton: Any, beside: Path, path: Path) -> str | None:
     return None
 
 
-def _gathered(reason: str | None, group: dist.ProcessGroup | None) -> list[str | None]:
+def gathered(reason: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
+    """Returns the `reason` of each rank. Collective: call on all ranks."""
     if not is_distributed():
         return [reason]
     reasons: list[str | None] = [None] * dist.get_world_size()

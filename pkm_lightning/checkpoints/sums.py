@@ -15,12 +15,13 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, NamedTuple, TypeVar, cast
 
 from pkm_lightning.checkpoints.mapped import DamagedFileError, FilePart, MappedFile
 
+T = TypeVar("T")
 _BLOCK_BYTES = 64 * 2**20
 _SEAL = re.compile(rb"crc32 ([0-9a-f]{8})\n")
 _SEAL_BYTES = 15
@@ -37,30 +38,65 @@ def crc32(file: MappedFile, start: int, length: int) -> int:
     return crc
 
 
-def check_archive(file: MappedFile, start: int, length: int, skipped: Collection[int] = ()) -> None:
+class Share(NamedTuple):
+    """What one of `ranks` ranks that check a checkpoint together reads: every `ranks`-th record, from `rank` on."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, records: Sequence[T]) -> Sequence[T]:
+        """Returns the records that this rank reads."""
+        return records[self.rank :: self.ranks]
+
+
+ALL = Share()
+
+
+def check_archive(file: MappedFile, start: int, length: int, names: Mapping[int, str], share: Share = ALL) -> None:
     """Compares the records of an archive, which lies in `length` bytes from `start` on, to their stored sums.
 
     Args:
         file, start, length: where the archive lies.
-        skipped: bytes of the file at which values start that are not to be read.
+        names: of the records that hold tensors, by their first byte; one with an empty name is not read.
+        share: of the records.
 
     Raises:
         DamagedFileError: a record differs, or the directory is unreadable; names the record.
     """
+    for record in share.of(_directory(file, start, length)):
+        first = _first_byte(file, start + record.header_offset)
+        name = names.get(first, record.filename)
+        if name:
+            _check_record(file, first, start + length, record, name)
+
+
+def check_skeleton(file: MappedFile) -> None:
+    """Compares the records of an archive that hold no values of tensors to their stored sums, as `check_archive` does.
+
+    Raises:
+        DamagedFileError: as `check_archive`.
+    """
+    for record in _directory(file, 0, len(file)):
+        if "/data/" not in record.filename:
+            _check_record(file, _first_byte(file, record.header_offset), len(file), record, record.filename)
+
+
+def _directory(file: MappedFile, start: int, length: int) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(cast("IO[bytes]", FilePart(file, start, length))) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         raise DamagedFileError("its directory is unreadable") from None
+    # Records that overlap could make a small file take hours.
     if sum(record.file_size for record in records) > length:
         raise DamagedFileError("its records are longer than the archive")
-    for record in records:
-        first = _first_byte(file, start + record.header_offset)
-        if first in skipped:
-            continue
-        fits = record.compress_type == zipfile.ZIP_STORED and first + record.file_size <= start + length
-        if not fits or crc32(file, first, record.file_size) != record.CRC:
-            raise DamagedFileError(f"{record.filename} has changed since it was written")
+    return records
+
+
+def _check_record(file: MappedFile, first: int, end: int, record: zipfile.ZipInfo, name: str) -> None:
+    fits = record.compress_type == zipfile.ZIP_STORED and first + record.file_size <= end
+    if not fits or crc32(file, first, record.file_size) != record.CRC:
+        raise DamagedFileError(f"{name} has changed since it was written")
 
 
 def _first_byte(file: MappedFile, header: int) -> int:

@@ -21,6 +21,7 @@ from pkm_lightning.cli.resume import saved_config, without_fused
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.memory import ValueTable
 from pkm_lightning.training import LanguageModule
 
 #: Keys that make a run what it is; a command that evaluates it cannot change them.
@@ -66,6 +67,9 @@ class SavedRun:
             raise ConfigError(
                 "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
+        self._checkpoint.check_weights(self.run.weight_shapes)
+        if not self.is_spread:  # else each rank checks its share when the strategy loads it
+            self._checkpoint.check_sums(without=self._not_read())
         self.run.data.prepare_data()
         check_tokenizer(self._checkpoint.skeleton, tokenizer_digest(self.run.data))
 
@@ -89,16 +93,17 @@ class SavedRun:
         if self.is_spread:
             return module
         module.configure_model()
-        weights = self._checkpoint.map(without=("optimizer_states",))["state_dict"]
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"ckpt={self.path} does not fit its configuration ({reason}).") from None
+        module.load_state_dict(self._checkpoint.map(without=("optimizer_states",))["state_dict"])
         for table in module.model.value_tables:
             if table.is_mapped:
                 expect_scattered_reads(table.weight)
         return module
+
+    def _not_read(self) -> set[str]:
+        """Returns the names of tensors that an evaluation does not read, or of which it reads a few rows only."""
+        modules = self.run.model.named_modules()
+        mapped = {f"state_dict.model.{n}.weight" for n, m in modules if isinstance(m, ValueTable) and m.is_mapped}
+        return mapped | {name for name in self._checkpoint.shapes if name.startswith("optimizer_states.")}
 
     @property
     def ckpt_path(self) -> str | None:

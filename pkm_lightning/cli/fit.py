@@ -91,7 +91,7 @@ def _run(job: Job) -> float | None:
             if directory.resumes != resumes or directory.checkpoint() != checkpoint:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
-                open_checkpoint(checkpoint)  # refuses a damaged one before anything starts
+                _check_checkpoint(checkpoint, resolved)  # refuses one before anything starts
         if external:
             external.send(Decision(resolved.config, checkpoint))
         return _train_with_record(directory, resolved, assembly, checkpoint)
@@ -144,6 +144,13 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
             "run_dir, or replace it with resume=never."
         )
     return resolved
+
+
+def _check_checkpoint(path: Path, run: ResolvedRun) -> None:
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_training()
+    checkpoint.check_weights(run.weight_shapes)
+    checkpoint.check_sums()
 
 
 def _step(checkpoint: Path | None) -> int | None:
