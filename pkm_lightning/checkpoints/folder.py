@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
 from pkm_lightning.checkpoints.metadata import MetadataReader, read_metadata
@@ -84,20 +84,23 @@ class FolderContent:
         Raises:
             DamagedFileError: naming the file and the byte.
         """
+        return [self._chunk(name, part) for part in self._parts(name)]
+
+    def _parts(self, name: str) -> list[ChunkStorageMetadata]:
         metadata = self._metadata.state_dict_metadata[name]
         assert isinstance(metadata, TensorStorageMetadata)
-        chunks = []
-        for part in metadata.chunks:
-            # Every chunk is an archive of its own within the file.
-            place = self._metadata.storage_data[MetadataIndex(name, part.offsets)]
-            try:
-                archive = map_archive(self._file(place.relative_path), place.offset, place.length)
-                (values,) = archive.tensors.values()
-                assert tuple(values.shape) == tuple(part.sizes)
-            except Exception:  # torch has half a dozen classes for what it cannot read
-                raise DamagedFileError(f"{place.relative_path} at byte {place.offset}") from None
-            chunks.append(Chunk(tuple(part.offsets), values))
-        return chunks
+        return metadata.chunks
+
+    def _chunk(self, name: str, part: ChunkStorageMetadata) -> Chunk:
+        # Every chunk is an archive of its own within the file.
+        place = self._metadata.storage_data[MetadataIndex(name, part.offsets)]
+        try:
+            archive = map_archive(self._file(place.relative_path), place.offset, place.length)
+            (values,) = archive.tensors.values()
+            assert tuple(values.shape) == tuple(part.sizes)
+        except Exception:  # torch has half a dozen classes for what it cannot read
+            raise DamagedFileError(f"{place.relative_path} at byte {place.offset}") from None
+        return Chunk(tuple(part.offsets), values)
 
     def check_sums(self, without: Collection[str] = (), share: Share = ALL) -> None:
         """Compares the tensors, except those `without`, to their stored sums; the rest was compared when it was read.
@@ -105,12 +108,16 @@ class FolderContent:
         Raises:
             DamagedFileError: naming the file and the tensor.
         """
-        for index, place in share.of(sorted(self._metadata.storage_data.items(), key=lambda item: item[1])):
-            if index.fqn not in without:
-                try:
-                    check_archive(self._file(place.relative_path), place.offset, place.length, {})
-                except DamagedFileError as error:
-                    raise DamagedFileError(f"{place.relative_path}, {index.fqn}: {error}") from None
+        parts = [(name, part) for name in self.shapes for part in self._parts(name)]
+        for name, part in share.of(parts):
+            if name in without:
+                continue
+            place = self._metadata.storage_data[MetadataIndex(name, part.offsets)]
+            try:
+                check_archive(self._file(place.relative_path), place.offset, place.length, {})
+            except DamagedFileError as error:
+                raise DamagedFileError(f"{place.relative_path}, {name}: {error}") from None
+            self._chunk(name, part)  # torch, too, must be able to read the directory
 
     def forget(self) -> None:
         """Releases the memory of all pages read through `chunks`."""
