@@ -44,6 +44,10 @@ class MappedFile:
         """Returns a copy of up to `length` bytes, fewer at the end of the file."""
         return self._map[start : start + length]
 
+    def view(self, start: int, length: int) -> memoryview:
+        """Returns up to `length` bytes without copying them; release it before long."""
+        return memoryview(self._map)[start : start + length]
+
     def tensor(
         self, start: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
     ) -> Tensor:

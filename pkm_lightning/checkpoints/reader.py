@@ -6,7 +6,7 @@
 | `folder` | written by several ranks; see `pkm_lightning.checkpoints.sharded` | read on demand, in parts |
 | `exported` | weights as safetensors; see `pkm_lightning.checkpoints.export` | mapped read-only |
 
-Opening reads no tensor; `SavedCheckpoint.check_sums` reads all of them, 0.3 s per GB beside what the disk takes.
+Opening reads no tensor; `SavedCheckpoint.check_sums` reads all of them: 0.15 s of CPU per GB beside the disk.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def crc32(file: MappedFile, start: int, length: int) -> int:
     """Returns the sum of `length` bytes from `start` on, and releases the memory of the pages that it reads."""
     crc = 0
     for first in range(start, start + length, _BLOCK_BYTES):
-        crc = zlib.crc32(file.read(first, min(_BLOCK_BYTES, start + length - first)), crc)
+        with file.view(first, min(_BLOCK_BYTES, start + length - first)) as block:
+            crc = zlib.crc32(block, crc)
         file.forget()
     return crc
 
