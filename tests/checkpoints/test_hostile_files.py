@@ -10,18 +10,20 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from sharded_folders import checkpoint
 
-from pkm_lightning.checkpoints import SavedCheckpoint, open_checkpoint, safetensors, sums
+from pkm_lightning.checkpoints import SavedCheckpoint, open_checkpoint, safetensors, sharded, sums
 from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
 from pkm_lightning.checkpoints.mapped import MappedFile
 from pkm_lightning.checkpoints.sums import crc32, seal
 from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.strategies.portable import PortableCheckpoints
 
 
 class Bomb:
@@ -225,6 +227,29 @@ def test_the_damaged_tensor_is_named_and_others_can_be_read(
     with pytest.raises(CheckpointError, match=name):
         saved.check_sums()
     saved.check_sums(without={"state_dict.model.tables.0.weight"})
+
+
+def test_another_dtype_in_the_metadata_is_noticed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = copy_of(checkpoints["rows"], tmp_path)
+    raw = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(raw.replace(b"float32", b"float16"))
+    with pytest.raises(CheckpointError, match=r"\.metadata has changed since it was written"):
+        open_checkpoint(path)
+
+
+def test_a_rank_refuses_what_another_one_has_read(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, path = SavedCheckpoint(checkpoints["rows"]), copy_of(checkpoints["rows"], tmp_path)
+    for part in path.glob("*.distcp"):
+        part.write_bytes(bytes(part.stat().st_size))
+    strategy = cast("PortableCheckpoints", SimpleNamespace(global_rank=1, world_size=2))
+    PortableCheckpoints._check_sums(strategy, whole)
+    with pytest.raises(CheckpointError, match="distcp"):
+        PortableCheckpoints._check_sums(strategy, SavedCheckpoint(path))
+    monkeypatch.setattr(sharded, "gathered", lambda reason: ["rank 0 has read damage", reason])
+    with pytest.raises(CheckpointError, match="rank 0 has read damage"):
+        PortableCheckpoints._check_sums(strategy, whole)
 
 
 def test_ranks_share_the_reading(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

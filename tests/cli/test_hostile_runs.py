@@ -99,6 +99,16 @@ def test_every_verb_refuses_a_harmful_checkpoint(cli: Run, trained: Path, kind: 
     assert before == ((trained / "run.json").read_bytes(), (trained / "config.yaml").read_bytes())
 
 
+def test_a_bare_checkpoint_may_not_name_places_to_write(cli: Run, trained: Path) -> None:
+    path = trained / "checkpoints" / "step-00000012.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["config"]["trainer"]["default_root_dir"] = "/elsewhere"
+    torch.save(content, path)
+    shown = cli("validate", f"ckpt={path}")
+    assert shown.code == 2
+    assert "names trainer.default_root_dir=/elsewhere, where a saved configuration may not write" in shown.err
+
+
 def test_weights_alone_do_not_continue_a_run(cli: Run, trained: Path) -> None:
     as_if_killed(trained)
     path = trained / "checkpoints" / "step-00000012.ckpt"
