@@ -120,7 +120,7 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
     Raises:
         ConfigError: naming the offending key and target, and how to trust it.
     """
-    if "${" in str(config):
+    if any("${" in text for text in _texts(config)):
         raise ConfigError(
             f"{source} holds an interpolation, ${{...}}; saved configurations are resolved: write a value."
         )
@@ -143,6 +143,19 @@ def _is_trusted_class(target: str) -> bool:
     if not isinstance(cls, type):
         return False
     return cls.__module__.split(".")[0] in _TRUSTED_ROOTS and issubclass(cls, _TRUSTED_KINDS)
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Yields all keys and values as texts, one after another: together they may be larger than the memory."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield str(key)
+            yield from _texts(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value)
+    else:
+        yield str(node)
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:

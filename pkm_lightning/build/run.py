@@ -37,6 +37,11 @@ class ResolvedRun:
     model: Transformer
     callbacks: list[L.Callback] = field(default_factory=list)
 
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights and buffers, by their names in a checkpoint."""
+        return {f"model.{name}": tuple(value.shape) for name, value in self.model.state_dict().items()}
+
     # Made when first asked for: a plugin may state no cost, and few verbs plan.
 
     @cached_property

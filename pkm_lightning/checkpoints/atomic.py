@@ -39,12 +39,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **named: Any) -> dict[str, Any]:
-        """Returns the content of a file, or of a folder that several ranks wrote.
+        """Returns the content of a file, or of a folder that several ranks wrote; runs nothing that a file names.
 
         Raises:
-            CheckpointError: the folder is damaged.
+            CheckpointError: it is damaged, or an exported model.
         """
-        if Path(path).is_dir():
-            return SavedCheckpoint(path).read()
+        saved = SavedCheckpoint(path)
+        saved.check_sums()
+        if saved.kind == "folder":
+            return saved.read()
+        if saved.kind == "exported":
+            raise CheckpointError(f"ckpt={path} is an exported model: training continues from a run's checkpoint only.")
         # Not mapped read-only: optimizers keep the tensors that they load, and update them in place.
-        return super().load_checkpoint(path, *arguments, **named)
+        return super().load_checkpoint(path, *arguments, **{**named, "weights_only": True})

@@ -18,6 +18,7 @@ def run(job: Job) -> None:
     checkpoint = open_checkpoint(path)
     if checkpoint.kind == "exported":
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
+    checkpoint.check_sums()
     entries = write(checkpoint, file)
     size = sum(entry.n_bytes for entry in entries.values())
     print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}")

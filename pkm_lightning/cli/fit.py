@@ -91,7 +91,7 @@ def _run(job: Job) -> float | None:
             if directory.resumes != resumes or directory.checkpoint() != checkpoint:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
-                open_checkpoint(checkpoint)  # refuses a damaged one before anything starts
+                _check_checkpoint(checkpoint, resolved)  # refuses one before anything starts
         if external:
             external.send(Decision(resolved.config, checkpoint))
         return _train_with_record(directory, resolved, assembly, checkpoint)
@@ -131,7 +131,8 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
     changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
     only_machine = all(map(may_change_on_resume, changed))
     # With nothing else changed the saved configuration is executed, so it must be trusted; else it is only compared.
-    saved = saved_config(path, trust=command["trust_config"] or not only_machine)
+    cache = str(command["data"].get("cache_dir"))
+    saved = saved_config(path, trust=command["trust_config"], executed=only_machine, allowed=[cache])
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
@@ -144,6 +145,13 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
             "run_dir, or replace it with resume=never."
         )
     return resolved
+
+
+def _check_checkpoint(path: Path, run: ResolvedRun) -> None:
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_training()
+    checkpoint.check_weights(run.weight_shapes)
+    checkpoint.check_sums()
 
 
 def _step(checkpoint: Path | None) -> int | None:
