@@ -119,7 +119,11 @@ class Job:
 
     def _rank_command(self) -> list[str]:
         overrides = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
-        return [sys.argv[0], self.verb, *self.flags, *overrides, f"run_dir={quoted(str(self.config.run_dir))}"]
+        # To a verb that reads a run, the default directory, named after the time, would be that of a run.
+        directory = (
+            [f"run_dir={quoted(str(self.config.run_dir))}"] if self.verb == "fit" or self.sets("run_dir") else []
+        )
+        return [sys.argv[0], self.verb, *self.flags, *overrides, *directory]
 
 
 def searchpath_overrides() -> list[str]:

@@ -47,8 +47,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `argv`, by default that of the process.
 
-    Exits with 0 on success, 2 on an error that is the user's to mend, 75 if another process of the run was lost, 130,
-    138 or 143 after an interruption.
+    Exits with 0 on success, 2 on an error that is the user's to mend, 75 if another process of the run was lost, 129,
+    130, 138 or 143 after an interruption.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else None

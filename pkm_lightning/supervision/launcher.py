@@ -145,9 +145,11 @@ class WatchedLauncher(_SubprocessScriptLauncher):
 
 
 def _failure(rank: int, code: int, reason: str | None) -> RankFailure:
+    names = {number.value: number.name for number in signal.Signals}
     if code < 0:
-        names = {number.value: number.name for number in signal.Signals}
         return RankFailure(f"rank {rank} was killed by {names.get(-code, f'signal {-code}')}", RANK_LOST)
+    if code - 128 in names:  # it has handled the signal, and ended as shells report one
+        return RankFailure(f"rank {rank} was stopped by {names[code - 128]}", code)
     return RankFailure(f"rank {rank} failed: {reason}" if reason else f"rank {rank} ended with exit code {code}", code)
 
 
