@@ -69,6 +69,12 @@ class EventLog:
         else:
             self.path.unlink(missing_ok=True)
 
+    def lines_on_disk(self) -> int:
+        """Returns the number of lines for a checkpoint, and waits until they would survive a loss of power."""
+        if self.path.exists():
+            flush(self.path)
+        return self.lines
+
     def write(self, event: Event, action: str, **more: Any) -> None:
         """Appends one line to the file, and shows it; of events that are only warned of, one per 100 steps."""
         line = {"step": event.step, "event": event.name, "layer": event.layer, "figure": event.figure}
@@ -76,7 +82,6 @@ class EventLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _number(value) for key, value in line.items()}) + "\n")
-        flush(self.path)  # before a checkpoint counts the line
         self.lines += 1
         # A run that stays broken would fill the screen.
         if action != "warn" or event.step - self._last_shown.get(event.name, -_SHOW_EVERY) >= _SHOW_EVERY:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pkm_lightning.cli.environment import check_rank_variables
 from pkm_lightning.errors import PkmError, nearest
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ def _usage() -> str:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    try:
+        check_rank_variables(os.environ)
+    except PkmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     # Not at the top: `--help` and a mistyped verb are answered without Hydra, which takes half a second to import.
     import hydra
     from hydra.errors import HydraException

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.supervision.error_folder import ErrorFolder
+from pkm_lightning.supervision.meeting_point import check_meeting_point
 
 #: Exit code of a process that ends because another was lost; sysexits.h's EX_TEMPFAIL: the same command may succeed.
 RANK_LOST = 75
@@ -162,5 +163,7 @@ class WatchedRanks(ParallelStrategy):
             super()._configure_launcher()
             return
         assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            check_meeting_point(self.cluster_environment)
         processes = len(self.parallel_devices or [])
         self._launcher = WatchedLauncher(self.cluster_environment, processes, getattr(self, "num_nodes", 1))
