@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -72,6 +74,14 @@ def write_beside(path: Path, content: str | bytes) -> None:
         raise RunDirectoryError(
             f"{path} cannot be written ({error.strerror}); free the disk, or choose another place."
         ) from None
+
+
+def csv_line(values: Iterable[object]) -> str:
+    """Returns a line of CSV, ended by a newline."""
+    line = io.StringIO(newline="")
+    # With a newline as the terminator Python 3.11 would not quote a carriage return, at which readers end the row.
+    csv.writer(line, lineterminator="\r\n").writerow(values)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def replace(beside: Path, path: Path) -> None:

@@ -14,6 +14,7 @@ from small import Run, record
 
 from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.cli import fit
+from pkm_lightning.cli.resume import differences
 from pkm_lightning.errors import CheckpointWriteError
 
 MODEL = [
@@ -208,3 +209,23 @@ def test_a_damaged_record_is_refused_with_advice_that_works(cli: Run, ended: Pat
     assert "resume=never" in refused.err
     assert cli(*COMMAND, f"resume={resume}").code == 0
     assert record(ended)["status"] == "finished"
+
+
+SAMPLES = {"_target_": "pkm_lightning.callbacks.Samples", "path": "x", "tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("saved", "new", "shown"),
+    [
+        ({"a": {"s": SAMPLES}}, {"a": {}}, ["a.s: pkm_lightning.callbacks.Samples -> (absent)"]),
+        ({"a": {"s": SAMPLES}}, {"a": {"s": None}}, ["a.s: pkm_lightning.callbacks.Samples -> None"]),
+        ({"a": {}}, {"a": {"s": {"x": 1, "y": 2}}}, ["a.s: (absent) -> {...}"]),
+        ({"a": {"s": SAMPLES}}, {"a": {"s": {**SAMPLES, "tokens": 5}}}, ["a.s.tokens: 4 -> 5"]),
+        ({"run_dir": "a", "trainer": {"devices": 1}}, {"run_dir": "b", "trainer": {"devices": 2}}, []),
+        ({"strategy": None}, {"strategy": {"_target_": "x"}}, []),
+    ],
+)
+def test_a_group_that_one_side_lacks_is_one_difference(
+    saved: dict[str, Any], new: dict[str, Any], shown: list[str]
+) -> None:
+    assert differences(saved, new) == shown
