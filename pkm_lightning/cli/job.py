@@ -119,7 +119,7 @@ class Job:
 
     def _rank_command(self) -> list[str]:
         overrides = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
-        # To a verb that reads a run, the default directory, named after the time, would be that of a run.
+        # Verbs other than fit would take the default directory, named after the time, for that of a trained run.
         directory = (
             [f"run_dir={quoted(str(self.config.run_dir))}"] if self.verb == "fit" or self.sets("run_dir") else []
         )

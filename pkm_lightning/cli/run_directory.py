@@ -56,7 +56,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, *, resume: str) -> None:
         self.path = Path(path)
-        self._began = False
+        self._began = self._is_accepted = False
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self._lock_is_new = not (self.path / ".lock").exists()
         self._lock = self._acquire()
@@ -87,11 +87,12 @@ class RunDirectory:
         """Writes config.yaml and run.json of a run whose data and checkpoint are accepted; forgets the earlier run."""
         self.save_config(config)
         self.save_record(record)
+        self._is_accepted = True
         self._forget_earlier()
 
     def close(self) -> None:
         """Releases the lock; without an accepted run the directory becomes what it was before."""
-        if not (self.path / "run.json").exists():
+        if not self._is_accepted:
             with contextlib.suppress(OSError):
                 if self._began:
                     self._clear()

@@ -167,6 +167,7 @@ def supervise_evaluation(trainer: L.Trainer) -> Iterator[None]:
         leave_error_to_rank_0(),
         end_on_lost_rank(trainer, None),
         watch_ranks(trainer, None),
+        name_lost_rank(trainer),  # before the watch ends the other ranks, so that it finds how the lost one ended
         stop_on_signals(trainer, None),
     ):
         try:
