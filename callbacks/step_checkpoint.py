@@ -56,6 +56,15 @@ class StepCheckpoint(ModelCheckpoint):
         """Requests a checkpoint and a stop for a signal of the name `reason`; safe in a signal handler."""
         self._stop_reason = reason
 
+    def stop_if_requested(self, trainer: L.Trainer) -> None:
+        """Ends a run that was asked to stop after its last step. Collective: call on all ranks.
+
+        Raises:
+            RunInterrupted: with the name of the signal.
+        """
+        if self._stop_is_agreed(trainer):
+            raise RunInterrupted(self._stop_reason)
+
     def is_due(self, trainer: L.Trainer) -> bool:
         """Returns whether this step ends an interval, the same on all ranks; a requested stop does not count."""
         return trainer.global_step % self._every_n_train_steps == 0

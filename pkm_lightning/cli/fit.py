@@ -186,8 +186,8 @@ def _train(
     trainer, callbacks, data = assembly.trainer, assembly.callbacks, resolved.data
     L.seed_everything(resolved.config["seed"], workers=True, verbose=False)
     module = LanguageModule(resolved.config)
-    request_stop = next((c.request_stop for c in callbacks if isinstance(c, StepCheckpoint)), None)
-    with name_lost_rank(trainer), stop_on_signals(trainer, request_stop):
+    checkpoints = next((c for c in callbacks if isinstance(c, StepCheckpoint)), None)
+    with name_lost_rank(trainer), stop_on_signals(trainer, checkpoints.request_stop if checkpoints else None):
         data.prepare_data()
         if sitting is not None:
             sitting.begin()
@@ -196,6 +196,8 @@ def _train(
             raise DataError(f"{type(data).__name__}.train_dataloader gave no batch; no training step was taken.")
         if sitting is not None:
             sitting.accept()  # a run without a step left to train has not started
+        if checkpoints is not None:
+            checkpoints.stop_if_requested(trainer)
         _test(trainer, module, data)
     metrics = assembly.record.metrics
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]

@@ -13,13 +13,13 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.errors import RunDirectoryError, check_choice
-from pkm_lightning.storage import hold, write_beside
+from pkm_lightning.storage import HeldFolder, write_beside
 
 _FILES = (  # what a run writes, and a run in its place removes
     "run.json",
@@ -57,9 +57,7 @@ class RunDirectory:
     def __init__(self, path: str | Path, *, resume: str) -> None:
         self.path = Path(path)
         self._began = self._is_accepted = False
-        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self._lock_is_new = not (self.path / ".lock").exists()
-        self._lock = self._acquire()
+        self._held = self._hold()
         try:
             self._put_back()  # a command that was killed before its run was accepted has left them aside
             self.resumes = continues_run(self.path, resume)
@@ -92,16 +90,14 @@ class RunDirectory:
 
     def close(self) -> None:
         """Releases the lock; without an accepted run the directory becomes what it was before."""
-        if not self._is_accepted:
-            with contextlib.suppress(OSError):
-                if self._began:
-                    self._clear()
-                self._put_back()
-                if self._lock_is_new:
-                    (self.path / ".lock").unlink()
-                for folder in self._made:
-                    folder.rmdir()
-        self._lock.close()
+        if self._is_accepted:
+            self._held.close()
+            return
+        with contextlib.suppress(OSError):
+            if self._began:
+                self._clear()
+            self._put_back()
+        self._held.withdraw()
 
     def checkpoint(self) -> Path | None:
         """Returns the latest checkpoint of the run that is continued, if there is one."""
@@ -115,25 +111,17 @@ class RunDirectory:
         """Writes run.json."""
         write_beside(self.path / "run.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
-    def _acquire(self) -> IO[str]:
-        while True:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                lock = (self.path / ".lock").open("a")
-            except OSError as error:
-                raise RunDirectoryError(
-                    f"run_dir={self.path} cannot be written ({error.strerror}); choose another with run_dir=PATH."
-                ) from None
-            if not hold(lock):
-                lock.close()
-                raise RunDirectoryError(
-                    f"run_dir={self.path} is held by another process that is running; wait for it or choose another."
-                )
-            # A refused command removes its lock, which this process may have opened before.
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat()):
-                    return lock
-            lock.close()
+    def _hold(self) -> HeldFolder:
+        try:
+            return HeldFolder(self.path)
+        except BlockingIOError:
+            raise RunDirectoryError(
+                f"run_dir={self.path} is held by another process that is running; wait for it or choose another."
+            ) from None
+        except OSError as error:
+            raise RunDirectoryError(
+                f"run_dir={self.path} cannot be written ({error.strerror}); choose another with run_dir=PATH."
+            ) from None
 
     def _refuse_foreign_files(self) -> None:
         """Refuses a directory without a record, unless it is empty or left by a run that was killed at its start."""

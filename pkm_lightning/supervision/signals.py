@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 @contextlib.contextmanager
 def stop_on_signals(trainer: L.Trainer, request_stop: Callable[[str], None] | None) -> Iterator[None]:
-    """Handles SIGINT, SIGTERM, SIGUSR1 and, unless it is ignored as under nohup, SIGHUP within the block.
+    """Handles SIGINT, SIGTERM, SIGUSR1 and SIGHUP within the block, for a process that trains or evaluates.
 
     Args:
         trainer: in training the first signal calls `request_stop`.
@@ -26,17 +26,11 @@ def stop_on_signals(trainer: L.Trainer, request_stop: Callable[[str], None] | No
     Raises:
         KeyboardInterrupt: with the signal's name; at a second signal, outside training, or without `request_stop`.
     """
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    if before[signal.SIGHUP] is signal.SIG_IGN:
-        del before[signal.SIGHUP]
-    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     requested = False
 
-    def handle(number: int, _frame: object) -> None:
+    def handle(number: int) -> None:
         nonlocal requested
         name = signal.Signals(number).name
-        if number == signal.SIGHUP:
-            _silence(terminals)
         if requested or request_stop is None or trainer.state.fn != "fit":
             raise KeyboardInterrupt(name)
         requested = True
@@ -44,8 +38,28 @@ def stop_on_signals(trainer: L.Trainer, request_stop: Callable[[str], None] | No
 
     # Lightning 2.6's handler of SIGTERM broadcasts in the middle of a step, which the other ranks do not expect.
     trainer._signal_connector.register_signal_handlers = _register_none  # type: ignore[method-assign]
+    with handled_signals(handle):
+        yield
+
+
+@contextlib.contextmanager
+def handled_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Calls `handle` with the number of each signal that asks a process to stop, within the block.
+
+    SIGHUP stays ignored where it is, as under nohup; else the output goes nowhere once the terminal is closed.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def receive(number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            _silence(terminals)
+        handle(number)
+
     for number in before:
-        signal.signal(number, handle)
+        signal.signal(number, receive)
     try:
         yield
     finally:

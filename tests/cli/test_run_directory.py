@@ -64,7 +64,7 @@ def test_an_earlier_run_is_whole_after_any_end_before_that(
         directory.close()
         assert content(earlier) == before
     else:
-        directory._lock.close()  # all that a kill does
+        directory._held.close()  # all that a kill does
     with pytest.raises(RunDirectoryError, match="a run that finished"):
         RunDirectory(earlier, resume="auto")
     assert content(earlier) == before
@@ -76,7 +76,7 @@ def test_a_kill_after_the_acceptance_leaves_the_new_run(earlier: Path, monkeypat
     with monkeypatch.context() as killed:
         killed.setattr(directory, "_forget_earlier", lambda: None)
         directory.accept(CONFIG, STARTED)
-        directory._lock.close()
+        directory._held.close()
     again = RunDirectory(earlier, resume="auto")
     assert again.resumes
     assert again.record == STARTED
@@ -100,26 +100,10 @@ def test_a_run_killed_at_its_start_starts_again(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path, resume="auto")
     directory.begin(CONFIG)
     (tmp_path / "tensorboard").mkdir()
-    directory._lock.close()
+    directory._held.close()
     again = RunDirectory(tmp_path, resume="auto")
     assert not again.resumes
     again.close()
-
-
-def test_a_lock_that_was_removed_in_between_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refused command removes its lock between the moments when another one opens and locks it."""
-    hold, removed = run_directory.hold, list[bool]()
-
-    def too_late(lock: Any) -> bool:
-        if not removed:
-            (tmp_path / ".lock").unlink()
-            removed.append(True)
-        return hold(lock)
-
-    monkeypatch.setattr(run_directory, "hold", too_late)
-    directory = RunDirectory(tmp_path, resume="auto")
-    assert os.path.samestat(os.fstat(directory._lock.fileno()), (tmp_path / ".lock").stat())
-    directory.close()
 
 
 RECORDS: dict[str, tuple[str, dict[str, bool | str]]] = {
