@@ -61,9 +61,12 @@ class StepCheckpoint(ModelCheckpoint):
 
         Raises:
             RunInterrupted: with the name of the signal.
+            KeyboardInterrupt: the same, where the signal has reached this rank too late for the others to know of it.
         """
         if self._stop_is_agreed(trainer):
             raise RunInterrupted(self._stop_reason)
+        if self._stop_reason is not None:
+            raise KeyboardInterrupt(self._stop_reason)
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Returns whether this step ends an interval, the same on all ranks; a requested stop does not count."""

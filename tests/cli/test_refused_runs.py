@@ -79,11 +79,16 @@ def cut_the_checkpoint(run: Path, data: Path) -> None:
     path.write_bytes(path.read_bytes()[:10_000])
 
 
-DAMAGES = [append_a_line, break_a_line, remove_the_data, remove_a_tensor, cut_the_checkpoint]
+DAMAGES = [
+    (append_a_line, "finished"),
+    (break_a_line, "interrupted"),
+    (remove_the_data, "interrupted"),
+    (remove_a_tensor, "finished"),
+    (cut_the_checkpoint, "interrupted"),
+]
 
 
-@pytest.mark.parametrize("status", ["finished", "interrupted"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(("damage", "status"), DAMAGES)
 def test_a_refused_resume_leaves_all_records(
     cli: Run, ended: Path, data: Path, damage: Callable[[Path, Path], None], status: str
 ) -> None:
