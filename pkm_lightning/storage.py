@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import errno
 import fcntl
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +33,48 @@ def hold(lock: IO[str]) -> bool:
     except OSError:
         return False
     return True
+
+
+class HeldFolder:
+    """A folder, made if it is missing, whose file `.lock` this process holds until `close`.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path / ".lock"
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self._is_new = not self._file.exists()
+        while True:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = self._file.open("a")
+            if not hold(lock):
+                lock.close()
+                raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))
+            # A command that found nothing to do removes its lock, which this one may have opened before.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), self._file.stat()):
+                    self._lock = lock
+                    return
+            lock.close()
+
+    def close(self) -> None:
+        """Releases the lock."""
+        self._lock.close()
+
+    def withdraw(self) -> None:
+        """Releases the lock, and removes what `__init__` has made unless something else is in there."""
+        with contextlib.suppress(OSError):
+            if self._is_new:
+                self._file.unlink()
+            for folder in self._made:
+                folder.rmdir()
+        self._lock.close()
 
 
 @contextlib.contextmanager
@@ -72,6 +117,14 @@ def write_beside(path: Path, content: str | bytes) -> None:
         raise RunDirectoryError(
             f"{path} cannot be written ({error.strerror}); free the disk, or choose another place."
         ) from None
+
+
+def csv_line(values: Iterable[object]) -> str:
+    """Returns a line of CSV, ended by a newline."""
+    line = io.StringIO(newline="")
+    # With a newline as the terminator Python 3.11 would not quote a carriage return, at which readers end the row.
+    csv.writer(line, lineterminator="\r\n").writerow(values)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def replace(beside: Path, path: Path) -> None:

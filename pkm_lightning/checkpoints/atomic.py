@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
-from pkm_lightning.errors import CheckpointError
+from pkm_lightning.errors import CheckpointError, CheckpointWriteError
 from pkm_lightning.storage import written_beside
 
 
@@ -24,7 +24,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Writes `checkpoint` to `path`, which appears when all of it is on disk.
 
         Raises:
-            CheckpointError: the disk is full or the folder cannot be written; an earlier file at `path` is whole.
+            CheckpointWriteError: the disk is full or the folder cannot be written; an earlier file at `path` is whole.
         """
         path = Path(path)
         try:
@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             # On a full disk torch's writer raises a RuntimeError about positions in the archive, without the cause.
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "cut short: is the disk full?"
-            raise CheckpointError(
+            raise CheckpointWriteError(
                 f"{path} cannot be written ({reason}); free the disk or move run_dir: the previous checkpoint is whole."
             ) from error
 

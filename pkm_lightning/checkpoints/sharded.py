@@ -24,7 +24,7 @@ from torch import Tensor
 from pkm_lightning.checkpoints.folder import SKELETON, failure_reason
 from pkm_lightning.checkpoints.metadata import NAME as METADATA
 from pkm_lightning.checkpoints.sums import seal
-from pkm_lightning.errors import CheckpointError
+from pkm_lightning.errors import CheckpointWriteError
 from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.storage import flush, replace
 
@@ -40,7 +40,7 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.Proc
         group: all ranks, for the messages between them; None for the default group.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written, on every rank; an earlier folder is whole.
+        CheckpointWriteError: on every rank: a full disk, or a folder that cannot be written; an earlier one is whole.
     """
     beside, first = path.with_name(path.name + ".tmp"), not is_distributed() or dist.get_rank() == 0
     try:
@@ -57,7 +57,7 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.Proc
     if any(reasons):
         if first:
             shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(
+        raise CheckpointWriteError(
             f"{path} cannot be written ({next(filter(None, reasons))}); free the disk or move run_dir: the previous "
             "checkpoint is whole."
         )

@@ -122,7 +122,11 @@ class Job:
 
     def _rank_command(self) -> list[str]:
         overrides = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
-        return [sys.argv[0], self.verb, *self.flags, *overrides, f"run_dir={quoted(str(self.config.run_dir))}"]
+        # Verbs other than fit would take the default directory, named after the time, for that of a trained run.
+        directory = (
+            [f"run_dir={quoted(str(self.config.run_dir))}"] if self.verb == "fit" or self.sets("run_dir") else []
+        )
+        return [sys.argv[0], self.verb, *self.flags, *overrides, *directory]
 
 
 def searchpath_overrides() -> list[str]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pkm_lightning.cli.environment import check_rank_variables
 from pkm_lightning.errors import PkmError, nearest
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `argv`, by default that of the process.
 
-    Exits with 0 on success, 2 on an error that is the user's to mend, 75 if another process of the run was lost, 130,
-    138 or 143 after an interruption.
+    Exits with 0 on success, 2 on an error that is the user's to mend, 75 if another process of the run was lost, 129,
+    130, 138 or 143 after an interruption.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else None
@@ -67,6 +68,11 @@ def _usage() -> str:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    try:
+        check_rank_variables(os.environ)
+    except PkmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     # Not at the top: `--help` and a mistyped verb are answered without Hydra, which takes half a second to import.
     import hydra
     from hydra.errors import HydraException

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pkm_lightning.build.instantiate import check_trusted
+from pkm_lightning.build.instantiate import check_trusted, target_class
 from pkm_lightning.cli.places import check_links, check_places
-from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, leaves, move_paths
+from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, move_paths
 from pkm_lightning.compare.run_files import read_yaml
 from pkm_lightning.errors import RunDirectoryError
 
@@ -98,11 +99,37 @@ def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns `key: saved value -> new value` for each leaf that differs and that a continued run may not change."""
-    left, right = dict(leaves(saved)), dict(leaves(new))
-    keys = [k for k in {**left, **right} if k.split(".")[0] not in COMMAND_KEYS and not may_change_on_resume(k)]
-    differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
-    return [f"{k}: {left.get(k, '(absent)')} -> {right.get(k, '(absent)')}" for k in differing]
+    """Returns `key: saved value -> new value` for each difference that a continued run may not have.
+
+    A group that one side lacks, such as a removed callback, is one difference.
+    """
+    return [f"{key}: {_shown(left)} -> {_shown(right)}" for key, left, right in _differing(saved, new, "")]
+
+
+def _differing(saved: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if path and (path.split(".")[0] in COMMAND_KEYS or may_change_on_resume(path)):
+        return
+    if isinstance(saved, Mapping) and isinstance(new, Mapping):
+        for key in {**saved, **new}:
+            # A run of an earlier version lacks the options that its classes have got since.
+            if key in saved or not _is_default(new, key):
+                yield from _differing(saved.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}".lstrip("."))
+    elif saved != new:
+        yield path, saved, new
+
+
+def _is_default(arguments: Mapping[str, Any], name: str) -> bool:
+    """Returns whether the constructor that `arguments._target_` names would take the same value without it."""
+    if "_target_" not in arguments:
+        return False
+    parameter = inspect.signature(target_class(arguments, name)).parameters.get(name)
+    return parameter is not None and bool(parameter.default == arguments[name])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("_target_", "{...}"))
+    return "(absent)" if value is _ABSENT else str(value)
 
 
 def may_change_on_resume(key: str) -> bool:

@@ -200,4 +200,4 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_leaves_no_part(cli: Run,
     assert "free the disk" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
-    assert '"status": "failed"' in (tmp_path / "full" / "run.json").read_text()
+    assert '"status": "interrupted"' in (tmp_path / "full" / "run.json").read_text()
