@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
+from pkm_lightning.build.kinds import check_kinds
 from pkm_lightning.errors import ConfigError, PkmError
 from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.model.placement import Placement
@@ -64,15 +65,37 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     return make(**accepted)
 
 
+def check_keywords(config: Mapping[str, Any], key: str) -> None:
+    """Refuses what the class that `config._target_` names does not take: names of keywords, and kinds of values.
+
+    A keyword that is missing may be one that the builder passes. Nothing is constructed.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    cls = target_class(config, key)
+    _bind(inspect.signature(cls).bind_partial, cls, dict.fromkeys(_keywords(config)), key)
+    check_kinds(cls, config, key)
+
+
 def _check_arguments(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
-    configured = {str(name): None for name in config if not str(name).startswith("_")}
+    configured = dict.fromkeys(_keywords(config))
     for name in configured.keys() & keywords.keys():
         raise ConfigError(f"{key}.{name} follows from the rest of the configuration; remove it.")
-    signature = inspect.signature(cls)
+    _bind(inspect.signature(cls).bind, cls, {**configured, **keywords}, key)
+    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    check_kinds(cls, plain, key)
+
+
+def _keywords(config: Mapping[str, Any] | DictConfig) -> list[str]:
+    return [str(name) for name in config if not str(name).startswith("_")]
+
+
+def _bind(bind: Callable[..., object], cls: type, keywords: Mapping[str, Any], key: str) -> None:
     try:
-        signature.bind(**{**configured, **keywords})
+        bind(**keywords)
     except TypeError as error:
-        names = ", ".join(signature.parameters)
+        names = ", ".join(inspect.signature(cls).parameters)
         raise ConfigError(f"{key}: {cls.__name__} {error}; it takes: {names}.") from None
 
 

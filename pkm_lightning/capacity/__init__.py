@@ -54,8 +54,9 @@ I rows per read, G sums per read, L staged reads, X their source rows; b, v and 
 value and a sum.
 """
 
+from pkm_lightning.capacity.allocation import check_allocatable
 from pkm_lightning.capacity.checks import check_memory, check_setting
 from pkm_lightning.capacity.figures import Memory, Plan, Traffic, make_plan
 from pkm_lightning.capacity.setting import Setting
 
-__all__ = ["Memory", "Plan", "Setting", "Traffic", "check_memory", "check_setting", "make_plan"]
+__all__ = ["Memory", "Plan", "Setting", "Traffic", "check_allocatable", "check_memory", "check_setting", "make_plan"]

@@ -101,9 +101,9 @@ class TokenDataModule(LightningDataModule):
         self.global_batch_size = options["global_batch_size"]
         self.num_workers = options["num_workers"]
         self.order_seed = options["order_seed"]
-        check_range("data.seq_len", self.seq_len, low=2)
-        check_range("data.global_batch_size", self.global_batch_size, low=1)
-        check_range("data.num_workers", self.num_workers, low=0)
+        check_range("data.seq_len", self.seq_len, low=2, high=2**31 - 1)
+        check_range("data.global_batch_size", self.global_batch_size, low=1, high=2**31 - 1)
+        check_range("data.num_workers", self.num_workers, low=0, high=1024)
         check_range("data.order_seed", self.order_seed, low=0)
         # Hydra passes `~` and `$VARIABLE` through as they were typed.
         self.cache_dir = Path(os.path.expandvars(options["cache_dir"])).expanduser()
