@@ -28,7 +28,10 @@ def find_public(package: str, name: str) -> Any:
     if not name.startswith("_"):
         for module in _modules(package):
             if name in public_names(module, mentioning=name):
-                return getattr(importlib.import_module(module), name)
+                found = getattr(importlib.import_module(module), name)
+                # A module's `__getattr__` is asked for what it lacks: the next use needs no search.
+                setattr(sys.modules[package], name, found)
+                return found
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -53,7 +53,9 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     """
     cls = target_class(config, key)
     accepted = accepted_keywords(cls, keywords)
-    _check_arguments(cls, config, accepted, key)
+    _check_names(cls, config, accepted, key)
+    plain_config: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    check_kinds(cls, plain_config, key)
     plain = {name: value for name, value in config.items() if not str(name).startswith("_") or name in _HYDRA_KEYS}
     try:
         # Partial first: Hydra deep-copies the arguments that it is given, and a value table must stay one object.
@@ -65,37 +67,28 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     return make(**accepted)
 
 
-def check_keywords(config: Mapping[str, Any], key: str) -> None:
-    """Refuses what the class that `config._target_` names does not take: names of keywords, and kinds of values.
+def check_keywords(config: Mapping[str, Any], key: str, built: Iterable[str] = ()) -> None:
+    """Refuses keywords that the class of `config._target_` does not take or that it lacks, and values of a wrong kind.
 
-    A keyword that is missing may be one that the builder passes. Nothing is constructed.
+    Nothing is constructed; the builder will pass those of the keywords `built` that the class takes.
 
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
     cls = target_class(config, key)
-    _bind(inspect.signature(cls).bind_partial, cls, dict.fromkeys(_keywords(config)), key)
+    _check_names(cls, config, accepted_keywords(cls, dict.fromkeys(built)), key)
     check_kinds(cls, config, key)
 
 
-def _check_arguments(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
-    configured = dict.fromkeys(_keywords(config))
+def _check_names(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
+    configured = {str(name): None for name in config if not str(name).startswith("_")}
     for name in configured.keys() & keywords.keys():
         raise ConfigError(f"{key}.{name} follows from the rest of the configuration; remove it.")
-    _bind(inspect.signature(cls).bind, cls, {**configured, **keywords}, key)
-    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
-    check_kinds(cls, plain, key)
-
-
-def _keywords(config: Mapping[str, Any] | DictConfig) -> list[str]:
-    return [str(name) for name in config if not str(name).startswith("_")]
-
-
-def _bind(bind: Callable[..., object], cls: type, keywords: Mapping[str, Any], key: str) -> None:
+    signature = inspect.signature(cls)
     try:
-        bind(**keywords)
+        signature.bind(**{**configured, **keywords})
     except TypeError as error:
-        names = ", ".join(inspect.signature(cls).parameters)
+        names = ", ".join(signature.parameters)
         raise ConfigError(f"{key}: {cls.__name__} {error}; it takes: {names}.") from None
 
 

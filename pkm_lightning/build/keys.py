@@ -16,11 +16,18 @@ from pkm_lightning.errors import ConfigError, nearest
 Count = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
-# A layer is a module, and a rank a line of a plan: more of them than anyone has would be built one by one.
+# Layers and ranks are gone through one by one, so that a number beyond all that exist would take hours to refuse.
 Layers = Annotated[int, Range(1, 4096)]
 Size = Annotated[int, Range(1, 2**24)]
 Processes = Literal[-1] | Annotated[int, Range(1, 2**16)]
 _LARGEST_WORLD = 2**20
+#: Arguments that the builder passes.
+_BUILT = {
+    "ffn": ("dim", "layer", "n_layers", "table"),
+    "model.base_ffn": ("dim", "layer", "n_layers"),
+    "table": ("rows", "dim"),
+    "optim.optimizer": ("params",),
+}
 
 
 class MemoryKeys(TypedDict):
@@ -86,11 +93,23 @@ class TrainerKeys(TypedDict):
     num_nodes: Annotated[int, Range(1, 2**16)]
     precision: str | int
     max_steps: Count
+    max_epochs: NotRequired[Literal[-1] | Count | None]
     accumulate_grad_batches: Count
-    val_check_interval: Annotated[int, Range(1)] | Annotated[float, Range(1e-9, 1)] | str | dict[str, int] | None
+    val_check_interval: Annotated[int, Range(1)] | Annotated[float, Range(1e-9, 1)] | str | dict[str, int]
+    check_val_every_n_epoch: NotRequired[Count | None]
     log_every_n_steps: Count
     num_sanity_val_steps: NotRequired[Annotated[int, Range(-1)]]
     gradient_clip_val: NotRequired[NotNegative | None]
+
+
+class StrategyKeys(TypedDict, total=False):
+    """`strategy`: DeepSpeed's stage, and what Lightning passes on to torch's DistributedDataParallel without a look."""
+
+    stage: Annotated[int, Range(1, 3)]
+    gradient_as_bucket_view: bool
+    broadcast_buffers: bool
+    find_unused_parameters: bool
+    static_graph: bool
 
 
 class TableKeys(TypedDict):
@@ -111,7 +130,7 @@ class RunKeys(TypedDict):
     table: TableKeys
     data: dict[str, Any]
     optim: OptimKeys
-    strategy: dict[str, Any] | None
+    strategy: StrategyKeys | None
     trainer: TrainerKeys
     callbacks: dict[str, dict[str, Any] | None] | None
     logger: dict[str, dict[str, Any] | None] | None
@@ -144,7 +163,7 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
         raise ConfigError(f"optim.{unknown[0]} is not a key of optim; remove it.{nearest(unknown[0], config['optim'])}")
     for key, described in _described_objects(config, training=training):
         if described:
-            check_keywords(described, key)
+            check_keywords(described, key, built=_BUILT.get(key, ()))
     trainer = config["trainer"]
     if isinstance(trainer["devices"], int) and trainer["devices"] * trainer["num_nodes"] > _LARGEST_WORLD:
         raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 import enum
+import functools
 import inspect
 import math
 import os
@@ -33,6 +34,7 @@ class Range:
     high: float | None = None
 
 
+@functools.cache
 def keyword_annotations(cls: type) -> dict[str, Any]:
     """Returns the annotation of each keyword that the constructor of `cls` takes.
 
@@ -53,7 +55,7 @@ def keyword_annotations(cls: type) -> dict[str, Any]:
             annotation = _evaluate(parameter.annotation, scope)
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 keys = get_args(annotation)[0] if get_origin(annotation) is typing.Unpack else None
-                found = {**(typing.get_type_hints(keys, include_extras=True) if keys else {}), **found}
+                found = {**(_typed_keys(keys) if keys else {}), **found}
                 passes_on = keys is None
             elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
                 # Many write `size: int = None`.
@@ -160,7 +162,7 @@ def _length(annotation: Any) -> int | None:
 def _check_parts(key: str, value: Any, annotation: Any) -> None:
     parts = get_args(annotation)
     if is_typeddict(annotation):
-        for name, part in typing.get_type_hints(annotation, include_extras=True).items():
+        for name, part in _typed_keys(annotation).items():
             if name in value:
                 check_kind(f"{key}.{name}".lstrip("."), value[name], _required(part))
             elif annotation.__total__ and get_origin(part) is not typing.NotRequired:
@@ -175,6 +177,11 @@ def _check_parts(key: str, value: Any, annotation: Any) -> None:
         items = parts if _length(annotation) else [parts[0]] * len(value)
         for number, (item, part) in enumerate(zip(value, items, strict=True)):
             check_kind(f"{key}[{number}]", item, part)
+
+
+@functools.cache
+def _typed_keys(keys: type) -> dict[str, Any]:
+    return typing.get_type_hints(keys, include_extras=True)
 
 
 def _required(annotation: Any) -> Any:

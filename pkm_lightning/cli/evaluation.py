@@ -116,8 +116,8 @@ def locate(job: Job) -> tuple[Path | None, Path]:
     if job.config.ckpt is not None:
         if job.sets("run_dir"):
             raise ConfigError(
-                f"run_dir={job.config.run_dir} and ckpt={job.config.ckpt} name a run each; give run_dir for the last "
-                "checkpoint of a run, or ckpt for another one."
+                f"run_dir={job.config.run_dir} and ckpt={job.config.ckpt} may be of two runs; give run_dir for the "
+                "last checkpoint of a run, or ckpt alone for any other."
             )
         return None, Path(str(job.config.ckpt))
     if not job.sets("run_dir"):

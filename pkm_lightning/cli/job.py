@@ -80,7 +80,7 @@ class Job:
         with open_dict(config):
             for key in ("run_dir", "ckpt", "file", "out"):
                 value = config.get(key)
-                # Hydra reads a file named 2024 as a number.
+                # Hydra takes the name 2024 for a number.
                 if value is not None and not isinstance(value, str):
                     raise ConfigError(f"{key}={value} is not text; quote it: \"{key}='{value}'\".")
                 config[key] = with_expanded_paths(value, key)
@@ -97,7 +97,6 @@ class Job:
         """Runs the verb; an error of the user's is kept for the end, so that the other jobs of a sweep still run."""
         before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
         sys.argv = self._rank_command()
-        _quieten_libraries()
         try:
             self._check_external_launch(before)
             return run(self)
@@ -180,7 +179,7 @@ _IRRELEVANT_WARNINGS = (
 )
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Silences Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)

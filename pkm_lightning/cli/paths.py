@@ -1,4 +1,4 @@
-"""Paths in a configuration: `~` and `$VARIABLE` mean the same in every key that names a file or a folder."""
+"""Paths in a configuration: `~` and `$VARIABLE` mean the same in every key that holds one."""
 
 from __future__ import annotations
 

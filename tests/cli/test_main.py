@@ -107,7 +107,7 @@ WHEN_RESOLVED = {
     "seed": (["seed=abc"], ["seed='abc'", "not a whole number"]),
     "knn": (["ffn.knn=257"], ["ffn.knn=257", "1 to 256"]),
     "odd key dimension": (["ffn.key_dim=31"], ["ffn.key_dim=31", "odd", "32"]),
-    "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "1, 2, 4, 8"]),
+    "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "4, 8, 16, 32"]),
     "kv heads": (["model.n_kv_heads=3"], ["model.n_heads=4", "model.n_kv_heads=3", "1, 2, 4"]),
     "layers": (["placement.layers=[0,2]"], ["2", "0 to 1", "model.n_layers=2"]),
     "layer twice": (["placement.layers=[1,1]"], ["repeats a layer"]),
