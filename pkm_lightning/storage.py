@@ -55,7 +55,7 @@ def check_target(key: str, path: Path) -> None:
     """
     if path.is_dir():
         raise ConfigError(f"{key}={path} is a folder; give the name of a file.")
-    folder = Path(os.path.realpath(path)).parent
+    folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
     if is_stream(path):
         return
     if not folder.is_dir():

@@ -45,6 +45,18 @@ def check_trainer(trainer: Config) -> None:
         )
 
 
+def remark_validation(trainer: Config) -> str | None:
+    """Returns a remark if no validation falls within the run, which is easily overlooked; None if one does."""
+    interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
+    batches = trainer["max_steps"] * accumulate
+    if trainer.get("check_val_every_n_epoch") is not None or not isinstance(interval, int) or interval <= batches:
+        return None
+    return (
+        f"trainer.val_check_interval={interval} is beyond the {batches} micro-batches of the run, which is tested at "
+        "its end but not validated before"
+    )
+
+
 def check_optimizer(described: Config) -> None:
     """Refuses arguments that the class of `optim.optimizer` itself refuses, by constructing it over one number.
 

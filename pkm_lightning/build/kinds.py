@@ -100,6 +100,8 @@ def check_kind(key: str, value: Any, annotation: Any) -> None:
         if _fits(value, bare):
             if limits is not None:
                 check_range(key, value, limits.low, limits.high)
+            elif isinstance(value, float) and math.isnan(value):
+                check_range(key, value)
             _check_parts(key, value, bare)
             return
     if alternatives == [bool]:
@@ -139,7 +141,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if not isinstance(origin, type) or origin is object:
         return True  # Any, type variables
     if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        return isinstance(value, int | float) and not isinstance(value, bool)
     if origin is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_INTEGER
     if isinstance(value, str) and issubclass(origin, os.PathLike | enum.Enum):

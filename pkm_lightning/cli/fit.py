@@ -17,6 +17,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from pkm_lightning.build.checks import remark_validation
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.capacity import check_allocatable
@@ -83,6 +84,8 @@ def _run(job: Job) -> float | None:
             else:
                 resolved = of_command or resolve(command, training=True)
             check_allocatable(resolved.plan, resolved.config)
+            if remark := remark_validation(resolved.config["trainer"]):
+                _log.info(remark)
             assembly = assemble(resolved, resumed_step=_step(checkpoint))
             if external:
                 check_world(assembly.trainer, external.world_size)

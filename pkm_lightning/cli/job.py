@@ -180,7 +180,7 @@ _IRRELEVANT_WARNINGS = (
 
 
 def quieten_libraries() -> None:
-    """Silences Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
+    """Suppresses Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _IRRELEVANT_WARNINGS:

@@ -50,7 +50,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (None, int, "key=null is not a whole number."),
     ([1], int | None, r"key=\[1\] is not a whole number or null."),
     ("x", float, "key='x' is not a number."),
-    (math.nan, float, "key=nan is not a number."),
+    (math.nan, float, "key=nan is not finite; give a number."),
     (True, float, "key=true is not a number."),
     (2**63, int, "key=9223372036854775808 is not a whole number of at most 9223372036854775807."),
     (3, bool, "key=3 is neither true nor false; set key=true or key=false."),
