@@ -97,6 +97,7 @@ class Job:
         """Runs the verb; an error of the user's is kept for the end, so that the other jobs of a sweep still run."""
         before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
         sys.argv = self._rank_command()
+        quieten_libraries()  # once more: Lightning sets the level of its log when it is imported
         try:
             self._check_external_launch(before)
             return run(self)
@@ -185,6 +186,14 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def log_to_stderr() -> None:
+    """Leaves the standard output to what a program reads there."""
+    for handler in logging.getLogger().handlers:
+        # Not its subclass, which writes to a file.
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
 
 
 def _leave_process_group(before: dict[str, str | None]) -> None:

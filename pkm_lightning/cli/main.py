@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -67,13 +66,6 @@ def _usage() -> str:
     return USAGE.format(verbs="\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items()))
 
 
-def _log_to_stderr() -> None:
-    for handler in logging.getLogger().handlers:
-        # Not its subclass, which writes to a file.
-        if type(handler) is logging.StreamHandler:
-            handler.setStream(sys.stderr)
-
-
 def _run(verb: str, arguments: list[str]) -> int:
     # Not at the top: `--help` and a mistyped verb are answered without Hydra, which takes half a second to import.
     import hydra
@@ -81,7 +73,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from pkm_lightning.cli.composition_errors import explain
-    from pkm_lightning.cli.job import Job, JobFailure, quieten_libraries
+    from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.variants import split_variants
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
@@ -102,7 +94,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         # Before the imports below: matplotlib logs that it builds a cache of fonts.
         quieten_libraries()
         if verb == "info":  # programs read what it prints
-            _log_to_stderr()
+            log_to_stderr()
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
         if verb != "info":  # short, and it makes few objects
             gc.enable()  # see `__main__`

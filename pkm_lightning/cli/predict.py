@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pkm_lightning.cli.evaluation import SavedRun, locate
-from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.storage import check_target, is_stream, write_beside
 from pkm_lightning.supervision.rank_failures import supervise_evaluation
 
@@ -18,6 +18,8 @@ def run(job: Job) -> None:
     folder, _ = locate(job)
     path = Path(job.config.out or (folder or Path.cwd()) / "predictions.jsonl")
     check_target("out", path)  # before minutes of answering
+    if is_stream(path):
+        log_to_stderr()
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
     with supervise_evaluation(trainer):
