@@ -39,6 +39,8 @@ def _matches(entry: str, suffixes: Sequence[str]) -> list[Path]:
         files = sorted(file for file in Path(entry).rglob("*") if file.suffix in suffixes and file.is_file())
     # Before globs: the name of an existing file may hold brackets.
     elif Path(entry).exists():
+        if not Path(entry).is_file():
+            raise DataError(f"data.path={entry} is a pipe or a device, which cannot be read again; save it as a file.")
         files = [Path(entry)]
     elif glob.has_magic(entry):
         files = sorted(Path(file) for file in glob.glob(entry, recursive=True) if Path(file).is_file())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from omegaconf import OmegaConf
 from pkm_lightning.build.checks import remark_validation
 from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain
+from pkm_lightning.cli.job import log_to_stderr
 from pkm_lightning.cli.paths import with_expanded_paths
 from pkm_lightning.errors import ConfigError
 
@@ -154,3 +157,16 @@ def test_every_console_prints_data_as_they_are() -> None:
              for line in file.read_text().splitlines() if " Console(" in line]  # fmt: skip
     assert len(lines) >= 4
     assert [line for line in lines if "markup=False, emoji=False" not in line] == []
+
+
+def test_the_log_leaves_the_standard_output_to_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    handler = logging.StreamHandler(sys.stdout)
+    root.addHandler(handler)
+    try:
+        log_to_stderr()
+        root.warning("generated new fontManager")
+    finally:
+        root.removeHandler(handler)
+    shown = capsys.readouterr()
+    assert (shown.out, "generated new fontManager" in shown.err) == ("", True)
