@@ -16,6 +16,7 @@ import lightning as L
 import torch.distributed as dist
 
 from pkm_lightning.data.base import recall_items_of
+from pkm_lightning.errors import check_integer
 from pkm_lightning.inference.recall import ItemScore, score_items, summarise
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 from pkm_lightning.storage import csv_line, write_beside
@@ -35,9 +36,15 @@ class Recall(L.Callback):
     Attributes:
         scores: the score of each question of the last test.
         report: their means by form, relation and decile (`pkm_lightning.inference.recall.summarise`).
+
+    Raises:
+        ConfigError: a number of questions below 0.
     """
 
     def __init__(self, *, val_items: int, test_items: int | None, path: str | None = None) -> None:
+        check_integer("callbacks.recall.val_items", val_items, 0)
+        if test_items is not None:
+            check_integer("callbacks.recall.test_items", test_items, 0)
         self.val_items, self.test_items = val_items, test_items
         self.path = None if path is None else Path(path)
         self.scores: list[ItemScore] = []

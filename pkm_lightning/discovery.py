@@ -29,7 +29,8 @@ def find_public(package: str, name: str) -> Any:
         for module in _modules(package):
             if name in public_names(module, mentioning=name):
                 found = getattr(importlib.import_module(module), name)
-                setattr(sys.modules[package], name, found)  # the next use of the name does not search again
+                # A module's `__getattr__` is asked for what it lacks: the next use needs no search.
+                setattr(sys.modules[package], name, found)
                 return found
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
+from pkm_lightning.build.kinds import check_kinds
 from pkm_lightning.errors import ConfigError, PkmError
 from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.model.placement import Placement
@@ -52,7 +53,9 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     """
     cls = target_class(config, key)
     accepted = accepted_keywords(cls, keywords)
-    _check_arguments(cls, config, accepted, key)
+    _check_names(cls, config, accepted, key)
+    plain_config: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    check_kinds(cls, plain_config, key)
     plain = {name: value for name, value in config.items() if not str(name).startswith("_") or name in _HYDRA_KEYS}
     try:
         # Partial first: Hydra deep-copies the arguments that it is given, and a value table must stay one object.
@@ -64,7 +67,20 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     return make(**accepted)
 
 
-def _check_arguments(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
+def check_keywords(config: Mapping[str, Any], key: str, built: Iterable[str] = ()) -> None:
+    """Refuses keywords that the class of `config._target_` does not take or that it lacks, and values of a wrong kind.
+
+    Nothing is constructed; the builder will pass those of the keywords `built` that the class takes.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    cls = target_class(config, key)
+    _check_names(cls, config, accepted_keywords(cls, dict.fromkeys(built)), key)
+    check_kinds(cls, config, key)
+
+
+def _check_names(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
     configured = {str(name): None for name in config if not str(name).startswith("_")}
     for name in configured.keys() & keywords.keys():
         raise ConfigError(f"{key}.{name} follows from the rest of the configuration; remove it.")

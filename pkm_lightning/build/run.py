@@ -12,10 +12,11 @@ import lightning as L
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.build.keys import check_keys
 from pkm_lightning.build.model import attention_context, build_meta_model
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
-from pkm_lightning.capacity import Plan, check_setting, make_plan
+from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
 from pkm_lightning.data.base import vocab_size_of
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.model import ModelCost, Transformer, model_cost
@@ -65,7 +66,8 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     Raises:
         ConfigError: the value, where it stands, and what to set instead.
     """
-    check_trainer(config)
+    check_keys(config, training=training)
+    check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")
     if not isinstance(data, L.LightningDataModule):
         raise ConfigError(f"data._target_={config['data']['_target_']} is not a LightningDataModule.")
@@ -77,9 +79,12 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     # For its checks only.
     configured_schedule(config["optim"], config["trainer"]["max_steps"])
     callbacks = make_callbacks(config) if training else []
+    run = ResolvedRun(config, data, model, callbacks)
     if training:
         check_training(config, callbacks)
-    return ResolvedRun(config, data, model, callbacks)
+        if config.get("device_memory") is not None:
+            check_memory(run.plan, config["device_memory"] * 1e9, model, config)
+    return run
 
 
 def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:

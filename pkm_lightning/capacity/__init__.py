@@ -67,9 +67,20 @@ row, C of them on the device; I rows per read, G sums per read, L staged reads, 
 of a dense value, a table's value and a sum.
 """
 
+from pkm_lightning.capacity.allocation import check_allocatable
 from pkm_lightning.capacity.checks import check_memory, check_setting
 from pkm_lightning.capacity.figures import Memory, Plan, Traffic, make_plan
 from pkm_lightning.capacity.remarks import batch_remarks
 from pkm_lightning.capacity.setting import Setting
 
-__all__ = ["Memory", "Plan", "Setting", "Traffic", "batch_remarks", "check_memory", "check_setting", "make_plan"]
+__all__ = [
+    "Memory",
+    "Plan",
+    "Setting",
+    "Traffic",
+    "batch_remarks",
+    "check_allocatable",
+    "check_memory",
+    "check_setting",
+    "make_plan",
+]

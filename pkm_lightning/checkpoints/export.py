@@ -22,7 +22,7 @@ from pkm_lightning.checkpoints.folder import Chunk
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, Entry, lay_out, with_sums
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.storage import written_beside
+from pkm_lightning.storage import is_stream, written_beside
 
 _BLOCK_BYTES = 64 * 2**20
 #: Prefix of the transformer's weights in a checkpoint; an exported file has the names without it.
@@ -45,7 +45,7 @@ def write(checkpoint: SavedCheckpoint, path: Path) -> dict[str, Entry]:
     size = len(header) + sum(entry.n_bytes for entry in entries.values())
     try:
         with written_beside(path) as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is noticed now, not after hours
+            if hasattr(os, "posix_fallocate") and not is_stream(path):  # a full disk is noticed now, not after hours
                 os.posix_fallocate(file.fileno(), 0, size)
             file.write(header)
             sums = [_write_tensor(file, checkpoint, name) for name in entries]

@@ -119,12 +119,16 @@ def locate(job: Job) -> tuple[Path | None, Path]:
     """Returns the run's directory (None for a bare checkpoint) and the checkpoint that `ckpt=` or `run_dir=` name.
 
     Raises:
-        ConfigError: neither is given, or `run_dir` is not a directory.
+        ConfigError: neither or both are given, or `run_dir` is not a directory.
         CheckpointError: the run has no checkpoint yet.
     """
     if job.config.ckpt is not None:
-        folder = Path(job.config.run_dir) if job.sets("run_dir") else None
-        return folder, Path(str(job.config.ckpt))
+        if job.sets("run_dir"):
+            raise ConfigError(
+                f"run_dir={job.config.run_dir} and ckpt={job.config.ckpt} may be of two runs; give run_dir for the "
+                "last checkpoint of a run, or ckpt alone for any other."
+            )
+        return None, Path(str(job.config.ckpt))
     if not job.sets("run_dir"):
         raise ConfigError(f"{job.verb} needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT.")
     folder = Path(job.config.run_dir)

@@ -16,8 +16,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from pkm_lightning.build.checks import remark_validation
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
+from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import latest_checkpoint, open_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.job import Job, plain
@@ -79,6 +81,9 @@ def _run(job: Job) -> float | None:
                 resolved = _resolve_saved(job, path, command, of_command)
             else:
                 resolved = of_command or resolve(command, training=True)
+            check_allocatable(resolved.plan, resolved.config)
+            if remark := remark_validation(resolved.config["trainer"]):
+                _log.info(remark)
             assembly = assemble(resolved, resumed_step=_step(checkpoint))
             if external:
                 check_world(assembly.trainer, external.world_size)

@@ -47,7 +47,7 @@ def run(job: Job) -> None:
         table.add_row(label, *(column.get(label, "") for column in rows))
     # Nine variants side by side are wider than most terminals; a pipe keeps whole lines.
     width = None if not columns or sys.stdout.isatty() else 40 + 26 * len(described)
-    Console(width=width).print(table)
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def _title(described: dict[str, dict[str, Any]], match: str) -> str:

@@ -21,8 +21,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain
+from pkm_lightning.cli.paths import with_expanded_paths
 from pkm_lightning.compare.overrides import key_of, quoted, sets_key
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, Interrupted, PkmError
@@ -73,13 +76,20 @@ class Job:
         if self.sets("devices") and not self.sets("trainer.devices"):
             self.overrides.append(f"trainer.devices={config.trainer.devices}")
         self.comparison = _leave_comparison(self)
+        check_read(verb, self.overrides, config)
         swept = hydra.mode == RunMode.MULTIRUN
         if swept and verb != "fit":
             raise ConfigError(f"-m sweeps fit only; run {verb} once for each run_dir.")
-        if not isinstance(config.run_dir, str) or not config.run_dir.strip():
-            raise ConfigError(f"run_dir={config.run_dir!r} names no directory; give run_dir=PATH.")
-        run_dir = str(hydra.runtime.output_dir) if swept else config.run_dir
         with open_dict(config):
+            for key in ("run_dir", "ckpt", "file", "out"):
+                value = config.get(key)
+                # Hydra takes the name 2024 for a number.
+                if value is not None and not isinstance(value, str):
+                    raise ConfigError(f"{key}={value} is not text; quote it: \"{key}='{value}'\".")
+                config[key] = with_expanded_paths(value, key)
+            if config.run_dir is None:
+                raise ConfigError("run_dir=null names no directory; give run_dir=PATH.")
+            run_dir = str(hydra.runtime.output_dir) if swept else config.run_dir
             config.run_dir = str(Path(run_dir).absolute())
 
     def sets(self, key: str) -> bool:
@@ -90,7 +100,7 @@ class Job:
         """Runs the verb; an error of the user's is kept for the end, so that the other jobs of a sweep still run."""
         before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
         sys.argv = self._rank_command()
-        _quieten_libraries()
+        quieten_libraries()  # once more: Lightning sets the level of its log when it is imported
         try:
             self._check_external_launch(before)
             return run(self)
@@ -153,19 +163,21 @@ def _leave_comparison(job: Job) -> dict[str, Any]:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Returns the configuration as plain dicts and lists with every interpolation resolved.
+    """Returns the configuration as plain dicts and lists, with interpolations resolved and paths expanded.
 
     Raises:
-        ConfigError: a mandatory value (`???`) was not given.
+        ConfigError: a mandatory value (`???`) was not given, another key refers to one that was deleted, or a path is
+            empty.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        key = missing[0]
-        raise ConfigError(f"{key} is not set; give it as {key}=VALUE.")
-    # Plain types only: a checkpoint that holds an OmegaConf object is refused by torch.load(weights_only=True).
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE.")
+        # Plain types only: a checkpoint that holds an OmegaConf object is refused by torch.load(weights_only=True).
+        container = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    return {str(key): value for key, value in with_expanded_paths(container).items()}
 
 
 #: Warnings of libraries about each other's names, or about what this package does by other means.
@@ -178,12 +190,20 @@ _IRRELEVANT_WARNINGS = (
 )
 
 
-def _quieten_libraries() -> None:
-    """Silences Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
+def quieten_libraries() -> None:
+    """Suppresses Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def log_to_stderr() -> None:
+    """Leaves the standard output to what a program reads there."""
+    for handler in logging.getLogger().handlers:
+        # Not its subclass, which writes to a file.
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
 
 
 def _leave_process_group(before: dict[str, str | None]) -> None:

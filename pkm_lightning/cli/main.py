@@ -79,7 +79,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from pkm_lightning.cli.composition_errors import explain
-    from pkm_lightning.cli.job import Job, JobFailure
+    from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.variants import split_variants
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
@@ -98,6 +98,10 @@ def _run(verb: str, arguments: list[str]) -> int:
     def job(config: DictConfig) -> float | None:
         nonlocal composed
         composed = True
+        # Before the imports below: matplotlib logs that it builds a cache of fonts.
+        quieten_libraries()
+        if verb == "info":  # programs read what it prints
+            log_to_stderr()
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
         if verb != "info":  # short, and it makes few objects
             gc.enable()  # see `__main__`

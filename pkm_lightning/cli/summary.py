@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.inference.recall import ItemScore
@@ -25,7 +26,7 @@ _FORMS = (
 
 def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback]) -> None:
     """Prints the table of `record` and, if questions were asked, six of them."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # data and paths may hold brackets
     console.print(_figures(record))
     for callback in callbacks:
         if isinstance(callback, Recall) and callback.scores:
@@ -72,8 +73,7 @@ def _answers(scores: Sequence[ItemScore]) -> Table:
         table.add_column(column)
     shown = [s for form in ("paraphrase", "question", "validation") for s in _spread(scores, form)]
     for score in shown:
-        mark = "[green]" if score.exact else "[red]"
-        table.add_row(score.prompt, mark + score.answer.replace("[", "\\["), score.truth)
+        table.add_row(score.prompt, Text(score.answer, style="green" if score.exact else "red"), score.truth)
     return table
 
 

@@ -107,8 +107,8 @@ class TokenDataModule(LightningDataModule):
         self.num_workers = options["num_workers"]
         self.order_seed = options["order_seed"]
         check_range("data.seq_len", self.seq_len, low=2, high=MAX_SEQ_LEN)
-        check_range("data.global_batch_size", self.global_batch_size, low=1)
-        check_range("data.num_workers", self.num_workers, low=0)
+        check_range("data.global_batch_size", self.global_batch_size, low=1, high=2**31 - 1)
+        check_range("data.num_workers", self.num_workers, low=0, high=1024)
         check_range("data.order_seed", self.order_seed, low=0)
         cache_dir = options["cache_dir"]
         if not isinstance(cache_dir, str) or not cache_dir.strip():

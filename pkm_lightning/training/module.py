@@ -7,7 +7,6 @@ It is built from a plain configuration dict, which every checkpoint holds. A ste
 from __future__ import annotations
 
 import random
-import zlib
 from typing import Any
 
 import lightning as L
@@ -38,7 +37,7 @@ from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
 from pkm_lightning.training.batch_checks import BatchChecks
-from pkm_lightning.training.clipping import clip_by_norm
+from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.optimizer import parameter_groups
@@ -154,10 +153,9 @@ class LanguageModule(L.LightningModule):
         if self.table_optimizer is not None:
             self._follow_schedule(self.table_optimizer)
         stream = f"{self.config['seed']}/{self.global_step}/{batch_idx}/{self.global_rank}"
-        seed = zlib.crc32(stream.encode())
+        seed = seed_torch(stream, on_cpu=self.device.type == "cpu")
         random.seed(seed)
         np.random.seed(seed)
-        seed_torch(seed, on_cpu=self.device.type == "cpu")
 
     def on_train_batch_end(self, outputs: Any, batch: object, batch_idx: int) -> None:
         """Raises DataError for a batch that is None, which Lightning leaves out with a warning."""
@@ -254,14 +252,15 @@ class LanguageModule(L.LightningModule):
         if self._accumulates():
             return
         optim = self.config["optim"]
-        dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
+        dense_limit = norm_limit(optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val)
+        table_limit = norm_limit(optim["table_clip_norm"])
         table_groups = [] if self.table_optimizer is None else self.table_optimizer.param_groups
         groups: dict[str, list[torch.nn.Parameter]] = {"dense": [], "table": []}
         for group in [*optimizer.param_groups, *table_groups]:
             groups["table" if group["name"] in ("table", "table_dense") else "dense"] += group["params"]
         measure = self.log_is_due() or bool(self.watch.judges)
-        if groups["table"] and (optim["table_clip_norm"] is not None or measure):
-            self._clip_tables(groups["table"], optim["table_clip_norm"])
+        if groups["table"] and (table_limit is not None or measure):
+            self._clip_tables(groups["table"], table_limit)
         if any(p.grad is not None for p in groups["dense"]):
             if dense_limit is not None or measure:
                 self._record_norm("dense", clip_by_norm(groups["dense"], dense_limit))

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 from torch import nn
 
-from pkm_lightning.training.clipping import clip_by_norm
+from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 
 
 def parameters() -> list[nn.Parameter]:
@@ -43,3 +43,10 @@ def test_none_only_measures() -> None:
 
 def test_no_gradients_have_norm_zero() -> None:
     assert clip_by_norm([nn.Parameter(torch.ones(3))], 1.0) == 0
+
+
+@pytest.mark.parametrize(("configured", "limit"), [(None, None), (0, None), (0.0, None), (0.5, 0.5)])
+def test_a_limit_of_0_means_no_clipping_as_in_lightning_and_deepspeed(
+    configured: float | None, limit: float | None
+) -> None:
+    assert norm_limit(configured) == limit

@@ -67,7 +67,7 @@ def test_after_step_is_called_without_statistics_too() -> None:
     assert fit(given, [rows(2), rows(2)]).model.blocks[1].ffn.steps == [{}, {}]
 
 
-@pytest.mark.parametrize(("dense_limit", "table_limit"), [(0.01, 0.002), (None, 0.002), (0.01, None)])
+@pytest.mark.parametrize(("dense_limit", "table_limit"), [(0.01, 0.002), (None, 0.002), (0.01, 0)])
 def test_tables_and_the_rest_are_clipped_apart(dense_limit: float | None, table_limit: float | None) -> None:
     batch = rows(4)
 
