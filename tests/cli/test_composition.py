@@ -159,14 +159,12 @@ def test_every_console_prints_data_as_they_are() -> None:
     assert [line for line in lines if "markup=False, emoji=False" not in line] == []
 
 
-def test_the_log_leaves_the_standard_output_to_programs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_leaves_the_standard_output_to_programs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = logging.getLogger()
-    handler = logging.StreamHandler(sys.stdout)
-    root.addHandler(handler)
-    try:
-        log_to_stderr()
-        root.warning("generated new fontManager")
-    finally:
-        root.removeHandler(handler)
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(sys.stdout)])
+    log_to_stderr()
+    root.warning("generated new fontManager")
     shown = capsys.readouterr()
     assert (shown.out, "generated new fontManager" in shown.err) == ("", True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkm_lightning.data import NO_TARGET, TextDataModule
-from pkm_lightning.data.files import find_files
 from pkm_lightning.data.text import head, tail
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 from pkm_lightning.data.windows import Windows
@@ -227,9 +225,3 @@ def test_bad_keys_are_refused(text: Callable[..., TextDataModule]) -> None:
         text("x", wrong=1)
     with pytest.raises(ConfigError, match="not prepared; call prepare_data"):
         _ = text("x").tokenizer
-
-
-def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="pipe is a pipe or a device, which cannot be read again; save it as a file"):
-        find_files(str(tmp_path / "pipe"), (".txt",))
