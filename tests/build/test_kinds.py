@@ -38,7 +38,7 @@ FITS: list[tuple[Any, Any]] = [
     (3, int | None), ("auto", int | str), ([1, 2], list[int]), ((1, 2), Sequence[int]), ([], Sequence[str]),
     ([0.9, 1], tuple[float, float]), ([1, 2, 3], tuple[int, ...]), ({"a": 1}, Mapping[str, float]), ({}, dict),
     ("a/b", Path), ("red", Colour), ("warn", bool | Literal["warn"]), (8, Annotated[int, Range(1, 8)]), (5, Steps),
-    (object(), Any), (3, object), ({"_target_": "datetime.timedelta"}, timedelta), (timedelta(1), timedelta),
+    (..., Any), (3, object), ({"_target_": "datetime.timedelta"}, timedelta), (timedelta(1), timedelta),
     ({"size": 3, "name": "x"}, Keys), (1e400, float), ([[1], [2]], list[list[int]]), (print, Callable[[int], int]),
     (0.9, float | torch.Tensor), (2**63 - 1, int),
 ]  # fmt: skip

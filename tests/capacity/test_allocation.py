@@ -22,7 +22,6 @@ def run(*overrides: str) -> ResolvedRun:
         (["ffn.value_dim=1000000000000"], "weights of tables"),
         (["ffn=moe", "ffn.n_experts=1000000000000"], "dense weights"),
         (["ffn.heads=10000000000000"], "dense weights"),
-        (["data.seq_len=2000000000"], "one hidden state per token of a micro-batch"),
         (["data.global_batch_size=2000000000"], "one hidden state per token of a micro-batch"),
     ],
 )
