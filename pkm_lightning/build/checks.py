@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 
 from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.memory import RowOptimizer
 
@@ -45,6 +46,7 @@ def check_trainer(config: Config) -> None:
     if trainer.get("gradient_clip_val") is not None:
         check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
     check_clipping(trainer.get("gradient_clip_algorithm"))
+    check_choice("trainer.precision", precision_name(trainer["precision"]), PRECISIONS)
     interval = trainer["val_check_interval"]
     if isinstance(interval, int | float):
         check_range("trainer.val_check_interval", interval, 1 if isinstance(interval, int) else 1e-9)
@@ -90,8 +92,14 @@ def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
     """Refuses what can be evaluated but not trained, and what a callback cannot work with.
 
     Raises:
-        ConfigError: a table that stays in a file, or a callback's own refusal.
+        ConfigError: a table that stays in a file, weights in fp16, or a callback's own refusal.
     """
+    precision = config["trainer"]["precision"]
+    if precision_name(precision) == "16-true":
+        raise ConfigError(
+            f"trainer.precision={precision} cannot train: small gradients, and AdamW's epsilon, are 0 in fp16 weights; "
+            "set trainer.precision=bf16-true, or 16-mixed with table.learning=dense, which scales the loss."
+        )
     if config["table"].get("device") == "mmap":
         raise ConfigError(
             "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; set "

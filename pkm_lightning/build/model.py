@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
+from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, nearest
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import TableMesh, ValueTable
@@ -17,7 +18,6 @@ from pkm_lightning.model import Placement, Transformer
 
 Config = Mapping[str, Any]
 
-_WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 #: Keys of `model` that the transformer does not take as they stand.
 _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
 #: Arguments of the transformer that are built here, and are not keys of `model`.
@@ -71,7 +71,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
 def build_meta_model(config: Config) -> Transformer:
     """Builds the same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(_WEIGHT_DTYPES.get(str(config["trainer"]["precision"]), torch.float32))
+    torch.set_default_dtype(PRECISIONS[precision_name(config["trainer"]["precision"])])
     try:
         with torch.device("meta"):
             return build_model(config)

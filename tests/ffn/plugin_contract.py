@@ -63,7 +63,7 @@ class Case:
 
 
 @functools.cache
-def _built(case: Case) -> Transformer:
+def built(case: Case) -> Transformer:
     model = build_model(case.settings())
     model.init_weights(3)
     return model
@@ -141,7 +141,7 @@ class PluginContract:
 
     @pytest.fixture
     def model(self, case: Case) -> Transformer:
-        return copy.deepcopy(_built(case))
+        return copy.deepcopy(built(case))
 
     def test_cost_and_reads_are_those_of_a_forward(self, model: Transformer) -> None:
         cost, counted, calls = model_cost(model, 9), {}, {}

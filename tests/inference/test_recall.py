@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from toys import Letters, memory_ffns, transformer
@@ -61,7 +62,8 @@ def test_normalise(text: str, normalised: str) -> None:
     assert normalise(text) == normalised
 
 
-def test_bits_and_choice_equal_a_direct_computation(model: Transformer) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_bits_and_choice_equal_a_direct_computation(model: Transformer, precision: str) -> None:
     options = ("cat", "a dog", "b", "elephants")
     items = [
         *(item("what is it?", option, options) for option in options),
@@ -69,7 +71,9 @@ def test_bits_and_choice_equal_a_direct_computation(model: Transformer) -> None:
         item("", "12"),
         item("a long prompt with words", "34"),
     ]
-    scores = score_items(model, Letters(), items, device=CPU)
+    # Only the default dtype follows the precision here, as in the forward context of a Trainer.
+    with L.Trainer(precision=precision, accelerator="cpu", logger=False).precision_plugin.forward_context():
+        scores = score_items(model, Letters(), items, device=CPU)
     assert [scored.chosen for scored in scores[:4]].count(True) == 1
     for scored, question in zip(scores, items, strict=True):
         assert scored.bits == pytest.approx(direct_bits(model, question.prompt, question.answer), rel=1e-4)
