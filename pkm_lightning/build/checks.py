@@ -11,6 +11,7 @@ from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.memory import RowOptimizer
+from pkm_lightning.model.plugin_checks import called
 
 Config = Mapping[str, Any]
 
@@ -107,4 +108,4 @@ def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
         )
     for callback in callbacks:
         if isinstance(callback, ChecksConfig):
-            callback.check(config)
+            called(f"{type(callback).__name__}.check", callback.check, config=config)
