@@ -83,6 +83,8 @@ def _candidates(item: RecallItem) -> tuple[str, ...]:
     return item.options or (item.answer,)
 
 
+# Uncompiled, as in `greedy`: every batch has another length.
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def _answer_nats(
     model: Transformer,

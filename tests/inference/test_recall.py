@@ -5,6 +5,7 @@ Letters: W vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from toys import Letters, memory_ffns, transformer
 
 from pkm_lightning.data import RecallItem
@@ -125,3 +127,12 @@ def test_summarise_takes_means_by_form_relation_and_decile() -> None:
 
 def test_nothing_to_summarise() -> None:
     assert summarise([]) == {}
+
+
+def test_compiled_blocks_are_compiled_for_no_length_of_a_question(model: Transformer) -> None:
+    compiled, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
+    for block in compiled.blocks:
+        block.compile(backend=counter)
+    items = [item("what is it?", "b", ("a dog", "b", "cat", "12")), item("x", "a long answer")]
+    assert score_items(compiled, Letters(), items, device=CPU) == score_items(model, Letters(), items, device=CPU)
+    assert counter.frame_count == 0
