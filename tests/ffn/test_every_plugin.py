@@ -30,6 +30,7 @@ OPTIONS = [
     Case("pkm", {"cures": {"gumbel_noise": 0.1, "entropy_loss": 0.1}}, "noise"),
     Case("memory_plus", {"gate": "sigmoid", "value_projection": True, "value_dim": 9}, "sigmoid gate"),
     Case("memory_plus", {"gate": "none", "temperature": True, "activation": "relu"}, "no gate"),
+    Case("ultramem_v2", {"value_dim": 6, "cores": 2, "balance_loss": 0.1, "balance_counts": "preselected"}, "cores"),
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
 ]
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
