@@ -9,8 +9,10 @@ import lightning as L
 import torch
 
 from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.memory import RowOptimizer
+from pkm_lightning.model.plugin_checks import called
 
 Config = Mapping[str, Any]
 
@@ -37,6 +39,7 @@ def check_trainer(trainer: Config) -> None:
         ConfigError: with the key, the value and what to set instead.
     """
     check_clipping(trainer.get("gradient_clip_algorithm"))
+    check_choice("trainer.precision", precision_name(trainer["precision"]), PRECISIONS)
     if trainer.get("overfit_batches"):
         raise ConfigError(
             f"trainer.overfit_batches={trainer['overfit_batches']} is not offered: the data module orders the data and "
@@ -111,8 +114,14 @@ def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
     """Refuses what can be evaluated but not trained, and what a callback cannot work with.
 
     Raises:
-        ConfigError: a table that stays in a file, or a callback's own refusal.
+        ConfigError: a table that stays in a file, weights in fp16, or a callback's own refusal.
     """
+    precision = config["trainer"]["precision"]
+    if precision_name(precision) == "16-true":
+        raise ConfigError(
+            f"trainer.precision={precision} cannot train: small gradients, and AdamW's epsilon, are 0 in fp16 weights; "
+            "set trainer.precision=bf16-true, or 16-mixed with table.learning=dense, which scales the loss."
+        )
     if config["table"].get("device") == "mmap":
         raise ConfigError(
             "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; set "
@@ -121,4 +130,4 @@ def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
     check_optimizer(config["optim"]["optimizer"])
     for callback in callbacks:
         if isinstance(callback, ChecksConfig):
-            callback.check(config)
+            called(f"{type(callback).__name__}.check", callback.check, config=config)

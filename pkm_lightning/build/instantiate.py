@@ -26,6 +26,7 @@ from pkm_lightning.build.kinds import check_kinds
 from pkm_lightning.errors import ConfigError, PkmError
 from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.model.placement import Placement
+from pkm_lightning.model.plugin_checks import called
 
 _TRUSTED_ROOTS = ("pkm_lightning", "lightning", "torch")
 # Not every class of torch is harmless to construct: torch.distributed.elastic's SubprocessHandler starts a program.
@@ -64,7 +65,19 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
         if isinstance(error.__cause__, PkmError):
             raise error.__cause__ from None
         raise
-    return make(**accepted)
+    # An error inside our own or Lightning's classes is a defect or already explained: its traceback is of use.
+    is_foreign = cls.__module__.partition(".")[0] not in _TRUSTED_ROOTS
+    return called(f"{key}: the constructor of {cls.__name__}", make, **accepted) if is_foreign else make(**accepted)
+
+
+def check_kind(value: object, kind: type, config: Mapping[str, Any] | DictConfig, key: str) -> None:
+    """Refuses an object of `config` that is not a `kind`.
+
+    Raises:
+        ConfigError: naming the key, the class and what is due there.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{key}._target_={config['_target_']} is not a {kind.__module__}.{kind.__qualname__}.")
 
 
 def check_keywords(config: Mapping[str, Any], key: str, built: Iterable[str] = ()) -> None:

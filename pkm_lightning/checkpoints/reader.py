@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import pkm_lightning
@@ -40,6 +40,18 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     entries = (run_dir / "checkpoints").glob("step-*.ckpt")
     checkpoints = sorted(entry for entry in entries if entry.stem.removeprefix("step-").isdigit())
     return checkpoints[-1] if checkpoints else None
+
+
+def later_buffers(module: nn.Module, prefix: str = "") -> set[str]:
+    """Returns the names of buffers that `module` has got since a release, and that earlier checkpoints lack.
+
+    A module lists its own in `later_buffers` and loads without them.
+    """
+    return {
+        f"{prefix}{name}.{buffer}"
+        for name, part in module.named_modules()
+        for buffer in getattr(part, "later_buffers", ())
+    }
 
 
 def open_checkpoint(path: str | Path) -> SavedCheckpoint:
@@ -110,8 +122,12 @@ class SavedCheckpoint:
                 "checkpoint, or start again with resume=never."
             )
 
-    def check_weights(self, shapes: Mapping[str, Sequence[int] | None]) -> None:
+    def check_weights(self, shapes: Mapping[str, Sequence[int] | None], later: Collection[str] = ()) -> None:
         """Refuses weights other than those of a module whose state has these names and shapes; None is any shape.
+
+        Args:
+            shapes: by the names in the module's state.
+            later: names that an earlier version of the module lacked, as `later_buffers` returns them.
 
         Raises:
             CheckpointError: names what is missing, unexpected, or of another shape.
@@ -121,7 +137,7 @@ class SavedCheckpoint:
         expected = {name: tuple(saved.get(name, ()) if shape is None else shape) for name, shape in shapes.items()}
         common = sorted(saved.keys() & expected.keys())
         faults = {
-            "missing": sorted(expected.keys() - saved.keys()),
+            "missing": sorted(expected.keys() - saved.keys() - set(later)),
             "unexpected": sorted(saved.keys() - expected.keys()),
             "of another shape": [f"{n} {saved[n]}, not {expected[n]}" for n in common if saved[n] != expected[n]],
         }

@@ -12,7 +12,7 @@ from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
-from pkm_lightning.checkpoints import latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
@@ -71,7 +71,7 @@ class SavedRun:
             raise ConfigError(
                 "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
-        self._checkpoint.check_weights(self.run.weight_shapes)
+        self._checkpoint.check_weights(self.run.weight_shapes, later_buffers(self.run.model, "model."))
         if not self.is_spread:  # else each rank checks its share when the strategy loads it
             self._checkpoint.check_sums(without=self._not_read())
         self.run.data.prepare_data()

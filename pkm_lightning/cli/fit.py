@@ -20,7 +20,7 @@ from pkm_lightning.build.checks import remark_validation
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.capacity import check_allocatable
-from pkm_lightning.checkpoints import latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import differences, may_change_on_resume, saved_config, with_machine_overrides
@@ -157,7 +157,7 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
 def _check_checkpoint(path: Path, run: ResolvedRun) -> None:
     checkpoint = open_checkpoint(path)
     checkpoint.check_training()
-    checkpoint.check_weights(run.weight_shapes)
+    checkpoint.check_weights(run.weight_shapes, later_buffers(run.model, "model."))
     checkpoint.check_sums()
 
 

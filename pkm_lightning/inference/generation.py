@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pkm_lightning.model import Transformer
 
 
+# Compiled blocks run uncompiled here: every token has another length, and compiling takes longer than the answers.
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def greedy(
     model: Transformer,

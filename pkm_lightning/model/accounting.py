@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pkm_lightning.ffn import FFNCost, HasCost
+from pkm_lightning.ffn import FFNCost
 from pkm_lightning.model.placement import named_plugins
+from pkm_lightning.model.plugin_checks import plugin_cost
 
 if TYPE_CHECKING:
     from pkm_lightning.memory import ValueTable
@@ -108,10 +109,11 @@ def _plugin_costs(blocks: list[Block]) -> tuple[list[FFNCost], set[str]]:
     unknown: set[str] = set()
     for block in blocks:
         for _, plugin in named_plugins(block.ffn):
-            if isinstance(plugin, HasCost):
-                costs.append(plugin.cost())
-            else:
+            cost = plugin_cost(plugin)
+            if cost is None:
                 unknown.add(type(plugin).__name__)
+            else:
+                costs.append(cost)
     return costs, unknown
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pkm_lightning.errors import check_flag, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
 from pkm_lightning.model.block import Block
 from pkm_lightning.model.initialisation import initialise
@@ -179,7 +180,8 @@ class Transformer(nn.Module):
         else:
             positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).unsqueeze(0)
         mask_B1TT = document_mask(doc_ids_BT) if doc_ids_BT is not None and self.document_mask else None
-        return AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta), mask_B1TT)
+        dtype = score_dtype(self.embedding.weight)
+        return AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TT)
 
     def _run_block(self, block: nn.Module, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:
         if self.activation_checkpointing and torch.is_grad_enabled():

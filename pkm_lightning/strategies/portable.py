@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pkm_lightning.checkpoints import SavedCheckpoint, sharded
+from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, sharded
 from pkm_lightning.checkpoints.sums import Share
 from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
@@ -126,7 +126,8 @@ class PortableCheckpoints(ParallelStrategy):
     def load_model(self, saved: SavedCheckpoint) -> None:
         """Fills the module's parameters and buffers. Collective: call on all ranks."""
         state = PortableCheckpoints.lightning_module_state_dict(self)
-        saved.read_into({f"state_dict.{name}": value for name, value in state.items()})
+        targets = {f"state_dict.{name}": value for name, value in state.items()}
+        saved.read_into({name: value for name, value in targets.items() if name in saved.shapes})
 
     def load_optimizers(self, saved: SavedCheckpoint) -> None:
         """Fills the optimizer's states. Collective: call on all ranks."""
@@ -148,7 +149,8 @@ class PortableCheckpoints(ParallelStrategy):
     def _check_names(self, saved: SavedCheckpoint) -> None:
         """Refuses other names; shapes are compared by `read_into`, since ZeRO-3's parameters have none."""
         assert self.lightning_module is not None
-        saved.check_weights(dict.fromkeys(self.lightning_module.state_dict()))
+        module = self.lightning_module
+        saved.check_weights(dict.fromkeys(module.state_dict()), later_buffers(module))
 
     def _tables(self) -> dict[str, ValueTable]:
         """Returns the tables by the names of their weights in the state dict."""

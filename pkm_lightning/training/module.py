@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import SumMetric
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
@@ -40,6 +39,7 @@ from pkm_lightning.training.batch_checks import BatchChecks
 from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
+from pkm_lightning.training.heldout import HeldoutSum
 from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import add_row_optimizer, table_only_optimizer
@@ -66,9 +66,7 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.config = config
-        # Sums, not a mean: torchmetrics' means leave out NaN, and a diverged model must show.
-        self.heldout_nll = SumMetric(nan_strategy="disable")
-        self.heldout_targets = SumMetric(nan_strategy="disable")
+        self.heldout_nll, self.heldout_targets = HeldoutSum(), HeldoutSum()
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
         self._step_nll: Tensor | None = None

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from toys import Constant, Reporter, config
 
-from pkm_lightning.build.model import build_meta_model, build_model
+from pkm_lightning.build.model import attention_context, build_meta_model, build_model
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import Dense, MemoryPlus
 from pkm_lightning.model import Transformer
@@ -82,3 +82,8 @@ def test_refuses_a_key_that_the_model_does_not_have(key: str) -> None:
 def test_refuses_a_vocabulary_that_is_not_known_yet() -> None:
     with pytest.raises(ConfigError, match=r"model.vocab_size=auto needs a data module with a vocab_size"):
         build_model(config("model.vocab_size=auto"))
+
+
+def test_attention_costs_are_for_the_tokens_of_a_sequence() -> None:
+    assert attention_context({"data": {"seq_len": 7}}) == 7
+    assert attention_context({"data": {"seq_len": None}}) == attention_context({"data": {}}) == 1

@@ -20,6 +20,7 @@ import pytest
 import torch
 from tolerances import assert_close
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toys import config
@@ -63,7 +64,7 @@ class Case:
 
 
 @functools.cache
-def _built(case: Case) -> Transformer:
+def built(case: Case) -> Transformer:
     model = build_model(case.settings())
     model.init_weights(3)
     return model
@@ -113,7 +114,10 @@ def check_reads(model: Transformer, calls: list[TableRead]) -> None:
 
 
 def check_compiled(case: Case, lengths: Sequence[int]) -> None:
-    """Compares a compiled block with the eager one at some lengths; only loops over experts may break the graph."""
+    """Compares a compiled block with the eager one at some lengths, of which the last must not compile it again.
+
+    Only loops over experts may break the graph.
+    """
     settings = case.settings()
     settings["model"]["n_layers"] = 1
     model = build_model(settings).train()
@@ -121,7 +125,8 @@ def check_compiled(case: Case, lengths: Sequence[int]) -> None:
     compiled = copy.deepcopy(model)
     # The experts' shares of tokens depend on the data.
     whole = not any(isinstance(module, SwiGLUExperts) for module in model.modules())
-    compiled.blocks[0].compile(backend="aot_eager", fullgraph=whole)
+    counter, frames = CompileCounterWithBackend("aot_eager"), []
+    compiled.blocks[0].compile(backend=counter, fullgraph=whole)
     for length in lengths:
         outputs = [run(other, ids()[:, :length]) for other in (compiled, model)]
         assert_close(*(output.hidden_BTD for output in outputs))
@@ -133,6 +138,9 @@ def check_compiled(case: Case, lengths: Sequence[int]) -> None:
                 assert_close(p.grad, expected.grad, kind="grad")
             assert (p.grad is None) == (expected.grad is None)
             p.grad = expected.grad = None
+        frames.append(counter.frame_count)
+    # The second length makes the sizes symbolic; a size that is taken for a constant would compile every length.
+    assert frames[-1] == frames[-2]
     torch._dynamo.reset()
 
 
@@ -141,7 +149,7 @@ class PluginContract:
 
     @pytest.fixture
     def model(self, case: Case) -> Transformer:
-        return copy.deepcopy(_built(case))
+        return copy.deepcopy(built(case))
 
     def test_cost_and_reads_are_those_of_a_forward(self, model: Transformer) -> None:
         cost, counted, calls = model_cost(model, 9), {}, {}
@@ -283,4 +291,4 @@ class PluginContract:
 
     @pytest.mark.slow
     def test_compiled_blocks_give_the_same_output_and_gradients(self, case: Case) -> None:
-        check_compiled(case, lengths=(9, 7))
+        check_compiled(case, lengths=(9, 8, 7, 6))

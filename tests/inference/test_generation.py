@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from toys import Letters, memory_ffns, transformer
@@ -50,3 +52,26 @@ def test_answers_equal_step_by_step_in_batches_of_any_size(model: Transformer) -
 
 def test_no_prompts_no_answers(model: Transformer) -> None:
     assert greedy(model, Letters(), [], device=CPU) == []
+
+
+class Scripted:
+    """A stand-in for a model that answers each prompt with the given ids, one per forward, and then letters."""
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self.answers, self.forwards = answers, 0
+
+    def __call__(self, ids_BT: torch.Tensor) -> SimpleNamespace:
+        step = self.forwards
+        self.forwards += 1
+        next_B = [answer[step] if step < len(answer) else 5 for answer in self.answers]
+        return SimpleNamespace(hidden_BTD=torch.tensor(next_B)[:, None, None])
+
+    def unembed(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(hidden_BD[:, 0], 50)
+
+
+def test_generation_ends_when_every_answer_has_ended_once() -> None:
+    model = Scripted([[2, 0], [3, 4, 4, 0]])
+    answers = greedy(model, Letters(), ["a", "b"], device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert answers == ["a", "bcc"]
+    assert model.forwards == 4

@@ -186,7 +186,11 @@ class Bare(nn.Module):
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: transformer([Bare()])(token_ids()), TypeError, "Bare.forward returned Tensor; an FFN plugin returns"),
+        (
+            lambda: transformer([Bare()])(token_ids()),
+            ConfigError,
+            "Bare breaks its contract: forward returned a tensor",
+        ),
         (lambda: transformer([dense()], vocab_size=1), ConfigError, "model.vocab_size=1 is out of range"),
     ],
 )

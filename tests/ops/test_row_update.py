@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from row_reads import device_of, on_the_cpu, padded, read
 from tolerances import assert_close
 from torch import Tensor
 
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.ops.row_update import (
     RowGradient,
     RowRule,
@@ -24,6 +27,7 @@ from pkm_lightning.ops.row_update import (
     row_gradient,
     row_update,
     rule_names,
+    rules,
     state_bytes,
 )
 from pkm_lightning.ops.row_update.rounding import round_stochastically
@@ -241,3 +245,14 @@ def test_refusals_name_the_value() -> None:
         find_rule("catch_up_adam")()
     with pytest.raises(ValueError, match=r"backend='cuda' is not available; allowed: auto, eager"):
         row_update(table_NV, gradient, *sgd, {}, backend="cuda")
+
+
+@pytest.mark.parametrize("listed", ['["Rule", "Other"]', '["Missing"]', '["NUMBER"]'])
+def test_a_file_with_anything_but_one_rule_is_refused(
+    listed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mine_" + listed.strip('[]"').replace('", "', "_").lower()
+    (tmp_path / f"{name}.py").write_text(f"class Rule: ...\nclass Other: ...\nNUMBER = 3\n__all__ = {listed}\n")
+    monkeypatch.setattr(rules, "__path__", [*rules.__path__, str(tmp_path)])
+    with pytest.raises(ConfigError, match=rf"rule={name}: row_update: the __all__ of rules/{name}.py .* one RowRule"):
+        RowOptimizer(rule=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_jobs as jobs
@@ -10,10 +11,13 @@ import pytest
 import torch
 from rank_group import Groups
 from tolerances import RANKS
+from toys import config
 
+from pkm_lightning.build.model import build_model
 from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.strategies.portable import PortableCheckpoints
 
 STEPS = 2
 
@@ -109,3 +113,18 @@ def test_what_is_written_in_the_background_is_the_step_that_was_saved(
     (expected, tensors), (found, others) = content(here), content(there)
     assert all(torch.equal(tensors[name], others[name]) for name in tensors.keys() | others.keys())
     assert expected["optimizer_states"] == found["optimizer_states"]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "fits"), [("", True), (".pair", True), (".cores", False)], ids=["whole", "older", "incomplete"]
+)
+def test_a_checkpoint_may_lack_only_what_came_later(lacks: str, fits: bool) -> None:
+    """Checkpoints of version 0.1 have no `pair` of UltraMem's keys."""
+    holder: Any = SimpleNamespace(lightning_module=build_model(config("ffn=ultramem", "model.memory.n_keys=16")))
+    names = {name for name in holder.lightning_module.state_dict() if not (lacks and name.endswith(lacks))}
+    saved: Any = SimpleNamespace(path="old")
+    if fits:
+        PortableCheckpoints._check_names(holder, names, saved)
+        return
+    with pytest.raises(CheckpointError, match=r"ckpt=old does not fit its configuration \(1 names differ.*cores"):
+        PortableCheckpoints._check_names(holder, names, saved)

@@ -131,11 +131,13 @@ def test_weights_follow_the_seed_and_are_built_once() -> None:
     assert module.cost.params_total == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("verb", ["validate", "test"])
-def test_heldout_loss_is_a_mean_over_all_tokens(verb: str) -> None:
+@pytest.mark.parametrize(
+    ("verb", "precision"), [("validate", "32-true"), ("test", "bf16-true"), ("validate", "64-true")]
+)
+def test_heldout_loss_is_a_mean_over_all_tokens(verb: str, precision: str) -> None:
     batches = [rows(1), rows(5), rows(2)]
     module = LanguageModule(settings())
-    run = trainer()
+    run = trainer(precision=precision)
     getattr(run, verb)(module, loader(batches), verbose=False)
     with torch.no_grad():
         nll = [token_nll(module.model, module(batch).hidden_BTD, batch["labels"]) for batch in batches]
