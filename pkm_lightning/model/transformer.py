@@ -146,9 +146,9 @@ class Transformer(nn.Module):
         observe: bool = False,
     ) -> ModelOutput:
         """Returns hidden states for token ids; with `observe` also the traces of the plugins."""
-        shared = self._attention_inputs(input_ids_BT, doc_ids_BT)
-        context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
         output = ModelOutput(self.embedding(input_ids_BT))
+        shared = self._attention_inputs(input_ids_BT, doc_ids_BT, score_dtype(output.hidden_BTD))
+        context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
         deferred: dict[int, Tensor] = {}
         metrics: dict[str, list[Tensor]] = {}
         for layer, block in enumerate(self.blocks):
@@ -174,13 +174,12 @@ class Transformer(nn.Module):
         logits: Tensor = unembed(hidden_MD)
         return logits
 
-    def _attention_inputs(self, input_ids_BT: Tensor, doc_ids_BT: Tensor | None) -> AttentionInputs:
+    def _attention_inputs(self, input_ids_BT: Tensor, doc_ids_BT: Tensor | None, dtype: torch.dtype) -> AttentionInputs:
         if doc_ids_BT is not None and self.reset_positions:
             positions_BT = document_positions(doc_ids_BT)
         else:
             positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).unsqueeze(0)
         mask_B1TT = document_mask(doc_ids_BT) if doc_ids_BT is not None and self.document_mask else None
-        dtype = score_dtype(self.embedding.weight)
         return AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TT)
 
     def _run_block(self, block: nn.Module, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:

@@ -197,3 +197,20 @@ class Bare(nn.Module):
 def test_errors_name_what_is_wrong(build: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+def test_a_forward_reads_weights_only_within_the_forward_of_their_module() -> None:
+    """Under ZeRO-3 any other access gathers the weight, on the ranks that make it only."""
+
+    class Lookup(nn.Module):
+        def __init__(self, embedding: nn.Embedding) -> None:
+            super().__init__()
+            self.hidden = (embedding,)
+
+        def forward(self, ids_BT: Tensor) -> Tensor:
+            return self.hidden[0](ids_BT)  # type: ignore[no-any-return]
+
+    model = transformer([dense()])
+    expected_BTD = model(token_ids(1, 5).fill_(3)).hidden_BTD
+    model.embedding = Lookup(model.embedding)  # type: ignore[assignment]
+    assert torch.equal(model(token_ids(1, 5).fill_(3)).hidden_BTD, expected_BTD)
