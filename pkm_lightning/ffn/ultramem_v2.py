@@ -32,8 +32,7 @@ class UltraMemV2(nn.Module):
     As in the paper, values are not expanded and the spectrum loss of UltraMem is dropped. The paper's text has one core
     and a balance over the slots that are read, the defaults here. Its authors' own default is reported to differ in
     both: two cores as in UltraMem, where slice i of a value is weighted by core i's own score, and a balance over all
-    preselected rows and columns. `cores=2 balance_counts=preselected` is that variant; its balance loss is larger, 2.19
-    instead of 1.38 times beta in one comparison.
+    preselected rows and columns. `cores=2 balance_counts=preselected` is that variant; its balance loss is larger.
 
     | paper | here |
     |---|---|

@@ -82,7 +82,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_built() -> Non
     with pytest.raises(ConfigError, match=r"precision=16-true cannot train.*set trainer.precision=bf16-true"):
         check_training(config("table.learning=dense", "trainer.precision=16-true"), [])
     with pytest.raises(ConfigError, match=r"trainer.precision='transformer-engine' is not known; allowed: 32-true"):
-        check_trainer(config("trainer.precision=transformer-engine"))
+        check_trainer(config("trainer.precision=transformer-engine")["trainer"])
 
 
 def test_a_run_that_was_trained_with_fused_can_be_evaluated() -> None:
