@@ -21,6 +21,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from compile_once import compile_in_turn  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from rank_group import Groups, groups  # noqa: E402
 from small import Outcome, Run  # noqa: E402
@@ -29,6 +30,7 @@ from pkm_lightning.cli.main import main  # noqa: E402
 
 # With several workers on few cores, more threads per process are slower. Processes that tests start inherit the limit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+compile_in_turn()
 torch.set_num_threads(1)
 
 

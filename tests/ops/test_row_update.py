@@ -209,10 +209,12 @@ def test_rules_are_found_by_the_names_of_their_files(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"row_update: rule='base' is unknown; allowed: catch_up_adam, lazy_adam"):
         find_rule("base")
     monkeypatch.setattr(find_rule("sgd"), "name", "gradient_descent")
+    find_rule.cache_clear()
     with pytest.raises(ValueError, match=r"SGD.name is 'gradient_descent'; it must be the name of its file, 'sgd'"):
         find_rule("sgd")
     monkeypatch.undo()
     monkeypatch.setattr(find_rule("sgd"), "state", {"step": RowState("row")})
+    find_rule.cache_clear()
     with pytest.raises(ValueError, match=r"SGD.state has the name 'step', which the number of the update has"):
         find_rule("sgd")
 
