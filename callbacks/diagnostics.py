@@ -82,7 +82,7 @@ class Diagnostics(L.Callback):
         whole = figures.setdefault(None, {})
         tables = [_row_norm(table) for table in pl_module.model.value_tables]
         if tables:
-            whole["value_norm"] = torch.stack([norm.to(tables[0].device) for norm in tables]).amax()
+            whole["value_norm"] = torch.stack([norm.to(tables[0]) for norm in tables]).amax()
         whole.update(self._update_ratios())
         self.figures, self.step = _over_ranks(figures, pl_module), trainer.global_step
         self._log(trainer, pl_module)
@@ -135,7 +135,10 @@ def _sample(parameter: Tensor) -> Tensor:
 
 
 def _row_norm(table: Any) -> Tensor:
-    norm = norm_over_members(torch.linalg.vector_norm(table.weight.detach(), dtype=torch.float32), table.mesh)
+    weight = table.weight.detach()
+    # In fp32 at least: the squares of a bf16 table would be rounded one by one.
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm = norm_over_members(torch.linalg.vector_norm(weight, dtype=sum_dtype), table.mesh)
     root: Tensor = norm * table.rows**-0.5
     return root
 

@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pkm_lightning.storage import write_beside
+from pkm_lightning.storage import flush, write_beside
 
 _log = logging.getLogger(__name__)
 _SHOW_EVERY = 100
@@ -59,15 +59,21 @@ class EventLog:
 
     def begin(self) -> None:
         """Cuts the file to `lines` lines, and removes it if that leaves none."""
-        if not self.path.exists():
-            self.lines = 0
-            return
-        remaining = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[: self.lines]
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        remaining = text.splitlines(keepends=True)[: self.lines]
+        if len(remaining) < self.lines:
+            _log.warning("%s has %d of the %d events before the checkpoint", self.path, len(remaining), self.lines)
         self.lines = len(remaining)
         if remaining:
             write_beside(self.path, "".join(remaining))
         else:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
+
+    def lines_on_disk(self) -> int:
+        """Returns the number of lines for a checkpoint, and waits until they would survive a loss of power."""
+        if self.path.exists():
+            flush(self.path)
+        return self.lines
 
     def write(self, event: Event, action: str, **more: Any) -> None:
         """Appends one line to the file, and shows it; of events that are only warned of, one per 100 steps."""

@@ -193,7 +193,7 @@ class Instability(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Returns the window, the retries and the number of lines written."""
         spikes = self._saved.get("spikes", {}) if self._steps is None else self._steps.spikes.state_dict()
-        return {"spikes": spikes, "tries": self._retries.state_dict(), "lines": self.events.lines}
+        return {"spikes": spikes, "tries": self._retries.state_dict(), "lines": self.events.lines_on_disk()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps the state until training starts."""

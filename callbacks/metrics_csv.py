@@ -1,6 +1,7 @@
 """metrics.csv: a row at every log step and every validation, kept exactly over kills and resumes.
 
-Lightning's own CSVLogger deletes the file when it opens it, and writes a step's row after that step's checkpoint.
+Lightning's own CSVLogger deletes the file when it opens it, and writes a step's row after that step's checkpoint. Here
+the rows are on disk before the checkpoint that counts them, so that a loss of power leaves no gap between the two.
 
 Columns: `step`, `tokens` (real input tokens so far, all ranks), `seconds` (training time so far, without validation),
 `flops` (tokens times the model's training FLOPs per token), then every logged metric. A row has what the callbacks
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pkm_lightning.callbacks.base import in_training
 from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
-from pkm_lightning.storage import write_beside
+from pkm_lightning.storage import flush, write_beside
 from pkm_lightning.training import LanguageModule
 
 __all__ = ["MetricsCSV"]
 
+_log = logging.getLogger(__name__)
 _FIRST_COLUMNS = ("step", "tokens", "seconds", "flops")
 
 
@@ -51,6 +55,11 @@ class MetricsCSV(TimedCallback):
         """Restores them; the file itself is truncated when training starts."""
         self._columns, self._n_rows = list(state["columns"]), state["rows"]
         self.stopwatch = Stopwatch(state["seconds"])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Waits until all rows are on disk; the checkpoint is written afterwards."""
+        if trainer.is_global_zero and self.path.exists():
+            flush(self.path)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cuts the file to the rows of the checkpoint; a fresh run starts an empty file."""
@@ -97,13 +106,24 @@ class MetricsCSV(TimedCallback):
     @rank_zero_only
     def _truncate(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._replace(self._read()[: self._n_rows] if self._n_rows else [])
+        rows = self._read()[: self._n_rows] if self._n_rows else []
+        if len(rows) < self._n_rows:
+            last = rows[-1]["step"] if rows else 0
+            _log.warning(
+                "%s has %d of the %d rows that the checkpoint counts; those after step %s are lost",
+                *(self.path, len(rows), self._n_rows, last),
+            )
+            # Else the next resume would take rows that come after its checkpoint for the lost ones.
+            self._n_rows = len(rows)
+        self._replace(rows)
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        with self.path.open(newline="", errors="replace") as file:
+            # After a loss of power the last row may be cut short or consist of zeros.
+            lines = (line for line in file if line.endswith("\n") and "\0" not in line)
+            return list(takewhile(_is_whole, csv.DictReader(lines)))
 
     def _replace(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO(newline="")
@@ -111,3 +131,8 @@ class MetricsCSV(TimedCallback):
         writer.writeheader()
         writer.writerows(rows)
         write_beside(self.path, text.getvalue())
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Returns whether a row has a step and as many fields as there are columns."""
+    return str(row.get("step")).isdigit() and None not in row.values() and None not in row

@@ -7,8 +7,6 @@ answer of the test is written to recall.csv, so that reports can resample facts.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -18,9 +16,10 @@ import lightning as L
 import torch.distributed as dist
 
 from pkm_lightning.data.base import recall_items_of
+from pkm_lightning.errors import check_integer
 from pkm_lightning.inference.recall import ItemScore, score_items, summarise
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
-from pkm_lightning.storage import write_beside
+from pkm_lightning.storage import csv_line, write_beside
 from pkm_lightning.training import LanguageModule
 
 __all__ = ["Recall"]
@@ -37,9 +36,15 @@ class Recall(L.Callback):
     Attributes:
         scores: the score of each question of the last test.
         report: their means by form, relation and decile (`pkm_lightning.inference.recall.summarise`).
+
+    Raises:
+        ConfigError: a number of questions below 0.
     """
 
     def __init__(self, *, val_items: int, test_items: int | None, path: str | None = None) -> None:
+        check_integer("callbacks.recall.val_items", val_items, 0)
+        if test_items is not None:
+            check_integer("callbacks.recall.test_items", test_items, 0)
         self.val_items, self.test_items = val_items, test_items
         self.path = None if path is None else Path(path)
         self.scores: list[ItemScore] = []
@@ -87,9 +92,7 @@ class Recall(L.Callback):
 
 def write_scores(path: Path, scores: Sequence[ItemScore]) -> None:
     """Writes `scores` as CSV, with truth values as 0 or 1."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(ItemScore))
+    lines = [csv_line(field.name for field in fields(ItemScore))]
     for score in scores:
-        writer.writerow(int(value) if isinstance(value, bool) else value for value in astuple(score))
-    write_beside(path, text.getvalue())
+        lines.append(csv_line(int(value) if isinstance(value, bool) else value for value in astuple(score)))
+    write_beside(path, "".join(lines))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -30,11 +31,13 @@ class RunRecord(TimedCallback):
 
     Attributes:
         metrics: those of the last test, or of the last validation outside training.
+        on_start: called on rank 0 when training starts: the data are there and the checkpoint is loaded.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.metrics: dict[str, float] = {}
+        self.on_start: Callable[[], None] | None = None
         self._recall: dict[str, Any] = {}
         self._counts: dict[str, Any] = {}
         self._best: dict[str, float | int] | None = None
@@ -67,6 +70,12 @@ class RunRecord(TimedCallback):
             "metrics": {**self.metrics, "recall": self._recall} if self._recall else dict(self.metrics),
             **self._counts,
         }
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Calls `on_start`."""
+        super().on_train_start(trainer, pl_module)
+        if self.on_start is not None and trainer.is_global_zero:
+            self.on_start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Drops the best validation if a rollback has abandoned its step; keeps the last throughput."""

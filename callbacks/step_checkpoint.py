@@ -7,6 +7,7 @@ in metrics.csv.
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,20 @@ class StepCheckpoint(ModelCheckpoint):
         self._stop_reason: str | None = None
 
     def request_stop(self, reason: str) -> None:
-        """Requests a checkpoint and a stop; safe in a signal handler."""
+        """Requests a checkpoint and a stop for a signal of the name `reason`; safe in a signal handler."""
         self._stop_reason = reason
+
+    def stop_if_requested(self, trainer: L.Trainer) -> None:
+        """Ends a run that was asked to stop after its last step. Collective: call on all ranks.
+
+        Raises:
+            RunInterrupted: with the name of the signal.
+            KeyboardInterrupt: the same, where the signal has reached this rank too late for the others to know of it.
+        """
+        if self._stop_is_agreed(trainer):
+            raise RunInterrupted(self._stop_reason)
+        if self._stop_reason is not None:
+            raise KeyboardInterrupt(self._stop_reason)
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Returns whether this step ends an interval, the same on all ranks; a requested stop does not count."""
@@ -107,7 +120,7 @@ class StepCheckpoint(ModelCheckpoint):
         self._save_step(trainer)
         if stopping:
             self._finish(trainer)
-            raise RunInterrupted(self._stop_reason or "asked to stop")
+            raise RunInterrupted(self._stop_reason)
 
     def _save_step(self, trainer: L.Trainer) -> None:
         if self._last_global_step_saved == trainer.global_step:
@@ -137,12 +150,16 @@ class StepCheckpoint(ModelCheckpoint):
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
         """Returns whether any rank was asked to stop, the same on all ranks."""
-        requested = self._stop_reason is not None
         if trainer.world_size == 1:
-            return requested
-        # Ranks that stop at different steps would wait for each other for ever.
-        votes = torch.tensor(float(requested), device=trainer.strategy.root_device)
-        return bool(trainer.strategy.reduce(votes, reduce_op="sum") > 0)
+            return self._stop_reason is not None
+        # Ranks that stop at different steps would wait for each other for ever. The votes name the signal, which may
+        # have reached one rank only, and by which all of them end.
+        vote = 0 if self._stop_reason is None else signal.Signals[self._stop_reason].value
+        votes = torch.tensor(float(vote), device=trainer.strategy.root_device)
+        agreed = int(trainer.strategy.reduce(votes, reduce_op="max"))
+        if agreed:
+            self._stop_reason = signal.Signals(agreed).name
+        return agreed > 0
 
 
 def _remove(checkpoint: Path) -> None:

@@ -104,7 +104,8 @@ class Throughput(TimedCallback, ThroughputMonitor):
     ) -> None:
         """Counts sequences and steps, which the host knows; reads the tokens and logs when a log is due."""
         assert isinstance(pl_module, LanguageModule)
-        self._sequences += self.batch_size_fn(batch) * trainer.world_size
+        if batch is not None:  # the module refuses None, after the callbacks
+            self._sequences += self.batch_size_fn(batch) * trainer.world_size
         if not trainer.fit_loop._should_accumulate():
             self._steps += 1
         if pl_module.log_is_due():

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from rich import box, get_console
 from rich.table import Table
+from rich.text import Text
 
 from pkm_lightning.storage import write_beside
 from pkm_lightning.usage.counters import UsageCounters
@@ -46,7 +47,7 @@ def _print(content: dict[str, Any]) -> None:
     is_whole = steps == content["clock"] - content["first_step"] + 1
     tables = {name: entry for name, entry in content["tables"].items() if len(entry["layers"]) > 1}
     for name, entry in {**content["layers"], **tables}.items():
-        table.add_row(name, f"{entry['slots']:,}", *_cells(entry["since_start"]), f"{entry['dead']:,}")
+        table.add_row(Text(name), f"{entry['slots']:,}", *_cells(entry["since_start"]), f"{entry['dead']:,}")
         if not is_whole:
             table.add_row(f"  last {steps:,} steps", "", *_cells(entry["window"]), "")
     # The console of the progress bar, so that neither overwrites the other.

@@ -1,6 +1,7 @@
 """`python -m pkm_lightning VERB [hydra overrides]`, and the command `pkm-lightning`."""
 
 import gc
+import io
 import os
 import sys
 
@@ -9,6 +10,10 @@ from pkm_lightning.cli.main import main
 
 def run() -> None:
     """Runs the command line of this process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal without Unicode shows what it lacks as \\uXXXX.
+            stream.reconfigure(errors="backslashreplace")
     verb = sys.argv[1] if len(sys.argv) > 1 else None
     # Importing torch and Lightning makes a million objects, all of which stay: collections in between take a quarter of
     # the time of a short verb. `main` enables them before the verb runs.

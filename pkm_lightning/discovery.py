@@ -29,7 +29,8 @@ def find_public(package: str, name: str) -> Any:
         for module in _modules(package):
             if name in public_names(module, mentioning=name):
                 found = getattr(importlib.import_module(module), name)
-                setattr(sys.modules[package], name, found)  # the next use of the name does not search again
+                # A module's `__getattr__` is asked for what it lacks: the next use needs no search.
+                setattr(sys.modules[package], name, found)
                 return found
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
@@ -45,16 +46,24 @@ def public_names(module: str, mentioning: str = "__all__") -> list[str]:
     Args:
         module: its dotted name.
         mentioning: a text without which the source is not parsed, which is the slow part.
+
+    Raises:
+        ImportError: its `__all__` is no literal.
     """
     spec = importlib.util.find_spec(module)
     loader = None if spec is None else spec.loader
     source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
     if source is None or mentioning not in source:
         return []
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
-            names: list[str] = ast.literal_eval(statement.value)
-            return names
+    for statement in ast.parse(source, filename=module).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            try:
+                return [str(name) for name in ast.literal_eval(statement.value)]  # type: ignore[attr-defined]
+            except ValueError:
+                raise ImportError(
+                    f"__all__ of {module} is no literal list of names, which is read unimported"
+                ) from None
     return []
 
 

@@ -26,6 +26,10 @@ class CheckpointError(PkmError, RuntimeError):
     """A checkpoint that is missing, damaged or not written by this package."""
 
 
+class CheckpointWriteError(CheckpointError, OSError):
+    """A checkpoint that could not be written: the disk is full, or the folder cannot be written."""
+
+
 class RunDirectoryError(PkmError, OSError):
     """A run directory that cannot be used: unwritable, full, held by another process, or already finished."""
 

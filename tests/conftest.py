@@ -21,6 +21,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from compile_once import compile_in_turn  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from rank_group import Groups, groups  # noqa: E402
 from small import Outcome, Run  # noqa: E402
@@ -29,7 +30,13 @@ from pkm_lightning.cli.main import main  # noqa: E402
 
 # With several workers on few cores, more threads per process are slower. Processes that tests start inherit the limit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+compile_in_turn()
 torch.set_num_threads(1)
+
+
+# A shell without job control starts a suite in the background with SIGINT ignored, which all processes would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

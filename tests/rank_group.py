@@ -102,9 +102,11 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GROUP_RANK="0",
     )  # fmt: skip
     # Imported here, in the spawned process, after the variables above are set.
+    import compile_once
     import torch
     import torch.distributed as dist
 
+    compile_once.compile_in_turn()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
     while True:

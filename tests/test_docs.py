@@ -142,3 +142,14 @@ def test_an_index_lists_every_page(index: Path) -> None:
     links = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+\.md)", index.read_text())}
     pages = set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "README.md"}
     assert pages - links == set()
+
+
+def test_every_promise_is_held_by_a_test_that_exists() -> None:
+    page = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    held = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(held) > 50
+    for file, name in held:
+        assert (ROOT / file).is_file(), file
+        assert not name or f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+    for row in re.findall(r"^\| .+ \|$", page, re.M):
+        assert "tests/" in row or row == "| promise | test |", row

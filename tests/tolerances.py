@@ -32,6 +32,8 @@ BOOTSTRAP = 0.012
 #: Relative difference between a variance over thousands of resamples of some hundred coins and the formula: the coins
 #: themselves are one random draw.
 SAMPLED_VARIANCE = 0.2
+#: Relative difference between planned and allocated bytes: a plan leaves out what lives for a single operation.
+COUNTED_MEMORY = 0.03
 #: Relative difference between two formulas in float64.
 EXACT_FLOAT = 1e-12
 

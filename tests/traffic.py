@@ -15,14 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pkm_lightning import ops
+from pkm_lightning.memory import TableOptimizer, mesh, replicas, sharded_reads
+from pkm_lightning.training import clipping
+
 #: Files of the package that call collectives, and the kind of their traffic.
-_PLACES = {
-    "memory/sharded_reads.py": "table",
-    "memory/replicas.py": "replicas",
-    "memory/mesh.py": "small",
-    "training/clipping.py": "small",
-    "ops/ranks.py": "statistics",
+_FILES = {
+    sharded_reads.__file__: "table_forward",
+    replicas.__file__: "replicas",
+    mesh.__file__: "small",
+    clipping.__file__: "small",
+    ops.ranks.__file__: "statistics",
 }
+# Functions are compared by their code, not by name, so that a renamed one is an error and not another kind.
+_MEAN_SQUARES = TableOptimizer._mean_squares.__code__
+_OF_EVERY_KIND = {ops.ranks.gather_into.__code__, ops.ranks.reduce_scatter_into.__code__}
 #: Losses, norms, numbers of tokens: a few values each.
 _SMALL = 64
 
@@ -72,18 +79,15 @@ def _is_group(value: torch.ScriptObject) -> bool:
 
 
 def _kind(received: int) -> str:
-    frame, names = sys._getframe(2), []
+    frame = sys._getframe(2)
     while frame is not None:
-        names.append((frame.f_code.co_filename, frame.f_code.co_name))
-        frame = frame.f_back
-    for file, name in names:
-        if name in ("gather_into", "reduce_scatter_into"):
-            continue  # called for every kind
-        if file.endswith("ops/collectives.py") and name == "backward":
+        code, frame = frame.f_code, frame.f_back
+        if code in _OF_EVERY_KIND:
+            continue
+        if code.co_filename == ops.collectives.__file__ and code.co_name == "backward":
             return "table_backward"
-        if name == "_whole_row_squares":
+        if code is _MEAN_SQUARES:
             return "row_statistics"
-        for place, kind in _PLACES.items():
-            if file.endswith(f"pkm_lightning/{place}"):
-                return "table_forward" if kind == "table" else kind
+        if code.co_filename in _FILES:
+            return _FILES[code.co_filename]
     return "small" if received < _SMALL else "dense"

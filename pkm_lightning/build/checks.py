@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
+import torch
 
 from pkm_lightning.build.instantiate import instantiate
-from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
+from pkm_lightning.capacity.setting import PRECISIONS, precision_name
+from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.memory import RowOptimizer
+from pkm_lightning.model.plugin_checks import called
 
 Config = Mapping[str, Any]
 
@@ -29,26 +32,47 @@ class ChecksConfig(Protocol):
         """
 
 
-def check_trainer(config: Config) -> None:
-    """Refuses values of `trainer` and `seed` that Lightning would take and misread, or report in its own terms.
+def check_trainer(trainer: Config) -> None:
+    """Refuses arguments of Lightning's Trainer that would do something else here than they promise.
 
     Raises:
-        ConfigError: with the key, the value and what is allowed.
+        ConfigError: with the key, the value and what to set instead.
     """
-    trainer = config["trainer"]
-    for name in ("log_every_n_steps", "accumulate_grad_batches", "num_nodes"):
-        check_integer(f"trainer.{name}", trainer[name], 1)
-    if isinstance(trainer["devices"], bool):
-        raise ConfigError(
-            f"trainer.devices={trainer['devices']} is not a number of devices; set a number, a list, or auto."
-        )
-    if trainer.get("gradient_clip_val") is not None:
-        check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
     check_clipping(trainer.get("gradient_clip_algorithm"))
-    interval = trainer["val_check_interval"]
-    if isinstance(interval, int | float):
-        check_range("trainer.val_check_interval", interval, 1 if isinstance(interval, int) else 1e-9)
-    check_integer("seed", config["seed"], 0, 2**32 - 1)
+    check_choice("trainer.precision", precision_name(trainer["precision"]), PRECISIONS)
+    if trainer.get("overfit_batches"):
+        raise ConfigError(
+            f"trainer.overfit_batches={trainer['overfit_batches']} is not offered: the data module orders the data and "
+            "would give other batches in every epoch; train on less data instead, as with data.people=2 or a small "
+            "file."
+        )
+
+
+def remark_validation(trainer: Config) -> str | None:
+    """Returns a remark if no validation falls within the run, which is easily overlooked; None if one does."""
+    interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
+    batches = trainer["max_steps"] * accumulate
+    if trainer.get("check_val_every_n_epoch") is not None or not isinstance(interval, int) or interval <= batches:
+        return None
+    return (
+        f"trainer.val_check_interval={interval} is beyond the {batches} micro-batches of the run, which is tested at "
+        "its end but not validated before"
+    )
+
+
+def check_optimizer(described: Config) -> None:
+    """Refuses arguments that the class of `optim.optimizer` itself refuses, by constructing it over one number.
+
+    Raises:
+        ConfigError: with the optimizer's reason.
+    """
+    trial = [{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.0, "weight_decay": 0.0}]
+    try:
+        instantiate(described, "optim.optimizer", params=trial)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"optim.optimizer: {' '.join(str(error).split())}.") from None
 
 
 def check_clipping(algorithm: str | None) -> None:
@@ -90,13 +114,20 @@ def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
     """Refuses what can be evaluated but not trained, and what a callback cannot work with.
 
     Raises:
-        ConfigError: a table that stays in a file, or a callback's own refusal.
+        ConfigError: a table that stays in a file, weights in fp16, or a callback's own refusal.
     """
+    precision = config["trainer"]["precision"]
+    if precision_name(precision) == "16-true":
+        raise ConfigError(
+            f"trainer.precision={precision} cannot train: small gradients, and AdamW's epsilon, are 0 in fp16 weights; "
+            "set trainer.precision=bf16-true, or 16-mixed with table.learning=dense, which scales the loss."
+        )
     if config["table"].get("device") == "mmap":
         raise ConfigError(
             "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; set "
             "table.device=cpu, or export the run when it is trained."
         )
+    check_optimizer(config["optim"]["optimizer"])
     for callback in callbacks:
         if isinstance(callback, ChecksConfig):
-            callback.check(config)
+            called(f"{type(callback).__name__}.check", callback.check, config=config)

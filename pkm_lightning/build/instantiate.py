@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -22,9 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
+from pkm_lightning.build.kinds import check_kinds
 from pkm_lightning.errors import ConfigError, PkmError
 from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.model.placement import Placement
+from pkm_lightning.model.plugin_checks import called
 
 _TRUSTED_ROOTS = ("pkm_lightning", "lightning", "torch")
 # Not every class of torch is harmless to construct: torch.distributed.elastic's SubprocessHandler starts a program.
@@ -52,7 +54,9 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     """
     cls = target_class(config, key)
     accepted = accepted_keywords(cls, keywords)
-    _check_arguments(cls, config, accepted, key)
+    _check_names(cls, config, accepted, key)
+    plain_config: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    check_kinds(cls, plain_config, key)
     plain = {name: value for name, value in config.items() if not str(name).startswith("_") or name in _HYDRA_KEYS}
     try:
         # Partial first: Hydra deep-copies the arguments that it is given, and a value table must stay one object.
@@ -61,10 +65,35 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
         if isinstance(error.__cause__, PkmError):
             raise error.__cause__ from None
         raise
-    return make(**accepted)
+    # An error inside our own or Lightning's classes is a defect or already explained: its traceback is of use.
+    is_foreign = cls.__module__.partition(".")[0] not in _TRUSTED_ROOTS
+    return called(f"{key}: the constructor of {cls.__name__}", make, **accepted) if is_foreign else make(**accepted)
 
 
-def _check_arguments(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
+def check_kind(value: object, kind: type, config: Mapping[str, Any] | DictConfig, key: str) -> None:
+    """Refuses an object of `config` that is not a `kind`.
+
+    Raises:
+        ConfigError: naming the key, the class and what is due there.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{key}._target_={config['_target_']} is not a {kind.__module__}.{kind.__qualname__}.")
+
+
+def check_keywords(config: Mapping[str, Any], key: str, built: Iterable[str] = ()) -> None:
+    """Refuses keywords that the class of `config._target_` does not take or that it lacks, and values of a wrong kind.
+
+    Nothing is constructed; the builder will pass those of the keywords `built` that the class takes.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    cls = target_class(config, key)
+    _check_names(cls, config, accepted_keywords(cls, dict.fromkeys(built)), key)
+    check_kinds(cls, config, key)
+
+
+def _check_names(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
     configured = {str(name): None for name in config if not str(name).startswith("_")}
     for name in configured.keys() & keywords.keys():
         raise ConfigError(f"{key}.{name} follows from the rest of the configuration; remove it.")
@@ -120,7 +149,7 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
     Raises:
         ConfigError: naming the offending key and target, and how to trust it.
     """
-    if "${" in str(config):
+    if any("${" in text for text in _texts(config)):
         raise ConfigError(
             f"{source} holds an interpolation, ${{...}}; saved configurations are resolved: write a value."
         )
@@ -143,6 +172,19 @@ def _is_trusted_class(target: str) -> bool:
     if not isinstance(cls, type):
         return False
     return cls.__module__.split(".")[0] in _TRUSTED_ROOTS and issubclass(cls, _TRUSTED_KINDS)
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Yields all keys and values as texts, one after another: together they may be larger than the memory."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield str(key)
+            yield from _texts(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value)
+    else:
+        yield str(node)
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
-from pkm_lightning.errors import ConfigError, check_flag, check_integer, nearest
+from pkm_lightning.capacity.setting import PRECISIONS, precision_name
+from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range, nearest
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import TableMesh, ValueTable
 from pkm_lightning.model import Placement, Transformer
+from pkm_lightning.model.placement import named_plugins
+from pkm_lightning.model.plugin_checks import CONTRACT, called, check_plugins
 
 Config = Mapping[str, Any]
 
-_WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 #: Keys of `model` that the transformer does not take as they stand.
 _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
 #: Arguments of the transformer that are built here, and are not keys of `model`.
@@ -70,11 +73,27 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
 
 def build_meta_model(config: Config) -> Transformer:
     """Builds the same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
+    with _weight_dtype(config), torch.device("meta"):
+        return build_model(config)
+
+
+def check_foreign_plugins(model: Transformer, config: Config) -> None:
+    """Refuses plugins from outside the package that break their contract; see `check_plugins`.
+
+    Raises:
+        ConfigError: naming the plugin and what the contract asks for.
+    """
+    with _weight_dtype(config):
+        plugins = [p for block in model.blocks for _, p in named_plugins(block.ffn)]  # type: ignore[arg-type]
+        check_plugins(plugins, int(config["model"]["dim"]))
+
+
+@contextlib.contextmanager
+def _weight_dtype(config: Config) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(_WEIGHT_DTYPES.get(str(config["trainer"]["precision"]), torch.float32))
+    torch.set_default_dtype(PRECISIONS[precision_name(config["trainer"]["precision"])])
     try:
-        with torch.device("meta"):
-            return build_model(config)
+        yield
     finally:
         torch.set_default_dtype(before)
 
@@ -116,7 +135,7 @@ def _build_tables(config: Config, n_placed: int, mesh: TableMesh | None) -> list
     parameters = inspect.signature(cls.table_spec).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         sizes = {name: value for name, value in sizes.items() if name in parameters}
-    spec = cast("TableSpec", cls.table_spec(**sizes, **arguments))
+    spec = _checked_spec(f"{config['ffn']['_target_']}.table_spec", cls.table_spec, {**sizes, **arguments})
     check_flag("table.shared", config["table"]["shared"])
     settings = {name: value for name, value in config["table"].items() if name not in _TABLE_BUILDER_KEYS}
     shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
@@ -126,3 +145,16 @@ def _build_tables(config: Config, n_placed: int, mesh: TableMesh | None) -> list
         shape["slices"] = spec.slices
     groups = 1 if config["table"]["shared"] else n_placed
     return [[instantiate(settings, "table", **shape) for _ in range(spec.count)] for _ in range(groups)]
+
+
+def _checked_spec(name: str, table_spec: Callable[..., Any], arguments: dict[str, Any]) -> TableSpec:
+    """Returns the tables that a plugin requests; refuses a method that raises, and what is no `TableSpec` of sizes."""
+    spec = called(name, table_spec, **arguments)
+    if not isinstance(spec, TableSpec):
+        raise ConfigError(f"{name} returned {spec!r:.60}; it returns a TableSpec(rows=, dim=) ({CONTRACT}).")
+    for size in ("rows", "dim", "count", "slices"):
+        check_integer(f"{name}(...).{size}", getattr(spec, size), low=1)
+    if spec.std is not None:
+        check_range(f"{name}(...).std", spec.std, 0)
+    check_flag(f"{name}(...).trainable", spec.trainable)
+    return spec

@@ -9,15 +9,17 @@ from functools import cached_property
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
-from pkm_lightning.build.instantiate import instantiate
-from pkm_lightning.build.model import attention_context, build_meta_model
+from pkm_lightning.build.instantiate import check_kind, instantiate
+from pkm_lightning.build.keys import check_keys
+from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
-from pkm_lightning.capacity import Plan, check_setting, make_plan
+from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
 from pkm_lightning.data.base import vocab_size_of
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.model import ModelCost, Transformer, model_cost
 
 
@@ -36,6 +38,11 @@ class ResolvedRun:
     data: L.LightningDataModule
     model: Transformer
     callbacks: list[L.Callback] = field(default_factory=list)
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights and buffers, by their names in a checkpoint."""
+        return {f"model.{name}": tuple(value.shape) for name, value in self.model.state_dict().items()}
 
     # Made when first asked for: a plugin may state no cost, and few verbs plan.
 
@@ -60,31 +67,45 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     Raises:
         ConfigError: the value, where it stands, and what to set instead.
     """
-    check_trainer(config)
+    check_keys(config, training=training)
+    check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")
-    if not isinstance(data, L.LightningDataModule):
-        raise ConfigError(f"data._target_={config['data']['_target_']} is not a LightningDataModule.")
+    check_kind(data, L.LightningDataModule, config["data"], "data")
+    if training and not is_overridden("train_dataloader", data):
+        raise ConfigError(f"data._target_={config['data']['_target_']} has no train_dataloader to train on; add it.")
     config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
     check_learning(config)
     config = solve_size(config)
     model = build_meta_model(config)
+    check_foreign_plugins(model, config)
     check_setting(model, config)
     # For its checks only.
     configured_schedule(config["optim"], config["trainer"]["max_steps"])
     callbacks = make_callbacks(config) if training else []
+    run = ResolvedRun(config, data, model, callbacks)
     if training:
         check_training(config, callbacks)
-    return ResolvedRun(config, data, model, callbacks)
+        if config.get("device_memory") is not None:
+            check_memory(run.plan, config["device_memory"] * 1e9, model, config)
+    return run
 
 
 def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
     """Returns the configured callbacks by their `hook_order`, equal ones in the order of the configuration."""
-    callbacks = [instantiate(c, f"callbacks.{name}") for name, c in (config["callbacks"] or {}).items() if c]
+    callbacks = []
+    for name, entry in (config["callbacks"] or {}).items():
+        if entry:
+            callback = instantiate(entry, f"callbacks.{name}")
+            check_kind(callback, L.Callback, entry, f"callbacks.{name}")
+            check_range(f"callbacks.{name}: {type(callback).__name__}.hook_order", getattr(callback, "hook_order", 0))
+            callbacks.append(callback)
     return sorted(callbacks, key=lambda callback: getattr(callback, "hook_order", 0))
 
 
 def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
     configured, needed = config["model"]["vocab_size"], vocab_size_of(data)
+    if needed is not None:
+        check_integer(f"data: {type(data).__name__}.vocab_size", needed, 1)
     if configured == "auto":
         if needed is None:
             raise ConfigError(

@@ -6,22 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
+from pkm_lightning.errors import ConfigError, check_choice, check_range
 
 
 def configured_schedule(optim: Mapping[str, Any], max_steps: int) -> Callable[[int], float]:
-    """Returns `schedule_factor` for the `optim` group, whose shares are of `max_steps`; checks the whole group.
+    """Returns `schedule_factor` for the `optim` group, whose shares are of `max_steps`.
 
     Raises:
-        ConfigError: as `schedule_factor`, or a share outside 0 to 1.
+        ConfigError: as `schedule_factor`.
     """
-    check_integer("trainer.max_steps", max_steps)
-    check_range("optim.warmup_share", optim["warmup_share"], 0, 1)
-    for name in ("lr", "weight_decay", "table_lr_factor", "table_weight_decay"):
-        check_range(f"optim.{name}", optim[name], 0)
-    for name in ("clip_norm", "table_clip_norm"):
-        if optim[name] is not None:
-            check_range(f"optim.{name}", optim[name], 0)
     return schedule_factor(
         optim["schedule"],
         max_steps=max_steps,

@@ -1,7 +1,6 @@
 """Memory and communication of one device in training, from shapes and formulas, before anything is launched.
 
-Bytes in the memory of one device. Activations, temporaries of kernels and buffers of libraries are left out, so that
-the sum is a lower bound:
+Bytes in the memory of one device when a backward starts. Temporaries of kernels and buffers of libraries are left out:
 
 | figure | none, DDP | FSDP2 | ZeRO-1 | ZeRO-2 | ZeRO-3 |
 |---|---|---|---|---|---|
@@ -12,6 +11,19 @@ the sum is a lower bound:
 
 12 bytes are an fp32 copy and two fp32 states. `bucket` = min(M, 2 * 10**8) is the engine's, and 10**9 its
 `max_live_parameters`.
+
+| figure | any strategy, per micro-batch |
+|---|---|
+| `activations` | what autograd keeps of a forward, weights excluded |
+| | with activation checkpointing the inputs of the blocks, T D b each, and what the largest block keeps |
+| `logits` | 12 T Z: log-probabilities, their gradient and that of the logits in fp32, if every token is a target |
+
+`activations` are counted rather than derived, so that every plugin is included: a forward runs on the meta device, with
+the attention kernel and the casts of mixed precision that a device uses. Per token, a block with a SwiGLU FFN keeps
+(9 D + 2 J + H + S + 4 F + 2) b bytes: input, normalised input and output of both norms (6 D), queries and, twice, the
+output of attention (3 D), keys and values (2 J), a sum per head (H), the mask of documents (S), gate, its activation,
+the other factor and the product (4 F), and the scales of the norms, which keep fp32 in every precision. Compiled blocks
+and fused norms keep less.
 
 | figure | table.learning=rows | table.learning=dense |
 |---|---|---|
@@ -47,15 +59,28 @@ forward to backward within 10**9 values. Losses, norms, counts, and statistics o
 Touched rows are estimated from uniform reads, U = N' (1 - exp(-L' / N')) for the N' rows on the device and their L'
 reads; on an accelerator they are padded to min(L, N'). Real reads are skewed and touch fewer rows.
 
-Letters: W ranks, P members of a table's group, R replicas of the group, A micro-batches per step, T tokens per rank and
-micro-batch; M dense parameters, M_block those of the largest block, M_rest those outside blocks, M_large those in
-weights above 10**5 values; N rows of a table (each slice of a row counts), V values per row, C of them on the device;
-I rows per read, G sums per read, L staged reads, X their source rows; b, v and c bytes of a dense value, a table's
-value and a sum.
+Letters: W ranks, P members of a table's group, R replicas of the group, A micro-batches per step, T tokens per rank
+and micro-batch; M dense parameters, M_block those of the largest block, M_rest those outside blocks, M_large those in
+weights above 10**5 values; D model dimension, J that of all keys or values of attention, H heads, S tokens per
+sequence, F hidden dimension of the FFN, Z vocabulary; N rows of a table (each slice of a row counts), V values per
+row, C of them on the device; I rows per read, G sums per read, L staged reads, X their source rows; b, v and c bytes
+of a dense value, a table's value and a sum.
 """
 
+from pkm_lightning.capacity.allocation import check_allocatable
 from pkm_lightning.capacity.checks import check_memory, check_setting
 from pkm_lightning.capacity.figures import Memory, Plan, Traffic, make_plan
+from pkm_lightning.capacity.remarks import batch_remarks
 from pkm_lightning.capacity.setting import Setting
 
-__all__ = ["Memory", "Plan", "Setting", "Traffic", "check_memory", "check_setting", "make_plan"]
+__all__ = [
+    "Memory",
+    "Plan",
+    "Setting",
+    "Traffic",
+    "batch_remarks",
+    "check_allocatable",
+    "check_memory",
+    "check_setting",
+    "make_plan",
+]

@@ -89,17 +89,21 @@ def check_memory(plan: Plan, limit: float, model: Transformer, config: Mapping[s
     """
     if plan.memory_total <= limit:
         return
-    fitting = [
-        f"{change} ({needed / _GB:,.1f} GB)"
-        for change, needed in _alternatives(model, config)
-        if needed is not None and needed <= limit
-    ]
+    fitting: list[str] = []
+    for change, needed in _alternatives(model, config):
+        # Of several divisions of the batch the first that fits is enough.
+        divides = "accumulate" in change and any("accumulate" in other for other in fitting)
+        if needed is not None and needed <= limit and not divides:
+            fitting.append(f"{change} ({needed / _GB:,.1f} GB)")
     advice = (
-        f"this fits: {'; or '.join(fitting[:4])}" if fitting else "no other way of splitting it fits: choose fewer rows"
+        f"this fits: {'; or '.join(fitting[:4])}"
+        if fitting
+        else "no other way of splitting it fits: choose fewer rows or a smaller batch"
     )
     largest = max(_held(plan).items(), key=lambda item: item[1])
+    without = " without activations" if plan.memory.activations is None else ""
     raise ConfigError(
-        f"a device needs {plan.memory_total / _GB:,.1f} GB without activations (the most for "
+        f"a device needs {plan.memory_total / _GB:,.1f} GB{without} (the most for "
         f"{largest[0].replace('_', ' ')}, {largest[1] / _GB:,.1f} GB), but has {limit / _GB:,.1f} GB (device_memory); "
         f"{advice}."
     )
@@ -112,7 +116,7 @@ def _held(plan: Plan) -> dict[str, int]:
 def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
     """Yields changes as overrides, the smallest first, and the bytes per device that each would need."""
     setting = Setting.of(config)
-    changes: list[tuple[str, dict[str, Any]]] = []
+    changes = _smaller_activations(setting)
     has_tables = bool(list(model.tables))
     if has_tables and setting.learning == "dense":
         changes.append(("table.learning=rows", {"table.learning": "rows"}))
@@ -134,6 +138,20 @@ def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tup
         changes.append(("table.device=cpu", {"table.device": "cpu"}))
     yield from _needs(model, config, changes)
     yield from _needs(model, config, _more_devices(config, setting, has_tables=has_tables))
+
+
+def _smaller_activations(setting: Setting) -> list[tuple[str, dict[str, Any]]]:
+    """Returns recomputation, divisions of the batch, and both together."""
+    rows = 0 if setting.tokens is None or setting.length is None else setting.tokens // setting.length
+    divisions = [setting.accumulate * factor for factor in (2, 4, 8) if rows and rows % factor == 0]
+    divided: list[tuple[str, dict[str, Any]]] = [
+        (f"trainer.accumulate_grad_batches={n}", {"trainer.accumulate_grad_batches": n}) for n in divisions
+    ]
+    if setting.checkpointing:
+        return divided
+    words, change = "model.activation_checkpointing=true", {"model.activation_checkpointing": True}
+    both = [(f"{words} {more_words}", {**change, **more}) for more_words, more in divided]
+    return [(words, change), *divided, *both]
 
 
 def _frugal_rules() -> list[str]:
@@ -171,7 +189,7 @@ def _needs(
 
 
 def _changed(config: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    changed = {**config, **{key: copy.copy(config[key]) for key in ("trainer", "table", "data")}}
+    changed = {**config, **{key: copy.copy(config[key]) for key in ("trainer", "table", "data", "model")}}
     for key, value in change.items():
         group, _, name = key.partition(".")
         if name:

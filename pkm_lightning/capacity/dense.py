@@ -109,8 +109,9 @@ def _zero(size: _Sizes, setting: Setting, *, stage: int) -> DenseFigures:
         sent = accumulate * (large + twice + trained) + size.all - large
     else:
         sent = (2 * trained if stage == 1 else 2 * accumulate * trained) + trained
-    # `LanguageModule` scales accumulated gradients, which the engine exposes in fp32 only.
-    corrected = 0 if accumulate == 1 else trained * (4 if stage == 3 else 8)
+    # `LanguageModule` scales accumulated gradients. Stages 1 and 2 read and write them whole, in fp32; stage 3 scales
+    # each rank's partition in place.
+    corrected = 8 * trained if accumulate > 1 and stage < 3 else 0
     return DenseFigures(
         weights=(-(-size.all // world) if stage == 3 else size.all) * item,
         gradients=(trained if stage == 1 else share + bucket) * item,

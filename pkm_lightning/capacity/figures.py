@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from pkm_lightning.capacity.activations import activations
 from pkm_lightning.capacity.dense import dense_figures
 from pkm_lightning.capacity.setting import Setting
 from pkm_lightning.capacity.tables import table_figures
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device without activations; None: unknown."""
+    """Bytes on one device; None: unknown."""
 
     dense_weights: int | None
     dense_gradients: int | None
     dense_states: int | None
     gathered_weights: int | None
+    activations: int | None
+    logits: int | None
     table_part: int
     table_gradients: int
     table_states: int
@@ -92,11 +95,14 @@ def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
     setting = Setting.of(config)
     dense = dense_figures(model, setting)
     tables, unknown = table_figures(model, setting)
+    of_batch = activations(model, setting)
     on_device = Memory(
         dense_weights=None if dense is None else dense.weights,
         dense_gradients=None if dense is None else dense.gradients,
         dense_states=None if dense is None else dense.states,
         gathered_weights=None if dense is None else dense.gathered,
+        activations=of_batch.kept,
+        logits=of_batch.logits,
         table_part=tables.part,
         table_gradients=tables.gradients,
         table_states=tables.states,

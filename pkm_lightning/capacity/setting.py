@@ -12,9 +12,17 @@ from pkm_lightning.memory.mesh import table_members
 
 Config = Mapping[str, Any]
 
+#: The dtype of the weights under each precision of Lightning that is offered; `mixed` casts within the forward.
+PRECISIONS = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "64-true": torch.float64,
+    "16-mixed": torch.float32,
+    "16-true": torch.float16,
+}
 #: Lightning's abbreviations of precisions.
-_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
-_ITEM = {"bf16-true": 2, "16-true": 2, "64-true": 8}
+_ABBREVIATED = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 _STRATEGIES = {"DDP": "ddp", "DDPStrategy": "ddp", "FSDP2": "fsdp", "DeepSpeed": "zero", "DeepSpeedStrategy": "zero"}
 
 
@@ -27,7 +35,9 @@ class Setting:
         world: W, ranks.
         accumulate: A, micro-batches per step.
         tokens: T, tokens per rank and micro-batch; None where the data module has no fixed sizes.
+        length: tokens per sequence, of which `tokens` is a multiple; None likewise.
         item: b, bytes of a dense value.
+        mixed: products run in 16 bit with weights in 32 bit.
         table_item: v, bytes of a table's value.
         on_host: the model is trained on the CPU.
         shard: `table.shard`; `none` in a group of one.
@@ -42,7 +52,9 @@ class Setting:
     world: int
     accumulate: int
     tokens: int | None
+    length: int | None
     item: int
+    mixed: bool
     table_item: int
     on_host: bool
     shard: str
@@ -76,7 +88,8 @@ class Setting:
         members = table_members(table, world, node)
         precision = precision_name(trainer["precision"])
         # DeepSpeed casts its parameters, but not the tables; the other strategies leave casting to autocast.
-        item = 2 if strategy.startswith("zero") and "16" in precision else _ITEM.get(precision, 4)
+        table_item = PRECISIONS[precision].itemsize
+        item = 2 if strategy.startswith("zero") and "16" in precision else table_item
         accumulate = int(trainer["accumulate_grad_batches"])
         optimizer = table.get("optimizer") or {}
         return cls(
@@ -84,8 +97,10 @@ class Setting:
             world=world,
             accumulate=accumulate,
             tokens=_tokens(config["data"], world * accumulate),
+            length=_length(config["data"]),
             item=item,
-            table_item=_ITEM.get(precision, 4),
+            mixed=precision.endswith("-mixed") and item == 4,
+            table_item=table_item,
             on_host=str(trainer["accelerator"]) == "cpu",
             shard=str(table.get("shard", "none")) if members > 1 else "none",
             members=members,
@@ -120,12 +135,15 @@ def strategy_kind(strategy: Config | None) -> str:
 
 
 def precision_name(precision: Any) -> str:
-    """Returns the full name of `trainer.precision`."""
-    return _PRECISIONS.get(str(precision), str(precision))
+    """Returns the full name of `trainer.precision`, a key of `PRECISIONS`; what Lightning does not know as it is."""
+    return "32-true" if precision is None else _ABBREVIATED.get(str(precision), str(precision))
 
 
 def _tokens(data: Config, parts: int) -> int | None:
-    rows, length = data.get("global_batch_size"), data.get("seq_len")
-    if not isinstance(rows, int) or not isinstance(length, int):
-        return None
-    return -(-rows // parts) * length
+    rows, length = data.get("global_batch_size"), _length(data)
+    return -(-rows // parts) * length if isinstance(rows, int) and length is not None else None
+
+
+def _length(data: Config) -> int | None:
+    length = data.get("seq_len")
+    return length if isinstance(length, int) else None

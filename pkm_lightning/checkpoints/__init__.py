@@ -1,5 +1,5 @@
 """Files and folders of weights: written atomically, sharded over ranks, exported, mapped into memory; one reader."""
 
-from pkm_lightning.checkpoints.reader import SavedCheckpoint, latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints.reader import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
 
-__all__ = ["SavedCheckpoint", "latest_checkpoint", "open_checkpoint"]
+__all__ = ["SavedCheckpoint", "later_buffers", "latest_checkpoint", "open_checkpoint"]

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
-from pkm_lightning.errors import CheckpointError
+from pkm_lightning.errors import CheckpointError, CheckpointWriteError
 from pkm_lightning.storage import written_beside
 
 
@@ -24,7 +24,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Writes `checkpoint` to `path`, which appears when all of it is on disk.
 
         Raises:
-            CheckpointError: the disk is full or the folder cannot be written; an earlier file at `path` is whole.
+            CheckpointWriteError: the disk is full or the folder cannot be written; an earlier file at `path` is whole.
         """
         path = Path(path)
         try:
@@ -34,17 +34,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             # On a full disk torch's writer raises a RuntimeError about positions in the archive, without the cause.
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "cut short: is the disk full?"
-            raise CheckpointError(
+            raise CheckpointWriteError(
                 f"{path} cannot be written ({reason}); free the disk or move run_dir: the previous checkpoint is whole."
             ) from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **named: Any) -> dict[str, Any]:
-        """Returns the content of a file, or of a folder that several ranks wrote.
+        """Returns the content of a file, or of a folder that several ranks wrote; runs nothing that a file names.
 
         Raises:
-            CheckpointError: the folder is damaged.
+            CheckpointError: it is damaged, or an exported model.
         """
-        if Path(path).is_dir():
-            return SavedCheckpoint(path).read()
+        saved = SavedCheckpoint(path)
+        saved.check_sums()
+        if saved.kind == "folder":
+            return saved.read()
+        if saved.kind == "exported":
+            raise CheckpointError(f"ckpt={path} is an exported model: training continues from a run's checkpoint only.")
         # Not mapped read-only: optimizers keep the tensors that they load, and update them in place.
-        return super().load_checkpoint(path, *arguments, **named)
+        return super().load_checkpoint(path, *arguments, **{**named, "weights_only": True})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -19,9 +20,9 @@ from torch import Tensor
 import pkm_lightning
 from pkm_lightning.checkpoints.folder import Chunk
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
-from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, Entry, lay_out
+from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, Entry, lay_out, with_sums
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.storage import written_beside
+from pkm_lightning.storage import is_stream, written_beside
 
 _BLOCK_BYTES = 64 * 2**20
 #: Prefix of the transformer's weights in a checkpoint; an exported file has the names without it.
@@ -44,11 +45,12 @@ def write(checkpoint: SavedCheckpoint, path: Path) -> dict[str, Entry]:
     size = len(header) + sum(entry.n_bytes for entry in entries.values())
     try:
         with written_beside(path) as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is noticed now, not after hours
+            if hasattr(os, "posix_fallocate") and not is_stream(path):  # a full disk is noticed now, not after hours
                 os.posix_fallocate(file.fileno(), 0, size)
             file.write(header)
-            for name in entries:
-                _write_tensor(file, checkpoint, name)
+            sums = [_write_tensor(file, checkpoint, name) for name in entries]
+            file.seek(0)
+            file.write(with_sums(header, sums))
     except OSError as error:
         raise CheckpointError(
             f"file={path} cannot be written ({error.strerror}; it takes {size:,} bytes); free the disk or choose "
@@ -70,12 +72,17 @@ def _texts(checkpoint: Mapping[str, Any]) -> dict[str, str]:
     return texts if tokenizer is None else {**texts, "tokenizer": str(tokenizer)}
 
 
-def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> None:
+def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> int:
+    """Writes the values of a tensor, and returns their sum."""
+    crc = 0
     for block in _blocks(checkpoint, _MODEL + name):
         if block.numel():
             # As bytes, since NumPy has no bfloat16.
-            file.write(block.detach().reshape(-1).view(torch.uint8).numpy().data)
+            values = block.detach().reshape(-1).view(torch.uint8).numpy().data
+            file.write(values)
+            crc = zlib.crc32(values, crc)
         checkpoint.forget()  # else pages that are no longer needed fill the memory
+    return crc
 
 
 def _blocks(checkpoint: SavedCheckpoint, name: str) -> Iterator[Tensor]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
+from pkm_lightning.checkpoints.metadata import MetadataReader, read_metadata
+from pkm_lightning.checkpoints.sums import ALL, Share, check_archive, check_skeleton
+from pkm_lightning.checkpoints.tree import check_extent
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.ops.ranks import is_distributed
 
@@ -41,8 +45,14 @@ class FolderContent:
         self._path = path
         self._files: dict[str, MappedFile] = {}
         # Small: every rank reads it whole.
+        skeleton = MappedFile(path / SKELETON)
+        try:
+            check_skeleton(skeleton)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{SKELETON}: {error}") from None
         self.skeleton: Any = torch.load(path / SKELETON, weights_only=True)
-        self._metadata = _reader(path).read_metadata()
+        check_extent(self.skeleton)
+        self._metadata = read_metadata(path)
         _check_sizes(path, self._metadata)
         stored = self._metadata.state_dict_metadata.items()
         self.shapes = {n: (m.size, m.properties.dtype) for n, m in stored if isinstance(m, TensorStorageMetadata)}
@@ -56,11 +66,11 @@ class FolderContent:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended in one process
-                dcp.load(targets, storage_reader=_reader(self._path), no_dist=not is_distributed())
-        except Exception as error:
-            raise CheckpointError(
-                f"ckpt={self._path} cannot be read ({failure_reason(error)}); use another one."
-            ) from error
+                reader = MetadataReader(self._path, self._metadata)
+                dcp.load(targets, storage_reader=reader, no_dist=not is_distributed())
+        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+            reason = failure_reason(error, otherwise="a part of it is damaged")
+            raise CheckpointError(f"ckpt={self._path} cannot be read ({reason}); use another one.") from error
 
     def mapped(self, names: list[str]) -> dict[str, Tensor]:
         """Returns whole tensors in memory: a tensor of several chunks cannot be mapped in one piece."""
@@ -74,20 +84,40 @@ class FolderContent:
         Raises:
             DamagedFileError: naming the file and the byte.
         """
+        return [self._chunk(name, part) for part in self._parts(name)]
+
+    def _parts(self, name: str) -> list[ChunkStorageMetadata]:
         metadata = self._metadata.state_dict_metadata[name]
         assert isinstance(metadata, TensorStorageMetadata)
-        chunks = []
-        for part in metadata.chunks:
-            # Every chunk is an archive of its own within the file.
+        return metadata.chunks
+
+    def _chunk(self, name: str, part: ChunkStorageMetadata) -> Chunk:
+        # Every chunk is an archive of its own within the file.
+        place = self._metadata.storage_data[MetadataIndex(name, part.offsets)]
+        try:
+            archive = map_archive(self._file(place.relative_path), place.offset, place.length)
+            (values,) = archive.tensors.values()
+            assert tuple(values.shape) == tuple(part.sizes)
+        except Exception:  # torch has half a dozen classes for what it cannot read
+            raise DamagedFileError(f"{place.relative_path} at byte {place.offset}") from None
+        return Chunk(tuple(part.offsets), values)
+
+    def check_sums(self, without: Collection[str] = (), share: Share = ALL) -> None:
+        """Compares the tensors, except those `without`, to their stored sums; the rest was compared when it was read.
+
+        Raises:
+            DamagedFileError: naming the file and the tensor.
+        """
+        parts = [(name, part) for name in self.shapes for part in self._parts(name)]
+        for name, part in share.of(parts):
+            if name in without:
+                continue
             place = self._metadata.storage_data[MetadataIndex(name, part.offsets)]
             try:
-                _, tensors = map_archive(self._file(place.relative_path), place.offset, place.length)
-                (values,) = tensors.values()
-                assert tuple(values.shape) == tuple(part.sizes)
-            except Exception:  # torch has half a dozen classes for what it cannot read
-                raise DamagedFileError(f"{place.relative_path} at byte {place.offset}") from None
-            chunks.append(Chunk(tuple(part.offsets), values))
-        return chunks
+                check_archive(self._file(place.relative_path), place.offset, place.length, {})
+            except DamagedFileError as error:
+                raise DamagedFileError(f"{place.relative_path}, {name}: {error}") from None
+            self._chunk(name, part)  # torch, too, must be able to read the directory
 
     def forget(self) -> None:
         """Releases the memory of all pages read through `chunks`."""
@@ -100,19 +130,14 @@ class FolderContent:
         return self._files[name]
 
 
-def failure_reason(error: BaseException) -> str:
+def failure_reason(error: BaseException, otherwise: str = "cut short: is the disk full?") -> str:
     """Returns the first cause that has a name; `torch.distributed.checkpoint` raises one error for all ranks."""
     if isinstance(error, dcp.CheckpointException):
         failures = [failure[0] for failure in error.failures.values()]
         error = next((f for f in failures if isinstance(f, OSError)), failures[0])
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return "cut short: is the disk full?"
-
-
-def _reader(path: Path) -> dcp.FileSystemReader:
-    # Every read of a folder's metadata, a pickle, goes through this reader.
-    return dcp.FileSystemReader(path)
+    return otherwise
 
 
 def _check_sizes(path: Path, metadata: Metadata) -> None:

@@ -14,12 +14,12 @@ import mmap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from pkm_lightning.checkpoints.tree import flatten
+from pkm_lightning.checkpoints.tree import check_extent, flatten
 
 
 class DamagedFileError(ValueError):
@@ -43,6 +43,10 @@ class MappedFile:
     def read(self, start: int, length: int) -> bytes:
         """Returns a copy of up to `length` bytes, fewer at the end of the file."""
         return self._map[start : start + length]
+
+    def view(self, start: int, length: int) -> memoryview:
+        """Returns up to `length` bytes without copying them; release it before long."""
+        return memoryview(self._map)[start : start + length]
 
     def tensor(
         self, start: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
@@ -89,30 +93,45 @@ def expect_scattered_reads(tensor: Tensor) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_RANDOM)
 
 
-def map_archive(file: MappedFile, start: int = 0, length: int | None = None) -> tuple[Any, dict[str, Tensor]]:
-    """Maps what `torch.save` wrote into `length` bytes of `file` from `start` on.
+class MappedArchive(NamedTuple):
+    """What `torch.save` wrote: the skeleton, the mapped tensors by name, and the first byte of each one's record.
 
-    Returns:
-        The skeleton and the mapped tensors by name; see `pkm_lightning.checkpoints.tree`.
+    `pkm_lightning.checkpoints.tree` explains skeleton and names.
+    """
+
+    skeleton: Any
+    tensors: dict[str, Tensor]
+    records: dict[str, int]
+
+
+def map_archive(file: MappedFile, start: int = 0, length: int | None = None) -> MappedArchive:
+    """Maps what `torch.save` wrote into `length` bytes of `file` from `start` on.
 
     Raises:
         Exception: torch's, of half a dozen classes, for bytes that it cannot read.
     """
-    part = _Part(file, start, len(file) - start if length is None else length)
+    part = FilePart(file, start, len(file) - start if length is None else length)
     # Loaded to the meta device, a tensor carries the offset of its values in the archive, and no value is read.
-    skeleton, tensors = flatten(torch.load(cast("IO[bytes]", part), map_location="meta", weights_only=True))
-    return skeleton, {name: _mapped(file, start, tensor) for name, tensor in tensors.items()}
+    content = torch.load(cast("IO[bytes]", part), map_location="meta", weights_only=True)
+    check_extent(content)
+    skeleton, tensors = flatten(content)
+    records = {name: start + _offset(tensor) for name, tensor in tensors.items()}
+    return MappedArchive(skeleton, {n: _mapped(file, records[n], tensor) for n, tensor in tensors.items()}, records)
 
 
-def _mapped(file: MappedFile, start: int, tensor: Tensor) -> Tensor:
+def _offset(tensor: Tensor) -> int:
     offset = tensor.untyped_storage()._checkpoint_offset
     if offset is None:
         raise ValueError("the archive does not record where its values lie.")
-    first = start + offset + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return offset
+
+
+def _mapped(file: MappedFile, record: int, tensor: Tensor) -> Tensor:
+    first = record + int(tensor.storage_offset()) * tensor.dtype.itemsize
     return file.tensor(first, tensor.dtype, tensor.shape, tensor.stride())
 
 
-class _Part(io.RawIOBase):
+class FilePart(io.RawIOBase):
     """Bytes `start` to `start + length` of a mapped file as a file object, which is what `torch.load` takes."""
 
     def __init__(self, file: MappedFile, start: int, length: int) -> None:

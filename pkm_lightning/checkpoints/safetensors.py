@@ -11,14 +11,17 @@ exported model these:
 | `config` | the resolved configuration, as JSON |
 | `tokens_seen` | number |
 | `tokenizer` | digest; absent where the data module has none |
+| `pkm_lightning_crc32` | sums of the header, with zeros in the place of these digits, and of each tensor, by position |
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile
+from pkm_lightning.checkpoints.sums import ALL, Share, crc32
 from pkm_lightning.errors import CheckpointError
 
 FORMAT_VERSION = "1"
@@ -41,6 +45,9 @@ _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 100_000_000
 #: The values start at a page boundary, so that a row as long as a page lies in one page.
 _PAGE = 4096
+_SUMS = re.compile(rb'"pkm_lightning_crc32":"([0-9a-f ]*)"')
+#: Torch's own limit.
+_MOST_DIMENSIONS = 64
 
 
 class Entry(NamedTuple):
@@ -61,7 +68,7 @@ def lay_out(
     """Lays out a file with tensors of these shapes and dtypes.
 
     Returns:
-        The header, and the place of each tensor in the order of the file.
+        The header, with zeros for the sums that `with_sums` writes, and the place of each tensor in the file's order.
 
     Raises:
         CheckpointError: a dtype that the format lacks.
@@ -72,7 +79,8 @@ def lay_out(
     entries = {name: Entry(dtype, tuple(shape), 0) for name, (shape, dtype) in shapes.items()}
     # The widest and largest first: tables start at a page, and every tensor at a multiple of its item's size.
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, -entries[name].n_bytes, name))
-    header: dict[str, Any] = {"__metadata__": dict(texts)}
+    sums = " ".join(["00000000"] * (1 + len(order)))
+    header: dict[str, Any] = {"__metadata__": {**texts, "pkm_lightning_crc32": sums}}
     start = 0
     for name in order:
         entry = entries[name]
@@ -86,6 +94,37 @@ def lay_out(
     return _LENGTH.pack(len(text)) + text, {
         name: entries[name]._replace(start=first + entries[name].start) for name in order
     }
+
+
+def with_sums(header: bytes, sums: Sequence[int]) -> bytes:
+    """Returns the header with its own sum and those of the tensors, `sums`, in the place of the zeros."""
+    zeros = _SUMS.search(header)
+    assert zeros is not None
+    digits = b" ".join(b"%08x" % value for value in (zlib.crc32(header), *sums))
+    assert len(digits) == len(zeros[1])
+    return header[: zeros.start(1)] + digits + header[zeros.end(1) :]
+
+
+def check_tensors(file: MappedFile, skipped: Collection[str] = (), share: Share = ALL) -> bool:
+    """Compares the header and the tensors, except those `skipped`, to their sums; returns whether there are any.
+
+    Raises:
+        DamagedFileError: something differs; names the tensor.
+    """
+    length = _LENGTH.unpack(file.read(0, _LENGTH.size))[0]
+    header = file.read(0, _LENGTH.size + length)
+    match = _SUMS.search(header)
+    if match is None:
+        return False
+    zeros = header[: match.start(1)] + re.sub(rb"[0-9a-f]", b"0", match[1]) + header[match.end(1) :]
+    own, *sums = (int(digits, 16) for digits in match[1].split())
+    entries = _read_header(file)[1]
+    if own != zlib.crc32(zeros) or len(sums) != len(entries):
+        raise DamagedFileError("its header has changed since it was written")
+    for (name, entry), value in share.of(list(zip(entries.items(), sums, strict=True))):
+        if name not in skipped and crc32(file, entry.start, entry.n_bytes) != value:
+            raise DamagedFileError(f"{name} has changed since it was written")
+    return True
 
 
 def looks_like_safetensors(path: Path) -> bool:
@@ -122,18 +161,38 @@ def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
     if length > min(_LONGEST_HEADER, len(file) - _LENGTH.size):
         raise DamagedFileError(f"a header of {length} bytes in a file of {len(file)}")
     try:
-        header = json.loads(file.read(_LENGTH.size, length))
-    except ValueError:
+        header = json.loads(file.read(_LENGTH.size, length), object_pairs_hook=_without_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise DamagedFileError("its header is no JSON") from None
     texts = {str(key): str(text) for key, text in header.pop("__metadata__", {}).items()}
     first, expected, entries = _LENGTH.size + length, 0, {}
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = fields["data_offsets"]
-        entry = Entry(DTYPES[fields["dtype"]], tuple(int(size) for size in fields["shape"]), first + start)
+        start, end = _integers(fields["data_offsets"])
+        entry = Entry(DTYPES[fields["dtype"]], _integers(fields["shape"]), first + start)
         # Without gaps and overlaps, as other readers of the format require.
-        if start != expected or end - start != entry.n_bytes or min(entry.shape, default=0) < 0:
+        if start != expected or end - start != entry.n_bytes:
             raise DamagedFileError(f"{name} does not lie where its shape requires")
         entries[name], expected = entry, end
     if len(file) != first + expected:
         raise DamagedFileError(f"{len(file)} bytes instead of {first + expected}")
     return texts, entries
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs of a JSON object; readers of the format differ about a name twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise DamagedFileError("its header has a name twice")
+    return dict(pairs)
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    """Returns a shape or offsets, which JSON may hold as anything.
+
+    Raises:
+        ValueError: they are not a short list of whole numbers that a tensor can have.
+    """
+    if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
+        raise ValueError
+    if not all(type(value) is int and value >= 0 for value in values) or math.prod(v for v in values if v) >= 2**63:
+        raise ValueError
+    return tuple(values)

@@ -3,7 +3,7 @@
 | in the folder | content |
 |---|---|
 | `skeleton.pt` | the checkpoint as Lightning composes it, each tensor replaced by its name |
-| `.metadata`, `*.distcp` | the tensors by those names, as `torch.distributed.checkpoint` writes them |
+| `.metadata`, `*.distcp` | the tensors by those names, as `torch.distributed.checkpoint` writes them, and a sum |
 
 Names are those of `pkm_lightning.checkpoints.tree`. Optimizer states are numbered as the optimizer of a single process
 numbers them, for every strategy and number of ranks. A folder appears under its name when all of it is on disk.
@@ -22,7 +22,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from pkm_lightning.checkpoints.folder import SKELETON, failure_reason
-from pkm_lightning.errors import CheckpointError
+from pkm_lightning.checkpoints.metadata import NAME as METADATA
+from pkm_lightning.checkpoints.sums import seal
+from pkm_lightning.errors import CheckpointWriteError
 from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.storage import flush, replace
 
@@ -38,7 +40,7 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.Proc
         group: all ranks, for the messages between them; None for the default group.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written, on every rank; an earlier folder is whole.
+        CheckpointWriteError: on every rank: a full disk, or a folder that cannot be written; an earlier one is whole.
     """
     beside, first = path.with_name(path.name + ".tmp"), not is_distributed() or dist.get_rank() == 0
     try:
@@ -51,11 +53,11 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.Proc
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         reason = failure_reason(error)
     # Rank 0 may fail after the others are through: all ranks must raise, or none.
-    reasons = _gathered(reason, group)
+    reasons = gathered(reason, group)
     if any(reasons):
         if first:
             shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(
+        raise CheckpointWriteError(
             f"{path} cannot be written ({next(filter(None, reasons))}); free the disk or move run_dir: the previous "
             "checkpoint is whole."
         )
@@ -73,6 +75,7 @@ def _finish(skeleton: Any, beside: Path, path: Path) -> str | None:
     try:
         with (beside / SKELETON).open("wb") as file:
             torch.save(skeleton, file)
+        seal(beside / METADATA)
         for entry in (*beside.iterdir(), beside):
             flush(entry)
         replace(beside, path)
@@ -82,7 +85,8 @@ def _finish(skeleton: Any, beside: Path, path: Path) -> str | None:
     return None
 
 
-def _gathered(reason: str | None, group: dist.ProcessGroup | None) -> list[str | None]:
+def gathered(reason: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
+    """Returns the `reason` of each rank. Collective: call on all ranks."""
     if not is_distributed():
         return [reason]
     reasons: list[str | None] = [None] * dist.get_world_size()

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 _NAME = "__tensor__"
+#: More entries than any checkpoint has beside its tensors; to walk through them takes seconds.
+_MOST_ENTRIES = 2_000_000
 
 
 def flatten(checkpoint: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -27,6 +29,28 @@ def flatten(checkpoint: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     else:
         return checkpoint, {}
     return skeleton, {name: tensor for _, (_, tensors) in items for name, tensor in tensors.items()}
+
+
+def check_extent(node: Any) -> None:
+    """Refuses nested containers in which few entries are reached in very many ways: ten lists of ten lists and so on.
+
+    A pickle of some hundred bytes can describe them, and to walk through them would never end.
+
+    Raises:
+        ValueError: there are more than two million entries, counted as often as they are reached, or a cycle.
+    """
+    if _extent(node, {}) > _MOST_ENTRIES:
+        raise ValueError("it refers to its own parts again and again.")
+
+
+def _extent(node: Any, known: dict[int, int]) -> int:
+    if not isinstance(node, Mapping | list | tuple):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _MOST_ENTRIES + 1  # holds within a cycle
+        children = node.values() if isinstance(node, Mapping) else node
+        known[id(node)] = 1 + sum(_extent(child, known) for child in children)
+    return known[id(node)]
 
 
 def restore(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:

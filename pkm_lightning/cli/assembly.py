@@ -9,8 +9,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
+from lightning.pytorch.strategies import Strategy
 
-from pkm_lightning.build.instantiate import instantiate, target_class
+from pkm_lightning.build.instantiate import check_kind, instantiate, target_class
 from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.callbacks.run_record import RunRecord
 from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
@@ -51,6 +52,8 @@ def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers
         ConfigError: a value that Lightning refuses.
     """
     strategy: Any = instantiate(config["strategy"], "strategy") if config["strategy"] else "auto"
+    if config["strategy"]:
+        check_kind(strategy, Strategy, config["strategy"], "strategy")
     try:
         trainer: L.Trainer = instantiate(
             {
@@ -89,4 +92,5 @@ def make_loggers(config: dict[str, Any], resumed_step: int | None = None) -> lis
             board = issubclass(target_class(logger, key), TensorBoardLogger)
             purge = {"purge_step": resumed_step + 1} if board and resumed_step is not None else {}
             loggers.append(instantiate(logger, key, **purge))
+            check_kind(loggers[-1], Logger, logger, key)
     return loggers

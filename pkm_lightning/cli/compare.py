@@ -6,10 +6,9 @@ command continues an earlier one: finished runs stay, interrupted ones are resum
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pkm_lightning.cli.comparison_director import Director
@@ -21,6 +20,7 @@ from pkm_lightning.compare.processes import STARTED
 from pkm_lightning.compare.schedule import Variant
 from pkm_lightning.compare.settings import Settings, read_report_settings, read_settings
 from pkm_lightning.errors import ConfigError, Interrupted, check_choice
+from pkm_lightning.supervision.signals import handled_signals
 
 
 def run(job: Job) -> None:
@@ -29,7 +29,7 @@ def run(job: Job) -> None:
     Raises:
         ConfigError: a setting or a variant cannot work; nothing has been started or written then.
         RunDirectoryError: `out` cannot be used, or some runs ended without results.
-        Interrupted: Ctrl-C or SIGTERM.
+        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
     """
     check_choice("resume", str(job.config.resume), STARTED)
     settings, report_settings = read_settings(plain(job.config)), read_report_settings(plain(job.config))
@@ -43,7 +43,7 @@ def run(job: Job) -> None:
     # The comparison shows progress itself; a run's bar would only fill its log.
     if all("progress_bar" in (config["callbacks"] or {}) for config in configs.values()):
         base = [*base, "~callbacks.progress_bar"]
-    with held_directory(out), _signals_raise():
+    with held_directory(out), handled_signals(_interrupt):
         Director(job, settings, report_settings, out, base, variants, configs).direct()
 
 
@@ -63,19 +63,9 @@ def _check_conflicts(job: Job, settings: Settings, variants: Sequence[Variant]) 
         raise ConfigError(f"budget and {where} both set the length of a run; leave one of them out.")
 
 
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Makes Ctrl-C and SIGTERM raise `Interrupted`, so that the code that waits for runs stops them in order."""
-
-    def interrupt(number: int, _frame: object) -> None:
-        # A second signal must not cut short the runs' last checkpoints.
-        signal.signal(number, signal.SIG_IGN)
-        print("stopping: each run writes a checkpoint", file=sys.stderr)
-        raise Interrupted("interrupted; the same command continues", 128 + number)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _interrupt(number: int) -> None:
+    """Lets the code that waits for runs stop them in order."""
+    # A second signal must not cut short the runs' last checkpoints.
+    signal.signal(number, signal.SIG_IGN)
+    print("stopping: each run writes a checkpoint", file=sys.stderr)
+    raise Interrupted("interrupted; the same command continues", 128 + number)

@@ -10,6 +10,7 @@ from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pkm_lightning.build.run import ResolvedRun, resolve
+from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.cli.assembly import assemble
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.job import Job, plain, searchpath_overrides
@@ -69,6 +70,7 @@ def resolve_variant(variant: Variant, base: Sequence[str]) -> ResolvedRun:
             for key in COMPARE_KEYS:
                 composed.pop(key, None)
         resolved = resolve(plain(composed), training=True)
+        check_allocatable(resolved.plan, resolved.config)
         assemble(resolved)  # refuses here what would otherwise fail in the run's own process
     except (PkmError, HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"variant {variant.name}: {explain(error)}") from None

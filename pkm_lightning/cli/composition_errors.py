@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
+from pkm_lightning.compare.overrides import quoted
 from pkm_lightning.errors import nearest
 
 _NOT_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
@@ -24,9 +28,33 @@ def explain(error: BaseException) -> str:
         unknown = _NOT_OVERRIDDEN.search(str(error))
         if unknown:
             return _unknown_key(unknown.group(1))
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
+    if isinstance(error, InterpolationResolutionError) and error.full_key:
+        reason = " ".join(str(error.msg).split())
+        return f"{error.full_key} refers to a key that is missing ({reason}); set that key, or do not delete it with ~."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; choose another path or free the disk."
     return " ".join((str(error) or str(error.__cause__ or "")).split()) or type(error).__name__
+
+
+def _unreadable(override: str) -> str:
+    """Returns the sentence for an argument that Hydra's grammar does not allow, with the quoted form that it does."""
+    key, separator, value = override.partition("=")
+    if not separator or not key.strip("+~"):
+        return f"{override!r} is not an override; write KEY=VALUE, or ~KEY to delete one."
+    quoted_value = quoted(value)
+    if value.startswith("[") and value.endswith("]"):
+        items = [item.strip().strip("'\"") for item in value[1:-1].split(",")]
+        quoted_value = f"[{','.join(map(quoted, items))}]"
+    suggestion = f"{key}={quoted_value}"
+    try:
+        OverridesParser.create().parse_override(suggestion)
+    except HydraException:
+        return f"{override}: this value cannot be read; quote the texts in it."
+    # A shell keeps single quotes only within double ones.
+    shown = f'"{suggestion}"' if not set('"$`\\!') & set(suggestion) else shlex.quote(suggestion)
+    return f"{override}: the value of {key} has characters that need quotes; write {shown}."
 
 
 def _unknown_key(key: str) -> str:

@@ -12,15 +12,17 @@ from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
-from pkm_lightning.checkpoints import latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.resume import saved_config, without_fused
+from pkm_lightning.cli.places import check_places
+from pkm_lightning.cli.resume import check_groups, saved_config, without_fused
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.memory import ValueTable
 from pkm_lightning.training import LanguageModule
 
 #: Keys that make a run what it is; a command that evaluates it cannot change them.
@@ -50,13 +52,16 @@ class SavedRun:
                 f"export ckpt={self.path} file=model.safetensors."
             )
         self._checkpoint = open_checkpoint(self.path)
-        trust = bool(job.config.trust_config)
+        trust, allowed = bool(job.config.trust_config), [str(OmegaConf.select(job.config, "data.cache_dir"))]
         if self.folder is not None:
-            config = saved_config(self.folder, trust=trust)
+            config = saved_config(self.folder, trust=trust, allowed=allowed)
         else:
             config = self._checkpoint.config
+            check_groups(config, str(self.path))
             if not trust:
                 check_trusted(config, str(self.path))
+                # Callbacks and loggers that write do not take part in an evaluation.
+                check_places({k: config[k] for k in ("data", "trainer", "strategy")}, str(self.path), None, allowed)
         self.run = resolve(without_fused(_with_overrides(config, job)))
         if self.is_spread and self._checkpoint.kind == "exported":
             raise ConfigError(
@@ -66,6 +71,9 @@ class SavedRun:
             raise ConfigError(
                 "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
+        self._checkpoint.check_weights(self.run.weight_shapes, later_buffers(self.run.model, "model."))
+        if not self.is_spread:  # else each rank checks its share when the strategy loads it
+            self._checkpoint.check_sums(without=self._not_read())
         self.run.data.prepare_data()
         check_tokenizer(self._checkpoint.skeleton, tokenizer_digest(self.run.data))
 
@@ -89,16 +97,17 @@ class SavedRun:
         if self.is_spread:
             return module
         module.configure_model()
-        weights = self._checkpoint.map(without=("optimizer_states",))["state_dict"]
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"ckpt={self.path} does not fit its configuration ({reason}).") from None
+        module.load_state_dict(self._checkpoint.map(without=("optimizer_states",))["state_dict"])
         for table in module.model.value_tables:
             if table.is_mapped:
                 expect_scattered_reads(table.weight)
         return module
+
+    def _not_read(self) -> set[str]:
+        """Returns the names of tensors that an evaluation does not read, or of which it reads a few rows only."""
+        modules = self.run.model.named_modules()
+        mapped = {f"state_dict.model.{n}.weight" for n, m in modules if isinstance(m, ValueTable) and m.is_mapped}
+        return mapped | {name for name in self._checkpoint.shapes if name.startswith("optimizer_states.")}
 
     @property
     def ckpt_path(self) -> str | None:
@@ -110,12 +119,16 @@ def locate(job: Job) -> tuple[Path | None, Path]:
     """Returns the run's directory (None for a bare checkpoint) and the checkpoint that `ckpt=` or `run_dir=` name.
 
     Raises:
-        ConfigError: neither is given, or `run_dir` is not a directory.
+        ConfigError: neither or both are given, or `run_dir` is not a directory.
         CheckpointError: the run has no checkpoint yet.
     """
     if job.config.ckpt is not None:
-        folder = Path(job.config.run_dir) if job.sets("run_dir") else None
-        return folder, Path(str(job.config.ckpt))
+        if job.sets("run_dir"):
+            raise ConfigError(
+                f"run_dir={job.config.run_dir} and ckpt={job.config.ckpt} may be of two runs; give run_dir for the "
+                "last checkpoint of a run, or ckpt alone for any other."
+            )
+        return None, Path(str(job.config.ckpt))
     if not job.sets("run_dir"):
         raise ConfigError(f"{job.verb} needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT.")
     folder = Path(job.config.run_dir)

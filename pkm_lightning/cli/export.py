@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from pkm_lightning.checkpoints import open_checkpoint
@@ -9,6 +10,7 @@ from pkm_lightning.checkpoints.export import write
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
 from pkm_lightning.errors import CheckpointError, ConfigError, check_flag
+from pkm_lightning.storage import check_target, is_stream
 
 
 def run(job: Job) -> None:
@@ -18,9 +20,12 @@ def run(job: Job) -> None:
     checkpoint = open_checkpoint(path)
     if checkpoint.kind == "exported":
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
+    checkpoint.check_sums()
     entries = write(checkpoint, file)
     size = sum(entry.n_bytes for entry in entries.values())
-    print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}")
+    # What is piped on is the file alone.
+    output = sys.stderr if is_stream(file) else sys.stdout
+    print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}", file=output)
 
 
 def _target(job: Job) -> Path:
@@ -28,10 +33,11 @@ def _target(job: Job) -> Path:
     if job.config.file is None:
         raise ConfigError("export needs file=NAME.safetensors, the file to write.")
     file = Path(str(job.config.file))
+    check_target("file", file)
+    if is_stream(file):
+        return file
     if file.suffix != ".safetensors":
         raise ConfigError(f"file={file} does not end in .safetensors; give a name that does.")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"file={file}: the folder {file.parent} does not exist; make it first.")
-    if file.is_dir() or (file.exists() and not job.config.overwrite):
+    if file.exists() and not job.config.overwrite:
         raise ConfigError(f"file={file} exists; choose another name, or replace it with overwrite=true.")
     return file

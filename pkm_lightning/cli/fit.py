@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,29 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from pkm_lightning.build.checks import remark_validation
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
-from pkm_lightning.checkpoints import latest_checkpoint, open_checkpoint
+from pkm_lightning.capacity import check_allocatable
+from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.resume import differences, may_change_on_resume, saved_config, with_machine_overrides
 from pkm_lightning.cli.run_directory import RunDirectory, continues_run
+from pkm_lightning.cli.sitting import Sitting
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import ConfigError, DataError, Interrupted, RankLostError, RunDirectoryError
 from pkm_lightning.supervision.external_ranks import Decision, ExternalRanks, check_world, join, started_externally
 from pkm_lightning.supervision.rank_failures import (
-    describe,
     end_on_lost_rank,
     leave_error_to_rank_0,
     name_lost_rank,
+    was_stopped,
     watch_ranks,
 )
 from pkm_lightning.supervision.signals import exit_code, stop_on_signals
 from pkm_lightning.training import LanguageModule
-from pkm_lightning.training.machine import now, reset_peak_memory
-from pkm_lightning.training.record import start_record
 
 _log = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ def _run(job: Job) -> float | None:
     path = Path(command["run_dir"])
     is_external = started_externally()
     if not is_external and getattr(rank_zero_only, "rank", 0) != 0:
-        # Rank 0, which has started this rank, has written its decision into the directory.
-        saved = (path / "config.yaml").exists()
-        resolved = _resolve_saved(job, path, command, None) if saved else resolve(command, training=True)
-        return _run_other_rank(path, resolved, assemble(resolved), latest_checkpoint(path))
+        # Rank 0 has started this rank before it writes a record, so both decide by the same files.
+        resumes = continues_run(path, command["resume"])
+        resolved = _resolve_saved(job, path, command, None) if resumes else resolve(command, training=True)
+        return _run_other_rank(path, resolved, assemble(resolved), latest_checkpoint(path) if resumes else None)
     of_command: ResolvedRun | None = None
     external: ExternalRanks | None = None
     if is_external:
@@ -81,6 +81,9 @@ def _run(job: Job) -> float | None:
                 resolved = _resolve_saved(job, path, command, of_command)
             else:
                 resolved = of_command or resolve(command, training=True)
+            check_allocatable(resolved.plan, resolved.config)
+            if remark := remark_validation(resolved.config["trainer"]):
+                _log.info(remark)
             assembly = assemble(resolved, resumed_step=_step(checkpoint))
             if external:
                 check_world(assembly.trainer, external.world_size)
@@ -91,7 +94,7 @@ def _run(job: Job) -> float | None:
             if directory.resumes != resumes or directory.checkpoint() != checkpoint:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
-                open_checkpoint(checkpoint)  # refuses a damaged one before anything starts
+                _check_checkpoint(checkpoint, resolved)  # refuses one before anything starts
         if external:
             external.send(Decision(resolved.config, checkpoint))
         return _train_with_record(directory, resolved, assembly, checkpoint)
@@ -115,6 +118,10 @@ def _run_other_rank(path: Path, resolved: ResolvedRun, assembly: Assembly, check
         except RunInterrupted as stop:
             # An error here would end rank 0 as for a lost rank, before it could write its record.
             raise Interrupted("", 0) from stop
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if not was_stopped(stop, assembly.trainer):
+                raise
+            raise Interrupted("", exit_code(stop)) from None
 
 
 def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: ResolvedRun | None) -> ResolvedRun:
@@ -131,7 +138,8 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
     changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
     only_machine = all(map(may_change_on_resume, changed))
     # With nothing else changed the saved configuration is executed, so it must be trusted; else it is only compared.
-    saved = saved_config(path, trust=command["trust_config"] or not only_machine)
+    cache = str(command["data"].get("cache_dir"))
+    saved = saved_config(path, trust=command["trust_config"], executed=only_machine, allowed=[cache])
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
@@ -146,6 +154,13 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
     return resolved
 
 
+def _check_checkpoint(path: Path, run: ResolvedRun) -> None:
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_training()
+    checkpoint.check_weights(run.weight_shapes, later_buffers(run.model, "model."))
+    checkpoint.check_sums()
+
+
 def _step(checkpoint: Path | None) -> int | None:
     return None if checkpoint is None else int(checkpoint.stem.removeprefix("step-"))
 
@@ -153,64 +168,49 @@ def _step(checkpoint: Path | None) -> int | None:
 def _train_with_record(
     directory: RunDirectory, resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None
 ) -> float | None:
-    """Trains, and keeps run.json up to date whatever happens."""
-    earlier = directory.record.get("seconds", {}).get("total", 0.0) if directory.resumes else 0.0
-    record = start_record(resolved.config, resolved.cost)
-    if directory.resumes:
-        record["started"] = directory.record.get("started", record["started"])
-        record["seconds"]["total"] = earlier  # else a kill in this sitting would lose the time of earlier ones
-        _log.info("continues the run in %s", directory.path)
-    directory.save_config(resolved.config)
-    directory.save_record(record)
-    began = time.perf_counter()
-    reset_peak_memory()
-
-    def end(status: str, **fields: Any) -> None:
-        seconds = record["seconds"]
-        record.update(assembly.record.fields(assembly.trainer))
-        record.update(status=status, ended=now(), **fields)
-        total = round(earlier + time.perf_counter() - began, 3)
-        record["seconds"] = {**seconds, **record["seconds"], "total": total}
-        directory.save_record(record)
-
-    def close_record(reason: str) -> None:
-        end("interrupted", reason=reason)
-
+    """Trains, and keeps run.json up to date from the start of training, whatever happens."""
+    sitting = Sitting(directory, resolved, assembly)
     with (
         end_on_lost_rank(assembly.trainer, directory.path),
-        watch_ranks(assembly.trainer, directory.path, close_record),
+        watch_ranks(assembly.trainer, directory.path, sitting.interrupt),
     ):
         try:
-            loss = _train(resolved, assembly, checkpoint)
+            loss = _train(resolved, assembly, checkpoint, sitting)
         except BaseException as error:
-            # Lightning turns a KeyboardInterrupt inside the Trainer into SystemExit.
-            stopped = isinstance(error, SystemExit) and assembly.trainer.interrupted
-            if stopped or isinstance(error, RunInterrupted | KeyboardInterrupt):
-                end("interrupted")
+            if isinstance(error, RunInterrupted) or was_stopped(error, assembly.trainer):
+                sitting.interrupt()
                 message = f"interrupted; the same command with run_dir={directory.path} continues"
                 raise Interrupted(message, exit_code(error)) from None
             if isinstance(error, RankLostError):
-                close_record(str(error))
+                sitting.interrupt(str(error))
             else:
-                end("failed", reason=describe(error))
+                sitting.fail(error)
             raise
-    end("finished")
-    print_summary(record, assembly.callbacks)
+    sitting.finish()
+    print_summary(sitting.record, assembly.callbacks)
     _log.info("run directory: %s", directory.path)
     return loss
 
 
-def _train(resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None) -> float | None:
-    """Builds the data, fits and tests; `assembly.record` collects what goes into run.json."""
+def _train(
+    resolved: ResolvedRun, assembly: Assembly, checkpoint: Path | None, sitting: Sitting | None = None
+) -> float | None:
+    """Builds the data, fits and tests; `assembly.record` collects what goes into run.json, rank 0 has a `sitting`."""
     trainer, callbacks, data = assembly.trainer, assembly.callbacks, resolved.data
     L.seed_everything(resolved.config["seed"], workers=True, verbose=False)
     module = LanguageModule(resolved.config)
-    request_stop = next((c.request_stop for c in callbacks if isinstance(c, StepCheckpoint)), None)
-    with name_lost_rank(trainer), stop_on_signals(trainer, request_stop):
+    checkpoints = next((c for c in callbacks if isinstance(c, StepCheckpoint)), None)
+    with name_lost_rank(trainer), stop_on_signals(trainer, checkpoints.request_stop if checkpoints else None):
         data.prepare_data()
+        if sitting is not None:
+            sitting.begin()
         trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
         if trainer.global_step == 0:
             raise DataError(f"{type(data).__name__}.train_dataloader gave no batch; no training step was taken.")
+        if sitting is not None:
+            sitting.accept()  # a run without a step left to train has not started
+        if checkpoints is not None:
+            checkpoints.stop_if_requested(trainer)
         _test(trainer, module, data)
     metrics = assembly.record.metrics
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]

@@ -21,8 +21,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain
+from pkm_lightning.cli.paths import with_expanded_paths
 from pkm_lightning.compare.overrides import key_of, quoted, sets_key
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, Interrupted, PkmError
@@ -47,8 +50,10 @@ class Job:
         config: the composed configuration; its `run_dir` becomes absolute.
         variants: names of several FFNs, where the verb takes them; `config` is that of the first.
         given: the command line as the user typed it, with all of those names.
+        strategies: names of several strategies, likewise.
 
     Attributes:
+        comparison: keys of a comparison that an experiment sets, where the verb makes none.
         config: the same, struct-locked.
         arguments, given: the command line after the verb.
         overrides: the task overrides of this job, as `KEY=VALUE` texts.
@@ -61,22 +66,30 @@ class Job:
         config: DictConfig,
         variants: Sequence[str] = (),
         given: Sequence[str] = (),
+        strategies: Sequence[str] = (),
     ) -> None:
-        self.verb, self.config, self.variants = verb, config, list(variants)
+        self.verb, self.config, self.variants, self.strategies = verb, config, list(variants), list(strategies)
         self.arguments, self.given = arguments, list(given or arguments)
         hydra = HydraConfig.get()
         self.overrides = list(hydra.overrides.task)
         # A saved configuration holds `trainer.devices`, which `devices` is an alias of.
         if self.sets("devices") and not self.sets("trainer.devices"):
             self.overrides.append(f"trainer.devices={config.trainer.devices}")
-        _leave_comparison(self)
+        self.comparison = _leave_comparison(self)
+        check_read(verb, self.overrides, config)
         swept = hydra.mode == RunMode.MULTIRUN
         if swept and verb != "fit":
             raise ConfigError(f"-m sweeps fit only; run {verb} once for each run_dir.")
-        if not isinstance(config.run_dir, str) or not config.run_dir.strip():
-            raise ConfigError(f"run_dir={config.run_dir!r} names no directory; give run_dir=PATH.")
-        run_dir = str(hydra.runtime.output_dir) if swept else config.run_dir
         with open_dict(config):
+            for key in ("run_dir", "ckpt", "file", "out"):
+                value = config.get(key)
+                # Hydra takes the name 2024 for a number.
+                if value is not None and not isinstance(value, str):
+                    raise ConfigError(f"{key}={value} is not text; quote it: \"{key}='{value}'\".")
+                config[key] = with_expanded_paths(value, key)
+            if config.run_dir is None:
+                raise ConfigError("run_dir=null names no directory; give run_dir=PATH.")
+            run_dir = str(hydra.runtime.output_dir) if swept else config.run_dir
             config.run_dir = str(Path(run_dir).absolute())
 
     def sets(self, key: str) -> bool:
@@ -87,7 +100,7 @@ class Job:
         """Runs the verb; an error of the user's is kept for the end, so that the other jobs of a sweep still run."""
         before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
         sys.argv = self._rank_command()
-        _quieten_libraries()
+        quieten_libraries()  # once more: Lightning sets the level of its log when it is imported
         try:
             self._check_external_launch(before)
             return run(self)
@@ -119,7 +132,11 @@ class Job:
 
     def _rank_command(self) -> list[str]:
         overrides = [o for o in self.overrides if o.split("=")[0] != "run_dir"]
-        return [sys.argv[0], self.verb, *self.flags, *overrides, f"run_dir={quoted(str(self.config.run_dir))}"]
+        # Verbs other than fit would take the default directory, named after the time, for that of a trained run.
+        directory = (
+            [f"run_dir={quoted(str(self.config.run_dir))}"] if self.verb == "fit" or self.sets("run_dir") else []
+        )
+        return [sys.argv[0], self.verb, *self.flags, *overrides, *directory]
 
 
 def searchpath_overrides() -> list[str]:
@@ -127,35 +144,40 @@ def searchpath_overrides() -> list[str]:
     return [o for o in HydraConfig.get().overrides.hydra if o.lstrip("+").startswith("hydra.searchpath")]
 
 
-def _leave_comparison(job: Job) -> None:
-    """Removes the keys of a comparison, which an experiment sets, from a `job` whose verb makes none.
+def _leave_comparison(job: Job) -> dict[str, Any]:
+    """Removes and returns the keys of a comparison, which an experiment sets, from a `job` whose verb makes none.
 
     Raises:
         ConfigError: the command line sets one of them.
     """
     if job.verb in ("compare", "report"):
-        return
+        return {}
+    removed = {}
     with open_dict(job.config):
         for key in COMPARE_KEYS:
             if key in job.config and any(key_of(o).split(".")[0] == key for o in job.overrides):
                 raise ConfigError(f"{key} is for compare, not for {job.verb}; leave it out.")
-            job.config.pop(key, None)
+            if key in job.config:
+                removed[key] = job.config.pop(key)
+    return plain(OmegaConf.create(removed))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Returns the configuration as plain dicts and lists with every interpolation resolved.
+    """Returns the configuration as plain dicts and lists, with interpolations resolved and paths expanded.
 
     Raises:
-        ConfigError: a mandatory value (`???`) was not given.
+        ConfigError: a mandatory value (`???`) was not given, another key refers to one that was deleted, or a path is
+            empty.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        key = missing[0]
-        raise ConfigError(f"{key} is not set; give it as {key}=VALUE.")
-    # Plain types only: a checkpoint that holds an OmegaConf object is refused by torch.load(weights_only=True).
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE.")
+        # Plain types only: a checkpoint that holds an OmegaConf object is refused by torch.load(weights_only=True).
+        container = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    return {str(key): value for key, value in with_expanded_paths(container).items()}
 
 
 #: Warnings of libraries about each other's names, or about what this package does by other means.
@@ -168,12 +190,20 @@ _IRRELEVANT_WARNINGS = (
 )
 
 
-def _quieten_libraries() -> None:
-    """Silences Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
+def quieten_libraries() -> None:
+    """Suppresses Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def log_to_stderr() -> None:
+    """Leaves the standard output to what a program reads there."""
+    for handler in logging.getLogger().handlers:
+        # Not its subclass, which writes to a file.
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
 
 
 def _leave_process_group(before: dict[str, str | None]) -> None:

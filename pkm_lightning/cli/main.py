@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pkm_lightning.cli.environment import check_rank_variables
 from pkm_lightning.errors import PkmError, nearest
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ VERBS = {
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
-    "info": "parameters, FLOPs, bytes and memory of ffn=NAME or ffn=NAME,NAME,... side by side; allocates nothing",
+    "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
@@ -47,8 +48,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `argv`, by default that of the process.
 
-    Exits with 0 on success, 2 on an error that is the user's to mend, 75 if another process of the run was lost, 130,
-    138 or 143 after an interruption.
+    Exits with 0 on success, 2 on an error that is the user's to mend, 75 if another process of the run was lost, 129,
+    130, 138 or 143 after an interruption.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else None
@@ -67,13 +68,18 @@ def _usage() -> str:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    try:
+        check_rank_variables(os.environ)
+    except PkmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     # Not at the top: `--help` and a mistyped verb are answered without Hydra, which takes half a second to import.
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from pkm_lightning.cli.composition_errors import explain
-    from pkm_lightning.cli.job import Job, JobFailure
+    from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.variants import split_variants
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
@@ -81,6 +87,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     given = arguments
     try:
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
+        arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
     except PkmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,11 +98,15 @@ def _run(verb: str, arguments: list[str]) -> int:
     def job(config: DictConfig) -> float | None:
         nonlocal composed
         composed = True
+        # Before the imports below: matplotlib logs that it builds a cache of fonts.
+        quieten_libraries()
+        if verb == "info":  # programs read what it prints
+            log_to_stderr()
         run = importlib.import_module(f"pkm_lightning.cli.{verb}").run
         if verb != "info":  # short, and it makes few objects
             gc.enable()  # see `__main__`
         try:
-            made = Job(verb, arguments, config, variants, given)
+            made = Job(verb, arguments, config, variants, given, strategies)
         except PkmError as error:  # Hydra would print a line of its own before it
             failures.append(JobFailure(str(error), 2))
             return None

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pkm_lightning.cli.evaluation import SavedRun
-from pkm_lightning.cli.job import Job
-from pkm_lightning.storage import write_beside
+from pkm_lightning.cli.evaluation import SavedRun, locate
+from pkm_lightning.cli.job import Job, log_to_stderr
+from pkm_lightning.storage import check_target, is_stream, write_beside
 from pkm_lightning.supervision.rank_failures import supervise_evaluation
 
 
 def run(job: Job) -> None:
     """Answers `data.prompts` or `data.prompts_file` and writes the file that `out` names."""
+    folder, _ = locate(job)
+    path = Path(job.config.out or (folder or Path.cwd()) / "predictions.jsonl")
+    check_target("out", path)  # before minutes of answering
+    if is_stream(path):
+        log_to_stderr()
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
     with supervise_evaluation(trainer):
@@ -28,8 +33,9 @@ def run(job: Job) -> None:
         # Ranks that ran out of prompts answered fillers, numbered -1.
         by_index = {record["index"]: record for record in records if record["index"] >= 0}
         lines = [json.dumps(by_index[i], ensure_ascii=False) for i in sorted(by_index)]
-        path = Path(job.config.out or (saved.folder or Path.cwd()) / "predictions.jsonl")
         write_beside(path, "".join(line + "\n" for line in lines))
+        if is_stream(path):  # who reads it reads the answers and nothing else
+            return
         for line in lines[:20]:
             print(line)
         print(f"{len(lines)} answer{'' if len(lines) == 1 else 's'} in {path}")

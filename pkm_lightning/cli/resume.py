@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pkm_lightning.build.instantiate import check_trusted
-from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, leaves, move_paths
+from pkm_lightning.build.instantiate import check_trusted, target_class
+from pkm_lightning.cli.places import check_links, check_places
+from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, move_paths
+from pkm_lightning.compare.run_files import read_yaml
 from pkm_lightning.errors import RunDirectoryError
 
 #: Keys of devices, strategy, sharding and the machine, which a continued run may change; `devices` is an alias.
@@ -25,28 +26,54 @@ _CHANGEABLE = (
     "table.group",
 )
 _ABSENT = object()
+_GROUPS = ("model", "ffn", "data", "optim", "placement", "table", "trainer")
+#: Of these one may be null or empty, but not absent.
+_OPTIONAL_GROUPS = ("strategy", "callbacks", "logger")
 
 
-def saved_config(run_dir: Path, *, trust: bool) -> dict[str, Any]:
+def saved_config(run_dir: Path, *, trust: bool, executed: bool = True, allowed: Collection[str] = ()) -> dict[str, Any]:
     """Returns the configuration in `run_dir`; where the directory has moved, paths below it are those of its new place.
+
+    Args:
+        run_dir: the run's directory.
+        trust: whether the directory may name any class, and paths and links outside of it.
+        executed: whether objects are made from the configuration, and not only compared to another one.
+        allowed: paths outside that the command names too.
 
     Raises:
         RunDirectoryError: there is none, or it is not a configuration.
-        ConfigError: it names classes of other packages and is not trusted.
+        ConfigError: it names classes of other packages, or writes outside of `run_dir`, and is not trusted.
     """
     file = run_dir / "config.yaml"
     try:
-        config = yaml.safe_load(file.read_text())
+        config = read_yaml(file)
     except FileNotFoundError:
         raise RunDirectoryError(f"run_dir={run_dir} holds no run: {file.name} is missing there.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunDirectoryError(f"{file} cannot be read ({str(error).splitlines()[0]}).") from None
-    if not isinstance(config, dict) or not {"model", "ffn", "data"} <= config.keys():
-        raise RunDirectoryError(f"{file} is not a configuration of this package.")
-    if not trust:
-        check_trusted(config, str(file))
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{file} cannot be read ({' '.join(str(error).split())}).") from None
+    check_groups(config, str(file))
     moved: dict[str, Any] = move_paths(_with_new_names(config), str(config.get("run_dir")), str(run_dir))
+    if not trust:
+        check_links(run_dir)
+        if executed:
+            check_trusted(config, str(file))
+            check_places(moved, str(file), run_dir, allowed)
     return {**moved, "run_dir": str(run_dir)}
+
+
+def check_groups(config: Any, source: str) -> None:
+    """Refuses what is not the configuration of a run, or lacks one of its groups.
+
+    Raises:
+        RunDirectoryError: naming what is missing.
+    """
+    if not isinstance(config, dict) or not {"model", "ffn", "data"} <= config.keys():
+        raise RunDirectoryError(f"{source} is not a configuration of this package.")
+    for group in (*_GROUPS, *_OPTIONAL_GROUPS):
+        value = config.get(group, _ABSENT)
+        if not isinstance(value, dict) and (group in _GROUPS or value is not None):
+            problem = "lacks the group" if value is _ABSENT else f"has a {type(value).__name__} in place of the group"
+            raise RunDirectoryError(f"{source} {problem} {group}; restore it from another copy of the run.")
 
 
 def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +99,37 @@ def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns `key: saved value -> new value` for each leaf that differs and that a continued run may not change."""
-    left, right = dict(leaves(saved)), dict(leaves(new))
-    keys = [k for k in {**left, **right} if k.split(".")[0] not in COMMAND_KEYS and not may_change_on_resume(k)]
-    differing = [k for k in keys if left.get(k, _ABSENT) != right.get(k, _ABSENT)]
-    return [f"{k}: {left.get(k, '(absent)')} -> {right.get(k, '(absent)')}" for k in differing]
+    """Returns `key: saved value -> new value` for each difference that a continued run may not have.
+
+    A group that one side lacks, such as a removed callback, is one difference.
+    """
+    return [f"{key}: {_shown(left)} -> {_shown(right)}" for key, left, right in _differing(saved, new, "")]
+
+
+def _differing(saved: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if path and (path.split(".")[0] in COMMAND_KEYS or may_change_on_resume(path)):
+        return
+    if isinstance(saved, Mapping) and isinstance(new, Mapping):
+        for key in {**saved, **new}:
+            # A run of an earlier version lacks the options that its classes have got since.
+            if key in saved or not _is_default(new, key):
+                yield from _differing(saved.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}".lstrip("."))
+    elif saved != new:
+        yield path, saved, new
+
+
+def _is_default(arguments: Mapping[str, Any], name: str) -> bool:
+    """Returns whether the constructor that `arguments._target_` names would take the same value without it."""
+    if "_target_" not in arguments:
+        return False
+    parameter = inspect.signature(target_class(arguments, name)).parameters.get(name)
+    return parameter is not None and bool(parameter.default == arguments[name])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("_target_", "{...}"))
+    return "(absent)" if value is _ABSENT else str(value)
 
 
 def may_change_on_resume(key: str) -> bool:

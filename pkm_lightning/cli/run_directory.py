@@ -1,25 +1,29 @@
 """A run's directory: one process holds its lock, `run.json` has the run's status, earlier runs are continued or not.
 
 The status `"running"` without the lock means that the process was killed: that run is resumed like an interrupted one.
+A command that is refused leaves the directory as it was: the files of an earlier run that is to be replaced are renamed
+(`run.json.earlier`) until the new one is accepted, and where there was nothing before, nothing stays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.errors import RunDirectoryError, check_choice
-from pkm_lightning.storage import hold, write_beside
+from pkm_lightning.storage import HeldFolder, write_beside
 
-_FILES = (  # what a run writes, and `resume=never` removes
-    "config.yaml",
+_FILES = (  # what a run writes, and a run in its place removes
     "run.json",
+    "config.yaml",
     "metrics.csv",
     "recall.csv",
     "usage.json",
@@ -27,6 +31,11 @@ _FILES = (  # what a run writes, and `resume=never` removes
     "checkpoints",
     "tensorboard",
 )
+#: What a run leaves that was killed before its record was written.
+_AT_START = {".lock", "config.yaml", "config.yaml.tmp", "run.json.tmp", "tensorboard"}
+_STATUSES = ("running", "finished", "failed", "interrupted")
+#: In place of the status where run.json cannot be read.
+_DAMAGED = "damaged"
 
 
 class RunDirectory:
@@ -35,7 +44,7 @@ class RunDirectory:
     Args:
         path: created if it does not exist.
         resume: `auto` continues interrupted runs and refuses finished and failed ones, `always` continues any,
-            `never` removes the files of an earlier run and starts anew.
+            `never` replaces the files of an earlier run. A run that failed before it trained is always replaced.
 
     Attributes:
         record: the content of an earlier `run.json`, or an empty dict.
@@ -47,25 +56,52 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, *, resume: str) -> None:
         self.path = Path(path)
-        self._lock = self._acquire()
+        self._began = self._is_accepted = False
+        self._held = self._hold()
         try:
+            self._put_back()  # a command that was killed before its run was accepted has left them aside
             self.resumes = continues_run(self.path, resume)
             self.record = _read_record(self.path)
             if not self.record:
                 self._refuse_foreign_files()
-            if resume == "never":
-                self._clear()
         except BaseException:
             self.close()
             raise
 
+    def begin(self, config: dict[str, Any]) -> None:
+        """Makes room for a run that continues no other: sets the files of an earlier one aside, writes config.yaml."""
+        if self.resumes:
+            return
+        if self.record:
+            # run.json first, and back last: while it lies aside, a kill leaves the others to be moved back.
+            for name in _FILES:
+                _move(self.path / name, self._aside(name))
+        self._began = True
+        self._clear()
+        # Without a record it marks the directory as that of a run.
+        self.save_config(config)
+
+    def accept(self, config: dict[str, Any], record: dict[str, Any]) -> None:
+        """Writes config.yaml and run.json of a run whose data and checkpoint are accepted; forgets the earlier run."""
+        self.save_config(config)
+        self.save_record(record)
+        self._is_accepted = True
+        self._forget_earlier()
+
     def close(self) -> None:
-        """Releases the lock."""
-        self._lock.close()
+        """Releases the lock; without an accepted run the directory becomes what it was before."""
+        if self._is_accepted:
+            self._held.close()
+            return
+        with contextlib.suppress(OSError):
+            if self._began:
+                self._clear()
+            self._put_back()
+        self._held.withdraw()
 
     def checkpoint(self) -> Path | None:
-        """Returns the latest checkpoint, if there is one."""
-        return latest_checkpoint(self.path)
+        """Returns the latest checkpoint of the run that is continued, if there is one."""
+        return latest_checkpoint(self.path) if self.resumes else None
 
     def save_config(self, config: dict[str, Any]) -> None:
         """Writes config.yaml, resolved."""
@@ -73,39 +109,50 @@ class RunDirectory:
 
     def save_record(self, record: dict[str, Any]) -> None:
         """Writes run.json."""
-        self.record = record
         write_beside(self.path / "run.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
-    def _acquire(self) -> IO[str]:
+    def _hold(self) -> HeldFolder:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a")
+            return HeldFolder(self.path)
+        except BlockingIOError:
+            raise RunDirectoryError(
+                f"run_dir={self.path} is held by another process that is running; wait for it or choose another."
+            ) from None
         except OSError as error:
             raise RunDirectoryError(
                 f"run_dir={self.path} cannot be written ({error.strerror}); choose another with run_dir=PATH."
             ) from None
-        if not hold(lock):
-            lock.close()
-            raise RunDirectoryError(
-                f"run_dir={self.path} is held by another process that is running; wait for it or choose another."
-            )
-        return lock
 
     def _refuse_foreign_files(self) -> None:
         """Refuses a directory without a record, unless it is empty or left by a run that was killed at its start."""
-        files = {entry.name for entry in self.path.iterdir()} - {".lock", "config.yaml.tmp", "run.json.tmp"}
-        if files == {"config.yaml"} and "\nffn:" in (self.path / "config.yaml").read_text(errors="replace"):
+        files = {entry.name for entry in self.path.iterdir()}
+        if files <= {".lock"} or (files <= _AT_START and _has_saved_config(self.path)):
             return
-        if files:
-            raise RunDirectoryError(
-                f"run_dir={self.path} is not empty ({', '.join(sorted(files)[:4])}) and has no run.json: it holds "
-                "something else; choose another."
-            )
+        shown = sorted(files - {".lock"})[:4]
+        raise RunDirectoryError(
+            f"run_dir={self.path} is not empty ({', '.join(shown)}) and has no run.json: it holds something else; "
+            "choose another."
+        )
+
+    def _aside(self, name: str) -> Path:
+        return self.path / f"{name}.earlier"
+
+    def _put_back(self) -> None:
+        """Moves the files of an earlier run back, or removes them if a later run was accepted."""
+        if not self._aside("run.json").exists():
+            return
+        if (self.path / "run.json").exists():
+            self._forget_earlier()
+        for name in reversed(_FILES):
+            _move(self._aside(name), self.path / name)
+
+    def _forget_earlier(self) -> None:
+        for name in reversed(_FILES):
+            _remove(self._aside(name))
 
     def _clear(self) -> None:
         for name in _FILES:
-            entry = self.path / name
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            _remove(self.path / name)
 
 
 def continues_run(path: Path, resume: str) -> bool:
@@ -116,25 +163,59 @@ def continues_run(path: Path, resume: str) -> bool:
     """
     check_choice("resume", resume, ("auto", "always", "never"))
     record = _read_record(path)
-    if resume == "auto" and record.get("status") in ("finished", "failed"):
+    status = record.get("status")
+    if resume == "never" or _failed_before_training(path, record):
+        return False
+    if resume == "auto" and status in ("finished", "failed", _DAMAGED):
+        what = "a run whose run.json is damaged" if status == _DAMAGED else f"a run that {status}"
         raise RunDirectoryError(
-            f"run_dir={path} holds a run that {record['status']}; choose another run_dir, continue it with "
-            "resume=always, or replace it with resume=never."
+            f"run_dir={path} holds {what}; choose another run_dir, continue it with resume=always, or replace it with "
+            "resume=never."
         )
-    return bool(record) and resume != "never"
+    return bool(record)
+
+
+def _failed_before_training(path: Path, record: dict[str, Any]) -> bool:
+    """Returns whether a run ended by a mistake and there is nothing to continue: mended, the same command starts."""
+    return record.get("status") == "failed" and not record.get("tokens") and latest_checkpoint(path) is None
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    """Returns the content of run.json, an empty dict where there is none.
+
+    Raises:
+        RunDirectoryError: it is not a record, and the directory is not that of a run.
+    """
     file = path / "run.json"
     if not file.exists():
         return {}
     try:
-        record = json.loads(file.read_text())
-    except ValueError:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or "status" not in record:
-        raise RunDirectoryError(f"{file} is not a record of a run; choose another run_dir or start with resume=never.")
-    return record
+    if isinstance(record, dict) and record.get("status") in _STATUSES:
+        return record
+    if not _has_saved_config(path):
+        raise RunDirectoryError(f"{file} is not a record of a run; choose another run_dir.")
+    return {"status": _DAMAGED}
+
+
+def _has_saved_config(path: Path) -> bool:
+    """Returns whether config.yaml is one that a run has saved."""
+    try:
+        return "\nffn:" in (path / "config.yaml").read_text(errors="replace")
+    except OSError:
+        return False
+
+
+def _move(entry: Path, to: Path) -> None:
+    if entry.exists() or entry.is_symlink():
+        _remove(to)
+        os.replace(entry, to)
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.inference.recall import ItemScore
@@ -25,7 +26,7 @@ _FORMS = (
 
 def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback]) -> None:
     """Prints the table of `record` and, if questions were asked, six of them."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # data and paths may hold brackets
     console.print(_figures(record))
     for callback in callbacks:
         if isinstance(callback, Recall) and callback.scores:
@@ -52,10 +53,13 @@ def _figures(record: dict[str, Any]) -> Table:
 def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns label and value of the cost figures."""
     params, flops, moved = record["params"], record["flops_per_token"], record["bytes_per_token"]
+    # Data without a length count as one token.
+    context = f"{flops['context']:,} tokens (data.seq_len)" if flops["context"] > 1 else "1 token: no data.seq_len"
     rows = [
         ("parameters total / active", f"{params['total']:,} / {params['active']:,}"),
         ("FLOPs per token, training / decoding", f"{flops['train']:,} / {flops['decode']:,}"),
         ("  of which trunk", f"{flops['trunk']['train']:,} / {flops['trunk']['decode']:,}"),
+        ("  at a context of", context),
         ("bytes per token, training / decoding", f"{moved['train']:,} / {moved['decode']:,}"),
     ]
     if record["unknown_cost"]:
@@ -69,8 +73,7 @@ def _answers(scores: Sequence[ItemScore]) -> Table:
         table.add_column(column)
     shown = [s for form in ("paraphrase", "question", "validation") for s in _spread(scores, form)]
     for score in shown:
-        mark = "[green]" if score.exact else "[red]"
-        table.add_row(score.prompt, mark + score.answer.replace("[", "\\["), score.truth)
+        table.add_row(score.prompt, Text(score.answer, style="green" if score.exact else "red"), score.truth)
     return table
 
 

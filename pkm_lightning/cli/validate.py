@@ -7,14 +7,17 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from pkm_lightning.cli.evaluation import SavedRun
+from pkm_lightning.cli.evaluation import SavedRun, locate
 from pkm_lightning.cli.job import Job
-from pkm_lightning.storage import write_beside
+from pkm_lightning.storage import check_target, write_beside
 from pkm_lightning.supervision.rank_failures import supervise_evaluation
 
 
 def run(job: Job) -> float | None:
     """Prints the metrics; writes `VERB.json` into the run directory, if one was given. Returns the loss."""
+    folder, _ = locate(job)
+    if folder is not None:
+        check_target("run_dir", folder / f"{job.verb}.json")
     saved = SavedRun(job)
     trainer, module = saved.trainer(), saved.module()
     evaluate = trainer.validate if job.verb == "validate" else trainer.test
@@ -25,7 +28,7 @@ def run(job: Job) -> float | None:
         table = Table(title=f"{job.verb} {saved.path}", show_header=False)
         for name, value in metrics.items():
             table.add_row(name, f"{value:.4f}")
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
         if saved.folder is not None:
             write_beside(saved.folder / f"{job.verb}.json", json.dumps(metrics, indent=2) + "\n")
     return next((v for k, v in metrics.items() if k.endswith("/loss")), None)

@@ -5,14 +5,16 @@ A learning-rate schedule spans the whole run, so the number of steps must be kno
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from pkm_lightning.compare.live_table import LiveTable
 from pkm_lightning.compare.overrides import last_of_each
-from pkm_lightning.compare.processes import Processes
+from pkm_lightning.compare.processes import Processes, RunEnd
 from pkm_lightning.compare.run_state import read_record
 from pkm_lightning.compare.schedule import ScheduledRun, Variant, with_steps
 from pkm_lightning.errors import ConfigError
@@ -82,7 +84,8 @@ def measure_speeds(
     for repeat in range(REPEATS):
         remaining = [variant for variant in variants if variant.name not in failures]
         runs = [_short_run(v, configs[v.name], base, out, f"try-{repeat + 1}", STEPS) for v in remaining]
-        ends = {end.run.variant: end.reason for end in processes.run(processes.to_start(runs), lambda _: None)}
+        title = f"short runs that measure the speed, {repeat + 1} of {REPEATS}"
+        ends = {end.run.variant: end.reason for end in _shown(runs, STEPS, title, processes)}
         for run in runs:
             record = read_record(run.folder)
             rate = (record.get("throughput") or {}).get("steps_per_sec")
@@ -105,8 +108,23 @@ def warm_up(
     new = [variant for variant in variants if not (out / "runs" / variant.name).exists()]
     runs = [_short_run(variant, configs[variant.name], base, out, "warm-up", 2) for variant in new]
     # How these runs end does not matter: a variant that fails here fails again in its reported run, with a reason.
-    for _ in processes.run(processes.to_start(runs), lambda _: None):
-        pass
+    _shown(runs, 2, "warm-up, which compiles kernels", processes)
+
+
+def _shown(runs: Sequence[ScheduledRun], steps: int, title: str, processes: Processes) -> list[RunEnd]:
+    """Runs those that are missing, and shows their progress."""
+    to_start = processes.to_start(runs)
+    if not to_start:
+        return []
+    ends = []
+    with (
+        LiveTable(to_start, {run.variant: steps for run in to_start}, title) as table,
+        contextlib.closing(processes.run(to_start, table.show_running)) as running,
+    ):
+        for end in running:
+            table.show_end(end)
+            ends.append(end)
+    return ends
 
 
 def _short_run(

@@ -16,10 +16,11 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pkm_lightning.compare.settings import SweepSettings
 from pkm_lightning.errors import RunDirectoryError
@@ -29,8 +30,8 @@ NAME = "compare.json"
 SCHEMA = 1
 # Keys in the file by attribute, where they differ. Changing them would orphan the comparisons that are on disk.
 _FILE_KEYS = {"variants": "arms"}
-_SWEEP_SETTINGS = tuple(field.name for field in fields(SweepSettings))
-_SWEEP_RESULTS = ("results", "chosen")
+#: Of a sweep in the file, beside the fields of `SweepSettings`.
+_SWEEP_RESULTS = {"results": dict[str, dict[str, float | None]], "chosen": dict[str, float]}
 
 
 @dataclass(kw_only=True)
@@ -101,7 +102,7 @@ def read_comparison(folder: Path) -> Comparison | None:
     """Returns the content of `folder`'s compare.json, or None if there is no such file.
 
     Raises:
-        RunDirectoryError: it cannot be read.
+        RunDirectoryError: it is damaged, or of a newer version.
     """
     file = folder / NAME
     if not file.exists():
@@ -109,25 +110,57 @@ def read_comparison(folder: Path) -> Comparison | None:
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         schema = content.pop("schema")
-        if schema != SCHEMA:
-            raise RunDirectoryError(f"{file} has schema {schema}; this version reads {SCHEMA}.")
         attributes = {key: name for name, key in _FILE_KEYS.items()}
-        comparison = Comparison(**{attributes.get(key, key): value for key, value in content.items()})
-        if not _is_whole(comparison):
-            raise TypeError
-        return comparison
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RunDirectoryError(f"{file} is damaged; remove it, or choose another out.") from None
+        named = {attributes.get(key, key): value for key, value in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _damaged(file, "it is no JSON object with a schema") from None
+    if type(schema) is int and schema > SCHEMA:
+        raise RunDirectoryError(
+            f"{file} was written by a newer version of this package: it has schema {schema}, this one reads {SCHEMA}; "
+            "use that version, or choose another out."
+        )
+    if type(schema) is not int or schema != SCHEMA:
+        raise _damaged(file, f"it has schema {str(schema)[:40]}")
+    _check_types(file, named)
+    return Comparison(**named)
 
 
-def _is_whole(comparison: Comparison) -> bool:
-    """Returns whether everything is there that is used without a further check."""
-    tables = [comparison.variants, comparison.failures]
-    if comparison.sweep is not None:
-        if not {*_SWEEP_SETTINGS, *_SWEEP_RESULTS} <= comparison.sweep.keys():
-            return False
-        tables += [comparison.sweep[key] for key in _SWEEP_RESULTS]
-    return isinstance(comparison.command, list) and all(isinstance(table, dict) for table in tables)
+def _damaged(file: Path, reason: str) -> RunDirectoryError:
+    return RunDirectoryError(f"{file} is damaged ({reason}); remove it, or choose another out.")
+
+
+def _check_types(file: Path, named: Mapping[str, Any]) -> None:
+    """Refuses content that differs from the annotations of `Comparison`, and paths out of the comparison's directory.
+
+    Raises:
+        RunDirectoryError: naming the key.
+    """
+    hints, required = get_type_hints(Comparison), ("command", "base")
+    wrong = [key for key in required if key not in named]
+    wrong += [key for key, value in named.items() if key not in hints or not _is_a(value, hints[key])]
+    sweep = named.get("sweep")
+    if not wrong and sweep is not None:
+        parts = {**get_type_hints(SweepSettings), **_SWEEP_RESULTS}
+        wrong = [f"sweep.{key}" for key, type_ in parts.items() if key not in sweep or not _is_a(sweep[key], type_)]
+    if wrong:
+        raise _damaged(file, f"{_FILE_KEYS.get(wrong[0], wrong[0])} is missing, unknown or of another kind")
+    outside = [run for run in named.get("failures", {}) if Path(run).is_absolute() or ".." in Path(run).parts]
+    if outside:
+        raise _damaged(file, f"failures names {outside[0]}, which is no run of this comparison")
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+    """Returns whether a value that JSON can hold is what a type annotation says; its lists stand for tuples, too."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is types.UnionType:
+        return any(_is_a(value, argument) for argument in arguments)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_is_a(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_a(item, arguments[1]) for item in value.values())
+    if annotation is float:
+        return type(value) in (int, float) and -1e308 < value < 1e308  # nor infinite, nor an integer beyond floats
+    return annotation is Any or type(value) is annotation
 
 
 def _difference(earlier: Comparison, now: Comparison) -> str:

@@ -42,7 +42,7 @@ def cost(run: Run, name: str) -> float:
         value = FIGURES[name](run.record)
     except (KeyError, TypeError):
         return math.nan
-    return math.nan if value is None else float(value)
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def training_cost(run: Run, basis: str) -> float:

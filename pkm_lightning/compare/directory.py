@@ -10,7 +10,7 @@ from pathlib import Path
 from pkm_lightning.compare.comparison_file import NAME
 from pkm_lightning.compare.run_state import is_held
 from pkm_lightning.errors import RunDirectoryError
-from pkm_lightning.storage import hold
+from pkm_lightning.storage import HeldFolder
 
 # Earlier versions wrote `hparams`.
 _FOLDERS = ("runs", "sweep", "speed", "logs", "plots", "hparams")
@@ -19,19 +19,18 @@ _FILES = ("report.html", "report.md", "runs.csv")
 
 @contextlib.contextmanager
 def held_directory(out: Path) -> Iterator[None]:
-    """Creates `out` if necessary and holds its lock.
+    """Creates `out` if necessary and holds its lock; removes what it has made if no comparison comes of it.
 
     Raises:
         RunDirectoryError: another command holds it, it cannot be written, or it holds files and no comparison.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("a")
+        held = HeldFolder(out)
+    except BlockingIOError:
+        raise RunDirectoryError(f"out={out} is held by another comparison that is running; wait for it.") from None
     except OSError as error:
         raise RunDirectoryError(f"out={out} cannot be written ({error.strerror}); choose another.") from None
-    with lock:
-        if not hold(lock):
-            raise RunDirectoryError(f"out={out} is held by another comparison that is running; wait for it.")
+    try:
         # A command that was killed at its very start leaves only these two.
         others = sorted(entry.name for entry in out.iterdir() if entry.name not in (".lock", f"{NAME}.tmp"))
         if others and not (out / NAME).exists():
@@ -39,6 +38,8 @@ def held_directory(out: Path) -> Iterator[None]:
                 f"out={out} is not empty ({', '.join(others[:4])}) and holds no comparison; choose another."
             )
         yield
+    finally:
+        held.close() if (out / NAME).exists() else held.withdraw()
 
 
 def clear_directory(out: Path) -> None:

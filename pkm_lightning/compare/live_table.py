@@ -11,6 +11,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from pkm_lightning.compare.processes import RunEnd
 from pkm_lightning.compare.run_state import Progress, read_progress, read_record
@@ -32,7 +33,7 @@ class LiveTable:
 
     def __init__(self, runs: Sequence[ScheduledRun], steps: Mapping[str, int], title: str) -> None:
         self._runs, self._steps, self._title = list(runs), steps, title
-        self._console = Console()
+        self._console = Console(markup=False, emoji=False)
         self._is_live = sys.stdout.isatty()
         self._live = Live(console=self._console, auto_refresh=False) if self._is_live else None
         self._status = {run.folder: _status(run) for run in runs}
@@ -80,7 +81,7 @@ class LiveTable:
 
     def _print_line(self, line: str) -> None:
         if not self._is_live:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         n_finished = sum(status == "finished" for status in self._status.values())
@@ -97,7 +98,7 @@ class LiveTable:
             style = _STYLES.get(status, "")
             table.add_row(
                 run.label,
-                f"[{style}]{status}[/{style}]" if style else "waiting" if status == "absent" else status,
+                Text("waiting" if status == "absent" else status, style=style),
                 steps,
                 f"{progress.loss:.4f}" if progress else "",
                 f"{progress.tokens_per_second:,.0f}" if progress else "",

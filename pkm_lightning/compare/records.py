@@ -32,6 +32,11 @@ _NEEDED = (
     "run.json tokens",
     "run.json seconds.train",
 )
+# Keys of run.json whose values are numbers or null, or mappings of such at any depth.
+_NUMBERS = (
+    *("tokens", "tokens_per_second", "peak_memory_bytes", "facts", "world_size", "threads"),
+    *("params", "flops_per_token", "bytes_per_token", "seconds", "throughput", "best_validation", "metrics"),
+)
 # Keys of run.json whose values are mappings or null.
 _NESTED = (
     "params",
@@ -39,10 +44,12 @@ _NESTED = (
     "bytes_per_token",
     "seconds",
     "throughput",
-    "versions",
     "best_validation",
     "metrics",
+    "versions",
 )
+# Keys of config.yaml whose values are mappings.
+_GROUPS = ("model", "ffn", "data", "optim", "trainer")
 # Largest difference between two means of the same answers.
 _ROUNDING = 1e-6
 
@@ -162,16 +169,18 @@ def _part(run: Path, root: Path | None) -> str:
 def _read(folder: Path, root: Path | None, comparison: Comparison | None) -> Run:
     """Reads one run; damaged files make the run a failed one and do not stop the report."""
     stored, config = read_record(folder), read_config(folder)
-    record = {key: value for key, value in stored.items() if key not in _NESTED or isinstance(value, dict | None)}
+    record = {key: value for key, value in stored.items() if _is_sound(key, value)}
     seed = record.get("seed")
-    failure = "" if len(record) == len(stored) else "its files are damaged (run.json)"
+    failure = next((f"its files are damaged (run.json: {key})" for key in stored if key not in record), "")
+    if any(not isinstance(config.get(group, {}), dict) for group in _GROUPS):
+        config = {}
     rows: list[dict[str, float]] = []
     answers: dict[str, Answers] = {}
     try:
         failure = failure or _failure(folder, root, comparison, record, config)
         rows, answers = read_metrics(folder / "metrics.csv"), read_answers(folder / "recall.csv")
         failure = failure or _missing(record, config) or _contradiction(answers, record)
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error) as error:
         failure = failure or f"its files are damaged ({' '.join(str(error).split())})"
     return Run(
         folder=folder,
@@ -189,9 +198,21 @@ def _missing(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Names a number that a report needs and a finished run lacks; empty if there is none."""
     known = {**dict(leaves(config)), **{f"run.json {key}": value for key, value in leaves(record)}}
     for key in _NEEDED:
-        if isinstance(known.get(key), bool) or not isinstance(known.get(key), int | float):
+        if not _is_number(known.get(key)):
             return f"{key} is not a number: not a run of this package, or damaged"
     return ""
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    """Returns whether a value of run.json is of the kind that reports compute with."""
+    if key in _NESTED and not isinstance(value, dict | None):
+        return False
+    return key not in _NUMBERS or all(leaf is None or leaf == {} or _is_number(leaf) for _, leaf in leaves(value, key))
+
+
+def _is_number(value: Any) -> bool:
+    # In Python True is an integer, and an integer may lie beyond all floats.
+    return type(value) in (int, float) and -1e308 < value < 1e308
 
 
 def _contradiction(answers: Mapping[str, Answers], record: Mapping[str, Any]) -> str:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+#: In bytes; the configuration of a run has some kilobytes.
+_LARGEST_YAML = 2**20
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -31,10 +34,48 @@ class Answers:
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.yaml; returns an empty dict where there is no readable one."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = read_yaml(folder / "config.yaml")
+    except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def read_yaml(file: Path) -> Any:
+    """Returns the content of a YAML file, in bounded time whatever it holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no YAML, larger than 1 MiB, nested too deeply, or a few lines that stand for millions.
+    """
+    if file.exists() and not file.is_file():  # to open a named pipe would wait for a writer
+        raise ValueError("it is not a file")
+    with file.open("rb") as opened:
+        raw = opened.read(_LARGEST_YAML + 1)
+    if len(raw) > _LARGEST_YAML:
+        raise ValueError(f"it is larger than {_LARGEST_YAML:,} bytes")
+    try:
+        loader = yaml.SafeLoader(raw.decode())
+        node = loader.get_single_node()
+        # Merge keys would be copied by the constructor, other aliases by whoever walks through the content.
+        if _extent(node, {}) > 2 * _LARGEST_YAML:
+            raise ValueError("its aliases stand for more text than a configuration has")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # constructors raise errors of many classes for a value that does not fit its tag
+        raise ValueError(" ".join(str(error).split())[:200]) from None
+
+
+def _extent(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Returns the length of all texts under `node`, each counted as often as aliases repeat it."""
+    if isinstance(node, yaml.ScalarNode) or node is None:
+        return 1 if node is None else 1 + len(node.value)
+    if id(node) not in known:
+        known[id(node)] = 3 * _LARGEST_YAML  # holds within a cycle
+        pairs = isinstance(node, yaml.MappingNode)
+        children = [part for pair in node.value for part in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_extent(child, known) for child in children)
+    return known[id(node)]
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

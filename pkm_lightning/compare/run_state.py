@@ -42,7 +42,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Reads run.json; returns an empty dict where there is no readable one."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

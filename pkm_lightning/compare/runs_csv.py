@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from typing import Any
 
@@ -11,17 +9,15 @@ from pkm_lightning.compare.costs import FIGURES, cost
 from pkm_lightning.compare.leaves import leaves
 from pkm_lightning.compare.records import STILL_RUNNING, Run
 from pkm_lightning.compare.study import Study
+from pkm_lightning.storage import csv_line
 
 
 def runs_csv(study: Study) -> str:
     """Returns the content of the file; a number that a run lacks is an empty field."""
     rows = [_row(study, run) for run in study.runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({column: _field(row.get(column)) for column in columns} for row in rows)
-    return text.getvalue()
+    lines = [csv_line(columns), *(csv_line(_field(row.get(column)) for column in columns) for row in rows)]
+    return "".join(lines)
 
 
 def _row(study: Study, run: Run) -> dict[str, Any]:

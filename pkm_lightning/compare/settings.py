@@ -104,7 +104,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     return Settings(
         seeds=seeds,
         jobs=jobs,
-        variants=_variants(config["variants"]),
+        variants=read_variants(config["variants"]),
         dense_ladder=config["dense_ladder"],
         budget_tokens=tokens,
         budget_seconds=seconds,
@@ -185,7 +185,12 @@ def _sweep(config: Mapping[str, Any], seeds: tuple[int, ...]) -> SweepSettings |
     )
 
 
-def _variants(value: Any) -> dict[str, dict[str, Any]]:
+def read_variants(value: Any) -> dict[str, dict[str, Any]]:
+    """Returns the overrides of each variant, as `{KEY: VALUE}` with dotted keys.
+
+    Raises:
+        ConfigError: a name cannot be a folder's, or something is not a mapping.
+    """
     variants = {}
     for name, overrides in _mapping("variants", value).items():
         check_name(str(name))

@@ -5,7 +5,8 @@ A data source is any `LightningDataModule`; it need not inherit from a class of 
 
 Required: `train_dataloader()`. A batch is a dict of tensors (B, T): `input_ids` (int64) and `labels` (int64; the token
 that follows, or `NO_TARGET`), and optionally `doc_ids` (int64; attention stays within a document, -1 is padding) and
-`valid` (bool; False at padding). All ranks make the same number of batches. `check_batch` refuses what breaks this.
+`valid` (bool; False at padding). All ranks make the same number of batches. `check_batch` (`batch_check.py`) refuses
+what breaks this in any batch.
 
 | optional member | what it brings |
 |---|---|
@@ -29,12 +30,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from pkm_lightning.errors import DataError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NO_TARGET", "Batch", "RecallItem", "TextCodec", "check_batch"]
+__all__ = ["NO_TARGET", "Batch", "RecallItem", "TextCodec"]
 
 Batch: TypeAlias = "dict[str, Tensor]"
 
@@ -119,38 +118,3 @@ def fingerprint_of(data: object) -> str | None:
 def is_endless(data: object) -> bool:
     """Returns whether every rank can always make another training batch."""
     return getattr(data, "endless", False)
-
-
-def check_batch(batch: object, vocab_size: int) -> None:
-    """Refuses a batch that breaks the contract. It copies values to the host: call it on the first batch only.
-
-    Raises:
-        DataError: not a dict, missing keys, wrong shapes, ids outside the vocabulary, or labels that were not shifted.
-    """
-    if not isinstance(batch, dict) or not {"input_ids", "labels"} <= batch.keys():
-        content = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise DataError(f"a batch must be a dict with input_ids and labels (and doc_ids, valid if any); got {content}.")
-    ids_BT, labels_BT = batch["input_ids"], batch["labels"]
-    for name in ("labels", "doc_ids", "valid"):
-        if name in batch and batch[name].shape != ids_BT.shape:
-            raise DataError(f"batch['{name}'] has shape {tuple(batch[name].shape)}, input_ids {tuple(ids_BT.shape)}.")
-    if ids_BT.ndim != 2 or not ids_BT.numel():
-        raise DataError(
-            f"batch['input_ids'] has shape {tuple(ids_BT.shape)}; it must be (sequences, tokens), not empty."
-        )
-    targets_M = labels_BT[labels_BT != NO_TARGET]
-    low, high = int(ids_BT.min()), max(int(ids_BT.max()), int(targets_M.max()) if targets_M.numel() else 0)
-    if low < 0 or high >= vocab_size:
-        raise DataError(
-            f"token ids run from {low} to {high}, but model.vocab_size={vocab_size} allows 0 to {vocab_size - 1}: "
-            "set model.vocab_size, or model.vocab_size=auto to take the data module's."
-        )
-    if targets_M.numel() and int(targets_M.min()) < 0:
-        raise DataError(f"labels hold {int(targets_M.min())}; allowed: token ids, and {NO_TARGET} for no target.")
-    # Few equal tokens may be chance, and a text that repeats one token equals itself shifted: neither is refused.
-    copied = targets_M.numel() > 8 and bool((targets_M == ids_BT[labels_BT != NO_TARGET]).all())
-    inner_BT = labels_BT[:, :-1] != NO_TARGET
-    if copied and not bool((labels_BT[:, :-1][inner_BT] == ids_BT[:, 1:][inner_BT]).all()):
-        raise DataError(
-            "labels equal input_ids: labels[t] must be the token that follows input_ids[t]; shift them by one."
-        )

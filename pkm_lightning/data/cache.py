@@ -1,22 +1,23 @@
 """Cache folders that are either complete or absent: built under a lock in a temporary folder, then renamed.
 
 The name is a hash of everything that determines the content. `manifest.json` records these arguments, the sources of
-the data and the size of every file, so that a damaged folder is noticed and built again.
+the data, and size and sha256 of every file. Every file is read and compared when a folder is opened, about 1 s per GB,
+so that a flipped bit is noticed; a damaged folder is built again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pkm_lightning.data.cache_lock import cache_lock
+from pkm_lightning.data.heartbeat import Heartbeat
 from pkm_lightning.errors import DataError
 from pkm_lightning.storage import flush
 
@@ -78,23 +79,34 @@ def open_cache(root: Path, key: CacheKey, build: Callable[[Path], list[Source]])
         build: fills an empty folder and returns its sources.
 
     Raises:
-        DataError: if the cache directory cannot be written.
+        DataError: if the cache directory cannot be written; names the damaged file if there is one.
     """
     folder = root / key.folder_name()
-    if _is_complete(folder):
+    damage = find_damage(folder, key)
+    if damage is None:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{folder.name}.lock"):
+        with cache_lock(root / f".{folder.name}.lock"):
             # Another process may have built it while this one waited.
-            if not _is_complete(folder):
-                _build(folder, key, build)
+            damage = find_damage(folder, key)
+            if damage is not None:
+                _build(folder, key, build, damage)
     except OSError as error:
+        if error.filename and not _touches(Path(error.filename), root):
+            raise DataError(f"{error.filename} cannot be read ({error.strerror}).") from error
+        damaged = f" {folder} is damaged: {damage}." if damage and folder.exists() else ""
         raise DataError(
             f"data.cache_dir={root} cannot be written ({error.strerror or error}: {error.filename or root}); free "
             "space there, or set data.cache_dir or the environment variable PKM_LIGHTNING_CACHE to another directory."
+            f"{damaged}"
         ) from error
     return folder
+
+
+def _touches(path: Path, root: Path) -> bool:
+    """Returns whether `path` is `root`, lies in it, or is a directory above it."""
+    return path == root or root in path.parents or path in root.parents
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -103,36 +115,59 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_complete(folder: Path) -> bool:
+def find_damage(folder: Path, key: CacheKey) -> str | None:
+    """Returns what is wrong with a cache folder, such as `train.bin has changed since it was written`, or None.
+
+    Reads all files; where that takes long, a line is logged now and then.
+    """
+    if not folder.exists():
+        return "it is missing"
     try:
-        files: dict[str, dict[str, Any]] = read_manifest(folder)["files"]
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError):
-        return False  # absent, not JSON, or a manifest of something else
+        manifest = read_manifest(folder)
+        seal = manifest.pop("sha256", None)
+        # Folders of earlier versions have no seal.
+        whole = seal in (None, _seal(manifest)) and manifest["arguments"] == json.loads(json.dumps(key.arguments))
+        entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        read = whole and isinstance(manifest["sources"], list)
+    except OSError as error:
+        return f"manifest.json cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        read = False  # not JSON, or JSON of another shape
+    if not read:
+        return "manifest.json has changed since it was written"
+    heartbeat = Heartbeat()
+    for name, (size, sha256) in entries.items():
+        if heartbeat.is_due():
+            log.info("compares the prepared data in %s with their hashes, %.0f s so far", folder, heartbeat.seconds)
+        try:
+            if (folder / name).stat().st_size != size:
+                return f"{name} has another size than was written"
+            if sha256_file(folder / name) != sha256:
+                return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]]) -> None:
+def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]], damage: str) -> None:
     if folder.exists():
-        log.warning("The cache folder %s is damaged and is built again.", folder)
+        log.warning("The cache folder %s is damaged (%s) and is built again.", folder, damage)
     # The lock is held, so a folder of this name was left by a build that was killed.
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    sources = build(part)
-    _write_manifest(part, key, sources)
-    # On disk before the rename: after a loss of power the name must not stand for files without content.
-    for path in [*part.iterdir(), part]:
-        flush(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
+    try:
+        part.mkdir()
+        sources = build(part)
+        _write_manifest(part, key, sources)
+        # On disk before the rename: after a loss of power the name must not stand for files without content.
+        for path in [*part.iterdir(), part]:
+            flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     flush(folder.parent)
     for source in sources:
         if source.attribution:
@@ -150,4 +185,10 @@ def _write_manifest(folder: Path, key: CacheKey, sources: list[Source]) -> None:
         "sources": [asdict(source) for source in sources],
         "files": files,
     }
+    manifest["sha256"] = _seal(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Returns the sha256 of the content of a manifest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

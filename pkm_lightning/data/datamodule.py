@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +22,16 @@ from torch.utils.data import DataLoader
 from pkm_lightning.data.base import Batch
 from pkm_lightning.data.batch import SequenceSource, as_is
 from pkm_lightning.data.cache import CacheKey, Source, open_cache, read_manifest
+from pkm_lightning.data.files import expanded
 from pkm_lightning.data.order import EpochOrder, ShareBatchSampler, StepBatchSampler, micro_batch_size
-from pkm_lightning.data.prompts import PromptBatches, collect_prompts
+from pkm_lightning.data.prompts import PromptBatches, check_prompts, collect_prompts
 from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
 from pkm_lightning.errors import ConfigError, DataError, check_range
 
 __all__ = ["Splits", "TokenDataModule", "TokenOptions"]
+
+#: Longer sequences fit in no memory: one of them has a quarter of a gigabyte of ids, labels and documents.
+MAX_SEQ_LEN = 2**24
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class Splits:
         tokenizer: the meaning of the ids.
         train: training sequences, and `order` the epochs over them.
         validation: validation sequences, and `validation_keys` all of their keys in a fixed order.
+        tokens: of the training and the validation part, for display.
     """
 
     tokenizer: Tokenizer
@@ -74,6 +78,7 @@ class Splits:
     order: EpochOrder
     validation: SequenceSource
     validation_keys: Sequence[Any]
+    tokens: tuple[int, int] | None = None
 
 
 class TokenDataModule(LightningDataModule):
@@ -101,14 +106,16 @@ class TokenDataModule(LightningDataModule):
         self.global_batch_size = options["global_batch_size"]
         self.num_workers = options["num_workers"]
         self.order_seed = options["order_seed"]
-        check_range("data.seq_len", self.seq_len, low=2)
-        check_range("data.global_batch_size", self.global_batch_size, low=1)
-        check_range("data.num_workers", self.num_workers, low=0)
+        check_range("data.seq_len", self.seq_len, low=2, high=MAX_SEQ_LEN)
+        check_range("data.global_batch_size", self.global_batch_size, low=1, high=2**31 - 1)
+        check_range("data.num_workers", self.num_workers, low=0, high=1024)
         check_range("data.order_seed", self.order_seed, low=0)
-        # Hydra passes `~` and `$VARIABLE` through as they were typed.
-        self.cache_dir = Path(os.path.expandvars(options["cache_dir"])).expanduser()
-        if isinstance(options["prompts"], str):
-            raise ConfigError(f"data.prompts={options['prompts']} is one text; set a list: data.prompts=[...].")
+        cache_dir = options["cache_dir"]
+        if not isinstance(cache_dir, str) or not cache_dir.strip():
+            shown = "null" if cache_dir is None else cache_dir
+            raise ConfigError(f"data.cache_dir={shown} names no directory; set one, or leave the key out.")
+        self.cache_dir = expanded(cache_dir)
+        check_prompts(options["prompts"])
         self._prompts = options["prompts"]
         self._prompts_file = options["prompts_file"]
         self.tokenizer_choice = TokenizerChoice(options["tokenizer"], options["vocab_size"])
@@ -143,6 +150,11 @@ class TokenDataModule(LightningDataModule):
         """Returns the complete cache folder, which is built if it is missing."""
         # Remembered, so that a source file edited during a run does not change the data under it.
         if self._folder is None:
+            if self.cache_dir.parts[:1] == ("~",):
+                raise ConfigError(
+                    f"data.cache_dir={self.cache_dir}: this user has no home directory; set data.cache_dir or the "
+                    "environment variable PKM_LIGHTNING_CACHE to a directory."
+                )
             self._folder = open_cache(self.cache_dir, self.cache_key(), self.build)
         return self._folder
 

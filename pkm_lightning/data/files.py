@@ -1,15 +1,73 @@
-"""Finding and reading the user's files: every error names the file, and the line or byte where it can."""
+"""Finding and reading the user's files: every error names the file, and the line or byte where it can.
+
+Lines end with a line feed, with or without a carriage return before it, and with nothing else: texts hold U+2028,
+U+0085, form feeds and other characters that `str.splitlines` takes for ends of lines.
+"""
 
 from __future__ import annotations
 
 import glob
 import json
+import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pkm_lightning.errors import ConfigError, DataError
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe, and is read more than once",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def expanded(path: str) -> Path:
+    """Returns a path of the configuration with `~` and `$VARIABLE` filled in; Hydra passes both as they were typed."""
+    # Not Path.expanduser, which raises where there is no home: then `~` stays, and is reported as missing.
+    return Path(os.path.expanduser(os.path.expandvars(path)))
+
+
+def check_paths(key: str, path: object) -> None:
+    """Refuses a value of `key` that is neither a path nor a list of paths; an empty one means the working directory.
+
+    Raises:
+        ConfigError: naming the value and what is allowed.
+    """
+    listed = isinstance(path, Sequence) and not isinstance(path, str)
+    entries = list(path) if listed else [path]  # type: ignore[call-overload]
+    if not entries or not all(isinstance(entry, str) and entry.strip() for entry in entries):
+        shown = path if isinstance(path, str) else entries if listed else "null" if path is None else path
+        raise ConfigError(
+            f"{key}={shown} names no files; give a file, a directory (. for the working directory), a glob, or a list "
+            "of them."
+        )
+
+
+def require_file(name: str, file: Path, remedy: str) -> None:
+    """Refuses what is not a regular file: a pipe or a device would be waited for, or read without an end.
+
+    Args:
+        name: of the file in messages, such as `data.tokenizer=x.json`.
+        file: the path.
+        remedy: what to do, without a full stop.
+
+    Raises:
+        DataError: it is missing, out of reach, or of another kind; names the kind.
+    """
+    try:
+        mode = file.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{name} does not exist; {remedy}.") from None
+    except OSError as error:
+        raise DataError(f"{name} cannot be read ({error.strerror}); {remedy}.") from None
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{name} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; {remedy}.")
 
 
 def find_files(path: str | Sequence[str], suffixes: Sequence[str]) -> list[Path]:
@@ -21,32 +79,57 @@ def find_files(path: str | Sequence[str], suffixes: Sequence[str]) -> list[Path]
 
     Raises:
         ConfigError: if the list is empty.
-        DataError: if an entry does not exist or matches nothing.
+        DataError: if an entry does not exist, cannot be read or matches nothing.
     """
-    entries = [path] if isinstance(path, str) else list(path)
-    if not entries:
-        raise ConfigError("data.path=[] names no files; give a file, a directory, a glob or a list of them.")
+    check_paths("data.path", path)
     # A dict as an ordered set: a file may match several entries.
     files: dict[Path, None] = {}
-    for entry in entries:
-        files.update(dict.fromkeys(_matches(str(Path(entry).expanduser()), suffixes)))
+    for entry in [path] if isinstance(path, str) else path:
+        files.update(dict.fromkeys(_matches(str(expanded(entry)), suffixes)))
     return list(files)
+
+
+def skipped_files(path: str | Sequence[str], suffixes: Sequence[str]) -> Counter[str]:
+    """Returns how many files with which other endings lie in the directories that `data.path` names."""
+    folders = [expanded(entry) for entry in ([path] if isinstance(path, str) else path)]
+    files = (file for folder in folders if os.path.isdir(folder) for file in _walk(folder))
+    return Counter(file.suffix or file.name for file in files if file.suffix not in suffixes)
 
 
 def _matches(entry: str, suffixes: Sequence[str]) -> list[Path]:
     patterns = ", ".join(f"*{suffix}" for suffix in suffixes)
-    if Path(entry).is_dir():
-        files = sorted(file for file in Path(entry).rglob("*") if file.suffix in suffixes and file.is_file())
+    # os.path and not Path, whose methods raise for names that are too long.
+    if os.path.isdir(entry):
+        files = sorted(file for file in _walk(Path(entry)) if file.suffix in suffixes)
     # Before globs: the name of an existing file may hold brackets.
-    elif Path(entry).exists():
+    elif os.path.exists(entry) or not glob.has_magic(entry):
+        require_file(f"data.path={entry}", Path(entry), f"give a file, a directory with {patterns}, or a glob")
         files = [Path(entry)]
-    elif glob.has_magic(entry):
-        files = sorted(Path(file) for file in glob.glob(entry, recursive=True) if Path(file).is_file())
     else:
-        raise DataError(f"data.path={entry} does not exist; give a file, a directory with {patterns}, or a glob.")
+        files = sorted(Path(file) for file in glob.glob(entry, recursive=True) if Path(file).is_file())
     if not files:
-        raise DataError(f"data.path={entry} matches no file; directories are searched for {patterns}.")
+        others = shown_endings(skipped_files(entry, suffixes))
+        raise DataError(
+            f"data.path={entry} matches no file; directories are searched for {patterns}"
+            f"{f', and this one holds {others}' if others else ''}."
+        )
     return files
+
+
+def shown_endings(endings: Counter[str]) -> str:
+    """Returns the most frequent endings with their numbers, such as `12 .gz, 3 .py`."""
+    shown = [f"{count} {ending}" for ending, count in sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:5]]
+    return ", ".join([*shown, "..."] if len(endings) > len(shown) else shown)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields the regular files at any depth; a directory that cannot be read would be text that is silently missing."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); check data.path and the permissions.")
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (file for name in names if (file := Path(place, name)).is_file())
 
 
 def file_identities(files: Sequence[Path]) -> list[list[Any]]:
@@ -81,31 +164,64 @@ def read_documents(file: Path, document_separator: int | None) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
+def split_lines(text: str) -> list[str]:
+    """Returns the lines of a text without their ends, which are line feeds or carriage returns with line feeds."""
+    return re.split(r"\r?\n", text)
+
+
 def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the objects of a .jsonl file with their place, as `file:line`; blank lines are skipped.
 
+    Numbers are floats, and objects within the fields are tuples of pairs: a record is read for its texts.
+
     Raises:
-        DataError: naming file and line, if a line is not a JSON object.
+        DataError: naming file and line, if a line is not a JSON object, or has a field twice.
     """
-    # Not splitlines(): JSON text may hold U+2028 and other characters that Python takes for ends of lines.
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON ({error.msg}); each line must be one object.") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where} is a JSON {type(record).__name__}; each line must be one object with fields.")
-        yield where, record
+    for number, line in enumerate(split_lines(read_text(file)), start=1):
+        if line.strip():
+            where = f"{file}:{number}"
+            yield where, _record(where, line)
+
+
+def _record(where: str, line: str) -> dict[str, Any]:
+    try:
+        # `parse_int`: Python refuses to convert more than 4,300 digits to an integer.
+        record = json.loads(line, parse_int=float, object_pairs_hook=tuple)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error.msg}); each line must be one object.") from error
+    except RecursionError:
+        raise DataError(f"{where} is nested too deeply; each line must be one object with fields.") from None
+    if not isinstance(record, tuple):
+        kind = {"float": "number", "str": "text", "NoneType": "null"}.get(type(record).__name__, type(record).__name__)
+        raise DataError(f"{where} is a JSON {kind}; each line must be one object with fields.")
+    fields = dict(record)
+    if len(fields) < len(record):
+        name = next(name for name, count in Counter(name for name, _ in record).items() if count > 1)
+        raise DataError(f"{where} has the field '{name}' more than once; leave one of them.")
+    return fields
+
+
+def check_characters(where: str, text: str) -> None:
+    """Refuses halves of surrogate pairs: JSON can spell them and command lines can hold them, but they encode nothing.
+
+    Raises:
+        DataError: naming the place, the escape and the characters before it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[max(0, error.start - 20) : error.start]
+        raise DataError(
+            f"{where} holds \\u{ord(text[error.start]):04x} after {before!r}, which is half of a character; correct "
+            "it, or remove it."
+        ) from None
 
 
 def text_field(where: str, record: dict[str, Any], field: str) -> str:
     """Returns the text in `field`, without surrounding white space.
 
     Raises:
-        DataError: naming file, line and the fields present, if it is missing, blank or not text.
+        DataError: naming file, line and the fields present, if it is missing, blank, not text, or half a character.
     """
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
@@ -114,4 +230,5 @@ def text_field(where: str, record: dict[str, Any], field: str) -> str:
             f"{where}: field '{field}' {problem} (fields present: {', '.join(record)}); correct the record or set "
             "data.text_field, data.prompt_field and data.answer_field."
         )
+    check_characters(f"{where}: field '{field}'", value)
     return value.strip()

@@ -103,6 +103,7 @@ class JsonlDataModule(CorpusDataModule):
         validation = [record for record, held_out in zip(records, is_validation, strict=True) if held_out]
         if not train:
             raise DataError(f"data.path={self.path} has {len(records)} record; training and validation need one each.")
+        self.log_split(len(records), "record", f"{len(validation)} are")
         tokenizer = self.tokenizer_choice.make(lambda: (f"{r.prompt} {r.answer}".strip() for r in train))
         tokenizer.save(folder / "tokenizer.json")
         statements = [list(self._statements(part, tokenizer)) for part in (train, validation)]
@@ -121,12 +122,14 @@ class JsonlDataModule(CorpusDataModule):
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         capacity = self.seq_len if self.packing == "documents" else None
         sequences = StatementSequences(store, width=capacity, answer_only=True, pad_id=tokenizer.pad_id)
+        train, validation = np.load(folder / "train.npy"), np.load(folder / "validation.npy")
         return Splits(
             tokenizer=tokenizer,
             train=sequences,
-            order=PackedOrder(np.load(folder / "train.npy"), store.lengths, capacity=capacity, seed=self.order_seed),
+            order=PackedOrder(train, store.lengths, capacity=capacity, seed=self.order_seed),
             validation=sequences,
-            validation_keys=pack(np.load(folder / "validation.npy"), store.lengths, capacity),
+            validation_keys=pack(validation, store.lengths, capacity),
+            tokens=(int(store.lengths[train].sum()), int(store.lengths[validation].sum())),
         )
 
     def recall_items(self, limit: int | None = None) -> list[RecallItem]:

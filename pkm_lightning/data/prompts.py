@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from pkm_lightning.data.files import read_records, read_text
+from pkm_lightning.data.files import check_characters, expanded, read_records, read_text, require_file, split_lines
 from pkm_lightning.errors import ConfigError, DataError
 
 
@@ -24,12 +24,29 @@ def collect_prompts(prompts: Sequence[str], prompts_file: str | None) -> list[st
         ConfigError: if there are none.
         DataError: if the file is missing, empty or not readable.
     """
-    collected = [str(prompt) for prompt in prompts]
+    collected = list(prompts)
     if prompts_file is not None:
-        collected += read_prompts(Path(prompts_file).expanduser())
+        collected += read_prompts(expanded(prompts_file))
     if not collected:
         raise ConfigError("data.prompts=[] and data.prompts_file=null leave nothing to predict; set one of them.")
     return collected
+
+
+def check_prompts(prompts: object) -> None:
+    """Refuses values of `data.prompts` that are not texts: Hydra reads 007 as 7, 1e3 as 1000.0 and null as nothing.
+
+    Raises:
+        ConfigError: naming the value, and how to quote it.
+    """
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+        raise ConfigError(f"data.prompts={prompts} is not a list of texts; set data.prompts=[...].")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ConfigError(
+                f"data.prompts holds {'null' if prompt is None else prompt}, which is not read as a text; quote every "
+                'text: \'data.prompts=["first","second"]\'.'
+            )
+        check_characters(f"data.prompts: {prompt!r}", prompt)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -38,14 +55,11 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         DataError: if the file is missing, empty or malformed.
     """
-    if not path.is_file():
-        raise DataError(
-            f"data.prompts_file={path} does not exist; set a text file with one prompt per line, or a .jsonl."
-        )
+    require_file(f"data.prompts_file={path}", path, "set a text file with one prompt per line, or a .jsonl")
     if path.suffix == ".jsonl":
         prompts = [_prompt_field(where, record) for where, record in read_records(path)]
     else:
-        prompts = [line for line in read_text(path).splitlines() if line.strip()]
+        prompts = [line for line in split_lines(read_text(path)) if line.strip()]
     if not prompts:
         raise DataError(f"data.prompts_file={path} is empty; write one prompt per line.")
     return prompts
@@ -55,6 +69,7 @@ def _prompt_field(where: str, record: dict[str, Any]) -> str:
     prompt = record.get("prompt")
     if not isinstance(prompt, str):
         raise DataError(f"{where} has no text field 'prompt' (fields present: {', '.join(record)}); add it.")
+    check_characters(f"{where}: field 'prompt'", prompt)
     return prompt
 
 

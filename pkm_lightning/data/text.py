@@ -9,12 +9,13 @@ from typing import Unpack
 import numpy as np
 
 from pkm_lightning.data.cache import CacheKey, Source
+from pkm_lightning.data.chunks import MAX_WORD_CHARACTERS, chunks
 from pkm_lightning.data.corpus import CorpusDataModule
 from pkm_lightning.data.datamodule import Splits, TokenOptions
 from pkm_lightning.data.files import file_identities, read_documents
 from pkm_lightning.data.order import ShuffledOrder
 from pkm_lightning.data.tokenizer import Tokenizer
-from pkm_lightning.data.windows import Windows, chunks, write_tokens
+from pkm_lightning.data.windows import Windows, write_tokens
 from pkm_lightning.errors import DataError, check_range
 
 __all__ = ["TextDataModule"]
@@ -99,6 +100,7 @@ class TextDataModule(CorpusDataModule):
             order=ShuffledOrder(len(train), self.order_seed),
             validation=validation,
             validation_keys=range(len(validation)),
+            tokens=(train.n_tokens, validation.n_tokens),
         )
 
     def _documents(self, files: list[Path]) -> Iterator[str]:
@@ -116,6 +118,7 @@ class TextDataModule(CorpusDataModule):
             raise DataError(f"data.path={self.path}: all {len(files)} files are empty; set files with text.")
         if len(lengths) >= ENOUGH_DOCUMENTS:
             n_validation = max(1, round(len(lengths) * self.val_fraction))
+            self.log_split(len(lengths), "document", f"{n_validation} are")
             held_out = set(np.random.default_rng(self.seed).permutation(len(lengths))[:n_validation].tolist())
 
             def documents(validation: bool) -> Iterator[str]:
@@ -123,6 +126,7 @@ class TextDataModule(CorpusDataModule):
 
             return lambda: documents(False), lambda: documents(True)
         # Too few documents to hold whole ones out: one cut through their concatenation.
+        self.log_split(len(lengths), "document", "the end of the text is")
         cut = round(int(lengths.sum()) * (1 - self.val_fraction))
         return lambda: head(self._documents(files), cut), lambda: tail(self._documents(files), cut)
 
@@ -147,6 +151,10 @@ def tail(documents: Iterator[str], cut: int) -> Iterator[str]:
 
 
 def _word_end(document: str, cut: int) -> int:
-    while cut < len(document) and not document[cut].isspace():
-        cut += 1
-    return cut
+    """Returns the end of the word that character `cut` falls into, or `cut` itself if no word ends nearby."""
+    end = cut
+    while end < len(document) and not document[end].isspace():
+        end += 1
+        if end - cut > MAX_WORD_CHARACTERS:
+            return cut
+    return end

@@ -2,28 +2,44 @@
 
 Hence tokens(prompt) + tokens(" answer") are the tokens of the whole, on which the scoring of answers relies.
 Text never becomes a control token: a literal "<eos>" in it is encoded as ordinary text.
+
+A `tokenizer.json` of the user's may hold settings for other uses. What would cut, fill up or vary the data is off here:
+truncation, padding, dropout of merges, special tokens around a text. What belongs to its vocabulary stays, such as
+lower-casing or an unknown token; a warning shows where it changes the text at hand.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
+from pkm_lightning.data.bpe import learn_bpe
+from pkm_lightning.data.bpe_process import EOS, PAD, alphabet, byte_level
 from pkm_lightning.data.cache import sha256_file
+from pkm_lightning.data.chunks import CHUNK_CHARACTERS, MAX_CHUNK_CHARACTERS, chunks, grouped
+from pkm_lightning.data.files import expanded, require_file
 from pkm_lightning.errors import ConfigError, DataError, nearest
 
 __all__ = ["Tokenizer"]
 
-PAD, EOS = "<pad>", "<eos>"
 BYTES_VOCAB = 258
 # Names of control tokens in the vocabularies of common models, the preferred ones first.
 END_NAMES = (EOS, "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 PAD_NAMES = (PAD, "<|pad|>", "[PAD]")
+
+#: Between calls of the library signals are answered: a call takes about a second.
+CALL_CHARACTERS = 64 * CHUNK_CHARACTERS
+#: Texts, and characters of each, with which a user's tokenizer is tried.
+TRIED_TEXTS, TRIED_CHARACTERS = 32, 1_000
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -41,6 +57,15 @@ class Tokenizer:
         pad_ids = _known_ids(backend, PAD_NAMES)
         # Else `<eos>` in a text would end a document.
         backend.encode_special_tokens = True
+        # Some files do not call their control tokens special.
+        names = [
+            name for name in (*END_NAMES, *PAD_NAMES) if set(_known_ids(backend, [name])) & set(_ids(backend, name))
+        ]
+        backend.add_special_tokens(names)
+        backend.no_truncation()
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None) is not None:
+            backend.model.dropout = None
         self._backend = backend
         self.eos_id: int = end_ids[0]
         self.pad_id: int = (pad_ids or end_ids)[0]
@@ -57,12 +82,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without an end token."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return _ids(self._backend, text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, computed in parallel where the machine allows."""
-        return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+        pieces = [chunks(text, MAX_CHUNK_CHARACTERS // 2) for text in texts]
+        ids = self.encode_pieces(chain.from_iterable(pieces))
+        return [list(chain.from_iterable(islice(ids, len(of_text)))) for of_text in pieces]
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[list[int]]:
+        """Yields the ids of each piece, a few pieces at a time."""
+        for group in grouped(pieces, CALL_CHARACTERS):
+            for encoding in self._backend.encode_batch(group, add_special_tokens=False):
+                yield encoding.ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids` without pad and end tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -74,26 +106,32 @@ class Tokenizer:
         path.write_text(self._backend.to_str(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path, key: str = "") -> Tokenizer:
         """Reads a `tokenizer.json`, ours or any of the `tokenizers` library.
+
+        Args:
+            path: of the file.
+            key: what the path is called in messages, such as `data.tokenizer=`.
 
         Raises:
             DataError: if the file is missing, unreadable, or has no end token.
         """
-        if not path.is_file():
-            raise DataError(f"data.tokenizer={path} does not exist; set bpe, bytes or the path of a tokenizer.json.")
+        require_file(f"{key}{path}", path, "set bpe, bytes or the path of a tokenizer.json")
         try:
             backend = Backend.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            reason = str(error).splitlines()[0]
-            raise DataError(
-                f"data.tokenizer={path} cannot be read ({reason}); set the path of a tokenizer.json."
-            ) from error
-        return cls(backend, str(path))
+            reason = str(error).split("\n")[0]
+            raise DataError(f"{key}{path} cannot be read ({reason}); it must be a tokenizer.json.") from error
+        return cls(backend, f"{key}{path}")
 
     # The library's own pickling loses `encode_special_tokens`.
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         return _from_json, (self._backend.to_str(),)
+
+
+def _ids(backend: Backend, text: str) -> list[int]:
+    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def _known_ids(backend: Backend, names: Iterable[str]) -> list[int]:
@@ -105,36 +143,18 @@ def _from_json(text: str) -> Tokenizer:
     return Tokenizer(Backend.from_str(text), "the tokenizer")
 
 
-def _byte_level(model: models.BPE) -> Backend:
-    backend = Backend(model)
-    # No space is added before a text: an answer brings its own, and a document may begin without one.
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _alphabet() -> list[str]:
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
 def bytes_tokenizer() -> Tokenizer:
     """Returns a tokenizer with one token per byte: ids 0 `<pad>`, 1 `<eos>`, 2 to 257 the bytes."""
     # Sorted, since the library returns the alphabet in an order that changes from call to call.
-    vocab = {token: i for i, token in enumerate([PAD, EOS, *_alphabet()])}
-    backend = _byte_level(models.BPE(vocab=vocab, merges=[]))
+    vocab = {token: i for i, token in enumerate([PAD, EOS, *alphabet()])}
+    backend = byte_level(models.BPE(vocab=vocab, merges=[]))
     backend.add_special_tokens([PAD, EOS])
     return Tokenizer(backend, "the byte tokenizer")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE on `texts`; equal texts in equal order give an equal tokenizer."""
-    backend = _byte_level(models.BPE())
-    # The alphabet holds all 256 bytes, also those that do not occur in `texts`: any other text must be representable.
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=_alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer=trainer)
-    return Tokenizer(backend, "the trained tokenizer")
+    return Tokenizer(learn_bpe(texts, vocab_size), "the trained tokenizer")
 
 
 @dataclass(frozen=True)
@@ -159,10 +179,10 @@ class TokenizerChoice:
                 f"data.vocab_size={self.size} is too small for data.tokenizer=bpe; 256 bytes and 2 control tokens need "
                 f"{BYTES_VOCAB} or more."
             )
-        if self.kind not in ("bpe", "bytes") and not self.kind.endswith(".json"):
+        if self.kind not in ("bpe", "bytes") and not str(self.kind).endswith(".json"):
             raise ConfigError(
                 f"data.tokenizer={self.kind!r} is not known; allowed: bpe, bytes, or the path of a tokenizer.json."
-                f"{nearest(self.kind, ['bpe', 'bytes'])}"
+                f"{nearest(str(self.kind), ['bpe', 'bytes'])}"
             )
 
     def vocab_size(self) -> int:
@@ -175,13 +195,33 @@ class TokenizerChoice:
         """Returns what distinguishes this tokenizer from others: kind and size, or the hash of its file."""
         if self.kind in ("bpe", "bytes"):
             return {"kind": self.kind, "size": self.vocab_size()}
-        return {"kind": "file", "sha256": sha256_file(Path(self.kind).expanduser())}
+        # "whole": folders that were made while truncation and padding were obeyed must not be found.
+        return {"kind": "file", "sha256": sha256_file(expanded(self.kind)), "whole": True}
 
     def make(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Makes the tokenizer; `texts` is called only if there is something to learn."""
+        """Makes the tokenizer from `texts`; a tokenizer from a file is tried on the first of them."""
         if self.kind == "bpe":
             return train_bpe(texts(), self.size)
-        return bytes_tokenizer() if self.kind == "bytes" else self._from_file()
+        if self.kind == "bytes":
+            return bytes_tokenizer()
+        tokenizer = self._from_file()
+        change = find_change(tokenizer, (text[:TRIED_CHARACTERS] for text in islice(texts(), TRIED_TEXTS)))
+        if change:
+            log.warning("data.tokenizer=%s changes the text: %s; training sees the text so changed.", self.kind, change)
+        return tokenizer
 
     def _from_file(self) -> Tokenizer:
-        return Tokenizer.load(Path(self.kind).expanduser())
+        return Tokenizer.load(expanded(self.kind), "data.tokenizer=")
+
+
+def find_change(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
+    """Returns the first of `texts` that does not come back from its ids, as `'before' becomes 'after'`, or ""."""
+    for text in texts:
+        # Spaces at the ends are left out: decoders of word pieces drop them, and add them again between texts.
+        before, after = text.strip(), tokenizer.decode(tokenizer.encode(text)).strip()
+        if before != after:
+            pairs = zip(before, after, strict=False)
+            place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+            begin = max(0, place - 10)
+            return f"{before[begin : place + 20]!r} becomes {after[begin : place + 20]!r}"
+    return ""

@@ -5,6 +5,7 @@ Every document ends with the end token, from which a window derives its document
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import numpy as np
 
 from pkm_lightning.data.base import NO_TARGET, Batch
 from pkm_lightning.data.batch import filler, to_batch, token_dtype
+from pkm_lightning.data.chunks import chunks
+from pkm_lightning.data.heartbeat import Heartbeat
 from pkm_lightning.data.tokenizer import Tokenizer
 
-CHUNK_CHARACTERS = 20_000
-CHUNKS_AT_ONCE = 64
+log = logging.getLogger(__name__)
 
 
 class Windows:
@@ -66,28 +68,13 @@ class Windows:
 def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
     """Writes the tokens of each document and an end token to `path`, holding a few chunks in memory at a time."""
     dtype = token_dtype(tokenizer.vocab_size)
+    heartbeat = Heartbeat()
+    written = 0
     with path.open("wb") as file:
         for document in documents:
-            pieces = chunks(document)
-            for i in range(0, len(pieces), CHUNKS_AT_ONCE):
-                for ids in tokenizer.encode_batch(pieces[i : i + CHUNKS_AT_ONCE]):
-                    file.write(np.asarray(ids, dtype=dtype).tobytes())
-            file.write(np.asarray([tokenizer.eos_id], dtype=dtype).tobytes())
-
-
-def chunks(text: str, size: int = CHUNK_CHARACTERS) -> list[str]:
-    """Cuts `text` into pieces of at least `size` characters whose tokens together are those of the whole.
-
-    A cut is made only before a single space between two words, which no byte-level token spans.
-    """
-    pieces, begin = [], 0
-    while len(text) - begin > size:
-        cut = text.find(" ", begin + size)
-        # Next to other white space a cut could change how that run of white space is tokenised.
-        while 0 < cut < len(text) - 1 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
-            cut = text.find(" ", cut + 1)
-        if cut <= 0 or cut == len(text) - 1:
-            break
-        pieces.append(text[begin:cut])
-        begin = cut
-    return [*pieces, text[begin:]]
+            for ids in tokenizer.encode_pieces(chunks(document)):
+                written += file.write(np.asarray(ids, dtype=dtype).tobytes())
+                if heartbeat.is_due():
+                    tokens = written / np.dtype(dtype).itemsize
+                    log.info("%s: %.1f million tokens in %.0f s.", path.stem, tokens / 1e6, heartbeat.seconds)
+            written += file.write(np.asarray([tokenizer.eos_id], dtype=dtype).tobytes())

@@ -23,7 +23,7 @@ __all__ = ["PEER"]
 class PEER(ProductKeyFFN):
     """A mixture of n_keys**2 experts with one hidden neuron each, found by product keys:
 
-        I    = top-k over experts (i, j) of K1[i] q1 + K2[j] q2      (per head; heads share keys and experts)
+        I    = top-k over experts (i, j) of K1[i] q1 + K2[j] q2      (per head; all heads share the experts)
         g    = softmax (or sigmoid) of those scores, in fp32
         e(x) = gelu(<u, x>) v, or gelu(<u, x>) <w, x> v with `glu`
         y    = sum over heads and experts of g_i e_i(x)
@@ -35,7 +35,7 @@ class PEER(ProductKeyFFN):
     |---|---|
     | u, v | rows of the first and of the last table, (n_keys**2, dim) each |
     | (GLU's second input vector) | rows of the middle table of three |
-    | C, C' sub-keys | `addressing.keys.keys`, (1, 2, n_keys, key_dim / 2) |
+    | C, C' sub-keys | `addressing.keys.keys`, (1, 2, n_keys, key_dim / 2); one set per head without `shared_keys` |
     | q(x) | `addressing.query.projection`, one query per head |
 
     Args:
@@ -48,6 +48,8 @@ class PEER(ProductKeyFFN):
         query_norm: `batch`, `rms`, `layer` or `none`.
         router: `softmax` over a head's experts, or `sigmoid` of each score.
         glu: gated experts, with a second input vector.
+        shared_keys: all heads use one set of sub-keys, as in the paper. The baseline of Berges et al. 2024 (arXiv
+            2412.09764) has one set per head.
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or tables of another number or shape.
@@ -65,8 +67,10 @@ class PEER(ProductKeyFFN):
         query_norm: str,
         router: str,
         glu: bool,
+        shared_keys: bool = True,
     ) -> None:
         super().__init__()
+        check_flag("ffn.shared_keys", shared_keys)
         check_choice("ffn.router", router, ("softmax", "sigmoid"))
         spec = self.table_spec(dim=dim, n_keys=n_keys, glu=glu)
         self.addressing = Addressing(
@@ -79,7 +83,7 @@ class PEER(ProductKeyFFN):
             key_norm=False,
             activation=router,
             temperature=False,
-            shared_keys=True,
+            shared_keys=shared_keys,
             cures=Cures(),
         )
         if not isinstance(table, list) or len(table) != spec.count:

@@ -14,6 +14,7 @@ from torch import nn
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
+from pkm_lightning.memory.tucker_keys import check_slices, sliced_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,12 +148,7 @@ class UltraMem(nn.Module):
         slots = product_slots(n_keys)
         if value_dim is not None:
             check_integer("ffn.value_dim", value_dim, low=1)
-        values = dim // 2 if value_dim is None else value_dim
-        if values < 1 or values % cores:
-            raise ConfigError(
-                f"ffn.value_dim={value_dim} gives {values} values per row, which ffn.cores={cores} does not divide "
-                f"into equal slices; use ffn.value_dim={cores * max(1, round(values / cores))}."
-            )
+        values = check_slices(dim // 2 if value_dim is None else value_dim, cores, value_dim)
         if slots % expansion:
             raise ConfigError(
                 f"ffn.expansion={expansion} does not divide the {slots} slots of ffn.n_keys={n_keys}; use a divisor, "
@@ -188,17 +184,12 @@ class UltraMem(nn.Module):
                 "virtual_ids": read.ids_THK.unflatten(0, leading),
                 "virtual_weights": scores_BTHK,
             }
-        return FFNOutput(y_TD.view_as(x_BTD), aux_losses=self._losses(), trace=trace)
+        return FFNOutput(y_TD.view_as(x_BTD), aux_losses=self._losses(), trace=trace, step_stats=read.step_stats)
 
     def _expanded(self, scores_THCK: Tensor, row_THK: Tensor, projector_THK: Tensor) -> Tensor:
-        """Returns z_p of all projectors side by side, (T, P * V).
-
-        Slices of a row are read separately: slice c of row n has the id n * C + c.
-        """
+        """Returns z_p of all projectors side by side, (T, P * V)."""
         tokens, cores = scores_THCK.shape[0], scores_THCK.shape[2]
-        core_C1 = torch.arange(cores, device=row_THK.device).unsqueeze(-1)
-        # int64, because n * C + c may exceed int32 where n itself does not.
-        ids_TCK = row_THK.flatten(1).unsqueeze(1).long() * cores + core_C1
+        ids_TCK = sliced_ids(row_THK.flatten(1), cores)
         # The table sums by projector, which costs P accumulators per token instead of a virtual row per slot.
         groups_TCK = projector_THK.flatten(1).unsqueeze(1).expand_as(ids_TCK)
         z_XPV = self._table.table(
@@ -214,6 +205,10 @@ class UltraMem(nn.Module):
             return {}
         excess_HR = (self.keys.spectrum()[:, 1:] - self.spectrum_margin).clamp(min=0)
         return {"spectrum": self.spectrum_loss / (self.keys.rank - 1) * excess_HR.square().sum(-1).mean()}
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Keeps the sign of the singular pair from step to step; see `TuckerKeys`."""
+        self.keys.after_step(stats)
 
     def slots(self) -> list[Slots]:
         """Returns the rows of the table, and the virtual slots that the keys address, `expansion` per row."""

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pkm_lightning.errors import ConfigError, check_integer, check_range
+from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
 from pkm_lightning.memory.cures import balance_loss, mean_probabilities
-from pkm_lightning.memory.tucker_keys import TuckerRead, selected_moments
+from pkm_lightning.memory.tucker_keys import TuckerRead, check_slices, selected_moments, sliced_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,10 @@ class UltraMemV2(nn.Module):
         c_k = s_k <P[k], W_pre x>            (pre-values: the slot is a linear expert of one neuron, as in PEER)
         out = W^T sum over heads and slots of c_k V[k]
 
-    Values are neither expanded nor sliced by cores, as in the paper, and the spectrum loss of UltraMem is dropped.
+    As in the paper, values are not expanded and the spectrum loss of UltraMem is dropped. The paper's text has one core
+    and a balance over the slots that are read, the defaults here. Its authors' own default is reported to differ in
+    both: two cores as in UltraMem, where slice i of a value is weighted by core i's own score, and a balance over all
+    preselected rows and columns. `cores=2 balance_counts=preselected` is that variant; its balance loss is larger.
 
     | paper | here |
     |---|---|
@@ -38,14 +41,14 @@ class UltraMemV2(nn.Module):
     | P x | `pre`, dim to value_dim |
     | W | `out`, value_dim to dim |
     | top-m, D_k | `knn`, `key_dim` |
-    | balance loss, beta | `balance_loss` |
+    | balance loss, beta | `balance_loss`, `balance_counts` |
 
     The open models have D_p = D_v = 192, D_k = 192, top 32 and one head. The paper also has D_p : D_v = 1 : 3, which
     is not implemented: both tables have one shape.
 
     In training `aux_losses["balance"]` is beta * S * sum over n of f_n p_n, a mean over heads, rows and columns: p the
-    mean softmax of the preselecting scores over tokens, f the share of reads of row (column) n, both over the real
-    tokens of the micro-batch of all ranks; beta where either is uniform.
+    mean softmax of the preselecting scores over tokens, f the share of reads (or of preselections) of row (column) n,
+    both over the real tokens of the micro-batch of all ranks; beta where either is uniform.
 
     Not implemented: the causal depth-wise convolution before the query, rings of tables shared by blocks of layers
     (`table.shared` shares one pair between all layers or none).
@@ -61,9 +64,13 @@ class UltraMemV2(nn.Module):
         value_dim: values per row V of both tables; None takes dim // 4.
         rank: Tucker rank, 1 to n_keys.
         balance_loss: beta, 0 or more; 0 disables the loss.
+        cores: Tucker cores C, one per slice of a row; divides `value_dim`.
+        balance_counts: what f counts, `reads` or `preselected`.
+
+    Letters: C cores, which is also slices per row.
 
     Raises:
-        ConfigError: a size out of range, or tables of another number or shape.
+        ConfigError: a size out of range, an unknown choice, or tables of another number or shape.
     """
 
     def __init__(
@@ -79,6 +86,8 @@ class UltraMemV2(nn.Module):
         value_dim: int | None,
         rank: int,
         balance_loss: float,
+        cores: int = 1,
+        balance_counts: str = "reads",
     ) -> None:
         super().__init__()
         self.keys = TuckerKeys(
@@ -88,17 +97,20 @@ class UltraMemV2(nn.Module):
             key_dim=half_key_dim(key_dim),
             knn=knn,
             rank=rank,
-            cores=1,
+            cores=cores,
             query_per_rank=True,
         )
-        spec = self.table_spec(dim=dim, n_layers=n_layers, n_keys=n_keys, heads=heads, knn=knn, value_dim=value_dim)
+        spec = self.table_spec(
+            dim=dim, n_layers=n_layers, n_keys=n_keys, heads=heads, knn=knn, value_dim=value_dim, cores=cores
+        )
         check_range("ffn.balance_loss", balance_loss, 0)
+        check_choice("ffn.balance_counts", balance_counts, ("reads", "preselected"))
         if not isinstance(table, list) or len(table) != spec.count:
             raise ConfigError(f"ffn needs a list of {spec.count} tables, the pre-values and the values.")
         for one_table in table:
             check_table(one_table, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and ffn.value_dim={value_dim}")
         assert spec.std is not None
-        self.balance_loss, self.table_std = balance_loss, spec.std
+        self.balance_loss, self.balance_counts, self.table_std = balance_loss, balance_counts, spec.std
         self._pre_values, self._values = (TableReference(one_table) for one_table in table)
         self.pre = nn.Linear(dim, spec.dim, bias=False)
         self.out = nn.Linear(spec.dim, dim, bias=False)
@@ -106,7 +118,16 @@ class UltraMemV2(nn.Module):
 
     @classmethod
     def table_spec(
-        cls, *, dim: int, n_layers: int, n_keys: int, heads: int, knn: int, value_dim: int | None, **_: object
+        cls,
+        *,
+        dim: int,
+        n_layers: int,
+        n_keys: int,
+        heads: int,
+        knn: int,
+        value_dim: int | None,
+        cores: int = 1,
+        **_: object,
     ) -> TableSpec:
         """Requests two tables of n_keys**2 rows from N(0, sigma**2).
 
@@ -122,9 +143,10 @@ class UltraMemV2(nn.Module):
         check_integer("ffn.knn", knn, low=1, high=n_keys)
         if value_dim is not None:
             check_integer("ffn.value_dim", value_dim, low=1)
+        values = check_slices(max(1, dim // 4) if value_dim is None else value_dim, cores, value_dim)
         spread = selected_moments(n_keys, knn)[1]
         std = (_FFN_VARIANCE / (n_layers * knn * heads * (1 + spread))) ** 0.5
-        return TableSpec(rows=slots, dim=max(1, dim // 4) if value_dim is None else value_dim, count=2, std=std)
+        return TableSpec(rows=slots, dim=values, count=2, std=std, slices=cores)
 
     def reset_parameters(self) -> None:
         """Draws keys and cores, W from N(0, 1/value_dim), and W_pre so that <P[k], W_pre x> has variance 1.
@@ -140,30 +162,39 @@ class UltraMemV2(nn.Module):
         """Looks up every token of `x_BTD`; the trace holds the slots and their scores."""
         x_TD = x_BTD.flatten(0, -2)
         read = self.keys(x_TD)
-        scores_THK = read.scores_THCK.squeeze(2)
-        ids_TK = read.ids_THK.flatten(1)
+        ids_TCK = sliced_ids(read.ids_THK.flatten(1), self.keys.n_cores)
         # A slot is a neuron: its input weight is a row of the pre-values, its output weight a row of the values.
-        dots_TK = self._pre_values.table.dot(self.pre(x_TD), ids_TK)
-        y_TV = self._values.table(ids_TK, scores_THK.flatten(1) * dots_TK)
-        y_TD = self.out(y_TV.to(x_TD.dtype))
+        pre_XV = self.pre(x_TD).unflatten(-1, (self.keys.n_cores, -1)).flatten(0, 1)
+        dots_TCK = self._pre_values.table.dot(pre_XV, ids_TCK.flatten(0, 1)).view(ids_TCK.shape)
+        weights_TCK = read.scores_THCK.transpose(1, 2).flatten(2) * dots_TCK.sum(1, keepdim=True)
+        y_XV = self._values.table(ids_TCK.flatten(0, 1), weights_TCK.flatten(0, 1))
+        y_TD = self.out(y_XV.reshape(len(x_TD), -1).to(x_TD.dtype))
         trace = {}
         if context.observe:
             leading = x_BTD.shape[:-1]
             trace = {
                 "slot_ids": read.ids_THK.unflatten(0, leading),
-                "slot_weights": scores_THK.detach().unflatten(0, leading),
+                "slot_weights": read.scores_THCK.detach().sum(2).unflatten(0, leading),
             }
-        return FFNOutput(y_TD.view_as(x_BTD), aux_losses=self._losses(read, context.valid_BT), trace=trace)
+        losses = self._losses(read, context.valid_BT)
+        return FFNOutput(y_TD.view_as(x_BTD), aux_losses=losses, trace=trace, step_stats=read.step_stats)
 
     def _losses(self, read: TuckerRead, valid_BT: Tensor | None) -> dict[str, Tensor]:
         if not self.training or self.balance_loss == 0:
             return {}
         # Slot i * S + j has row key i and column key j, which are balanced separately.
         valid_T = None if valid_BT is None else valid_BT.flatten()
-        ids_HTK = read.ids_THK.transpose(0, 1)
-        rows = balance_loss(mean_probabilities(read.row_HTS, valid_T), ids_HTK // self.keys.n_keys, valid_T)
-        columns = balance_loss(mean_probabilities(read.column_HTS, valid_T), ids_HTK % self.keys.n_keys, valid_T)
+        row_HTK, column_HTK = read.row_HTM, read.column_HTM
+        if self.balance_counts == "reads":
+            ids_HTK = read.ids_THK.transpose(0, 1)
+            row_HTK, column_HTK = ids_HTK // self.keys.n_keys, ids_HTK % self.keys.n_keys
+        rows = balance_loss(mean_probabilities(read.row_HTS, valid_T), row_HTK, valid_T)
+        columns = balance_loss(mean_probabilities(read.column_HTS, valid_T), column_HTK, valid_T)
         return {"balance": self.balance_loss * (rows + columns) / 2}
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Keeps the sign of the singular pair from step to step; see `TuckerKeys`."""
+        self.keys.after_step(stats)
 
     def slots(self) -> list[Slots]:
         """Returns the slots; slot n is row n of both tables."""
@@ -171,10 +202,10 @@ class UltraMemV2(nn.Module):
         return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.keys.n_keys)]
 
     def reads(self) -> list[TableRead]:
-        """Returns the inner products with the pre-values and the weighted sum over the values."""
-        ids = self.keys.heads * self.keys.knn
-        pre = TableRead(table=self._pre_values.table, ids=ids, dot=True)
-        return [pre, TableRead(table=self._values.table, ids=ids)]
+        """Returns the inner products with the pre-values and the weighted sum over the values, one read per slice."""
+        ids, cores = self.keys.heads * self.keys.knn, self.keys.n_cores
+        pre = TableRead(table=self._pre_values.table, ids=ids, reads=cores, dot=True)
+        return [pre, TableRead(table=self._values.table, ids=ids, reads=cores)]
 
     def cost(self) -> FFNCost:
         """Counts `TuckerKeys.flops`, W_pre and W, and a product and a sum per value read of both tables."""

@@ -67,6 +67,8 @@ def greedy(
     return [answer.text.strip() for (answer,) in answers]
 
 
+# Compiled blocks run uncompiled here: every token has another length, and compiling takes longer than the answers.
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def generate(
     model: Transformer,

@@ -83,6 +83,8 @@ def _candidates(item: RecallItem) -> tuple[str, ...]:
     return item.options or (item.answer,)
 
 
+# Uncompiled, as in `greedy`: every batch has another length.
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def _answer_nats(
     model: Transformer,
@@ -107,7 +109,8 @@ def _answer_nats(
         ids_BT, labels_BT = _padded([sequences[i] for i in batch], tokenizer.eos_id, device)
         nll_M = token_nll(model, model(ids_BT).hidden_BTD, labels_BT)
         sequence_M = torch.nonzero(labels_BT != NO_TARGET)[:, 0]
-        sums_B = torch.zeros(len(batch), device=device).index_add_(0, sequence_M, nll_M)
+        # In the dtype of the losses: inside a forward context of Lightning torch's default is that of the weights.
+        sums_B = nll_M.new_zeros(len(batch)).index_add_(0, sequence_M, nll_M)
         for i, value in zip(batch, sums_B.tolist(), strict=True):
             nats[i] = value
     return nats

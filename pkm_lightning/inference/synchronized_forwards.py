@@ -46,6 +46,6 @@ def synchronized_forwards(model: Transformer, device: torch.device) -> Iterator[
         hook.remove()
     # Each turn of this loop answers one announcement, then joins that forward's exchanges with one token of its own.
     one_token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         while any_rank_works(False):
             model.unembed(model(one_token).hidden_BTD)

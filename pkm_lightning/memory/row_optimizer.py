@@ -36,7 +36,10 @@ class RowOptimizer:
         for beta in betas:
             check_range("table.optimizer.betas", beta, 0, 1 - 1e-9)
         check_range("table.optimizer.eps", eps, 0)
-        cls = find_rule(rule)
+        try:
+            cls = find_rule(rule)
+        except ValueError as error:
+            raise ConfigError(f"table.optimizer.rule={rule}: {error}") from None
         for name in constants:
             known = [field.name for field in fields(cls)]
             if name not in known:

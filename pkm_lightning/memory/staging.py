@@ -82,8 +82,7 @@ class RowStage:
             is_local_L = ids_L < self.n_rows
             ids_L, coefficients_L, sources_L = ids_L[is_local_L], coefficients_L[is_local_L], sources_L[is_local_L]
         self._ids.append(ids_L, torch.int32)
-        sum_dtype = torch.promote_types(source_rows_XV.dtype, torch.float32)
-        self._coefficients.append(coefficients_L, sum_dtype)
+        self._coefficients.append(coefficients_L, _sum_dtype(source_rows_XV))
         self._sources.append(sources_L, torch.int32).add_(before)
         self._rows.append(source_rows_XV, source_rows_XV.dtype)
 
@@ -96,10 +95,9 @@ class RowStage:
             table_NV: the table, for width, dtype and device where this rank has read nothing.
         """
         if self._gradient is None:
-            sum_dtype = torch.promote_types(table_NV.dtype, torch.float32)
             staged = StagedReads(
                 self._ids.filled(table_NV[:0, 0].int()),
-                self._coefficients.filled(table_NV[:0, 0].to(sum_dtype)),
+                self._coefficients.filled(table_NV[:0, 0].to(_sum_dtype(table_NV))),
                 self._sources.filled(table_NV[:0, 0].int()),
                 self._rows.filled(table_NV[:0]),
             )
@@ -112,7 +110,7 @@ class RowStage:
         Collective: call on all ranks.
         """
         gradient = self.gradient(table_NV)
-        norm = torch.zeros((), device=table_NV.device) if gradient is None else row_gradient_norm(gradient)
+        norm = table_NV.new_zeros((), dtype=_sum_dtype(table_NV)) if gradient is None else row_gradient_norm(gradient)
         return norm_over_members(norm, self.mesh) * self.scale
 
     def clear(self) -> None:
@@ -147,6 +145,11 @@ class _Buffer:
     def filled(self, empty: Tensor) -> Tensor:
         """Returns a view of the appended rows, or `empty` if there never were any."""
         return empty if self._storage is None else self._storage[: self.length]
+
+
+def _sum_dtype(rows: Tensor) -> torch.dtype:
+    """Returns the dtype of coefficients and norms: fp32, or fp64 for an fp64 table."""
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 def _stage(handle: Tensor) -> RowStage:

@@ -6,7 +6,7 @@ of all queries, X and Y merged dimensions; 2 is the two halves (rows, columns), 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from pkm_lightning.memory.query import half_norm
 from pkm_lightning.ops import MAX_SUB_KEYS, ranked_topk
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 # Relative noise of the initial cores, so that the cores, and the ranks of a core, differ from the start.
@@ -35,6 +35,11 @@ class TuckerRead(NamedTuple):
     row_HTS: Tensor
     #: The scores that preselect columns, (H, T, S): t^T S_col.
     column_HTS: Tensor
+    #: The rows and the columns that are preselected, (H, T, M) each, best first.
+    row_HTM: Tensor
+    column_HTM: Tensor
+    #: For `after_step`, in training only: the singular pair.
+    step_stats: dict[str, Tensor]
 
 
 class TuckerKeys(nn.Module):
@@ -56,9 +61,11 @@ class TuckerKeys(nn.Module):
     - with knn = n_keys every slot is in the grid, and the selection is exact for every C.
 
     The sign of a singular pair is not determined, (u, t) or (-u, -t), but decides which sign of the factors is
-    considered: here sum(u) + sum(t) >= 0, and sum(u) >= 0 where that sum is 0. No gradient flows through the selection
-    or the pair. The SVD is that of an R x R matrix per head and forward; on a GPU it synchronises with the host.
-    Equal scores rank by lower sub-key in the preselection, then by (rank of the row, rank of the column).
+    considered. The first pair has sum(u) + sum(t) >= 0, and sum(u) >= 0 where that sum is 0; a later one has the sign
+    nearer to the pair of the step before, which `pair` keeps: with a fixed rule the step in which the sum changes its
+    sign would exchange all slots. No gradient flows through the selection or the pair. The SVD is that of an R x R
+    matrix per head and forward; on a GPU it synchronises with the host. Equal scores rank by lower sub-key in the
+    preselection, then by (rank of the row, rank of the column).
 
     | paper | here |
     |---|---|
@@ -86,6 +93,11 @@ class TuckerKeys(nn.Module):
 
     #: A core is a few numbers near a known value, like a gain: weight decay would only shrink the scores.
     parameter_roles: ClassVar[dict[str, str]] = {"cores": "norm"}
+    #: Buffers that checkpoints of version 0.1 lack; they then keep their initial values.
+    later_buffers: ClassVar[tuple[str, ...]] = ("pair",)
+
+    #: u and t of the last step, (H, 2, R), times the number of its forwards.
+    pair: Tensor
 
     def __init__(
         self,
@@ -107,6 +119,7 @@ class TuckerKeys(nn.Module):
         self.query_norm, self.key_norm = nn.RMSNorm(key_dim), nn.RMSNorm(key_dim)
         self.keys = nn.Parameter(torch.empty(heads, 2, rank, n_keys, key_dim))
         self.cores = nn.Parameter(torch.empty(heads, cores, rank, rank))
+        self.register_buffer("pair", torch.empty(heads, 2, rank))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,6 +131,7 @@ class TuckerKeys(nn.Module):
         | keys | N(0, 1), later normalised; gain 1/sqrt(key_dim): the score of a random key is a standard normal |
         | query gain | sqrt(cores / E[Y]), Y the best products of `selected_moments`; 1 where n_keys = 1 |
         | cores | ones / (cores * rank), plus normal noise of 2% of that |
+        | pair | ones, so that the sum decides the first sign |
 
         Without the noise C has the singular value 1 and u = t = ones / sqrt(rank). The paper leaves the initial values
         of the cores open.
@@ -129,6 +143,7 @@ class TuckerKeys(nn.Module):
         mean, _ = selected_moments(self.n_keys, self.knn)
         nn.init.constant_(self.query_norm.weight, (self.n_cores / mean) ** 0.5 if mean > 0 else 1.0)
         nn.init.constant_(self.key_norm.weight, self.key_dim**-0.5)
+        nn.init.ones_(self.pair)
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> TuckerRead:
         """Selects slots for every token of `x_TD`; scores are IEEE fp32 whatever the precision of the model."""
@@ -136,18 +151,30 @@ class TuckerKeys(nn.Module):
         with ieee_scores(q_TF):
             scores_H2TRS = self._half_scores(q_TF.to(score_dtype(q_TF)))
             cores_HCRR = self.cores.to(scores_H2TRS.dtype)
-            u_HR, t_HR = leading_pair(cores_HCRR.sum(1))
+            u_HR, t_HR = leading_pair(cores_HCRR.sum(1), self.pair)
             rows_HTRS, columns_HTRS = scores_H2TRS.unbind(1)
             row_HTS = (u_HR[:, None, None] @ rows_HTRS).squeeze(-2)
             column_HTS = (t_HR[:, None, None] @ columns_HTRS).squeeze(-2)
             with torch.no_grad():
-                row_HTK, column_HTK = self._select(rows_HTRS, columns_HTRS, cores_HCRR.sum(1), row_HTS, column_HTS)
+                # `ranked_topk` instead of torch.topk, whose order of equal scores differs between devices.
+                row_HTM, column_HTM = ranked_topk(row_HTS, self.knn), ranked_topk(column_HTS, self.knn)
+                row_HTK, column_HTK = self._select(rows_HTRS, columns_HTRS, cores_HCRR.sum(1), row_HTM, column_HTM)
             scores_HTCK = _bilinear(
                 _gather_keys(rows_HTRS, row_HTK), cores_HCRR, _gather_keys(columns_HTRS, column_HTK)
             )
         # Contiguous, because torch.compile infers other strides for the result of indexing by a transposed tensor.
         ids_THK = (row_HTK * self.n_keys + column_HTK).int().transpose(0, 1).contiguous()
-        return TuckerRead(scores_HTCK.transpose(0, 1), ids_THK, row_HTS, column_HTS)
+        stats = {"pair": torch.stack([u_HR, t_HR], dim=1)} if self.training else {}
+        return TuckerRead(scores_HTCK.transpose(0, 1), ids_THK, row_HTS, column_HTS, row_HTM, column_HTM, stats)
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Keeps the direction of the step's singular pair, of which `stats` has the sum over its forwards."""
+        self.pair.copy_(stats["pair"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in self.later_buffers:
+            state_dict.setdefault(f"{prefix}{name}", getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def diagnostics(self, output: TuckerRead, x_TD: Tensor) -> dict[str, Tensor]:
         """Returns norms of queries and sub-keys, extremes of the scores, and their saturation.
@@ -196,25 +223,55 @@ class TuckerKeys(nn.Module):
         return scores_H2QTRS.transpose(2, 3).flatten(3, 4)
 
     def _select(
-        self, rows_HTRS: Tensor, columns_HTRS: Tensor, core_HRR: Tensor, row_HTS: Tensor, column_HTS: Tensor
+        self, rows_HTRS: Tensor, columns_HTRS: Tensor, core_HRR: Tensor, row_HTM: Tensor, column_HTM: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns rows and columns of the selected slots, (H, T, K) each."""
-        # `ranked_topk` instead of torch.topk, whose order of equal scores differs between devices.
-        row_HTM, column_HTM = ranked_topk(row_HTS, self.knn), ranked_topk(column_HTS, self.knn)
+        """Returns rows and columns of the selected slots, (H, T, K) each, from those that are preselected."""
         mixed_HTRM = core_HRR.unsqueeze(1) @ _gather_keys(columns_HTRS, column_HTM)
         grid_HTMM = _gather_keys(rows_HTRS, row_HTM).transpose(-1, -2) @ mixed_HTRM
         best_HTK = ranked_topk(grid_HTMM.flatten(-2), self.knn)
         return row_HTM.gather(-1, best_HTK // self.knn), column_HTM.gather(-1, best_HTK % self.knn)
 
 
-def leading_pair(core_HRR: Float[Tensor, "H R R"]) -> tuple[Float[Tensor, "H R"], Float[Tensor, "H R"]]:
-    """Returns the singular vectors u, t of the largest singular value, without gradient, signed as in `TuckerKeys`."""
+def leading_pair(
+    core_HRR: Float[Tensor, "H R R"], near_H2R: Float[Tensor, "H 2 R"]
+) -> tuple[Float[Tensor, "H R"], Float[Tensor, "H R"]]:
+    """Returns the singular vectors u, t of the largest singular value, without gradient.
+
+    Of the two signs, that with <u, near[0]> + <t, near[1]> >= 0, and <u, near[0]> >= 0 where that sum is 0.
+    """
     with torch.no_grad():
         left_HRR, _, right_HRR = torch.linalg.svd(_finite(core_HRR))
         u_HR, t_HR = left_HRR[..., 0], right_HRR[..., 0, :]
-        u_H1, sum_H1 = u_HR.sum(-1, keepdim=True), (u_HR + t_HR).sum(-1, keepdim=True)
+        along_u_HR, along_t_HR = (
+            v_HR * near_HR for v_HR, near_HR in zip((u_HR, t_HR), near_H2R.unbind(1), strict=True)
+        )
+        u_H1, sum_H1 = along_u_HR.sum(-1, keepdim=True), (along_u_HR + along_t_HR).sum(-1, keepdim=True)
         flip_H1 = (sum_H1 < 0) | ((sum_H1 == 0) & (u_H1 < 0))
         return torch.where(flip_H1, -u_HR, u_HR), torch.where(flip_H1, -t_HR, t_HR)
+
+
+def sliced_ids(row_TK: Int[Tensor, "T K"], cores: int) -> Int[Tensor, "T C K"]:
+    """Returns the ids of the slices of rows, which a table reads separately: slice c of row n has the id n * C + c."""
+    if cores == 1:
+        return row_TK.unsqueeze(1)
+    core_C1 = torch.arange(cores, device=row_TK.device).unsqueeze(-1)
+    # int64, because n * C + c may exceed int32 where n itself does not.
+    return row_TK.unsqueeze(1).long() * cores + core_C1
+
+
+def check_slices(values: int, cores: int, value_dim: int | None) -> int:
+    """Returns `values` per row, the meaning of `ffn.value_dim`, if the cores divide them into equal slices.
+
+    Raises:
+        ConfigError: they do not; with a number that would do.
+    """
+    check_integer("ffn.cores", cores, low=1)
+    if values < 1 or values % cores:
+        raise ConfigError(
+            f"ffn.value_dim={value_dim} gives {values} values per row, which ffn.cores={cores} does not divide "
+            f"into equal slices; use ffn.value_dim={cores * max(1, round(values / cores))}."
+        )
+    return values
 
 
 def selected_moments(n_keys: int, knn: int) -> tuple[float, float]:

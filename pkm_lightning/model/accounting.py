@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pkm_lightning.ffn import FFNCost, HasCost
+from pkm_lightning.ffn import FFNCost
 from pkm_lightning.model.placement import named_plugins
+from pkm_lightning.model.plugin_checks import plugin_cost
 
 if TYPE_CHECKING:
     from pkm_lightning.memory import ValueTable
@@ -33,6 +34,7 @@ class ModelCost:
             read of a table. A tied embedding counts in full, since unembedding uses all of it.
         table_rows, table_dim, table_params: sizes of the value tables: rows and parameters are sums over tables, the
             dim is the largest.
+        context: tokens in attention, which the FLOPs grow with.
         trunk_flops, model_flops: forward FLOPs per token at evaluation.
         trunk_train_flops: forward FLOPs of the trunk per token in training, where some plugins need more.
         train_bytes: bytes of embedding and table rows that one token moves in forward and backward (read, read again
@@ -46,6 +48,7 @@ class ModelCost:
     table_rows: int
     table_dim: int
     table_params: int
+    context: int
     trunk_flops: int
     trunk_train_flops: int
     model_flops: int
@@ -84,6 +87,7 @@ def model_cost(model: Transformer, context: int) -> ModelCost:
         table_rows=sum(table.rows for table in tables),
         table_dim=max((table.dim for table in tables), default=0),
         table_params=table_params,
+        context=context,
         trunk_flops=trunk,
         trunk_train_flops=trunk_train,
         model_flops=trunk + 2 * embedding.numel(),
@@ -105,10 +109,11 @@ def _plugin_costs(blocks: list[Block]) -> tuple[list[FFNCost], set[str]]:
     unknown: set[str] = set()
     for block in blocks:
         for _, plugin in named_plugins(block.ffn):
-            if isinstance(plugin, HasCost):
-                costs.append(plugin.cost())
-            else:
+            cost = plugin_cost(plugin)
+            if cost is None:
                 unknown.add(type(plugin).__name__)
+            else:
+                costs.append(cost)
     return costs, unknown
 
 

@@ -42,9 +42,11 @@ class Attention(nn.Module):
     def __init__(self, *, dim: int, n_heads: int, n_kv_heads: int) -> None:
         super().__init__()
         check_integer("model.n_heads", n_heads, low=1)
-        check_integer("model.n_kv_heads", n_kv_heads, low=1, high=n_heads)
+        check_integer("model.n_kv_heads", n_kv_heads, low=1)
         if dim % n_heads:
-            raise ConfigError(f"model.dim={dim} is not divisible by model.n_heads={n_heads}; {_divisors(dim)}.")
+            raise ConfigError(
+                f"model.dim={dim} is not divisible by model.n_heads={n_heads}; {_allowed_heads(dim, n_kv_heads)}."
+            )
         if n_heads % n_kv_heads:
             raise ConfigError(
                 f"model.n_heads={n_heads} is not divisible by model.n_kv_heads={n_kv_heads}; {_divisors(n_heads)}."
@@ -53,7 +55,7 @@ class Attention(nn.Module):
         if head_dim % 2:
             raise ConfigError(
                 f"model.dim={dim} / model.n_heads={n_heads} gives the odd head dimension {head_dim}; "
-                "rotary positions need an even one; change model.dim or model.n_heads."
+                f"rotary positions need an even one; {_allowed_heads(dim, n_kv_heads)}."
             )
         self.head_dim = head_dim
         self.query = nn.Linear(dim, n_heads * head_dim, bias=False)
@@ -108,6 +110,17 @@ def document_mask(doc_ids_BT: Tensor) -> Tensor:
     """Returns the causal mask within documents, (B, 1, T, T); every token attends at least to itself."""
     same_BTT = doc_ids_BT.unsqueeze(2) == doc_ids_BT.unsqueeze(1)
     return torch.tril(same_BTT).unsqueeze(1)
+
+
+def _allowed_heads(dim: int, n_kv_heads: int) -> str:
+    """Names the numbers of heads that all checks accept: an even head dimension, divisible by the key-value heads."""
+    heads = [h for h in range(1, dim // 2 + 1) if dim % (2 * h) == 0]
+    fitting = [h for h in heads if h % n_kv_heads == 0]
+    if fitting:
+        return f"allowed with model.n_kv_heads={n_kv_heads}: {', '.join(map(str, fitting))}"
+    if heads:
+        return f"allowed, each with a model.n_kv_heads that divides it: {', '.join(map(str, heads))}"
+    return "an odd dimension cannot be divided into even head dimensions"
 
 
 def _divisors(number: int) -> str:

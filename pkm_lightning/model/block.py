@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.model.attention import Attention, AttentionInputs
+from pkm_lightning.model.plugin_checks import checked_output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pkm_lightning.model.cache import LayerCache
 
 
@@ -30,16 +29,5 @@ class Block(nn.Module):
     ) -> FFNOutput:
         """Returns the plugin's output with `y_BTD` replaced by the new residual stream."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), shared, cached)
-        output = self._run_ffn(self.ffn_norm(x_BTD), context)
+        output = checked_output(self.ffn, x_BTD, self.ffn(self.ffn_norm(x_BTD), context))
         return output._replace(y_BTD=x_BTD + output.y_BTD)
-
-    def _run_ffn(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        ffn: Callable[..., object] = self.ffn
-        output = ffn(x_BTD, context)
-        # A bare tensor is the likeliest mistake of a first plugin, and would fail much later as a missing attribute.
-        if not isinstance(output, FFNOutput):
-            raise TypeError(
-                f"{type(self.ffn).__name__}.forward returned {type(output).__name__}; an FFN plugin returns "
-                "pkm_lightning.ffn.FFNOutput(y_BTD)."
-            )
-        return output

@@ -46,8 +46,7 @@ def initialise(model: TransformerParts, seed: int) -> None:
     on_cpu = all(p.device.type in ("cpu", "meta") for p in model.parameters())
     with torch.random.fork_rng(devices=sorted(devices)):
         for name, module in _named_parts(model):
-            # CRC-32 because `hash` of a string differs between processes, and ranks must draw the same weights.
-            seed_torch(zlib.crc32(f"{seed}/{name}".encode()), on_cpu=on_cpu)
+            seed_torch(f"{seed}/{name}", on_cpu=on_cpu)
             if name.endswith("attention.out"):
                 nn.init.normal_(module.weight, std=std * (2 * len(model.blocks)) ** -0.5)  # type: ignore[arg-type]
             elif isinstance(module, nn.RMSNorm):
@@ -59,16 +58,21 @@ def initialise(model: TransformerParts, seed: int) -> None:
                 nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
 
 
-def seed_torch(seed: int, *, on_cpu: bool) -> None:
+def seed_torch(stream: str, *, on_cpu: bool) -> int:
     """Seeds torch's generator of the CPU, and those of all other devices unless all draws are on the CPU.
+
+    Returns the seed, a number of 32 bits that depends on `stream` alone.
 
     Where no other device is initialised, `torch.manual_seed` formats the Python stack for each kind of device, to be
     shown if its later seeding fails: 0.3 to 1 ms per call.
     """
+    # CRC-32 because `hash` of a string differs between processes, and ranks must draw the same weights.
+    seed = zlib.crc32(stream.encode())
     if on_cpu:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
+    return seed
 
 
 def _named_parts(model: TransformerParts) -> Iterator[tuple[str, nn.Module]]:

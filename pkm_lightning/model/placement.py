@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
+from pkm_lightning.model.plugin_checks import checked_output
 
 
 class Placement:
@@ -134,8 +135,8 @@ class ParallelFFN(nn.Module):
         Statistics and traces are named `base.NAME` and `variant.NAME`; losses of one name are added, metrics of one
         name averaged.
         """
-        base: FFNOutput = self.base(x_BTD, context)
-        variant: FFNOutput = self.variant(x_BTD, context)
+        base = checked_output(self.base, x_BTD, self.base(x_BTD, context))
+        variant = checked_output(self.variant, x_BTD, self.variant(x_BTD, context))
         names = {**base.aux_losses, **variant.aux_losses}
         return FFNOutput(
             y_BTD=base.y_BTD if self.defer else base.y_BTD + variant.y_BTD,

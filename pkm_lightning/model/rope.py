@@ -8,19 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pkm_lightning.memory.precision import score_dtype
 
-def rope_table(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of `position * theta**(-2 f / C)`, each (B, 1, T, F) in fp32."""
+
+def rope_table(
+    positions_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin of `position * theta**(-2 f / C)`, each (B, 1, T, F) in `dtype`."""
     # Computed in every forward: a buffer would be lost when a model is built on the meta device.
-    exponents_F = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32) / head_dim
-    angles_BTF = positions_BT.float().unsqueeze(-1) * theta**-exponents_F
+    exponents_F = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=dtype) / head_dim
+    angles_BTF = positions_BT.to(dtype).unsqueeze(-1) * theta**-exponents_F
     return angles_BTF.cos().unsqueeze(1), angles_BTF.sin().unsqueeze(1)
 
 
 def apply_rope(x_BHTC: Tensor, cos_B1TF: Tensor, sin_B1TF: Tensor) -> Tensor:
     """Rotates the pairs (x[f], x[f + C/2]); the result has the dtype of `x`."""
-    # In fp32: bf16 would round the small rotations between neighbouring positions away.
-    first, second = x_BHTC.float().chunk(2, dim=-1)
+    # In fp32 at least: bf16 would round the small rotations between neighbouring positions away.
+    first, second = x_BHTC.to(score_dtype(x_BHTC)).chunk(2, dim=-1)
     rotated = torch.cat([first * cos_B1TF - second * sin_B1TF, second * cos_B1TF + first * sin_B1TF], dim=-1)
     return rotated.type_as(x_BHTC)
 

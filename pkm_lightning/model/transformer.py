@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pkm_lightning.errors import check_flag, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
 from pkm_lightning.model.block import Block
 from pkm_lightning.model.cache import DecodingCache
@@ -153,15 +154,16 @@ class Transformer(nn.Module):
         Raises:
             ValueError: `cache` with `doc_ids_BT`, another batch, or more tokens than it has room for.
         """
+        output = ModelOutput(self.embedding(input_ids_BT))
+        dtype = score_dtype(output.hidden_BTD)
         if cache is None:
-            shared = self._attention_inputs(input_ids_BT, doc_ids_BT)
+            shared = self._attention_inputs(input_ids_BT, doc_ids_BT, dtype)
         elif doc_ids_BT is None:
             positions_BT, mask_B1TP = cache.begin(input_ids_BT, valid_BT)
-            shared = AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta), mask_B1TP)
+            shared = AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TP)
         else:
             raise ValueError("cache: a cached sequence is one document; do not pass doc_ids_BT.")
         context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
-        output = ModelOutput(self.embedding(input_ids_BT))
         deferred: dict[int, Tensor] = {}
         metrics: dict[str, list[Tensor]] = {}
         for layer, block in enumerate(self.blocks):
@@ -197,13 +199,13 @@ class Transformer(nn.Module):
         logits: Tensor = unembed(hidden_MD)
         return logits
 
-    def _attention_inputs(self, input_ids_BT: Tensor, doc_ids_BT: Tensor | None) -> AttentionInputs:
+    def _attention_inputs(self, input_ids_BT: Tensor, doc_ids_BT: Tensor | None, dtype: torch.dtype) -> AttentionInputs:
         if doc_ids_BT is not None and self.reset_positions:
             positions_BT = document_positions(doc_ids_BT)
         else:
             positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).unsqueeze(0)
         mask_B1TP = document_mask(doc_ids_BT) if doc_ids_BT is not None and self.document_mask else None
-        return AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta), mask_B1TP)
+        return AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TP)
 
     def _run_block(self, block: nn.Module, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:
         if self.activation_checkpointing and torch.is_grad_enabled():

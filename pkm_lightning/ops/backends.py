@@ -4,7 +4,7 @@
 |---|---|---|
 | `reference` | any | nothing; naive, for tests |
 | `eager` | any | nothing; torch operations |
-| `cpu` | CPU | numba, the extra `pkm_lightning[cpu]` |
+| `cpu` | CPU; the meta device, for shapes | numba, the extra `pkm_lightning[cpu]` |
 | `triton` | CUDA; CPU under TRITON_INTERPRET=1 | triton |
 """
 
@@ -25,6 +25,8 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 Implementation = TypeVar("Implementation", bound=Callable[..., object])
 
+#: The operators around the kernels also run on the meta device, where only shapes are computed.
+_SHAPES_OF_CPU = ("cpu", "meta")
 # `find_spec` looks the packages up without importing them, which would take seconds.
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -34,7 +36,7 @@ def best_backend(x: Tensor) -> str:
     """Returns the fastest backend that is installed for tensors on the device of `x`."""
     if x.is_cuda and HAS_TRITON:
         return "triton"
-    return "cpu" if x.device.type == "cpu" and HAS_NUMBA else "eager"
+    return "cpu" if x.device.type in _SHAPES_OF_CPU and HAS_NUMBA else "eager"
 
 
 def choose_backend(
@@ -75,7 +77,7 @@ def load_kernels(op: str, backend: str) -> ModuleType:
 def _missing(name: str, x: Tensor) -> str | None:
     """Returns what the backend `name` lacks to run on the device of `x`, None if nothing."""
     if name == "cpu":
-        if x.device.type != "cpu":
+        if x.device.type not in _SHAPES_OF_CPU:
             return f"tensors on the CPU, got {x.device}"
         return None if HAS_NUMBA else "numba (pip install 'pkm_lightning[cpu]')"
     if name == "triton":

@@ -36,6 +36,7 @@ from pkm_lightning.strategies.zero_state import (
 )
 from pkm_lightning.supervision.launcher import WatchedRanks
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.clipping import norm_limit
 
 __all__ = ["DeepSpeed"]
 
@@ -120,7 +121,8 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         limit: float | None = self._language_module.trainer.gradient_clip_val
         if limit is None:
             limit = self._language_module.config["optim"]["clip_norm"]
-        self.config.setdefault("gradient_clipping", limit or 0.0)
+        # The engine writes no clipping as 0.
+        self.config.setdefault("gradient_clipping", norm_limit(limit) or 0.0)
         # The engine uses this only to log samples per second.
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
         super()._format_config()

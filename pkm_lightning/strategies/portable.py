@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pkm_lightning.checkpoints import SavedCheckpoint, sharded
+from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, sharded
+from pkm_lightning.checkpoints.sums import Share
 from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.memory import ValueTable
@@ -114,9 +115,9 @@ class PortableCheckpoints(ParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fills the module, and in training the optimizers. Returns the rest of the checkpoint."""
         saved = SavedCheckpoint(checkpoint_path)
+        self._check_sums(saved)
         assert self.lightning_module is not None
-        names = {n.removeprefix("state_dict.") for n in saved.shapes if n.startswith("state_dict.")}
-        self._check_names(names, saved)
+        self._check_names(saved)
         self.load_model(saved)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in saved.skeleton:
             self.load_optimizers(saved)
@@ -125,22 +126,31 @@ class PortableCheckpoints(ParallelStrategy):
     def load_model(self, saved: SavedCheckpoint) -> None:
         """Fills the module's parameters and buffers. Collective: call on all ranks."""
         state = PortableCheckpoints.lightning_module_state_dict(self)
-        saved.read_into({f"state_dict.{name}": value for name, value in state.items()})
+        targets = {f"state_dict.{name}": value for name, value in state.items()}
+        saved.read_into({name: value for name, value in targets.items() if name in saved.shapes})
 
     def load_optimizers(self, saved: SavedCheckpoint) -> None:
         """Fills the optimizer's states. Collective: call on all ranks."""
         for number, optimizer in enumerate(self.optimizers):
             load_optimizer(optimizer, saved, self._tables().values(), number)
 
-    def _check_names(self, names: set[str], saved: SavedCheckpoint) -> None:
+    def _check_sums(self, saved: SavedCheckpoint) -> None:
+        """Compares the checkpoint to its sums, each rank its share. Collective: call on all ranks."""
+        reason = None
+        try:
+            saved.check_sums(share=Share(self.global_rank, self.world_size))
+        except CheckpointError as error:
+            reason = str(error)
+        # Only one rank reads a damaged part, but all ranks must refuse it.
+        reasons = [text for text in sharded.gathered(reason) if text]
+        if reasons:
+            raise CheckpointError(reasons[0])
+
+    def _check_names(self, saved: SavedCheckpoint) -> None:
+        """Refuses other names; shapes are compared by `read_into`, since ZeRO-3's parameters have none."""
         assert self.lightning_module is not None
-        expected = set(self.lightning_module.state_dict())
-        if names != expected:
-            different = sorted(names ^ expected)
-            raise CheckpointError(
-                f"ckpt={saved.path} does not fit its configuration ({len(different)} names differ, the first: "
-                f"{different[0]})."
-            )
+        module = self.lightning_module
+        saved.check_weights(dict.fromkeys(module.state_dict()), later_buffers(module))
 
     def _tables(self) -> dict[str, ValueTable]:
         """Returns the tables by the names of their weights in the state dict."""

@@ -31,6 +31,7 @@ from torch.distributed import default_pg_timeout
 
 from pkm_lightning.errors import ConfigError, Interrupted, RankLostError
 from pkm_lightning.supervision.launcher import RANK_LOST
+from pkm_lightning.supervision.meeting_point import check_meeting_point
 
 _EXTERNAL = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
 
@@ -116,7 +117,7 @@ def join(trainer: L.Trainer) -> ExternalRanks | None:
 
     Raises:
         ConfigError: several nodes without a launcher that starts ranks on them, or another number of ranks than
-            configured.
+            configured, or an address or port that cannot be used.
         Interrupted: the same, in a rank other than 0, which leaves the report to rank 0.
         RankLostError: the ranks could not be connected.
     """
@@ -150,6 +151,8 @@ def _connect(trainer: L.Trainer, environment: ClusterEnvironment) -> ExternalRan
     choose = getattr(strategy, "_get_process_group_backend", None)
     backend = choose() if choose else _get_default_process_group_backend_for_device(device)
     timeout = getattr(strategy, "_timeout", None) or default_pg_timeout
+    if environment.global_rank() == 0:
+        check_meeting_point(environment)
     try:
         _init_dist_connection(environment, backend, device_id=None if device.type == "cpu" else device, timeout=timeout)
     except RuntimeError as error:

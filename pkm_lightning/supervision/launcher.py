@@ -24,6 +24,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.supervision.error_folder import ErrorFolder
+from pkm_lightning.supervision.meeting_point import check_meeting_point
 
 #: Exit code of a process that ends because another was lost; sysexits.h's EX_TEMPFAIL: the same command may succeed.
 RANK_LOST = 75
@@ -145,9 +146,11 @@ class WatchedLauncher(_SubprocessScriptLauncher):
 
 
 def _failure(rank: int, code: int, reason: str | None) -> RankFailure:
+    names = {number.value: number.name for number in signal.Signals}
     if code < 0:
-        names = {number.value: number.name for number in signal.Signals}
         return RankFailure(f"rank {rank} was killed by {names.get(-code, f'signal {-code}')}", RANK_LOST)
+    if code - 128 in names:  # it has handled the signal, and ended as shells report one
+        return RankFailure(f"rank {rank} was stopped by {names[code - 128]}", code)
     return RankFailure(f"rank {rank} failed: {reason}" if reason else f"rank {rank} ended with exit code {code}", code)
 
 
@@ -160,5 +163,7 @@ class WatchedRanks(ParallelStrategy):
             super()._configure_launcher()
             return
         assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            check_meeting_point(self.cluster_environment)
         processes = len(self.parallel_devices or [])
         self._launcher = WatchedLauncher(self.cluster_environment, processes, getattr(self, "num_nodes", 1))

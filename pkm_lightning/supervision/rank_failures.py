@@ -17,6 +17,7 @@ from pkm_lightning.errors import Interrupted, PkmError, RankLostError
 from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.supervision.error_folder import ErrorFolder
 from pkm_lightning.supervision.launcher import RANK_LOST, RankFailure, WatchedLauncher
+from pkm_lightning.supervision.signals import exit_code, stop_on_signals
 
 # Texts by which gloo, NCCL and the store of the process group report a broken connection: they raise plain
 # RuntimeErrors (torch 2.11 to 2.13).
@@ -157,6 +158,28 @@ def leave_error_to_rank_0() -> Iterator[None]:
 
 @contextlib.contextmanager
 def supervise_evaluation(trainer: L.Trainer) -> Iterator[None]:
-    """Combines all context managers of this module for a verb that leaves no run to continue."""
-    with leave_error_to_rank_0(), end_on_lost_rank(trainer, None), watch_ranks(trainer, None):
-        yield
+    """Combines all context managers of this module for a verb that leaves no run to continue.
+
+    Raises:
+        Interrupted: a signal asked this process to stop, or another rank was lost.
+    """
+    with (
+        leave_error_to_rank_0(),
+        end_on_lost_rank(trainer, None),
+        watch_ranks(trainer, None),
+        name_lost_rank(trainer),  # before the watch ends the other ranks, so that it finds how the lost one ended
+        stop_on_signals(trainer, None),
+    ):
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if not was_stopped(stop, trainer):
+                raise
+            message = "interrupted; run the command again" if trainer.is_global_zero else ""
+            raise Interrupted(message, exit_code(stop)) from None
+
+
+def was_stopped(error: BaseException, trainer: L.Trainer) -> bool:
+    """Returns whether `error` is the answer to a signal."""
+    # Lightning turns a KeyboardInterrupt inside the Trainer into a SystemExit.
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and trainer.interrupted)

@@ -15,6 +15,11 @@ from torch.distributed.tensor import DTensor
 from pkm_lightning.ops.ranks import full_tensor
 
 
+def norm_limit(configured: float | None) -> float | None:
+    """Returns the norm to clip to; 0 means no clipping, like None, as it does in Lightning and DeepSpeed."""
+    return configured or None
+
+
 def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scales the gradients of `parameters` so that their common L2 norm is at most `max_norm`; None only measures.
 

@@ -7,7 +7,6 @@ It is built from a plain configuration dict, which every checkpoint holds. A ste
 from __future__ import annotations
 
 import random
-import zlib
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,6 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import SumMetric
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
@@ -24,7 +22,7 @@ from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.data.base import check_batch, tokenizer_digest
+from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -37,9 +35,11 @@ from pkm_lightning.model.placement import named_plugins, plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
-from pkm_lightning.training.clipping import clip_by_norm
+from pkm_lightning.training.batch_checks import BatchChecks
+from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
+from pkm_lightning.training.heldout import HeldoutSum
 from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import add_row_optimizer, table_only_optimizer
@@ -66,15 +66,13 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.config = config
-        # Sums, not a mean: torchmetrics' means leave out NaN, and a diverged model must show.
-        self.heldout_nll = SumMetric(nan_strategy="disable")
-        self.heldout_targets = SumMetric(nan_strategy="disable")
+        self.heldout_nll, self.heldout_targets = HeldoutSum(), HeldoutSum()
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
         self._step_nll: Tensor | None = None
         self._step = 0
         self._reports = StepReports()
-        self._batch_checked = False
+        self._batches = BatchChecks()
         self.watch = StepWatch()
         self.table_optimizer: Optimizer | None = None
 
@@ -125,8 +123,8 @@ class LanguageModule(L.LightningModule):
         self.table_optimizer = table_only_optimizer(self.model, self.config)
         optimizer = add_row_optimizer(dense, self.model, self.config) if self.table_optimizer is None else dense
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def forward(self, batch: dict[str, Tensor], *, observe: bool = False) -> ModelOutput:
         """Runs the model on a batch of the contract: `input_ids`, optional `doc_ids` and `valid`."""
@@ -153,10 +151,14 @@ class LanguageModule(L.LightningModule):
         if self.table_optimizer is not None:
             self._follow_schedule(self.table_optimizer)
         stream = f"{self.config['seed']}/{self.global_step}/{batch_idx}/{self.global_rank}"
-        seed = zlib.crc32(stream.encode())
+        seed = seed_torch(stream, on_cpu=self.device.type == "cpu")
         random.seed(seed)
         np.random.seed(seed)
-        seed_torch(seed, on_cpu=self.device.type == "cpu")
+
+    def on_train_batch_end(self, outputs: Any, batch: object, batch_idx: int) -> None:
+        """Raises DataError for a batch that is None, which Lightning leaves out with a warning."""
+        if batch is None:
+            self._batches.check_training(self, batch, batch_idx)
 
     def _follow_schedule(self, table_optimizer: Optimizer) -> None:
         """Sets this step's rate for tables outside the optimizer that the schedule drives."""
@@ -169,9 +171,7 @@ class LanguageModule(L.LightningModule):
 
         Letters: M positions with a target.
         """
-        if not self._batch_checked:
-            check_batch(batch, self.model.embedding.num_embeddings)
-            self._batch_checked = True
+        self._batches.check_training(self, batch, batch_idx)
         # Not self(batch): DeepSpeed's hooks on this module already run around this method.
         output = self.forward(batch, observe=self.watch.observes)
         self.watch.notify(output.traces, batch)
@@ -202,11 +202,11 @@ class LanguageModule(L.LightningModule):
         """Corrects the gradients to the mean over all targets of the step; logs the step's loss if a log is due."""
         if self._accumulates():
             return
+        self._batches.check_first_step(self, self._normaliser.total())
         for table in self.model.value_tables:
             if table.weight.grad is not None:
                 mean_over_replicas(table.weight.grad, table.mesh)
-        correction = self._normaliser.correction()
-        if correction is not None:
+        if (correction := self._normaliser.correction()) is not None:
             self._correct(correction)
         if self.log_is_due() or self.watch.judges:
             assert self._step_nll is not None
@@ -226,8 +226,7 @@ class LanguageModule(L.LightningModule):
                 table.stage.scale = table.stage.scale * correction
         engine = engine_of(self.trainer)
         parameters = self.parameters() if engine is None else (table.weight for table in tables)
-        grads = [local_shard(p.grad) for p in parameters if p.grad is not None]
-        if grads:
+        if grads := [local_shard(p.grad) for p in parameters if p.grad is not None]:
             torch._foreach_mul_(grads, correction)
         if engine is not None:
             engine.scale_gradients(correction)
@@ -251,14 +250,15 @@ class LanguageModule(L.LightningModule):
         if self._accumulates():
             return
         optim = self.config["optim"]
-        dense_limit = optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val
+        dense_limit = norm_limit(optim["clip_norm"] if gradient_clip_val is None else gradient_clip_val)
+        table_limit = norm_limit(optim["table_clip_norm"])
         table_groups = [] if self.table_optimizer is None else self.table_optimizer.param_groups
         groups: dict[str, list[torch.nn.Parameter]] = {"dense": [], "table": []}
         for group in [*optimizer.param_groups, *table_groups]:
             groups["table" if group["name"] in ("table", "table_dense") else "dense"] += group["params"]
         measure = self.log_is_due() or bool(self.watch.judges)
-        if groups["table"] and (optim["table_clip_norm"] is not None or measure):
-            self._clip_tables(groups["table"], optim["table_clip_norm"])
+        if groups["table"] and (table_limit is not None or measure):
+            self._clip_tables(groups["table"], table_limit)
         if any(p.grad is not None for p in groups["dense"]):
             if dense_limit is not None or measure:
                 self._record_norm("dense", clip_by_norm(groups["dense"], dense_limit))
@@ -342,6 +342,7 @@ class LanguageModule(L.LightningModule):
 
         Letters: M positions with a target.
         """
+        self._batches.check_heldout(self, batch, batch_idx)
         nll_M = token_nll(self.model, self.forward(batch).hidden_BTD, batch["labels"])
         if nll_M.numel():
             self.heldout_nll.update(nll_M.sum())
@@ -360,7 +361,9 @@ class LanguageModule(L.LightningModule):
         self._log_heldout("test")
 
     def _log_heldout(self, prefix: str) -> None:
-        loss = self.heldout_nll.compute() / self.heldout_targets.compute()
+        targets = self.heldout_targets.compute()
+        self._batches.check_heldout_targets(self, targets)
+        loss = self.heldout_nll.compute() / targets
         self.heldout_nll.reset()
         self.heldout_targets.reset()
         # The metric is already summed over ranks; without `sync_dist` Lightning would warn that it is not.
@@ -369,6 +372,7 @@ class LanguageModule(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Returns greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
+        self._batches.check_prompts(self, batch, batch_idx)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         with synchronized_forwards(self.model, self.device):
             answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)

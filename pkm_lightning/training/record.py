@@ -6,7 +6,7 @@
 | status | running, finished, failed (with `reason`), interrupted |
 | ffn, seed, precision, world_size, threads, device | what ran where |
 | params | total, active (parameters of one token's arithmetic), table |
-| flops_per_token | train and decode, of the model and of its trunk; the unembedding counts at every position [1] |
+| flops_per_token | train and decode, of the model and of its trunk, at `context` tokens in attention [1] |
 | bytes_per_token | train (the rows that each token moves) and decode (parameters read at batch 1) |
 | unknown_cost | plugins that state no cost; the figures above exclude them |
 | tokens, seconds, tokens_per_second | real input tokens, {train, total} over all sittings |
@@ -18,7 +18,7 @@
 | best_validation | lowest loss of the validations in training and its step; None without one |
 | metrics | of the final test; recall by form, relation and decile under `recall` |
 
-[1] Training computes the unembedding only where there is a target.
+[1] The unembedding counts at every position; training computes it only where there is a target.
 
 `start_record` has what is known before training, `pkm_lightning.callbacks.RunRecord` collects the rest, and `fit` adds
 how the run ended.
@@ -47,6 +47,7 @@ def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
         "flops_per_token": {
             "train": cost.train_flops,
             "decode": cost.model_flops,
+            "context": cost.context,
             "trunk": {"train": 3 * cost.trunk_train_flops, "decode": cost.trunk_flops},
         },
         "bytes_per_token": {"train": cost.train_bytes, "decode": cost.decode_bytes},

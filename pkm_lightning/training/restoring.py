@@ -58,8 +58,7 @@ class HostSnapshot:
 def restore_checkpoint(trainer: L.Trainer, module: LanguageModule, path: Path) -> int:
     """Restores the state of a checkpoint of this run, and returns its step. Collective: call on all ranks."""
     strategy = trainer.strategy
-    # weights_only=False: this run wrote the file, which also holds loop and callback states.
-    checkpoint = strategy.load_checkpoint(path, weights_only=False)
+    checkpoint = strategy.load_checkpoint(path, weights_only=True)
     strategy.load_model_state_dict(checkpoint)
     strategy.load_optimizer_state_dict(checkpoint)
     _load_schedules(trainer, checkpoint["lr_schedulers"])

@@ -8,7 +8,7 @@ import pytest
 from toys import config
 
 from pkm_lightning.build.model import build_meta_model
-from pkm_lightning.build.sizing import solve_size
+from pkm_lightning.build.sizing import _closest, solve_size
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.model import ModelCost, model_cost
 
@@ -100,3 +100,14 @@ def test_match_none_changes_nothing() -> None:
 def test_errors_name_the_bound(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         solve_size(config(*overrides))
+
+
+def test_a_budget_is_met_within_two_percent() -> None:
+    def measure(value: int) -> float:
+        return 1000.0 * value
+
+    assert _closest(measure, 10_190, "match=params", 1) == 10
+    assert _closest(measure, 26_470, "match=params", 1) == 26
+    for budget in (10_210, 10_300):
+        with pytest.raises(ConfigError, match="not within 2% of the budget"):
+            _closest(measure, budget, "match=params", 1)

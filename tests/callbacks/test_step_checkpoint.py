@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from pkm_lightning.callbacks import StepCheckpoint
+from pkm_lightning.callbacks import RunInterrupted, StepCheckpoint
 from pkm_lightning.errors import ConfigError
 
 
@@ -31,3 +32,23 @@ def test_older_and_half_written_ones_go_and_later_ones_stay(tmp_path: Path) -> N
 def test_a_word_for_the_background_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"step_checkpoint.asynchronous='maybe'"):
         StepCheckpoint(dirpath=str(tmp_path), every_n_steps=4, asynchronous="maybe")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arrives", ["never", "before the votes", "during the votes"])
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path: Path, arrives: str) -> None:
+    callback = StepCheckpoint(dirpath=str(tmp_path), every_n_steps=4)
+
+    def reduce(votes: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        if arrives == "during the votes":
+            callback.request_stop("SIGTERM")
+        return votes
+
+    strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(world_size=2, strategy=strategy)
+    if arrives == "never":
+        callback.stop_if_requested(trainer)
+        return
+    if arrives == "before the votes":
+        callback.request_stop("SIGTERM")
+    with pytest.raises(RunInterrupted if arrives == "before the votes" else KeyboardInterrupt, match="SIGTERM"):
+        callback.stop_if_requested(trainer)

@@ -116,6 +116,18 @@ def test_every_rank_holds_the_counters_of_slot_usage() -> None:
     assert make_plan(build_meta_model({**given, "ffn": DENSE}), given).memory.usage_counters == 0
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_scaled_after_accumulation_are_exchanged_by_zero_1_and_2_only(stage: int) -> None:
+    def received(micro_batches: int) -> int:
+        strategy = {**STRATEGIES["deepspeed"], "stage": stage}
+        return plan({"strategy": strategy, "trainer.accumulate_grad_batches": micro_batches}).traffic.dense or 0
+
+    # Each further micro-batch adds the same; the second also the exchange, fp32 in both directions between 8 ranks.
+    exchange = received(2) - received(1) - (received(3) - received(2))
+    trained = sum(parameter.numel() for parameter in large()[0].parameters() if parameter.requires_grad)
+    assert exchange == (2 * 4 * trained * 7 // 8 if stage < 3 else 0)
+
+
 def test_one_process_receives_nothing() -> None:
     model, given = small()
     alone = make_plan(model, _changed(given, {"trainer.devices": 1, "strategy": {}}))

@@ -69,6 +69,7 @@ def test_metadata_and_layout_of_an_exported_file(exported: Path) -> None:
     with safe_open(exported, "pt") as file:
         texts = file.metadata()
     saved = checkpoint()
+    assert len(texts.pop("pkm_lightning_crc32").split()) == 1 + len(weights())
     assert json.loads(texts.pop("config")) == saved["hyper_parameters"]["config"]
     assert texts == {
         "format": "pt", "pkm_lightning_format": "1", "pkm_lightning_version": pkm_lightning.__version__,

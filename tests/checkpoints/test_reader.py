@@ -74,6 +74,10 @@ def change_header(path: Path, change: Any) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
 
+def replace_header(path: Path, text: bytes) -> None:
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
 def largest_part(folder: Path) -> Path:
     return max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
 
@@ -99,6 +103,30 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
         lambda p: change_header(p, lambda h: h["__metadata__"].update(tokens_seen="many")),
         "metadata",
     ),
+    **{
+        f"header {name}": (
+            "exported",
+            lambda p, change=change: change_header(p, lambda h: h["experts"].update(change)),
+            "header is unreadable|does not lie",
+        )
+        for name, change in {
+            "infinite shape": {"shape": [float("inf")]},
+            "nan shape": {"shape": [float("nan")]},
+            "infinite offset": {"data_offsets": [0, float("inf")]},
+            "fractions": {"shape": [3.0, 4, 5]},
+            "truth values": {"shape": [True, 60]},
+            "2**62": {"shape": [2**62], "data_offsets": [0, 2**65]},
+            "2**62 of nothing": {"shape": [2**62, 8, 0], "data_offsets": [0, 0]},
+            "5,000 digits": {"shape": [10**4000]},
+            "negative": {"shape": [-3, -4, 5]},
+            "many dimensions": {"shape": [1] * 70},
+            "overlap": {"data_offsets": [8, 488]},
+            "texts": {"shape": "345"},
+            "no fields": {"data_offsets": []},
+        }.items()
+    },
+    "header deep": ("exported", lambda p: replace_header(p, b'{"a":' + b"[" * 100_000), "unreadable|no JSON"),
+    "name twice": ("exported", lambda p: replace_header(p, b'{"a":1,"a":1}'), "a name twice"),
     "missing": ("exported", lambda p: p.unlink(), "does not exist"),
     "archive cut short": ("file", lambda p: os.truncate(p, p.stat().st_size // 2), "damaged or no checkpoint"),
     "text": ("file", lambda p: p.write_text("model: {}"), "damaged or no checkpoint"),

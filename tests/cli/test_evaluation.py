@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_predict_answers_in_order_from_the_command_line_and_from_a_file(cli: Run
     ("arguments", "said"),
     [
         ([], "needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT"),
+        (["run_dir=nowhere", "ckpt=nowhere.ckpt"], "may be of two runs; give run_dir"),
         (["run_dir=elsewhere"], "is not a directory"),
         (["ckpt=elsewhere.ckpt"], "does not exist"),
         (["run_dir=run", "ffn=dense"], "the saved configuration of a run wins"),
@@ -52,6 +54,16 @@ def test_what_cannot_be_evaluated_is_said(cli: Run, trained: Path, arguments: li
     shown = cli("test", *arguments)
     assert shown.code == 2
     assert said in shown.err
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict", "export"])
+def test_other_ranks_are_not_given_a_run_that_nobody_named(cli: Run, tmp_path: Path, verb: str) -> None:
+    """Lightning starts them by `sys.argv`; the default run directory is one of a new run."""
+    cli(verb, "ckpt=elsewhere.ckpt", "strategy=ddp", "devices=2")
+    assert not [argument for argument in sys.argv if argument.startswith("run_dir")]
+    assert {"ckpt=elsewhere.ckpt", "strategy=ddp", "devices=2"} <= set(sys.argv)
+    cli(verb, "run_dir=elsewhere")
+    assert f"run_dir='{tmp_path / 'elsewhere'}'" in sys.argv
 
 
 def test_predict_without_prompts_names_the_keys(cli: Run, trained: Path) -> None:

@@ -47,3 +47,15 @@ def test_ten_times_the_default_learning_rate_stays_finite(cli: Run, ffn: str, tm
     assert len(losses) == 20
     assert all(math.isfinite(loss) for loss in losses)
     print(ffn, losses[0], max(losses), losses[-1])
+
+
+@pytest.mark.parametrize(("precision", "ffn"), [("bf16-true", "peer"), ("64-true", "memory_plus")])
+def test_every_callback_works_in_weights_of_other_precision(cli: Run, precision: str, ffn: str, tmp_path: Path) -> None:
+    steps = ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]
+    chosen = [f"ffn={ffn}", f"trainer.precision={precision}", "callbacks=[default,slot_revival]"]
+    run = cli("fit", *SMALL_RUN, *steps, *chosen, "run_dir=run")
+    assert run.code == 0, run.err
+    logged = {name: value for row in metrics(tmp_path / "run") for name, value in row.items() if value}
+    assert {"val/loss", "val/recall_seen", "train/vitals/value_norm", "train/loss"} <= logged.keys()
+    assert all(math.isfinite(float(value)) for value in logged.values())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["test/loss"] == pytest.approx(6.4, abs=1)

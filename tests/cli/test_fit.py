@@ -171,8 +171,12 @@ def test_a_failure_is_recorded_with_its_reason(cli: Run, tmp_path: Path) -> None
     (tmp_path / "breaking.py").write_text(
         "from pkm_lightning.ffn import Dense\n"
         "class Breaking(Dense):\n"
+        "    calls = 0\n"
         "    def forward(self, x, context):\n"
-        "        raise ArithmeticError('numbers went wrong')\n"
+        "        self.calls += 1\n"
+        "        if self.calls > 8:\n"
+        "            raise ArithmeticError('numbers went wrong')\n"
+        "        return super().forward(x, context)\n"
     )
     with pytest.raises(ArithmeticError):
         cli("fit", *SMALL_RUN, "run_dir=run", "ffn=dense", "ffn._target_=breaking.Breaking")

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 from small import Run, resolved
 
+from pkm_lightning.cli.info import describe
 from pkm_lightning.errors import ConfigError
-
-PRESETS = {"134m": 134e6, "373m": 373e6, "720m": 720e6, "1.3b": 1.3e9, "8b": 8.03e9}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_as_large_as_their_names_say(preset: str) -> None:
-    run = resolved("ffn=dense", f"model={preset}")
-    assert run.cost.params_total == pytest.approx(PRESETS[preset], rel=0.05)
 
 
 def test_the_table_and_the_json_agree(cli: Run, tmp_path: Path) -> None:
@@ -25,10 +18,30 @@ def test_the_table_and_the_json_agree(cli: Run, tmp_path: Path) -> None:
     shown = cli("info").out
     assert f"{figures['params']['total']:,} / {figures['params']['active']:,}" in shown
     assert f"{figures['flops_per_token']['train']:,}" in shown
+    assert figures["flops_per_token"]["context"] == 64
+    assert re.search(r"at a context of +│ 64 tokens \(data.seq_len\)", shown)
+    assert figures["model"] == {"n_layers": 2, "dim": 64}
+    assert figures["remarks"] == []
     assert f"{figures['bytes_per_token']['decode']:,}" in shown
-    assert figures["table"] == {"rows": 65536, "dim": 64, "bytes": 65536 * 64 * 4}
+    assert figures["table"] == {"count": 1, "rows": 65536, "dim": 64, "bytes": 65536 * 64 * 4}
     assert figures["optimizer_bytes"] == 2 * figures["weight_bytes"] == 8 * figures["params"]["total"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("tokens", "flops"), [(64, 0.623e9), (4096, 1.019e9)])
+def test_flops_are_those_of_the_context_that_stands_beside_them(tokens: int, flops: float) -> None:
+    run = resolved("ffn=dense", "model=373m", f"data.seq_len={tokens}")
+    assert describe(run)["flops_per_token"]["context"] == tokens
+    assert run.cost.trunk_flops == pytest.approx(flops, rel=1e-3)
+
+
+def test_a_batch_that_does_not_suit_the_model_or_the_ranks_is_remarked() -> None:
+    few, uneven = describe(resolved("ffn=dense", "model=1.3b", "strategy=ddp", "devices=5"))["remarks"][::-1]
+    assert few.startswith("3,072 tokens per step (data.global_batch_size=48 x data.seq_len=64) are few for this model")
+    assert "would take 7,786,426 steps" in few
+    assert uneven.startswith("fit would refuse this batch: data.global_batch_size=48 does not divide over 5 ranks")
+    large = describe(resolved("ffn=dense", "model=1.3b", "data.seq_len=4096", "data.global_batch_size=256"))
+    assert large["remarks"] == []
 
 
 def test_a_table_of_64_billion_values_is_described_at_once() -> None:
@@ -53,6 +66,16 @@ def test_variants_stand_side_by_side_at_equal_budget(cli: Run, tmp_path: Path) -
     assert all(name in table.splitlines()[2] for name in names)
     assert f"{trunks[0]:,}" in table
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_experiment_shows_its_variants_unless_an_ffn_is_named(cli: Run) -> None:
+    shown = cli("info", "experiment=paper_134m", "format=json")
+    assert shown.code == 0, shown.err
+    figures = json.loads(shown.out)
+    assert [f["variant"] for f in figures] == ["dense", "moe", "peer", "memory", "memory_plus"]
+    assert figures[-1]["layers"] == [2, 6, 10]
+    alone = json.loads(cli("info", "experiment=paper_134m", "ffn=peer", "format=json").out)
+    assert (alone["ffn"], alone["model"]) == ("PEER", {"n_layers": 12, "dim": 768})
 
 
 def test_overrides_reach_every_variant(cli: Run) -> None:
@@ -87,6 +110,9 @@ def test_variants_are_found_on_the_search_path(cli: Run, tmp_path: Path) -> None
             r"ffn=dense: match=params through ffn.hidden_dim: even",
         ),
         (["ffn=dense,pkm", "ffn.n_keys=8"], r"ffn.n_keys is not a key of the configuration"),
+        (["strategy=ddp,ddp"], r"strategy=ddp,ddp repeats a variant or leaves a name empty; allowed: strategy=NAME,"),
+        (["strategy=fsdp,single", "devices=2"], r"strategy=single: trainer.devices=2 needs a strategy"),
+        (["strategy=ddp,single", "devices=2", "ffn=dense,pkm"], r"dense, single: trainer.devices=2 needs a strategy"),
         (["ffn=dense", "match=flops", "match_budget=lots"], r"match_budget='lots' is not a number"),
         (
             ["ffn=dense,pkm", "ffn=moe"],
@@ -110,7 +136,7 @@ def test_variants_that_cannot_be_shown(cli: Run, arguments: list[str], message: 
         (["ffn.qk_norm=1"], r"ffn.qk_norm=1 is neither true nor false"),
         (["ffn.temperature=2"], r"ffn.temperature=2 is neither true nor false"),
         (["ffn.value_projection=x"], r"ffn.value_projection='x' is neither true nor false"),
-        (["ffn.cures=5"], r"ffn.cures=5 is not a mapping; set a cure, as in ffn.cures.simvq=true"),
+        (["ffn.cures=5"], r"ffn.cures=5 is not a mapping"),
         (["ffn.cures.balance_loss=nan"], r"ffn.cures.balance_loss=nan is not finite"),
         (["ffn=moe_expert_choice", "ffn.capacity_factor=nan"], r"ffn.capacity_factor=nan is not finite"),
         (["ffn=moe_expert_choice", "ffn.capacity_factor=0"], r"ffn.capacity_factor=0"),

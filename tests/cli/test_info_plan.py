@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from small import SMALL_RUN, Run, resolved
 
+from pkm_lightning.cli.plan_rows import plan_rows
 from pkm_lightning.cli.resume import differences
 from pkm_lightning.errors import ConfigError
 
@@ -26,7 +27,7 @@ def test_the_table_and_the_json_agree(cli: Run, tmp_path: Path) -> None:
     table = cli(*arguments).out
     assert "8, fsdp" in table
     assert "by dim over 4, 2 copies" in table
-    assert f"0.0 GB ({plan['memory_per_device']['table_part']:,} bytes)" in table
+    assert f"4.2 MB ({plan['memory_per_device']['table_part']:,} bytes)" in table
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,6 +53,37 @@ def test_variants_are_planned_side_by_side(cli: Run) -> None:
     assert [plan["memory_per_device"]["table_part"] > 0 for plan in plans] == [False, True, False]
 
 
+def test_strategies_stand_side_by_side(cli: Run) -> None:
+    arguments = ["info", "strategy=fsdp,deepspeed_2", "devices=2", "device_memory=1"]
+    figures = json.loads(cli(*arguments, "format=json").out)
+    assert [f["variant"] for f in figures] == ["fsdp", "deepspeed_2"]
+    assert [f["plan"]["strategy"] for f in figures] == ["fsdp", "zero2"]
+    rows = dict(plan_rows(figures[1]["plan"]))
+    assert (rows["devices, strategy"], rows["tables"]) == ("2, deepspeed_2", "by dim over 2, 1 copy")
+    both = json.loads(cli(*arguments, "ffn=dense,memory_plus", "format=json").out)
+    names = ["dense, fsdp", "dense, deepspeed_2", "memory_plus, fsdp", "memory_plus, deepspeed_2"]
+    assert [f["variant"] for f in both] == names
+    assert "tables" not in dict(plan_rows(both[0]["plan"]))
+    held = {**figures[1]["plan"]["memory_per_device"], "activations": None}
+    unknown = dict(plan_rows({**figures[1]["plan"], "memory_per_device": held}))
+    assert unknown["  activations of a micro-batch"] == "unknown"
+    assert {"memory per device, at least", "  left of 1.0 GB, at most"} <= unknown.keys()
+    assert {name: f["plan"]["memory_per_device"] for name, f in zip(names, both, strict=True)}[names[2]] == (
+        figures[0]["plan"]["memory_per_device"]
+    )
+
+
+@pytest.mark.parametrize("devices", [[], ["strategy=ddp", "devices=2"]], ids=["alone", "two"])
+def test_what_fits_is_said_with_what_is_left(cli: Run, devices: list[str]) -> None:
+    plan = json.loads(cli("info", "device_memory=2", "format=json", *devices).out)["plan"]
+    held = plan["memory_per_device"]
+    assert held["activations"] > 0 < held["logits"]
+    assert plan["device_memory_left"] == 2e9 - held["total"] > 0
+    shown = cli("info", "device_memory=2", *devices).out
+    assert "left of 2.0 GB" in shown
+    assert f"{round(plan['device_memory_left']):,} bytes" in shown
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3"])
 def test_every_strategy_is_planned(strategy: str) -> None:
     received = resolved(f"strategy={strategy}", "devices=4").plan.traffic.dense
@@ -64,6 +96,12 @@ def test_what_does_not_fit_is_refused_in_one_sentence(cli: Run) -> None:
     assert shown.code == 2
     assert len(shown.err.splitlines()) == 1
     assert "but has 80.0 GB (device_memory); this fits: " in shown.err
+    batch = cli("info", "model=134m", "ffn=dense", "data.seq_len=1024", "device_memory=30")
+    assert "the most for activations" in batch.err
+    assert "this fits: model.activation_checkpointing=true (" in batch.err
+    assert batch.err.count("trainer.accumulate_grad_batches=") == 1
+    both = cli("info", "model=134m", "ffn=dense", "data.seq_len=1024", "device_memory=6")
+    assert "this fits: model.activation_checkpointing=true trainer.accumulate_grad_batches=" in both.err
     alone = cli("info", "device_memory=0.001")
     assert alone.code == 2
     assert "has 0.0 GB" in alone.err

@@ -76,7 +76,7 @@ AT_THE_COMMAND_LINE = {
     "group option": (["ffn=memry_plus"], ["ffn=memry_plus", "dense", "Did you mean 'memory_plus'?"]),
     "group": (["fnn=dense"], ["fnn", "Did you mean 'ffn'?"]),
     "key": (["trainer.max_step=3"], ["trainer.max_step", "Did you mean 'max_steps'?"]),
-    "syntax": (["seed"], ["seed", "EQUAL"]),
+    "syntax": (["seed"], ["'seed' is not an override", "KEY=VALUE"]),
     "n_keys": (["ffn.n_keys=0"], ["ffn.n_keys=0", "1 to 46340"]),
     "precision": (["trainer.precision=31"], ["trainer", "31", "bf16-mixed"]),
     "missing target": (["ffn=custom"], ["ffn._target_"]),
@@ -89,9 +89,9 @@ AT_THE_COMMAND_LINE = {
 }
 #: Refused by `resolve`, which the line above shows to reach the command line.
 WHEN_RESOLVED = {
-    "text for a number": (["ffn.knn=abc"], ["ffn.knn='abc'", "not a number"]),
+    "text for a number": (["ffn.knn=abc"], ["ffn.knn='abc'", "not a whole number"]),
     "fraction": (["ffn.knn=1.5"], ["ffn.knn=1.5", "whole"]),
-    "null dimension": (["model.dim=null"], ["model.dim=None", "not a number"]),
+    "null dimension": (["model.dim=null"], ["model.dim=null", "not a whole number"]),
     "no heads": (["model.n_heads=0"], ["model.n_heads=0"]),
     "a number for layers": (["placement.layers=3"], ["placement.layers=3", "list"]),
     "negative clipping": (["optim.clip_norm=-1"], ["optim.clip_norm=-1"]),
@@ -102,12 +102,12 @@ WHEN_RESOLVED = {
     "one sample": (["callbacks.samples.prompts=hello"], ["callbacks.samples.prompts='hello'", "list"]),
     "negative samples": (["callbacks.samples.items=-1"], ["callbacks.samples.items=-1", "0"]),
     "no answers": (["callbacks.samples.max_new_tokens=0"], ["callbacks.samples.max_new_tokens=0", "1"]),
-    "one prompt": (["data.prompts=hello"], ["data.prompts=hello", "list"]),
+    "one prompt": (["data.prompts=hello"], ["data.prompts='hello'", "list"]),
     "negative rate": (["optim.lr=-1"], ["optim.lr=-1"]),
-    "seed": (["seed=abc"], ["seed='abc'", "not a number"]),
+    "seed": (["seed=abc"], ["seed='abc'", "not a whole number"]),
     "knn": (["ffn.knn=257"], ["ffn.knn=257", "1 to 256"]),
     "odd key dimension": (["ffn.key_dim=31"], ["ffn.key_dim=31", "odd", "32"]),
-    "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "1, 2, 4, 8"]),
+    "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "4, 8, 16, 32"]),
     "kv heads": (["model.n_kv_heads=3"], ["model.n_heads=4", "model.n_kv_heads=3", "1, 2, 4"]),
     "layers": (["placement.layers=[0,2]"], ["2", "0 to 1", "model.n_layers=2"]),
     "layer twice": (["placement.layers=[1,1]"], ["repeats a layer"]),
@@ -200,4 +200,4 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_leaves_no_part(cli: Run,
     assert "free the disk" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
-    assert '"status": "failed"' in (tmp_path / "full" / "run.json").read_text()
+    assert '"status": "interrupted"' in (tmp_path / "full" / "run.json").read_text()

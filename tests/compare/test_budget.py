@@ -26,11 +26,14 @@ class Recorder(Processes):
 
     def run(self, planned: Sequence[ScheduledRun], tick: Callable[[list[ScheduledRun]], None]) -> Iterator[RunEnd]:  # type: ignore[override]
         self.runs += planned
+        tick(list(planned))
         yield from ()
 
 
 @pytest.mark.parametrize("callbacks", [{"recall": {"val_items": 64}}, {"diagnostics": {}}, None])
-def test_a_variant_is_warmed_up_without_a_long_test(tmp_path: Path, callbacks: dict[str, Any] | None) -> None:
+def test_a_variant_is_warmed_up_without_a_long_test(
+    tmp_path: Path, callbacks: dict[str, Any] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     processes, config = Recorder(), {"trainer": {"accumulate_grad_batches": 1}, "callbacks": callbacks}
     warm_up(
         [Variant("a", ("ffn=dense", "trainer.max_steps=900"))], {"a": config}, ["data.people=60"], tmp_path, processes
@@ -40,6 +43,7 @@ def test_a_variant_is_warmed_up_without_a_long_test(tmp_path: Path, callbacks: d
         run.overrides
     )
     assert "trainer.max_steps=900" not in run.overrides
+    assert capsys.readouterr().out == "warm-up, which compiles kernels: 1 runs\na seed 0: started\n"
     assert ("~callbacks.recall" in run.overrides) is (callbacks is not None and "recall" in callbacks)
 
 

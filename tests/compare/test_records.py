@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 from processes import held_elsewhere
 from run_folders import FakeRun
-from studies import SETTINGS
 
-from pkm_lightning.compare import plots, report
 from pkm_lightning.compare.comparison_file import Comparison
 from pkm_lightning.compare.records import read_runs
 from pkm_lightning.compare.run_files import read_metrics
 from pkm_lightning.compare.run_state import run_state
-from pkm_lightning.compare.study import make_study
 from pkm_lightning.errors import RunDirectoryError
 
 
@@ -160,58 +157,6 @@ def test_a_lock_of_this_process_does_not_count(tmp_path: Path) -> None:
     with (folder / ".lock").open("a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         assert run_state(folder) == "finished"
-
-
-_NO_SWEEP = '{"schema": 1, "command": [], "base": [], "sweep": {"results": {}}}'
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99}', '{"schema": 1, "colour": "red"}', _NO_SWEEP])
-def test_a_damaged_comparison_is_refused(tmp_path: Path, content: str) -> None:
-    FakeRun("a", 1).write(tmp_path)
-    (tmp_path / "compare.json").write_text(content)
-    with pytest.raises(RunDirectoryError, match=r"compare\.json"):
-        read_runs([tmp_path])
-
-
-def test_damaged_files_make_their_run_fail_and_no_other(tmp_path: Path) -> None:
-    config = FakeRun("a", 1).write(tmp_path) / "config.yaml"
-    record = FakeRun("b", 1).write(tmp_path) / "run.json"
-    FakeRun("c", 1).write(tmp_path)
-    config.write_text("{")
-    record.write_text("{")
-    runs, _ = read_runs([tmp_path])
-    assert [run.failure for run in runs] == ["config.yaml is missing or damaged", "no record of a run", ""]
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("recall.csv", b"form,relation\nparaphrase,x\n"),
-        ("recall.csv", b"form,relation,prompt,truth,exact,bits,prior_bits,decile\na,b,c,d,1,?,2,3\n"),
-        ("metrics.csv", b"step,tokens\n\xff\xfe\n"),
-        ("run.json", b'{"status": "finished", "seed": null, "metrics": {}}'),
-        ("config.yaml", b"ffn: {}\noptim: {lr: high}\nmodel: {dim: 64, n_layers: 3}\n"),
-        ("config.yaml", b"- a\n- list\n"),
-        ("run.json", b'{"status": "finished", "seed": 1, "metrics": [1], "data": 3}'),
-        ("run.json", b'{"status": "failed", "seed": 1, "metrics": [1], "data": 3, "versions": 4, "started": 5}'),
-        ("run.json", b'{"status": "failed", "seed": 1, "metrics": {"recall": 5}, "best_validation": 3}'),
-        (
-            "run.json",
-            b'{"status": "failed", "seed": 1, "metrics": {"recall": {"seen": {"by_decile": 3}}}, "params": 1}',
-        ),
-    ],
-)
-def test_a_damaged_file_affects_no_other_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes
-) -> None:
-    monkeypatch.setattr(plots, "all_plots", lambda study: ())
-    (FakeRun("a", 1).write(tmp_path / "runs") / file).write_bytes(content)
-    FakeRun("b", 1).write(tmp_path / "runs")
-    study = make_study([tmp_path / "runs"], SETTINGS)
-    runs = {run.variant: run for run in study.runs}
-    assert runs["a"].failure
-    assert runs["b"].ok
-    report.write_report(study, tmp_path / "report")
 
 
 def _with_one_answer_flipped(lines: list[str]) -> list[str]:

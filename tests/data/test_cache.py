@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,18 +65,56 @@ def test_other_arguments_mean_another_folder(tmp_path: Path) -> None:
     assert open_cache(tmp_path, KEY, build) != open_cache(tmp_path, CacheKey("toy", {"a": 2}), build)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
-def test_a_damaged_folder_is_built_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[0] ^= 1
+    file.write_bytes(content)
+
+
+def change_manifest(folder: Path, **changes: Any) -> None:
+    (folder / "manifest.json").write_text(json.dumps({**read_manifest(folder), **changes}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda folder: (folder / "two").write_text("2"), "two has another size than was written"),
+    "flipped bit": (lambda folder: flip_bit(folder / "two"), "two has changed since it was written"),
+    "removed": (lambda folder: (folder / "one").unlink(), "one cannot be read (No such file or directory)"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "a folder": (lambda folder: [(folder / "one").unlink(), (folder / "one").mkdir()], "one"),
+    "not JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json has changed"),
+    "not text": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), "manifest.json has changed"),
+    "too deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "manifest.json has changed"),
+    "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json has changed"),
+    "null": (lambda folder: (folder / "manifest.json").write_text("null"), "manifest.json has changed"),
+    "files listed": (lambda folder: change_manifest(folder, sha256=None, files=["one"]), "manifest.json has changed"),
+    "sizes alone": (
+        lambda f: change_manifest(f, sha256=None, files={"one": {"bytes": 1}}),
+        "manifest.json has changed",
+    ),
+    "sizes as texts": (lambda f: change_manifest(f, sha256=None, files={"one": 1}), "manifest.json has changed"),
+    "other arguments": (lambda f: change_manifest(f, sha256=None, arguments={"a": 2}), "manifest.json has changed"),
+    "other sources": (lambda folder: change_manifest(folder, sources=[]), "manifest.json has changed"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_is_named_and_built_again(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     folder = open_cache(tmp_path, KEY, build)
-    if damage == "truncate":
-        (folder / "two").write_text("2")
-    elif damage == "remove":
-        (folder / "one").unlink()
-    else:
-        (folder / "manifest.json").write_text("{")
+    damage, reason = DAMAGES[name]
+    damage(folder)
     assert open_cache(tmp_path, KEY, build) == folder
     assert (folder / "one").read_text() + (folder / "two").read_text() == "122"
-    assert "is damaged and is built again" in caplog.text
+    assert read_manifest(folder)["sources"][0]["name"] == "here"
+    assert f"is damaged ({reason}" in caplog.text
+    assert "is built again" in caplog.text
+
+
+def test_a_manifest_of_an_earlier_version_without_a_hash_of_its_own_is_accepted(tmp_path: Path) -> None:
+    folder = open_cache(tmp_path, KEY, build)
+    manifest = read_manifest(folder)
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert open_cache(tmp_path, KEY, refuse) == folder
 
 
 def test_a_killed_build_leaves_nothing_behind_that_counts(tmp_path: Path) -> None:
@@ -111,4 +152,16 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="No space left on device"):
         open_cache(tmp_path, KEY, fill)
-    assert not (tmp_path / KEY.folder_name()).exists()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"], "nothing half-written stays"
+    flip_bit(open_cache(tmp_path, KEY, build) / "two")
+    with pytest.raises(DataError, match=r"No space left on device.* is damaged: two has changed"):
+        open_cache(tmp_path, KEY, fill)
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_cache(tmp_path: Path) -> None:
+    def read(folder: Path) -> list[Source]:
+        (tmp_path / "text" / "gone.txt").read_text()
+        return []
+
+    with pytest.raises(DataError, match=r"text/gone\.txt cannot be read \(No such file or directory\)"):
+        open_cache(tmp_path / "cache", KEY, read)

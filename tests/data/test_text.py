@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from pkm_lightning.data import NO_TARGET, TextDataModule
 from pkm_lightning.data.text import head, tail
 from pkm_lightning.data.tokenizer import bytes_tokenizer
-from pkm_lightning.data.windows import chunks
+from pkm_lightning.data.windows import Windows
 from pkm_lightning.errors import ConfigError, DataError
 
 STORY = "".join(f"Sentence number {i} of the story has its own number. " for i in range(200))
@@ -49,6 +52,29 @@ def test_windows_tile_the_documents(text: Callable[..., TextDataModule], corpus:
         assert batch["valid"].all()
     documents = datamodule.tokenizer.decode(stream.tolist())
     assert documents.count("document") > 500
+
+
+def test_what_was_read_and_left_out_is_said(
+    text: Callable[..., TextDataModule], corpus: Path, tmp_path_factory: pytest.TempPathFactory, caplog: Any
+) -> None:
+    caplog.set_level("INFO")
+    (corpus / "deep" / "more.gz").write_text("x")
+    # A cache of its own: what a build reads is said by the build.
+    datamodule = text(str(corpus), tokenizer="bytes", cache_dir=str(tmp_path_factory.mktemp("own")))
+    datamodule.setup("fit")
+    n_bytes = sum(file.stat().st_size for file in corpus.rglob("*") if file.suffix in (".txt", ".md"))
+    train, validation = datamodule.splits.train, datamodule.splits.validation
+    assert isinstance(train, Windows)
+    assert isinstance(validation, Windows)
+    assert [record.message for record in caplog.records] == [
+        f"data.path={corpus}: 21 documents, of which 2 are held out for validation",
+        f"data.path={corpus}: 21 files, {n_bytes:,} bytes; skipped 2 of other endings (1 .gz, 1 .py)",
+        f"{train.n_tokens:,} tokens in {len(train)} sequences for training, {validation.n_tokens} tokens in "
+        f"{len(validation)} sequences for validation",
+    ]
+    assert train.n_tokens + validation.n_tokens == n_bytes + 21
+    datamodule.setup("test")
+    assert len(caplog.records) == 3
 
 
 def test_validation_holds_whole_documents(text: Callable[..., TextDataModule], corpus: Path) -> None:
@@ -90,12 +116,37 @@ def test_an_edited_file_is_read_again(text: Callable[..., TextDataModule], tmp_p
     assert text(str(file)).fingerprint != before
 
 
-@given(text=st.text(st.sampled_from("ab \n"), max_size=200), size=st.integers(1, 30))
-def test_chunks_are_tokenised_as_the_whole(text: str, size: int) -> None:
-    tokenizer = bytes_tokenizer()
-    pieces = chunks(text, size)
-    assert "".join(pieces) == text
-    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+def test_a_flipped_bit_in_any_prepared_file_is_mended_and_the_file_is_named(
+    text: Callable[..., TextDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text(STORY)
+    first = text(str(tmp_path / "a.txt"))
+    folder, fingerprint = first.cache_folder(), first.fingerprint
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        caplog.clear()
+        datamodule = text(str(tmp_path / "a.txt"))
+        datamodule.prepare_data()
+        assert f"is damaged ({file.name} has changed since it was written) and is built again" in caplog.text
+        assert file.read_bytes() == content
+        assert datamodule.fingerprint == fingerprint
+
+
+def test_a_tokenizer_that_truncates_makes_the_files_of_one_that_does_not(
+    text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(STORY)
+    made = []
+    for name, setting in (("plain", None), ("cut", {"direction": "Right", "max_length": 16, "stride": 0})):
+        content = json.loads(bytes_tokenizer()._backend.to_str())
+        content["truncation"] = setting and {**setting, "strategy": "LongestFirst"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        folder = text(str(tmp_path / "a.txt"), tokenizer=str(tmp_path / f"{name}.json")).cache_folder()
+        made.append({part: (folder / part).read_bytes() for part in ("train.bin", "validation.bin", "tokenizer.json")})
+    assert made[0] == made[1]
+    assert len(made[0]["train.bin"]) + len(made[0]["validation.bin"]) == 2 * (len(STORY) + 2)
 
 
 @given(documents=st.lists(st.text(st.sampled_from("abc "), min_size=1), min_size=1), share=st.floats(0, 1))
@@ -103,6 +154,31 @@ def test_head_and_tail_share_nothing_and_lose_no_letter(documents: list[str], sh
     cut = round(sum(map(len, documents)) * share)
     both = "".join([*head(iter(documents), cut), *tail(iter(documents), cut)])
     assert both.replace(" ", "") == "".join(documents).replace(" ", "")
+
+
+def test_a_user_without_a_home_is_asked_for_a_cache_when_it_is_needed(
+    text: Callable[..., TextDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text(STORY)
+    # As for a user id that the system does not know.
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    datamodule = text(str(tmp_path / "a.txt"), cache_dir="~/.cache/pkm_lightning")
+    assert datamodule.vocab_size == 300, "what needs no cache goes on without"
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=~/\.cache/pkm_lightning: this user has no home directory"):
+        datamodule.prepare_data()
+
+
+def test_a_document_without_white_space_is_cut_within_its_only_word(
+    text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("\u6f22\u5b57" * 10_000, encoding="utf-8")
+    datamodule = text(str(tmp_path / "a.txt"), tokenizer="bytes")
+    datamodule.prepare_data()
+    decoded = [
+        datamodule.tokenizer.decode(np.fromfile(datamodule.cache_folder() / f"{part}.bin", np.uint16).tolist())
+        for part in ("train", "validation")
+    ]
+    assert list(map(len, decoded)) == [18_000, 2_000]
 
 
 @pytest.mark.parametrize(
@@ -127,8 +203,16 @@ def test_bad_text_is_refused(
 
 
 def test_bad_keys_are_refused(text: Callable[..., TextDataModule]) -> None:
-    with pytest.raises(ConfigError, match=r"data\.path=\[\] names no files"):
-        text([]).prepare_data()
+    with pytest.raises(ConfigError, match=r"data\.path= names no files"):
+        text("")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir= names no directory"):
+        text("x", cache_dir="")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=null names no directory"):
+        text("x", cache_dir=None)
+    with pytest.raises(ConfigError, match=r"data\.seq_len=10000000000 is out of range; allowed: 2 to 16777216"):
+        text("x", seq_len=10**10)
+    with pytest.raises(ConfigError, match=r"data\.prompts holds null"):
+        text("x", prompts=["a", None])
     with pytest.raises(DataError, match=r"no/\*\.txt matches no file"):
         text("no/*.txt").prepare_data()
     with pytest.raises(ConfigError, match=r"data\.val_fraction=0\.9 is out of range; allowed: 0\.001 to 0\.5"):

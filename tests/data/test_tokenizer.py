@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, processors
 
+from pkm_lightning.data import tokenizer as tokenizer_module
+from pkm_lightning.data.bpe_process import EOS, PAD
 from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice, bytes_tokenizer, train_bpe
 from pkm_lightning.errors import ConfigError, DataError
 
@@ -58,6 +64,88 @@ def test_training_is_deterministic(tmp_path: Path) -> None:
     for name in ("one", "two"):
         train_bpe(CORPUS, 400).save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def edited(edit: Callable[[Backend], object], path: Path) -> str:
+    """Writes the BPE as another program might have saved it, and returns the path."""
+    backend = Backend.from_str(TOKENIZERS["bpe"]._backend.to_str())
+    edit(backend)
+    backend.save(str(path))
+    return str(path)
+
+
+def _around_each_text(backend: Backend) -> None:
+    special = [(PAD, 0), (EOS, 1)]
+    backend.post_processor = processors.TemplateProcessing(single="<eos> $A <pad>", special_tokens=special)
+
+
+#: Settings of a tokenizer.json that would cut, fill up or vary the data.
+NEUTRALISED: dict[str, Callable[[Backend], object]] = {
+    "truncation": lambda backend: backend.enable_truncation(4),
+    "padding to a width": lambda backend: backend.enable_padding(length=64),
+    "padding to the longest": lambda backend: backend.enable_padding(direction="left"),
+    "both": lambda backend: [backend.enable_truncation(4, direction="left"), backend.enable_padding(length=8)],
+    "special tokens around a text": _around_each_text,
+    "dropout of merges": lambda backend: setattr(backend.model, "dropout", 0.9),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRALISED)
+def test_settings_that_would_change_the_data_are_off(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = edited(NEUTRALISED[name], tmp_path / "tokenizer.json")
+    tokenizer = TokenizerChoice(path, 0).make(lambda: CORPUS)
+    tokenizer.save(tmp_path / "saved.json")
+    expected = [TOKENIZERS["bpe"].encode(text) for text in CORPUS]
+    for copy in (tokenizer, Tokenizer.load(tmp_path / "saved.json"), pickle.loads(pickle.dumps(tokenizer))):
+        assert [copy.encode(text) for text in CORPUS] == copy.encode_batch(CORPUS) == expected
+    if name != "special tokens around a text":  # which no encoding asks for
+        assert tokenizer.digest == TOKENIZERS["bpe"].digest
+    assert caplog.text == ""
+
+
+def test_a_control_token_that_is_not_called_special_is_no_text(tmp_path: Path) -> None:
+    content = json.loads(TOKENIZERS["bpe"]._backend.to_str())
+    content["added_tokens"] = [{**token, "special": False} for token in content["added_tokens"]]
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(tmp_path / "t.json")
+    for name in ("<eos>", "a<eos>b", "a<pad>"):
+        assert tokenizer.encode(name) == TOKENIZERS["bpe"].encode(name)
+        assert tokenizer.decode(tokenizer.encode(name)) == name
+    assert tokenizer.vocab_size == TOKENIZERS["bpe"].vocab_size
+
+
+def _without_letters(backend: Backend) -> None:
+    backend.model = models.BPE(vocab={PAD: 0, EOS: 1, "H": 2, "a": 3}, merges=[])
+
+
+CHANGES: dict[str, tuple[Callable[[Backend], object], str]] = {
+    "lower case": (lambda b: setattr(b, "normalizer", normalizers.Lowercase()), "'Hank Aaron' becomes 'hank aaron'"),
+    "no accents": (
+        lambda b: setattr(b, "normalizer", normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])),
+        "'Sant Julià de Lòria' becomes 'Sant Julia de Loria'",
+    ),
+    "unknown letters": (_without_letters, "'Hank Aaron' becomes 'Haa'"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_vocabulary_that_changes_the_text_is_named(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit, change = CHANGES[name]
+    TokenizerChoice(edited(edit, tmp_path / "t.json"), 0).make(lambda: ["Hank Aaron", "Sant Julià de Lòria"])
+    assert f"t.json changes the text: {change}; training sees the text so changed" in caplog.text
+
+
+def test_long_texts_are_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TOKENIZERS["bpe"]
+    texts = ["born in Chile " * 30, "", "Santiago"]
+    expected = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(tokenizer_module, "MAX_CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr(tokenizer_module, "CALL_CHARACTERS", 50)
+    assert tokenizer.encode_batch(texts) == expected
 
 
 def test_choices(tmp_path: Path) -> None:

@@ -100,8 +100,10 @@ def ultramem(layer: UltraMem, table_NV: Tensor, x_TD: Tensor, q_TF: Tensor | Non
 def ultramem_v2(
     layer: UltraMemV2, pre_values_AV: Tensor, values_AV: Tensor, x_TD: Tensor, q_TF: Tensor | None = None
 ) -> Tensor:
-    """Runs each slot as an expert of one linear neuron: score * <P[slot], W_pre x> * (V[slot] W)."""
+    """Runs each slot as an expert of one linear neuron: <P[slot], W_pre x> * (V[slot] W), slice c times score c."""
     scores = all_scores(layer.keys, x_TD, q_TF)
+    pre_values_AV, values_AV = (table_LV.reshape(layer.keys.n_keys**2, -1) for table_LV in (pre_values_AV, values_AV))
+    width = values_AV.shape[1] // layer.keys.n_cores
     ids_THK = two_stage(scores, layer.keys.knn)
     outputs = []
     for t in range(len(x_TD)):
@@ -109,7 +111,8 @@ def ultramem_v2(
         for h in range(layer.keys.heads):
             for slot in ids_THK[t, h].tolist():
                 neuron = pre_values_AV[slot] @ (layer.pre.weight @ x_TD[t])
-                out_D = out_D + scores.grid_THCA[t, h, 0, slot] * neuron * (layer.out.weight @ values_AV[slot])
+                scores_V = scores.grid_THCA[t, h, :, slot].repeat_interleave(width)
+                out_D = out_D + neuron * (layer.out.weight @ (scores_V * values_AV[slot]))
         outputs.append(out_D)
     return torch.stack(outputs)
 
@@ -124,7 +127,7 @@ def spectrum_loss(keys: TuckerKeys, alpha: float, margin: float) -> Tensor:
     return alpha / (keys.rank - 1) * torch.stack(losses).mean()  # type: ignore[arg-type]
 
 
-def balance_loss(keys: TuckerKeys, x_TD: Tensor, valid_T: Tensor, beta: float) -> Tensor:
+def balance_loss(keys: TuckerKeys, x_TD: Tensor, valid_T: Tensor, beta: float, counts: str = "reads") -> Tensor:
     """Computes beta * S * sum over n of f_n p_n over valid tokens, a mean over heads, rows and columns."""
     scores = all_scores(keys, x_TD)
     ids_THK = two_stage(scores, keys.knn)
@@ -133,6 +136,8 @@ def balance_loss(keys: TuckerKeys, x_TD: Tensor, valid_T: Tensor, beta: float) -
         for half, router_THS in enumerate((scores.row_THS, scores.column_THS)):
             ids = ids_THK[valid_T, h].flatten().tolist()
             picks = [n // keys.n_keys if half == 0 else n % keys.n_keys for n in ids]
+            if counts == "preselected":
+                picks = router_THS[valid_T, h].topk(keys.knn, dim=-1).indices.flatten().tolist()
             p_S = router_THS[valid_T, h].softmax(-1).mean(0)
             losses += [sum(picks.count(n) / len(picks) * p_S[n] for n in range(keys.n_keys)) * keys.n_keys]
     return beta * torch.stack(losses).mean()  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import pytest
 from toys import Constant, Reporter, dense
 
 import pkm_lightning.ffn
+from pkm_lightning.discovery import public_names
 from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, HasAfterStep, HasCost
 
 SOURCE = """
@@ -39,6 +40,24 @@ def test_a_dropped_file_is_found_when_it_is_asked_for(dropped_file: str) -> None
 def test_finding_one_plugin_does_not_import_the_next(dropped_file: str) -> None:
     assert pkm_lightning.ffn.Dense.__name__ == "Dense"
     assert dropped_file not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ('__all__: list[str] = ["Dropped"]', ["Dropped"]),
+        ('__all__ = ("Dropped", "Unlisted")', ["Dropped", "Unlisted"]),
+        ("__all__ = [Dropped.__name__]", None),
+    ],
+)
+def test_the_names_of_a_file_are_a_literal_list(dropped_file: str, line: str, names: list[str] | None) -> None:
+    file = Path(pkm_lightning.ffn.__path__[-1]) / "zz_dropped.py"
+    file.write_text(SOURCE.replace('__all__ = ["Dropped"]', line))
+    if names is not None:
+        assert public_names(dropped_file) == names
+        return
+    with pytest.raises(ImportError, match=rf"__all__ of {dropped_file} is no literal list of names"):
+        public_names(dropped_file)
 
 
 @pytest.mark.parametrize("name", ["Dens", "dense_", "_private", "__wrapped__"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import pytest
-from ffn.plugin_contract import Case, PluginContract, check_compiled, check_reads, ids, recorded_reads, run
+import torch
+from ffn.plugin_contract import Case, PluginContract, built, check_compiled, check_reads, ids, run
+from ffn.recorded_reads import recorded_reads
+from torch import Tensor
 from tree import ROOT
 
 from pkm_lightning.build.model import build_model
 from pkm_lightning.ffn import MemoryPlus, TableRead
+from pkm_lightning.model.loss import token_nll
 
 #: Sizes that the small model needs in place of the YAML's.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -26,7 +31,9 @@ OPTIONS = [
     Case("pkm", {"cures": {"gumbel_noise": 0.1, "entropy_loss": 0.1}}, "noise"),
     Case("memory_plus", {"gate": "sigmoid", "value_projection": True, "value_dim": 9}, "sigmoid gate"),
     Case("memory_plus", {"gate": "none", "temperature": True, "activation": "relu"}, "no gate"),
+    Case("ultramem_v2", {"value_dim": 6, "cores": 2, "balance_loss": 0.1, "balance_counts": "preselected"}, "cores"),
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
+    Case("peer", {"shared_keys": False}, "keys per head"),
 ]
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
 CASES = [*(Case(name, CHANGES.get(name, {})) for name in NAMES), *OPTIONS]
@@ -37,10 +44,30 @@ class TestEveryPlugin(PluginContract):
     pass
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("memory_plus", "ultramem_v2")], ids=str)
-def test_a_product_key_and_a_tucker_plugin_compile(case: Case) -> None:
-    """Runs the slow test for two plugins, one with a weighted sum and one with an inner product before it."""
-    check_compiled(case, lengths=(9,))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_fp64_model_computes_in_fp64_throughout(case: Case) -> None:
+    """Compares a directional derivative of the loss with its difference quotient: fp32 anywhere would be noise."""
+    model, labels_BT = copy.deepcopy(built(case)).double().eval(), ids().roll(-1, 1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    directions = [torch.randn_like(p) for p in parameters]
+
+    def loss() -> Tensor:
+        return token_nll(model, run(model, ids()).hidden_BTD, labels_BT).mean()
+
+    grads = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True) if g is not None)
+    values = []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            torch._foreach_add_(parameters, directions, alpha=step)
+            values.append(loss())
+            torch._foreach_add_(parameters, directions, alpha=-step)
+    assert float((values[0] - values[1]) / 2e-6) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_a_product_key_plugin_compiles() -> None:
+    """Runs the slow test of all plugins for one."""
+    check_compiled(Case("memory_plus"), lengths=(9, 8, 7))
 
 
 @pytest.mark.parametrize("wrong", [{"ids": 14}, {"reads": 2}, {"groups": 1}, {"dot": True}, None], ids=str)

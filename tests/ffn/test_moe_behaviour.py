@@ -132,3 +132,13 @@ def test_ranks_with_shares_of_the_whole_batch_average_to_its_loss(monkeypatch: p
         torch.autograd.grad(torch.stack(ranks).mean(), inputs), torch.autograd.grad(whole, inputs), strict=True
     ):
         assert_close(of_ranks, expected, kind="grad")
+
+
+def test_scores_near_zero_are_renormalised_too() -> None:
+    """Sigmoids of logits around -25: their sums are 1e-10, and their ratios those of the exponentials."""
+    layer, x_BTD = token_choice(**OPTIONS[1], top_k=3), torch.ones(1, 1, 7)
+    with torch.no_grad():
+        layer.router.weight.copy_(-(25 + torch.arange(5.0) / 4).unsqueeze(-1).expand(5, 7) / 7)
+    output = layer(x_BTD, context(x_BTD, observe=True))
+    expected_K = torch.softmax(-torch.arange(3.0) / 4, dim=0) * 2.5
+    assert_close(output.trace["expert_weights"].flatten(), expected_K)

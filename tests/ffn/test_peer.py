@@ -29,11 +29,11 @@ SIZES: list[dict[str, Any]] = [
 
 
 def build(
-    sizes: dict[str, Any], *, glu: bool = False, norm: str = "batch", router: str = "softmax"
+    sizes: dict[str, Any], *, glu: bool = False, norm: str = "batch", router: str = "softmax", shared: bool = True
 ) -> tuple[PEER, list[ValueTable]]:
     spec = PEER.table_spec(dim=sizes["dim"], n_keys=sizes["n_keys"], glu=glu)
     tables = [ValueTable(rows=spec.rows, dim=spec.dim).double() for _ in range(spec.count)]
-    layer = PEER(**sizes, table=tables, query_norm=norm, router=router, glu=glu)
+    layer = PEER(**sizes, table=tables, query_norm=norm, router=router, glu=glu, shared_keys=shared)
     for name, parameter in layer.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -62,11 +62,15 @@ def context(x_BTD: Tensor) -> FFNContext:
     return FFNContext(torch.zeros(x_BTD.shape[:2], dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("glu", "router"), [(False, "softmax"), (True, "sigmoid")])
+@pytest.mark.parametrize(
+    ("glu", "router", "shared"), [(False, "softmax", True), (True, "sigmoid", True), (False, "softmax", False)]
+)
 @pytest.mark.parametrize("norm", ["batch", "rms", "layer", "none"])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_output_and_gradients_equal_the_definition(sizes: dict[str, Any], norm: str, router: str, glu: bool) -> None:
-    layer, tables = build(sizes, glu=glu, norm=norm, router=router)
+def test_output_and_gradients_equal_the_definition(
+    sizes: dict[str, Any], norm: str, router: str, glu: bool, shared: bool
+) -> None:
+    layer, tables = build(sizes, glu=glu, norm=norm, router=router, shared=shared)
     x_BTD = torch.randn(2, 5, sizes["dim"], dtype=torch.float64, requires_grad=True)
     y_BTD = layer(x_BTD, context(x_BTD)).y_BTD
     expected_BTD = by_definition(layer, tables, x_BTD.flatten(0, 1), norm, router).view_as(x_BTD)
@@ -79,6 +83,30 @@ def test_heads_share_the_keys_and_have_queries_of_their_own() -> None:
     layer, _ = build(SIZES[0])
     assert layer.addressing.keys.keys.shape == (1, 2, 5, 3)
     assert layer.addressing.query.projection.out_features == 3 * 6
+
+
+def test_keys_per_head_find_other_experts_for_equal_queries() -> None:
+    """Gives all heads one query: heads that share keys then read the same experts, and others do not."""
+    for shared in (True, False):
+        layer, _ = build(SIZES[1], norm="none", shared=shared)
+        assert layer.addressing.keys.keys.shape == (1 if shared else 8, 2, 9, 2)
+        with torch.no_grad():
+            for p in (layer.addressing.query.projection.weight, layer.addressing.query.projection.bias):
+                p.copy_(p[:4].repeat(8, *[1] * (p.ndim - 1)))
+        x_BTD = torch.randn(2, 5, 10, dtype=torch.float64)
+        ids_BTHK = layer(x_BTD, context(x_BTD)._replace(observe=True)).trace["slot_ids"]
+        assert bool((ids_BTHK == ids_BTHK[:, :, :1]).all()) is shared
+
+
+def test_keys_per_head_cost_parameters_and_no_flops() -> None:
+    one, several = (build(SIZES[0], shared=shared)[0].cost() for shared in (True, False))
+    further_keys = (3 - 1) * 2 * 5 * 3
+    assert several.params - one.params == several.active_params - one.active_params == further_keys
+    assert (several.flops, several.lookup_bytes, several.table_params) == (
+        one.flops,
+        one.lookup_bytes,
+        one.table_params,
+    )
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
@@ -125,6 +153,7 @@ def test_peak_memory_is_at_most_half_of_gather_and_einsum() -> None:
         ({"query_norm": "bn"}, r"ffn.query_norm='bn' is not known; allowed: none, rms, batch, layer"),
         ({"knn": 6}, r"ffn.knn=6 is out of range; allowed: 1 to 5\."),
         ({"glu": True}, r"ffn.glu=True needs a list of 3 tables\."),
+        ({"shared_keys": "no"}, r"ffn.shared_keys='no' is neither true nor false; set ffn.shared_keys=true"),
         ({"glu": "yes"}, r"ffn.glu='yes' is neither true nor false; set ffn.glu=true or ffn.glu=false\."),
         ({"n_keys": 6}, r"table has shape \(25, 7\), but ffn.n_keys=6 and model.dim=7 need \(36, 7\)"),
     ],

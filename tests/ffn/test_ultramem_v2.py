@@ -22,7 +22,7 @@ from pkm_lightning.model.placement import ParallelFFN
 # Odd sizes; 1 to 3 heads and ranks; k = 1 and k = n_keys; a quarter of the model dimension.
 SIZES: list[dict[str, Any]] = [
     {"dim": 9, "n_keys": 5, "heads": 1, "knn": 3, "key_dim": 6, "value_dim": None, "rank": 2},
-    {"dim": 6, "n_keys": 6, "heads": 3, "knn": 4, "key_dim": 10, "value_dim": 7, "rank": 3},
+    {"dim": 6, "n_keys": 6, "heads": 3, "knn": 4, "key_dim": 10, "value_dim": 6, "rank": 3, "cores": 3},
     {"dim": 5, "n_keys": 4, "heads": 2, "knn": 4, "key_dim": 8, "value_dim": 1, "rank": 1},
     {"dim": 8, "n_keys": 9, "heads": 1, "knn": 1, "key_dim": 4, "value_dim": 11, "rank": 2},
 ]
@@ -39,7 +39,8 @@ def build(
     """Builds a layer and its two tables; `random` draws gains and cores instead of their initial values."""
     arguments = {"n_layers": 3, "balance_loss": 0.5, **sizes, **changes}
     spec = UltraMemV2.table_spec(**arguments)
-    tables = [ValueTable(rows=spec.rows, dim=spec.dim, std=spec.std).to(dtype) for _ in range(spec.count)]
+    shape = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "slices": spec.slices}
+    tables = [ValueTable(**shape).to(dtype) for _ in range(spec.count)]
     layer = UltraMemV2(table=tables, **arguments)
     if random:
         torch.nn.init.normal_(layer.keys.cores)
@@ -67,16 +68,18 @@ def test_output_and_gradients_equal_brute_force(sizes: dict[str, Any], shape: tu
         assert_close(actual, expected, kind="grad")
 
 
-@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(("padding", "counts"), [(False, "reads"), (True, "reads"), (True, "preselected")])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_the_balance_loss_and_its_gradients_leave_padding_out(sizes: dict[str, Any], padding: bool) -> None:
-    layer, _ = build(sizes)
+def test_the_balance_loss_and_its_gradients_leave_padding_out(
+    sizes: dict[str, Any], padding: bool, counts: str
+) -> None:
+    layer, _ = build(sizes, balance_counts=counts)
     x_BTD = torch.randn(2, 5, sizes["dim"], dtype=torch.float64, requires_grad=True)
     valid_BT = torch.ones(2, 5, dtype=torch.bool)
     if padding:
         valid_BT[0, 3:] = valid_BT[1, 1:] = False
     loss = layer(x_BTD, context(x_BTD, valid_BT=valid_BT if padding else None)).aux_losses["balance"]
-    expected = brute_force.balance_loss(layer.keys, x_BTD.flatten(0, 1), valid_BT.flatten(), 0.5)
+    expected = brute_force.balance_loss(layer.keys, x_BTD.flatten(0, 1), valid_BT.flatten(), 0.5, counts)
     assert_close(loss, expected)
     inputs = [x_BTD, layer.keys.query.weight, layer.keys.keys, layer.keys.query_norm.weight, layer.keys.key_norm.weight]
     for actual, wanted in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
@@ -122,7 +125,7 @@ def test_the_trace_holds_slots_and_scores_only_when_observed() -> None:
     ids_THK = brute_force.two_stage(scores, 4)
     assert torch.equal(trace["slot_ids"], ids_THK.view(2, 5, 3, 4).int())
     assert trace["slot_ids"].dtype is torch.int32
-    assert_close(trace["slot_weights"], scores.grid_THCA[:, :, 0].gather(-1, ids_THK).view(2, 5, 3, 4).detach())
+    assert_close(trace["slot_weights"], scores.grid_THCA.sum(2).gather(-1, ids_THK).view(2, 5, 3, 4).detach())
     assert not trace["slot_weights"].requires_grad
 
 
@@ -133,7 +136,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
     with FlopCounterMode(display=False) as counter:
         layer(x_BTD, context(x_BTD))
     cost = layer.cost()
-    values_read = 2 * sizes["heads"] * sizes["knn"] * tables[0].weight.shape[1]
+    values_read = 2 * sizes["heads"] * sizes["knn"] * tables[0].dim
     assert cost.flops * 10 == counter.get_total_flops()
     assert cost.params == sum(p.numel() for p in layer.parameters())
     assert cost.table_params == 2 * tables[0].weight.numel()
@@ -142,7 +145,8 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"heads": 3, "rank": 1, "knn": 4}, {"n_keys": 128, "knn": 32, "rank": 3, "n_layers": 7}]
+    "changes",
+    [{"cores": 2}, {"heads": 3, "rank": 1, "knn": 4}, {"n_keys": 128, "knn": 32, "rank": 3, "n_layers": 7}],
 )
 def test_the_variance_of_a_fresh_output(changes: dict[str, Any]) -> None:
     """Allows 25% around 0.2 / n_layers, since the estimate of the scores ignores their spread over tokens."""
@@ -155,7 +159,7 @@ def test_the_variance_of_a_fresh_output(changes: dict[str, Any]) -> None:
     _, spread = selected_moments(sizes["n_keys"], sizes["knn"])
     std = (0.2 / (n_layers * sizes["knn"] * sizes["heads"] * (1 + spread))) ** 0.5
     assert tables[1].weight.std().item() == pytest.approx(std, rel=0.02)
-    neurons_TK = tables[0].weight[:100] @ layer.pre(x_BTD.flatten(0, 1)).T
+    neurons_TK = tables[0].weight.view(-1, 48)[:100] @ layer.pre(x_BTD.flatten(0, 1)).T
     assert neurons_TK.var().item() == pytest.approx(1, rel=0.15)
 
 
@@ -194,6 +198,8 @@ def test_the_configuration_puts_it_beside_every_ffn() -> None:
         ({"key_dim": 0}, r"ffn.key_dim=0 is out of range"),
         ({"value_dim": 0}, r"ffn.value_dim=0 is out of range"),
         ({"balance_loss": -0.1}, r"ffn.balance_loss=-0.1 is out of range"),
+        ({"cores": 4}, r"ffn.value_dim=6 gives 6 values per row, which ffn.cores=4 does not divide"),
+        ({"balance_counts": "all"}, r"ffn.balance_counts='all' is not known; allowed: reads, preselected"),
     ],
 )
 def test_refuses_wrong_sizes(changes: dict[str, Any], message: str) -> None:
@@ -202,11 +208,11 @@ def test_refuses_wrong_sizes(changes: dict[str, Any], message: str) -> None:
 
 
 def test_refuses_other_tables() -> None:
-    good, bad = ValueTable(rows=36, dim=7), ValueTable(rows=36, dim=8)
+    good, bad = ValueTable(rows=36, dim=6), ValueTable(rows=36, dim=8)
     for table, message in (
         (good, r"ffn needs a list of 2 tables, the pre-values and the values\."),
         ([good], r"ffn needs a list of 2 tables"),
-        ([good, bad], r"table has shape \(36, 8\), but ffn.n_keys=6 and ffn.value_dim=7 need \(36, 7\)"),
+        ([good, bad], r"table has shape \(36, 8\), but ffn.n_keys=6 and ffn.value_dim=6 need \(36, 6\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             UltraMemV2(table=table, n_layers=3, balance_loss=0.0, **SIZES[1])  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,3 +90,32 @@ def test_a_reader_sees_every_answer_grow(model: Transformer) -> None:
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen[number]))
         assert seen[number][-1] == answer.text
         assert len(seen[number]) == len(answer.ids) + (answer.ended == "eos")
+
+
+class Scripted:
+    """A stand-in for a model that answers each prompt with the given ids, one per forward, and then letters."""
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self.answers, self.forwards = answers, 0
+
+    def new_cache(self, batch: int, capacity: int) -> SimpleNamespace:
+        return SimpleNamespace(select=self._select)
+
+    def _select(self, rows_B: torch.Tensor) -> None:
+        self.answers = [self.answers[row] for row in rows_B.tolist()]
+
+    def __call__(self, ids_BT: torch.Tensor, **_: object) -> SimpleNamespace:
+        step = self.forwards
+        self.forwards += 1
+        next_B = [answer[step] if step < len(answer) else 5 for answer in self.answers]
+        return SimpleNamespace(hidden_BTD=torch.tensor(next_B)[:, None, None])
+
+    def unembed(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(hidden_BD[:, 0], 50)
+
+
+def test_generation_ends_when_every_answer_has_ended_once() -> None:
+    model = Scripted([[2, 0], [3, 4, 4, 0]])
+    answers = greedy(model, Letters(), ["a", "b"], device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert answers == ["a", "bcc"]
+    assert model.forwards == 4

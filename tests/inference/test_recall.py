@@ -5,12 +5,15 @@ Letters: W vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from toys import Letters, memory_ffns, transformer
 
 from pkm_lightning.data import RecallItem
@@ -61,7 +64,8 @@ def test_normalise(text: str, normalised: str) -> None:
     assert normalise(text) == normalised
 
 
-def test_bits_and_choice_equal_a_direct_computation(model: Transformer) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_bits_and_choice_equal_a_direct_computation(model: Transformer, precision: str) -> None:
     options = ("cat", "a dog", "b", "elephants")
     items = [
         *(item("what is it?", option, options) for option in options),
@@ -69,7 +73,9 @@ def test_bits_and_choice_equal_a_direct_computation(model: Transformer) -> None:
         item("", "12"),
         item("a long prompt with words", "34"),
     ]
-    scores = score_items(model, Letters(), items, device=CPU)
+    # Only the default dtype follows the precision here, as in the forward context of a Trainer.
+    with L.Trainer(precision=precision, accelerator="cpu", logger=False).precision_plugin.forward_context():
+        scores = score_items(model, Letters(), items, device=CPU)
     assert [scored.chosen for scored in scores[:4]].count(True) == 1
     for scored, question in zip(scores, items, strict=True):
         assert scored.bits == pytest.approx(direct_bits(model, question.prompt, question.answer), rel=1e-4)
@@ -121,3 +127,12 @@ def test_summarise_takes_means_by_form_relation_and_decile() -> None:
 
 def test_nothing_to_summarise() -> None:
     assert summarise([]) == {}
+
+
+def test_compiled_blocks_are_compiled_for_no_length_of_a_question(model: Transformer) -> None:
+    compiled, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
+    for block in compiled.blocks:
+        block.compile(backend=counter)
+    items = [item("what is it?", "b", ("a dog", "b", "cat", "12")), item("x", "a long answer")]
+    assert score_items(compiled, Letters(), items, device=CPU) == score_items(model, Letters(), items, device=CPU)
+    assert counter.frame_count == 0

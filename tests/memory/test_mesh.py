@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 from pkm_lightning.memory.mesh import TableMesh, check_dim, check_members, check_rows, group_size
 from pkm_lightning.memory.replicas import cheapest_scheme
 
@@ -63,3 +65,17 @@ def test_replicas_exchange_what_needs_the_fewest_bytes() -> None:
     assert cheapest_scheme(1_000, 10, 900, 10**6, rows_XD, 8) == "reads"
     assert cheapest_scheme(10**6, 10**5, 1_000, 10**6, rows_XD, 8) == "rows"
     assert cheapest_scheme(10**6, 10**5, 10_000, 10_000, rows_XD, 8) == "dense"
+
+
+def test_parts_of_a_table_are_rounded_by_other_bits_and_replicas_by_the_same() -> None:
+    table, other = ValueTable(rows=4, dim=2, learning="rows"), ValueTable(rows=4, dim=2, learning="rows")
+
+    def seed(member: int, *, shard: str = "dim", step: int = 1, run: int = 0, of: ValueTable = table) -> int:
+        of.mesh = SimpleNamespace(member=member, shard=shard)  # type: ignore[assignment]
+        rows = RowOptimizer(rule="sgd")
+        optimizer = TableOptimizer(None, {"first": table, "second": other}, rows=rows, lr=0.1, seed=run)
+        return optimizer._rounding_seed(of, step)
+
+    assert seed(1) == seed(1)
+    assert len({seed(0), seed(1), seed(0, step=2), seed(0, run=1), seed(0, of=other)}) == 5
+    assert seed(0, shard="none") == seed(1, shard="none")

@@ -88,3 +88,13 @@ def test_only_the_named_sub_keys_are_written() -> None:
     write_keys(keys, 1, 0, torch.tensor([4, 2]), torch.ones(2, 3))
     assert keys.sum() == 6
     assert keys[1, 0, [2, 4]].sum() == 6
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_noise_of_a_sub_key_is_relative_to_the_values_of_the_others(normalised: bool) -> None:
+    q_TP, keys_SP = torch.randn(5, 4000), 3 * torch.randn(4, 4000)
+    plain_MP, noisy_MP = (
+        keys_for_worst_served(q_TP, keys_SP, torch.tensor([2]), normalised=normalised, noise=noise, seed=1)
+        for noise in (0.0, 0.1)
+    )
+    assert float((noisy_MP - plain_MP).std()) == pytest.approx(0.1 * 3, rel=0.05)

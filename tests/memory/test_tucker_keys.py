@@ -6,6 +6,7 @@ read.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -112,11 +113,34 @@ def test_equal_scores_rank_by_lower_sub_key() -> None:
 
 def test_the_leading_pair_and_its_sign() -> None:
     core_HRR = torch.randn(50, 3, 3, dtype=torch.float64)
-    u_HR, t_HR = leading_pair(core_HRR)
+    u_HR, t_HR = leading_pair(core_HRR, torch.ones(50, 2, 3))
     assert_close(torch.einsum("ha,hab,hb->h", u_HR, core_HRR, t_HR), torch.linalg.matrix_norm(core_HRR, ord=2))
     assert bool((u_HR.sum(-1) + t_HR.sum(-1) >= 0).all())
-    one_HR, other_HR = leading_pair(torch.tensor([[[-2.0]], [[3.0]]]))
+    one_HR, other_HR = leading_pair(torch.tensor([[[-2.0]], [[3.0]]]), torch.ones(2, 2, 1))
     assert torch.equal(torch.stack([one_HR, other_HR]), torch.tensor([[[1.0], [1.0]], [[-1.0], [1.0]]]))
+
+
+def test_the_pair_turns_with_the_core_and_checkpoints_keep_it() -> None:
+    """Turns u = t by half a circle: their sum changes its sign on the way, but no slot may be exchanged for it."""
+    keys, x_TD = tucker_keys(SIZES[1], cores=1), torch.randn(5, 7, dtype=torch.float64)
+    rows = []
+    for angle in torch.linspace(0, torch.pi, 200, dtype=torch.float64):
+        u_R = torch.stack([angle.cos(), angle.sin()])
+        with torch.no_grad():
+            keys.cores.copy_(torch.outer(u_R, u_R).expand_as(keys.cores))
+        read = keys(x_TD)
+        rows.append(read.row_HTS)
+        keys.after_step({name: 3 * value for name, value in read.step_stats.items()})
+    change = torch.stack([(after - before).norm() / before.norm() for before, after in itertools.pairwise(rows)])
+    assert float(change.max()) < 0.1
+    assert_close(rows[-1], -rows[0])
+    loaded = tucker_keys(SIZES[1], cores=1).eval()
+    loaded.load_state_dict(keys.state_dict())
+    assert torch.equal(loaded(x_TD).row_HTS, rows[-1])
+    older = {name: value for name, value in keys.state_dict().items() if name != "pair"}
+    loaded = tucker_keys(SIZES[1], cores=1).eval()
+    loaded.load_state_dict(older)
+    assert torch.equal(loaded(x_TD).row_HTS, -rows[-1])
 
 
 def test_cores_that_are_not_finite_give_scores_that_are_not() -> None:

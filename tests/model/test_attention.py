@@ -115,15 +115,27 @@ def test_document_mask_is_causal_within_documents() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((10, 4, 4), r"model.dim=10 is not divisible by model.n_heads=4; allowed: 1, 2, 5, 10\."),
+        ((10, 4, 4), r"model.dim=10 is not divisible by model.n_heads=4; allowed, each with .*: 1, 5\."),
         ((12, 6, 4), r"model.n_heads=6 is not divisible by model.n_kv_heads=4; allowed: 1, 2, 3, 6\."),
-        ((12, 4, 5), r"model.n_kv_heads=5 is out of range; allowed: 1 to 4\."),
+        ((12, 4, 5), r"model.n_heads=4 is not divisible by model.n_kv_heads=5; allowed: 1, 2, 4\."),
         ((12, 0, 1), r"model.n_heads=0 is out of range"),
         ((12, 4, 0), r"model.n_kv_heads=0 is out of range"),
-        ((12, 4, 4), r"gives the odd head dimension 3; rotary positions need an even one"),
+        ((12, 4, 4), r"gives the odd head dimension 3; rotary positions need an even one; allowed, each"),
+        ((32, 7, 2), r"model.n_heads=7; allowed with model.n_kv_heads=2: 2, 4, 8, 16\."),
+        ((9, 2, 1), r"an odd dimension cannot be divided into even head dimensions"),
     ],
 )
 def test_refuses_wrong_sizes(sizes: tuple[int, int, int], message: str) -> None:
     dim, n_heads, n_kv_heads = sizes
     with pytest.raises(ConfigError, match=message):
         Attention(dim=dim, n_heads=n_heads, n_kv_heads=n_kv_heads)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 3, 4])
+def test_every_suggested_number_of_heads_is_accepted(n_kv_heads: int) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Attention(dim=48, n_heads=7, n_kv_heads=n_kv_heads)
+    suggested = [int(number) for number in str(refused.value).rpartition(": ")[2].rstrip(".").split(", ")]
+    assert len(suggested) > 2
+    for n_heads in suggested:
+        Attention(dim=48, n_heads=n_heads, n_kv_heads=n_kv_heads)

@@ -186,10 +186,31 @@ class Bare(nn.Module):
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: transformer([Bare()])(token_ids()), TypeError, "Bare.forward returned Tensor; an FFN plugin returns"),
+        (
+            lambda: transformer([Bare()])(token_ids()),
+            ConfigError,
+            "Bare breaks its contract: forward returned a tensor",
+        ),
         (lambda: transformer([dense()], vocab_size=1), ConfigError, "model.vocab_size=1 is out of range"),
     ],
 )
 def test_errors_name_what_is_wrong(build: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+def test_a_forward_reads_weights_only_within_the_forward_of_their_module() -> None:
+    """Under ZeRO-3 any other access gathers the weight, on the ranks that make it only."""
+
+    class Lookup(nn.Module):
+        def __init__(self, embedding: nn.Embedding) -> None:
+            super().__init__()
+            self.hidden = (embedding,)
+
+        def forward(self, ids_BT: Tensor) -> Tensor:
+            return self.hidden[0](ids_BT)  # type: ignore[no-any-return]
+
+    model = transformer([dense()])
+    expected_BTD = model(token_ids(1, 5).fill_(3)).hidden_BTD
+    model.embedding = Lookup(model.embedding)  # type: ignore[assignment]
+    assert torch.equal(model(token_ids(1, 5).fill_(3)).hidden_BTD, expected_BTD)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from row_reads import device_of, on_the_cpu, padded, read
 from tolerances import assert_close
 from torch import Tensor
 
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.ops.row_update import (
     RowGradient,
     RowRule,
@@ -24,6 +27,7 @@ from pkm_lightning.ops.row_update import (
     row_gradient,
     row_update,
     rule_names,
+    rules,
     state_bytes,
 )
 from pkm_lightning.ops.row_update.rounding import round_stochastically
@@ -166,14 +170,15 @@ def test_float64_tables(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
 def test_every_backend_rounds_by_the_same_bits(backend: str) -> None:
-    # One read per row and no state: nothing but the hash can differ.
+    # One read per row and no state, and products that are exact with or without a fused multiply-add: nothing but the
+    # hash can differ.
     parts = torch.arange(6), torch.ones(6), torch.arange(6) % 5, torch.randn(5, 33).bfloat16()
     gradient = row_gradient(6, *(part.to(device_of(backend)) for part in parts))
     before_NV = torch.randn(6, 33).bfloat16()
     for seed in (0, 1, 2**31 - 1):
         table_NV, expected_NV = before_NV.to(device_of(backend), copy=True), before_NV.clone()
-        row_update(table_NV, gradient, *update("sgd", seed=seed), {}, backend=backend)
-        row_update(expected_NV, on_the_cpu(gradient), *update("sgd", seed=seed), {}, backend="reference")
+        row_update(table_NV, gradient, *update("sgd", lr=0.5, seed=seed), {}, backend=backend)
+        row_update(expected_NV, on_the_cpu(gradient), *update("sgd", lr=0.5, seed=seed), {}, backend="reference")
         assert torch.equal(table_NV.cpu(), expected_NV)
 
 
@@ -204,10 +209,12 @@ def test_rules_are_found_by_the_names_of_their_files(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"row_update: rule='base' is unknown; allowed: catch_up_adam, lazy_adam"):
         find_rule("base")
     monkeypatch.setattr(find_rule("sgd"), "name", "gradient_descent")
+    find_rule.cache_clear()
     with pytest.raises(ValueError, match=r"SGD.name is 'gradient_descent'; it must be the name of its file, 'sgd'"):
         find_rule("sgd")
     monkeypatch.undo()
     monkeypatch.setattr(find_rule("sgd"), "state", {"step": RowState("row")})
+    find_rule.cache_clear()
     with pytest.raises(ValueError, match=r"SGD.state has the name 'step', which the number of the update has"):
         find_rule("sgd")
 
@@ -241,3 +248,14 @@ def test_refusals_name_the_value() -> None:
         find_rule("catch_up_adam")()
     with pytest.raises(ValueError, match=r"backend='cuda' is not available; allowed: auto, eager"):
         row_update(table_NV, gradient, *sgd, {}, backend="cuda")
+
+
+@pytest.mark.parametrize("listed", ['["Rule", "Other"]', '["Missing"]', '["NUMBER"]'])
+def test_a_file_with_anything_but_one_rule_is_refused(
+    listed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mine_" + listed.strip('[]"').replace('", "', "_").lower()
+    (tmp_path / f"{name}.py").write_text(f"class Rule: ...\nclass Other: ...\nNUMBER = 3\n__all__ = {listed}\n")
+    monkeypatch.setattr(rules, "__path__", [*rules.__path__, str(tmp_path)])
+    with pytest.raises(ConfigError, match=rf"rule={name}: row_update: the __all__ of rules/{name}.py .* one RowRule"):
+        RowOptimizer(rule=name)

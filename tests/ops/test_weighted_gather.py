@@ -66,8 +66,8 @@ def read(n: int, d: int, t: int, k: int, g: int | None, dtype: torch.dtype, back
     return Read(
         torch.randn(n, d).to(device, dtype).requires_grad_(),
         torch.randint(n, (t, k), dtype=torch.int32, device=device),
-        # As after a softmax, the weights of a token add up to about 1.
-        (torch.rand(t, k) / k).to(device, dtype).requires_grad_(),
+        # Of about the size of those after a softmax, and of both signs, as PEER and UltraMem have them.
+        (torch.randn(t, k) / k).to(device, dtype).requires_grad_(),
         None if g is None else torch.randint(g, (t, k), dtype=torch.int32, device=device),
         g,
     )

@@ -20,7 +20,7 @@ def inputs(n: int, d: int, t: int, k: int, g: int, backend: str) -> dict[str, An
     return {
         "table_NV": torch.randn(n, d, device=device),
         "ids_TK": torch.randint(n, (t, k), device=device),
-        "weights_TK": torch.rand(t, k, device=device),
+        "weights_TK": torch.randn(t, k, device=device),
         "groups_TK": torch.randint(g, (t, k), device=device),
         "n_groups": g,
         "backend": backend,

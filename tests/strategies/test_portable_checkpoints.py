@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from rank_group import Groups
 from tolerances import RANKS
+from toys import config
 
-from pkm_lightning.checkpoints import SavedCheckpoint
+from pkm_lightning.build.model import build_model
+from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers
 from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
 
@@ -109,3 +112,17 @@ def test_what_is_written_in_the_background_is_the_step_that_was_saved(
     (expected, tensors), (found, others) = content(here), content(there)
     assert all(torch.equal(tensors[name], others[name]) for name in tensors.keys() | others.keys())
     assert expected["optimizer_states"] == found["optimizer_states"]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "fits"), [("", True), (".pair", True), (".cores", False)], ids=["whole", "older", "incomplete"]
+)
+def test_a_checkpoint_may_lack_only_what_came_later(lacks: str, fits: bool, tmp_path: Path) -> None:
+    """Checkpoints of version 0.1 have no `pair` of UltraMem's keys."""
+    module = build_model(config("ffn=ultramem", "model.memory.n_keys=16"))
+    state = {name: value for name, value in module.state_dict().items() if not (lacks and name.endswith(lacks))}
+    torch.save({"state_dict": state}, tmp_path / "old")
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    refused = pytest.raises(CheckpointError, match=r"old does not fit its configuration \(missing: .*cores")
+    with contextlib.nullcontext() if fits else refused:
+        SavedCheckpoint(tmp_path / "old").check_weights(expected, later_buffers(module))

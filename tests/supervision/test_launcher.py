@@ -46,6 +46,7 @@ def launched(code: str) -> WatchedLauncher:
     [
         ("import os; os.kill(os.getpid(), 9)", None, "rank 1 was killed by SIGKILL", RANK_LOST),
         ("raise SystemExit(3)", None, "rank 1 ended with exit code 3", 3),
+        ("raise SystemExit(143)", None, "rank 1 was stopped by SIGTERM", 143),
         ("raise SystemExit(2)", "DataError: no data.", "rank 1 failed: DataError: no data.", 2),
     ],
 )

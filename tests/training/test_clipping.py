@@ -7,7 +7,8 @@ import torch
 from tolerances import assert_close
 from torch import nn
 
-from pkm_lightning.training.clipping import clip_by_norm
+from pkm_lightning.training import clipping
+from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 
 
 def parameters() -> list[nn.Parameter]:
@@ -43,3 +44,31 @@ def test_none_only_measures() -> None:
 
 def test_no_gradients_have_norm_zero() -> None:
     assert clip_by_norm([nn.Parameter(torch.ones(3))], 1.0) == 0
+
+
+@pytest.mark.parametrize(("configured", "limit"), [(None, None), (0, None), (0.0, None), (0.5, 0.5)])
+def test_a_limit_of_0_means_no_clipping_as_in_lightning_and_deepspeed(
+    configured: float | None, limit: float | None
+) -> None:
+    assert norm_limit(configured) == limit
+
+
+class Placed(torch.Tensor):
+    """A gradient on a mesh, as a `DTensor` is; without processes."""
+
+    device_mesh: str
+
+
+def test_norms_of_several_meshes_are_those_of_one_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipping, "DTensor", Placed)
+    ours, theirs = parameters(), parameters()
+    for parameter, mesh in zip(ours, ("dense", "experts"), strict=False):
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad.as_subclass(Placed)
+        parameter.grad.device_mesh = mesh  # type: ignore[attr-defined]
+    norm = clip_by_norm(ours, 0.5)
+    assert_close(norm.as_subclass(torch.Tensor), torch.nn.utils.clip_grad_norm_(theirs, 0.5))
+    for actual, expected in zip(ours[:3], theirs[:3], strict=True):
+        assert actual.grad is not None
+        assert expected.grad is not None
+        assert_close(actual.grad.as_subclass(torch.Tensor), expected.grad)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from tolerances import assert_close
 from torch import Tensor
 from training.fits import Batch, fit, rows, settings, split
 
+import pkm_lightning.training.module
 from pkm_lightning.build.model import build_model
 from pkm_lightning.data.base import NO_TARGET
 from pkm_lightning.model import Transformer
@@ -53,11 +56,11 @@ def test_a_first_micro_batch_without_targets() -> None:
 
 
 def test_a_step_without_targets_changes_nothing() -> None:
-    batch = rows(2)
-    batch["labels"].fill_(NO_TARGET)
-    module = fit(settings("ffn=dense"), [batch])
-    for name, parameter in initial_model("ffn=dense").named_parameters():
-        assert torch.equal(module.model.get_parameter(name), parameter.double()), name
+    batch, empty = rows(2), rows(2)
+    empty["labels"].fill_(NO_TARGET)
+    module, without = fit(settings("ffn=dense"), [batch, empty]), fit(settings("ffn=dense"), [batch])
+    for name, parameter in without.model.named_parameters():
+        assert torch.equal(module.model.get_parameter(name), parameter), name
 
 
 def initial_model(*overrides: str) -> Transformer:
@@ -110,3 +113,28 @@ def test_factors_and_correction() -> None:
     assert normaliser.correction() is None
     normaliser.scale(torch.tensor(7), world_size=1, accumulate=1)
     assert normaliser.correction() is None
+
+
+def test_an_auxiliary_loss_counts_as_its_share_of_the_tokens_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plays a second rank by its counts: 7 targets and 40 tokens beside this rank's 6 real ones."""
+    given = settings("ffn=dense", lr=0.0)
+    given["ffn"], given["placement"]["layers"] = {"_target_": "toys.Reporter", "aux_weight": 3.0}, "all"
+    batch = rows(2, 8)
+    batch["valid"] = torch.arange(8).expand(2, 8) < 3
+    others, seen = torch.tensor([7, 40]), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+            seen.append(outputs["loss"])
+
+    def sum_over_ranks(value: Tensor) -> Tensor:
+        return value + others if value.shape == others.shape else value
+
+    monkeypatch.setattr(pkm_lightning.training.module, "sum_over_ranks", sum_over_ranks)
+    module = fit(given, [batch], callbacks=[Watch()])
+    with torch.no_grad():
+        output = module(batch)
+        nll_M = token_nll(module.model, output.hidden_BTD, batch["labels"])
+    targets = nll_M.numel() + 7
+    expected = (nll_M.sum() + output.aux_losses["toy"] * targets * 6 / 46) / targets
+    assert float(seen[0]) == pytest.approx(float(expected), rel=1e-6)

@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from toys import Constant, config, dense, memory_ffns, transformer
+from training.fits import fit, rows, settings
 
-from pkm_lightning.build.schedule import schedule_factor
+from pkm_lightning.build.schedule import configured_schedule, schedule_factor
 from pkm_lightning.errors import ConfigError
+from pkm_lightning.training import module as module_file
 from pkm_lightning.training.optimizer import parameter_groups, parameter_roles
 
 OPTIM = {"lr": 0.01, "weight_decay": 0.1, "table_lr_factor": 4.0, "table_weight_decay": 0.03}
@@ -150,3 +153,34 @@ def test_the_shipped_configuration_makes_a_schedule_and_groups() -> None:
     optim = config()["optim"]
     rates = [group["lr"] for group in parameter_groups(transformer(*memory_ffns()), optim)]
     assert rates == [optim["lr"], optim["lr"], optim["lr"] * optim["table_lr_factor"]]
+
+
+#: A value for every key of `optim` that differs from all others.
+WIRED: dict[str, Any] = {
+    "optimizer": {"_target_": "torch.optim.AdamW", "betas": [0.61, 0.62], "eps": 0.063, "fused": False},
+    "lr": 0.64, "weight_decay": 0.065, "table_lr_factor": 6.6, "table_weight_decay": 0.067, "clip_norm": 0.68,
+    "table_clip_norm": 0.069, "schedule": "wsd", "warmup_share": 0.1, "final_factor": 0.25, "decay_share": 0.4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("learning", ["rows", "dense"])
+def test_every_key_of_optim_reaches_its_place(learning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = settings("ffn=memory_plus", f"table.learning={learning}")
+    assert given["optim"].keys() == WIRED.keys()
+    given["optim"], given["trainer"]["max_steps"] = WIRED, 100
+    limits: dict[str, Any] = {}
+    monkeypatch.setattr(module_file, "clip_by_norm", lambda _, limit: limits.update(dense=limit) or torch.ones(()))
+    monkeypatch.setattr(module_file, "clip_tables", lambda *part: limits.update(table=part[-1]) or torch.ones(()))
+    optimizer = fit(given, [rows(2)]).trainer.optimizers[0]
+    assert limits == {"dense": 0.68, "table": 0.069}
+    scheduled = {group["name"]: (group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert scheduled == {
+        "matrix": (0.64, 0.065),
+        "gain": (0.64, 0.0),
+        "table": (pytest.approx(0.64 * 6.6), 0.067),
+    }
+    own = [group for group in optimizer.param_groups if learning == "dense" or group["name"] != "table"]
+    assert {(*group["betas"], group["eps"], group["fused"]) for group in own} == {(0.61, 0.62, 0.063, False)}
+    factor = configured_schedule(WIRED, 100)
+    # Warm-up over 10 steps, the full rate to step 60, then down to a quarter at step 100.
+    assert [factor(step) for step in (4, 9, 60, 80, 100)] == pytest.approx([0.5, 1.0, 1.0, 0.625, 0.25])

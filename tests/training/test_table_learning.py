@@ -12,7 +12,7 @@ from tolerances import assert_close
 from toys import config
 from training.fits import fit, rows, settings, split
 
-from pkm_lightning.build.checks import check_learning
+from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.cli.resume import without_fused
 from pkm_lightning.errors import ConfigError
@@ -79,6 +79,10 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_built() -> Non
         with pytest.raises(ConfigError, match=message):
             check_learning(config(*overrides))
     check_learning(config("table.learning=dense", "trainer.precision=16-mixed", "trainer.accumulate_grad_batches=3"))
+    with pytest.raises(ConfigError, match=r"precision=16-true cannot train.*set trainer.precision=bf16-true"):
+        check_training(config("table.learning=dense", "trainer.precision=16-true"), [])
+    with pytest.raises(ConfigError, match=r"trainer.precision='transformer-engine' is not known; allowed: 32-true"):
+        check_trainer(config("trainer.precision=transformer-engine")["trainer"])
 
 
 def test_a_run_that_was_trained_with_fused_can_be_evaluated() -> None:

@@ -128,3 +128,15 @@ def test_padding_is_no_query() -> None:
     assert _sample(q_TH2P, torch.tensor([True, False, True, False]))[:, 0, 0, 0].tolist() == [0, 2]
     assert len(_sample(q_TH2P, torch.zeros(4, dtype=torch.bool))) == len(_sample(q_TH2P, None)) == 4
     assert len(_sample(torch.zeros(10_000, 1, 2, 1), None)) <= 4096
+
+
+def test_dead_rows_become_each_of_the_busiest_rows_in_turn() -> None:
+    made = counters(Tracer(Slots(name="slot", count=6, tables=(table := ValueTable(rows=6, dim=3),))))
+    before = table.weight.detach().clone()
+    for slot in (1, 1, 4, 1, 4, 1):
+        ids_BTK = torch.full((1, 2, 1), slot)
+        made.add({0: {"slot_ids": ids_BTK, "slot_weights": torch.ones(1, 2, 1)}}, BATCH)
+        made.end_step()
+    revival = Revival(made, RevivalHistory(), [], dead_after=4, max_share=1.0, noise=0.0, seed=0, step=6)
+    revival.rows("table0", None)
+    assert torch.equal(table.weight, before[[1, 1, 4, 1, 4, 4]])

@@ -48,6 +48,11 @@ class FactsChoice:
         check_range("data.eval_facts", self.eval_facts, low=1)
         check_range("data.max_exposures", self.max_exposures, low=1)
         check_range("data.exposures", self.exposures, low=1, high=self.max_exposures)
+        if self.exposure_distribution == "uniform" and self.exposures % 1:
+            raise ConfigError(
+                f"data.exposures={self.exposures} cannot be uniform, where each fact is shown equally often; give a "
+                "whole number, or set data.exposure_distribution=zipf."
+            )
         check_range("data.zipf_exponent", self.zipf_exponent, low=0, high=3)
         check_choice("data.exposure_distribution", self.exposure_distribution, ["uniform", "zipf"])
         self._check_relations("people", self.people, "people_relations", PEOPLE_RELATIONS)

@@ -93,7 +93,8 @@ def product_combine(
         ValueError: as in `product_topk`, or if J is below min(k, S).
     """
     shapes = [tuple(half.shape) for half in (values1_XJ, indices1_XJ, values2_XJ, indices2_XJ)]
-    if len(set(shapes)) > 1 or values1_XJ.dtype is not values2_XJ.dtype:
+    # Compared and not put into a set: torch.compile would take sizes that are hashed for constants.
+    if any(shape != shapes[0] for shape in shapes) or values1_XJ.dtype is not values2_XJ.dtype:
         raise ValueError(
             f"product_combine: values and indices need one shape and both values one dtype, got shapes {shapes} and "
             f"{values1_XJ.dtype}, {values2_XJ.dtype}."

@@ -64,7 +64,7 @@ def row_update(
 ) -> None:
     """Computes `pkm_lightning.ops.row_update.row_update`."""
     use_torch_threads()
-    none_0, none_1, none_11 = torch.empty(0), torch.empty(1), torch.empty(1, 1)
+    none_0, none_1, none_11 = (torch.empty(shape, dtype=torch.float32) for shape in (0, 1, (1, 1)))
     correction1, root_correction2 = rule.bias_corrections(step)
     scratch_C2V, bits_C2V = _scratch(gradient)
     _update(
@@ -103,7 +103,7 @@ def _as_numpy(values: Tensor) -> Any:
 
 def _scratch(gradient: RowGradient) -> tuple[Any, Any]:
     """Two lines of fp32 per chunk, and the same memory as bits."""
-    lines_C2V = torch.empty(_CHUNKS, 2, gradient.source_rows_XV.shape[1])
+    lines_C2V = torch.empty(_CHUNKS, 2, gradient.source_rows_XV.shape[1], dtype=torch.float32)
     return lines_C2V.numpy(), lines_C2V.view(torch.int32).numpy()
 
 

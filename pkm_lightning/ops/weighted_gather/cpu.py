@@ -26,7 +26,7 @@ def gather_dot(table_NV: Tensor, rows_XV: Tensor, ids_TK: Tensor, groups_TK: Ten
     """Computes `eager.gather_dot`, summed in float32, for float32 and bfloat16 tables; other dtypes go to `eager`."""
     if table_NV.dtype not in (torch.float32, torch.bfloat16):
         return eager.gather_dot(table_NV, rows_XV, ids_TK, groups_TK, n_groups)
-    dots_TK = torch.empty(ids_TK.shape)
+    dots_TK = torch.empty(ids_TK.shape, dtype=torch.float32)
     # There are far fewer upstream rows than the T * K table rows to read, so widening a copy of them costs little.
     inputs = table_NV, rows_XV.float(), ids_TK.int(), read_sources(ids_TK, groups_TK, n_groups), dots_TK
     use_torch_threads()

@@ -119,6 +119,6 @@ def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     for element, dim, grouped in (("fp32", 1024, False), ("bf16", 1024, False), ("bf16", 100, True)):
         names = ("table", "weights", "y", "rows", "dots")
         types = dict.fromkeys(names, f"*{element}") | {"ids": "*i32", "groups": "*i64", "n_groups": "i32"}
-        sizes = _sizes(torch.empty(1, 128), dim, grouped)
+        sizes = _sizes(torch.empty(1, 128, dtype=torch.float32), dim, grouped)
         cases += [(kernel, types, sizes) for kernel in (_gather_sum, _gather_dot)]
     return cases

@@ -33,8 +33,11 @@ def find_rule(name: str) -> type[RowRule]:
     if name not in rule_names():
         raise ValueError(f"row_update: rule={name!r} is unknown; allowed: {', '.join(rule_names())}.")
     module = importlib.import_module(f"{__name__}.{name}")
-    (class_name,) = module.__all__
-    rule: type[RowRule] = getattr(module, class_name)
+    rules = [getattr(module, listed, None) for listed in module.__all__]
+    if len(rules) != 1 or not (isinstance(rules[0], type) and issubclass(rules[0], RowRule)):
+        raise ValueError(f"row_update: the __all__ of rules/{name}.py is {module.__all__}; list one RowRule there.")
+    rule: type[RowRule] = rules[0]
+    class_name = rule.__name__
     if rule.name != name:
         raise ValueError(f"row_update: {class_name}.name is {rule.name!r}; it must be the name of its file, {name!r}.")
     if "step" in rule.state:

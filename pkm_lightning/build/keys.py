@@ -1,0 +1,186 @@
+"""Every key of a configuration: those that no class declares, and the ranges of those that a foreign class declares.
+
+The keys of a class are its constructor's: kinds come from its annotations, ranges from its own checks. A new plugin
+needs nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from pkm_lightning.build.instantiate import check_keywords
+from pkm_lightning.build.kinds import Range, check_kind
+from pkm_lightning.errors import ConfigError, nearest
+
+Count = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
+NotNegative = Annotated[float, Range(0)]
+# Layers and ranks are gone through one by one, so that a number beyond all that exist would take hours to refuse.
+Layers = Annotated[int, Range(1, 4096)]
+Size = Annotated[int, Range(1, 2**24)]
+Processes = Literal[-1] | Annotated[int, Range(1, 2**16)]
+_LARGEST_WORLD = 2**20
+#: Arguments that the builder passes.
+_BUILT = {
+    "ffn": ("dim", "layer", "n_layers", "table"),
+    "model.base_ffn": ("dim", "layer", "n_layers"),
+    "table": ("rows", "dim"),
+    "optim.optimizer": ("params",),
+}
+
+
+class MemoryKeys(TypedDict):
+    """`model.memory`: sizes that the YAMLs of memory plugins refer to."""
+
+    n_keys: Count
+    heads: Count
+    knn: Count
+    key_dim: Count
+
+
+class ModelKeys(TypedDict):
+    """`model`, whose other keys `Transformer` takes."""
+
+    dim: Size
+    n_layers: Layers
+    n_heads: Size
+    n_kv_heads: Size
+    ffn_dim: NotRequired[Size]
+    vocab_size: int | str
+    rope_theta: Annotated[float, Range(1)]
+    norm_eps: Share
+    tied: bool
+    document_mask: bool
+    reset_positions: bool
+    compile: bool
+    activation_checkpointing: bool
+    base_ffn: dict[str, Any]
+    memory: NotRequired[MemoryKeys]
+
+
+class OptimizerKeys(TypedDict, total=False):
+    """`optim.optimizer`: what the arguments of torch's optimizers mean."""
+
+    betas: list[Annotated[float, Range(0, 1 - 1e-9)]]
+    eps: NotNegative
+    momentum: Share
+    lr: NotNegative
+    weight_decay: NotNegative
+
+
+class OptimKeys(TypedDict):
+    """`optim`."""
+
+    optimizer: OptimizerKeys
+    lr: NotNegative
+    weight_decay: NotNegative
+    table_lr_factor: NotNegative
+    table_weight_decay: NotNegative
+    clip_norm: NotNegative | None
+    table_clip_norm: NotNegative | None
+    schedule: Literal["cosine", "linear", "wsd"]
+    warmup_share: Share
+    final_factor: Share
+    decay_share: Share
+
+
+class TrainerKeys(TypedDict):
+    """`trainer`: the arguments of Lightning's Trainer that have a range, or that the package reads itself."""
+
+    accelerator: str
+    devices: Processes | str | list[int]
+    num_nodes: Annotated[int, Range(1, 2**16)]
+    precision: str | int
+    max_steps: Count
+    max_epochs: NotRequired[Literal[-1] | Count | None]
+    accumulate_grad_batches: Count
+    val_check_interval: Annotated[int, Range(1)] | Annotated[float, Range(1e-9, 1)] | str | dict[str, int]
+    check_val_every_n_epoch: NotRequired[Count | None]
+    log_every_n_steps: Count
+    num_sanity_val_steps: NotRequired[Annotated[int, Range(-1)]]
+    gradient_clip_val: NotRequired[NotNegative | None]
+
+
+class StrategyKeys(TypedDict, total=False):
+    """`strategy`: DeepSpeed's stage, and what Lightning passes on to torch's DistributedDataParallel without a look."""
+
+    stage: Annotated[int, Range(1, 3)]
+    gradient_as_bucket_view: bool
+    broadcast_buffers: bool
+    find_unused_parameters: bool
+    static_graph: bool
+
+
+class TableKeys(TypedDict):
+    """`table`, whose other keys `ValueTable` takes."""
+
+    shared: bool
+    optimizer: NotRequired[dict[str, Any]]
+    shard: NotRequired[str]
+    group: NotRequired[int | str]
+
+
+class RunKeys(TypedDict):
+    """A whole configuration."""
+
+    model: ModelKeys
+    ffn: dict[str, Any]
+    placement: dict[str, Any]
+    table: TableKeys
+    data: dict[str, Any]
+    optim: OptimKeys
+    strategy: StrategyKeys | None
+    trainer: TrainerKeys
+    callbacks: dict[str, dict[str, Any] | None] | None
+    logger: dict[str, dict[str, Any] | None] | None
+    devices: NotRequired[Processes | str | list[int]]
+    device_memory: NotRequired[NotNegative | None]
+    seed: Annotated[int, Range(0, 2**32 - 1)]
+    match: Literal["none", "flops", "params"]
+    match_budget: Annotated[float, Range(1)] | None
+    run_dir: str
+    resume: NotRequired[Literal["auto", "always", "never"]]
+    ckpt: NotRequired[str | None]
+    file: NotRequired[str | None]
+    overwrite: NotRequired[bool]
+    trust_config: NotRequired[bool]
+    format: NotRequired[Literal["text", "json"]]
+    out: NotRequired[str | None]
+
+
+def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
+    """Refuses a value of a wrong kind or out of range, a missing key, and a keyword that a class does not take.
+
+    Nothing is constructed. Without `training` the callbacks and loggers, which then have no effect, are left out.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    check_kind("", config, RunKeys)
+    unknown = sorted(set(config["optim"]) - set(OptimKeys.__annotations__))
+    if unknown:
+        raise ConfigError(f"optim.{unknown[0]} is not a key of optim; remove it.{nearest(unknown[0], config['optim'])}")
+    for key, described in _described_objects(config, training=training):
+        if described:
+            check_keywords(described, key, built=_BUILT.get(key, ()))
+    trainer = config["trainer"]
+    if isinstance(trainer["devices"], int) and trainer["devices"] * trainer["num_nodes"] > _LARGEST_WORLD:
+        raise ConfigError(
+            f"trainer.devices={trainer['devices']} on trainer.num_nodes={trainer['num_nodes']} nodes are more than "
+            f"{_LARGEST_WORLD:,} processes; set fewer."
+        )
+
+
+def _described_objects(config: Mapping[str, Any], *, training: bool) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+    """Yields each part of `config` that a class is made from, with its key."""
+    for key in ("data", "ffn", "placement", "strategy", "trainer"):
+        yield key, config[key]
+    yield "model.base_ffn", config["model"]["base_ffn"]
+    table = config["table"]
+    yield "table", {name: value for name, value in table.items() if name not in TableKeys.__annotations__}
+    yield "table.optimizer", table.get("optimizer")
+    yield "optim.optimizer", config["optim"]["optimizer"]
+    for group in ("callbacks", "logger") if training else ():
+        for name, described in (config[group] or {}).items():
+            yield f"{group}.{name}", described

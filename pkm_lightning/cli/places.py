@@ -1,0 +1,88 @@
+"""Where a run that is read back may write: within its directory, unless the user trusts it.
+
+A run directory may come from a stranger. Its configuration names files to write, and links in it may lead anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pkm_lightning.compare.leaves import COMMAND_KEYS
+from pkm_lightning.errors import ConfigError
+
+#: Keys whose value is a path even if it does not look like one, such as `notes.csv`.
+_PATH_KEY = re.compile(r"(^|_)(path|dir|dirpath|file|folder)$")
+_OWN_DATA = "pkm_lightning.data."
+
+
+def check_places(config: Mapping[str, Any], source: str, folder: Path | None, allowed: Collection[str] = ()) -> None:
+    """Refuses a configuration read back from `source` with a path outside `folder`, except for data that it reads.
+
+    Args:
+        config: the saved configuration.
+        source: the file that it was read from.
+        folder: the run's directory; None if there is none, in which no path may be written.
+        allowed: paths that the command itself names, such as its cache.
+
+    Raises:
+        ConfigError: naming the key, the path, and how to trust it.
+    """
+    inside = None if folder is None else Path(os.path.realpath(folder))
+    for key, value in _paths(config):
+        if value not in allowed and not (inside and Path(_real(value)).is_relative_to(inside) and "://" not in value):
+            where = "" if folder is None else f", outside of {folder}"
+            raise ConfigError(
+                f"{source} names {key}={value}{where}, where a saved configuration may not write unasked; if it is "
+                "yours, repeat the command with trust_config=true."
+            )
+
+
+def check_links(folder: Path) -> None:
+    """Refuses a run's directory with a link that leads out of it, through which a run would write there.
+
+    Raises:
+        ConfigError: naming the link, where it leads, and how to trust it.
+    """
+    inside = Path(os.path.realpath(folder))
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise ConfigError(
+                    f"{path} is a link that leads out of the run's directory, to {os.path.realpath(path)}; if it is "
+                    "yours, repeat the command with trust_config=true."
+                )
+
+
+def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the keys and values that may name a place to write."""
+    data = config.get("data")
+    reads = isinstance(data, Mapping) and str(data.get("_target_")).startswith(_OWN_DATA)
+    for key, value, listed in _texts({k: v for k, v in config.items() if k not in COMMAND_KEYS}, ""):
+        name = key.rsplit(".", 1)[-1]
+        # The package's own data modules write nowhere else; what they read may lie anywhere.
+        if reads and key.startswith("data.") and key != "data.cache_dir":
+            continue
+        # Of texts in lists, such as prompts, only those are paths whose key says so.
+        looks_like_path = not listed and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
+        if value and (_PATH_KEY.search(name) or looks_like_path):
+            yield key, value
+
+
+def _texts(node: Any, key: str, listed: bool = False) -> Iterator[tuple[str, str, bool]]:
+    """Yields each text with its dotted key, and whether it stands in a list."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value, key, listed=True)
+    elif isinstance(node, str):
+        yield key, node, listed
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))

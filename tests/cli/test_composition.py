@@ -1,0 +1,170 @@
+"""From typed arguments to a configuration: what Hydra cannot read, paths, keys that a verb does not read."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from pkm_lightning.build.checks import remark_validation
+from pkm_lightning.cli.command_keys import check_read
+from pkm_lightning.cli.composition_errors import explain
+from pkm_lightning.cli.job import log_to_stderr
+from pkm_lightning.cli.paths import with_expanded_paths
+from pkm_lightning.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("run_dir=runs/ümlaut", "runs/ümlaut"),
+        ("run_dir=runs/lr=0.1", "runs/lr=0.1"),
+        ("data.path=~/x", "~/x"),
+        ("data.path=a&b;c", "a&b;c"),
+        ("run_dir=it's", "it's"),
+        ("run_dir=a(b)", "a(b)"),
+        ('run_dir="x', '"x'),
+        ("run_dir=a$b!", "a$b!"),
+        ("run_dir={a", "{a"),
+        ("data.prompts=[Zürich]", ["Zürich"]),
+        ("data.prompts=[Zürich, Wien]", ["Zürich", "Wien"]),
+        ("+data.prompts=[Zürich]", ["Zürich"]),
+    ],
+)
+def test_an_unreadable_value_names_its_key_and_the_quoted_form_works(typed: str, value: Any) -> None:
+    parser = OverridesParser.create()
+    with pytest.raises(HydraException) as error:
+        parser.parse_overrides([typed])
+    message = explain(error.value)
+    key = typed.partition("=")[0]
+    assert message.startswith(f"{typed}: the value of {key} has characters that need quotes; write ")
+    (suggested,) = shlex.split(message.partition("write ")[2].removesuffix("."))
+    override = parser.parse_override(suggested)
+    assert (override.input_line.partition("=")[0], override.value()) == (key, value)
+
+
+@pytest.mark.parametrize("typed", ["seed", "+seed", "--seed"])
+def test_an_argument_without_a_value_is_no_override(typed: str) -> None:
+    with pytest.raises(HydraException) as error:
+        OverridesParser.create().parse_overrides([typed])
+    assert explain(error.value) == f"{typed!r} is not an override; write KEY=VALUE, or ~KEY to delete one."
+
+
+def test_home_and_variables_mean_the_same_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = {
+        "run_dir": "~/run", "ckpt": "$SCRATCH/a.ckpt", "file": None, "out": "${SCRATCH}/x", "runs": ["~/a", "b"],
+        "data": {"path": ["~/x", "$HOME/y"], "cache_dir": "~/c", "tokenizer": "~/t.json", "text_field": "~"},
+        "callbacks": {"recall": {"path": "~/r.csv"}, "step_checkpoint": {"dirpath": "$UNSET/c"}},
+    }  # fmt: skip
+    assert with_expanded_paths(config) == {
+        "run_dir": "/me/run", "ckpt": "/scratch/a.ckpt", "file": None, "out": "/scratch/x",
+        "runs": ["/me/a", "b"],
+        "data": {
+            "path": ["/me/x", "/me/y"], "cache_dir": "/me/c", "tokenizer": "/me/t.json",
+            "text_field": "~",
+        },
+        "callbacks": {"recall": {"path": "/me/r.csv"}, "step_checkpoint": {"dirpath": "$UNSET/c"}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"data": {"path": ""}}, r"data\.path='' names no file or folder; give data\.path=PATH"),
+        ({"data": {"path": ["a", " "]}}, r"data\.path=' ' names no file or folder"),
+        ({"data": {"cache_dir": ""}}, r"data\.cache_dir='' names no file"),
+        ({"callbacks": {"recall": {"path": ""}}}, r"callbacks\.recall\.path=''"),
+        ({"run_dir": ""}, "run_dir='' names no file or folder"),
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_expanded_paths(config)
+
+
+def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=~/\.cache/x is in the home of a user who has none"):
+        with_expanded_paths({"data": {"cache_dir": "~/.cache/x"}})
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "message"),
+    [
+        ("fit", "format=json", "format=json: fit does not read format, only info"),
+        ("fit", "out=x", "fit does not read out, only predict, compare, report"),
+        ("fit", "file=x.safetensors", "only export"),
+        ("info", "ckpt=x", "info does not read ckpt"),
+        ("info", "overwrite=true", "info does not read overwrite"),
+        ("validate", "out=x", "validate does not read out"),
+        ("test", "file=x", "test does not read file"),
+        ("test", "device_memory=8", "test does not read device_memory"),
+        ("predict", "resume=never", "predict does not read resume"),
+        ("compare", "format=json", "compare does not read format"),
+        (
+            "export",
+            "model.dim=64",
+            "export does not read model; leave it out. It reads: run_dir, ckpt, file, overwrite",
+        ),
+        ("export", "data=text", "export does not read data"),
+        ("export", "data/loader@data=default", "export does not read data"),
+        ("export", "~callbacks.recall", "export does not read callbacks"),
+        ("report", "ffn=dense", "report does not read ffn"),
+        ("report", "seed=3", "report does not read seed"),
+    ],
+)
+def test_a_key_that_does_nothing_is_refused(verb: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_read(verb, [override], OmegaConf.create({"seed": 1}))
+
+
+def test_a_key_that_nothing_reads_is_refused_unless_another_refers_to_it() -> None:
+    check_read("fit", ["+foo=1"], OmegaConf.create({"foo": 1, "optim": {"lr": "${foo}"}}))
+    with pytest.raises(ConfigError, match=r"foo is not a key of the configuration; leave it out"):
+        check_read("fit", ["+foo=1"], OmegaConf.create({"foo": 1}))
+    with pytest.raises(ConfigError, match=r"sed is not a key of the configuration; leave it out. Did you mean 'seed'"):
+        check_read("fit", [], OmegaConf.create({"sed": 1}))
+
+
+@pytest.mark.parametrize(
+    ("interval", "accumulate", "epochs", "remarked"),
+    [(700, 1, None, True), (9, 2, None, True), (8, 2, None, False), (4, 1, None, False), (0.5, 1, 1, False)],
+)
+def test_a_validation_beyond_the_end_is_remarked(
+    interval: float, accumulate: int, epochs: int | None, remarked: bool
+) -> None:
+    trainer = {
+        "val_check_interval": interval, "accumulate_grad_batches": accumulate, "max_steps": 4,
+        "check_val_every_n_epoch": epochs,
+    }  # fmt: skip
+    assert bool(remark_validation(trainer)) is remarked
+
+
+def test_every_console_prints_data_as_they_are() -> None:
+    """Rich would take brackets in data and paths for markup."""
+    root = Path(__file__).parents[2]
+    lines = [line for folder in ("pkm_lightning", "callbacks") for file in (root / folder).rglob("*.py")
+             for line in file.read_text().splitlines() if " Console(" in line]  # fmt: skip
+    assert len(lines) >= 4
+    assert [line for line in lines if "markup=False, emoji=False" not in line] == []
+
+
+def test_the_log_leaves_the_standard_output_to_programs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(sys.stdout)])
+    log_to_stderr()
+    root.warning("generated new fontManager")
+    shown = capsys.readouterr()
+    assert (shown.out, "generated new fontManager" in shown.err) == ("", True)

@@ -1,0 +1,93 @@
+"""A saved configuration names where a run writes: inside its directory, or the user must trust it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from pkm_lightning.cli.places import check_links, check_places
+from pkm_lightning.errors import ConfigError
+
+OURS = {"_target_": "pkm_lightning.data.JsonlDataModule"}
+
+
+def saved(run: Path, **changes: Any) -> dict[str, Any]:
+    """Returns a configuration as `fit` saves it, with dotted keys changed."""
+    config = OmegaConf.create(
+        {
+            "run_dir": str(run),
+            "ckpt": None,
+            "out": "/elsewhere/predictions.jsonl",
+            "data": {
+                **OURS,
+                "path": "/corpora/facts.jsonl",
+                "tokenizer": "/corpora/tokenizer.json",
+                "cache_dir": "~/c",
+            },
+            "callbacks": {
+                "metrics_csv": {"path": f"{run}/metrics.csv"},
+                "step_checkpoint": {"dirpath": f"{run}/checkpoints"},
+                "samples": {"prompts": ["/imagine ../ a path", "~5 kg"], "monitor": "val/loss"},
+            },
+            "logger": {"tensorboard": {"save_dir": str(run), "name": "", "version": "tensorboard"}},
+            "trainer": {"profiler": None, "default_root_dir": None},
+            "strategy": {},
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    container = OmegaConf.to_container(config)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def test_what_a_run_saves_itself_is_accepted(tmp_path: Path) -> None:
+    check_places(saved(tmp_path), "config.yaml", tmp_path, allowed=["~/c"])
+    inside = {"data.cache_dir": str(tmp_path / "cache"), "callbacks.x.path": f"{tmp_path}/a/../b.csv"}
+    check_places(saved(tmp_path, **inside), "config.yaml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("callbacks.metrics_csv.path", "/etc/cron.d/job"),
+        ("callbacks.metrics_csv.path", "notes.csv"),
+        ("callbacks.metrics_csv.path", "~/.profile"),
+        ("callbacks.metrics_csv.path", "RUN/../../notes.csv"),
+        ("callbacks.metrics_csv.path", "RUNning/notes.csv"),
+        ("callbacks.step_checkpoint.dirpath", "checkpoints"),
+        ("callbacks.checkpoint.filename", "../../x"),
+        ("callbacks.recall.path", "RUN/link/recall.csv"),
+        ("logger.tensorboard.save_dir", "/srv"),
+        ("logger.tensorboard.name", "../.."),
+        ("logger.mlflow.tracking_uri", "http://example.org"),
+        ("trainer.default_root_dir", "/srv"),
+        ("trainer.profiler", {"dirpath": "/srv"}),
+        ("trainer.plugins", [{"save_dir": "/srv"}]),
+        ("strategy.config", {"csv_monitor": {"output_path": "logs"}}),
+        ("strategy.config", {"offload": {"nvme_path": "/srv"}}),
+        ("data.cache_dir", "/srv"),
+        ("data", {"_target_": "lightning.pytorch.demos.mnist_datamodule.MNISTDataModule", "data_dir": "/srv"}),
+        ("table.file", "rows.bin"),
+    ],
+)
+def test_a_place_outside_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "link").symlink_to(tmp_path)
+    value = value.replace("RUN", str(run)) if isinstance(value, str) else value
+    with pytest.raises(ConfigError, match=rf"config\.yaml names {key}.*outside of .*trust_config=true"):
+        check_places(saved(run, **{key: value}), "config.yaml", run, allowed=["~/c"])
+
+
+def test_links_lead_out_at_any_depth(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "latest").symlink_to(run / "checkpoints")
+    check_links(run)
+    (run / "checkpoints" / "step.ckpt").symlink_to("../../elsewhere")
+    with pytest.raises(ConfigError, match=r"checkpoints/step\.ckpt is a link .*elsewhere.*trust_config=true"):
+        check_links(run)
