@@ -67,6 +67,8 @@ class Attention(nn.Module):
         """Computes attention over the positions that `shared.mask_B1TP` allows, causal without a mask."""
         q_BHTC, k_BGPC = self._queries_and_keys(x_BTD, shared)
         v_BGPC = self._heads(self.value(x_BTD))
+        # A single new token may look at everything that is cached. Not by comparing sizes: compiled, they are symbols.
+        is_causal = shared.mask_B1TP is None and (cached is None or cached.is_empty)
         if cached is not None:
             k_BGPC, v_BGPC = cached.extend(k_BGPC, v_BGPC)
         y_BHTC = functional.scaled_dot_product_attention(
@@ -74,8 +76,7 @@ class Attention(nn.Module):
             k_BGPC,
             v_BGPC,
             attn_mask=shared.mask_B1TP,
-            # A single new token may look at everything that is cached.
-            is_causal=shared.mask_B1TP is None and q_BHTC.shape[2] == k_BGPC.shape[2],
+            is_causal=is_causal,
             # Grouped heads exclude the memory-efficient kernel, so the flag is off without them.
             enable_gqa=k_BGPC.shape[1] != q_BHTC.shape[1],
         )

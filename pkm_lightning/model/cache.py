@@ -18,6 +18,11 @@ class LayerCache:
         self.keys_BGLC: Tensor | None = None
         self.values_BGLC: Tensor | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has been read yet."""
+        return self._cache.length == 0
+
     def extend(self, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
         """Appends T positions; returns the keys and values of all P + T positions, views of the buffers."""
         start, end = self._cache.length, self._cache.length + k_BGTC.shape[2]
