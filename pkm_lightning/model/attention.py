@@ -1,11 +1,11 @@
 """Causal grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) through torch's fused kernels.
 
-Letters: H query heads, G key-value heads, C head dimension, F = C / 2 frequencies.
+Letters: H query heads, G key-value heads, C head dimension, F = C / 2 frequencies, P keys: T, and what is cached.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,17 @@ from torch.nn import functional
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.model.rope import apply_rope
 
+if TYPE_CHECKING:
+    from pkm_lightning.model.cache import LayerCache
+
 
 class AttentionInputs(NamedTuple):
     """The inputs of attention that all layers share in one forward."""
 
     cos_B1TF: Tensor
     sin_B1TF: Tensor
-    #: True where a query may look, (B, 1, T, T); None for plain causal attention, which has faster kernels.
-    mask_B1TT: Tensor | None
+    #: True where a query may look, (B, 1, T, P). None allows all earlier positions, which has faster kernels.
+    mask_B1TP: Tensor | None
 
 
 class Attention(nn.Module):
@@ -60,28 +63,34 @@ class Attention(nn.Module):
         self.value = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
         self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, shared: AttentionInputs) -> Tensor:
-        """Computes attention over the positions that `shared.mask_B1TT` allows, causal without a mask."""
-        q_BHTC, k_BGTC = self._queries_and_keys(x_BTD, shared)
-        v_BGTC = self._heads(self.value(x_BTD))
+    def forward(self, x_BTD: Tensor, shared: AttentionInputs, cached: LayerCache | None = None) -> Tensor:
+        """Computes attention over the positions that `shared.mask_B1TP` allows, causal without a mask."""
+        q_BHTC, k_BGPC = self._queries_and_keys(x_BTD, shared)
+        v_BGPC = self._heads(self.value(x_BTD))
+        # A single new token may look at everything that is cached. Not by comparing sizes: compiled, they are symbols.
+        is_causal = shared.mask_B1TP is None and (cached is None or cached.is_empty)
+        if cached is not None:
+            k_BGPC, v_BGPC = cached.extend(k_BGPC, v_BGPC)
         y_BHTC = functional.scaled_dot_product_attention(
             q_BHTC,
-            k_BGTC,
-            v_BGTC,
-            attn_mask=shared.mask_B1TT,
-            is_causal=shared.mask_B1TT is None,
+            k_BGPC,
+            v_BGPC,
+            attn_mask=shared.mask_B1TP,
+            is_causal=is_causal,
             # Grouped heads exclude the memory-efficient kernel, so the flag is off without them.
-            enable_gqa=k_BGTC.shape[1] != q_BHTC.shape[1],
+            enable_gqa=k_BGPC.shape[1] != q_BHTC.shape[1],
         )
         return self.out(y_BHTC.transpose(1, 2).flatten(2))
 
-    def diagnostics(self, output: Tensor, x_BTD: Tensor, shared: AttentionInputs) -> dict[str, Tensor]:
+    def diagnostics(
+        self, output: Tensor, x_BTD: Tensor, shared: AttentionInputs, cached: LayerCache | None = None
+    ) -> dict[str, Tensor]:
         """Returns `attention_logit_max`, the largest `|<q, k>| / sqrt(C)` of a query and a key it may attend to."""
         # The fused kernel returns no logits, so they are computed again, all T * T of them and in fp32.
         q_BHTC, k_BGTC = self._queries_and_keys(x_BTD, shared)
         k_BHTC = k_BGTC.repeat_interleave(q_BHTC.shape[1] // k_BGTC.shape[1], dim=1)
         logits_BHTT = q_BHTC.float() @ k_BHTC.float().transpose(-1, -2) * self.head_dim**-0.5
-        mask_XTT = shared.mask_B1TT
+        mask_XTT = shared.mask_B1TP
         if mask_XTT is None:
             mask_XTT = torch.ones_like(logits_BHTT[0, 0], dtype=torch.bool).tril()
         return {"attention_logit_max": logits_BHTT.abs().masked_fill(~mask_XTT, 0).amax()}

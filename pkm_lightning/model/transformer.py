@@ -19,6 +19,7 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
 from pkm_lightning.model.block import Block
+from pkm_lightning.model.cache import DecodingCache
 from pkm_lightning.model.initialisation import initialise
 from pkm_lightning.model.rope import document_positions, rope_table
 
@@ -144,15 +145,32 @@ class Transformer(nn.Module):
         doc_ids_BT: Tensor | None = None,
         valid_BT: Tensor | None = None,
         observe: bool = False,
+        cache: DecodingCache | None = None,
     ) -> ModelOutput:
-        """Returns hidden states for token ids; with `observe` also the traces of the plugins."""
+        """Returns hidden states for token ids; with `observe` also the traces of the plugins.
+
+        With `cache` the ids continue the sequences that it holds, and are added to it.
+
+        Raises:
+            ValueError: `cache` with `doc_ids_BT`, another batch, or more tokens than it has room for.
+        """
         output = ModelOutput(self.embedding(input_ids_BT))
-        shared = self._attention_inputs(input_ids_BT, doc_ids_BT, score_dtype(output.hidden_BTD))
+        dtype = score_dtype(output.hidden_BTD)
+        if cache is None:
+            shared = self._attention_inputs(input_ids_BT, doc_ids_BT, dtype)
+        elif doc_ids_BT is None:
+            positions_BT, mask_B1TP = cache.begin(input_ids_BT, valid_BT)
+            shared = AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TP)
+        else:
+            raise ValueError("cache: a cached sequence is one document; do not pass doc_ids_BT.")
         context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
         deferred: dict[int, Tensor] = {}
         metrics: dict[str, list[Tensor]] = {}
         for layer, block in enumerate(self.blocks):
-            result = self._run_block(block, output.hidden_BTD, shared, context)
+            if cache is None:
+                result = self._run_block(block, output.hidden_BTD, shared, context)
+            else:
+                result = block(output.hidden_BTD, shared, context, cache.layers[layer])
             output.hidden_BTD = result.y_BTD
             if result.deferred_BTD is not None:
                 deferred[layer + self.write_after] = result.deferred_BTD
@@ -162,9 +180,16 @@ class Transformer(nn.Module):
             _collect(output, layer, result)
             for name, value in result.metrics.items():
                 metrics.setdefault(name, []).append(value)
+        if cache is not None:
+            cache.advance(input_ids_BT.shape[1])
         output.metrics = {name: torch.stack(values).mean() for name, values in metrics.items()}
         output.hidden_BTD = self.norm(output.hidden_BTD)
         return output
+
+    def new_cache(self, batch: int, capacity: int) -> DecodingCache:
+        """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included."""
+        device = self.embedding.weight.device
+        return DecodingCache(n_layers=len(self.blocks), batch=batch, capacity=capacity, device=device)
 
     def unembed(self, hidden_MD: Tensor) -> Tensor:
         """Returns logits over the vocabulary for any selection of hidden states, (..., D) -> (..., W)."""
@@ -179,8 +204,8 @@ class Transformer(nn.Module):
             positions_BT = document_positions(doc_ids_BT)
         else:
             positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).unsqueeze(0)
-        mask_B1TT = document_mask(doc_ids_BT) if doc_ids_BT is not None and self.document_mask else None
-        return AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TT)
+        mask_B1TP = document_mask(doc_ids_BT) if doc_ids_BT is not None and self.document_mask else None
+        return AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TP)
 
     def _run_block(self, block: nn.Module, x_BTD: Tensor, shared: AttentionInputs, context: FFNContext) -> FFNOutput:
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -8,16 +8,17 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ffn.recorded_reads import recorded_reads
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,7 +29,6 @@ from toys import config
 from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.experts import SwiGLUExperts
 from pkm_lightning.ffn import HasAfterStep, HasCost, HasReads, HasSlots, TableRead
-from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import ModelOutput, Transformer, model_cost
 from pkm_lightning.model.placement import named_plugins, plugin_entries
 
@@ -83,28 +83,6 @@ def run(model: Transformer, ids_BT: Tensor, **options: Any) -> ModelOutput:
 
 def plugins(model: Transformer) -> list[nn.Module]:
     return [plugin for block in model.blocks for _, plugin in named_plugins(block.ffn)]  # type: ignore[arg-type]
-
-
-@contextmanager
-def recorded_reads(tokens: int) -> Iterator[list[TableRead]]:
-    """Yields a list that collects the calls of value tables, as `TableRead`s of one of `tokens` tokens."""
-    calls: list[TableRead] = []
-    start, dot = ValueTable.start, ValueTable.dot
-
-    def recorded_start(table: ValueTable, ids_TK: Tensor, weights_TK: Tensor, *groups: Any, **named: Any) -> Any:
-        n_groups = named.get("n_groups", groups[1] if groups else None)
-        per_token = ids_TK.shape[0] // tokens
-        calls.append(TableRead(table=table, ids=ids_TK.shape[1], reads=per_token, groups=n_groups or 0))
-        return start(table, ids_TK, weights_TK, *groups, **named)
-
-    def recorded_dot(table: ValueTable, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
-        calls.append(TableRead(table=table, ids=ids_TK.shape[1], reads=ids_TK.shape[0] // tokens, dot=True))
-        return dot(table, x_TD, ids_TK)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ValueTable, "start", recorded_start)
-        patch.setattr(ValueTable, "dot", recorded_dot)
-        yield calls
 
 
 def check_reads(model: Transformer, calls: list[TableRead]) -> None:
@@ -185,6 +163,19 @@ class PluginContract:
         before_BTD, after_BTD = (run(model.train(), x_BT).hidden_BTD[:, :5] for x_BT in (ids_BT, changed_BT))
         causal = all(getattr(plugin, "causal_in_training", True) for plugin in plugins(model))
         assert torch.allclose(after_BTD, before_BTD, rtol=1e-5, atol=1e-5) is causal
+
+    def test_a_cache_gives_the_full_forward(self, model: Transformer) -> None:
+        """Reads prompts of 3 and 5 tokens, one padded, then the rest one by one and in pairs."""
+        model.eval()
+        full_BTD = run(model, ids()).hidden_BTD
+        shorter_BTD = run(model, ids()[1:, 2:]).hidden_BTD
+        cache, valid_BT = model.new_cache(2, 9), torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
+        parts = [run(model, ids()[:, :5], valid_BT=valid_BT, cache=cache).hidden_BTD]
+        for start, end in itertools.pairwise([5, 6, 7, 9]):
+            parts.append(run(model, ids()[:, start:end], cache=cache).hidden_BTD)
+        cached_BTD = torch.cat(parts, dim=1)
+        assert_close(cached_BTD[0], full_BTD[0])
+        assert_close(cached_BTD[1, 2:], shorter_BTD[0])
 
     def test_parameters_learn_also_with_activation_checkpointing(self, model: Transformer) -> None:
         plain, recomputed = model.train(), copy.deepcopy(model)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from toys import Letters, memory_ffns, transformer
 
-from pkm_lightning.inference.generation import greedy
+from pkm_lightning.inference.generation import generate, greedy
+from pkm_lightning.inference.sampling import Sampling
 from pkm_lightning.model import Transformer
 
 CPU = torch.device("cpu")
@@ -54,13 +58,53 @@ def test_no_prompts_no_answers(model: Transformer) -> None:
     assert greedy(model, Letters(), [], device=CPU) == []
 
 
+def test_samples_depend_on_seed_and_prompt_and_not_on_the_batch(model: Transformer) -> None:
+    sampling = Sampling(max_new_tokens=10, temperature=1.0, top_k=20, samples=3, seed=7)
+    answers = generate(model, Letters(), PROMPTS, sampling, device=CPU)
+    assert [[answer.sample for answer in group] for group in answers] == [[0, 1, 2]] * len(PROMPTS)
+    assert len({answer.text for group in answers for answer in group}) > len(PROMPTS)
+    assert generate(model, Letters(), PROMPTS, sampling, device=CPU, batch_size=2) == answers
+    other = generate(model, Letters(), PROMPTS, dataclasses.replace(sampling, seed=8), device=CPU)
+    assert other != answers
+
+
+def test_an_answer_ends_at_a_stop_text_at_the_end_of_text_or_at_its_length(model: Transformer) -> None:
+    plain = generate(model, Letters(), PROMPTS, Sampling(max_new_tokens=12), device=CPU)
+    letter = collections.Counter("".join(answer.text for (answer,) in plain)).most_common(1)[0][0]
+    stopped = generate(model, Letters(), PROMPTS, Sampling(max_new_tokens=12, stop=("never", letter)), device=CPU)
+    assert {answer.ended for (answer,) in plain} == {"eos", "length"}
+    assert "stop" in {answer.ended for (answer,) in stopped}
+    for (whole,), (cut,) in zip(plain, stopped, strict=True):
+        assert cut.text == whole.text.split(letter)[0]
+        assert cut.ended == ("stop" if letter in whole.text else whole.ended)
+        assert (whole.ended == "length") is (len(whole.ids) == 12)
+
+
+def test_a_reader_sees_every_answer_grow(model: Transformer) -> None:
+    seen: dict[int, list[str]] = {}
+    sampling = Sampling(max_new_tokens=6)
+    answers = generate(
+        model, Letters(), PROMPTS, sampling, device=CPU, watch=lambda a: seen.setdefault(a.prompt, []).append(a.text)
+    )
+    for number, (answer,) in enumerate(answers):
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen[number]))
+        assert seen[number][-1] == answer.text
+        assert len(seen[number]) == len(answer.ids) + (answer.ended == "eos")
+
+
 class Scripted:
     """A stand-in for a model that answers each prompt with the given ids, one per forward, and then letters."""
 
     def __init__(self, answers: list[list[int]]) -> None:
         self.answers, self.forwards = answers, 0
 
-    def __call__(self, ids_BT: torch.Tensor) -> SimpleNamespace:
+    def new_cache(self, batch: int, capacity: int) -> SimpleNamespace:
+        return SimpleNamespace(select=self._select)
+
+    def _select(self, rows_B: torch.Tensor) -> None:
+        self.answers = [self.answers[row] for row in rows_B.tolist()]
+
+    def __call__(self, ids_BT: torch.Tensor, **_: object) -> SimpleNamespace:
         step = self.forwards
         self.forwards += 1
         next_B = [answer[step] if step < len(answer) else 5 for answer in self.answers]

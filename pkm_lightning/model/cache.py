@@ -1,0 +1,105 @@
+"""Keys and values that a model keeps while it writes, so that each new token costs one position (Shazeer 2019,
+arXiv 1911.02150, section 2.3).
+
+Letters: G key-value heads, L capacity in tokens, P tokens cached so far, C head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Keys and values of one layer, in buffers of their final size."""
+
+    def __init__(self, cache: DecodingCache) -> None:
+        self._cache = cache
+        self.keys_BGLC: Tensor | None = None
+        self.values_BGLC: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has been read yet."""
+        return self._cache.length == 0
+
+    def extend(self, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends T positions; returns the keys and values of all P + T positions, views of the buffers."""
+        start, end = self._cache.length, self._cache.length + k_BGTC.shape[2]
+        if self.keys_BGLC is None or self.values_BGLC is None:
+            # Made here, because autocast and engines decide the dtype that keys and values have.
+            B, G, _, C = k_BGTC.shape
+            self.keys_BGLC = k_BGTC.new_empty(B, G, self._cache.capacity, C)
+            self.values_BGLC = v_BGTC.new_empty(B, G, self._cache.capacity, C)
+        self.keys_BGLC[:, :, start:end] = k_BGTC
+        self.values_BGLC[:, :, start:end] = v_BGTC
+        return self.keys_BGLC[:, :, :end], self.values_BGLC[:, :, :end]
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keeps the sequences `rows_B`, in that order; a sequence may be repeated."""
+        if self.keys_BGLC is not None and self.values_BGLC is not None:
+            self.keys_BGLC, self.values_BGLC = self.keys_BGLC[rows_B], self.values_BGLC[rows_B]
+
+
+class DecodingCache:
+    """What a model remembers of the tokens that it has read, for a batch of sequences that grow together.
+
+    Sequences of unequal lengths are padded on the left: `valid_BT` is False there, and the first real token of each
+    sequence has position 0.
+
+    Args:
+        n_layers: layers of the model.
+        batch: sequences B.
+        capacity: tokens L per sequence, padding included.
+        device: device of the model.
+    """
+
+    def __init__(self, *, n_layers: int, batch: int, capacity: int, device: torch.device) -> None:
+        self.batch, self.capacity, self.length = batch, capacity, 0
+        self.layers = [LayerCache(self) for _ in range(n_layers)]
+        self._valid_BL = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self._any_padding = False
+
+    def begin(self, input_ids_BT: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Enters T new tokens; returns their positions (B, T) and their attention mask (B, 1, T, P + T).
+
+        The mask is None where causal attention over all positions, or one new token that sees everything, needs none.
+
+        Raises:
+            ValueError: another batch size, more tokens than the capacity, or padding after a real token.
+        """
+        B, T = input_ids_BT.shape
+        if self.batch != B:
+            raise ValueError(f"cache: made for {self.batch} sequences, the batch has {B}.")
+        end = self.length + T
+        if end > self.capacity:
+            raise ValueError(
+                f"cache: {self.length} tokens and {T} more exceed its capacity of {self.capacity} per sequence."
+            )
+        new_BT = torch.ones_like(input_ids_BT, dtype=torch.bool) if valid_BT is None else valid_BT
+        if valid_BT is not None and not bool(valid_BT.all()):
+            earlier_B1 = self._valid_BL[:, : self.length].any(1, keepdim=True)
+            if bool((torch.cat([earlier_B1, new_BT], 1).int().diff(dim=1) < 0).any()):
+                raise ValueError("cache: padding must stand before the first token of its sequence.")
+            self._any_padding = True
+        self._valid_BL[:, self.length : end] = new_BT
+        valid_BP = self._valid_BL[:, :end]
+        positions_BT = (valid_BP.cumsum(1) - 1).clamp_min(0)[:, self.length :]
+        if not self._any_padding and (T == 1 or self.length == 0):
+            return positions_BT, None
+        columns_P = torch.arange(end, device=input_ids_BT.device)
+        causal_TP = columns_P <= columns_P[self.length :, None]
+        # Padding attends to itself: a row of the mask that allows nothing would give NaN.
+        own_TP = columns_P == columns_P[self.length :, None]
+        return positions_BT, ((causal_TP & valid_BP[:, None]) | own_TP).unsqueeze(1)
+
+    def advance(self, tokens: int) -> None:
+        """Counts the tokens that a forward has entered in all layers."""
+        self.length += tokens
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keeps the sequences `rows_B` (indices), in that order; a sequence may be repeated."""
+        self.batch = len(rows_B)
+        self._valid_BL = self._valid_BL[rows_B]
+        for layer in self.layers:
+            layer.select(rows_B)
