@@ -63,7 +63,7 @@ class OptimizerKeys(TypedDict, total=False):
     """`optim.optimizer`: what the arguments of torch's optimizers mean."""
 
     betas: list[Annotated[float, Range(0, 1 - 1e-9)]]
-    eps: NotNegative
+    eps: NotNegative | list[NotNegative | None]  # Adafactor takes two
     momentum: Share
     lr: NotNegative
     weight_decay: NotNegative
@@ -160,7 +160,9 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
     check_kind("", config, RunKeys)
     unknown = sorted(set(config["optim"]) - set(OptimKeys.__annotations__))
     if unknown:
-        raise ConfigError(f"optim.{unknown[0]} is not a key of optim; remove it.{nearest(unknown[0], config['optim'])}")
+        raise ConfigError(
+            f"optim.{unknown[0]} is not a key of optim; remove it.{nearest(unknown[0], OptimKeys.__annotations__)}"
+        )
     for key, described in _described_objects(config, training=training):
         if described:
             check_keywords(described, key, built=_BUILT.get(key, ()))

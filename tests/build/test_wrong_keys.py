@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from toys import VOCAB
@@ -173,6 +174,36 @@ def test_a_wrong_key_gets_one_sentence_that_names_it(composition: tuple[str, ...
     assert key.split(".")[0] in message or "placement" in message
     assert "\n" not in message
     assert len(message) < 800
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"_target_": "torch.optim.Adafactor", "eps": [None, 0.001]}, None),
+        ({"_target_": "torch.optim.SGD", "momentum": 0.9}, None),
+        ({"_target_": "torch.optim.Adafactor", "eps": [None, -1]}, r"optim\.optimizer\.eps\[1\]=-1 is out of range"),
+        ({"_target_": "torch.optim.AdamW", "eps": [0.1, 0.1]}, r"optim\.optimizer\.eps=\[0\.1, 0\.1\] is not a number"),
+        ({"_target_": "torch.optim.LBFGS"}, r"optim\.optimizer: LBFGS doesn't support per-parameter options"),
+        (
+            {"_target_": "torch.optim.SparseAdam"},
+            r"torch\.optim\.SparseAdam takes sparse gradients only, .*; set another",
+        ),
+        ({"_target_": f"{__name__}.LineSearch"}, r"LineSearch evaluates the loss several times per step"),
+        (
+            {"_target_": "collections.Counter"},
+            r"_target_=collections\.Counter is not a torch\.optim\.optimizer\.Optimizer",
+        ),
+    ],
+)
+def test_optimizers_that_train_and_those_that_cannot(described: dict[str, Any], message: str | None) -> None:
+    config = changed(composed(DEFAULT), ["optim", "optimizer"], described)
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        resolve(config, training=True)
+
+
+class LineSearch(torch.optim.SGD):
+    def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
+        return closure()
 
 
 def test_the_compositions_are_right_without_the_wrong_key() -> None:
