@@ -27,11 +27,11 @@ def make_optimizer(described: Mapping[str, Any], groups: list[dict[str, Any]]) -
         reason = " ".join(str(error).split()).removesuffix(".")
         raise ConfigError(f"optim.optimizer: {reason}.") from None
     check_kind(optimizer, Optimizer, described, "optim.optimizer")
-    return optimizer  # type: ignore[no-any-return]
+    return optimizer
 
 
 def check_optimizer(described: Mapping[str, Any]) -> None:
-    """Refuses what the class of `optim.optimizer` itself refuses, and classes that cannot train a model of this package.
+    """Refuses what the class of `optim.optimizer` itself refuses, and classes that cannot train a model here.
 
     Raises:
         ConfigError: with the optimizer's reason, or naming one that works.
