@@ -91,9 +91,13 @@ class TrainerKeys(TypedDict):
     accelerator: str
     devices: Processes | str | list[int]
     num_nodes: Annotated[int, Range(1, 2**16)]
-    precision: str | int
+    precision: Literal[
+        *("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "16-true", "32", "16", "bf16", "64", 32, 16, 64)
+    ]
     max_steps: Count
     max_epochs: NotRequired[Literal[-1] | Count | None]
+    min_steps: NotRequired[Annotated[int, Range(0)] | None]
+    min_epochs: NotRequired[Annotated[int, Range(0)] | None]
     accumulate_grad_batches: Count
     val_check_interval: Annotated[int, Range(1)] | Annotated[float, Range(1e-9, 1)] | str | dict[str, int]
     check_val_every_n_epoch: NotRequired[Count | None]

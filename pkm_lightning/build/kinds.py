@@ -168,9 +168,11 @@ def _check_parts(key: str, value: Any, annotation: Any) -> None:
             if name in value:
                 check_kind(f"{key}.{name}".lstrip("."), value[name], _required(part))
             elif annotation.__total__ and get_origin(part) is not typing.NotRequired:
+                missing = f"{key}.{name}".lstrip(".")
+                without = f"; write {missing}=null for none" if type(None) in _alternatives(part) else None
                 raise ConfigError(
-                    f"{f'{key}.{name}'.lstrip('.')} is missing, and nothing works without it; set it, or do not delete "
-                    "it with ~."
+                    f"{missing} is missing{without or ', and nothing works without it; set it'}, or do not delete it "
+                    "with ~."
                 )
     elif isinstance(value, Mapping) and len(parts) == 2 and "_target_" not in value:
         for name, part in value.items():
@@ -219,13 +221,19 @@ def _shown(value: Any) -> str:
 
 def _advice(key: str, value: Any, alternatives: list[Any]) -> str:
     """Returns what to write instead, where the value shows it."""
-    bare = [_without_range(alternative)[0] for alternative in alternatives]
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _LARGEST_INTEGER and int in bare:
-        return f" of at most {_LARGEST_INTEGER}"
-    if isinstance(value, float) and int in bare and value.is_integer() and abs(value) < 1e15:
-        return f"; write {int(value)}"
-    if isinstance(value, int | float) and not isinstance(value, bool) and str in bare:
+    bare = [_without_range(alternative) for alternative in alternatives]
+    integers = [limits or Range() for kind, limits in bare if kind is int]
+    advice = ""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and integers:
+        low = min(-_LARGEST_INTEGER if limits.low is None else limits.low for limits in integers)
+        high = max(_LARGEST_INTEGER if limits.high is None else limits.high for limits in integers)
+        if value > high:
+            advice = f" of at most {high}"
+        elif value == int(value) and value >= low:
+            advice = f"; write {int(value)}"
+    if isinstance(value, int | float) and not isinstance(value, bool) and str in [kind for kind, _ in bare]:
         name, item, _ = key.partition("[")
-        quoted = f"['{value}']" if item else f"'{value}'"
-        return f'; if it is meant as text, quote it: "{name}={quoted}"'
-    return ""
+        # What was typed is lost for a fraction: 1e3 has become 1000.0.
+        quoted = "'TEXT'" if item or isinstance(value, float) else f"'{value}'"
+        advice += f'; if it is meant as text, quote it: "{name}={f"[{quoted},...]" if item else quoted}"'
+    return advice

@@ -78,8 +78,6 @@ class Job:
         self.comparison = _leave_comparison(self)
         check_read(verb, self.overrides, config)
         swept = hydra.mode == RunMode.MULTIRUN
-        if swept and verb != "fit":
-            raise ConfigError(f"-m sweeps fit only; run {verb} once for each run_dir.")
         with open_dict(config):
             for key in ("run_dir", "ckpt", "file", "out"):
                 value = config.get(key)

@@ -88,6 +88,7 @@ WRONG: dict[tuple[str, ...], list[str]] = {
         *("+trainer.deterministic=maybe", "+trainer.detect_anomaly=3", "+trainer.limit_val_batches=x"),
         *("+trainer.gradient_clip_val=x", "+trainer.gradient_clip_val=-1", "+trainer.gradient_clip_algorithm=value"),
         *("+trainer.plugins=3", "+trainer.callbacks=3", "+trainer.benchmark=2", "+trainer.min_steps=1.5"),
+        *("+trainer.min_steps=-1", "+trainer.min_epochs=-1", "trainer.precision=null"),
         *("seed=1.5", "seed=-1", "seed=null", "seed=4294967296", "match=3", "match=flop", "match=null", "~seed"),
         *("match_budget=x", "match_budget=0", "device_memory=x", "device_memory=-1", "run_dir=null", "run_dir=3"),
         *("resume=maybe", "resume=true", "trust_config=3", "format=xml", "overwrite=3", "ckpt=3", "file=[a]", "out=3"),
@@ -204,6 +205,27 @@ def test_optimizers_that_train_and_those_that_cannot(described: dict[str, Any], 
 class LineSearch(torch.optim.SGD):
     def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
         return closure()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "advice"),
+    [
+        ("optim.foo", 1, "remove it."),
+        ("optim.warmup", 1, "Did you mean 'warmup_share'?"),
+        ("model.n_layers", 1e9, "not a whole number of at most 4096."),
+        ("model.n_layers", 6.0, "not a whole number; write 6."),
+        ("trainer.devices", 1e11, "of at most 65536; if it is meant as text"),
+        ("trainer.precision", 7, "32, 16, bf16, 64."),
+        ("callbacks", ..., "callbacks is missing; write callbacks=null for none, or do not delete it with ~."),
+        ("logger", ..., "write logger=null for none"),
+        ("trainer.max_steps", ..., "nothing works without it"),
+    ],
+)
+def test_advice_is_of_use(path: str, value: Any, advice: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_keys(changed(composed(DEFAULT), path.split("."), value), training=True)
+    assert advice in str(refused.value)
+    assert (str(refused.value).endswith(advice) or "if it is meant as text" in advice) or value is ...
 
 
 def test_the_compositions_are_right_without_the_wrong_key() -> None:
