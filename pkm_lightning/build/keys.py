@@ -91,9 +91,10 @@ class TrainerKeys(TypedDict):
     accelerator: str
     devices: Processes | str | list[int]
     num_nodes: Annotated[int, Range(1, 2**16)]
-    precision: Literal[
-        *("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "16-true", "32", "16", "bf16", "64", 32, 16, 64)
-    ]
+    precision: (
+        Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "16-true"]
+        | Literal["32", "16", "bf16", "64", 32, 16, 64]
+    )
     max_steps: Count
     max_epochs: NotRequired[Literal[-1] | Count | None]
     min_steps: NotRequired[Annotated[int, Range(0)] | None]
