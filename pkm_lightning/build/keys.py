@@ -21,6 +21,8 @@ Layers = Annotated[int, Range(1, 4096)]
 Size = Annotated[int, Range(1, 2**24)]
 Processes = Literal[-1] | Annotated[int, Range(1, 2**16)]
 _LARGEST_WORLD = 2**20
+#: What a command line writes for none of a group, instead of deleting it.
+_NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
 #: Arguments that the builder passes.
 _BUILT = {
     "ffn": ("dim", "layer", "n_layers", "table"),
@@ -162,6 +164,9 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
+    for group, option in _NONE_OF.items():
+        if group not in config:
+            raise ConfigError(f"{group} is missing; write {group}={option} for none, or do not delete it with ~.")
     check_kind("", config, RunKeys)
     unknown = sorted(set(config["optim"]) - set(OptimKeys.__annotations__))
     if unknown:

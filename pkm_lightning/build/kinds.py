@@ -168,11 +168,9 @@ def _check_parts(key: str, value: Any, annotation: Any) -> None:
             if name in value:
                 check_kind(f"{key}.{name}".lstrip("."), value[name], _required(part))
             elif annotation.__total__ and get_origin(part) is not typing.NotRequired:
-                missing = f"{key}.{name}".lstrip(".")
-                without = f"; write {missing}=null for none" if type(None) in _alternatives(part) else None
                 raise ConfigError(
-                    f"{missing} is missing{without or ', and nothing works without it; set it'}, or do not delete it "
-                    "with ~."
+                    f"{f'{key}.{name}'.lstrip('.')} is missing, and nothing works without it; set it, or do not delete "
+                    "it with ~."
                 )
     elif isinstance(value, Mapping) and len(parts) == 2 and "_target_" not in value:
         for name, part in value.items():

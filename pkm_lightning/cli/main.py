@@ -119,7 +119,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         with tidy_sweep():
             hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
     except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {explain(error, arguments)}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, KeyError) as error:
         if composed:

@@ -49,11 +49,11 @@ class NotePlaces(Callback):
     """Hydra's callback, configured under `hydra.callbacks`, by which `tidy_sweep` learns where a sweep writes."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Notes the sweep's folder, which does not exist yet."""
+        """Keeps the sweep's folder, which does not exist yet, for `tidy_sweep`."""
         _places.set(_Places(Path(config.hydra.sweep.dir).absolute()))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Notes the folder of a job."""
+        """Keeps the folder of a job, likewise."""
         if (places := _places.get()) is not None:
             places.jobs.append(Path(config.hydra.runtime.output_dir))
 

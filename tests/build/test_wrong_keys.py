@@ -216,8 +216,8 @@ class LineSearch(torch.optim.SGD):
         ("model.n_layers", 6.0, "not a whole number; write 6."),
         ("trainer.devices", 1e11, "of at most 65536; if it is meant as text"),
         ("trainer.precision", 7, "32, 16, bf16, 64."),
-        ("callbacks", ..., "callbacks is missing; write callbacks=null for none, or do not delete it with ~."),
-        ("logger", ..., "write logger=null for none"),
+        ("callbacks", ..., "callbacks is missing; write callbacks=none for none, or do not delete it with ~."),
+        ("strategy", ..., "write strategy=single for none"),
         ("trainer.max_steps", ..., "nothing works without it"),
     ],
 )

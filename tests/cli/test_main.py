@@ -76,6 +76,7 @@ AT_THE_COMMAND_LINE = {
     "group option": (["ffn=memry_plus"], ["ffn=memry_plus", "dense", "Did you mean 'memory_plus'?"]),
     "group": (["fnn=dense"], ["fnn", "Did you mean 'ffn'?"]),
     "key": (["trainer.max_step=3"], ["trainer.max_step", "Did you mean 'max_steps'?"]),
+    "key of a chosen group": (["data=jsonl", "data.path=x", "data.loss=all"], ["data has", "text_field"]),
     "syntax": (["seed"], ["'seed' is not an override", "KEY=VALUE"]),
     "n_keys": (["ffn.n_keys=0"], ["ffn.n_keys=0", "1 to 46340"]),
     "precision": (["trainer.precision=31"], ["trainer", "31", "bf16-mixed"]),
