@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
-import torch
 
 from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.build.optimizer import check_optimizer
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.memory import RowOptimizer
@@ -58,21 +58,6 @@ def remark_validation(trainer: Config) -> str | None:
         f"trainer.val_check_interval={interval} is beyond the {batches} micro-batches of the run, which is tested at "
         "its end but not validated before"
     )
-
-
-def check_optimizer(described: Config) -> None:
-    """Refuses arguments that the class of `optim.optimizer` itself refuses, by constructing it over one number.
-
-    Raises:
-        ConfigError: with the optimizer's reason.
-    """
-    trial = [{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.0, "weight_decay": 0.0}]
-    try:
-        instantiate(described, "optim.optimizer", params=trial)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"optim.optimizer: {' '.join(str(error).split())}.") from None
 
 
 def check_clipping(algorithm: str | None) -> None:

@@ -112,7 +112,7 @@ def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
     """Returns the class that `config._target_` names.
 
     Raises:
-        ConfigError: it is missing or cannot be imported.
+        ConfigError: it is missing, cannot be imported, or is no class whose arguments can be read.
     """
     missing = isinstance(config, DictConfig) and OmegaConf.is_missing(config, "_target_")
     if missing or not config.get("_target_"):
@@ -128,6 +128,10 @@ def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
         ) from None
     if not isinstance(cls, type):
         raise ConfigError(f"{key}._target_={target} is not a class.")
+    try:
+        inspect.signature(cls)
+    except (TypeError, ValueError):  # classes of C
+        raise ConfigError(f"{key}._target_={target} does not declare what it takes; name a class of Python.") from None
     return cls
 
 

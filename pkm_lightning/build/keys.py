@@ -21,6 +21,8 @@ Layers = Annotated[int, Range(1, 4096)]
 Size = Annotated[int, Range(1, 2**24)]
 Processes = Literal[-1] | Annotated[int, Range(1, 2**16)]
 _LARGEST_WORLD = 2**20
+#: What a command line writes for none of a group, instead of deleting it.
+_NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
 #: Arguments that the builder passes.
 _BUILT = {
     "ffn": ("dim", "layer", "n_layers", "table"),
@@ -63,7 +65,7 @@ class OptimizerKeys(TypedDict, total=False):
     """`optim.optimizer`: what the arguments of torch's optimizers mean."""
 
     betas: list[Annotated[float, Range(0, 1 - 1e-9)]]
-    eps: NotNegative
+    eps: NotNegative | list[NotNegative | None]  # Adafactor takes two
     momentum: Share
     lr: NotNegative
     weight_decay: NotNegative
@@ -91,9 +93,14 @@ class TrainerKeys(TypedDict):
     accelerator: str
     devices: Processes | str | list[int]
     num_nodes: Annotated[int, Range(1, 2**16)]
-    precision: str | int
+    precision: (
+        Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "16-true"]
+        | Literal["32", "16", "bf16", "64", 32, 16, 64]
+    )
     max_steps: Count
     max_epochs: NotRequired[Literal[-1] | Count | None]
+    min_steps: NotRequired[Annotated[int, Range(0)] | None]
+    min_epochs: NotRequired[Annotated[int, Range(0)] | None]
     accumulate_grad_batches: Count
     val_check_interval: Annotated[int, Range(1)] | Annotated[float, Range(1e-9, 1)] | str | dict[str, int]
     check_val_every_n_epoch: NotRequired[Count | None]
@@ -157,10 +164,15 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
+    for group, option in _NONE_OF.items():
+        if group not in config:
+            raise ConfigError(f"{group} is missing; write {group}={option} for none, or do not delete it with ~.")
     check_kind("", config, RunKeys)
     unknown = sorted(set(config["optim"]) - set(OptimKeys.__annotations__))
     if unknown:
-        raise ConfigError(f"optim.{unknown[0]} is not a key of optim; remove it.{nearest(unknown[0], config['optim'])}")
+        raise ConfigError(
+            f"optim.{unknown[0]} is not a key of optim; remove it.{nearest(unknown[0], OptimKeys.__annotations__)}"
+        )
     for key, described in _described_objects(config, training=training):
         if described:
             check_keywords(described, key, built=_BUILT.get(key, ()))

@@ -219,13 +219,19 @@ def _shown(value: Any) -> str:
 
 def _advice(key: str, value: Any, alternatives: list[Any]) -> str:
     """Returns what to write instead, where the value shows it."""
-    bare = [_without_range(alternative)[0] for alternative in alternatives]
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _LARGEST_INTEGER and int in bare:
-        return f" of at most {_LARGEST_INTEGER}"
-    if isinstance(value, float) and int in bare and value.is_integer() and abs(value) < 1e15:
-        return f"; write {int(value)}"
-    if isinstance(value, int | float) and not isinstance(value, bool) and str in bare:
+    bare = [_without_range(alternative) for alternative in alternatives]
+    integers = [limits or Range() for kind, limits in bare if kind is int]
+    advice = ""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and integers:
+        low = min(-_LARGEST_INTEGER if limits.low is None else limits.low for limits in integers)
+        high = max(_LARGEST_INTEGER if limits.high is None else limits.high for limits in integers)
+        if value > high:
+            advice = f" of at most {high}"
+        elif value == int(value) and value >= low:
+            advice = f"; write {int(value)}"
+    if isinstance(value, int | float) and not isinstance(value, bool) and str in [kind for kind, _ in bare]:
         name, item, _ = key.partition("[")
-        quoted = f"['{value}']" if item else f"'{value}'"
-        return f'; if it is meant as text, quote it: "{name}={quoted}"'
-    return ""
+        # What was typed is lost for a fraction: 1e3 has become 1000.0.
+        quoted = "'TEXT'" if item or isinstance(value, float) else f"'{value}'"
+        advice += f'; if it is meant as text, quote it: "{name}={f"[{quoted},...]" if item else quoted}"'
+    return advice

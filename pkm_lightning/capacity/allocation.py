@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pkm_lightning.capacity.figures import amount
 from pkm_lightning.capacity.setting import device_count
 from pkm_lightning.errors import ConfigError
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from pkm_lightning.capacity.figures import Memory, Plan
 
-_GB = 1e9
 # Token id and label.
 _BATCH_BYTES = 16
 
@@ -46,8 +46,8 @@ def check_allocatable(plan: Plan, config: Mapping[str, Any], limit: float | None
     if needed > available:
         name, most = max(figures.items(), key=lambda item: item[1])
         raise ConfigError(
-            f"this run needs at least {needed / _GB:,.1f} GB of memory (the most for {name}, {most * ranks / _GB:,.1f} "
-            f"GB), and {'this machine' if on_host else 'the device'} has {available / _GB:,.1f} GB; choose smaller "
+            f"this run needs at least {amount(needed)} of memory (the most for {name}, {amount(most * ranks)}"
+            f"), and {'this machine' if on_host else 'the device'} has {amount(available)}; choose smaller "
             "sizes. `info` with the same keys shows what each part takes."
         )
 

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pkm_lightning.capacity.figures import make_plan, total
+from pkm_lightning.capacity.figures import amount, make_plan, total
 from pkm_lightning.capacity.setting import Setting, device_count, precision_name, strategy_kind
 from pkm_lightning.errors import ConfigError, check_range
 from pkm_lightning.memory.mesh import check_dim, check_rows
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _FSDP_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
 #: Ids are int32 in the kernels and between ranks.
 _LARGEST_ID = 2**31 - 1
-_GB = 1e9
 
 
 def check_setting(model: Transformer, config: Mapping[str, Any]) -> None:
@@ -94,7 +93,7 @@ def check_memory(plan: Plan, limit: float, model: Transformer, config: Mapping[s
         # Of several divisions of the batch the first that fits is enough.
         divides = "accumulate" in change and any("accumulate" in other for other in fitting)
         if needed is not None and needed <= limit and not divides:
-            fitting.append(f"{change} ({needed / _GB:,.1f} GB)")
+            fitting.append(f"{change} ({amount(needed)})")
     advice = (
         f"this fits: {'; or '.join(fitting[:4])}"
         if fitting
@@ -103,8 +102,8 @@ def check_memory(plan: Plan, limit: float, model: Transformer, config: Mapping[s
     largest = max(_held(plan).items(), key=lambda item: item[1])
     without = " without activations" if plan.memory.activations is None else ""
     raise ConfigError(
-        f"a device needs {plan.memory_total / _GB:,.1f} GB{without} (the most for "
-        f"{largest[0].replace('_', ' ')}, {largest[1] / _GB:,.1f} GB), but has {limit / _GB:,.1f} GB (device_memory); "
+        f"a device needs {amount(plan.memory_total)}{without} (the most for "
+        f"{largest[0].replace('_', ' ')}, {amount(largest[1])}), but has {amount(limit)} (device_memory); "
         f"{advice}."
     )
 

@@ -80,6 +80,14 @@ class Plan:
         return total(self.traffic)
 
 
+def amount(size: float) -> str:
+    """Returns `size`, in bytes, in a unit in which it is not 0.0."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale / 10:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size:,.0f} bytes"
+
+
 def total(figures: Memory | Traffic) -> int:
     """Returns the sum of the known figures."""
     return sum(value or 0 for value in asdict(figures).values())

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from pkm_lightning.checkpoints.folder import write_error
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
-from pkm_lightning.errors import CheckpointError, CheckpointWriteError
+from pkm_lightning.errors import CheckpointError
 from pkm_lightning.storage import written_beside
 
 
@@ -34,9 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             # On a full disk torch's writer raises a RuntimeError about positions in the archive, without the cause.
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "cut short: is the disk full?"
-            raise CheckpointWriteError(
-                f"{path} cannot be written ({reason}); free the disk or move run_dir: the previous checkpoint is whole."
-            ) from error
+            raise write_error(path, reason) from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **named: Any) -> dict[str, Any]:
         """Returns the content of a file, or of a folder that several ranks wrote; runs nothing that a file names.

@@ -16,7 +16,7 @@ from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_a
 from pkm_lightning.checkpoints.metadata import MetadataReader, read_metadata
 from pkm_lightning.checkpoints.sums import ALL, Share, check_archive, check_skeleton
 from pkm_lightning.checkpoints.tree import check_extent
-from pkm_lightning.errors import CheckpointError
+from pkm_lightning.errors import CheckpointError, CheckpointWriteError
 from pkm_lightning.ops.ranks import is_distributed
 
 SKELETON = "skeleton.pt"
@@ -128,6 +128,12 @@ class FolderContent:
         if name not in self._files:
             self._files[name] = MappedFile(self._path / name)
         return self._files[name]
+
+
+def write_error(path: Path, reason: str) -> CheckpointWriteError:
+    """Returns the error of a checkpoint at `path` that could not be written, for `reason`."""
+    whole = ": the previous checkpoint is whole" if any(path.parent.glob("*.ckpt")) else ""
+    return CheckpointWriteError(f"{path} cannot be written ({reason}); free the disk or move run_dir{whole}.")
 
 
 def failure_reason(error: BaseException, otherwise: str = "cut short: is the disk full?") -> str:

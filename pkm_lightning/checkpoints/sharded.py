@@ -21,10 +21,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from pkm_lightning.checkpoints.folder import SKELETON, failure_reason
+from pkm_lightning.checkpoints.folder import SKELETON, failure_reason, write_error
 from pkm_lightning.checkpoints.metadata import NAME as METADATA
 from pkm_lightning.checkpoints.sums import seal
-from pkm_lightning.errors import CheckpointWriteError
 from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.storage import flush, replace
 
@@ -57,10 +56,7 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.Proc
     if any(reasons):
         if first:
             shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointWriteError(
-            f"{path} cannot be written ({next(filter(None, reasons))}); free the disk or move run_dir: the previous "
-            "checkpoint is whole."
-        )
+        raise write_error(path, next(filter(None, reasons)))
 
 
 def _prepare(beside: Path) -> None:

@@ -71,6 +71,7 @@ def make_trainer(config: dict[str, Any], *, callbacks: list[L.Callback], loggers
         )
     except Exception as error:
         raise ConfigError(f"trainer: {' '.join(str(error.__cause__ or error).split())}") from error
+    check_kind(trainer, L.Trainer, config["trainer"], "trainer")
     return trainer
 
 

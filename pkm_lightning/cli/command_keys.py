@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from omegaconf import DictConfig, OmegaConf
 
+from pkm_lightning.build.keys import MemoryKeys
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, nearest
@@ -49,7 +50,15 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
         if verb not in VERBS_OF.get(top, (verb,)):
             raise ConfigError(f"{override}: {verb} does not read {top}, only {', '.join(VERBS_OF[top])}; leave it out.")
     text = str(OmegaConf.to_container(config, resolve=False))
-    for name in map(str, config):
-        # Another key may refer to it.
-        if name not in (*TOP_KEYS, *COMPARE_KEYS) and f"${{{name}" not in text:
-            raise ConfigError(f"{name} is not a key of the configuration; leave it out.{nearest(name, TOP_KEYS)}")
+    memory = OmegaConf.select(config, "model.memory")
+    sizes = memory if isinstance(memory, DictConfig) else {}
+    for keys, prefix, known in (
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS)),
+        (sizes, "model.memory.", MemoryKeys.__annotations__),
+    ):
+        for name in map(str, keys):
+            # Another key may refer to it.
+            if name not in known and f"${{{prefix}{name}" not in text:
+                raise ConfigError(
+                    f"{prefix}{name} is not a key of the configuration; leave it out.{nearest(name, known)}"
+                )

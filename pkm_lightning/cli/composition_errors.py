@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -13,21 +13,21 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from pkm_lightning.compare.overrides import quoted
+from pkm_lightning.compare.overrides import key_of, quoted
 from pkm_lightning.errors import nearest
 
 _NOT_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 
 
-def explain(error: BaseException) -> str:
-    """Returns one sentence for `error`."""
+def explain(error: BaseException, arguments: Sequence[str] = ()) -> str:
+    """Returns one sentence for `error`, which the overrides `arguments` of a command line led to."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option} is not known; allowed: {', '.join(error.options)}.{nearest(option, error.options)}"
     if isinstance(error, ConfigCompositionException):
         unknown = _NOT_OVERRIDDEN.search(str(error))
         if unknown:
-            return _unknown_key(unknown.group(1))
+            return _unknown_key(unknown.group(1), arguments)
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
     if isinstance(error, InterpolationResolutionError) and error.full_key:
@@ -57,21 +57,26 @@ def _unreadable(override: str) -> str:
     return f"{override}: the value of {key} has characters that need quotes; write {shown}."
 
 
-def _unknown_key(key: str) -> str:
-    known = sorted(set(_keys(_default_config(), "")))
+def _unknown_key(key: str, arguments: Sequence[str]) -> str:
+    known = sorted(set(_keys(_config_of_groups(arguments), "")))
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     hint = nearest(leaf, [k.rpartition(".")[2] for k in siblings]) or nearest(key, known)
     where = f"{parent} has" if parent else "the configuration has"
     names = ", ".join(k.rpartition(".")[2] for k in siblings)
-    allowed = f" {where} (by default): {names}." if names else ""
+    allowed = f" {where}: {names}." if names else ""
     return f"{key} is not a key of the configuration; +{key}=VALUE would add one.{hint}{allowed}"
 
 
-def _default_config() -> DictConfig:
+def _config_of_groups(arguments: Sequence[str]) -> DictConfig:
+    """Composes the groups that `arguments` choose, or the default ones where those do not compose."""
+    choices = [a for a in arguments if not a.startswith(("-", "hydra")) and "=" in a and "." not in key_of(a)]
     GlobalHydra.instance().clear()
     with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
-        return compose("config")
+        try:
+            return compose("config", overrides=choices)
+        except HydraException:
+            return compose("config")
 
 
 def _keys(node: object, path: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ _NUMBERS = (
 
 
 def check_rank_variables(environment: Mapping[str, str]) -> None:
-    """Refuses numbers of ranks and a port that are none.
+    """Refuses numbers of ranks and a port that are none, and ranks beyond their number.
 
     Raises:
         ConfigError: naming the variable, its value and what is allowed.
@@ -33,6 +33,13 @@ def check_rank_variables(environment: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"the environment variable {name}={value!r} is not a whole number of 0 or more; unset it, or start the "
                 "ranks with torchrun or srun, which set it."
+            )
+    for name, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if name in environment and count in environment and int(environment[name]) >= int(environment[count]):
+            raise ConfigError(
+                f"the environment variables {name}={environment[name]} and {count}={environment[count]} contradict "
+                f"each other: ranks are numbered from 0 to {count} - 1; unset both, or start the ranks with torchrun "
+                "or srun."
             )
     port = environment.get("MASTER_PORT")
     if port is not None and not (_is_number(port) and 1 <= int(port) <= _LARGEST_PORT):

@@ -78,14 +78,13 @@ class Job:
         self.comparison = _leave_comparison(self)
         check_read(verb, self.overrides, config)
         swept = hydra.mode == RunMode.MULTIRUN
-        if swept and verb != "fit":
-            raise ConfigError(f"-m sweeps fit only; run {verb} once for each run_dir.")
         with open_dict(config):
             for key in ("run_dir", "ckpt", "file", "out"):
                 value = config.get(key)
                 # Hydra takes the name 2024 for a number.
                 if value is not None and not isinstance(value, str):
-                    raise ConfigError(f"{key}={value} is not text; quote it: \"{key}='{value}'\".")
+                    typed = next((o.partition("=")[2] for o in self.overrides if key_of(o) == key), value)
+                    raise ConfigError(f"{key}={typed} is not text; quote it: \"{key}='{typed}'\".")
                 config[key] = with_expanded_paths(value, key)
             if config.run_dir is None:
                 raise ConfigError("run_dir=null names no directory; give run_dir=PATH.")

@@ -80,12 +80,14 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     from pkm_lightning.cli.composition_errors import explain
     from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
+    from pkm_lightning.cli.sweep import check_sweep, tidy_sweep
     from pkm_lightning.cli.variants import split_variants
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     given = arguments
     try:
+        check_sweep(verb, arguments)
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
         arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
     except PkmError as error:
@@ -114,9 +116,10 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     name = "compare" if verb in ("compare", "report") else "config"
     try:
-        hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
+        with tidy_sweep():
+            hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
     except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {explain(error, arguments)}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, KeyError) as error:
         if composed:

@@ -30,6 +30,10 @@ _FILES = (  # what a run writes, and a run in its place removes
     "events.jsonl",
     "checkpoints",
     "tensorboard",
+    # Of commands that evaluate it.
+    "validate.json",
+    "test.json",
+    "predictions.jsonl",
 )
 #: What a run leaves that was killed before its record was written.
 _AT_START = {".lock", "config.yaml", "config.yaml.tmp", "run.json.tmp", "tensorboard"}
@@ -137,6 +141,10 @@ class RunDirectory:
     def _aside(self, name: str) -> Path:
         return self.path / f"{name}.earlier"
 
+    def _unfinished(self, name: str) -> Path:
+        """Returns where `written_beside` writes `name`; a kill leaves it behind."""
+        return self.path / f"{name}.tmp"
+
     def _put_back(self) -> None:
         """Moves the files of an earlier run back, or removes them if a later run was accepted."""
         if not self._aside("run.json").exists():
@@ -144,6 +152,7 @@ class RunDirectory:
         if (self.path / "run.json").exists():
             self._forget_earlier()
         for name in reversed(_FILES):
+            _remove(self._unfinished(name))
             _move(self._aside(name), self.path / name)
 
     def _forget_earlier(self) -> None:
@@ -152,6 +161,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         for name in _FILES:
+            _remove(self._unfinished(name))
             _remove(self.path / name)
 
 

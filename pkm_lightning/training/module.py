@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
-from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.model import attention_context, build_model
+from pkm_lightning.build.optimizer import make_optimizer
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import tokenizer_digest
@@ -119,7 +119,7 @@ class LanguageModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Builds `optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
         optim = self.config["optim"]
-        dense = instantiate(optim["optimizer"], "optim.optimizer", params=parameter_groups(self.model, optim))
+        dense = make_optimizer(optim["optimizer"], parameter_groups(self.model, optim))
         self.table_optimizer = table_only_optimizer(self.model, self.config)
         optimizer = add_row_optimizer(dense, self.model, self.config) if self.table_optimizer is None else dense
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from toys import VOCAB
@@ -87,6 +88,7 @@ WRONG: dict[tuple[str, ...], list[str]] = {
         *("+trainer.deterministic=maybe", "+trainer.detect_anomaly=3", "+trainer.limit_val_batches=x"),
         *("+trainer.gradient_clip_val=x", "+trainer.gradient_clip_val=-1", "+trainer.gradient_clip_algorithm=value"),
         *("+trainer.plugins=3", "+trainer.callbacks=3", "+trainer.benchmark=2", "+trainer.min_steps=1.5"),
+        *("+trainer.min_steps=-1", "+trainer.min_epochs=-1", "trainer.precision=null"),
         *("seed=1.5", "seed=-1", "seed=null", "seed=4294967296", "match=3", "match=flop", "match=null", "~seed"),
         *("match_budget=x", "match_budget=0", "device_memory=x", "device_memory=-1", "run_dir=null", "run_dir=3"),
         *("resume=maybe", "resume=true", "trust_config=3", "format=xml", "overwrite=3", "ckpt=3", "file=[a]", "out=3"),
@@ -173,6 +175,57 @@ def test_a_wrong_key_gets_one_sentence_that_names_it(composition: tuple[str, ...
     assert key.split(".")[0] in message or "placement" in message
     assert "\n" not in message
     assert len(message) < 800
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"_target_": "torch.optim.Adafactor", "eps": [None, 0.001]}, None),
+        ({"_target_": "torch.optim.SGD", "momentum": 0.9}, None),
+        ({"_target_": "torch.optim.Adafactor", "eps": [None, -1]}, r"optim\.optimizer\.eps\[1\]=-1 is out of range"),
+        ({"_target_": "torch.optim.AdamW", "eps": [0.1, 0.1]}, r"optim\.optimizer\.eps=\[0\.1, 0\.1\] is not a number"),
+        ({"_target_": "torch.optim.LBFGS"}, r"optim\.optimizer: LBFGS doesn't support per-parameter options"),
+        (
+            {"_target_": "torch.optim.SparseAdam"},
+            r"torch\.optim\.SparseAdam takes sparse gradients only, .*; set another",
+        ),
+        ({"_target_": f"{__name__}.LineSearch"}, r"LineSearch evaluates the loss several times per step"),
+        (
+            {"_target_": "collections.Counter"},
+            r"_target_=collections\.Counter is not a torch\.optim\.optimizer\.Optimizer",
+        ),
+    ],
+)
+def test_optimizers_that_train_and_those_that_cannot(described: dict[str, Any], message: str | None) -> None:
+    config = changed(composed(DEFAULT), ["optim", "optimizer"], described)
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        resolve(config, training=True)
+
+
+class LineSearch(torch.optim.SGD):
+    def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
+        return closure()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "advice"),
+    [
+        ("optim.foo", 1, "remove it."),
+        ("optim.warmup", 1, "Did you mean 'warmup_share'?"),
+        ("model.n_layers", 1e9, "not a whole number of at most 4096."),
+        ("model.n_layers", 6.0, "not a whole number; write 6."),
+        ("trainer.devices", 1e11, "of at most 65536; if it is meant as text"),
+        ("trainer.precision", 7, "32, 16, bf16, 64."),
+        ("callbacks", ..., "callbacks is missing; write callbacks=none for none, or do not delete it with ~."),
+        ("strategy", ..., "write strategy=single for none"),
+        ("trainer.max_steps", ..., "nothing works without it"),
+    ],
+)
+def test_advice_is_of_use(path: str, value: Any, advice: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_keys(changed(composed(DEFAULT), path.split("."), value), training=True)
+    assert advice in str(refused.value)
+    assert (str(refused.value).endswith(advice) or "if it is meant as text" in advice) or value is ...
 
 
 def test_the_compositions_are_right_without_the_wrong_key() -> None:

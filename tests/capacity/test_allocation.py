@@ -7,6 +7,7 @@ from small import resolved
 
 from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.capacity import check_allocatable
+from pkm_lightning.capacity.figures import amount
 from pkm_lightning.errors import ConfigError
 
 
@@ -45,3 +46,10 @@ def test_the_bound_is_what_is_held_by_all_ranks_of_a_host() -> None:
     for tried, limit in ((alone, held + tokens * state - 1), (both, 2 * held + tokens * state - 1)):
         with pytest.raises(ConfigError, match="this machine has"):
             check_allocatable(tried.plan, tried.config, limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [(8e10, "80.0 GB"), (1.5e8, "0.1 GB"), (1e6, "1.0 MB"), (1e5, "0.1 MB"), (1e3, "1,000 bytes")]
+)
+def test_an_amount_is_shown_in_a_unit_in_which_it_is_not_zero(size: float, shown: str) -> None:
+    assert amount(size) == shown

@@ -29,19 +29,25 @@ def test_a_file_replaces_a_folder_and_both_are_loaded(tmp_path: Path) -> None:
     loaded["model.norm.weight"].zero_()  # training updates what it loads
 
 
-def test_a_failure_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_previous", [True, False])
+def test_a_failure_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_previous: bool
+) -> None:
     path, plugin = tmp_path / "step.ckpt", AtomicCheckpointIO()
-    plugin.save_checkpoint({"step": 1}, path)
+    if has_previous:
+        plugin.save_checkpoint({"step": 1}, path)
 
     def full(_content: Any, file: Any) -> None:
         file.write(b"half")
         raise RuntimeError("unexpected pos 64 vs 0")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"cannot be written \(cut short: is the disk full\?\)"):
+    whole = ": the previous checkpoint is whole" if has_previous else ""
+    reason = rf"cannot be written \(cut short: is the disk full\?\); free the disk or move run_dir{whole}\.$"
+    with pytest.raises(CheckpointError, match=reason):
         plugin.save_checkpoint({"step": 2}, path)
-    assert plugin.load_checkpoint(path) == {"step": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["step.ckpt"]
+    assert not has_previous or plugin.load_checkpoint(path) == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step.ckpt"] * has_previous
 
 
 def test_other_files_never_replace_a_folder(tmp_path: Path) -> None:

@@ -134,6 +134,10 @@ def test_a_key_that_nothing_reads_is_refused_unless_another_refers_to_it() -> No
         check_read("fit", ["+foo=1"], OmegaConf.create({"foo": 1}))
     with pytest.raises(ConfigError, match=r"sed is not a key of the configuration; leave it out. Did you mean 'seed'"):
         check_read("fit", [], OmegaConf.create({"sed": 1}))
+    sizes = {"memory": {"knn": 4, "kn": 1}}
+    check_read("fit", [], OmegaConf.create({"model": sizes, "ffn": {"width": "${model.memory.kn}"}}))
+    with pytest.raises(ConfigError, match=r"model\.memory\.kn is not a key of .*; leave it out. Did you mean 'knn'"):
+        check_read("fit", [], OmegaConf.create({"model": sizes}))
 
 
 @pytest.mark.parametrize(

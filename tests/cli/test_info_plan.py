@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(cli: Run) -> None:
     assert "this fits: model.activation_checkpointing=true trainer.accumulate_grad_batches=" in both.err
     alone = cli("info", "device_memory=0.001")
     assert alone.code == 2
-    assert "has 0.0 GB" in alone.err
+    assert "has 1.0 MB" in alone.err
 
 
 def test_fit_refuses_what_info_refuses_before_it_starts(cli: Run, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ AT_THE_COMMAND_LINE = {
     "group option": (["ffn=memry_plus"], ["ffn=memry_plus", "dense", "Did you mean 'memory_plus'?"]),
     "group": (["fnn=dense"], ["fnn", "Did you mean 'ffn'?"]),
     "key": (["trainer.max_step=3"], ["trainer.max_step", "Did you mean 'max_steps'?"]),
+    "key of a chosen group": (["data=jsonl", "data.path=x", "data.loss=all"], ["data has", "text_field"]),
     "syntax": (["seed"], ["'seed' is not an override", "KEY=VALUE"]),
     "n_keys": (["ffn.n_keys=0"], ["ffn.n_keys=0", "1 to 46340"]),
     "precision": (["trainer.precision=31"], ["trainer", "31", "bf16-mixed"]),
@@ -173,6 +174,24 @@ def test_an_unknown_verb_is_named_with_the_nearest(cli: Run) -> None:
 def test_a_refused_configuration_leaves_nothing_behind(cli: Run, tmp_path: Path) -> None:
     assert cli("fit", *SMALL_RUN, "ffn.knn=999", "run_dir=run").code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["test", "-m", "run_dir=earlier,other"], "-m sweeps fit only; run test once for each run_dir"),
+        (["predict", "run_dir=earlier", "hydra.mode=MULTIRUN"], "hydra.mode=MULTIRUN sweeps fit only; run predict"),
+        (["fit", "-m", *SMALL_RUN, "ffn=dense,nope", "run_dir=deep/sweep"], "ffn=nope is not known"),
+        (["fit", "-m", *SMALL_RUN, "optim.lr=-1,nan", "hydra.sweep.dir=sweep"], "optim.lr=-1 is out of range"),
+        (["fit", "-m", *SMALL_RUN, "optim.lr=-1,nan", "run_dir=earlier"], "optim.lr=nan is not finite"),
+    ],
+)
+def test_a_refused_sweep_leaves_nothing_behind(cli: Run, tmp_path: Path, command: list[str], message: str) -> None:
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "run.json").touch()
+    shown = cli(*command)
+    assert (shown.code, message in shown.err) == (2, True), shown.err
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"earlier", "earlier/run.json"}
 
 
 def test_an_unwritable_run_directory_is_refused(cli: Run, tmp_path: Path) -> None:

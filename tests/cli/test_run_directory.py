@@ -15,6 +15,8 @@ from pkm_lightning.errors import RunDirectoryError
 
 CONFIG: dict[str, Any] = {"model": {}, "ffn": {"_target_": "new"}}
 STARTED = {"status": "running"}
+OF_EVALUATIONS = ("validate.json", "test.json", "predictions.jsonl")
+UNFINISHED = ("config.yaml.tmp", "run.json.tmp", "metrics.csv.tmp")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -26,7 +28,8 @@ def earlier(tmp_path: Path) -> Path:
     """A finished run."""
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    for name in ("metrics.csv", "checkpoints/step-00000004.ckpt", ".lock", "notes.txt"):
+    files = ("metrics.csv", "checkpoints/step-00000004.ckpt", ".lock", "notes.txt", *OF_EVALUATIONS)
+    for name in files:
         (run / name).write_text(f"earlier {name}")
     (run / "config.yaml").write_text("model: {}\nffn: {}\n")
     (run / "run.json").write_text(json.dumps({"status": "finished", "tokens": 5}))
@@ -42,16 +45,16 @@ def test_a_run_takes_the_place_of_an_earlier_one_when_it_is_accepted(earlier: Pa
     assert set(content(earlier)) == {".lock", "notes.txt", "config.yaml", "run.json"}
 
 
-@pytest.mark.parametrize("n_renamed", range(5))
+@pytest.mark.parametrize("n_renamed", range(8))
 @pytest.mark.parametrize("ends", ["refused", "killed"])
 def test_an_earlier_run_is_whole_after_any_end_before_that(
     earlier: Path, monkeypatch: pytest.MonkeyPatch, ends: str, n_renamed: int
 ) -> None:
-    """The end comes after some renames, or (4) after the new run has written its first files."""
+    """The end comes after some renames, or (7) after the new run has written its first files."""
     before = content(earlier)
     directory = RunDirectory(earlier, resume="never")
     with monkeypatch.context() as interrupted:
-        if n_renamed < 4:
+        if n_renamed < 7:
             left = iter([True] * n_renamed)
             rename = os.replace
             interrupted.setattr(run_directory.os, "replace", lambda a, b: next(left) and rename(a, b))
@@ -60,6 +63,8 @@ def test_an_earlier_run_is_whole_after_any_end_before_that(
         else:
             directory.begin(CONFIG)
             (earlier / "tensorboard").mkdir()
+            for name in UNFINISHED:
+                (earlier / name).touch()
     if ends == "refused":
         directory.close()
         assert content(earlier) == before

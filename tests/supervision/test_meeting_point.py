@@ -66,5 +66,14 @@ def test_what_is_no_number_is_refused_by_every_verb(
     assert f"the environment variable {name}={value!r} is not" in shown.err
 
 
+@pytest.mark.parametrize(
+    ("rank", "count"),
+    [("RANK=5", "WORLD_SIZE=2"), ("RANK=2", "WORLD_SIZE=2"), ("LOCAL_RANK=1", "LOCAL_WORLD_SIZE=1")],
+)
+def test_a_rank_beyond_their_number_is_refused(rank: str, count: str) -> None:
+    with pytest.raises(ConfigError, match=f"{rank} and {count} contradict each other: ranks are numbered from 0"):
+        check_rank_variables(dict(setting.split("=") for setting in (rank, count)))
+
+
 def test_what_launchers_set_is_accepted() -> None:
     check_rank_variables({"RANK": "0", "WORLD_SIZE": "16", "MASTER_PORT": "29500", "MASTER_ADDR": "node-1"})
