@@ -66,8 +66,8 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         # The package's own data modules write nowhere else; what they read may lie anywhere.
         if reads and key.startswith("data.") and key != "data.cache_dir":
             continue
-        # Of texts in lists, such as prompts, only those are paths whose key says so.
-        looks_like_path = not listed and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
+        is_prose = listed and name == "prompts"
+        looks_like_path = not is_prose and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
         if value and (_PATH_KEY.search(name) or looks_like_path):
             yield key, value
 

@@ -131,6 +131,12 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda config: config["callbacks"]["recall"].update(path="/outside.csv"),
         "names callbacks.recall.path=/outside.csv, outside of",
     ),
+    "by position": (
+        lambda config: config["trainer"].update(
+            profiler={"_target_": "lightning.pytorch.profilers.AdvancedProfiler", "_args_": ["evil"]}
+        ),
+        r"holds trainer\.profiler\._args_, arguments by position",
+    ),
 }
 
 

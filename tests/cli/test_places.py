@@ -67,6 +67,8 @@ def test_what_a_run_saves_itself_is_accepted(tmp_path: Path) -> None:
         ("trainer.default_root_dir", "/srv"),
         ("trainer.profiler", {"dirpath": "/srv"}),
         ("trainer.plugins", [{"save_dir": "/srv"}]),
+        ("trainer.profiler", {"_args_": ["/srv", "profile"]}),
+        ("callbacks.samples.names", ["notes", "../../notes"]),
         ("strategy.config", {"csv_monitor": {"output_path": "logs"}}),
         ("strategy.config", {"offload": {"nvme_path": "/srv"}}),
         ("data.cache_dir", "/srv"),
