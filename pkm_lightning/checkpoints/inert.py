@@ -94,12 +94,12 @@ class InertUnpickler(pickle._Unpickler):
     def load_setitem(self) -> None:
         """Sets one entry of a dictionary."""
         self._check_keys(self.stack[-2:-1])
-        pickle._Unpickler.load_setitem(self)
+        pickle._Unpickler.load_setitem(self)  # type: ignore[attr-defined]
 
     def load_setitems(self) -> None:
         """Sets the entries above the mark."""
         self._check_keys(self.stack[::2])
-        pickle._Unpickler.load_setitems(self)
+        pickle._Unpickler.load_setitems(self)  # type: ignore[attr-defined]
 
     def _call(self) -> None:
         arguments, make = self.stack.pop(), self.stack.pop()

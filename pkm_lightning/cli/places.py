@@ -41,6 +41,19 @@ def check_places(config: Mapping[str, Any], source: str, folder: Path | None, al
             )
 
 
+def with_own_cache(config: Mapping[str, Any], folder: Path | None, cache: str | None) -> dict[str, Any]:
+    """Returns a saved configuration with `data.cache_dir=cache`, unless its own lies within the run's directory.
+
+    The cache belongs to the machine: a run that has moved prepares its data where the command does.
+    """
+    data = config.get("data")
+    saved = data.get("cache_dir") if isinstance(data, Mapping) else None
+    is_inside = folder is not None and Path(_real(str(saved))).is_relative_to(os.path.realpath(folder))
+    if saved is None or cache is None or is_inside:
+        return dict(config)
+    return {**config, "data": {**config["data"], "cache_dir": cache}}
+
+
 def check_links(folder: Path) -> None:
     """Refuses a run's directory with a link that leads out of it, through which a run would write there.
 
