@@ -144,5 +144,7 @@ def _check_sizes(path: Path, metadata: Metadata) -> None:
     for place in metadata.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in ends.items():
+        if not (path / name).is_file():
+            raise DamagedFileError(f"{name} is missing or no file")
         if (path / name).stat().st_size < end:
             raise DamagedFileError(f"{name} is cut short")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pkm_lightning.checkpoints.inert import check_pickle
 from pkm_lightning.checkpoints.tree import check_extent, flatten
+from pkm_lightning.storage import open_regular
 
 _ZIP = b"PK\x03\x04"
 
@@ -37,7 +38,7 @@ class MappedFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        with Path(path).open("rb") as file:
+        with open_regular(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:

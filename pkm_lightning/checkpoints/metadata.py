@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from pkm_lightning.checkpoints.inert import InertUnpickler, Record
 from pkm_lightning.checkpoints.mapped import DamagedFileError
 from pkm_lightning.checkpoints.sums import unsealed
+from pkm_lightning.storage import open_regular
 
 NAME = ".metadata"
 _MOST_DIMS = 64  # what PyTorch supports
@@ -71,7 +72,8 @@ def read_metadata(folder: Path) -> Metadata:
         DamagedFileError: it names code, describes chunks that do not make up their tensors or that lie outside the
             folder, or has changed since it was written.
     """
-    content = unsealed((folder / NAME).read_bytes(), NAME)
+    with open_regular(folder / NAME, "rb") as metadata:
+        content = unsealed(metadata.read(), NAME)
     file = io.BytesIO(content)
     try:
         root = _Unpickler(file).load()

@@ -55,10 +55,10 @@ def with_own_cache(config: Mapping[str, Any], folder: Path | None, cache: str | 
 
 
 def check_links(folder: Path) -> None:
-    """Refuses a run's directory with a link that leads out of it, through which a run would write there.
+    """Refuses a run's directory with a link that leads out of it, through which a run would write there, or a pipe.
 
     Raises:
-        ConfigError: naming the link, where it leads, and how to trust it.
+        ConfigError: naming the link, where it leads, and how to trust it; or what is neither a file nor a folder.
     """
     inside = Path(os.path.realpath(folder))
     for parent, folders, files in os.walk(folder):
@@ -68,6 +68,9 @@ def check_links(folder: Path) -> None:
                     f"{path} is a link that leads out of the run's directory, to {os.path.realpath(path)}; if it is "
                     "yours, repeat the command with trust_config=true."
                 )
+            # A pipe would wait for its other end, and a device takes what is written to it.
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise ConfigError(f"{path} is neither a file nor a folder; remove it from the run's directory.")
 
 
 def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
