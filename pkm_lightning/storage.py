@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pkm_lightning.errors import ConfigError, RunDirectoryError
 
@@ -25,6 +25,24 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: str | Path, mode: str = "r", **options: Any) -> IO[Any]:
+    """Opens a file as `open` does, except a pipe, which would wait for its other end, or a device.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    return open(path, mode, opener=_regular, **options)
+
+
+def _regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        raise OSError(errno.EISDIR, "Is a directory") if stat.S_ISDIR(kind) else OSError(errno.EINVAL, "not a file")
+    return descriptor
 
 
 def hold(lock: IO[str]) -> bool:
@@ -54,7 +72,7 @@ class HeldFolder:
         self._is_new = not self._file.exists()
         while True:
             path.mkdir(parents=True, exist_ok=True)
-            lock = self._file.open("a")
+            lock = open_regular(self._file, "a")
             if not hold(lock):
                 lock.close()
                 raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))

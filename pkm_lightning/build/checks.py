@@ -55,8 +55,8 @@ def remark_validation(trainer: Config) -> str | None:
     if trainer.get("check_val_every_n_epoch") is not None or not isinstance(interval, int) or interval <= batches:
         return None
     return (
-        f"trainer.val_check_interval={interval} is beyond the {batches} micro-batches of the run, which is tested at "
-        "its end but not validated before"
+        f"trainer.val_check_interval={interval} is beyond the {batches} micro-batches of the run, so that nothing is "
+        "validated before its end"
     )
 
 

@@ -54,8 +54,8 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     """
     cls = target_class(config, key)
     accepted = accepted_keywords(cls, keywords)
-    _check_names(cls, config, accepted, key)
     plain_config: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    _check_names(cls, plain_config, accepted, key)
     check_kinds(cls, plain_config, key)
     plain = {name: value for name, value in config.items() if not str(name).startswith("_") or name in _HYDRA_KEYS}
     try:
@@ -93,7 +93,9 @@ def check_keywords(config: Mapping[str, Any], key: str, built: Iterable[str] = (
     check_kinds(cls, config, key)
 
 
-def _check_names(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Mapping[str, Any], key: str) -> None:
+def _check_names(cls: type, config: Mapping[str, Any], keywords: Mapping[str, Any], key: str) -> None:
+    for where, _ in _values_of("_args_", config, key):
+        raise ConfigError(f"{where} would pass arguments by position; write each of them under its name.")
     configured = {str(name): None for name in config if not str(name).startswith("_")}
     for name in configured.keys() & keywords.keys():
         raise ConfigError(f"{key}.{name} follows from the rest of the configuration; remove it.")
@@ -105,7 +107,7 @@ def _check_names(cls: type, config: Mapping[str, Any] | DictConfig, keywords: Ma
         raise ConfigError(f"{key}: {cls.__name__} {error}; it takes: {names}.") from None
 
 
-_HYDRA_KEYS = ("_target_", "_convert_", "_recursive_", "_args_")
+_HYDRA_KEYS = ("_target_", "_convert_", "_recursive_")
 
 
 def target_class(config: Mapping[str, Any] | DictConfig, key: str) -> type:
@@ -157,7 +159,11 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
         raise ConfigError(
             f"{source} holds an interpolation, ${{...}}; saved configurations are resolved: write a value."
         )
-    for key, target in _targets(config, ""):
+    # By position an argument has no name, by which a path would be recognised as one.
+    for key, _ in _values_of("_args_", config, ""):
+        raise ConfigError(f"{source} holds {key}, arguments by position; write each of them under its name.")
+    targets = ((key, str(value)) for key, value in _values_of("_target_", config, "") if value is not None)
+    for key, target in targets:
         try:
             trusted = target.split(".")[0] in _TRUSTED_ROOTS and _is_trusted_class(target)
         except Exception:  # an import that fails for any reason is not trusted either
@@ -191,14 +197,15 @@ def _texts(node: Any) -> Iterator[str]:
         yield str(node)
 
 
-def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:
+def _values_of(name: str, node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields the dotted place and the value of each key `name`, at any depth."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             where = f"{path}.{key}" if path else str(key)
-            if key == "_target_" and value is not None:
-                yield where, str(value)
+            if key == name:
+                yield where, value
             else:
-                yield from _targets(value, where)
+                yield from _values_of(name, value, where)
     elif isinstance(node, list | tuple):
         for i, value in enumerate(node):
-            yield from _targets(value, f"{path}[{i}]")
+            yield from _values_of(name, value, f"{path}[{i}]")

@@ -12,10 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
+from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, load_archive, map_archive
 from pkm_lightning.checkpoints.metadata import MetadataReader, read_metadata
 from pkm_lightning.checkpoints.sums import ALL, Share, check_archive, check_skeleton
-from pkm_lightning.checkpoints.tree import check_extent
 from pkm_lightning.errors import CheckpointError, CheckpointWriteError
 from pkm_lightning.ops.ranks import is_distributed
 
@@ -50,8 +49,7 @@ class FolderContent:
             check_skeleton(skeleton)
         except DamagedFileError as error:
             raise DamagedFileError(f"{SKELETON}: {error}") from None
-        self.skeleton: Any = torch.load(path / SKELETON, weights_only=True)
-        check_extent(self.skeleton)
+        self.skeleton: Any = load_archive(skeleton)
         self._metadata = read_metadata(path)
         _check_sizes(path, self._metadata)
         stored = self._metadata.state_dict_metadata.items()
@@ -152,5 +150,7 @@ def _check_sizes(path: Path, metadata: Metadata) -> None:
     for place in metadata.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in ends.items():
+        if not (path / name).is_file():
+            raise DamagedFileError(f"{name} is missing or no file")
         if (path / name).stat().st_size < end:
             raise DamagedFileError(f"{name} is cut short")

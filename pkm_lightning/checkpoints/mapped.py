@@ -19,7 +19,11 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from pkm_lightning.checkpoints.inert import check_pickle
 from pkm_lightning.checkpoints.tree import check_extent, flatten
+from pkm_lightning.storage import open_regular
+
+_ZIP = b"PK\x03\x04"
 
 
 class DamagedFileError(ValueError):
@@ -34,7 +38,7 @@ class MappedFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        with Path(path).open("rb") as file:
+        with open_regular(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
@@ -110,13 +114,30 @@ def map_archive(file: MappedFile, start: int = 0, length: int | None = None) -> 
     Raises:
         Exception: torch's, of half a dozen classes, for bytes that it cannot read.
     """
-    part = FilePart(file, start, len(file) - start if length is None else length)
     # Loaded to the meta device, a tensor carries the offset of its values in the archive, and no value is read.
-    content = torch.load(cast("IO[bytes]", part), map_location="meta", weights_only=True)
-    check_extent(content)
+    content = load_archive(file, start, length, map_location="meta")
     skeleton, tensors = flatten(content)
     records = {name: start + _offset(tensor) for name, tensor in tensors.items()}
     return MappedArchive(skeleton, {n: _mapped(file, records[n], tensor) for n, tensor in tensors.items()}, records)
+
+
+def load_archive(file: MappedFile, start: int = 0, length: int | None = None, **options: Any) -> Any:
+    """Returns what `torch.save` wrote into `length` bytes of `file` from `start` on; `options` are of `torch.load`.
+
+    Raises:
+        Exception: torch's, of half a dozen classes, for bytes that it cannot read.
+        ValueError: no zip archive, or content that takes forever to read.
+    """
+    part = cast("IO[bytes]", FilePart(file, start, len(file) - start if length is None else length))
+    # Torch goes by these bytes: what does not start with them it would unpickle as a file of before version 1.6.
+    if file.read(start, len(_ZIP)) != _ZIP:
+        raise ValueError("it is no archive.")
+    # By torch's own reader, for another one may find another record under the name.
+    check_pickle(torch._C.PyTorchFileReader(part).get_record("data.pkl"))
+    part.seek(0)
+    content = torch.load(part, weights_only=True, **options)
+    check_extent(content)
+    return content
 
 
 def _offset(tensor: Tensor) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from pkm_lightning.checkpoints.inert import InertUnpickler, Record
 from pkm_lightning.checkpoints.mapped import DamagedFileError
 from pkm_lightning.checkpoints.sums import unsealed
+from pkm_lightning.storage import open_regular
 
 NAME = ".metadata"
+_MOST_DIMS = 64  # what PyTorch supports
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
@@ -70,7 +72,8 @@ def read_metadata(folder: Path) -> Metadata:
         DamagedFileError: it names code, describes chunks that do not make up their tensors or that lie outside the
             folder, or has changed since it was written.
     """
-    content = unsealed((folder / NAME).read_bytes(), NAME)
+    with open_regular(folder / NAME, "rb") as metadata:
+        content = unsealed(metadata.read(), NAME)
     file = io.BytesIO(content)
     try:
         root = _Unpickler(file).load()
@@ -86,32 +89,25 @@ def read_metadata(folder: Path) -> Metadata:
         raise DamagedFileError(f"{NAME} is inconsistent" + (f": {error}" if str(error) else "")) from None
 
 
-# In Python, not in C: pickle.Unpickler reserves as much memory as a forged position in its memo asks for.
-class _Unpickler(pickle._Unpickler):
-    """An unpickler that makes nothing but plain values and records, whatever the file names."""
+class _Unpickler(InertUnpickler):
+    """An unpickler of those names only that torch writes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch", "Size"):
-            return tuple
+            return _size
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
         if name not in _RECORDS.get(module, ()):
             raise DamagedFileError(f"{NAME} names {module}.{name}, code that no checkpoint needs and that was not run")
-        # A class per use: a pickle may set attributes of a class.
-        return type(name, (_Record,), {})
+        return super().find_class(module, name)
 
 
-class _Record:
-    """What the file describes as an object: its class's name and its state."""
-
-    state: Any = None
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+def _size(sizes: Any) -> tuple[int, ...]:
+    # tuple() would make a list, or the letters of a text, anew at every mention.
+    if not isinstance(sizes, tuple):
+        raise TypeError("a shape is no tuple")
+    return sizes
 
 
 def _metadata(root: Any) -> Metadata:
@@ -123,21 +119,28 @@ def _metadata(root: Any) -> Metadata:
     places = {}
     for index, info in _state(root, "Metadata")["storage_data"].items():
         key = _state(index, "MetadataIndex")
-        places[MetadataIndex(str(key["fqn"]), _sizes(key["offset"]))] = _place(_state(info, "_StorageInfo"))
-    tensors = {}
+        places[MetadataIndex(_text(key["fqn"]), _sizes(key["offset"]))] = _place(_state(info, "_StorageInfo"))
+    tensors: dict[str, TensorStorageMetadata] = {}
+    lists = set()
     for name, record in _state(root, "Metadata")["state_dict_metadata"].items():
         entry = _state(record, "TensorStorageMetadata")
         dtype = _state(entry["properties"], "TensorProperties")[0]
-        if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{name!r} has the dtype {dtype!r}")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{_text(name)!r} has no dtype")
+        # One long list for many tensors would be read for each of them.
+        if id(entry["chunks"]) in lists:
+            raise ValueError(f"{_text(name)!r} shares its chunks with another tensor")
+        lists.add(id(entry["chunks"]))
         chunks = [_chunk(_state(chunk, "ChunkStorageMetadata")) for chunk in entry["chunks"]]
-        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(_sizes(entry["size"])), chunks)
+        tensors[_text(name)] = TensorStorageMetadata(
+            TensorProperties(dtype=dtype), torch.Size(_sizes(entry["size"])), chunks
+        )
         _check_chunks(name, tensors[name], places)
     return Metadata(state_dict_metadata=dict(tensors), storage_data=places)
 
 
 def _state(record: Any, kind: str) -> Any:
-    if not isinstance(record, _Record) or type(record).__name__ != kind:
+    if not isinstance(record, Record) or type(record).__name__ != kind:
         raise TypeError(f"a {type(record).__name__} stands in the place of a {kind}")
     return record.state
 
@@ -147,16 +150,27 @@ def _chunk(state: Mapping[str, Any]) -> ChunkStorageMetadata:
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
-        raise ValueError(f"{value!r} is no shape")
+    # The value is not shown: nested tuples may take forever to print.
+    if not isinstance(value, tuple) or len(value) > _MOST_DIMS:
+        raise ValueError(f"a {type(value).__name__} is no shape")
+    if not all(type(size) is int and 0 <= size < 2**63 for size in value):
+        raise ValueError(
+            "a size, an offset or a length is no number of values or bytes: what they describe is no shape"
+        )
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} stands in the place of a name")
     return value
 
 
 def _place(state: Mapping[str, Any]) -> Place:
-    place = Place(state["relative_path"], state["offset"], state["length"])
+    place = Place(_text(state["relative_path"]), state["offset"], state["length"])
     _sizes(place[1:3])
     # Torch would follow a path out of the folder.
-    if not isinstance(place.relative_path, str) or Path(place.relative_path).name != place.relative_path:
+    if Path(place.relative_path).name != place.relative_path:
         raise ValueError(f"{place.relative_path!r} is no file of the folder")
     if state.get("transform_descriptors"):
         raise ValueError(f"{place.relative_path} is compressed")

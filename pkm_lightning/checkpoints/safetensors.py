@@ -31,6 +31,7 @@ from torch import Tensor
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile
 from pkm_lightning.checkpoints.sums import ALL, Share, crc32
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.storage import open_regular
 
 FORMAT_VERSION = "1"
 DTYPES = {
@@ -132,7 +133,7 @@ def looks_like_safetensors(path: Path) -> bool:
     if path.suffix == ".safetensors":
         return True
     try:
-        with path.open("rb") as file:
+        with open_regular(path, "rb") as file:
             start = file.read(_LENGTH.size + 1)
     except OSError:
         return False

@@ -44,6 +44,8 @@ def check_extent(node: Any) -> None:
 
 
 def _extent(node: Any, known: dict[int, int]) -> int:
+    # Of the records of an inert pickle (pkm_lightning.checkpoints.inert), what they are made from.
+    node = getattr(node, "parts", node)
     if not isinstance(node, Mapping | list | tuple):
         return 1
     if id(node) not in known:

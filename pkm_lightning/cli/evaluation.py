@@ -17,7 +17,7 @@ from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.places import check_places
+from pkm_lightning.cli.places import check_places, with_own_cache
 from pkm_lightning.cli.resume import check_groups, saved_config, without_fused
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.base import tokenizer_digest
@@ -52,16 +52,17 @@ class SavedRun:
                 f"export ckpt={self.path} file=model.safetensors."
             )
         self._checkpoint = open_checkpoint(self.path)
-        trust, allowed = bool(job.config.trust_config), [str(OmegaConf.select(job.config, "data.cache_dir"))]
+        trust, cache = bool(job.config.trust_config), OmegaConf.select(job.config, "data.cache_dir")
         if self.folder is not None:
-            config = saved_config(self.folder, trust=trust, allowed=allowed)
+            config = saved_config(self.folder, trust=trust, cache=cache)
         else:
             config = self._checkpoint.config
             check_groups(config, str(self.path))
             if not trust:
                 check_trusted(config, str(self.path))
+                config = with_own_cache(config, None, cache)
                 # Callbacks and loggers that write do not take part in an evaluation.
-                check_places({k: config[k] for k in ("data", "trainer", "strategy")}, str(self.path), None, allowed)
+                check_places({k: config[k] for k in ("data", "trainer", "strategy")}, str(self.path), None, (cache,))
         self.run = resolve(without_fused(_with_overrides(config, job)))
         if self.is_spread and self._checkpoint.kind == "exported":
             raise ConfigError(

@@ -138,8 +138,8 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
     changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
     only_machine = all(map(may_change_on_resume, changed))
     # With nothing else changed the saved configuration is executed, so it must be trusted; else it is only compared.
-    cache = str(command["data"].get("cache_dir"))
-    saved = saved_config(path, trust=command["trust_config"], executed=only_machine, allowed=[cache])
+    cache = command["data"].get("cache_dir")
+    saved = saved_config(path, trust=command["trust_config"], executed=only_machine, cache=cache)
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)

@@ -41,11 +41,24 @@ def check_places(config: Mapping[str, Any], source: str, folder: Path | None, al
             )
 
 
+def with_own_cache(config: Mapping[str, Any], folder: Path | None, cache: str | None) -> dict[str, Any]:
+    """Returns a saved configuration with `data.cache_dir=cache`, unless its own lies within the run's directory.
+
+    The cache belongs to the machine: a run that has moved prepares its data where the command does.
+    """
+    data = config.get("data")
+    saved = data.get("cache_dir") if isinstance(data, Mapping) else None
+    is_inside = folder is not None and Path(_real(str(saved))).is_relative_to(os.path.realpath(folder))
+    if saved is None or cache is None or is_inside:
+        return dict(config)
+    return {**config, "data": {**config["data"], "cache_dir": cache}}
+
+
 def check_links(folder: Path) -> None:
-    """Refuses a run's directory with a link that leads out of it, through which a run would write there.
+    """Refuses a run's directory with a link that leads out of it, through which a run would write there, or a pipe.
 
     Raises:
-        ConfigError: naming the link, where it leads, and how to trust it.
+        ConfigError: naming the link, where it leads, and how to trust it; or what is neither a file nor a folder.
     """
     inside = Path(os.path.realpath(folder))
     for parent, folders, files in os.walk(folder):
@@ -55,6 +68,9 @@ def check_links(folder: Path) -> None:
                     f"{path} is a link that leads out of the run's directory, to {os.path.realpath(path)}; if it is "
                     "yours, repeat the command with trust_config=true."
                 )
+            # A pipe would wait for its other end, and a device takes what is written to it.
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise ConfigError(f"{path} is neither a file nor a folder; remove it from the run's directory.")
 
 
 def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -66,8 +82,8 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         # The package's own data modules write nowhere else; what they read may lie anywhere.
         if reads and key.startswith("data.") and key != "data.cache_dir":
             continue
-        # Of texts in lists, such as prompts, only those are paths whose key says so.
-        looks_like_path = not listed and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
+        is_prose = listed and name == "prompts"
+        looks_like_path = not is_prose and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
         if value and (_PATH_KEY.search(name) or looks_like_path):
             yield key, value
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pkm_lightning.build.instantiate import check_trusted, target_class
-from pkm_lightning.cli.places import check_links, check_places
+from pkm_lightning.cli.places import check_links, check_places, with_own_cache
 from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, move_paths
 from pkm_lightning.compare.run_files import read_yaml
 from pkm_lightning.errors import RunDirectoryError
@@ -31,14 +31,14 @@ _GROUPS = ("model", "ffn", "data", "optim", "placement", "table", "trainer")
 _OPTIONAL_GROUPS = ("strategy", "callbacks", "logger")
 
 
-def saved_config(run_dir: Path, *, trust: bool, executed: bool = True, allowed: Collection[str] = ()) -> dict[str, Any]:
+def saved_config(run_dir: Path, *, trust: bool, executed: bool = True, cache: str | None = None) -> dict[str, Any]:
     """Returns the configuration in `run_dir`; where the directory has moved, paths below it are those of its new place.
 
     Args:
         run_dir: the run's directory.
         trust: whether the directory may name any class, and paths and links outside of it.
         executed: whether objects are made from the configuration, and not only compared to another one.
-        allowed: paths outside that the command names too.
+        cache: the command's `data.cache_dir`, which takes the place of one outside of an untrusted directory.
 
     Raises:
         RunDirectoryError: there is none, or it is not a configuration.
@@ -57,7 +57,8 @@ def saved_config(run_dir: Path, *, trust: bool, executed: bool = True, allowed: 
         check_links(run_dir)
         if executed:
             check_trusted(config, str(file))
-            check_places(moved, str(file), run_dir, allowed)
+            moved = with_own_cache(moved, run_dir, cache)
+            check_places(moved, str(file), run_dir, allowed=() if cache is None else (cache,))
     return {**moved, "run_dir": str(run_dir)}
 
 

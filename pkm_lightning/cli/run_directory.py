@@ -19,7 +19,7 @@ import yaml
 
 from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.errors import RunDirectoryError, check_choice
-from pkm_lightning.storage import HeldFolder, write_beside
+from pkm_lightning.storage import HeldFolder, open_regular, write_beside
 
 _FILES = (  # what a run writes, and a run in its place removes
     "run.json",
@@ -200,7 +200,10 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file, encoding="utf-8") as opened:
+            record = json.load(opened)
+    except OSError as error:
+        raise RunDirectoryError(f"{file} cannot be read ({error.strerror}); choose another run_dir.") from None
     except (ValueError, RecursionError):
         record = None
     if isinstance(record, dict) and record.get("status") in _STATUSES:
@@ -213,7 +216,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _has_saved_config(path: Path) -> bool:
     """Returns whether config.yaml is one that a run has saved."""
     try:
-        return "\nffn:" in (path / "config.yaml").read_text(errors="replace")
+        with open_regular(path / "config.yaml", errors="replace") as file:
+            return "\nffn:" in file.read()
     except OSError:
         return False
 

@@ -24,7 +24,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pkm_lightning.compare.settings import SweepSettings
 from pkm_lightning.errors import RunDirectoryError
-from pkm_lightning.storage import write_beside
+from pkm_lightning.storage import open_regular, write_beside
 
 NAME = "compare.json"
 SCHEMA = 1
@@ -108,7 +108,8 @@ def read_comparison(folder: Path) -> Comparison | None:
     if not file.exists():
         return None
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file, encoding="utf-8") as opened:
+            content: Any = json.load(opened)
         schema = content.pop("schema")
         attributes = {key: name for name, key in _FILE_KEYS.items()}
         named = {attributes.get(key, key): value for key, value in content.items()}

@@ -12,7 +12,7 @@ from pkm_lightning.compare.comparison_file import NAME as COMPARISON_FILE
 from pkm_lightning.compare.runs_csv import runs_csv
 from pkm_lightning.compare.study import Study
 from pkm_lightning.errors import RunDirectoryError
-from pkm_lightning.storage import write_beside
+from pkm_lightning.storage import open_regular, write_beside
 
 #: First line of a report.md, which marks the directory as that of a report.
 MARK = "<!-- a report of pkm_lightning -->"
@@ -62,6 +62,7 @@ def check_place(out: Path) -> None:
 
 def _is_report(file: Path) -> bool:
     try:
-        return file.read_text(encoding="utf-8").startswith(MARK)
+        with open_regular(file, encoding="utf-8") as opened:
+            return opened.read(len(MARK)) == MARK
     except (OSError, UnicodeDecodeError):
         return False

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pkm_lightning.storage import open_regular
+
 #: In bytes; the configuration of a run has some kilobytes.
 _LARGEST_YAML = 2**20
 
@@ -47,9 +49,7 @@ def read_yaml(file: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is no YAML, larger than 1 MiB, nested too deeply, or a few lines that stand for millions.
     """
-    if file.exists() and not file.is_file():  # to open a named pipe would wait for a writer
-        raise ValueError("it is not a file")
-    with file.open("rb") as opened:
+    with open_regular(file, "rb") as opened:
         raw = opened.read(_LARGEST_YAML + 1)
     if len(raw) > _LARGEST_YAML:
         raise ValueError(f"it is larger than {_LARGEST_YAML:,} bytes")
@@ -84,7 +84,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     A missing file has no rows; a line that is being written is left out.
     """
     try:
-        with file.open(newline="", encoding="utf-8") as opened:
+        with open_regular(file, newline="", encoding="utf-8") as opened:
             raw = list(csv.DictReader(opened))
     except OSError:
         return []
@@ -102,7 +102,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 def read_answers(file: Path) -> dict[str, Answers]:
     """Reads the answers in a recall.csv by form; a missing file has none."""
     try:
-        with file.open(newline="", encoding="utf-8") as opened:
+        with open_regular(file, newline="", encoding="utf-8") as opened:
             lines = list(csv.DictReader(opened))
     except OSError:
         return {}

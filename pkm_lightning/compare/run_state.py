@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pkm_lightning.storage import hold
+from pkm_lightning.storage import hold, open_regular
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def run_state(folder: Path) -> str:
 def read_record(folder: Path) -> dict[str, Any]:
     """Reads run.json; returns an empty dict where there is no readable one."""
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        with open_regular(folder / "run.json", encoding="utf-8") as file:
+            record = json.load(file)
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -53,7 +54,7 @@ def is_held(folder: Path) -> bool:
     The test takes the lock for a moment: never call it for a run that this process is starting.
     """
     try:
-        lock = (folder / ".lock").open("r+")
+        lock = open_regular(folder / ".lock", "r+")
     except OSError:
         return False
     with lock:
@@ -63,7 +64,7 @@ def is_held(folder: Path) -> bool:
 def read_progress(folder: Path) -> Progress | None:
     """Reads the progress of a run; returns None before its first line of metrics."""
     try:
-        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        with open_regular(folder / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except OSError:
         return None

@@ -75,6 +75,8 @@ def test_nested_targets_are_built_as_plain_containers() -> None:
         ({"_target_": "pkm_lightning.ffn.Dence"}, r"Dence cannot be imported \(.*no attribute 'Dence'"),
         ({"_target_": "os.system"}, r"ffn._target_=os.system is not a class"),
         ({"_target_": "collections.OrderedDict"}, r"ffn._target_=collections.OrderedDict does not declare what it"),
+        ({**DENSE, "_args_": [5]}, r"ffn._args_ would pass arguments by position"),
+        ({**DENSE, "hidden_dim": {**DENSE, "_args_": []}}, r"ffn.hidden_dim._args_ would pass arguments by position"),
         ({**DENSE, "hiden_dim": 5}, r"ffn: Dense got an unexpected keyword argument 'hiden_dim'; it takes: dim,"),
         ({"_target_": DENSE["_target_"]}, r"ffn: Dense missing a required .*argument: 'hidden_dim'; it takes:"),
         ({**DENSE, "dim": 8}, r"ffn.dim follows from the rest of the configuration; remove it"),

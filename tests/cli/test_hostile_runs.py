@@ -15,6 +15,8 @@ import yaml
 from small import Run
 
 from pkm_lightning.checkpoints import SavedCheckpoint
+from pkm_lightning.cli import fit
+from pkm_lightning.cli.evaluation import SavedRun
 from pkm_lightning.cli.resume import saved_config
 from pkm_lightning.errors import PkmError
 
@@ -131,6 +133,12 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda config: config["callbacks"]["recall"].update(path="/outside.csv"),
         "names callbacks.recall.path=/outside.csv, outside of",
     ),
+    "by position": (
+        lambda config: config["trainer"].update(
+            profiler={"_target_": "lightning.pytorch.profilers.AdvancedProfiler", "_args_": ["evil"]}
+        ),
+        r"holds trainer\.profiler\._args_, arguments by position",
+    ),
 }
 
 
@@ -142,7 +150,30 @@ def test_a_harmful_configuration_is_refused(trained: Path, kind: str) -> None:
     change(config)
     file.write_text(yaml.safe_dump(config))
     with pytest.raises(PkmError, match=rf"config\.yaml {reason}"):
-        saved_config(trained, trust=False, allowed=[config["data"]["cache_dir"]])
+        saved_config(trained, trust=False, cache=config["data"]["cache_dir"])
+
+
+def test_a_run_whose_cache_has_moved_is_read_with_the_cache_of_the_command(
+    cli: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_if_killed(trained)
+    cache = tmp_path / "another-cache"
+    monkeypatch.setenv("PKM_LIGHTNING_CACHE", str(cache))
+    before = (trained / "config.yaml").read_bytes()
+    monkeypatch.setattr(SavedRun, "trainer", _refuse)
+    monkeypatch.setattr(fit, "_check_checkpoint", _refuse)
+    for verb in ("fit", "test", "validate"):
+        shown = cli(verb, *VERBS[verb])
+        assert "reached" in shown.err, (verb, shown.err)
+        assert (verb == "fit") or any(cache.iterdir())
+    assert before == (trained / "config.yaml").read_bytes()
+    config = yaml.safe_load(before)
+    assert saved_config(trained, trust=True, cache=str(cache))["data"] == config["data"]
+    assert saved_config(trained, trust=False, cache=str(cache))["data"] == {**config["data"], "cache_dir": str(cache)}
+
+
+def _refuse(*_: Any) -> None:
+    raise PkmError("reached")
 
 
 def test_a_link_out_of_the_directory_is_followed_by_request_only(cli: Run, trained: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from pkm_lightning.cli.places import check_links, check_places
+from pkm_lightning.cli.places import check_links, check_places, with_own_cache
 from pkm_lightning.errors import ConfigError
 
 OURS = {"_target_": "pkm_lightning.data.JsonlDataModule"}
@@ -67,6 +67,8 @@ def test_what_a_run_saves_itself_is_accepted(tmp_path: Path) -> None:
         ("trainer.default_root_dir", "/srv"),
         ("trainer.profiler", {"dirpath": "/srv"}),
         ("trainer.plugins", [{"save_dir": "/srv"}]),
+        ("trainer.profiler", {"_args_": ["/srv", "profile"]}),
+        ("callbacks.samples.names", ["notes", "../../notes"]),
         ("strategy.config", {"csv_monitor": {"output_path": "logs"}}),
         ("strategy.config", {"offload": {"nvme_path": "/srv"}}),
         ("data.cache_dir", "/srv"),
@@ -81,6 +83,16 @@ def test_a_place_outside_is_refused(tmp_path: Path, key: str, value: Any) -> Non
     value = value.replace("RUN", str(run)) if isinstance(value, str) else value
     with pytest.raises(ConfigError, match=rf"config\.yaml names {key}.*outside of .*trust_config=true"):
         check_places(saved(run, **{key: value}), "config.yaml", run, allowed=["~/c"])
+
+
+@pytest.mark.parametrize(
+    ("own", "command", "expected"),
+    [("/old", "/new", "/new"), ("RUN/cache", "/new", "RUN/cache"), ("RUN/../c", "~/c", "~/c"), ("/old", None, "/old")],
+)
+def test_the_cache_is_that_of_the_command(tmp_path: Path, own: str, command: str | None, expected: str) -> None:
+    own, expected = own.replace("RUN", str(tmp_path)), expected.replace("RUN", str(tmp_path))
+    config = with_own_cache(saved(tmp_path, **{"data.cache_dir": own}), tmp_path, command)
+    assert config == saved(tmp_path, **{"data.cache_dir": expected})
 
 
 def test_links_lead_out_at_any_depth(tmp_path: Path) -> None:
