@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.instantiate import check_trusted
@@ -75,6 +76,7 @@ class SavedRun:
         self._checkpoint.check_weights(self.run.weight_shapes, later_buffers(self.run.model, "model."))
         if not self.is_spread:  # else each rank checks its share when the strategy loads it
             self._checkpoint.check_sums(without=self._not_read())
+        _check_dataloader(job.verb, self.run.data)
         self.run.data.prepare_data()
         check_tokenizer(self._checkpoint.skeleton, tokenizer_digest(self.run.data))
 
@@ -139,6 +141,19 @@ def locate(job: Job) -> tuple[Path | None, Path]:
     if checkpoint is None:
         raise CheckpointError(f"run_dir={folder} has no checkpoint yet; train first, or give ckpt=PATH.")
     return folder, checkpoint
+
+
+def _check_dataloader(verb: str, data: L.LightningDataModule) -> None:
+    """Refuses data without what `verb` reads.
+
+    Raises:
+        ConfigError: naming the missing method.
+    """
+    method = {"validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}[verb]
+    if not is_overridden(method, data):
+        raise ConfigError(
+            f"{verb} reads {method}(), which the data module {type(data).__name__} does not have; add it."
+        )
 
 
 def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:

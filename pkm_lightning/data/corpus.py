@@ -64,7 +64,7 @@ class CorpusDataModule(TokenDataModule):
 
     def log_split(self, documents: int, noun: str, held_out: str) -> None:
         """Logs how many documents a build has read, and what is held out, such as `3 are`."""
-        log.info("data.path=%s: %s, of which %s held out for validation", self.path, counted(documents, noun), held_out)
+        log.info("data.path=%s: %s; %s held out for validation", self.path, counted(documents, noun), held_out)
 
     def files(self) -> list[Path]:
         """Returns the files that `path` names.

@@ -89,6 +89,9 @@ def test_data_without_a_test_set_is_validated_instead(cli: Run, plugin_dir: Path
     )  # fmt: skip
     assert shown.code == 0, shown.err
     assert json.loads((plugin_dir / "run" / "run.json").read_text())["metrics"]["val/loss"] > 0
+    refused = cli("test", "run_dir=run", "trust_config=true")
+    assert refused.code == 2
+    assert "test reads test_dataloader(), which the data module Toy does not have; add it." in refused.err
 
 
 def test_data_without_batches_is_a_failure(cli: Run, plugin_dir: Path) -> None:

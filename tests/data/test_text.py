@@ -67,7 +67,7 @@ def test_what_was_read_and_left_out_is_said(
     assert isinstance(train, Windows)
     assert isinstance(validation, Windows)
     assert [record.message for record in caplog.records] == [
-        f"data.path={corpus}: 21 documents, of which 2 are held out for validation",
+        f"data.path={corpus}: 21 documents; 2 are held out for validation",
         f"data.path={corpus}: 21 files, {n_bytes:,} bytes; skipped 2 of other endings (1 .gz, 1 .py)",
         f"{train.n_tokens:,} tokens in {len(train)} sequences for training, {validation.n_tokens} tokens in "
         f"{len(validation)} sequences for validation",
