@@ -131,7 +131,7 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
     "archive cut short": ("file", lambda p: os.truncate(p, p.stat().st_size // 2), "damaged or no checkpoint"),
     "text": ("file", lambda p: p.write_text("model: {}"), "damaged or no checkpoint"),
     "part cut short": ("rows", lambda p: os.truncate(largest_part(p), 100), r"distcp is cut short"),
-    "part missing": ("rows", lambda p: largest_part(p).unlink(), "damaged or no checkpoint"),
+    "part missing": ("rows", lambda p: largest_part(p).unlink(), r"distcp is missing or no file"),
     "no skeleton": ("rows", lambda p: (p / "skeleton.pt").unlink(), "damaged or no checkpoint"),
 }
 
