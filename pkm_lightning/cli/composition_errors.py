@@ -23,7 +23,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str:
     """Returns one sentence for `error`, which the overrides `arguments` of a command line led to."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option} is not known; allowed: {', '.join(error.options)}.{nearest(option, error.options)}"
+        allowed = f"{', '.join(error.options)}.{nearest(option, error.options)}"
+        return f"{group}={option} is not known; allowed: {allowed} --config-dir=DIR adds a folder of your own YAMLs."
     if isinstance(error, ConfigCompositionException):
         unknown = _NOT_OVERRIDDEN.search(str(error))
         if unknown:
