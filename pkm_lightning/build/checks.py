@@ -112,7 +112,7 @@ def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
             "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; set "
             "table.device=cpu, or export the run when it is trained."
         )
-    check_optimizer(config["optim"]["optimizer"])
+    check_optimizer(config["optim"])
     for callback in callbacks:
         if isinstance(callback, ChecksConfig):
             called(f"{type(callback).__name__}.check", callback.check, config=config)

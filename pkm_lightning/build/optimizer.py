@@ -21,7 +21,7 @@ def make_optimizer(described: Mapping[str, Any], groups: list[dict[str, Any]]) -
     """
     try:
         optimizer = instantiate(described, "optim.optimizer", params=groups)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = " ".join(str(error).split()).removesuffix(".")
@@ -30,16 +30,18 @@ def make_optimizer(described: Mapping[str, Any], groups: list[dict[str, Any]]) -
     return optimizer
 
 
-def check_optimizer(described: Mapping[str, Any]) -> None:
+def check_optimizer(optim: Mapping[str, Any]) -> None:
     """Refuses what the class of `optim.optimizer` itself refuses, and classes that cannot train a model here.
 
     Raises:
         ConfigError: with the optimizer's reason, or naming one that works.
     """
-    # Two groups: some classes take one only, and a model has one for each weight decay.
+    # Groups as a model has them: some classes take one only, others look for matrices.
+    described, decays = optim["optimizer"], {"matrix": optim["weight_decay"], "gain": 0.0}
+    shapes = {"matrix": (2, 2), "gain": (2,)}
     trial = [
-        {"name": name, "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.0, "weight_decay": 0.0}
-        for name in ("first", "second")
+        {"name": n, "params": [torch.nn.Parameter(torch.zeros(shapes[n]))], "lr": optim["lr"], "weight_decay": decay}
+        for n, decay in decays.items()
     ]
     cls = type(make_optimizer(described, trial))
     problem = None

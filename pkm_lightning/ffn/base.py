@@ -14,6 +14,8 @@ Optional members:
 - `slots() -> list[Slots]`, for figures of usage.
 - `after_step(stats)` acts once per optimizer step.
 - `causal_in_training: bool`, False where a token's output depends on later tokens in training; missing means True.
+- `position_wise: bool`, True where at evaluation a token's output depends on that token alone. Answers are then
+  written with a cache, which hands the plugin new tokens only; missing means False, and each token repeats the forward.
 - `parameter_roles: dict[str, str]`, from own parameters' names to `table`, `norm`, `bias`, `embedding` or `matrix`.
 
 Any module within a plugin may have `diagnostics(output, *inputs) -> dict[str, Tensor]`: named scalars, computed now and

@@ -40,6 +40,8 @@ class Dense(nn.Module):
         ConfigError: an unknown activation or no hidden dimension.
     """
 
+    position_wise = True
+
     def __init__(self, *, dim: int, n_layers: int, hidden_dim: int, activation: str = "swiglu") -> None:
         super().__init__()
         check_integer("ffn.hidden_dim", hidden_dim, low=1)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class ProductKeyFFN(nn.Module):
     """A plugin whose `addressing` may normalise its queries with statistics of the whole batch."""
 
+    position_wise = True
+
     addressing: Addressing
 
     def after_step(self, stats: dict[str, Tensor]) -> None:

@@ -74,6 +74,8 @@ class MoE(nn.Module):
         ConfigError: a size or a coefficient out of range, an unknown choice, or `select=after` with `score=sigmoid`.
     """
 
+    position_wise = True
+
     #: Net number of steps of each expert's bias, an integer, so that a cast of the model to bf16 cannot round the bias.
     bias_steps: Tensor
 

@@ -60,6 +60,8 @@ class ExpertChoiceMoE(nn.Module):
         ConfigError: a size out of range; in training also a micro-batch so small that an expert gets no token.
     """
 
+    position_wise = True
+
     #: Experts rank the tokens of the whole micro-batch.
     causal_in_training = False
 

@@ -71,6 +71,8 @@ class UltraMem(nn.Module):
         ConfigError: a size out of range, sizes that do not divide, or a table of another shape.
     """
 
+    position_wise = True
+
     shuffle: Tensor
 
     def __init__(

@@ -73,6 +73,8 @@ class UltraMemV2(nn.Module):
         ConfigError: a size out of range, an unknown choice, or tables of another number or shape.
     """
 
+    position_wise = True
+
     def __init__(
         self,
         *,

@@ -96,9 +96,14 @@ def generate(
     answers = [[Answer(i, sample, []) for sample in range(sampling.samples)] for i in range(len(prompts))]
     # Sorted by length, so that a batch has little padding.
     ordered = sorted(itertools.chain.from_iterable(answers), key=lambda answer: len(encoded[answer.prompt]))
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        _write(model, tokenizer, [encoded[answer.prompt] for answer in batch], batch, sampling, device, watch)
+    # Without a cache there is no padding on the left, so that a batch has prompts of one length.
+    for _, group in itertools.groupby(
+        ordered, lambda answer: 0 if model.is_position_wise else len(encoded[answer.prompt])
+    ):
+        same = list(group)
+        for start in range(0, len(same), batch_size):
+            batch = same[start : start + batch_size]
+            _write(model, tokenizer, [encoded[answer.prompt] for answer in batch], batch, sampling, device, watch)
     return answers
 
 
@@ -114,7 +119,8 @@ def _write(
     """Writes one batch of `answers` in place."""
     seen_BP = _left_padded(prompts, device)
     # The last token of an answer is never read.
-    cache = model.new_cache(len(answers), seen_BP.shape[1] + sampling.max_new_tokens - 1)
+    capacity = seen_BP.shape[1] + sampling.max_new_tokens - 1
+    cache = model.new_cache(len(answers), capacity) if model.is_position_wise else None
     uniform_BT = _draws(answers, sampling).to(device)
     inputs_BT, valid_BT = seen_BP.clamp_min(0), None
     if len({len(ids) for ids in prompts}) > 1:
@@ -128,12 +134,13 @@ def _write(
         rows = [row for row, answer in enumerate(answers) if not answer.ended]
         if not rows:
             return
-        inputs_BT, valid_BT = next_B.unsqueeze(1), None
-        seen_BP = torch.cat([seen_BP, inputs_BT], dim=1)
+        seen_BP = torch.cat([seen_BP, next_B.unsqueeze(1)], dim=1)
+        inputs_BT, valid_BT = seen_BP if cache is None else next_B.unsqueeze(1), None
         # Answers that have ended are computed with the others until they are half of the batch.
         if len(rows) <= len(answers) // 2:
             rows_B = torch.tensor(rows, device=device)
-            cache.select(rows_B)
+            if cache is not None:
+                cache.select(rows_B)
             answers = [answers[row] for row in rows]
             inputs_BT, seen_BP, uniform_BT = inputs_BT[rows_B], seen_BP[rows_B], uniform_BT[rows_B]
 

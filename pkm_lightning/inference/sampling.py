@@ -58,7 +58,8 @@ class Sampling:
         check_range("repetition_penalty", self.repetition_penalty, low=0.01)
         check_integer("samples", self.samples, low=1)
         check_integer("seed", self.seed, low=0)
-        if not all(isinstance(text, str) and text for text in self.stop):
+        stop: object = self.stop
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop={list(self.stop)} must be a list of texts that are not empty.")
 
     @property
@@ -79,11 +80,14 @@ class Sampling:
             logits_BW = _penalised(logits_BW, seen_BP, self.repetition_penalty)
         if self.greedy:
             return logits_BW.argmax(-1)
+        # The largest is 0, so that no temperature makes it infinite.
+        logits_BW = logits_BW - logits_BW.amax(-1, keepdim=True)
         kept_BW = _cut(logits_BW / self.temperature, self.top_k, self.top_p, self.min_p)
         # The inverse of the cumulative distribution, in float64: in float32 the sum over 10^5 tokens would be rough.
         cumulative_BW = kept_BW.double().softmax(-1).cumsum(-1)
         drawn_B1 = uniform_B.to(cumulative_BW).unsqueeze(1) * cumulative_BW[:, -1:]
-        return torch.searchsorted(cumulative_BW, drawn_B1, right=True).squeeze(1)
+        # A model that has diverged gives NaN, which no sum reaches.
+        return torch.searchsorted(cumulative_BW, drawn_B1, right=True).squeeze(1).clamp_max(logits_BW.shape[1] - 1)
 
 
 def _penalised(logits_BW: Tensor, seen_BP: Tensor, penalty: float) -> Tensor:

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError, PkmError, check_range
-from pkm_lightning.ffn import FFNContext, FFNCost, FFNOutput, HasCost, HasReads, HasSlots, Slots, TableRead
+from pkm_lightning.ffn import (
+    FFNContext,
+    FFNCost,
+    FFNOutput,
+    HasAfterStep,
+    HasCost,
+    HasReads,
+    HasSlots,
+    Slots,
+    TableRead,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -33,9 +43,18 @@ def checked_output(plugin: nn.Module, x_BTD: Tensor, output: object) -> FFNOutpu
         _refuse(plugin, f"forward returned {_kind(output)}; return FFNOutput(y_BTD)")
     # The sum with the residual stream would broadcast (B, T, 1), and cast integers.
     y_BTD = output.y_BTD
-    if not isinstance(y_BTD, Tensor) or y_BTD.shape != x_BTD.shape or not y_BTD.is_floating_point():
+    if not _fits(y_BTD, x_BTD):
         _refuse(plugin, f"forward returned y_BTD as {_kind(y_BTD)}; its input is {_kind(x_BTD)}, and so is its output")
+    if output.deferred_BTD is not None and not _fits(output.deferred_BTD, x_BTD):
+        _refuse(
+            plugin,
+            f"forward returned deferred_BTD as {_kind(output.deferred_BTD)}; it has the shape of the input, or None",
+        )
     return output
+
+
+def _fits(y_BTD: object, x_BTD: Tensor) -> bool:
+    return isinstance(y_BTD, Tensor) and y_BTD.shape == x_BTD.shape and y_BTD.is_floating_point()
 
 
 def check_plugins(plugins: Iterable[nn.Module], dim: int) -> None:
@@ -119,21 +138,19 @@ def _check_forward(plugin: nn.Module, dim: int) -> None:
             return
     output = checked_output(plugin, x_BTD, returned)
     y_BTD = output.y_BTD
-    if torch.promote_types(y_BTD.dtype, dtype) is not dtype:
-        _refuse(plugin, f"forward returned y_BTD in {y_BTD.dtype} for weights and an input in {dtype}")
-    learns = any(parameter.requires_grad for parameter in plugin.parameters())
-    if learns and not y_BTD.requires_grad:
+    added = {"y_BTD": y_BTD} if output.deferred_BTD is None else {"y_BTD": y_BTD, "deferred_BTD": output.deferred_BTD}
+    for name, value in added.items():
+        if torch.promote_types(value.dtype, dtype) is not dtype:
+            _refuse(plugin, f"forward returned {name} in {value.dtype} for weights and an input in {dtype}")
+    # A plugin may also learn by its own `after_step`.
+    learns = any(parameter.requires_grad for parameter in plugin.parameters()) and not isinstance(plugin, HasAfterStep)
+    if learns and not any(value.requires_grad for value in added.values()):
         _refuse(plugin, "forward returned a y_BTD without gradient (detached?), so that its parameters cannot learn")
-    deferred_BTD = output.deferred_BTD
-    if deferred_BTD is not None and (not isinstance(deferred_BTD, Tensor) or deferred_BTD.shape != x_BTD.shape):
-        _refuse(
-            plugin, f"forward returned deferred_BTD as {_kind(deferred_BTD)}; it has the shape of the input, or None"
-        )
     for field in ("aux_losses", "metrics", "step_stats", "trace"):
         _check_dict(plugin, field, getattr(output, field), scalars=field in ("aux_losses", "metrics"))
     for name, loss in output.aux_losses.items():
-        if learns and not loss.requires_grad:
-            _refuse(plugin, f"aux_losses['{name}'] has no gradient (detached?); report it in metrics instead")
+        if learns and not loss.requires_grad:  # with weight 0 a plugin may give a constant
+            _log.warning("%s: aux_losses['%s'] has no gradient, and changes no weight", _name(plugin), name)
 
 
 def _check_dict(plugin: nn.Module, field: str, values: object, *, scalars: bool) -> None:

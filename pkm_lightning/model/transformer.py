@@ -21,6 +21,7 @@ from pkm_lightning.model.attention import Attention, AttentionInputs, document_m
 from pkm_lightning.model.block import Block
 from pkm_lightning.model.cache import DecodingCache
 from pkm_lightning.model.initialisation import initialise
+from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.model.rope import document_positions, rope_table
 
 #: Traces of the plugins by layer number; see `FFNOutput.trace`.
@@ -186,8 +187,20 @@ class Transformer(nn.Module):
         output.hidden_BTD = self.norm(output.hidden_BTD)
         return output
 
+    @property
+    def is_position_wise(self) -> bool:
+        """Whether all FFN plugins state that they read no other token, as a cache requires."""
+        plugins = (plugin for block in self.blocks for _, plugin in named_plugins(block.ffn))  # type: ignore[arg-type]
+        return all(getattr(plugin, "position_wise", False) for plugin in plugins)
+
     def new_cache(self, batch: int, capacity: int) -> DecodingCache:
-        """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included."""
+        """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included.
+
+        Raises:
+            ValueError: an FFN plugin may read earlier tokens, which the cache does not hold.
+        """
+        if not self.is_position_wise:
+            raise ValueError("cache: an FFN plugin of the model is not position_wise; run the whole forward.")
         device = self.embedding.weight.device
         return DecodingCache(n_layers=len(self.blocks), batch=batch, capacity=capacity, device=device)
 

@@ -30,13 +30,19 @@ MISTAKES: dict[str, Any] = {
     "y is None": lambda y: FFNOutput(None),  # type: ignore[arg-type]
     "vector loss": lambda y: FFNOutput(y, aux_losses={"mine": y.mean(-1)}),
     "float loss": lambda y: FFNOutput(y, aux_losses={"mine": 0.1}),  # type: ignore[dict-item]
-    "detached loss": lambda y: FFNOutput(y, aux_losses={"mine": y.detach().mean()}),
     "list of losses": lambda y: FFNOutput(y, aux_losses=[y.mean()]),  # type: ignore[arg-type]
     "vector metric": lambda y: FFNOutput(y, metrics={"mine": y.mean(-1)}),
     "statistics": lambda y: FFNOutput(y, step_stats={"mine": 3}),  # type: ignore[dict-item]
     "deferred": lambda y: FFNOutput(y, deferred_BTD=y[..., :1]),
+    "deferred integers": lambda y: FFNOutput(y, deferred_BTD=y.long()),
+    "deferred fp64": lambda y: FFNOutput(y, deferred_BTD=y.double()),
+}
+#: And what it may do.
+RIGHT: dict[str, Any] = {
     "right": lambda y: FFNOutput(y, aux_losses={"mine": y.mean()}, metrics={"mine": y.detach().mean()}),
     "not on meta": lambda y: FFNOutput(y * float(y.mean())),
+    "defers all": lambda y: FFNOutput(torch.zeros_like(y), deferred_BTD=y),
+    "loss of weight 0": lambda y: FFNOutput(y, aux_losses={"mine": y.new_zeros(())}),
 }
 SPECS: dict[str, Any] = {
     "right": TableSpec(rows=9, dim=4),
@@ -55,7 +61,7 @@ class Broken(nn.Module):
         self.linear, self.does = nn.Linear(dim, dim), does
 
     def forward(self, x_BTD: Tensor, context: Any) -> Any:
-        return MISTAKES[self.does](self.linear(x_BTD))
+        return (MISTAKES | RIGHT)[self.does](self.linear(x_BTD))
 
 
 class Reading(Broken):
@@ -124,14 +130,14 @@ def refusal(group: str, cls: type, **arguments: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("does", [name for name in MISTAKES if name not in ("right", "not on meta")])
+@pytest.mark.parametrize("does", MISTAKES)
 def test_outputs_are_checked_before_anything_starts(does: str) -> None:
     message = refusal("ffn", Broken, does=does)
     assert f"{__name__}.Broken breaks its contract: " in message
     assert message.endswith("(see pkm_lightning/ffn/base.py).")
 
 
-@pytest.mark.parametrize("does", ["right", "not on meta"])
+@pytest.mark.parametrize("does", RIGHT)
 def test_a_plugin_that_keeps_the_contract_is_taken(does: str) -> None:
     given = config("ffn=dense", "model.vocab_size=auto")
     given["ffn"] = {"_target_": f"{__name__}.Broken", "does": does}

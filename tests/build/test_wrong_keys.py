@@ -182,6 +182,8 @@ def test_a_wrong_key_gets_one_sentence_that_names_it(composition: tuple[str, ...
     [
         ({"_target_": "torch.optim.Adafactor", "eps": [None, 0.001]}, None),
         ({"_target_": "torch.optim.SGD", "momentum": 0.9}, None),
+        ({"_target_": f"{__name__}.OfMatrices"}, None),
+        ({"_target_": "torch.optim.AdamW", "fused": True, "foreach": True}, r"`fused` and `foreach` cannot be `True`"),
         ({"_target_": "torch.optim.Adafactor", "eps": [None, -1]}, r"optim\.optimizer\.eps\[1\]=-1 is out of range"),
         ({"_target_": "torch.optim.AdamW", "eps": [0.1, 0.1]}, r"optim\.optimizer\.eps=\[0\.1, 0\.1\] is not a number"),
         ({"_target_": "torch.optim.LBFGS"}, r"optim\.optimizer: LBFGS doesn't support per-parameter options"),
@@ -200,6 +202,16 @@ def test_optimizers_that_train_and_those_that_cannot(described: dict[str, Any], 
     config = changed(composed(DEFAULT), ["optim", "optimizer"], described)
     with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
         resolve(config, training=True)
+
+
+class OfMatrices(torch.optim.SGD):
+    """It looks at the groups as a model has them."""
+
+    def __init__(self, params: list[dict[str, Any]]) -> None:
+        super().__init__(params)
+        by_name = {group["name"]: group for group in self.param_groups}
+        assert by_name["matrix"]["params"][0].ndim == 2
+        assert all(group["lr"] > 0 for group in self.param_groups)
 
 
 class LineSearch(torch.optim.SGD):

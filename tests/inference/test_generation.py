@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from toys import Letters, memory_ffns, transformer
 
+from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.inference.generation import generate, greedy
 from pkm_lightning.inference.sampling import Sampling
 from pkm_lightning.model import Transformer
@@ -95,6 +97,8 @@ def test_a_reader_sees_every_answer_grow(model: Transformer) -> None:
 class Scripted:
     """A stand-in for a model that answers each prompt with the given ids, one per forward, and then letters."""
 
+    is_position_wise = True
+
     def __init__(self, answers: list[list[int]]) -> None:
         self.answers, self.forwards = answers, 0
 
@@ -119,3 +123,22 @@ def test_generation_ends_when_every_answer_has_ended_once() -> None:
     answers = greedy(model, Letters(), ["a", "b"], device=torch.device("cpu"))  # type: ignore[arg-type]
     assert answers == ["a", "bcc"]
     assert model.forwards == 4
+
+
+class Shift(nn.Module):
+    """A plugin that reads the token before, and states nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x_BTD: torch.Tensor, context: FFNContext) -> FFNOutput:
+        return FFNOutput(self.linear(x_BTD + nn.functional.pad(x_BTD, (0, 0, 1, -1))))
+
+
+def test_a_plugin_that_reads_earlier_tokens_is_run_on_all_of_them() -> None:
+    model = transformer([Shift(), Shift()]).eval()
+    model.init_weights(2)
+    expected = [step_by_step(model, prompt, 8) for prompt in PROMPTS]
+    assert greedy(model, Letters(), PROMPTS, device=CPU, max_new_tokens=8) == expected
+    assert len(set(expected)) > 6
