@@ -73,9 +73,9 @@ def test_statistics_of_the_batch_are_those_of_all_ranks(tmp_path: Path, ffn: lis
     assert [row["step"] for row in one] == [row["step"] for row in two]
     compared = 0
     for mine, theirs in zip(one, two, strict=True):
-        # Each rank logs its own largest load.
+        # Each rank logs its own largest load, and diagnostics look at the first sequences of every rank.
         for name in {*mine} - {"step", "tokens", "train/expert_load_max"}:
-            if mine[name]:
+            if mine[name] and not name.startswith("train/vitals/"):
                 assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-4), (name, mine["step"])
                 compared += name.startswith("train/aux_")
     assert compared >= 6
