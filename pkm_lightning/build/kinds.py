@@ -1,7 +1,7 @@
 """Kinds of configured values: the signature of the class that `_target_` names declares what each of its keys takes.
 
 An annotation is compared with what YAML can hold: null, truth values, numbers, text, lists and mappings. A range may
-stand in it, as in `Annotated[int, Range(1)]`; what cannot be said by an annotation is checked by the constructor.
+stand in it, as in `Annotated[int, Range(1)]`; the constructor checks what an annotation cannot express.
 """
 
 from __future__ import annotations

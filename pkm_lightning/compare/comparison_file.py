@@ -151,7 +151,7 @@ def _check_types(file: Path, named: Mapping[str, Any]) -> None:
 
 
 def _is_a(value: Any, annotation: Any) -> bool:
-    """Returns whether a value that JSON can hold is what a type annotation says; its lists stand for tuples, too."""
+    """Returns whether a value that JSON can hold fits a type annotation; its lists stand for tuples, too."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is types.UnionType:
         return any(_is_a(value, argument) for argument in arguments)

@@ -96,13 +96,12 @@ def generate(
     answers = [[Answer(i, sample, []) for sample in range(sampling.samples)] for i in range(len(prompts))]
     # Sorted by length, so that a batch has little padding.
     ordered = sorted(itertools.chain.from_iterable(answers), key=lambda answer: len(encoded[answer.prompt]))
-    # Without a cache there is no padding on the left, so that a batch has prompts of one length.
-    for _, group in itertools.groupby(
-        ordered, lambda answer: 0 if model.is_position_wise else len(encoded[answer.prompt])
-    ):
-        same = list(group)
-        for start in range(0, len(same), batch_size):
-            batch = same[start : start + batch_size]
+    groups = [ordered]
+    if not model.is_position_wise:  # without a cache nothing is padded on the left: a batch has prompts of one length
+        groups = [list(same) for _, same in itertools.groupby(ordered, lambda answer: len(encoded[answer.prompt]))]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
             _write(model, tokenizer, [encoded[answer.prompt] for answer in batch], batch, sampling, device, watch)
     return answers
 

@@ -1,4 +1,4 @@
-"""Waiting for the lock of a cache folder: who holds it is said, and a signal ends the wait."""
+"""Waiting for the lock of a cache folder: the log names its holder, and a signal ends the wait."""
 
 from __future__ import annotations
 

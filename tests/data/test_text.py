@@ -59,7 +59,7 @@ def test_what_was_read_and_left_out_is_said(
 ) -> None:
     caplog.set_level("INFO")
     (corpus / "deep" / "more.gz").write_text("x")
-    # A cache of its own: what a build reads is said by the build.
+    # A cache of its own, because only a build logs what it reads.
     datamodule = text(str(corpus), tokenizer="bytes", cache_dir=str(tmp_path_factory.mktemp("own")))
     datamodule.setup("fit")
     n_bytes = sum(file.stat().st_size for file in corpus.rglob("*") if file.suffix in (".txt", ".md"))

@@ -90,11 +90,15 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
     assert sampling.choose(logits_BW, NOTHING_SEEN.expand(2, -1), uniform_B).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize(("logits", "temperature"), [([1.0, 2.0], 1e-40), ([math.nan, math.nan], 1.0)])
-def test_a_token_of_the_vocabulary_is_chosen_whatever_the_logits(logits: list[float], temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("logits", "temperature", "expected"), [([2.0, 1.0], 1e-40, 0), ([math.nan, math.nan], 1.0, 1)]
+)
+def test_a_token_of_the_vocabulary_is_chosen_whatever_the_logits(
+    logits: list[float], temperature: float, expected: int
+) -> None:
     uniform_B = torch.tensor([0.7], dtype=torch.float64)
     chosen_B = Sampling(temperature=temperature).choose(torch.tensor([logits]), NOTHING_SEEN, uniform_B)
-    assert chosen_B.tolist() == [1]
+    assert chosen_B.tolist() == [expected]
 
 
 @pytest.mark.parametrize(
