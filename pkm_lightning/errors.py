@@ -111,3 +111,8 @@ def check_flag(key: str, value: bool) -> None:
     """
     if not isinstance(value, bool):
         raise ConfigError(f"{key}={value!r} is neither true nor false; set {key}=true or {key}=false.")
+
+
+def missing_extra(what: str, package: str, extra: str) -> ConfigError:
+    """Returns the error for `what` that needs a `package` of one of this package's extras, which is not installed."""
+    return ConfigError(f"{what} needs {package}, which is not installed; run: pip install 'pkm_lightning[{extra}]'.")

@@ -1,0 +1,1 @@
+"""Exchange with Hugging Face transformers (extra `hf`): export, pretrained trunks, registered classes."""
