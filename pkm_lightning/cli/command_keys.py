@@ -11,16 +11,27 @@ from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, nearest
 
+#: Keys of an evaluation, each an argument of `inference.harness_settings.read_settings`.
+EVALUATION_KEYS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size")
 #: Keys of a command and the verbs that read them; every verb reads the others.
 VERBS_OF = {
     "file": ("export",),
     "overwrite": ("export",),
-    "out": ("predict", "compare", "report"),
+    "out": ("predict", "evaluate", "compare", "report"),
     "format": ("info",),
-    "ckpt": ("fit", "validate", "test", "predict", "export", "compare"),  # fit and compare say what to do instead
+    "ckpt": (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "evaluate",
+        "export",
+        "compare",
+    ),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
-    "trust_config": ("fit", "validate", "test", "predict", "compare", "info"),
+    "trust_config": ("fit", "validate", "test", "predict", "evaluate", "compare", "info"),
+    **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
@@ -53,7 +64,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS)),
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF)),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):

@@ -24,11 +24,19 @@ VERBS = {
     "fit": "train a model; an interrupted run in the same run_dir is resumed",
     "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
     "test": "the same on the full test questions",
+    "evaluate": "score a model on tasks=[NAME,...] of lm-evaluation-harness or of your own folder, tasks_dir=DIR",
     "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
+}
+
+#: Configurations of verbs that have keys of their own.
+PRIMARY_CONFIGURATIONS = {
+    "compare": "compare",
+    "report": "compare",
+    "evaluate": "evaluate",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
@@ -114,7 +122,7 @@ def _run(verb: str, arguments: list[str]) -> int:
             return None
         return made.execute(run, failures)
 
-    name = "compare" if verb in ("compare", "report") else "config"
+    name = PRIMARY_CONFIGURATIONS.get(verb, "config")
     try:
         with tidy_sweep():
             hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()

@@ -152,8 +152,8 @@ class HarnessModel(TemplateLM):
         longest = max((len(continuation) for _, continuation in pairs), default=0)
         if longest > self.max_length:
             raise ConfigError(
-                f"tasks: a continuation has {longest} tokens, more than the context of {self.max_length} that the model "
-                "was trained for; leave that task out, or use a model with a longer context."
+                f"tasks: a continuation has {longest} tokens, more than the context of {self.max_length} that the "
+                "model was trained for; leave that task out, or use a model with a longer context."
             )
         cut = [
             # A context of spaces alone is moved to the continuation and leaves nothing.

@@ -36,7 +36,7 @@ class Score:
 
 
 def run_tasks(
-    lm: LM, tasks: dict[str, Any], *, limit: int | None, bootstraps: int, progress: bool = True
+    lm: LM, tasks: dict[str, Any], *, limit: int | None, bootstraps: int = 100_000, progress: bool = True
 ) -> dict[str, Any]:
     """Returns the harness's results of a model.
 

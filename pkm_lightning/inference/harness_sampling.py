@@ -34,8 +34,8 @@ def sampling_of(kwargs: Mapping[str, Any], *, context: int, task: str) -> Sampli
     new_tokens = settings.pop("max_gen_toks")
     if new_tokens >= context:
         raise ConfigError(
-            f"{task}: answers of {new_tokens} tokens (max_gen_toks) leave no room for a prompt in the context of {context} "
-            "that the model was trained for; lower max_gen_toks in the task, or use a model with a longer context."
+            f"{task}: answers of {new_tokens} tokens (max_gen_toks) leave no room for a prompt in the context of "
+            f"{context} that the model was trained for; lower max_gen_toks in the task, or use a model with a longer context."
         )
     stop = tuple(text for text in handle_stop_sequences(settings.pop("until"), eos=None) if text)
     draws = settings.pop("do_sample")
@@ -45,8 +45,8 @@ def sampling_of(kwargs: Mapping[str, Any], *, context: int, task: str) -> Sampli
     foreign = [name for name, value in settings.items() if _NEUTRAL.get(name) != value]
     if foreign:
         raise ConfigError(
-            f"{task}: generation_kwargs.{foreign[0]}={settings[foreign[0]]!r} is not offered; allowed: until, max_gen_toks, "
-            f"do_sample, temperature, {', '.join(_DRAWING)}."
+            f"{task}: generation_kwargs.{foreign[0]}={settings[foreign[0]]!r} is not offered; allowed: until, "
+            f"max_gen_toks, do_sample, temperature, {', '.join(_DRAWING)}."
         )
     # A task that draws without a temperature means the distribution as it is.
     return Sampling(max_new_tokens=new_tokens, temperature=(temperature or 1.0) if draws else 0.0, stop=stop, **drawing)

@@ -51,8 +51,8 @@ def load_tasks(names: Sequence[str], *, tasks_dir: Path | None, num_fewshot: int
     manager = _manager(names, tasks_dir)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with fixed_seeds():
-        for name in dict.fromkeys(match for name in names for match in _matches(name, manager, tasks_dir)):
-            for kind, entries in _load(name, manager).items():
+        for match in dict.fromkeys(match for name in names for match in _matches(name, manager, tasks_dir)):
+            for kind, entries in _load(match, manager).items():
                 loaded[kind].update(entries)
     for name, task in loaded["tasks"].items():
         for need, what in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "shows images")):
