@@ -35,7 +35,8 @@ def sampling_of(kwargs: Mapping[str, Any], *, context: int, task: str) -> Sampli
     if new_tokens >= context:
         raise ConfigError(
             f"{task}: answers of {new_tokens} tokens (max_gen_toks) leave no room for a prompt in the context of "
-            f"{context} that the model was trained for; lower max_gen_toks in the task, or use a model with a longer context."
+            f"{context} that the model was trained for; lower max_gen_toks in the task, or use a model with a longer "
+            "context."
         )
     stop = tuple(text for text in handle_stop_sequences(settings.pop("until"), eos=None) if text)
     draws = settings.pop("do_sample")

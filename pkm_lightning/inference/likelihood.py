@@ -102,7 +102,10 @@ def _score_batch(model: Transformer, batch: list[_Input], device: torch.device) 
     width = len(batch[0].ids)
     # Padded on the right, where no mask is needed: attention is causal, and what follows a position does not change it.
     ids_BT = torch.tensor([[*read.ids, *([0] * (width - len(read.ids)))] for read in batch], device=device)
-    rows, positions, tokens, lengths = [], [], [], []
+    rows: list[int] = []
+    positions: list[int] = []
+    tokens: list[int] = []
+    lengths: list[int] = []
     for row, read in enumerate(batch):
         for _, targets in read.targets:
             rows += [row] * len(targets)
