@@ -11,16 +11,26 @@ from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, nearest
 
+#: Keys of answers to given prompts, and of all answers.
+PROMPT_KEYS = ("prompt", "prompts_file", "samples", "batch_size")
+GENERATION_KEYS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "sample_seed"),
+    "extrapolate",
+)
 #: Keys of a command and the verbs that read them; every verb reads the others.
 VERBS_OF = {
     "file": ("export",),
     "overwrite": ("export",),
-    "out": ("predict", "compare", "report"),
+    "out": ("predict", "generate", "compare", "report"),
     "format": ("info",),
-    "ckpt": ("fit", "validate", "test", "predict", "export", "compare"),  # fit and compare say what to do instead
+    # fit and compare say what to do instead
+    "ckpt": ("fit", "validate", "test", "predict", "generate", "chat", "export", "compare"),
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
-    "trust_config": ("fit", "validate", "test", "predict", "compare", "info"),
+    "trust_config": ("fit", "validate", "test", "predict", "generate", "chat", "compare", "info"),
+    **dict.fromkeys(PROMPT_KEYS, ("generate", "predict")),
+    **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
+    "system": ("chat",),
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
@@ -53,7 +63,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS)),
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF)),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):
