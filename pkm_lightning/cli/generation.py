@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -99,7 +100,7 @@ def prompts_of(job: Job) -> list[str] | None:
         raise ConfigError(f"prompts_file={file} is not text; quote it: \"prompts_file='{file}'\".")
     if file == STANDARD_INPUT:
         return _lines_of_standard_input()
-    return read_prompts(expanded("prompts_file", file), "prompts_file")
+    return read_prompts(Path(expanded("prompts_file", file)), "prompts_file")
 
 
 def _lines_of_standard_input() -> list[str]:
