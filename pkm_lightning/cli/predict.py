@@ -20,7 +20,8 @@ from pkm_lightning.data.base import TextCodec, tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.prompts import PromptBatches, collect_prompts
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.inference.generation import Answering, encode_prompts
+from pkm_lightning.inference.generation import encode_prompts
+from pkm_lightning.inference.prediction import Answering
 from pkm_lightning.storage import check_target, is_stream, write_beside
 from pkm_lightning.supervision.rank_failures import supervise_evaluation
 

@@ -9,7 +9,7 @@ import itertools
 import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,21 +74,6 @@ class Speed:
             self.new_tokens + other.new_tokens,
             self.new_seconds + other.new_seconds,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answering:
-    """How prompts are answered.
-
-    Attributes:
-        sampling: how each token is chosen and where an answer ends.
-        batch_size: largest number of answers written together.
-        context: most tokens that the model reads per sequence, or None for any number.
-    """
-
-    sampling: Sampling = field(default_factory=Sampling)
-    batch_size: int = 512
-    context: int | None = None
 
 
 def greedy(

@@ -24,8 +24,7 @@ from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
-from pkm_lightning.inference.generation import Answering, Generation
-from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
+from pkm_lightning.inference.prediction import Answering, answer_batch
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
@@ -373,32 +372,10 @@ class LanguageModule(L.LightningModule):
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Returns answers to `batch["prompt"]`: records with `index`, `prompt`, `answer`, and `sample` among several."""
+        """Returns answers to `batch["prompt"]` as records with `index`, `prompt`, `answer`, and `sample` of several."""
         self._batches.check_prompts(self, batch, batch_idx)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        generation = Generation(
-            self.model,
-            tokenizer,
-            batch["prompt"],
-            self.answering.sampling,
-            device=self.device,
-            batch_size=self.answering.batch_size,
-            context=self.answering.context,
-            numbers=[int(i) for i in batch["index"]],
-        )
-        with synchronized_forwards(self.model, self.device):
-            generation.run()
-        several = self.answering.sampling.samples > 1
-        return [
-            {
-                "index": int(i),
-                "prompt": prompt,
-                **({"sample": answer.sample} if several else {}),
-                "answer": answer.text.strip(),
-            }
-            for i, prompt, answers in zip(batch["index"], batch["prompt"], generation.answers, strict=True)
-            for answer in answers
-        ]
+        return answer_batch(self.model, tokenizer, batch, self.answering, device=self.device)
 
     def _data(self) -> object:
         """Returns the data module, if there is a Trainer that has one."""
