@@ -16,6 +16,7 @@ from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
+from pkm_lightning.cli.command_keys import VERBS_OF
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.kept_data import with_kept_data
 from pkm_lightning.cli.resume import saved_config, saved_config_of, without_fused
@@ -28,7 +29,6 @@ from pkm_lightning.training import LanguageModule
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
 #: Except for where its table lies.
 _FREE = ("table.device", "table.shard", "table.group")
-_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "overwrite")
 
 
 class SavedRun:
@@ -144,7 +144,7 @@ def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
         root = key.split(".")[0].split("@")[0]
         if root in _FIXED and key not in _FREE:
             raise ConfigError(f"{override}: the saved configuration of a run wins; {root} cannot be changed here.")
-        if root in _WHERE:
+        if root == "run_dir" or root in VERBS_OF:
             continue
         value = OmegaConf.select(job.config, key)
         OmegaConf.update(merged, key, value, force_add=True, merge=False)
