@@ -44,6 +44,7 @@ FFNS = [o.removeprefix("ffn=") for o in OPTIONS if o.startswith("ffn=") and o !=
 GIVEN = {
     "ffn=custom": ["ffn._target_=pkm_lightning.ffn.Dense", "+ffn.hidden_dim=8"],
     "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
+    "callbacks=evaluate": ["callbacks.evaluate.tasks=[piqa]"],
     "strategy=ddp": ["trainer.devices=2"],
     "callbacks=slot_revival": [
         "+callbacks.slot_usage={_target_:pkm_lightning.callbacks.SlotUsage,path:usage.json,every_n_steps:null,window:2,"

@@ -28,7 +28,8 @@ SHOWN = {page: of_the_package(page) for page in PAGES}
 COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for command in shown}.values())
 #: The quick test runs every verb that uses a run, and what reads files of the user; the others it composes.
 QUICK = re.compile(
-    r"lightning ((test|predict|export) .*runs/mine|predict .*mine\.safetensors|validate ckpt=mine|fit (--config-dir|data=text))"
+    r"lightning ((test|predict|export) .*runs/mine|(predict|validate) .*mine\.safetensors|"
+    r"fit (--config-dir|data=text))"
 )
 
 

@@ -17,19 +17,23 @@ GENERATION_KEYS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "sample_seed"),
     "extrapolate",
 )
+#: Keys of an evaluation, each an argument of `inference.harness_settings.read_settings`.
+EVALUATION_KEYS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size")
+_ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate")
 #: Keys of a command and the verbs that read them; every verb reads the others.
-VERBS_OF = {
+VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
     "overwrite": ("export",),
-    "out": ("predict", "generate", "compare", "report"),
+    "out": ("predict", "generate", "evaluate", "compare", "report"),
     "format": ("info",),
-    # fit and compare say what to do instead
-    "ckpt": ("fit", "validate", "test", "predict", "generate", "chat", "export", "compare"),
+    "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
-    "trust_config": ("fit", "validate", "test", "predict", "generate", "chat", "compare", "info"),
+    "trust_config": ("fit", *_ON_SAVED, "compare", "info"),
+    **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
     **dict.fromkeys(PROMPT_KEYS, ("generate", "predict")),
     **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
+    "batch_size": ("generate", "predict", "evaluate"),
     "system": ("chat",),
 }
 #: Verbs that read nothing but these keys.

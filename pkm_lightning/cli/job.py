@@ -197,6 +197,9 @@ def quieten_libraries() -> None:
     """Suppresses Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # The one warns of every default in a task's YAML, the other repeats each attempt to reach the network.
+    for name in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 

@@ -24,6 +24,7 @@ VERBS = {
     "fit": "train a model; an interrupted run in the same run_dir is resumed",
     "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
     "test": "the same on the full test questions",
+    "evaluate": "score a model on tasks=[NAME,...] of lm-evaluation-harness or of your own folder, tasks_dir=DIR",
     "predict": "answer prompt=TEXT or prompts_file=FILE, written as JSON lines; also with several ranks",
     "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
     "chat": "talk to a model in the terminal",
@@ -40,6 +41,7 @@ PRIMARY_CONFIGURATIONS = {
     "predict": "generate",
     "generate": "generate",
     "chat": "generate",
+    "evaluate": "evaluate",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
