@@ -149,7 +149,9 @@ def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in keywords.items() if name in names}
 
 
-def check_trusted(config: Mapping[str, Any], source: str) -> None:
+def check_trusted(
+    config: Mapping[str, Any], source: str, remedy: str = "repeat the command with trust_config=true"
+) -> None:
     """Refuses a configuration read back from `source` that names anything but trusted classes.
 
     Raises:
@@ -172,7 +174,7 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
             raise ConfigError(
                 f"{source} names {key}={target}, code that a saved configuration may not run unasked (allowed: classes "
                 f"of pkm_lightning, lightning and torch of the kinds {', '.join(k.__name__ for k in _TRUSTED_KINDS)}); "
-                "if it is yours, repeat the command with trust_config=true."
+                "if it is yours, {remedy}."
             )
 
 

@@ -14,9 +14,10 @@ from pkm_lightning.errors import ConfigError, nearest
 #: Keys of a command and the verbs that read them; every verb reads the others.
 VERBS_OF = {
     "file": ("export",),
+    "dir": ("export",),
     "overwrite": ("export",),
     "out": ("predict", "compare", "report"),
-    "format": ("info",),
+    "format": ("info", "export"),
     "ckpt": ("fit", "validate", "test", "predict", "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
@@ -24,14 +25,14 @@ VERBS_OF = {
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "file", "overwrite"),
+    "export": ("run_dir", "ckpt", "format", "file", "dir", "overwrite"),
     "report": ("runs", "out", "report", "experiment"),
 }
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
-    *("trust_config", "format", "out"),
+    *("trust_config", "format", "dir", "out"),
 )
 
 

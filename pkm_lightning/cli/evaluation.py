@@ -30,7 +30,7 @@ from pkm_lightning.training import LanguageModule
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
 #: Except for where its table lies.
 _FREE = ("table.device", "table.shard", "table.group")
-_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "overwrite")
+_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "dir", "overwrite")
 
 
 class SavedRun:
