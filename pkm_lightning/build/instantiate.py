@@ -154,6 +154,11 @@ def check_trusted(
 ) -> None:
     """Refuses a configuration read back from `source` that names anything but trusted classes.
 
+    Args:
+        config: a configuration or a part of one.
+        source: where it was read from, for the error.
+        remedy: what someone who trusts it does, for the error.
+
     Raises:
         ConfigError: naming the offending key and target, and how to trust it.
     """
@@ -174,7 +179,7 @@ def check_trusted(
             raise ConfigError(
                 f"{source} names {key}={target}, code that a saved configuration may not run unasked (allowed: classes "
                 f"of pkm_lightning, lightning and torch of the kinds {', '.join(k.__name__ for k in _TRUSTED_KINDS)}); "
-                "if it is yours, {remedy}."
+                f"if it is yours, {remedy}."
             )
 
 
