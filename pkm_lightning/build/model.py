@@ -73,7 +73,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
 
 def build_meta_model(config: Config) -> Transformer:
     """Builds the same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
-    with _weight_dtype(config), torch.device("meta"):
+    with weight_dtype(config), torch.device("meta"):
         return build_model(config)
 
 
@@ -83,13 +83,14 @@ def check_foreign_plugins(model: Transformer, config: Config) -> None:
     Raises:
         ConfigError: naming the plugin and what the contract asks for.
     """
-    with _weight_dtype(config):
+    with weight_dtype(config):
         plugins = [p for block in model.blocks for _, p in named_plugins(block.ffn)]  # type: ignore[arg-type]
         check_plugins(plugins, int(config["model"]["dim"]))
 
 
 @contextlib.contextmanager
-def _weight_dtype(config: Config) -> Iterator[None]:
+def weight_dtype(config: Config) -> Iterator[None]:
+    """Makes weights within the block in the dtype that the Trainer would give them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(PRECISIONS[precision_name(config["trainer"]["precision"])])
     try:

@@ -87,8 +87,8 @@ def _texts(checkpoint: Mapping[str, Any], tokenizer: str | None) -> dict[str, st
         "config": json.dumps(checkpoint["hyper_parameters"]["config"]),
         "tokens_seen": str(int(checkpoint["tokens_seen"])),
     }
-    digest = tokenizer or checkpoint.get("tokenizer")
-    return texts if digest is None else {**texts, "tokenizer": str(digest)}
+    known = {"tokenizer": tokenizer or checkpoint.get("tokenizer"), "data": checkpoint.get("data")}
+    return {**texts, **{name: str(value) for name, value in known.items() if value is not None}}
 
 
 def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pkm_lightning.build.loading import context_of, saved_tokenizer
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion, run_folder
 from pkm_lightning.checkpoints.export import weight_shapes, write
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.data.tokenizer import Tokenizer
@@ -17,14 +19,7 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS, MODEL_TYPE
 from pkm_lightning.huggingface.llama import as_llama, llama_config, llama_names
 from pkm_lightning.huggingface.model_card import model_card
-from pkm_lightning.huggingface.tokenizer import (
-    CHAT_TEMPLATE,
-    TOKENIZER,
-    load_tokenizer,
-    run_directory,
-    tokenizer_file,
-    write_tokenizer,
-)
+from pkm_lightning.huggingface.tokenizer import write_tokenizer
 from pkm_lightning.storage import folder_written_beside
 
 #: What a folder holds, and may be replaced.
@@ -76,9 +71,10 @@ def write_folder(checkpoint: SavedCheckpoint, folder: Path) -> WrittenFolder:
     dense = as_llama(config, str(checkpoint.path))
     if dense is not None:
         checkpoint.check_weights({f"model.{name}": value.shape for name, value in dense.state_dict().items()})
-    found = tokenizer_file(checkpoint.path)
-    tokenizer = None if found is None else load_tokenizer(found, checkpoint.skeleton.get("tokenizer"))
-    context = config["data"].get("seq_len")
+    tokenizer = saved_tokenizer(checkpoint)
+    if tokenizer is not None:
+        tokenizer = tokenizer.without_additions()
+    context = context_of(config)
     architecture = _class_config(config) if dense is None else llama_config(dense)
     described = {**architecture, "max_position_embeddings": context, **_token_ids(tokenizer, in_config=True)}
     described["dtype"] = str(weight_shapes(checkpoint)["embedding.weight"][1]).removeprefix("torch.")
@@ -91,10 +87,9 @@ def write_folder(checkpoint: SavedCheckpoint, folder: Path) -> WrittenFolder:
             entries = write(checkpoint, beside / "model.safetensors", names, digest)
             _write_json(beside / "config.json", described)
             _write_json(beside / "generation_config.json", _token_ids(tokenizer, in_config=False))
-            if tokenizer is not None and found is not None:
-                template = found.with_name(CHAT_TEMPLATE)
-                write_tokenizer(tokenizer, beside, context, template if template.is_file() else None)
-            card = model_card(checkpoint, run_directory(checkpoint.path), is_llama=dense is not None)
+            if tokenizer is not None:
+                write_tokenizer(tokenizer, beside, context, find_companion(checkpoint.path, CHAT_TEMPLATE))
+            card = model_card(checkpoint, run_folder(checkpoint.path), is_llama=dense is not None)
             (beside / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(

@@ -40,7 +40,7 @@ def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, is_llama: b
             *(f"# {_title(config)}", ""),
             *_model(checkpoint, record),
             *("## Load", "", "```python", *_load(is_llama=is_llama), "```", ""),
-            *_data(config, record),
+            *_data(checkpoint, record),
             *_figures(run_dir, record),
             *_again(config),
         ]
@@ -84,10 +84,12 @@ def _load(*, is_llama: bool) -> list[str]:
     ]
 
 
-def _data(config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+def _data(checkpoint: SavedCheckpoint, record: Mapping[str, Any]) -> list[str]:
+    config = checkpoint.config
     lines = ["## Data", "", f"`{config['data']['_target_']}`, seed {config['seed']}."]
-    if record.get("data"):
-        lines += ["", f"Fingerprint of the data set: `{record['data']}`."]
+    fingerprint = record.get("data") or checkpoint.skeleton.get("data")
+    if fingerprint:
+        lines += ["", f"Fingerprint of the data set: `{fingerprint}`."]
     sources = data_sources(config)
     if sources:
         lines += ["", "| source | version | licence | attribution |", "|---|---|---|---|"]

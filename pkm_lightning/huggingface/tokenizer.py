@@ -7,46 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER
 from pkm_lightning.data.tokenizer import Tokenizer
-from pkm_lightning.errors import CheckpointError
-
-TOKENIZER = "tokenizer.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-
-
-def tokenizer_file(checkpoint: Path) -> Path | None:
-    """Returns the tokenizer.json of the run that a checkpoint belongs to, or the one beside an exported file."""
-    run_dir = run_directory(checkpoint)
-    folder = checkpoint.parent if run_dir is None else run_dir
-    return folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
-
-
-def run_directory(checkpoint: Path) -> Path | None:
-    """Returns the directory of the run that a checkpoint lies in, or None."""
-    run_dir = checkpoint.absolute().parent.parent
-    return (
-        run_dir if checkpoint.absolute().parent.name == "checkpoints" and (run_dir / "config.yaml").is_file() else None
-    )
-
-
-def load_tokenizer(file: Path, digest: str | None) -> Tokenizer:
-    """Returns the tokenizer of a tokenizer.json, without what would add control tokens: training added none.
-
-    Args:
-        file: the tokenizer.json.
-        digest: of the training's tokenizer, as the checkpoint holds it.
-
-    Raises:
-        CheckpointError: the digests differ, so that ids would have another meaning.
-        DataError: the file cannot be read, or has no end token.
-    """
-    tokenizer = Tokenizer.load(file)
-    if digest is not None and tokenizer.digest != digest:
-        raise CheckpointError(
-            f"{file} is not the tokenizer that the checkpoint was trained with, so ids would mean other words; restore "
-            "the training's, or remove the file to export without one."
-        )
-    return tokenizer.without_additions()
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int | None, chat_template: Path | None) -> None:

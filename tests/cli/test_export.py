@@ -102,7 +102,7 @@ def test_a_folder_for_transformers(cli: Run, trained: Path, checkpoint: Path) ->
     command = ["export", "run_dir=run", "format=hf", "dir=hf"]
     shown = cli(*command)
     assert shown.code == 0, shown.err
-    assert f"hf: PkmLightningForCausalLM, 29 tensors" in shown.out
+    assert "hf: PkmLightningForCausalLM, 29 tensors" in shown.out
     assert f"from {checkpoint}" in shown.out
     exported = load_file("hf/model.safetensors")
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]

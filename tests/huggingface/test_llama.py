@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_folder(tmp_path: Path) -> N
 
     fewer = {name: value for name, value in content["state_dict"].items() if "key" not in name}
     refused({"state_dict": fewer}, CheckpointError, "does not fit its configuration")
-    refused({"tokenizer": "another"}, CheckpointError, "is not the tokenizer that the checkpoint was trained with")
+    refused({"tokenizer": "another"}, CheckpointError, "is not the tokenizer that model.ckpt was trained with")
     settings = content["hyper_parameters"]["config"]
     planted = {**settings, "table": {"_target_": "subprocess.Popen"}}
     refused(

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from pkm_lightning.huggingface.export import write_folder
-from pkm_lightning.huggingface.tokenizer import load_tokenizer, write_tokenizer
+from pkm_lightning.huggingface.tokenizer import write_tokenizer
 
 TEXTS = ["The capital of France is", " two  spaces ", "<eos> and <pad>", "naïve 東京 \u2028\n\t", ""]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
@@ -33,7 +33,7 @@ def bracketing(folder: Path) -> Path:
 def test_ids_and_texts_are_equal(kind: str, tmp_path: Path) -> None:
     if kind == "bracketing":
         ours = Tokenizer.load(bracketing(tmp_path))
-        write_tokenizer(load_tokenizer(tmp_path / "source.json", ours.digest), tmp_path, 32, None)
+        write_tokenizer(ours.without_additions(), tmp_path, 32, None)
     else:
         ours = bytes_tokenizer() if kind == "bytes" else train_bpe(["the capital of the city " * 9], 270)
         write_tokenizer(ours, tmp_path, 32, None)
