@@ -152,7 +152,8 @@ class RunKeys(TypedDict):
     file: NotRequired[str | None]
     overwrite: NotRequired[bool]
     trust_config: NotRequired[bool]
-    format: NotRequired[Literal["text", "json"]]
+    dir: NotRequired[str | None]
+    format: NotRequired[Literal["text", "json", "safetensors", "hf"] | None]
     out: NotRequired[str | None]
 
 

@@ -23,9 +23,10 @@ _ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate")
 #: Keys of a command and the verbs that read them; every verb reads the others.
 VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
+    "dir": ("export",),
     "overwrite": ("export",),
     "out": ("predict", "generate", "evaluate", "compare", "report"),
-    "format": ("info",),
+    "format": ("info", "export"),
     "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
@@ -38,7 +39,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "file", "overwrite"),
+    "export": ("run_dir", "ckpt", "format", "file", "dir", "overwrite"),
     "report": ("runs", "out", "report", "experiment"),
 }
 #: Callbacks that an evaluation runs, and their keys that it does not read.
@@ -56,7 +57,7 @@ _TRAINING_KEYS = (
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
-    *("trust_config", "format", "out"),
+    *("trust_config", "format", "dir", "out"),
 )
 
 

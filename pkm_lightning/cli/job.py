@@ -83,7 +83,7 @@ class Job:
         check_read(verb, self.overrides, config)
         swept = hydra.mode == RunMode.MULTIRUN
         with open_dict(config):
-            for key in ("run_dir", "ckpt", "file", "out"):
+            for key in ("run_dir", "ckpt", "file", "dir", "out"):
                 value = config.get(key)
                 # Hydra takes the name 2024 for a number.
                 if value is not None and not isinstance(value, str):
