@@ -96,7 +96,7 @@ class SavedRun:
 
     def module(self) -> LanguageModule:
         """Makes the module, with the saved weights if one process evaluates."""
-        module = LanguageModule(self.run.config)
+        module = LanguageModule(self.run.config, weights_follow=True)
         if self.is_spread:
             return module
         module.configure_model()
