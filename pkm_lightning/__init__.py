@@ -16,4 +16,16 @@ letters are local, and the head of their file explains them.
 | V | values per row of a value table |
 """
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+#: Names offered here, and the modules that define them.
+_OFFERED = {"load": "build.loading", "save": "build.saving"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: they need torch, and a bare `import pkm_lightning` takes a hundredth of a second.
+    if name in _OFFERED:
+        return getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -98,7 +98,7 @@ def _build_trunk(model: Config) -> Transformer:
 
 def build_meta_model(config: Config) -> Transformer:
     """Builds the same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
-    with _weight_dtype(config), torch.device("meta"):
+    with weight_dtype(config), torch.device("meta"):
         return build_model(config)
 
 
@@ -108,12 +108,13 @@ def check_foreign_plugins(model: Transformer, config: Config) -> None:
     Raises:
         ConfigError: naming the plugin and what the contract asks for.
     """
-    with _weight_dtype(config):
+    with weight_dtype(config):
         check_plugins((plugin for _, _, plugin in model.plugins()), int(config["model"]["dim"]))
 
 
 @contextlib.contextmanager
-def _weight_dtype(config: Config) -> Iterator[None]:
+def weight_dtype(config: Config) -> Iterator[None]:
+    """Makes weights within the block in the dtype that the Trainer would give them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(PRECISIONS[precision_name(config["trainer"]["precision"])])
     try:

@@ -68,8 +68,8 @@ def _texts(checkpoint: Mapping[str, Any]) -> dict[str, str]:
         "config": json.dumps(checkpoint["hyper_parameters"]["config"]),
         "tokens_seen": str(int(checkpoint["tokens_seen"])),
     }
-    tokenizer = checkpoint.get("tokenizer")
-    return texts if tokenizer is None else {**texts, "tokenizer": str(tokenizer)}
+    known = {name: checkpoint.get(name) for name in ("tokenizer", "data")}
+    return {**texts, **{name: str(value) for name, value in known.items() if value is not None}}
 
 
 def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> int:

@@ -308,6 +308,7 @@ def _exported(path: Path) -> _MappedContent:
         "hyper_parameters": {"config": config},
         "tokens_seen": tokens_seen,
         "tokenizer": texts.get("tokenizer"),
+        "data": texts.get("data"),
     }
     skeleton, named = flatten(content)
 

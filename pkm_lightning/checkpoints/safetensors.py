@@ -11,6 +11,7 @@ exported model these:
 | `config` | the resolved configuration, as JSON |
 | `tokens_seen` | number |
 | `tokenizer` | digest; absent where the data module has none |
+| `data` | fingerprint of the training data; likewise |
 | `pkm_lightning_crc32` | sums of the header, with zeros in the place of these digits, and of each tensor, by position |
 """
 

@@ -10,20 +10,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.instantiate import check_trusted
+from pkm_lightning.build.loading import check_mappable, load_weights, unread_tensors
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
-from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.job import Job, plain
+from pkm_lightning.cli.kept_data import with_kept_data
 from pkm_lightning.cli.places import check_places, with_own_cache
 from pkm_lightning.cli.resume import check_groups, saved_config, without_fused
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
-from pkm_lightning.memory import ValueTable
 from pkm_lightning.training import LanguageModule
 
 #: Keys that make a run what it is; a command that evaluates it cannot change them.
@@ -47,11 +47,7 @@ class SavedRun:
 
     def __init__(self, job: Job) -> None:
         self.folder, self.path = locate(job)
-        if self.path.is_dir() and OmegaConf.select(job.config, "table.device") == "mmap":
-            raise ConfigError(
-                f"table.device=mmap needs a checkpoint in one file, and {self.path} is a folder; write one with: "
-                f"export ckpt={self.path} file=model.safetensors."
-            )
+        check_mappable(self.path, OmegaConf.select(job.config, "table.device"))
         self._checkpoint = open_checkpoint(self.path)
         trust, cache = bool(job.config.trust_config), OmegaConf.select(job.config, "data.cache_dir")
         if self.folder is not None:
@@ -64,7 +60,8 @@ class SavedRun:
                 config = with_own_cache(config, None, cache)
                 # Callbacks and loggers that write do not take part in an evaluation.
                 check_places({k: config[k] for k in ("data", "trainer", "strategy")}, str(self.path), None, (cache,))
-        self.run = resolve(without_fused(_with_overrides(config, job)))
+        config = with_kept_data(_with_overrides(config, job), self.path, job.verb, job.overrides)
+        self.run = resolve(without_fused(config))
         if self.is_spread and self._checkpoint.kind == "exported":
             raise ConfigError(
                 f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."
@@ -75,7 +72,7 @@ class SavedRun:
             )
         self._checkpoint.check_weights(self.run.weight_shapes, later_buffers(self.run.model, "model."))
         if not self.is_spread:  # else each rank checks its share when the strategy loads it
-            self._checkpoint.check_sums(without=self._not_read())
+            self._checkpoint.check_sums(without=unread_tensors(self.run.model, self._checkpoint))
         _check_dataloader(job.verb, self.run.data)
         self.run.data.prepare_data()
         check_tokenizer(self._checkpoint.skeleton, tokenizer_digest(self.run.data))
@@ -100,17 +97,8 @@ class SavedRun:
         if self.is_spread:
             return module
         module.configure_model()
-        module.load_state_dict(self._checkpoint.map(without=("optimizer_states",))["state_dict"])
-        for table in module.model.value_tables:
-            if table.is_mapped:
-                expect_scattered_reads(table.weight)
+        load_weights(module.model, self._checkpoint)
         return module
-
-    def _not_read(self) -> set[str]:
-        """Returns the names of tensors that an evaluation does not read, or of which it reads a few rows only."""
-        modules = self.run.model.named_modules()
-        mapped = {f"state_dict.model.{n}.weight" for n, m in modules if isinstance(m, ValueTable) and m.is_mapped}
-        return mapped | {name for name in self._checkpoint.shapes if name.startswith("optimizer_states.")}
 
     @property
     def ckpt_path(self) -> str | None:

@@ -24,6 +24,9 @@ from pkm_lightning.storage import HeldFolder, open_regular, write_beside
 _FILES = (  # what a run writes, and a run in its place removes
     "run.json",
     "config.yaml",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "heldout",
     "metrics.csv",
     "recall.csv",
     "usage.json",
@@ -36,7 +39,10 @@ _FILES = (  # what a run writes, and a run in its place removes
     "predictions.jsonl",
 )
 #: What a run leaves that was killed before its record was written.
-_AT_START = {".lock", "config.yaml", "config.yaml.tmp", "run.json.tmp", "tensorboard"}
+_AT_START = {
+    *(".lock", "config.yaml", "config.yaml.tmp", "run.json.tmp", "tensorboard"),
+    *("tokenizer.json", "tokenizer.json.tmp", "chat_template.jinja", "heldout", "heldout.part"),
+}
 _STATUSES = ("running", "finished", "failed", "interrupted")
 #: In place of the status where run.json cannot be read.
 _DAMAGED = "damaged"

@@ -12,6 +12,7 @@ from typing import Any
 
 from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.cli.assembly import Assembly
+from pkm_lightning.cli.run_contents import keep_with_run
 from pkm_lightning.cli.run_directory import RunDirectory
 from pkm_lightning.errors import RunDirectoryError
 from pkm_lightning.supervision.rank_failures import describe
@@ -38,6 +39,7 @@ class Sitting:
 
     def __init__(self, directory: RunDirectory, resolved: ResolvedRun, assembly: Assembly) -> None:
         self._directory, self._config, self._assembly = directory, resolved.config, assembly
+        self._data = resolved.data
         self._began, self._is_accepted = time.perf_counter(), False
         self.record = start_record(resolved.config, resolved.cost)
         before = directory.record if directory.resumes else {}
@@ -57,6 +59,7 @@ class Sitting:
     def accept(self) -> None:
         """Writes the record of a run that starts to train; later calls have no effect."""
         if not self._is_accepted:
+            keep_with_run(self._data, self._directory.path)
             self._directory.accept(self._config, self.record)
             self._is_accepted = True
 

@@ -78,7 +78,7 @@ class Tokenizer:
     @property
     def digest(self) -> str:
         """SHA-256 of all that decides how text becomes ids."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without an end token."""
@@ -101,9 +101,14 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def to_json(self) -> str:
+        """Returns the content of a `tokenizer.json`."""
+        text: str = self._backend.to_str()
+        return text
+
     def save(self, path: Path) -> None:
         """Writes a `tokenizer.json`."""
-        path.write_text(self._backend.to_str(), encoding="utf-8")
+        path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, key: str = "") -> Tokenizer:

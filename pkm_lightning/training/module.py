@@ -23,7 +23,7 @@ from pkm_lightning.build.model import attention_context, build_model
 from pkm_lightning.build.optimizer import make_optimizer
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.data.base import tokenizer_digest
+from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -387,9 +387,10 @@ class LanguageModule(L.LightningModule):
         return getattr(self._trainer, "datamodule", None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the token counter and the digest of the tokenizer."""
+        """Adds the token counter, the digest of the tokenizer and the fingerprint of the data."""
         checkpoint["tokens_seen"] = int(self.tokens_seen)
         checkpoint["tokenizer"] = tokenizer_digest(self._data())
+        checkpoint["data"] = fingerprint_of(self._data())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the token counter.

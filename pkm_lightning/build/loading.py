@@ -1,0 +1,219 @@
+"""A trained model with its tokenizer, from a run, a checkpoint or an export; no training data are touched.
+
+loaded = pkm_lightning.load("runs/mine")
+print(loaded.answer("The capital of France is"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pkm_lightning.build.instantiate import check_trusted
+from pkm_lightning.build.model import build_meta_model, build_model, check_foreign_plugins, weight_dtype
+from pkm_lightning.capacity.setting import PRECISIONS
+from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion
+from pkm_lightning.checkpoints.mapped import expect_scattered_reads
+from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
+from pkm_lightning.data.base import TextCodec
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.errors import CheckpointError, ConfigError, check_choice
+from pkm_lightning.inference.generation import Answer, generate
+from pkm_lightning.inference.sampling import Sampling
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.model import Transformer
+
+#: The groups of a configuration that a model is built from.
+_MODEL_GROUPS = ("model", "ffn", "placement", "table")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can be asked, and what belongs to it.
+
+    Attributes:
+        model: in evaluation mode, on `device`.
+        tokenizer: the meaning of its ids; None where no `tokenizer.json` lies beside the weights.
+        config: the configuration that it was trained with.
+        path: of the checkpoint or exported file.
+        device: of the model.
+        context: tokens per sequence in training; None where the data module has no such key.
+        chat_template: Jinja text that renders a conversation, as in a Hugging Face folder; None for most models.
+        tokens_seen: tokens that it was trained on.
+    """
+
+    model: Transformer
+    tokenizer: TextCodec | None
+    config: dict[str, Any]
+    path: Path
+    device: torch.device
+    context: int | None = None
+    chat_template: str | None = None
+    tokens_seen: int = 0
+
+    def generate(self, prompts: Sequence[str], **sampling: Any) -> list[list[Answer]]:
+        """Returns the answers to each prompt; the keywords are those of `Sampling`.
+
+        Raises:
+            CheckpointError: there is no tokenizer.
+            ConfigError: a keyword is out of its range.
+        """
+        codec = self.codec()
+        return generate(self.model, codec, prompts, Sampling(**sampling), device=self.device)
+
+    def answer(self, prompt: str, **sampling: Any) -> str:
+        """Returns the first answer to one prompt; otherwise as `generate`."""
+        ((first, *_),) = self.generate([prompt], **sampling)
+        return first.text.strip()
+
+    def codec(self) -> TextCodec:
+        """Returns the tokenizer.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"{self.path} has no {TOKENIZER} beside it, without which its ids mean no words; copy the one that it "
+                "was trained with there."
+            )
+        return self.tokenizer
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    table_device: str | None = None,
+    precision: str | None = None,
+    trust_config: bool = False,
+) -> LoadedModel:
+    """Returns the trained model of a run directory, a checkpoint, an exported file or the folder of one.
+
+    Args:
+        path: a run directory stands for its last checkpoint.
+        device: where the model goes.
+        table_device: `auto`, `cpu` or `mmap`, as `table.device`; None for that of the training.
+        precision: of the weights, as `trainer.precision`; None for that of the training. Nothing is cast within the
+            forward, so that `bf16-mixed` is the same as `32-true`.
+        trust_config: whether the checkpoint may name classes of other packages.
+
+    Raises:
+        CheckpointError: missing, damaged, not of this package, or beside a tokenizer of another model.
+        ConfigError: an argument that is not known, or a class that is not trusted.
+    """
+    weights = find_weights(Path(path))
+    check_mappable(weights, table_device)
+    checkpoint = open_checkpoint(weights)
+    config = checkpoint.config
+    if not trust_config:
+        check_trusted({group: config.get(group) for group in _MODEL_GROUPS}, str(weights))
+    if table_device is not None:
+        config = {**config, "table": {**config["table"], "device": table_device}}
+    if precision is not None:
+        check_choice("precision", precision, PRECISIONS)
+        config = {**config, "trainer": {**config["trainer"], "precision": precision}}
+    shapes = build_meta_model(config)
+    check_foreign_plugins(shapes, config)
+    expected = {f"model.{name}": tuple(value.shape) for name, value in shapes.state_dict().items()}
+    checkpoint.check_weights(expected, later_buffers(shapes, "model."))
+    checkpoint.check_sums(without=unread_tensors(shapes, checkpoint))
+    with weight_dtype(config), torch.device(device):
+        model = build_model(config)
+    load_weights(model, checkpoint)
+    template = find_companion(weights, CHAT_TEMPLATE)
+    return LoadedModel(
+        model.eval(),
+        saved_tokenizer(checkpoint),
+        config,
+        weights,
+        torch.device(device),
+        context_of(config),
+        None if template is None else template.read_text(encoding="utf-8"),
+        int(checkpoint.skeleton["tokens_seen"]),
+    )
+
+
+def find_weights(path: Path) -> Path:
+    """Returns the checkpoint or exported file that `path`, which may be a run directory or a folder, stands for.
+
+    Raises:
+        CheckpointError: there is none, or several exported files.
+    """
+    if not path.is_dir() or (path / ".metadata").exists():
+        return path
+    if (path / "config.yaml").is_file():
+        latest = latest_checkpoint(path)
+        if latest is None:
+            raise CheckpointError(f"{path} has no checkpoint yet; train first, or give another path.")
+        return latest
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files[:3]) or "no .safetensors file"
+        raise CheckpointError(f"{path} is no run directory and holds {found}; give the path of one checkpoint.")
+    return files[0]
+
+
+def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer | None:
+    """Returns the tokenizer that lies beside a checkpoint, or None.
+
+    Raises:
+        CheckpointError: it is not the one that the weights were trained with.
+        DataError: it cannot be read.
+    """
+    file = find_companion(checkpoint.path, TOKENIZER)
+    if file is None:
+        return None
+    tokenizer = Tokenizer.load(file)
+    try:
+        check_tokenizer(checkpoint.skeleton, tokenizer.digest)
+    except CheckpointError:
+        raise CheckpointError(
+            f"{file} is not the tokenizer that {checkpoint.path.name} was trained with, so ids would mean other "
+            "words; put the right one there, or move the weights to a folder of their own."
+        ) from None
+    return tokenizer
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """Returns the tokens per sequence of the training, or None."""
+    length = config["data"].get("seq_len")
+    return length if isinstance(length, int) else None
+
+
+def load_weights(model: Transformer, checkpoint: SavedCheckpoint) -> None:
+    """Fills `model`; mapped tables stay in the file."""
+    state = checkpoint.map(without=("optimizer_states",))["state_dict"]
+    try:
+        model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.path} does not fit its configuration ({reason}).") from None
+    for table in model.value_tables:
+        if table.is_mapped:
+            expect_scattered_reads(table.weight)
+
+
+def unread_tensors(model: Transformer, checkpoint: SavedCheckpoint) -> set[str]:
+    """Returns the names of tensors that no evaluation reads, or of which it reads a few rows only."""
+    modules = model.named_modules()
+    mapped = {f"state_dict.model.{n}.weight" for n, m in modules if isinstance(m, ValueTable) and m.is_mapped}
+    return mapped | {name for name in checkpoint.shapes if name.startswith("optimizer_states.")}
+
+
+def check_mappable(path: Path, table_device: str | None) -> None:
+    """Refuses `table.device=mmap` for a checkpoint of several ranks, whose rows lie in several files.
+
+    Raises:
+        ConfigError: naming the export that can be mapped.
+    """
+    if path.is_dir() and table_device == "mmap":
+        raise ConfigError(
+            f"table.device=mmap needs a checkpoint in one file, and {path} is a folder; write one with: "
+            f"export ckpt={path} file=model.safetensors."
+        )

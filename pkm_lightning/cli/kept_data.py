@@ -1,0 +1,61 @@
+"""The data of a saved run for a command that does not train: what the run has kept, unless the command names others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from pkm_lightning.build.instantiate import target_class
+from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion, run_folder
+from pkm_lightning.cli.run_contents import HELD_OUT
+from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.data.datamodule import TokenDataModule, TokenOptions
+from pkm_lightning.data.held_out import holds_held_out
+from pkm_lightning.errors import ConfigError
+
+#: Keys of `data` that do not change which sequences there are.
+_NEUTRAL = ("prompts", "prompts_file", "num_workers", "global_batch_size", "order_seed", "cache_dir")
+_LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
+
+
+def with_kept_data(config: dict[str, Any], weights: Path, verb: str, overrides: Iterable[str]) -> dict[str, Any]:
+    """Returns `config` with the tokenizer that lies beside `weights`, and the held-out data that their run has kept.
+
+    Args:
+        config: of the saved run, with the command's overrides on top.
+        weights: the checkpoint or exported file.
+        verb: `predict` needs no held-out data, only the tokenizer.
+        overrides: those of the command; one that names other data is obeyed.
+    """
+    data, tokenizer = config["data"], find_companion(weights, TOKENIZER)
+    if tokenizer is None or not TokenOptions.__required_keys__ <= data.keys():
+        return config
+    keys = [key_of(override) for override in overrides]
+    named = [key for key in keys if key.partition(".")[0] == "data" and key.removeprefix("data.") not in _NEUTRAL]
+    folder = (run_folder(weights) or weights.parent) / HELD_OUT
+    is_kept = holds_held_out(folder)
+    if not named and (is_kept or verb == "predict") and not _has_own_loaders(data):
+        options = {key: data[key] for key in TokenOptions.__required_keys__}
+        kept = {
+            "_target_": "pkm_lightning.data.HeldOutDataModule",
+            "folder": str(folder) if is_kept else None,
+            **options,
+            "tokenizer": str(tokenizer),
+        }
+        return {**config, "data": kept}
+    # The same words must have the same ids: a vocabulary learned from other text would be another one.
+    return config if "data.tokenizer" in keys else {**config, "data": {**data, "tokenizer": str(tokenizer)}}
+
+
+def _has_own_loaders(data: Mapping[str, Any]) -> bool:
+    """Returns whether the data module reads its held-out data or its prompts in a way of its own."""
+    try:
+        cls = target_class(data, "data")
+    except ConfigError:  # its module is not at hand
+        return False
+    return not issubclass(cls, TokenDataModule) or any(
+        is_overridden(name, object.__new__(cls), TokenDataModule) for name in _LOADERS
+    )

@@ -1,0 +1,61 @@
+"""The model that a command asks: `run_dir=`, `ckpt=` or `model=hf model.path=`, on the command's device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from omegaconf import OmegaConf
+
+from pkm_lightning.build.loading import LoadedModel, load
+from pkm_lightning.cli.evaluation import locate
+from pkm_lightning.cli.job import Job
+from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.errors import ConfigError
+
+#: Keys of a command that say which model is asked, and where.
+_MODEL_KEYS = ("run_dir", "ckpt", "trust_config", "out", "table.device", "trainer.accelerator", "trainer.precision")
+
+
+def load_of_job(job: Job, reads: Collection[str] = ()) -> LoadedModel:
+    """Returns the model that the command names.
+
+    Args:
+        job: the command.
+        reads: keys that the verb reads besides.
+
+    Raises:
+        ConfigError: no model is named, or a key that nothing reads is set.
+        CheckpointError: as `load`.
+    """
+    for override in job.overrides:
+        key = key_of(override)
+        if key not in _MODEL_KEYS and key.split(".")[0] not in reads:
+            allowed = ", ".join((*_MODEL_KEYS, *reads))
+            raise ConfigError(f"{override}: {job.verb} does not read {key}; leave it out. It reads: {allowed}.")
+    _, weights = locate(job)
+    table_device, precision = (
+        OmegaConf.select(job.config, key) if job.sets(key) else None for key in ("table.device", "trainer.precision")
+    )
+    return load(
+        weights,
+        device=device_of(str(OmegaConf.select(job.config, "trainer.accelerator"))),
+        table_device=table_device,
+        precision=None if precision is None else str(precision),
+        trust_config=bool(job.config.trust_config),
+    )
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Returns the device that `trainer.accelerator` stands for.
+
+    Raises:
+        ConfigError: it is not there, or of a kind that is not offered.
+    """
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise ConfigError(f"trainer.accelerator={accelerator!r} is not known here; allowed: auto, cpu, gpu, cuda.")
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"trainer.accelerator={accelerator}: no CUDA device is at hand; set trainer.accelerator=cpu.")
+    return torch.device("cuda")

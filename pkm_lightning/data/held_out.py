@@ -1,0 +1,247 @@
+"""What a run keeps of its data, so that it can be validated and tested anywhere without them.
+
+A folder holds the validation sequences (`sequences.npz`), the questions about the data (`questions.json`), and where
+they come from (`source.json`). It is made from any `TokenDataModule`; `HeldOutDataModule` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem, recall_items_of
+from pkm_lightning.data.batch import filler, to_batch, token_dtype
+from pkm_lightning.data.cache import CacheKey, Source
+from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
+from pkm_lightning.data.order import ShuffledOrder
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.errors import DataError
+from pkm_lightning.storage import flush, open_regular, write_beside
+
+__all__ = ["HeldOutDataModule"]
+
+#: A run keeps no more validation tokens than these, at about 3 bytes each on disk and 12 in memory.
+MOST_TOKENS = 2**24
+_ARRAYS = ("inputs", "labels", "documents", "widths")
+_SEQUENCES, _QUESTIONS, _SOURCE = "sequences.npz", "questions.json", "source.json"
+
+_log = logging.getLogger(__name__)
+
+
+def keep_held_out(data: TokenDataModule, folder: Path) -> None:
+    """Writes what evaluation needs of prepared `data` into `folder`, which is made; nothing if it would be too large.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    sequences = list(_validation_sequences(data))
+    if sum(len(batch["input_ids"][0]) for batch in sequences) > MOST_TOKENS:
+        _log.info(
+            "validation has more than %s tokens, which the run does not keep: validate needs the data", MOST_TOKENS
+        )
+        return
+    folder.mkdir(exist_ok=True)
+    columns = {
+        "inputs": (
+            np.concatenate([b["input_ids"][0] for b in sequences]).astype(token_dtype(data.tokenizer.vocab_size))
+        ),
+        "labels": np.concatenate([b["labels"][0] for b in sequences]).astype(np.int32),
+        "documents": np.concatenate([b["doc_ids"][0] for b in sequences]).astype(np.int32),
+        "widths": np.asarray([len(b["input_ids"][0]) for b in sequences], dtype=np.int64),
+    }
+    # The names of the arrays are those of the parameters of savez; mypy takes them for its own.
+    np.savez_compressed(folder / _SEQUENCES, **columns)  # type: ignore[arg-type]
+    flush(folder / _SEQUENCES)
+    questions = [asdict(item) for item in recall_items_of(data, None)]
+    write_beside(folder / _QUESTIONS, json.dumps(questions, ensure_ascii=False))
+    # Last: a folder without it is not complete.
+    source = {"data": type(data).__name__, "fingerprint": data.fingerprint}
+    write_beside(folder / _SOURCE, json.dumps(source, indent=1) + "\n")
+
+
+def holds_held_out(folder: Path) -> bool:
+    """Returns whether `folder` is complete."""
+    return (folder / _SOURCE).is_file()
+
+
+def _validation_sequences(data: TokenDataModule) -> Iterator[Batch]:
+    keys = data.splits.validation_keys
+    tokens = 0
+    for key in (keys[i] for i in range(len(keys))):
+        batch = data.splits.validation.__getitems__([key])
+        tokens += batch["input_ids"].numel()
+        yield batch
+        if tokens > MOST_TOKENS:
+            return
+
+
+class HeldOutSequences:
+    """Source of the sequences in a folder; a key is the number of a sequence.
+
+    A batch is as wide as its widest sequence, as it was where the data themselves were at hand.
+
+    Raises:
+        DataError: the folder is damaged.
+    """
+
+    def __init__(self, folder: Path, pad_id: int) -> None:
+        self._args, self._pad_id = (folder, pad_id), pad_id
+        arrays = _read_arrays(folder / _SEQUENCES)
+        self._inputs, self._labels, self._documents, widths = (arrays[name] for name in _ARRAYS)
+        self._bounds = np.concatenate([[0], np.cumsum(widths)])
+
+    def __reduce__(self) -> tuple[type[HeldOutSequences], tuple[Path, int]]:
+        # A worker started by spawn opens the file instead of receiving a copy of its content.
+        return HeldOutSequences, self._args
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitems__(self, keys: list[int]) -> Batch:
+        """Returns the sequences `keys`."""
+        if not keys:
+            return filler(max(1, int(np.diff(self._bounds).max(initial=0))), self._pad_id)
+        spans = [(int(self._bounds[key]), int(self._bounds[key + 1])) for key in keys]
+        shape = (len(keys), max(end - start for start, end in spans))
+        input_BT = np.full(shape, self._pad_id, dtype=np.int64)
+        labels_BT = np.full(shape, NO_TARGET, dtype=np.int64)
+        docs_BT = np.full(shape, -1, dtype=np.int64)
+        for row, (start, end) in enumerate(spans):
+            input_BT[row, : end - start] = self._inputs[start:end]
+            labels_BT[row, : end - start] = self._labels[start:end]
+            docs_BT[row, : end - start] = self._documents[start:end]
+        return to_batch(input_BT, labels_BT, docs_BT)
+
+
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+    damaged = DataError(f"{file} is damaged; restore it from another copy of the run, or name the data: data.path=...")
+    try:
+        # The file may come from a stranger: a small one may unpack to more than the memory.
+        with open_regular(file, "rb") as opened, zipfile.ZipFile(opened) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > 2**30:
+                raise damaged
+        with np.load(file, allow_pickle=False) as arrays:
+            read = {name: arrays[name] for name in _ARRAYS}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, NotImplementedError, MemoryError):
+        raise damaged from None
+    kinds_fit = all(array.ndim == 1 and array.dtype.kind in "iu" for array in read.values())
+    widths = read["widths"]
+    if not kinds_fit or not len(widths) or widths.min() < 1:
+        raise damaged
+    if any(len(read[name]) != int(widths.sum()) for name in _ARRAYS[:3]):
+        raise damaged
+    return read
+
+
+class HeldOutDataModule(TokenDataModule):
+    """The held-out data of a run, and prompts for it; it cannot train.
+
+    Args:
+        folder: as `keep_held_out` has written it; None where only prompts are answered.
+        options: see `TokenOptions`; `tokenizer` is the path of the run's `tokenizer.json`.
+
+    Raises:
+        DataError: in `prepare_data`, for a damaged folder.
+    """
+
+    def __init__(self, *, folder: str | None, **options: Unpack[TokenOptions]) -> None:
+        super().__init__(**options)
+        self.folder = None if folder is None else Path(folder)
+        self._tokenizer = Tokenizer.load(Path(options["tokenizer"]))
+
+    def cache_key(self) -> CacheKey:
+        """Not called: there is no cache."""
+        raise NotImplementedError
+
+    def build(self, folder: Path) -> list[Source]:
+        """Not called: there is no cache."""
+        raise NotImplementedError
+
+    def cache_folder(self) -> Path:
+        """Returns the folder of the run.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.folder is None:
+            raise DataError("the weights come without held-out data; name some, as in data=text data.path=FILE.")
+        return self.folder
+
+    def prepare_data(self) -> None:
+        """Opens the sequences, if there are any."""
+        if self.folder is not None:
+            self._splits = self.load(self.folder)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Refuses a global batch that does not divide over the ranks."""
+        if self.folder is not None:
+            super().setup(stage)
+
+    def load(self, folder: Path) -> Splits:
+        """Opens the sequences.
+
+        Raises:
+            DataError: the folder is damaged.
+        """
+        sequences = HeldOutSequences(folder, self._tokenizer.pad_id)
+        return Splits(
+            tokenizer=self._tokenizer,
+            train=sequences,
+            order=ShuffledOrder(len(sequences), self.order_seed),
+            validation=sequences,
+            validation_keys=range(len(sequences)),
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return self._tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the data which the folder was made from."""
+        return str(self._read(_SOURCE)["fingerprint"])
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Raises DataError: what a run keeps is for evaluation."""
+        raise DataError("the held-out data of a run cannot be trained on; name the training data.")
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Returns one pass over the sequences, shared out over the ranks.
+
+        Raises:
+            DataError: there are none.
+        """
+        self.cache_folder()
+        return super().val_dataloader()
+
+    def recall_items(self, limit: int | None = None) -> list[RecallItem]:
+        """Returns at most `limit` questions per form."""
+        if self.folder is None:
+            return []
+        items, counts = [], dict[str, int]()
+        names = {field.name for field in fields(RecallItem)}
+        for entry in self._read(_QUESTIONS):
+            if not isinstance(entry, dict) or entry.keys() != names:
+                raise DataError(f"{self.folder / _QUESTIONS} is damaged; restore it from another copy of the run.")
+            item = RecallItem(**{**entry, "options": tuple(entry["options"])})
+            counts[item.form] = counts.get(item.form, 0) + 1
+            if limit is None or counts[item.form] <= limit:
+                items.append(item)
+        return items
+
+    def _read(self, name: str) -> Any:
+        file = self.cache_folder() / name
+        try:
+            with open_regular(file, encoding="utf-8") as opened:
+                return json.load(opened)
+        except (OSError, ValueError, RecursionError):
+            raise DataError(f"{file} is damaged or missing; restore it from another copy of the run.") from None
