@@ -19,6 +19,7 @@ from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
 from pkm_lightning.errors import ConfigError, DataError, check_flag
 from pkm_lightning.huggingface.checks import check_data, check_ffn
+from pkm_lightning.huggingface.diagnostics import add_diagnostics
 from pkm_lightning.huggingface.files import PretrainedFiles, make_config, read_model
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import ModelOutput, PartCost
@@ -72,6 +73,7 @@ class PretrainedTransformer(nn.Module):
             dtype = torch.get_default_dtype()
             self.network = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
         self.network.tie_weights()
+        add_diagnostics(block.attn if self.config.model_type == "gpt2" else block.self_attn for block in self.blocks)
         self.tables = nn.ModuleList()
         self.activation_checkpointing = activation_checkpointing
         self.register_state_dict_post_hook(_without_tied)

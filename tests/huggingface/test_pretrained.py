@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pkm_lightning.huggingface import PretrainedTransformer
 from pkm_lightning.model import model_cost
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.diagnostics import probe
 from pkm_lightning.training.optimizer import parameter_groups
 
 FAMILIES = pytest.mark.parametrize("name", pretrained_models.NAMES)
@@ -173,3 +174,19 @@ def test_a_run_of_it_has_groups_and_figures(folders: dict[str, Path], tmp_path: 
     groups = {group["name"]: len(group["params"]) for group in parameter_groups(module.model, run.config["optim"])}
     # Two layers of four matrices; gains and biases of five norms, four biases of each layer, two embeddings.
     assert groups == {"matrix": 8, "gain": 5 * 2 + 2 * 4 + 2}
+
+
+@torch.no_grad()
+@FAMILIES
+def test_the_largest_attention_logit_is_that_of_the_eager_attention(name: str, folders: dict[str, Path]) -> None:
+    model, ids_BT = trunk(folders[name]), ids(1, 6)
+    figures = probe(model, {"input_ids": ids_BT})
+    assert set(figures) == {0, 1, None}
+    eager = pretrained_models.tiny(name)
+    eager.set_attn_implementation("eager")
+    for layer, weights_BHTT in enumerate(eager(ids_BT, output_attentions=True).attentions):
+        # Softmax leaves differences of logits: of two keys of one query, at most twice the largest.
+        spread = weights_BHTT.log().masked_fill(weights_BHTT == 0, torch.nan)
+        widest = (spread.nan_to_num(-torch.inf).amax(-1) - spread.nan_to_num(torch.inf).amin(-1)).amax()
+        assert widest <= 2 * figures[layer]["attention_logit_max"] + 1e-4
+        assert figures[layer]["attention_logit_max"] > 0
