@@ -109,6 +109,22 @@ class Tokenizer:
         """Returns the ids of `text`, without an end token."""
         return _ids(self._backend, text)
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Returns the ids of a text by a chat template, in which the names of control tokens mean these tokens."""
+        self._backend.encode_special_tokens = False
+        try:
+            return _ids(self._backend, text)
+        finally:
+            self._backend.encode_special_tokens = True
+
+    @property
+    def control_tokens(self) -> dict[str, str]:
+        """The names `bos_token`, which stands before a text ("" for none), and `eos_token`, for chat templates."""
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        first = next(iter(self._backend.encode("a").ids), None)
+        begin = self._backend.id_to_token(first) if first in special else ""
+        return {"bos_token": begin, "eos_token": self._backend.id_to_token(self.eos_id)}
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, computed in parallel where the machine allows."""
         pieces = [chunks(text, MAX_CHUNK_CHARACTERS // 2) for text in texts]

@@ -25,8 +25,7 @@ from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
-from pkm_lightning.inference.generation import greedy
-from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
+from pkm_lightning.inference.prediction import Answering, answer_batch
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
@@ -59,6 +58,7 @@ class LanguageModule(L.LightningModule):
         table_optimizer: optimizer of the tables, where the strategy's engine steps all other parameters; else None.
         tokens_seen: real input tokens trained on so far, over all ranks, a scalar tensor.
         watch: watchers of what plugins read, and judges of steps before they are made.
+        answering: how `predict_step` answers prompts; greedily, unless it is replaced.
     """
 
     model: Transformer
@@ -77,6 +77,7 @@ class LanguageModule(L.LightningModule):
         self._reports = StepReports()
         self._batches = BatchChecks()
         self.watch = StepWatch()
+        self.answering = Answering()
         self.table_optimizer: Optimizer | None = None
 
     def configure_model(self) -> None:
@@ -374,13 +375,10 @@ class LanguageModule(L.LightningModule):
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Returns greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
+        """Returns answers to `batch["prompt"]` as records with `index`, `prompt`, `answer`, and `sample` of several."""
         self._batches.check_prompts(self, batch, batch_idx)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        with synchronized_forwards(self.model, self.device):
-            answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
-        records = zip(batch["index"], batch["prompt"], answers, strict=True)
-        return [{"index": int(i), "prompt": prompt, "answer": answer} for i, prompt, answer in records]
+        return answer_batch(self.model, tokenizer, batch, self.answering, device=self.device)
 
     def _data(self) -> object:
         """Returns the data module, if there is a Trainer that has one."""
