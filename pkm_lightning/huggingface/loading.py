@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pkm_lightning.build.loading import LoadedModel
+from pkm_lightning.build.loading import LoadedModel, context_of
 from pkm_lightning.build.model import build_model, complete_trunk, weight_dtype
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
@@ -44,6 +44,6 @@ def load_pretrained(config: Mapping[str, Any], *, device: str | torch.device = "
         config=whole,
         path=Path(path),
         device=torch.device(device),
-        context=model.config.max_position_embeddings,  # type: ignore[union-attr, arg-type]
+        context=context_of(whole),
         chat_template=files.chat_template,
     )
