@@ -15,7 +15,7 @@ from pkm_lightning.errors import ConfigError, nearest
 VERBS_OF = {
     "file": ("export",),
     "overwrite": ("export",),
-    "out": ("predict", "compare", "report"),
+    "out": ("predict", "compare", "report", "prepare"),
     "format": ("info",),
     "ckpt": ("fit", "validate", "test", "predict", "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
@@ -26,6 +26,7 @@ VERBS_OF = {
 KEYS_OF = {
     "export": ("run_dir", "ckpt", "file", "overwrite"),
     "report": ("runs", "out", "report", "experiment"),
+    "prepare": ("data", "packages", "sets", "out"),
 }
 #: The keys at the top of a configuration.
 TOP_KEYS = (
@@ -33,6 +34,8 @@ TOP_KEYS = (
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
     *("trust_config", "format", "out"),
 )
+#: Further keys at the top of the primary configuration of a verb.
+KEYS_AT_TOP = {"prepare": ("packages", "sets")}
 
 
 def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
@@ -53,7 +56,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS)),
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *KEYS_AT_TOP.get(verb, ()))),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):

@@ -27,9 +27,13 @@ VERBS = {
     "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
+    "prepare": "data=benchmarks packages=DIR out=DIR: public question sets and their tasks, for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
 }
+
+#: Primary configurations of verbs with keys that no other verb has.
+_PRIMARY = {"compare": "compare", "report": "compare", "prepare": "prepare"}
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
 
@@ -114,7 +118,7 @@ def _run(verb: str, arguments: list[str]) -> int:
             return None
         return made.execute(run, failures)
 
-    name = "compare" if verb in ("compare", "report") else "config"
+    name = _PRIMARY.get(verb, "config")
     try:
         with tidy_sweep():
             hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
