@@ -73,7 +73,7 @@ def test_the_harness_loads_and_scores_every_task_from_a_folder_that_was_moved(
     with contextlib.chdir(tmp_path / "elsewhere"):
         loaded = manager.load([name for name in manager.all_tasks if not name.startswith("pkm_mmlu_")])
     tasks = loaded["tasks"]
-    assert set(manager.all_groups) == {"pkm_mmlu", "pkm_mmlu_stem", "pkm_mmlu_other"}
+    assert set(manager.all_groups) == {"pkm_mmlu", "pkm_mmlu_stem"}
     assert set(tasks) == set(manager.all_subtasks)
     for name, task in tasks.items():
         doc = task.task_docs[0]
