@@ -67,7 +67,7 @@ def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch:
     others = [command for command in COMMANDS if not QUICK.search(command)]
     with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
         for kind, overrides in compositions([*others, *TORCHRUN]):
-            config = compose("compare" if kind == "compare" else "config", overrides=overrides)
+            config = compose("config" if kind == "fit" else kind, overrides=overrides)
             if kind == "fit":
                 resolve(plain(config), training=True)
 

@@ -25,7 +25,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
     "dir": ("export",),
     "overwrite": ("export",),
-    "out": ("predict", "generate", "evaluate", "compare", "report"),
+    "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
     "format": ("info", "export"),
     "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
@@ -41,6 +41,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
 KEYS_OF = {
     "export": ("run_dir", "ckpt", "format", "file", "dir", "overwrite"),
     "report": ("runs", "out", "report", "experiment"),
+    "prepare": ("data", "packages", "sets", "out"),
 }
 #: Callbacks that an evaluation runs, and their keys that it does not read.
 _CALLBACKS_OF = {
@@ -59,6 +60,8 @@ TOP_KEYS = (
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
     *("trust_config", "format", "dir", "out"),
 )
+#: Further keys at the top of the primary configuration of a verb.
+KEYS_AT_TOP = {"prepare": ("packages", "sets")}
 
 
 def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
@@ -81,7 +84,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF)),
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF, *KEYS_AT_TOP.get(verb, ()))),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):

@@ -30,6 +30,7 @@ VERBS = {
     "chat": "talk to a model in the terminal",
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
+    "prepare": "data=benchmarks packages=DIR out=DIR: public question sets and their tasks, for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
 }
@@ -42,6 +43,7 @@ PRIMARY_CONFIGURATIONS = {
     "generate": "generate",
     "chat": "generate",
     "evaluate": "evaluate",
+    "prepare": "prepare",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
