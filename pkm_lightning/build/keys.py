@@ -151,6 +151,7 @@ class RunKeys(TypedDict):
     ckpt: NotRequired[str | None]
     file: NotRequired[str | None]
     overwrite: NotRequired[bool]
+    quantize: NotRequired[Literal["int8", "int4", "int2"] | None]
     trust_config: NotRequired[bool]
     format: NotRequired[Literal["text", "json"]]
     out: NotRequired[str | None]

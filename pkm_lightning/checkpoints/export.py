@@ -19,6 +19,7 @@ from torch import Tensor
 
 import pkm_lightning
 from pkm_lightning.checkpoints.folder import Chunk
+from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, Entry, lay_out, with_sums
 from pkm_lightning.errors import CheckpointError
@@ -29,7 +30,7 @@ _BLOCK_BYTES = 64 * 2**20
 _MODEL = "state_dict.model."
 
 
-def write(checkpoint: SavedCheckpoint, path: Path) -> dict[str, Entry]:
+def write(checkpoint: SavedCheckpoint | QuantizedCheckpoint, path: Path) -> dict[str, Entry]:
     """Writes the model's weights and buffers to `path`, which appears or is replaced when all of it is on disk.
 
     Returns:
@@ -72,7 +73,7 @@ def _texts(checkpoint: Mapping[str, Any]) -> dict[str, str]:
     return texts if tokenizer is None else {**texts, "tokenizer": str(tokenizer)}
 
 
-def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> int:
+def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint | QuantizedCheckpoint, name: str) -> int:
     """Writes the values of a tensor, and returns their sum."""
     crc = 0
     for block in _blocks(checkpoint, _MODEL + name):
@@ -85,8 +86,13 @@ def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> in
     return crc
 
 
-def _blocks(checkpoint: SavedCheckpoint, name: str) -> Iterator[Tensor]:
-    """Yields the tensor's rows in order, in contiguous blocks of about 64 MiB."""
+def _blocks(checkpoint: SavedCheckpoint | QuantizedCheckpoint, name: str) -> Iterator[Tensor]:
+    """Yields the tensor's rows in order, in contiguous blocks of about 64 MiB (before they are quantised)."""
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        origin, part = checkpoint.origin(name)
+        blocks = _blocks(checkpoint.saved, origin)
+        yield from blocks if part is None else (checkpoint.part(block, name) for block in blocks)
+        return
     shape, dtype = checkpoint.shapes[name]
     chunks = checkpoint.chunks(name)
     rows = shape[0] if shape else 1

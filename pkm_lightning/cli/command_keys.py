@@ -15,6 +15,7 @@ from pkm_lightning.errors import ConfigError, nearest
 VERBS_OF = {
     "file": ("export",),
     "overwrite": ("export",),
+    "quantize": ("export",),
     "out": ("predict", "compare", "report"),
     "format": ("info",),
     "ckpt": ("fit", "validate", "test", "predict", "export", "compare"),  # fit and compare say what to do instead
@@ -24,14 +25,14 @@ VERBS_OF = {
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "file", "overwrite"),
+    "export": ("run_dir", "ckpt", "file", "overwrite", "quantize"),
     "report": ("runs", "out", "report", "experiment"),
 }
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
-    *("trust_config", "format", "out"),
+    *("trust_config", "format", "out", "quantize"),
 )
 
 

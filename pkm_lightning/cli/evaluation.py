@@ -30,7 +30,7 @@ from pkm_lightning.training import LanguageModule
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
 #: Except for where its table lies.
 _FREE = ("table.device", "table.shard", "table.group")
-_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "overwrite")
+_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "overwrite", "quantize")
 
 
 class SavedRun:
@@ -103,13 +103,14 @@ class SavedRun:
         module.load_state_dict(self._checkpoint.map(without=("optimizer_states",))["state_dict"])
         for table in module.model.value_tables:
             if table.is_mapped:
-                expect_scattered_reads(table.weight)
+                for stored in table.state_dict().values():
+                    expect_scattered_reads(stored)
         return module
 
     def _not_read(self) -> set[str]:
         """Returns the names of tensors that an evaluation does not read, or of which it reads a few rows only."""
-        modules = self.run.model.named_modules()
-        mapped = {f"state_dict.model.{n}.weight" for n, m in modules if isinstance(m, ValueTable) and m.is_mapped}
+        tables = [(n, m) for n, m in self.run.model.named_modules() if isinstance(m, ValueTable) and m.is_mapped]
+        mapped = {f"state_dict.model.{name}.{part}" for name, table in tables for part in table.state_dict()}
         return mapped | {name for name in self._checkpoint.shapes if name.startswith("optimizer_states.")}
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.export import write
+from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
 from pkm_lightning.errors import CheckpointError, ConfigError, check_flag
@@ -18,14 +19,19 @@ def run(job: Job) -> None:
     file = _target(job)
     _, path = locate(job)
     checkpoint = open_checkpoint(path)
-    if checkpoint.kind == "exported":
+    width = job.config.quantize
+    if checkpoint.kind == "exported" and width is None:
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
+    content = checkpoint if width is None else QuantizedCheckpoint(checkpoint, str(width))
     checkpoint.check_sums()
-    entries = write(checkpoint, file)
+    entries = write(content, file)
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout
     print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}", file=output)
+    if isinstance(content, QuantizedCheckpoint):
+        before, after = content.table_bytes
+        print(f"value tables as {width}: {after:,} bytes, before {before:,}", file=output)
 
 
 def _target(job: Job) -> Path:
