@@ -21,10 +21,12 @@ from pkm_lightning.training import LanguageModule
 CONFIGS = ROOT / "configs"
 # Keys that several YAMLs share are no choice of their own.
 SHARED = (CONFIGS / "experiment" / "regime", CONFIGS / "data" / "loader")
+# Nothing to train on.
+PREPARED = CONFIGS / "prepare" / "data"
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent not in (CONFIGS, *SHARED)
+    if path.parent not in (CONFIGS, *SHARED, PREPARED)
 )
 #: FFNs and experiments bring settings of other groups with them: each stands alone.
 ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "experiment="))]

@@ -181,8 +181,10 @@ def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer | None:
 
 
 def context_of(config: Mapping[str, Any]) -> int | None:
-    """Returns the tokens per sequence of the training, or None."""
-    length = config["data"].get("seq_len")
+    """Returns the tokens per sequence of the training, of a pretrained model those of its own training, or None."""
+    architecture = config["model"].get("architecture") or {}
+    length = architecture.get("max_position_embeddings", architecture.get("n_positions"))
+    length = config["data"].get("seq_len") if length is None else length
     return length if isinstance(length, int) else None
 
 
@@ -196,13 +198,14 @@ def load_weights(model: Transformer, checkpoint: SavedCheckpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} does not fit its configuration ({reason}).") from None
     for table in model.value_tables:
         if table.is_mapped:
-            expect_scattered_reads(table.weight)
+            for stored in table.state_dict().values():
+                expect_scattered_reads(stored)
 
 
 def unread_tensors(model: Transformer, checkpoint: SavedCheckpoint) -> set[str]:
     """Returns the names of tensors that no evaluation reads, or of which it reads a few rows only."""
-    modules = model.named_modules()
-    mapped = {f"state_dict.model.{n}.weight" for n, m in modules if isinstance(m, ValueTable) and m.is_mapped}
+    tables = [(name, m) for name, m in model.named_modules() if isinstance(m, ValueTable) and m.is_mapped]
+    mapped = {f"state_dict.model.{name}.{part}" for name, table in tables for part in table.state_dict()}
     return mapped | {name for name in checkpoint.shapes if name.startswith("optimizer_states.")}
 
 

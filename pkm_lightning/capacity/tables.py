@@ -16,7 +16,6 @@ from torch import nn
 from pkm_lightning.ffn import HasReads, TableRead
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.replicas import received_bytes
-from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.ops.row_update import find_rule, state_bytes
 
 if TYPE_CHECKING:
@@ -59,12 +58,11 @@ def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, t
 def _reads(model: Transformer) -> tuple[list[TableRead], tuple[str, ...]]:
     reads: list[TableRead] = []
     unknown: set[str] = set()
-    for block in model.blocks:
-        for _, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
-            if isinstance(plugin, HasReads):
-                reads += plugin.reads()
-            elif hasattr(plugin, "table_spec") or _has_table(plugin):
-                unknown.add(type(plugin).__name__)
+    for _, _, plugin in model.plugins():
+        if isinstance(plugin, HasReads):
+            reads += plugin.reads()
+        elif hasattr(plugin, "table_spec") or _has_table(plugin):
+            unknown.add(type(plugin).__name__)
     return reads, tuple(sorted(unknown))
 
 
@@ -83,7 +81,7 @@ class _OneTable:
         self.width = table.dim // table.slices
         self.lines = -(-table.n_lines // self.members) if self.shard == "row" else table.n_lines
         self.columns = -(-self.width // self.members) if self.shard == "dim" else self.width
-        self.trained = table.stage is not None or table.weight.requires_grad
+        self.trained = table.learns
         self.learning = setting.learning if split else table.learning
         # In host memory each rank drops reads of other ranks' rows before staging.
         self.own_lines_only = self.shard == "row" and setting.tables_on_host

@@ -25,9 +25,12 @@ VERBS = {
     "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
     "test": "the same on the full test questions",
     "evaluate": "score a model on tasks=[NAME,...] of lm-evaluation-harness or of your own folder, tasks_dir=DIR",
-    "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
+    "predict": "answer prompt=TEXT or prompts_file=FILE, written as JSON lines; also with several ranks",
+    "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
+    "chat": "talk to a model in the terminal",
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
+    "prepare": "data=benchmarks packages=DIR out=DIR: public question sets and their tasks, for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
 }
@@ -36,7 +39,12 @@ VERBS = {
 PRIMARY_CONFIGURATIONS = {
     "compare": "compare",
     "report": "compare",
+    "predict": "generate",
+    "generate": "generate",
+    "chat": "generate",
     "evaluate": "evaluate",
+    "export": "export",
+    "prepare": "prepare",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
@@ -50,6 +58,7 @@ examples:
   python -m pkm_lightning info ffn=dense,moe,memory_plus match=flops
   python -m pkm_lightning compare ffn=dense,moe,memory_plus match=flops seeds=3 out=runs/compared
   python -m pkm_lightning test run_dir=runs/2030-01-31/12-00-00
+  python -m pkm_lightning generate run_dir=runs/2030-01-31/12-00-00 prompt="The capital of France is"
 """
 
 
@@ -88,16 +97,20 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     from pkm_lightning.cli.composition_errors import explain
     from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
+    from pkm_lightning.cli.saved_overrides import on_saved_run
     from pkm_lightning.cli.sweep import check_sweep, tidy_sweep
+    from pkm_lightning.cli.texts import with_quoted_texts
     from pkm_lightning.cli.variants import split_variants
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) == "generate" else arguments
     given = arguments
     try:
         check_sweep(verb, arguments)
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
         arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
+        arguments = on_saved_run(verb, arguments)
     except PkmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -127,12 +140,12 @@ def _run(verb: str, arguments: list[str]) -> int:
         with tidy_sweep():
             hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
     except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, arguments)}", file=sys.stderr)
+        print(f"error: {explain(error, arguments, name)}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, KeyError) as error:
         if composed:
             raise
-        groups = [a for a in arguments if "." not in a.split("=")[0]]
+        groups = [a for a in given if "." not in a.split("=")[0]]
         print(f"error: {' '.join(groups)}: does not compose ({explain(error)}).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
