@@ -4,8 +4,8 @@ Prompts, stop strings and metrics are those of the harness's own tasks of these 
 only the source of the data differs. WebQuestions is answered by generation as NQ-open is, where the harness's own task
 asks whether an accepted answer is the likeliest continuation.
 
-`data_files` are relative to the folder of the tasks, which may be moved: they are looked up from the working directory,
-so tasks are loaded from within their folder.
+`data_files` are relative to the folder of the tasks, which may be moved: `evaluate` looks them up there. The harness's
+own command would look in the working directory.
 """
 
 from __future__ import annotations
