@@ -19,6 +19,7 @@ VERBS_OF = {
     "format": ("info",),
     "ckpt": ("fit", "validate", "test", "predict", "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
+    "init_from": ("fit",),
     "device_memory": ("fit", "compare", "info"),
     "trust_config": ("fit", "validate", "test", "predict", "compare", "info"),
 }
@@ -30,7 +31,19 @@ KEYS_OF = {
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
-    *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
+    *(
+        "devices",
+        "device_memory",
+        "seed",
+        "match",
+        "match_budget",
+        "run_dir",
+        "init_from",
+        "resume",
+        "ckpt",
+        "file",
+        "overwrite",
+    ),
     *("trust_config", "format", "out"),
 )
 

@@ -77,7 +77,8 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the keys and values that may name a place to write."""
     data = config.get("data")
     reads = isinstance(data, Mapping) and str(data.get("_target_")).startswith(_OWN_DATA)
-    for key, value, listed in _texts({k: v for k, v in config.items() if k not in COMMAND_KEYS}, ""):
+    # `init_from` is only read.
+    for key, value, listed in _texts({k: v for k, v in config.items() if k not in (*COMMAND_KEYS, "init_from")}, ""):
         name = key.rsplit(".", 1)[-1]
         # The package's own data modules write nowhere else; what they read may lie anywhere.
         if reads and key.startswith("data.") and key != "data.cache_dir":

@@ -1,0 +1,23 @@
+"""Files that belong to weights and lie beside them: the tokenizer, and the template of conversations.
+
+A run directory holds them at its top, an exported file in its own folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """Returns the run directory that `checkpoint` lies in, as `RUN/checkpoints/NAME`, or None."""
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file() else None
+
+
+def find_companion(weights: Path, name: str) -> Path | None:
+    """Returns the file `name` that belongs to a checkpoint or an exported file, or None where there is none."""
+    candidate = (run_folder(weights) or weights.absolute().parent) / name
+    return candidate if candidate.is_file() else None
