@@ -24,7 +24,7 @@ class ParameterCounts(NamedTuple):
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freezes the parameters of `model` whose names match one of `patterns`; no pattern changes nothing.
+    """Excludes the parameters of `model` from training whose names match one of `patterns`.
 
     Args:
         model: the transformer, before it is sharded and before an optimizer is made.
