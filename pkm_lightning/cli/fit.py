@@ -25,7 +25,13 @@ from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_che
 from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.initial_weights import initial_weights, start_from_weights, with_saved_tokenizer
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.lengthening import LengthenedSchedule, describe_length, is_lengthened, with_length
+from pkm_lightning.cli.lengthening import (
+    LengthenedSchedule,
+    checkpoint_to_continue,
+    describe_length,
+    is_lengthened,
+    with_length,
+)
 from pkm_lightning.cli.resume import (
     may_change_on_resume,
     refuse_differences,
@@ -75,8 +81,9 @@ def _run(job: Job) -> float | None:
     if not is_external and getattr(rank_zero_only, "rank", 0) != 0:
         # Rank 0 has started this rank before it writes a record, so both decide by the same files.
         resumes = continues_run(path, command["resume"])
-        resolved = _resolve_saved(job, path, command, None) if resumes else resolve(command, training=True)
-        return _run_other_rank(path, resolved, assemble(resolved), latest_checkpoint(path) if resumes else None)
+        checkpoint = _checkpoint(job, path, command) if resumes else None
+        resolved = _resolve_saved(job, path, command, checkpoint, None) if resumes else resolve(command, training=True)
+        return _run_other_rank(path, resolved, assemble(resolved), checkpoint)
     of_command: ResolvedRun | None = None
     external: ExternalRanks | None = None
     if is_external:
@@ -93,9 +100,10 @@ def _run(job: Job) -> float | None:
             resumes = continues_run(path, command["resume"])
             if job.is_on_saved and not resumes:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
-            checkpoint = latest_checkpoint(path) if resumes else None
+            latest = latest_checkpoint(path) if resumes else None
+            checkpoint = _checkpoint(job, path, command) if resumes else None
             if resumes:
-                resolved = _resolve_saved(job, path, command, of_command)
+                resolved = _resolve_saved(job, path, command, checkpoint, of_command)
             else:
                 resolved = of_command or resolve(command, training=True)
             check_allocatable(resolved.plan, resolved.config)
@@ -110,7 +118,7 @@ def _run(job: Job) -> float | None:
                 join(assembly.trainer)  # refuses several nodes without an external launcher
             directory = RunDirectory(path, resume=command["resume"])
             stack.callback(directory.close)
-            if directory.resumes != resumes or directory.checkpoint() != checkpoint:
+            if directory.resumes != resumes or directory.checkpoint() != latest:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
                 _check_checkpoint(checkpoint, resolved)  # refuses one before anything starts
@@ -145,11 +153,22 @@ def _run_other_rank(path: Path, resolved: ResolvedRun, assembly: Assembly, check
             raise Interrupted("", exit_code(stop)) from None
 
 
-def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: ResolvedRun | None) -> ResolvedRun:
+def _checkpoint(job: Job, path: Path, command: dict[str, Any]) -> Path | None:
+    """Returns the checkpoint that the run continues from; None before the first one."""
+    latest = latest_checkpoint(path)
+    if latest is None or not job.sets("trainer.max_steps"):
+        return latest
+    return checkpoint_to_continue(latest, command["trainer"]["max_steps"])
+
+
+def _resolve_saved(
+    job: Job, path: Path, command: dict[str, Any], checkpoint: Path | None, of_command: ResolvedRun | None
+) -> ResolvedRun:
     """Resolves the saved configuration; the command line may change only the devices, strategy and sharding.
 
     Args:
         job, path, command: the job, its run directory and configuration.
+        checkpoint: that the run continues from.
         of_command: the resolved configuration of the command, if there is one already.
 
     Raises:
@@ -157,7 +176,7 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
     """
     if job.is_on_saved:
         saved = saved_config(path, trust=command["trust_config"], cache=command["data"].get("cache_dir"))
-        saved, command = _with_length(job, path, saved, command)
+        saved, command = _with_length(job, path, checkpoint, saved, command)
         command = with_saved_tokenizer(saved, command, sets_tokenizer=job.sets("data.tokenizer"))
         config = with_changes(saved, command)
         chosen = {key_of(override) for override in job.overrides}
@@ -174,22 +193,22 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
-    saved, changed = _with_length(job, path, saved, command)
-    changed = with_saved_tokenizer(saved, changed, sets_tokenizer=job.sets("data.tokenizer"))
-    resolved = of_command if of_command and changed is command else resolve(changed, training=True)
+    saved, whole = _with_length(job, path, checkpoint, saved, command)
+    whole = with_saved_tokenizer(saved, whole, sets_tokenizer=job.sets("data.tokenizer"))
+    resolved = of_command if of_command and whole is command else resolve(whole, training=True)
     refuse_differences(path, saved, resolved.config)
     return resolved
 
 
 def _with_length(
-    job: Job, path: Path, saved: dict[str, Any], command: dict[str, Any]
+    job: Job, path: Path, checkpoint: Path | None, saved: dict[str, Any], command: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns both configurations with the length and the warm-up that the command gives the run."""
     if not job.sets("trainer.max_steps"):
         return saved, command
-    step = _step(latest_checkpoint(path)) or 0
+    step, last = _step(checkpoint) or 0, _step(latest_checkpoint(path)) or 0
     longer = with_length(saved, command["trainer"]["max_steps"], step=step)
-    if remark := describe_length(saved, longer, step=step):
+    if remark := describe_length(saved, longer, step=step, undone=last - step):
         _log.info(remark)
     if longer != saved and not job.sets("optim.warmup_steps"):
         command = {**command, "optim": {**command["optim"], "warmup_steps": longer["optim"]["warmup_steps"]}}

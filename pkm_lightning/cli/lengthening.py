@@ -14,10 +14,24 @@ from typing import Any
 import lightning as L
 
 from pkm_lightning.build.schedule import configured_schedule, decay_start, warmup_steps
-from pkm_lightning.checkpoints import SavedCheckpoint
+from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
+from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.errors import RunDirectoryError, check_integer
 
 _log = logging.getLogger(__name__)
+
+
+def checkpoint_to_continue(latest: Path, max_steps: object) -> Path:
+    """Returns the checkpoint that a run of `max_steps` steps continues from: the latest, or that from before its decay.
+
+    A wsd run that becomes longer goes back to the latter if it is kept, since its decay belongs to the shorter run.
+    """
+    config = open_checkpoint(latest).config
+    optim, before = config["optim"], int(config["trainer"]["max_steps"])
+    if optim["schedule"] != "wsd" or not isinstance(max_steps, int) or max_steps <= before:
+        return latest
+    kept = latest.with_name(f"step-{decay_start(optim, before):08d}.ckpt")
+    return kept if kept.exists() and kept.name < latest.name else latest
 
 
 def with_length(saved: Mapping[str, Any], max_steps: int, *, step: int) -> dict[str, Any]:
@@ -45,8 +59,14 @@ def with_length(saved: Mapping[str, Any], max_steps: int, *, step: int) -> dict[
     return {**saved, "optim": optim, "trainer": {**saved["trainer"], "max_steps": max_steps}}
 
 
-def describe_length(saved: Mapping[str, Any], new: Mapping[str, Any], *, step: int) -> str | None:
-    """Returns what another length does to the learning rate, in one sentence; None if the length is the same."""
+def describe_length(saved: Mapping[str, Any], new: Mapping[str, Any], *, step: int, undone: int = 0) -> str | None:
+    """Returns what another length does to the learning rate, in one sentence; None if the length is the same.
+
+    Args:
+        saved, new: configurations of the run with the old and the new length.
+        step: optimizer steps in the checkpoint that the run continues from.
+        undone: steps that it has made beyond them.
+    """
     before, after = int(saved["trainer"]["max_steps"]), int(new["trainer"]["max_steps"])
     if before == after:
         return None
@@ -54,7 +74,8 @@ def describe_length(saved: Mapping[str, Any], new: Mapping[str, Any], *, step: i
     trained, ahead = configured_schedule(optim, before), configured_schedule(optim, after)
     # The schedules have one warm-up and one peak, so that they part where the first of them begins to fall.
     if step <= min(decay_start(optim, before), decay_start(optim, after)) + 1:
-        return f"{lengths}: the rate has not begun to fall; the run continues exactly like one of {after} steps"
+        undoes = f"; the {undone} steps after step {step}, in which the rate fell, are trained anew" if undone else ""
+        return f"{lengths}: the rate has not begun to fall; the run continues exactly like one of {after} steps{undoes}"
     last, following = optim["lr"] * trained(step - 1), optim["lr"] * ahead(step)
     return (
         f"{lengths}: optim.schedule={optim['schedule']} had brought optim.lr to {last:.3g} at step {step}; from here "
@@ -64,17 +85,23 @@ def describe_length(saved: Mapping[str, Any], new: Mapping[str, Any], *, step: i
 
 def is_lengthened(checkpoint: Path, config: Mapping[str, Any]) -> bool:
     """Returns whether a checkpoint of the run was written while it had another length."""
-    return bool(SavedCheckpoint(checkpoint).config["trainer"]["max_steps"] != config["trainer"]["max_steps"])
+    return bool(open_checkpoint(checkpoint).config["trainer"]["max_steps"] != config["trainer"]["max_steps"])
 
 
 class LengthenedSchedule(L.Callback):
-    """Sets the rate of the next step by the schedule of the new length: the checkpoint holds that of the old one."""
+    """Sets the rate of the next step by the schedule of the new length: the checkpoint holds that of the old one.
+
+    Checkpoints of later steps, if the run has gone back to one from before its decay, are of another run and removed.
+    """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sets the rates of all groups."""
+        """Sets the rates of all groups. Collective: call on all ranks."""
         for configured in trainer.lr_scheduler_configs:
             schedule: Any = configured.scheduler
             factor = schedule.lr_lambdas[0](schedule.last_epoch)
             schedule._last_lr = [rate * factor for rate in schedule.base_lrs]
             for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
                 group["lr"] = rate
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepCheckpoint):
+                callback.replace_later(trainer)

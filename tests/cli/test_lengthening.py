@@ -44,6 +44,10 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
 def test_wsd_before_its_decay_continues_like_a_run_of_the_new_length(
     cli: Run, text: None, tmp_path: Path, stopped: list[int]
 ) -> None:
@@ -57,6 +61,13 @@ def test_wsd_before_its_decay_continues_like_a_run_of_the_new_length(
     assert "the rate has not begun to fall; the run continues exactly like one of 20 steps" in shown.out
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
     assert record(tmp_path / "run")["metrics"] == record(tmp_path / "whole")["metrics"]
+    # A finished one goes back to the checkpoint from before its decay.
+    assert cli(*wsd, "trainer.max_steps=12", "run_dir=ended").code == 0
+    assert names(tmp_path / "ended") == ["step-00000009.ckpt", "step-00000012.ckpt"]
+    shown = cli("fit", "run_dir=ended", "resume=always", "trainer.max_steps=20")
+    assert "one of 20 steps; the 3 steps after step 9, in which the rate fell, are trained anew" in shown.out
+    assert names(tmp_path / "ended") == ["step-00000015.ckpt", "step-00000020.ckpt"]
+    assert_equal_runs(tmp_path / "whole", tmp_path / "ended")
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 20
     assert saved["optim"] == yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["optim"]
