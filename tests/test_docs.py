@@ -28,7 +28,7 @@ SHOWN = {page: of_the_package(page) for page in PAGES}
 COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for command in shown}.values())
 #: The quick test runs every verb that uses a run, and what reads files of the user; the others it composes.
 QUICK = re.compile(
-    r"lightning ((test|predict|export) .*runs/mine|predict .*mine\.safetensors|fit (--config-dir|data=text))"
+    r"lightning ((test|predict|export) .*runs/mine|predict .*mine\.safetensors|validate ckpt=mine|fit (--config-dir|data=text))"
 )
 
 
@@ -50,10 +50,12 @@ def test_commands_that_use_a_run_or_files_of_the_user_run(cli: Run, tmp_path: Pa
     # In one place, since later commands use what earlier ones leave.
     furnish(tmp_path)
     chosen = [command for command in COMMANDS if QUICK.search(command)]
-    assert {words(command)[0] for command in chosen} == {"fit", "test", "predict", "export"}
+    assert {words(command)[0] for command in chosen} == {"fit", "test", "validate", "predict", "export"}
     for command in [MINE, *chosen]:
         run(cli, command, silent=True, cwd=tmp_path)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+    for program in blocks(ROOT / "docs" / "trained-models.md", "python"):
+        exec(program, {})
 
 
 def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from pkm_lightning.cli.command_keys import VERBS_OF
 from pkm_lightning.compare.overrides import key_of, quoted
 from pkm_lightning.errors import nearest
 
+#: How the names of stored groups of a saved run begin; see `pkm_lightning.cli.saved_overrides`.
+SAVED = "saved_"
 _NOT_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 
 
@@ -24,7 +26,9 @@ def explain(error: BaseException, arguments: Sequence[str] = (), name: str = "co
     """Returns one sentence for `error`, which the overrides `arguments` of the configuration `name` led to."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        allowed = f"{', '.join(error.options)}.{nearest(option, error.options)}"
+        # The groups of a saved run, which the command line chooses by itself, are no options.
+        options = [choice for choice in error.options if not choice.startswith(SAVED)]
+        allowed = f"{', '.join(options)}.{nearest(option, options)}"
         return f"{group}={option} is not known; allowed: {allowed} --config-dir=DIR adds a folder of your own YAMLs."
     if isinstance(error, ConfigCompositionException):
         unknown = _NOT_OVERRIDDEN.search(str(error))
@@ -62,7 +66,7 @@ def _unreadable(override: str) -> str:
 def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
     if key in VERBS_OF:
         return f"{key} is a key of {', '.join(VERBS_OF[key])} only; leave it out."
-    known = sorted(set(_keys(_config_of_groups(arguments, name), "")))
+    known = sorted(set(_keys(config_of_groups(arguments, name), "")))
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     hint = nearest(leaf, [k.rpartition(".")[2] for k in siblings]) or nearest(key, known)
@@ -72,7 +76,7 @@ def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
     return f"{key} is not a key of the configuration; +{key}=VALUE would add one.{hint}{allowed}"
 
 
-def _config_of_groups(arguments: Sequence[str], name: str) -> DictConfig:
+def config_of_groups(arguments: Sequence[str], name: str = "config") -> DictConfig:
     """Composes the groups that `arguments` choose, or the default ones where those do not compose."""
     choices = [a for a in arguments if not a.startswith(("-", "hydra")) and "=" in a and "." not in key_of(a)]
     GlobalHydra.instance().clear()

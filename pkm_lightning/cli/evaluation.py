@@ -9,7 +9,6 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
-from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.loading import check_mappable, load_weights, unread_tensors
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
@@ -20,8 +19,7 @@ from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.command_keys import VERBS_OF
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.kept_data import with_kept_data
-from pkm_lightning.cli.places import check_places, with_own_cache
-from pkm_lightning.cli.resume import check_groups, saved_config, without_fused
+from pkm_lightning.cli.resume import saved_config, saved_config_of, without_fused
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
@@ -53,13 +51,7 @@ class SavedRun:
         if self.folder is not None:
             config = saved_config(self.folder, trust=trust, cache=cache)
         else:
-            config = self._checkpoint.config
-            check_groups(config, str(self.path))
-            if not trust:
-                check_trusted(config, str(self.path))
-                config = with_own_cache(config, None, cache)
-                # Callbacks and loggers that write do not take part in an evaluation.
-                check_places({k: config[k] for k in ("data", "trainer", "strategy")}, str(self.path), None, (cache,))
+            config = saved_config_of(self.path, trust=trust, cache=cache)
         config = with_kept_data(_with_overrides(config, job), self.path, job.verb, job.overrides)
         self.run = resolve(without_fused(config))
         if self.is_spread and self._checkpoint.kind == "exported":

@@ -23,7 +23,14 @@ from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.cli.resume import differences, may_change_on_resume, saved_config, with_machine_overrides
+from pkm_lightning.cli.resume import (
+    may_change_on_resume,
+    refuse_differences,
+    saved_config,
+    unresolved,
+    with_changes,
+    with_machine_overrides,
+)
 from pkm_lightning.cli.run_directory import RunDirectory, continues_run
 from pkm_lightning.cli.sitting import Sitting
 from pkm_lightning.cli.summary import print_summary
@@ -76,6 +83,8 @@ def _run(job: Job) -> float | None:
             stack.enter_context(end_on_lost_rank(assembly.trainer, path))
         with external.refuse_on_error() if external else contextlib.nullcontext():
             resumes = continues_run(path, command["resume"])
+            if job.is_on_saved and not resumes:
+                raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             checkpoint = latest_checkpoint(path) if resumes else None
             if resumes:
                 resolved = _resolve_saved(job, path, command, of_command)
@@ -134,6 +143,8 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
     Raises:
         RunDirectoryError: the command asks for another configuration.
     """
+    if job.is_on_saved:
+        return _resolve_changed(job, path, command)
     keys = [key_of(override) for override in job.overrides]
     changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
     only_machine = all(map(may_change_on_resume, changed))
@@ -144,13 +155,18 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
     resolved = of_command or resolve(command, training=True)
-    different = differences(saved, resolved.config)
-    if different:
-        raise RunDirectoryError(
-            f"run_dir={path} holds an interrupted run with another configuration ({'; '.join(different[:5])}"
-            f"{'; ...' if len(different) > 5 else ''}); leave the overrides out to continue it, choose another "
-            "run_dir, or replace it with resume=never."
-        )
+    refuse_differences(path, saved, resolved.config)
+    return resolved
+
+
+def _resolve_changed(job: Job, path: Path, command: dict[str, Any]) -> ResolvedRun:
+    """Resolves the saved configuration with the changes of the command on top, if a continued run may have them."""
+    saved = saved_config(path, trust=command["trust_config"], cache=command["data"].get("cache_dir"))
+    config = with_changes(saved, command)
+    chosen = {key_of(override) for override in job.overrides}
+    refuse_differences(path, saved, unresolved(saved, config, chosen))
+    resolved = resolve(config, training=True)
+    refuse_differences(path, saved, resolved.config)
     return resolved
 
 

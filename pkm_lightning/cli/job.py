@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.paths import with_expanded_paths
+from pkm_lightning.cli.saved_overrides import is_saved_choice
 from pkm_lightning.compare.overrides import key_of, quoted, sets_key
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, Interrupted, PkmError
@@ -56,7 +57,8 @@ class Job:
         comparison: keys of a comparison that an experiment sets, where the verb makes none.
         config: the same, struct-locked.
         arguments, given: the command line after the verb.
-        overrides: the task overrides of this job, as `KEY=VALUE` texts.
+        overrides: the user's task overrides of this job, as `KEY=VALUE` texts.
+        is_on_saved: whether `config` is the saved configuration of a run with these on top.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class Job:
         self.verb, self.config, self.variants, self.strategies = verb, config, list(variants), list(strategies)
         self.arguments, self.given = arguments, list(given or arguments)
         hydra = HydraConfig.get()
-        self.overrides = list(hydra.overrides.task)
+        task = list(hydra.overrides.task)
+        self.overrides = [override for override in task if not is_saved_choice(override)]
+        self.is_on_saved = len(self.overrides) < len(task)
         # A saved configuration holds `trainer.devices`, which `devices` is an alias of.
         if self.sets("devices") and not self.sets("trainer.devices"):
             self.overrides.append(f"trainer.devices={config.trainer.devices}")

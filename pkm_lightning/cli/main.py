@@ -92,6 +92,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     from pkm_lightning.cli.composition_errors import explain
     from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
+    from pkm_lightning.cli.saved_overrides import on_saved_run
     from pkm_lightning.cli.sweep import check_sweep, tidy_sweep
     from pkm_lightning.cli.texts import with_quoted_texts
     from pkm_lightning.cli.variants import split_variants
@@ -104,6 +105,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         check_sweep(verb, arguments)
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
         arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
+        arguments = on_saved_run(verb, arguments)
     except PkmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -138,7 +140,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     except (ValueError, TypeError, KeyError) as error:
         if composed:
             raise
-        groups = [a for a in arguments if "." not in a.split("=")[0]]
+        groups = [a for a in given if "." not in a.split("=")[0]]
         print(f"error: {' '.join(groups)}: does not compose ({explain(error)}).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pkm_lightning.build.instantiate import check_trusted, target_class
+from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.cli.places import check_links, check_places, with_own_cache
 from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, move_paths
 from pkm_lightning.compare.run_files import read_yaml
@@ -62,6 +63,26 @@ def saved_config(run_dir: Path, *, trust: bool, executed: bool = True, cache: st
     return {**moved, "run_dir": str(run_dir)}
 
 
+def saved_config_of(checkpoint: Path, *, trust: bool, cache: str | None = None) -> dict[str, Any]:
+    """Returns the configuration in a bare checkpoint, with `cache` in the place of its `data.cache_dir`.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or not one of this package.
+        RunDirectoryError: its configuration lacks a group.
+        ConfigError: it names classes of other packages or places to write, and is not trusted.
+    """
+    config = open_checkpoint(checkpoint).config
+    check_groups(config, str(checkpoint))
+    if trust:
+        return config
+    check_trusted(config, str(checkpoint))
+    config = with_own_cache(config, None, cache)
+    # Callbacks and loggers that write do not take part in an evaluation.
+    own_cache = () if cache is None else (cache,)
+    check_places({key: config[key] for key in ("data", "trainer", "strategy")}, str(checkpoint), None, own_cache)
+    return config
+
+
 def check_groups(config: Any, source: str) -> None:
     """Refuses what is not the configuration of a run, or lacks one of its groups.
 
@@ -99,6 +120,42 @@ def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "table": table}
 
 
+def refuse_differences(run_dir: Path, saved: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuses what a continued run may not have changed.
+
+    Raises:
+        RunDirectoryError: naming the first keys that differ, with the saved and the new value.
+    """
+    different = differences(saved, new)
+    if different:
+        raise RunDirectoryError(
+            f"run_dir={run_dir} holds a run with another configuration ({'; '.join(different[:5])}"
+            f"{'; ...' if len(different) > 5 else ''}); leave the overrides out to continue it, choose another "
+            "run_dir, or replace it with resume=never."
+        )
+
+
+def with_changes(saved: Mapping[str, Any], command: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `saved` with the groups and values of `command`, which is `saved` with the user's overrides on top."""
+    # Keys that the run was not started with are those of other verbs.
+    own = {key: command[key] for key in saved if key in command and key not in COMMAND_KEYS}
+    own |= {key: command[key] for key in ("resume", "trust_config")}
+    # An empty group is written in two ways.
+    return {**saved, **{key: value for key, value in own.items() if value or saved.get(key)}}
+
+
+def unresolved(saved: Mapping[str, Any], changed: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
+    """Returns `changed` as far as it can be compared to `saved` before it is resolved.
+
+    A group that the command has chosen, one of `chosen`, has values that only `resolve` completes; another plugin in it
+    is another run in any case.
+    """
+    same = {
+        group for group in chosen if group in _GROUPS and saved[group].get("_target_") == changed[group].get("_target_")
+    }
+    return {key: saved[key] if key in same else value for key, value in changed.items()}
+
+
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns `key: saved value -> new value` for each difference that a continued run may not have.
 
@@ -111,6 +168,10 @@ def _differing(saved: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
     if path and (path.split(".")[0] in COMMAND_KEYS or may_change_on_resume(path)):
         return
     if isinstance(saved, Mapping) and isinstance(new, Mapping):
+        targets = saved.get("_target_"), new.get("_target_")
+        if path in _GROUPS and targets[0] != targets[1]:  # another plugin: its keys are others, too
+            yield path, *targets
+            return
         for key in {**saved, **new}:
             # A run of an earlier version lacks the options that its classes have got since.
             if key in saved or not _is_default(new, key):

@@ -18,6 +18,7 @@ what breaks this in any batch.
 | `recall_items(limit)` | questions for the callback `recall`, and for `samples` where it has no prompts |
 | `n_facts` | `facts` in run.json, from which `compare` derives costs per fact |
 | `fingerprint` | `data` in run.json, by which reports notice runs on different data |
+| being a `TokenDataModule` | runs keep tokenizer and held-out data, and are evaluated without the data |
 | `endless = True` | no comparison among ranks at every step whether the training data end |
 | `state_dict()`, `load_state_dict()` | a resumed run continues with the next batch instead of the first |
 | `global_batch_size`, an attribute | `budget.tokens` takes a batch without a Trainer for a whole optimizer step |

@@ -158,11 +158,11 @@ class HeldOutDataModule(TokenDataModule):
         self._tokenizer = Tokenizer.load(Path(options["tokenizer"]))
 
     def cache_key(self) -> CacheKey:
-        """Not called: there is no cache."""
+        """Raises NotImplementedError: there is no cache."""
         raise NotImplementedError
 
     def build(self, folder: Path) -> list[Source]:
-        """Not called: there is no cache."""
+        """Raises NotImplementedError: there is no cache."""
         raise NotImplementedError
 
     def cache_folder(self) -> Path:

@@ -34,7 +34,7 @@ def test_a_finished_run_is_complete_and_is_replaced_only_on_request(cli: Run, tm
     assert shown.code == 0, shown.err
     run = tmp_path / "run"
     names = {p.name for p in run.iterdir()}
-    files = {".lock", "config.yaml", "metrics.csv", "recall.csv", "run.json", "usage.json"}
+    files = {".lock", "config.yaml", "metrics.csv", "recall.csv", "run.json", "tokenizer.json", "usage.json", "heldout"}
     assert names == {*files, "tensorboard", "checkpoints"}
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["vocab_size"] == 600
     check_record(run)

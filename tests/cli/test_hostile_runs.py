@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def test_a_run_whose_cache_has_moved_is_read_with_the_cache_of_the_command(
     cli: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_if_killed(trained)
+    shutil.rmtree(trained / "heldout")
     cache = tmp_path / "another-cache"
     monkeypatch.setenv("PKM_LIGHTNING_CACHE", str(cache))
     before = (trained / "config.yaml").read_bytes()

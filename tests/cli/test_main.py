@@ -48,7 +48,8 @@ def test_info_ends_its_process_with_all_it_printed_and_imports_what_it_uses() ->
     assert json.loads(done.stdout)["ffn"] == "MemoryPlus"
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"torch", "lightning"} <= imported
-    assert not imported & {"deepspeed", "tensorboard", "jinja2"}
+    # Where transformers is installed torchmetrics imports it, and with it much else.
+    assert not imported & {"deepspeed", "tensorboard", "accelerate", "datasets", "lm_eval"}
 
 
 def test_info_hands_on_the_exit_code_of_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

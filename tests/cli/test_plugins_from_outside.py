@@ -122,11 +122,10 @@ def test_jsonl_and_text_train(cli: Run, tmp_path: Path) -> None:
 
 
 def test_weights_are_not_read_with_another_tokenizer(cli: Run, tmp_path: Path) -> None:
-    """Edited sources would make a new vocabulary, and every token id mean another word."""
+    """Else every token id would mean another word."""
     (tmp_path / "prose.txt").write_text("the quick brown fox jumps over the lazy dog " * 80)
     assert cli("fit", *RUN, "data=text", "data.path=prose.txt", *SMALL_TEXT, "run_dir=run").code == 0
-    (tmp_path / "prose.txt").write_text("sphinx of black quartz, judge my vow " * 80)
     for verb, extra in (("test", []), ("predict", ["data.prompts=[the quick]"])):
-        shown = cli(verb, "run_dir=run", *extra)
+        shown = cli(verb, "run_dir=run", "data.tokenizer=bytes", *extra)
         assert shown.code == 2
         assert "tokenizer is not the one" in shown.err

@@ -1,0 +1,106 @@
+"""Overrides on a run are applied to its saved configuration: nothing is a change that the user did not ask for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import Run, record
+
+from pkm_lightning.cli import fit
+from pkm_lightning.cli.evaluation import SavedRun
+from pkm_lightning.errors import PkmError
+
+WORDS = "the cat sat on a mat and saw the dog run under the old blue tree by the river . "
+#: A run that differs from the defaults in its groups, by an added key and by a removed callback.
+COMMAND = [
+    "fit", "data=text", "data.path=a.txt", "data.tokenizer=bytes", "data.seq_len=32", "data.global_batch_size=4",
+    "model.n_layers=1", "model.dim=32", "model.ffn_dim=32", "model.n_heads=2", "model.n_kv_heads=2", "ffn=dense",
+    "trainer.max_steps=4", "+trainer.limit_val_batches=2", "callbacks.step_checkpoint.every_n_steps=2",
+    "~callbacks.progress_bar", "~callbacks.recall", "logger=none", "run_dir=run",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def of_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture
+def run(cli: Run, of_module: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A finished run of COMMAND in `run`, trained once; commands stop where they would begin to work."""
+    monkeypatch.chdir(of_module)
+    if not (of_module / "run").exists():
+        for name in "ab":
+            Path(f"{name}.txt").write_text(name + WORDS * 40)
+        assert cli(*COMMAND).code == 0
+    assert record(of_module / "run")["status"] == "finished"
+    monkeypatch.setattr(fit, "_check_checkpoint", _reached)
+    monkeypatch.setattr(SavedRun, "trainer", _reached)
+    return cli
+
+
+def _reached(*_: Any) -> None:
+    raise PkmError("reached")
+
+
+ALLOWED: dict[str, list[str]] = {
+    "nothing": [],
+    "equal values": ["data.path=a.txt", "data.seq_len=32", "model.dim=32", "seed=1", "+trainer.limit_val_batches=2"],
+    "equal groups": ["ffn=dense", "optim=adamw", "table/optimizer=lazy_adam", "logger=none", "strategy=single"],
+    "what it had removed": ["~callbacks.progress_bar"],
+    "the machine": ["table.shard=row", "device_memory=64", "strategy=ddp"],
+    "the whole command": COMMAND[1:-1],
+}
+
+
+@pytest.mark.parametrize("what", ALLOWED)
+def test_what_a_continued_run_may_be_told(run: Run, what: str) -> None:
+    shown = run("fit", "run_dir=run", "resume=always", *ALLOWED[what])
+    assert shown.err.strip() == "error: reached", shown.err
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "a value": (["optim.lr=0.5"], r"another configuration \(optim\.lr: 0\.006 -> 0\.5\);"),
+    "a key of its own data": (["data.path=b.txt"], r"another configuration \(data\.path: a\.txt -> b\.txt\);"),
+    "two": (["seed=2", "data.path=b.txt"], r"\(seed: 1 -> 2; data\.path: a\.txt -> b\.txt\);"),
+    "a plugin": (["ffn=moe"], r"another configuration \(ffn: pkm_lightning\.ffn\.Dense -> pkm_lightning\.ffn\.MoE\);"),
+    "data": (["data=facts"], r"\(data: pkm_lightning\.data\.TextDataModule -> pkm_lightning\.data\.FactsDataModule\);"),
+    "a group and its values": (
+        ["optim=adamw", "optim.lr=0.5"],
+        r"another configuration \(optim\.lr: 0\.006 -> 0\.5\);",
+    ),
+    "a nested group": (["table/optimizer=sgd"], r"another configuration \(table\.optimizer\.rule: lazy_adam -> sgd"),
+    "a removed callback": (["~callbacks.throughput"], r"\(callbacks\.throughput: pkm_.*Throughput -> \(absent\)\);"),
+    "a typo": (["data.pth=b.txt"], r"data\.pth is not a key.* Did you mean 'path'\?"),
+    "an option": (
+        ["ffn=desne"],
+        r"ffn=desne is not known; allowed: custom, dense, .*ultramem_v2\. Did you mean 'dense'",
+    ),
+    "a key of other data": (["data.people=3"], r"data\.people is not a key of the configuration"),
+    "a callback that it lacks": (["callbacks.recall.val_items=3"], r"callbacks\.recall\.val_items is not a key"),
+    "a removal with a typo": (["~callbacks.progres_bar"], r"'callbacks\.progres_bar' does not exist"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_change_is_refused_by_its_name(run: Run, what: str) -> None:
+    overrides, reason = REFUSED[what]
+    shown = run("fit", "run_dir=run", "resume=always", *overrides)
+    assert shown.code == 2
+    assert len(shown.err.strip().splitlines()) == 1, shown.err
+    assert re.search(reason, shown.err), shown.err
+
+
+@pytest.mark.parametrize("named", ["run_dir=run", "ckpt=run/checkpoints/step-00000004.ckpt"])
+def test_an_evaluation_reads_keys_of_the_saved_data(run: Run, named: str) -> None:
+    assert "data.path=dummy does not exist" in run("validate", named, "data.path=dummy").err
+    assert "reached" in run("validate", named, "data.path=b.txt").err
+    assert "Did you mean 'path'" in run("predict", named, "data.pth=b.txt").err
+
+
+def test_interpolations_in_values_stay_text(run: Run) -> None:
+    shown = run("fit", "run_dir=run", "resume=always", r"data.prompts=['\${seed}']")
+    assert "(data.prompts: [] -> ['${seed}'])" in shown.err
