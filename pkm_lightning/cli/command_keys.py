@@ -38,7 +38,7 @@ KEYS_OF = {
     "report": ("runs", "out", "report", "experiment"),
 }
 #: Callbacks that an evaluation runs, and their keys that it does not read.
-_CALLBACKS_OF = {
+_CALLBACKS_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "validate": {"progress_bar": (), "recall": ("test_items", "path")},
     "test": {"progress_bar": (), "recall": ("val_items", "path")},
     "predict": {"progress_bar": ()},

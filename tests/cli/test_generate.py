@@ -45,9 +45,7 @@ def test_generate_and_predict_give_the_same_answers_to_the_same_keys(
     assert {line["ended"] for line in generated} <= {"eos", "length"}
     assert len({line["answer"] for line in generated}) > 3
     assert "--- prompt 2, sample 3: The capital of France, so\n" in made.out
-    assert re.search(
-        r"prompts: [\d,]+ tokens at .*/s; answers: .* tokens at .*/s; ended: .*6|5|4|3|2|1 length", made.err
-    )
+    assert re.search(r"prompts: [\d,]+ tokens at .*/s; answers: .* tokens at .*/s; ended: \d", made.err)
 
     pipe("Who was\n\nThe capital of France, so\n")
     assert cli("predict", "run_dir=run", "prompts_file=-", *KEYS).code == 0
@@ -136,7 +134,7 @@ def test_chat_without_a_template_continues_each_line(cli: Run, trained: Path, pi
 
 def test_chat_with_a_template_reads_each_turn_once(cli: Run, trained: Path, pipe: Pipe) -> None:
     (trained / "chat_template.jinja").write_text(TEMPLATE)
-    pipe("Who was she?\nWhere was she?\n" + LONG + "\nWho was he?\n")
+    pipe("Who was she?\nWhere was she?\n" + LONG + "\n/reset\nWho was he?\n")
     shown = cli("chat", "run_dir=run", "max_new_tokens=5", "system=Be brief.")
     assert shown.code == 0, shown.err
     assert shown.out.count("\n") == 3
