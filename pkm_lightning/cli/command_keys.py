@@ -17,25 +17,31 @@ GENERATION_KEYS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "sample_seed"),
     "extrapolate",
 )
+#: Keys of an evaluation, each an argument of `inference.harness_settings.read_settings`.
+EVALUATION_KEYS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size")
+_ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate")
 #: Keys of a command and the verbs that read them; every verb reads the others.
-VERBS_OF = {
+VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
+    "dir": ("export",),
     "overwrite": ("export",),
-    "out": ("predict", "generate", "compare", "report"),
-    "format": ("info",),
-    # fit and compare say what to do instead
-    "ckpt": ("fit", "validate", "test", "predict", "generate", "chat", "export", "compare"),
+    "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
+    "format": ("info", "export"),
+    "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
-    "trust_config": ("fit", "validate", "test", "predict", "generate", "chat", "compare", "info"),
+    "trust_config": ("fit", *_ON_SAVED, "compare", "info"),
+    **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
     **dict.fromkeys(PROMPT_KEYS, ("generate", "predict")),
     **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
+    "batch_size": ("generate", "predict", "evaluate"),
     "system": ("chat",),
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "file", "overwrite"),
+    "export": ("run_dir", "ckpt", "format", "file", "dir", "overwrite"),
     "report": ("runs", "out", "report", "experiment"),
+    "prepare": ("data", "packages", "sets", "out"),
 }
 #: Callbacks that an evaluation runs, and their keys that it does not read.
 _CALLBACKS_OF: dict[str, dict[str, tuple[str, ...]]] = {
@@ -52,8 +58,10 @@ _TRAINING_KEYS = (
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
-    *("trust_config", "format", "out"),
+    *("trust_config", "format", "dir", "out"),
 )
+#: Further keys at the top of the primary configuration of a verb.
+KEYS_AT_TOP = {"prepare": ("packages", "sets")}
 
 
 def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
@@ -76,7 +84,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF)),
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF, *KEYS_AT_TOP.get(verb, ()))),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):

@@ -1,59 +1,95 @@
-"""`export`: a checkpoint's weights as one safetensors file, from a file or a folder of any number of ranks."""
+"""`export`: a checkpoint's weights as one safetensors file, or as a folder that Hugging Face transformers loads.
+
+From a file or a folder of any number of ranks.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 
 from pkm_lightning.checkpoints import open_checkpoint
-from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
-from pkm_lightning.errors import CheckpointError, ConfigError, check_flag
+from pkm_lightning.errors import CheckpointError, ConfigError, check_choice, check_flag
 from pkm_lightning.storage import check_target, is_stream, write_beside
+
+_log = logging.getLogger(__name__)
 
 
 def run(job: Job) -> None:
-    """Writes the file that `file` names, and prints its content."""
+    """Writes what `format` names, and prints its content."""
+    kind = "safetensors" if job.config.format is None else str(job.config.format)
+    check_choice("format", kind, ("safetensors", "hf"))
+    check_flag("overwrite", job.config.overwrite)
+    _write_file(job) if kind == "safetensors" else _write_folder(job)
+
+
+def _write_file(job: Job) -> None:
     file = _target(job)
     _, path = locate(job)
     checkpoint = open_checkpoint(path)
     if checkpoint.kind == "exported":
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
-    tokenizer = _tokenizer(path, file, overwrite=bool(job.config.overwrite))
+    companions = {name: _companion(name, path, file, bool(job.config.overwrite)) for name in (TOKENIZER, CHAT_TEMPLATE)}
     checkpoint.check_sums()
     entries = write(checkpoint, file)
-    if tokenizer is not None:
-        write_beside(file.parent / TOKENIZER, tokenizer)
+    for name, content in companions.items():
+        if content is not None:
+            write_beside(file.parent / name, content)
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout
     print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}", file=output)
 
 
-def _tokenizer(checkpoint: Path, file: Path, *, overwrite: bool) -> bytes | None:
-    """Returns the content of the tokenizer that goes beside `file`, or None where there is nothing to write.
+def _write_folder(job: Job) -> None:
+    # Importing the room costs the seconds that transformers takes, where it is installed.
+    folder = _folder(job)
+    _, path = locate(job)
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_sums()
+    from pkm_lightning.huggingface.export import check_replaceable, write_folder
+
+    check_replaceable(folder)
+    written = write_folder(checkpoint, folder)
+    if not written.has_tokenizer:
+        _log.warning(
+            "%s has no tokenizer: %s has none; put the tokenizer.json of the training there and export again, or use "
+            "token ids.",
+            folder,
+            "the run" if job.sets("run_dir") else "the folder of ckpt=",
+        )
+    print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {path}")
+
+
+def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> bytes | None:
+    """Returns the content of the file `name` that goes beside `file`, or None where there is nothing to write.
 
     Raises:
         ConfigError: that of another model lies there, which would lose it.
     """
-    found = find_companion(checkpoint, TOKENIZER)
+    found = find_companion(checkpoint, name)
     if found is None or is_stream(file):
         return None
-    content, beside = found.read_bytes(), file.parent / TOKENIZER
+    content, beside = found.read_bytes(), file.parent / name
     if beside.exists() and not overwrite and beside.read_bytes() != content:
         raise ConfigError(
-            f"file={file}: the folder holds the {TOKENIZER} of another model; give a file in a folder of its own, or "
+            f"file={file}: the folder holds the {name} of another model; give a file in a folder of its own, or "
             "replace it with overwrite=true."
         )
     return content
 
 
 def _target(job: Job) -> Path:
-    check_flag("overwrite", job.config.overwrite)
+    if job.config.dir is not None:
+        raise ConfigError(f"dir={job.config.dir} is of format=hf; add that, or give file=NAME.safetensors alone.")
     if job.config.file is None:
-        raise ConfigError("export needs file=NAME.safetensors, the file to write.")
+        raise ConfigError("export needs file=NAME.safetensors, the file to write, or format=hf dir=FOLDER.")
     file = Path(str(job.config.file))
     check_target("file", file)
     if is_stream(file):
@@ -63,3 +99,21 @@ def _target(job: Job) -> Path:
     if file.exists() and not job.config.overwrite:
         raise ConfigError(f"file={file} exists; choose another name, or replace it with overwrite=true.")
     return file
+
+
+def _folder(job: Job) -> Path:
+    if job.config.file is not None:
+        raise ConfigError(f"file={job.config.file} is of format=safetensors; format=hf writes a folder, dir=FOLDER.")
+    if job.config.dir is None:
+        raise ConfigError("format=hf needs dir=FOLDER, the folder to write.")
+    folder = Path(str(job.config.dir))
+    parent = Path(os.path.realpath(folder)).parent
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"dir={folder} is a file; give the name of a folder.")
+    if not parent.is_dir():
+        raise ConfigError(f"dir={folder}: the folder {parent} does not exist; make it first.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"dir={folder}: the folder {parent} cannot be written; choose another place.")
+    if folder.is_dir() and any(folder.iterdir()) and not job.config.overwrite:
+        raise ConfigError(f"dir={folder} is not empty; choose another name, or replace it with overwrite=true.")
+    return folder

@@ -26,7 +26,8 @@ from pkm_lightning.training.table_learning import optimizer_state_bytes
 
 def run(job: Job) -> None:
     """Prints the figures as a table, one column per variant, or as JSON with `format=json` (a list for several)."""
-    check_choice("format", str(job.config.format), ("text", "json"))
+    output = "text" if job.config.format is None else str(job.config.format)
+    check_choice("format", output, ("text", "json"))
     # A variant of an experiment has its own FFN, so that one on the command line leaves none of them.
     of_experiment = {} if job.sets("ffn") else read_variants(job.comparison.get("variants"))
     columns = side_by_side(job.variants, job.strategies, of_experiment)
@@ -34,7 +35,7 @@ def run(job: Job) -> None:
         described = {"": describe(resolve(plain(job.config)))}
     else:
         described = {name: _describe_variant(name, own, job) for name, own in columns.items()}
-    if job.config.format == "json":
+    if output == "json":
         figures = [{"variant": name, **shown} if name else shown for name, shown in described.items()]
         print(json.dumps(figures if columns else figures[0], indent=2))
         return

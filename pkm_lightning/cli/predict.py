@@ -16,6 +16,7 @@ from pkm_lightning.build.loading import context_of
 from pkm_lightning.cli.evaluation import SavedRun, locate
 from pkm_lightning.cli.generation import STANDARD_INPUT, GenerationSettings, generation_settings, prompts_of
 from pkm_lightning.cli.job import Job, log_to_stderr
+from pkm_lightning.cli.pretrained_run import evaluated_run
 from pkm_lightning.data.base import TextCodec, tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.prompts import PromptBatches, collect_prompts
@@ -34,7 +35,7 @@ def run(job: Job) -> None:
     check_target("out", path)  # before minutes of answering
     if is_stream(path):
         log_to_stderr()
-    saved = SavedRun(job)
+    saved = evaluated_run(job)
     context = settings.context(context_of(saved.run.config))
     data = _data_with_prompts(job, saved, settings, context)
     trainer, module = saved.trainer(), saved.module()

@@ -6,6 +6,7 @@ It is built from a plain configuration dict, which every checkpoint holds. A ste
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -30,7 +31,7 @@ from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import seed_torch
 from pkm_lightning.model.loss import token_nll
-from pkm_lightning.model.placement import named_plugins, plugin_entries
+from pkm_lightning.model.placement import plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
@@ -49,6 +50,7 @@ class LanguageModule(L.LightningModule):
 
     Args:
         config: the resolved configuration as plain dicts, lists and numbers; `model.vocab_size` is a number.
+        weights_follow: a checkpoint is about to give all weights, so that those of a pretrained model are not read.
 
     Attributes:
         model: the transformer, after `configure_model`.
@@ -62,10 +64,11 @@ class LanguageModule(L.LightningModule):
     model: Transformer
     cost: ModelCost
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], *, weights_follow: bool = False) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters("config")
         self.config = config
+        self._weights_follow = weights_follow
         self.heldout_nll, self.heldout_targets = HeldoutSum(), HeldoutSum()
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
@@ -82,7 +85,7 @@ class LanguageModule(L.LightningModule):
         if hasattr(self, "model"):
             return
         self.model = build_model(self.config, self._table_mesh())
-        self.model.init_weights(int(self.config["seed"]))
+        self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
@@ -307,9 +310,9 @@ class LanguageModule(L.LightningModule):
         self._normaliser.reset()
 
     def _after_step(self) -> None:
-        for layer, block in enumerate(self.model.blocks):
+        for layer, plugins in itertools.groupby(self.model.plugins(), key=lambda entry: entry[0]):
             stats = {name: sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
-            for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
+            for _, name, plugin in plugins:
                 if isinstance(plugin, HasAfterStep):
                     plugin.after_step(plugin_entries(name, stats))
 
