@@ -146,6 +146,8 @@ def _converse(conversation: Conversation) -> None:
                 conversation.answer(line)
             except ConfigError as error:
                 print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:  # just before or after the answer was written
+                print()
 
 
 def _next_line() -> str:
