@@ -78,7 +78,9 @@ def test_cached_forwards_equal_the_whole_forward(name: str, folders: dict[str, P
     rows = [ids(1, length + 8)[0] for length in lengths]
     whole = [model.unembed(model(row[None]).hidden_BTD)[0] for row in rows]
     width = max(lengths)
-    first_BT = torch.stack([torch.cat([row.new_zeros(width - n), row[:n]]) for row, n in zip(rows, lengths, strict=True)])
+    first_BT = torch.stack(
+        [torch.cat([row.new_zeros(width - n), row[:n]]) for row, n in zip(rows, lengths, strict=True)]
+    )
     valid_BT = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
     cache = model.new_cache(3, width + 8)
     logits = model.unembed(model(first_BT, valid_BT=valid_BT, cache=cache).hidden_BTD)
@@ -135,7 +137,9 @@ def test_cost_equals_the_counter_and_the_parameters(name: str, folders: dict[str
     assert cost.model_flops * 2 * length == counter.get_total_flops()
     assert cost.params_total == sum(p.numel() for p in model.parameters())
     dim, vocab = 24, pretrained_models.VOCAB
-    unread = (0 if model.is_tied else (vocab - 1) * dim) + ((pretrained_models.CONTEXT - 1) * dim if name == "gpt2" else 0)
+    unread = (0 if model.is_tied else (vocab - 1) * dim) + (
+        (pretrained_models.CONTEXT - 1) * dim if name == "gpt2" else 0
+    )
     assert cost.params_active == cost.params_total - unread
     assert cost.unknown == ()
 
@@ -168,7 +172,8 @@ def test_a_run_of_it_has_groups_and_figures(folders: dict[str, Path], tmp_path: 
     run = resolved("model=hf", f"model.path={folders['gpt2']}", "data.seq_len=32", f"run_dir={tmp_path}", training=True)
     assert run.config["model"]["n_layers"] == 2
     assert run.config["data"]["tokenizer"] == str(folders["gpt2"])
-    assert run.plan.memory.activations and run.plan.memory.dense_weights == 4 * run.cost.params_total
+    assert run.plan.memory.activations is not None
+    assert run.plan.memory.dense_weights == 4 * run.cost.params_total
     module = LanguageModule(run.config)
     module.configure_model()
     groups = {group["name"]: len(group["params"]) for group in parameter_groups(module.model, run.config["optim"])}
