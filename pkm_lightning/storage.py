@@ -162,6 +162,30 @@ def written_beside(path: Path, *, over_folder: bool = False) -> Iterator[IO[byte
         raise
 
 
+@contextlib.contextmanager
+def folder_written_beside(path: Path) -> Iterator[Path]:
+    """Makes the folder `NAME.tmp`, and renames it to `path` when the block ends and its files are on disk.
+
+    A folder at `path` is replaced. An error within the block removes `NAME.tmp` and leaves `path` as it was.
+
+    Raises:
+        OSError: the disk is full, or the folder that holds `path` is missing or cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a killed command
+        beside.mkdir()
+        yield beside
+        for entry in (*beside.iterdir(), beside):
+            flush(entry)
+        replace(beside, path)
+        flush(path.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
 def _open_stream(path: Path) -> IO[bytes]:
     descriptor = _output_descriptor(path)
     if descriptor is None:

@@ -149,8 +149,15 @@ def accepted_keywords(cls: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in keywords.items() if name in names}
 
 
-def check_trusted(config: Mapping[str, Any], source: str) -> None:
+def check_trusted(
+    config: Mapping[str, Any], source: str, remedy: str = "repeat the command with trust_config=true"
+) -> None:
     """Refuses a configuration read back from `source` that names anything but trusted classes.
+
+    Args:
+        config: a configuration or a part of one.
+        source: where it was read from, for the error.
+        remedy: what someone who trusts it does, for the error.
 
     Raises:
         ConfigError: naming the offending key and target, and how to trust it.
@@ -172,7 +179,7 @@ def check_trusted(config: Mapping[str, Any], source: str) -> None:
             raise ConfigError(
                 f"{source} names {key}={target}, code that a saved configuration may not run unasked (allowed: classes "
                 f"of pkm_lightning, lightning and torch of the kinds {', '.join(k.__name__ for k in _TRUSTED_KINDS)}); "
-                "if it is yours, repeat the command with trust_config=true."
+                f"if it is yours, {remedy}."
             )
 
 

@@ -160,10 +160,8 @@ class RunKeys(TypedDict):
     run_dir: str
     resume: NotRequired[Literal["auto", "always", "never"]]
     ckpt: NotRequired[str | None]
-    file: NotRequired[str | None]
-    overwrite: NotRequired[bool]
     trust_config: NotRequired[bool]
-    format: NotRequired[Literal["text", "json"]]
+    format: NotRequired[Literal["text", "json", "safetensors", "hf"] | None]
     out: NotRequired[str | None]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import pkm_lightning
 from pkm_lightning.checkpoints.folder import Chunk
+from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, Entry, lay_out, with_sums
 from pkm_lightning.errors import CheckpointError
@@ -29,8 +30,26 @@ _BLOCK_BYTES = 64 * 2**20
 _MODEL = "state_dict.model."
 
 
-def write(checkpoint: SavedCheckpoint, path: Path) -> dict[str, Entry]:
+def weight_shapes(checkpoint: SavedCheckpoint | QuantizedCheckpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Returns shape and dtype of the model's weights and buffers, by their names in the model."""
+    stored = {n.removeprefix(_MODEL): shape for n, shape in checkpoint.shapes.items() if n.startswith(_MODEL)}
+    return {name: (tuple(shape), dtype) for name, (shape, dtype) in stored.items()}
+
+
+def write(
+    checkpoint: SavedCheckpoint | QuantizedCheckpoint,
+    path: Path,
+    renamed: Mapping[str, str] | None = None,
+    tokenizer: str | None = None,
+) -> dict[str, Entry]:
     """Writes the model's weights and buffers to `path`, which appears or is replaced when all of it is on disk.
+
+    Args:
+        checkpoint: of any kind.
+        path: of the file.
+        renamed: the name in the file of each tensor, for a model of another package; None keeps the names and adds the
+            metadata by which this package reads the file.
+        tokenizer: digest of the tokenizer beside the file; None: of the one that the checkpoint was trained with.
 
     Returns:
         The place of each tensor in the file.
@@ -39,16 +58,17 @@ def write(checkpoint: SavedCheckpoint, path: Path) -> dict[str, Entry]:
         CheckpointError: a dtype that the format lacks, an unreadable checkpoint, a full disk, or a folder that cannot
             be written; an earlier file at `path` is whole.
     """
-    stored = {n.removeprefix(_MODEL): shape for n, shape in checkpoint.shapes.items() if n.startswith(_MODEL)}
-    shapes = {name: (tuple(shape), dtype) for name, (shape, dtype) in stored.items()}
-    header, entries = lay_out(shapes, _texts(checkpoint.skeleton))
+    shapes = weight_shapes(checkpoint)
+    names = {name: name for name in shapes} if renamed is None else {new: old for old, new in renamed.items()}
+    texts = _texts(checkpoint.skeleton, tokenizer) if renamed is None else {"format": "pt"}
+    header, entries = lay_out({new: shapes[old] for new, old in names.items()}, texts)
     size = len(header) + sum(entry.n_bytes for entry in entries.values())
     try:
         with written_beside(path) as file:
             if hasattr(os, "posix_fallocate") and not is_stream(path):  # a full disk is noticed now, not after hours
                 os.posix_fallocate(file.fileno(), 0, size)
             file.write(header)
-            sums = [_write_tensor(file, checkpoint, name) for name in entries]
+            sums = [_write_tensor(file, checkpoint, names[name]) for name in entries]
             file.seek(0)
             file.write(with_sums(header, sums))
     except OSError as error:
@@ -59,7 +79,7 @@ def write(checkpoint: SavedCheckpoint, path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _texts(checkpoint: Mapping[str, Any]) -> dict[str, str]:
+def _texts(checkpoint: Mapping[str, Any], tokenizer: str | None) -> dict[str, str]:
     """Returns the metadata of the file; `pkm_lightning.checkpoints.safetensors` has the table."""
     texts = {
         "format": "pt",
@@ -68,11 +88,11 @@ def _texts(checkpoint: Mapping[str, Any]) -> dict[str, str]:
         "config": json.dumps(checkpoint["hyper_parameters"]["config"]),
         "tokens_seen": str(int(checkpoint["tokens_seen"])),
     }
-    known = {name: checkpoint.get(name) for name in ("tokenizer", "data")}
+    known = {"tokenizer": tokenizer or checkpoint.get("tokenizer"), "data": checkpoint.get("data")}
     return {**texts, **{name: str(value) for name, value in known.items() if value is not None}}
 
 
-def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> int:
+def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint | QuantizedCheckpoint, name: str) -> int:
     """Writes the values of a tensor, and returns their sum."""
     crc = 0
     for block in _blocks(checkpoint, _MODEL + name):
@@ -85,8 +105,13 @@ def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint, name: str) -> in
     return crc
 
 
-def _blocks(checkpoint: SavedCheckpoint, name: str) -> Iterator[Tensor]:
-    """Yields the tensor's rows in order, in contiguous blocks of about 64 MiB."""
+def _blocks(checkpoint: SavedCheckpoint | QuantizedCheckpoint, name: str) -> Iterator[Tensor]:
+    """Yields the tensor's rows in order, in contiguous blocks of about 64 MiB (before they are quantised)."""
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        origin, part = checkpoint.origin(name)
+        blocks = _blocks(checkpoint.saved, origin)
+        yield from blocks if part is None else (checkpoint.part(block, name) for block in blocks)
+        return
     shape, dtype = checkpoint.shapes[name]
     chunks = checkpoint.chunks(name)
     rows = shape[0] if shape else 1

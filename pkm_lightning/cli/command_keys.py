@@ -17,28 +17,37 @@ GENERATION_KEYS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "sample_seed"),
     "extrapolate",
 )
+#: Keys of an evaluation, each an argument of `inference.harness_settings.read_settings`.
+EVALUATION_KEYS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size")
+_ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate")
 #: Keys of a command and the verbs that read them; every verb reads the others.
-VERBS_OF = {
+VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
+    "dir": ("export",),
     "overwrite": ("export",),
-    "out": ("predict", "generate", "compare", "report"),
-    "format": ("info",),
-    # fit and compare say what to do instead
-    "ckpt": ("fit", "validate", "test", "predict", "generate", "chat", "export", "compare"),
+    "quantize": ("export",),
+    "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
+    "format": ("info", "export"),
+    "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
-    "trust_config": ("fit", "validate", "test", "predict", "generate", "chat", "compare", "info"),
+    "trust_config": ("fit", *_ON_SAVED, "compare", "info"),
+    **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
     **dict.fromkeys(PROMPT_KEYS, ("generate", "predict")),
     **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
+    "batch_size": ("generate", "predict", "evaluate"),
     "system": ("chat",),
+    "packages": ("prepare",),
+    "sets": ("prepare",),
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "file", "overwrite"),
+    "export": ("run_dir", "ckpt", "format", "file", "dir", "overwrite", "quantize"),
     "report": ("runs", "out", "report", "experiment"),
+    "prepare": ("data", "packages", "sets", "out"),
 }
 #: Callbacks that an evaluation runs, and their keys that it does not read.
-_CALLBACKS_OF = {
+_CALLBACKS_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "validate": {"progress_bar": (), "recall": ("test_items", "path")},
     "test": {"progress_bar": (), "recall": ("val_items", "path")},
     "predict": {"progress_bar": ()},
@@ -51,7 +60,7 @@ _TRAINING_KEYS = (
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
-    *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
+    *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt"),
     *("trust_config", "format", "out"),
 )
 

@@ -13,6 +13,7 @@ from pkm_lightning.build.loading import check_mappable, load_weights, unread_ten
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
+from pkm_lightning.callbacks.without_table import WithoutTable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
@@ -72,7 +73,7 @@ class SavedRun:
     def trainer(self) -> L.Trainer:
         """Makes a Trainer with the callbacks that score and show progress, without loggers."""
         callbacks: list[L.Callback] = [
-            c for c in make_callbacks(self.run.config) if isinstance(c, Recall | StepProgressBar)
+            c for c in make_callbacks(self.run.config) if isinstance(c, Recall | WithoutTable | StepProgressBar)
         ]
         for recall in (c for c in callbacks if isinstance(c, Recall)):
             recall.path = None  # recall.csv belongs to the test at the end of training

@@ -1,36 +1,76 @@
-"""`export`: a checkpoint's weights as one safetensors file, from a file or a folder of any number of ranks."""
+"""`export`: a checkpoint's weights as one safetensors file, or as a folder that Hugging Face transformers loads.
+
+From a file or a folder of any number of ranks.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion
 from pkm_lightning.checkpoints.export import write
+from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
-from pkm_lightning.errors import CheckpointError, ConfigError, check_flag
+from pkm_lightning.errors import CheckpointError, ConfigError, check_choice, check_flag
 from pkm_lightning.storage import check_target, is_stream, write_beside
+
+_log = logging.getLogger(__name__)
 
 
 def run(job: Job) -> None:
-    """Writes the file that `file` names, and prints its content."""
+    """Writes what `format` names, and prints its content."""
+    kind = "safetensors" if job.config.format is None else str(job.config.format)
+    check_choice("format", kind, ("safetensors", "hf"))
+    check_flag("overwrite", job.config.overwrite)
+    _write_file(job) if kind == "safetensors" else _write_folder(job)
+
+
+def _write_file(job: Job) -> None:
     file = _target(job)
     _, path = locate(job)
     checkpoint = open_checkpoint(path)
-    if checkpoint.kind == "exported":
+    width = job.config.quantize
+    if checkpoint.kind == "exported" and width is None:
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
     companions = {name: _companion(name, path, file, bool(job.config.overwrite)) for name in (TOKENIZER, CHAT_TEMPLATE)}
+    content = checkpoint if width is None else QuantizedCheckpoint(checkpoint, str(width))
     checkpoint.check_sums()
-    entries = write(checkpoint, file)
-    for name, content in companions.items():
-        if content is not None:
-            write_beside(file.parent / name, content)
+    entries = write(content, file)
+    for name, companion in companions.items():
+        if companion is not None:
+            write_beside(file.parent / name, companion)
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout
     print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}", file=output)
+    if isinstance(content, QuantizedCheckpoint):
+        before, after = content.table_bytes
+        print(f"value tables as {width}: {after:,} bytes, before {before:,}", file=output)
+
+
+def _write_folder(job: Job) -> None:
+    # Importing the room costs the seconds that transformers takes, where it is installed.
+    folder = _folder(job)
+    _, path = locate(job)
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_sums()
+    from pkm_lightning.huggingface.export import check_replaceable, write_folder
+
+    check_replaceable(folder)
+    written = write_folder(checkpoint, folder)
+    if not written.has_tokenizer:
+        _log.warning(
+            "%s has no tokenizer: %s has none; put the tokenizer.json of the training there and export again, or use "
+            "token ids.",
+            folder,
+            "the run" if job.sets("run_dir") else "the folder of ckpt=",
+        )
+    print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {path}")
 
 
 def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> bytes | None:
@@ -52,9 +92,10 @@ def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> byte
 
 
 def _target(job: Job) -> Path:
-    check_flag("overwrite", job.config.overwrite)
+    if job.config.dir is not None:
+        raise ConfigError(f"dir={job.config.dir} is of format=hf; add that, or give file=NAME.safetensors alone.")
     if job.config.file is None:
-        raise ConfigError("export needs file=NAME.safetensors, the file to write.")
+        raise ConfigError("export needs file=NAME.safetensors, the file to write, or format=hf dir=FOLDER.")
     file = Path(str(job.config.file))
     check_target("file", file)
     if is_stream(file):
@@ -64,3 +105,25 @@ def _target(job: Job) -> Path:
     if file.exists() and not job.config.overwrite:
         raise ConfigError(f"file={file} exists; choose another name, or replace it with overwrite=true.")
     return file
+
+
+def _folder(job: Job) -> Path:
+    if job.config.file is not None:
+        raise ConfigError(f"file={job.config.file} is of format=safetensors; format=hf writes a folder, dir=FOLDER.")
+    if job.config.dir is None:
+        raise ConfigError("format=hf needs dir=FOLDER, the folder to write.")
+    if job.config.quantize is not None:
+        raise ConfigError(
+            f"quantize={job.config.quantize} is of format=safetensors, which file=NAME.safetensors names."
+        )
+    folder = Path(str(job.config.dir))
+    parent = Path(os.path.realpath(folder)).parent
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"dir={folder} is a file; give the name of a folder.")
+    if not parent.is_dir():
+        raise ConfigError(f"dir={folder}: the folder {parent} does not exist; make it first.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"dir={folder}: the folder {parent} cannot be written; choose another place.")
+    if folder.is_dir() and any(folder.iterdir()) and not job.config.overwrite:
+        raise ConfigError(f"dir={folder} is not empty; choose another name, or replace it with overwrite=true.")
+    return folder

@@ -20,13 +20,15 @@ from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.cli.variants import compose_variant, side_by_side
 from pkm_lightning.compare.settings import read_variants
 from pkm_lightning.errors import ConfigError, PkmError, check_choice
+from pkm_lightning.memory import ValueTable
 from pkm_lightning.training.record import start_record
 from pkm_lightning.training.table_learning import optimizer_state_bytes
 
 
 def run(job: Job) -> None:
     """Prints the figures as a table, one column per variant, or as JSON with `format=json` (a list for several)."""
-    check_choice("format", str(job.config.format), ("text", "json"))
+    output = "text" if job.config.format is None else str(job.config.format)
+    check_choice("format", output, ("text", "json"))
     # A variant of an experiment has its own FFN, so that one on the command line leaves none of them.
     of_experiment = {} if job.sets("ffn") else read_variants(job.comparison.get("variants"))
     columns = side_by_side(job.variants, job.strategies, of_experiment)
@@ -34,7 +36,7 @@ def run(job: Job) -> None:
         described = {"": describe(resolve(plain(job.config)))}
     else:
         described = {name: _describe_variant(name, own, job) for name, own in columns.items()}
-    if job.config.format == "json":
+    if output == "json":
         figures = [{"variant": name, **shown} if name else shown for name, shown in described.items()]
         print(json.dumps(figures if columns else figures[0], indent=2))
         return
@@ -97,18 +99,20 @@ def describe(resolved: ResolvedRun) -> dict[str, Any]:
     record = start_record(config, cost)
     shared = ("ffn", "params", "flops_per_token", "bytes_per_token", "unknown_cost")
     itemsize = next(model.parameters()).element_size()
+    tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
+    table_bytes = sum(table.bytes_of(table.size) for table in tables)
     return {
         **{key: record[key] for key in shared},
         "model": {"n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"]},
         "sized": sized_knob(config),
         "layers": placed_layers(config),
         "table": {
-            "count": len(list(model.tables)),
+            "count": len(tables),
             "rows": cost.table_rows,
             "dim": cost.table_dim,
-            "bytes": cost.table_params * itemsize,
+            "bytes": table_bytes,
         },
-        "weight_bytes": cost.params_total * itemsize,
+        "weight_bytes": (cost.params_total - cost.table_params) * itemsize + table_bytes,
         "optimizer_bytes": optimizer_state_bytes(model, config),
         **describe_plan(resolved),
         "remarks": batch_remarks(cost, Setting.of(config), config["data"]),

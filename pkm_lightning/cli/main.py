@@ -24,11 +24,13 @@ VERBS = {
     "fit": "train a model; an interrupted run in the same run_dir is resumed",
     "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
     "test": "the same on the full test questions",
+    "evaluate": "score a model on tasks=[NAME,...] of lm-evaluation-harness or of your own folder, tasks_dir=DIR",
     "predict": "answer prompt=TEXT or prompts_file=FILE, written as JSON lines; also with several ranks",
     "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
     "chat": "talk to a model in the terminal",
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
+    "prepare": "data=benchmarks packages=DIR out=DIR: public question sets and their tasks, for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
 }
@@ -40,6 +42,9 @@ PRIMARY_CONFIGURATIONS = {
     "predict": "generate",
     "generate": "generate",
     "chat": "generate",
+    "evaluate": "evaluate",
+    "export": "export",
+    "prepare": "prepare",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]

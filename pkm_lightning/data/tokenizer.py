@@ -11,6 +11,7 @@ lower-casing or an unknown token; a warning shows where it changes the text at h
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -141,6 +142,19 @@ class Tokenizer:
         """Returns the text of `ids` without pad and end tokens; bytes that are not UTF-8 become U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def token(self, token_id: int) -> str:
+        """Returns the name of an id in the vocabulary, such as `<eos>`."""
+        name: str | None = self._backend.id_to_token(token_id)
+        assert name is not None
+        return name
+
+    def without_additions(self) -> Tokenizer:
+        """Returns a tokenizer whose file makes no other program put control tokens around a text; often this one."""
+        if self._backend.encode("a").ids == _ids(self._backend, "a"):
+            return self
+        content = {**json.loads(self._backend.to_str()), "post_processor": None}
+        return _from_json(json.dumps(content))
 
     def to_json(self) -> str:
         """Returns the content of a `tokenizer.json`."""

@@ -27,7 +27,7 @@ from pkm_lightning.model.attention import document_mask as mask_of_documents
 from pkm_lightning.model.rope import document_positions
 
 if TYPE_CHECKING:
-    from pkm_lightning.huggingface.cache import PretrainedCache
+    from pkm_lightning.huggingface.trunk_cache import PretrainedCache
     from pkm_lightning.model.cache import DecodingCache
 
 __all__ = ["PretrainedTransformer"]
@@ -237,7 +237,7 @@ class PretrainedTransformer(nn.Module):
         Raises:
             ValueError: more tokens than a model with learned positions has.
         """
-        from pkm_lightning.huggingface.cache import PretrainedCache
+        from pkm_lightning.huggingface.trunk_cache import PretrainedCache
 
         limit = learned_positions(self.config)
         if limit is not None and capacity > limit:

@@ -4,6 +4,7 @@ from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.cures import Cures
 from pkm_lightning.memory.mesh import TableMesh
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim, product_slots
+from pkm_lightning.memory.quantized_table import QuantizedTable
 from pkm_lightning.memory.query import QueryNetwork
 from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.staging import RowStage
@@ -12,11 +13,13 @@ from pkm_lightning.memory.table_optimizer import TableOptimizer
 from pkm_lightning.memory.tucker_keys import TuckerKeys
 from pkm_lightning.memory.value_table import TableReference, ValueTable, check_table
 from pkm_lightning.memory.values import Values
+from pkm_lightning.memory.zero_reads import zero_reads
 
 __all__ = [
     "Addressing",
     "Cures",
     "ProductKeys",
+    "QuantizedTable",
     "QueryNetwork",
     "RowOptimizer",
     "RowStage",
@@ -30,4 +33,5 @@ __all__ = [
     "clip_tables",
     "half_key_dim",
     "product_slots",
+    "zero_reads",
 ]

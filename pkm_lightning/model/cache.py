@@ -13,6 +13,28 @@ from torch import Tensor
 _BLOCK = 128
 
 
+def positions_and_mask(valid_BP: Tensor, start: int, *, is_padded: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns the positions (B, T) and the attention mask (B, 1, T, P) of all columns from `start` on.
+
+    Positions count real tokens from 0. The mask is None where causal attention over all positions, or one new token
+    that sees everything, needs none.
+
+    Args:
+        valid_BP: False at padding.
+        start: columns that are cached, P - T.
+        is_padded: whether any of `valid_BP` is False.
+    """
+    positions_BT = (valid_BP.cumsum(1) - 1).clamp_min(0)[:, start:]
+    end = valid_BP.shape[1]
+    if not is_padded and (end - start == 1 or start == 0):
+        return positions_BT, None
+    columns_P = torch.arange(end, device=valid_BP.device)
+    causal_TP = columns_P <= columns_P[start:, None]
+    # Padding attends to itself: a row of the mask that allows nothing would give NaN.
+    own_TP = columns_P == columns_P[start:, None]
+    return positions_BT, ((causal_TP & valid_BP[:, None]) | own_TP).unsqueeze(1)
+
+
 class LayerCache:
     """Keys and values of one layer, in buffers that grow with the text up to the capacity of the cache."""
 
@@ -80,7 +102,7 @@ class DecodingCache:
     def begin(self, input_ids_BT: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Enters T new tokens; returns their positions (B, T) and their attention mask (B, 1, T, P + T).
 
-        The mask is None where causal attention over all positions, or one new token that sees everything, needs none.
+        See `positions_and_mask`.
 
         Raises:
             ValueError: another batch size, more tokens than the capacity, or padding after a real token.
@@ -101,15 +123,7 @@ class DecodingCache:
             self._any_padding = True
         self._reserve(end)
         self._valid_BL[:, self.length : end] = new_BT
-        valid_BP = self._valid_BL[:, :end]
-        positions_BT = (valid_BP.cumsum(1) - 1).clamp_min(0)[:, self.length :]
-        if not self._any_padding and (T == 1 or self.length == 0):
-            return positions_BT, None
-        columns_P = torch.arange(end, device=input_ids_BT.device)
-        causal_TP = columns_P <= columns_P[self.length :, None]
-        # Padding attends to itself: a row of the mask that allows nothing would give NaN.
-        own_TP = columns_P == columns_P[self.length :, None]
-        return positions_BT, ((causal_TP & valid_BP[:, None]) | own_TP).unsqueeze(1)
+        return positions_and_mask(self._valid_BL[:, :end], self.length, is_padded=self._any_padding)
 
     def _reserve(self, tokens: int) -> None:
         """Makes room for `tokens` per sequence; the layers follow when they extend their buffers."""

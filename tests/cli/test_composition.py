@@ -101,10 +101,11 @@ def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("verb", "override", "message"),
     [
-        ("fit", "format=json", "format=json: fit does not read format, only info"),
+        ("fit", "format=json", "format=json: fit does not read format, only info, export"),
         ("fit", "out=x", "fit does not read out, only predict, compare, report"),
         ("fit", "file=x.safetensors", "only export"),
         ("info", "ckpt=x", "info does not read ckpt"),
+        ("predict", "dir=x", "predict does not read dir, only export"),
         ("info", "overwrite=true", "info does not read overwrite"),
         ("validate", "out=x", "validate does not read out"),
         ("test", "file=x", "test does not read file"),
@@ -114,7 +115,7 @@ def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.M
         (
             "export",
             "model.dim=64",
-            "export does not read model; leave it out. It reads: run_dir, ckpt, file, overwrite",
+            "export does not read model; leave it out. It reads: run_dir, ckpt, format, file, dir, overwrite",
         ),
         ("export", "data=text", "export does not read data"),
         ("export", "data/loader@data=default", "export does not read data"),

@@ -15,7 +15,7 @@ from small import SMALL_RUN, Run
 from pkm_lightning.checkpoints import SavedCheckpoint, sharded
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.tree import flatten
-from pkm_lightning.cli.export import _target
+from pkm_lightning.cli.export import run
 from pkm_lightning.cli.job import Job
 from pkm_lightning.errors import ConfigError
 
@@ -66,18 +66,60 @@ def test_all_forms_of_the_weights_give_the_same_answers_and_losses(cli: Run, tra
 
 
 @pytest.mark.parametrize(
-    ("file", "overwrite", "reason"),
+    ("given", "reason"),
     [
-        (None, False, "export needs file=NAME.safetensors"),
-        ("model.bin", False, "does not end in .safetensors"),
-        ("no/model.safetensors", False, "the folder no does not exist"),
-        ("model.safetensors", "perhaps", "overwrite='perhaps' is neither true nor false"),
+        ({}, "export needs file=NAME.safetensors, the file to write, or format=hf dir=FOLDER"),
+        ({"file": "model.bin"}, "does not end in .safetensors"),
+        ({"file": "no/model.safetensors"}, "the folder no does not exist"),
+        ({"file": "model.safetensors", "overwrite": "perhaps"}, "overwrite='perhaps' is neither true nor false"),
+        ({"file": "model.safetensors", "dir": "hf"}, "dir=hf is of format=hf"),
+        ({"format": "hf"}, "format=hf needs dir=FOLDER"),
+        (
+            {"format": "hf", "file": "model.safetensors", "dir": "hf"},
+            "is of format=safetensors; format=hf writes a folder",
+        ),
+        ({"format": "hf", "dir": "full/notes.txt"}, "dir=full/notes.txt is a file"),
+        ({"format": "hf", "dir": "no/hf"}, "the folder .*/no does not exist"),
+        ({"format": "hf", "dir": "full"}, "dir=full is not empty; choose another name, or replace it"),
+        ({"format": "json", "dir": "hf"}, "format='json' is not known; allowed: safetensors, hf"),
+        ({"format": "HF", "dir": "hf"}, "format='HF' is not known"),
     ],
+    ids=str,
 )
-def test_a_target_that_cannot_be_written(file: str | None, overwrite: Any, reason: str) -> None:
-    job = cast(Job, SimpleNamespace(config=SimpleNamespace(file=file, overwrite=overwrite)))
+def test_a_target_that_cannot_be_written(
+    given: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("mine")
+    settings = {"format": None, "file": None, "dir": None, "overwrite": False, **given}
     with pytest.raises(ConfigError, match=reason):
-        _target(job)
+        run(cast(Job, SimpleNamespace(config=SimpleNamespace(**settings))))
+
+
+def test_a_folder_for_transformers(cli: Run, trained: Path, checkpoint: Path) -> None:
+    """Tests the command; tests/huggingface loads such folders."""
+    command = ["export", "run_dir=run", "format=hf", "dir=hf"]
+    shown = cli(*command)
+    assert shown.code == 0, shown.err
+    assert "hf: PkmLightningForCausalLM, 29 tensors" in shown.out
+    assert f"from {checkpoint}" in shown.out
+    exported = load_file("hf/model.safetensors")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(exported[name.removeprefix("model.")], value) for name, value in saved.items())
+    assert "Lahman Baseball Database" in Path("hf/README.md").read_text()
+    refused = cli(*command)
+    assert refused.code == 2
+    assert "dir=hf is not empty; choose another name, or replace it with overwrite=true" in refused.err
+    Path("hf/README.md").write_text("mine")
+    assert cli(*command, "overwrite=true").code == 0
+    assert Path("hf/README.md").read_text() != "mine"
+    Path("hf/notes.txt").write_text("mine")
+    refused = cli(*command, "overwrite=true")
+    assert refused.code == 2
+    assert "dir=hf holds notes.txt, which no export has written" in refused.err
+    assert len(refused.err.splitlines()) == 1
+    assert sorted(entry.name for entry in Path.cwd().iterdir()) == ["hf", "run"]
 
 
 @pytest.mark.parametrize(

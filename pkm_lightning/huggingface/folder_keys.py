@@ -1,0 +1,8 @@
+"""Names that the writer of a folder, which needs no transformers, and the class that reads it share."""
+
+from __future__ import annotations
+
+MODEL_TYPE = "pkm_lightning"
+CLASS = "PkmLightningForCausalLM"
+#: Groups of a resolved configuration that decide the model.
+GROUPS = ("model", "ffn", "placement", "table")

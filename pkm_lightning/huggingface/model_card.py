@@ -1,0 +1,172 @@
+"""The model card of an exported folder: what the model is, its data with their licences, its figures, its commands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import pkm_lightning
+from pkm_lightning.build.instantiate import check_trusted, instantiate
+from pkm_lightning.checkpoints.export import weight_shapes
+from pkm_lightning.checkpoints.reader import SavedCheckpoint
+from pkm_lightning.data.cache import read_manifest
+from pkm_lightning.data.datamodule import TokenDataModule
+from pkm_lightning.errors import PkmError
+from pkm_lightning.storage import open_regular
+
+#: As configs/data/loader/default.yaml has it.
+_CACHE = "${oc.env:PKM_LIGHTNING_CACHE,'~/.cache/pkm_lightning'}"
+
+
+def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, is_llama: bool) -> str:
+    """Returns the text of README.md.
+
+    Args:
+        checkpoint: whose weights the folder holds.
+        run_dir: of the run, where it is known: its figures are in run.json and test.json.
+        is_llama: whether transformers alone loads the folder.
+    """
+    config = checkpoint.config
+    record = {} if run_dir is None else _json(run_dir / "run.json")
+    return "\n".join(
+        [
+            *("---", "library_name: transformers", "pipeline_tag: text-generation"),
+            *("tags:", *(f"- {tag}" for tag in ("pkm_lightning", _name(config["ffn"]).lower())), "---", ""),
+            *(f"# {_title(config)}", ""),
+            *_model(checkpoint, record),
+            *("## Load", "", "```python", *_load(is_llama=is_llama), "```", ""),
+            *_data(checkpoint, record),
+            *_figures(run_dir, record),
+            *_again(config),
+        ]
+    )
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    return f"{_name(config['ffn'])}, {config['model']['n_layers']} layers of {config['model']['dim']}"
+
+
+def _model(checkpoint: SavedCheckpoint, record: Mapping[str, Any]) -> list[str]:
+    config, model = checkpoint.config, checkpoint.config["model"]
+    total = sum(math.prod(shape) for shape, dtype in weight_shapes(checkpoint).values() if dtype.is_floating_point)
+    rows = {
+        "FFN": f"`{config['ffn']['_target_']}`, other layers `{model['base_ffn']['_target_']}`",
+        "layers, dimension": f"{model['n_layers']}, {model['dim']}",
+        "heads, key-value heads": f"{model['n_heads']}, {model['n_kv_heads']}",
+        "vocabulary": f"{model['vocab_size']:,}",
+        "weights": f"{total:,}",
+        **({"active per token": f"{record['params']['active']:,}"} if "params" in record else {}),
+        "trained for": f"{int(checkpoint.skeleton['tokens_seen']):,} tokens"
+        + (f" in sequences of {config['data']['seq_len']}" if "seq_len" in config["data"] else ""),
+        "made with": f"pkm_lightning {pkm_lightning.__version__}",
+    }
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+
+
+def _load(*, is_llama: bool) -> list[str]:
+    return [
+        *(
+            []
+            if is_llama
+            else ["import pkm_lightning.huggingface  # registers the class: pip install 'pkm_lightning[hf]'"]
+        ),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        'inputs = tokenizer("The capital of France is", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+    ]
+
+
+def _data(checkpoint: SavedCheckpoint, record: Mapping[str, Any]) -> list[str]:
+    config = checkpoint.config
+    lines = ["## Data", "", f"`{config['data']['_target_']}`, seed {config['seed']}."]
+    fingerprint = record.get("data") or checkpoint.skeleton.get("data")
+    if fingerprint:
+        lines += ["", f"Fingerprint of the data set: `{fingerprint}`."]
+    sources = data_sources(config)
+    if sources:
+        lines += ["", "| source | version | licence | attribution |", "|---|---|---|---|"]
+        keys = ("name", "version", "licence", "attribution")
+        lines += ["| " + " | ".join(str(source.get(key) or "") for key in keys) + " |" for source in sources]
+    return [*lines, ""]
+
+
+def data_sources(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the sources of prepared data with their licences, from the manifest of the cache; none if it is gone.
+
+    Nothing is prepared, and classes of others are not constructed.
+    """
+    try:
+        check_trusted(config["data"], "data")
+        data = instantiate(config["data"], "data")
+        if not isinstance(data, TokenDataModule):
+            return []
+        sources: list[dict[str, Any]] = read_manifest(data.cache_dir / data.cache_key().folder_name())["sources"]
+        return sources
+    except (PkmError, OSError, ValueError, KeyError):
+        return []
+
+
+def _figures(run_dir: Path | None, record: Mapping[str, Any]) -> list[str]:
+    metrics = {**record.get("metrics", {}), **({} if run_dir is None else _json(run_dir / "test.json"))}
+    # Booleans are integers in Python; what is nested are details.
+    numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
+    rows = [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
+    if not rows:
+        return []
+    return ["## Figures", "", "Of the run's last test.", "", "| metric | value |", "|---|---|", *rows, ""]
+
+
+def _again(config: Mapping[str, Any]) -> list[str]:
+    """Returns the section that makes the model again: the whole configuration, which is a primary one of Hydra."""
+    here = {**config, "run_dir": "runs/again", **dict.fromkeys(("ckpt", "file", "dir", "out", "format"))}
+    # Hydra makes no folders of its own, as in the package's primary configuration.
+    primary = {**_moved(here, str(config.get("run_dir"))), "hydra": {"run": {"dir": "."}, "output_subdir": None}}
+    text = yaml.safe_dump(primary, sort_keys=False, width=120, allow_unicode=True)
+    return [
+        *("## Make it again", "", "With this as `config.yaml` in the working directory:", "", "```bash"),
+        "python -m pkm_lightning fit --config-path=$PWD --config-name=config",
+        *(
+            "```",
+            "",
+            "<details><summary>config.yaml</summary>",
+            "",
+            "```yaml",
+            text.rstrip(),
+            "```",
+            "",
+            "</details>",
+            "",
+        ),
+    ]
+
+
+def _moved(node: Any, run_dir: str) -> Any:
+    """Returns `node` with the paths of the machine where it was trained replaced by those of the reader's."""
+    if isinstance(node, Mapping):
+        return {name: _CACHE if name == "cache_dir" else _moved(part, run_dir) for name, part in node.items()}
+    if isinstance(node, list):
+        return [_moved(part, run_dir) for part in node]
+    inside = isinstance(node, str) and (node == run_dir or node.startswith(f"{run_dir}/"))
+    return "${run_dir}" + node[len(run_dir) :] if inside else node
+
+
+def _name(described: Mapping[str, Any]) -> str:
+    return str(described["_target_"]).rsplit(".", 1)[-1]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file, or nothing: the card says what is known."""
+    try:
+        with open_regular(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
