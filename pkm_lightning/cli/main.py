@@ -25,7 +25,7 @@ VERBS = {
     "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
     "test": "the same on the full test questions",
     "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
-    "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN into one file, file=model.safetensors",
+    "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN: file=model.safetensors, or format=hf dir=FOLDER",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.loading import context_of, saved_tokenizer
+from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion, run_folder
-from pkm_lightning.checkpoints.export import weight_shapes, write
-from pkm_lightning.checkpoints.reader import SavedCheckpoint
+from pkm_lightning.checkpoints.export import weight_shapes, write_tensors
+from pkm_lightning.checkpoints.reader import SavedCheckpoint, later_buffers
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS, MODEL_TYPE
-from pkm_lightning.huggingface.llama import as_llama, llama_config, llama_names
+from pkm_lightning.huggingface.llama import is_llama, llama_config, llama_names
 from pkm_lightning.huggingface.model_card import model_card
 from pkm_lightning.huggingface.tokenizer import write_tokenizer
+from pkm_lightning.model import Transformer
 from pkm_lightning.storage import folder_written_beside
 
 #: What a folder holds, and may be replaced.
@@ -65,26 +68,25 @@ def write_folder(checkpoint: SavedCheckpoint, folder: Path) -> WrittenFolder:
 
     Raises:
         CheckpointError: weights that do not fit their configuration, another model's tokenizer, a full disk.
-        ConfigError: a dense model whose configuration names code that it may not run.
     """
     config = checkpoint.config
-    dense = as_llama(config, str(checkpoint.path))
-    if dense is not None:
-        checkpoint.check_weights({f"model.{name}": value.shape for name, value in dense.state_dict().items()})
+    model = _shapes(checkpoint)
+    dense = model if model is not None and is_llama(model) else None
     tokenizer = saved_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer = tokenizer.without_additions()
     context = context_of(config)
     architecture = _class_config(config) if dense is None else llama_config(dense)
     described = {**architecture, "max_position_embeddings": context, **_token_ids(tokenizer, in_config=True)}
-    described["dtype"] = str(weight_shapes(checkpoint)["embedding.weight"][1]).removeprefix("torch.")
+    dtypes = (dtype for _, dtype in weight_shapes(checkpoint).values() if dtype.is_floating_point)
+    described["dtype"] = str(next(dtypes)).removeprefix("torch.")
     if dense is not None and context is None:
         del described["max_position_embeddings"]
     try:
         with folder_written_beside(folder) as beside:
             names = None if dense is None else llama_names(dense)
             digest = None if tokenizer is None else tokenizer.digest
-            entries = write(checkpoint, beside / "model.safetensors", names, digest)
+            entries = write_tensors(checkpoint, beside / "model.safetensors", names, digest)
             _write_json(beside / "config.json", described)
             _write_json(beside / "generation_config.json", _token_ids(tokenizer, in_config=False))
             if tokenizer is not None:
@@ -97,6 +99,32 @@ def write_folder(checkpoint: SavedCheckpoint, folder: Path) -> WrittenFolder:
         ) from error
     size = sum(entry.n_bytes for entry in entries.values())
     return WrittenFolder(architecture["architectures"][0], len(entries), size, tokenizer is not None)
+
+
+def _shapes(checkpoint: SavedCheckpoint) -> Transformer | None:
+    """Returns the model without memory, whose weights the checkpoint holds; None if it has classes of the user's own.
+
+    These are constructed when the folder is loaded by someone who trusts it.
+
+    Raises:
+        CheckpointError: weights that do not fit the configuration, or one without what decides the model.
+    """
+    config = checkpoint.config
+    absent = [group for group in GROUPS if not isinstance(config.get(group), dict)]
+    absent += [] if absent or "base_ffn" in config["model"] else ["model.base_ffn"]
+    if absent:
+        raise CheckpointError(
+            f"ckpt={checkpoint.path} was trained with a configuration without {absent[0]}; format=hf exports the "
+            "transformers of this package."
+        )
+    try:
+        check_trusted({group: config[group] for group in GROUPS}, str(checkpoint.path))
+    except ConfigError:
+        return None
+    model = build_meta_model(config)
+    shapes = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
+    checkpoint.check_weights(shapes, later_buffers(model, "model."))
+    return model
 
 
 def _class_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.huggingface import PkmLightningForCausalLM
+from pkm_lightning.huggingface.export import write_folder
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
 #: Sizes that the small model needs in place of the YAML's. A dense model is Llama unless its activation is another.
@@ -215,6 +216,16 @@ def test_a_plugin_of_the_users_own_needs_trust_and_its_module(tmp_path: Path) ->
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"no_such_module\.Mine cannot be imported"):
         AutoModelForCausalLM.from_pretrained(folder, trust_config=True)
+
+
+def test_a_planted_class_is_written_but_never_constructed(tmp_path: Path) -> None:
+    _, folder = export(tmp_path, "ffn=dense")
+    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    content["hyper_parameters"]["config"]["table"] = {"_target_": "subprocess.Popen", "args": ["true"]}
+    torch.save(content, tmp_path / "model.ckpt")
+    write_folder(open_checkpoint(tmp_path / "model.ckpt"), folder)
+    with pytest.raises(ConfigError, match=r"config.json names table._target_=subprocess.Popen"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_refusals(folder: Path, loaded: Any, tmp_path: Path) -> None:
