@@ -20,7 +20,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from pkm_lightning.callbacks.base import in_training
+from pkm_lightning.callbacks.base import find_callback, in_training
+from pkm_lightning.callbacks.evaluate import Evaluate
 from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
 from pkm_lightning.storage import flush, write_beside
 from pkm_lightning.training import LanguageModule
@@ -71,15 +72,13 @@ class MetricsCSV(TimedCallback):
         """Appends a row after the last micro-batch of a step that logs, before that step's checkpoint is written."""
         assert isinstance(pl_module, LanguageModule)
         if pl_module.log_is_due():
-            metrics = trainer.callback_metrics
-            self._append(trainer, pl_module, {k: v for k, v in metrics.items() if k.startswith("train/")})
+            self._append(trainer, pl_module, _metrics_of(trainer, "train/"))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Appends a row of the validation's metrics, if it is part of training."""
         assert isinstance(pl_module, LanguageModule)
         if in_training(trainer):
-            metrics = trainer.callback_metrics
-            self._append(trainer, pl_module, {k: v for k, v in metrics.items() if k.startswith("val/")})
+            self._append(trainer, pl_module, _metrics_of(trainer, "val/"))
         super().on_validation_end(trainer, pl_module)
 
     @rank_zero_only
@@ -136,3 +135,10 @@ class MetricsCSV(TimedCallback):
 def _is_whole(row: dict[str, Any]) -> bool:
     """Returns whether a row has a step and as many fields as there are columns."""
     return str(row.get("step")).isdigit() and None not in row.values() and None not in row
+
+
+def _metrics_of(trainer: L.Trainer, prefix: str) -> dict[str, Any]:
+    """Returns what was logged under `prefix`, and the benchmarks of this step."""
+    evaluate = find_callback(trainer, Evaluate)
+    benchmarks = evaluate.metrics if evaluate is not None and evaluate.step == trainer.global_step else {}
+    return {**{k: v for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}, **benchmarks}

@@ -53,16 +53,17 @@ class Recall(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores and logs a small sample."""
         if self.val_items:
-            self._log("val", self._score(trainer, pl_module, self.val_items), pl_module)
+            self._log("val", self.score(trainer, pl_module, self.val_items), pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores and logs the full sample, and keeps it for the report."""
-        self.scores = self._score(trainer, pl_module, self.test_items)
+        self.scores = self.score(trainer, pl_module, self.test_items)
         self.report = self._log("test", self.scores, pl_module)
         if self.path is not None and self.scores and trainer.is_global_zero:
             write_scores(self.path, self.scores)
 
-    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, limit: int | None) -> list[ItemScore]:
+    def score(self, trainer: L.Trainer, pl_module: L.LightningModule, limit: int | None) -> list[ItemScore]:
+        """Returns the scores of at most `limit` questions per form. Collective: call on all ranks."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         items = recall_items_of(data, limit)
         if not items:

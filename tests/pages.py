@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from small import SMALL_RUN
+from small_packages import write_packages
 from tree import ROOT
 
 README = ROOT / "README.md"
@@ -43,7 +44,7 @@ def words(command: str) -> list[str]:
 
 
 def furnish(folder: Path) -> None:
-    """Writes what the commands name: the FFN of docs/extending.md, a configuration folder, texts, answers, prompts."""
+    """Writes what the commands name: the FFN of docs/extending.md, configurations, texts, prompts, packages."""
     (folder / "my_ffn.py").write_text(blocks(ROOT / "docs" / "extending.md", "python")[0])
     (folder / "my_configs" / "ffn").mkdir(parents=True)
     (folder / "my_configs" / "ffn" / "mine.yaml").write_text("_target_: my_ffn.MyFFN\n")
@@ -52,6 +53,7 @@ def furnish(folder: Path) -> None:
     records = [{"prompt": f"{i} and one is", "answer": str(i + 1)} for i in range(60)]
     (folder / "my_answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "prompts.txt").write_text("The capital of France is\n")
+    write_packages(folder / "packages")
 
 
 def small_version(command: str, *, silent: bool) -> list[str]:
@@ -84,13 +86,13 @@ def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Returns kind and overrides of few compositions that have every override of the commands `shown`.
 
     Commands of a kind share a composition unless they set something different under the same first name of a key. The
-    kinds are `compare`, `fit` (in one process) and `config` for the others.
+    kinds are `compare`, `prepare`, `fit` (in one process) and `config` for the others.
     """
     merged: list[tuple[str, dict[str, list[str]]]] = []
     for command in shown:
         verb, *arguments = words(command)
         arguments = [argument for argument in arguments if not argument.startswith("-")]
-        kind = "compare" if verb in ("compare", "report") else "config"
+        kind = {"compare": "compare", "report": "compare", "prepare": "prepare"}.get(verb, "config")
         if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
             kind = "fit"
         for overrides in _expanded(arguments):

@@ -21,10 +21,12 @@ from pkm_lightning.training import LanguageModule
 CONFIGS = ROOT / "configs"
 # Keys that several YAMLs share are no choice of their own.
 SHARED = (CONFIGS / "experiment" / "regime", CONFIGS / "data" / "loader")
+# Nothing to train on.
+PREPARED = CONFIGS / "prepare" / "data"
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent not in (CONFIGS, *SHARED)
+    if path.parent not in (CONFIGS, *SHARED, PREPARED)
 )
 #: FFNs and experiments bring settings of other groups with them: each stands alone.
 ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "experiment="))]
@@ -44,6 +46,7 @@ FFNS = [o.removeprefix("ffn=") for o in OPTIONS if o.startswith("ffn=") and o !=
 GIVEN = {
     "ffn=custom": ["ffn._target_=pkm_lightning.ffn.Dense", "+ffn.hidden_dim=8"],
     "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
+    "callbacks=evaluate": ["callbacks.evaluate.tasks=[piqa]"],
     "strategy=ddp": ["trainer.devices=2"],
     "callbacks=slot_revival": [
         "+callbacks.slot_usage={_target_:pkm_lightning.callbacks.SlotUsage,path:usage.json,every_n_steps:null,window:2,"

@@ -26,6 +26,9 @@ GRAD = {
 #: Relative difference between training with one process and with several, in float32. They differ in the order of
 #: additions, which up to 30 steps of Adam amplify. `norm` is for norms of gradients.
 RANKS = {"loss": 1e-5, "norm": 1e-3}
+#: Decoding with a cache against a full forward, both in bf16: another order of additions may round a score to the other
+#: side of a slot or an expert, or of an equally likely token. Relative norm of logits, and share of other tokens.
+BF16_DECODING = {"logits": 0.06, "tokens": 0.05}
 #: Absolute difference between the ends of two bootstrap intervals, each from some thousand resamples of a mean of a few
 #: hundred values.
 BOOTSTRAP = 0.012

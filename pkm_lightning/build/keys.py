@@ -61,6 +61,17 @@ class ModelKeys(TypedDict):
     memory: NotRequired[MemoryKeys]
 
 
+class TrunkKeys(TypedDict):
+    """`model` with a `_target_`, whose other keys that class takes."""
+
+    dim: Size
+    n_layers: Layers
+    vocab_size: int
+    compile: bool
+    activation_checkpointing: bool
+    memory: NotRequired[MemoryKeys]
+
+
 class OptimizerKeys(TypedDict, total=False):
     """`optim.optimizer`: what the arguments of torch's optimizers mean."""
 
@@ -129,9 +140,9 @@ class TableKeys(TypedDict):
 
 
 class RunKeys(TypedDict):
-    """A whole configuration."""
+    """A whole configuration; `model` is that of our transformer or of another trunk."""
 
-    model: ModelKeys
+    model: dict[str, Any]
     ffn: dict[str, Any]
     placement: dict[str, Any]
     table: TableKeys
@@ -169,6 +180,7 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
         if group not in config:
             raise ConfigError(f"{group} is missing; write {group}={option} for none, or do not delete it with ~.")
     check_kind("", config, RunKeys)
+    check_kind("model", config["model"], TrunkKeys if "_target_" in config["model"] else ModelKeys)
     unknown = sorted(set(config["optim"]) - set(OptimKeys.__annotations__))
     if unknown:
         raise ConfigError(
@@ -189,7 +201,7 @@ def _described_objects(config: Mapping[str, Any], *, training: bool) -> Iterator
     """Yields each part of `config` that a class is made from, with its key."""
     for key in ("data", "ffn", "placement", "strategy", "trainer"):
         yield key, config[key]
-    yield "model.base_ffn", config["model"]["base_ffn"]
+    yield "model.base_ffn", config["model"].get("base_ffn")
     table = config["table"]
     yield "table", {name: value for name, value in table.items() if name not in TableKeys.__annotations__}
     yield "table.optimizer", table.get("optimizer")

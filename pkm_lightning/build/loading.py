@@ -181,8 +181,10 @@ def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer | None:
 
 
 def context_of(config: Mapping[str, Any]) -> int | None:
-    """Returns the tokens per sequence of the training, or None."""
-    length = config["data"].get("seq_len")
+    """Returns the tokens per sequence of the training, of a pretrained model those of its own training, or None."""
+    architecture = config["model"].get("architecture") or {}
+    length = architecture.get("max_position_embeddings", architecture.get("n_positions"))
+    length = config["data"].get("seq_len") if length is None else length
     return length if isinstance(length, int) else None
 
 

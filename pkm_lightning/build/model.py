@@ -16,13 +16,14 @@ from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_r
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import TableMesh, ValueTable
 from pkm_lightning.model import Placement, Transformer
-from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.model.plugin_checks import CONTRACT, called, check_plugins
 
 Config = Mapping[str, Any]
 
 #: Keys of `model` that the transformer does not take as they stand.
 _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
+#: Facts about a trunk with a `_target_`, which `complete` found in its files.
+_FACTS = ("dim", "vocab_size", "tokenizer_digest")
 #: Arguments of the transformer that are built here, and are not keys of `model`.
 _BUILT_ARGUMENTS = {"ffns", "tables", "write_after"}
 #: Keys of `table` that a `ValueTable` does not take.
@@ -39,6 +40,8 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         ConfigError: sizes, layers or classes that do not fit.
     """
     model = config["model"]
+    if "_target_" in model:
+        return _build_trunk(model)
     check_integer("model.n_layers", model["n_layers"], low=1)
     check_integer("model.dim", model["dim"], low=1)
     n_layers = int(model["n_layers"])
@@ -71,6 +74,28 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
     return Transformer(**arguments, ffns=ffns, tables=[t for group in tables for t in group], write_after=write_after)
 
 
+def complete_trunk(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `config` with what the files of a trunk that `model._target_` names say about it.
+
+    Raises:
+        PkmError: files that are missing, damaged or not of such a model.
+    """
+    model = config.get("model")
+    if not isinstance(model, Mapping) or "_target_" not in model:
+        return config
+    complete = getattr(target_class(model, "model"), "complete", None)
+    return config if complete is None else complete(config)
+
+
+def _build_trunk(model: Config) -> Transformer:
+    """Builds the trunk that `model._target_` names, which has the interface of `pkm_lightning.model.Trunk`."""
+    # By keyword and not in the configuration, since Hydra would make objects of a `_target_` in a foreign file.
+    built = {name: model[name] for name in ("architecture",) if name in model}
+    keys = {name: value for name, value in model.items() if name not in (*_FACTS, *_BUILDER_KEYS, *built)}
+    trunk: Transformer = instantiate(keys, "model", **built)
+    return trunk
+
+
 def build_meta_model(config: Config) -> Transformer:
     """Builds the same model on the meta device, in the dtype that the Trainer would give it: shapes without memory."""
     with weight_dtype(config), torch.device("meta"):
@@ -84,8 +109,7 @@ def check_foreign_plugins(model: Transformer, config: Config) -> None:
         ConfigError: naming the plugin and what the contract asks for.
     """
     with weight_dtype(config):
-        plugins = [p for block in model.blocks for _, p in named_plugins(block.ffn)]  # type: ignore[arg-type]
-        check_plugins(plugins, int(config["model"]["dim"]))
+        check_plugins((plugin for _, _, plugin in model.plugins()), int(config["model"]["dim"]))
 
 
 @contextlib.contextmanager

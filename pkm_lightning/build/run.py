@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
-from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins
+from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins, complete_trunk
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
@@ -67,6 +67,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     Raises:
         ConfigError: the value, where it stands, and what to set instead.
     """
+    config = complete_trunk(config)
     check_keys(config, training=training)
     check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")

@@ -16,7 +16,6 @@ from torch import nn
 from pkm_lightning.ffn import HasReads, TableRead
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.replicas import received_bytes
-from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.ops.row_update import find_rule, state_bytes
 
 if TYPE_CHECKING:
@@ -59,12 +58,11 @@ def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, t
 def _reads(model: Transformer) -> tuple[list[TableRead], tuple[str, ...]]:
     reads: list[TableRead] = []
     unknown: set[str] = set()
-    for block in model.blocks:
-        for _, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
-            if isinstance(plugin, HasReads):
-                reads += plugin.reads()
-            elif hasattr(plugin, "table_spec") or _has_table(plugin):
-                unknown.add(type(plugin).__name__)
+    for _, _, plugin in model.plugins():
+        if isinstance(plugin, HasReads):
+            reads += plugin.reads()
+        elif hasattr(plugin, "table_spec") or _has_table(plugin):
+            unknown.add(type(plugin).__name__)
     return reads, tuple(sorted(unknown))
 
 

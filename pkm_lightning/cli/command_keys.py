@@ -11,29 +11,57 @@ from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, nearest
 
+#: Keys of answers to given prompts, and of all answers.
+PROMPT_KEYS = ("prompt", "prompts_file", "samples", "batch_size")
+GENERATION_KEYS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "sample_seed"),
+    "extrapolate",
+)
+#: Keys of an evaluation, each an argument of `inference.harness_settings.read_settings`.
+EVALUATION_KEYS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size")
+_ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate")
 #: Keys of a command and the verbs that read them; every verb reads the others.
-VERBS_OF = {
+VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
     "dir": ("export",),
     "overwrite": ("export",),
-    "out": ("predict", "compare", "report"),
+    "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
     "format": ("info", "export"),
-    "ckpt": ("fit", "validate", "test", "predict", "export", "compare"),  # fit and compare say what to do instead
+    "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
-    "trust_config": ("fit", "validate", "test", "predict", "compare", "info"),
+    "trust_config": ("fit", *_ON_SAVED, "compare", "info"),
+    **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
+    **dict.fromkeys(PROMPT_KEYS, ("generate", "predict")),
+    **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
+    "batch_size": ("generate", "predict", "evaluate"),
+    "system": ("chat",),
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
     "export": ("run_dir", "ckpt", "format", "file", "dir", "overwrite"),
     "report": ("runs", "out", "report", "experiment"),
+    "prepare": ("data", "packages", "sets", "out"),
 }
+#: Callbacks that an evaluation runs, and their keys that it does not read.
+_CALLBACKS_OF = {
+    "validate": {"progress_bar": (), "recall": ("test_items", "path")},
+    "test": {"progress_bar": (), "recall": ("val_items", "path")},
+    "predict": {"progress_bar": ()},
+}
+#: Keys of the Trainer that an evaluation does not read.
+_TRAINING_KEYS = (
+    *("max_steps", "max_epochs", "min_steps", "min_epochs", "val_check_interval", "check_val_every_n_epoch"),
+    *("log_every_n_steps", "num_sanity_val_steps", "gradient_clip_val", "gradient_clip_algorithm"),
+)
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
     *("trust_config", "format", "dir", "out"),
 )
+#: Further keys at the top of the primary configuration of a verb.
+KEYS_AT_TOP = {"prepare": ("packages", "sets")}
 
 
 def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
@@ -50,11 +78,13 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
             raise ConfigError(f"{override}: {verb} does not read {top}; leave it out. It reads: {', '.join(allowed)}.")
         if verb not in VERBS_OF.get(top, (verb,)):
             raise ConfigError(f"{override}: {verb} does not read {top}, only {', '.join(VERBS_OF[top])}; leave it out.")
+        if verb in _CALLBACKS_OF:
+            _check_evaluation(verb, override, key)
     text = str(OmegaConf.to_container(config, resolve=False))
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS)),
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF, *KEYS_AT_TOP.get(verb, ()))),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):
@@ -63,3 +93,16 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
                 raise ConfigError(
                     f"{prefix}{name} is not a key of the configuration; leave it out.{nearest(name, known)}"
                 )
+
+
+def _check_evaluation(verb: str, override: str, key: str) -> None:
+    """Refuses a key of training, which an evaluation composes and does not read."""
+    group, _, rest = key.partition(".")
+    name, _, leaf = rest.partition(".")
+    callbacks = _CALLBACKS_OF[verb]
+    if group == "logger" or (group == "trainer" and name in _TRAINING_KEYS):
+        raise ConfigError(f"{override}: {verb} does not read {key}, which is for training; leave it out.")
+    if group == "callbacks" and name and (name not in callbacks or leaf in callbacks[name]):
+        raise ConfigError(
+            f"{override}: {verb} does not read {key}, of all callbacks it runs {' and '.join(callbacks)}; leave it out."
+        )

@@ -13,6 +13,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from pkm_lightning.cli.command_keys import VERBS_OF
 from pkm_lightning.compare.overrides import key_of, quoted
 from pkm_lightning.errors import nearest
 
@@ -21,18 +22,18 @@ SAVED = "saved_"
 _NOT_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 
 
-def explain(error: BaseException, arguments: Sequence[str] = ()) -> str:
-    """Returns one sentence for `error`, which the overrides `arguments` of a command line led to."""
+def explain(error: BaseException, arguments: Sequence[str] = (), name: str = "config") -> str:
+    """Returns one sentence for `error`, which the overrides `arguments` of the configuration `name` led to."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         # The groups of a saved run, which the command line chooses by itself, are no options.
-        options = [name for name in error.options if not name.startswith(SAVED)]
+        options = [choice for choice in error.options if not choice.startswith(SAVED)]
         allowed = f"{', '.join(options)}.{nearest(option, options)}"
         return f"{group}={option} is not known; allowed: {allowed} --config-dir=DIR adds a folder of your own YAMLs."
     if isinstance(error, ConfigCompositionException):
         unknown = _NOT_OVERRIDDEN.search(str(error))
         if unknown:
-            return _unknown_key(unknown.group(1), arguments)
+            return _unknown_key(unknown.group(1), arguments, name)
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
     if isinstance(error, InterpolationResolutionError) and error.full_key:
@@ -62,8 +63,10 @@ def _unreadable(override: str) -> str:
     return f"{override}: the value of {key} has characters that need quotes; write {shown}."
 
 
-def _unknown_key(key: str, arguments: Sequence[str]) -> str:
-    known = sorted(set(_keys(config_of_groups(arguments), "")))
+def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
+    if key in VERBS_OF:
+        return f"{key} is a key of {', '.join(VERBS_OF[key])} only; leave it out."
+    known = sorted(set(_keys(config_of_groups(arguments, name), "")))
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     hint = nearest(leaf, [k.rpartition(".")[2] for k in siblings]) or nearest(key, known)
@@ -73,15 +76,15 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
     return f"{key} is not a key of the configuration; +{key}=VALUE would add one.{hint}{allowed}"
 
 
-def config_of_groups(arguments: Sequence[str]) -> DictConfig:
+def config_of_groups(arguments: Sequence[str], name: str = "config") -> DictConfig:
     """Composes the groups that `arguments` choose, or the default ones where those do not compose."""
     choices = [a for a in arguments if not a.startswith(("-", "hydra")) and "=" in a and "." not in key_of(a)]
     GlobalHydra.instance().clear()
     with initialize_config_module(version_base="1.3", config_module="pkm_lightning.configs"):
         try:
-            return compose("config", overrides=choices)
+            return compose(name, overrides=choices)
         except HydraException:
-            return compose("config")
+            return compose(name)
 
 
 def _keys(node: object, path: str) -> Iterator[str]:

@@ -13,9 +13,11 @@ from pkm_lightning.build.loading import check_mappable, load_weights, unread_ten
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
+from pkm_lightning.callbacks.without_table import WithoutTable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
+from pkm_lightning.cli.command_keys import VERBS_OF
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.kept_data import with_kept_data
 from pkm_lightning.cli.resume import saved_config, saved_config_of, without_fused
@@ -28,7 +30,6 @@ from pkm_lightning.training import LanguageModule
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
 #: Except for where its table lies.
 _FREE = ("table.device", "table.shard", "table.group")
-_WHERE = ("run_dir", "ckpt", "out", "trust_config", "resume", "format", "file", "dir", "overwrite")
 
 
 class SavedRun:
@@ -65,14 +66,14 @@ class SavedRun:
         self._checkpoint.check_weights(self.run.weight_shapes, later_buffers(self.run.model, "model."))
         if not self.is_spread:  # else each rank checks its share when the strategy loads it
             self._checkpoint.check_sums(without=unread_tensors(self.run.model, self._checkpoint))
-        _check_dataloader(job.verb, self.run.data)
+        check_dataloader(job.verb, self.run.data)
         self.run.data.prepare_data()
         check_tokenizer(self._checkpoint.skeleton, tokenizer_digest(self.run.data))
 
     def trainer(self) -> L.Trainer:
         """Makes a Trainer with the callbacks that score and show progress, without loggers."""
         callbacks: list[L.Callback] = [
-            c for c in make_callbacks(self.run.config) if isinstance(c, Recall | StepProgressBar)
+            c for c in make_callbacks(self.run.config) if isinstance(c, Recall | WithoutTable | StepProgressBar)
         ]
         for recall in (c for c in callbacks if isinstance(c, Recall)):
             recall.path = None  # recall.csv belongs to the test at the end of training
@@ -85,7 +86,7 @@ class SavedRun:
 
     def module(self) -> LanguageModule:
         """Makes the module, with the saved weights if one process evaluates."""
-        module = LanguageModule(self.run.config)
+        module = LanguageModule(self.run.config, weights_follow=True)
         if self.is_spread:
             return module
         module.configure_model()
@@ -98,13 +99,27 @@ class SavedRun:
         return str(self.path) if self.is_spread else None
 
 
+def names_pretrained(job: Job) -> bool:
+    """Returns whether the command names a pretrained model, by `model=hf`."""
+    return OmegaConf.select(job.config, "model._target_") is not None
+
+
 def locate(job: Job) -> tuple[Path | None, Path]:
-    """Returns the run's directory (None for a bare checkpoint) and the checkpoint that `ckpt=` or `run_dir=` name.
+    """Returns the run's directory (None without one) and the checkpoint that `ckpt=` or `run_dir=` name.
+
+    Of a pretrained model the path is `model.path`.
 
     Raises:
-        ConfigError: neither or both are given, or `run_dir` is not a directory.
+        ConfigError: nothing or several of them are given, or `run_dir` is not a directory.
         CheckpointError: the run has no checkpoint yet.
     """
+    if names_pretrained(job):
+        other = next((key for key in ("run_dir", "ckpt") if job.sets(key)), None)
+        if other is not None:
+            raise ConfigError(f"model=hf and {other} name two models; leave one of them out.")
+        if OmegaConf.is_missing(job.config.model, "path"):
+            raise ConfigError("model.path is not set; give model.path=FOLDER of a Hugging Face model, or a .gguf file.")
+        return None, Path(str(job.config.model.path))
     if job.config.ckpt is not None:
         if job.sets("run_dir"):
             raise ConfigError(
@@ -123,7 +138,7 @@ def locate(job: Job) -> tuple[Path | None, Path]:
     return folder, checkpoint
 
 
-def _check_dataloader(verb: str, data: L.LightningDataModule) -> None:
+def check_dataloader(verb: str, data: L.LightningDataModule) -> None:
     """Refuses data without what `verb` reads.
 
     Raises:
@@ -144,7 +159,7 @@ def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
         root = key.split(".")[0].split("@")[0]
         if root in _FIXED and key not in _FREE:
             raise ConfigError(f"{override}: the saved configuration of a run wins; {root} cannot be changed here.")
-        if root in _WHERE:
+        if root == "run_dir" or root in VERBS_OF:
             continue
         value = OmegaConf.select(job.config, key)
         OmegaConf.update(merged, key, value, force_add=True, merge=False)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from pkm_lightning.checkpoints import open_checkpoint
-from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion, run_folder
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion, run_folder
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
@@ -35,11 +35,12 @@ def _write_file(job: Job) -> None:
     checkpoint = open_checkpoint(path)
     if checkpoint.kind == "exported":
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
-    tokenizer = _tokenizer(path, file, overwrite=bool(job.config.overwrite))
+    companions = {name: _companion(name, path, file, bool(job.config.overwrite)) for name in (TOKENIZER, CHAT_TEMPLATE)}
     checkpoint.check_sums()
     entries = write(checkpoint, file)
-    if tokenizer is not None:
-        write_beside(file.parent / TOKENIZER, tokenizer)
+    for name, content in companions.items():
+        if content is not None:
+            write_beside(file.parent / name, content)
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout
@@ -62,19 +63,19 @@ def _write_folder(job: Job) -> None:
     print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {path}")
 
 
-def _tokenizer(checkpoint: Path, file: Path, *, overwrite: bool) -> bytes | None:
-    """Returns the content of the tokenizer that goes beside `file`, or None where there is nothing to write.
+def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> bytes | None:
+    """Returns the content of the file `name` that goes beside `file`, or None where there is nothing to write.
 
     Raises:
         ConfigError: that of another model lies there, which would lose it.
     """
-    found = find_companion(checkpoint, TOKENIZER)
+    found = find_companion(checkpoint, name)
     if found is None or is_stream(file):
         return None
-    content, beside = found.read_bytes(), file.parent / TOKENIZER
+    content, beside = found.read_bytes(), file.parent / name
     if beside.exists() and not overwrite and beside.read_bytes() != content:
         raise ConfigError(
-            f"file={file}: the folder holds the {TOKENIZER} of another model; give a file in a folder of its own, or "
+            f"file={file}: the folder holds the {name} of another model; give a file in a folder of its own, or "
             "replace it with overwrite=true."
         )
     return content

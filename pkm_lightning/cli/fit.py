@@ -214,7 +214,7 @@ def _train(
     """Builds the data, fits and tests; `assembly.record` collects what goes into run.json, rank 0 has a `sitting`."""
     trainer, callbacks, data = assembly.trainer, assembly.callbacks, resolved.data
     L.seed_everything(resolved.config["seed"], workers=True, verbose=False)
-    module = LanguageModule(resolved.config)
+    module = LanguageModule(resolved.config, weights_follow=checkpoint is not None)
     checkpoints = next((c for c in callbacks if isinstance(c, StepCheckpoint)), None)
     with name_lost_rank(trainer), stop_on_signals(trainer, checkpoints.request_stop if checkpoints else None):
         data.prepare_data()

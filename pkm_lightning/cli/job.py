@@ -83,8 +83,10 @@ class Job:
         check_read(verb, self.overrides, config)
         swept = hydra.mode == RunMode.MULTIRUN
         with open_dict(config):
-            for key in ("run_dir", "ckpt", "file", "dir", "out"):
-                value = config.get(key)
+            for key in ("run_dir", "ckpt", "file", "dir", "out", "packages"):
+                if key not in config:
+                    continue
+                value = config[key]
                 # Hydra takes the name 2024 for a number.
                 if value is not None and not isinstance(value, str):
                     typed = next((o.partition("=")[2] for o in self.overrides if key_of(o) == key), value)
@@ -197,6 +199,9 @@ def quieten_libraries() -> None:
     """Suppresses Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # The one warns of every default in a task's YAML, the other repeats each attempt to reach the network.
+    for name in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 

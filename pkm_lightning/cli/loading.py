@@ -8,13 +8,16 @@ import torch
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import LoadedModel, load
-from pkm_lightning.cli.evaluation import locate
+from pkm_lightning.cli.evaluation import locate, names_pretrained
 from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.pretrained_run import config_of
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import ConfigError
 
 #: Keys of a command that say which model is asked, and where.
 _MODEL_KEYS = ("run_dir", "ckpt", "trust_config", "out", "table.device", "trainer.accelerator", "trainer.precision")
+#: And of a pretrained model.
+_PRETRAINED_KEYS = ("model", "model.path", "out", "trainer.accelerator", "trainer.precision", "data.cache_dir")
 
 
 def load_of_job(job: Job, reads: Collection[str] = ()) -> LoadedModel:
@@ -28,18 +31,24 @@ def load_of_job(job: Job, reads: Collection[str] = ()) -> LoadedModel:
         ConfigError: no model is named, or a key that nothing reads is set.
         CheckpointError: as `load`.
     """
+    own_keys = _PRETRAINED_KEYS if names_pretrained(job) else _MODEL_KEYS
     for override in job.overrides:
         key = key_of(override)
-        if key not in _MODEL_KEYS and key.split(".")[0] not in reads:
-            allowed = ", ".join((*_MODEL_KEYS, *reads))
+        if key not in own_keys and key.split(".")[0] not in reads:
+            allowed = ", ".join((*own_keys, *reads))
             raise ConfigError(f"{override}: {job.verb} does not read {key}; leave it out. It reads: {allowed}.")
     _, weights = locate(job)
+    device = device_of(str(OmegaConf.select(job.config, "trainer.accelerator")))
+    if names_pretrained(job):
+        from pkm_lightning.huggingface.loading import load_pretrained  # imports transformers
+
+        return load_pretrained(config_of(job), device=device)
     table_device, precision = (
         OmegaConf.select(job.config, key) if job.sets(key) else None for key in ("table.device", "trainer.precision")
     )
     return load(
         weights,
-        device=device_of(str(OmegaConf.select(job.config, "trainer.accelerator"))),
+        device=device,
         table_device=table_device,
         precision=None if precision is None else str(precision),
         trust_config=bool(job.config.trust_config),

@@ -24,11 +24,26 @@ VERBS = {
     "fit": "train a model; an interrupted run in the same run_dir is resumed",
     "validate": "loss and recall of a run (run_dir=) or a checkpoint (ckpt=) on the validation data",
     "test": "the same on the full test questions",
-    "predict": "answer data.prompts=[...] or data.prompts_file=FILE, written as JSON lines",
+    "evaluate": "score a model on tasks=[NAME,...] of lm-evaluation-harness or of your own folder, tasks_dir=DIR",
+    "predict": "answer prompt=TEXT or prompts_file=FILE, written as JSON lines; also with several ranks",
+    "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
+    "chat": "talk to a model in the terminal",
     "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN: file=model.safetensors, or format=hf dir=FOLDER",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
+    "prepare": "data=benchmarks packages=DIR out=DIR: public question sets and their tasks, for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
+}
+
+#: Configurations of verbs that have keys of their own.
+PRIMARY_CONFIGURATIONS = {
+    "compare": "compare",
+    "report": "compare",
+    "predict": "generate",
+    "generate": "generate",
+    "chat": "generate",
+    "evaluate": "evaluate",
+    "prepare": "prepare",
 }
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
@@ -42,6 +57,7 @@ examples:
   python -m pkm_lightning info ffn=dense,moe,memory_plus match=flops
   python -m pkm_lightning compare ffn=dense,moe,memory_plus match=flops seeds=3 out=runs/compared
   python -m pkm_lightning test run_dir=runs/2030-01-31/12-00-00
+  python -m pkm_lightning generate run_dir=runs/2030-01-31/12-00-00 prompt="The capital of France is"
 """
 
 
@@ -82,10 +98,12 @@ def _run(verb: str, arguments: list[str]) -> int:
     from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.saved_overrides import on_saved_run
     from pkm_lightning.cli.sweep import check_sweep, tidy_sweep
+    from pkm_lightning.cli.texts import with_quoted_texts
     from pkm_lightning.cli.variants import split_variants
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) == "generate" else arguments
     given = arguments
     try:
         check_sweep(verb, arguments)
@@ -116,12 +134,12 @@ def _run(verb: str, arguments: list[str]) -> int:
             return None
         return made.execute(run, failures)
 
-    name = "compare" if verb in ("compare", "report") else "config"
+    name = PRIMARY_CONFIGURATIONS.get(verb, "config")
     try:
         with tidy_sweep():
             hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
     except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, arguments)}", file=sys.stderr)
+        print(f"error: {explain(error, arguments, name)}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, KeyError) as error:
         if composed:

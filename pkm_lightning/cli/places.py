@@ -16,7 +16,8 @@ from pkm_lightning.errors import ConfigError
 
 #: Keys whose value is a path even if it does not look like one, such as `notes.csv`.
 _PATH_KEY = re.compile(r"(^|_)(path|dir|dirpath|file|folder)$")
-_OWN_DATA = "pkm_lightning.data."
+#: The package's own data modules and pretrained models, by their group.
+_READERS = {"data": "pkm_lightning.data.", "model": "pkm_lightning.huggingface."}
 
 
 def check_places(config: Mapping[str, Any], source: str, folder: Path | None, allowed: Collection[str] = ()) -> None:
@@ -75,17 +76,21 @@ def check_links(folder: Path) -> None:
 
 def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the keys and values that may name a place to write."""
-    data = config.get("data")
-    reads = isinstance(data, Mapping) and str(data.get("_target_")).startswith(_OWN_DATA)
+    # These write nowhere else; what they read may lie anywhere.
+    own = [group for group, room in _READERS.items() if _target(config, group).startswith(room)]
     for key, value, listed in _texts({k: v for k, v in config.items() if k not in COMMAND_KEYS}, ""):
         name = key.rsplit(".", 1)[-1]
-        # The package's own data modules write nowhere else; what they read may lie anywhere.
-        if reads and key.startswith("data.") and key != "data.cache_dir":
+        if key.partition(".")[0] in own and key != "data.cache_dir":
             continue
         is_prose = listed and name == "prompts"
         looks_like_path = not is_prose and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
         if value and (_PATH_KEY.search(name) or looks_like_path):
             yield key, value
+
+
+def _target(config: Mapping[str, Any], group: str) -> str:
+    described = config.get(group)
+    return str(described.get("_target_")) if isinstance(described, Mapping) else ""
 
 
 def _texts(node: Any, key: str, listed: bool = False) -> Iterator[tuple[str, str, bool]]:

@@ -37,6 +37,7 @@ _FILES = (  # what a run writes, and a run in its place removes
     "validate.json",
     "test.json",
     "predictions.jsonl",
+    "evaluation.json",
 )
 #: What a run leaves that was killed before its record was written.
 _AT_START = {
@@ -119,7 +120,7 @@ class RunDirectory:
 
     def save_record(self, record: dict[str, Any]) -> None:
         """Writes run.json."""
-        write_beside(self.path / "run.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+        write_record(self.path, record)
 
     def _hold(self) -> HeldFolder:
         try:
@@ -189,6 +190,34 @@ def continues_run(path: Path, resume: str) -> bool:
             "resume=never."
         )
     return bool(record)
+
+
+def add_to_record(path: Path, key: str, entries: dict[str, Any]) -> None:
+    """Adds `entries` to those that the record of the run in `path` has under `key`.
+
+    Raises:
+        RunDirectoryError: it cannot be written, has no sound record, or the run is being trained.
+    """
+    try:
+        held = HeldFolder(path)
+    except BlockingIOError:
+        raise RunDirectoryError(f"run_dir={path} is held by another process that is running.") from None
+    except OSError as error:
+        raise RunDirectoryError(f"run_dir={path} cannot be written ({error.strerror}).") from None
+    try:
+        record = _read_record(path)
+        if record.get("status") not in _STATUSES:
+            raise RunDirectoryError(f"{path / 'run.json'} is missing or damaged.")
+        earlier = record.get(key)
+        record[key] = {**(earlier if isinstance(earlier, dict) else {}), **entries}
+        write_record(path, record)
+    finally:
+        held.close()
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes run.json."""
+    write_beside(path / "run.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
 
 def _failed_before_training(path: Path, record: dict[str, Any]) -> bool:

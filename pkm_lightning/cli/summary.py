@@ -22,6 +22,7 @@ _FORMS = (
     ("control", "recall, subjects never trained (chance)"),
     ("validation", "recall, validation prompts"),
 )
+_WITHOUT_TABLE = "  the same, value tables read as zeros"
 
 
 def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback]) -> None:
@@ -38,16 +39,24 @@ def _figures(record: dict[str, Any]) -> Table:
     metrics, recall = record["metrics"], record["metrics"].get("recall", {})
     for form, label in _FORMS:
         if form in recall:
-            choice = f", {recall[form]['choice']:.1%} of four options" if "choice" in recall[form] else ""
-            table.add_row(label, f"{recall[form]['recall']:.1%}{choice}")
+            table.add_row(label, _recall(recall[form]["recall"], recall[form].get("choice")))
+        without_table = metrics.get(f"test/recall_{form}_without_table")
+        if without_table is not None and form in ("paraphrase", "validation"):
+            table.add_row(_WITHOUT_TABLE, _recall(without_table, metrics.get(f"test/choice_{form}_without_table")))
     for key in ("test/perplexity", "val/perplexity"):
         if key in metrics:
             table.add_row("perplexity of held-out text", f"{metrics[key]:.3f}")
+    if "test/perplexity_without_table" in metrics:
+        table.add_row(_WITHOUT_TABLE, f"{metrics['test/perplexity_without_table']:.3f}")
     if record.get("tokens_per_second"):
         table.add_row("training tokens/s", f"{record['tokens_per_second']:,.0f}")
     for label, value in cost_rows(record):
         table.add_row(label, value)
     return table
+
+
+def _recall(recall: float, choice: float | None) -> str:
+    return f"{recall:.1%}" + ("" if choice is None else f", {choice:.1%} of four options")
 
 
 def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:

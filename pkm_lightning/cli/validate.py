@@ -7,8 +7,9 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from pkm_lightning.cli.evaluation import SavedRun, locate
+from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.pretrained_run import evaluated_run
 from pkm_lightning.storage import check_target, write_beside
 from pkm_lightning.supervision.rank_failures import supervise_evaluation
 
@@ -18,7 +19,7 @@ def run(job: Job) -> float | None:
     folder, _ = locate(job)
     if folder is not None:
         check_target("run_dir", folder / f"{job.verb}.json")
-    saved = SavedRun(job)
+    saved = evaluated_run(job)
     trainer, module = saved.trainer(), saved.module()
     evaluate = trainer.validate if job.verb == "validate" else trainer.test
     with supervise_evaluation(trainer):

@@ -1,7 +1,8 @@
 """Names of the metrics of a final test, whether higher or lower is better, and their values in run.json's `metrics`.
 
 `recall_FORM`, `bits_FORM` and `choice_FORM` are measured on questions of one form; higher is better. Losses and
-perplexities are better when lower. Data without a test end with a validation: `val/loss` and `val/perplexity`.
+perplexities are better when lower. Data without a test end with a validation: `val/loss` and `val/perplexity`. Names of
+the final test that end in `_without_table` are the same figures with every read of a value table set to zero.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from typing import Any
 from pkm_lightning.errors import ConfigError
 
 QUESTION_KINDS = ("recall", "bits", "choice")
-LOWER_IS_BETTER = ("test/loss", "test/perplexity", "val/loss", "val/perplexity")
+#: End of the name of a metric that is measured with every read of a value table set to zero.
+WITHOUT_TABLE = "_without_table"
+LOWER_IS_BETTER = (
+    *("test/loss", "test/perplexity", "val/loss", "val/perplexity"),
+    *(f"test/loss{WITHOUT_TABLE}", f"test/perplexity{WITHOUT_TABLE}"),
+)
 
 
 def kind_of(metric: str) -> str:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkm_lightning.compare.metric import LOWER_IS_BETTER, form_of, higher_is_better, kind_of, metric_value
+from pkm_lightning.compare.metric import (
+    LOWER_IS_BETTER,
+    WITHOUT_TABLE,
+    form_of,
+    higher_is_better,
+    kind_of,
+    metric_value,
+)
 from pkm_lightning.compare.records import Run
 from pkm_lightning.compare.run_files import Answers
 from pkm_lightning.errors import ConfigError, nearest
@@ -41,9 +48,10 @@ class Quality:
     @property
     def label(self) -> str:
         """The metric in words."""
-        form = _FORMS.get(form_of(self.metric), form_of(self.metric).replace("_", " "))
+        metric = self.metric.removesuffix(WITHOUT_TABLE)
+        form = _FORMS.get(form_of(metric), form_of(metric).replace("_", " "))
         words = {"recall": f"recall, {form}", "bits": f"bits per fact, {form}", "choice": f"best of four, {form}"}
-        return words.get(kind_of(self.metric), self.metric)
+        return words.get(kind_of(metric), metric) + (", without table" if metric != self.metric else "")
 
     @property
     def curve(self) -> str:

@@ -9,8 +9,14 @@ from typing import Any
 
 from pkm_lightning.compare.bootstrap import finite_mean
 from pkm_lightning.compare.curves import quality_at
+from pkm_lightning.compare.metric import WITHOUT_TABLE
 from pkm_lightning.compare.quality import Quality
 from pkm_lightning.compare.study import Study
+
+_ZERO_READS = (
+    " 'Without table': the same test with every read of a value table set to zero, so that the difference is what the "
+    "table holds; a model without a table has no such figure."
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def quality_table(study: Study) -> Table:
         f"Final test of each run. {_interval_note(study)}{'' if resampled.is_paired else partly} "
         f"'At {equal}' is interpolated between each run's validations where {reference} ends: there the learning rates "
         "of longer runs have not decayed yet, a run that ended earlier keeps its last value, and validations ask fewer "
-        "questions.",
+        "questions."
+        + (_ZERO_READS if any(other.metric.endswith(WITHOUT_TABLE) for other in other_metrics) else ""),
         ["variant", *(f"seed {seed}" for seed in seeds), "mean", "95% interval", f"less {reference}", f"at {equal}",
          *(other.label for other in other_metrics), "learning rate"],
         rows,
@@ -257,7 +264,8 @@ def _data_of(sweep: Mapping[str, Any], study: Study) -> str:
 
 def _other_metrics(study: Study) -> list[Quality]:
     """Returns further metrics that any run has."""
-    candidates = [Quality(name) for name in ("recall_paraphrase", "recall_question", "recall_control", "test/loss")]
+    names = ("recall_paraphrase", "recall_question", "recall_control", "test/loss")
+    candidates = [Quality(name) for name in (f"{study.quality.metric}{WITHOUT_TABLE}", *names)]
     runs = [run for of_variant in study.variants.values() for run in of_variant]
     others = [quality for quality in candidates if quality.metric != study.quality.metric]
     return [quality for quality in others if any(math.isfinite(quality.value(run)) for run in runs)]

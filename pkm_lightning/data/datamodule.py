@@ -118,7 +118,7 @@ class TokenDataModule(LightningDataModule):
         check_prompts(options["prompts"])
         self._prompts = options["prompts"]
         self._prompts_file = options["prompts_file"]
-        self.tokenizer_choice = TokenizerChoice(options["tokenizer"], options["vocab_size"])
+        self.tokenizer_choice = TokenizerChoice(options["tokenizer"], options["vocab_size"], self.cache_dir)
         self._folder: Path | None = None
         self._splits: Splits | None = None
         self._loaded_samples = 0

@@ -1,4 +1,4 @@
-"""Prompts for `predict`: set in the configuration or read from a file, shared out over the ranks."""
+"""Prompts to answer: set in the configuration or read from a file, shared out over the ranks."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ def collect_prompts(prompts: Sequence[str], prompts_file: str | None) -> list[st
     if prompts_file is not None:
         collected += read_prompts(expanded(prompts_file))
     if not collected:
-        raise ConfigError("data.prompts=[] and data.prompts_file=null leave nothing to predict; set one of them.")
+        raise ConfigError("no prompts; give prompt=TEXT, prompts_file=FILE, or data.prompts=[TEXT,...].")
     return collected
 
 
-def check_prompts(prompts: object) -> None:
-    """Refuses values of `data.prompts` that are not texts: Hydra reads 007 as 7, 1e3 as 1000.0 and null as nothing.
+def check_prompts(prompts: object, key: str = "data.prompts") -> None:
+    """Refuses values of `key` that are not texts: Hydra reads 007 as 7, 1e3 as 1000.0 and null as nothing.
 
     Raises:
         ConfigError: naming the value, and how to quote it.
     """
     if not isinstance(prompts, Sequence) or isinstance(prompts, str):
-        raise ConfigError(f"data.prompts={prompts} is not a list of texts; set data.prompts=[...].")
+        raise ConfigError(f"{key}={prompts} is not a list of texts; set {key}=[...].")
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise ConfigError(
-                f"data.prompts holds {'null' if prompt is None else prompt}, which is not read as a text; quote every "
-                'text: \'data.prompts=["first","second"]\'.'
+                f"{key} holds {'null' if prompt is None else prompt}, which is not read as a text; quote every text: "
+                f'\'{key}=["first","second"]\'.'
             )
-        check_characters(f"data.prompts: {prompt!r}", prompt)
+        check_characters(f"{key}: {prompt!r}", prompt)
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, key: str = "data.prompts_file") -> list[str]:
     """Returns the prompts of a text file (one per line, blank lines skipped) or of a .jsonl file (field `prompt`).
 
     Raises:
         DataError: if the file is missing, empty or malformed.
     """
-    require_file(f"data.prompts_file={path}", path, "set a text file with one prompt per line, or a .jsonl")
+    require_file(f"{key}={path}", path, "set a text file with one prompt per line, or a .jsonl")
     if path.suffix == ".jsonl":
         prompts = [_prompt_field(where, record) for where, record in read_records(path)]
     else:
         prompts = [line for line in split_lines(read_text(path)) if line.strip()]
     if not prompts:
-        raise DataError(f"data.prompts_file={path} is empty; write one prompt per line.")
+        raise DataError(f"{key}={path} is empty; write one prompt per line.")
     return prompts
 
 

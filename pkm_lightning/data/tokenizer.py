@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,7 +25,15 @@ from pkm_lightning.data.bpe import learn_bpe
 from pkm_lightning.data.bpe_process import EOS, PAD, alphabet, byte_level
 from pkm_lightning.data.cache import sha256_file
 from pkm_lightning.data.chunks import CHUNK_CHARACTERS, MAX_CHUNK_CHARACTERS, chunks, grouped
+from pkm_lightning.data.end_token import declared_end, with_declared_end
 from pkm_lightning.data.files import expanded, require_file
+from pkm_lightning.data.pretrained_files import (
+    chat_template_of,
+    default_cache,
+    end_token_of,
+    is_gguf,
+    pretrained_folder,
+)
 from pkm_lightning.errors import ConfigError, DataError, nearest
 
 __all__ = ["Tokenizer"]
@@ -49,20 +57,32 @@ class Tokenizer:
     Attributes:
         pad_id: the id at padded positions.
         eos_id: the id that ends a document.
+        chat_template: Jinja text that renders conversations, where one lies beside the tokenizer's file.
+
+    Args:
+        backend: of the library.
+        source: where it comes from, for messages.
+        end: name of the end token; None for the one that `backend` declares, else the first known name.
     """
 
-    def __init__(self, backend: Backend, source: str) -> None:
-        end_ids = _known_ids(backend, END_NAMES)
+    chat_template: str | None = None
+
+    def __init__(self, backend: Backend, source: str, end: str | None = None) -> None:
+        usual = next((name for name in END_NAMES if backend.token_to_id(name) is not None), None)
+        declared = declared_end(backend)
+        if end is not None and end != (declared or usual) and backend.token_to_id(end) is not None:
+            backend, declared = with_declared_end(backend, end), end
+        end_ids = _known_ids(backend, END_NAMES if declared is None else [declared])
         if not end_ids:
             raise DataError(f"{source} has no end token; add one of: {', '.join(END_NAMES)}.")
         pad_ids = _known_ids(backend, PAD_NAMES)
         # Else `<eos>` in a text would end a document.
         backend.encode_special_tokens = True
         # Some files do not call their control tokens special.
-        names = [
-            name for name in (*END_NAMES, *PAD_NAMES) if set(_known_ids(backend, [name])) & set(_ids(backend, name))
-        ]
-        backend.add_special_tokens(names)
+        names = (*END_NAMES, *PAD_NAMES, *([] if declared is None else [declared]))
+        backend.add_special_tokens(
+            [name for name in names if set(_known_ids(backend, [name])) & set(_ids(backend, name))]
+        )
         backend.no_truncation()
         backend.no_padding()
         if getattr(backend.model, "dropout", None) is not None:
@@ -70,6 +90,11 @@ class Tokenizer:
         self._backend = backend
         self.eos_id: int = end_ids[0]
         self.pad_id: int = (pad_ids or end_ids)[0]
+
+    @property
+    def has_chosen_end(self) -> bool:
+        """Whether the file declares which of several end tokens ends a text."""
+        return declared_end(self._backend) is not None
 
     @property
     def vocab_size(self) -> int:
@@ -84,6 +109,22 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without an end token."""
         return _ids(self._backend, text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Returns the ids of a text by a chat template, in which the names of control tokens mean these tokens."""
+        self._backend.encode_special_tokens = False
+        try:
+            return _ids(self._backend, text)
+        finally:
+            self._backend.encode_special_tokens = True
+
+    @property
+    def control_tokens(self) -> dict[str, str]:
+        """The names `bos_token`, which stands before a text ("" for none), and `eos_token`, for chat templates."""
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        first = next(iter(self._backend.encode("a").ids), None)
+        begin = self._backend.id_to_token(first) if first in special else ""
+        return {"bos_token": begin, "eos_token": self._backend.id_to_token(self.eos_id)}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, computed in parallel where the machine allows."""
@@ -121,12 +162,16 @@ class Tokenizer:
         return text
 
     def save(self, path: Path) -> None:
-        """Writes a `tokenizer.json`."""
+        """Writes a `tokenizer.json`, and beside it the chat template."""
         path.write_text(self.to_json(), encoding="utf-8")
+        if self.chat_template is not None:
+            path.with_name("chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, key: str = "") -> Tokenizer:
         """Reads a `tokenizer.json`, ours or any of the `tokenizers` library.
+
+        A `tokenizer_config.json` beside it, as in a Hugging Face folder, says which token ends a text.
 
         Args:
             path: of the file.
@@ -141,7 +186,9 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             reason = str(error).split("\n")[0]
             raise DataError(f"{key}{path} cannot be read ({reason}); it must be a tokenizer.json.") from error
-        return cls(backend, f"{key}{path}")
+        tokenizer = cls(backend, f"{key}{path}", end_token_of(path.parent))
+        tokenizer.chat_template = chat_template_of(path.parent)
+        return tokenizer
 
     # The library's own pickling loses `encode_special_tokens`.
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
@@ -181,8 +228,10 @@ class TokenizerChoice:
     """The keys `data.tokenizer` and `data.vocab_size`.
 
     Args:
-        kind: `bpe`, `bytes`, or the path of a `tokenizer.json`.
+        kind: `bpe`, `bytes`, or the path of a `tokenizer.json`, of a Hugging Face folder that holds one, or of a GGUF
+            file.
         size: tokens of a `bpe` vocabulary, at least 258; the other kinds have their own size.
+        cache_dir: where the tokenizers of GGUF files are kept.
 
     Raises:
         ConfigError: for an unknown kind or a vocabulary below the 256 bytes and 2 control tokens.
@@ -191,6 +240,7 @@ class TokenizerChoice:
 
     kind: str
     size: int
+    cache_dir: Path = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
         if self.kind == "bpe" and self.size < BYTES_VOCAB:
@@ -198,10 +248,11 @@ class TokenizerChoice:
                 f"data.vocab_size={self.size} is too small for data.tokenizer=bpe; 256 bytes and 2 control tokens need "
                 f"{BYTES_VOCAB} or more."
             )
-        if self.kind not in ("bpe", "bytes") and not str(self.kind).endswith(".json"):
+        named = self.kind in ("bpe", "bytes")
+        if not named and not str(self.kind).endswith(".json") and not is_gguf(self.kind) and not self._is_folder():
             raise ConfigError(
-                f"data.tokenizer={self.kind!r} is not known; allowed: bpe, bytes, or the path of a tokenizer.json."
-                f"{nearest(str(self.kind), ['bpe', 'bytes'])}"
+                f"data.tokenizer={self.kind!r} is not known; allowed: bpe, bytes, or the path of a tokenizer.json, of a "
+                f"folder that holds one, or of a .gguf file.{nearest(str(self.kind), ['bpe', 'bytes'])}"
             )
 
     def vocab_size(self) -> int:
@@ -215,7 +266,11 @@ class TokenizerChoice:
         if self.kind in ("bpe", "bytes"):
             return {"kind": self.kind, "size": self.vocab_size()}
         # "whole": folders that were made while truncation and padding were obeyed must not be found.
-        return {"kind": "file", "sha256": sha256_file(expanded(self.kind)), "whole": True}
+        identity = {"kind": "file", "sha256": sha256_file(self._file()), "whole": True}
+        tokenizer = self._from_file()
+        if tokenizer.has_chosen_end:
+            identity["end"] = tokenizer.eos_id
+        return identity
 
     def make(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Makes the tokenizer from `texts`; a tokenizer from a file is tried on the first of them."""
@@ -229,8 +284,17 @@ class TokenizerChoice:
             log.warning("data.tokenizer=%s changes the text: %s; training sees the text so changed.", self.kind, change)
         return tokenizer
 
+    def _is_folder(self) -> bool:
+        return expanded(self.kind).is_dir()
+
+    def _file(self) -> Path:
+        path = expanded(self.kind)
+        if is_gguf(path) or path.is_dir():
+            return pretrained_folder(path, self.cache_dir, "data.tokenizer=") / "tokenizer.json"
+        return path
+
     def _from_file(self) -> Tokenizer:
-        return Tokenizer.load(expanded(self.kind), "data.tokenizer=")
+        return Tokenizer.load(self._file(), "data.tokenizer=")
 
 
 def find_change(tokenizer: Tokenizer, texts: Iterable[str]) -> str:

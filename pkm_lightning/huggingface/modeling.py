@@ -14,8 +14,8 @@ from transformers.utils import can_return_tuple
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_model
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.huggingface.cache import ForeignCache
 from pkm_lightning.huggingface.configuration import PkmLightningConfig
+from pkm_lightning.huggingface.foreign_cache import ForeignCache
 from pkm_lightning.model import Transformer
 from pkm_lightning.model.transformer import TiedUnembedding
 

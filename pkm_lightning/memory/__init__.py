@@ -12,6 +12,7 @@ from pkm_lightning.memory.table_optimizer import TableOptimizer
 from pkm_lightning.memory.tucker_keys import TuckerKeys
 from pkm_lightning.memory.value_table import TableReference, ValueTable, check_table
 from pkm_lightning.memory.values import Values
+from pkm_lightning.memory.zero_reads import zero_reads
 
 __all__ = [
     "Addressing",
@@ -30,4 +31,5 @@ __all__ = [
     "clip_tables",
     "half_key_dim",
     "product_slots",
+    "zero_reads",
 ]

@@ -55,6 +55,7 @@ class ValueTable(nn.Module):
     Attributes:
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
+        reads_zeros: whether reads return zeros; set by `zero_reads`.
 
     Raises:
         ConfigError: an unknown choice, `slices` that do not divide `dim`, or sizes that the mesh cannot divide.
@@ -82,6 +83,7 @@ class ValueTable(nn.Module):
         if dim % slices:
             raise ConfigError(f"slices={slices} does not divide the {dim} values of a row; choose a divisor of {dim}.")
         self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
+        self.reads_zeros = False
         self.std = dim**-0.5 if std is None else std
         self.learning, self.stays_on_cpu, self.is_mapped = learning, device == "cpu", device == "mmap"
         if self.is_mapped:
@@ -180,19 +182,24 @@ class ValueTable(nn.Module):
         With a table sharded by `dim`, the sums are exchanged between ranks while other work is done in between, and so
         are their gradients in backward.
         """
-        if not self.is_split:
-            read_TV = self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
-            return lambda: read_TV
-        read = functools.partial(self._sum, n_groups=n_groups)
-        assert self.mesh is not None
-        return sharded_sum(self.mesh, self.n_lines, read, ids_TK, weights_TK.to(self.weight.dtype), groups_TK)
+        if self.is_split:
+            read = functools.partial(self._sum, n_groups=n_groups)
+            assert self.mesh is not None
+            finish = sharded_sum(self.mesh, self.n_lines, read, ids_TK, weights_TK.to(self.weight.dtype), groups_TK)
+            return (lambda: torch.zeros_like(finish())) if self.reads_zeros else finish
+        read_TV = self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
+        if self.reads_zeros:
+            read_TV = torch.zeros_like(read_TV)
+        return lambda: read_TV
 
     def dot(self, x_TV: Float[Tensor, "T V"], ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         """Returns the inner products `<lines[ids[t, k]], x[t]>` in the table's dtype."""
-        if not self.is_split:
-            return self._dot(x_TV, ids_TK, ids_TK)
-        assert self.mesh is not None
-        return sharded_dot(self.mesh, self.n_lines, self._dot, x_TV.to(self.weight.dtype), ids_TK)
+        if self.is_split:
+            assert self.mesh is not None
+            dots_TK = sharded_dot(self.mesh, self.n_lines, self._dot, x_TV.to(self.weight.dtype), ids_TK)
+        else:
+            dots_TK = self._dot(x_TV, ids_TK, ids_TK)
+        return torch.zeros_like(dots_TK) if self.reads_zeros else dots_TK
 
     @property
     def size(self) -> int:

@@ -3,5 +3,6 @@
 from pkm_lightning.model.accounting import ModelCost, model_cost
 from pkm_lightning.model.placement import Placement
 from pkm_lightning.model.transformer import ModelOutput, Traces, Transformer
+from pkm_lightning.model.trunk import PartCost, Trunk
 
-__all__ = ["ModelCost", "ModelOutput", "Placement", "Traces", "Transformer", "model_cost"]
+__all__ = ["ModelCost", "ModelOutput", "PartCost", "Placement", "Traces", "Transformer", "Trunk", "model_cost"]

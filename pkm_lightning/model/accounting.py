@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pkm_lightning.ffn import FFNCost
-from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.model.plugin_checks import plugin_cost
 
 if TYPE_CHECKING:
     from pkm_lightning.memory import ValueTable
     from pkm_lightning.model.block import Block
-    from pkm_lightning.model.transformer import Transformer
+    from pkm_lightning.model.trunk import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +61,21 @@ class ModelCost:
         return 3 * (self.model_flops - self.trunk_flops + self.trunk_train_flops)
 
 
-def model_cost(model: Transformer, context: int) -> ModelCost:
+def model_cost(model: Trunk, context: int) -> ModelCost:
     """Returns the cost of `model` with `context` tokens in attention; weights may be on the meta device."""
-    blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
-    costs, unknown = _plugin_costs(blocks)
+    costs, unknown = _plugin_costs(model)
+    own = model.own_cost(context)
     tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
     # The weight of a sharded table is this rank's shard; `size` is that of the whole table.
     table_weights = {id(table.weight) for table in tables}
     dense_params = sum(p.numel() for p in model.parameters() if id(p) not in table_weights)
     table_params = sum(table.size for table in tables)
     embedding = model.embedding.weight
-    modules = [m for b in blocks for m in (b.attention, b.attention_norm, b.ffn_norm)] + [model.norm]
-    active = sum(p.numel() for m in modules for p in m.parameters()) + sum(c.active_params for c in costs)
+    active = own.active_params + sum(c.active_params for c in costs)
     # Without tying, a token reads one row of the embedding and the whole unembedding, a matrix of the same size.
-    active += embedding.numel() + (0 if model.unembedding is None else model.embedding.embedding_dim)
-    attention = sum(attention_flops(b, context) for b in blocks)
-    trunk = attention + sum(c.flops for c in costs)
-    trunk_train = attention + sum(c.flops if c.train_flops is None else c.train_flops for c in costs)
+    active += embedding.numel() + (0 if model.is_tied else model.embedding.embedding_dim)
+    trunk = own.flops + sum(c.flops for c in costs)
+    trunk_train = own.flops + sum(c.flops if c.train_flops is None else c.train_flops for c in costs)
     lookup_bytes = sum(c.lookup_bytes for c in costs)
     row_bytes = model.embedding.embedding_dim * embedding.element_size()
     return ModelCost(
@@ -104,16 +101,15 @@ def attention_flops(block: Block, context: int) -> int:
     return 2 * projections + 4 * context * attention.query.out_features
 
 
-def _plugin_costs(blocks: list[Block]) -> tuple[list[FFNCost], set[str]]:
+def _plugin_costs(model: Trunk) -> tuple[list[FFNCost], set[str]]:
     costs: list[FFNCost] = []
     unknown: set[str] = set()
-    for block in blocks:
-        for _, plugin in named_plugins(block.ffn):
-            cost = plugin_cost(plugin)
-            if cost is None:
-                unknown.add(type(plugin).__name__)
-            else:
-                costs.append(cost)
+    for _, _, plugin in model.plugins():
+        cost = plugin_cost(plugin)
+        if cost is None:
+            unknown.add(type(plugin).__name__)
+        else:
+            costs.append(cost)
     return costs, unknown
 
 

@@ -1,13 +1,16 @@
 """Keys and values that a model keeps while it writes, so that each new token costs one position (Shazeer 2019,
 arXiv 1911.02150, section 2.3).
 
-Letters: G key-value heads, L capacity in tokens, P tokens cached so far, C head dimension.
+Letters: G key-value heads, L tokens that the buffers have room for, P tokens cached so far, C head dimension.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+#: Tokens by which buffers grow at least. They double otherwise, so that each token is copied about once.
+_BLOCK = 128
 
 
 def positions_and_mask(valid_BP: Tensor, start: int, *, is_padded: bool) -> tuple[Tensor, Tensor | None]:
@@ -33,7 +36,7 @@ def positions_and_mask(valid_BP: Tensor, start: int, *, is_padded: bool) -> tupl
 
 
 class LayerCache:
-    """Keys and values of one layer, in buffers of their final size."""
+    """Keys and values of one layer, in buffers that grow with the text up to the capacity of the cache."""
 
     def __init__(self, cache: DecodingCache) -> None:
         self._cache = cache
@@ -48,14 +51,23 @@ class LayerCache:
     def extend(self, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
         """Appends T positions; returns the keys and values of all P + T positions, views of the buffers."""
         start, end = self._cache.length, self._cache.length + k_BGTC.shape[2]
-        if self.keys_BGLC is None or self.values_BGLC is None:
-            # Made here, because autocast and engines decide the dtype that keys and values have.
-            B, G, _, C = k_BGTC.shape
-            self.keys_BGLC = k_BGTC.new_empty(B, G, self._cache.capacity, C)
-            self.values_BGLC = v_BGTC.new_empty(B, G, self._cache.capacity, C)
+        # Made here, because autocast and engines decide the dtype that keys and values have.
+        self.keys_BGLC = self._with_room(self.keys_BGLC, k_BGTC)
+        self.values_BGLC = self._with_room(self.values_BGLC, v_BGTC)
         self.keys_BGLC[:, :, start:end] = k_BGTC
         self.values_BGLC[:, :, start:end] = v_BGTC
         return self.keys_BGLC[:, :, :end], self.values_BGLC[:, :, :end]
+
+    def _with_room(self, buffer_BGLC: Tensor | None, new_BGTC: Tensor) -> Tensor:
+        """Returns the buffer, or a larger copy, with room for the new positions."""
+        room = self._cache.room
+        if buffer_BGLC is not None and buffer_BGLC.shape[2] >= room:
+            return buffer_BGLC
+        B, G, _, C = new_BGTC.shape
+        larger_BGLC = new_BGTC.new_empty(B, G, room, C)
+        if buffer_BGLC is not None:
+            larger_BGLC[:, :, : self._cache.length] = buffer_BGLC[:, :, : self._cache.length]
+        return larger_BGLC
 
     def select(self, rows_B: Tensor) -> None:
         """Keeps the sequences `rows_B`, in that order; a sequence may be repeated."""
@@ -72,15 +84,20 @@ class DecodingCache:
     Args:
         n_layers: layers of the model.
         batch: sequences B.
-        capacity: tokens L per sequence, padding included.
+        capacity: most tokens per sequence, padding included; memory is taken as the text grows.
         device: device of the model.
     """
 
     def __init__(self, *, n_layers: int, batch: int, capacity: int, device: torch.device) -> None:
         self.batch, self.capacity, self.length = batch, capacity, 0
         self.layers = [LayerCache(self) for _ in range(n_layers)]
-        self._valid_BL = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self._valid_BL = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         self._any_padding = False
+
+    @property
+    def room(self) -> int:
+        """Tokens per sequence that buffers have room for."""
+        return self._valid_BL.shape[1]
 
     def begin(self, input_ids_BT: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Enters T new tokens; returns their positions (B, T) and their attention mask (B, 1, T, P + T).
@@ -104,8 +121,21 @@ class DecodingCache:
             if bool((torch.cat([earlier_B1, new_BT], 1).int().diff(dim=1) < 0).any()):
                 raise ValueError("cache: padding must stand before the first token of its sequence.")
             self._any_padding = True
+        self._reserve(end)
         self._valid_BL[:, self.length : end] = new_BT
         return positions_and_mask(self._valid_BL[:, :end], self.length, is_padded=self._any_padding)
+
+    def _reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` per sequence; the layers follow when they extend their buffers."""
+        if tokens > self.room:
+            wanted = max(tokens, 2 * self.room, self.length + _BLOCK)
+            larger_BL = self._valid_BL.new_zeros(self.batch, min(wanted, self.capacity))
+            larger_BL[:, : self.length] = self._valid_BL[:, : self.length]
+            self._valid_BL = larger_BL
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens after the first `length` of each sequence."""
+        self.length = min(self.length, length)
 
     def advance(self, tokens: int) -> None:
         """Counts the tokens that a forward has entered in all layers."""

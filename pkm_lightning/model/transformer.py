@@ -5,7 +5,7 @@ Letters: M selected positions, W vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +17,14 @@ from pkm_lightning.errors import check_flag, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.precision import score_dtype
+from pkm_lightning.model.accounting import attention_flops
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
 from pkm_lightning.model.block import Block
 from pkm_lightning.model.cache import DecodingCache
 from pkm_lightning.model.initialisation import initialise
 from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.model.rope import document_positions, rope_table
+from pkm_lightning.model.trunk import PartCost
 
 #: Traces of the plugins by layer number; see `FFNOutput.trace`.
 Traces = dict[int, "dict[str, Tensor]"]
@@ -130,8 +132,22 @@ class Transformer(nn.Module):
         """All value tables: those that the model owns and those that a plugin owns itself."""
         return [module for module in self.modules() if isinstance(module, ValueTable)]
 
-    def init_weights(self, seed: int) -> None:
-        """Draws every weight from `seed`; see `pkm_lightning.model.initialisation`."""
+    @property
+    def is_tied(self) -> bool:
+        """Whether the model unembeds with the embedding's matrix."""
+        return self.unembedding is None
+
+    def plugins(self) -> Iterator[tuple[int, str, nn.Module]]:
+        """Yields layer, name within the layer and module of each FFN plugin."""
+        for layer, block in enumerate(self.blocks):
+            for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
+                yield layer, name, plugin
+
+    def init_weights(self, seed: int, *, replaced: bool = False) -> None:
+        """Draws every weight from `seed`; see `pkm_lightning.model.initialisation`.
+
+        Also where they are `replaced` by a checkpoint, which need not hold buffers of later versions.
+        """
         initialise(self, seed)
 
     def compile_blocks(self) -> None:
@@ -190,8 +206,7 @@ class Transformer(nn.Module):
     @property
     def is_position_wise(self) -> bool:
         """Whether all FFN plugins state that they read no other token, as a cache requires."""
-        plugins = (plugin for block in self.blocks for _, plugin in named_plugins(block.ffn))  # type: ignore[arg-type]
-        return all(getattr(plugin, "position_wise", False) for plugin in plugins)
+        return all(getattr(plugin, "position_wise", False) for _, _, plugin in self.plugins())
 
     def new_cache(self, batch: int, capacity: int) -> DecodingCache:
         """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included.
@@ -211,6 +226,15 @@ class Transformer(nn.Module):
         assert unembed is not None
         logits: Tensor = unembed(hidden_MD)
         return logits
+
+    def own_cost(self, context: int) -> PartCost:
+        """Returns the cost of attention and norms, with `context` tokens in attention."""
+        blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        modules = [m for b in blocks for m in (b.attention, b.attention_norm, b.ffn_norm)] + [self.norm]
+        return PartCost(
+            active_params=sum(p.numel() for m in modules for p in m.parameters()),
+            flops=sum(attention_flops(block, context) for block in blocks),
+        )
 
     def _attention_inputs(self, input_ids_BT: Tensor, doc_ids_BT: Tensor | None, dtype: torch.dtype) -> AttentionInputs:
         if doc_ids_BT is not None and self.reset_positions:

@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.errors import check_integer
 from pkm_lightning.memory import TableOptimizer
-from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.strategies.portable import PortableCheckpoints, load_optimizer
 from pkm_lightning.strategies.zero_state import (
     ZeroOptimizerState,
@@ -108,7 +107,7 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         from deepspeed.utils import set_z3_leaf_modules
 
         model = self._language_module.model
-        kinds = [plugin for block in model.blocks for _, plugin in named_plugins(block.ffn)]  # type: ignore[arg-type]
+        kinds = [plugin for _, _, plugin in model.plugins()]
         # ZeRO-3 gathers a module in a hook on its forward, but plugins call parts by other methods: they are leaves.
         set_z3_leaf_modules(model, sorted({type(module) for module in kinds}, key=str))
         super().init_deepspeed()

@@ -6,6 +6,7 @@ It is built from a plain configuration dict, which every checkpoint holds. A ste
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -24,14 +25,13 @@ from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
-from pkm_lightning.inference.generation import greedy
-from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
+from pkm_lightning.inference.prediction import Answering, answer_batch
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import seed_torch
 from pkm_lightning.model.loss import token_nll
-from pkm_lightning.model.placement import named_plugins, plugin_entries
+from pkm_lightning.model.placement import plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
@@ -50,6 +50,7 @@ class LanguageModule(L.LightningModule):
 
     Args:
         config: the resolved configuration as plain dicts, lists and numbers; `model.vocab_size` is a number.
+        weights_follow: a checkpoint is about to give all weights, so that those of a pretrained model are not read.
 
     Attributes:
         model: the transformer, after `configure_model`.
@@ -57,15 +58,17 @@ class LanguageModule(L.LightningModule):
         table_optimizer: optimizer of the tables, where the strategy's engine steps all other parameters; else None.
         tokens_seen: real input tokens trained on so far, over all ranks, a scalar tensor.
         watch: watchers of what plugins read, and judges of steps before they are made.
+        answering: how `predict_step` answers prompts; greedily, unless it is replaced.
     """
 
     model: Transformer
     cost: ModelCost
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], *, weights_follow: bool = False) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters("config")
         self.config = config
+        self._weights_follow = weights_follow
         self.heldout_nll, self.heldout_targets = HeldoutSum(), HeldoutSum()
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
@@ -74,6 +77,7 @@ class LanguageModule(L.LightningModule):
         self._reports = StepReports()
         self._batches = BatchChecks()
         self.watch = StepWatch()
+        self.answering = Answering()
         self.table_optimizer: Optimizer | None = None
 
     def configure_model(self) -> None:
@@ -81,7 +85,7 @@ class LanguageModule(L.LightningModule):
         if hasattr(self, "model"):
             return
         self.model = build_model(self.config, self._table_mesh())
-        self.model.init_weights(int(self.config["seed"]))
+        self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
@@ -306,9 +310,9 @@ class LanguageModule(L.LightningModule):
         self._normaliser.reset()
 
     def _after_step(self) -> None:
-        for layer, block in enumerate(self.model.blocks):
+        for layer, plugins in itertools.groupby(self.model.plugins(), key=lambda entry: entry[0]):
             stats = {name: sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
-            for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
+            for _, name, plugin in plugins:
                 if isinstance(plugin, HasAfterStep):
                     plugin.after_step(plugin_entries(name, stats))
 
@@ -371,13 +375,10 @@ class LanguageModule(L.LightningModule):
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Returns greedy answers to `batch["prompt"]`, as records with `index`, `prompt` and `answer`."""
+        """Returns answers to `batch["prompt"]` as records with `index`, `prompt`, `answer`, and `sample` of several."""
         self._batches.check_prompts(self, batch, batch_idx)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        with synchronized_forwards(self.model, self.device):
-            answers = greedy(self.model, tokenizer, batch["prompt"], device=self.device)
-        records = zip(batch["index"], batch["prompt"], answers, strict=True)
-        return [{"index": int(i), "prompt": prompt, "answer": answer} for i, prompt, answer in records]
+        return answer_batch(self.model, tokenizer, batch, self.answering, device=self.device)
 
     def _data(self) -> object:
         """Returns the data module, if there is a Trainer that has one."""

@@ -17,6 +17,7 @@
 | started, ended | UTC, ISO 8601 |
 | best_validation | lowest loss of the validations in training and its step; None without one |
 | metrics | of the final test; recall by form, relation and decile under `recall` |
+| evaluation | by task of lm-evaluation-harness: step, n, num_fewshot, figures; only after `evaluate` |
 
 [1] The unembedding counts at every position; training computes it only where there is a target.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pkm_lightning.ffn import HasSlots, Slots
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Traces, Transformer
-from pkm_lightning.model.placement import named_plugins, plugin_entries
+from pkm_lightning.model.placement import plugin_entries
 from pkm_lightning.usage.slot_checks import check_slots, check_trace
 
 
@@ -107,16 +107,15 @@ def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, 
         ConfigError: a plugin declares inconsistent slots.
     """
     readers = {}
-    for layer, block in enumerate(model.blocks):
-        for part, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
-            if isinstance(plugin, HasSlots):
-                place, declared = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
-                check_slots(place, plugin, declared)
-                names = tuple(slots.name for slots in declared)
-                for slots in declared:
-                    if max_slots is None or slots.count <= max_slots:
-                        reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots, names)
-                        readers[reader.name] = reader
+    for layer, part, plugin in model.plugins():
+        if isinstance(plugin, HasSlots):
+            place, declared = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
+            check_slots(place, plugin, declared)
+            names = tuple(slots.name for slots in declared)
+            for slots in declared:
+                if max_slots is None or slots.count <= max_slots:
+                    reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots, names)
+                    readers[reader.name] = reader
     return readers
 
 

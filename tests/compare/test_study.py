@@ -16,6 +16,7 @@ from studies import SETTINGS, study_of, table
 from tolerances import EXACT_FLOAT
 
 from pkm_lightning.compare.comparison_file import Comparison
+from pkm_lightning.compare.runs_csv import runs_csv
 from pkm_lightning.compare.settings import read_report_settings
 from pkm_lightning.compare.study import make_study
 from pkm_lightning.compare.tables import all_tables
@@ -184,6 +185,37 @@ def test_a_mean_over_some_seeds_only_is_not_shown(tmp_path: Path) -> None:
     slow = FakeRun("slow", 2, seconds=5000.0)
     study = study_of(tmp_path, FakeRun("d", 1, ffn="Dense"), FakeRun("d", 2, ffn="Dense"), FakeRun("slow", 1), slow)
     assert table(study, "Recall")["slow"]["at 100 seconds"] == "-"
+
+
+@pytest.mark.parametrize(
+    ("forms", "names", "column"),
+    [
+        (("paraphrase",), ["test/recall_paraphrase_without_table"], "recall, held-out paraphrases, without table"),
+        ((), ["test/loss_without_table", "test/perplexity_without_table"], "test/loss, without table"),
+    ],
+)
+def test_a_report_shows_what_is_left_without_the_table(
+    forms: tuple[str, ...], names: list[str], column: str, tmp_path: Path
+) -> None:
+    metrics = {"metrics": dict.fromkeys(names, 0.25)}
+    runs = [FakeRun("m", seed, forms=forms, record=metrics) for seed in (1, 2)]
+    study = study_of(tmp_path / "new", *runs, FakeRun("d", 1, ffn="Dense", forms=forms))
+    quality = all_tables(study)[0]
+    cells = {row[0]: row[quality.columns.index(column)] for row in quality.rows}
+    assert cells == {"m": "25.0%" if forms else "0.250", "d": "-"}
+    assert "with every read of a value table set to zero" in quality.note
+    assert names[0] in runs_csv(study).splitlines()[0].split(",")
+    earlier = all_tables(study_of(tmp_path / "old", FakeRun("m", 1, forms=forms), FakeRun("d", 1, forms=forms)))[0]
+    assert not [name for name in earlier.columns if "without" in name]
+    assert "without table" not in earlier.note.lower()
+
+
+def test_a_report_can_be_about_what_is_left_without_the_table(tmp_path: Path) -> None:
+    name = "recall_paraphrase_without_table"
+    runs = [FakeRun("m", seed, record={"metrics": {f"test/{name}": seed / 4}}) for seed in (1, 2)]
+    study = study_of(tmp_path, *runs, metric=name)
+    assert table(study, "Recall, held-out paraphrases, without table")["m"]["mean"] == "37.5%"
+    assert read_report_settings({"report": {"metric": "test/loss_without_table"}}).metric == "test/loss_without_table"
 
 
 def test_a_finished_run_without_the_metric_has_failed(tmp_path: Path) -> None:

@@ -165,7 +165,10 @@ class PluginContract:
         assert torch.allclose(after_BTD, before_BTD, rtol=1e-5, atol=1e-5) is causal
 
     def test_a_cache_gives_the_full_forward(self, model: Transformer) -> None:
-        """Reads prompts of 3 and 5 tokens, one padded, then the rest one by one and in pairs."""
+        """Reads prompts of 3 and 5 tokens, one padded, then the rest one by one and in pairs.
+
+        `tests/model/test_cached_decoding.py` decodes with the plugins of the package at length.
+        """
         if not model.eval().is_position_wise:
             with pytest.raises(ValueError, match="not position_wise"):
                 model.new_cache(2, 9)

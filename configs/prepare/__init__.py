@@ -1,0 +1,1 @@
+"""Choices of groups that only `prepare` knows, from its primary configuration's `hydra.searchpath`."""

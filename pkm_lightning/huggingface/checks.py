@@ -1,0 +1,76 @@
+"""Refuses what a pretrained model cannot be combined with, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pkm_lightning.data.files import expanded
+from pkm_lightning.data.pretrained_files import default_cache
+from pkm_lightning.data.tokenizer import TokenizerChoice
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.huggingface.files import PretrainedFiles
+
+_OWN_FFN = "pkm_lightning.huggingface.PretrainedFFN"
+
+
+def check_ffn(config: Mapping[str, Any]) -> None:
+    """Refuses a plugin: a pretrained model keeps the FFN that it has.
+
+    Raises:
+        ConfigError: naming the FFN that was chosen.
+    """
+    chosen = (config.get("ffn") or {}).get("_target_")
+    if chosen != _OWN_FFN:
+        raise ConfigError(
+            f"ffn={str(chosen).rpartition('.')[2]} cannot be put into a pretrained model, which keeps its own FFN; leave "
+            "ffn out of the command, or set ffn=pretrained."
+        )
+
+
+def check_data(config: Mapping[str, Any], files: PretrainedFiles, settings: Any) -> None:
+    """Refuses a tokenizer of another model, and sequences longer than the positions that the model has learned.
+
+    Args:
+        config: the whole configuration.
+        files: of the model.
+        settings: its configuration in transformers.
+
+    Raises:
+        ConfigError: naming the key of `data`.
+    """
+    data = config.get("data") or {}
+    length = data.get("seq_len")
+    if settings.model_type == "gpt2" and isinstance(length, int) and length > settings.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_len={length} is more than the {settings.max_position_embeddings} positions that "
+            f"{files.path.name} has learned; set data.seq_len={settings.max_position_embeddings} or less."
+        )
+    tokenizer = files.tokenizer
+    if tokenizer is not None and tokenizer.vocab_size > settings.vocab_size:
+        raise ConfigError(
+            f"model.path={files.path} has a tokenizer of {tokenizer.vocab_size} tokens for an embedding of "
+            f"{settings.vocab_size}; it is that of another model."
+        )
+    chosen = data.get("tokenizer")
+    if tokenizer is None or not isinstance(chosen, str) or _is_same(Path(chosen), files):
+        return
+    if _digest(chosen, data) != tokenizer.digest:
+        raise ConfigError(
+            f"data.tokenizer={chosen} is the tokenizer of another model: its ids mean other words than those of "
+            f"model.path={files.path}; leave data.tokenizer out, which takes the model's own."
+        )
+
+
+def _is_same(path: Path, files: PretrainedFiles) -> bool:
+    return expanded(str(path)).absolute() in (files.path, files.folder, files.folder / "tokenizer.json")
+
+
+def _digest(chosen: str, data: Mapping[str, Any]) -> str | None:
+    """Returns the digest of `data.tokenizer`; None for one that will be learned from the data."""
+    cache_dir = data.get("cache_dir")
+    choice = TokenizerChoice(
+        chosen, int(data.get("vocab_size") or 0), expanded(cache_dir) if cache_dir else default_cache()
+    )
+    return None if chosen == "bpe" else choice.make(lambda: ()).digest

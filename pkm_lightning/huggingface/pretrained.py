@@ -1,0 +1,315 @@
+"""`model=hf`: a pretrained model of transformers as the trunk of every verb, with the logits that transformers computes.
+
+The module of transformers does the work: this one translates batches, documents and caches. Weights keep the names that
+they have in transformers, after `network.`: `network.model.layers.0.mlp.up_proj.weight`.
+
+Letters: M selected positions, W vocabulary, P keys: T, and what is cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pkm_lightning.data.files import expanded
+from pkm_lightning.data.pretrained_files import default_cache
+from pkm_lightning.errors import ConfigError, DataError, check_flag
+from pkm_lightning.huggingface.checks import check_data, check_ffn
+from pkm_lightning.huggingface.diagnostics import add_diagnostics
+from pkm_lightning.huggingface.files import PretrainedFiles, make_config, read_model
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.model import ModelOutput, PartCost
+from pkm_lightning.model.attention import document_mask as mask_of_documents
+from pkm_lightning.model.rope import document_positions
+
+if TYPE_CHECKING:
+    from pkm_lightning.huggingface.trunk_cache import PretrainedCache
+    from pkm_lightning.model.cache import DecodingCache
+
+__all__ = ["PretrainedTransformer"]
+
+
+class PretrainedTransformer(nn.Module):
+    """A decoder of transformers with the interface of `pkm_lightning.model.Trunk`.
+
+    Args:
+        path: of the folder or GGUF file with the pretrained weights.
+        architecture: the content of its `config.json`.
+        document_mask: attend within a document only, where the batch has `doc_ids`.
+        reset_positions: positions start at 0 with every document, where the batch has `doc_ids`.
+        activation_checkpointing: recompute each block in backward instead of keeping its activations.
+
+    Attributes:
+        network: the model of transformers, `LlamaForCausalLM` for example.
+
+    Raises:
+        ConfigError: an architecture that is not supported, or transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        architecture: Mapping[str, Any],
+        document_mask: bool,
+        reset_positions: bool,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        for name, value in (("document_mask", document_mask), ("reset_positions", reset_positions)):
+            check_flag(f"model.{name}", value)
+        check_flag("model.activation_checkpointing", activation_checkpointing)
+        self.path, self.document_mask, self.reset_positions = path, document_mask, reset_positions
+        self.config = make_config(architecture, f"model.path={path}")
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        # Drawn weights would all be replaced.
+        with no_init_weights():
+            dtype = torch.get_default_dtype()
+            self.network = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+        self.network.tie_weights()
+        add_diagnostics(block.attn if self.config.model_type == "gpt2" else block.self_attn for block in self.blocks)
+        self.tables = nn.ModuleList()
+        self.activation_checkpointing = activation_checkpointing
+        self.register_state_dict_post_hook(_without_tied)
+        self.register_load_state_dict_pre_hook(_with_tied)
+        self.register_load_state_dict_post_hook(lambda module, _: module.network.tie_weights())
+
+    @classmethod
+    def complete(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Returns `config` with the architecture, sizes, vocabulary and tokenizer that the model's files hold.
+
+        That of a saved run holds them already, and no file is read.
+
+        Raises:
+            ConfigError: another FFN, a tokenizer of another model, or an architecture that is not supported.
+            DataError: files that are missing or damaged.
+            CheckpointError: weights of another architecture.
+        """
+        check_ffn(config)
+        model = config["model"]
+        if "architecture" in model:
+            return config
+        if not isinstance(model.get("path"), str):
+            raise ConfigError(f"model.path={model.get('path')} is no path; give that of a folder or a .gguf file.")
+        cache_dir = (config.get("data") or {}).get("cache_dir")
+        files = PretrainedFiles.find(model["path"], expanded(cache_dir) if cache_dir else default_cache())
+        settings = make_config(files.architecture, f"model.path={model['path']}")
+        found = {
+            "path": str(files.path),
+            "architecture": files.architecture,
+            "dim": settings.hidden_size,
+            "n_layers": settings.num_hidden_layers,
+            "vocab_size": settings.vocab_size,
+            "tokenizer_digest": None if files.tokenizer is None else files.tokenizer.digest,
+        }
+        check_data(config, files, settings)
+        with torch.device("meta"):
+            arguments = {name: model[name] for name in ("document_mask", "reset_positions", "activation_checkpointing")}
+            files.check_weights(cls(path=found["path"], architecture=files.architecture, **arguments).network)
+        return {**config, "model": {**model, **found}}
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in backward."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self._activation_checkpointing = on
+        if on:
+            # The reentrant variant, which torch advises against, would need an input that requires a gradient.
+            self.network.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.network.activation_checkpointing_disable()
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        embedding: nn.Embedding = self.network.get_input_embeddings()
+        return embedding
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the model unembeds with the embedding's matrix."""
+        return self.network.get_output_embeddings().weight is self.embedding.weight
+
+    @property
+    def tied_unembedding(self) -> None:
+        """None: transformers registers a shared matrix in both modules, and engines find it there."""
+        return None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder layers of transformers."""
+        decoder = self.network.base_model
+        blocks: nn.ModuleList = decoder.h if self.config.model_type == "gpt2" else decoder.layers
+        return blocks
+
+    @property
+    def value_tables(self) -> list[ValueTable]:
+        """None: a pretrained model has no value table."""
+        return []
+
+    @property
+    def is_position_wise(self) -> bool:
+        """True: only attention reads other tokens."""
+        return True
+
+    def plugins(self) -> Iterator[tuple[int, str, nn.Module]]:
+        """Yields nothing: every layer keeps the FFN that it has."""
+        yield from ()
+
+    def init_weights(self, seed: int, *, replaced: bool = False) -> None:
+        """Reads the pretrained weights; `seed` has no effect.
+
+        Raises:
+            DataError: the model's files are not there any more.
+            CheckpointError: they have changed.
+        """
+        if replaced:
+            return
+        path = Path(self.path)
+        if not path.exists():
+            raise DataError(
+                f"model.path={path} does not exist any more, and no checkpoint holds its weights yet; put it back, or "
+                "start again with model.path=ITS_PLACE and resume=never."
+            )
+        embedding = self.embedding.weight
+        # On the CPU whatever the surrounding device context is, and from there into the parameters that there are.
+        with torch.device("cpu"):
+            read = read_model(path, self.config, embedding.dtype)
+        self.network.load_state_dict(read.state_dict())
+
+    def compile_blocks(self) -> None:
+        """Compiles each block in place, which leaves parameter names unchanged."""
+        for block in self.blocks:
+            block.compile()
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        doc_ids_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+        observe: bool = False,
+        cache: DecodingCache | None = None,
+    ) -> ModelOutput:
+        """Returns hidden states for token ids; see `Transformer.forward`.
+
+        Raises:
+            ValueError: `cache` with `doc_ids_BT`, another batch, or more tokens than it has room for.
+        """
+        positions_BT, mask_B1TP = None, None
+        if cache is not None:
+            if doc_ids_BT is not None:
+                raise ValueError("cache: a cached sequence is one document; do not pass doc_ids_BT.")
+            positions_BT, mask_B1TP = cache.begin(input_ids_BT, valid_BT)
+        elif doc_ids_BT is not None:
+            # Whole masks: from positions alone transformers would guess where documents begin.
+            mask_B1TP = mask_of_documents(doc_ids_BT if self.document_mask else torch.zeros_like(doc_ids_BT))
+            positions_BT = document_positions(doc_ids_BT) if self.reset_positions else None
+        output = self.network.base_model(
+            input_ids=input_ids_BT,
+            attention_mask=self._masks(mask_B1TP, input_ids_BT, cache),
+            position_ids=positions_BT,
+            cache=None if cache is None else cache.states,  # type: ignore[attr-defined]
+            use_cache=cache is not None,
+        )
+        if cache is not None:
+            cache.advance(input_ids_BT.shape[1])
+        return ModelOutput(output.last_hidden_state)
+
+    def unembed(self, hidden_MD: Tensor) -> Tensor:
+        """Returns logits over the vocabulary for any selection of hidden states, (..., D) -> (..., W)."""
+        logits: Tensor = self.network.get_output_embeddings()(hidden_MD)
+        return logits
+
+    def new_cache(self, batch: int, capacity: int) -> PretrainedCache:
+        """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included.
+
+        Raises:
+            ValueError: more tokens than a model with learned positions has.
+        """
+        from pkm_lightning.huggingface.trunk_cache import PretrainedCache
+
+        limit = learned_positions(self.config)
+        if limit is not None and capacity > limit:
+            raise ValueError(f"cache: {capacity} tokens, but the model has learned {limit} positions; ask for fewer.")
+        return PretrainedCache(
+            n_layers=len(self.blocks), batch=batch, capacity=capacity, device=self.embedding.weight.device
+        )
+
+    def own_cost(self, context: int) -> PartCost:
+        """Returns the cost of the layers and norms, with `context` tokens in attention.
+
+        Every matrix of a layer multiplies every token; biases and gains count no FLOPs. Of learned positions one row is
+        active.
+        """
+        settings, embedding = self.config, self.embedding.weight
+        inside = [p for block in self.blocks for p in block.parameters()]
+        head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+        attention = 4 * context * settings.num_attention_heads * head_dim * settings.num_hidden_layers
+        decoder = sum(p.numel() for p in self.network.base_model.parameters() if p is not embedding)
+        limit = learned_positions(settings)
+        return PartCost(
+            active_params=decoder - (0 if limit is None else (limit - 1) * settings.hidden_size),
+            flops=2 * sum(p.numel() for p in inside if p.ndim >= 2) + attention,
+        )
+
+    def _masks(
+        self, mask_B1TP: Tensor | None, input_ids_BT: Tensor, cache: DecodingCache | None
+    ) -> Tensor | dict[str, Tensor | None] | None:
+        """Returns the mask for transformers; with windows, by kind of layer where it tells them apart.
+
+        None leaves a plain causal mask to transformers, which has faster kernels.
+        """
+        window: int | None = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        end = input_ids_BT.shape[1] + (0 if cache is None else cache.length)
+        if window is None or end <= window or (kinds and "sliding_attention" not in kinds):
+            return mask_B1TP
+        if mask_B1TP is None and cache is None:
+            return None
+        columns_P = torch.arange(end, device=input_ids_BT.device)
+        rows_T1 = columns_P[end - input_ids_BT.shape[1] :, None]
+        if mask_B1TP is None:
+            mask_B1TP = (columns_P <= rows_T1)[None, None]
+        windowed_B1TP = mask_B1TP & (columns_P > rows_T1 - window)
+        return {"full_attention": mask_B1TP, "sliding_attention": windowed_B1TP} if kinds else windowed_B1TP
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PretrainedTransformer:
+        # Frequencies stay in fp32 when weights are cast, as transformers itself keeps them: bf16 has 8 bits for a
+        # position of thousands.
+        kept = {module: module.inv_freq for module in self.modules() if hasattr(module, "inv_freq")}
+        super()._apply(fn, recurse)
+        for module, frequencies in kept.items():
+            if module.inv_freq.dtype != frequencies.dtype:
+                module.inv_freq = frequencies.to(module.inv_freq.device)
+        return self
+
+
+def learned_positions(config: Any) -> int | None:
+    """Returns the number of positions that a model with a table of them has, None for rotary positions."""
+    return int(config.max_position_embeddings) if config.model_type == "gpt2" else None
+
+
+def _without_tied(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leaves a tied unembedding out of a state dict: its matrix is there as the embedding's."""
+    assert isinstance(module, PretrainedTransformer)
+    if module.is_tied:
+        state.pop(f"{prefix}network.lm_head.weight", None)
+
+
+def _with_tied(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Gives it back before a state dict is loaded."""
+    assert isinstance(module, PretrainedTransformer)
+    if module.is_tied:
+        name = next(n for n, p in module.named_parameters() if p is module.embedding.weight)
+        if f"{prefix}{name}" in state:
+            state.setdefault(f"{prefix}network.lm_head.weight", state[f"{prefix}{name}"])

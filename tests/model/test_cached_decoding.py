@@ -1,0 +1,71 @@
+"""Decoding with a cache writes what full forwards write: every plugin, placement, precision and place of the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ffn.plugin_contract import Case, ids, run
+from ffn.test_every_plugin import CHANGES, NAMES
+from model.cached_decoding import check_cached_decoding
+
+from pkm_lightning.build.loading import load
+from pkm_lightning.build.model import build_model
+from pkm_lightning.checkpoints import SavedCheckpoint
+from pkm_lightning.checkpoints.export import write as export
+from pkm_lightning.ffn import HasAfterStep
+from pkm_lightning.model import Transformer
+from pkm_lightning.model.placement import named_plugins, plugin_entries
+
+PLACEMENTS = {
+    "replace": {},
+    "parallel": {"mode": "parallel"},
+    "deferred": {"mode": "parallel", "layers": [0, 1], "write_after": 1},
+}
+
+
+def trained(name: str, placement: str) -> tuple[Transformer, dict[str, Any]]:
+    """Builds the plugin's small model; a training forward has moved its statistics, as those of batch norms."""
+    settings = Case(name, CHANGES.get(name, {})).settings()
+    settings["model"]["n_layers"] = 3
+    settings["placement"] |= PLACEMENTS[placement]
+    model = build_model(settings)
+    model.init_weights(3)
+    with torch.no_grad():
+        output = run(model.train(), ids(6, 9))
+    for layer, stats in output.step_stats.items():
+        for key, plugin in named_plugins(model.blocks[layer].ffn):  # type: ignore[arg-type]
+            if isinstance(plugin, HasAfterStep):
+                plugin.after_step(plugin_entries(key, stats))
+    return model.eval(), settings
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_plugin_writes_200_tokens(name: str) -> None:
+    check_cached_decoding(trained(name, "replace")[0], steps=200)
+
+
+@pytest.mark.parametrize("placement", ["parallel", "deferred"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_placement(name: str, placement: str) -> None:
+    check_cached_decoding(trained(name, placement)[0], steps=12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16(name: str) -> None:
+    check_cached_decoding(trained(name, "replace")[0].to(torch.bfloat16), steps=60)
+
+
+@pytest.mark.parametrize("table_device", ["cpu", "mmap"])
+@pytest.mark.parametrize("name", ["pkm", "memory", "memory_plus", "peer", "ultramem", "ultramem_v2"])
+def test_tables_in_host_memory_and_in_their_file(name: str, table_device: str, tmp_path: Path) -> None:
+    model, settings = trained(name, "replace")
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "tokens_seen": 0, "hyper_parameters": {"config": settings}}, tmp_path / "a.ckpt")
+    export(SavedCheckpoint(tmp_path / "a.ckpt"), tmp_path / "a.safetensors")
+    loaded = load(tmp_path / "a.safetensors", table_device=table_device).model
+    assert loaded.value_tables
+    assert all(table.is_mapped is (table_device == "mmap") for table in loaded.value_tables)
+    check_cached_decoding(loaded, steps=12)
