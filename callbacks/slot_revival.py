@@ -32,7 +32,7 @@ from pkm_lightning.errors import ConfigError, check_choice, check_integer, check
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.usage.query_recorder import QueryRecorder
-from pkm_lightning.usage.revival import Revival, addressing_of, learns
+from pkm_lightning.usage.revival import Revival, addressing_of
 from pkm_lightning.usage.revival_history import RevivalHistory
 from pkm_lightning.usage.slot_readers import Reader, find_readers, find_tables
 
@@ -96,7 +96,7 @@ class SlotRevival(L.Callback):
         usage = _slot_usage(trainer)
         readers = find_readers(pl_module.model)
         tables = find_tables(readers)
-        if self.source == "busy" and not any(learns(table) for one in tables.values() for table in one.tables):
+        if self.source == "busy" and not any(table.learns for one in tables.values() for table in one.tables):
             raise ConfigError(f"{_KEY}: no table of this model learns, so there is nothing to revive; leave it out.")
         self._names = list(tables)
         if self.source == "queries":

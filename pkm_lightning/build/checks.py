@@ -112,6 +112,11 @@ def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
             "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; set "
             "table.device=cpu, or export the run when it is trained."
         )
+    if config["table"]["_target_"] == "pkm_lightning.memory.QuantizedTable":
+        raise ConfigError(
+            f"table.bits={config['table'].get('bits')}: a quantised table is read only and cannot be trained; train "
+            "with table._target_=pkm_lightning.memory.ValueTable and quantise the run when you export it."
+        )
     check_optimizer(config["optim"])
     for callback in callbacks:
         if isinstance(callback, ChecksConfig):

@@ -39,7 +39,7 @@ def check_own_tables(model: Transformer, *, engine: bool) -> None:
     """
     of_model = {id(table) for table in model.tables}
     of_plugins = [table for table in model.value_tables if id(table) not in of_model]
-    if any(table.stage is not None or (engine and table.weight.requires_grad) for table in of_plugins):
+    if any(table.stage is not None or (engine and table.learns) for table in of_plugins):
         raise ConfigError(
             "a plugin has made a ValueTable itself, which this strategy would treat as a dense "
             "parameter; let the builder pass it (the keyword `table` and the class method table_spec), or set "

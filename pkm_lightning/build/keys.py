@@ -160,10 +160,7 @@ class RunKeys(TypedDict):
     run_dir: str
     resume: NotRequired[Literal["auto", "always", "never"]]
     ckpt: NotRequired[str | None]
-    file: NotRequired[str | None]
-    overwrite: NotRequired[bool]
     trust_config: NotRequired[bool]
-    dir: NotRequired[str | None]
     format: NotRequired[Literal["text", "json", "safetensors", "hf"] | None]
     out: NotRequired[str | None]
 

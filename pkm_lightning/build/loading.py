@@ -198,13 +198,14 @@ def load_weights(model: Transformer, checkpoint: SavedCheckpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} does not fit its configuration ({reason}).") from None
     for table in model.value_tables:
         if table.is_mapped:
-            expect_scattered_reads(table.weight)
+            for stored in table.state_dict().values():
+                expect_scattered_reads(stored)
 
 
 def unread_tensors(model: Transformer, checkpoint: SavedCheckpoint) -> set[str]:
     """Returns the names of tensors that no evaluation reads, or of which it reads a few rows only."""
-    modules = model.named_modules()
-    mapped = {f"state_dict.model.{n}.weight" for n, m in modules if isinstance(m, ValueTable) and m.is_mapped}
+    tables = [(name, m) for name, m in model.named_modules() if isinstance(m, ValueTable) and m.is_mapped]
+    mapped = {f"state_dict.model.{name}.{part}" for name, table in tables for part in table.state_dict()}
     return mapped | {name for name in checkpoint.shapes if name.startswith("optimizer_states.")}
 
 

@@ -35,7 +35,7 @@ class _Sizes:
     """Numbers of values. Shares are those of one rank, with each split dimension rounded up, as FSDP2 pads it."""
 
     def __init__(self, model: Transformer, world: int) -> None:
-        tables = {id(table.weight) for table in model.value_tables}
+        tables = {id(weight) for table in model.value_tables for weight in table.parameters()}
         by_block = [list(block.parameters()) for block in model.blocks]
         inside = {id(p) for block in by_block for p in block}
         rest = [p for p in model.parameters() if id(p) not in inside]

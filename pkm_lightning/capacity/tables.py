@@ -81,7 +81,7 @@ class _OneTable:
         self.width = table.dim // table.slices
         self.lines = -(-table.n_lines // self.members) if self.shard == "row" else table.n_lines
         self.columns = -(-self.width // self.members) if self.shard == "dim" else self.width
-        self.trained = table.stage is not None or table.weight.requires_grad
+        self.trained = table.learns
         self.learning = setting.learning if split else table.learning
         # In host memory each rank drops reads of other ranks' rows before staging.
         self.own_lines_only = self.shard == "row" and setting.tables_on_host

@@ -8,7 +8,7 @@ exported model these:
 | `format` | `pt`, which other readers of the format require |
 | `pkm_lightning_format` | version of this table |
 | `pkm_lightning_version` | of the package that wrote the file |
-| `config` | the resolved configuration, as JSON |
+| `config` | the resolved configuration, as JSON; where tables are quantised, `table.bits` is their width |
 | `tokens_seen` | number |
 | `tokenizer` | digest; absent where the data module has none |
 | `data` | fingerprint of the training data; likewise |

@@ -25,6 +25,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
     "dir": ("export",),
     "overwrite": ("export",),
+    "quantize": ("export",),
     "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
     "format": ("info", "export"),
     "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
@@ -36,15 +37,17 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
     "batch_size": ("generate", "predict", "evaluate"),
     "system": ("chat",),
+    "packages": ("prepare",),
+    "sets": ("prepare",),
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "format", "file", "dir", "overwrite"),
+    "export": ("run_dir", "ckpt", "format", "file", "dir", "overwrite", "quantize"),
     "report": ("runs", "out", "report", "experiment"),
     "prepare": ("data", "packages", "sets", "out"),
 }
 #: Callbacks that an evaluation runs, and their keys that it does not read.
-_CALLBACKS_OF = {
+_CALLBACKS_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "validate": {"progress_bar": (), "recall": ("test_items", "path")},
     "test": {"progress_bar": (), "recall": ("val_items", "path")},
     "predict": {"progress_bar": ()},
@@ -57,11 +60,9 @@ _TRAINING_KEYS = (
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
-    *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
-    *("trust_config", "format", "dir", "out"),
+    *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt"),
+    *("trust_config", "format", "out"),
 )
-#: Further keys at the top of the primary configuration of a verb.
-KEYS_AT_TOP = {"prepare": ("packages", "sets")}
 
 
 def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
@@ -84,7 +85,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF, *KEYS_AT_TOP.get(verb, ()))),
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF)),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):

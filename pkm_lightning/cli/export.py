@@ -13,6 +13,7 @@ from pathlib import Path
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion, run_folder
 from pkm_lightning.checkpoints.export import write
+from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
 from pkm_lightning.errors import CheckpointError, ConfigError, check_choice, check_flag
@@ -33,18 +34,23 @@ def _write_file(job: Job) -> None:
     file = _target(job)
     _, path = locate(job)
     checkpoint = open_checkpoint(path)
-    if checkpoint.kind == "exported":
+    width = job.config.quantize
+    if checkpoint.kind == "exported" and width is None:
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
     companions = {name: _companion(name, path, file, bool(job.config.overwrite)) for name in (TOKENIZER, CHAT_TEMPLATE)}
+    content = checkpoint if width is None else QuantizedCheckpoint(checkpoint, str(width))
     checkpoint.check_sums()
-    entries = write(checkpoint, file)
-    for name, content in companions.items():
-        if content is not None:
-            write_beside(file.parent / name, content)
+    entries = write(content, file)
+    for name, companion in companions.items():
+        if companion is not None:
+            write_beside(file.parent / name, companion)
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout
     print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}", file=output)
+    if isinstance(content, QuantizedCheckpoint):
+        before, after = content.table_bytes
+        print(f"value tables as {width}: {after:,} bytes, before {before:,}", file=output)
 
 
 def _write_folder(job: Job) -> None:
@@ -102,6 +108,10 @@ def _folder(job: Job) -> Path:
         raise ConfigError(f"file={job.config.file} is of format=safetensors; format=hf writes a folder, dir=FOLDER.")
     if job.config.dir is None:
         raise ConfigError("format=hf needs dir=FOLDER, the folder to write.")
+    if job.config.quantize is not None:
+        raise ConfigError(
+            f"quantize={job.config.quantize} is of format=safetensors, which file=NAME.safetensors names."
+        )
     folder = Path(str(job.config.dir))
     parent = Path(os.path.realpath(folder)).parent
     if folder.exists() and not folder.is_dir():

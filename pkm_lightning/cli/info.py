@@ -20,6 +20,7 @@ from pkm_lightning.cli.summary import cost_rows
 from pkm_lightning.cli.variants import compose_variant, side_by_side
 from pkm_lightning.compare.settings import read_variants
 from pkm_lightning.errors import ConfigError, PkmError, check_choice
+from pkm_lightning.memory import ValueTable
 from pkm_lightning.training.record import start_record
 from pkm_lightning.training.table_learning import optimizer_state_bytes
 
@@ -98,18 +99,20 @@ def describe(resolved: ResolvedRun) -> dict[str, Any]:
     record = start_record(config, cost)
     shared = ("ffn", "params", "flops_per_token", "bytes_per_token", "unknown_cost")
     itemsize = next(model.parameters()).element_size()
+    tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
+    table_bytes = sum(table.bytes_of(table.size) for table in tables)
     return {
         **{key: record[key] for key in shared},
         "model": {"n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"]},
         "sized": sized_knob(config),
         "layers": placed_layers(config),
         "table": {
-            "count": len(list(model.tables)),
+            "count": len(tables),
             "rows": cost.table_rows,
             "dim": cost.table_dim,
-            "bytes": cost.table_params * itemsize,
+            "bytes": table_bytes,
         },
-        "weight_bytes": cost.params_total * itemsize,
+        "weight_bytes": (cost.params_total - cost.table_params) * itemsize + table_bytes,
         "optimizer_bytes": optimizer_state_bytes(model, config),
         **describe_plan(resolved),
         "remarks": batch_remarks(cost, Setting.of(config), config["data"]),

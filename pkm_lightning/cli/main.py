@@ -43,6 +43,7 @@ PRIMARY_CONFIGURATIONS = {
     "generate": "generate",
     "chat": "generate",
     "evaluate": "evaluate",
+    "export": "export",
     "prepare": "prepare",
 }
 

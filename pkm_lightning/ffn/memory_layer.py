@@ -176,5 +176,5 @@ class MemoryLayer(ProductKeyFFN):
             active_params=params + values_read,
             flops=flops(self.addressing.reads),
             train_flops=flops(self.addressing.training_reads),
-            lookup_bytes=values_read * table.weight.element_size(),
+            lookup_bytes=table.bytes_of(values_read),
         )

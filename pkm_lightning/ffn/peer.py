@@ -142,5 +142,5 @@ class PEER(ProductKeyFFN):
             table_params=sum(table.size for table in tables),
             active_params=params + values_read,
             flops=self.addressing.flops() + 2 * values_read,
-            lookup_bytes=values_read * tables[0].weight.element_size(),
+            lookup_bytes=tables[0].bytes_of(values_read),
         )

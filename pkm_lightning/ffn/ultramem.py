@@ -233,5 +233,5 @@ class UltraMem(nn.Module):
             table_params=table.size,
             active_params=params + values_read,
             flops=self.keys.flops() + 2 * (self.out.weight.numel() + values_read),
-            lookup_bytes=values_read * table.weight.element_size(),
+            lookup_bytes=table.bytes_of(values_read),
         )

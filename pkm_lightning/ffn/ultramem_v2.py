@@ -219,5 +219,5 @@ class UltraMemV2(nn.Module):
             table_params=2 * table.size,
             active_params=params + values_read,
             flops=self.keys.flops() + 2 * (self.pre.weight.numel() + self.out.weight.numel() + values_read),
-            lookup_bytes=values_read * table.weight.element_size(),
+            lookup_bytes=table.bytes_of(values_read),
         )

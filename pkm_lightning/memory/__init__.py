@@ -4,6 +4,7 @@ from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.cures import Cures
 from pkm_lightning.memory.mesh import TableMesh
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim, product_slots
+from pkm_lightning.memory.quantized_table import QuantizedTable
 from pkm_lightning.memory.query import QueryNetwork
 from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.staging import RowStage
@@ -18,6 +19,7 @@ __all__ = [
     "Addressing",
     "Cures",
     "ProductKeys",
+    "QuantizedTable",
     "QueryNetwork",
     "RowOptimizer",
     "RowStage",

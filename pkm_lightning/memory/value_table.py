@@ -93,15 +93,18 @@ class ValueTable(nn.Module):
         if mesh is not None:
             lines, width = mesh.local_shape(lines, width)
         self.stage = RowStage(lines, mesh) if by_rows else None
-        # The device of the enclosing `torch.device` context: the Trainer's, or meta for a model without memory.
-        current = torch.empty(0).device
-        device_of_weight = torch.device("cpu") if self.stays_on_cpu and current.type != "meta" else current
-        device_of_weight = torch.device("meta") if self.is_mapped else device_of_weight
-        values = torch.empty(lines, width, device=device_of_weight)
+        values = torch.empty(lines, width, device=self._initial_device())
         # torch.distributed.checkpoint allocates a gradient for every parameter that requires one when it loads an
         # optimizer's state: here that would be as large as the table.
         self.weight = nn.Parameter(values, requires_grad=trainable and not by_rows)
         self.reset_parameters()
+
+    def _initial_device(self) -> torch.device:
+        # That of the enclosing `torch.device` context: the Trainer's, or meta for a model without memory.
+        current = torch.empty(0).device
+        if self.is_mapped:
+            return torch.device("meta")
+        return torch.device("cpu") if self.stays_on_cpu and current.type != "meta" else current
 
     def reset_parameters(self) -> None:
         """Draws the rows from N(0, std**2): the same table for every sharding; each rank keeps its part.
@@ -210,6 +213,15 @@ class ValueTable(nn.Module):
     def n_lines(self) -> int:
         """Number of lines of the whole table: rows, or slices of rows."""
         return self.rows * self.slices
+
+    @property
+    def learns(self) -> bool:
+        """Whether training changes the rows."""
+        return self.stage is not None or self.weight.requires_grad
+
+    def bytes_of(self, values: int) -> int:
+        """Returns the bytes that `values` values of whole rows take."""
+        return values * self.weight.element_size()
 
     @property
     def is_split(self) -> bool:

@@ -67,7 +67,7 @@ def model_cost(model: Trunk, context: int) -> ModelCost:
     own = model.own_cost(context)
     tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
     # The weight of a sharded table is this rank's shard; `size` is that of the whole table.
-    table_weights = {id(table.weight) for table in tables}
+    table_weights = {id(weight) for table in tables for weight in table.parameters()}
     dense_params = sum(p.numel() for p in model.parameters() if id(p) not in table_weights)
     table_params = sum(table.size for table in tables)
     embedding = model.embedding.weight

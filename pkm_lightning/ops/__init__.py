@@ -10,18 +10,30 @@ from pkm_lightning.ops.gathered_dot import gathered_dot
 from pkm_lightning.ops.grouped_linear import grouped_linear
 from pkm_lightning.ops.half_topk import half_topk
 from pkm_lightning.ops.product_topk import MAX_SUB_KEYS, product_combine, product_topk
+from pkm_lightning.ops.quantized_rows import (
+    QuantizedRows,
+    dequantize_rows,
+    quantize_rows,
+    quantized_dot,
+    quantized_gather,
+)
 from pkm_lightning.ops.ranked_topk import ranked_topk
 from pkm_lightning.ops.ranks import sum_over_ranks
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
 __all__ = [
     "MAX_SUB_KEYS",
+    "QuantizedRows",
     "count_reads",
+    "dequantize_rows",
     "gathered_dot",
     "grouped_linear",
     "half_topk",
     "product_combine",
     "product_topk",
+    "quantize_rows",
+    "quantized_dot",
+    "quantized_gather",
     "ranked_topk",
     "sum_over_ranks",
     "weighted_gather",

@@ -107,7 +107,7 @@ class LanguageModule(L.LightningModule):
             return
         # Not `value_tables`: a table that a plugin has made itself is a dense parameter to the strategy.
         tables: list[ValueTable] = list(self.model.tables)  # type: ignore[arg-type]
-        weights = [table.weight for table in tables]
+        weights = [weight for table in tables for weight in table.parameters()]
         if engine_of(self._trainer) is not None:
             for table in tables:
                 table.unregister()

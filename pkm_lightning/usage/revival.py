@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_served, write_keys
 from pkm_lightning.ops.ranks import full_tensor, is_distributed
@@ -81,7 +80,7 @@ class Revival:
         # A row that is dead may still have reads in the window.
         counts_N = counts_N.masked_fill(dead_slots(last_N, self.counters.clock, self.dead_after), 0)
         busiest_N = counts_N.argsort(descending=True, stable=True)[: int((counts_N > 0).sum())]
-        tables = [table for table in self.counters.tables[name].tables if learns(table)]
+        tables = [table for table in self.counters.tables[name].tables if table.learns]
         if not (len(rows_M) and len(busiest_N) and tables):
             return
         sources_M = busiest_N[torch.arange(len(rows_M), device=rows_M.device) % len(busiest_N)]
@@ -158,11 +157,6 @@ class Revival:
 
     def _seed(self, what: str) -> int:
         return zlib.crc32(f"{self.seed}/revival/{self.step}/{what}".encode())
-
-
-def learns(table: ValueTable) -> bool:
-    """Returns whether training changes the rows of `table`."""
-    return table.stage is not None or table.weight.requires_grad
 
 
 def addressing_of(plugin: nn.Module) -> Addressing | None:
