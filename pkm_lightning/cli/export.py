@@ -62,7 +62,8 @@ def _write_folder(job: Job) -> None:
     from pkm_lightning.huggingface.export import check_replaceable, write_folder
 
     check_replaceable(folder)
-    written = write_folder(checkpoint, folder)
+    width = job.config.quantize
+    written = write_folder(checkpoint, folder, None if width is None else str(width))
     if not written.has_tokenizer:
         place = (run_folder(path) or path.absolute().parent) / TOKENIZER
         _log.warning("%s has no tokenizer: put that of the training at %s and export again, or use ids.", folder, place)

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_folder(tmp_path: Path) -> N
     refused({"tokenizer": "another"}, CheckpointError, "is not the tokenizer that model.ckpt was trained with")
     settings = content["hyper_parameters"]["config"]
     refused(
-        {"hyper_parameters": {"config": {**settings, "table": 3}}}, CheckpointError, "a configuration without table"
+        {"hyper_parameters": {"config": {**settings, "table": 3}}}, CheckpointError, "has a configuration without table"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.ckpt", "tokenizer.json"]
 
