@@ -52,7 +52,7 @@ def describe(saved: SavedCheckpoint, content: SavedCheckpoint | QuantizedCheckpo
         return Architecture({**llama_config(model), **length}, llama_names(model))
     pretrained = config["model"].get("architecture")
     if model is not None and isinstance(pretrained, dict):
-        # `auto_map` names a file of the folder that the model came from, whose code was not run.
+        # `auto_map` is for code in the folder that the model came from, which was not run.
         known = {key: value for key, value in pretrained.items() if key != "auto_map"}
         return Architecture(known, {name: name.removeprefix(_NETWORK) for name in model.state_dict()})
     return Architecture({**_class_config(config), **length}, None)

@@ -145,7 +145,7 @@ def test_transformers_alone_loads_the_folder(tmp_path: Path) -> None:
 def test_the_card_names_model_data_figures_and_commands(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    save(tmp_path, "ffn=dense", f"run_dir={run}", "data.cache_dir=/home/someone/cache")
+    save(tmp_path, "ffn=dense", f"run_dir={run}", "data.cache_dir=/srv/cache")
     (tmp_path / "model.ckpt").rename(run / "checkpoints" / "step-00000001.ckpt")
     (run / "config.yaml").write_text("{}")
     record = {
@@ -163,6 +163,6 @@ def test_the_card_names_model_data_figures_and_commands(tmp_path: Path) -> None:
         assert text in card, text
     assert "import pkm_lightning" not in card
     assert str(tmp_path) not in card
-    assert "/home/someone" not in card
+    assert "/srv" not in card
     # The tokenizer of the run lies in the run's directory, and this one has none.
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
