@@ -21,6 +21,8 @@ VERBS_OF = {
     "resume": ("fit", "compare", "info"),
     "device_memory": ("fit", "compare", "info"),
     "trust_config": ("fit", "validate", "test", "predict", "compare", "info"),
+    "packages": ("prepare",),
+    "sets": ("prepare",),
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
@@ -34,8 +36,6 @@ TOP_KEYS = (
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt", "file", "overwrite"),
     *("trust_config", "format", "out"),
 )
-#: Further keys at the top of the primary configuration of a verb.
-KEYS_AT_TOP = {"prepare": ("packages", "sets")}
 
 
 def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
@@ -56,7 +56,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *KEYS_AT_TOP.get(verb, ()))),
+        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF)),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):

@@ -32,8 +32,8 @@ VERBS = {
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
 }
 
-#: Primary configurations of verbs with keys that no other verb has.
-_PRIMARY = {"compare": "compare", "report": "compare", "prepare": "prepare"}
+#: Configurations of verbs that have keys of their own.
+PRIMARY_CONFIGURATIONS = {"compare": "compare", "report": "compare", "prepare": "prepare"}
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
 
@@ -118,7 +118,7 @@ def _run(verb: str, arguments: list[str]) -> int:
             return None
         return made.execute(run, failures)
 
-    name = _PRIMARY.get(verb, "config")
+    name = PRIMARY_CONFIGURATIONS.get(verb, "config")
     try:
         with tidy_sweep():
             hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
