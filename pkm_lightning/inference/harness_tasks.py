@@ -40,8 +40,8 @@ def load_tasks(names: Sequence[str], *, tasks_dir: Path | None, num_fewshot: int
 
     Args:
         names: of tasks, groups or tags; `mmlu_*` stands for all that match.
-        tasks_dir: a folder with YAML files of tasks; paths of data in them are relative to the YAML, or to the
-            folder. Its names come before those of the harness.
+        tasks_dir: a folder with YAML files of tasks; paths of data in them are relative to the YAML. Its names come
+            before those of the harness.
         num_fewshot: solved examples before each question; None for what each task says. A task that says 0 keeps it.
 
     Raises:
@@ -75,7 +75,7 @@ def _manager(names: Sequence[str], tasks_dir: Path | None) -> TaskManager:
         manager = TaskManager(include_path=str(tasks_dir))
     for name, entry in manager.task_index.items():
         if entry.yaml_path is not None and entry.yaml_path.is_relative_to(tasks_dir) and entry.kind == Kind.TASK:
-            manager.task_index[name] = _with_its_data(entry, tasks_dir)
+            manager.task_index[name] = _with_its_data(entry)
     return manager
 
 
@@ -87,7 +87,7 @@ def _matches(name: str, manager: TaskManager, tasks_dir: Path | None) -> list[st
     raise ConfigError(f"tasks: {name!r} is no task of lm-evaluation-harness{where}.{nearest(name, manager.all_tasks)}")
 
 
-def _with_its_data(entry: Entry, tasks_dir: Path) -> Entry:
+def _with_its_data(entry: Entry) -> Entry:
     """Returns the entry of a YAML with its data files as absolute paths: the harness takes the working directory's.
 
     Raises:
@@ -102,19 +102,17 @@ def _with_its_data(entry: Entry, tasks_dir: Path) -> Entry:
         config = load_yaml(entry.yaml_path)
     except Exception as error:  # whatever its Python file raises
         raise ConfigError(f"{entry.yaml_path} cannot be loaded ({_short(error)}); mend it.") from None
-    kwargs = {**config["dataset_kwargs"], "data_files": _absolute(files, (entry.yaml_path.parent, tasks_dir))}
+    kwargs = {**config["dataset_kwargs"], "data_files": _absolute(files, entry.yaml_path.parent)}
     return Entry(entry.name, entry.kind, None, {**config, "dataset_kwargs": kwargs}, entry.tags)
 
 
-def _absolute(files: Any, folders: Sequence[Path]) -> Any:
-    """Returns one path, a list or a mapping by split, with paths in the first of `folders` that holds them."""
+def _absolute(files: Any, folder: Path) -> Any:
+    """Returns one path, a list or a mapping by split, with paths below `folder`; addresses stay."""
     if isinstance(files, dict):
-        return {split: _absolute(of_split, folders) for split, of_split in files.items()}
+        return {split: _absolute(of_split, folder) for split, of_split in files.items()}
     if isinstance(files, list):
-        return [_absolute(file, folders) for file in files]
-    if "://" in files:
-        return files
-    return str(next((folder / files for folder in folders if (folder / files).exists()), folders[0] / files))
+        return [_absolute(file, folder) for file in files]
+    return files if "://" in files else str(folder / files)
 
 
 def _load(name: str, manager: TaskManager) -> dict[str, Any]:

@@ -42,13 +42,6 @@ def test_data_lie_beside_the_yaml_wherever_the_command_is_started(
     assert [len(task.eval_docs) for task in loaded["tasks"].values()] == [6, 6]
 
 
-def test_data_may_be_named_from_the_folder_of_all_tasks(folder: Path) -> None:
-    (folder / "below").mkdir()
-    (folder / "options.yaml").rename(folder / "below" / "options.yaml")
-    loaded = load_tasks(["options"], tasks_dir=folder, num_fewshot=None)
-    assert len(loaded["tasks"]["options"].eval_docs) == 6
-
-
 def test_a_group_brings_its_tasks(folder: Path) -> None:
     (folder / "both.yaml").write_text("group: both\ntask: [options, letters]\n")
     loaded = load_tasks(["both"], tasks_dir=folder, num_fewshot=None)
