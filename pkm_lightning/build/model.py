@@ -74,7 +74,8 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         )
     flat = [table for group in tables for table in group]
     transformer = Transformer(**arguments, ffns=ffns, tables=flat, write_after=write_after)
-    freeze_parameters(transformer, config["optim"].get("freeze") or ())
+    # A configuration of the model alone, as an exported folder holds it, says nothing about training.
+    freeze_parameters(transformer, (config.get("optim") or {}).get("freeze") or ())
     return transformer
 
 
