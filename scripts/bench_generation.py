@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path | None = parsed.out
     if out and out.suffix != ".csv":
         out = out / f"{facts['date']}-bench-generation.csv"
-    with contextlib.nullcontext() if out is None else out.open("w", newline="") as file:
+    with contextlib.nullcontext() if out is None else out.open("w", newline="", buffering=1) as file:
         writer = None if file is None else csv.DictWriter(file, [*facts, *FIELDS])
         if writer:
             writer.writeheader()
