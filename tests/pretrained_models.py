@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM as Auto
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 
@@ -25,8 +32,8 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-#: Grouped heads, biases, norms of queries and keys, a head dimension of its own, windows in all and in some layers, tied
-#: and untied matrices, learned positions.
+#: Grouped heads, biases, norms of queries and keys, a head dimension of its own, windows in all or some layers,
+#: tied and untied matrices, learned positions.
 CONFIGS = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=False),
     "llama_tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
@@ -53,7 +60,7 @@ NAMES = list(CONFIGS)
 def tiny(name: str) -> PreTrainedModel:
     """A model of `CONFIGS[name]` with biases and gains that are not zeros and ones."""
     torch.manual_seed(0)
-    model: PreTrainedModel = Auto.from_config(CONFIGS[name], attn_implementation="sdpa")
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa")
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

@@ -61,8 +61,9 @@ def test_commands_that_use_a_run_or_files_of_the_user_run(cli: Run, tmp_path: Pa
     for command in [MINE, *chosen]:
         run(cli, command, silent=True, cwd=tmp_path)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
-    for program in blocks(ROOT / "docs" / "trained-models.md", "python"):
-        exec(program, {})
+    for page in ("trained-models", "hugging-face"):
+        for program in blocks(ROOT / "docs" / f"{page}.md", "python"):
+            exec(program, {})
 
 
 def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,10 @@ class SavedRun:
 
 
 def names_pretrained(job: Job) -> bool:
-    """Returns whether the command names a pretrained model, by `model=hf`."""
-    return OmegaConf.select(job.config, "model._target_") is not None
+    """Returns whether the command names a pretrained model, by `model=hf`, and no run or checkpoint."""
+    return (
+        not job.sets("run_dir") and not job.sets("ckpt") and OmegaConf.select(job.config, "model._target_") is not None
+    )
 
 
 def locate(job: Job) -> tuple[Path | None, Path]:
@@ -114,9 +116,6 @@ def locate(job: Job) -> tuple[Path | None, Path]:
         CheckpointError: the run has no checkpoint yet.
     """
     if names_pretrained(job):
-        other = next((key for key in ("run_dir", "ckpt") if job.sets(key)), None)
-        if other is not None:
-            raise ConfigError(f"model=hf and {other} name two models; leave one of them out.")
         if OmegaConf.is_missing(job.config.model, "path"):
             raise ConfigError("model.path is not set; give model.path=FOLDER of a Hugging Face model, or a .gguf file.")
         return None, Path(str(job.config.model.path))

@@ -155,7 +155,7 @@ class HeldOutDataModule(TokenDataModule):
     def __init__(self, *, folder: str | None, **options: Unpack[TokenOptions]) -> None:
         super().__init__(**options)
         self.folder = None if folder is None else Path(folder)
-        self._tokenizer = Tokenizer.load(Path(options["tokenizer"]))
+        self._tokenizer = self.tokenizer_choice.read()
 
     def cache_key(self) -> CacheKey:
         """Raises NotImplementedError: there is no cache."""

@@ -254,23 +254,23 @@ class TokenizerChoice:
         named = self.kind in ("bpe", "bytes")
         if not named and not str(self.kind).endswith(".json") and not is_gguf(self.kind) and not self._is_folder():
             raise ConfigError(
-                f"data.tokenizer={self.kind!r} is not known; allowed: bpe, bytes, or the path of a tokenizer.json, of a "
-                f"folder that holds one, or of a .gguf file.{nearest(str(self.kind), ['bpe', 'bytes'])}"
+                f"data.tokenizer={self.kind!r} is not known; allowed: bpe, bytes, or the path of a tokenizer.json, of "
+                f"a folder that holds one, or of a .gguf file.{nearest(str(self.kind), ['bpe', 'bytes'])}"
             )
 
     def vocab_size(self) -> int:
         """Returns the number of ids that a model must provide for; every id is below it."""
         if self.kind == "bpe":
             return self.size
-        return BYTES_VOCAB if self.kind == "bytes" else self._from_file().vocab_size
+        return BYTES_VOCAB if self.kind == "bytes" else self.read().vocab_size
 
     def identity(self) -> dict[str, object]:
         """Returns what distinguishes this tokenizer from others: kind and size, or the hash of its file."""
         if self.kind in ("bpe", "bytes"):
             return {"kind": self.kind, "size": self.vocab_size()}
         # "whole": folders that were made while truncation and padding were obeyed must not be found.
-        identity = {"kind": "file", "sha256": sha256_file(self._file()), "whole": True}
-        tokenizer = self._from_file()
+        identity: dict[str, object] = {"kind": "file", "sha256": sha256_file(self._file()), "whole": True}
+        tokenizer = self.read()
         if tokenizer.has_chosen_end:
             identity["end"] = tokenizer.eos_id
         return identity
@@ -281,7 +281,7 @@ class TokenizerChoice:
             return train_bpe(texts(), self.size)
         if self.kind == "bytes":
             return bytes_tokenizer()
-        tokenizer = self._from_file()
+        tokenizer = self.read()
         change = find_change(tokenizer, (text[:TRIED_CHARACTERS] for text in islice(texts(), TRIED_TEXTS)))
         if change:
             log.warning("data.tokenizer=%s changes the text: %s; training sees the text so changed.", self.kind, change)
@@ -296,7 +296,12 @@ class TokenizerChoice:
             return pretrained_folder(path, self.cache_dir, "data.tokenizer=") / "tokenizer.json"
         return path
 
-    def _from_file(self) -> Tokenizer:
+    def read(self) -> Tokenizer:
+        """Returns the tokenizer of a file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
         return Tokenizer.load(self._file(), "data.tokenizer=")
 
 

@@ -24,8 +24,8 @@ def check_ffn(config: Mapping[str, Any]) -> None:
     chosen = (config.get("ffn") or {}).get("_target_")
     if chosen != _OWN_FFN:
         raise ConfigError(
-            f"ffn={str(chosen).rpartition('.')[2]} cannot be put into a pretrained model, which keeps its own FFN; leave "
-            "ffn out of the command, or set ffn=pretrained."
+            f"ffn={str(chosen).rpartition('.')[2]} cannot be put into a pretrained model, which keeps its own FFN; "
+            "leave ffn out of the command, or set ffn=pretrained."
         )
 
 

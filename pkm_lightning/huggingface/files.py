@@ -115,8 +115,8 @@ class PretrainedFiles:
             if shape != tuple(parameter.shape):
                 stored = "is not in its files" if shape is None else f"has the shape {shape} in its files"
                 raise CheckpointError(
-                    f"{_KEY}{self.path}: the weight {name} {stored}, and config.json asks for {tuple(parameter.shape)}; "
-                    "the weights are those of another model."
+                    f"{_KEY}{self.path}: the weight {name} {stored}, and config.json asks for "
+                    f"{tuple(parameter.shape)}; the weights are those of another model."
                 )
 
     def _shards(self) -> list[Path]:
@@ -132,8 +132,8 @@ class PretrainedFiles:
             other = next((file.name for file in sorted(self.path.glob("*.bin"))), None)
             held = f" and {other} is a pickle, which is never opened" if other else ""
             raise DataError(
-                f"{_KEY}{self.path} has no model.safetensors{held}; save it with save_pretrained of transformers, which "
-                "writes safetensors."
+                f"{_KEY}{self.path} has no model.safetensors{held}; save the model with save_pretrained of "
+                "transformers, which writes it."
             )
         names = read_json(index, _KEY).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -190,17 +190,25 @@ def read_model(path: Path, config: PreTrainedConfig, dtype: Any) -> PreTrainedMo
     Raises:
         CheckpointError: a file that has changed since it was checked.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import AutoModelForCausalLM
 
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    where = (path.parent, {"gguf_file": path.name}) if is_gguf(path) else (path, {"use_safetensors": True})
-    arguments = {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True, **where[1]}
+    folder, form = (path.parent, {"gguf_file": path.name}) if is_gguf(path) else (path, {"use_safetensors": True})
     try:
         with quiet_transformers():
-            model, report = cls.from_pretrained(where[0], **arguments)
+            read: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **form,
+            )
     except Exception as error:  # from the readers of several libraries
         reason = " ".join(str(error).split()).rstrip(".")
         raise CheckpointError(f"{_KEY}{path} cannot be read ({reason:.300}); fetch it again.") from None
+    model: PreTrainedModel = read[0]
+    report: dict[str, Any] = read[1]
     if report["missing_keys"]:
         raise CheckpointError(
             f"{_KEY}{path} lacks the weight {min(report['missing_keys'])}; its files are those of another model."

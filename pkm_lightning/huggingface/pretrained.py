@@ -1,4 +1,4 @@
-"""`model=hf`: a pretrained model of transformers as the trunk of every verb, with the logits that transformers computes.
+"""`model=hf`: a pretrained model of transformers as the trunk of every verb, with the logits of transformers.
 
 The module of transformers does the work: this one translates batches, documents and caches. Weights keep the names that
 they have in transformers, after `network.`: `network.model.layers.0.mlp.up_proj.weight`.
@@ -73,7 +73,8 @@ class PretrainedTransformer(nn.Module):
             dtype = torch.get_default_dtype()
             self.network = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
         self.network.tie_weights()
-        add_diagnostics(block.attn if self.config.model_type == "gpt2" else block.self_attn for block in self.blocks)
+        attention = "attn" if self.config.model_type == "gpt2" else "self_attn"
+        add_diagnostics(block.get_submodule(attention) for block in self.blocks)
         self.tables = nn.ModuleList()
         self.activation_checkpointing = activation_checkpointing
         self.register_state_dict_post_hook(_without_tied)
@@ -289,11 +290,12 @@ class PretrainedTransformer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> PretrainedTransformer:
         # Frequencies stay in fp32 when weights are cast, as transformers itself keeps them: bf16 has 8 bits for a
         # position of thousands.
-        kept = {module: module.inv_freq for module in self.modules() if hasattr(module, "inv_freq")}
+        kept = {name: buffer for name, buffer in self.named_buffers() if name.endswith("inv_freq")}
         super()._apply(fn, recurse)
-        for module, frequencies in kept.items():
-            if module.inv_freq.dtype != frequencies.dtype:
-                module.inv_freq = frequencies.to(module.inv_freq.device)
+        for name, frequencies in kept.items():
+            owner, _, buffer = name.rpartition(".")
+            device = self.get_buffer(name).device
+            setattr(self.get_submodule(owner), buffer, frequencies.to(device))
         return self
 
 

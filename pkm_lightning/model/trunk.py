@@ -3,8 +3,8 @@
 `Transformer` is one, and whatever `model._target_` names must be another: the builder, the LightningModule, planning,
 generation and reports call nothing but the members below.
 
-A trunk with a `_target_` may have a class method `complete(config)`, which returns the whole configuration with what the
-files that it names say under `model` (`dim`, `n_layers` and `vocab_size` at least), before anything else is checked.
+A trunk with a `_target_` may have a class method `complete(config)`. It returns the whole configuration with what the
+trunk's files say under `model` (`dim`, `n_layers` and `vocab_size` at least), before anything else is checked.
 """
 
 from __future__ import annotations

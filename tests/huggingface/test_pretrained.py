@@ -172,7 +172,8 @@ def test_a_run_of_it_has_groups_and_figures(folders: dict[str, Path], tmp_path: 
     run = resolved("model=hf", f"model.path={folders['gpt2']}", "data.seq_len=32", f"run_dir={tmp_path}", training=True)
     assert run.config["model"]["n_layers"] == 2
     assert run.config["data"]["tokenizer"] == str(folders["gpt2"])
-    assert run.plan.memory.activations and run.plan.memory.dense_weights == 4 * run.cost.params_total
+    assert run.plan.memory.activations is not None
+    assert run.plan.memory.dense_weights == 4 * run.cost.params_total
     module = LanguageModule(run.config)
     module.configure_model()
     groups = {group["name"]: len(group["params"]) for group in parameter_groups(module.model, run.config["optim"])}
