@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pkm_lightning.build.schedule import decay_start
 from pkm_lightning.errors import check_flag, check_integer
 
 __all__ = ["RunInterrupted", "StepCheckpoint"]
@@ -27,6 +28,7 @@ class RunInterrupted(Exception):
 class StepCheckpoint(ModelCheckpoint):
     """Writer of checkpoints named like `step-00000500.ckpt`; only the latest is kept, the end of training included.
 
+    With `optim.schedule=wsd` the one from before the decay may stay, from which a longer run continues exactly.
     After `request_stop`, called for instance by a signal handler, the step under way is saved and `RunInterrupted`
     raised.
 
@@ -34,10 +36,15 @@ class StepCheckpoint(ModelCheckpoint):
         dirpath: folder of the checkpoints.
         every_n_steps: optimizer steps between checkpoints.
         asynchronous: write from a copy in host memory, while training continues.
+        keep_before_decay: also write the last step before the rate of a wsd schedule falls, and keep it.
     """
 
-    def __init__(self, *, dirpath: str, every_n_steps: int, asynchronous: bool = False) -> None:
+    def __init__(
+        self, *, dirpath: str, every_n_steps: int, asynchronous: bool = False, keep_before_decay: bool = True
+    ) -> None:
         check_flag("callbacks.step_checkpoint.asynchronous", asynchronous)
+        check_flag("callbacks.step_checkpoint.keep_before_decay", keep_before_decay)
+        self._keeps, self._kept_step = keep_before_decay, 0
         self.asynchronous = asynchronous
         check_integer("callbacks.step_checkpoint.every_n_steps", every_n_steps, low=1)
         super().__init__(
@@ -51,6 +58,13 @@ class StepCheckpoint(ModelCheckpoint):
         )
         self._due = False
         self._stop_reason: str | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Finds the step before the decay, as ModelCheckpoint finds its folder."""
+        super().setup(trainer, pl_module, stage)
+        config = getattr(pl_module, "config", None)
+        if self._keeps and config is not None and config["optim"]["schedule"] == "wsd":
+            self._kept_step = decay_start(config["optim"], int(config["trainer"]["max_steps"]))
 
     def request_stop(self, reason: str) -> None:
         """Requests a checkpoint and a stop for a signal of the name `reason`; safe in a signal handler."""
@@ -70,7 +84,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Returns whether this step ends an interval, the same on all ranks; a requested stop does not count."""
-        return trainer.global_step % self._every_n_train_steps == 0
+        return trainer.global_step % self._every_n_train_steps == 0 or trainer.global_step == self._kept_step
 
     def newest(self, trainer: L.Trainer) -> Path | None:
         """Returns the last checkpoint on disk, None before the first. Collective: call on all ranks."""
@@ -146,7 +160,8 @@ class StepCheckpoint(ModelCheckpoint):
         # A killed run leaves an older or half-written one behind; a later one may be in the course of being written.
         unfinished = [p for p in folder.glob("step-*.ckpt.tmp") if p.name.removesuffix(".tmp") <= complete[-1].name]
         for older in (*complete[:-1], *unfinished):
-            _remove(older)
+            if older.name != f"step-{self._kept_step:08d}.ckpt":
+                _remove(older)
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:
         """Returns whether any rank was asked to stop, the same on all ranks."""

@@ -12,6 +12,8 @@ from small import SMALL_RUN
 from small_packages import write_packages
 from tree import ROOT
 
+from pkm_lightning.cli.main import PRIMARY_CONFIGURATIONS
+
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 OURS = "python -m pkm_lightning "
@@ -86,13 +88,13 @@ def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Returns kind and overrides of few compositions that have every override of the commands `shown`.
 
     Commands of a kind share a composition unless they set something different under the same first name of a key. The
-    kinds are `compare`, `prepare`, `fit` (in one process) and `config` for the others.
+    kinds are the names of primary configurations, and `fit` in one process.
     """
     merged: list[tuple[str, dict[str, list[str]]]] = []
     for command in shown:
         verb, *arguments = words(command)
         arguments = [argument for argument in arguments if not argument.startswith("-")]
-        kind = {"compare": "compare", "report": "compare", "prepare": "prepare"}.get(verb, "config")
+        kind = PRIMARY_CONFIGURATIONS.get(verb, "config")
         if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
             kind = "fit"
         for overrides in _expanded(arguments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -28,9 +29,12 @@ SHOWN = {page: of_the_package(page) for page in PAGES}
 COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for command in shown}.values())
 #: The quick test runs every verb that uses a run, and what reads files of the user; the others it composes.
 QUICK = re.compile(
-    r"lightning ((test|predict|export) .*runs/mine|(predict|validate) .*mine\.safetensors|"
+    r"lightning ((test|predict|generate|chat|export) .*runs/mine|(predict|validate) .*mine\.safetensors|"
     r"fit (--config-dir|data=text))"
 )
+
+
+QUICK_VERBS = ("fit", "test", "validate", "predict", "generate", "chat", "export")
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
@@ -43,7 +47,9 @@ def run(cli: Run, command: str, *, silent: bool, cwd: Path) -> None:
     if arguments[0] == "fit" and any(argument.startswith("strategy=") for argument in arguments):
         finish(start(*arguments, cwd=cwd))  # starts its other ranks by running the program again
         return
-    shown = cli(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO("Who was\n"))  # for `chat`
+        shown = cli(*arguments)
     assert shown.code == 0, f"{command}\n{shown.err}"
 
 
@@ -51,12 +57,13 @@ def test_commands_that_use_a_run_or_files_of_the_user_run(cli: Run, tmp_path: Pa
     # In one place, since later commands use what earlier ones leave.
     furnish(tmp_path)
     chosen = [command for command in COMMANDS if QUICK.search(command)]
-    assert {words(command)[0] for command in chosen} == {"fit", "test", "validate", "predict", "export"}
+    assert {words(command)[0] for command in chosen} == set(QUICK_VERBS)
     for command in [MINE, *chosen]:
         run(cli, command, silent=True, cwd=tmp_path)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
-    for program in blocks(ROOT / "docs" / "trained-models.md", "python"):
-        exec(program, {})
+    for page in ("trained-models", "hugging-face"):
+        for program in blocks(ROOT / "docs" / f"{page}.md", "python"):
+            exec(program, {})
 
 
 def test_the_other_commands_compose_and_could_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

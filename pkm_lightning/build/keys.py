@@ -94,8 +94,10 @@ class OptimKeys(TypedDict):
     table_clip_norm: NotNegative | None
     schedule: Literal["cosine", "linear", "wsd"]
     warmup_share: Share
+    warmup_steps: NotRequired[Annotated[int, Range(0)] | None]
     final_factor: Share
     decay_share: Share
+    freeze: NotRequired[list[str] | None]
 
 
 class TrainerKeys(TypedDict):
@@ -157,6 +159,7 @@ class RunKeys(TypedDict):
     seed: Annotated[int, Range(0, 2**32 - 1)]
     match: Literal["none", "flops", "params"]
     match_budget: Annotated[float, Range(1)] | None
+    init_from: NotRequired[str | None]
     run_dir: str
     resume: NotRequired[Literal["auto", "always", "never"]]
     ckpt: NotRequired[str | None]

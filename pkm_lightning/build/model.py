@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range, nearest
@@ -71,7 +72,10 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         raise ConfigError(
             f"model.{min(unknown)} is not a key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
         )
-    return Transformer(**arguments, ffns=ffns, tables=[t for group in tables for t in group], write_after=write_after)
+    flat = [table for group in tables for table in group]
+    transformer = Transformer(**arguments, ffns=ffns, tables=flat, write_after=write_after)
+    freeze_parameters(transformer, config["optim"].get("freeze") or ())
+    return transformer
 
 
 def complete_trunk(config: dict[str, Any]) -> dict[str, Any]:

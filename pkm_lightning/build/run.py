@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
+from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
 from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins, complete_trunk
@@ -79,6 +80,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     config = solve_size(config)
     model = build_meta_model(config)
     check_foreign_plugins(model, config)
+    check_frozen(model, config)
     check_setting(model, config)
     # For its checks only.
     configured_schedule(config["optim"], config["trainer"]["max_steps"])

@@ -18,10 +18,22 @@ def configured_schedule(optim: Mapping[str, Any], max_steps: int) -> Callable[[i
     return schedule_factor(
         optim["schedule"],
         max_steps=max_steps,
-        warmup_steps=int(max_steps * optim["warmup_share"]),
+        warmup_steps=warmup_steps(optim, max_steps),
         final_factor=optim["final_factor"],
         decay_share=optim["decay_share"],
     )
+
+
+def warmup_steps(optim: Mapping[str, Any], max_steps: int) -> int:
+    """Returns the steps in which the rate rises: `optim.warmup_steps`, or its share of `max_steps`."""
+    configured = optim.get("warmup_steps")
+    return int(max_steps * optim["warmup_share"]) if configured is None else int(configured)
+
+
+def decay_start(optim: Mapping[str, Any], max_steps: int) -> int:
+    """Returns the number of steps after which the rate falls from its peak."""
+    start = int(max_steps * (1 - optim["decay_share"])) if optim["schedule"] == "wsd" else 0
+    return max(warmup_steps(optim, max_steps), start)
 
 
 def schedule_factor(
@@ -47,7 +59,7 @@ def schedule_factor(
     check_range("optim.decay_share", decay_share, 0, 1)
     if max_steps < 1:
         raise ConfigError(f"trainer.max_steps={max_steps} gives the schedule no length; set a number of steps.")
-    check_range("warmup_steps", warmup_steps, 0, max_steps)
+    check_range("optim.warmup_steps", warmup_steps, 0, max_steps)
     start = max(warmup_steps, int(max_steps * (1 - decay_share))) if schedule == "wsd" else warmup_steps
 
     def factor(step: int) -> float:

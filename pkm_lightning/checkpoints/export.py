@@ -36,13 +36,33 @@ def weight_shapes(checkpoint: SavedCheckpoint | QuantizedCheckpoint) -> dict[str
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in stored.items()}
 
 
-def write(
+def write(checkpoint: SavedCheckpoint | QuantizedCheckpoint, path: Path) -> dict[str, Entry]:
+    """Writes the model's weights and buffers to `path`, which appears or is replaced when all of it is on disk.
+
+    Returns:
+        The place of each tensor in the file.
+
+    Raises:
+        CheckpointError: a dtype that the format lacks, an unreadable checkpoint, a full disk, or a folder that cannot
+            be written; an earlier file at `path` is whole.
+    """
+    try:
+        return write_tensors(checkpoint, path)
+    except OSError as error:
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in weight_shapes(checkpoint).values())
+        raise CheckpointError(
+            f"file={path} cannot be written ({error.strerror}; it takes {size:,} bytes); free the disk or choose "
+            "another place."
+        ) from error
+
+
+def write_tensors(
     checkpoint: SavedCheckpoint | QuantizedCheckpoint,
     path: Path,
     renamed: Mapping[str, str] | None = None,
     tokenizer: str | None = None,
 ) -> dict[str, Entry]:
-    """Writes the model's weights and buffers to `path`, which appears or is replaced when all of it is on disk.
+    """Writes what `write` does, under other names if need be.
 
     Args:
         checkpoint: of any kind.
@@ -55,27 +75,21 @@ def write(
         The place of each tensor in the file.
 
     Raises:
-        CheckpointError: a dtype that the format lacks, an unreadable checkpoint, a full disk, or a folder that cannot
-            be written; an earlier file at `path` is whole.
+        CheckpointError: a dtype that the format lacks, or an unreadable checkpoint.
+        OSError: a full disk, or a folder that cannot be written; an earlier file at `path` is whole.
     """
     shapes = weight_shapes(checkpoint)
     names = {name: name for name in shapes} if renamed is None else {new: old for old, new in renamed.items()}
     texts = _texts(checkpoint.skeleton, tokenizer) if renamed is None else {"format": "pt"}
     header, entries = lay_out({new: shapes[old] for new, old in names.items()}, texts)
     size = len(header) + sum(entry.n_bytes for entry in entries.values())
-    try:
-        with written_beside(path) as file:
-            if hasattr(os, "posix_fallocate") and not is_stream(path):  # a full disk is noticed now, not after hours
-                os.posix_fallocate(file.fileno(), 0, size)
-            file.write(header)
-            sums = [_write_tensor(file, checkpoint, names[name]) for name in entries]
-            file.seek(0)
-            file.write(with_sums(header, sums))
-    except OSError as error:
-        raise CheckpointError(
-            f"file={path} cannot be written ({error.strerror}; it takes {size:,} bytes); free the disk or choose "
-            "another place."
-        ) from error
+    with written_beside(path) as file:
+        if hasattr(os, "posix_fallocate") and not is_stream(path):  # a full disk is noticed now, not after hours
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.write(header)
+        sums = [_write_tensor(file, checkpoint, names[name]) for name in entries]
+        file.seek(0)
+        file.write(with_sums(header, sums))
     return entries
 
 

@@ -123,14 +123,24 @@ class SavedCheckpoint:
             )
 
     def check_weights(self, shapes: Mapping[str, Sequence[int] | None], later: Collection[str] = ()) -> None:
-        """Refuses weights other than those of a module whose state has these names and shapes; None is any shape.
-
-        Args:
-            shapes: by the names in the module's state.
-            later: names that an earlier version of the module lacked, as `later_buffers` returns them.
+        """Refuses weights other than those of a module whose state has these names and shapes; see `misfits`.
 
         Raises:
             CheckpointError: names what is missing, unexpected, or of another shape.
+        """
+        misfits = self.misfits(shapes, later)
+        if misfits:
+            raise CheckpointError(
+                f"ckpt={self.path} does not fit its configuration ({misfits}); restore the config.yaml that it was "
+                "trained with, or use another checkpoint."
+            )
+
+    def misfits(self, shapes: Mapping[str, Sequence[int] | None], later: Collection[str] = ()) -> str:
+        """Returns what is missing, unexpected or of another shape, in words; an empty text if all weights fit.
+
+        Args:
+            shapes: by the names in the module's state; None is any shape.
+            later: names that an earlier version of the module lacked, as `later_buffers` returns them.
         """
         names = (name for name in self.shapes if name.startswith("state_dict."))
         saved = {name.removeprefix("state_dict."): tuple(self.shapes[name][0]) for name in names}
@@ -141,12 +151,7 @@ class SavedCheckpoint:
             "unexpected": sorted(saved.keys() - expected.keys()),
             "of another shape": [f"{n} {saved[n]}, not {expected[n]}" for n in common if saved[n] != expected[n]],
         }
-        if any(faults.values()):
-            text = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
-            raise CheckpointError(
-                f"ckpt={self.path} does not fit its configuration ({text}); restore the config.yaml that it was "
-                "trained with, or use another checkpoint."
-            )
+        return "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
 
     def check_sums(self, without: Collection[str] = (), share: Share = ALL) -> None:
         """Compares the file or folder to the sums that were stored when it was written.

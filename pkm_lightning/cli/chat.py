@@ -58,7 +58,8 @@ class Conversation:
         self._loaded, self._settings = loaded, settings
         self._first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._first)
-        self._past = ReadTokens(loaded.model)
+        self._context = settings.context(loaded.context)
+        self._past = ReadTokens(loaded.model, self._context)
         self._template = None
         if loaded.chat_template is not None:
             self._template = ChatTemplate(loaded.chat_template, loaded.codec(), loaded.path)
@@ -84,7 +85,7 @@ class Conversation:
             ConfigError: the conversation has become longer than the model reads, or its template refuses it.
         """
         messages: list[Message] = [*self._messages, {"role": "user", "content": message}]
-        context = self._settings.context(self._loaded.context)
+        context = self._context
         ids = self._template.encode(messages) if self._template else None
         if ids is not None and context is not None and len(ids) > context:
             raise ConfigError(
@@ -145,6 +146,8 @@ def _converse(conversation: Conversation) -> None:
                 conversation.answer(line)
             except ConfigError as error:
                 print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:  # just before or after the answer was written
+                print()
 
 
 def _next_line() -> str:

@@ -30,6 +30,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
     "format": ("info", "export"),
     "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
+    "init_from": ("fit",),
     "device_memory": ("fit", "compare", "info"),
     "trust_config": ("fit", *_ON_SAVED, "compare", "info"),
     **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
@@ -60,7 +61,7 @@ _TRAINING_KEYS = (
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
-    *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "resume", "ckpt"),
+    *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "init_from", "resume", "ckpt"),
     *("trust_config", "format", "out"),
 )
 

@@ -39,5 +39,6 @@ def run(job: Job) -> None:
     if folder is not None:
         keep_in_run(folder, loaded.path, scores, results)
     if not is_stream(path):  # who reads it reads the JSON and nothing else
-        show(scores, f"evaluate {loaded.path}")
+        print(f"evaluate {loaded.path}")
+        show(scores)
         print(f"written to {path}")

@@ -65,14 +65,16 @@ def keep_in_run(folder: Path, checkpoint: Path, scores: Sequence[Score], results
                 writer.add_scalar(f"eval/{score.task}_{score.metric}", score.value, step)
 
 
-def show(scores: Sequence[Score], title: str) -> None:
+def show(scores: Sequence[Score]) -> None:
     """Prints one row per figure."""
-    table = Table(title=title)
+    table = Table()
     for name in ("task", "metric"):
         table.add_column(name)
     for name in ("value", "stderr", "n"):
         table.add_column(name, justify="right")
     for score in scores:
         stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
-        table.add_row(score.task, score.metric, f"{score.value:.4f}", stderr, str(score.n))
+        # A perplexity may be large.
+        value = f"{score.value:.4f}" if abs(score.value) < 1e5 else f"{score.value:.4g}"
+        table.add_row(score.task, score.metric, value, stderr, str(score.n))
     Console(markup=False, emoji=False).print(table)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from pkm_lightning.checkpoints import open_checkpoint
-from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion, run_folder
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import locate
@@ -62,14 +62,11 @@ def _write_folder(job: Job) -> None:
     from pkm_lightning.huggingface.export import check_replaceable, write_folder
 
     check_replaceable(folder)
-    written = write_folder(checkpoint, folder)
+    width = job.config.quantize
+    written = write_folder(checkpoint, folder, None if width is None else str(width))
     if not written.has_tokenizer:
-        _log.warning(
-            "%s has no tokenizer: %s has none; put the tokenizer.json of the training there and export again, or use "
-            "token ids.",
-            folder,
-            "the run" if job.sets("run_dir") else "the folder of ckpt=",
-        )
+        place = (run_folder(path) or path.absolute().parent) / TOKENIZER
+        _log.warning("%s has no tokenizer: put that of the training at %s and export again, or use ids.", folder, place)
     print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {path}")
 
 
@@ -124,6 +121,8 @@ def _folder(job: Job) -> Path:
         raise ConfigError(f"dir={folder}: the folder {parent} does not exist; make it first.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"dir={folder}: the folder {parent} cannot be written; choose another place.")
+    if Path.cwd().is_relative_to(os.path.realpath(folder)):
+        raise ConfigError(f"dir={folder} is or holds the working directory, which is not replaced; name a new folder.")
     if folder.is_dir() and any(folder.iterdir()) and not job.config.overwrite:
         raise ConfigError(f"dir={folder} is not empty; choose another name, or replace it with overwrite=true.")
     return folder

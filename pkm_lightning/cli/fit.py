@@ -17,12 +17,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.checks import remark_validation
+from pkm_lightning.build.freezing import parameter_counts
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.cli.assembly import Assembly, assemble
+from pkm_lightning.cli.initial_weights import initial_weights, start_from_weights, with_saved_tokenizer
 from pkm_lightning.cli.job import Job, plain
+from pkm_lightning.cli.lengthening import (
+    LengthenedSchedule,
+    checkpoint_to_continue,
+    describe_length,
+    is_lengthened,
+    with_length,
+)
 from pkm_lightning.cli.resume import (
     may_change_on_resume,
     refuse_differences,
@@ -59,16 +68,22 @@ def run(job: Job) -> float | None:
 def _run(job: Job) -> float | None:
     if job.config.ckpt is not None:
         raise ConfigError(
-            f"ckpt={job.config.ckpt}: fit takes no checkpoint; continue a run with run_dir=ITS_DIRECTORY."
+            f"ckpt={job.config.ckpt}: fit takes no checkpoint; continue a run with run_dir=ITS_DIRECTORY, or start one "
+            "from its weights with init_from=PATH."
         )
     command = plain(job.config)
     path = Path(command["run_dir"])
+    # A run that continues from a checkpoint of its own does not need the weights that it started from.
+    starts = command["resume"] == "never" or latest_checkpoint(path) is None
+    if command["init_from"] and starts and not job.is_on_saved:
+        command = start_from_weights(command, sets_tokenizer=job.sets("data.tokenizer"))
     is_external = started_externally()
     if not is_external and getattr(rank_zero_only, "rank", 0) != 0:
         # Rank 0 has started this rank before it writes a record, so both decide by the same files.
         resumes = continues_run(path, command["resume"])
-        resolved = _resolve_saved(job, path, command, None) if resumes else resolve(command, training=True)
-        return _run_other_rank(path, resolved, assemble(resolved), latest_checkpoint(path) if resumes else None)
+        checkpoint = _checkpoint(job, path, command) if resumes else None
+        resolved = _resolve_saved(job, path, command, checkpoint, None) if resumes else resolve(command, training=True)
+        return _run_other_rank(path, resolved, assemble(resolved), checkpoint)
     of_command: ResolvedRun | None = None
     external: ExternalRanks | None = None
     if is_external:
@@ -85,14 +100,17 @@ def _run(job: Job) -> float | None:
             resumes = continues_run(path, command["resume"])
             if job.is_on_saved and not resumes:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
-            checkpoint = latest_checkpoint(path) if resumes else None
+            latest = latest_checkpoint(path) if resumes else None
+            checkpoint = _checkpoint(job, path, command) if resumes else None
             if resumes:
-                resolved = _resolve_saved(job, path, command, of_command)
+                resolved = _resolve_saved(job, path, command, checkpoint, of_command)
             else:
                 resolved = of_command or resolve(command, training=True)
             check_allocatable(resolved.plan, resolved.config)
             if remark := remark_validation(resolved.config["trainer"]):
                 _log.info(remark)
+            if resolved.config["optim"].get("freeze"):
+                _log.info("parameters trained / frozen: %s / %s", *(f"{n:,}" for n in parameter_counts(resolved.model)))
             assembly = assemble(resolved, resumed_step=_step(checkpoint))
             if external:
                 check_world(assembly.trainer, external.world_size)
@@ -100,10 +118,12 @@ def _run(job: Job) -> float | None:
                 join(assembly.trainer)  # refuses several nodes without an external launcher
             directory = RunDirectory(path, resume=command["resume"])
             stack.callback(directory.close)
-            if directory.resumes != resumes or directory.checkpoint() != checkpoint:
+            if directory.resumes != resumes or directory.checkpoint() != latest:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
                 _check_checkpoint(checkpoint, resolved)  # refuses one before anything starts
+            elif initial := initial_weights(resolved.config, checkpoint):
+                initial.check(resolved)
         if external:
             external.send(Decision(resolved.config, checkpoint))
         return _train_with_record(directory, resolved, assembly, checkpoint)
@@ -133,18 +153,37 @@ def _run_other_rank(path: Path, resolved: ResolvedRun, assembly: Assembly, check
             raise Interrupted("", exit_code(stop)) from None
 
 
-def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: ResolvedRun | None) -> ResolvedRun:
+def _checkpoint(job: Job, path: Path, command: dict[str, Any]) -> Path | None:
+    """Returns the checkpoint that the run continues from; None before the first one."""
+    latest = latest_checkpoint(path)
+    if latest is None or not job.sets("trainer.max_steps"):
+        return latest
+    return checkpoint_to_continue(latest, command["trainer"]["max_steps"])
+
+
+def _resolve_saved(
+    job: Job, path: Path, command: dict[str, Any], checkpoint: Path | None, of_command: ResolvedRun | None
+) -> ResolvedRun:
     """Resolves the saved configuration; the command line may change only the devices, strategy and sharding.
 
     Args:
         job, path, command: the job, its run directory and configuration.
+        checkpoint: that the run continues from.
         of_command: the resolved configuration of the command, if there is one already.
 
     Raises:
         RunDirectoryError: the command asks for another configuration.
     """
     if job.is_on_saved:
-        return _resolve_changed(job, path, command)
+        saved = saved_config(path, trust=command["trust_config"], cache=command["data"].get("cache_dir"))
+        saved, command = _with_length(job, path, checkpoint, saved, command)
+        command = with_saved_tokenizer(saved, command, sets_tokenizer=job.sets("data.tokenizer"))
+        config = with_changes(saved, command)
+        chosen = {key_of(override) for override in job.overrides}
+        refuse_differences(path, saved, unresolved(saved, config, chosen))
+        resolved = resolve(config, training=True)
+        refuse_differences(path, saved, resolved.config)
+        return resolved
     keys = [key_of(override) for override in job.overrides]
     changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
     only_machine = all(map(may_change_on_resume, changed))
@@ -154,20 +193,26 @@ def _resolve_saved(job: Job, path: Path, command: dict[str, Any], of_command: Re
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
-    resolved = of_command or resolve(command, training=True)
+    saved, whole = _with_length(job, path, checkpoint, saved, command)
+    whole = with_saved_tokenizer(saved, whole, sets_tokenizer=job.sets("data.tokenizer"))
+    resolved = of_command if of_command and whole is command else resolve(whole, training=True)
     refuse_differences(path, saved, resolved.config)
     return resolved
 
 
-def _resolve_changed(job: Job, path: Path, command: dict[str, Any]) -> ResolvedRun:
-    """Resolves the saved configuration with the changes of the command on top, if a continued run may have them."""
-    saved = saved_config(path, trust=command["trust_config"], cache=command["data"].get("cache_dir"))
-    config = with_changes(saved, command)
-    chosen = {key_of(override) for override in job.overrides}
-    refuse_differences(path, saved, unresolved(saved, config, chosen))
-    resolved = resolve(config, training=True)
-    refuse_differences(path, saved, resolved.config)
-    return resolved
+def _with_length(
+    job: Job, path: Path, checkpoint: Path | None, saved: dict[str, Any], command: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns both configurations with the length and the warm-up that the command gives the run."""
+    if not job.sets("trainer.max_steps"):
+        return saved, command
+    step, last = _step(checkpoint) or 0, _step(latest_checkpoint(path)) or 0
+    longer = with_length(saved, command["trainer"]["max_steps"], step=step)
+    if remark := describe_length(saved, longer, step=step, undone=last - step):
+        _log.info(remark)
+    if longer != saved and not job.sets("optim.warmup_steps"):
+        command = {**command, "optim": {**command["optim"], "warmup_steps": longer["optim"]["warmup_steps"]}}
+    return longer, command
 
 
 def _check_checkpoint(path: Path, run: ResolvedRun) -> None:
@@ -186,6 +231,8 @@ def _train_with_record(
 ) -> float | None:
     """Trains, and keeps run.json up to date from the start of training, whatever happens."""
     sitting = Sitting(directory, resolved, assembly)
+    if initial := initial_weights(resolved.config, checkpoint):
+        sitting.record["init_from"] = initial.record(directory.record.get("init_from") if directory.resumes else None)
     with (
         end_on_lost_rank(assembly.trainer, directory.path),
         watch_ranks(assembly.trainer, directory.path, sitting.interrupt),
@@ -214,10 +261,17 @@ def _train(
     """Builds the data, fits and tests; `assembly.record` collects what goes into run.json, rank 0 has a `sitting`."""
     trainer, callbacks, data = assembly.trainer, assembly.callbacks, resolved.data
     L.seed_everything(resolved.config["seed"], workers=True, verbose=False)
-    module = LanguageModule(resolved.config, weights_follow=checkpoint is not None)
+    initial = initial_weights(resolved.config, checkpoint)
+    module = LanguageModule(resolved.config, weights_follow=checkpoint is not None or initial is not None)
+    if initial is not None:
+        trainer.callbacks.append(initial)  # type: ignore[attr-defined]
+    if checkpoint is not None and is_lengthened(checkpoint, resolved.config):
+        trainer.callbacks.append(LengthenedSchedule())  # type: ignore[attr-defined]
     checkpoints = next((c for c in callbacks if isinstance(c, StepCheckpoint)), None)
     with name_lost_rank(trainer), stop_on_signals(trainer, checkpoints.request_stop if checkpoints else None):
         data.prepare_data()
+        if initial is not None:
+            initial.check_tokenizer(data)
         if sitting is not None:
             sitting.begin()
         trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pkm_lightning.build.freezing import parameter_counts
 from pkm_lightning.build.model import placed_layers
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.build.sizing import sized_knob
@@ -75,6 +76,8 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     size = figures["table"]
     tables = f" in {size['count']} tables" if size["count"] > 1 else ""
     rows = cost_rows(figures)
+    if figures["frozen"]:
+        rows.append(("parameters trained / frozen", f"{figures['trained']:,} / {figures['frozen']:,}"))
     if figures["sized"]:
         rows.append(("sized by", ", ".join(f"{knob} = {value:,}" for knob, value in figures["sized"].items())))
     rows += [
@@ -106,6 +109,7 @@ def describe(resolved: ResolvedRun) -> dict[str, Any]:
         "model": {"n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"]},
         "sized": sized_knob(config),
         "layers": placed_layers(config),
+        **parameter_counts(model)._asdict(),
         "table": {
             "count": len(tables),
             "rows": cost.table_rows,

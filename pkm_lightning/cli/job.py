@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.paths import with_expanded_paths
-from pkm_lightning.cli.saved_overrides import is_saved_choice
+from pkm_lightning.cli.saved_overrides import is_of_saved_run, is_saved_choice
 from pkm_lightning.compare.overrides import key_of, quoted, sets_key
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, Interrupted, PkmError
@@ -75,7 +75,7 @@ class Job:
         hydra = HydraConfig.get()
         task = list(hydra.overrides.task)
         self.overrides = [override for override in task if not is_saved_choice(override)]
-        self.is_on_saved = len(self.overrides) < len(task)
+        self.is_on_saved = any(map(is_of_saved_run, task))
         # A saved configuration holds `trainer.devices`, which `devices` is an alias of.
         if self.sets("devices") and not self.sets("trainer.devices"):
             self.overrides.append(f"trainer.devices={config.trainer.devices}")
@@ -83,7 +83,7 @@ class Job:
         check_read(verb, self.overrides, config)
         swept = hydra.mode == RunMode.MULTIRUN
         with open_dict(config):
-            for key in ("run_dir", "ckpt", "file", "dir", "out", "packages"):
+            for key in ("run_dir", "init_from", "ckpt", "file", "dir", "out", "packages"):
                 if key not in config:
                     continue
                 value = config[key]
@@ -92,6 +92,8 @@ class Job:
                     typed = next((o.partition("=")[2] for o in self.overrides if key_of(o) == key), value)
                     raise ConfigError(f"{key}={typed} is not text; quote it: \"{key}='{typed}'\".")
                 config[key] = with_expanded_paths(value, key)
+            if config.init_from is not None:  # saved, and the run may be continued from elsewhere
+                config.init_from = str(Path(config.init_from).absolute())
             if config.run_dir is None:
                 raise ConfigError("run_dir=null names no directory; give run_dir=PATH.")
             run_dir = str(hydra.runtime.output_dir) if swept else config.run_dir

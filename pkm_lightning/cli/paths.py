@@ -11,7 +11,20 @@ from pkm_lightning.errors import ConfigError
 #: Names of keys that hold a path or a list of them, in any group.
 PATH_KEYS = frozenset(
     (
-        *("run_dir", "ckpt", "file", "dir", "out", "runs", "packages", "path", "dirpath", "save_dir", "cache_dir"),
+        *(
+            "run_dir",
+            "init_from",
+            "ckpt",
+            "file",
+            "dir",
+            "out",
+            "runs",
+            "packages",
+            "path",
+            "dirpath",
+            "save_dir",
+            "cache_dir",
+        ),
         *("prompts_file", "tokenizer", "tasks_dir"),
     )
 )

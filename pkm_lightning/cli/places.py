@@ -78,7 +78,8 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the keys and values that may name a place to write."""
     # These write nowhere else; what they read may lie anywhere.
     own = [group for group, room in _READERS.items() if _target(config, group).startswith(room)]
-    for key, value, listed in _texts({k: v for k, v in config.items() if k not in COMMAND_KEYS}, ""):
+    # `init_from` is only read.
+    for key, value, listed in _texts({k: v for k, v in config.items() if k not in (*COMMAND_KEYS, "init_from")}, ""):
         name = key.rsplit(".", 1)[-1]
         if key.partition(".")[0] in own and key != "data.cache_dir":
             continue

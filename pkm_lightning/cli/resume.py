@@ -181,9 +181,12 @@ def _differing(saved: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
 
 
 def _is_default(arguments: Mapping[str, Any], name: str) -> bool:
-    """Returns whether the constructor that `arguments._target_` names would take the same value without it."""
+    """Returns whether a configuration without `name` means the same.
+
+    So does one whose constructor would take the same value, and of a group without a constructor an empty value.
+    """
     if "_target_" not in arguments:
-        return False
+        return arguments[name] is None or arguments[name] == []
     parameter = inspect.signature(target_class(arguments, name)).parameters.get(name)
     return parameter is not None and bool(parameter.default == arguments[name])
 

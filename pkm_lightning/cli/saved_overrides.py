@@ -4,7 +4,8 @@ Each group of the saved configuration becomes an option of its group in Hydra's 
 chooses these options before those that the user chooses. The whole grammar of overrides, its refusals and its
 interpolations then hold for a saved run as they do for a new one.
 
-An experiment describes a whole run, and a sweep has a directory per job: both are composed from the defaults.
+The weights of `init_from` decide the architecture in the same way. An experiment describes a whole run, and a sweep has
+a directory per job: both are composed from the defaults.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ VERBS_ON_SAVED = ("validate", "test", "predict")
 GROUPS = ("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger")
 #: Group of the keys that belong to no group.
 _TOP = "saved_run"
-_TOP_KEYS = ("devices", "device_memory", "seed", "match", "match_budget")
+_TOP_KEYS = ("devices", "device_memory", "seed", "match", "match_budget", "init_from")
 _WHOLE_RUNS = ("experiment", "debug")
 
 
@@ -50,15 +51,18 @@ def on_saved_run(verb: str, arguments: Sequence[str]) -> list[str]:
         overrides = OverridesParser.create().parse_overrides(given.overrides)
     except HydraException:  # which Hydra will report
         return list(arguments)
-    if given.multirun or any(o.key_or_group in _WHOLE_RUNS or o.is_sweep_override() for o in overrides):
-        return list(arguments)
-    saved = _saved_config(verb, overrides)
-    if saved is None:
-        return list(arguments)
     chosen = {override.key_or_group for override in overrides}
+    is_swept = given.multirun or any(override.is_sweep_override() for override in overrides)
+    saved = None if is_swept or chosen & set(_WHOLE_RUNS) else _saved_config(verb, overrides)
     flags = [argument for argument in arguments if argument not in given.overrides]
-    fitted = (_fitted(override, saved, chosen, arguments) for override in overrides)
-    return [*flags, *_choices(saved, chosen), *(override for override in fitted if override is not None)]
+    if saved is not None:
+        fitted = (_fitted(override, saved, chosen, arguments) for override in overrides)
+        return [*flags, *_choices(saved, chosen, GROUPS), *(override for override in fitted if override is not None)]
+    architecture = _architecture(verb, overrides)
+    if architecture is not None:
+        groups = tuple(group for group in GROUPS if group in architecture)
+        return [*flags, *_choices(architecture, chosen, groups), *given.overrides]
+    return list(arguments)
 
 
 def is_saved_choice(override: str) -> bool:
@@ -96,6 +100,25 @@ def _saved_config(verb: str, overrides: Sequence[Override]) -> dict[str, Any] | 
         return None
 
 
+def is_of_saved_run(override: str) -> bool:
+    """Returns whether `on_saved_run` has added `override` for a run that is continued or evaluated."""
+    return override.startswith(f"+{_TOP}={SAVED}")
+
+
+def _architecture(verb: str, overrides: Sequence[Override]) -> dict[str, Any] | None:
+    """Returns the groups that the weights of `init_from` decide; None without it, or where `fit` will refuse it."""
+    values = {override.key_or_group: override.value() for override in overrides if not override.is_sweep_override()}
+    place = values.get("init_from")
+    if verb != "fit" or not isinstance(place, str):
+        return None
+    from pkm_lightning.cli.initial_weights import InitialWeights
+
+    try:
+        return InitialWeights(expanded("init_from", place), trust=values.get("trust_config") is True).architecture
+    except PkmError:
+        return None
+
+
 def _default_cache() -> str:
     import pkm_lightning.configs
 
@@ -104,9 +127,9 @@ def _default_cache() -> str:
     return str(OmegaConf.select(loader, "cache_dir"))
 
 
-def _choices(saved: Mapping[str, Any], chosen: set[str]) -> list[str]:
-    """Stores the groups of `saved` that the command does not choose, and returns the overrides that choose them."""
-    nodes = {group: _escaped(saved.get(group) or {}) for group in GROUPS if group not in chosen}
+def _choices(saved: Mapping[str, Any], chosen: set[str], groups: Sequence[str]) -> list[str]:
+    """Stores those `groups` of `saved` that the command does not choose, and returns the overrides that choose them."""
+    nodes = {group: _escaped(saved.get(group) or {}) for group in groups if group not in chosen}
     if "devices" in chosen and "trainer" in nodes:  # an alias, which the saved configuration has resolved
         nodes["trainer"]["devices"] = "${devices}"
     top = {key: _escaped(saved[key]) for key in _TOP_KEYS if key in saved}
@@ -119,8 +142,11 @@ def _choices(saved: Mapping[str, Any], chosen: set[str]) -> list[str]:
         nodes["table"] = {"defaults": [{"optimizer": name}, "_self_"], **nodes["table"]}
     for group, node in nodes.items():
         store.store(name, node, group=group)
+    choices = [f"{group}={name}" for group in nodes]
+    if groups != GROUPS:
+        return choices
     store.store(name, top, group=_TOP, package="_global_")
-    return [*(f"{group}={name}" for group in nodes), f"+{_TOP}={name}"]
+    return [*choices, f"+{_TOP}={name}"]
 
 
 def _escaped(node: Any) -> Any:

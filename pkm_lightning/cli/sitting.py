@@ -22,7 +22,7 @@ from pkm_lightning.training.record import start_record
 _log = logging.getLogger(__name__)
 
 #: What a continued run keeps from its record until this sitting has figures of its own.
-_KEPT = ("started", "tokens", "tokens_per_second", "throughput", "best_validation", "metrics")
+_KEPT = ("started", "tokens", "tokens_per_second", "throughput", "best_validation", "metrics", "init_from")
 
 
 class Sitting:

@@ -28,7 +28,10 @@ def collect_prompts(prompts: Sequence[str], prompts_file: str | None) -> list[st
     if prompts_file is not None:
         collected += read_prompts(expanded(prompts_file))
     if not collected:
-        raise ConfigError("no prompts; give prompt=TEXT, prompts_file=FILE, or data.prompts=[TEXT,...].")
+        raise ConfigError(
+            "data.prompts=[] and data.prompts_file=null leave nothing to answer; give one of them, prompt=TEXT or "
+            "prompts_file=FILE."
+        )
     return collected
 
 

@@ -123,8 +123,11 @@ class Tokenizer:
         """The names `bos_token`, which stands before a text ("" for none), and `eos_token`, for chat templates."""
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         first = next(iter(self._backend.encode("a").ids), None)
-        begin = self._backend.id_to_token(first) if first in special else ""
-        return {"bos_token": begin, "eos_token": self._backend.id_to_token(self.eos_id)}
+        names = {
+            "bos_token": self._backend.id_to_token(first) if first in special else "",
+            "eos_token": self._backend.id_to_token(self.eos_id),
+        }
+        return {key: name or "" for key, name in names.items()}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, computed in parallel where the machine allows."""

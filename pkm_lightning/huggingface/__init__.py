@@ -10,9 +10,16 @@ from importlib.util import find_spec
 from typing import Any
 
 from pkm_lightning.discovery import find_public
+from pkm_lightning.errors import ConfigError
 
 if find_spec("transformers") is not None:
-    from pkm_lightning.huggingface import registration as registration
+    try:
+        from pkm_lightning.huggingface import registration as registration
+    except ImportError as error:  # a release with other names, or one that lacks a package itself
+        raise ConfigError(
+            f"pkm_lightning.huggingface cannot use the transformers that are installed ({error}); run: pip install "
+            "'pkm_lightning[hf]'."
+        ) from error
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Writes a folder that transformers loads: a dense model as plain Llama, any other as the class of this package.
+"""Writes a folder that transformers loads; `pkm_lightning.huggingface.architecture` chooses the class.
 
 Needs no transformers: safetensors, JSON and Markdown, and the model is never in memory.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 from pkm_lightning.build.loading import context_of, saved_tokenizer
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion, run_folder
-from pkm_lightning.checkpoints.export import weight_shapes, write
+from pkm_lightning.checkpoints.export import weight_shapes, write_tensors
+from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError
-from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS, MODEL_TYPE
-from pkm_lightning.huggingface.llama import as_llama, llama_config, llama_names
+from pkm_lightning.huggingface.architecture import describe
 from pkm_lightning.huggingface.model_card import model_card
 from pkm_lightning.huggingface.tokenizer import write_tokenizer
 from pkm_lightning.storage import folder_written_beside
@@ -60,58 +60,63 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def write_folder(checkpoint: SavedCheckpoint, folder: Path) -> WrittenFolder:
+def write_folder(checkpoint: SavedCheckpoint, folder: Path, quantize: str | None = None) -> WrittenFolder:
     """Writes `folder`, which appears or is replaced when it is complete.
+
+    Args:
+        checkpoint: of any kind.
+        folder: to write.
+        quantize: `int8`, `int4` or `int2`, of the value tables; None keeps them as they are.
 
     Raises:
         CheckpointError: weights that do not fit their configuration, another model's tokenizer, a full disk.
-        ConfigError: a dense model whose configuration names code that it may not run.
     """
-    config = checkpoint.config
-    dense = as_llama(config, str(checkpoint.path))
-    if dense is not None:
-        checkpoint.check_weights({f"model.{name}": value.shape for name, value in dense.state_dict().items()})
+    content = checkpoint if quantize is None else QuantizedCheckpoint(checkpoint, quantize)
+    architecture = describe(checkpoint, content)
     tokenizer = saved_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer = tokenizer.without_additions()
-    context = context_of(config)
-    architecture = _class_config(config) if dense is None else llama_config(dense)
-    described = {**architecture, "max_position_embeddings": context, **_token_ids(tokenizer, in_config=True)}
-    described["dtype"] = str(weight_shapes(checkpoint)["embedding.weight"][1]).removeprefix("torch.")
-    if dense is not None and context is None:
-        del described["max_position_embeddings"]
+    context = context_of(checkpoint.config)
+    ids = _token_ids(architecture.config, tokenizer)
     try:
         with folder_written_beside(folder) as beside:
-            names = None if dense is None else llama_names(dense)
             digest = None if tokenizer is None else tokenizer.digest
-            entries = write(checkpoint, beside / "model.safetensors", names, digest)
+            entries = write_tensors(content, beside / "model.safetensors", architecture.names, digest)
+            described = _described(architecture.config, ids, _dtype(checkpoint))
             _write_json(beside / "config.json", described)
-            _write_json(beside / "generation_config.json", _token_ids(tokenizer, in_config=False))
+            _write_json(beside / "generation_config.json", ids)
             if tokenizer is not None:
                 write_tokenizer(tokenizer, beside, context, find_companion(checkpoint.path, CHAT_TEMPLATE))
-            card = model_card(checkpoint, run_folder(checkpoint.path), is_llama=dense is not None)
+            card = model_card(checkpoint, run_folder(checkpoint.path), needs_package=architecture.names is None)
             (beside / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
             f"dir={folder} cannot be written ({error.strerror}); free the disk or choose another place."
         ) from error
     size = sum(entry.n_bytes for entry in entries.values())
-    return WrittenFolder(architecture["architectures"][0], len(entries), size, tokenizer is not None)
+    return WrittenFolder(architecture.loaded_by, len(entries), size, tokenizer is not None)
 
 
-def _class_config(config: dict[str, Any]) -> dict[str, Any]:
-    groups = {group: config[group] for group in GROUPS}
-    # Of the machine and the training: in transformers its own optimizer learns the table, on the model's device.
-    groups["model"] = {**groups["model"], "compile": False, "activation_checkpointing": False}
-    groups["table"] = {**groups["table"], "device": "auto", "learning": "dense"}
-    return {"model_type": MODEL_TYPE, "architectures": [CLASS], "transformer": groups}
+def _token_ids(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Returns the ids of the control tokens: those of a pretrained model, else the tokenizer's; null where none are."""
+    own = {} if tokenizer is None else {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: own.get(name) if config.get(name) is None else config[name] for name in names}
 
 
-def _token_ids(tokenizer: Tokenizer | None, *, in_config: bool) -> dict[str, int | None]:
-    """Returns the ids of the control tokens: null where there are none, or Llama's own defaults would hold."""
-    eos, pad = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.pad_id)
-    # In config.json Llama takes the pad token's embedding from training, which the end token needs.
-    return {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": None if in_config and pad == eos else pad}
+def _described(config: dict[str, Any], ids: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns the content of config.json. Control tokens stand there as null too, or Llama's own defaults would hold.
+
+    In config.json a padding token is one whose embedding Llama takes from training, which the end token needs.
+    """
+    pad = None if ids["pad_token_id"] == ids["eos_token_id"] else ids["pad_token_id"]
+    return {**config, **ids, "pad_token_id": config.get("pad_token_id", pad), "dtype": dtype}
+
+
+def _dtype(checkpoint: SavedCheckpoint) -> str:
+    """Returns the dtype of the weights: not that of scales, which quantised tables have as well."""
+    dtypes = {name: dtype for name, (_, dtype) in weight_shapes(checkpoint).items() if dtype.is_floating_point}
+    return str(dtypes.get("embedding.weight", next(iter(dtypes.values())))).removeprefix("torch.")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

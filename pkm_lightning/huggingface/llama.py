@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from pkm_lightning.build.instantiate import check_trusted
-from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.ffn import Dense
-from pkm_lightning.huggingface.folder_keys import GROUPS
 from pkm_lightning.model import Transformer
 
-_DENSE = "pkm_lightning.ffn.Dense"
 #: Names within a block.
 _BLOCK = {
     "attention.query": "self_attn.q_proj",
@@ -26,22 +21,17 @@ _BLOCK = {
 }
 
 
-def as_llama(config: Mapping[str, Any], source: str) -> Transformer | None:
-    """Returns the model of `config` without memory if Llama computes the same, else None.
+def is_llama(model: Transformer) -> bool:
+    """Returns whether Llama computes what `model` does: SwiGLU of one width in every layer, and nothing else."""
+    widths = {_width(block.ffn) for block in model.blocks}
+    return len(widths) == 1 and None not in widths
 
-    Llama has SwiGLU of one width in every layer, and nothing else.
 
-    Raises:
-        ConfigError: a dense model whose configuration, read from `source`, names code that it may not run.
-    """
-    # By name first: classes of others are neither imported nor constructed.
-    if not all(group.get("_target_") == _DENSE for group in (config["ffn"], config["model"]["base_ffn"])):
+def _width(ffn: object) -> int | None:
+    """Returns the hidden dimension of Llama's FFN; None of any other FFN, a class derived from it included."""
+    if not isinstance(ffn, Dense) or type(ffn) is not Dense or ffn.gate is None:
         return None
-    check_trusted({group: config[group] for group in GROUPS}, source)
-    model = build_meta_model(config)
-    ffns = [block.ffn for block in model.blocks]
-    widths = {ffn.out.in_features if isinstance(ffn, Dense) and ffn.gate is not None else None for ffn in ffns}
-    return model if len(widths) == 1 and None not in widths else None
+    return ffn.out.in_features
 
 
 def llama_names(model: Transformer) -> dict[str, str]:

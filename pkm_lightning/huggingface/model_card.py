@@ -23,13 +23,13 @@ from pkm_lightning.storage import open_regular
 _CACHE = "${oc.env:PKM_LIGHTNING_CACHE,'~/.cache/pkm_lightning'}"
 
 
-def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, is_llama: bool) -> str:
+def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, needs_package: bool) -> str:
     """Returns the text of README.md.
 
     Args:
         checkpoint: whose weights the folder holds.
         run_dir: of the run, where it is known: its figures are in run.json and test.json.
-        is_llama: whether transformers alone loads the folder.
+        needs_package: whether transformers knows the class from this package only.
     """
     config = checkpoint.config
     record = {} if run_dir is None else _json(run_dir / "run.json")
@@ -39,7 +39,7 @@ def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, is_llama: b
             *("tags:", *(f"- {tag}" for tag in ("pkm_lightning", _name(config["ffn"]).lower())), "---", ""),
             *(f"# {_title(config)}", ""),
             *_model(checkpoint, record),
-            *("## Load", "", "```python", *_load(is_llama=is_llama), "```", ""),
+            *("## Load", "", "```python", *_load(needs_package=needs_package), "```", ""),
             *_data(checkpoint, record),
             *_figures(run_dir, record),
             *_again(config),
@@ -48,16 +48,19 @@ def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, is_llama: b
 
 
 def _title(config: Mapping[str, Any]) -> str:
-    return f"{_name(config['ffn'])}, {config['model']['n_layers']} layers of {config['model']['dim']}"
+    pretrained = config["model"].get("architecture") or {}
+    kind = (pretrained.get("architectures") or [_name(config["ffn"])])[0]
+    return f"{kind}, {config['model']['n_layers']} layers of {config['model']['dim']}"
 
 
 def _model(checkpoint: SavedCheckpoint, record: Mapping[str, Any]) -> list[str]:
     config, model = checkpoint.config, checkpoint.config["model"]
     total = sum(math.prod(shape) for shape, dtype in weight_shapes(checkpoint).values() if dtype.is_floating_point)
+    base = f", other layers `{model['base_ffn']['_target_']}`" if "base_ffn" in model else ""
     rows = {
-        "FFN": f"`{config['ffn']['_target_']}`, other layers `{model['base_ffn']['_target_']}`",
+        "FFN": f"`{config['ffn']['_target_']}`{base}",
         "layers, dimension": f"{model['n_layers']}, {model['dim']}",
-        "heads, key-value heads": f"{model['n_heads']}, {model['n_kv_heads']}",
+        **({"heads, key-value heads": f"{model['n_heads']}, {model['n_kv_heads']}"} if "n_heads" in model else {}),
         "vocabulary": f"{model['vocab_size']:,}",
         "weights": f"{total:,}",
         **({"active per token": f"{record['params']['active']:,}"} if "params" in record else {}),
@@ -68,13 +71,9 @@ def _model(checkpoint: SavedCheckpoint, record: Mapping[str, Any]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
 
 
-def _load(*, is_llama: bool) -> list[str]:
+def _load(*, needs_package: bool) -> list[str]:
     return [
-        *(
-            []
-            if is_llama
-            else ["import pkm_lightning.huggingface  # registers the class: pip install 'pkm_lightning[hf]'"]
-        ),
+        *(["import pkm_lightning.huggingface  # pip install 'pkm_lightning[hf]'"] if needs_package else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")',

@@ -235,13 +235,16 @@ class PretrainedTransformer(nn.Module):
         """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included.
 
         Raises:
-            ValueError: more tokens than a model with learned positions has.
+            ConfigError: more tokens than a model with learned positions has.
         """
         from pkm_lightning.huggingface.trunk_cache import PretrainedCache
 
         limit = learned_positions(self.config)
         if limit is not None and capacity > limit:
-            raise ValueError(f"cache: {capacity} tokens, but the model has learned {limit} positions; ask for fewer.")
+            raise ConfigError(
+                f"{capacity} tokens per sequence are more than the {limit} positions that the model has learned; leave "
+                "extrapolate out, or lower max_new_tokens."
+            )
         return PretrainedCache(
             n_layers=len(self.blocks), batch=batch, capacity=capacity, device=self.embedding.weight.device
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
 
 if TYPE_CHECKING:
     from pkm_lightning.data.base import TextCodec
-    from pkm_lightning.data.prompts import PromptBatch
     from pkm_lightning.model import Transformer
 
 
@@ -33,11 +33,11 @@ class Answering:
 
 
 def answer_batch(
-    model: Transformer, tokenizer: TextCodec, batch: PromptBatch, answering: Answering, *, device: torch.device
+    model: Transformer, tokenizer: TextCodec, batch: Mapping[str, Any], answering: Answering, *, device: torch.device
 ) -> list[dict[str, Any]]:
     """Returns records with `index`, `prompt`, `answer`, and `sample` where there are several. Collective.
 
-    The number of a prompt decides its draws, so that answers do not depend on ranks and batches.
+    The number of a prompt, `batch["index"]`, decides its draws, so that answers depend on no ranks and batches.
     """
     numbers = [int(number) for number in batch["index"]]
     generation = Generation(

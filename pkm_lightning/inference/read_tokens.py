@@ -21,13 +21,14 @@ class ReadTokens:
 
     Args:
         model: in evaluation mode.
+        context: most tokens that the model reads, or None for any number.
 
     Attributes:
         ids: the tokens in the cache.
     """
 
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
+    def __init__(self, model: Transformer, context: int | None = None) -> None:
+        self._model, self._capacity = model, _ANY_LENGTH if context is None else context
         self._cache: DecodingCache | None = None
         self.ids: list[int] = []
 
@@ -40,7 +41,7 @@ class ReadTokens:
             self.ids = []
             return None, torch.tensor([ids], device=device)
         if self._cache is None:
-            self._cache = self._model.new_cache(1, _ANY_LENGTH)
+            self._cache = self._model.new_cache(1, self._capacity)
         # The last one is read again: its output chooses the first token of the answer.
         pairs = zip(ids[:-1], self.ids, strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

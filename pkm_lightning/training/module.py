@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.model import attention_context, build_model
-from pkm_lightning.build.optimizer import make_optimizer
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
@@ -40,9 +39,8 @@ from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.heldout import HeldoutSum
-from pkm_lightning.training.optimizer import parameter_groups
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
-from pkm_lightning.training.table_learning import add_row_optimizer, table_only_optimizer
+from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
 
 
 class LanguageModule(L.LightningModule):
@@ -123,9 +121,8 @@ class LanguageModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Builds `optim.optimizer` over the groups by role, and the schedule over `trainer.max_steps`."""
         optim = self.config["optim"]
-        dense = make_optimizer(optim["optimizer"], parameter_groups(self.model, optim))
         self.table_optimizer = table_only_optimizer(self.model, self.config)
-        optimizer = add_row_optimizer(dense, self.model, self.config) if self.table_optimizer is None else dense
+        optimizer = trainer_optimizer(self.model, self.config, with_rows=self.table_optimizer is None)
         factor = configured_schedule(optim, int(self.config["trainer"]["max_steps"]))
         schedule = {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -14,6 +14,7 @@
 | peak_memory_bytes | of the process, or of the device where it is a GPU |
 | versions, commit | of the libraries; of the working directory, if it is this package's checkout |
 | data, facts | fingerprint of the data set; number of facts that training shows, where the data module has `n_facts` |
+| init_from | path and digest of the weights that the run started from; absent if they were random |
 | started, ended | UTC, ISO 8601 |
 | best_validation | lowest loss of the validations in training and its step; None without one |
 | metrics | of the final test; recall by form, relation and decile under `recall` |

@@ -17,17 +17,28 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.build.optimizer import make_optimizer
 from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.ops.row_update import state_bytes
+from pkm_lightning.training.optimizer import parameter_groups
 
 
-def add_row_optimizer(dense: Optimizer, model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
-    """Returns `dense`, joined with the row optimizer where the model has tables that learn by rows."""
-    tables = row_learning_tables(model)
+def trainer_optimizer(model: nn.Module, config: Mapping[str, Any], *, with_rows: bool) -> Optimizer:
+    """Returns the optimizer that the Trainer steps: of the groups by role and, `with_rows`, of row-learning tables.
+
+    Raises:
+        ConfigError: as `make_optimizer`.
+    """
+    optim = config["optim"]
+    groups = parameter_groups(model, optim)
+    tables = row_learning_tables(model) if with_rows else {}
+    # Only tables may be left to train: torch's optimizers refuse to be made of nothing.
+    dense = None if tables and not groups else make_optimizer(optim["optimizer"], groups)
     if not tables:
+        assert dense is not None
         return dense
-    for group in dense.param_groups:
+    for group in dense.param_groups if dense is not None else ():
         # A plugin may have a parameter of the role `table`. Monitors need every name once.
         if group["name"] == "table":
             group["name"] = "table_dense"

@@ -223,7 +223,7 @@ class LineSearch(torch.optim.SGD):
     ("path", "value", "advice"),
     [
         ("optim.foo", 1, "remove it."),
-        ("optim.warmup", 1, "Did you mean 'warmup_share'?"),
+        ("optim.warmup", 1, "Did you mean 'warmup_steps'?"),
         ("model.n_layers", 1e9, "not a whole number of at most 4096."),
         ("model.n_layers", 6.0, "not a whole number; write 6."),
         ("trainer.devices", 1e11, "of at most 65536; if it is meant as text"),

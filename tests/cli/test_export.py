@@ -81,6 +81,8 @@ def test_all_forms_of_the_weights_give_the_same_answers_and_losses(cli: Run, tra
         ({"format": "hf", "dir": "full/notes.txt"}, "dir=full/notes.txt is a file"),
         ({"format": "hf", "dir": "no/hf"}, "the folder .*/no does not exist"),
         ({"format": "hf", "dir": "full"}, "dir=full is not empty; choose another name, or replace it"),
+        ({"format": "hf", "dir": "."}, "dir=. is or holds the working directory"),
+        ({"format": "hf", "dir": "..", "overwrite": True}, "dir=.. is or holds the working directory"),
         ({"format": "json", "dir": "hf"}, "format='json' is not known; allowed: safetensors, hf"),
         ({"format": "HF", "dir": "hf"}, "format='HF' is not known"),
     ],

@@ -106,7 +106,7 @@ def test_an_interrupted_run_takes_its_own_configuration_also_where_it_was_moved(
     refused = cli("fit", *SMALL_RUN, "run_dir=run", "model.tied=true", "ffn=dense")
     assert refused.code == 2
     assert "another configuration" in refused.err
-    assert "ffn._target_: pkm_lightning.ffn.MemoryPlus -> pkm_lightning.ffn.Dense" in refused.err
+    assert "(ffn: pkm_lightning.ffn.MemoryPlus -> pkm_lightning.ffn.Dense)" in refused.err
     trained.rename(tmp_path / "moved")
     resumed = cli("fit", "run_dir=moved")
     assert resumed.code == 0, resumed.err

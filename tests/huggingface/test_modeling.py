@@ -20,7 +20,9 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.huggingface import PkmLightningForCausalLM
 
-NAMES = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
+NAMES = sorted(
+    path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem not in ("custom", "pretrained")
+)
 #: Sizes that the small model needs in place of the YAML's. A dense model is Llama unless its activation is another.
 CHANGES: dict[str, dict[str, Any]] = {
     "dense": {"activation": "squared_relu"},

@@ -15,6 +15,7 @@ from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from pkm_lightning.huggingface.export import write_folder
 from pkm_lightning.huggingface.tokenizer import write_tokenizer
+from pkm_lightning.inference.chat_template import ChatTemplate
 
 TEXTS = ["The capital of France is", " two  spaces ", "<eos> and <pad>", "naïve 東京 \u2028\n\t", ""]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
@@ -52,6 +53,10 @@ def test_a_chat_template_is_carried_and_its_control_tokens_count(tmp_path: Path)
     theirs = AutoTokenizer.from_pretrained(folder)
     ids = theirs.apply_chat_template([{"role": "user", "content": "hi"}], return_dict=False)
     assert ids == [*bytes_tokenizer().encode("user: hi"), 1]
+    turns = [{"role": "user", "content": "hi <pad>"}, {"role": "assistant", "content": " you"}]
+    ours = ChatTemplate(TEMPLATE, bytes_tokenizer(), tmp_path)
+    assert ours.encode(turns) == theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert ours.end_ids() == [1]
 
 
 def test_a_folder_without_a_tokenizer_names_no_tokens(tmp_path: Path) -> None:

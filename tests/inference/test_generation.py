@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from toys import Letters, memory_ffns, transformer
 
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import FFNContext, FFNOutput
-from pkm_lightning.inference.generation import generate, greedy
+from pkm_lightning.inference.generation import Answer, Generation, generate, greedy
+from pkm_lightning.inference.read_tokens import ReadTokens
 from pkm_lightning.inference.sampling import Sampling
 from pkm_lightning.model import Transformer
 
@@ -92,6 +94,101 @@ def test_a_reader_sees_every_answer_grow(model: Transformer) -> None:
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen[number]))
         assert seen[number][-1] == answer.text
         assert len(seen[number]) == len(answer.ids) + (answer.ended == "eos")
+
+
+def test_an_answer_ends_where_the_model_reads_no_more(model: Transformer) -> None:
+    sampling = Sampling(max_new_tokens=9)
+    whole = generate(model, Letters(), PROMPTS, sampling, device=CPU)
+    cut = generate(model, Letters(), PROMPTS, sampling, device=CPU, context=13)
+    endings = set()
+    for prompt, (long,), (short,) in zip(PROMPTS, whole, cut, strict=True):
+        # The last token of an answer is never read.
+        room = 13 - max(1, len(prompt)) + 1
+        assert short.ids == long.ids[:room]
+        is_whole = len(long.ids) < room or len(long.ids) == room == sampling.max_new_tokens
+        ended = long.ended if is_whole else "context"
+        assert short.ended == ended
+        endings.add(ended)
+    assert endings == {"context", "length", "eos"}
+
+
+def test_a_prompt_that_the_model_does_not_read_is_refused_first(model: Transformer) -> None:
+    forwards: list[Answer] = []
+    with pytest.raises(
+        ConfigError, match=r"^prompt 7 has 11 tokens, .* sequences of 10 \(1 more are too long\); shorten"
+    ):
+        generate(model, Letters(), PROMPTS, Sampling(), device=CPU, context=10, watch=forwards.append)
+    assert forwards == []
+
+
+def test_draws_depend_on_no_other_setting(model: Transformer) -> None:
+    """A billion tokens reserve nothing, and random numbers are drawn as they are needed."""
+    endless = Sampling(max_new_tokens=10**9, temperature=2.0, seed=3)
+    long = generate(model, Letters(), ["ab"], endless, device=CPU, context=301)[0][0]
+    short = generate(model, Letters(), ["ab"], dataclasses.replace(endless, max_new_tokens=290), device=CPU)[0][0]
+    assert long.ids[:290] == short.ids
+    numbered = Generation(model, Letters(), ["x", "ab"], dataclasses.replace(endless, max_new_tokens=9), device=CPU,
+                          numbers=[5, 0])  # fmt: skip
+    numbered.run()
+    assert numbered.answers[1][0].ids == short.ids[:9]
+
+
+def test_what_was_written_remains_after_an_interruption(model: Transformer) -> None:
+    def interrupt(answer: Answer) -> None:
+        if len(answer.ids) == 3:
+            raise KeyboardInterrupt
+
+    whole = generate(model, Letters(), ["cat", "dog"], Sampling(max_new_tokens=9), device=CPU, batch_size=1)
+    made = Generation(model, Letters(), ["cat", "dog"], Sampling(max_new_tokens=9), device=CPU, batch_size=1,
+                      watch=interrupt)  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    made.interrupt()
+    (first,), (second,) = made.answers
+    assert (first.ids, first.text) == (whole[0][0].ids[:3], Letters().decode(whole[0][0].ids[:3]))
+    assert (second.ids, second.text) == ([], "")
+    assert first.ended == second.ended == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "settled"),
+    [
+        ("ab", [], "ab"),
+        ("ab\ufffd", [], "ab"),
+        ("ab<", ["<end>"], "ab"),
+        ("a<en", ["<end>", "b"], "a"),
+        ("<e", ["x"], "<e"),
+    ],
+)
+def test_what_may_still_change_is_not_settled(text: str, stop: list[str], settled: str) -> None:
+    assert Answer(0, 0, [], text).settled(stop) == settled
+    assert Answer(0, 0, [], text, "eos").settled(stop) == text
+
+
+def test_a_longer_text_reads_only_what_is_new(model: Transformer) -> None:
+    codec, past, read = Letters(), ReadTokens(model), []
+
+    def answer(prompt: str) -> list[int]:
+        made = Generation(model, codec, [codec.encode(prompt)], Sampling(max_new_tokens=5), device=CPU, past=past)
+        made.run()
+        read.append(made.speed.prompt_tokens)
+        return made.answers[0][0].ids
+
+    first = codec.decode(answer("what is it"))
+    for prompt in ("what is it" + first + " and why", "what is he", "x"):
+        assert answer(prompt) == generate(model, codec, [prompt], Sampling(max_new_tokens=5), device=CPU)[0][0].ids
+    # The last token of an answer was never read, and what differs is read again.
+    assert read == [10, 9, 2, 1]
+    past.forget()
+    assert answer("x") == generate(model, codec, ["x"], Sampling(max_new_tokens=5), device=CPU)[0][0].ids
+
+
+def test_other_tokens_may_end_an_answer_too(model: Transformer) -> None:
+    (whole,) = generate(model, Letters(), ["cat"], Sampling(max_new_tokens=9), device=CPU)[0]
+    made = Generation(model, Letters(), ["cat"], Sampling(max_new_tokens=9), device=CPU, end_ids=[whole.ids[4]])
+    made.run()
+    first = whole.ids.index(whole.ids[4])
+    assert (made.answers[0][0].ids, made.answers[0][0].ended) == (whole.ids[:first], "eos")
 
 
 class Scripted:

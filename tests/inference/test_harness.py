@@ -12,7 +12,8 @@ from rank_group import Groups
 from toys import Letters, dense, transformer
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.inference.generation import generate
+from pkm_lightning.inference import harness
+from pkm_lightning.inference.generation import Answer, generate
 from pkm_lightning.inference.harness import HarnessModel
 from pkm_lightning.inference.harness_sampling import sampling_of
 from pkm_lightning.inference.sampling import Sampling
@@ -72,18 +73,27 @@ def test_a_text_longer_than_the_context_is_predicted_in_windows() -> None:
     assert totals == pytest.approx([0.0, expected, log_p([0, *Letters().encode("ab")], 2)], abs=1e-5)
 
 
-def test_answers_are_those_of_generation_on_what_fits(caplog: pytest.LogCaptureFixture) -> None:
-    kwargs = {"until": ["a"], "max_gen_toks": 6}
-    short = {"until": [], "max_gen_toks": 2, "do_sample": False}
-    asked = [(text, kwargs if i % 2 else short) for i, text in enumerate(TEXTS)]
-    with caplog.at_level(logging.WARNING):
-        answers = adapter().generate_until(requests(*asked))
+def test_answers_are_those_of_generation_in_the_order_of_the_requests() -> None:
+    kwargs = [{"until": ["a"], "max_gen_toks": 6}, {"until": [], "max_gen_toks": 2, "do_sample": False}]
+    asked = [(text, kwargs[i % 2]) for i, text in enumerate(TEXTS[:4])]
+    answers = adapter().generate_until(requests(*asked))
     for (text, settings), answer in zip(asked, answers, strict=True):
         sampling = Sampling(max_new_tokens=settings["max_gen_toks"], stop=tuple(settings["until"]))
-        fitting = text[-(16 - sampling.max_new_tokens) :]
-        ((expected,),) = generate(toy(), Letters(), [fitting], sampling, device=CPU)
+        ((expected,),) = generate(toy(), Letters(), [text], sampling, device=CPU)
         assert answer == expected.text
-    assert "1 of 3 prompts do not fit in the context of 16 tokens" in caplog.text
+
+
+def test_a_long_prompt_loses_its_beginning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def echo(
+        model: Transformer, codec: Letters, prompts: list[str], sampling: Sampling, **_: Any
+    ) -> list[list[Answer]]:
+        return [[Answer(0, 0, [], codec.decode(codec.encode(prompt)))] for prompt in prompts]
+
+    monkeypatch.setattr(harness, "generate", echo)
+    with caplog.at_level(logging.WARNING):
+        read = adapter().generate_until(requests(*((text, {"max_gen_toks": 6}) for text in TEXTS)))
+    assert read == [text[-10:] for text in TEXTS]
+    assert "2 of 5 prompts do not fit in the context of 16 tokens and lose their beginning" in caplog.text
 
 
 def test_nothing_follows_with_certainty() -> None:

@@ -61,21 +61,34 @@ def test_the_greedy_continuation_is_recognised(model: Transformer) -> None:
     assert [likelihood.is_greedy for likelihood in scores] == [True, False]
 
 
+class Counting:
+    """A model that keeps the shapes of what it reads and of what it unembeds."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, ids_BT: torch.Tensor) -> SimpleNamespace:
+        self.shapes.append(tuple(ids_BT.shape))
+        return SimpleNamespace(hidden_BTD=torch.zeros(*ids_BT.shape, 3))
+
+    def unembed(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(hidden_MD.shape))
+        return torch.zeros(len(hidden_MD), VOCAB)
+
+
 def test_continuations_of_one_input_share_a_forward_and_only_scored_positions_are_unembedded() -> None:
-    shapes: list[tuple[int, ...]] = []
-
-    class Counting:
-        def __call__(self, ids_BT: torch.Tensor) -> SimpleNamespace:
-            shapes.append(tuple(ids_BT.shape))
-            return SimpleNamespace(hidden_BTD=torch.zeros(*ids_BT.shape, 4))
-
-        def unembed(self, hidden_MD: torch.Tensor) -> torch.Tensor:
-            shapes.append(tuple(hidden_MD.shape))
-            return torch.zeros(len(hidden_MD), VOCAB)
-
+    model = Counting()
     letters = [Continuation((1, 2, 3, token), 1) for token in range(4)]
-    score(Counting(), [*letters, Continuation((9, 9), 1)], device=CPU, batch_size=8)  # type: ignore[arg-type]
-    assert shapes == [(2, 3), (5, 4)]
+    score(model, [*letters, Continuation((9, 9), 1)], device=CPU, batch_size=8)  # type: ignore[arg-type]
+    assert model.shapes == [(2, 3), (5, 3)]
+
+
+def test_a_forward_scores_a_bounded_number_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "_POSITIONS", 5)
+    model = Counting()
+    asked = [Continuation(tuple(range(start, start + 5)), 2) for start in range(4)]
+    score(model, [*asked, Continuation(tuple(range(9)), 8)], device=CPU, batch_size=8)  # type: ignore[arg-type]
+    assert model.shapes[1::2] == [(8, 3), (4, 3), (4, 3)]
 
 
 def test_nothing_is_scored_of_nothing(model: Transformer) -> None:

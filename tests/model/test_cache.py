@@ -30,6 +30,34 @@ def test_selected_sequences_go_on_as_alone(model: Transformer) -> None:
 
 
 @torch.no_grad()
+def test_memory_is_taken_as_the_text_grows(model: Transformer) -> None:
+    ids_BT = token_ids(2, 300)
+    full_BTD = model(ids_BT).hidden_BTD
+    cache, hidden = model.new_cache(2, 10**9), []
+    for start, end in [(0, 3), (3, 4), (4, 140), (140, 141), (141, 300)]:
+        hidden.append(model(ids_BT[:, start:end], cache=cache).hidden_BTD)
+        buffer_BGLC = cache.layers[0].keys_BGLC
+        assert buffer_BGLC is not None
+        assert end <= buffer_BGLC.shape[2] == cache.room <= max(128, 2 * end)
+    assert_close(torch.cat(hidden, 1), full_BTD)
+    small = model.new_cache(2, 6)
+    model(ids_BT[:, :5], cache=small)
+    assert small.room == 6
+
+
+@torch.no_grad()
+def test_a_shortened_text_goes_on_as_if_it_had_never_been_longer(model: Transformer) -> None:
+    ids_BT = token_ids(1, 12)
+    cache = model.new_cache(1, 20)
+    model(token_ids(1, 9), cache=cache)
+    cache.truncate(0)
+    model(ids_BT[:, :5], cache=cache)
+    model(token_ids(1, 4), cache=cache)
+    cache.truncate(5)
+    assert_close(model(ids_BT[:, 5:], cache=cache).hidden_BTD, model(ids_BT).hidden_BTD[:, 5:])
+
+
+@torch.no_grad()
 def test_keys_have_the_precision_of_the_forward(model: Transformer) -> None:
     ids_BT = token_ids(2, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):

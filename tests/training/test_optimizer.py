@@ -140,7 +140,7 @@ def test_wsd_with_a_decay_longer_than_what_warm_up_leaves() -> None:
         ({"schedule": "cosin"}, r"optim.schedule='cosin' is not known; .* Did you mean 'cosine'\?"),
         ({"final_factor": 1.5}, r"optim.final_factor=1.5 is out of range; allowed: 0 to 1"),
         ({"decay_share": -0.1}, r"optim.decay_share=-0.1 is out of range"),
-        ({"warmup_steps": 111}, r"^warmup_steps=111 is out of range; allowed: 0 to 110"),
+        ({"warmup_steps": 111}, r"^optim.warmup_steps=111 is out of range; allowed: 0 to 110"),
         ({"max_steps": -1}, r"trainer.max_steps=-1 gives the schedule no length"),
     ],
 )
@@ -159,7 +159,8 @@ def test_the_shipped_configuration_makes_a_schedule_and_groups() -> None:
 WIRED: dict[str, Any] = {
     "optimizer": {"_target_": "torch.optim.AdamW", "betas": [0.61, 0.62], "eps": 0.063, "fused": False},
     "lr": 0.64, "weight_decay": 0.065, "table_lr_factor": 6.6, "table_weight_decay": 0.067, "clip_norm": 0.68,
-    "table_clip_norm": 0.069, "schedule": "wsd", "warmup_share": 0.1, "final_factor": 0.25, "decay_share": 0.4,
+    "table_clip_norm": 0.069, "schedule": "wsd", "warmup_share": 0.3, "warmup_steps": 10, "final_factor": 0.25,
+    "decay_share": 0.4, "freeze": ["embedding*"],
 }  # fmt: skip
 
 
@@ -171,7 +172,11 @@ def test_every_key_of_optim_reaches_its_place(learning: str, monkeypatch: pytest
     limits: dict[str, Any] = {}
     monkeypatch.setattr(module_file, "clip_by_norm", lambda _, limit: limits.update(dense=limit) or torch.ones(()))
     monkeypatch.setattr(module_file, "clip_tables", lambda *part: limits.update(table=part[-1]) or torch.ones(()))
-    optimizer = fit(given, [rows(2)]).trainer.optimizers[0]
+    module = fit(given, [rows(2)])
+    optimizer = module.trainer.optimizers[0]
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert id(module.model.embedding.weight) not in trained
+    assert id(module.model.norm.weight) in trained
     assert limits == {"dense": 0.68, "table": 0.069}
     scheduled = {group["name"]: (group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups}
     assert scheduled == {

