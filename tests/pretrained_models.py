@@ -64,7 +64,7 @@ NAMES = list(CONFIGS)
 
 
 def tiny(name: str) -> PreTrainedModel:
-    """A model of `CONFIGS[name]` with biases and gains that are not zeros and ones."""
+    """Returns a model of `CONFIGS[name]` with biases and gains that are not zeros and ones."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa")
     for parameter in model.parameters():

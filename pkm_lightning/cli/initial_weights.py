@@ -19,7 +19,7 @@ from pkm_lightning.build.loading import find_weights
 from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
-from pkm_lightning.cli.resume import check_groups
+from pkm_lightning.cli.resume import check_groups, is_missing_tokenizer
 from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.strategies.portable import PortableCheckpoints
@@ -147,9 +147,14 @@ def start_from_weights(command: dict[str, Any], *, sets_tokenizer: bool) -> dict
 
 
 def with_saved_tokenizer(saved: Mapping[str, Any], command: dict[str, Any], *, sets_tokenizer: bool) -> dict[str, Any]:
-    """Returns `command` with the tokenizer that a saved run has taken from its weights, unless the command sets one."""
+    """Returns `command` with the tokenizer that a saved run has taken from its weights, unless the command sets one.
+
+    Also where the one that it names is gone, and `saved` has that of the run in its place.
+    """
     data = command["data"]
-    if sets_tokenizer or not saved.get("init_from") or not {"tokenizer"} <= data.keys() & saved["data"].keys():
+    if sets_tokenizer or not {"tokenizer"} <= data.keys() & saved["data"].keys():
+        return command
+    if not saved.get("init_from") and not is_missing_tokenizer(data["tokenizer"]):
         return command
     return {**command, "data": {**data, "tokenizer": saved["data"]["tokenizer"]}}
 

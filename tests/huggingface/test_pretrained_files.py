@@ -15,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_module
 from safetensors.torch import load_file, save_file
 from small import resolved
+from tolerances import assert_close
 
 from pkm_lightning.build.loading import LoadedModel
 from pkm_lightning.cli.job import plain
@@ -159,7 +160,7 @@ def test_a_gguf_file_is_the_model_with_its_tokenizer_and_template(tmp_path: Path
     model = loaded(pretrained_models.save_gguf("llama", tmp_path / "model.gguf"))
     ids_BT = torch.randint(pretrained_models.VOCAB, (1, 9))
     expected = pretrained_models.tiny("llama")(ids_BT).logits
-    torch.testing.assert_close(model.model.unembed(model.model(ids_BT).hidden_BTD), expected, rtol=1e-4, atol=1e-4)
+    assert_close(model.model.unembed(model.model(ids_BT).hidden_BTD), expected)
     assert model.context == pretrained_models.CONTEXT
     assert model.chat_template == pretrained_models.TEMPLATE
     assert model.codec().eos_id == 0  # <|endoftext|> is the other candidate

@@ -36,10 +36,11 @@ TRAINING = [
 
 
 class StopInTheThirdStep(L.Callback):
-    """An interruption by the user."""
+    """An interruption by the user, not repeated when the run goes on with its callbacks."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_step == 3:
+        if trainer.global_step == 3 and not Path("stopped").exists():
+            Path("stopped").touch()
             raise KeyboardInterrupt
 
 
@@ -57,7 +58,7 @@ def test_a_run_needs_its_folder_no_longer(cli: Run, tmp_path: Path) -> None:
     stop = f"+callbacks.stop._target_={__name__}.StopInTheThirdStep"
     assert cli("fit", *TRAINING, "run_dir=run", stop).code == 130
     assert accepted(cli("info", *TRAINING[:2]))
-    asked = ("max_new_tokens=6", "prompt='The lock keeper'")
+    asked = ("max_new_tokens=6", "prompt=The lock keeper")
     generated = accepted(cli("generate", "model=hf", "model.path=model", *asked))
     predicted = accepted(cli("predict", "model=hf", "model.path=model", *asked))
     assert generated.split("\n")[0].strip() in predicted
@@ -74,17 +75,18 @@ def test_a_run_needs_its_folder_no_longer(cli: Run, tmp_path: Path) -> None:
     accepted(cli("fit", "run_dir=run", "trust_config=true"))
     again = open_checkpoint(Path("run/checkpoints/step-00000004.ckpt")).map()["state_dict"]
     assert all(torch.equal(again[key], value) for key, value in end.items())
+    # What follows runs no code of this file, so the run that needs no trust.
     Path("text.txt").unlink()
-    after = accepted(cli("validate", "run_dir=run"))
+    after = accepted(cli("validate", "run_dir=whole"))
     assert loss(after) < loss(before)
     Path("out").mkdir()
-    accepted(cli("export", "run_dir=run", "file=out/model.safetensors"))
+    accepted(cli("export", "run_dir=whole", "file=out/model.safetensors"))
     shutil.move("out", "elsewhere")
     loaded = pkm_lightning.load("elsewhere")
     assert loaded.context == pretrained_models.CONTEXT
     assert loaded.chat_template == pretrained_models.TEMPLATE
     assert all(torch.equal(value, again[f"model.{key}"]) for key, value in loaded.model.state_dict().items())
-    assert loaded.answer("The lock keeper", max_new_tokens=6) in accepted(cli("generate", "run_dir=run", *asked))
+    assert loaded.answer("The lock keeper", max_new_tokens=6) in accepted(cli("generate", "run_dir=whole", *asked))
 
 
 def loss(printed: str) -> float:
