@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def load_tasks(names: Sequence[str], *, tasks_dir: Path | None, num_fewshot: int
         for need, what in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "shows images")):
             if getattr(task, need, False):
                 raise ConfigError(f"tasks: {name} {what}, which is not offered; leave it out.")
-        _set_examples(task, num_fewshot)
+        _set_examples(name, task, num_fewshot)
     return loaded
 
 
@@ -140,9 +141,21 @@ def _short(error: BaseException) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def _set_examples(task: Any, num_fewshot: int | None) -> None:
+def _set_examples(name: str, task: Any, num_fewshot: int | None) -> None:
     """Sets the solved examples of a task by the harness's rule, and the seed by which they are drawn."""
     stated = task.get_config("num_fewshot")
     if stated is None or (num_fewshot is not None and stated != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    wanted = task.get_config("num_fewshot")
+    if not wanted:
+        return
+    split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
+    # A question among the examples is left out of its own.
+    needed = wanted + (split is not None and split == task.get_config("test_split"))
+    n = len(list(islice(task.fewshot_docs() or (), needed)))
+    if n < needed:
+        most = max(0, n - needed + wanted)
+        raise ConfigError(
+            f"num_fewshot={wanted}: {name} has at most {most} examples to show before a question; lower num_fewshot."
+        )

@@ -102,7 +102,7 @@ def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.M
     ("verb", "override", "message"),
     [
         ("fit", "format=json", "format=json: fit does not read format, only info, export"),
-        ("fit", "out=x", "fit does not read out, only predict, generate, compare, report"),
+        ("fit", "out=x", "fit does not read out, only predict, generate, evaluate, compare, report, prepare"),
         ("fit", "file=x.safetensors", "only export"),
         ("info", "ckpt=x", "info does not read ckpt"),
         ("predict", "dir=x", "predict does not read dir, only export"),

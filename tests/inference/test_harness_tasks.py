@@ -91,6 +91,16 @@ def test_figures_have_their_error_and_number_and_leave_the_random_states_alone(f
     assert named["perplexity", "byte_perplexity"].value > 1
 
 
+@pytest.mark.parametrize(("task", "most"), [("options", 8), ("own", 5)])
+def test_more_examples_than_there_are_are_refused(folder: Path, task: str, most: int) -> None:
+    """The one task has 8 examples in a split of their own, the other takes them from its 6 questions."""
+    keys = {"doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "gold", "fewshot_split": "test"}
+    write_task(folder, "own", "multiple_choice", **keys)
+    load_tasks([task], tasks_dir=folder, num_fewshot=most)
+    with pytest.raises(ConfigError, match=f"num_fewshot={most + 1}: {task} has at most {most} examples to show"):
+        load_tasks([task], tasks_dir=folder, num_fewshot=most + 1)
+
+
 def missing_file(folder: Path) -> None:
     (folder / "data" / "test.jsonl").unlink()
 
