@@ -1,0 +1,122 @@
+"""Scores a pretrained model twice on tasks of lm-evaluation-harness and writes both to a CSV file: through `model=hf`, and
+through the harness's own `hf` model. With the largest difference of log-likelihoods and the share of equal answers.
+
+    python scripts/parity_benchmarks.py model.gguf sets --tasks pkm_piqa pkm_nq_open --limit 50 --out parity.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+import transformers
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from parity_pretrained import configuration
+
+from pkm_lightning.huggingface.loading import load_pretrained
+from pkm_lightning.inference.harness import HarnessModel
+from pkm_lightning.inference.harness_results import run_tasks, scores_of
+from pkm_lightning.inference.harness_tasks import load_tasks
+
+BATCH_SIZE = 8
+
+
+def main() -> None:
+    """Reads the arguments, scores, and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder or .gguf file")
+    parser.add_argument("tasks_dir", type=Path, help="folder of tasks, as prepare writes it")
+    parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
+    parser.add_argument("--limit", type=int, default=50, help="questions per task, the first ones")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file")
+    arguments = parser.parse_args()
+    ours, theirs = our_model(arguments.model), their_model(arguments.model)
+    rows = []
+    for task in arguments.tasks:
+        ours.kept, theirs.kept = [], []  # type: ignore[attr-defined]
+        (first, seconds), (second, their_seconds) = (scored(lm, task, arguments) for lm in (ours, theirs))
+        agreement = compared(ours.kept, theirs.kept)  # type: ignore[attr-defined]
+        for mine, other in zip(first, second, strict=True):
+            assert (mine.task, mine.metric) == (other.task, other.metric)
+            scores = {"ours": f"{mine.value:.4f}", "theirs": f"{other.value:.4f}", "stderr": f"{mine.stderr or 0:.4f}"}
+            times = {"seconds": f"{seconds:.0f}", "their_seconds": f"{their_seconds:.0f}"}
+            rows.append({"task": mine.task, "metric": mine.metric, "n": mine.n, **scores, **agreement, **times})
+            print(rows[-1], flush=True)
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "model": arguments.model.name,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lm_eval": lm_eval.__version__,
+    }
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*facts, *rows[0]])
+        writer.writeheader()
+        writer.writerows({**facts, **row} for row in rows)
+
+
+def our_model(path: Path) -> LM:
+    """Returns the model as this package evaluates it."""
+    loaded = load_pretrained(configuration(path))
+    codec = loaded.codec()
+    return keeping(HarnessModel)(
+        loaded.model,
+        codec,
+        context=loaded.context,
+        device=loaded.device,
+        batch_size=BATCH_SIZE,
+        begin_id=getattr(codec, "begin_id", None),
+    )
+
+
+def their_model(path: Path) -> LM:
+    """Returns the model as the harness reads it with transformers."""
+    where = {"pretrained": str(path.parent), "gguf_file": path.name} if path.is_file() else {"pretrained": str(path)}
+    return keeping(HFLM)(**where, dtype="float32", device="cpu", batch_size=BATCH_SIZE)
+
+
+def keeping(cls: type) -> Any:
+    """Returns a subclass of an adapter that keeps its answers in `kept`."""
+
+    class Keeping(cls):  # type: ignore[misc]
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            answers = super().loglikelihood(requests, disable_tqdm)
+            self.kept += [answer[0] for answer in answers]
+            return answers
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            answers = super().generate_until(requests, disable_tqdm)
+            self.kept += answers
+            return answers
+
+    return Keeping
+
+
+def scored(lm: LM, task: str, arguments: argparse.Namespace) -> tuple[list[Any], float]:
+    """Returns the scores of one task and the seconds that they took."""
+    start = time.perf_counter()
+    tasks = load_tasks((task,), tasks_dir=arguments.tasks_dir, num_fewshot=None)
+    scores = scores_of(run_tasks(lm, tasks, limit=arguments.limit))
+    return scores, time.perf_counter() - start
+
+
+def compared(ours: list[Any], theirs: list[Any]) -> dict[str, str]:
+    """Returns the largest difference of log-likelihoods, or the share of equal texts."""
+    pairs = list(zip(ours, theirs, strict=True))
+    numbers = [abs(a - b) for a, b in pairs if isinstance(a, float)]
+    texts = [a == b for a, b in pairs if isinstance(a, str)]
+    return {
+        "max_difference": f"{max(numbers):.2e}" if numbers else "",
+        "equal_answers": f"{sum(texts) / len(texts):.3f}" if texts else "",
+    }
+
+
+if __name__ == "__main__":
+    main()
