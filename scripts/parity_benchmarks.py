@@ -1,5 +1,6 @@
-"""Scores a pretrained model twice on tasks of lm-evaluation-harness and writes both to a CSV file: through `model=hf`, and
-through the harness's own `hf` model. With the largest difference of log-likelihoods and the share of equal answers.
+"""Scores a pretrained model on tasks of lm-evaluation-harness through `model=hf` and through the harness's own `hf` model.
+
+Writes both scores, the largest difference of log-likelihoods and the share of equal answers to a CSV file:
 
     python scripts/parity_benchmarks.py model.gguf sets --tasks pkm_piqa pkm_nq_open --limit 50 --out parity.csv
 """
