@@ -56,6 +56,10 @@ def furnish(folder: Path) -> None:
     (folder / "my_answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "prompts.txt").write_text("The capital of France is\n")
     write_packages(folder / "packages")
+    # Imported here: it brings transformers, which few tests that show commands need.
+    from pretrained_models import save_gguf
+
+    save_gguf("llama", folder / "smollm2.gguf")
 
 
 def small_version(command: str, *, silent: bool) -> list[str]:
@@ -91,12 +95,16 @@ def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
     kinds are the names of primary configurations, and `fit` in one process.
     """
     merged: list[tuple[str, dict[str, list[str]]]] = []
+    alone: list[tuple[str, list[str]]] = []
     for command in shown:
         verb, *arguments = words(command)
         arguments = [argument for argument in arguments if not argument.startswith("-")]
         kind = PRIMARY_CONFIGURATIONS.get(verb, "config")
         if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
             kind = "fit"
+        if "model=hf" in arguments:  # does not go with the FFNs and sizes of other commands
+            alone.append((kind, arguments))
+            continue
         for overrides in _expanded(arguments):
             by_name: dict[str, list[str]] = {}
             for override in overrides:
@@ -107,7 +115,7 @@ def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
                     break
             else:
                 merged.append((kind, by_name))
-    return [(kind, [o for overrides in together.values() for o in overrides]) for kind, together in merged]
+    return [*alone, *((kind, [o for overrides in together.values() for o in overrides]) for kind, together in merged)]
 
 
 def _expanded(overrides: list[str]) -> list[list[str]]:

@@ -23,10 +23,12 @@ CONFIGS = ROOT / "configs"
 SHARED = (CONFIGS / "experiment" / "regime", CONFIGS / "data" / "loader")
 # Nothing to train on.
 PREPARED = CONFIGS / "prepare" / "data"
+# Needs the files of a model; tests/huggingface composes, builds and runs both together.
+PRETRAINED = (CONFIGS / "model" / "hf.yaml", CONFIGS / "ffn" / "pretrained.yaml")
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent not in (CONFIGS, *SHARED, PREPARED)
+    if path.parent not in (CONFIGS, *SHARED, PREPARED) and path not in PRETRAINED
 )
 #: FFNs and experiments bring settings of other groups with them: each stands alone.
 ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "experiment="))]

@@ -10,9 +10,11 @@ from typing import Any
 
 from pkm_lightning.build.instantiate import check_trusted, target_class
 from pkm_lightning.checkpoints import open_checkpoint
+from pkm_lightning.checkpoints.companions import TOKENIZER
 from pkm_lightning.cli.places import check_links, check_places, with_own_cache
 from pkm_lightning.compare.leaves import COMMAND_KEYS, MACHINE_KEYS, move_paths
 from pkm_lightning.compare.run_files import read_yaml
+from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import RunDirectoryError
 
 #: Keys of devices, strategy, sharding and the machine, which a continued run may change; `devices` is an alias.
@@ -54,6 +56,7 @@ def saved_config(run_dir: Path, *, trust: bool, executed: bool = True, cache: st
         raise RunDirectoryError(f"{file} cannot be read ({' '.join(str(error).split())}).") from None
     check_groups(config, str(file))
     moved: dict[str, Any] = move_paths(_with_new_names(config), str(config.get("run_dir")), str(run_dir))
+    moved = _with_own_tokenizer(moved, run_dir)
     if not trust:
         check_links(run_dir)
         if executed:
@@ -96,6 +99,19 @@ def check_groups(config: Any, source: str) -> None:
         if not isinstance(value, dict) and (group in _GROUPS or value is not None):
             problem = "lacks the group" if value is _ABSENT else f"has a {type(value).__name__} in place of the group"
             raise RunDirectoryError(f"{source} {problem} {group}; restore it from another copy of the run.")
+
+
+def _with_own_tokenizer(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Returns a saved configuration with the tokenizer that the run keeps, where the file or folder of it is gone."""
+    named, kept = config["data"].get("tokenizer"), run_dir / TOKENIZER
+    if not is_missing_tokenizer(named) or not kept.is_file():
+        return config
+    return {**config, "data": {**config["data"], "tokenizer": str(kept)}}
+
+
+def is_missing_tokenizer(named: object) -> bool:
+    """Returns whether `named`, the value of `data.tokenizer`, is a path where nothing lies."""
+    return isinstance(named, str) and named not in ("bpe", "bytes") and not expanded(named).exists()
 
 
 def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:

@@ -157,6 +157,11 @@ def check_architecture(architecture: Mapping[str, Any], source: str) -> None:
         raise ConfigError(
             f"{source} is of model_type={kind!r}; supported: {', '.join(SUPPORTED)}.{nearest(str(kind), SUPPORTED)}"
         )
+    # A saved run holds this content, and saved configurations must name no class and refer to nothing.
+    if any(mark in json.dumps(architecture) for mark in ('"_target_"', "${")):
+        raise ConfigError(
+            f"{source} has _target_ or ${{...}} in its config.json, which no model has; give another one."
+        )
     if architecture.get("quantization_config"):
         raise ConfigError(
             f"{source} has quantised weights, which cannot be trained; give the model before it was quantised, or a "

@@ -269,7 +269,7 @@ class PretrainedTransformer(nn.Module):
     def _masks(
         self, mask_B1TP: Tensor | None, input_ids_BT: Tensor, cache: DecodingCache | None
     ) -> Tensor | dict[str, Tensor | None] | None:
-        """Returns the mask for transformers; with windows, by kind of layer where it tells them apart.
+        """Returns the mask for transformers; with windows, by kind of layer where it distinguishes them.
 
         None leaves a plain causal mask to transformers, which has faster kernels.
         """

@@ -6,7 +6,6 @@ Letters: M selected positions, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +23,7 @@ from pkm_lightning.model.cache import DecodingCache
 from pkm_lightning.model.initialisation import initialise
 from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.model.rope import document_positions, rope_table
-from pkm_lightning.model.trunk import PartCost
-
-#: Traces of the plugins by layer number; see `FFNOutput.trace`.
-Traces = dict[int, "dict[str, Tensor]"]
-
-
-@dataclass
-class ModelOutput:
-    """The output of one forward: the last hidden state after the final norm, and the reports of the plugins.
-
-    `aux_losses` are sums over layers, `metrics` means over layers; `step_stats` and `traces` are by layer number.
-    """
-
-    hidden_BTD: Tensor
-    aux_losses: dict[str, Tensor] = field(default_factory=dict)
-    step_stats: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    traces: Traces = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+from pkm_lightning.model.trunk import ModelOutput, PartCost
 
 
 class TiedUnembedding(nn.Module):

@@ -10,6 +10,7 @@ trunk's files say under `model` (`dim`, `n_layers` and `vocab_size` at least), b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -17,7 +18,23 @@ if TYPE_CHECKING:
 
     from pkm_lightning.memory import ValueTable
     from pkm_lightning.model.cache import DecodingCache
-    from pkm_lightning.model.transformer import ModelOutput
+
+#: Traces of the plugins by layer number; see `FFNOutput.trace`.
+Traces = dict[int, "dict[str, Tensor]"]
+
+
+@dataclass
+class ModelOutput:
+    """The output of one forward: the last hidden state after the final norm, and the reports of the plugins.
+
+    `aux_losses` are sums over layers, `metrics` means over layers; `step_stats` and `traces` are by layer number.
+    """
+
+    hidden_BTD: Tensor
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)
+    step_stats: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    traces: Traces = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PartCost(NamedTuple):

@@ -172,3 +172,61 @@ def test_errors(tmp_path: Path) -> None:
     text.write_text(text.read_text().replace("<eos>", "<stop>"))
     with pytest.raises(DataError, match="has no end token; add one of: <eos>"):
         TokenizerChoice(str(text), 0).vocab_size()
+
+
+END = "<|im_end|>"
+
+
+def with_two_ends(folder: Path, config: str) -> Path:
+    """A tokenizer whose vocabulary has the tokens `<eos>` and `END`, in a folder as Hugging Face writes it."""
+    backend = Backend.from_str(bytes_tokenizer().to_json())
+    backend.add_special_tokens([END])
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    (folder / "tokenizer_config.json").write_text(config)
+    return folder
+
+
+@pytest.mark.parametrize("config", [f'{{"eos_token": "{END}"}}', f'{{"eos_token": {{"content": "{END}"}}}}'])
+def test_the_end_token_that_a_folder_names_is_kept_in_the_file_itself(config: str, tmp_path: Path) -> None:
+    choice = TokenizerChoice(str(with_two_ends(tmp_path, config)), 0)
+    tokenizer = choice.make(lambda: CORPUS)
+    assert tokenizer.eos_id == 258
+    assert tokenizer.encode(END) == list(range_of(bytes_tokenizer(), END))
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "tokenizer.json").write_text(tokenizer.to_json())
+    copy = Tokenizer.load(tmp_path / "copy" / "tokenizer.json")
+    assert (copy.eos_id, copy.digest) == (258, tokenizer.digest)
+    assert pickle.loads(pickle.dumps(copy)).eos_id == 258
+    # Other readers of the file add nothing to a text.
+    assert Backend.from_str(tokenizer.to_json()).encode("one").ids == bytes_tokenizer().encode("one")
+    # The usual end token is another tokenizer, whose prepared data are others.
+    usual = TokenizerChoice(str(tmp_path / "copy2.json"), 0)
+    (tmp_path / "copy2.json").write_text((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert usual.make(lambda: CORPUS).digest != tokenizer.digest
+
+
+@pytest.mark.parametrize("config", ["{}", '{"eos_token": "<eos>"}', '{"eos_token": null}', '{"eos_token": "absent"}'])
+def test_the_usual_end_token_changes_nothing(config: str, tmp_path: Path) -> None:
+    folder = with_two_ends(tmp_path, config)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    choice, plain = TokenizerChoice(str(folder), 0), TokenizerChoice(str(alone / "tokenizer.json"), 0)
+    assert choice.identity() == plain.identity()
+    assert choice.read().digest == plain.read().digest
+    assert choice.read().eos_id == 1
+
+
+def test_the_chat_template_goes_where_the_tokenizer_goes(tmp_path: Path) -> None:
+    folder = with_two_ends(tmp_path, '{"chat_template": "{{ messages }}"}')
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy" / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "copy" / "tokenizer.json").chat_template == "{{ messages }}"
+    (folder / "chat_template.jinja").write_text("newer")
+    assert Tokenizer.load(folder / "tokenizer.json").chat_template == "newer"
+
+
+def range_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [tokenizer.encode(character)[0] for character in text]

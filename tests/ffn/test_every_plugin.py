@@ -35,7 +35,9 @@ OPTIONS = [
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
     Case("peer", {"shared_keys": False}, "keys per head"),
 ]
-NAMES = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem != "custom")
+NAMES = sorted(
+    path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem not in ("custom", "pretrained")
+)
 CASES = [*(Case(name, CHANGES.get(name, {})) for name in NAMES), *OPTIONS]
 
 

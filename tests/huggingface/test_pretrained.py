@@ -9,6 +9,7 @@ import pretrained_models
 import pytest
 import torch
 from small import resolved
+from tolerances import assert_close
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,11 +60,11 @@ def test_packed_documents_are_those_documents_alone(name: str, folders: dict[str
     ids_BT, doc_ids_BT = ids(1, 20), torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
     packed = model.unembed(model(ids_BT, doc_ids_BT=doc_ids_BT).hidden_BTD)
     alone = torch.cat([theirs(part).logits for part in ids_BT.split(lengths, dim=1)], dim=1)
-    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    assert_close(packed, alone)
     # Without either switch the batch is one document.
     one = trunk(folders[name], document_mask=False, reset_positions=False)
     whole = one.unembed(one(ids_BT, doc_ids_BT=doc_ids_BT).hidden_BTD)
-    torch.testing.assert_close(whole, theirs(ids_BT).logits, rtol=1e-5, atol=1e-5)
+    assert_close(whole, theirs(ids_BT).logits)
     # Positions alone start anew: transformers would take that for a packed batch.
     restarted = trunk(folders[name], document_mask=False)
     whole = restarted.unembed(restarted(ids_BT, doc_ids_BT=doc_ids_BT).hidden_BTD)
@@ -85,18 +86,18 @@ def test_cached_forwards_equal_the_whole_forward(name: str, folders: dict[str, P
     cache = model.new_cache(3, width + 8)
     logits = model.unembed(model(first_BT, valid_BT=valid_BT, cache=cache).hidden_BTD)
     for row, n in enumerate(lengths):
-        torch.testing.assert_close(logits[row, width - n :], whole[row][:n], rtol=1e-5, atol=1e-5)
+        assert_close(logits[row, width - n :], whole[row][:n])
     # One token at a time, then three at once, then without the second sequence.
     for start, end in ((0, 1), (1, 2), (2, 5)):
         step_BT = torch.stack([row[n + start : n + end] for row, n in zip(rows, lengths, strict=True)])
         logits = model.unembed(model(step_BT, cache=cache).hidden_BTD)
         for row, n in enumerate(lengths):
-            torch.testing.assert_close(logits[row], whole[row][n + start : n + end], rtol=1e-5, atol=1e-5)
+            assert_close(logits[row], whole[row][n + start : n + end])
     cache.select(torch.tensor([2, 0]))
     step_BT = torch.stack([rows[row][lengths[row] + 5 : lengths[row] + 6] for row in (2, 0)])
     logits = model.unembed(model(step_BT, cache=cache).hidden_BTD)
     for place, row in enumerate((2, 0)):
-        torch.testing.assert_close(logits[place, 0], whole[row][lengths[row] + 5], rtol=1e-5, atol=1e-5)
+        assert_close(logits[place, 0], whole[row][lengths[row] + 5])
     assert cache.length == width + 6
 
 
@@ -107,7 +108,7 @@ def test_one_sequence_is_cached_without_a_mask(name: str, folders: dict[str, Pat
     whole = model(ids_BT).hidden_BTD
     cache = model.new_cache(1, 20)
     parts = [model(part, cache=cache).hidden_BTD for part in ids_BT.split([10, *[1] * 10], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+    assert_close(torch.cat(parts, dim=1), whole)
 
 
 @FAMILIES
@@ -121,7 +122,7 @@ def test_gradients_are_those_of_transformers_with_and_without_recomputation(
         model = trunk(folders[name], activation_checkpointing=recompute).train()
         model.unembed(model(ids_BT).hidden_BTD).square().mean().backward()
         for parameter, value in model.network.named_parameters():
-            torch.testing.assert_close(value.grad, expected[parameter], rtol=1e-4, atol=1e-6)
+            assert_close(value.grad, expected[parameter], kind="grad")
 
 
 @torch.no_grad()
