@@ -68,7 +68,7 @@ class Conversation:
 
     @property
     def introduction(self) -> str:
-        """Says what the model will do."""
+        """What the model will do with a line."""
         if self._template is None:
             return "The model has no chat template: it continues each line, and remembers none."
         return "The model answers with the whole conversation in view."

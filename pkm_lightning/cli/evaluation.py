@@ -66,7 +66,8 @@ class SavedRun:
         self._checkpoint.check_weights(self.run.weight_shapes, later_buffers(self.run.model, "model."))
         if not self.is_spread:  # else each rank checks its share when the strategy loads it
             self._checkpoint.check_sums(without=unread_tensors(self.run.model, self._checkpoint))
-        check_dataloader(job.verb, self.run.data)
+        if job.verb != "predict":  # which may have prompts of its own
+            check_dataloader(job.verb, self.run.data)
         self.run.data.prepare_data()
         check_tokenizer(self._checkpoint.skeleton, tokenizer_digest(self.run.data))
 

@@ -13,7 +13,7 @@ import lightning as L
 import torch.distributed as dist
 
 from pkm_lightning.build.loading import context_of
-from pkm_lightning.cli.evaluation import SavedRun, locate
+from pkm_lightning.cli.evaluation import SavedRun, check_dataloader, locate
 from pkm_lightning.cli.generation import STANDARD_INPUT, GenerationSettings, generation_settings, prompts_of
 from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.cli.pretrained_run import evaluated_run
@@ -98,6 +98,7 @@ def _data_with_prompts(
     prompts, data = prompts_of(job), saved.run.data
     if prompts is None:
         if type(data).predict_dataloader is not TokenDataModule.predict_dataloader:
+            check_dataloader(job.verb, data)
             return data
         prompts = collect_prompts(saved.run.config["data"]["prompts"], saved.run.config["data"]["prompts_file"])
     tokenizer = tokenizer_of(data)

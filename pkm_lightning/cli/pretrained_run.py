@@ -22,7 +22,8 @@ class PretrainedRun(SavedRun):
     def __init__(self, job: Job) -> None:
         self.folder, self.path = locate(job)
         self.run = resolve(_with_prompts_only(config_of(job), job))
-        check_dataloader(job.verb, self.run.data)
+        if job.verb != "predict":  # which may have prompts of its own
+            check_dataloader(job.verb, self.run.data)
         self.run.data.prepare_data()
 
     def module(self) -> LanguageModule:

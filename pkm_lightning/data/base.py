@@ -11,7 +11,7 @@ what breaks this in any batch.
 | optional member | what it brings |
 |---|---|
 | `val_dataloader()`, `test_dataloader()` | held-out loss; of equal length on all ranks |
-| `predict_dataloader()` | `predict`: batches with `prompt` (texts) and `index` (their numbers, -1 for a filler) |
+| `predict_dataloader()` | `predict` without `prompt=`: batches with `prompt` (texts) and `index` (-1: a filler) |
 | `vocab_size` | `model.vocab_size=auto`, and a refusal of smaller numbers; known before `prepare_data()` |
 | `tokenizer`, a `TextCodec` | `predict`, the callbacks `samples` and `recall`, words in the panels of `slot_usage` |
 | `tokenizer.digest` | a checkpoint of another tokenizer is refused |
@@ -43,7 +43,10 @@ NO_TARGET = -100
 
 
 class TextCodec(Protocol):
-    """The part of a tokenizer that generation and scoring call. A `digest` (str) of its vocabulary is optional."""
+    """The part of a tokenizer that generation and scoring call.
+
+    Optional: `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
+    """
 
     eos_id: int
 
