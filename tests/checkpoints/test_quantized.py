@@ -86,7 +86,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
     codes = {"_target_": "pkm_lightning.memory.QuantizedTable", "bits": 4}
     with pytest.raises(
         CheckpointError,
-        match=r"quantize=int4: the value tables of \S+a\.ckpt have 4 bits per value and can only be read; give",
+        match=r"quantize=int4: the value tables of \S+a\.ckpt have 4 bits per value already; give the run",
     ):
         QuantizedCheckpoint(saved(path, table=codes), "int4")
     plain = saved(path)
