@@ -42,11 +42,12 @@ format: setup ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## time the package beside its peers on the CPU, about 17 minutes; BENCH=--out writes scripts/results/
+bench: setup ## time the package beside its peers on the CPU, about 22 minutes; BENCH=--out writes scripts/results/
 	$(BIN)/python scripts/bench_ops.py --device cpu $(BENCH)
 	$(BIN)/python scripts/bench_train.py --device cpu $(BENCH)
 	$(BIN)/python scripts/bench_decode.py --device cpu $(BENCH)
 	$(BIN)/python scripts/bench_mmap.py $(BENCH)
+	$(BIN)/python scripts/bench_generation.py $(BENCH)
 	$(BIN)/python scripts/bench_peer_memory.py
 	$(BIN)/python scripts/bench_trainer_overhead.py --steps 40 --rounds 3
 	$(BIN)/python scripts/bench_callbacks.py --steps 100 --rounds 3

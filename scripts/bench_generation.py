@@ -11,6 +11,7 @@ so that fewer tokens are written there. The first call of each way is not counte
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import statistics
 import tempfile
@@ -184,22 +185,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all")
     parser.add_argument("--folder", type=Path, help="for the temporary files, on the disk of interest")
     parser.add_argument("--out", type=Path, nargs="?", const=Path("scripts/results"))
     parsed = parser.parse_args(arguments)
-    facts, lines = conditions(torch.device("cpu")), []
-    for size in SMOKE if parsed.smoke else SIZES:
-        with tempfile.TemporaryDirectory(dir=parsed.folder) as folder:
-            for line in measure(size, Path(folder), parsed.rounds, parsed.batches):
-                print("  ".join(f"{key} {value}" for key, value in line.items() if value != ""), flush=True)
-                lines.append(line)
-    if parsed.out:
-        path = parsed.out if parsed.out.suffix == ".csv" else parsed.out / f"{facts['date']}-bench-generation.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*facts, *FIELDS])
+    facts = conditions(torch.device("cpu"))
+    out: Path | None = parsed.out
+    if out and out.suffix != ".csv":
+        out = out / f"{facts['date']}-bench-generation.csv"
+    with contextlib.nullcontext() if out is None else out.open("w", newline="", buffering=1) as file:
+        writer = None if file is None else csv.DictWriter(file, [*facts, *FIELDS])
+        if writer:
             writer.writeheader()
-            writer.writerows({**facts, **line} for line in lines)
+        for size in SMOKE if parsed.smoke else [size for size in SIZES if size.dim in parsed.dims]:
+            with tempfile.TemporaryDirectory(dir=parsed.folder) as folder:
+                for line in measure(size, Path(folder), parsed.rounds, parsed.batches):
+                    print("  ".join(f"{key} {value}" for key, value in line.items() if value != ""), flush=True)
+                    if writer:
+                        writer.writerow({**facts, **line})
 
 
 if __name__ == "__main__":

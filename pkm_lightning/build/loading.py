@@ -139,23 +139,31 @@ def load(
     )
 
 
-def find_weights(path: Path) -> Path:
+def find_weights(path: Path, key: str = "") -> Path:
     """Returns the checkpoint or exported file that `path`, which may be a run directory or a folder, stands for.
 
+    Args:
+        path: as `load` takes it.
+        key: what the path is called in messages, such as `init_from=`.
+
     Raises:
-        CheckpointError: there is none, or several exported files.
+        CheckpointError: it does not exist, or stands for none or several.
     """
+    if not path.exists():
+        raise CheckpointError(f"{key}{path} does not exist; give a run, a checkpoint or an exported model.")
     if not path.is_dir() or (path / ".metadata").exists():
         return path
     if (path / "config.yaml").is_file():
         latest = latest_checkpoint(path)
         if latest is None:
-            raise CheckpointError(f"{path} has no checkpoint yet; train first, or give another path.")
+            raise CheckpointError(f"{key}{path} has no checkpoint yet; train it first, or give another path.")
         return latest
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files[:3]) or "no .safetensors file"
-        raise CheckpointError(f"{path} is no run directory and holds {found}; give the path of one checkpoint.")
+        raise CheckpointError(
+            f"{key}{path} is no run directory and holds {found}; give a run, a checkpoint or an exported model."
+        )
     return files[0]
 
 

@@ -41,8 +41,12 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         ConfigError: sizes, layers or classes that do not fit.
     """
     model = config["model"]
+    # A configuration of the model alone, as an exported folder holds it, says nothing about training.
+    frozen = (config.get("optim") or {}).get("freeze") or ()
     if "_target_" in model:
-        return _build_trunk(model)
+        trunk = _build_trunk(model)
+        freeze_parameters(trunk, frozen)
+        return trunk
     check_integer("model.n_layers", model["n_layers"], low=1)
     check_integer("model.dim", model["dim"], low=1)
     n_layers = int(model["n_layers"])
@@ -74,7 +78,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         )
     flat = [table for group in tables for table in group]
     transformer = Transformer(**arguments, ffns=ffns, tables=flat, write_after=write_after)
-    freeze_parameters(transformer, config["optim"].get("freeze") or ())
+    freeze_parameters(transformer, frozen)
     return transformer
 
 

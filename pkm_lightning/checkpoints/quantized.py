@@ -26,6 +26,24 @@ _PLAIN, _QUANTIZED = "pkm_lightning.memory.ValueTable", "pkm_lightning.memory.Qu
 _KEPT = ("shared", "device", "shard", "group")
 
 
+def check_values(checkpoint: SavedCheckpoint, purpose: str) -> None:
+    """Refuses a checkpoint whose tables are quantised where their values are needed: for training and other formats.
+
+    Args:
+        checkpoint: of this package.
+        purpose: what they are needed for, as the user wrote it, such as `format=hf`.
+
+    Raises:
+        CheckpointError: naming the purpose, the file and its width.
+    """
+    table = checkpoint.config["table"]
+    if table.get("_target_") == _QUANTIZED:
+        raise CheckpointError(
+            f"{purpose}: the value tables of {checkpoint.path} have {table.get('bits')} bits per value and can only be "
+            "read; give the run's own checkpoint."
+        )
+
+
 class QuantizedCheckpoint:
     """The weights of a checkpoint, of which tables are quantised block by block when they are read.
 
@@ -47,12 +65,8 @@ class QuantizedCheckpoint:
         check_choice("quantize", width, WIDTHS)
         self.saved, self._bits = saved, WIDTHS[width]
         config = saved.config
+        check_values(saved, f"quantize={width}")
         target = config["table"].get("_target_")
-        if target == _QUANTIZED:
-            raise CheckpointError(
-                f"ckpt={saved.path} holds codes of {config['table']['bits']} bits already; quantise the run's own "
-                "checkpoint."
-            )
         tables = {name for name in saved.shapes if _TABLE.fullmatch(name)}
         if not tables:
             raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pkm_lightning.cli.command_keys import EVALUATION_KEYS
-from pkm_lightning.cli.evaluation import locate
+from pkm_lightning.cli.evaluation import locate, names_pretrained
 from pkm_lightning.cli.evaluation_results import keep_in_run, show, write_json
 from pkm_lightning.cli.job import Job, log_to_stderr, plain
 from pkm_lightning.cli.loading import load_of_job
@@ -31,7 +31,13 @@ def run(job: Job) -> None:
     codec = loaded.codec()
     tasks = load_tasks(settings.tasks, tasks_dir=settings.tasks_dir, num_fewshot=settings.num_fewshot)
     model = HarnessModel(
-        loaded.model, codec, context=loaded.context, device=loaded.device, batch_size=settings.batch_size
+        loaded.model,
+        codec,
+        context=loaded.context,
+        device=loaded.device,
+        batch_size=settings.batch_size,
+        # Trainings here put no token before a text, whatever a tokenizer of the user's does elsewhere.
+        begin_id=getattr(codec, "begin_id", None) if names_pretrained(job) else None,
     )
     results = run_tasks(model, tasks, limit=settings.limit)
     scores = scores_of(results)

@@ -109,10 +109,6 @@ def _folder(job: Job) -> Path:
         raise ConfigError(f"file={job.config.file} is of format=safetensors; format=hf writes a folder, dir=FOLDER.")
     if job.config.dir is None:
         raise ConfigError("format=hf needs dir=FOLDER, the folder to write.")
-    if job.config.quantize is not None:
-        raise ConfigError(
-            f"quantize={job.config.quantize} is of format=safetensors, which file=NAME.safetensors names."
-        )
     folder = Path(str(job.config.dir))
     parent = Path(os.path.realpath(folder)).parent
     if folder.exists() and not folder.is_dir():

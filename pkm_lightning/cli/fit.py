@@ -122,6 +122,7 @@ def _run(job: Job) -> float | None:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             if checkpoint is not None:
                 _check_checkpoint(checkpoint, resolved)  # refuses one before anything starts
+                _remark_length(checkpoint, latest, resolved.config)
             elif initial := initial_weights(resolved.config, checkpoint):
                 initial.check(resolved)
         if external:
@@ -176,7 +177,7 @@ def _resolve_saved(
     """
     if job.is_on_saved:
         saved = saved_config(path, trust=command["trust_config"], cache=command["data"].get("cache_dir"))
-        saved, command = _with_length(job, path, checkpoint, saved, command)
+        saved, command = _with_length(job, checkpoint, saved, command)
         command = with_saved_tokenizer(saved, command, sets_tokenizer=job.sets("data.tokenizer"))
         config = with_changes(saved, command)
         chosen = {key_of(override) for override in job.overrides}
@@ -193,7 +194,7 @@ def _resolve_saved(
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
-    saved, whole = _with_length(job, path, checkpoint, saved, command)
+    saved, whole = _with_length(job, checkpoint, saved, command)
     whole = with_saved_tokenizer(saved, whole, sets_tokenizer=job.sets("data.tokenizer"))
     resolved = of_command if of_command and whole is command else resolve(whole, training=True)
     refuse_differences(path, saved, resolved.config)
@@ -201,18 +202,21 @@ def _resolve_saved(
 
 
 def _with_length(
-    job: Job, path: Path, checkpoint: Path | None, saved: dict[str, Any], command: dict[str, Any]
+    job: Job, checkpoint: Path | None, saved: dict[str, Any], command: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns both configurations with the length and the warm-up that the command gives the run."""
     if not job.sets("trainer.max_steps"):
         return saved, command
-    step, last = _step(checkpoint) or 0, _step(latest_checkpoint(path)) or 0
-    longer = with_length(saved, command["trainer"]["max_steps"], step=step)
-    if remark := describe_length(saved, longer, step=step, undone=last - step):
-        _log.info(remark)
+    longer = with_length(saved, command["trainer"]["max_steps"], step=_step(checkpoint) or 0)
     if longer != saved and not job.sets("optim.warmup_steps"):
         command = {**command, "optim": {**command["optim"], "warmup_steps": longer["optim"]["warmup_steps"]}}
     return longer, command
+
+
+def _remark_length(checkpoint: Path, latest: Path | None, config: dict[str, Any]) -> None:
+    step, last = _step(checkpoint) or 0, _step(latest) or 0
+    if remark := describe_length(open_checkpoint(checkpoint).config, config, step=step, undone=last - step):
+        _log.info(remark)
 
 
 def _check_checkpoint(path: Path, run: ResolvedRun) -> None:

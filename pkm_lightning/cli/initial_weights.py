@@ -15,8 +15,9 @@ import lightning as L
 import torch
 
 from pkm_lightning.build.instantiate import check_trusted
+from pkm_lightning.build.loading import find_weights
 from pkm_lightning.build.run import ResolvedRun
-from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
 from pkm_lightning.cli.resume import check_groups, is_missing_tokenizer
 from pkm_lightning.data.base import tokenizer_digest
@@ -45,7 +46,7 @@ class InitialWeights(L.Callback):
 
     def __init__(self, path: str | Path, *, trust: bool) -> None:
         self._path = Path(path)
-        self.checkpoint = open_checkpoint(find_weights(self._path))
+        self.checkpoint = open_checkpoint(find_weights(self._path, "init_from="))
         config = self.checkpoint.config
         check_groups(config, str(self.checkpoint.path))
         if "bits" in config["table"]:
@@ -130,30 +131,6 @@ class InitialWeights(L.Callback):
             return
         state = {f"{_WEIGHTS}{name}": value for name, value in pl_module.state_dict().items()}
         self.checkpoint.read_into({name: state[name] for name in state if name in self.checkpoint.shapes})
-
-
-def find_weights(path: Path) -> Path:
-    """Returns the checkpoint or exported file that `path`, which may be a run directory or a folder, stands for.
-
-    Raises:
-        CheckpointError: there is none, or several exported files.
-    """
-    if not path.exists():
-        raise CheckpointError(f"init_from={path} does not exist; give a run, a checkpoint or an exported model.")
-    if not path.is_dir() or (path / ".metadata").exists():
-        return path
-    if (path / "config.yaml").is_file():
-        latest = latest_checkpoint(path)
-        if latest is None:
-            raise CheckpointError(f"init_from={path} has no checkpoint yet; train it first, or give another path.")
-        return latest
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files[:3]) or "no .safetensors file"
-        raise CheckpointError(
-            f"init_from={path} is no run directory and holds {found}; give a run, a checkpoint or an exported model."
-        )
-    return files[0]
 
 
 def start_from_weights(command: dict[str, Any], *, sets_tokenizer: bool) -> dict[str, Any]:

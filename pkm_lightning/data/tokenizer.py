@@ -129,6 +129,13 @@ class Tokenizer:
         }
         return {key: name or "" for key, name in names.items()}
 
+    @property
+    def begin_id(self) -> int | None:
+        """The id of `bos_token`; None where no token stands before a text."""
+        name = self.control_tokens["bos_token"]
+        begin: int | None = self._backend.token_to_id(name) if name else None
+        return begin
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, computed in parallel where the machine allows."""
         pieces = [chunks(text, MAX_CHUNK_CHARACTERS // 2) for text in texts]

@@ -46,10 +46,11 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: in evaluation mode.
-        tokenizer: of the model. Where it has a `bos_id`, that token begins a text; otherwise `eos_id` does.
+        tokenizer: of the model.
         context: tokens that the model may read at once; None for 2,048, the harness's own default.
         device: the device that the model is on.
         batch_size: largest number of sequences per forward.
+        begin_id: token before every text, where the model was trained with one; None for models of this package.
         progress: whether progress bars are shown.
     """
 
@@ -61,11 +62,13 @@ class HarnessModel(TemplateLM):
         context: int | None,
         device: torch.device,
         batch_size: int,
+        begin_id: int | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__()
         self._model, self._codec, self._device = model, tokenizer, device
         self._context, self._batch_size, self._progress = context or DEFAULT_MAX_LENGTH, batch_size, progress
+        self._begin = [] if begin_id is None else [begin_id]
         self._encode = functools.lru_cache(maxsize=_KEPT_ENCODINGS)(tokenizer.encode)
 
     @property
@@ -75,9 +78,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that begins a text."""
-        bos_id: int | None = getattr(self._codec, "bos_id", None)
-        return self.eot_token_id if bos_id is None else bos_id
+        """The token that an empty context consists of."""
+        return self._begin[0] if self._begin else self.eot_token_id
 
     @property
     def max_length(self) -> int:
@@ -85,8 +87,8 @@ class HarnessModel(TemplateLM):
         return self._context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Returns the ids of a text, without special tokens."""
-        return self._encode(string)
+        """Returns the ids of a text, behind the token that begins it unless `add_special_tokens` is False."""
+        return self._encode(string) if add_special_tokens is False else self._begin + self._encode(string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns ln p(continuation | context) of each request, and whether it is the greedy continuation."""
@@ -98,7 +100,7 @@ class HarnessModel(TemplateLM):
         windows, owners = [], []
         for number, request in enumerate(requests):
             rolling = get_rolling_token_windows(
-                token_list=self._encode(request.args[0]),
+                token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -128,7 +130,7 @@ class HarnessModel(TemplateLM):
 
     def _write(self, prompts: Sequence[str], *, sampling: Sampling, bar: Any) -> list[str]:
         """Returns the answer to each prompt, of which as much as fits is read."""
-        codec = _LastTokens(self._codec, self.max_length - sampling.max_new_tokens, self.prefix_token_id)
+        codec = _LastTokens(self._codec, self.max_length - sampling.max_new_tokens, self._begin)
         answers = generate(
             self._model,
             codec,
@@ -184,17 +186,17 @@ class HarnessModel(TemplateLM):
 
 
 class _LastTokens:
-    """A tokenizer that keeps the last `length` tokens of a text, and begins an empty one with `prefix`."""
+    """A tokenizer that puts `begin` before a text and keeps the last `length` tokens."""
 
-    def __init__(self, codec: TextCodec, length: int, prefix: int) -> None:
-        self._codec, self._length, self._prefix = codec, length, prefix
+    def __init__(self, codec: TextCodec, length: int, begin: list[int]) -> None:
+        self._codec, self._length, self._begin = codec, length, begin
         self.eos_id = codec.eos_id
         self.n_cut = 0
 
     def encode(self, text: str) -> list[int]:
-        ids = self._codec.encode(text)
+        ids = self._begin + self._codec.encode(text)
         self.n_cut += len(ids) > self._length
-        return ids[-self._length :] or [self._prefix]
+        return ids[-self._length :]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._codec.decode(ids)

@@ -22,7 +22,7 @@ class Score:
 
     Attributes:
         task: name of a task or group.
-        metric: such as `acc_norm`, followed by the filter of the answers where there is one.
+        metric: such as `acc_norm`, followed by the filter of the answers where a task has several.
         value: the figure.
         stderr: its standard error; None where the harness has none.
         n: questions behind it.
@@ -60,12 +60,13 @@ def scores_of(results: Mapping[str, Any]) -> list[Score]:
     scores = []
     for task, figures in results["results"].items():
         n = results.get("n-samples", {}).get(task, {}).get("effective") or figures.get("sample_len") or 0
+        filters = {key.partition(",")[2] for key in figures if "," in key}
         for key, value in figures.items():
             # A metric is named with its filter; beside them stand names and counts.
             metric, _, answers = key.partition(",")
             if not answers or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = figures.get(f"{metric}_stderr,{answers}")
-            name = metric if answers == "none" else f"{metric}_{answers}"
+            name = metric if len(filters) == 1 else f"{metric}_{answers}"
             scores.append(Score(task, name, float(value), stderr if isinstance(stderr, float) else None, int(n)))
     return scores

@@ -75,7 +75,7 @@ def _manager(names: Sequence[str], tasks_dir: Path | None) -> TaskManager:
         manager = TaskManager(include_path=str(tasks_dir))
     for name, entry in manager.task_index.items():
         if entry.yaml_path is not None and entry.yaml_path.is_relative_to(tasks_dir) and entry.kind == Kind.TASK:
-            manager.task_index[name] = _beside_its_data(entry)
+            manager.task_index[name] = _with_its_data(entry)
     return manager
 
 
@@ -87,7 +87,7 @@ def _matches(name: str, manager: TaskManager, tasks_dir: Path | None) -> list[st
     raise ConfigError(f"tasks: {name!r} is no task of lm-evaluation-harness{where}.{nearest(name, manager.all_tasks)}")
 
 
-def _beside_its_data(entry: Entry) -> Entry:
+def _with_its_data(entry: Entry) -> Entry:
     """Returns the entry of a YAML with its data files as absolute paths: the harness takes the working directory's.
 
     Raises:

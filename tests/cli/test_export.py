@@ -114,8 +114,9 @@ def test_a_folder_for_transformers(cli: Run, trained: Path, checkpoint: Path) ->
     assert refused.code == 2
     assert "dir=hf is not empty; choose another name, or replace it with overwrite=true" in refused.err
     Path("hf/README.md").write_text("mine")
-    assert cli(*command, "overwrite=true").code == 0
+    assert cli(*command, "overwrite=true", "quantize=int8").code == 0
     assert Path("hf/README.md").read_text() != "mine"
+    assert load_file("hf/model.safetensors")["tables.0.codes"].dtype == torch.uint8
     Path("hf/notes.txt").write_text("mine")
     refused = cli(*command, "overwrite=true")
     assert refused.code == 2

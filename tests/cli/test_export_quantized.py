@@ -63,7 +63,6 @@ def test_a_quantised_export_answers_as_the_model_with_its_values(cli: Run, train
             "quantize='int5' is not known; allowed: int8,",
         ),
         (["export", "run_dir=run", "file=a.safetensors", "quantize=4"], "quantize='4' is not known; allowed: int8,"),
-        (["predict", "run_dir=run", PROMPTS, "quantize=int8"], "predict does not read quantize, only export"),
         (
             ["fit", *SMALL_RUN, "run_dir=new", CODES, "+table.bits=4", "~table.learning"],
             "table.bits=4: a quantised table is read only and cannot be trained; train with table._target_=",

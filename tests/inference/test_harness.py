@@ -55,13 +55,11 @@ def test_likelihoods_come_in_the_order_of_the_requests() -> None:
     assert [nats for nats, _ in scores] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_token_that_begins_texts_is_taken_where_there_is_one() -> None:
-    class WithBegin(Letters):
-        bos_id = 7
-
-    model = HarnessModel(toy(), WithBegin(), context=16, device=CPU, batch_size=3, progress=False)
-    ((nats, _),) = model.loglikelihood(requests(("", "ab")))
-    assert nats == pytest.approx(log_p([7, *Letters().encode("ab")], 2), abs=1e-5)
+def test_a_token_that_begins_texts_stands_before_each() -> None:
+    encode = Letters().encode
+    scores = adapter(begin_id=7).loglikelihood(requests(("", "ab"), ("b", "cd")))
+    expected = [log_p([7, *encode("ab")], 2), log_p([7, *encode("bcd")], 2)]
+    assert [nats for nats, _ in scores] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_text_longer_than_the_context_is_predicted_in_windows() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from local_tasks import NAMES, WORDS, sentence, write_tasks
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 from toys import dense, transformer
 
 from pkm_lightning.data.tokenizer import Tokenizer, train_bpe
@@ -35,6 +37,15 @@ RENAMED = {
     r"\.ffn_norm\.": ".post_attention_layernorm.",
     r"\.ffn\.(gate|up|out)\.": lambda match: f".mlp.{'down' if match[1] == 'out' else match[1]}_proj.",
 }
+
+
+def with_begin(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that puts a token before each text, as that of a Llama does."""
+    backend = Backend.from_str(tokenizer.to_json())
+    backend.add_special_tokens(["<bos>"])
+    begin = backend.token_to_id("<bos>")
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", begin)])
+    return Tokenizer(backend, "the tokenizer")
 
 
 def trained(tokenizer: Tokenizer) -> Transformer:
@@ -76,7 +87,10 @@ def write_llama(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     llama.save_pretrained(folder)
     tokenizer.save(folder / "ours.json")
     PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "ours.json"), eos_token="<eos>", pad_token="<pad>"
+        tokenizer_file=str(folder / "ours.json"),
+        eos_token="<eos>",
+        pad_token="<pad>",
+        bos_token=None if tokenizer.begin_id is None else "<bos>",
     ).save_pretrained(folder)
 
 
@@ -99,18 +113,31 @@ def responses(lm: Any, folder: Path) -> tuple[dict[str, list[Any]], dict[tuple[s
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_the_harness_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begins", [False, True], ids=["plain", "with a token before each text"])
+def test_scores_are_those_of_the_harness_with_transformers(
+    begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from lm_eval.models.huggingface import HFLM
 
     folder = write_tasks(tmp_path / "tasks", N_ITEMS, longest=20)
     tokenizer = train_bpe([" ".join(WORDS), " is . a b c d"], 300)
+    tokenizer = with_begin(tokenizer) if begins else tokenizer
+    assert (tokenizer.begin_id is not None) is begins
     model = trained(tokenizer)
     write_llama(tmp_path / "llama", model, tokenizer)
     theirs, their_figures = responses(
         HFLM(pretrained=str(tmp_path / "llama"), dtype="float32", device="cpu", batch_size=16), folder
     )
-    adapter = HarnessModel(model, tokenizer, context=CONTEXT, device=torch.device("cpu"), batch_size=7, progress=False)
+    adapter = HarnessModel(
+        model,
+        tokenizer,
+        context=CONTEXT,
+        device=torch.device("cpu"),
+        batch_size=7,
+        begin_id=tokenizer.begin_id,
+        progress=False,
+    )
     ours, our_figures = responses(adapter, folder)
 
     assert ours["answers"] == theirs["answers"]

@@ -84,7 +84,7 @@ def test_it_moves_with_the_model_unless_it_stays_in_host_memory() -> None:
         table = nn.Sequential(filled(rows(4), device=device)).to("meta")[0]
         assert {part.device.type for part in table.state_dict().values()} == {expected}
     with torch.device("meta"):
-        shapes = nn.Sequential(QuantizedTable(rows=N, dim=V, bits=4)).to(torch.bfloat16)
+        shapes = nn.Sequential(QuantizedTable(rows=N, dim=V, bits=4)).double()
     assert [part.dtype for part in shapes.state_dict().values()] == [torch.uint8, torch.bfloat16]
 
 

@@ -106,7 +106,7 @@ def test_values_follow_the_format(bits: int) -> None:
     assert torch.equal(dequantize_rows(rows), values_NV)
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.006), (4, 0.09), (2, 0.35)])
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.006), (4, 0.088), (2, 0.35)])
 def test_errors_are_small_and_codes_the_nearest(bits: int, bound: float) -> None:
     rows_NV = torch.randn(200, 144)
     rows = quantize_rows(rows_NV, bits)
@@ -115,6 +115,12 @@ def test_errors_are_small_and_codes_the_nearest(bits: int, bound: float) -> None
     levels = torch.arange(2**bits) - (2**bits - 1) / 2
     nearest_NV = ((levels * scales_NV.unsqueeze(-1)) - rows_NV.unsqueeze(-1)).abs().amin(-1)
     assert_close((dequantize_rows(rows) - rows_NV).abs(), nearest_NV)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_scale_of_one_value_meets_it(bits: int) -> None:
+    rows_NV = torch.randn(20, 33)
+    assert_close(dequantize_rows(quantize_rows(rows_NV, bits))[:, 32].bfloat16(), rows_NV[:, 32].bfloat16())
 
 
 def test_an_outlier_spoils_the_values_of_its_scale_only() -> None:

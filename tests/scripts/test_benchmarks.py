@@ -145,6 +145,22 @@ def test_a_wrong_and_a_failing_way_are_not_timed(
     assert "no such kernel" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_whole_models_write_with_and_without_a_cache(script: Any, tmp_path: Path) -> None:
+    out = tmp_path / "generation.csv"
+    script("bench_generation").main(["--smoke", "--rounds", "1", "--batches", "2", "--out", str(out)])
+    found = lines(out)
+    assert [(line["ffn"], line["table"], line["cache"]) for line in found] == [
+        *(("dense", "", cache) for cache in ("yes", "no")),
+        *(("moe", "", cache) for cache in ("yes", "no")),
+        *(("memory_plus", "memory", cache) for cache in ("yes", "no")),
+        ("memory_plus", "mapped", "yes"),
+    ]
+    flops = [int(line["trunk_flops"]) for line in found]
+    assert max(flops) < 1.02 * min(flops)
+    assert all(float(line["prefill_s"]) > 0 < float(line["decode_s"]) for line in found)
+
+
 def test_a_mapped_table_decodes_beside_the_same_in_memory(script: Any, tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux")

@@ -53,8 +53,8 @@ def test_frozen_parameters_keep_their_values_and_have_no_state(what: str, learni
 @pytest.mark.parametrize(
     ("strategy", "what"),
     [
-        ("ddp", "a part"),
         ("ddp", "all but the table"),
+        pytest.param("ddp", "a part", marks=pytest.mark.slow),
         *(
             pytest.param(strategy, what, marks=pytest.mark.slow)
             for strategy in ("fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
