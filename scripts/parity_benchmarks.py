@@ -1,4 +1,4 @@
-"""Scores a pretrained model on tasks of lm-evaluation-harness through `model=hf` and through the harness's own `hf` model.
+"""Scores a pretrained model on tasks of lm-evaluation-harness by `model=hf` and by the harness's own `hf` model.
 
 Writes both scores, the largest difference of log-likelihoods and the share of equal answers to a CSV file:
 
