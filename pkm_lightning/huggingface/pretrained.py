@@ -103,7 +103,7 @@ class PretrainedTransformer(nn.Module):
         settings = make_config(files.architecture, f"model.path={model['path']}")
         found = {
             "path": str(files.path),
-            "architecture": files.architecture,
+            "architecture": {**files.architecture, "eos_token_id": files.stop_ids or None},
             "dim": settings.hidden_size,
             "n_layers": settings.num_hidden_layers,
             "vocab_size": settings.vocab_size,
@@ -156,6 +156,12 @@ class PretrainedTransformer(nn.Module):
     def value_tables(self) -> list[ValueTable]:
         """None: a pretrained model has no value table."""
         return []
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, such as that of a turn of a conversation and that of a document."""
+        named = self.config.eos_token_id
+        return tuple(named) if isinstance(named, list) else () if named is None else (int(named),)
 
     @property
     def is_position_wise(self) -> bool:

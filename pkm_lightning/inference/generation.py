@@ -149,7 +149,7 @@ class Generation:
         batch_size: largest number of answers written together.
         context: most tokens that the model reads per sequence, or None for any number.
         numbers: the prompts' numbers, which decide the draws; by default 0, 1, ...
-        end_ids: tokens that end an answer besides the end of text.
+        end_ids: tokens that end an answer, besides those that end a text.
         past: what was read before, where there is one prompt and one sample.
         watch: called with an answer whenever it has a new token or has ended.
 
@@ -178,7 +178,7 @@ class Generation:
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._device = model, tokenizer, sampling, device
         self._batch_size, self._context, self._past, self._watch = batch_size, context, past, watch
-        self._end_ids = {tokenizer.eos_id, *end_ids}
+        self._end_ids = {tokenizer.eos_id, *model.end_ids, *end_ids}
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         encoded = iter(encode_prompts(tokenizer, texts, context))
         self._prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]

@@ -173,3 +173,10 @@ def test_the_ids_that_end_an_answer_are_those_of_the_generation_config(folder: P
     assert find(str(folder), folder).stop_ids == [1]
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     assert find(str(folder), folder).stop_ids == [5, 7]
+
+
+@pytest.mark.parametrize("named", [[7, 9], 9, None])
+def test_every_token_that_the_generation_config_names_ends_a_text(folder: Path, named: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    model = resolved("model=hf", f"model.path={folder}", "trainer.accelerator=cpu").model
+    assert model.end_ids == (tuple(named) if isinstance(named, list) else (1,) if named is None else (named,))
