@@ -65,7 +65,7 @@ class StepCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         config = getattr(pl_module, "config", None)
         if self._keeps and config is not None and config["optim"]["schedule"] == "wsd":
-            self._kept_step = decay_start(config["optim"], int(config["trainer"]["max_steps"]))
+            self._kept_step = decay_start(config["optim"], int(config["trainer"]["max_steps"])) or None
 
     def request_stop(self, reason: str) -> None:
         """Requests a checkpoint and a stop for a signal of the name `reason`; safe in a signal handler."""
