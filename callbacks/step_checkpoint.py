@@ -67,6 +67,9 @@ class StepCheckpoint(ModelCheckpoint):
         if self._keeps and config is not None and config["optim"]["schedule"] == "wsd":
             self._kept_step = decay_start(config["optim"], int(config["trainer"]["max_steps"])) or None
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Does nothing: the files in the folder are the state, also where Lightning would warn of a moved one."""
+
     def request_stop(self, reason: str) -> None:
         """Requests a checkpoint and a stop for a signal of the name `reason`; safe in a signal handler."""
         self._stop_reason = reason

@@ -17,11 +17,11 @@ from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_meta_model, build_model, check_foreign_plugins, weight_dtype
 from pkm_lightning.capacity.setting import PRECISIONS
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
-from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
 from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import TextCodec
-from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError, check_choice
 from pkm_lightning.inference.generation import Answer, generate
 from pkm_lightning.inference.sampling import Sampling
@@ -79,8 +79,9 @@ class LoadedModel:
         """
         if self.tokenizer is None:
             raise CheckpointError(
-                f"{self.path} has no {TOKENIZER} beside it, without which its ids mean no words; copy the one that it "
-                "was trained with there."
+                f"{self.path} has no {TOKENIZER} beside it, without which its ids mean no words; put that of the "
+                f"training at {companion_place(self.path, TOKENIZER)} (fit with resume=always writes it into a run "
+                "whose data are at hand)."
             )
         return self.tokenizer
 
@@ -168,7 +169,7 @@ def find_weights(path: Path, key: str = "") -> Path:
 
 
 def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer | None:
-    """Returns the tokenizer that lies beside a checkpoint, or None.
+    """Returns the tokenizer that lies beside a checkpoint, or None; that of bytes needs no file.
 
     Raises:
         CheckpointError: it is not the one that the weights were trained with.
@@ -176,7 +177,8 @@ def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer | None:
     """
     file = find_companion(checkpoint.path, TOKENIZER)
     if file is None:
-        return None
+        of_bytes = bytes_tokenizer()
+        return of_bytes if checkpoint.skeleton.get("tokenizer") == of_bytes.digest else None
     tokenizer = Tokenizer.load(file)
     try:
         check_tokenizer(checkpoint.skeleton, tokenizer.digest)

@@ -17,7 +17,12 @@ def run_folder(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file() else None
 
 
+def companion_place(weights: Path, name: str) -> Path:
+    """Returns where the file `name` that belongs to a checkpoint or an exported file lies, if there is one."""
+    return (run_folder(weights) or weights.absolute().parent) / name
+
+
 def find_companion(weights: Path, name: str) -> Path | None:
     """Returns the file `name` that belongs to a checkpoint or an exported file, or None where there is none."""
-    candidate = (run_folder(weights) or weights.absolute().parent) / name
-    return candidate if candidate.is_file() else None
+    place = companion_place(weights, name)
+    return place if place.is_file() else None

@@ -20,6 +20,7 @@ from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.command_keys import VERBS_OF
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.kept_data import with_kept_data
+from pkm_lightning.cli.places import cache_of
 from pkm_lightning.cli.resume import saved_config, saved_config_of, without_fused
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.base import tokenizer_digest
@@ -48,7 +49,7 @@ class SavedRun:
         self.folder, self.path = locate(job)
         check_mappable(self.path, OmegaConf.select(job.config, "table.device"))
         self._checkpoint = open_checkpoint(self.path)
-        trust, cache = bool(job.config.trust_config), OmegaConf.select(job.config, "data.cache_dir")
+        trust, cache = bool(job.config.trust_config), cache_of(plain(job.config))
         if self.folder is not None:
             config = saved_config(self.folder, trust=trust, cache=cache)
         else:
@@ -160,6 +161,10 @@ def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
         if root in _FIXED and key not in _FREE:
             raise ConfigError(f"{override}: the saved configuration of a run wins; {root} cannot be changed here.")
         if root == "run_dir" or root in VERBS_OF:
+            continue
+        if override.startswith("~"):
+            group, _, name = key.rpartition(".")
+            (OmegaConf.select(merged, group) if group else merged).pop(name, None)
             continue
         value = OmegaConf.select(job.config, key)
         OmegaConf.update(merged, key, value, force_add=True, merge=False)

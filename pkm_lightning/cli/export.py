@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from pkm_lightning.checkpoints import open_checkpoint
-from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, find_companion, run_folder
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import locate
@@ -65,7 +65,7 @@ def _write_folder(job: Job) -> None:
     width = job.config.quantize
     written = write_folder(checkpoint, folder, None if width is None else str(width))
     if not written.has_tokenizer:
-        place = (run_folder(path) or path.absolute().parent) / TOKENIZER
+        place = companion_place(path, TOKENIZER)
         _log.warning("%s has no tokenizer: put that of the training at %s and export again, or use ids.", folder, place)
     print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {path}")
 

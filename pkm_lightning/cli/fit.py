@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf import OmegaConf
 
 from pkm_lightning.build.checks import remark_validation
 from pkm_lightning.build.freezing import parameter_counts
@@ -32,7 +33,9 @@ from pkm_lightning.cli.lengthening import (
     is_lengthened,
     with_length,
 )
+from pkm_lightning.cli.places import cache_of
 from pkm_lightning.cli.resume import (
+    differences,
     may_change_on_resume,
     refuse_differences,
     saved_config,
@@ -81,7 +84,7 @@ def _run(job: Job) -> float | None:
     if not is_external and getattr(rank_zero_only, "rank", 0) != 0:
         # Rank 0 has started this rank before it writes a record, so both decide by the same files.
         resumes = continues_run(path, command["resume"])
-        checkpoint = _checkpoint(job, path, command) if resumes else None
+        checkpoint = _checkpoint(job, path) if resumes else None
         resolved = _resolve_saved(job, path, command, checkpoint, None) if resumes else resolve(command, training=True)
         return _run_other_rank(path, resolved, assemble(resolved), checkpoint)
     of_command: ResolvedRun | None = None
@@ -101,7 +104,7 @@ def _run(job: Job) -> float | None:
             if job.is_on_saved and not resumes:
                 raise RunDirectoryError(f"run_dir={path} has changed while this command started; run it again.")
             latest = latest_checkpoint(path) if resumes else None
-            checkpoint = _checkpoint(job, path, command) if resumes else None
+            checkpoint = _checkpoint(job, path) if resumes else None
             if resumes:
                 resolved = _resolve_saved(job, path, command, checkpoint, of_command)
             else:
@@ -154,12 +157,13 @@ def _run_other_rank(path: Path, resolved: ResolvedRun, assembly: Assembly, check
             raise Interrupted("", exit_code(stop)) from None
 
 
-def _checkpoint(job: Job, path: Path, command: dict[str, Any]) -> Path | None:
+def _checkpoint(job: Job, path: Path) -> Path | None:
     """Returns the checkpoint that the run continues from; None before the first one."""
     latest = latest_checkpoint(path)
-    if latest is None or not job.sets("trainer.max_steps"):
+    # The saved length counts too: a kill while a run is made longer leaves the checkpoint of its end.
+    if latest is None or not (job.is_on_saved or job.sets("trainer.max_steps")):
         return latest
-    return checkpoint_to_continue(latest, command["trainer"]["max_steps"])
+    return checkpoint_to_continue(latest, OmegaConf.select(job.config, "trainer.max_steps"))
 
 
 def _resolve_saved(
@@ -176,10 +180,10 @@ def _resolve_saved(
         RunDirectoryError: the command asks for another configuration.
     """
     if job.is_on_saved:
-        saved = saved_config(path, trust=command["trust_config"], cache=command["data"].get("cache_dir"))
+        saved = saved_config(path, trust=command["trust_config"], cache=cache_of(command))
         saved, command = _with_length(job, checkpoint, saved, command)
         command = with_saved_tokenizer(saved, command, sets_tokenizer=job.sets("data.tokenizer"))
-        config = with_changes(saved, command)
+        config = with_changes(saved, command, {key_of(text) for text in job.overrides if text.startswith("~")})
         chosen = {key_of(override) for override in job.overrides}
         refuse_differences(path, saved, unresolved(saved, config, chosen))
         resolved = resolve(config, training=True)
@@ -189,7 +193,7 @@ def _resolve_saved(
     changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
     only_machine = all(map(may_change_on_resume, changed))
     # With nothing else changed the saved configuration is executed, so it must be trusted; else it is only compared.
-    cache = command["data"].get("cache_dir")
+    cache = cache_of(command)
     saved = saved_config(path, trust=command["trust_config"], executed=only_machine, cache=cache)
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
@@ -197,6 +201,9 @@ def _resolve_saved(
     saved, whole = _with_length(job, checkpoint, saved, command)
     whole = with_saved_tokenizer(saved, whole, sets_tokenizer=job.sets("data.tokenizer"))
     resolved = of_command if of_command and whole is command else resolve(whole, training=True)
+    if differences(saved, resolved.config):
+        # One that is not trusted was compared with the defaults, from which it differs in what nobody has changed.
+        saved_config(path, trust=command["trust_config"], cache=cache)
     refuse_differences(path, saved, resolved.config)
     return resolved
 
@@ -207,7 +214,7 @@ def _with_length(
     """Returns both configurations with the length and the warm-up that the command gives the run."""
     if not job.sets("trainer.max_steps"):
         return saved, command
-    longer = with_length(saved, command["trainer"]["max_steps"], step=_step(checkpoint) or 0)
+    longer = with_length(saved, command["trainer"].get("max_steps"), step=_step(checkpoint) or 0)
     if longer != saved and not job.sets("optim.warmup_steps"):
         command = {**command, "optim": {**command["optim"], "warmup_steps": longer["optim"]["warmup_steps"]}}
     return longer, command

@@ -30,7 +30,7 @@ def with_kept_data(config: dict[str, Any], weights: Path, verb: str, overrides: 
         verb: `predict` needs no held-out data, only the tokenizer.
         overrides: those of the command; one that names other data is obeyed.
     """
-    data, tokenizer = config["data"], find_companion(weights, TOKENIZER)
+    data, tokenizer = config.get("data", {}), find_companion(weights, TOKENIZER)
     if tokenizer is None or not TokenOptions.__required_keys__ <= data.keys():
         return config
     keys = [key_of(override) for override in overrides]

@@ -34,7 +34,7 @@ def checkpoint_to_continue(latest: Path, max_steps: object) -> Path:
     return kept if kept.exists() and kept.name < latest.name else latest
 
 
-def with_length(saved: Mapping[str, Any], max_steps: int, *, step: int) -> dict[str, Any]:
+def with_length(saved: Mapping[str, Any], max_steps: Any, *, step: int) -> dict[str, Any]:
     """Returns the saved configuration with another `trainer.max_steps` and the warm-up that the run has had.
 
     Args:

@@ -130,8 +130,8 @@ def _run(verb: str, arguments: list[str]) -> int:
             gc.enable()  # see `__main__`
         try:
             made = Job(verb, arguments, config, variants, given, strategies)
-        except PkmError as error:  # Hydra would print a line of its own before it
-            failures.append(JobFailure(str(error), 2))
+        except (PkmError, OmegaConfBaseException) as error:  # Hydra would print a line of its own before it
+            failures.append(JobFailure(explain(error, arguments), 2))
             return None
         return made.execute(run, failures)
 

@@ -11,6 +11,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+import pkm_lightning.configs
+from pkm_lightning.cli.paths import expanded
 from pkm_lightning.compare.leaves import COMMAND_KEYS
 from pkm_lightning.errors import ConfigError
 
@@ -53,6 +57,15 @@ def with_own_cache(config: Mapping[str, Any], folder: Path | None, cache: str | 
     if saved is None or cache is None or is_inside:
         return dict(config)
     return {**config, "data": {**config["data"], "cache_dir": cache}}
+
+
+def cache_of(command: Mapping[str, Any]) -> str:
+    """Returns the `data.cache_dir` of a command, by default that of all token data, which a data module may lack."""
+    chosen = (command.get("data") or {}).get("cache_dir")
+    if not chosen:
+        file = Path(str(pkm_lightning.configs.__file__)).parent / "data" / "loader" / "default.yaml"
+        chosen = OmegaConf.select(OmegaConf.load(file), "cache_dir")
+    return expanded("data.cache_dir", str(chosen))
 
 
 def check_links(folder: Path) -> None:

@@ -151,13 +151,19 @@ def refuse_differences(run_dir: Path, saved: Mapping[str, Any], new: Mapping[str
         )
 
 
-def with_changes(saved: Mapping[str, Any], command: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `saved` with the groups and values of `command`, which is `saved` with the user's overrides on top."""
+def with_changes(saved: Mapping[str, Any], command: Mapping[str, Any], deleted: Collection[str] = ()) -> dict[str, Any]:
+    """Returns `saved` with the groups and values of `command`, which is `saved` with the user's overrides on top.
+
+    Args:
+        saved, command: configurations.
+        deleted: keys and groups that the command deletes, and `command` therefore lacks.
+    """
     # Keys that the run was not started with are those of other verbs.
     own = {key: command[key] for key in saved if key in command and key not in COMMAND_KEYS}
     own |= {key: command[key] for key in ("resume", "trust_config")}
     # An empty group is written in two ways.
-    return {**saved, **{key: value for key, value in own.items() if value or saved.get(key)}}
+    changed = {**saved, **{key: value for key, value in own.items() if value or saved.get(key)}}
+    return {key: value for key, value in changed.items() if key not in deleted or not saved.get(key)}
 
 
 def unresolved(saved: Mapping[str, Any], changed: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
@@ -167,7 +173,9 @@ def unresolved(saved: Mapping[str, Any], changed: Mapping[str, Any], chosen: Col
     is another run in any case.
     """
     same = {
-        group for group in chosen if group in _GROUPS and saved[group].get("_target_") == changed[group].get("_target_")
+        group
+        for group in chosen
+        if group in _GROUPS and group in changed and saved[group].get("_target_") == changed[group].get("_target_")
     }
     return {key: saved[key] if key in same else value for key, value in changed.items()}
 

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from pkm_lightning.checkpoints import latest_checkpoint
@@ -268,9 +269,11 @@ def _remove(entry: Path) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Returns `value` with None in place of NaN and infinities, which JSON cannot express."""
+    """Returns `value` with None in place of NaN and infinities, and numbers in place of scalars of NumPy, for JSON."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
+    if isinstance(value, np.generic):  # a figure from questions of a data module of the user's
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pkm_lightning.cli.composition_errors import SAVED, config_of_groups
 from pkm_lightning.cli.paths import expanded
@@ -82,11 +82,11 @@ def _saved_config(verb: str, overrides: Sequence[Override]) -> dict[str, Any] | 
     if not (place.exists() if verb != "fit" else place.is_dir() and ckpt is None):
         return None
     # These import the readers of checkpoints, for which a command that names no run need not wait.
+    from pkm_lightning.cli.places import cache_of
     from pkm_lightning.cli.resume import saved_config, saved_config_of
     from pkm_lightning.cli.run_directory import continues_run
 
-    trust, cache = values.get("trust_config") is True, str(values.get("data.cache_dir") or _default_cache())
-    cache = expanded("data.cache_dir", cache)
+    trust, cache = values.get("trust_config") is True, cache_of({"data": {"cache_dir": values.get("data.cache_dir")}})
     if ckpt is not None:
         return saved_config_of(place, trust=trust, cache=cache)
     if verb != "fit":
@@ -117,14 +117,6 @@ def _architecture(verb: str, overrides: Sequence[Override]) -> dict[str, Any] | 
         return InitialWeights(expanded("init_from", place), trust=values.get("trust_config") is True).architecture
     except PkmError:
         return None
-
-
-def _default_cache() -> str:
-    import pkm_lightning.configs
-
-    file = Path(str(pkm_lightning.configs.__file__)).parent / "data" / "loader" / "default.yaml"
-    loader = OmegaConf.load(file)
-    return str(OmegaConf.select(loader, "cache_dir"))
 
 
 def _choices(saved: Mapping[str, Any], chosen: set[str], groups: Sequence[str]) -> list[str]:

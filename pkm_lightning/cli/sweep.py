@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from pkm_lightning.cli.paths import expanded
 from pkm_lightning.errors import ConfigError
 
 
@@ -71,12 +74,31 @@ def tidy_sweep() -> Iterator[None]:
 
 
 def check_sweep(verb: str, arguments: Sequence[str]) -> None:
-    """Refuses `-m` for verbs that it would make folders for, in the run directories that they read.
+    """Refuses `-m` for verbs that read a run directory, and in the directory of a run: it makes a folder per job there.
 
     Raises:
-        ConfigError: `verb` is not fit.
+        ConfigError: `verb` is not fit, or a run lies where the sweep would.
     """
     given, _ = get_args_parser().parse_known_args(list(arguments))
     mode = [a for a in arguments if a.lstrip("+").lower() == "hydra.mode=multirun"]
-    if verb != "fit" and (given.multirun or mode):
+    if not given.multirun and not mode:
+        return
+    if verb != "fit":
         raise ConfigError(f"{mode[0] if mode else '-m'} sweeps fit only; run {verb} once for each run_dir.")
+    for key, folder in _folders(given.overrides):
+        if (Path(expanded(key, folder)) / "run.json").exists():
+            raise ConfigError(
+                f"{key}={folder} holds a run, and a sweep would train others in folders below it; continue the run "
+                f"without -m, or choose another {key}."
+            )
+
+
+def _folders(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields the keys and values by which a command chooses the folder of its sweep."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:  # which Hydra will report
+        return
+    for override in (o for o in parsed if o.key_or_group in ("run_dir", "hydra.sweep.dir") and not o.is_delete()):
+        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+        yield from ((str(override.key_or_group), str(value).strip("'\"")) for value in values if value is not None)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -21,6 +21,7 @@ from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem, recall_items_o
 from pkm_lightning.data.batch import filler, to_batch, token_dtype
 from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
+from pkm_lightning.data.kept_questions import damaged, read_json, read_questions, write_questions
 from pkm_lightning.data.order import ShuffledOrder
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import DataError
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 def keep_held_out(data: TokenDataModule, folder: Path) -> None:
-    """Writes what evaluation needs of prepared `data` into `folder`, which is made; nothing if it would be too large.
+    """Writes what evaluation needs of prepared `data` into `folder`, which is made; nothing of none or too much.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -47,6 +48,8 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
         _log.info(
             "validation has more than %s tokens, which the run does not keep: validate needs the data", MOST_TOKENS
         )
+        return
+    if not sequences:
         return
     folder.mkdir(exist_ok=True)
     columns = {
@@ -60,8 +63,7 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
     # The names of the arrays are those of the parameters of savez; mypy takes them for its own.
     np.savez_compressed(folder / _SEQUENCES, **columns)  # type: ignore[arg-type]
     flush(folder / _SEQUENCES)
-    questions = [asdict(item) for item in recall_items_of(data, None)]
-    write_beside(folder / _QUESTIONS, json.dumps(questions, ensure_ascii=False))
+    write_questions(folder / _QUESTIONS, recall_items_of(data, None))
     # Last: a folder without it is not complete.
     source = {"data": type(data).__name__, "fingerprint": data.fingerprint}
     write_beside(folder / _SOURCE, json.dumps(source, indent=1) + "\n")
@@ -92,13 +94,13 @@ class HeldOutSequences:
         DataError: the folder is damaged.
     """
 
-    def __init__(self, folder: Path, pad_id: int) -> None:
-        self._args, self._pad_id = (folder, pad_id), pad_id
-        arrays = _read_arrays(folder / _SEQUENCES)
+    def __init__(self, folder: Path, pad_id: int, vocab_size: int) -> None:
+        self._args, self._pad_id = (folder, pad_id, vocab_size), pad_id
+        arrays = _read_arrays(folder / _SEQUENCES, vocab_size)
         self._inputs, self._labels, self._documents, widths = (arrays[name] for name in _ARRAYS)
         self._bounds = np.concatenate([[0], np.cumsum(widths)])
 
-    def __reduce__(self) -> tuple[type[HeldOutSequences], tuple[Path, int]]:
+    def __reduce__(self) -> tuple[type[HeldOutSequences], tuple[Path, int, int]]:
         # A worker started by spawn opens the file instead of receiving a copy of its content.
         return HeldOutSequences, self._args
 
@@ -121,23 +123,26 @@ class HeldOutSequences:
         return to_batch(input_BT, labels_BT, docs_BT)
 
 
-def _read_arrays(file: Path) -> dict[str, np.ndarray]:
-    damaged = DataError(f"{file} is damaged; restore it from another copy of the run, or name the data: data.path=...")
+def _read_arrays(file: Path, vocab_size: int) -> dict[str, np.ndarray]:
     try:
         # The file may come from a stranger: a small one may unpack to more than the memory.
         with open_regular(file, "rb") as opened, zipfile.ZipFile(opened) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > 2**30:
-                raise damaged
+                raise damaged(file)
         with np.load(file, allow_pickle=False) as arrays:
             read = {name: arrays[name] for name in _ARRAYS}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, NotImplementedError, MemoryError):
-        raise damaged from None
+        raise damaged(file) from None
+    inputs, labels, documents, widths = (read[name] for name in _ARRAYS)
     kinds_fit = all(array.ndim == 1 and array.dtype.kind in "iu" for array in read.values())
-    widths = read["widths"]
-    if not kinds_fit or not len(widths) or widths.min() < 1:
-        raise damaged
-    if any(len(read[name]) != int(widths.sum()) for name in _ARRAYS[:3]):
-        raise damaged
+    # Each width on its own first: a sum of huge ones would wrap around.
+    if not kinds_fit or not len(widths) or widths.min() < 1 or widths.max() > len(inputs):
+        raise damaged(file)
+    if not len(inputs) == len(labels) == len(documents) == int(widths.sum()):
+        raise damaged(file)
+    targets = labels[labels != NO_TARGET]
+    if any(len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size for ids in (inputs, targets)):
+        raise damaged(file)
     return read
 
 
@@ -156,6 +161,7 @@ class HeldOutDataModule(TokenDataModule):
         super().__init__(**options)
         self.folder = None if folder is None else Path(folder)
         self._tokenizer = self.tokenizer_choice.read()
+        self._questions: list[RecallItem] = []
 
     def cache_key(self) -> CacheKey:
         """Raises NotImplementedError: there is no cache."""
@@ -186,12 +192,13 @@ class HeldOutDataModule(TokenDataModule):
             super().setup(stage)
 
     def load(self, folder: Path) -> Splits:
-        """Opens the sequences.
+        """Opens the sequences and reads the questions.
 
         Raises:
             DataError: the folder is damaged.
         """
-        sequences = HeldOutSequences(folder, self._tokenizer.pad_id)
+        sequences = HeldOutSequences(folder, self._tokenizer.pad_id, self._tokenizer.vocab_size)
+        self._questions = read_questions(folder / _QUESTIONS)
         return Splits(
             tokenizer=self._tokenizer,
             train=sequences,
@@ -208,7 +215,11 @@ class HeldOutDataModule(TokenDataModule):
     @property
     def fingerprint(self) -> str:
         """That of the data which the folder was made from."""
-        return str(self._read(_SOURCE)["fingerprint"])
+        file = self.cache_folder() / _SOURCE
+        source = read_json(file)
+        if not isinstance(source, dict) or not isinstance(source.get("fingerprint"), str):
+            raise damaged(file)
+        return str(source["fingerprint"])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Raises DataError: what a run keeps is for evaluation."""
@@ -225,23 +236,9 @@ class HeldOutDataModule(TokenDataModule):
 
     def recall_items(self, limit: int | None = None) -> list[RecallItem]:
         """Returns at most `limit` questions per form."""
-        if self.folder is None:
-            return []
-        items, counts = [], dict[str, int]()
-        names = {field.name for field in fields(RecallItem)}
-        for entry in self._read(_QUESTIONS):
-            if not isinstance(entry, dict) or entry.keys() != names:
-                raise DataError(f"{self.folder / _QUESTIONS} is damaged; restore it from another copy of the run.")
-            item = RecallItem(**{**entry, "options": tuple(entry["options"])})
-            counts[item.form] = counts.get(item.form, 0) + 1
+        counts, items = Counter[str](), list[RecallItem]()
+        for item in self._questions:
+            counts[item.form] += 1
             if limit is None or counts[item.form] <= limit:
                 items.append(item)
         return items
-
-    def _read(self, name: str) -> Any:
-        file = self.cache_folder() / name
-        try:
-            with open_regular(file, encoding="utf-8") as opened:
-                return json.load(opened)
-        except (OSError, ValueError, RecursionError):
-            raise DataError(f"{file} is damaged or missing; restore it from another copy of the run.") from None
