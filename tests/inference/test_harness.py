@@ -62,6 +62,14 @@ def test_a_token_that_begins_texts_stands_before_each() -> None:
     assert [nats for nats, _ in scores] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_token_that_is_named_and_not_put_before_texts_is_the_empty_context() -> None:
+    encode, model = Letters().encode, adapter(prefix_id=7)
+    scores = model.loglikelihood(requests(("", "ab"), ("b", "cd")))
+    expected = [log_p([7, *encode("ab")], 2), log_p(encode("bcd"), 2)]
+    assert [nats for nats, _ in scores] == pytest.approx(expected, abs=1e-5)
+    assert model.loglikelihood_rolling(requests(("ab",))) == pytest.approx(expected[:1], abs=1e-5)
+
+
 def test_a_text_longer_than_the_context_is_predicted_in_windows() -> None:
     long = "abcdefghijklmnopqrstuvwxyz0123456789"
     ids = Letters().encode(long)
