@@ -126,7 +126,7 @@ class Tokenizer:
         """The names `bos_token`, which begins a text ("" for none), and `eos_token`, for chat templates."""
         begin = self.begin_id if self.begin_token is None else self._backend.token_to_id(self.begin_token)
         names = {"bos_token": begin, "eos_token": self.eos_id}
-        return {key: "" if i is None else self._backend.id_to_token(i) for key, i in names.items()}
+        return {key: ("" if i is None else self._backend.id_to_token(i)) or "" for key, i in names.items()}
 
     @property
     def begin_id(self) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -172,7 +173,14 @@ class HarnessModel(TemplateLM):
             score_share = functools.partial(
                 score, self._model, device=self._device, batch_size=self._batch_size, done=bar.update
             )
-            likelihoods = iter(self._shared(cut, score_share))
+            scored = self._shared(cut, score_share)
+        if lost := sum(math.isnan(likelihood.nats) for likelihood in scored):
+            _log.warning(
+                "%d of %d likelihoods are no numbers (NaN): the weights have diverged; use an earlier checkpoint",
+                lost,
+                len(scored),
+            )
+        likelihoods = iter(scored)
         # Nothing follows with certainty.
         return [next(likelihoods) if continuation else Likelihood(0.0, True) for _, continuation in pairs]
 
@@ -188,7 +196,7 @@ class HarnessModel(TemplateLM):
         return [gathered[number % n_ranks][number // n_ranks] for number in range(len(values))]
 
 
-def begin_of(tokenizer: TextCodec) -> dict[str, int | None]:
+def begin_of(tokenizer: TextCodec) -> dict[str, Any]:
     """Returns the arguments of `HarnessModel` that say how texts of a pretrained model begin."""
     return {name: getattr(tokenizer, name, None) for name in ("begin_id", "prefix_id")}
 

@@ -161,3 +161,21 @@ def test_ranks_share_the_requests_and_all_get_all_results(ranks: Groups) -> None
     for of_rank in ranks(2).run(all_kinds):
         assert [nats for nats, _ in of_rank[0]] == pytest.approx([nats for nats, _ in likelihoods], abs=1e-5)
         assert (of_rank[1], of_rank[2]) == (pytest.approx(totals, abs=1e-5), answers)
+
+
+def test_a_model_that_has_diverged_is_said_to_have(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with caplog.at_level(logging.WARNING):
+        HarnessModel(model, Letters(), context=16, device=CPU, batch_size=3, progress=False).loglikelihood(
+            requests(("a", "b"), ("a", "c"))
+        )
+        ((greedy,), (drawn, _)) = (
+            generate(model, Letters(), ["ab"], Sampling(**settings), device=CPU)[0]
+            for settings in ({}, {"temperature": 1.0, "samples": 2})
+        )
+    assert (greedy.text, greedy.ended, drawn.ended) == ("", "nan", "nan")
+    said = [record.getMessage() for record in caplog.records]
+    assert "2 of 2 likelihoods are no numbers (NaN)" in said[0]
+    assert "2 of 2 answers end where the logits are no numbers (NaN)" in said[2]
