@@ -22,7 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from parity_pretrained import configuration
 
 from pkm_lightning.huggingface.loading import load_pretrained
-from pkm_lightning.inference.harness import HarnessModel
+from pkm_lightning.inference.harness import HarnessModel, begin_of
 from pkm_lightning.inference.harness_results import run_tasks, scores_of
 from pkm_lightning.inference.harness_tasks import load_tasks
 
@@ -81,7 +81,7 @@ def our_model(path: Path) -> LM:
         context=loaded.context,
         device=loaded.device,
         batch_size=BATCH_SIZE,
-        begin_id=getattr(codec, "begin_id", None),
+        **begin_of(codec),
     )
 
 

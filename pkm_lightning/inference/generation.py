@@ -6,6 +6,7 @@ Letters: B sequences, T positions, P tokens so far (padding, prompt and answer),
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.inference.sampling import Sampling
+from pkm_lightning.inference.sampling import NO_TOKEN, Sampling
 
 if TYPE_CHECKING:
     from pkm_lightning.data.base import TextCodec
@@ -29,6 +30,8 @@ _PADDING = -1
 #: Random numbers that are drawn at once per answer: answers may be of any length.
 _DRAWS = 256
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Answer:
@@ -40,7 +43,7 @@ class Answer:
         ids: tokens written so far, without the token that ended it.
         text: their text, up to the stop text that ended it.
         ended: why it ended: `eos`, `stop`, `length` (`max_new_tokens`), `context` (the model reads no more tokens) or
-            `interrupted`; empty while it is written.
+            `interrupted`, or `nan` (the logits are no numbers); empty while it is written.
     """
 
     prompt: int
@@ -199,6 +202,13 @@ class Generation:
         for group in groups:
             for start in range(0, len(group), self._batch_size):
                 self._write(group[start : start + self._batch_size])
+        if lost := sum(answer.ended == "nan" for answer in ordered):
+            _log.warning(
+                "%d of %d answers end where the logits are no numbers (NaN): the weights have diverged; use an earlier "
+                "checkpoint",
+                lost,
+                len(ordered),
+            )
 
     def interrupt(self) -> None:
         """Ends all answers where they are."""
@@ -243,7 +253,7 @@ class Generation:
             if not rows:
                 return
             seen_BP = torch.cat([seen_BP, next_B.unsqueeze(1)], dim=1)
-            inputs_BT, valid_BT = seen_BP if cache is None else next_B.unsqueeze(1), None
+            inputs_BT, valid_BT = (seen_BP if cache is None else next_B.unsqueeze(1)).clamp_min(0), None
             # Answers that have ended are computed with the others until they are half of the batch.
             if len(rows) <= len(answers) // 2:
                 rows_B = torch.tensor(rows, device=self._device)
@@ -264,7 +274,9 @@ class Generation:
 
     def _enter(self, answer: Answer, token: int) -> None:
         """Adds a token to an answer, or ends it."""
-        if token in self._end_ids:
+        if token == NO_TOKEN:
+            answer.ended = "nan"
+        elif token in self._end_ids:
             answer.ended = "eos"
         else:
             answer.ids.append(token)

@@ -19,7 +19,7 @@ from tolerances import assert_close
 
 from pkm_lightning.build.loading import LoadedModel
 from pkm_lightning.cli.job import plain
-from pkm_lightning.data.tokenizer import train_bpe
+from pkm_lightning.data.tokenizer import bytes_tokenizer, train_bpe
 from pkm_lightning.errors import PkmError
 from pkm_lightning.huggingface.files import PretrainedFiles
 from pkm_lightning.huggingface.loading import load_pretrained
@@ -164,7 +164,24 @@ def test_a_gguf_file_is_the_model_with_its_tokenizer_and_template(tmp_path: Path
     assert model.context == pretrained_models.CONTEXT
     assert model.chat_template == pretrained_models.TEMPLATE
     assert model.codec().eos_id == 0  # <|endoftext|> is the other candidate
+    # Its metadata name it as the token that begins a text, and it is put before none.
+    assert (model.codec().prefix_id, model.codec().begin_id) == (1, None)
     assert model.codec().decode(model.codec().encode("thin ice")) == "thin ice"
+
+
+@pytest.mark.parametrize(
+    ("named", "prefix", "shown"),
+    [("<pad>", 0, "<pad>"), ({"content": "<pad>"}, 0, "<pad>"), (None, 1, ""), ("<unknown>", 1, ""), (7, 1, "")],
+)
+def test_a_text_begins_with_the_token_that_the_folder_names(
+    named: object, prefix: int, shown: str, folder: Path
+) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": named, "eos_token": "<eos>"}))
+    tokenizer = PretrainedFiles.find(str(folder), folder).tokenizer
+    assert tokenizer is not None
+    assert (tokenizer.prefix_id, tokenizer.control_tokens["bos_token"]) == (prefix, shown)
+    assert tokenizer.begin_id is None
+    assert tokenizer.encode("a") == bytes_tokenizer().encode("a")
 
 
 def test_the_ids_that_end_an_answer_are_those_of_the_generation_config(folder: Path) -> None:
