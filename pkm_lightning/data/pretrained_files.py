@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.data.cache import CacheKey, Source, open_cache
-from pkm_lightning.data.files import expanded, file_identities, require_file
+from pkm_lightning.data.files import expanded, file_identities, read_text, require_file
 from pkm_lightning.errors import DataError, missing_extra
 from pkm_lightning.storage import open_regular
 
@@ -117,7 +117,7 @@ def chat_template_of(folder: Path) -> str | None:
     """Returns the template of conversations of the model in `folder`, or None."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = _tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):  # several, by their names
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -20,7 +20,7 @@ from pkm_lightning.data.pretrained_files import default_cache
 from pkm_lightning.errors import ConfigError, DataError, check_flag
 from pkm_lightning.huggingface.checks import check_data, check_ffn
 from pkm_lightning.huggingface.diagnostics import add_diagnostics
-from pkm_lightning.huggingface.files import PretrainedFiles, make_config, read_model
+from pkm_lightning.huggingface.files import PretrainedFiles, make_config, make_network, read_model
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import ModelOutput, PartCost
 from pkm_lightning.model.attention import document_mask as mask_of_documents
@@ -65,14 +65,7 @@ class PretrainedTransformer(nn.Module):
         check_flag("model.activation_checkpointing", activation_checkpointing)
         self.path, self.document_mask, self.reset_positions = path, document_mask, reset_positions
         self.config = make_config(architecture, f"model.path={path}")
-        from transformers import AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
-
-        # Drawn weights would all be replaced.
-        with no_init_weights():
-            dtype = torch.get_default_dtype()
-            self.network = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
-        self.network.tie_weights()
+        self.network = make_network(self.config, f"model.path={path}", torch.get_default_dtype())
         attention = "attn" if self.config.model_type == "gpt2" else "self_attn"
         add_diagnostics(block.get_submodule(attention) for block in self.blocks)
         self.tables = nn.ModuleList()
@@ -110,6 +103,7 @@ class PretrainedTransformer(nn.Module):
             "tokenizer_digest": None if files.tokenizer is None else files.tokenizer.digest,
         }
         check_data(config, files, settings)
+        files.check_layers(settings.num_hidden_layers)
         with torch.device("meta"):
             arguments = {name: model[name] for name in ("document_mask", "reset_positions", "activation_checkpointing")}
             files.check_weights(cls(path=found["path"], architecture=files.architecture, **arguments).network)

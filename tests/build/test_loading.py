@@ -91,3 +91,8 @@ def test_classes_of_others_are_built_only_when_trusted(module: LanguageModule, t
     pkm_lightning.save(holder, tmp_path)
     with pytest.raises(ConfigError, match=r"names ffn\._target_=subprocess\.Popen"):
         pkm_lightning.load(tmp_path)
+
+
+def test_a_template_of_an_earlier_model_does_not_stay(module: LanguageModule, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert saved(module, tmp_path).chat_template is None
