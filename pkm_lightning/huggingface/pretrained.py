@@ -94,9 +94,10 @@ class PretrainedTransformer(nn.Module):
         cache_dir = (config.get("data") or {}).get("cache_dir")
         files = PretrainedFiles.find(model["path"], expanded(cache_dir) if cache_dir else default_cache())
         settings = make_config(files.architecture, f"model.path={model['path']}")
+        ends = files.stop_ids[0] if len(files.stop_ids) == 1 else files.stop_ids or None
         found = {
             "path": str(files.path),
-            "architecture": {**files.architecture, "eos_token_id": files.stop_ids or None},
+            "architecture": {**files.architecture, "eos_token_id": ends},
             "dim": settings.hidden_size,
             "n_layers": settings.num_hidden_layers,
             "vocab_size": settings.vocab_size,

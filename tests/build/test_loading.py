@@ -67,6 +67,9 @@ def test_a_model_beside_the_tokenizer_of_another_is_refused(module: LanguageModu
 def test_without_a_tokenizer_the_model_loads_and_says_what_is_missing(module: LanguageModule, tmp_path: Path) -> None:
     saved(module, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
+    assert isinstance(pkm_lightning.load(tmp_path).tokenizer, Tokenizer)  # that of the bytes needs no file
+    saved(module, tmp_path, train_bpe(["one two three"], 258))
+    (tmp_path / "tokenizer.json").unlink()
     loaded = pkm_lightning.load(tmp_path)
     assert loaded.tokenizer is None
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json beside it"):
