@@ -71,9 +71,11 @@ class LoadedModel:
 
         Raises:
             CheckpointError: there is no tokenizer.
-            ConfigError: a keyword is out of its range.
+            ConfigError: `prompts` is no list of texts, or a keyword is out of its range.
         """
         codec = self.codec()
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError(f"prompts={prompts!r:.60} is no list of texts; give [TEXT, ...], or one TEXT to answer.")
         return generate(self.model, codec, prompts, Sampling(**sampling), device=self.device)
 
     def answer(self, prompt: str, **sampling: Any) -> str:
@@ -118,6 +120,7 @@ def load(
         CheckpointError: missing, damaged, not of this package, or beside a tokenizer of another model.
         ConfigError: an argument that is not known, or a class that is not trusted.
     """
+    _check_device(device)
     if _is_pretrained(Path(path)):
         # A room above this one, reached when it is needed: it imports transformers.
         room = importlib.import_module("pkm_lightning.huggingface.loading")
@@ -158,6 +161,16 @@ def load(
 def _is_pretrained(path: Path) -> bool:
     """Returns whether `path` is a model for `model=hf`: a GGUF file, or a folder of a class of transformers."""
     return is_gguf(path) or model_type_of(path) not in (None, MODEL_TYPE)
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device={str(device)!r} is not at hand ({reason:.60}); allowed: cpu, cuda, cuda:0."
+        ) from None
 
 
 def find_weights(path: Path, key: str = "") -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 import pkm_lightning
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER
@@ -41,14 +42,24 @@ def save(holder: HasModel, folder: str | Path, *, tokenizer: Tokenizer | None = 
         tokenizer: None for that of `holder`, or of the data module of its Trainer.
 
     Raises:
-        CheckpointError: a table is split over ranks; the folder cannot be written.
-        ConfigError: there is no tokenizer, or one that cannot be written.
+        CheckpointError: a table is split over ranks; the folder holds something else, or cannot be written.
+        ConfigError: there is no model, or no tokenizer of its ids that can be written.
     """
     folder = Path(folder)
+    if not isinstance(getattr(holder, "model", None), nn.Module):
+        raise ConfigError(
+            f"save needs what load returned, or a LanguageModule after configure_model, and not {holder!r:.60}."
+        )
+    _check_replaceable(folder)
     codec = tokenizer or getattr(holder, "tokenizer", None) or _of_trainer(holder)
     if not isinstance(codec, Tokenizer):
         raise ConfigError(
             f"save needs a tokenizer to write beside the weights, and {codec!r:.60} is none; pass tokenizer=."
+        )
+    if codec.vocab_size > int(holder.config["model"]["vocab_size"]):
+        raise ConfigError(
+            f"the tokenizer has {codec.vocab_size} ids and the model {holder.config['model']['vocab_size']}; pass the "
+            "one that it was trained with as tokenizer=."
         )
     if any(table.is_split for table in holder.model.value_tables):
         raise CheckpointError(
@@ -86,7 +97,22 @@ def save(holder: HasModel, folder: str | Path, *, tokenizer: Tokenizer | None = 
         (folder / CHAT_TEMPLATE).unlink(missing_ok=True)  # of an earlier model
     else:
         write_beside(folder / CHAT_TEMPLATE, template)
+    else:
+        (folder / CHAT_TEMPLATE).unlink(missing_ok=True)  # of an earlier model
     return path
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuses a folder whose tokenizer belongs to a run or to other weights.
+
+    Raises:
+        CheckpointError: naming what lies there.
+    """
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name != WEIGHTS)
+    if (folder / "config.yaml").exists():
+        others.append("config.yaml of a run")
+    if others:
+        raise CheckpointError(f"{folder} holds {others[0]}, whose {TOKENIZER} would be replaced; name another folder.")
 
 
 def _of_trainer(holder: HasModel) -> object:

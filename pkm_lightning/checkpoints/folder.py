@@ -68,7 +68,7 @@ class FolderContent:
                 dcp.load(targets, storage_reader=reader, no_dist=not is_distributed())
         except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
             reason = failure_reason(error, otherwise="a part of it is damaged")
-            raise CheckpointError(f"ckpt={self._path} cannot be read ({reason}); use another one.") from error
+            raise CheckpointError(f"{self._path} cannot be read ({reason}); use another one.") from error
 
     def mapped(self, names: list[str]) -> dict[str, Tensor]:
         """Returns whole tensors in memory: a tensor of several chunks cannot be mapped in one piece."""

@@ -108,7 +108,7 @@ class SavedCheckpoint:
         keys = config.keys() if isinstance(config, dict) else set()
         if not {"tokens_seen", "state_dict"} <= content.keys() or not {"model", "ffn", "data", "trainer"} <= keys:
             raise CheckpointError(
-                f"ckpt={self.path} was not written by this package; use one from a run's checkpoints folder."
+                f"{self.path} was not written by this package; use one from a run's checkpoints folder."
             )
 
     def check_training(self) -> None:
@@ -119,7 +119,7 @@ class SavedCheckpoint:
         """
         if not {"optimizer_states", "lr_schedulers", "loops"} <= self.skeleton.keys():
             raise CheckpointError(
-                f"ckpt={self.path} holds weights only, from which training cannot continue; restore the run's own "
+                f"{self.path} holds weights only, from which training cannot continue; restore the run's own "
                 "checkpoint, or start again with resume=never."
             )
 
@@ -132,7 +132,7 @@ class SavedCheckpoint:
         misfits = self.misfits(shapes, later)
         if misfits:
             raise CheckpointError(
-                f"ckpt={self.path} does not fit its configuration ({misfits}); restore the config.yaml that it was "
+                f"{self.path} does not fit its configuration ({misfits}); restore the config.yaml that it was "
                 "trained with, or use another checkpoint."
             )
 
@@ -186,7 +186,7 @@ class SavedCheckpoint:
         for name, target in targets.items():
             if self.shapes[name][0] != target.shape:
                 raise CheckpointError(
-                    f"ckpt={self.path}: {name} has the shape {tuple(self.shapes[name][0])}, here it is "
+                    f"{self.path}: {name} has the shape {tuple(self.shapes[name][0])}, here it is "
                     f"{tuple(target.shape)}: it was written with another configuration."
                 )
         self._content.read_into(targets)
@@ -232,11 +232,11 @@ class SavedCheckpoint:
         except CheckpointError:
             raise
         except DamagedFileError as error:
-            raise CheckpointError(f"ckpt={self.path} is damaged ({error}); use another one.") from None
+            raise CheckpointError(f"{self.path} is damaged ({error}); use another one.") from None
         except PermissionError as error:
-            raise CheckpointError(f"ckpt={self.path} cannot be read ({error.strerror}); use another one.") from None
+            raise CheckpointError(f"{self.path} cannot be read ({error.strerror}); use another one.") from None
         except Exception:  # torch has half a dozen classes for a file that it cannot read
-            raise CheckpointError(f"ckpt={self.path} is damaged or no checkpoint; use another one.") from None
+            raise CheckpointError(f"{self.path} is damaged or no checkpoint; use another one.") from None
 
 
 def _few(names: Sequence[str]) -> str:
@@ -307,10 +307,10 @@ def _exported(path: Path) -> _MappedContent:
     file = MappedFile(path)
     texts, tensors = map_tensors(file)
     if "pkm_lightning_format" not in texts:
-        raise CheckpointError(f"ckpt={path} was not written by this package; {_instead_of(path)}.")
+        raise CheckpointError(f"{path} was not written by this package; {_instead_of(path)}.")
     if texts["pkm_lightning_format"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"ckpt={path} has the format version {texts['pkm_lightning_format']}, this package "
+            f"{path} has the format version {texts['pkm_lightning_format']}, this package "
             f"({pkm_lightning.__version__}) reads {FORMAT_VERSION}; export it again with this one."
         )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -64,18 +65,60 @@ def test_a_model_beside_the_tokenizer_of_another_is_refused(module: LanguageModu
         pkm_lightning.load(tmp_path)
 
 
-def test_without_a_tokenizer_the_model_loads_and_says_what_is_missing(module: LanguageModule, tmp_path: Path) -> None:
-    saved(module, tmp_path)
+def test_without_a_tokenizer_the_model_loads_and_says_what_is_missing(tmp_path: Path) -> None:
+    wide = LanguageModule(resolved(*SMALL_RUN, "data.tokenizer=bytes", "model.vocab_size=300").config)
+    wide.configure_model()
+    saved(wide, tmp_path, train_bpe(["one two one two"], 259))
     (tmp_path / "tokenizer.json").unlink()
     assert isinstance(pkm_lightning.load(tmp_path).tokenizer, Tokenizer)  # that of the bytes needs no file
     saved(module, tmp_path, train_bpe(["one two three"], 258))
     (tmp_path / "tokenizer.json").unlink()
     loaded = pkm_lightning.load(tmp_path)
     assert loaded.tokenizer is None
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json beside it"):
+    with pytest.raises(CheckpointError, match=rf"has no tokenizer\.json beside it.* at {tmp_path}/tokenizer\.json"):
         loaded.answer("Who")
     with pytest.raises(ConfigError, match="save needs a tokenizer"):
         pkm_lightning.save(loaded, tmp_path / "again")
+
+
+def test_the_tokenizer_of_bytes_needs_no_file(module: LanguageModule, tmp_path: Path) -> None:
+    before = saved(module, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert pkm_lightning.load(tmp_path).answer("Who", max_new_tokens=3) == before.answer("Who", max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [("config.yaml", "holds config.yaml of a run"), ("other.safetensors", "holds other.safetensors, whose tokenizer")],
+)
+def test_the_tokenizer_of_other_weights_is_not_replaced(
+    module: LanguageModule, tmp_path: Path, file: str, reason: str
+) -> None:
+    (tmp_path / file).write_text("")
+    with pytest.raises(CheckpointError, match=reason):
+        saved(module, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
+def test_nothing_of_an_earlier_model_stays(module: LanguageModule, tmp_path: Path) -> None:
+    loaded = saved(module, tmp_path)
+    pkm_lightning.save(dataclasses.replace(loaded, chat_template="{{ messages }}"), tmp_path)
+    assert pkm_lightning.load(tmp_path).chat_template == "{{ messages }}"
+    pkm_lightning.save(loaded, tmp_path)
+    assert pkm_lightning.load(tmp_path).chat_template is None
+
+
+def test_wrong_arguments_are_refused_by_name(module: LanguageModule, tmp_path: Path) -> None:
+    loaded = saved(module, tmp_path)
+    for prompts in ("Who", [3]):
+        with pytest.raises(ConfigError, match=r"prompts=.* is no list of texts"):
+            loaded.generate(prompts)
+    with pytest.raises(ConfigError, match="device='nope' is not at hand"):
+        pkm_lightning.load(tmp_path, device="nope")
+    with pytest.raises(ConfigError, match="the tokenizer has 259 ids and the model 258"):
+        pkm_lightning.save(loaded, tmp_path / "again", tokenizer=train_bpe(["one two one two"], 259))
+    with pytest.raises(ConfigError, match="a LanguageModule after configure_model, and not LanguageModule"):
+        pkm_lightning.save(LanguageModule(module.config), tmp_path / "again")
 
 
 def test_a_folder_must_hold_one_model(module: LanguageModule, tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "a key of other data": (["data.people=3"], r"data\.people is not a key of the configuration"),
     "a callback that it lacks": (["callbacks.recall.val_items=3"], r"callbacks\.recall\.val_items is not a key"),
+    "a removed group": (["~optim"], r"another configuration \(optim: \{\.\.\.\} -> \(absent\)\);"),
+    "a removed group with a class": (["~trainer"], r"\(trainer: lightning\.pytorch\.Trainer -> \(absent\)\);"),
+    "removed callbacks": (["~callbacks"], r"\(callbacks: \{\.\.\.\} -> \(absent\)\);"),
+    "a removed key": (["~seed"], r"another configuration \(seed: 1 -> \(absent\)\);"),
+    "a removed length": (["~trainer.max_steps"], r"trainer\.max_steps=None is not a number"),
+    "what another key refers to": (["~devices"], r"trainer\.devices refers to a key that is missing"),
+    "a sweep in its folder": (["-m", "seed=1,2"], r"run_dir=run holds a run, and a sweep would train others in"),
     "a removal with a typo": (["~callbacks.progres_bar"], r"'callbacks\.progres_bar' does not exist"),
 }
 
@@ -99,6 +106,9 @@ def test_an_evaluation_reads_keys_of_the_saved_data(run: Run, named: str) -> Non
     assert "data.path=dummy does not exist" in run("validate", named, "data.path=dummy").err
     assert "reached" in run("validate", named, "data.path=b.txt").err
     assert "Did you mean 'path'" in run("predict", named, "data.pth=b.txt").err
+    assert "data is missing, and nothing works without it" in run("validate", named, "~data").err
+    # A data module of the user's need not have a cache; the run's lies outside of its directory.
+    assert "has no attribute 'Data'" in run("validate", named, "data=custom", "data._target_=small.Data").err
 
 
 def test_interpolations_in_values_stay_text(run: Run) -> None:
