@@ -97,8 +97,6 @@ def save(holder: HasModel, folder: str | Path, *, tokenizer: Tokenizer | None = 
         (folder / CHAT_TEMPLATE).unlink(missing_ok=True)  # of an earlier model
     else:
         write_beside(folder / CHAT_TEMPLATE, template)
-    else:
-        (folder / CHAT_TEMPLATE).unlink(missing_ok=True)  # of an earlier model
     return path
 
 
