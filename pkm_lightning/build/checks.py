@@ -60,6 +60,15 @@ def remark_validation(trainer: Config) -> str | None:
     )
 
 
+def remark_rate(config: Config) -> str | None:
+    """Returns a remark if the learning rate would destroy pretrained weights within a few steps; None if not."""
+    rate = config["optim"]["lr"]
+    # Only a pretrained model names its class: the package's own is described by its sizes.
+    if config["model"].get("_target_") is None or rate <= 0.001:
+        return None
+    return f"optim.lr={rate} destroys pretrained weights within a few steps; try optim.lr=0.00002"
+
+
 def check_clipping(algorithm: str | None) -> None:
     """Refuses to clip gradients by value: tables and dense parameters are clipped by norms of their own.
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
-from pkm_lightning.build.checks import remark_validation
+from pkm_lightning.build.checks import remark_rate, remark_validation
 from pkm_lightning.build.freezing import parameter_counts
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
@@ -110,7 +110,7 @@ def _run(job: Job) -> float | None:
             else:
                 resolved = of_command or resolve(command, training=True)
             check_allocatable(resolved.plan, resolved.config)
-            if remark := remark_validation(resolved.config["trainer"]):
+            for remark in filter(None, (remark_validation(resolved.config["trainer"]), remark_rate(resolved.config))):
                 _log.info(remark)
             if resolved.config["optim"].get("freeze"):
                 _log.info("parameters trained / frozen: %s / %s", *(f"{n:,}" for n in parameter_counts(resolved.model)))

@@ -51,7 +51,7 @@ def read_settings(
     if not isinstance(listed, Sequence) or not all(isinstance(name, str) and name for name in listed):
         raise ConfigError(f"{prefix}tasks={tasks!r} is not a list of names; give {prefix}tasks=[NAME,NAME,...].")
     if not listed:
-        raise ConfigError(f"{prefix}tasks=[] names no task; give {prefix}tasks=[NAME,...], such as piqa or triviaqa.")
+        raise ConfigError(f"{prefix}tasks=[] names no task; give {prefix}tasks=[NAME,...], such as pkm_piqa.")
     if limit is not None:
         check_integer(f"{prefix}limit", limit, low=1)
     if num_fewshot is not None:

@@ -93,7 +93,7 @@ def _matches(name: str, manager: TaskManager, tasks_dir: Path | None) -> list[st
     found: list[str] = manager.match_tasks([name])
     if found:
         return found
-    where = "" if tasks_dir is None else f" or in tasks_dir={tasks_dir}"
+    where = "; those of a folder need its tasks_dir" if tasks_dir is None else f" or in tasks_dir={tasks_dir}"
     raise ConfigError(f"tasks: {name!r} is no task of lm-evaluation-harness{where}.{nearest(name, manager.all_tasks)}")
 
 

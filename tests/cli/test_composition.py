@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from pkm_lightning.build.checks import remark_validation
+from pkm_lightning.build.checks import remark_rate, remark_validation
 from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.job import log_to_stderr
@@ -153,6 +153,16 @@ def test_a_validation_beyond_the_end_is_remarked(
         "check_val_every_n_epoch": epochs,
     }  # fmt: skip
     assert bool(remark_validation(trainer)) is remarked
+
+
+@pytest.mark.parametrize(
+    ("model", "rate", "remarked"),
+    [({"_target_": "a.Class"}, 0.006, True), ({"_target_": "a.Class"}, 0.00002, False), ({"dim": 64}, 0.006, False)],
+)
+def test_a_rate_that_destroys_pretrained_weights_is_remarked(
+    model: dict[str, Any], rate: float, remarked: bool
+) -> None:
+    assert bool(remark_rate({"model": model, "optim": {"lr": rate}})) is remarked
 
 
 def test_every_console_prints_data_as_they_are() -> None:
