@@ -44,7 +44,8 @@ class StepCheckpoint(ModelCheckpoint):
     ) -> None:
         check_flag("callbacks.step_checkpoint.asynchronous", asynchronous)
         check_flag("callbacks.step_checkpoint.keep_before_decay", keep_before_decay)
-        self._keeps, self._kept_step = keep_before_decay, 0
+        self._keeps = keep_before_decay
+        self._kept_step: int | None = None
         self.asynchronous = asynchronous
         check_integer("callbacks.step_checkpoint.every_n_steps", every_n_steps, low=1)
         super().__init__(
@@ -64,7 +65,7 @@ class StepCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         config = getattr(pl_module, "config", None)
         if self._keeps and config is not None and config["optim"]["schedule"] == "wsd":
-            self._kept_step = decay_start(config["optim"], int(config["trainer"]["max_steps"]))
+            self._kept_step = decay_start(config["optim"], int(config["trainer"]["max_steps"])) or None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Does nothing: the files in the folder are the state, also where Lightning would warn of a moved one."""
@@ -163,7 +164,7 @@ class StepCheckpoint(ModelCheckpoint):
         # A killed run leaves an older or half-written one behind; a later one may be in the course of being written.
         unfinished = [p for p in folder.glob("step-*.ckpt.tmp") if p.name.removesuffix(".tmp") <= complete[-1].name]
         for older in (*complete[:-1], *unfinished):
-            if older.name != f"step-{self._kept_step:08d}.ckpt":
+            if self._kept_step is None or older.name != f"step-{self._kept_step:08d}.ckpt":
                 _remove(older)
 
     def _stop_is_agreed(self, trainer: L.Trainer) -> bool:

@@ -22,7 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from parity_pretrained import configuration
 
 from pkm_lightning.huggingface.loading import load_pretrained
-from pkm_lightning.inference.harness import HarnessModel
+from pkm_lightning.inference.harness import HarnessModel, begin_of
 from pkm_lightning.inference.harness_results import run_tasks, scores_of
 from pkm_lightning.inference.harness_tasks import load_tasks
 
@@ -38,18 +38,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=50, help="questions per task, the first ones")
     parser.add_argument("--out", type=Path, required=True, help="CSV file")
     arguments = parser.parse_args()
-    ours, theirs = our_model(arguments.model), their_model(arguments.model)
-    rows = []
-    for task in arguments.tasks:
-        ours.kept, theirs.kept = [], []  # type: ignore[attr-defined]
-        (first, seconds), (second, their_seconds) = (scored(lm, task, arguments) for lm in (ours, theirs))
-        agreement = compared(ours.kept, theirs.kept)  # type: ignore[attr-defined]
-        for mine, other in zip(first, second, strict=True):
-            assert (mine.task, mine.metric) == (other.task, other.metric)
-            scores = {"ours": f"{mine.value:.4f}", "theirs": f"{other.value:.4f}", "stderr": f"{mine.stderr or 0:.4f}"}
-            times = {"seconds": f"{seconds:.0f}", "their_seconds": f"{their_seconds:.0f}"}
-            rows.append({"task": mine.task, "metric": mine.metric, "n": mine.n, **scores, **agreement, **times})
-            print(rows[-1], flush=True)
     facts = {
         "date": datetime.date.today().isoformat(),
         "model": arguments.model.name,
@@ -57,10 +45,30 @@ def main() -> None:
         "transformers": transformers.__version__,
         "lm_eval": lm_eval.__version__,
     }
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*facts, *rows[0]])
-        writer.writeheader()
-        writer.writerows({**facts, **row} for row in rows)
+    ours, theirs = our_model(arguments.model), their_model(arguments.model)
+    for task in arguments.tasks:
+        ours.kept, theirs.kept = [], []  # type: ignore[attr-defined]
+        (first, seconds), (second, their_seconds) = (scored(lm, task, arguments) for lm in (ours, theirs))
+        agreement = compared(ours.kept, theirs.kept)  # type: ignore[attr-defined]
+        times = {"seconds": f"{seconds:.0f}", "their_seconds": f"{their_seconds:.0f}"}
+        for mine, other in zip(first, second, strict=True):
+            assert (mine.task, mine.metric) == (other.task, other.metric)
+            scores = {"ours": f"{mine.value:.4f}", "theirs": f"{other.value:.4f}", "stderr": f"{mine.stderr or 0:.4f}"}
+            add(
+                arguments.out,
+                {**facts, "task": task, "metric": mine.metric, "n": mine.n, **scores, **agreement, **times},
+            )
+
+
+def add(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line to a CSV file, which begins with the names of the columns."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(row, flush=True)
 
 
 def our_model(path: Path) -> LM:
@@ -73,7 +81,7 @@ def our_model(path: Path) -> LM:
         context=loaded.context,
         device=loaded.device,
         batch_size=BATCH_SIZE,
-        begin_id=getattr(codec, "begin_id", None),
+        **begin_of(codec),
     )
 
 

@@ -6,6 +6,7 @@ print(loaded.answer("The capital of France is"))
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,19 @@ from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_meta_model, build_model, check_foreign_plugins, weight_dtype
 from pkm_lightning.capacity.setting import PRECISIONS
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
-from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
+from pkm_lightning.checkpoints.companions import (
+    CHAT_TEMPLATE,
+    MODEL_TYPE,
+    TOKENIZER,
+    companion_place,
+    find_companion,
+    model_type_of,
+)
 from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import TextCodec
+from pkm_lightning.data.files import read_text
+from pkm_lightning.data.pretrained_files import is_gguf
 from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError, check_choice
 from pkm_lightning.inference.generation import Answer, generate
@@ -96,7 +106,7 @@ def load(
     precision: str | None = None,
     trust_config: bool = False,
 ) -> LoadedModel:
-    """Returns the trained model of a run directory, a checkpoint, an exported file or the folder of one.
+    """Returns the model of a run directory, a checkpoint, an export, or a folder or GGUF file of a pretrained model.
 
     Args:
         path: a run directory stands for its last checkpoint.
@@ -111,6 +121,11 @@ def load(
         ConfigError: an argument that is not known, or a class that is not trusted.
     """
     _check_device(device)
+    if _is_pretrained(Path(path)):
+        # A room above this one, reached when it is needed: it imports transformers.
+        room = importlib.import_module("pkm_lightning.huggingface.loading")
+        pretrained: LoadedModel = room.load_path(Path(path), device=device, precision=precision)
+        return pretrained
     weights = find_weights(Path(path))
     check_mappable(weights, table_device)
     checkpoint = open_checkpoint(weights)
@@ -138,9 +153,14 @@ def load(
         weights,
         torch.device(device),
         context_of(config),
-        None if template is None else template.read_text(encoding="utf-8"),
+        None if template is None else read_text(template),
         int(checkpoint.skeleton["tokens_seen"]),
     )
+
+
+def _is_pretrained(path: Path) -> bool:
+    """Returns whether `path` is a model for `model=hf`: a GGUF file, or a folder of a class of transformers."""
+    return is_gguf(path) or model_type_of(path) not in (None, MODEL_TYPE)
 
 
 def _check_device(device: str | torch.device) -> None:

@@ -93,10 +93,10 @@ def save(holder: HasModel, folder: str | Path, *, tokenizer: Tokenizer | None = 
         ) from error
     write_beside(folder / TOKENIZER, codec.to_json())
     template = getattr(holder, "chat_template", None)
-    if template is not None:
-        write_beside(folder / CHAT_TEMPLATE, template)
-    else:
+    if template is None:
         (folder / CHAT_TEMPLATE).unlink(missing_ok=True)  # of an earlier model
+    else:
+        write_beside(folder / CHAT_TEMPLATE, template)
     return path
 
 

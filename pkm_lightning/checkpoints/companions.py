@@ -5,8 +5,13 @@ A run directory holds them at its top, an exported file in its own folder.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from pkm_lightning.storage import open_regular
+
+#: `model_type` of a folder for transformers whose class is of this package.
+MODEL_TYPE = "pkm_lightning"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -26,3 +31,13 @@ def find_companion(weights: Path, name: str) -> Path | None:
     """Returns the file `name` that belongs to a checkpoint or an exported file, or None where there is none."""
     place = companion_place(weights, name)
     return place if place.is_file() else None
+
+
+def model_type_of(folder: Path) -> str | None:
+    """Returns the `model_type` of a folder as transformers saves it, or None for any other."""
+    try:
+        with open_regular(folder / "config.json", encoding="utf-8") as file:
+            named = json.load(file)["model_type"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
+    return named if isinstance(named, str) else None

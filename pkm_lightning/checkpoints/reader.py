@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import pkm_lightning
+from pkm_lightning.checkpoints.companions import MODEL_TYPE, model_type_of
 from pkm_lightning.checkpoints.folder import Chunk, FolderContent
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
 from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, check_tensors, looks_like_safetensors, map_tensors
@@ -291,15 +292,22 @@ def _archive(path: Path) -> _MappedContent:
     return _MappedContent(file, skeleton, tensors, check_sums)
 
 
+def _instead_of(path: Path) -> str:
+    """Returns what to do with safetensors of another package."""
+    kind = model_type_of(path.absolute().parent)
+    if kind is None:
+        return f"make one with: export ckpt=CHECKPOINT file={path.name}"
+    if kind == MODEL_TYPE:
+        return "transformers saved it, and reads it: AutoModelForCausalLM.from_pretrained(FOLDER)"
+    return f"give its folder as a pretrained model: model=hf model.path={path.parent}"
+
+
 def _exported(path: Path) -> _MappedContent:
     """Returns an exported model with the keys of a checkpoint."""
     file = MappedFile(path)
     texts, tensors = map_tensors(file)
     if "pkm_lightning_format" not in texts:
-        raise CheckpointError(
-            f"{path} is no exported file of this package; make one with: export ckpt=CHECKPOINT file={path.name}, or "
-            "name a Hugging Face folder as model=hf model.path=FOLDER."
-        )
+        raise CheckpointError(f"{path} was not written by this package; {_instead_of(path)}.")
     if texts["pkm_lightning_format"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has the format version {texts['pkm_lightning_format']}, this package "

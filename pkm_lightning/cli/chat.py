@@ -16,7 +16,8 @@ from pkm_lightning.cli.generation import GenerationSettings, generation_settings
 from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.cli.loading import load_of_job
 from pkm_lightning.cli.streaming import Streamer
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.data.files import check_characters
+from pkm_lightning.errors import ConfigError, DataError
 from pkm_lightning.inference.chat_template import ChatTemplate, Message
 from pkm_lightning.inference.generation import Answer, Generation, Speed
 from pkm_lightning.inference.read_tokens import ReadTokens
@@ -121,6 +122,8 @@ class Conversation:
 
 
 def _converse(conversation: Conversation) -> None:
+    if sys.stdin is None:  # closed
+        return
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):  # not on every system
@@ -128,10 +131,15 @@ def _converse(conversation: Conversation) -> None:
     while True:
         try:
             line = input("> ") if is_terminal else _next_line()
+            check_characters("the message", line)
         except EOFError:
             if is_terminal:
                 print()
             return
+        except (DataError, UnicodeDecodeError) as error:
+            reason = str(error) if isinstance(error, DataError) else "the message is not UTF-8; convert it."
+            print(f"error: {reason}", file=sys.stderr)
+            continue
         except KeyboardInterrupt:
             if not is_terminal:
                 raise
@@ -151,7 +159,8 @@ def _converse(conversation: Conversation) -> None:
 
 
 def _next_line() -> str:
-    line = sys.stdin.readline()
+    # Bytes: a line that is not UTF-8 must not take the others with it.
+    line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
-    return line.rstrip("\r\n")
+    return line.decode("utf-8-sig").rstrip("\r\n")

@@ -57,10 +57,12 @@ _CALLBACKS_OF: dict[str, dict[str, tuple[str, ...]]] = {
 _TRAINING_KEYS = (
     *("max_steps", "max_epochs", "min_steps", "min_epochs", "val_check_interval", "check_val_every_n_epoch"),
     *("log_every_n_steps", "num_sanity_val_steps", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("accumulate_grad_batches", "enable_model_summary", "overfit_batches", "limit_train_batches"),
 )
+_GROUPS = ("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger")
 #: The keys at the top of a configuration.
 TOP_KEYS = (
-    *("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger"),
+    *_GROUPS,
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "init_from", "resume", "ckpt"),
     *("trust_config", "format", "out"),
 )
@@ -72,6 +74,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     Raises:
         ConfigError: naming the key and what reads it.
     """
+    known_keys = (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF)
     for override in overrides:
         key = key_of(override)
         top = key.split(".")[0].split("/")[0].split("@")[0]
@@ -80,13 +83,15 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
             raise ConfigError(f"{override}: {verb} does not read {top}; leave it out. It reads: {', '.join(allowed)}.")
         if verb not in VERBS_OF.get(top, (verb,)):
             raise ConfigError(f"{override}: {verb} does not read {top}, only {', '.join(VERBS_OF[top])}; leave it out.")
+        if override.startswith("~") and key in known_keys and key not in _GROUPS:
+            raise ConfigError(f"{override}: {verb} cannot do without {key}; set {key}=VALUE, or leave it as it is.")
         if verb in _CALLBACKS_OF:
             _check_evaluation(verb, override, key)
     text = str(OmegaConf.to_container(config, resolve=False))
     memory = OmegaConf.select(config, "model.memory")
     sizes = memory if isinstance(memory, DictConfig) else {}
     for keys, prefix, known in (
-        (config, "", (*TOP_KEYS, *COMPARE_KEYS, *VERBS_OF)),
+        (config, "", known_keys),
         (sizes, "model.memory.", MemoryKeys.__annotations__),
     ):
         for name in map(str, keys):

@@ -131,7 +131,9 @@ def locate(job: Job) -> tuple[Path | None, Path]:
             )
         return None, Path(str(job.config.ckpt))
     if not job.sets("run_dir"):
-        raise ConfigError(f"{job.verb} needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT.")
+        raise ConfigError(
+            f"{job.verb} needs a model; give run_dir=RUN_DIRECTORY, ckpt=CHECKPOINT or model=hf model.path=FOLDER."
+        )
     folder = Path(job.config.run_dir)
     if not folder.is_dir():
         raise ConfigError(f"run_dir={folder} is not a directory; set run_dir=DIRECTORY_OF_A_RUN.")

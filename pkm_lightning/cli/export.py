@@ -46,6 +46,8 @@ def _write_file(job: Job) -> None:
     for name, companion in companions.items():
         if companion is not None:
             write_beside(file.parent / name, companion)
+        elif name == CHAT_TEMPLATE and not is_stream(file):
+            (file.parent / name).unlink(missing_ok=True)  # of the model that was replaced
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout
@@ -78,10 +80,11 @@ def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> byte
     Raises:
         ConfigError: that of another model lies there, which would lose it.
     """
-    found = find_companion(checkpoint, name)
-    if found is None or is_stream(file):
+    found, beside = find_companion(checkpoint, name), file.parent / name
+    # A tokenizer of another model is noticed when the file is read; a template would be applied.
+    if is_stream(file) or (found is None and name == TOKENIZER):
         return None
-    content, beside = found.read_bytes(), file.parent / name
+    content = None if found is None else found.read_bytes()
     if beside.exists() and not overwrite and beside.read_bytes() != content:
         raise ConfigError(
             f"file={file}: the folder holds the {name} of another model; give a file in a folder of its own, or "

@@ -123,13 +123,15 @@ def _plain(value: Any) -> Any:
 def speed_line(speed: Speed, answers: Sequence[Answer]) -> str:
     """Returns tokens per second, and how many answers ended why, as one line."""
     reasons = [answer.ended for answer in answers]
-    counts = {reason: reasons.count(reason) for reason in ("eos", "stop", "length", "context", "interrupted")}
+    counts = {reason: reasons.count(reason) for reason in ("eos", "stop", "length", "context", "interrupted", "nan")}
     ended = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    written = sum(len(answer.ids) for answer in answers)
     return (
-        f"prompts: {_rate(speed.prompt_tokens, speed.prompt_seconds)}; "
-        f"answers: {_rate(speed.new_tokens, speed.new_seconds)}; ended: {ended or 'none'}"
+        f"prompts: {speed.prompt_tokens:,} tokens{_rate(speed.prompt_tokens, speed.prompt_seconds)}; "
+        # The first token of an answer comes with the prompt, and is not timed.
+        f"answers: {written:,} tokens{_rate(speed.new_tokens, speed.new_seconds)}; ended: {ended or 'none'}"
     )
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens:,} tokens" + (f" at {tokens / seconds:,.0f}/s" if tokens and seconds else "")
+    return f" at {tokens / seconds:,.0f}/s" if tokens and seconds else ""

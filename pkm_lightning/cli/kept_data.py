@@ -18,6 +18,8 @@ from pkm_lightning.errors import ConfigError
 
 #: Keys of `data` that do not change which sequences there are.
 _NEUTRAL = ("prompts", "prompts_file", "num_workers", "global_batch_size", "order_seed", "cache_dir")
+#: Keys of `data` that answers depend on.
+_OF_PROMPTS = ("data.prompts", "data.prompts_file", "data.tokenizer", "data.cache_dir")
 _LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
 
@@ -34,6 +36,8 @@ def with_kept_data(config: dict[str, Any], weights: Path, verb: str, overrides: 
     if tokenizer is None or not TokenOptions.__required_keys__ <= data.keys():
         return config
     keys = [key_of(override) for override in overrides]
+    if verb == "predict" and not _has_own_loaders(data):
+        _check_prompts_only(keys)
     named = [key for key in keys if key.partition(".")[0] == "data" and key.removeprefix("data.") not in _NEUTRAL]
     folder = (run_folder(weights) or weights.parent) / HELD_OUT
     is_kept = holds_held_out(folder)
@@ -48,6 +52,20 @@ def with_kept_data(config: dict[str, Any], weights: Path, verb: str, overrides: 
         return {**config, "data": kept}
     # The same words must have the same ids: a vocabulary learned from other text would be another one.
     return config if "data.tokenizer" in keys else {**config, "data": {**data, "tokenizer": str(tokenizer)}}
+
+
+def _check_prompts_only(keys: Iterable[str]) -> None:
+    """Refuses keys of data that answers to prompts do not depend on.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    idle = [key for key in keys if key.split(".")[0].split("/")[0].split("@")[0] == "data" and key not in _OF_PROMPTS]
+    if idle:
+        raise ConfigError(
+            f"predict does not read {idle[0]}, of data only {', '.join(_OF_PROMPTS)}; leave it out (extrapolate=true "
+            "reads beyond the length of training)."
+        )
 
 
 def _has_own_loaders(data: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import LoadedModel, load
+from pkm_lightning.cli.command_keys import VERBS_OF
 from pkm_lightning.cli.evaluation import locate, names_pretrained
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.pretrained_run import config_of
@@ -31,7 +32,11 @@ def load_of_job(job: Job, reads: Collection[str] = ()) -> LoadedModel:
         ConfigError: no model is named, or a key that nothing reads is set.
         CheckpointError: as `load`.
     """
-    own_keys = _PRETRAINED_KEYS if names_pretrained(job) else _MODEL_KEYS
+    own_keys = tuple(
+        key
+        for key in (_PRETRAINED_KEYS if names_pretrained(job) else _MODEL_KEYS)
+        if job.verb in VERBS_OF.get(key, (job.verb,))
+    )
     for override in job.overrides:
         key = key_of(override)
         if key not in own_keys and key.split(".")[0] not in reads:

@@ -5,7 +5,7 @@
 | `config.json` | the architecture |
 | `generation_config.json` | ids that end an answer |
 | `tokenizer.json` | the tokenizer |
-| `tokenizer_config.json` | the name of its end token; chat templates of earlier versions |
+| `tokenizer_config.json` | the names of the tokens that begin and end a text; chat templates of earlier versions |
 | `chat_template.jinja` | the template of conversations |
 
 A GGUF file holds all of this itself. transformers (extra `hf`) converts it, which takes seconds: the files are then
@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.data.cache import CacheKey, Source, open_cache
-from pkm_lightning.data.files import expanded, file_identities, require_file
+from pkm_lightning.data.files import expanded, file_identities, read_text, require_file
 from pkm_lightning.errors import DataError, missing_extra
 from pkm_lightning.storage import open_regular
 
 _MAGIC = b"GGUF"
+#: Tokens that the metadata of a GGUF file name.
+_NAMED = ("bos_token", "eos_token")
 
 
 def default_cache() -> Path:
@@ -64,7 +66,11 @@ def pretrained_folder(path: Path, cache_dir: Path, key: str) -> Path:
     for package in ("transformers", "gguf"):
         if importlib.util.find_spec(package) is None:
             raise missing_extra(f"{key}{path}", package, "hf")
-    arguments = {"file": file_identities([path]), "transformers": importlib.metadata.version("transformers")}
+    arguments = {
+        "file": file_identities([path]),
+        "transformers": importlib.metadata.version("transformers"),
+        "named": list(_NAMED),
+    }
 
     def build(folder: Path) -> list[Source]:
         _convert(path, folder, key)
@@ -92,7 +98,16 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
 
 def end_token_of(folder: Path) -> str | None:
     """Returns the name of the end token in the `tokenizer_config.json` of `folder`, or None."""
-    named = _tokenizer_config(folder).get("eos_token")
+    return _named_token(folder, "eos_token")
+
+
+def begin_token_of(folder: Path) -> str | None:
+    """Returns the name of the token that begins a text in the `tokenizer_config.json` of `folder`, or None."""
+    return _named_token(folder, "bos_token")
+
+
+def _named_token(folder: Path, key: str) -> str | None:
+    named = _tokenizer_config(folder).get(key)
     # Earlier versions describe a token by a mapping.
     named = named.get("content") if isinstance(named, dict) else named
     return named if isinstance(named, str) else None
@@ -102,7 +117,7 @@ def chat_template_of(folder: Path) -> str | None:
     """Returns the template of conversations of the model in `folder`, or None."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = _tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):  # several, by their names
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -129,7 +144,7 @@ def _convert(gguf: Path, folder: Path, key: str) -> None:
         raise DataError(f"{key}{gguf} cannot be read as a GGUF file of a language model ({reason:.300}).") from None
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-    named = {"eos_token": tokenizer.eos_token}
+    named = {name: getattr(tokenizer, name) for name in _NAMED}
     (folder / "tokenizer_config.json").write_text(json.dumps(named, indent=1), encoding="utf-8")
     if isinstance(tokenizer.chat_template, str):
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

@@ -28,6 +28,7 @@ from pkm_lightning.data.chunks import CHUNK_CHARACTERS, MAX_CHUNK_CHARACTERS, ch
 from pkm_lightning.data.end_token import declared_end, with_declared_end
 from pkm_lightning.data.files import expanded, require_file
 from pkm_lightning.data.pretrained_files import (
+    begin_token_of,
     chat_template_of,
     default_cache,
     end_token_of,
@@ -58,6 +59,7 @@ class Tokenizer:
         pad_id: the id at padded positions.
         eos_id: the id that ends a document.
         chat_template: Jinja text that renders conversations, where one lies beside the tokenizer's file.
+        begin_token: name of the token that begins a text, where a file beside the tokenizer's names one of its own.
 
     Args:
         backend: of the library.
@@ -66,6 +68,7 @@ class Tokenizer:
     """
 
     chat_template: str | None = None
+    begin_token: str | None = None
 
     def __init__(self, backend: Backend, source: str, end: str | None = None) -> None:
         usual = next((name for name in END_NAMES if backend.token_to_id(name) is not None), None)
@@ -120,21 +123,23 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> dict[str, str]:
-        """The names `bos_token`, which stands before a text ("" for none), and `eos_token`, for chat templates."""
-        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        first = next(iter(self._backend.encode("a").ids), None)
-        names = {
-            "bos_token": self._backend.id_to_token(first) if first in special else "",
-            "eos_token": self._backend.id_to_token(self.eos_id),
-        }
-        return {key: name or "" for key, name in names.items()}
+        """The names `bos_token`, which begins a text ("" for none), and `eos_token`, for chat templates."""
+        begin = self.begin_id if self.begin_token is None else self._backend.token_to_id(self.begin_token)
+        names = {"bos_token": begin, "eos_token": self.eos_id}
+        return {key: ("" if i is None else self._backend.id_to_token(i)) or "" for key, i in names.items()}
 
     @property
     def begin_id(self) -> int | None:
-        """The id of `bos_token`; None where no token stands before a text."""
-        name = self.control_tokens["bos_token"]
-        begin: int | None = self._backend.token_to_id(name) if name else None
-        return begin
+        """The id of the token that the file puts before each text; None where it puts none."""
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        first: int | None = next(iter(self._backend.encode("a").ids), None)
+        return first if first in special else None
+
+    @property
+    def prefix_id(self) -> int:
+        """The id that an empty text stands for: of `bos_token`, which need not be put before texts, else `eos_id`."""
+        named = _known_ids(self._backend, [name for name in [self.control_tokens["bos_token"]] if name])
+        return (named or [self.eos_id])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, computed in parallel where the machine allows."""
@@ -181,7 +186,7 @@ class Tokenizer:
     def load(cls, path: Path, key: str = "") -> Tokenizer:
         """Reads a `tokenizer.json`, ours or any of the `tokenizers` library.
 
-        A `tokenizer_config.json` beside it, as in a Hugging Face folder, says which token ends a text.
+        A `tokenizer_config.json` beside it, as in a Hugging Face folder, says which tokens begin and end a text.
 
         Args:
             path: of the file.
@@ -198,6 +203,8 @@ class Tokenizer:
             raise DataError(f"{key}{path} cannot be read ({reason}); it must be a tokenizer.json.") from error
         tokenizer = cls(backend, f"{key}{path}", end_token_of(path.parent))
         tokenizer.chat_template = chat_template_of(path.parent)
+        begin = begin_token_of(path.parent)
+        tokenizer.begin_token = begin if begin and backend.token_to_id(begin) is not None else None
         return tokenizer
 
     # The library's own pickling loses `encode_special_tokens`.

@@ -9,10 +9,11 @@ from typing import Any
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.loading import context_of
 from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.checkpoints.companions import MODEL_TYPE
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.checkpoints.reader import SavedCheckpoint, later_buffers
 from pkm_lightning.errors import CheckpointError, ConfigError
-from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS, MODEL_TYPE
+from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS
 from pkm_lightning.huggingface.llama import is_llama, llama_config, llama_names
 from pkm_lightning.model import Transformer
 

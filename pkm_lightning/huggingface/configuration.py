@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from pkm_lightning.huggingface.folder_keys import GROUPS, MODEL_TYPE
+from pkm_lightning.checkpoints.companions import MODEL_TYPE
+from pkm_lightning.huggingface.folder_keys import GROUPS
 
 __all__ = ["PkmLightningConfig"]
 

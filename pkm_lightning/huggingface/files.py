@@ -6,8 +6,10 @@ folder is ever run, and nothing is downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +34,8 @@ SUPPORTED = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _KEY = "model.path="
 #: Beginnings of the names in files of a bare decoder, as GPT-2 was published.
 _PREFIXES = ("", "model.", "transformer.")
+#: The number of a layer in the name of a weight, `model.layers.0.mlp.up_proj.weight` or `h.0.attn.c_attn.bias`.
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,22 @@ class PretrainedFiles:
         named = self.architecture.get("eos_token_id") if named is None else named
         return [] if named is None else named if isinstance(named, list) else [named]
 
+    def check_layers(self, n_layers: int) -> None:
+        """Refuses safetensors files of another number of layers: built, a false one could fill the memory.
+
+        Raises:
+            DataError: as `check_weights`.
+            CheckpointError: naming both numbers.
+        """
+        if is_gguf(self.path):  # read, and so checked, when it was converted
+            return
+        numbers = {int(match[1]) for name in self._stored() if (match := _LAYER.search(name))}
+        if numbers != set(range(len(numbers))) or len(numbers) != n_layers:
+            raise CheckpointError(
+                f"{_KEY}{self.path}: its files hold {len(numbers)} layers, and config.json asks for {n_layers}; the "
+                "weights are those of another model."
+            )
+
     def check_weights(self, model: PreTrainedModel) -> None:
         """Refuses safetensors files that lack a weight of `model` (on the meta device), or have it in another shape.
 
@@ -95,8 +115,21 @@ class PretrainedFiles:
             DataError: a file that is missing, truncated or of another format.
             CheckpointError: naming the first weight that does not fit.
         """
-        if is_gguf(self.path):  # read, and so checked, when it was converted
+        if is_gguf(self.path):
             return
+        found = self._stored()
+        for name, parameter in model.named_parameters():
+            bare = name.removeprefix(f"{model.base_model_prefix}.")
+            shape = next((found[n] for n in (name, *(p + bare for p in _PREFIXES)) if n in found), None)
+            if shape != tuple(parameter.shape):
+                stored = "is not in its files" if shape is None else f"has the shape {shape} in its files"
+                raise CheckpointError(
+                    f"{_KEY}{self.path}: the weight {name} {stored}, and config.json asks for "
+                    f"{tuple(parameter.shape)}; the weights are those of another model."
+                )
+
+    def _stored(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes in the safetensors files, by name."""
         from safetensors import SafetensorError, safe_open
 
         found: dict[str, tuple[int, ...]] = {}
@@ -109,15 +142,7 @@ class PretrainedFiles:
                 raise DataError(
                     f"{_KEY}{self.path}: {file.name} is no whole safetensors file ({reason}); fetch it again."
                 ) from None
-        for name, parameter in model.named_parameters():
-            bare = name.removeprefix(f"{model.base_model_prefix}.")
-            shape = next((found[n] for n in (name, *(p + bare for p in _PREFIXES)) if n in found), None)
-            if shape != tuple(parameter.shape):
-                stored = "is not in its files" if shape is None else f"has the shape {shape} in its files"
-                raise CheckpointError(
-                    f"{_KEY}{self.path}: the weight {name} {stored}, and config.json asks for "
-                    f"{tuple(parameter.shape)}; the weights are those of another model."
-                )
+        return found
 
     def _shards(self) -> list[Path]:
         """Returns the safetensors files of a folder.
@@ -182,11 +207,40 @@ def make_config(architecture: Mapping[str, Any], source: str) -> PreTrainedConfi
     check_architecture(architecture, source)
     # Names classes in a file of the model's folder, whose code is not run.
     known = {name: value for name, value in architecture.items() if name != "auto_map"}
-    try:
+    with _refusals(source), quiet_transformers():
         return CONFIG_MAPPING[architecture["model_type"]].from_dict(json.loads(json.dumps(known)))
-    except Exception as error:  # of several kinds, by value
+
+
+def make_network(config: PreTrainedConfig, source: str, dtype: Any) -> PreTrainedModel:
+    """Returns the model of transformers that `config` describes, with weights that have not been drawn.
+
+    Raises:
+        ConfigError: transformers refuses a value.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    # Drawn weights would all be replaced.
+    with _refusals(source), no_init_weights():
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    network.tie_weights()
+    return network
+
+
+@contextlib.contextmanager
+def _refusals(source: str) -> Iterator[None]:
+    """Turns what transformers raises within the block, of several kinds by value, into one sentence.
+
+    Raises:
+        ConfigError: as said.
+    """
+    try:
+        yield
+    except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ConfigError(f"{source} has a config.json that transformers refuses ({reason:.300}).") from None
+        raise ConfigError(
+            f"{source} has a config.json that transformers refuses ({type(error).__name__}: {reason:.300})."
+        ) from None
 
 
 def read_model(path: Path, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-MODEL_TYPE = "pkm_lightning"
 CLASS = "PkmLightningForCausalLM"
 #: Groups of a resolved configuration that decide the model.
 GROUPS = ("model", "ffn", "placement", "table")

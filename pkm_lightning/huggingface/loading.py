@@ -7,15 +7,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import LoadedModel, context_of
 from pkm_lightning.build.model import build_model, complete_trunk, weight_dtype
+from pkm_lightning.capacity.setting import PRECISIONS
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.huggingface.files import PretrainedFiles
 
-__all__ = ["load_pretrained"]
+__all__ = ["load_path", "load_pretrained"]
+
+
+def load_path(path: Path, *, device: str | torch.device, precision: str | None) -> LoadedModel:
+    """Returns the pretrained model at `path`, with the defaults of `model=hf`.
+
+    Args:
+        path: a folder as transformers saves it, or a GGUF file.
+        device: where the model goes.
+        precision: of the weights, as `trainer.precision`; None for fp32.
+
+    Raises:
+        PkmError: as `load_pretrained`, and a precision that is not known.
+    """
+    with initialize_config_module("pkm_lightning.configs", version_base="1.3"):
+        composed = compose("config", overrides=["model=hf", "data=text", "run_dir=null"])
+    composed.model.path = str(path)
+    composed.data.path = None
+    if precision is not None:
+        check_choice("precision", precision, PRECISIONS)
+        composed.trainer.precision = precision
+    config: Any = OmegaConf.to_container(composed, resolve=True)
+    return load_pretrained(config, device=device)
 
 
 def load_pretrained(config: Mapping[str, Any], *, device: str | torch.device = "cpu") -> LoadedModel:
@@ -32,7 +57,8 @@ def load_pretrained(config: Mapping[str, Any], *, device: str | torch.device = "
     path = config["model"]["path"]
     if not isinstance(path, str):
         raise ConfigError(f"model.path={path} is no path; give that of a folder or a .gguf file.")
-    whole = complete_trunk(dict(config))
+    # No data are read: the length of their sequences, which may be a default, is no limit of the model.
+    whole = complete_trunk({**config, "data": {**config["data"], "seq_len": None}})
     with weight_dtype(whole), torch.device(device):
         model = build_model(whole)
     model.init_weights(int(whole["seed"]))

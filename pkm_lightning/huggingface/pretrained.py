@@ -20,7 +20,7 @@ from pkm_lightning.data.pretrained_files import default_cache
 from pkm_lightning.errors import ConfigError, DataError, check_flag
 from pkm_lightning.huggingface.checks import check_data, check_ffn
 from pkm_lightning.huggingface.diagnostics import add_diagnostics
-from pkm_lightning.huggingface.files import PretrainedFiles, make_config, read_model
+from pkm_lightning.huggingface.files import PretrainedFiles, make_config, make_network, read_model
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import ModelOutput, PartCost
 from pkm_lightning.model.attention import document_mask as mask_of_documents
@@ -65,14 +65,7 @@ class PretrainedTransformer(nn.Module):
         check_flag("model.activation_checkpointing", activation_checkpointing)
         self.path, self.document_mask, self.reset_positions = path, document_mask, reset_positions
         self.config = make_config(architecture, f"model.path={path}")
-        from transformers import AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
-
-        # Drawn weights would all be replaced.
-        with no_init_weights():
-            dtype = torch.get_default_dtype()
-            self.network = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
-        self.network.tie_weights()
+        self.network = make_network(self.config, f"model.path={path}", torch.get_default_dtype())
         attention = "attn" if self.config.model_type == "gpt2" else "self_attn"
         add_diagnostics(block.get_submodule(attention) for block in self.blocks)
         self.tables = nn.ModuleList()
@@ -101,15 +94,17 @@ class PretrainedTransformer(nn.Module):
         cache_dir = (config.get("data") or {}).get("cache_dir")
         files = PretrainedFiles.find(model["path"], expanded(cache_dir) if cache_dir else default_cache())
         settings = make_config(files.architecture, f"model.path={model['path']}")
+        ends = files.stop_ids[0] if len(files.stop_ids) == 1 else files.stop_ids or None
         found = {
             "path": str(files.path),
-            "architecture": files.architecture,
+            "architecture": {**files.architecture, "eos_token_id": ends},
             "dim": settings.hidden_size,
             "n_layers": settings.num_hidden_layers,
             "vocab_size": settings.vocab_size,
             "tokenizer_digest": None if files.tokenizer is None else files.tokenizer.digest,
         }
         check_data(config, files, settings)
+        files.check_layers(settings.num_hidden_layers)
         with torch.device("meta"):
             arguments = {name: model[name] for name in ("document_mask", "reset_positions", "activation_checkpointing")}
             files.check_weights(cls(path=found["path"], architecture=files.architecture, **arguments).network)
@@ -156,6 +151,12 @@ class PretrainedTransformer(nn.Module):
     def value_tables(self) -> list[ValueTable]:
         """None: a pretrained model has no value table."""
         return []
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, such as that of a turn of a conversation and that of a document."""
+        named = self.config.eos_token_id
+        return tuple(named) if isinstance(named, list) else () if named is None else (int(named),)
 
     @property
     def is_position_wise(self) -> bool:

@@ -6,6 +6,7 @@ Letters: B sequences, T positions, P tokens so far (padding, prompt and answer),
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.inference.sampling import Sampling
+from pkm_lightning.inference.sampling import NO_TOKEN, Sampling
 
 if TYPE_CHECKING:
     from pkm_lightning.data.base import TextCodec
@@ -29,6 +30,8 @@ _PADDING = -1
 #: Random numbers that are drawn at once per answer: answers may be of any length.
 _DRAWS = 256
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Answer:
@@ -40,7 +43,7 @@ class Answer:
         ids: tokens written so far, without the token that ended it.
         text: their text, up to the stop text that ended it.
         ended: why it ended: `eos`, `stop`, `length` (`max_new_tokens`), `context` (the model reads no more tokens) or
-            `interrupted`; empty while it is written.
+            `interrupted`, or `nan` (the logits are no numbers); empty while it is written.
     """
 
     prompt: int
@@ -149,7 +152,7 @@ class Generation:
         batch_size: largest number of answers written together.
         context: most tokens that the model reads per sequence, or None for any number.
         numbers: the prompts' numbers, which decide the draws; by default 0, 1, ...
-        end_ids: tokens that end an answer besides the end of text.
+        end_ids: tokens that end an answer, besides those that end a text.
         past: what was read before, where there is one prompt and one sample.
         watch: called with an answer whenever it has a new token or has ended.
 
@@ -178,7 +181,7 @@ class Generation:
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._device = model, tokenizer, sampling, device
         self._batch_size, self._context, self._past, self._watch = batch_size, context, past, watch
-        self._end_ids = {tokenizer.eos_id, *end_ids}
+        self._end_ids = {tokenizer.eos_id, *model.end_ids, *end_ids}
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         encoded = iter(encode_prompts(tokenizer, texts, context))
         self._prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -199,6 +202,13 @@ class Generation:
         for group in groups:
             for start in range(0, len(group), self._batch_size):
                 self._write(group[start : start + self._batch_size])
+        if lost := sum(answer.ended == "nan" for answer in ordered):
+            _log.warning(
+                "%d of %d answers end where the logits are no numbers (NaN): the weights have diverged; use an earlier "
+                "checkpoint",
+                lost,
+                len(ordered),
+            )
 
     def interrupt(self) -> None:
         """Ends all answers where they are."""
@@ -243,7 +253,7 @@ class Generation:
             if not rows:
                 return
             seen_BP = torch.cat([seen_BP, next_B.unsqueeze(1)], dim=1)
-            inputs_BT, valid_BT = seen_BP if cache is None else next_B.unsqueeze(1), None
+            inputs_BT, valid_BT = (seen_BP if cache is None else next_B.unsqueeze(1)).clamp_min(0), None
             # Answers that have ended are computed with the others until they are half of the batch.
             if len(rows) <= len(answers) // 2:
                 rows_B = torch.tensor(rows, device=self._device)
@@ -264,7 +274,9 @@ class Generation:
 
     def _enter(self, answer: Answer, token: int) -> None:
         """Adds a token to an answer, or ends it."""
-        if token in self._end_ids:
+        if token == NO_TOKEN:
+            answer.ended = "nan"
+        elif token in self._end_ids:
             answer.ended = "eos"
         else:
             answer.ids.append(token)

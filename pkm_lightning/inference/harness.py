@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,6 +52,7 @@ class HarnessModel(TemplateLM):
         device: the device that the model is on.
         batch_size: largest number of sequences per forward.
         begin_id: token before every text, where the model was trained with one; None for models of this package.
+        prefix_id: token that an empty context consists of; None for `begin_id`, or else the end token.
         progress: whether progress bars are shown.
     """
 
@@ -63,12 +65,14 @@ class HarnessModel(TemplateLM):
         device: torch.device,
         batch_size: int,
         begin_id: int | None = None,
+        prefix_id: int | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__()
         self._model, self._codec, self._device = model, tokenizer, device
         self._context, self._batch_size, self._progress = context or DEFAULT_MAX_LENGTH, batch_size, progress
         self._begin = [] if begin_id is None else [begin_id]
+        self._prefix_id = (self._begin or [tokenizer.eos_id])[0] if prefix_id is None else prefix_id
         self._encode = functools.lru_cache(maxsize=_KEPT_ENCODINGS)(tokenizer.encode)
 
     @property
@@ -79,7 +83,7 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token that an empty context consists of."""
-        return self._begin[0] if self._begin else self.eot_token_id
+        return self._prefix_id
 
     @property
     def max_length(self) -> int:
@@ -169,7 +173,14 @@ class HarnessModel(TemplateLM):
             score_share = functools.partial(
                 score, self._model, device=self._device, batch_size=self._batch_size, done=bar.update
             )
-            likelihoods = iter(self._shared(cut, score_share))
+            scored = self._shared(cut, score_share)
+        if lost := sum(math.isnan(likelihood.nats) for likelihood in scored):
+            _log.warning(
+                "%d of %d likelihoods are no numbers (NaN): the weights have diverged; use an earlier checkpoint",
+                lost,
+                len(scored),
+            )
+        likelihoods = iter(scored)
         # Nothing follows with certainty.
         return [next(likelihoods) if continuation else Likelihood(0.0, True) for _, continuation in pairs]
 
@@ -183,6 +194,11 @@ class HarnessModel(TemplateLM):
         gathered: list[list[R]] = [[] for _ in range(n_ranks)]
         dist.all_gather_object(gathered, of_rank)
         return [gathered[number % n_ranks][number // n_ranks] for number in range(len(values))]
+
+
+def begin_of(tokenizer: TextCodec) -> dict[str, Any]:
+    """Returns the arguments of `HarnessModel` that say how texts of a pretrained model begin."""
+    return {name: getattr(tokenizer, name, None) for name in ("begin_id", "prefix_id")}
 
 
 class _LastTokens:

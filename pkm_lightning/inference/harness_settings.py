@@ -59,5 +59,8 @@ def read_settings(
     check_integer(f"{prefix}batch_size", batch_size, low=1)
     if importlib.util.find_spec("lm_eval") is None:
         raise missing_extra(f"{prefix or 'evaluate: '}tasks", "lm_eval", "eval")
+    named: object = tasks_dir
+    if named is not None and not isinstance(named, str):
+        raise ConfigError(f"{prefix}tasks_dir={named} is not text; quote it: \"{prefix}tasks_dir='{named}'\".")
     folder = None if tasks_dir is None else Path(tasks_dir).expanduser()
     return HarnessSettings(tuple(listed), folder, limit, num_fewshot, batch_size)

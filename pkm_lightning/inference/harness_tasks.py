@@ -49,10 +49,12 @@ def load_tasks(names: Sequence[str], *, tasks_dir: Path | None, num_fewshot: int
         ConfigError: a name that is not known, or a task that needs more than texts.
         DataError: data that are missing or cannot be had.
     """
-    manager = _manager(names, tasks_dir)
+    manager, broken = _manager(names, tasks_dir)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with fixed_seeds():
         for match in dict.fromkeys(match for name in names for match in _matches(name, manager, tasks_dir)):
+            if match in broken:
+                raise broken[match]
             for kind, entries in _load(match, manager).items():
                 loaded[kind].update(entries)
     for name, task in loaded["tasks"].items():
@@ -63,10 +65,13 @@ def load_tasks(names: Sequence[str], *, tasks_dir: Path | None, num_fewshot: int
     return loaded
 
 
-def _manager(names: Sequence[str], tasks_dir: Path | None) -> TaskManager:
-    """Returns the index of the tasks of `tasks_dir`, and of the harness if a name is not among them."""
+def _manager(names: Sequence[str], tasks_dir: Path | None) -> tuple[TaskManager, dict[str, ConfigError]]:
+    """Returns the index of the tasks of `tasks_dir`, and of the harness if a name is not among them.
+
+    The second value has what is wrong with tasks that cannot be loaded, which matters if one of them is asked for.
+    """
     if tasks_dir is None:
-        return TaskManager()
+        return TaskManager(), {}
     manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
     if not manager.all_tasks:
         what = "holds no YAML file of a task" if tasks_dir.is_dir() else "is not a directory"
@@ -74,10 +79,14 @@ def _manager(names: Sequence[str], tasks_dir: Path | None) -> TaskManager:
     if not all(manager.match_tasks([name]) for name in names):
         # It reads 10,000 files, which takes seconds.
         manager = TaskManager(include_path=str(tasks_dir))
+    broken = {}
     for name, entry in manager.task_index.items():
         if entry.yaml_path is not None and entry.yaml_path.is_relative_to(tasks_dir) and entry.kind == Kind.TASK:
-            manager.task_index[name] = _with_its_data(entry)
-    return manager
+            try:
+                manager.task_index[name] = _with_its_data(entry)
+            except ConfigError as error:
+                broken[name] = error
+    return manager, broken
 
 
 def _matches(name: str, manager: TaskManager, tasks_dir: Path | None) -> list[str]:
@@ -95,7 +104,10 @@ def _with_its_data(entry: Entry) -> Entry:
         ConfigError: the YAML refers to a Python file that cannot be imported.
     """
     assert entry.yaml_path is not None
-    files = (entry.cfg or {}).get("dataset_kwargs", {}).get("data_files")
+    kwargs = (entry.cfg or {}).get("dataset_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f"{entry.yaml_path}: dataset_kwargs={kwargs} is no mapping of names to values; mend it.")
+    files = kwargs.get("data_files")
     if files is None:
         return entry
     try:
@@ -113,6 +125,8 @@ def _absolute(files: Any, folder: Path) -> Any:
         return {split: _absolute(of_split, folder) for split, of_split in files.items()}
     if isinstance(files, list):
         return [_absolute(file, folder) for file in files]
+    if not isinstance(files, str):
+        raise ConfigError(f"{folder}: data_files has {files}, which is no path; mend the YAML that names it.")
     return files if "://" in files else str(folder / files)
 
 
@@ -128,7 +142,7 @@ def _load(name: str, manager: TaskManager) -> dict[str, Any]:
         entry = manager.task_index[name]
         if entry.yaml_path is None and entry.kind == Kind.TASK:
             raise DataError(
-                f"tasks: the data of {name} cannot be read ({reason}); make them again with: {PREPARE}."
+                f"tasks: {name} or its data cannot be read ({reason}); mend them, or make them again with: {PREPARE}."
             ) from error
         raise DataError(
             f"tasks: the data of {name} cannot be had ({reason}); a task of the harness needs the network once, tasks "

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 
+#: Answers per prompt, all of which are kept in memory.
+MAX_SAMPLES = 1_000_000
+#: In place of a token where the logits are no numbers.
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -55,8 +60,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None:
                 check_range(name, value, low=0, high=1)
-        check_range("repetition_penalty", self.repetition_penalty, low=0.01)
-        check_integer("samples", self.samples, low=1)
+        check_range("repetition_penalty", self.repetition_penalty, low=0.01, high=100)
+        check_integer("samples", self.samples, low=1, high=MAX_SAMPLES)
         check_integer("seed", self.seed, low=0)
         stop: object = self.stop
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in self.stop):
@@ -68,7 +73,7 @@ class Sampling:
         return self.temperature == 0
 
     def choose(self, logits_BW: Tensor, seen_BP: Tensor, uniform_B: Tensor) -> Tensor:
-        """Returns the next token of each sequence, (B,) int64.
+        """Returns the next token of each sequence, (B,) int64; `NO_TOKEN` where the largest logit is not finite.
 
         Args:
             logits_BW: of the last position.
@@ -78,15 +83,19 @@ class Sampling:
         logits_BW = logits_BW.float()
         if self.repetition_penalty != 1:
             logits_BW = _penalised(logits_BW, seen_BP, self.repetition_penalty)
-        if self.greedy:
-            return logits_BW.argmax(-1)
-        # The largest is 0, so that no temperature makes it infinite.
-        logits_BW = logits_BW - logits_BW.amax(-1, keepdim=True)
-        kept_BW = _cut(logits_BW / self.temperature, self.top_k, self.top_p, self.min_p)
+        largest_B1 = logits_BW.amax(-1, keepdim=True)
+        next_B = logits_BW.argmax(-1) if self.greedy else self._draw(logits_BW - largest_B1, uniform_B)
+        return torch.where(largest_B1.squeeze(1).isfinite(), next_B, NO_TOKEN)
+
+    def _draw(self, logits_BW: Tensor, uniform_B: Tensor) -> Tensor:
+        """Returns a token of each sequence, whose largest logit is 0, so that no temperature makes it infinite."""
+        # Below the least normal number of float32 a kernel may divide by 0.
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        kept_BW = _cut(logits_BW / temperature, self.top_k, self.top_p, self.min_p)
         # The inverse of the cumulative distribution, in float64: in float32 the sum over 10^5 tokens would be rough.
         cumulative_BW = kept_BW.double().softmax(-1).cumsum(-1)
         drawn_B1 = uniform_B.to(cumulative_BW).unsqueeze(1) * cumulative_BW[:, -1:]
-        # A model that has diverged gives NaN, which no sum reaches.
+        # NaN, which no sum reaches, must be no token beyond the vocabulary either.
         return torch.searchsorted(cumulative_BW, drawn_B1, right=True).squeeze(1).clamp_max(logits_BW.shape[1] - 1)
 
 

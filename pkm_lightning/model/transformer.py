@@ -186,6 +186,11 @@ class Transformer(nn.Module):
         return output
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """None: a text ends with the end token of its tokenizer."""
+        return ()
+
+    @property
     def is_position_wise(self) -> bool:
         """Whether all FFN plugins state that they read no other token, as a cache requires."""
         return all(getattr(plugin, "position_wise", False) for _, _, plugin in self.plugins())

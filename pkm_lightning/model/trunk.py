@@ -83,6 +83,10 @@ class Trunk(Protocol):
         """Those, and the tables that plugins own themselves."""
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, besides the end token of the tokenizer."""
+
+    @property
     def is_position_wise(self) -> bool:
         """Whether a cache of keys and values is all that a new token needs of earlier ones."""
 

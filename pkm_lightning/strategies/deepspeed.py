@@ -109,7 +109,8 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         model = self._language_module.model
         kinds = [plugin for _, _, plugin in model.plugins()]
         # ZeRO-3 gathers a module in a hook on its forward, but plugins call parts by other methods: they are leaves.
-        set_z3_leaf_modules(model, sorted({type(module) for module in kinds}, key=str))
+        if kinds:  # a pretrained model has none, and DeepSpeed refuses an empty list
+            set_z3_leaf_modules(model, sorted({type(module) for module in kinds}, key=str))
         super().init_deepspeed()
         tied = model.tied_unembedding
         if tied is not None:

@@ -70,6 +70,9 @@ def test_without_a_tokenizer_the_model_loads_and_says_what_is_missing(tmp_path: 
     wide.configure_model()
     saved(wide, tmp_path, train_bpe(["one two one two"], 259))
     (tmp_path / "tokenizer.json").unlink()
+    assert isinstance(pkm_lightning.load(tmp_path).tokenizer, Tokenizer)  # that of the bytes needs no file
+    saved(module, tmp_path, train_bpe(["one two three"], 258))
+    (tmp_path / "tokenizer.json").unlink()
     loaded = pkm_lightning.load(tmp_path)
     assert loaded.tokenizer is None
     with pytest.raises(CheckpointError, match=rf"has no tokenizer\.json beside it.* at {tmp_path}/tokenizer\.json"):
@@ -134,3 +137,8 @@ def test_classes_of_others_are_built_only_when_trusted(module: LanguageModule, t
     pkm_lightning.save(holder, tmp_path)
     with pytest.raises(ConfigError, match=r"names ffn\._target_=subprocess\.Popen"):
         pkm_lightning.load(tmp_path)
+
+
+def test_a_template_of_an_earlier_model_does_not_stay(module: LanguageModule, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert saved(module, tmp_path).chat_template is None

@@ -91,7 +91,7 @@ WRONG: dict[tuple[str, ...], list[str]] = {
         *("+trainer.min_steps=-1", "+trainer.min_epochs=-1", "trainer.precision=null"),
         *("seed=1.5", "seed=-1", "seed=null", "seed=4294967296", "match=3", "match=flop", "match=null", "~seed"),
         *("match_budget=x", "match_budget=0", "device_memory=x", "device_memory=-1", "run_dir=null", "run_dir=3"),
-        *("resume=maybe", "resume=true", "trust_config=3", "format=xml", "overwrite=3", "ckpt=3", "file=[a]", "out=3"),
+        *("resume=maybe", "resume=true", "trust_config=3", "format=xml", "ckpt=3", "out=3"),
         *("strategy=3", "~strategy", "logger=3", "~logger", "logger.tensorboard=3", "logger.tensorboard.save_dir=null"),
         *("logger.tensorboard.name=3", "callbacks=3", "~callbacks", "callbacks.recall=3", "callbacks.recall.path=3"),
         *("callbacks.recall.val_items=-1", "callbacks.recall.val_items=1.5", "callbacks.recall.test_items=x"),

@@ -28,7 +28,9 @@ def test_without_callbacks_the_record_is_complete(cli: Run, tmp_path: Path) -> N
     shown = cli("fit", *SMALL_DATA, *options, "callbacks=none", "run_dir=run")
     assert shown.code == 0, shown.err
     content = record(tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "config.yaml", "run.json"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        *(".lock", "config.yaml", "run.json", "tokenizer.json", "heldout"),
+    }
     assert content["status"] == "finished"
     assert content["metrics"].keys() == {"test/loss", "test/perplexity"}
     assert content["throughput"] is None

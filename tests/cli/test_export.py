@@ -165,3 +165,11 @@ def test_a_planted_configuration_is_refused_in_an_exported_file_too(cli: Run, ch
     shown = cli("predict", "ckpt=model.safetensors", PROMPTS)
     assert shown.code == 2
     assert "trust_config=true" in shown.err
+
+
+def test_a_template_of_another_model_is_removed_only_on_request(cli: Run, trained: Path, checkpoint: Path) -> None:
+    Path("chat_template.jinja").write_text("{{ messages }}")
+    refused = cli("export", f"ckpt={checkpoint}", FILE)
+    assert "the folder holds the chat_template.jinja of another model" in refused.err
+    assert cli("export", f"ckpt={checkpoint}", FILE, "overwrite=true").code == 0
+    assert not Path("chat_template.jinja").exists()

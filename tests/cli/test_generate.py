@@ -91,6 +91,11 @@ LONG = "and so on " * 200
         (["generate", "prompt=a", "temprature=1"], "Did you mean 'temperature'?"),
         (["generate", "prompt=a", "system=b"], "generate does not read system, only chat"),
         (["generate", "prompt=a", "seed=3"], "generate does not read seed"),
+        (["generate", "prompt=a", "~stop"], "~stop: generate cannot do without stop; set stop=VALUE"),
+        (["predict", "prompt=a", "~run_dir"], "~run_dir: predict cannot do without run_dir"),
+        (["predict", "prompt=a", "data.people=3"], "predict does not read data.people, of data only data.prompts"),
+        (["predict", f"prompt={LONG}", "data.seq_len=9000"], "predict does not read data.seq_len"),
+        (["test", "trainer.accumulate_grad_batches=2"], "test does not read trainer.accumulate_grad_batches"),
         (["generate", "prompt=a", "callbacks.samples.max_new_tokens=5"], "does not read callbacks.samples"),
         (["chat", "prompt=a"], "chat does not read prompt, only generate, predict"),
         (["chat", "out=a"], "chat does not read out"),
@@ -120,7 +125,9 @@ def test_what_would_do_nothing_or_cannot_be_is_refused(
     assert not (trained / "predictions.jsonl").exists()
 
 
-def test_chat_without_a_template_continues_each_line(cli: Run, trained: Path, pipe: Pipe) -> None:
+def test_chat_without_a_template_continues_each_line(
+    cli: Run, trained: Path, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe("Who was\n\nWho was\n/reset\nWhere\n/exit\nnever read\n")
     shown = cli("chat", "run_dir=run", "max_new_tokens=5")
     assert shown.code == 0, shown.err
@@ -130,6 +137,18 @@ def test_chat_without_a_template_continues_each_line(cli: Run, trained: Path, pi
     assert "has no chat template: it continues each line" in shown.err
     pipe("")
     assert cli("chat", "run_dir=run").out == ""
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli("chat", "run_dir=run").out == ""
+
+
+def test_a_message_that_is_no_text_leaves_the_others(cli: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"\xef\xbb\xbfWho was\n\xff\xfe\nWho was\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    shown = cli("chat", "run_dir=run", "max_new_tokens=5")
+    assert shown.code == 0, shown.err
+    first, second, rest = shown.out.split("\n")
+    assert (first, rest) == (second, "")
+    assert "error: the message is not UTF-8" in shown.err
 
 
 def test_chat_with_a_template_reads_each_turn_once(cli: Run, trained: Path, pipe: Pipe) -> None:

@@ -95,7 +95,7 @@ def test_no_reader_waits_for_a_pipe(tmp_path: Path, kind: str) -> None:
         (".lock", "fit", ".lock is neither a file nor a folder"),
         ("test.json", "test", "test.json is neither a file nor a folder"),
         ("checkpoints/step-00000012.ckpt", "fit", "step-00000012.ckpt is neither a file nor a folder"),
-        ("checkpoints/step-00000012.ckpt", "test", "step-00000012.ckpt is damaged or no checkpoint"),
+        ("checkpoints/step-00000012.ckpt", "test", "step-00000012.ckpt is neither a file nor a folder"),
         ("checkpoints/step-00000012.ckpt", "export", "step-00000012.ckpt is damaged or no checkpoint"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import SMALL_RUN, Run, record
 
-from pkm_lightning.training import LanguageModule
+from pkm_lightning.model import Transformer
 
 TEXT = [
     *(option for option in SMALL_RUN if not option.startswith(("data.", "callbacks.recall", "callbacks.samples"))),
@@ -21,15 +21,15 @@ TEXT = [
 
 def emptied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets every table that is loaded hold zeros from now on."""
-    load = LanguageModule.load_state_dict
+    load = Transformer.load_state_dict
 
-    def load_and_empty(module: LanguageModule, state: Any, **options: Any) -> Any:
-        loaded = load(module, state, **options)
-        for table in module.model.value_tables:
+    def load_and_empty(model: Transformer, state: Any, **options: Any) -> Any:
+        loaded = load(model, state, **options)
+        for table in model.value_tables:
             torch.nn.init.zeros_(table.weight)
         return loaded
 
-    monkeypatch.setattr(LanguageModule, "load_state_dict", load_and_empty)
+    monkeypatch.setattr(Transformer, "load_state_dict", load_and_empty)
 
 
 def check_figures(metrics: dict[str, float], run: Path, cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,5 +164,5 @@ def test_the_card_names_model_data_figures_and_commands(tmp_path: Path) -> None:
     assert "import pkm_lightning" not in card
     assert str(tmp_path) not in card
     assert "/srv" not in card
-    # The tokenizer of the run lies in the run's directory, and this one has none.
-    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+    # The run's directory holds none; that of the bytes needs no file.
+    assert (tmp_path / "hf" / "tokenizer.json").exists()

@@ -16,11 +16,14 @@ from hydra import compose, initialize_config_module
 from safetensors.torch import load_file, save_file
 from small import resolved
 from tolerances import assert_close
+from transformers import AutoModelForCausalLM, GPT2Config
 
+import pkm_lightning
 from pkm_lightning.build.loading import LoadedModel
+from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.cli.job import plain
-from pkm_lightning.data.tokenizer import train_bpe
-from pkm_lightning.errors import PkmError
+from pkm_lightning.data.tokenizer import bytes_tokenizer, train_bpe
+from pkm_lightning.errors import CheckpointError, ConfigError, PkmError
 from pkm_lightning.huggingface.files import PretrainedFiles
 from pkm_lightning.huggingface.loading import load_pretrained
 
@@ -90,6 +93,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         weights(lambda state: state.update({"lm_head.weight": torch.zeros(3, 24)})),
         r"lm_head.weight has the shape \(3, 24\) in its files, and config.json asks for \(260, 24\)",
     ),
+    (in_config(hidden_act="os.system"), r"transformers refuses \(KeyError: 'os.system'\)"),
+    (in_config(num_hidden_layers=10**9), "its files hold 2 layers, and config.json asks for 1000000000"),
+    (in_config(num_hidden_layers=1), "its files hold 2 layers, and config.json asks for 1;"),
+    (content("chat_template.jinja", b"\xff"), "chat_template.jinja is not UTF-8"),
     (with_index, "lacks part-2.safetensors"),
     (with_other_tokenizer, "a tokenizer of 267 tokens for an embedding of 260"),
     (content("tokenizer.json", "{}"), "tokenizer.json cannot be read"),
@@ -164,7 +171,24 @@ def test_a_gguf_file_is_the_model_with_its_tokenizer_and_template(tmp_path: Path
     assert model.context == pretrained_models.CONTEXT
     assert model.chat_template == pretrained_models.TEMPLATE
     assert model.codec().eos_id == 0  # <|endoftext|> is the other candidate
+    # Its metadata name it as the token that begins a text, and it is put before none.
+    assert (model.codec().prefix_id, model.codec().begin_id) == (1, None)
     assert model.codec().decode(model.codec().encode("thin ice")) == "thin ice"
+
+
+@pytest.mark.parametrize(
+    ("named", "prefix", "shown"),
+    [("<pad>", 0, "<pad>"), ({"content": "<pad>"}, 0, "<pad>"), (None, 1, ""), ("<unknown>", 1, ""), (7, 1, "")],
+)
+def test_a_text_begins_with_the_token_that_the_folder_names(
+    named: object, prefix: int, shown: str, folder: Path
+) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": named, "eos_token": "<eos>"}))
+    tokenizer = PretrainedFiles.find(str(folder), folder).tokenizer
+    assert tokenizer is not None
+    assert (tokenizer.prefix_id, tokenizer.control_tokens["bos_token"]) == (prefix, shown)
+    assert tokenizer.begin_id is None
+    assert tokenizer.encode("a") == bytes_tokenizer().encode("a")
 
 
 def test_the_ids_that_end_an_answer_are_those_of_the_generation_config(folder: Path) -> None:
@@ -173,3 +197,40 @@ def test_the_ids_that_end_an_answer_are_those_of_the_generation_config(folder: P
     assert find(str(folder), folder).stop_ids == [1]
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     assert find(str(folder), folder).stop_ids == [5, 7]
+
+
+@pytest.mark.parametrize("named", [[7, 9], 9, None])
+def test_every_token_that_the_generation_config_names_ends_a_text(folder: Path, named: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    model = resolved("model=hf", f"model.path={folder}", "trainer.accelerator=cpu").model
+    assert model.end_ids == (tuple(named) if isinstance(named, list) else (1,) if named is None else (named,))
+
+
+def test_a_program_loads_a_pretrained_folder_and_saves_it(saved: Path, tmp_path: Path) -> None:
+    short = GPT2Config(vocab_size=260, n_embd=8, n_layer=1, n_head=2, n_positions=16)  # than any default of data
+    AutoModelForCausalLM.from_config(short).save_pretrained(tmp_path / "short")
+    for folder in (saved, tmp_path / "short"):
+        loaded = pkm_lightning.load(folder)
+        theirs, ids_BT = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(2, 14)[None]
+        with torch.no_grad():
+            assert torch.equal(loaded.model.unembed(loaded.model(ids_BT).hidden_BTD), theirs(ids_BT).logits)
+        assert loaded.context == loaded.model.config.max_position_embeddings
+    loaded = pkm_lightning.load(saved, precision="bf16-true")
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    again = pkm_lightning.load(pkm_lightning.save(loaded, tmp_path / "again"))
+    assert again.answer("Who", max_new_tokens=4) == loaded.answer("Who", max_new_tokens=4)
+    with pytest.raises(ConfigError, match="precision='half' is not known"):
+        pkm_lightning.load(saved, precision="half")
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("llama", "model=hf model.path=.*foreign"), ("pkm_lightning", "AutoModelForCausalLM"), (None, "export ckpt=")],
+)
+def test_weights_of_transformers_given_as_a_checkpoint_say_how_to_load_them(
+    kind: str | None, remedy: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "foreign")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match=f"was not written by this package; .*{remedy}"):
+        open_checkpoint(folder / "model.safetensors")

@@ -62,7 +62,9 @@ def test_a_chat_template_is_carried_and_its_control_tokens_count(tmp_path: Path)
 def test_a_folder_without_a_tokenizer_names_no_tokens(tmp_path: Path) -> None:
     _, folder = export(tmp_path, "ffn=dense")
     (tmp_path / "tokenizer.json").unlink()
-    written = write_folder(open_checkpoint(tmp_path / "model.ckpt"), folder)
+    content = open_checkpoint(tmp_path / "model.ckpt")
+    content.skeleton["tokenizer"] = "that of other words"
+    written = write_folder(content, folder)
     assert not written.has_tokenizer
     assert not (folder / "tokenizer.json").exists()
     for name in ("config.json", "generation_config.json"):

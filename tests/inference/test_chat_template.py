@@ -8,6 +8,7 @@ import pytest
 
 from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer
 from pkm_lightning.errors import ConfigError
+from pkm_lightning.inference import chat_template
 from pkm_lightning.inference.chat_template import ChatTemplate
 
 #: Written as those of ChatML models, with what templates use of Jinja and of Hugging Face.
@@ -68,11 +69,22 @@ def test_the_control_token_after_an_answer_ends_answers(after: str, expected: li
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' * 4000000000 }}", "more than 1 GiB of memory"),
+        ("{{ '%4000000000d' % 1 }}", "more than 1 GiB of memory"),
+        ("{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "renders 99,980,001 characters"),
+        ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", ""),
     ],
 )
 def test_a_template_that_cannot_be_used_is_named_with_the_reason(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"run/chat_template.jinja: the chat template cannot be used .*{reason}"):
         template(text).render(ROME)
+
+
+def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ConfigError, match="it has not ended after 1 s of computing"):
+        template(endless).render(ROME)
 
 
 def test_templates_know_the_day() -> None:

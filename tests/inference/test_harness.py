@@ -62,6 +62,14 @@ def test_a_token_that_begins_texts_stands_before_each() -> None:
     assert [nats for nats, _ in scores] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_token_that_is_named_and_not_put_before_texts_is_the_empty_context() -> None:
+    encode, model = Letters().encode, adapter(prefix_id=7)
+    scores = model.loglikelihood(requests(("", "ab"), ("b", "cd")))
+    expected = [log_p([7, *encode("ab")], 2), log_p(encode("bcd"), 2)]
+    assert [nats for nats, _ in scores] == pytest.approx(expected, abs=1e-5)
+    assert model.loglikelihood_rolling(requests(("ab",))) == pytest.approx(expected[:1], abs=1e-5)
+
+
 def test_a_text_longer_than_the_context_is_predicted_in_windows() -> None:
     long = "abcdefghijklmnopqrstuvwxyz0123456789"
     ids = Letters().encode(long)
@@ -153,3 +161,21 @@ def test_ranks_share_the_requests_and_all_get_all_results(ranks: Groups) -> None
     for of_rank in ranks(2).run(all_kinds):
         assert [nats for nats, _ in of_rank[0]] == pytest.approx([nats for nats, _ in likelihoods], abs=1e-5)
         assert (of_rank[1], of_rank[2]) == (pytest.approx(totals, abs=1e-5), answers)
+
+
+def test_a_model_that_has_diverged_is_said_to_have(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with caplog.at_level(logging.WARNING):
+        HarnessModel(model, Letters(), context=16, device=CPU, batch_size=3, progress=False).loglikelihood(
+            requests(("a", "b"), ("a", "c"))
+        )
+        ((greedy,), (drawn, _)) = (
+            generate(model, Letters(), ["ab"], Sampling(**settings), device=CPU)[0]
+            for settings in ({}, {"temperature": 1.0, "samples": 2})
+        )
+    assert (greedy.text, greedy.ended, drawn.ended) == ("", "nan", "nan")
+    said = [record.getMessage() for record in caplog.records]
+    assert "2 of 2 likelihoods are no numbers (NaN)" in said[0]
+    assert "2 of 2 answers end where the logits are no numbers (NaN)" in said[2]

@@ -123,8 +123,8 @@ def broken_code(folder: Path) -> None:
     ("damage", "task", "error", "said"),
     [
         (None, "optoins", ConfigError, "tasks: 'optoins' is no task of .*Did you mean 'options'"),
-        (missing_file, "options", DataError, "data of options cannot be read .*again with: prepare data=benchmarks"),
-        (broken_row, "options", DataError, "data of options cannot be read .*again with: prepare data=benchmarks"),
+        (missing_file, "options", DataError, "options or its data cannot be read .*again with: prepare"),
+        (broken_row, "options", DataError, "options or its data cannot be read .*again with: prepare"),
         (broken_code, "options", ConfigError, "options.yaml cannot be loaded .*division by zero"),
         (foreign_code, "unsafe", ConfigError, "unsafe runs code that the model writes"),
     ],
@@ -146,3 +146,15 @@ def test_a_folder_without_tasks_names_the_command_that_makes_one(folder: Path, t
         empty.mkdir()
     with pytest.raises(DataError, match="make a folder of tasks with: prepare data=benchmarks packages=DIR out=DIR"):
         load_tasks(["options"], tasks_dir=empty, num_fewshot=None)
+
+
+def test_a_task_that_cannot_be_loaded_is_refused_alone(folder: Path) -> None:
+    text = (folder / "options.yaml").read_text().replace("task: options", "task: other")
+    (folder / "other.yaml").write_text(text + "process_docs: !function helper.missing\n")
+    (folder / "helper.py").write_text("")
+    for number, files in enumerate(("dataset_kwargs: [1]", "dataset_kwargs: {data_files: {test: 5}}")):
+        (folder / f"{number}.yaml").write_text(f"task: wrong{number}\ndataset_path: json\n{files}\n")
+    assert list(load_tasks(["options"], tasks_dir=folder, num_fewshot=None)["tasks"]) == ["options"]
+    for name, said in (("other", "no function 'missing'"), ("wrong0", "is no mapping"), ("wrong1", "5, which is no")):
+        with pytest.raises(ConfigError, match=said):
+            load_tasks([name], tasks_dir=folder, num_fewshot=None)

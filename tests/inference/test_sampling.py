@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.inference.sampling import Sampling
+from pkm_lightning.inference.sampling import NO_TOKEN, Sampling
 
 W = 7
 NOTHING_SEEN = torch.full((1, 1), -1)
@@ -91,9 +91,16 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("logits", "temperature", "expected"), [([2.0, 1.0], 1e-40, 0), ([math.nan, math.nan], 1.0, 1)]
+    ("logits", "temperature", "expected"),
+    [
+        ([2.0, 1.0], 1e-40, 0),
+        ([2.0, 1.0], 1e-320, 0),
+        ([1.0, -math.inf], 1.0, 0),
+        *(([bad, 1.0], t, NO_TOKEN) for bad in (math.nan, math.inf) for t in (0.0, 1.0)),
+        ([-math.inf, -math.inf], 1.0, NO_TOKEN),
+    ],
 )
-def test_a_token_of_the_vocabulary_is_chosen_whatever_the_logits(
+def test_a_token_of_the_vocabulary_is_chosen_where_the_logits_are_numbers(
     logits: list[float], temperature: float, expected: int
 ) -> None:
     uniform_B = torch.tensor([0.7], dtype=torch.float64)
@@ -112,6 +119,8 @@ def test_a_token_of_the_vocabulary_is_chosen_whatever_the_logits(
         {"top_p": 1.5},
         {"min_p": -1},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e39},
+        {"samples": 10**12},
         {"stop": ("",)},
         {"stop": "ab"},
         {"samples": 0},
