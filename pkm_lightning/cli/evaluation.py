@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
-from pkm_lightning.build.loading import check_mappable, load_weights, unread_tensors
+from pkm_lightning.build.loading import check_mappable, load_weights, saved_tokenizer, unread_tensors
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
@@ -54,6 +54,8 @@ class SavedRun:
             config = saved_config(self.folder, trust=trust, cache=cache)
         else:
             config = saved_config_of(self.path, trust=trust, cache=cache)
+        if not job.sets("data.tokenizer"):
+            saved_tokenizer(self._checkpoint)  # refused by its own name if it belongs to another model
         config = with_kept_data(_with_overrides(config, job), self.path, job.verb, job.overrides)
         self.run = resolve(without_fused(config))
         if self.is_spread and self._checkpoint.kind == "exported":

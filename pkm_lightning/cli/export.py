@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
 from pkm_lightning.checkpoints.export import write
@@ -38,6 +39,7 @@ def _write_file(job: Job) -> None:
     if checkpoint.kind == "exported" and width is None:
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
     companions = {name: _companion(name, path, file, bool(job.config.overwrite)) for name in (TOKENIZER, CHAT_TEMPLATE)}
+    saved_tokenizer(checkpoint)  # that of another model is refused, as it would be beside the exported file
     content = checkpoint if width is None else QuantizedCheckpoint(checkpoint, str(width))
     checkpoint.check_sums()
     entries = write(content, file)

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 
 from pkm_lightning.build.instantiate import check_trusted
-from pkm_lightning.build.loading import find_weights
+from pkm_lightning.build.loading import find_weights, saved_tokenizer
 from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
@@ -64,9 +64,14 @@ class InitialWeights(L.Callback):
 
     @property
     def tokenizer(self) -> str | None:
-        """`data.tokenizer` by which data get the tokenizer of the weights; None where it is not known."""
+        """`data.tokenizer` by which data get the tokenizer of the weights; None where it is not known.
+
+        Raises:
+            CheckpointError: the file beside the weights is the tokenizer of another model.
+        """
         file = find_companion(self.checkpoint.path, TOKENIZER)
         if file is not None:
+            saved_tokenizer(self.checkpoint)
             return str(file)
         # A vocabulary that was learned from the data of the training cannot be learned from others.
         saved = self.checkpoint.config["data"].get("tokenizer")
@@ -139,9 +144,11 @@ def start_from_weights(command: dict[str, Any], *, sets_tokenizer: bool) -> dict
     Raises:
         CheckpointError, ConfigError: as `InitialWeights`.
     """
-    tokenizer = InitialWeights(command["init_from"], trust=command["trust_config"]).tokenizer
-    data = command["data"]
-    if sets_tokenizer or tokenizer is None or "tokenizer" not in data:
+    initial, data = InitialWeights(command["init_from"], trust=command["trust_config"]), command["data"]
+    if sets_tokenizer or "tokenizer" not in data:
+        return command
+    tokenizer = initial.tokenizer
+    if tokenizer is None:
         return command
     return {**command, "data": {**data, "tokenizer": tokenizer}}
 

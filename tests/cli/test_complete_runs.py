@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from small import Run
 
+from pkm_lightning.data.tokenizer import train_bpe
+
 TEXT_RUN = [
     *("data=text", "data.path=corpus.txt", "data.seq_len=16", "data.vocab_size=300", "data.global_batch_size=4"),
     *("data.val_fraction=0.3", "trainer.max_steps=2", "trainer.val_check_interval=2", "model.memory.n_keys=16"),
@@ -65,6 +67,15 @@ def test_what_a_run_has_kept_is_checked(cli: Run, trained: Path, file: str, dama
     shown = cli("test", "run_dir=run")
     assert shown.code == 2
     assert said in shown.err
+
+
+def test_the_tokenizer_of_another_model_is_refused_by_its_name(cli: Run, trained: Path) -> None:
+    train_bpe(["one two one two"], 259).save(trained / "tokenizer.json")
+    commands = [["test", "run_dir=run"], ["generate", "run_dir=run", "prompt=Who"]]
+    commands += [["export", "run_dir=run", "file=model.safetensors"], ["fit", "init_from=run", "run_dir=new"]]
+    for command in commands:
+        assert "run/tokenizer.json is not the tokenizer that step-" in cli(*command).err, command
+    assert not Path("model.safetensors").exists()
 
 
 def test_an_export_does_not_overwrite_the_tokenizer_of_another_model(cli: Run, trained: Path, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_folder_for_transformers(cli: Run, trained: Path, checkpoint: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["ckpt=run/config.yaml", FILE], "ckpt=run/config.yaml is damaged or no checkpoint"),
+        (["ckpt=run/config.yaml", FILE], "run/config.yaml is damaged or no checkpoint"),
         (["ckpt=old.safetensors", FILE], "is an exported file already"),
     ],
 )

@@ -74,8 +74,7 @@ def test_a_new_run_starts_from_the_weights(run: Run, what: str) -> None:
     config = yaml.safe_load((Path("new") / "config.yaml").read_text())
     assert config["init_from"] == str(Path(PLACES[what]).absolute())
     assert config["ffn"]["_target_"] == "pkm_lightning.ffn.PEER"
-    beside = "source" if "source" in PLACES[what] else "export"
-    assert config["data"]["tokenizer"] == str((Path(beside) / "tokenizer.json").absolute())
+    assert config["data"]["tokenizer"] == InitialWeights(PLACES[what], trust=False).tokenizer
     assert len(record(Path("new"))["init_from"]["digest"]) == 64
 
 
@@ -117,12 +116,12 @@ def _changed(change: Callable[[dict[str, Any]], object], **content_of: Any) -> s
 REFUSED: dict[str, tuple[Callable[[], str], list[str], str]] = {
     "missing": (lambda: "nowhere", [], r"init_from=\S*nowhere does not exist; give a run"),
     "an empty folder": (lambda: str(Path("empty").mkdir() or "empty"), [], r"empty is no run directory and holds no"),
-    "a text": (lambda: "a.txt", [], r"ckpt=\S*a\.txt is damaged or no checkpoint"),
+    "a text": (lambda: "a.txt", [], r"a\.txt is damaged or no checkpoint"),
     "another model": (lambda: "source", ["model.dim=32"], r"does not fit .*of another shape: model\.blocks\.0\.att"),
     "another plugin": (lambda: "source", ["ffn=moe"], r"does not fit the model of this command \(missing: model\.blo"),
     "other words": (
         lambda: _changed(lambda config: None, tokenizer="of other words"),
-        [],
+        ["data.tokenizer=bytes"],
         r"the data's tokenizer is not the one that init_from=\S*source was trained with, .*set data\.tokenizer=FILE",
     ),
     "its own run": (lambda: "source", ["run_dir=source", "resume=never"], r"lies in run_dir=\S*source, whose files"),
@@ -158,9 +157,10 @@ def test_other_verbs_do_not_read_it(run: Run) -> None:
 
 def test_the_tokenizer_beside_the_weights_is_taken(run: Run) -> None:
     for place in ("source", "export"):
-        assert InitialWeights(place, trust=False).tokenizer == str(Path(place).absolute() / "tokenizer.json")
-    (Path("source") / "tokenizer.json").unlink()  # as in runs of earlier versions
-    assert InitialWeights("source", trust=False).tokenizer == "bytes"
+        file = Path(place).absolute() / "tokenizer.json"
+        assert InitialWeights(place, trust=False).tokenizer == str(file)
+        file.unlink()
+        assert InitialWeights(place, trust=False).tokenizer == "bytes"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,18 @@ def test_wsd_before_its_decay_continues_like_a_run_of_the_new_length(
     # A finished one goes back to the checkpoint from before its decay.
     assert cli(*wsd, "trainer.max_steps=12", "run_dir=ended").code == 0
     assert names(tmp_path / "ended") == ["step-00000009.ckpt", "step-00000012.ckpt"]
+    shutil.copytree("ended", "killed")
     shown = cli("fit", "run_dir=ended", "resume=always", "trainer.max_steps=20")
     assert "one of 20 steps; the 3 steps after step 9, in which the rate fell, are trained anew" in shown.out
     assert names(tmp_path / "ended") == ["step-00000015.ckpt", "step-00000020.ckpt"]
     assert_equal_runs(tmp_path / "whole", tmp_path / "ended")
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    # A kill leaves the new length beside the checkpoint of the old end; the moved run goes back without a warning, too.
+    (tmp_path / "killed" / "config.yaml").write_text((tmp_path / "ended" / "config.yaml").read_text())
+    shown = cli("fit", "run_dir=killed", "resume=always")
+    assert "the 3 steps after step 9" in shown.out
+    assert not shown.err
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
     assert saved["trainer"]["max_steps"] == 20
     assert saved["optim"] == yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["optim"]
 
