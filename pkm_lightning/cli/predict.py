@@ -38,7 +38,8 @@ def run(job: Job) -> None:
     saved = evaluated_run(job)
     context = settings.context(context_of(saved.run.config))
     data = _data_with_prompts(job, saved, settings, context)
-    trainer, module = saved.trainer(), saved.module()
+    # Who reads a stream reads the answers and nothing else.
+    trainer, module = saved.trainer(progress=not is_stream(path)), saved.module()
     module.answering = Answering(sampling=settings.sampling, batch_size=settings.batch_size, context=context)
     with supervise_evaluation(trainer):
         batches = trainer.predict(module, datamodule=data, ckpt_path=saved.ckpt_path) or []
@@ -52,7 +53,7 @@ def run(job: Job) -> None:
         by_number = {(r["index"], r.get("sample", 0)): r for r in records if r["index"] >= 0}
         lines = [json.dumps(by_number[number], ensure_ascii=False) for number in sorted(by_number)]
         write_beside(path, "".join(line + "\n" for line in lines))
-        if is_stream(path):  # who reads it reads the answers and nothing else
+        if is_stream(path):
             return
         for line in lines[:20]:
             print(line)
