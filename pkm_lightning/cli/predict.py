@@ -13,13 +13,14 @@ import lightning as L
 import torch.distributed as dist
 
 from pkm_lightning.build.loading import context_of
-from pkm_lightning.cli.evaluation import SavedRun, check_dataloader, locate
+from pkm_lightning.cli.evaluation import SavedRun, check_dataloader, locate, names_pretrained
 from pkm_lightning.cli.generation import STANDARD_INPUT, GenerationSettings, generation_settings, prompts_of
 from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.cli.pretrained_run import evaluated_run
 from pkm_lightning.data.base import TextCodec, tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.prompts import PromptBatches, collect_prompts
+from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.inference.generation import encode_prompts
 from pkm_lightning.inference.prediction import Answering
@@ -105,5 +106,7 @@ def _data_with_prompts(
     tokenizer = tokenizer_of(data)
     if tokenizer is None:
         raise ConfigError(f"predict needs a tokenizer, which the data module {type(data).__name__} does not have.")
+    if names_pretrained(job) and isinstance(tokenizer, Tokenizer):
+        tokenizer.begins_prompts = True
     encode_prompts(tokenizer, prompts, context)
     return PromptData(prompts, tokenizer, settings.batch_size)
