@@ -14,6 +14,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pkm_lightning.data.base import recall_items_of, tokenizer_of
+from pkm_lightning.data.files import check_characters
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -36,6 +37,7 @@ class Samples(L.Callback):
     Raises:
         ConfigError: `prompts` is not a list of texts, or the data module has no tokenizer for them; a number out of
             range.
+        DataError: a prompt that holds half of a character.
     """
 
     def __init__(self, *, prompts: Sequence[str] | None, items: int, max_new_tokens: int) -> None:
@@ -46,6 +48,8 @@ class Samples(L.Callback):
                 raise ConfigError(
                     f'callbacks.samples.prompts={prompts!r} is not a list of texts; set ["first","second"] or null.'
                 )
+            for prompt in prompts:
+                check_characters(f"callbacks.samples.prompts: {prompt!r}", prompt)
         check_integer("callbacks.samples.items", items, 0)
         check_integer("callbacks.samples.max_new_tokens", max_new_tokens, 1)
         self.prompts, self.items, self.max_new_tokens = prompts, items, max_new_tokens

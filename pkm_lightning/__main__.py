@@ -10,6 +10,9 @@ from pkm_lightning.cli.main import main
 
 def run() -> None:
     """Runs the command line of this process."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the life of the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without Unicode shows what it lacks as \\uXXXX.
@@ -20,6 +23,9 @@ def run() -> None:
     gc.disable()
     try:
         main()
+    except KeyboardInterrupt:  # while torch is imported, which takes seconds
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except SystemExit as end:
         if verb != "info":
             raise

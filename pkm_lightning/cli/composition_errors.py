@@ -39,6 +39,8 @@ def explain(error: BaseException, arguments: Sequence[str] = (), name: str = "co
     if isinstance(error, InterpolationResolutionError) and error.full_key:
         reason = " ".join(str(error.msg).split())
         return f"{error.full_key} refers to a key that is missing ({reason}); set that key, or do not delete it with ~."
+    if isinstance(error, BrokenPipeError):
+        return "what read the output closed it before all was written; read it to its end, or write it to out=FILE."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; choose another path or free the disk."
     return " ".join((str(error) or str(error.__cause__ or "")).split()) or type(error).__name__

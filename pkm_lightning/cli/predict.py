@@ -13,13 +13,14 @@ import lightning as L
 import torch.distributed as dist
 
 from pkm_lightning.build.loading import context_of
-from pkm_lightning.cli.evaluation import SavedRun, check_dataloader, locate
+from pkm_lightning.cli.evaluation import SavedRun, check_dataloader, locate, names_pretrained
 from pkm_lightning.cli.generation import STANDARD_INPUT, GenerationSettings, generation_settings, prompts_of
 from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.cli.pretrained_run import evaluated_run
 from pkm_lightning.data.base import TextCodec, tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.prompts import PromptBatches, collect_prompts
+from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.inference.generation import encode_prompts
 from pkm_lightning.inference.prediction import Answering
@@ -38,7 +39,8 @@ def run(job: Job) -> None:
     saved = evaluated_run(job)
     context = settings.context(context_of(saved.run.config))
     data = _data_with_prompts(job, saved, settings, context)
-    trainer, module = saved.trainer(), saved.module()
+    # Who reads a stream reads the answers and nothing else.
+    trainer, module = saved.trainer(progress=not is_stream(path)), saved.module()
     module.answering = Answering(sampling=settings.sampling, batch_size=settings.batch_size, context=context)
     with supervise_evaluation(trainer):
         batches = trainer.predict(module, datamodule=data, ckpt_path=saved.ckpt_path) or []
@@ -52,7 +54,7 @@ def run(job: Job) -> None:
         by_number = {(r["index"], r.get("sample", 0)): r for r in records if r["index"] >= 0}
         lines = [json.dumps(by_number[number], ensure_ascii=False) for number in sorted(by_number)]
         write_beside(path, "".join(line + "\n" for line in lines))
-        if is_stream(path):  # who reads it reads the answers and nothing else
+        if is_stream(path):
             return
         for line in lines[:20]:
             print(line)
@@ -104,5 +106,7 @@ def _data_with_prompts(
     tokenizer = tokenizer_of(data)
     if tokenizer is None:
         raise ConfigError(f"predict needs a tokenizer, which the data module {type(data).__name__} does not have.")
+    if names_pretrained(job) and isinstance(tokenizer, Tokenizer):
+        tokenizer.begins_prompts = True
     encode_prompts(tokenizer, prompts, context)
     return PromptData(prompts, tokenizer, settings.batch_size)

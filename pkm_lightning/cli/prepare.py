@@ -25,7 +25,9 @@ def run(job: Job) -> None:
         DataError: a package that is missing or damaged.
         RunDirectoryError: `out` cannot be used.
     """
-    choice = HydraConfig.get().runtime.choices["data"]
+    choice = HydraConfig.get().runtime.choices.get("data")
+    if choice is None:
+        raise ConfigError("~data leaves nothing to prepare; set data=benchmarks.")
     if choice != "benchmarks":
         raise ConfigError(
             f"data={choice} is prepared by the run that reads it, once per data.cache_dir; prepare takes "

@@ -11,6 +11,7 @@ from pkm_lightning.compare.bootstrap import finite_mean
 from pkm_lightning.compare.curves import quality_at
 from pkm_lightning.compare.metric import WITHOUT_TABLE
 from pkm_lightning.compare.quality import Quality
+from pkm_lightning.compare.records import Run
 from pkm_lightning.compare.study import Study
 
 _ZERO_READS = (
@@ -70,7 +71,7 @@ def quality_table(study: Study) -> Table:
             else f"{_signed(quality, difference)} ({_range(quality, low, high, signed=True)})",
             # A plain mean, nan if one is: a mean over some of the seeds would leave out exactly the slow ones.
             quality.format(sum(at_moment) / len(at_moment)),
-            *(other.format(finite_mean([other.value(run) for run in runs])) for other in other_metrics),
+            *(_mean_over_seeds(other, runs) for other in other_metrics),
             ", ".join(sorted({f"{run.config['optim']['lr']:g}" for run in runs})),
         ])  # fmt: skip
     finals, others = ("seconds", "tokens") if study.is_equal_time else ("tokens", "seconds")
@@ -269,6 +270,13 @@ def _other_metrics(study: Study) -> list[Quality]:
     runs = [run for of_variant in study.variants.values() for run in of_variant]
     others = [quality for quality in candidates if quality.metric != study.quality.metric]
     return [quality for quality in others if any(math.isfinite(quality.value(run)) for run in runs)]
+
+
+def _mean_over_seeds(quality: Quality, runs: Sequence[Run]) -> str:
+    """Returns the mean, and how many runs it is of where some, such as those of an earlier version, lack the figure."""
+    values = [quality.value(run) for run in runs]
+    n = sum(map(math.isfinite, values))
+    return quality.format(finite_mean(values)) + (f" ({n} of {len(runs)} seeds)" if 0 < n < len(runs) else "")
 
 
 def _range(quality: Quality, low: float, high: float, *, signed: bool = False) -> str:

@@ -46,6 +46,7 @@ class TextCodec(Protocol):
     """The part of a tokenizer that generation and scoring call.
 
     Optional: `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
+    `encode_prompt` (str to ids) where prompts begin in a way of their own.
     """
 
     eos_id: int

@@ -60,6 +60,8 @@ class Tokenizer:
         eos_id: the id that ends a document.
         chat_template: Jinja text that renders conversations, where one lies beside the tokenizer's file.
         begin_token: name of the token that begins a text, where a file beside the tokenizer's names one of its own.
+        begins_prompts: whether the file's token stands before prompts, as in the training of a pretrained model;
+            trainings of this package put none there.
 
     Args:
         backend: of the library.
@@ -69,6 +71,7 @@ class Tokenizer:
 
     chat_template: str | None = None
     begin_token: str | None = None
+    begins_prompts: bool = False
 
     def __init__(self, backend: Backend, source: str, end: str | None = None) -> None:
         usual = next((name for name in END_NAMES if backend.token_to_id(name) is not None), None)
@@ -112,6 +115,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without an end token."""
         return _ids(self._backend, text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids that a model continues, at least one; see `begins_prompts`."""
+        begin = self.begin_id if self.begins_prompts else None
+        ids = self.encode(text) if begin is None else [begin, *self.encode(text)]
+        return ids or [self.prefix_id if self.begins_prompts else self.eos_id]
 
     def encode_rendered(self, text: str) -> list[int]:
         """Returns the ids of a text by a chat template, in which the names of control tokens mean these tokens."""

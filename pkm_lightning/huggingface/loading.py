@@ -64,9 +64,12 @@ def load_pretrained(config: Mapping[str, Any], *, device: str | torch.device = "
     model.init_weights(int(whole["seed"]))
     cache_dir = whole["data"].get("cache_dir")
     files = PretrainedFiles.find(path, expanded(cache_dir) if cache_dir else default_cache())
+    tokenizer = files.tokenizer
+    if tokenizer is not None:
+        tokenizer.begins_prompts = True
     return LoadedModel(
         model=model.eval(),
-        tokenizer=files.tokenizer,
+        tokenizer=tokenizer,
         config=whole,
         path=Path(path),
         device=torch.device(device),

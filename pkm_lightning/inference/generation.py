@@ -129,7 +129,8 @@ def encode_prompts(tokenizer: TextCodec, prompts: Sequence[str], context: int | 
         ConfigError: a prompt has more tokens than `context`.
     """
     # An empty prompt still needs a token to continue from.
-    encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    encode = getattr(tokenizer, "encode_prompt", lambda prompt: tokenizer.encode(prompt) or [tokenizer.eos_id])
+    encoded = [encode(prompt) for prompt in prompts]
     long = [number for number, ids in enumerate(encoded, 1) if context is not None and len(ids) > context]
     if long:
         others = f" ({len(long) - 1} more are too long)" if len(long) > 1 else ""

@@ -16,7 +16,7 @@ from toys import Letters, config
 
 from pkm_lightning.callbacks import Recall, Samples, samples
 from pkm_lightning.data import RecallItem
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import ConfigError, DataError
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.training import LanguageModule
 
@@ -190,3 +190,8 @@ def test_prompts_need_a_tokenizer() -> None:
     with pytest.raises(ConfigError, match=r"callbacks\.samples\.prompts needs a tokenizer, and Silent has none"):
         fit(Silent(), [Samples(**{**USUAL, "prompts": ["a"]})])
     fit(Silent(), [Samples(**USUAL)])
+
+
+def test_half_a_character_is_refused_before_training() -> None:
+    with pytest.raises(DataError, match=r"callbacks\.samples\.prompts: 'a\\ud800' holds .* half of a character"):
+        Samples(**{**USUAL, "prompts": ["a\ud800"]})

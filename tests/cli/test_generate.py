@@ -165,3 +165,9 @@ def test_chat_with_a_template_reads_each_turn_once(cli: Run, trained: Path, pipe
         alone.append(int(re.findall(r"prompts: (\d+) tokens", ended)[0]))
     # Of the second turn the answer's last token, the message and the frame are new, not the system's message.
     assert 0 < alone[1] - alone[0] < alone[0]
+
+
+def test_answers_to_a_stream_have_nothing_between_them(cli: Run, trained: Path) -> None:
+    shown = cli("predict", "run_dir=run", "prompt=[a,b]", "callbacks=default", "max_new_tokens=2", "out=/dev/stdout")
+    assert shown.code == 0, shown.err
+    assert [json.loads(line)["index"] for line in shown.out.splitlines()] == [0, 1]

@@ -14,6 +14,7 @@ import pytest
 from small import SMALL_RUN, Run, resolved
 
 from pkm_lightning.__main__ import run
+from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.main import VERBS
 from pkm_lightning.errors import PkmError
 
@@ -221,3 +222,30 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_leaves_no_part(cli: Run,
     assert "Traceback" not in ended.stderr
     assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
     assert '"status": "interrupted"' in (tmp_path / "full" / "run.json").read_text()
+
+
+def test_streams_that_were_closed_and_an_interruption_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        assert not sys.stdin.isatty()
+        assert not sys.stdout.isatty()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pkm_lightning.__main__.main", interrupted)
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            run()
+        sys.stdin.close()
+        sys.stdout.close()
+    finally:
+        gc.enable()
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_leaves_is_named() -> None:
+    assert explain(BrokenPipeError(32, "Broken pipe")).startswith(
+        "what read the output closed it before all was written"
+    )

@@ -35,6 +35,7 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
     ("arguments", "message"),
     [
         (["prepare", "out=x"], "packages is not set; give the folder"),
+        (["prepare", "packages=.", "out=x", "~data"], "~data leaves nothing to prepare; set data=benchmarks"),
         (["prepare", "packages=."], "out is not set; set it to the folder"),
         (["prepare", "packages=2024", "out=x"], "packages=2024 is not text; quote it"),
         (["prepare", "packages=", "out=x"], "packages='' names no file or folder"),

@@ -208,6 +208,9 @@ def test_a_report_shows_what_is_left_without_the_table(
     earlier = all_tables(study_of(tmp_path / "old", FakeRun("m", 1, forms=forms), FakeRun("d", 1, forms=forms)))[0]
     assert not [name for name in earlier.columns if "without" in name]
     assert "without table" not in earlier.note.lower()
+    mixed = [runs[0], FakeRun("m", 2, forms=forms), *(FakeRun("d", s, ffn="Dense", forms=forms) for s in (1, 2))]
+    cells = table(study_of(tmp_path / "mixed", *mixed), quality.title)
+    assert [cells[name][column] for name in ("m", "d")] == [f"{'25.0%' if forms else '0.250'} (1 of 2 seeds)", "-"]
 
 
 def test_a_report_can_be_about_what_is_left_without_the_table(tmp_path: Path) -> None:

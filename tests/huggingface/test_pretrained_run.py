@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pretrained_models
 import pytest
 import torch
 from small import Outcome, Run
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 import pkm_lightning
 from pkm_lightning.checkpoints import open_checkpoint
+from pkm_lightning.data.tokenizer import bytes_tokenizer
 
 TEXT = "The lock keeper of Sainte-Maxime counted the boats, and wrote them down in the evening. "
 TRAINING = [
@@ -109,3 +113,22 @@ def test_a_wrong_command_gets_one_line(arguments: list[str], message: str, cli: 
     assert outcome.code == 2
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_a_token_that_the_tokenizer_puts_before_texts_stands_before_prompts(cli: Run, tmp_path: Path) -> None:
+    """As in transformers, whose answer is the reference."""
+    folder = pretrained_models.save("llama", tmp_path / "model")
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    asked = ("model=hf", "model.path=model", 'prompt=["ab","The lock"]', "max_new_tokens=8", "trainer.accelerator=cpu")
+    accepted(cli("generate", *asked, "out=generated.jsonl"))
+    accepted(cli("predict", *asked, "out=predicted.jsonl"))
+    codec = bytes_tokenizer()
+    for file in ("generated.jsonl", "predicted.jsonl"):
+        for line in map(json.loads, (tmp_path / file).read_text().splitlines()):
+            ids_BT = torch.tensor([[0, *codec.encode(line["prompt"])]])
+            # Without a mask it would take token 0 for padding.
+            settings = {"attention_mask": torch.ones_like(ids_BT), "max_new_tokens": 8, "do_sample": False}
+            written = pretrained_models.tiny("llama").generate(ids_BT, **settings)
+            assert line["answer"].strip() == codec.decode(written[0, ids_BT.shape[1] :].tolist()).strip()
