@@ -98,4 +98,4 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, bool]]:
 def _near(pattern: str, names: Sequence[str]) -> str:
     """Returns the parts of names that are nearest to the longest text in `pattern`."""
     text = max(pattern.replace("?", "*").split("*"), key=len).strip(".")
-    return nearest(text, sorted({part for name in names for part in (name, *name.split("."))}))
+    return nearest(text, sorted({part for name in names for part in (name, *name.split(".")) if not part.isdigit()}))

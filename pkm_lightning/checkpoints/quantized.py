@@ -63,6 +63,9 @@ class QuantizedCheckpoint:
             raise CheckpointError(f"quantize={width}: table._target_={target} cannot be quantised, only {_PLAIN}.")
         table = {key: config["table"][key] for key in _KEPT if key in config["table"]}
         config["table"] = {"_target_": _QUANTIZED, "bits": self._bits, **table}
+        if (config.get("optim") or {}).get("freeze"):
+            # Nothing of the file is trained, and patterns of a table's weight would match no parameter.
+            config["optim"] = {**config["optim"], "freeze": []}
         self.skeleton: Any = {**saved.skeleton, "hyper_parameters": {"config": config}}
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         before = after = 0

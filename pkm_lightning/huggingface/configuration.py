@@ -37,7 +37,8 @@ class PkmLightningConfig(PreTrainedConfig):
         # transformers constructs the class without arguments to know its defaults.
         if self.transformer is None:
             return
-        wrong = [group for group in GROUPS if not isinstance(self.transformer.get(group), dict)]
+        groups = self.transformer if isinstance(self.transformer, dict) else {}
+        wrong = [group for group in GROUPS if not isinstance(groups.get(group), dict)]
         if wrong:
             raise ValueError(
                 f"config.json: transformer lacks the group {wrong[0]}; write the folder again with: export format=hf."

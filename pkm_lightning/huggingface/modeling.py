@@ -58,6 +58,7 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
             CheckpointError: the folder lacks weights, which would otherwise start at random.
         """
         wanted = options.pop("output_loading_info", False)
+        options.setdefault("use_safetensors", True)  # the other format is a pickle
         loaded: Any = super().from_pretrained(*arguments, output_loading_info=True, **options)
         model, info = loaded
         missing = sorted(info["missing_keys"])

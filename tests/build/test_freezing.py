@@ -58,6 +58,7 @@ REFUSED = {
         ["embeding*"],
         r"'embeding\*' matches no parameter; patterns are of whole names, .* Did you mean 'embedding'",
     ),
+    "a number": (["h.0.*"], r"'h\.0\.\*' matches no parameter; .*\.weight\.$"),
     "one of two": (["embedding*", "block.*"], r"'block\.\*' matches no parameter.* Did you mean 'blocks"),
     "all": (["*"], r"optim\.freeze=\[\*\] freezes all \d+ parameters, so that nothing is trained; remove a pattern"),
 }

@@ -27,7 +27,7 @@ FFNS = {
     "memory": ("int8", []),
     "memory_plus": ("int4", []),
     "pkm": ("int2", ["ffn.cures.simvq=true"]),
-    "peer": ("int4", []),
+    "peer": ("int4", ["optim.freeze=[tables.*,embedding*]"]),
     "ultramem": ("int8", ["table.learning=dense"]),
     "ultramem_v2": ("int2", ["table=own", "ffn.cores=2"]),
 }

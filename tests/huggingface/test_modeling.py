@@ -232,6 +232,7 @@ def test_refusals(folder: Path, loaded: Any, tmp_path: Path) -> None:
     deeper = {**content["transformer"], "model": {**content["transformer"]["model"], "n_layers": 3}}
     for changed, error, reason in (
         ({"transformer": {"model": {}}}, ValueError, "lacks the group ffn"),
+        ({"transformer": ["model"]}, ValueError, "lacks the group model"),
         ({"transformer": deeper}, CheckpointError, "the folder lacks"),
         ({"transformer": None}, CheckpointError, "transformer is missing"),
     ):
@@ -240,3 +241,7 @@ def test_refusals(folder: Path, loaded: Any, tmp_path: Path) -> None:
         with pytest.raises(error, match=reason):
             AutoModelForCausalLM.from_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(folder).num_hidden_layers == 2
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")  # not even opened
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -143,6 +143,16 @@ def test_zeros_and_extremes_are_exact_enough_in_every_dtype(dtype: torch.dtype) 
     assert_close(restored_NV[2].bfloat16(), rows_NV[2].bfloat16())
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_codes_are_the_same_at_every_magnitude(bits: int) -> None:
+    rows_NV = torch.randn(20, 40).clamp(-3, 3)
+    codes_NC = quantize_rows(rows_NV, bits).codes_NC
+    for exponent in (-110, -70, 66, 126):  # squares of float32 vanish below -75 and overflow above 64
+        assert torch.equal(quantize_rows(rows_NV * 2.0**exponent, bits).codes_NC, codes_NC)
+    largest_NV = torch.full((1, 40), torch.finfo(torch.float32).max)
+    assert (dequantize_rows(quantize_rows(largest_NV, bits)) / largest_NV - 1).abs().max() < 0.01
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows_NV = torch.randn(11, 40)
     whole = quantize_rows(rows_NV, 2)

@@ -89,10 +89,14 @@ def _quantized(rows_NV: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     largest_NQ = values_NQI.abs().amax(-1)
     best_NQ = torch.full_like(largest_NQ, torch.inf)
     scales_NQ = torch.zeros_like(largest_NQ)
+    # Squares of float32 overflow beyond 1e19 and vanish below 1e-23: errors are compared after an exact division.
+    unit_NQ1 = torch.exp2(-torch.frexp(largest_NQ).exponent.clamp(-126, 126).float()).unsqueeze(-1)
+    # Rounded up to bfloat16, a larger scale would make its last level infinite.
+    limit = torch.finfo(torch.float32).max / zero * (1 - 2**-8)
     for share in _SHARES[bits]:
-        tried_NQ = (largest_NQ * (share / zero)).bfloat16().float()
+        tried_NQ = (largest_NQ * (share / zero)).clamp_(max=limit).bfloat16().float()
         levels_NQI = _codes(values_NQI, tried_NQ, zero).sub_(zero).mul_(tried_NQ.unsqueeze(-1))
-        error_NQ = levels_NQI.sub_(values_NQI).square_().mul_(is_value_QI).sum(-1)
+        error_NQ = levels_NQI.sub_(values_NQI).mul_(unit_NQ1).square_().mul_(is_value_QI).sum(-1)
         is_better_NQ = error_NQ < best_NQ
         best_NQ = torch.where(is_better_NQ, error_NQ, best_NQ)
         scales_NQ = torch.where(is_better_NQ, tried_NQ, scales_NQ)
