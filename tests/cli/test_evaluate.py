@@ -83,7 +83,7 @@ def test_a_run_that_is_being_trained_keeps_its_record(cli: Run, trained: Path, t
         (["run_dir=nowhere", TASKS], "run_dir"),
         (["run_dir=run", TASKS, "tasks_dir=5"], "tasks_dir=5 is not text; quote it"),
         (["run_dir=run", "~tasks"], "~tasks: evaluate cannot do without tasks"),
-        ([TASKS], "evaluate needs a model; give run_dir=RUN_DIRECTORY, ckpt=CHECKPOINT or model=hf"),
+        ([TASKS], "evaluate needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT, or a pretrained model: model=hf"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_refused(
