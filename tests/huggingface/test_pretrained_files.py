@@ -197,6 +197,9 @@ def test_a_program_loads_a_pretrained_folder_and_saves_it(saved: Path, tmp_path:
     assert again.answer("Who", max_new_tokens=4) == loaded.answer("Who", max_new_tokens=4)
     with pytest.raises(ConfigError, match="precision='half' is not known"):
         pkm_lightning.load(saved, precision="half")
+    with initialize_config_module("pkm_lightning.configs", version_base="1.3"):  # as in a program of Hydra
+        pkm_lightning.load(saved)
+        assert compose("config").seed == 1
 
 
 @pytest.mark.parametrize(
