@@ -213,3 +213,14 @@ def test_weights_of_transformers_given_as_a_checkpoint_say_how_to_load_them(
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(CheckpointError, match=f"was not written by this package; .*{remedy}"):
         open_checkpoint(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("llama", "model=hf model.path=.*foreign"), ("pkm_lightning", "ckpt=.*foreign/model.safetensors")],
+)
+def test_a_folder_given_as_a_checkpoint_says_what_to_give(kind: str, remedy: str, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "foreign")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match=f"is damaged or no checkpoint; .*{remedy}"):
+        open_checkpoint(folder)
