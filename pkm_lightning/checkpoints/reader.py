@@ -236,7 +236,15 @@ class SavedCheckpoint:
         except PermissionError as error:
             raise CheckpointError(f"{self.path} cannot be read ({error.strerror}); use another one.") from None
         except Exception:  # torch has half a dozen classes for a file that it cannot read
-            raise CheckpointError(f"{self.path} is damaged or no checkpoint; use another one.") from None
+            raise CheckpointError(f"{self.path} is damaged or no checkpoint; {_better(self.path)}.") from None
+
+
+def _better(path: Path) -> str:
+    """Returns what to give in the place of `path`: of a folder with weights these, or the folder as a model."""
+    if model_type_of(path) not in (None, MODEL_TYPE):
+        return f"it is a pretrained model: model=hf model.path={path}"
+    inside = next(iter(sorted(path.glob("*.safetensors"))), None)
+    return "use another one" if inside is None else f"give its file: ckpt={inside}"
 
 
 def _few(names: Sequence[str]) -> str:

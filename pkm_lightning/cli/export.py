@@ -1,22 +1,27 @@
-"""`export`: a checkpoint's weights as one safetensors file, or as a folder that Hugging Face transformers loads.
+"""`export`: a model's weights as one safetensors file, or as a folder that Hugging Face transformers loads.
 
-From a file or a folder of any number of ranks.
+From a file or a folder of any number of ranks, or from a pretrained model (`model=hf`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from pkm_lightning.build.loading import saved_tokenizer
+from pkm_lightning.build.saving import save
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
-from pkm_lightning.cli.evaluation import locate
+from pkm_lightning.cli.evaluation import locate, names_pretrained
 from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.pretrained_run import config_of
 from pkm_lightning.errors import CheckpointError, ConfigError, check_choice, check_flag
 from pkm_lightning.storage import check_target, is_stream, write_beside
 
@@ -31,12 +36,30 @@ def run(job: Job) -> None:
     _write_file(job) if kind == "safetensors" else _write_folder(job)
 
 
+@contextlib.contextmanager
+def _weights(job: Job, folder: Path) -> Iterator[Path]:
+    """Gives the checkpoint to export; a pretrained model is written into `folder` as one for the time of the block."""
+    _, path = locate(job)
+    if not names_pretrained(job):
+        yield path
+        return
+    from pkm_lightning.huggingface.loading import load_pretrained
+
+    loaded = load_pretrained(config_of(job))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as place:
+        yield save(loaded, place)
+
+
 def _write_file(job: Job) -> None:
     file = _target(job)
-    _, path = locate(job)
+    with _weights(job, Path(tempfile.gettempdir()) if is_stream(file) else file.parent) as path:
+        _write_checkpoint(job, path, file)
+
+
+def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
     checkpoint = open_checkpoint(path)
     width = job.config.quantize
-    if checkpoint.kind == "exported" and width is None:
+    if checkpoint.kind == "exported" and width is None and not names_pretrained(job):
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
     companions = {name: _companion(name, path, file, bool(job.config.overwrite)) for name in (TOKENIZER, CHAT_TEMPLATE)}
     saved_tokenizer(checkpoint)  # that of another model is refused, as it would be beside the exported file
@@ -51,7 +74,7 @@ def _write_file(job: Job) -> None:
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout
-    print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {path}", file=output)
+    print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {_source(job)}", file=output)
     if isinstance(content, QuantizedCheckpoint):
         before, after = content.table_bytes
         print(f"value tables as {width}: {after:,} bytes, before {before:,}", file=output)
@@ -60,18 +83,22 @@ def _write_file(job: Job) -> None:
 def _write_folder(job: Job) -> None:
     # Importing the room costs the seconds that transformers takes, where it is installed.
     folder = _folder(job)
-    _, path = locate(job)
-    checkpoint = open_checkpoint(path)
-    checkpoint.check_sums()
-    from pkm_lightning.huggingface.export import check_replaceable, write_folder
+    with _weights(job, folder.parent) as path:
+        checkpoint = open_checkpoint(path)
+        checkpoint.check_sums()
+        from pkm_lightning.huggingface.export import check_replaceable, write_folder
 
-    check_replaceable(folder)
-    width = job.config.quantize
-    written = write_folder(checkpoint, folder, None if width is None else str(width))
+        check_replaceable(folder)
+        width = job.config.quantize
+        written = write_folder(checkpoint, folder, None if width is None else str(width))
     if not written.has_tokenizer:
         place = companion_place(path, TOKENIZER)
         _log.warning("%s has no tokenizer: put that of the training at %s and export again, or use ids.", folder, place)
-    print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {path}")
+    print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {_source(job)}")
+
+
+def _source(job: Job) -> Path:
+    return locate(job)[1]
 
 
 def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> bytes | None:

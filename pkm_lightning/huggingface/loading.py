@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import LoadedModel, context_of
@@ -32,8 +34,7 @@ def load_path(path: Path, *, device: str | torch.device, precision: str | None) 
     Raises:
         PkmError: as `load_pretrained`, and a precision that is not known.
     """
-    with initialize_config_module("pkm_lightning.configs", version_base="1.3"):
-        composed = compose("config", overrides=["model=hf", "data=text", "run_dir=null"])
+    composed = _defaults()
     composed.model.path = str(path)
     composed.data.path = None
     if precision is not None:
@@ -41,6 +42,17 @@ def load_path(path: Path, *, device: str | torch.device, precision: str | None) 
         composed.trainer.precision = precision
     config: Any = OmegaConf.to_container(composed, resolve=True)
     return load_pretrained(config, device=device)
+
+
+def _defaults() -> Any:
+    """Returns the configuration of `model=hf`, also within a program that Hydra has started."""
+    outer = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("pkm_lightning.configs", version_base="1.3"):
+            return compose("config", overrides=["model=hf", "data=text", "run_dir=null"])
+    finally:
+        restore_gh_from_backup(outer)
 
 
 def load_pretrained(config: Mapping[str, Any], *, device: str | torch.device = "cpu") -> LoadedModel:

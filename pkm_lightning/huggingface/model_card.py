@@ -33,6 +33,8 @@ def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, needs_packa
     """
     config = checkpoint.config
     record = {} if run_dir is None else _json(run_dir / "run.json")
+    # Of a pretrained model that was not trained here the configuration names data that it has never seen.
+    is_trained = "architecture" not in config["model"] or int(checkpoint.skeleton["tokens_seen"]) > 0
     return "\n".join(
         [
             *("---", "library_name: transformers", "pipeline_tag: text-generation"),
@@ -40,9 +42,9 @@ def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, needs_packa
             *(f"# {_title(config)}", ""),
             *_model(checkpoint, record),
             *("## Load", "", "```python", *_load(needs_package=needs_package), "```", ""),
-            *_data(checkpoint, record),
+            *(_data(checkpoint, record) if is_trained else []),
             *_figures(run_dir, record),
-            *_again(config),
+            *(_again(config) if is_trained else []),
         ]
     )
 
@@ -64,11 +66,16 @@ def _model(checkpoint: SavedCheckpoint, record: Mapping[str, Any]) -> list[str]:
         "vocabulary": f"{model['vocab_size']:,}",
         "weights": f"{total:,}",
         **({"active per token": f"{record['params']['active']:,}"} if "params" in record else {}),
-        "trained for": f"{int(checkpoint.skeleton['tokens_seen']):,} tokens"
-        + (f" in sequences of {config['data']['seq_len']}" if "seq_len" in config["data"] else ""),
+        **({"trained for": _trained_for(checkpoint)} if int(checkpoint.skeleton["tokens_seen"]) else {}),
         "made with": f"pkm_lightning {pkm_lightning.__version__}",
     }
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+
+
+def _trained_for(checkpoint: SavedCheckpoint) -> str:
+    length = checkpoint.config["data"].get("seq_len")
+    tokens = f"{int(checkpoint.skeleton['tokens_seen']):,} tokens"
+    return tokens if length is None else f"{tokens} in sequences of {length}"
 
 
 def _load(*, needs_package: bool) -> list[str]:

@@ -65,7 +65,7 @@ class PretrainedTransformer(nn.Module):
         check_flag("model.activation_checkpointing", activation_checkpointing)
         self.path, self.document_mask, self.reset_positions = path, document_mask, reset_positions
         self.config = make_config(architecture, f"model.path={path}")
-        self.network = make_network(self.config, f"model.path={path}", torch.get_default_dtype())
+        self.network: Any = make_network(self.config, f"model.path={path}", torch.get_default_dtype())
         attention = "attn" if self.config.model_type == "gpt2" else "self_attn"
         add_diagnostics(block.get_submodule(attention) for block in self.blocks)
         self.tables = nn.ModuleList()

@@ -221,6 +221,9 @@ def test_a_program_loads_a_pretrained_folder_and_saves_it(saved: Path, tmp_path:
     assert again.answer("Who", max_new_tokens=4) == loaded.answer("Who", max_new_tokens=4)
     with pytest.raises(ConfigError, match="precision='half' is not known"):
         pkm_lightning.load(saved, precision="half")
+    with initialize_config_module("pkm_lightning.configs", version_base="1.3"):  # as in a program of Hydra
+        pkm_lightning.load(saved)
+        assert compose("config").seed == 1
 
 
 @pytest.mark.parametrize(
@@ -234,3 +237,14 @@ def test_weights_of_transformers_given_as_a_checkpoint_say_how_to_load_them(
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(CheckpointError, match=f"was not written by this package; .*{remedy}"):
         open_checkpoint(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("llama", "model=hf model.path=.*foreign"), ("pkm_lightning", "ckpt=.*foreign/model.safetensors")],
+)
+def test_a_folder_given_as_a_checkpoint_says_what_to_give(kind: str, remedy: str, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "foreign")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match=f"is damaged or no checkpoint; .*{remedy}"):
+        open_checkpoint(folder)

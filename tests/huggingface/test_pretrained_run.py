@@ -10,6 +10,7 @@ import lightning as L
 import pretrained_models
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import Outcome, Run
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
@@ -105,7 +106,6 @@ def loss(printed: str) -> float:
         (["validate", "model=hf"], "model.path is not set"),
         (["generate", "model=hf", "model.path=nowhere", "prompt=a"], "nowhere does not exist"),
         (["generate", "model=hf", "model.path=a", "optim.lr=1", "prompt=a"], "does not read optim.lr"),
-        (["export", "model=hf", "model.path=a"], "export does not read model"),
     ],
 )
 def test_a_wrong_command_gets_one_line(arguments: list[str], message: str, cli: Run) -> None:
@@ -132,3 +132,21 @@ def test_a_token_that_the_tokenizer_puts_before_texts_stands_before_prompts(cli:
             settings = {"attention_mask": torch.ones_like(ids_BT), "max_new_tokens": 8, "do_sample": False}
             written = pretrained_models.tiny("llama").generate(ids_BT, **settings)
             assert line["answer"].strip() == codec.decode(written[0, ids_BT.shape[1] :].tolist()).strip()
+
+
+def test_a_pretrained_model_is_exported_as_it_is(cli: Run, tmp_path: Path) -> None:
+    model = pretrained_models.save("llama_tied", tmp_path / "model")
+    Path("out").mkdir()
+    accepted(cli("export", "model=hf", "model.path=model", "format=hf", "dir=folder"))
+    accepted(cli("export", "model=hf", "model.path=model", "file=out/model.safetensors"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model", "out"]
+    before = load_file(model / "model.safetensors")
+    after = load_file(tmp_path / "folder" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert "Data" not in (tmp_path / "folder" / "README.md").read_text()  # it has seen none here
+    asked = ("prompt=Who", "max_new_tokens=4")
+    answers = [
+        accepted(cli("generate", *named, *asked)) for named in (("model=hf", "model.path=folder"), ("ckpt=out",))
+    ]
+    assert answers[0] == answers[1]
