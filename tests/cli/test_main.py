@@ -185,7 +185,9 @@ def test_a_refused_configuration_leaves_nothing_behind(cli: Run, tmp_path: Path)
         (["predict", "run_dir=earlier", "hydra.mode=MULTIRUN"], "hydra.mode=MULTIRUN sweeps fit only; run predict"),
         (["fit", "-m", *SMALL_RUN, "ffn=dense,nope", "run_dir=deep/sweep"], "ffn=nope is not known"),
         (["fit", "-m", *SMALL_RUN, "optim.lr=-1,nan", "hydra.sweep.dir=sweep"], "optim.lr=-1 is out of range"),
-        (["fit", "-m", *SMALL_RUN, "optim.lr=-1,nan", "run_dir=earlier"], "optim.lr=nan is not finite"),
+        (["fit", "-m", *SMALL_RUN, "optim.lr=-1,nan", "run_dir=."], "optim.lr=nan is not finite"),
+        (["fit", "-m", *SMALL_RUN, "run_dir=other,earlier"], "run_dir=earlier holds a run, and a sweep would train"),
+        (["fit", "-m", "hydra.sweep.dir=earlier"], "hydra.sweep.dir=earlier holds a run, and a sweep would train"),
     ],
 )
 def test_a_refused_sweep_leaves_nothing_behind(cli: Run, tmp_path: Path, command: list[str], message: str) -> None:

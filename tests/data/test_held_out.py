@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from pkm_lightning.data import HeldOutDataModule
 from pkm_lightning.data.base import RecallItem
+from pkm_lightning.data.held_out import keep_held_out
 from pkm_lightning.data.kept_questions import read_questions, write_questions
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 from pkm_lightning.errors import DataError
@@ -107,3 +109,9 @@ def test_scalars_of_numpy_are_kept_as_numbers(tmp_path: Path) -> None:
     first, second = read_questions(tmp_path / "questions.json")
     assert (first.exposures, first.prior_bits, first.majority) == (2, 0.5, True)
     assert math.isnan(second.prior_bits)
+
+
+def test_nothing_is_kept_of_an_empty_validation(tmp_path: Path) -> None:
+    data: Any = SimpleNamespace(splits=SimpleNamespace(validation_keys=[], validation=None))
+    keep_held_out(data, tmp_path / "heldout")
+    assert not (tmp_path / "heldout").exists()
