@@ -46,7 +46,7 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
         (["prepare", "packages=.", "out=x", "data=nope"], "data=nope is not known; allowed: benchmarks, custom, facts"),
         (["prepare", "packages=.", "out=x", "seed=3"], "seed=3: prepare does not read seed; leave it out."),
         (["fit", "data=benchmarks"], "data=benchmarks is not known; allowed: custom, facts, jsonl, text."),
-        (["fit", "packages=."], "packages is a key of prepare only"),
+        (["fit", "packages=."], "packages is a key of prepare only; leave it out."),
         (["fit", "+packages=."], "fit does not read packages, only prepare; leave it out."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
