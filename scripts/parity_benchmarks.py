@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("tasks_dir", type=Path, help="folder of tasks, as prepare writes it")
     parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
     parser.add_argument("--limit", type=int, default=50, help="questions per task, the first ones")
+    parser.add_argument("--num_fewshot", type=int, default=None, help="solved examples before each question")
     parser.add_argument("--out", type=Path, required=True, help="CSV file")
     arguments = parser.parse_args()
     facts = {
@@ -45,18 +46,31 @@ def main() -> None:
         "transformers": transformers.__version__,
         "lm_eval": lm_eval.__version__,
     }
-    ours, theirs = our_model(arguments.model), their_model(arguments.model)
+    package, reference = package_model(arguments.model), reference_model(arguments.model)
     for task in arguments.tasks:
-        ours.kept, theirs.kept = [], []  # type: ignore[attr-defined]
-        (first, seconds), (second, their_seconds) = (scored(lm, task, arguments) for lm in (ours, theirs))
-        agreement = compared(ours.kept, theirs.kept)  # type: ignore[attr-defined]
-        times = {"seconds": f"{seconds:.0f}", "their_seconds": f"{their_seconds:.0f}"}
-        for mine, other in zip(first, second, strict=True):
-            assert (mine.task, mine.metric) == (other.task, other.metric)
-            scores = {"ours": f"{mine.value:.4f}", "theirs": f"{other.value:.4f}", "stderr": f"{mine.stderr or 0:.4f}"}
+        package.kept, reference.kept = [], []  # type: ignore[attr-defined]
+        (first, seconds), (second, reference_seconds) = (scored(lm, task, arguments) for lm in (package, reference))
+        agreement = compared(package.kept, reference.kept)  # type: ignore[attr-defined]
+        times = {"seconds": f"{seconds:.0f}", "reference_seconds": f"{reference_seconds:.0f}"}
+        for score, expected in zip(first, second, strict=True):
+            assert (score.task, score.metric) == (expected.task, expected.metric)
+            scores = {
+                "package": f"{score.value:.4f}",
+                "reference": f"{expected.value:.4f}",
+                "stderr": f"{score.stderr or 0:.4f}",
+            }
             add(
                 arguments.out,
-                {**facts, "task": task, "metric": mine.metric, "n": mine.n, **scores, **agreement, **times},
+                {
+                    **facts,
+                    "task": task,
+                    "num_fewshot": arguments.num_fewshot,
+                    "metric": score.metric,
+                    "n": score.n,
+                    **scores,
+                    **agreement,
+                    **times,
+                },
             )
 
 
@@ -71,7 +85,7 @@ def add(path: Path, row: dict[str, Any]) -> None:
     print(row, flush=True)
 
 
-def our_model(path: Path) -> LM:
+def package_model(path: Path) -> LM:
     """Returns the model as this package evaluates it."""
     loaded = load_pretrained(configuration(path))
     codec = loaded.codec()
@@ -85,7 +99,7 @@ def our_model(path: Path) -> LM:
     )
 
 
-def their_model(path: Path) -> LM:
+def reference_model(path: Path) -> LM:
     """Returns the model as the harness reads it with transformers."""
     where = {"pretrained": str(path.parent), "gguf_file": path.name} if path.is_file() else {"pretrained": str(path)}
     return keeping(HFLM)(**where, dtype="float32", device="cpu", batch_size=BATCH_SIZE)
@@ -111,14 +125,14 @@ def keeping(cls: type) -> Any:
 def scored(lm: LM, task: str, arguments: argparse.Namespace) -> tuple[list[Any], float]:
     """Returns the scores of one task and the seconds that they took."""
     start = time.perf_counter()
-    tasks = load_tasks((task,), tasks_dir=arguments.tasks_dir, num_fewshot=None)
+    tasks = load_tasks((task,), tasks_dir=arguments.tasks_dir, num_fewshot=arguments.num_fewshot)
     scores = scores_of(run_tasks(lm, tasks, limit=arguments.limit))
     return scores, time.perf_counter() - start
 
 
-def compared(ours: list[Any], theirs: list[Any]) -> dict[str, str]:
+def compared(package: list[Any], reference: list[Any]) -> dict[str, str]:
     """Returns the largest difference of log-likelihoods, or the share of equal texts."""
-    pairs = list(zip(ours, theirs, strict=True))
+    pairs = list(zip(package, reference, strict=True))
     numbers = [abs(a - b) for a, b in pairs if isinstance(a, float)]
     texts = [a == b for a, b in pairs if isinstance(a, str)]
     return {

@@ -48,7 +48,7 @@ def run(cli: Run, command: str, *, silent: bool, cwd: Path) -> None:
         finish(start(*arguments, cwd=cwd))  # starts its other ranks by running the program again
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.stdin", io.StringIO("Who was\n"))  # for `chat`
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Who was\n")))  # for `chat`
         shown = cli(*arguments)
     assert shown.code == 0, f"{command}\n{shown.err}"
 

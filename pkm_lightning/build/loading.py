@@ -194,9 +194,9 @@ def find_weights(path: Path, key: str = "") -> Path:
         return latest
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        found = ", ".join(file.name for file in files[:3]) or "no .safetensors file"
+        names = ", ".join(file.name for file in files[:3]) or "no .safetensors file"
         raise CheckpointError(
-            f"{key}{path} is no run directory and holds {found}; give a run, a checkpoint or an exported model."
+            f"{key}{path} is no run directory and holds {names}; give a run, a checkpoint or an exported model."
         )
     return files[0]
 

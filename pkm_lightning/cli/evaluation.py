@@ -76,8 +76,8 @@ class SavedRun:
 
     def trainer(self, *, progress: bool = True) -> L.Trainer:
         """Makes a Trainer with the callbacks that score and, if wanted, show progress, without loggers."""
-        kept = Recall | WithoutTable | StepProgressBar if progress else Recall | WithoutTable
-        callbacks: list[L.Callback] = [c for c in make_callbacks(self.run.config) if isinstance(c, kept)]
+        scorers = Recall | WithoutTable | StepProgressBar if progress else Recall | WithoutTable
+        callbacks: list[L.Callback] = [c for c in make_callbacks(self.run.config) if isinstance(c, scorers)]
         for recall in (c for c in callbacks if isinstance(c, Recall)):
             recall.path = None  # recall.csv belongs to the test at the end of training
         return make_trainer(self.run.config, callbacks=callbacks, loggers=[])

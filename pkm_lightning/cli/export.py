@@ -22,6 +22,7 @@ from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import locate, names_pretrained
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.pretrained_run import config_of
+from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import CheckpointError, ConfigError, check_choice, check_flag
 from pkm_lightning.storage import check_target, is_stream, write_beside
 
@@ -33,6 +34,12 @@ def run(job: Job) -> None:
     kind = "safetensors" if job.config.format is None else str(job.config.format)
     check_choice("format", kind, ("safetensors", "hf"))
     check_flag("overwrite", job.config.overwrite)
+    model_keys = [override for override in job.overrides if key_of(override).partition(".")[0] == "model"]
+    if model_keys and not names_pretrained(job):
+        raise ConfigError(
+            f"{model_keys[0]}: export does not read model of a run or checkpoint, only model=hf model.path=PATH alone; "
+            "leave it out."
+        )
     _write_file(job) if kind == "safetensors" else _write_folder(job)
 
 
@@ -107,11 +114,11 @@ def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> byte
     Raises:
         ConfigError: that of another model lies there, which would lose it.
     """
-    found, beside = find_companion(checkpoint, name), file.parent / name
+    source, beside = find_companion(checkpoint, name), file.parent / name
     # A tokenizer of another model is noticed when the file is read; a template would be applied.
-    if is_stream(file) or (found is None and name == TOKENIZER):
+    if is_stream(file) or (source is None and name == TOKENIZER):
         return None
-    content = None if found is None else found.read_bytes()
+    content = None if source is None else source.read_bytes()
     if beside.exists() and not overwrite and beside.read_bytes() != content:
         raise ConfigError(
             f"file={file}: the folder holds the {name} of another model; give a file in a folder of its own, or "

@@ -43,13 +43,13 @@ def with_kept_data(config: dict[str, Any], weights: Path, verb: str, overrides: 
     is_kept = holds_held_out(folder)
     if not named and (is_kept or verb == "predict") and not _has_own_loaders(data):
         options = {key: data[key] for key in TokenOptions.__required_keys__}
-        kept = {
+        held_out = {
             "_target_": "pkm_lightning.data.HeldOutDataModule",
             "folder": str(folder) if is_kept else None,
             **options,
             "tokenizer": str(tokenizer),
         }
-        return {**config, "data": kept}
+        return {**config, "data": held_out}
     # The same words must have the same ids: a vocabulary learned from other text would be another one.
     return config if "data.tokenizer" in keys else {**config, "data": {**data, "tokenizer": str(tokenizer)}}
 

@@ -103,10 +103,10 @@ def check_groups(config: Any, source: str) -> None:
 
 def _with_own_tokenizer(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Returns a saved configuration with the tokenizer that the run keeps, where the file or folder of it is gone."""
-    named, kept = config["data"].get("tokenizer"), run_dir / TOKENIZER
-    if not is_missing_tokenizer(named) or not kept.is_file():
+    named, own_file = config["data"].get("tokenizer"), run_dir / TOKENIZER
+    if not is_missing_tokenizer(named) or not own_file.is_file():
         return config
-    return {**config, "data": {**config["data"], "tokenizer": str(kept)}}
+    return {**config, "data": {**config["data"], "tokenizer": str(own_file)}}
 
 
 def is_missing_tokenizer(named: object) -> bool:

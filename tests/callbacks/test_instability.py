@@ -50,6 +50,7 @@ def test_a_skipped_step_leaves_the_weights_alone(tmp_path: Path) -> None:
     assert_same_weights(module, other)
 
 
+@pytest.mark.slow
 def test_the_reason_of_a_stop_is_the_event_that_is_answered(tmp_path: Path) -> None:
     watch = faults.watching(tmp_path, policies={"loss_not_finite": "stop"})
     with pytest.raises(

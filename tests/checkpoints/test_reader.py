@@ -92,7 +92,7 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
     "shape": ("exported", lambda p: change_header(p, lambda h: h["experts"].update(shape=[3, 4])), "experts does not"),
     "dtype": ("exported", lambda p: change_header(p, lambda h: h["experts"].update(dtype="F9")), "unreadable"),
     "a number": ("exported", lambda p: change_header(p, lambda h: h.update(experts=3)), "unreadable"),
-    "foreign": ("exported", lambda p: save_file({"a": torch.ones(2)}, p), "no exported file of this package"),
+    "foreign": ("exported", lambda p: save_file({"a": torch.ones(2)}, p), "was not written by this package"),
     "newer": (
         "exported",
         lambda p: change_header(p, lambda h: h["__metadata__"].update(pkm_lightning_format="2")),

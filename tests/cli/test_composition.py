@@ -112,11 +112,7 @@ def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.M
         ("test", "device_memory=8", "test does not read device_memory"),
         ("predict", "resume=never", "predict does not read resume"),
         ("compare", "format=json", "compare does not read format"),
-        (
-            "export",
-            "model.dim=64",
-            "export does not read model; leave it out. It reads: run_dir, ckpt, format, file, dir, overwrite",
-        ),
+        ("export", "optim.lr=1", "It reads: run_dir, ckpt, model, format, file, dir, overwrite, quantize"),
         ("export", "data=text", "export does not read data"),
         ("export", "data/loader@data=default", "export does not read data"),
         ("export", "~callbacks.recall", "export does not read callbacks"),

@@ -41,7 +41,7 @@ def test_predict_answers_in_order_from_the_command_line_and_from_a_file(cli: Run
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "needs a model; give run_dir=RUN_DIRECTORY, ckpt=CHECKPOINT"),
+        ([], "needs run_dir=RUN_DIRECTORY or ckpt=CHECKPOINT, or a pretrained model"),
         (["run_dir=nowhere", "ckpt=nowhere.ckpt"], "may be of two runs; give run_dir"),
         (["run_dir=elsewhere"], "is not a directory"),
         (["ckpt=elsewhere.ckpt"], "does not exist"),

@@ -28,6 +28,7 @@ def checkpoint(trained: Path) -> Path:
     return next((trained / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_all_forms_of_the_weights_give_the_same_answers_and_losses(cli: Run, trained: Path, checkpoint: Path) -> None:
     shown = cli("export", "run_dir=run", FILE)
     assert shown.code == 0, shown.err
@@ -96,7 +97,7 @@ def test_a_target_that_cannot_be_written(
     Path("full/notes.txt").write_text("mine")
     settings = {"format": None, "file": None, "dir": None, "overwrite": False, **given}
     with pytest.raises(ConfigError, match=reason):
-        run(cast(Job, SimpleNamespace(config=SimpleNamespace(**settings))))
+        run(cast(Job, SimpleNamespace(config=SimpleNamespace(**settings), overrides=[])))
 
 
 def test_a_folder_for_transformers(cli: Run, trained: Path, checkpoint: Path) -> None:
@@ -173,3 +174,9 @@ def test_a_template_of_another_model_is_removed_only_on_request(cli: Run, traine
     assert "the folder holds the chat_template.jinja of another model" in refused.err
     assert cli("export", f"ckpt={checkpoint}", FILE, "overwrite=true").code == 0
     assert not Path("chat_template.jinja").exists()
+
+
+def test_keys_of_the_model_are_for_a_pretrained_one(cli: Run, trained: Path) -> None:
+    shown = cli("export", "run_dir=run", "model.dim=64", "file=model.safetensors")
+    assert shown.code == 2
+    assert "export does not read model of a run or checkpoint, only model=hf model.path=PATH" in shown.err

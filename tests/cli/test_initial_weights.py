@@ -60,7 +60,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("what", PLACES)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=() if what in ("a run", "an export") else pytest.mark.slow) for what in PLACES]
+)
 def test_a_new_run_starts_from_the_weights(run: Run, what: str) -> None:
     shown = run(*NEW, f"init_from={PLACES[what]}", "run_dir=new")
     assert shown.code == 0, shown.err

@@ -49,9 +49,11 @@ def _reached(*_: Any) -> None:
 
 ALLOWED: dict[str, list[str]] = {
     "nothing": [],
-    "equal values": ["data.path=a.txt", "data.seq_len=32", "model.dim=32", "seed=1", "+trainer.limit_val_batches=2"],
-    "equal groups": ["ffn=dense", "optim=adamw", "table/optimizer=lazy_adam", "logger=none", "strategy=single"],
-    "what it had removed": ["~callbacks.progress_bar"],
+    "equal values and groups, and what it had removed": [
+        *("data.path=a.txt", "data.seq_len=32", "model.dim=32", "seed=1", "+trainer.limit_val_batches=2"),
+        *("ffn=dense", "optim=adamw", "table/optimizer=lazy_adam", "logger=none", "strategy=single"),
+        "~callbacks.progress_bar",
+    ],
     "the machine": ["table.shard=row", "device_memory=64", "strategy=ddp"],
     "the whole command": COMMAND[1:-1],
 }
@@ -93,7 +95,13 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+#: Cases whose kind another case has.
+REPEATED = ("two", "data", "a removed group", "a removed group with a class", "a callback that it lacks", "an option")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow if what in REPEATED else ()) for what in REFUSED]
+)
 def test_a_change_is_refused_by_its_name(run: Run, what: str) -> None:
     overrides, reason = REFUSED[what]
     shown = run("fit", "run_dir=run", "resume=always", *overrides)
@@ -102,7 +110,9 @@ def test_a_change_is_refused_by_its_name(run: Run, what: str) -> None:
     assert re.search(reason, shown.err), shown.err
 
 
-@pytest.mark.parametrize("named", ["run_dir=run", "ckpt=run/checkpoints/step-00000004.ckpt"])
+@pytest.mark.parametrize(
+    "named", ["run_dir=run", pytest.param("ckpt=run/checkpoints/step-00000004.ckpt", marks=pytest.mark.slow)]
+)
 def test_an_evaluation_reads_keys_of_the_saved_data(run: Run, named: str) -> None:
     assert "data.path=dummy does not exist" in run("validate", named, "data.path=dummy").err
     assert "reached" in run("validate", named, "data.path=b.txt").err

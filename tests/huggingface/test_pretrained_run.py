@@ -54,6 +54,7 @@ def accepted(outcome: Outcome) -> str:
     return outcome.out
 
 
+@pytest.mark.slow
 def test_a_run_needs_its_folder_no_longer(cli: Run, tmp_path: Path) -> None:
     Path("text.txt").write_text("".join(f"{TEXT}{number}. " for number in range(60)))
     pretrained_models.save("llama_tied", tmp_path / "model")
