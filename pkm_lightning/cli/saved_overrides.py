@@ -128,6 +128,7 @@ def _choices(saved: Mapping[str, Any], chosen: set[str], groups: Sequence[str]) 
     # A digest, so that a name has one content.
     name = SAVED + hashlib.sha256(json.dumps([nodes, top], default=str).encode()).hexdigest()[:12]
     store = ConfigStore.instance()
+    _forget_earlier(store.repo)
     if isinstance(nodes.get("table", {}).get("optimizer"), dict):
         # A group within a group, so that `table/optimizer=NAME` has something to override.
         store.store(name, nodes["table"].pop("optimizer"), group="table/optimizer")
@@ -139,6 +140,15 @@ def _choices(saved: Mapping[str, Any], chosen: set[str], groups: Sequence[str]) 
         return choices
     store.store(name, top, group=_TOP, package="_global_")
     return [*choices, f"+{_TOP}={name}"]
+
+
+def _forget_earlier(groups: dict[str, Any]) -> None:
+    """Removes the groups of earlier commands of this process: Hydra copies the whole store at each composition."""
+    for name, node in list(groups.items()):
+        if isinstance(node, dict):
+            _forget_earlier(node)
+        elif name.startswith(SAVED):
+            del groups[name]
 
 
 def _escaped(node: Any) -> Any:
