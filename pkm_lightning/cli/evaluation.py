@@ -56,7 +56,8 @@ class SavedRun:
             config = saved_config_of(self.path, trust=trust, cache=cache)
         if not job.sets("data.tokenizer"):
             saved_tokenizer(self._checkpoint)  # refused by its own name if it belongs to another model
-        config = with_kept_data(_with_overrides(config, job), self.path, job.verb, job.overrides)
+        fingerprint = self._checkpoint.skeleton.get("data")
+        config = with_kept_data(_with_overrides(config, job), self.path, fingerprint, job.verb, job.overrides)
         self.run = resolve(without_fused(config))
         if self.is_spread and self._checkpoint.kind == "exported":
             raise ConfigError(

@@ -22,6 +22,7 @@ from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import locate, names_pretrained
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.pretrained_run import config_of
+from pkm_lightning.cli.run_contents import copy_held_out
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import CheckpointError, ConfigError, check_choice, check_flag
 from pkm_lightning.storage import check_target, is_stream, write_beside
@@ -78,6 +79,8 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
             write_beside(file.parent / name, companion)
         elif name == CHAT_TEMPLATE and not is_stream(file):
             (file.parent / name).unlink(missing_ok=True)  # of the model that was replaced
+    if not is_stream(file):
+        copy_held_out(path, checkpoint.skeleton.get("data"), file.parent)
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout

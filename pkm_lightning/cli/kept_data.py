@@ -13,7 +13,7 @@ from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion, run_
 from pkm_lightning.cli.run_contents import HELD_OUT
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.datamodule import TokenDataModule, TokenOptions
-from pkm_lightning.data.held_out import holds_held_out
+from pkm_lightning.data.held_out import is_held_out_of
 from pkm_lightning.errors import ConfigError
 
 #: Keys of `data` that do not change which sequences there are.
@@ -23,12 +23,15 @@ _OF_PROMPTS = ("data.prompts", "data.prompts_file", "data.tokenizer", "data.cach
 _LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
 
-def with_kept_data(config: dict[str, Any], weights: Path, verb: str, overrides: Iterable[str]) -> dict[str, Any]:
+def with_kept_data(
+    config: dict[str, Any], weights: Path, fingerprint: str | None, verb: str, overrides: Iterable[str]
+) -> dict[str, Any]:
     """Returns `config` with the tokenizer that lies beside `weights`, and the held-out data that their run has kept.
 
     Args:
         config: of the saved run, with the command's overrides on top.
         weights: the checkpoint or exported file.
+        fingerprint: of the data that it was trained on; held-out data of others are not taken. None: not known.
         verb: `predict` needs no held-out data, only the tokenizer.
         overrides: those of the command; one that names other data is obeyed.
     """
@@ -40,7 +43,7 @@ def with_kept_data(config: dict[str, Any], weights: Path, verb: str, overrides: 
         _check_prompts_only(keys)
     named = [key for key in keys if key.partition(".")[0] == "data" and key.removeprefix("data.") not in _NEUTRAL]
     folder = (run_folder(weights) or weights.parent) / HELD_OUT
-    is_kept = holds_held_out(folder)
+    is_kept = is_held_out_of(folder, fingerprint)
     if not named and (is_kept or verb == "predict") and not _has_own_loaders(data):
         options = {key: data[key] for key in TokenOptions.__required_keys__}
         held_out = {

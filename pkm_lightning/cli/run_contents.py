@@ -10,16 +10,41 @@ from pathlib import Path
 
 import lightning as L
 
-from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, run_folder
 from pkm_lightning.data.base import tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
-from pkm_lightning.data.held_out import holds_held_out, keep_held_out
+from pkm_lightning.data.held_out import holds_held_out, is_held_out_of, keep_held_out
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import RunDirectoryError
 from pkm_lightning.storage import write_beside
 
 HELD_OUT = "heldout"
 _log = logging.getLogger(__name__)
+
+
+def copy_held_out(weights: Path, fingerprint: str | None, folder: Path) -> None:
+    """Copies the held-out data of the run that `weights` lie in into `folder`, unless it holds others.
+
+    Raises:
+        RunDirectoryError: the disk is full or the folder cannot be written.
+    """
+    source, target, part = (
+        (run_folder(weights) or weights.parent) / HELD_OUT,
+        folder / HELD_OUT,
+        folder / f"{HELD_OUT}.part",
+    )
+    if not is_held_out_of(source, fingerprint) or is_held_out_of(target, fingerprint):
+        return
+    if target.exists():
+        _log.info("%s is of other data: validate and test of this model need theirs, or a folder of its own", target)
+        return
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part)
+        os.replace(part, target)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunDirectoryError(f"{target} cannot be written ({error.strerror}); free the disk.") from None
 
 
 def keep_with_run(data: L.LightningDataModule, run_dir: Path) -> None:

@@ -74,6 +74,17 @@ def holds_held_out(folder: Path) -> bool:
     return (folder / _SOURCE).is_file()
 
 
+def is_held_out_of(folder: Path, fingerprint: str | None) -> bool:
+    """Returns whether `folder` is complete and was made from the data of `fingerprint`; None stands for any."""
+    if fingerprint is None or not holds_held_out(folder):
+        return holds_held_out(folder)
+    try:
+        with open_regular(folder / _SOURCE, encoding="utf-8") as file:
+            return bool(json.load(file)["fingerprint"] == fingerprint)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return True  # damaged, which the data module refuses by name
+
+
 def _validation_sequences(data: TokenDataModule) -> Iterator[Batch]:
     keys = data.splits.validation_keys
     tokens = 0

@@ -51,6 +51,12 @@ def test_a_text_run_is_used_without_its_text_and_an_export_without_its_run(cli: 
     shown = cli("predict", "ckpt=model.safetensors", 'data.prompts=["The tower"]', "out=answers.jsonl")
     assert shown.code == 0, shown.err
     assert json.loads((tmp_path / "answers.jsonl").read_text())["prompt"] == "The tower"
+    assert (
+        before.partition("val/loss")[2] == cli("validate", "ckpt=model.safetensors").out.partition("val/loss")[2] != ""
+    )
+    source = json.loads((tmp_path / "heldout" / "source.json").read_text())
+    (tmp_path / "heldout" / "source.json").write_text(json.dumps({**source, "fingerprint": "of others"}))
+    assert "corpus.txt does not exist" in cli("validate", "ckpt=model.safetensors").err
 
 
 @pytest.mark.parametrize(
