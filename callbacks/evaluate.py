@@ -38,7 +38,7 @@ class Evaluate(L.Callback):
         every_n_steps: optimizer steps between evaluations, a multiple of trainer.log_every_n_steps; None for each
             validation.
         limit: questions per task; None for all.
-        num_fewshot: solved examples before each question; None for what each task says.
+        num_fewshot: solved examples before each question; None for each task's own number.
         batch_size: largest number of sequences per forward.
 
     Attributes:

@@ -41,7 +41,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         ConfigError: sizes, layers or classes that do not fit.
     """
     model = config["model"]
-    # A configuration of the model alone, as an exported folder holds it, says nothing about training.
+    # A configuration of the model alone, as an exported folder holds it, has no keys of training.
     frozen = (config.get("optim") or {}).get("freeze") or ()
     if "_target_" in model:
         trunk = _build_trunk(model)

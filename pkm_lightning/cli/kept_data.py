@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.instantiate import target_class
-from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion, run_folder
+from pkm_lightning.checkpoints.companions import TOKENIZER, companion_place, find_companion
 from pkm_lightning.cli.run_contents import HELD_OUT
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.datamodule import TokenDataModule, TokenOptions
@@ -42,7 +42,7 @@ def with_kept_data(
     if verb == "predict" and not _has_own_loaders(data):
         _check_prompts_only(keys)
     named = [key for key in keys if key.partition(".")[0] == "data" and key.removeprefix("data.") not in _NEUTRAL]
-    folder = (run_folder(weights) or weights.parent) / HELD_OUT
+    folder = companion_place(weights, HELD_OUT)
     is_kept = is_held_out_of(folder, fingerprint)
     if not named and (is_kept or verb == "predict") and not _has_own_loaders(data):
         options = {key: data[key] for key in TokenOptions.__required_keys__}

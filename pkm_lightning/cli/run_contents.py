@@ -10,10 +10,10 @@ from pathlib import Path
 
 import lightning as L
 
-from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, run_folder
+from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place
 from pkm_lightning.data.base import tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
-from pkm_lightning.data.held_out import holds_held_out, is_held_out_of, keep_held_out
+from pkm_lightning.data.held_out import copy_files, holds_held_out, is_held_out_of, keep_held_out
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import RunDirectoryError
 from pkm_lightning.storage import write_beside
@@ -28,11 +28,7 @@ def copy_held_out(weights: Path, fingerprint: str | None, folder: Path) -> None:
     Raises:
         RunDirectoryError: the disk is full or the folder cannot be written.
     """
-    source, target, part = (
-        (run_folder(weights) or weights.parent) / HELD_OUT,
-        folder / HELD_OUT,
-        folder / f"{HELD_OUT}.part",
-    )
+    source, target, part = companion_place(weights, HELD_OUT), folder / HELD_OUT, folder / f"{HELD_OUT}.part"
     if not is_held_out_of(source, fingerprint) or is_held_out_of(target, fingerprint):
         return
     if target.exists():
@@ -40,11 +36,13 @@ def copy_held_out(weights: Path, fingerprint: str | None, folder: Path) -> None:
         return
     try:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(source, part)
+        copy_files(source, part)
         os.replace(part, target)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise RunDirectoryError(f"{target} cannot be written ({error.strerror}); free the disk.") from None
+        raise RunDirectoryError(
+            f"{target} cannot be written ({error.strerror}: {error.filename or target}); free the disk or restore it."
+        ) from None
 
 
 def keep_with_run(data: L.LightningDataModule, run_dir: Path) -> None:

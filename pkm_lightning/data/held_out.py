@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
         OSError: the disk is full, or the folder cannot be written.
     """
     sequences = list(_validation_sequences(data))
-    if sum(len(batch["input_ids"][0]) for batch in sequences) > MOST_TOKENS:
+    if sum(len(columns[0]) for columns in sequences) > MOST_TOKENS:
         _log.info(
             "validation has more than %s tokens, which the run does not keep: validate needs the data", MOST_TOKENS
         )
@@ -52,14 +53,8 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
     if not sequences:
         return
     folder.mkdir(exist_ok=True)
-    columns = {
-        "inputs": (
-            np.concatenate([b["input_ids"][0] for b in sequences]).astype(token_dtype(data.tokenizer.vocab_size))
-        ),
-        "labels": np.concatenate([b["labels"][0] for b in sequences]).astype(np.int32),
-        "documents": np.concatenate([b["doc_ids"][0] for b in sequences]).astype(np.int32),
-        "widths": np.asarray([len(b["input_ids"][0]) for b in sequences], dtype=np.int64),
-    }
+    columns = dict(zip(_ARRAYS[:3], map(np.concatenate, zip(*sequences, strict=True)), strict=True))
+    columns["widths"] = np.asarray([len(inputs) for inputs, *_ in sequences], dtype=np.int64)
     # The names of the arrays are those of the parameters of savez; mypy takes them for its own.
     np.savez_compressed(folder / _SEQUENCES, **columns)  # type: ignore[arg-type]
     flush(folder / _SEQUENCES)
@@ -85,13 +80,27 @@ def is_held_out_of(folder: Path, fingerprint: str | None) -> bool:
         return True  # damaged, which the data module refuses by name
 
 
-def _validation_sequences(data: TokenDataModule) -> Iterator[Batch]:
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies a complete folder to `folder`, which is made, and nothing else that may lie in it.
+
+    Raises:
+        OSError: a file cannot be read, the disk is full, or the folder cannot be written.
+    """
+    folder.mkdir()
+    for name in (_SEQUENCES, _QUESTIONS, _SOURCE):
+        with open_regular(source / name, "rb") as file, (folder / name).open("wb") as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def _validation_sequences(data: TokenDataModule) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields inputs, labels and documents of each sequence, as narrow as they are stored."""
     keys = data.splits.validation_keys
     tokens = 0
     for key in (keys[i] for i in range(len(keys))):
         batch = data.splits.validation.__getitems__([key])
         tokens += batch["input_ids"].numel()
-        yield batch
+        inputs, labels, documents = (batch[name][0].numpy() for name in ("input_ids", "labels", "doc_ids"))
+        yield inputs.astype(token_dtype(data.tokenizer.vocab_size)), labels.astype(np.int32), documents.astype(np.int32)
         if tokens > MOST_TOKENS:
             return
 

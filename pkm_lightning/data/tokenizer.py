@@ -195,7 +195,7 @@ class Tokenizer:
     def load(cls, path: Path, key: str = "") -> Tokenizer:
         """Reads a `tokenizer.json`, ours or any of the `tokenizers` library.
 
-        A `tokenizer_config.json` beside it, as in a Hugging Face folder, says which tokens begin and end a text.
+        A `tokenizer_config.json` beside it, as in a Hugging Face folder, names the tokens that begin and end a text.
 
         Args:
             path: of the file.

@@ -232,7 +232,7 @@ def _refusals(source: str) -> Iterator[None]:
     """Turns what transformers raises within the block, of several kinds by value, into one sentence.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: with the reason that transformers gave.
     """
     try:
         yield

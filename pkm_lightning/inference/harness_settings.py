@@ -18,7 +18,7 @@ class HarnessSettings:
         tasks: names of tasks, groups or tags.
         tasks_dir: folder of the user's own tasks.
         limit: questions per task; None for all.
-        num_fewshot: solved examples before each question; None for what each task says.
+        num_fewshot: solved examples before each question; None for each task's own number.
         batch_size: largest number of sequences per forward.
     """
 

@@ -43,7 +43,7 @@ def load_tasks(names: Sequence[str], *, tasks_dir: Path | None, num_fewshot: int
         names: of tasks, groups or tags; `mmlu_*` stands for all that match.
         tasks_dir: a folder with YAML files of tasks; paths of data in them are relative to the YAML. Its names come
             before those of the harness.
-        num_fewshot: solved examples before each question; None for what each task says. A task that says 0 keeps it.
+        num_fewshot: solved examples before each question; None for each task's own number. A task of 0 keeps it.
 
     Raises:
         ConfigError: a name that is not known, or a task that needs more than texts.
