@@ -206,6 +206,14 @@ def test_every_token_that_the_generation_config_names_ends_a_text(folder: Path, 
     assert model.end_ids == (tuple(named) if isinstance(named, list) else (1,) if named is None else (named,))
 
 
+def test_parts_of_a_pretrained_model_are_frozen_by_name(saved: Path) -> None:
+    model = resolved(
+        "model=hf", f"model.path={saved}", "optim.freeze=['*embed_tokens*']", "trainer.accelerator=cpu"
+    ).model
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["network.model.embed_tokens.weight"]
+
+
 def test_a_program_loads_a_pretrained_folder_and_saves_it(saved: Path, tmp_path: Path) -> None:
     short = GPT2Config(vocab_size=260, n_embd=8, n_layer=1, n_head=2, n_positions=16)  # than any default of data
     AutoModelForCausalLM.from_config(short).save_pretrained(tmp_path / "short")

@@ -194,10 +194,10 @@ def test_other_tokens_may_end_an_answer_too(model: Transformer) -> None:
 class Scripted:
     """A stand-in for a model that answers each prompt with the given ids, one per forward, and then letters."""
 
-    is_position_wise, end_ids = True, ()
+    is_position_wise = True
 
-    def __init__(self, answers: list[list[int]]) -> None:
-        self.answers, self.forwards = answers, 0
+    def __init__(self, answers: list[list[int]], end_ids: tuple[int, ...] = ()) -> None:
+        self.answers, self.end_ids, self.forwards = answers, end_ids, 0
 
     def new_cache(self, batch: int, capacity: int) -> SimpleNamespace:
         return SimpleNamespace(select=self._select)
@@ -220,6 +220,12 @@ def test_generation_ends_when_every_answer_has_ended_once() -> None:
     answers = greedy(model, Letters(), ["a", "b"], device=torch.device("cpu"))  # type: ignore[arg-type]
     assert answers == ["a", "bcc"]
     assert model.forwards == 4
+
+
+def test_tokens_that_the_model_names_end_an_answer_too() -> None:
+    model = Scripted([[2, 9, 3, 0]], end_ids=(9,))
+    assert greedy(model, Letters(), ["a"], device=CPU) == ["a"]  # type: ignore[arg-type]
+    assert model.forwards == 2
 
 
 class Shift(nn.Module):
