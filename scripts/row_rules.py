@@ -55,9 +55,9 @@ def figures(way: str, purpose: str, seed: int, factor: float, record: dict[str, 
     """Returns a line of the CSV file."""
     metrics = {name: f"{record['metrics'][f'test/{name}']:.4f}" for name in METRICS}
     return {
-        "date": datetime.date.today().isoformat(), "way": way, "purpose": purpose, "seed": seed, "factor": f"{factor:g}",
-        "loss": f"{record['best_validation']['loss']:.5f}", **metrics, "facts": record["facts"],
-        "tokens": record["tokens"], "tokens_per_second": f"{record['tokens_per_second']:.0f}",
+        "date": datetime.date.today().isoformat(), "way": way, "purpose": purpose, "seed": seed,
+        "factor": f"{factor:g}", "loss": f"{record['best_validation']['loss']:.5f}", **metrics,
+        "facts": record["facts"], "tokens": record["tokens"], "tokens_per_second": f"{record['tokens_per_second']:.0f}",
         "device": record["device"], "commit": record["commit"][:10],
     }  # fmt: skip
 
@@ -90,7 +90,8 @@ def tuned(folder: Path, way: str) -> Iterator[tuple[float, dict[str, Any]]]:
 def lines(folder: Path, way: str, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yields the lines of one way: those of its search, then one per seed."""
     overrides, factor = WAYS[way]
-    for factor, record in tuned(folder, way):  # noqa: B007 - the last one is the best
+    # The last one is the best.
+    for factor, record in tuned(folder, way):
         yield figures(way, "tuning", 11, factor, record)
     for seed in seeds:
         named = [*overrides, f"optim.table_lr_factor={factor:g}", f"seed={seed}"]

@@ -134,7 +134,7 @@ class TableOptimizer(Optimizer):
                 state[key] = value.to(table.weight.device)
         row_state = {key: value for key, value in state.items() if key != "step"}
         rule, mesh = self.rows.rule, table.mesh
-        is_part = table.is_split and mesh is not None
+        column_sums = functools.partial(_column_sums, mesh) if table.is_split and mesh is not None else None
         row_update(
             table.weight,
             gradient,
@@ -143,7 +143,7 @@ class TableOptimizer(Optimizer):
             row_state,
             scale=table.stage.scale,
             mean_squares_U=self._mean_squares(table, gradient, rule.column_weights(row_state, step)),
-            column_sums=functools.partial(_column_sums, mesh) if is_part else None,
+            column_sums=column_sums,
         )
 
     def _rounding_seed(self, table: ValueTable, step: int) -> int:

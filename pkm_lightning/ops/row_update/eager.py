@@ -64,7 +64,7 @@ def row_update(
         index_C = rows_C.long()
         before_CV = table_NV[index_C].to(grad_CV.dtype)
         after_CV, sums_V = updated_rows(before_CV, grad_CV * scale, rule, step, state, index_C, squares_C)
-        if total_V is not None:
+        if total_V is not None and sums_V is not None:
             total_V += sums_V
         if table_NV.dtype is torch.bfloat16:
             after_CV = round_stochastically(after_CV, index_C, step.seed)

@@ -112,7 +112,7 @@ def _row_factors(
     live_U, at_U = rows_U >= 0, rows_U.clamp(min=0)
     if rule.name == "row_adagrad":
         if mean_squares_U is None:
-            means_U = row_gradient_squares(gradient) * scale_1.square() / gradient.source_rows_XV.shape[1]
+            means_U = row_gradient_squares(gradient, None) * scale_1.square() / gradient.source_rows_XV.shape[1]
         else:
             means_U = mean_squares_U * scale_1.square()
         state["sum"].index_add_(0, at_U, torch.where(live_U, means_U, 0.0))
