@@ -84,7 +84,8 @@ class LanguageModule(L.LightningModule):
             return
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
-        if not self._weights_follow:
+        # Without a Trainer there are no data that could have a tokenizer.
+        if not self._weights_follow and self._trainer is not None:
             bind_tokenizer(self.model, tokenizer_of(self._data()))
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:

@@ -28,6 +28,11 @@ CASES = [
         "fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2", marks=pytest.mark.slow
     ),
     pytest.param("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2", marks=pytest.mark.slow),
+    pytest.param("ddp", 4, "ffn=engram ffn.end_id=0 table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, "ffn=engram ffn.end_id=0 table.shard=dim table.learning=dense", marks=pytest.mark.slow),
+    pytest.param(
+        "deepspeed_3", 2, "ffn=engram ffn.end_id=0 table.shard=dim table.learning=rows", marks=pytest.mark.slow
+    ),
     pytest.param("fsdp", 2, "ffn=moe", marks=pytest.mark.slow),
     pytest.param(
         "fsdp",
