@@ -12,6 +12,7 @@ from torch import nn
 
 from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
+from pkm_lightning.build.stored_tables import table_keywords
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range, nearest
 from pkm_lightning.ffn import TableSpec
@@ -28,7 +29,7 @@ _FACTS = ("dim", "vocab_size", "tokenizer_digest")
 #: Arguments of the transformer that are built here, and are not keys of `model`.
 _BUILT_ARGUMENTS = {"ffns", "tables", "write_after"}
 #: Keys of `table` that a `ValueTable` does not take.
-_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
+_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group", "trainable", "path", "tensor")
 
 
 def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transformer:
@@ -171,13 +172,16 @@ def _build_tables(config: Config, n_placed: int, mesh: TableMesh | None) -> list
     spec = _checked_spec(f"{config['ffn']['_target_']}.table_spec", cls.table_spec, {**sizes, **arguments})
     check_flag("table.shared", config["table"]["shared"])
     settings = {name: value for name, value in config["table"].items() if name not in _TABLE_BUILDER_KEYS}
-    shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
-    if mesh is not None:
+    shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std}
+    # Every rank reads a file for itself.
+    if mesh is not None and config["table"].get("device") != "mmap":
         shape["mesh"] = mesh
     if spec.slices > 1:
         shape["slices"] = spec.slices
     groups = 1 if config["table"]["shared"] else n_placed
-    return [[instantiate(settings, "table", **shape) for _ in range(spec.count)] for _ in range(groups)]
+    own = [table_keywords(config["table"], spec, n, groups * spec.count) for n in range(groups * spec.count)]
+    tables = [instantiate(settings, "table", **shape, **keywords) for keywords in own]
+    return [tables[first : first + spec.count] for first in range(0, len(tables), spec.count)]
 
 
 def _checked_spec(name: str, table_spec: Callable[..., Any], arguments: dict[str, Any]) -> TableSpec:

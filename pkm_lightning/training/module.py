@@ -21,6 +21,7 @@ from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.model import attention_context, build_model
 from pkm_lightning.build.schedule import configured_schedule
+from pkm_lightning.build.stored_tables import fill_initial_rows
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
 from pkm_lightning.ffn import HasAfterStep
@@ -84,6 +85,8 @@ class LanguageModule(L.LightningModule):
             return
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
+        if not self._weights_follow:
+            fill_initial_rows(self.model, self.config)
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
