@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pkm_lightning.checkpoints.safetensors import Entry, read_entries
 from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import TableSpec
+from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.stored_rows import StoredRows
 from pkm_lightning.model import Transformer
 
@@ -33,20 +35,37 @@ _NUMBER = "{}"
 _TABLE_CLASS = "pkm_lightning.memory.ValueTable"
 
 
-def with_absolute_path(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns `config` with an absolute `table.path`, since a run may be continued from another directory."""
-    path = config["table"].get("path")
+def with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `config` with every `table.path` absolute, since a run may be continued from another directory."""
+    extras = config.get("extra_ffns") or {}
+    moved = {
+        name: {**extra, "table": _with_absolute_path(extra["table"])} if extra and extra.get("table") else extra
+        for name, extra in extras.items()
+    }
+    return {**config, "table": _with_absolute_path(config["table"]), **({"extra_ffns": moved} if extras else {})}
+
+
+def _with_absolute_path(table: dict[str, Any]) -> dict[str, Any]:
+    path = table.get("path")
     if not isinstance(path, str) or not path.strip():
-        return config
-    return {**config, "table": {**config["table"], "path": str(expanded(path).absolute())}}
+        return table
+    return {**table, "path": str(expanded(path).absolute())}
 
 
-def check_table_keys(table: Config) -> None:
-    """Refuses combinations of the keys above that mean nothing.
+def check_table_keys(config: Config, *, training: bool) -> None:
+    """Refuses combinations of the keys above that mean nothing, and to train a table that stays in a file.
 
     Raises:
         ConfigError: naming the key and what to set instead.
     """
+    extras = (config.get("extra_ffns") or {}).values()
+    for table in (config["table"], *({**config["table"], **((extra or {}).get("table") or {})} for extra in extras)):
+        _check_keys(table)
+        if training and table.get("device") == "mmap":
+            _check_mapped_training(table)
+
+
+def _check_keys(table: Config) -> None:
     path, tensor = table.get("path"), table.get("tensor")
     if path is not None and not str(path).strip():
         raise ConfigError("table.path='' names no file; give a safetensors file, or null for none.")
@@ -59,61 +78,74 @@ def check_table_keys(table: Config) -> None:
         )
 
 
-def check_mapped_training(table: Config) -> None:
-    """Refuses to train beside a table that stays in a file, unless its rows are frozen and a file of their own.
-
-    Raises:
-        ConfigError: with what to set.
-    """
-    if table.get("device") != "mmap" or (table.get("path") is not None and not table.get("trainable", True)):
-        return
-    wanted = "table.path=FILE" if table.get("path") is None else "table.trainable=false"
-    if table.get("path") is None and table.get("trainable", True):
-        wanted = "table.trainable=false and table.path=FILE"
-    raise ConfigError(
-        f"table.device=mmap: a table that stays in a file cannot learn; set {wanted} to train the rest of the model "
-        "beside it, or table.device=cpu."
-    )
+def _check_mapped_training(table: Config) -> None:
+    settings = {"table.trainable=false": table.get("trainable", True), "table.path=FILE": table.get("path") is None}
+    missing = [setting for setting, is_missing in settings.items() if is_missing]
+    if missing:
+        raise ConfigError(
+            f"table.device=mmap: a table that stays in a file cannot learn; set {' and '.join(missing)} to train the "
+            "rest of the model beside it, or table.device=cpu."
+        )
 
 
-def table_keywords(table: Config, spec: TableSpec, number: int, count: int) -> dict[str, Any]:
-    """Returns the keywords `trainable` and, of a frozen table in a file, `stored` of a `ValueTable`.
+@dataclass(frozen=True)
+class RowsOnFile:
+    """What `table.trainable`, `table.path` and `table.tensor` say about one table.
 
-    Args:
+    Attributes:
         table: the group of the configuration.
         spec: what the plugin requests.
-        number, count: of the table, and of all tables of the model.
+        number, count: of the table among those of its variant, and of these.
+    """
+
+    table: Config
+    spec: TableSpec
+    number: int
+    count: int
+
+    def keywords(self) -> dict[str, Any]:
+        """Returns the keywords `trainable` and, of a frozen table in a file, `stored` of a `ValueTable`.
+
+        Raises:
+            ConfigError: the file does not hold such a table.
+            CheckpointError: the file cannot be read.
+        """
+        if self.table.get("trainable", True):
+            return {"trainable": self.spec.trainable}
+        stored = {} if self.table.get("path") is None else {"stored": self.find()}
+        return {"trainable": False, **stored}
+
+    @property
+    def first_rows(self) -> Callable[[], StoredRows] | None:
+        """Finds the rows that a trained table begins with, which only a new run needs; None where they are drawn."""
+        begins = self.table.get("path") is not None and self.table.get("trainable", True)
+        return self.find if begins else None
+
+    def find(self) -> StoredRows:
+        """Returns the rows in the file.
+
+        Raises:
+            ConfigError, CheckpointError: as `keywords`.
+        """
+        return _find(self.table, self.spec, self.number, self.count)
+
+
+def check_first_rows(model: Transformer) -> None:
+    """Refuses files that do not hold the rows with which the trained tables of a new run begin.
 
     Raises:
-        ConfigError: the file does not hold such a table.
-        CheckpointError: the file cannot be read.
+        ConfigError, CheckpointError: as `RowsOnFile.keywords`.
     """
-    frozen = not table.get("trainable", True)
-    if not frozen or table.get("path") is None:
-        return {"trainable": spec.trainable and not frozen}
-    return {"trainable": False, "stored": _find(table, spec.rows, spec.dim, spec.slices, number, count)}
+    for table in model.value_tables:
+        if table.first_rows is not None:
+            table.first_rows()
 
 
-def initial_rows(model: Transformer, config: Config) -> list[StoredRows]:
-    """Returns the files from which the trained tables of a new run begin; none where they are drawn.
-
-    Raises:
-        ConfigError, CheckpointError: as `table_keywords`.
-    """
-    table = config["table"]
-    if table.get("path") is None or not table.get("trainable", True):
-        return []
-    tables = list(model.tables)
-    return [
-        _find(table, t.rows, t.dim, t.slices, number, len(tables))  # type: ignore[arg-type]
-        for number, t in enumerate(tables)
-    ]
-
-
-def fill_initial_rows(model: Transformer, config: Config) -> None:
+def fill_first_rows(model: Transformer) -> None:
     """Gives trained tables the rows of `table.path`, if there is one, each rank its part."""
-    for table, stored in zip(model.tables, initial_rows(model, config), strict=False):
-        table.copy_rows(stored)  # type: ignore[operator]
+    for table in model.value_tables:
+        if table.first_rows is not None:
+            table.copy_rows(table.first_rows())
 
 
 def check_stored_rows(model: Transformer, checkpoint: SavedCheckpoint) -> None:
@@ -124,17 +156,18 @@ def check_stored_rows(model: Transformer, checkpoint: SavedCheckpoint) -> None:
     """
     for name, table in model.named_modules():
         saved = f"state_dict.model.{name}.rows_digest"
-        if getattr(table, "stored", None) is None or saved not in checkpoint.shapes:
+        if not isinstance(table, ValueTable) or table.stored is None or saved not in checkpoint.shapes:
             continue
         (chunk,) = checkpoint.chunks(saved)
-        if not torch.equal(chunk.values, table.rows_digest):  # type: ignore[arg-type]
+        if not torch.equal(chunk.values, table.stored.digest):
             raise CheckpointError(
-                f"table.path={table.stored.path} holds other rows than those that {checkpoint.path} was trained with; "  # type: ignore[union-attr]
+                f"table.path={table.stored.path} holds other rows than those that {checkpoint.path} was trained with; "
                 "put the right file there, or name it with table.path=FILE."
             )
 
 
-def _find(table: Config, rows: int, dim: int, slices: int, number: int, count: int) -> StoredRows:
+def _find(table: Config, spec: TableSpec, number: int, count: int) -> StoredRows:
+    rows, dim, slices = spec.rows, spec.dim, spec.slices
     path, tensor = Path(str(table["path"])), table.get("tensor")
     if count > 1 and (tensor is None or _NUMBER not in tensor):
         shown = "null" if tensor is None else tensor

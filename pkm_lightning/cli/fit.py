@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pkm_lightning.build.checks import remark_rate, remark_validation
 from pkm_lightning.build.freezing import parameter_counts
 from pkm_lightning.build.run import ResolvedRun, resolve
-from pkm_lightning.build.stored_tables import check_stored_rows, initial_rows
+from pkm_lightning.build.stored_tables import check_first_rows, check_stored_rows
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
@@ -130,7 +130,7 @@ def _run(job: Job) -> float | None:
             elif initial := initial_weights(resolved.config, checkpoint):
                 initial.check(resolved)
             else:
-                initial_rows(resolved.model, resolved.config)  # refuses a file that does not hold them
+                check_first_rows(resolved.model)
         if external:
             external.send(Decision(resolved.config, checkpoint))
         return _train_with_record(directory, resolved, assembly, checkpoint)

@@ -60,6 +60,7 @@ class ValueTable(nn.Module):
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
         reads_zeros: whether reads return zeros; set by `zero_reads`.
+        first_rows: finds the file whose rows a table that learns begins with; None where they are drawn.
         prefetcher: has the rows of coming reads, in training and evaluation of some tables; else None.
 
     Raises:
@@ -71,6 +72,9 @@ class ValueTable(nn.Module):
 
     #: Digest of the rows in `stored`, by which a checkpoint without rows knows them.
     rows_digest: Tensor
+    stored: StoredRows | None
+    first_rows: Callable[[], StoredRows] | None
+    prefetcher: RowPrefetcher | None
 
     def __init__(
         self,
@@ -93,7 +97,7 @@ class ValueTable(nn.Module):
             raise ConfigError(f"slices={slices} does not divide the {dim} values of a row; choose a divisor of {dim}.")
         self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
         self.reads_zeros = False
-        self.stored, self.prefetcher = stored, None
+        self.stored, self.first_rows, self.prefetcher = stored, None, None
         self.std = dim**-0.5 if std is None else std
         self.learning, self.stays_on_cpu, self.is_mapped = learning, device == "cpu", device == "mmap"
         if self.is_mapped or stored is not None:
@@ -241,6 +245,16 @@ class ValueTable(nn.Module):
         else:
             dots_TK = self._dot(x_TV, ids_TK, ids_TK)
         return torch.zeros_like(dots_TK) if self.reads_zeros else dots_TK
+
+    def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
+        """Returns the lines `ids` one by one, in the table's dtype."""
+        if self.is_streamed:
+            rows_UV, local_TK = self._compact(ids_TK, ids_TK.device)
+            lines_TKV = rows_UV[local_TK]
+            return torch.zeros_like(lines_TKV) if self.reads_zeros else lines_TKV
+        K = ids_TK.shape[1]
+        ones_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
+        return self(ids_TK, ones_TK, torch.arange(K, device=ids_TK.device).expand_as(ids_TK), K)
 
     @property
     def size(self) -> int:

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
-from pkm_lightning.build.model import attention_context, build_model
+from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model
 from pkm_lightning.build.schedule import configured_schedule
-from pkm_lightning.build.stored_tables import fill_initial_rows
+from pkm_lightning.build.stored_tables import fill_first_rows
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
+from pkm_lightning.data.base import fingerprint_of, tokenizer_digest, tokenizer_of
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.prediction import Answering, answer_batch
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
@@ -31,7 +31,7 @@ from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import seed_torch
 from pkm_lightning.model.loss import token_nll
-from pkm_lightning.model.placement import plugin_entries
+from pkm_lightning.model.plugin_outputs import plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
@@ -86,7 +86,8 @@ class LanguageModule(L.LightningModule):
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         if not self._weights_follow:
-            fill_initial_rows(self.model, self.config)
+            fill_first_rows(self.model)
+            bind_tokenizer(self.model, tokenizer_of(self._data()))
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
