@@ -26,6 +26,7 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.stored_rows import StoredRows
+from pkm_lightning.memory.table_rows import copy_rows
 from pkm_lightning.model import Transformer
 
 Config = Mapping[str, Any]
@@ -145,7 +146,7 @@ def fill_first_rows(model: Transformer) -> None:
     """Gives trained tables the rows of `table.path`, if there is one, each rank its part."""
     for table in model.value_tables:
         if table.first_rows is not None:
-            table.copy_rows(table.first_rows())
+            copy_rows(table, table.first_rows())
 
 
 def check_stored_rows(model: Transformer, checkpoint: SavedCheckpoint) -> None:
@@ -178,7 +179,9 @@ def _find(table: Config, spec: TableSpec, number: int, count: int) -> StoredRows
     name = None if tensor is None else str(tensor).replace(_NUMBER, str(number))
     files = _entries(path, _stamp(path))
     found = {
-        known: place for known, place in files.items() if (place[1].shape == (rows, dim) if name is None else known == name)
+        known: place
+        for known, place in files.items()
+        if (place[1].shape == (rows, dim) if name is None else known == name)
     }
     if len(found) > 1:
         raise ConfigError(
@@ -189,10 +192,10 @@ def _find(table: Config, spec: TableSpec, number: int, count: int) -> StoredRows
         raise ConfigError(f"table.path={path} {_missing(name, rows, dim, files)}")
     ((known, (file, entry)),) = found.items()
     if entry.shape != (rows, dim) or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
-        shape = " x ".join(f"{size:,}" for size in entry.shape)
+        shape, kind = " x ".join(f"{size:,}" for size in entry.shape), str(entry.dtype).removeprefix("torch.")
         raise ConfigError(
-            f"table.path={path}: {known} has {shape} values of {str(entry.dtype).removeprefix('torch.')}, but the model's "
-            f"table has {rows:,} x {dim}, in 16, 32 or 64 bits; change the sizes of ffn, or give another file."
+            f"table.path={path}: {known} has {shape} values of {kind}, but the model's table has {rows:,} x {dim}, in "
+            "16, 32 or 64 bits; change the sizes of ffn, or give another file."
         )
     return _stored(file, entry.start, entry.dtype, rows * slices, dim // slices, _stamp(file))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Int64
+    from jaxtyping import Int
 
     from pkm_lightning.memory.value_table import ValueTable
 

@@ -85,7 +85,7 @@ class StoredRows:
         return torch.frombuffer(content, dtype=self.dtype).view(count, self.width)
 
     @functools.cached_property
-    def digest(self) -> Int64[Tensor, "4"]:
+    def digest(self) -> Int64[Tensor, " 4"]:
         """A SHA-256 of shape, dtype and up to 256 pages of the values, evenly spaced, as four numbers.
 
         Raises:

@@ -9,7 +9,7 @@ per line: of a row, or of its slice.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from pkm_lightning.memory.row_prefetch import RowPrefetcher, read_compactly
 from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_sum
 from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.memory.stored_rows import StoredRows
+from pkm_lightning.memory.table_rows import copy_rows, draw_rows
 from pkm_lightning.ops import gathered_dot, weighted_gather
 from pkm_lightning.ops.segments import check_indices, read_sources
 
@@ -115,7 +116,7 @@ class ValueTable(nn.Module):
             self.reset_parameters()
         else:
             self.register_buffer("rows_digest", stored.digest.clone())
-            self.copy_rows(stored)
+            copy_rows(self, stored)
 
     def _initial_device(self) -> torch.device:
         # That of the enclosing `torch.device` context: the Trainer's, or meta for a model without memory.
@@ -130,36 +131,8 @@ class ValueTable(nn.Module):
         Every rank draws the whole table block by block, so that it never holds more than its part and one block. Rows
         that are `stored` in a file stay as they are there.
         """
-        if self.weight.is_meta or self.stored is not None:
-            return
-        width = self.dim // self.slices
-        low, high, columns = self._own_part()
-        with torch.no_grad():
-            for start, length in _blocks(self.n_lines, width):
-                if not self.is_split:
-                    nn.init.normal_(self.weight[start : start + length], std=self.std)
-                    continue
-                block = torch.empty(length, width, dtype=self.weight.dtype, device=self.weight.device)
-                nn.init.normal_(block, std=self.std)
-                first, last = max(start, low), min(start + length, high)
-                if first < last:
-                    self.weight[first - low : last - low] = block[first - start : last - start, columns]
-
-    @torch.no_grad()
-    def copy_rows(self, stored: StoredRows) -> None:
-        """Copies this rank's part of the rows in a file into `weight`, block by block, unless that is on meta."""
-        if self.weight.is_meta:
-            return
-        low, high, columns = self._own_part()
-        for start, length in _blocks(high - low, self.dim // self.slices):
-            self.weight[start : start + length] = stored.block(low + start, length)[:, columns]
-
-    def _own_part(self) -> tuple[int, int, slice]:
-        """Returns the first line of this rank, the one past its last, and its columns."""
-        width = self.dim // self.slices
-        if self.mesh is None:
-            return 0, self.n_lines, slice(0, width)
-        return *self.mesh.row_range(self.n_lines), self.mesh.columns(width)
+        if self.stored is None:
+            draw_rows(self)
 
     @property
     def is_registered(self) -> bool:
@@ -248,9 +221,13 @@ class ValueTable(nn.Module):
 
     def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
         """Returns the lines `ids` one by one, in the table's dtype."""
-        if self.is_streamed:
+        if self.is_streamed or self.prefetcher is not None:
             rows_UV, local_TK = self._compact(ids_TK, ids_TK.device)
             lines_TKV = rows_UV[local_TK]
+            if self.stage is not None and torch.is_grad_enabled():
+                ids_L1 = self._to_table(ids_TK).reshape(-1, 1)
+                ones_L1 = torch.ones(ids_L1.shape, device=ids_L1.device)
+                lines_TKV = self.stage.stage_sum(lines_TKV.flatten(0, 1), ids_L1, ones_L1).view_as(lines_TKV)
             return torch.zeros_like(lines_TKV) if self.reads_zeros else lines_TKV
         K = ids_TK.shape[1]
         ones_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
@@ -372,21 +349,6 @@ class ValueTable(nn.Module):
     def extra_repr(self) -> str:
         """Returns rows, values per row and `learning`, for `print(model)`."""
         return f"rows={self.rows}, dim={self.dim}, learning={self.learning}"
-
-
-def _blocks(lines: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yields start and length of blocks of about 2**22 values.
-
-    Their draws in sequence equal, on the CPU, one draw of the whole table.
-    """
-    # torch draws normal values on the CPU in groups of 16 and treats the last 16 of a tensor differently: blocks are
-    # multiples of 16 lines, and the last block takes the rest.
-    block = max(16, 2**22 // width // 16 * 16)
-    for start in range(0, lines, block):
-        if lines - start < 2 * block:
-            yield start, lines - start
-            return
-        yield start, block
 
 
 class TableReference:

@@ -40,6 +40,7 @@ from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.heldout import HeldoutSum
+from pkm_lightning.training.lookahead import wrap_loaders
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
 
@@ -81,6 +82,7 @@ class LanguageModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
+        wrap_loaders(self._trainer)
         if hasattr(self, "model"):
             return
         self.model = build_model(self.config, self._table_mesh())
@@ -323,10 +325,7 @@ class LanguageModule(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def log_is_due(self) -> bool:
-        """Returns whether this is the last micro-batch of a step that logs.
-
-        Valid from `on_train_batch_start` to `on_train_batch_end`.
-        """
+        """Returns, within a micro-batch's hooks, whether it is the last of a step that logs."""
         due: bool = self._step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return due and not self.trainer.fit_loop._should_accumulate()
 

@@ -57,10 +57,9 @@ def read_file_rows(
     """
     if ids_U.dtype is not torch.int64 or out_UZ.dtype is not torch.uint8 or not out_UZ.is_contiguous():
         raise ValueError(
-            f"read_file_rows: ids are {ids_U.dtype} and rows {out_UZ.dtype}; pass torch.int64 and contiguous torch.uint8."
+            f"read_file_rows: ids are {ids_U.dtype} and rows {out_UZ.dtype}; pass torch.int64, and torch.uint8 that is "
+            "contiguous."
         )
     check_indices("read_file_rows", "ids", ids_U, n_rows)
-    implementation = choose_backend(
-        "read_file_rows", backend, "cpu" if HAS_NUMBA else "reference", _BACKENDS, ids_U
-    )
+    implementation = choose_backend("read_file_rows", backend, "cpu" if HAS_NUMBA else "reference", _BACKENDS, ids_U)
     implementation(descriptor, start, ids_U, out_UZ)
