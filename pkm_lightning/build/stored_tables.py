@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pkm_lightning.checkpoints import SavedCheckpoint
+from pkm_lightning.checkpoints.mapped import MappedFile
 from pkm_lightning.checkpoints.safetensors import Entry, read_entries
 from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import CheckpointError, ConfigError
@@ -34,6 +36,9 @@ Config = Mapping[str, Any]
 #: Stands in `table.tensor` for the number of the table, where a model has several.
 _NUMBER = "{}"
 _TABLE_CLASS = "pkm_lightning.memory.ValueTable"
+#: Ends the names of buffers that stand in a checkpoint for rows.
+_DIGEST = "rows_digest"
+_NO_FILE = {"path": None, "tensor": None}
 
 
 def with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
@@ -59,11 +64,17 @@ def check_table_keys(config: Config, *, training: bool) -> None:
     Raises:
         ConfigError: naming the key and what to set instead.
     """
-    extras = (config.get("extra_ffns") or {}).values()
-    for table in (config["table"], *({**config["table"], **((extra or {}).get("table") or {})} for extra in extras)):
+    for table in _tables(config):
         _check_keys(table)
         if training and table.get("device") == "mmap":
             _check_mapped_training(table)
+
+
+def _tables(config: Config) -> Iterator[Config]:
+    """Yields the settings of the tables of each variant."""
+    yield config["table"]
+    for extra in (config.get("extra_ffns") or {}).values():
+        yield {**config["table"], **((extra or {}).get("table") or {})}
 
 
 def _check_keys(table: Config) -> None:
@@ -156,15 +167,74 @@ def check_stored_rows(model: Transformer, checkpoint: SavedCheckpoint) -> None:
         CheckpointError: naming the file.
     """
     for name, table in model.named_modules():
-        saved = f"state_dict.model.{name}.rows_digest"
+        saved = f"state_dict.model.{name}.{_DIGEST}"
         if not isinstance(table, ValueTable) or table.stored is None or saved not in checkpoint.shapes:
             continue
         (chunk,) = checkpoint.chunks(saved)
         if not torch.equal(chunk.values, table.stored.digest):
-            raise CheckpointError(
-                f"table.path={table.stored.path} holds other rows than those that {checkpoint.path} was trained with; "
-                "put the right file there, or name it with table.path=FILE."
-            )
+            raise _other_rows(str(table.stored.path), checkpoint.path)
+
+
+def _other_rows(path: str, checkpoint: Path) -> CheckpointError:
+    return CheckpointError(
+        f"table.path={path} holds other rows than those that {checkpoint} was trained with; put the right file there, "
+        "or name it with table.path=FILE."
+    )
+
+
+def has_digests(checkpoint: SavedCheckpoint) -> bool:
+    """Returns whether rows of the model lie in a file of their own."""
+    return any(name.endswith(_DIGEST) for name in checkpoint.shapes)
+
+
+def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
+    """Adds the rows of frozen tables, which lie in files of their own, to a checkpoint that is exported.
+
+    They are found by their digests, so that no model need be built from a configuration that nobody may trust.
+
+    Args:
+        checkpoint: of any kind; one that holds all of its rows stays as it is.
+        path: where the file lies now; None for `table.path` of the training.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds other rows than in training.
+    """
+    names = [name for name in checkpoint.shapes if name.endswith(_DIGEST)]
+    if not names:
+        return
+    config = with_table_path(checkpoint.config, path)
+    files = {str(table["path"]): None for table in _tables(config) if table.get("path") is not None}
+    rows = {}
+    for name in names:
+        (chunk,) = checkpoint.chunks(name)
+        rows[f"{name.removesuffix(_DIGEST)}weight"] = _by_digest(list(files), chunk.values.tolist(), checkpoint.path)
+    extras = {
+        name: {**extra, "table": {**extra["table"], **_NO_FILE}} if extra.get("table") else extra
+        for name, extra in (config.get("extra_ffns") or {}).items()
+    }
+    complete = {**config, "table": {**config["table"], **_NO_FILE}, **({"extra_ffns": extras} if extras else {})}
+    checkpoint.include(rows, complete, digests=names)
+
+
+def _by_digest(paths: Sequence[str], digest: list[int], checkpoint: Path) -> tuple[MappedFile, Tensor]:
+    """Returns the mapped table that has this digest, and the file that it lies in."""
+    lines, width = digest[:2]
+    for path in map(Path, paths):
+        for file, entry in _entries(path, _stamp(path)).values():
+            if len(entry.shape) != 2 or entry.shape[0] * entry.shape[1] != lines * width:
+                continue
+            stored = _stored(file, entry.start, entry.dtype, lines, width, _stamp(file))
+            if stored.digest.tolist() == digest:
+                mapped = MappedFile(file)
+                return mapped, mapped.tensor(entry.start, entry.dtype, entry.shape)
+    raise _other_rows(", ".join(paths), checkpoint)
+
+
+def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
+    """Returns a saved configuration whose `table.path` is where the file lies now; None leaves it."""
+    if path is None:
+        return config
+    return with_absolute_paths({**config, "table": {**config["table"], "path": str(path)}})
 
 
 def _find(table: Config, spec: TableSpec, number: int, count: int) -> StoredRows:
