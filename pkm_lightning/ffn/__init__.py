@@ -16,10 +16,13 @@ from pkm_lightning.ffn.base import (
     HasAfterStep,
     HasCost,
     HasReads,
+    HasRowIds,
     HasSlots,
+    Past,
     Slots,
     TableRead,
     TableSpec,
+    UsesTokenizer,
 )
 
 __all__ = [
@@ -29,10 +32,13 @@ __all__ = [
     "HasAfterStep",
     "HasCost",
     "HasReads",
+    "HasRowIds",
     "HasSlots",
+    "Past",
     "Slots",
     "TableRead",
     "TableSpec",
+    "UsesTokenizer",
 ]
 
 

@@ -93,7 +93,7 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an attention mask that is not (B, P), or a cache that this model cannot use.
         """
-        if use_cache and cache is None and self.transformer.is_position_wise:
+        if use_cache and cache is None and self.transformer.is_cacheable:
             cache = DynamicCache(config=self.config)
         if cache is not None:
             self._check_cache(cache)
@@ -122,8 +122,10 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
         return self.transformer(input_ids, valid_BT=valid_BT, cache=view)
 
     def _check_cache(self, cache: Cache) -> None:
-        if not self.transformer.is_position_wise:
-            raise ValueError("cache: an FFN plugin of the model is not position_wise; pass use_cache=False.")
+        if not self.transformer.is_cacheable:
+            raise ValueError(
+                "cache: an FFN plugin of the model is neither position_wise nor uses_past; pass use_cache=False."
+            )
         if cache.is_compileable:
             raise ValueError(
                 "cache: one of fixed size, as cache_implementation='static' makes it, does not serve; leave that out."
@@ -133,7 +135,7 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, next_sequence_length: int | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Returns the arguments of the next forward: the whole sequence where a plugin may read earlier tokens."""
-        if not self.transformer.is_position_wise:
+        if not self.transformer.is_cacheable:
             next_sequence_length = cache = None
             kwargs["use_cache"] = False
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(

@@ -204,6 +204,12 @@ class ValueTable(nn.Module):
             dots_TK = self._dot(x_TV, ids_TK, ids_TK)
         return torch.zeros_like(dots_TK) if self.reads_zeros else dots_TK
 
+    def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
+        """Returns the lines `ids` one by one, in the table's dtype."""
+        K = ids_TK.shape[1]
+        ones_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
+        return self(ids_TK, ones_TK, torch.arange(K, device=ids_TK.device).expand_as(ids_TK), K)
+
     @property
     def size(self) -> int:
         """Number of values of the whole table, over all ranks."""

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
-from pkm_lightning.build.model import attention_context, build_model
+from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
+from pkm_lightning.data.base import fingerprint_of, tokenizer_digest, tokenizer_of
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.prediction import Answering, answer_batch
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
@@ -30,7 +30,7 @@ from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import seed_torch
 from pkm_lightning.model.loss import token_nll
-from pkm_lightning.model.placement import plugin_entries
+from pkm_lightning.model.plugin_outputs import plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
@@ -84,6 +84,8 @@ class LanguageModule(L.LightningModule):
             return
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
+        if not self._weights_follow:
+            bind_tokenizer(self.model, tokenizer_of(self._data()))
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pkm_lightning.ffn import HasSlots, Slots
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Traces, Transformer
-from pkm_lightning.model.placement import plugin_entries
+from pkm_lightning.model.plugin_outputs import plugin_entries
 from pkm_lightning.usage.slot_checks import check_slots, check_trace
 
 
@@ -42,7 +42,7 @@ class Reader:
     Attributes:
         name: as in the module's docstring.
         layer: number of the block.
-        part: `ffn`, `ffn.base` or `ffn.variant`.
+        part: the plugin, as `named_plugins` names it.
         plugin: the FFN that reads.
         slots: the slots that the ids in its trace number.
         slot_names: names of all slots of the plugin.

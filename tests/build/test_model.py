@@ -10,7 +10,7 @@ from pkm_lightning.build.model import attention_context, build_meta_model, build
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import Dense, MemoryPlus
 from pkm_lightning.model import Transformer
-from pkm_lightning.model.placement import ParallelFFN
+from pkm_lightning.model.plugin_outputs import ParallelFFN
 
 
 class Tableless(nn.Module):

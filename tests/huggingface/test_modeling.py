@@ -206,7 +206,7 @@ def test_a_plugin_of_the_users_own_needs_trust_and_its_module(tmp_path: Path) ->
         expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], 1)
     assert torch.equal(loaded.generate(ids(), **options), expected)
     assert loaded.generate(ids(), num_beams=2, **options).shape == (2, 13)
-    with pytest.raises(ValueError, match="not position_wise"):
+    with pytest.raises(ValueError, match="neither position_wise"):
         loaded(ids(), cache=object())
 
     content = json.loads((folder / "config.json").read_text())

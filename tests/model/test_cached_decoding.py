@@ -17,7 +17,8 @@ from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.checkpoints.export import write as export
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.model import Transformer
-from pkm_lightning.model.placement import named_plugins, plugin_entries
+from pkm_lightning.model.block import named_plugins
+from pkm_lightning.model.plugin_outputs import plugin_entries
 
 PLACEMENTS = {
     "replace": {},
@@ -36,7 +37,7 @@ def trained(name: str, placement: str) -> tuple[Transformer, dict[str, Any]]:
     with torch.no_grad():
         output = run(model.train(), ids(6, 9))
     for layer, stats in output.step_stats.items():
-        for key, plugin in named_plugins(model.blocks[layer].ffn):  # type: ignore[arg-type]
+        for key, plugin in named_plugins(model.blocks[layer]):  # type: ignore[arg-type]
             if isinstance(plugin, HasAfterStep):
                 plugin.after_step(plugin_entries(key, stats))
     return model.eval(), settings
