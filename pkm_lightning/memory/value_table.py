@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
-from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_sum
+from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_rows, sharded_sum
 from pkm_lightning.memory.staging import RowStage
-from pkm_lightning.ops import gathered_dot, weighted_gather
+from pkm_lightning.ops import gathered_dot, gathered_rows, weighted_gather
 from pkm_lightning.ops.segments import read_sources
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ class ValueTable(nn.Module):
     The model owns a table once. Layers that share it hold an unregistered reference (`TableReference`) instead of a
     class attribute or a global, so that two models in one process never share a table.
 
-    Layers read a table by calling it or by `dot`; `weight` itself is for checkpoints. With `learning=rows`, `weight`
-    requires no gradient: a read leaves its part of the gradient in `stage`, and a `TableOptimizer` updates the rows
-    that were read. Every backward pass through a read stages it, `torch.autograd.grad` in evaluation included. To learn
-    nothing from a read, call `TableOptimizer.zero_grad` after it, or read under `torch.no_grad`.
+    Layers read a table by calling it, by `dot` or by `gather`; `weight` itself is for checkpoints. With
+    `learning=rows`, `weight` requires no gradient: a read leaves its part of the gradient in `stage`, and a
+    `TableOptimizer` updates the rows that were read. Every backward pass through a read stages it,
+    `torch.autograd.grad` in evaluation included. To learn nothing from a read, call `TableOptimizer.zero_grad` after
+    it, or read under `torch.no_grad`.
 
     Args:
         rows: number of rows N.
@@ -205,10 +206,13 @@ class ValueTable(nn.Module):
         return torch.zeros_like(dots_TK) if self.reads_zeros else dots_TK
 
     def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
-        """Returns the lines `ids` one by one, in the table's dtype."""
-        K = ids_TK.shape[1]
-        ones_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
-        return self(ids_TK, ones_TK, torch.arange(K, device=ids_TK.device).expand_as(ids_TK), K)
+        """Returns the lines `ids` one by one, in the table's dtype (float32 where the table is quantised)."""
+        if self.is_split:
+            assert self.mesh is not None
+            lines_TKV = sharded_rows(self.mesh, self.n_lines, self._gather, ids_TK)
+        else:
+            lines_TKV = self._gather(ids_TK, ids_TK)
+        return torch.zeros_like(lines_TKV) if self.reads_zeros else lines_TKV
 
     @property
     def size(self) -> int:
@@ -265,6 +269,14 @@ class ValueTable(nn.Module):
         if self.stage is not None and torch.is_grad_enabled():
             dots_TK = self.stage.stage_dot(dots_TK, staged_TK, x_TV)
         return dots_TK.to(device)
+
+    def _gather(self, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
+        """Returns the lines of this rank, (T, K, V)."""
+        device = ids_TK.device
+        ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
+        if self.stage is not None and torch.is_grad_enabled():
+            return self.stage.gather(self.weight, ids_TK, staged_TK).to(device)
+        return gathered_rows(self.weight, ids_TK).to(device)
 
     def _ids_to_table(self, ids_TK: Tensor, staged_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the ids to read and to stage on the table's device; if they are one tensor, it is copied once."""
