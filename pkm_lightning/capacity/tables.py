@@ -132,19 +132,22 @@ class _OneTable:
         if self.shard == "none":
             return 0
         # An int32 id, its weight, and an int32 group.
-        per_id = 4 + self.item + (4 if call.groups else 0)
+        per_id = 4 if call.gather else 4 + self.item + (4 if call.groups else 0)
         return (self.members - 1) * self._own_reads(call) * call.ids * per_id + self._outputs(call)
 
     def _backward(self, call: TableRead) -> int:
         if self.shard == "none":
             return 0
-        return (self.members - 1) * self._own_reads(call) * call.ids * self.item + self._outputs(call)
+        weights = 0 if call.gather else (self.members - 1) * self._own_reads(call) * call.ids * self.item
+        return weights + self._outputs(call)
 
     def _staged(self, call: TableRead) -> tuple[int, int]:
         """Returns the staged reads and source rows of all members for one call."""
         reads = self.members * self._own_reads(call)
         ids = reads * call.ids
-        return (-(-ids // self.members) if self.own_lines_only else ids), reads * max(1, call.groups)
+        kept = -(-ids // self.members) if self.own_lines_only else ids
+        # A line that is read by itself has a source row of its own.
+        return kept, kept if call.gather else reads * max(1, call.groups)
 
     def _staged_figures(self, staged: list[tuple[int, int]]) -> TableFigures:
         reads, sources = sum(ids for ids, _ in staged), sum(rows for _, rows in staged)
