@@ -16,7 +16,7 @@ from torch import nn
 from pkm_lightning.ffn import HasReads, TableRead
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.replicas import received_bytes
-from pkm_lightning.ops.row_update import find_rule, state_bytes
+from pkm_lightning.ops.row_update import state_bytes
 
 if TYPE_CHECKING:
     from pkm_lightning.capacity.setting import Setting
@@ -98,7 +98,7 @@ class _OneTable:
     def _row_states(self) -> int:
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.item]
         weight = torch.empty(self.lines, self.columns, dtype=dtype, device="meta")
-        return state_bytes(find_rule(self.setting.rule), weight)
+        return state_bytes(self.setting.rule, weight)
 
     def _of_reads(self, calls: Sequence[TableRead] | None, part: int, *, dense: bool) -> TableFigures:
         replicas = 2 * (self.replicas - 1) * part // self.replicas if dense else 0
@@ -156,8 +156,11 @@ class _OneTable:
         exchanged, merged, touched = self._exchange(reads, sources)
         ring = 2 * (self.members - 1) * touched * self.sum_bytes // self.members
         # A rule that needs the squares of whole rows: `dim` leaves each rank only a part of each row.
-        needs_sums = find_rule(self.setting.rule).needs_mean_squares
-        statistics = ring if needs_sums and self.shard == "dim" else 0
+        rule = self.setting.rule
+        statistics = ring if rule.needs_mean_squares and self.shard == "dim" else 0
+        # A rule that needs the sums of whole columns: `row` leaves each rank only some of the rows.
+        if rule.needs_column_sums and self.shard == "row":
+            statistics += 2 * (self.members - 1) * self.columns * self.sum_bytes // self.members
         return TableFigures(staged=buffers, merged=merged, replicas=exchanged, statistics=statistics)
 
     def _exchange(self, reads: int, sources: int) -> tuple[int, int, int]:
