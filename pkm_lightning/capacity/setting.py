@@ -46,6 +46,7 @@ class Setting:
         rule: of `table.optimizer`.
         tables_on_host: tables are in host memory, with the model or by `table.device=cpu`.
         checkpointing: activation checkpointing runs the forward of blocks twice.
+        devices_differ: a variant of `extra_ffns` has a `table.device` of its own, so that each table knows where it is.
     """
 
     strategy: str
@@ -63,6 +64,7 @@ class Setting:
     rule: str
     tables_on_host: bool
     checkpointing: bool
+    devices_differ: bool = False
 
     @property
     def replicas(self) -> int:
@@ -108,6 +110,9 @@ class Setting:
             rule=str(optimizer.get("rule", "sgd")),
             tables_on_host=str(table.get("device", "auto")) == "cpu" or str(trainer["accelerator"]) == "cpu",
             checkpointing=bool(config["model"]["activation_checkpointing"]),
+            devices_differ=any(
+                (extra.get("table") or {}).get("device") for extra in (config.get("extra_ffns") or {}).values()
+            ),
         )
 
 
