@@ -19,6 +19,7 @@ from pkm_lightning.build.model import attention_context, build_meta_model, check
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.build.stored_tables import check_table_keys, with_absolute_paths
+from pkm_lightning.build.variant_figures import variant_figures
 from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
 from pkm_lightning.data.base import vocab_size_of
 from pkm_lightning.errors import ConfigError, check_integer, check_range
@@ -52,6 +53,11 @@ class ResolvedRun:
     def cost(self) -> ModelCost:
         """Parameters, FLOPs and bytes per token."""
         return model_cost(self.model, attention_context(self.config))
+
+    @cached_property
+    def of_variants(self) -> dict[str, dict[str, Any]]:
+        """Layers, tables, parameters and costs of each variant; see `variant_figures`."""
+        return variant_figures(self.model, self.config)
 
     @cached_property
     def plan(self) -> Plan:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkm_lightning.build.variants import table_of
 from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.checkpoints.mapped import MappedFile
 from pkm_lightning.checkpoints.safetensors import Entry, read_entries
@@ -74,7 +75,7 @@ def _tables(config: Config) -> Iterator[Config]:
     """Yields the settings of the tables of each variant."""
     yield config["table"]
     for extra in (config.get("extra_ffns") or {}).values():
-        yield {**config["table"], **((extra or {}).get("table") or {})}
+        yield table_of(config, extra or {})
 
 
 def _check_keys(table: Config) -> None:

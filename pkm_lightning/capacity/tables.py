@@ -45,14 +45,18 @@ class TableFigures:
         return TableFigures(**sums)
 
 
-def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, tuple[str, ...]]:
-    """Returns the sum over all tables, and the classes of plugins with a table but without `reads()`."""
+def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, TableFigures, tuple[str, ...]]:
+    """Returns the sums over all tables that move with the model, and over those that stay in host memory.
+
+    Also the classes of plugins with a table but without `reads()`.
+    """
     reads, unknown = _reads(model)
-    total = TableFigures()
+    totals = {False: TableFigures(), True: TableFigures()}
     for table in model.value_tables:
         calls = None if unknown or setting.tokens is None else [read for read in reads if read.table is table]
-        total += _OneTable(table, setting, split=any(table is shared for shared in model.tables)).figures(calls)
-    return total, unknown
+        one = _OneTable(table, setting, split=any(table is shared for shared in model.tables))
+        totals[one.on_host] += one.figures(calls)
+    return totals[False], totals[True], unknown
 
 
 def _reads(model: Transformer) -> tuple[list[TableRead], tuple[str, ...]]:
@@ -84,7 +88,10 @@ class _OneTable:
         self.trained, self.mapped = table.learns, table.is_mapped
         self.learning = setting.learning if split else table.learning
         # In host memory each rank drops reads of other ranks' rows before staging.
-        self.own_lines_only = self.shard == "row" and setting.tables_on_host
+        self.on_host = setting.tables_on_host
+        if setting.devices_differ:
+            self.on_host = setting.on_host or table.stays_on_cpu
+        self.own_lines_only = self.shard == "row" and self.on_host
 
     def figures(self, calls: Sequence[TableRead] | None) -> TableFigures:
         """Returns the figures, given the reads of one forward (None: unknown)."""
@@ -174,12 +181,12 @@ class _OneTable:
         # The same choice as `memory.replicas` makes in training.
         scheme = min(received, key=received.__getitem__)
         padded = {"reads": reads, "rows": rows, "dense": self.lines}[scheme]
-        merged = reads if self.setting.tables_on_host else padded
+        merged = reads if self.on_host else padded
         shares = 2 * (self.replicas - 1) if scheme == "dense" else self.replicas - 1
         return received[scheme], received[scheme] * self.replicas // shares, self._touched(merged * self.replicas)
 
     def _touched(self, reads: int) -> int:
-        if not self.setting.tables_on_host:
+        if not self.on_host:
             # Padded on an accelerator, since the host does not wait for the number of distinct rows.
             return min(reads, self.lines)
         return round(self.lines * -math.expm1(-reads / self.lines))
