@@ -41,6 +41,11 @@ CASES = [
         "ffn=memory_plus table.shard=dim table/optimizer=row_adagrad trainer.accumulate_grad_batches=2",
         marks=pytest.mark.slow,
     ),
+    pytest.param("fsdp", 2, "ffn=peer table.shard=dim table/optimizer=factored_adam", marks=pytest.mark.slow),
+    pytest.param("ddp", 4, "ffn=memory_plus table.shard=row table/optimizer=factored_adam", marks=pytest.mark.slow),
+    pytest.param(
+        "ddp", 4, "ffn=peer table.shard=row table.group=2 table.optimizer.bias_correction=row", marks=pytest.mark.slow
+    ),
     pytest.param("deepspeed_1", 2, "ffn=memory_plus table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("deepspeed_1", 4, "ffn=peer table.shard=dim table.learning=dense", marks=pytest.mark.slow),
     pytest.param("deepspeed_2", 2, "ffn=ultramem table.shard=dim table.learning=dense", marks=pytest.mark.slow),
