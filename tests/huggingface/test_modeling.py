@@ -26,6 +26,7 @@ NAMES = sorted(
 #: Sizes that the small model needs in place of the YAML's. A dense model is Llama unless its activation is another.
 CHANGES: dict[str, dict[str, Any]] = {
     "dense": {"activation": "squared_relu"},
+    "engram": {"rows": 30},
     "moe": {"n_experts": 5, "top_k": 3},
     "moe_expert_choice": {"n_experts": 3},
     "ultramem": {"value_dim": 6, "spectrum_margin": 0},
@@ -83,9 +84,10 @@ def check_generation(model: Any, **options: Any) -> None:
             assert torch.equal(alone[:, length:], cached[row * answers : (row + 1) * answers, 7:])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(tmp_path_factory.mktemp("memory"), "ffn=memory_plus")[1]
+#: A memory that remembers nothing of earlier tokens, and one that does.
+@pytest.fixture(scope="module", params=["memory_plus", "engram"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("memory"), f"ffn={request.param}", changes=CHANGES.get(request.param))[1]
 
 
 @pytest.fixture(scope="module")
