@@ -186,6 +186,15 @@ def test_more_tokens_can_be_added(tied: bool, tmp_path: Path) -> None:
     assert more(ids()).logits.shape[-1] == VOCAB + 3 == more.config.vocab_size
 
 
+def test_tables_that_tokens_address_keep_their_tokens(tmp_path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, "ffn=engram", changes=CHANGES["engram"])[1])
+    assert loaded.resize_token_embeddings(VOCAB).weight.shape[0] == VOCAB
+    with pytest.raises(
+        ValueError, match=r"^resize_token_embeddings\(263\): tokens address the tables .* made for 260;"
+    ):
+        loaded.resize_token_embeddings(VOCAB + 3)
+
+
 def test_the_file_serves_this_package_as_well(folder: Path, loaded: Any) -> None:
     checkpoint = open_checkpoint(folder / "model.safetensors")
     assert checkpoint.kind == "exported"
