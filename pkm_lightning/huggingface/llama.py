@@ -23,8 +23,8 @@ _BLOCK = {
 
 def is_llama(model: Transformer) -> bool:
     """Returns whether Llama computes what `model` does: SwiGLU of one width in every layer, and nothing else."""
-    widths = {_width(block.ffn) for block in model.blocks}
-    return len(widths) == 1 and None not in widths
+    widths = {_width(plugin) for _, _, plugin in model.plugins()}
+    return len(widths) == 1 and None not in widths and all(name == "ffn" for _, name, _ in model.plugins())
 
 
 def _width(ffn: object) -> int | None:

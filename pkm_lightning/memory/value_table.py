@@ -207,7 +207,7 @@ class ValueTable(nn.Module):
     def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
         """Returns the lines `ids` one by one, in the table's dtype."""
         K = ids_TK.shape[1]
-        ones_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
+        ones_TK = torch.ones(ids_TK.shape, dtype=torch.float32, device=ids_TK.device)
         return self(ids_TK, ones_TK, torch.arange(K, device=ids_TK.device).expand_as(ids_TK), K)
 
     @property

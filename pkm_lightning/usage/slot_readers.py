@@ -1,8 +1,9 @@
 """Readers of slots: every `Slots` of every layer's plugins, by a name, and the tables that several layers share.
 
-Names are `layer3.slot`, or `layer3.base.expert` and `layer3.variant.slot` where two FFNs stand side by side. A set of
-tables is `table0`, `table1`, ... in the order of its first layer. PEER's two tables, which are read by the same ids,
-are one set, and so are all tables that a reader connects: row n of each of them is one slot.
+Names are `layer3.slot`, or `layer3.base.expert` and `layer3.variant.slot` where two FFNs stand side by side, and
+`layer3.before.slot` and `layer3.after.slot` of plugins in front of and behind a layer. A set of tables is `table0`,
+`table1`, ... in the order of its first layer. PEER's two tables, which are read by the same ids, are one set, and so are
+all tables that a reader connects: row n of each of them is one slot.
 
 Letters: C reads per token over all heads.
 """
@@ -109,7 +110,7 @@ def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, 
     readers = {}
     for layer, part, plugin in model.plugins():
         if isinstance(plugin, HasSlots):
-            place, declared = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
+            place, declared = f"layer{layer}.{part}".replace(".ffn", "", 1), plugin.slots()
             check_slots(place, plugin, declared)
             names = tuple(slots.name for slots in declared)
             for slots in declared:

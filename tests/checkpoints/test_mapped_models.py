@@ -20,6 +20,8 @@ FFNS = {
     "peer": [],
     "ultramem": ["table.learning=dense"],
     "ultramem_v2": [],
+    "ple": [],
+    "stem": [],
 }
 
 

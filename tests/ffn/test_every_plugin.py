@@ -35,6 +35,7 @@ OPTIONS = [
     Case("ultramem_v2", {"value_dim": 6, "cores": 2, "balance_loss": 0.1, "balance_counts": "preselected"}, "cores"),
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
     Case("peer", {"shared_keys": False}, "keys per head"),
+    Case("ple", {"context": False, "activation": "silu"}, "rows alone"),
 ]
 NAMES = sorted(
     path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem not in ("custom", "pretrained")

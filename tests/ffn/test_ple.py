@@ -122,7 +122,7 @@ def test_cost_counts_three_matrices_and_one_slice() -> None:
 
 def test_the_projection_needs_the_token_embedding() -> None:
     x_BTD, context = inputs()
-    with pytest.raises(ConfigError, match="ffn.context=true reads the token embeddings, which this model does not"):
+    with pytest.raises(ConfigError, match=r"ffn\.context=true reads the token embeddings, which this model"):
         build()[0][0](x_BTD, context._replace(embedding_BTD=None))
     build(context=False)[0][0](x_BTD, context._replace(embedding_BTD=None))
 

@@ -77,7 +77,9 @@ def copied(model: Any) -> tuple[list[PLE], ValueTable]:
     dtype = model.embed_tokens.weight.dtype
     table = ValueTable(rows=W, dim=L * VALUES, slices=L).to(dtype)
     sizes: dict[str, Any] = {"dim": DIM, "n_layers": L, "vocab_size": W, "value_dim": VALUES, "norm_eps": 1e-6}
-    layers = [PLE(**sizes, table=table, table_reader=n, context=True, activation="gelu_tanh").to(dtype) for n in range(L)]
+    layers = [
+        PLE(**sizes, table=table, table_reader=n, context=True, activation="gelu_tanh").to(dtype) for n in range(L)
+    ]
     with torch.no_grad():
         table.weight.copy_(model.embed_tokens_per_layer.weight.view(W * L, VALUES))
         for ours, theirs, projection_VD in zip(

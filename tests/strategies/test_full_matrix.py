@@ -1,4 +1,4 @@
-"""Every strategy, number of ranks, shard, way of learning and FFN against one process: 130 runs of 30 steps.
+"""Every strategy, number of ranks, shard, way of learning and FFN against one process: 170 runs of 30 steps.
 
 `RANKS_MATRIX=FILE.csv pytest -m slow tests/strategies/test_full_matrix.py` writes one line per case; started again, it
 skips the cases in the file.
@@ -24,7 +24,8 @@ SPLIT = [
         ("memory_plus", "peer", "ultramem"), ("rows", "dense"), ("dim", "row")
     )
 ]
-CASES = list(itertools.product((2, 4), [*SPLIT, "ffn=moe"], STRATEGIES))
+BY_TOKEN = [f"ffn={ffn} table.shard={shard}" for ffn, shard in itertools.product(("ple", "stem"), ("dim", "row"))]
+CASES = list(itertools.product((2, 4), [*SPLIT, *BY_TOKEN, "ffn=moe"], STRATEGIES))
 
 
 @functools.cache
