@@ -34,7 +34,7 @@ then from the inputs and the output of its forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ class TableRead:
         table: the table that is called.
         ids: ids per read K; an id is the number of a row, or of a slice where the table has slices.
         reads: reads per token.
-        groups: sums per read where the table is called with groups, else 0 (one sum).
+        groups: sums per read where the table is called with groups, else 0 (one sum); for `gather` equal to `ids`.
         dot: the call is `table.dot`, else a weighted sum.
+        gather: the call is `table.gather`, which exchanges and stages ids without weights.
     """
 
     table: ValueTable
@@ -160,6 +161,8 @@ class TableRead:
     reads: int = 1
     groups: int = 0
     dot: bool = False
+    # Not compared: a plugin may describe the call by its ids and groups alone, which overestimates the bytes a little.
+    gather: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

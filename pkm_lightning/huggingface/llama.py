@@ -23,8 +23,9 @@ _BLOCK = {
 
 def is_llama(model: Transformer) -> bool:
     """Returns whether Llama computes what `model` does: SwiGLU of one width in every layer, and nothing else."""
-    widths = {_width(plugin) for _, _, plugin in model.plugins()}
-    return len(widths) == 1 and None not in widths and all(name == "ffn" for _, name, _ in model.plugins())
+    widths = {_width(block.ffn) for block in model.blocks}
+    is_ffn_alone = all(name == "ffn" for _, name, _ in model.plugins())
+    return is_ffn_alone and len(widths) == 1 and None not in widths
 
 
 def _width(ffn: object) -> int | None:

@@ -21,7 +21,7 @@ STRATEGIES = ("ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
 SPLIT = [
     f"ffn={ffn} table.shard={shard} table.learning={learning}"
     for ffn, learning, shard in itertools.product(
-        ("memory_plus", "peer", "ultramem"), ("rows", "dense"), ("dim", "row")
+        ("memory_plus", "peer", "ultramem", "engram ffn.end_id=0"), ("rows", "dense"), ("dim", "row")
     )
 ]
 BY_TOKEN = [f"ffn={ffn} table.shard={shard}" for ffn, shard in itertools.product(("ple", "stem"), ("dim", "row"))]
