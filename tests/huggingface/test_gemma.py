@@ -90,10 +90,10 @@ def copied(model: Any) -> tuple[list[PLE], ValueTable]:
         for ours, theirs, projection_VD in zip(
             layers, model.layers, model.per_layer_model_projection.weight.split(VALUES), strict=True
         ):
-            assert ours.context is not None
-            assert ours.context_norm is not None
-            ours.context.weight.copy_(projection_VD)
-            ours.context_norm.weight.copy_(model.per_layer_projection_norm.weight)
+            assert ours.projection is not None
+            assert ours.projection_norm is not None
+            ours.projection.weight.copy_(projection_VD)
+            ours.projection_norm.weight.copy_(model.per_layer_projection_norm.weight)
             ours.gate.weight.copy_(theirs.per_layer_input_gate.weight)
             ours.up.weight.copy_(theirs.per_layer_projection.weight)
             ours.norm.weight.copy_(theirs.post_per_layer_input_norm.weight)
@@ -126,12 +126,12 @@ def test_outputs_and_all_gradients_are_those_of_gemma(
         upstream_BTD = torch.randn_like(y_BTD)
         losses = losses + torch.stack([(y * upstream_BTD).sum() for y in (y_BTD, expected_BTD)])
         part = model.layers[number]
-        assert layer.context is not None
+        assert layer.projection is not None
         ours += [x_BTD, layer.gate.weight, layer.up.weight, layer.norm.weight]
         theirs += [given_BTD, part.per_layer_input_gate.weight, part.per_layer_projection.weight]
         theirs += [part.post_per_layer_input_norm.weight]
-    gains = [layer.context_norm.weight for layer in layers if layer.context_norm is not None]
-    projections = [layer.context.weight for layer in layers if layer.context is not None]
+    gains = [layer.projection_norm.weight for layer in layers if layer.projection_norm is not None]
+    projections = [layer.projection.weight for layer in layers if layer.projection is not None]
     shared = [
         model.embed_tokens_per_layer.weight, model.per_layer_model_projection.weight,
         model.per_layer_projection_norm.weight, model.embed_tokens.weight,
