@@ -19,7 +19,7 @@ __all__ = ["PLE"]
 
 
 class PLE(TokenTableFFN):
-    """The per-layer embeddings of Gemma 3n and Gemma 4, by transformers' `gemma3n` and `gemma4`:
+    """The per-layer embeddings of Gemma 3n and Gemma 4, as transformers computes them (`gemma3n`, `gemma4`):
 
         p = (sqrt(V) E_l[x] + RMSNorm(W_c e)) / sqrt(2)        (sqrt(V) E_l[x] without `context`)
         y = RMSNorm(W_up (act(W_gate h) * p))
@@ -37,7 +37,7 @@ class PLE(TokenTableFFN):
     | Gemma | here |
     |---|---|
     | `embed_tokens_per_layer` | the table |
-    | `per_layer_model_projection` (its rows of layer l), `per_layer_projection_norm` | `projection`, `projection_norm` |
+    | `per_layer_model_projection` (rows of layer l), `per_layer_projection_norm` | `projection`, `projection_norm` |
     | `per_layer_input_gate`, `per_layer_projection`, `post_per_layer_input_norm` | `gate`, `up`, `norm` |
     | `hidden_size_per_layer_input` | `value_dim` V |
 
@@ -108,7 +108,7 @@ class PLE(TokenTableFFN):
         """Returns what is added to the residual stream `x_BTD`; the trace holds the rows read.
 
         Raises:
-            ConfigError: `context` without the token embeddings that `ffn.context=true` reads.
+            ConfigError: `ffn.context=true`, and no token embeddings in `context`.
         """
         p_BTV = self.read(context).to(x_BTD.dtype) * self.read_dim**0.5
         if self.projection is not None and self.projection_norm is not None:
