@@ -66,6 +66,11 @@ CASES = [
         "ffn=ultramem_v2 table.shard=dim table.learning=rows",
         marks=pytest.mark.slow,
     ),
+    pytest.param("ddp", 4, "ffn=ple table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, "ffn=ple table.shard=dim table.learning=dense", marks=pytest.mark.slow),
+    pytest.param("deepspeed_3", 2, "ffn=ple table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("ddp", 2, "ffn=stem table.shard=dim table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 4, "ffn=stem table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
     pytest.param(
         "ddp",
