@@ -275,6 +275,8 @@ def _update(  # type: ignore[no-untyped-def]
     numbers,
 ):
     n_chunks = scratch.shape[0]
+    # As arrays of rows, which is what `_prefetch_row` takes.
+    row_sum_N1, last_step_N1 = row_sum.reshape((-1, 1)), last_step.reshape((-1, 1))
     for chunk in prange(n_chunks):
         total, line, line_bits = scratch[chunk, 0], scratch[chunk, 1], bits[chunk, 1]
         for segment in range(chunk * rows.shape[0] // n_chunks, (chunk + 1) * rows.shape[0] // n_chunks):
@@ -284,6 +286,8 @@ def _update(  # type: ignore[no-untyped-def]
                 _prefetch_row(table, coming)
                 _prefetch_row(exp_avg, coming)
                 _prefetch_row(exp_avg_sq, coming)
+                _prefetch_row(row_sum_N1, coming)
+                _prefetch_row(last_step_N1, coming)
             _add_reads(segment, order, starts, coefficients, sources, source_rows, total, line, line_bits)
             _load(table, row, line, line_bits)
             _apply(
