@@ -27,6 +27,8 @@ _CHANGEABLE = (
     "trainer.accelerator",
     "table.shard",
     "table.group",
+    "table.path",
+    "table.tensor",
 )
 _ABSENT = object()
 _GROUPS = ("model", "ffn", "data", "optim", "placement", "table", "trainer")
@@ -94,7 +96,8 @@ def check_groups(config: Any, source: str) -> None:
     """
     if not isinstance(config, dict) or not {"model", "ffn", "data"} <= config.keys():
         raise RunDirectoryError(f"{source} is not a configuration of this package.")
-    for group in (*_GROUPS, *_OPTIONAL_GROUPS):
+    # Most configurations have no further variants.
+    for group in (*_GROUPS, *_OPTIONAL_GROUPS, *({"extra_ffns"} & config.keys())):
         value = config.get(group, _ABSENT)
         if not isinstance(value, dict) and (group in _GROUPS or value is not None):
             problem = "lacks the group" if value is _ABSENT else f"has a {type(value).__name__} in place of the group"
@@ -212,7 +215,9 @@ def _is_default(arguments: Mapping[str, Any], name: str) -> bool:
     if "_target_" not in arguments:
         return arguments[name] is None or arguments[name] == []
     parameter = inspect.signature(target_class(arguments, name)).parameters.get(name)
-    return parameter is not None and bool(parameter.default == arguments[name])
+    if parameter is None:  # a key of the builder
+        return arguments[name] is None
+    return bool(parameter.default == arguments[name])
 
 
 def _shown(value: Any) -> str:

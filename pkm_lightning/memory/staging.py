@@ -104,7 +104,8 @@ class RowStage:
         elif self._coefficients.length:
             self._add_factors(*_unit_factors(ids_L, _sum_dtype(source_rows_XV)), source_rows_XV)
         self._ids.append(ids_L, torch.int32)
-        self._rows.append(source_rows_XV, source_rows_XV.dtype)
+        # To the table: lines that were fetched ahead have their gradient where the model is.
+        self._rows.append(source_rows_XV.to(ids_L.device), source_rows_XV.dtype)
 
     def _add_factors(self, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor) -> None:
         """Appends coefficients and sources, after those that the reads before them imply."""

@@ -13,8 +13,8 @@ from toys import DIM, VOCAB, Constant, dense, memory_ffns, memory_plus, transfor
 
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Transformer, model_cost
-from pkm_lightning.model.plugin_outputs import ParallelFFN
 from pkm_lightning.model.accounting import optimizer_bytes
+from pkm_lightning.model.plugin_outputs import ParallelFFN
 
 LOOKUP_FLOPS = 2 * 2 * 3 * 10  # a layer: 2 heads x 3 rows x 10 values, a multiplication and an addition each
 
