@@ -143,8 +143,9 @@ def step_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, *, parts:
     def checked(step: Step) -> float:
         if isinstance(step, RowsStep) and step.parts < 4:
             return 0.0  # nothing is updated; the whole step is checked
-        rule = "row_adagrad" if isinstance(step, RowsStep) and step.optimizer.rows.rule.name == "row_adagrad" else "adam"
-        return error(rule, not (isinstance(step, EmbeddingStep) and step.sparse), step)
+        is_adagrad = isinstance(step, RowsStep) and step.optimizer.rows.rule.name == "row_adagrad"
+        clips = not (isinstance(step, EmbeddingStep) and step.sparse)
+        return error("row_adagrad" if is_adagrad else "adam", clips, step)
 
     return Case(
         sizes=f"{sizes} {dtype}".replace("torch.", ""),

@@ -23,6 +23,8 @@ TWO = [
     ["strategy=ddp", "ffn=memory_plus", "table.shard=row"],
     ["strategy=ddp", "ffn=peer", "table.shard=dim"],
     ["strategy=ddp", "ffn=ultramem", "table.shard=row"],
+    ["strategy=ddp", "ffn=engram", "table.shard=dim"],
+    ["strategy=ddp", "ffn=engram", "table.shard=row"],
     ["strategy=ddp", "ffn=memory", "ffn.cures.straight_through=true"],
     ["strategy=ddp", "ffn=pkm", "trainer.accumulate_grad_batches=2"],
     ["strategy=fsdp", "ffn=dense"],

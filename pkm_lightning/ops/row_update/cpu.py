@@ -2,8 +2,8 @@
 
 The sum of a row is kept in a scratch line that stays in the first-level cache. Row and state are read and written once.
 They are prefetched some rows ahead, because hardware cannot predict which row comes next: this halves the time of lazy
-Adam. So are source rows that belong to one read each: this halves the time of the norm. For the norm the sum is computed
-a second time instead of being stored: reading is cheaper than writing.
+Adam. So are source rows that belong to one read each: this halves the time of the norm. For the norm the sum is
+computed a second time instead of being stored: reading is cheaper than writing.
 
 Letters: N rows, V values per row, U rows that were read, L reads, C chunks, which have two scratch lines each.
 """
