@@ -67,7 +67,7 @@ def compile_module(name: str, target: GPUTarget, *, once: bool) -> None:
         needs = machine_code(compiled) if target.backend == "cuda" else {}
         sizes_text = " ".join(f"{name}={value}" for name, value in sizes.items())
         line = {"target": f"{target.backend} {target.arch}", "module": name, "kernel": kernel.fn.__name__}
-        csv.writer(sys.stdout).writerow([*(line | {"sizes": sizes_text, "elements": elements} | needs).values()])
+        csv.writer(sys.stdout, lineterminator="\n").writerow([*(line | {"sizes": sizes_text, "elements": elements} | needs).values()])
 
 
 def machine_code(compiled: Any) -> dict[str, int]:
@@ -91,6 +91,6 @@ def machine_code(compiled: Any) -> dict[str, int]:
 
 if __name__ == "__main__":
     columns = ["target", "module", "kernel", "sizes", "elements", "registers", "local", "shared", "widest_load"]
-    csv.writer(sys.stdout).writerow(columns)
+    csv.writer(sys.stdout, lineterminator="\n").writerow(columns)
     for module_name in kernel_modules():
         compile_module(module_name, TARGETS[sys.argv[1]], once="--once" in sys.argv)
