@@ -25,6 +25,8 @@ TWO = [
     ["strategy=ddp", "ffn=ultramem", "table.shard=row"],
     ["strategy=ddp", "ffn=ple", "table.shard=dim"],
     ["strategy=ddp", "ffn=stem", "table.shard=row"],
+    ["strategy=ddp", "ffn=engram", "table.shard=dim"],
+    ["strategy=ddp", "ffn=engram", "table.shard=row"],
     ["strategy=ddp", "ffn=memory", "ffn.cures.straight_through=true"],
     ["strategy=ddp", "ffn=pkm", "trainer.accumulate_grad_batches=2"],
     ["strategy=fsdp", "ffn=dense"],
