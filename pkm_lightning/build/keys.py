@@ -26,8 +26,8 @@ _LARGEST_WORLD = 2**20
 _NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
 #: Arguments that the builder passes.
 _BUILT = {
-    "ffn": ("dim", "layer", "n_layers", "table"),
-    "model.base_ffn": ("dim", "layer", "n_layers"),
+    "ffn": ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader"),
+    "model.base_ffn": ("dim", "layer", "n_layers", "vocab_size"),
     "table": ("rows", "dim"),
     "optim.optimizer": ("params",),
 }
@@ -137,6 +137,9 @@ class TableKeys(TypedDict):
     """`table`, whose other keys `ValueTable` takes."""
 
     shared: bool
+    trainable: NotRequired[bool]
+    path: NotRequired[str | None]
+    tensor: NotRequired[str | None]
     optimizer: NotRequired[dict[str, Any]]
     shard: NotRequired[str]
     group: NotRequired[int | str]

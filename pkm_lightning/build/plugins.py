@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
+from pkm_lightning.build.stored_tables import RowsOnFile
 from pkm_lightning.build.variants import MAIN, Variant, naming, variants
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range
 from pkm_lightning.ffn import TableSpec
@@ -20,7 +21,7 @@ from pkm_lightning.model.plugin_outputs import ParallelFFN
 Config = Mapping[str, Any]
 
 #: Keys of `table` that a `ValueTable` does not take.
-_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
+_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group", "trainable", "path", "tensor")
 
 
 @dataclass
@@ -106,13 +107,13 @@ def _places(of_all: list[Variant], n_layers: int) -> list[dict[str, int]]:
 
 
 def _tables_of(groups: list[list[ValueTable]], place: int) -> dict[str, Any]:
-    """Returns the keywords `table` (one table, or a list) and `table_number` of the plugin at `place` of its variant's
-    layers; without tables the number is that of the plugin."""
+    """Returns the keywords `table` (one table, or a list), `table_number` and `table_reader` of the plugin at `place`
+    of its variant's layers; without tables the number is that of the plugin."""
     if not groups:
-        return {"table_number": place}
-    number = place % len(groups)
+        return {"table_number": place, "table_reader": 0}
+    reader, number = divmod(place, len(groups))
     group = groups[number]
-    return {"table": group[0] if len(group) == 1 else group, "table_number": number}
+    return {"table": group[0] if len(group) == 1 else group, "table_number": number, "table_reader": reader}
 
 
 def _build_tables(variant: Variant, config: Config, n_placed: int, mesh: TableMesh | None) -> list[list[ValueTable]]:
@@ -130,22 +131,31 @@ def _build_tables(variant: Variant, config: Config, n_placed: int, mesh: TableMe
         )
     check_flag("table.shared", variant.table["shared"])
     settings = {name: value for name, value in variant.table.items() if name not in _TABLE_BUILDER_KEYS}
-    groups = []
-    for number in range(1 if variant.table["shared"] else n_placed):
-        spec = _table_spec(variant, cls, config["model"], number)
-        shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
-        if mesh is not None:
+    n_groups = 1 if variant.table["shared"] else n_placed
+    groups: list[list[ValueTable]] = []
+    for number in range(n_groups):
+        counts = {"table_number": number, "table_readers": n_placed // n_groups}
+        spec = _table_spec(variant, cls, config["model"], counts)
+        shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std}
+        # Every rank reads a file for itself.
+        if mesh is not None and variant.table.get("device") != "mmap":
             shape["mesh"] = mesh
         if spec.slices > 1:
             shape["slices"] = spec.slices
-        groups.append([instantiate(settings, "table", **shape) for _ in range(spec.count)])
+        files = [
+            RowsOnFile(variant.table, spec, number * spec.count + place, n_groups * spec.count)
+            for place in range(spec.count)
+        ]
+        groups.append([instantiate(settings, "table", **shape, **file.keywords()) for file in files])
+        for table, file in zip(groups[-1], files, strict=True):
+            table.first_rows = file.first_rows
     return groups
 
 
-def _table_spec(variant: Variant, cls: Any, model: Config, number: int) -> TableSpec:
-    """Returns the checked tables that the plugin of the table `number` requests."""
+def _table_spec(variant: Variant, cls: Any, model: Config, counts: dict[str, int]) -> TableSpec:
+    """Returns the checked tables that the plugin requests for a table of this number and these readers."""
     arguments = {str(k): v for k, v in variant.ffn.items() if not str(k).startswith("_")}
-    sizes = {name: int(model[name]) for name in ("dim", "n_layers", "vocab_size")} | {"table_number": number}
+    sizes = {name: int(model[name]) for name in ("dim", "n_layers", "vocab_size")} | counts
     parameters = inspect.signature(cls.table_spec).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         sizes = {name: value for name, value in sizes.items() if name in parameters}

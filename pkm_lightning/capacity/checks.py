@@ -12,7 +12,7 @@ from pkm_lightning.capacity.setting import Setting, device_count, precision_name
 from pkm_lightning.errors import ConfigError, check_range
 from pkm_lightning.ffn import HasReads
 from pkm_lightning.memory.mesh import check_dim, check_rows
-from pkm_lightning.ops.row_update import find_rule, rule_names
+from pkm_lightning.ops.row_update import RowRule, find_rule, rule_names
 
 if TYPE_CHECKING:
     from pkm_lightning.capacity.figures import Plan
@@ -136,10 +136,15 @@ def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tup
     if has_tables and setting.learning == "dense":
         changes.append(("table.learning=rows", {"table.learning": "rows"}))
     if has_tables:
+        # Rules without a first moment refuse another first number.
+        betas = (0.0, 0.95)
         changes += [
-            (f"table/optimizer={rule}", {"table.learning": "rows", "table.optimizer": {"rule": rule}})
+            (
+                f"table/optimizer={rule.name}",
+                {"table.learning": "rows", "table.optimizer": {"rule": rule.name, "betas": betas}},
+            )
             for rule in _frugal_rules()
-            if rule != setting.rule
+            if rule.name != setting.rule.name
         ]
     if has_tables:
         split = [n for n in range(setting.members + 1, setting.world + 1) if setting.world % n == 0]
@@ -169,9 +174,10 @@ def _smaller_activations(setting: Setting) -> list[tuple[str, dict[str, Any]]]:
     return [(words, change), *divided, *both]
 
 
-def _frugal_rules() -> list[str]:
-    """Adaptive row optimizers that keep numbers per row only."""
-    return [name for name in rule_names() if {state.per for state in find_rule(name).state.values()} == {"row"}]
+def _frugal_rules() -> list[type[RowRule]]:
+    """Adaptive row optimizers that keep no numbers per value."""
+    rules = [find_rule(name) for name in rule_names()]
+    return [rule for rule in rules if rule.state and all(state.per != "value" for state in rule.state.values())]
 
 
 def _more_devices(config: Mapping[str, Any], setting: Setting, *, has_tables: bool) -> list[tuple[str, dict[str, Any]]]:

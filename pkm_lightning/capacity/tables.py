@@ -16,7 +16,7 @@ from torch import nn
 from pkm_lightning.ffn import HasReads, TableRead
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.replicas import received_bytes
-from pkm_lightning.ops.row_update import find_rule, state_bytes
+from pkm_lightning.ops.row_update import state_bytes
 
 if TYPE_CHECKING:
     from pkm_lightning.capacity.setting import Setting
@@ -85,7 +85,7 @@ class _OneTable:
         self.width = table.dim // table.slices
         self.lines = -(-table.n_lines // self.members) if self.shard == "row" else table.n_lines
         self.columns = -(-self.width // self.members) if self.shard == "dim" else self.width
-        self.trained = table.learns
+        self.trained, self.mapped = table.learns, table.is_mapped
         self.learning = setting.learning if split else table.learning
         # In host memory each rank drops reads of other ranks' rows before staging.
         self.on_host = setting.tables_on_host
@@ -95,7 +95,8 @@ class _OneTable:
 
     def figures(self, calls: Sequence[TableRead] | None) -> TableFigures:
         """Returns the figures, given the reads of one forward (None: unknown)."""
-        part = self.lines * self.columns * self.item
+        # Rows that stay in a file are no memory of the process.
+        part = 0 if self.mapped else self.lines * self.columns * self.item
         dense = self.trained and self.learning == "dense"
         states = 2 * part if dense else self._row_states() if self.trained else 0
         memory = TableFigures(part=part, gradients=part if dense else 0, states=states)
@@ -104,7 +105,7 @@ class _OneTable:
     def _row_states(self) -> int:
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.item]
         weight = torch.empty(self.lines, self.columns, dtype=dtype, device="meta")
-        return state_bytes(find_rule(self.setting.rule), weight)
+        return state_bytes(self.setting.rule, weight)
 
     def _of_reads(self, calls: Sequence[TableRead] | None, part: int, *, dense: bool) -> TableFigures:
         replicas = 2 * (self.replicas - 1) * part // self.replicas if dense else 0
@@ -138,19 +139,22 @@ class _OneTable:
         if self.shard == "none":
             return 0
         # An int32 id, its weight, and an int32 group.
-        per_id = 4 + self.item + (4 if call.groups else 0)
+        per_id = 4 if call.gather else 4 + self.item + (4 if call.groups else 0)
         return (self.members - 1) * self._own_reads(call) * call.ids * per_id + self._outputs(call)
 
     def _backward(self, call: TableRead) -> int:
         if self.shard == "none":
             return 0
-        return (self.members - 1) * self._own_reads(call) * call.ids * self.item + self._outputs(call)
+        weights = 0 if call.gather else (self.members - 1) * self._own_reads(call) * call.ids * self.item
+        return weights + self._outputs(call)
 
     def _staged(self, call: TableRead) -> tuple[int, int]:
         """Returns the staged reads and source rows of all members for one call."""
         reads = self.members * self._own_reads(call)
         ids = reads * call.ids
-        return (-(-ids // self.members) if self.own_lines_only else ids), reads * max(1, call.groups)
+        kept = -(-ids // self.members) if self.own_lines_only else ids
+        # A line that is read by itself has a source row of its own.
+        return kept, kept if call.gather else reads * max(1, call.groups)
 
     def _staged_figures(self, staged: list[tuple[int, int]]) -> TableFigures:
         reads, sources = sum(ids for ids, _ in staged), sum(rows for _, rows in staged)
@@ -159,8 +163,11 @@ class _OneTable:
         exchanged, merged, touched = self._exchange(reads, sources)
         ring = 2 * (self.members - 1) * touched * self.sum_bytes // self.members
         # A rule that needs the squares of whole rows: `dim` leaves each rank only a part of each row.
-        needs_sums = find_rule(self.setting.rule).needs_mean_squares
-        statistics = ring if needs_sums and self.shard == "dim" else 0
+        rule = self.setting.rule
+        statistics = ring if rule.needs_mean_squares and self.shard == "dim" else 0
+        # A rule that needs the sums of whole columns: `row` leaves each rank only some of the rows.
+        if rule.needs_column_sums and self.shard == "row":
+            statistics += 2 * (self.members - 1) * self.columns * self.sum_bytes // self.members
         return TableFigures(staged=buffers, merged=merged, replicas=exchanged, statistics=statistics)
 
     def _exchange(self, reads: int, sources: int) -> tuple[int, int, int]:

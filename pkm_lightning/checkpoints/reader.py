@@ -93,7 +93,8 @@ class SavedCheckpoint:
             else:
                 self._content = _archive(self.path)
         self.skeleton: Any = self._content.skeleton
-        self.shapes = self._content.shapes
+        self.shapes = dict(self._content.shapes)
+        self._included: dict[str, tuple[MappedFile, Tensor]] = {}
 
     def check_content(self) -> None:
         """Refuses a checkpoint of another package.
@@ -208,18 +209,38 @@ class SavedCheckpoint:
         with self._damage_reported():
             return dict(restore(skeleton, self._content.mapped(names)))
 
+    def include(
+        self, rows: Mapping[str, tuple[MappedFile, Tensor]], config: Mapping[str, Any], digests: Sequence[str]
+    ) -> None:
+        """Adds tensors that lie in files of their own to those that `chunks` returns, for an export.
+
+        Args:
+            rows: mapped tensors by their names.
+            config: in which they are weights like the others.
+            digests: names of the tensors that stood for them.
+        """
+        for name in digests:
+            del self.shapes[name]
+        for name, (file, values) in rows.items():
+            self.shapes[name], self._included[name] = (values.shape, values.dtype), (file, values)
+        self.skeleton = {**self.skeleton, "hyper_parameters": {"config": dict(config)}}
+
     def chunks(self, name: str) -> list[Chunk]:
         """Returns the mapped blocks of a tensor: one, or as many as ranks wrote.
 
         Raises:
             CheckpointError: a file is damaged.
         """
+        if name in self._included:
+            return [Chunk((0, 0), self._included[name][1])]
         with self._damage_reported():
             return self._content.chunks(name)
 
     def forget(self) -> None:
         """Releases the memory of all pages read through `chunks` so far."""
         self._content.forget()
+        for file, _ in self._included.values():
+            file.forget()
 
     def _part(self, without: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         skeleton = {key: value for key, value in self.skeleton.items() if key not in without}
