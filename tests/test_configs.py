@@ -30,8 +30,8 @@ OPTIONS = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if path.parent not in (CONFIGS, *SHARED, PREPARED) and path not in PRETRAINED
 )
-#: FFNs and experiments bring settings of other groups with them: each stands alone.
-ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "experiment="))]
+#: FFNs and experiments bring settings of other groups with them, and layers: each stands alone.
+ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "extra_ffns=", "experiment="))]
 #: The options of the other groups side by side, since composing is what takes the time.
 TOGETHER = itertools.zip_longest(
     *(
