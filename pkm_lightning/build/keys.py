@@ -136,6 +136,9 @@ class TableKeys(TypedDict):
     """`table`, whose other keys `ValueTable` takes."""
 
     shared: bool
+    trainable: NotRequired[bool]
+    path: NotRequired[str | None]
+    tensor: NotRequired[str | None]
     optimizer: NotRequired[dict[str, Any]]
     shard: NotRequired[str]
     group: NotRequired[int | str]

@@ -16,6 +16,7 @@ import torch
 
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_meta_model, build_model, check_foreign_plugins, weight_dtype
+from pkm_lightning.build.stored_tables import check_stored_rows
 from pkm_lightning.capacity.setting import PRECISIONS
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import (
@@ -127,8 +128,8 @@ def load(
         pretrained: LoadedModel = room.load_path(Path(path), device=device, precision=precision)
         return pretrained
     weights = find_weights(Path(path))
-    check_mappable(weights, table_device)
     checkpoint = open_checkpoint(weights)
+    check_mappable(checkpoint, table_device)
     config = checkpoint.config
     if not trust_config:
         check_trusted({group: config.get(group) for group in _MODEL_GROUPS}, str(weights))
@@ -141,6 +142,7 @@ def load(
     check_foreign_plugins(shapes, config)
     expected = {f"model.{name}": tuple(value.shape) for name, value in shapes.state_dict().items()}
     checkpoint.check_weights(expected, later_buffers(shapes, "model."))
+    check_stored_rows(shapes, checkpoint)
     checkpoint.check_sums(without=unread_tensors(shapes, checkpoint))
     with weight_dtype(config), torch.device(device):
         model = build_model(config)
@@ -240,7 +242,7 @@ def load_weights(model: Transformer, checkpoint: SavedCheckpoint) -> None:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint.path} does not fit its configuration ({reason}).") from None
     for table in model.value_tables:
-        if table.is_mapped:
+        if table.is_mapped and table.stored is None:
             for stored in table.state_dict().values():
                 expect_scattered_reads(stored)
 
@@ -252,13 +254,15 @@ def unread_tensors(model: Transformer, checkpoint: SavedCheckpoint) -> set[str]:
     return mapped | {name for name in checkpoint.shapes if name.startswith("optimizer_states.")}
 
 
-def check_mappable(path: Path, table_device: str | None) -> None:
+def check_mappable(checkpoint: SavedCheckpoint, table_device: str | None) -> None:
     """Refuses `table.device=mmap` for a checkpoint of several ranks, whose rows lie in several files.
 
     Raises:
         ConfigError: naming the export that can be mapped.
     """
-    if path.is_dir() and table_device == "mmap":
+    path = checkpoint.path
+    in_checkpoint = not any(name.endswith(".rows_digest") for name in checkpoint.shapes)
+    if checkpoint.kind == "folder" and table_device == "mmap" and in_checkpoint:
         raise ConfigError(
             f"table.device=mmap needs a checkpoint in one file, and {path} is a folder; write one with: "
             f"export ckpt={path} file=model.safetensors."

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
+from pkm_lightning.build.stored_tables import RowsOnFile
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import TableMesh, ValueTable
@@ -25,7 +26,7 @@ from pkm_lightning.model.plugin_outputs import ParallelFFN
 Config = Mapping[str, Any]
 
 #: Keys of `table` that a `ValueTable` does not take.
-_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
+_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group", "trainable", "path", "tensor")
 
 
 @dataclass(frozen=True)
@@ -188,15 +189,23 @@ def _build_tables(variant: Variant, config: Config, n_placed: int, mesh: TableMe
         )
     check_flag("table.shared", variant.table["shared"])
     settings = {name: value for name, value in variant.table.items() if name not in _TABLE_BUILDER_KEYS}
-    groups = []
-    for number in range(1 if variant.table["shared"] else n_placed):
+    n_groups = 1 if variant.table["shared"] else n_placed
+    groups: list[list[ValueTable]] = []
+    for number in range(n_groups):
         spec = _table_spec(variant, cls, config["model"], number)
-        shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
-        if mesh is not None:
+        shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std}
+        # Every rank reads a file for itself.
+        if mesh is not None and variant.table.get("device") != "mmap":
             shape["mesh"] = mesh
         if spec.slices > 1:
             shape["slices"] = spec.slices
-        groups.append([instantiate(settings, "table", **shape) for _ in range(spec.count)])
+        files = [
+            RowsOnFile(variant.table, spec, number * spec.count + place, n_groups * spec.count)
+            for place in range(spec.count)
+        ]
+        groups.append([instantiate(settings, "table", **shape, **file.keywords()) for file in files])
+        for table, file in zip(groups[-1], files, strict=True):
+            table.first_rows = file.first_rows
     return groups
 
 

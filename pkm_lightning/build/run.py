@@ -18,6 +18,7 @@ from pkm_lightning.build.keys import check_keys
 from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins, complete_trunk
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
+from pkm_lightning.build.stored_tables import check_table_keys, with_absolute_paths
 from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
 from pkm_lightning.data.base import vocab_size_of
 from pkm_lightning.errors import ConfigError, check_integer, check_range
@@ -70,6 +71,8 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     """
     config = complete_trunk(config)
     check_keys(config, training=training)
+    check_table_keys(config, training=training)
+    config = with_absolute_paths(config)
     check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")
     check_kind(data, L.LightningDataModule, config["data"], "data")

@@ -81,14 +81,15 @@ class _OneTable:
         self.width = table.dim // table.slices
         self.lines = -(-table.n_lines // self.members) if self.shard == "row" else table.n_lines
         self.columns = -(-self.width // self.members) if self.shard == "dim" else self.width
-        self.trained = table.learns
+        self.trained, self.mapped = table.learns, table.is_mapped
         self.learning = setting.learning if split else table.learning
         # In host memory each rank drops reads of other ranks' rows before staging.
         self.own_lines_only = self.shard == "row" and setting.tables_on_host
 
     def figures(self, calls: Sequence[TableRead] | None) -> TableFigures:
         """Returns the figures, given the reads of one forward (None: unknown)."""
-        part = self.lines * self.columns * self.item
+        # Rows that stay in a file are no memory of the process.
+        part = 0 if self.mapped else self.lines * self.columns * self.item
         dense = self.trained and self.learning == "dense"
         states = 2 * part if dense else self._row_states() if self.trained else 0
         memory = TableFigures(part=part, gradients=part if dense else 0, states=states)

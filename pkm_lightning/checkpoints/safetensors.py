@@ -156,6 +156,18 @@ def map_tensors(file: MappedFile) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise DamagedFileError("its header is unreadable") from None
 
 
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Returns the place of each tensor in any safetensors file, of which only the header is read.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, is empty, or is damaged.
+    """
+    try:
+        return _read_header(MappedFile(path))[1]
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedFileError("its header is unreadable") from None
+
+
 def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
     if len(file) < _LENGTH.size:
         raise DamagedFileError(f"cut short: {len(file)} bytes")

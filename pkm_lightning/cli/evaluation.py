@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import check_mappable, load_weights, saved_tokenizer, unread_tensors
 from pkm_lightning.build.run import make_callbacks, resolve
+from pkm_lightning.build.stored_tables import check_stored_rows
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
 from pkm_lightning.callbacks.without_table import WithoutTable
@@ -30,7 +31,7 @@ from pkm_lightning.training import LanguageModule
 #: Keys that make a run what it is; a command that evaluates it cannot change them.
 _FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
 #: Except for where its table lies.
-_FREE = ("table.device", "table.shard", "table.group")
+_FREE = ("table.device", "table.path", "table.tensor", "table.shard", "table.group")
 
 
 class SavedRun:
@@ -47,8 +48,8 @@ class SavedRun:
 
     def __init__(self, job: Job) -> None:
         self.folder, self.path = locate(job)
-        check_mappable(self.path, OmegaConf.select(job.config, "table.device"))
         self._checkpoint = open_checkpoint(self.path)
+        check_mappable(self._checkpoint, OmegaConf.select(job.config, "table.device"))
         trust, cache = bool(job.config.trust_config), cache_of(plain(job.config))
         if self.folder is not None:
             config = saved_config(self.folder, trust=trust, cache=cache)
@@ -63,11 +64,12 @@ class SavedRun:
             raise ConfigError(
                 f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."
             )
-        if self.is_spread and self.run.config["table"].get("device") == "mmap":
+        if self.is_spread and any(t.is_mapped and t.stored is None for t in self.run.model.value_tables):
             raise ConfigError(
                 "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
         self._checkpoint.check_weights(self.run.weight_shapes, later_buffers(self.run.model, "model."))
+        check_stored_rows(self.run.model, self._checkpoint)
         if not self.is_spread:  # else each rank checks its share when the strategy loads it
             self._checkpoint.check_sums(without=unread_tensors(self.run.model, self._checkpoint))
         if job.verb != "predict":  # which may have prompts of its own

@@ -17,6 +17,7 @@ import torch
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.loading import find_weights, saved_tokenizer
 from pkm_lightning.build.run import ResolvedRun
+from pkm_lightning.build.stored_tables import check_stored_rows
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
 from pkm_lightning.cli.resume import check_groups, is_missing_tokenizer
@@ -96,6 +97,7 @@ class InitialWeights(L.Callback):
                 f"init_from={self._path} does not fit the model of this command ({misfits}); leave out its overrides "
                 f"of {', '.join(ARCHITECTURE)} that change shapes."
             )
+        check_stored_rows(run.model, self.checkpoint)
         self.checkpoint.check_sums(without={n for n in self.checkpoint.shapes if not n.startswith(_WEIGHTS)})
 
     def check_tokenizer(self, data: L.LightningDataModule) -> None:

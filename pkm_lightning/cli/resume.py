@@ -27,6 +27,8 @@ _CHANGEABLE = (
     "trainer.accelerator",
     "table.shard",
     "table.group",
+    "table.path",
+    "table.tensor",
 )
 _ABSENT = object()
 _GROUPS = ("model", "ffn", "data", "optim", "placement", "table", "trainer")
@@ -212,7 +214,9 @@ def _is_default(arguments: Mapping[str, Any], name: str) -> bool:
     if "_target_" not in arguments:
         return arguments[name] is None or arguments[name] == []
     parameter = inspect.signature(target_class(arguments, name)).parameters.get(name)
-    return parameter is not None and bool(parameter.default == arguments[name])
+    if parameter is None:  # a key of the builder
+        return arguments[name] is None
+    return bool(parameter.default == arguments[name])
 
 
 def _shown(value: Any) -> str:

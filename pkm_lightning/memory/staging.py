@@ -84,7 +84,8 @@ class RowStage:
         self._ids.append(ids_L, torch.int32)
         self._coefficients.append(coefficients_L, _sum_dtype(source_rows_XV))
         self._sources.append(sources_L, torch.int32).add_(before)
-        self._rows.append(source_rows_XV, source_rows_XV.dtype)
+        # To the table: lines that were fetched ahead have their gradient where the model is.
+        self._rows.append(source_rows_XV.to(ids_L.device), source_rows_XV.dtype)
 
     def gradient(self, table_NV: Tensor) -> RowGradient | None:
         """Returns the gradient of the staged reads, a mean over ranks; None if no rank has any.

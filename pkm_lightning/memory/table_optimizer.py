@@ -119,6 +119,7 @@ class TableOptimizer(Optimizer):
         gradient = table.stage.gradient(table.weight)
         if gradient is None:
             return
+        version = table.weight._version
         state["step"] += 1
         step = UpdateStep(
             lr=self._table_group["lr"],
@@ -141,6 +142,10 @@ class TableOptimizer(Optimizer):
             scale=table.stage.scale,
             mean_squares_U=mean_squares_U,
         )
+        # Kernels write past autograd, which counts the changes of a tensor.
+        torch.autograd.graph.increment_version(table.weight)
+        if table.prefetcher is not None:
+            table.prefetcher.record_update(table, version, gradient.segments.rows_U)
 
     def _rounding_seed(self, table: ValueTable, step: int) -> int:
         # Parts of a table must not be rounded by the same bits, but replicas of a part must.

@@ -21,6 +21,7 @@ from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model
 from pkm_lightning.build.schedule import configured_schedule
+from pkm_lightning.build.stored_tables import fill_first_rows
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import fingerprint_of, tokenizer_digest, tokenizer_of
 from pkm_lightning.ffn import HasAfterStep
@@ -39,6 +40,7 @@ from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.heldout import HeldoutSum
+from pkm_lightning.training.lookahead import wrap_loaders
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
 
@@ -80,11 +82,13 @@ class LanguageModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
+        wrap_loaders(self._trainer)
         if hasattr(self, "model"):
             return
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         if not self._weights_follow:
+            fill_first_rows(self.model)
             bind_tokenizer(self.model, tokenizer_of(self._data()))
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
@@ -321,10 +325,7 @@ class LanguageModule(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def log_is_due(self) -> bool:
-        """Returns whether this is the last micro-batch of a step that logs.
-
-        Valid from `on_train_batch_start` to `on_train_batch_end`.
-        """
+        """Returns, within a micro-batch's hooks, whether it is the last of a step that logs."""
         due: bool = self._step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return due and not self.trainer.fit_loop._should_accumulate()
 
