@@ -138,7 +138,7 @@ class TableKeys(TypedDict):
     shared: bool
     trainable: NotRequired[bool]
     path: NotRequired[str | None]
-    tensor: NotRequired[str | None]
+    tensor: NotRequired[str | list[str] | None]
     optimizer: NotRequired[dict[str, Any]]
     shard: NotRequired[str]
     group: NotRequired[int | str]

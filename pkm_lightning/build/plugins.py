@@ -91,6 +91,33 @@ def variants(config: Config) -> list[Variant]:
     return found
 
 
+def complete_plugins(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `config` with what plugins with a `complete` read in files about themselves and their tables.
+
+    Raises:
+        PkmError: files that are missing, damaged or contradict the configuration.
+    """
+    model = config["model"]
+    if "_target_" in model:  # a trunk with FFNs of its own
+        return config
+    completed = dict(config)
+    for variant in variants(config):
+        complete = getattr(target_class(variant.ffn, variant.key), "complete", None)
+        if complete is None:
+            continue
+        with _naming(variant.key):
+            places = variant.layers(int(model["n_layers"]))
+            ffn, table = complete(dict(variant.ffn), dict(variant.table), dim=int(model["dim"]), places=places)
+        if variant.key == "ffn":
+            completed |= {"ffn": ffn, "table": table}
+        else:
+            name = variant.key.removeprefix("extra_ffns.").removesuffix(".ffn")
+            extra = config["extra_ffns"][name]
+            kept = {key: table[key] for key in {*(extra.get("table") or {}), "path", "tensor"}}
+            completed["extra_ffns"] = {**completed["extra_ffns"], name: {**extra, "ffn": ffn, "table": kept}}
+    return completed
+
+
 @contextlib.contextmanager
 def _naming(key: str) -> Iterator[None]:
     """Names an extra variant in front of the errors of its parts, whose keys are those of `ffn`."""

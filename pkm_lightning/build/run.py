@@ -16,6 +16,7 @@ from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
 from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins, complete_trunk
+from pkm_lightning.build.plugins import complete_plugins
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.build.stored_tables import check_table_keys, with_absolute_paths
@@ -71,6 +72,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     """
     config = complete_trunk(config)
     check_keys(config, training=training)
+    config = complete_plugins(config)
     check_table_keys(config, training=training)
     config = with_absolute_paths(config)
     check_trainer(config["trainer"])

@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 from pkm_lightning.checkpoints import SavedCheckpoint
-from pkm_lightning.checkpoints.safetensors import Entry, read_entries
+from pkm_lightning.checkpoints.safetensors import Entry
+from pkm_lightning.checkpoints.weight_files import stamp, stored_entries
 from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory.joined_rows import JoinedRows
 from pkm_lightning.memory.stored_rows import StoredRows
 from pkm_lightning.memory.table_rows import copy_rows
 from pkm_lightning.model import Transformer
@@ -33,6 +35,9 @@ Config = Mapping[str, Any]
 
 #: Stands in `table.tensor` for the number of the table, where a model has several.
 _NUMBER = "{}"
+#: Stands there for the number of a part, where a table is stored in several.
+_PART = "*"
+_KEY = "table.path="
 _TABLE_CLASS = "pkm_lightning.memory.ValueTable"
 
 
@@ -168,36 +173,82 @@ def check_stored_rows(model: Transformer, checkpoint: SavedCheckpoint) -> None:
 
 
 def _find(table: Config, spec: TableSpec, number: int, count: int) -> StoredRows:
-    rows, dim, slices = spec.rows, spec.dim, spec.slices
-    path, tensor = Path(str(table["path"])), table.get("tensor")
-    if count > 1 and (tensor is None or _NUMBER not in tensor):
-        shown = "null" if tensor is None else tensor
-        raise ConfigError(
-            f"table.tensor={shown} names one tensor, but this model has {count} tables; write {_NUMBER} for their "
-            f"numbers, as in 'table.tensor=\"tables.{_NUMBER}.weight\"', or share one with table.shared=true."
-        )
-    name = None if tensor is None else str(tensor).replace(_NUMBER, str(number))
-    files = _entries(path, _stamp(path))
-    found = {
-        known: place
-        for known, place in files.items()
-        if (place[1].shape == (rows, dim) if name is None else known == name)
-    }
+    rows, dim = spec.rows, spec.dim
+    path, name = Path(str(table["path"])), _tensor_name(table.get("tensor"), number, count)
+    files = stored_entries(path, _KEY)
+    if name is not None and _PART in name:
+        found = {name: _parts(path, name, files)}
+    elif name is not None:
+        found = {name: [files[name]]} if name in files else {}
+    else:
+        found = {known: [place] for known, place in files.items() if place[1].shape == (rows, dim)}
     if len(found) > 1:
         raise ConfigError(
             f"table.path={path} holds {len(found)} tensors of {rows:,} x {dim} values; choose one with "
             f"table.tensor={' or '.join(sorted(found)[:3])}."
         )
-    if not found:
+    if not any(found.values()):
         raise ConfigError(f"table.path={path} {_missing(name, rows, dim, files)}")
-    ((known, (file, entry)),) = found.items()
-    if entry.shape != (rows, dim) or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
-        shape, kind = " x ".join(f"{size:,}" for size in entry.shape), str(entry.dtype).removeprefix("torch.")
+    ((known, places),) = found.items()
+    entries = [entry for _, entry in places]
+    shape, dtype = _joined_shape(entries), entries[0].dtype
+    is_float = dtype.is_floating_point and dtype.itemsize > 1
+    if shape != (rows, dim) or not is_float or any(entry.dtype != dtype for entry in entries):
+        shown = " x ".join(f"{size:,}" for size in shape)
+        kinds = " and ".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in entries}))
         raise ConfigError(
-            f"table.path={path}: {known} has {shape} values of {kind}, but the model's table has {rows:,} x {dim}, in "
+            f"table.path={path}: {known} has {shown} values of {kinds}, but the model's table has {rows:,} x {dim}, in "
             "16, 32 or 64 bits; change the sizes of ffn, or give another file."
         )
-    return _stored(file, entry.start, entry.dtype, rows * slices, dim // slices, _stamp(file))
+    parts = [(file, entry.start, entry.shape[0] * spec.slices, stamp(file, _KEY)) for file, entry in places]
+    return _stored(path, tuple(parts), dtype, dim // spec.slices)
+
+
+def _tensor_name(tensor: str | Sequence[str] | None, number: int, count: int) -> str | None:
+    """Returns the name of the tensor of table `number` of `count`; None for the one of its shape.
+
+    Raises:
+        ConfigError: the names are too few.
+    """
+    if tensor is not None and not isinstance(tensor, str):
+        if len(tensor) != count:
+            raise ConfigError(
+                f"table.tensor={list(tensor)} names {len(tensor)} tensors, and this model has {count} tables; name one "
+                "per table."
+            )
+        return str(tensor[number])
+    if count > 1 and (tensor is None or _NUMBER not in tensor):
+        shown = "null" if tensor is None else tensor
+        raise ConfigError(
+            f"table.tensor={shown} names one tensor, but this model has {count} tables; write {_NUMBER} for their "
+            f"numbers, as in 'table.tensor=\"tables.{_NUMBER}.weight\"', list a name per table, or share one with "
+            "table.shared=true."
+        )
+    return None if tensor is None else tensor.replace(_NUMBER, str(number))
+
+
+def _parts(path: Path, name: str, files: Mapping[str, tuple[Path, Entry]]) -> list[tuple[Path, Entry]]:
+    """Returns the parts of a table in the order of the numbers for which the star in `name` stands; none if none are.
+
+    Raises:
+        CheckpointError: a number is missing.
+    """
+    pattern = re.compile(re.escape(name).replace(re.escape(_PART), r"(\d+)", 1))
+    numbered = {int(match[1]): place for known, place in files.items() if (match := pattern.fullmatch(known))}
+    missing = next((part for part in range(len(numbered)) if part not in numbered), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"table.path={path} lacks {name.replace(_PART, str(missing), 1)}, a part of a table of "
+            f"{max(numbered) + 1} parts or more; fetch its files again."
+        )
+    return [numbered[part] for part in range(len(numbered))]
+
+
+def _joined_shape(entries: Sequence[Entry]) -> tuple[int, ...]:
+    """Returns the shape of tensors one below the other; that of the first one that is no continuation."""
+    first = entries[0].shape
+    other = next((entry.shape for entry in entries if entry.shape[1:] != first[1:] or not entry.shape), None)
+    return other if other is not None else (sum(entry.shape[0] for entry in entries), *first[1:])
 
 
 def _missing(name: str | None, rows: int, dim: int, files: Mapping[str, tuple[Path, Entry]]) -> str:
@@ -208,55 +259,12 @@ def _missing(name: str | None, rows: int, dim: int, files: Mapping[str, tuple[Pa
     return f"holds no tensor {name} (table.tensor); its largest are {held}."
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Returns what changes with a file, so that its header and digest are read once."""
-    try:
-        state = path.stat()
-    except OSError as error:
-        raise CheckpointError(
-            f"table.path={path} cannot be read ({error.strerror}); it holds the rows of a table: put it back, or name "
-            "the file with table.path=FILE."
-        ) from None
-    return state.st_ino, state.st_size, state.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=8)
-def _entries(path: Path, stamp: tuple[int, int, int]) -> dict[str, tuple[Path, Entry]]:
-    """Returns file and place of each tensor of a file, or of all files of a folder.
-
-    Raises:
-        CheckpointError: there is no such file, or one is damaged.
-    """
-    found = {}
-    for file in _files(path):
-        try:
-            found.update({name: (file, entry) for name, entry in read_entries(file).items()})
-        except OSError as error:
-            raise CheckpointError(f"table.path={path}: {file.name} cannot be read ({error.strerror}).") from None
-        except ValueError as error:
-            raise CheckpointError(f"table.path={path}: {file.name} is no whole safetensors file ({error}).") from None
-    return found
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    index = next(iter(sorted(path.glob("*.safetensors.index.json"))), None)
-    names = sorted(file.name for file in path.glob("*.safetensors"))
-    if index is not None:
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"table.path={path}: {index.name} is unreadable; restore it.") from None
-    if not names:
-        raise CheckpointError(f"table.path={path} holds no .safetensors file; give the file or folder with the rows.")
-    yield from (path / name for name in names)
-
-
 @functools.lru_cache(maxsize=64)
 def _stored(
-    file: Path, start: int, dtype: torch.dtype, lines: int, width: int, stamp: tuple[int, int, int]
+    path: Path, parts: tuple[tuple[Path, int, int, tuple[int, int, int]], ...], dtype: torch.dtype, width: int
 ) -> StoredRows:
-    # One object per file, whose digest is computed once although a command builds its model several times.
-    return StoredRows(path=file, start=start, dtype=dtype, lines=lines, width=width)
+    # One object per table, whose digest is computed once although a command builds its model several times.
+    of_parts = [
+        StoredRows(path=file, start=start, dtype=dtype, lines=lines, width=width) for file, start, lines, _ in parts
+    ]
+    return of_parts[0] if len(of_parts) == 1 else JoinedRows(path, of_parts)
