@@ -1,6 +1,6 @@
 """N-gram tables of a Qwen model on disk (`qwen4_exp` of transformers), read from config.json and safetensors alone.
 
-Each layer that `ple_layer_ids` of config.json lists (from 1 on) has these tensors, `model.layers.L.ple.NAME` (L from 0):
+Each layer in `ple_layer_ids` of config.json (from 1 on) has these tensors, `model.layers.L.ple.NAME` (L from 0):
 
 | NAME | shape | |
 |---|---|---|

@@ -94,9 +94,9 @@ def engram_sizes(folder: NGramFolder, layers: Sequence[int], stream: int | None)
         rows, seed = head_sizes(s.reads, s.rows, numbers[0])[0], s.seed + SEED_STRIDE * numbers[0]
     elif numbers != list(range(len(numbers))):
         raise ConfigError(
-            f"ffn.layers={list(layers)} are not the first {len(numbers)} layers with an n-gram table of {folder.source} "
-            f"({', '.join(map(str, s.layers))}), and the primes follow from the number of the table; take the first ones, "
-            "or one alone (several variants: extra_ffns)."
+            f"ffn.layers={list(layers)} are not the first {len(numbers)} layers with an n-gram table of "
+            f"{folder.source} ({', '.join(map(str, s.layers))}), and primes follow from the number of the table; take "
+            "the first ones, or one alone (several variants: extra_ffns)."
         )
     return {
         "orders": list(range(2, s.order + 1)),
