@@ -25,8 +25,8 @@ _LARGEST_WORLD = 2**20
 _NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
 #: Arguments that the builder passes.
 _BUILT = {
-    "ffn": ("dim", "layer", "n_layers", "table"),
-    "model.base_ffn": ("dim", "layer", "n_layers"),
+    "ffn": ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader"),
+    "model.base_ffn": ("dim", "layer", "n_layers", "vocab_size"),
     "table": ("rows", "dim"),
     "optim.optimizer": ("params",),
 }

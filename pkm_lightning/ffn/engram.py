@@ -207,7 +207,9 @@ class Engram(nn.Module):
             self.addressing.end_id.fill_(end_id)
         if self.canonical:
             if not hasattr(tokenizer, "decode"):
-                raise ConfigError("ffn.canonical=true needs the texts of a tokenizer, which this data has not; set false.")
+                raise ConfigError(
+                    "ffn.canonical=true needs the texts of a tokenizer, which this data has not; set false."
+                )
             known = min(W, getattr(tokenizer, "vocab_size", W))
             folded = torch.tensor(canonical_ids(tokenizer.decode([token]) for token in range(known)))
             self.addressing.canonical_ids[:known].copy_(folded)
@@ -259,7 +261,7 @@ class Engram(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, output: FFNOutput, x_BTD: Tensor, context: FFNContext) -> dict[str, Tensor]:
-        """Returns `memory_gate`, the mean of alpha, and `memory_share`, the mean of |y| / |h|, both over real tokens."""
+        """Returns `memory_gate`, the mean of alpha, and `memory_share`, the mean of |y| / |h|, over real tokens."""
         alpha_BT = self._gate(self._read(self._ids(context), x_BTD), x_BTD).mean((-2, -1))
         share_BT = output.y_BTD.norm(dim=-1) / x_BTD.norm(dim=-1).clamp(min=1e-20)
         valid_BT = torch.ones_like(alpha_BT) if context.valid_BT is None else context.valid_BT.to(alpha_BT.dtype)

@@ -38,7 +38,7 @@ class CausalConvolution(nn.Conv1d):
     def forward(
         self, x_BPD: Float[Tensor, "B P D"], doc_ids_BT: Int64[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """Convolves the last T tokens.
+        """Computes the outputs of the last T tokens.
 
         Args:
             x_BPD: `context` tokens in front, then T tokens.

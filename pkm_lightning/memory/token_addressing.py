@@ -134,7 +134,7 @@ class NGramAddressing(nn.Module):
             # In front of an end-of-text token there are only end-of-text tokens; the last token itself may be one.
             if distance > 1:
                 token_BT = torch.where(later_BT == self.end_id, self.end_id, token_BT)
-            if docs_BP is not None:
+            if docs_BP is not None and doc_ids_BT is not None:
                 token_BT = torch.where(docs_BP[:, window] == doc_ids_BT, token_BT, self.end_id)
             mix_BT = mix_BT ^ (self.canonical_ids[token_BT] * self.multipliers[distance])
             if distance + 1 in self.orders:

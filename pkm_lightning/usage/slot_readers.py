@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pkm_lightning.ffn import HasSlots, Slots
+from pkm_lightning.ffn import HasRowIds, HasSlots, Slots
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Traces, Transformer
 from pkm_lightning.model.plugin_outputs import plugin_entries
@@ -89,11 +89,13 @@ class TableSet:
         name: `table0`, `table1`, ...
         tables: those tables, all with the same number of rows.
         readers: names of the readers, each of which reads at least one of the tables.
+        by_tokens: whether tokens alone decide which rows all of them read.
     """
 
     name: str
     tables: tuple[ValueTable, ...]
     readers: tuple[str, ...]
+    by_tokens: bool = False
 
 
 def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, Reader]:
@@ -136,5 +138,6 @@ def find_tables(readers: dict[str, Reader]) -> dict[str, TableSet]:
     for number, group in enumerate(groups):
         tables = {id(table): table for reader in group for table in reader.slots.tables}
         names = tuple(reader.name for reader in group)
-        sets[f"table{number}"] = TableSet(f"table{number}", tuple(tables.values()), names)
+        by_tokens = all(isinstance(reader.plugin, HasRowIds) for reader in group)
+        sets[f"table{number}"] = TableSet(f"table{number}", tuple(tables.values()), names, by_tokens)
     return sets

@@ -45,6 +45,7 @@ def check(overrides: list[str], names: list[str], tmp_path: Path, steps: int = 5
     ("overrides", "names"),
     [
         (["ffn=ultramem_v2", "placement=middle"], ["layer1.slot"]),
+        (["ffn=engram", "ffn.end_id=0", "ffn.rows=20"], ["layer1.before.slot"]),
         (["ffn=ultramem", "placement=middle"], ["layer1.slot", "layer1.virtual"]),
         (["ffn=moe", "placement=middle"], ["layer1.expert"]),
     ],

@@ -20,6 +20,7 @@ FFNS = {
     "peer": [],
     "ultramem": ["table.learning=dense"],
     "ultramem_v2": [],
+    "engram": ["ffn.rows=20"],
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from ffn.drawn_weights import draw
 from ffn.recorded_reads import recorded_reads
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Case:
 @functools.cache
 def built(case: Case) -> Transformer:
     model = build_model(case.settings())
-    model.init_weights(3)
+    draw(model)
     return model
 
 
@@ -99,8 +100,10 @@ def check_compiled(case: Case, lengths: Sequence[int]) -> None:
     """
     settings = case.settings()
     settings["model"]["n_layers"] = 1
+    if not isinstance(settings["placement"]["layers"], str):
+        settings["placement"]["layers"] = [0]
     model = build_model(settings).train()
-    model.init_weights(3)
+    draw(model)
     compiled = copy.deepcopy(model)
     # The experts' shares of tokens depend on the data.
     whole = not any(isinstance(module, SwiGLUExperts) for module in model.modules())
@@ -284,7 +287,7 @@ class PluginContract:
         for training in (True, False):
             assert run(meta.train(training), ids().to("meta")).hidden_BTD.shape == (2, 9, 14)
         meta.to_empty(device="cpu")
-        meta.init_weights(3)
+        draw(meta)
         assert torch.equal(run(meta.eval(), ids()).hidden_BTD, run(model.eval(), ids()).hidden_BTD)
 
     @pytest.mark.slow

@@ -157,7 +157,7 @@ def test_row_ids_are_the_rows_that_are_read_and_the_trace_weighs_them_by_the_gat
     plugin, x_BTD = engram(streams=3), torch.randn(2, 11, 12)
     context = FFNContext(tokens(), doc_ids_BT=DOCS_BT, observe=True)
     output = plugin(x_BTD, context)
-    (table, ids_TK), = plugin.row_ids(context)
+    ((table, ids_TK),) = plugin.row_ids(context)
     assert table is plugin.slots()[0].tables[0]
     assert torch.equal(output.trace["slot_ids"].flatten(0, 1), ids_TK)
     output.y_BTD.sum().backward()
@@ -243,7 +243,10 @@ def test_tables_of_several_layers_have_other_primes_and_other_hashes() -> None:
         ({"orders": [3, 3]}, r"^ffn.orders=\[3, 3\] must list"),
         ({"rows": 2}, r"^ffn.rows=2 is too few for the distinct primes of 4 heads"),
         ({"rows": 2**31}, r"^ffn.rows=2147483648 for 4 heads are more than 2,147,483,647 rows"),
-        ({"row_dim": None, "heads": 5}, r"^ffn.row_dim=null divides model.dim=12 by 10 reads per token, .* set ffn.row_"),
+        (
+            {"row_dim": None, "heads": 5},
+            r"^ffn.row_dim=null divides model.dim=12 by 10 reads per token, .* set ffn.row_",
+        ),
         ({"row_dim": 0}, r"^ffn.row_dim=0 is out of range"),
         ({"row_multiple": 0}, r"^ffn.row_multiple=0 is out of range"),
         ({"streams": 5}, r"^ffn.streams=5 does not divide model.dim=12; use a divisor.$"),

@@ -7,6 +7,7 @@ Letters: W vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ def test_caches_step_by_step(streams: int) -> None:
     whole_BTD = layer(x_BTD, ids_BT, None)
     # A prompt, which is shorter than the reach of the convolution, then single tokens and a few at once.
     limits = [0, 5, *range(6, 17), 19, 23]
-    for start, end in zip(limits[:-1], limits[1:], strict=True):
+    for start, end in itertools.pairwise(limits):
         part = slice(start, end)
         expected_BTD = layer(x_BTD[:, part], ids_BT[:, part], cache)
         y_BTD = plugin(x_BTD[:, part], FFNContext(ids_BT[:, part], past=past)).y_BTD

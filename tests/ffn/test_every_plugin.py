@@ -19,6 +19,7 @@ from pkm_lightning.model.loss import token_nll
 
 #: Sizes that the small model needs in place of the YAML's.
 CHANGES: dict[str, dict[str, Any]] = {
+    "engram": {"rows": 30, "row_dim": 3, "streams": 2},
     "moe": {"n_experts": 5, "top_k": 3, "sequence_balance_loss": 0.1},
     "moe_expert_choice": {"n_experts": 3},
     "ultramem": {"value_dim": 6, "spectrum_margin": 0},
@@ -34,6 +35,7 @@ OPTIONS = [
     Case("ultramem_v2", {"value_dim": 6, "cores": 2, "balance_loss": 0.1, "balance_counts": "preselected"}, "cores"),
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
     Case("peer", {"shared_keys": False}, "keys per head"),
+    Case("engram", {"rows": 1, "row_dim": 5, "gate": "none", "orders": [4, 2], "kernel": 1}, "no gate"),
 ]
 NAMES = sorted(
     path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem not in ("custom", "pretrained")

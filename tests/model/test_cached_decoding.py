@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ffn.drawn_weights import draw
 from ffn.plugin_contract import Case, ids, run
 from ffn.test_every_plugin import CHANGES, NAMES
 from model.cached_decoding import check_cached_decoding
@@ -33,7 +34,7 @@ def trained(name: str, placement: str) -> tuple[Transformer, dict[str, Any]]:
     settings["model"]["n_layers"] = 3
     settings["placement"] |= PLACEMENTS[placement]
     model = build_model(settings)
-    model.init_weights(3)
+    draw(model)
     with torch.no_grad():
         output = run(model.train(), ids(6, 9))
     for layer, stats in output.step_stats.items():
@@ -60,7 +61,7 @@ def test_bf16(name: str) -> None:
 
 
 @pytest.mark.parametrize("table_device", ["cpu", "mmap"])
-@pytest.mark.parametrize("name", ["pkm", "memory", "memory_plus", "peer", "ultramem", "ultramem_v2"])
+@pytest.mark.parametrize("name", ["pkm", "memory", "memory_plus", "peer", "ultramem", "ultramem_v2", "engram"])
 def test_tables_in_host_memory_and_in_their_file(name: str, table_device: str, tmp_path: Path) -> None:
     model, settings = trained(name, "replace")
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
