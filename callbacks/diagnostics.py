@@ -36,6 +36,8 @@ from pkm_lightning.training.optimizer import parameter_groups
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from pkm_lightning.memory import ValueTable
+
 __all__ = ["Diagnostics", "Vitals"]
 
 #: Logged names outlive those of the code: earlier runs, reports and dashboards have them.
@@ -80,7 +82,7 @@ class Diagnostics(L.Callback):
         with trainer.precision_plugin.forward_context():
             figures = probe(pl_module.model, batch, self.rows)
         whole = figures.setdefault(None, {})
-        tables = [_row_norm(table) for table in pl_module.model.value_tables]
+        tables = [_row_norm(table) for table in _changing_tables(pl_module)]
         if tables:
             whole["value_norm"] = torch.stack([norm.to(tables[0]) for norm in tables]).amax()
         whole.update(self._update_ratios())
@@ -118,9 +120,14 @@ class Diagnostics(L.Callback):
             logger.log_metrics(by_layer, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def _changing_tables(pl_module: LanguageModule) -> list[ValueTable]:
+    """Returns the tables except those of a file, which may be larger than memory and never change."""
+    return [table for table in pl_module.model.value_tables if table.stored is None]
+
+
 def _groups(pl_module: LanguageModule) -> dict[str, list[Tensor]]:
     """Returns the model's own parameters by optimizer group; an engine's optimizer holds flat pieces of them."""
-    tables = [table.weight for table in pl_module.model.value_tables]
+    tables = [table.weight for table in _changing_tables(pl_module)]
     groups: dict[str, list[Tensor]] = {"table": list(tables)}
     for group in parameter_groups(pl_module.model, pl_module.config["optim"]):
         others = [p for p in group["params"] if not any(p is table for table in tables)]

@@ -16,7 +16,7 @@ import torch
 
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_meta_model, build_model, check_foreign_plugins, weight_dtype
-from pkm_lightning.build.stored_tables import check_stored_rows
+from pkm_lightning.build.stored_tables import check_stored_rows, has_digests, with_table_path
 from pkm_lightning.capacity.setting import PRECISIONS
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import (
@@ -104,6 +104,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     table_device: str | None = None,
+    table_path: str | Path | None = None,
     precision: str | None = None,
     trust_config: bool = False,
 ) -> LoadedModel:
@@ -113,6 +114,7 @@ def load(
         path: a run directory stands for its last checkpoint.
         device: where the model goes.
         table_device: `auto`, `cpu` or `mmap`, as `table.device`; None for that of the training.
+        table_path: where the rows of a frozen table lie now, as `table.path`; None for where they lay in training.
         precision: of the weights, as `trainer.precision`; None for that of the training. Nothing is cast within the
             forward, so that `bf16-mixed` is the same as `32-true`.
         trust_config: whether the checkpoint may name classes of other packages.
@@ -135,6 +137,7 @@ def load(
         check_trusted({group: config.get(group) for group in _MODEL_GROUPS}, str(weights))
     if table_device is not None:
         config = {**config, "table": {**config["table"], "device": table_device}}
+    config = with_table_path(config, table_path)
     if precision is not None:
         check_choice("precision", precision, PRECISIONS)
         config = {**config, "trainer": {**config["trainer"], "precision": precision}}
@@ -261,8 +264,7 @@ def check_mappable(checkpoint: SavedCheckpoint, table_device: str | None) -> Non
         ConfigError: naming the export that can be mapped.
     """
     path = checkpoint.path
-    in_checkpoint = not any(name.endswith(".rows_digest") for name in checkpoint.shapes)
-    if checkpoint.kind == "folder" and table_device == "mmap" and in_checkpoint:
+    if checkpoint.kind == "folder" and table_device == "mmap" and not has_digests(checkpoint):
         raise ConfigError(
             f"table.device=mmap needs a checkpoint in one file, and {path} is a folder; write one with: "
             f"export ckpt={path} file=model.safetensors."

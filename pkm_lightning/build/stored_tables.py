@@ -10,35 +10,29 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pkm_lightning.build.row_files import find_rows, map_rows
 from pkm_lightning.checkpoints import SavedCheckpoint
-from pkm_lightning.checkpoints.safetensors import Entry
-from pkm_lightning.checkpoints.weight_files import stamp, stored_entries
 from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.memory.joined_rows import JoinedRows
 from pkm_lightning.memory.stored_rows import StoredRows
 from pkm_lightning.memory.table_rows import copy_rows
 from pkm_lightning.model import Transformer
 
 Config = Mapping[str, Any]
 
-#: Stands in `table.tensor` for the number of the table, where a model has several.
-_NUMBER = "{}"
-#: Stands there for the number of a part, where a table is stored in several.
-_PART = "*"
-_KEY = "table.path="
 _TABLE_CLASS = "pkm_lightning.memory.ValueTable"
+#: Ends the names of buffers that stand in a checkpoint for rows.
+_DIGEST = "rows_digest"
+_NO_FILE = {"path": None, "tensor": None}
 
 
 def with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
@@ -64,11 +58,17 @@ def check_table_keys(config: Config, *, training: bool) -> None:
     Raises:
         ConfigError: naming the key and what to set instead.
     """
-    extras = (config.get("extra_ffns") or {}).values()
-    for table in (config["table"], *({**config["table"], **((extra or {}).get("table") or {})} for extra in extras)):
+    for table in _tables(config):
         _check_keys(table)
         if training and table.get("device") == "mmap":
             _check_mapped_training(table)
+
+
+def _tables(config: Config) -> Iterator[Config]:
+    """Yields the settings of the tables of each variant."""
+    yield config["table"]
+    for extra in (config.get("extra_ffns") or {}).values():
+        yield {**config["table"], **((extra or {}).get("table") or {})}
 
 
 def _check_keys(table: Config) -> None:
@@ -133,7 +133,7 @@ class RowsOnFile:
         Raises:
             ConfigError, CheckpointError: as `keywords`.
         """
-        return _find(self.table, self.spec, self.number, self.count)
+        return find_rows(self.table, self.spec, self.number, self.count)
 
 
 def check_first_rows(model: Transformer) -> None:
@@ -161,110 +161,60 @@ def check_stored_rows(model: Transformer, checkpoint: SavedCheckpoint) -> None:
         CheckpointError: naming the file.
     """
     for name, table in model.named_modules():
-        saved = f"state_dict.model.{name}.rows_digest"
+        saved = f"state_dict.model.{name}.{_DIGEST}"
         if not isinstance(table, ValueTable) or table.stored is None or saved not in checkpoint.shapes:
             continue
         (chunk,) = checkpoint.chunks(saved)
         if not torch.equal(chunk.values, table.stored.digest):
-            raise CheckpointError(
-                f"table.path={table.stored.path} holds other rows than those that {checkpoint.path} was trained with; "
-                "put the right file there, or name it with table.path=FILE."
-            )
+            raise _other_rows(str(table.stored.path), checkpoint.path)
 
 
-def _find(table: Config, spec: TableSpec, number: int, count: int) -> StoredRows:
-    rows, dim = spec.rows, spec.dim
-    path, name = Path(str(table["path"])), _tensor_name(table.get("tensor"), number, count)
-    files = stored_entries(path, _KEY)
-    if name is not None and _PART in name:
-        found = {name: _parts(path, name, files)}
-    elif name is not None:
-        found = {name: [files[name]]} if name in files else {}
-    else:
-        found = {known: [place] for known, place in files.items() if place[1].shape == (rows, dim)}
-    if len(found) > 1:
-        raise ConfigError(
-            f"table.path={path} holds {len(found)} tensors of {rows:,} x {dim} values; choose one with "
-            f"table.tensor={' or '.join(sorted(found)[:3])}."
-        )
-    if not any(found.values()):
-        raise ConfigError(f"table.path={path} {_missing(name, rows, dim, files)}")
-    ((known, places),) = found.items()
-    entries = [entry for _, entry in places]
-    shape, dtype = _joined_shape(entries), entries[0].dtype
-    is_float = dtype.is_floating_point and dtype.itemsize > 1
-    if shape != (rows, dim) or not is_float or any(entry.dtype != dtype for entry in entries):
-        shown = " x ".join(f"{size:,}" for size in shape)
-        kinds = " and ".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in entries}))
-        raise ConfigError(
-            f"table.path={path}: {known} has {shown} values of {kinds}, but the model's table has {rows:,} x {dim}, in "
-            "16, 32 or 64 bits; change the sizes of ffn, or give another file."
-        )
-    parts = [(file, entry.start, entry.shape[0] * spec.slices, stamp(file, _KEY)) for file, entry in places]
-    return _stored(path, tuple(parts), dtype, dim // spec.slices)
+def _other_rows(path: str, checkpoint: Path) -> CheckpointError:
+    return CheckpointError(
+        f"table.path={path} holds other rows than those that {checkpoint} was trained with; put the right file there, "
+        "or name it with table.path=FILE."
+    )
 
 
-def _tensor_name(tensor: str | Sequence[str] | None, number: int, count: int) -> str | None:
-    """Returns the name of the tensor of table `number` of `count`; None for the one of its shape.
+def has_digests(checkpoint: SavedCheckpoint) -> bool:
+    """Returns whether rows of the model lie in a file of their own."""
+    return any(name.endswith(_DIGEST) for name in checkpoint.shapes)
+
+
+def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
+    """Adds the rows of frozen tables, which lie in files of their own, to a checkpoint that is exported.
+
+    They are found by their digests, so that no model need be built from a configuration that nobody may trust.
+
+    Args:
+        checkpoint: of any kind; one that holds all of its rows stays as it is.
+        path: where the file lies now; None for `table.path` of the training.
 
     Raises:
-        ConfigError: the names are too few.
+        CheckpointError: a file is missing or damaged, or holds other rows than in training.
     """
-    if tensor is not None and not isinstance(tensor, str):
-        if len(tensor) != count:
-            raise ConfigError(
-                f"table.tensor={list(tensor)} names {len(tensor)} tensors, and this model has {count} tables; name one "
-                "per table."
-            )
-        return str(tensor[number])
-    if count > 1 and (tensor is None or _NUMBER not in tensor):
-        shown = "null" if tensor is None else tensor
-        raise ConfigError(
-            f"table.tensor={shown} names one tensor, but this model has {count} tables; write {_NUMBER} for their "
-            f"numbers, as in 'table.tensor=\"tables.{_NUMBER}.weight\"', list a name per table, or share one with "
-            "table.shared=true."
-        )
-    return None if tensor is None else tensor.replace(_NUMBER, str(number))
+    names = [name for name in checkpoint.shapes if name.endswith(_DIGEST)]
+    if not names:
+        return
+    config = with_table_path(checkpoint.config, path)
+    tables = [table for table in _tables(config) if table.get("path") is not None]
+    rows = {}
+    for name in names:
+        (chunk,) = checkpoint.chunks(name)
+        found = next(filter(None, (map_rows(table, chunk.values.tolist()) for table in tables)), None)
+        if found is None:
+            raise _other_rows(", ".join({str(table["path"]): None for table in tables}), checkpoint.path)
+        rows[f"{name.removesuffix(_DIGEST)}weight"] = found
+    extras = {
+        name: {**extra, "table": {**extra["table"], **_NO_FILE}} if extra.get("table") else extra
+        for name, extra in (config.get("extra_ffns") or {}).items()
+    }
+    complete = {**config, "table": {**config["table"], **_NO_FILE}, **({"extra_ffns": extras} if extras else {})}
+    checkpoint.include(rows, complete, digests=names)
 
 
-def _parts(path: Path, name: str, files: Mapping[str, tuple[Path, Entry]]) -> list[tuple[Path, Entry]]:
-    """Returns the parts of a table in the order of the numbers for which the star in `name` stands; none if none are.
-
-    Raises:
-        CheckpointError: a number is missing.
-    """
-    pattern = re.compile(re.escape(name).replace(re.escape(_PART), r"(\d+)", 1))
-    numbered = {int(match[1]): place for known, place in files.items() if (match := pattern.fullmatch(known))}
-    missing = next((part for part in range(len(numbered)) if part not in numbered), None)
-    if missing is not None:
-        raise CheckpointError(
-            f"table.path={path} lacks {name.replace(_PART, str(missing), 1)}, a part of a table of "
-            f"{max(numbered) + 1} parts or more; fetch its files again."
-        )
-    return [numbered[part] for part in range(len(numbered))]
-
-
-def _joined_shape(entries: Sequence[Entry]) -> tuple[int, ...]:
-    """Returns the shape of tensors one below the other; that of the first one that is no continuation."""
-    first = entries[0].shape
-    other = next((entry.shape for entry in entries if entry.shape[1:] != first[1:] or not entry.shape), None)
-    return other if other is not None else (sum(entry.shape[0] for entry in entries), *first[1:])
-
-
-def _missing(name: str | None, rows: int, dim: int, files: Mapping[str, tuple[Path, Entry]]) -> str:
-    largest = sorted(files.items(), key=lambda item: -item[1][1].n_bytes)[:3]
-    held = ", ".join(f"{known} ({' x '.join(map(str, place[1].shape))})" for known, place in largest) or "none"
-    if name is None:
-        return f"holds no tensor of {rows:,} x {dim} values, as the model's table has; its largest are {held}."
-    return f"holds no tensor {name} (table.tensor); its largest are {held}."
-
-
-@functools.lru_cache(maxsize=64)
-def _stored(
-    path: Path, parts: tuple[tuple[Path, int, int, tuple[int, int, int]], ...], dtype: torch.dtype, width: int
-) -> StoredRows:
-    # One object per table, whose digest is computed once although a command builds its model several times.
-    of_parts = [
-        StoredRows(path=file, start=start, dtype=dtype, lines=lines, width=width) for file, start, lines, _ in parts
-    ]
-    return of_parts[0] if len(of_parts) == 1 else JoinedRows(path, of_parts)
+def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
+    """Returns a saved configuration whose `table.path` is where the file lies now; None leaves it."""
+    if path is None:
+        return config
+    return with_absolute_paths({**config, "table": {**config["table"], "path": str(path)}})

@@ -43,7 +43,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "model", "format", "file", "dir", "overwrite", "quantize"),
+    "export": ("run_dir", "ckpt", "model", "table", "format", "file", "dir", "overwrite", "quantize"),
     "report": ("runs", "out", "report", "experiment"),
     "prepare": ("data", "packages", "sets", "out"),
 }

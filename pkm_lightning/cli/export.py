@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.saving import save
-from pkm_lightning.checkpoints import open_checkpoint
+from pkm_lightning.build.stored_tables import include_stored_rows
+from pkm_lightning.checkpoints import SavedCheckpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
@@ -41,6 +44,11 @@ def run(job: Job) -> None:
             f"{model_keys[0]}: export does not read model of a run or checkpoint, only model=hf model.path=PATH alone; "
             "leave it out."
         )
+    unread = [o for o in job.overrides if key_of(o).partition(".")[0] == "table" and key_of(o) != "table.path"]
+    if unread:
+        raise ConfigError(
+            f"{unread[0]}: export reads no key of table but table.path, where the rows of a frozen table lie."
+        )
     _write_file(job) if kind == "safetensors" else _write_folder(job)
 
 
@@ -65,7 +73,7 @@ def _write_file(job: Job) -> None:
 
 
 def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
-    checkpoint = open_checkpoint(path)
+    checkpoint = _opened(job, path)
     width = job.config.quantize
     if checkpoint.kind == "exported" and width is None and not names_pretrained(job):
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
@@ -90,11 +98,19 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
         print(f"value tables as {width}: {after:,} bytes, before {before:,}", file=output)
 
 
+def _opened(job: Job, path: Path) -> SavedCheckpoint:
+    """Returns the checkpoint with the rows that lie in a file of their own."""
+    checkpoint = open_checkpoint(path)
+    moved = OmegaConf.select(job.config, "table.path") if job.sets("table.path") else None
+    include_stored_rows(checkpoint, moved)
+    return checkpoint
+
+
 def _write_folder(job: Job) -> None:
     # Importing the room costs the seconds that transformers takes, where it is installed.
     folder = _folder(job)
     with _weights(job, folder.parent) as path:
-        checkpoint = open_checkpoint(path)
+        checkpoint = _opened(job, path)
         checkpoint.check_sums()
         from pkm_lightning.huggingface.export import check_replaceable, write_folder
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ class StoredRows:
                 with ThreadPoolExecutor(threads, thread_name_prefix="table-rows") as pool:
                     list(pool.map(lambda part: self.read_into(*part), parts))
         except (OSError, EOFError) as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         return out_UV
 
     def block(self, first: int, count: int) -> Float[Tensor, "U V"]:
@@ -81,12 +82,12 @@ class StoredRows:
         try:
             content = bytearray(self.read_bytes(first * width, count * width))
         except (OSError, EOFError) as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         return torch.frombuffer(content, dtype=self.dtype).view(count, self.width)
 
     @functools.cached_property
-    def digest(self) -> Int64[Tensor, " 4"]:
-        """A SHA-256 of shape, dtype and up to 256 pages of the values, evenly spaced, as four numbers.
+    def digest(self) -> Int64[Tensor, " 6"]:
+        """N and V, and a SHA-256 of dtype, shape and up to 256 pages of the values, evenly spaced, as four numbers.
 
         Raises:
             CheckpointError: as `read`.
@@ -101,8 +102,8 @@ class StoredRows:
                 page = number * (pages - 1) // max(1, chosen - 1)
                 made.update(self.read_bytes(page * _PAGE, min(_PAGE, total - page * _PAGE)))
         except (OSError, EOFError) as error:
-            raise self._failure(error) from error
-        return torch.frombuffer(bytearray(made.digest()), dtype=torch.int64)
+            raise self.failure(error) from error
+        return torch.tensor((self.lines, self.width, *struct.unpack("<4q", made.digest())), device="cpu")
 
     def read_into(self, ids_U: Int64[Tensor, " U"], bytes_UZ: UInt8[Tensor, "U Z"]) -> None:
         """Fills `bytes` with lines of Z bytes, by this thread.
@@ -137,7 +138,8 @@ class StoredRows:
             self._file = file
         return self._file.fileno()
 
-    def _failure(self, error: Exception) -> CheckpointError:
+    def failure(self, error: Exception) -> CheckpointError:
+        """Returns the error that names the file and what went wrong."""
         reason = getattr(error, "strerror", None) or str(error)
         return CheckpointError(
             f"table.path={self.path} cannot be read ({reason}); it holds the rows of a table: put it back."
