@@ -167,7 +167,7 @@ class RunKeys(TypedDict):
     resume: NotRequired[Literal["auto", "always", "never"]]
     ckpt: NotRequired[str | None]
     trust_config: NotRequired[bool]
-    format: NotRequired[Literal["text", "json", "safetensors", "hf"] | None]
+    format: NotRequired[Literal["text", "json", "safetensors", "hf", "ngram"] | None]
     out: NotRequired[str | None]
 
 
