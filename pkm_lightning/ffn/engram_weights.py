@@ -6,7 +6,6 @@ Letters: C values per residual stream, K reads per token, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,6 @@ from pkm_lightning.checkpoints.ngram_layout import (
     HEAD_SIZES,
     MULTIPLIERS,
     NGramFolder,
-    find_ngrams,
 )
 from pkm_lightning.errors import CheckpointError, ConfigError, check_integer
 from pkm_lightning.ffn.engram import Engram
@@ -41,42 +39,6 @@ HASH = {
     "addressing.head_sizes": HEAD_SIZES,
     "addressing.head_offsets": HEAD_OFFSETS,
 }
-#: Bytes of a table that are copied at a time.
-_BLOCK_BYTES = 64 * 2**20
-
-
-def load_ngram_layer(engram: Engram, path: str | Path, *, layer: int, stream: int | None = None) -> None:
-    """Gives `engram` the weights, hash and rows of a layer of the Qwen model in a folder.
-
-    Args:
-        engram: with the sizes that `engram_sizes` returns.
-        path: of the folder.
-        layer: number from 0 of a layer with an n-gram table.
-        stream: number from 0 of the residual stream; None for all.
-
-    Raises:
-        ConfigError: sizes that differ, a layer without a table, or rows that are split over ranks.
-        CheckpointError: a file that is missing, damaged or of another shape.
-    """
-    folder = find_ngrams(path)
-    folder.check_layer(layer)
-    copy_layer(engram, folder, layer, stream)
-    (table,) = engram.slots()[0].tables
-    parts = [folder.tensor(layer, name) for name in folder.parts(layer)]
-    rows = sum(len(part) for part in parts)
-    if table.weight.shape != (rows, folder.sizes.row_dim):
-        raise ConfigError(
-            f"layer {layer} of {folder.source} has a table of {rows:,} x {folder.sizes.row_dim} values, and this one "
-            f"has {' x '.join(f'{size:,}' for size in table.weight.shape)}; read a split or mapped table by table.path."
-        )
-    with torch.no_grad():
-        start = 0
-        for part in parts:
-            step = max(1, _BLOCK_BYTES // (part.shape[1] * part.element_size()))
-            for first in range(0, len(part), step):
-                block = part[first : first + step]
-                table.weight[start + first : start + first + len(block)] = block.to(table.weight.device)
-            start += len(part)
 
 
 def engram_sizes(folder: NGramFolder, layers: Sequence[int], stream: int | None) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class PretrainedEngram(Engram):
             ConfigError: the folder holds no such layers, or a value contradicts it.
             CheckpointError: a file that is missing, damaged or of another shape.
         """
-        if ffn["ngram_vocab_size"] is not None and ffn["layers"] is not None:
+        if all(value is not None for name, value in ffn.items() if name != "stream"):
             return ffn, table
         path = Path(ffn["path"]).absolute()
         folder = find_ngrams(path, _KEY)
@@ -153,7 +153,11 @@ class PretrainedEngram(Engram):
             return
         from tokenizers import Tokenizer
 
-        ours, theirs = Tokenizer.from_str(tokenizer.to_json()), Tokenizer.from_file(str(file))
+        try:
+            ours, theirs = Tokenizer.from_str(tokenizer.to_json()), Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            reason = str(error).split("\n")[0]
+            raise ConfigError(f"{file} cannot be read ({reason}); fetch it again, or remove it.") from None
         known = range(max(ours.get_vocab_size(), theirs.get_vocab_size()))
         other = next((i for i in known if ours.id_to_token(i) != theirs.id_to_token(i)), None)
         if other is not None:

@@ -29,6 +29,8 @@ from pkm_lightning.huggingface.ngram_tensors import InMemory, NGramLayer, NGramT
 from pkm_lightning.model import Transformer
 from pkm_lightning.storage import folder_written_beside
 
+__all__ = ["save_ngram_layers"]
+
 _GROUPS = ("model", "ffn", "placement", "table", "extra_ffns")
 
 
