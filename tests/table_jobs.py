@@ -15,6 +15,7 @@ from pkm_lightning.memory import RowOptimizer, TableMesh, TableOptimizer, ValueT
 from pkm_lightning.memory import replicas as replicas_module
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.ops.collectives import all_gather
+from pkm_lightning.ops.row_update import COLUMN_STATE
 
 ROWS, DIM, K = 29, 16, 5
 
@@ -28,6 +29,14 @@ def part(mesh: TableMesh, whole: Tensor) -> Tensor:
     """Returns the part of the whole table that a member holds."""
     low, high = mesh.row_range(len(whole))
     return whole[low:high, mesh.columns(whole.shape[1])]
+
+
+def state_part(mesh: TableMesh, whole: ValueTable, name: str, state: Any) -> Any:
+    """Returns the part of a state of the whole table that a member holds."""
+    rows, columns = slice(*mesh.row_range(whole.n_lines)), mesh.columns(whole.weight.shape[1])
+    if not isinstance(state, Tensor):
+        return state
+    return state[columns] if name.startswith(COLUMN_STATE) else state[(rows, columns)[: state.ndim]]
 
 
 def loss(table: ValueTable, part: slice, kind: str) -> Tensor:
@@ -47,6 +56,8 @@ def loss(table: ValueTable, part: slice, kind: str) -> Tensor:
         value = (table(ids_TK, weights_TK) * target[:, 0]).sum()
     elif kind == "groups":
         value = (table(ids_TK, weights_TK, groups_TK, 2) * target).sum()
+    elif kind == "rows":
+        value = (table.gather(ids_TK) * weights_TK.unsqueeze(-1) * target[:, :1]).sum()
     else:  # PEER's expert: a dot and a sum
         value = (table(ids_TK, weights_TK * table.dot(x_TV, ids_TK).tanh()) * target[:, 0]).sum()
     value.backward()
@@ -65,7 +76,7 @@ def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int]
     inputs = loss(local, slice(start, start + sizes[rank]), kind)
     expected = loss(whole, slice(0, sum(sizes)), kind)[start : start + sizes[rank]]
     torch.testing.assert_close(inputs, expected)
-    norms = []
+    norms, states = [], []
     for table in (local, whole):
         if table.weight.grad is not None:
             if table is local:
@@ -78,9 +89,13 @@ def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int]
                 table.weight -= 0.1 * table.weight.grad
             continue
         optimizer = TableOptimizer(None, {"t": table}, rows=RowOptimizer(rule=rule, betas=(0.0, 0.95)), lr=0.1)
-        optimizer.step()
+        for _ in range(2):  # the second time with states of the first
+            optimizer.step()
+        states.append(optimizer.state[table.weight])
     torch.testing.assert_close(norms[0], norms[1])
     torch.testing.assert_close(local.weight.detach(), part(mesh, whole.weight.detach()))
+    for name, expected in states[1].items() if states else ():
+        torch.testing.assert_close(states[0][name], state_part(mesh, whole, name, expected))
     assert not torch.equal(whole.weight, make(learning, None, slices).weight)
 
 

@@ -17,6 +17,7 @@ import torch
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_meta_model, build_model, check_foreign_plugins, weight_dtype
 from pkm_lightning.build.stored_tables import check_stored_rows, has_digests, with_table_path
+from pkm_lightning.build.variants import EXTRAS
 from pkm_lightning.capacity.setting import PRECISIONS
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import (
@@ -40,7 +41,7 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Transformer
 
 #: The groups of a configuration that a model is built from.
-_MODEL_GROUPS = ("model", "ffn", "placement", "table")
+_MODEL_GROUPS = ("model", "ffn", "extra_ffns", "placement", "table")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def load(
     if not trust_config:
         check_trusted({group: config.get(group) for group in _MODEL_GROUPS}, str(weights))
     if table_device is not None:
-        config = {**config, "table": {**config["table"], "device": table_device}}
+        config = with_table_device(config, table_device)
     config = with_table_path(config, table_path)
     if precision is not None:
         check_choice("precision", precision, PRECISIONS)
@@ -161,6 +162,18 @@ def load(
         None if template is None else read_text(template),
         int(checkpoint.skeleton["tokens_seen"]),
     )
+
+
+def with_table_device(config: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Returns `config` with `table.device` for the tables of all variants but those in a file of their own."""
+    moved = {**config, "table": {**config["table"], "device": device}}
+    extras = {}
+    for name, extra in (config.get(EXTRAS) or {}).items():
+        table = dict(extra.get("table") or {})
+        if table.get("path") is None:
+            table.pop("device", None)
+        extras[name] = {**extra, "table": table}
+    return {**moved, EXTRAS: extras} if extras else moved
 
 
 def _is_pretrained(path: Path) -> bool:

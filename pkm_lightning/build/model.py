@@ -11,7 +11,7 @@ import torch
 
 from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import instantiate, target_class
-from pkm_lightning.build.plugins import build_plugins, variants
+from pkm_lightning.build.plugins import build_plugins
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_integer, nearest
 from pkm_lightning.ffn import HasPretrained, UsesTokenizer
@@ -132,11 +132,6 @@ def weight_dtype(config: Config) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def placed_layers(config: Config) -> list[int]:
-    """Returns the numbers of the layers that carry `ffn`."""
-    return variants(config)[0].layers(int(config["model"]["n_layers"]))
 
 
 def attention_context(config: Config) -> int:

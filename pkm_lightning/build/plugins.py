@@ -1,14 +1,9 @@
-"""The plugins of all layers, by configuration: `ffn`, the variants of `extra_ffns`, and the tables that they read.
-
-A configuration has one variant, `ffn`, with `placement` and `table`. Each entry of `extra_ffns` is one more, with a
-placement of its own and those keys of its table in which it differs.
-"""
+"""The plugins of all layers, by configuration: those of every variant in its layers, and the tables that they read."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +11,10 @@ from torch import nn
 
 from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
 from pkm_lightning.build.stored_tables import RowsOnFile
+from pkm_lightning.build.variants import MAIN, Variant, naming, variants
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import TableMesh, ValueTable
-from pkm_lightning.model import Placement
 from pkm_lightning.model.plugin_checks import CONTRACT, called
 from pkm_lightning.model.plugin_outputs import ParallelFFN
 
@@ -27,32 +22,6 @@ Config = Mapping[str, Any]
 
 #: Keys of `table` that a `ValueTable` does not take.
 _TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group", "trainable", "path", "tensor")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One FFN variant of a configuration.
-
-    Attributes:
-        key: its place in the configuration, for errors: `ffn`, or `extra_ffns.NAME.ffn`.
-        ffn: class and arguments of the plugin.
-        placement: which layers run it, and how.
-        table: the settings of its tables.
-    """
-
-    key: str
-    ffn: Config
-    placement: Placement
-    table: Config
-
-    def layers(self, n_layers: int) -> list[int]:
-        """Returns the numbers of its layers, ascending.
-
-        Raises:
-            ConfigError: as `Placement.resolve`, naming the variant where it is an extra one.
-        """
-        with _naming(self.key):
-            return self.placement.resolve(n_layers)
 
 
 @dataclass
@@ -73,62 +42,6 @@ class LayerPlugins:
     write_after: int = 0
 
 
-def variants(config: Config) -> list[Variant]:
-    """Returns the variants of `config`: `ffn` first, then those of `extra_ffns`.
-
-    Raises:
-        ConfigError: as `Placement`, naming the variant where it is an extra one.
-    """
-    found = [Variant("ffn", config["ffn"], instantiate(config["placement"], "placement"), config["table"])]
-    for name, extra in (config.get("extra_ffns") or {}).items():
-        key = f"extra_ffns.{name}"
-        with _naming(f"{key}.ffn"):
-            placement: Placement = instantiate(extra["placement"], "placement")
-            if placement.write_after != 0:
-                raise ConfigError("placement.write_after is for ffn alone; set it to 0.")
-        table = {**config["table"], **(extra.get("table") or {})}
-        found.append(Variant(f"{key}.ffn", extra["ffn"], placement, table))
-    return found
-
-
-def complete_plugins(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns `config` with what plugins with a `complete` read in files about themselves and their tables.
-
-    Raises:
-        PkmError: files that are missing, damaged or contradict the configuration.
-    """
-    model = config["model"]
-    if "_target_" in model:  # a trunk with FFNs of its own
-        return config
-    completed = dict(config)
-    for variant in variants(config):
-        complete = getattr(target_class(variant.ffn, variant.key), "complete", None)
-        if complete is None:
-            continue
-        with _naming(variant.key):
-            places = variant.layers(int(model["n_layers"]))
-            ffn, table = complete(dict(variant.ffn), dict(variant.table), dim=int(model["dim"]), places=places)
-        if variant.key == "ffn":
-            completed |= {"ffn": ffn, "table": table}
-        else:
-            name = variant.key.removeprefix("extra_ffns.").removesuffix(".ffn")
-            extra = config["extra_ffns"][name]
-            kept = {key: table[key] for key in {*(extra.get("table") or {}), "path", "tensor"}}
-            completed["extra_ffns"] = {**completed["extra_ffns"], name: {**extra, "ffn": ffn, "table": kept}}
-    return completed
-
-
-@contextlib.contextmanager
-def _naming(key: str) -> Iterator[None]:
-    """Names an extra variant in front of the errors of its parts, whose keys are those of `ffn`."""
-    try:
-        yield
-    except ConfigError as error:
-        if key == "ffn":
-            raise
-        raise ConfigError(f"{key.removesuffix('.ffn')}: {error}") from None
-
-
 def build_plugins(config: Config, mesh: TableMesh | None) -> LayerPlugins:
     """Builds the plugins of all layers and their tables; see `pkm_lightning.build.model.build_model`.
 
@@ -142,7 +55,7 @@ def build_plugins(config: Config, mesh: TableMesh | None) -> LayerPlugins:
     built = LayerPlugins(write_after=of_all[0].placement.delay(n_layers))
     groups = []
     for variant in of_all:
-        with _naming(variant.key):
+        with naming(variant.name):
             groups.append(_build_tables(variant, config, len(variant.layers(n_layers)), mesh))
     built.tables = [table for of_variant in groups for group in of_variant for table in group]
     for layer in range(n_layers):
@@ -158,13 +71,14 @@ def build_plugins(config: Config, mesh: TableMesh | None) -> LayerPlugins:
             plugins["base"] = instantiate(model["base_ffn"], "model.base_ffn", **common)
         for mode, number in places[layer].items():
             variant, of_variant = of_all[number], groups[number]
-            with _naming(variant.key):
+            with naming(variant.name):
                 place = variant.layers(n_layers).index(layer)
                 plugins[mode] = instantiate(variant.ffn, "ffn", **common, **_tables_of(of_variant, place))
         ffn = plugins.get("replace", plugins.get("base"))
         assert ffn is not None
         if "parallel" in plugins:
-            ffn = ParallelFFN(ffn, plugins["parallel"], defer=built.write_after > 0)
+            is_main = of_all[places[layer]["parallel"]].name == MAIN
+            ffn = ParallelFFN(ffn, plugins["parallel"], defer=is_main and built.write_after > 0)
         built.ffns.append(ffn)
         for mode, of_layers in (("before", built.before), ("after", built.after)):
             if mode in plugins:
@@ -183,22 +97,23 @@ def _places(of_all: list[Variant], n_layers: int) -> list[dict[str, int]]:
         for layer in variant.layers(n_layers):
             mode = variant.placement.mode
             if mode in places[layer]:
+                earlier = of_all[places[layer][mode]]
                 raise ConfigError(
-                    f"{variant.key} and {of_all[places[layer][mode]].key} are both placed in layer {layer} with "
-                    f"placement.mode={mode}; set other placement.layers or another mode for one of them."
+                    f"{earlier.key} and {variant.key} are both placed in layer {layer} with placement.mode={mode}; set "
+                    f"{earlier.layers_key} or {variant.layers_key} to other layers, or another mode for one of them."
                 )
             places[layer][mode] = number
     return places
 
 
 def _tables_of(groups: list[list[ValueTable]], place: int) -> dict[str, Any]:
-    """Returns the keywords `table` (one table, or a list) and `table_number` of the plugin at `place` of its variant's
-    layers; without tables the number is that of the plugin."""
+    """Returns the keywords `table` (one table, or a list), `table_number` and `table_reader` of the plugin at `place`
+    of its variant's layers; without tables the number is that of the plugin."""
     if not groups:
-        return {"table_number": place}
-    number = place % len(groups)
+        return {"table_number": place, "table_reader": 0}
+    reader, number = divmod(place, len(groups))
     group = groups[number]
-    return {"table": group[0] if len(group) == 1 else group, "table_number": number}
+    return {"table": group[0] if len(group) == 1 else group, "table_number": number, "table_reader": reader}
 
 
 def _build_tables(variant: Variant, config: Config, n_placed: int, mesh: TableMesh | None) -> list[list[ValueTable]]:
@@ -219,7 +134,8 @@ def _build_tables(variant: Variant, config: Config, n_placed: int, mesh: TableMe
     n_groups = 1 if variant.table["shared"] else n_placed
     groups: list[list[ValueTable]] = []
     for number in range(n_groups):
-        spec = _table_spec(variant, cls, config["model"], number)
+        counts = {"table_number": number, "table_readers": n_placed // n_groups}
+        spec = _table_spec(variant, cls, config["model"], counts)
         shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std}
         # Every rank reads a file for itself.
         if mesh is not None and variant.table.get("device") != "mmap":
@@ -236,10 +152,10 @@ def _build_tables(variant: Variant, config: Config, n_placed: int, mesh: TableMe
     return groups
 
 
-def _table_spec(variant: Variant, cls: Any, model: Config, number: int) -> TableSpec:
-    """Returns the checked tables that the plugin of the table `number` requests."""
+def _table_spec(variant: Variant, cls: Any, model: Config, counts: dict[str, int]) -> TableSpec:
+    """Returns the checked tables that the plugin requests for a table of this number and these readers."""
     arguments = {str(k): v for k, v in variant.ffn.items() if not str(k).startswith("_")}
-    sizes = {name: int(model[name]) for name in ("dim", "n_layers", "vocab_size")} | {"table_number": number}
+    sizes = {name: int(model[name]) for name in ("dim", "n_layers", "vocab_size")} | counts
     parameters = inspect.signature(cls.table_spec).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         sizes = {name: value for name, value in sizes.items() if name in parameters}

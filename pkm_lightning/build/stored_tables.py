@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pkm_lightning.build.row_files import find_rows, map_rows
+from pkm_lightning.build.variants import table_of
 from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import CheckpointError, ConfigError
@@ -68,7 +69,7 @@ def _tables(config: Config) -> Iterator[Config]:
     """Yields the settings of the tables of each variant."""
     yield config["table"]
     for extra in (config.get("extra_ffns") or {}).values():
-        yield {**config["table"], **((extra or {}).get("table") or {})}
+        yield table_of(config, extra or {})
 
 
 def _check_keys(table: Config) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from pkm_lightning.capacity.figures import amount, make_plan, total
 from pkm_lightning.capacity.setting import Setting, device_count, precision_name, strategy_kind
 from pkm_lightning.errors import ConfigError, check_range
+from pkm_lightning.ffn import HasReads
 from pkm_lightning.memory.mesh import check_dim, check_rows
-from pkm_lightning.ops.row_update import find_rule, rule_names
+from pkm_lightning.ops.row_update import RowRule, find_rule, rule_names
 
 if TYPE_CHECKING:
     from pkm_lightning.capacity.figures import Plan
@@ -37,18 +38,33 @@ def check_setting(model: Transformer, config: Mapping[str, Any]) -> None:
     for table in model.value_tables:
         if table.n_lines - 1 > _LARGEST_ID:
             sliced = f" in {table.slices} slices each" if table.slices > 1 else ""
+            readers, most = _readers(model, table), (_LARGEST_ID + 1) // table.slices
             raise ConfigError(
-                f"a value table of {table.rows:,} rows{sliced} has {table.n_lines:,} ids, beyond int32; choose fewer "
-                f"slots, at most {(_LARGEST_ID + 1) // table.slices:,} rows, or set table=own for a smaller table per "
-                "layer."
+                f"{readers}a value table of {table.rows:,} rows{sliced} has {table.n_lines:,} ids, beyond int32; "
+                f"choose fewer slots, at most {most:,} rows, or set table=own for a smaller table per layer."
             )
 
 
 def _check_columns(model: Transformer, setting: Setting) -> None:
     tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
     for table in tables:
-        check_dim(setting.shard, table.dim // table.slices, setting.members)
-        check_rows(setting.shard, table.n_lines, setting.members)
+        try:
+            check_dim(setting.shard, table.dim // table.slices, setting.members)
+            check_rows(setting.shard, table.n_lines, setting.members)
+        except ConfigError as error:
+            raise ConfigError(f"{_readers(model, table)}{error}") from None
+
+
+def _readers(model: Transformer, table: ValueTable) -> str:
+    """Returns the plugins that read `table`, as the beginning of a message; empty where all tables are alike."""
+    if len({(other.n_lines, other.dim) for other in model.value_tables}) < 2:
+        return ""
+    readers = [
+        f"{type(plugin).__name__} of layer {layer}"
+        for layer, _, plugin in model.plugins()
+        if isinstance(plugin, HasReads) and any(read.table is table for read in plugin.reads())
+    ]
+    return f"{', '.join(readers)}: " if readers else ""
 
 
 def _check_strategy(config: Mapping[str, Any]) -> None:
@@ -120,10 +136,15 @@ def _alternatives(model: Transformer, config: Mapping[str, Any]) -> Iterator[tup
     if has_tables and setting.learning == "dense":
         changes.append(("table.learning=rows", {"table.learning": "rows"}))
     if has_tables:
+        # Rules without a first moment refuse another first number.
+        betas = (0.0, 0.95)
         changes += [
-            (f"table/optimizer={rule}", {"table.learning": "rows", "table.optimizer": {"rule": rule}})
+            (
+                f"table/optimizer={rule.name}",
+                {"table.learning": "rows", "table.optimizer": {"rule": rule.name, "betas": betas}},
+            )
             for rule in _frugal_rules()
-            if rule != setting.rule
+            if rule.name != setting.rule.name
         ]
     if has_tables:
         split = [n for n in range(setting.members + 1, setting.world + 1) if setting.world % n == 0]
@@ -153,9 +174,10 @@ def _smaller_activations(setting: Setting) -> list[tuple[str, dict[str, Any]]]:
     return [(words, change), *divided, *both]
 
 
-def _frugal_rules() -> list[str]:
-    """Adaptive row optimizers that keep numbers per row only."""
-    return [name for name in rule_names() if {state.per for state in find_rule(name).state.values()} == {"row"}]
+def _frugal_rules() -> list[type[RowRule]]:
+    """Adaptive row optimizers that keep no numbers per value."""
+    rules = [find_rule(name) for name in rule_names()]
+    return [rule for rule in rules if rule.state and all(state.per != "value" for state in rule.state.values())]
 
 
 def _more_devices(config: Mapping[str, Any], setting: Setting, *, has_tables: bool) -> list[tuple[str, dict[str, Any]]]:

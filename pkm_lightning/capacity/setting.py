@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.memory.mesh import table_members
+from pkm_lightning.ops.row_update import RowRule
 
 Config = Mapping[str, Any]
 
@@ -43,9 +45,10 @@ class Setting:
         shard: `table.shard`; `none` in a group of one.
         members: P, ranks that hold one table together.
         learning: `table.learning`.
-        rule: of `table.optimizer`.
+        rule: that of `table.optimizer`, with its constants; gradient descent where there is none.
         tables_on_host: tables are in host memory, with the model or by `table.device=cpu`.
         checkpointing: activation checkpointing runs the forward of blocks twice.
+        devices_differ: a variant of `extra_ffns` has a `table.device` of its own, so that each table knows where it is.
     """
 
     strategy: str
@@ -60,9 +63,10 @@ class Setting:
     shard: str
     members: int
     learning: str
-    rule: str
+    rule: RowRule
     tables_on_host: bool
     checkpointing: bool
+    devices_differ: bool = False
 
     @property
     def replicas(self) -> int:
@@ -79,7 +83,7 @@ class Setting:
         """Returns the setting of a resolved configuration.
 
         Raises:
-            ConfigError: `table.group` does not divide the ranks.
+            ConfigError: `table.group` does not divide the ranks, or `table.optimizer` is impossible.
         """
         trainer, table = config["trainer"], config["table"]
         node = device_count(trainer["devices"], trainer["accelerator"])
@@ -91,7 +95,6 @@ class Setting:
         table_item = PRECISIONS[precision].itemsize
         item = 2 if strategy.startswith("zero") and "16" in precision else table_item
         accumulate = int(trainer["accumulate_grad_batches"])
-        optimizer = table.get("optimizer") or {}
         return cls(
             strategy=strategy,
             world=world,
@@ -105,9 +108,12 @@ class Setting:
             shard=str(table.get("shard", "none")) if members > 1 else "none",
             members=members,
             learning=str(table.get("learning", "dense")),
-            rule=str(optimizer.get("rule", "sgd")),
+            rule=_row_rule(table.get("optimizer") or {"rule": "sgd"}),
             tables_on_host=str(table.get("device", "auto")) == "cpu" or str(trainer["accelerator"]) == "cpu",
             checkpointing=bool(config["model"]["activation_checkpointing"]),
+            devices_differ=any(
+                (extra.get("table") or {}).get("device") for extra in (config.get("extra_ffns") or {}).values()
+            ),
         )
 
 
@@ -137,6 +143,10 @@ def strategy_kind(strategy: Config | None) -> str:
 def precision_name(precision: Any) -> str:
     """Returns the full name of `trainer.precision`, a key of `PRECISIONS`; what Lightning does not know as it is."""
     return "32-true" if precision is None else _ABBREVIATED.get(str(precision), str(precision))
+
+
+def _row_rule(optimizer: Config) -> RowRule:
+    return RowOptimizer(**{key: value for key, value in optimizer.items() if not key.startswith("_")}).rule
 
 
 def _tokens(data: Config, parts: int) -> int | None:

@@ -16,7 +16,7 @@ from torch import nn
 from pkm_lightning.ffn import HasReads, TableRead
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.replicas import received_bytes
-from pkm_lightning.ops.row_update import find_rule, state_bytes
+from pkm_lightning.ops.row_update import state_bytes
 
 if TYPE_CHECKING:
     from pkm_lightning.capacity.setting import Setting
@@ -45,14 +45,18 @@ class TableFigures:
         return TableFigures(**sums)
 
 
-def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, tuple[str, ...]]:
-    """Returns the sum over all tables, and the classes of plugins with a table but without `reads()`."""
+def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, TableFigures, tuple[str, ...]]:
+    """Returns the sums over all tables that move with the model, and over those that stay in host memory.
+
+    Also the classes of plugins with a table but without `reads()`.
+    """
     reads, unknown = _reads(model)
-    total = TableFigures()
+    totals = {False: TableFigures(), True: TableFigures()}
     for table in model.value_tables:
         calls = None if unknown or setting.tokens is None else [read for read in reads if read.table is table]
-        total += _OneTable(table, setting, split=any(table is shared for shared in model.tables)).figures(calls)
-    return total, unknown
+        one = _OneTable(table, setting, split=any(table is shared for shared in model.tables))
+        totals[one.on_host] += one.figures(calls)
+    return totals[False], totals[True], unknown
 
 
 def _reads(model: Transformer) -> tuple[list[TableRead], tuple[str, ...]]:
@@ -84,7 +88,10 @@ class _OneTable:
         self.trained, self.mapped = table.learns, table.is_mapped
         self.learning = setting.learning if split else table.learning
         # In host memory each rank drops reads of other ranks' rows before staging.
-        self.own_lines_only = self.shard == "row" and setting.tables_on_host
+        self.on_host = setting.tables_on_host
+        if setting.devices_differ:
+            self.on_host = setting.on_host or table.stays_on_cpu
+        self.own_lines_only = self.shard == "row" and self.on_host
 
     def figures(self, calls: Sequence[TableRead] | None) -> TableFigures:
         """Returns the figures, given the reads of one forward (None: unknown)."""
@@ -98,7 +105,7 @@ class _OneTable:
     def _row_states(self) -> int:
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.item]
         weight = torch.empty(self.lines, self.columns, dtype=dtype, device="meta")
-        return state_bytes(find_rule(self.setting.rule), weight)
+        return state_bytes(self.setting.rule, weight)
 
     def _of_reads(self, calls: Sequence[TableRead] | None, part: int, *, dense: bool) -> TableFigures:
         replicas = 2 * (self.replicas - 1) * part // self.replicas if dense else 0
@@ -132,19 +139,22 @@ class _OneTable:
         if self.shard == "none":
             return 0
         # An int32 id, its weight, and an int32 group.
-        per_id = 4 + self.item + (4 if call.groups else 0)
+        per_id = 4 if call.gather else 4 + self.item + (4 if call.groups else 0)
         return (self.members - 1) * self._own_reads(call) * call.ids * per_id + self._outputs(call)
 
     def _backward(self, call: TableRead) -> int:
         if self.shard == "none":
             return 0
-        return (self.members - 1) * self._own_reads(call) * call.ids * self.item + self._outputs(call)
+        weights = 0 if call.gather else (self.members - 1) * self._own_reads(call) * call.ids * self.item
+        return weights + self._outputs(call)
 
     def _staged(self, call: TableRead) -> tuple[int, int]:
         """Returns the staged reads and source rows of all members for one call."""
         reads = self.members * self._own_reads(call)
         ids = reads * call.ids
-        return (-(-ids // self.members) if self.own_lines_only else ids), reads * max(1, call.groups)
+        kept = -(-ids // self.members) if self.own_lines_only else ids
+        # A line that is read by itself has a source row of its own.
+        return kept, kept if call.gather else reads * max(1, call.groups)
 
     def _staged_figures(self, staged: list[tuple[int, int]]) -> TableFigures:
         reads, sources = sum(ids for ids, _ in staged), sum(rows for _, rows in staged)
@@ -153,8 +163,11 @@ class _OneTable:
         exchanged, merged, touched = self._exchange(reads, sources)
         ring = 2 * (self.members - 1) * touched * self.sum_bytes // self.members
         # A rule that needs the squares of whole rows: `dim` leaves each rank only a part of each row.
-        needs_sums = find_rule(self.setting.rule).needs_mean_squares
-        statistics = ring if needs_sums and self.shard == "dim" else 0
+        rule = self.setting.rule
+        statistics = ring if rule.needs_mean_squares and self.shard == "dim" else 0
+        # A rule that needs the sums of whole columns: `row` leaves each rank only some of the rows.
+        if rule.needs_column_sums and self.shard == "row":
+            statistics += 2 * (self.members - 1) * self.columns * self.sum_bytes // self.members
         return TableFigures(staged=buffers, merged=merged, replicas=exchanged, statistics=statistics)
 
     def _exchange(self, reads: int, sources: int) -> tuple[int, int, int]:
@@ -168,12 +181,12 @@ class _OneTable:
         # The same choice as `memory.replicas` makes in training.
         scheme = min(received, key=received.__getitem__)
         padded = {"reads": reads, "rows": rows, "dense": self.lines}[scheme]
-        merged = reads if self.setting.tables_on_host else padded
+        merged = reads if self.on_host else padded
         shares = 2 * (self.replicas - 1) if scheme == "dense" else self.replicas - 1
         return received[scheme], received[scheme] * self.replicas // shares, self._touched(merged * self.replicas)
 
     def _touched(self, reads: int) -> int:
-        if not self.setting.tables_on_host:
+        if not self.on_host:
             # Padded on an accelerator, since the host does not wait for the number of distinct rows.
             return min(reads, self.lines)
         return round(self.lines * -math.expm1(-reads / self.lines))

@@ -59,7 +59,10 @@ _TRAINING_KEYS = (
     *("log_every_n_steps", "num_sanity_val_steps", "gradient_clip_val", "gradient_clip_algorithm"),
     *("accumulate_grad_batches", "enable_model_summary", "overfit_batches", "limit_train_batches"),
 )
-_GROUPS = ("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger")
+_GROUPS = (
+    *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "strategy", "trainer"),
+    *("callbacks", "logger"),
+)
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *_GROUPS,

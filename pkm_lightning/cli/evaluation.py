@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
 
 #: Keys that make a run what it is; a command that evaluates it cannot change them.
-_FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
+_FIXED = ("ffn", "extra_ffns", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
 #: Except for where its table lies.
 _FREE = ("table.device", "table.path", "table.tensor", "table.shard", "table.group")
+_KEY_OF_VARIANT = re.compile(r"^extra_ffns\.\w+\.(?=table\.)")
 
 
 class SavedRun:
@@ -163,7 +165,7 @@ def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
     for override in job.overrides:
         key = key_of(override)
         root = key.split(".")[0].split("@")[0]
-        if root in _FIXED and key not in _FREE:
+        if root in _FIXED and _KEY_OF_VARIANT.sub("", key) not in _FREE:
             raise ConfigError(f"{override}: the saved configuration of a run wins; {root} cannot be changed here.")
         if root == "run_dir" or root in VERBS_OF:
             continue

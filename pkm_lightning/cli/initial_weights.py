@@ -26,7 +26,7 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.strategies.portable import PortableCheckpoints
 
 #: The groups that the weights decide.
-ARCHITECTURE = ("placement", "table", "ffn", "model")
+ARCHITECTURE = ("placement", "table", "extra_ffns", "ffn", "model")
 _WEIGHTS = "state_dict."
 
 
@@ -56,12 +56,12 @@ class InitialWeights(L.Callback):
                 "start from the checkpoint that it was exported from."
             )
         if not trust:
-            check_trusted({group: config[group] for group in ARCHITECTURE}, str(self.checkpoint.path))
+            check_trusted(self.architecture, str(self.checkpoint.path))
 
     @property
     def architecture(self) -> dict[str, Any]:
         """The groups of the configuration that the weights decide."""
-        return {group: self.checkpoint.config[group] for group in ARCHITECTURE}
+        return {group: self.checkpoint.config.get(group) for group in ARCHITECTURE}
 
     @property
     def tokenizer(self) -> str | None:

@@ -96,7 +96,8 @@ def check_groups(config: Any, source: str) -> None:
     """
     if not isinstance(config, dict) or not {"model", "ffn", "data"} <= config.keys():
         raise RunDirectoryError(f"{source} is not a configuration of this package.")
-    for group in (*_GROUPS, *_OPTIONAL_GROUPS):
+    # Most configurations have no further variants.
+    for group in (*_GROUPS, *_OPTIONAL_GROUPS, *({"extra_ffns"} & config.keys())):
         value = config.get(group, _ABSENT)
         if not isinstance(value, dict) and (group in _GROUPS or value is not None):
             problem = "lacks the group" if value is _ABSENT else f"has a {type(value).__name__} in place of the group"

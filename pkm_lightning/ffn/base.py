@@ -1,13 +1,15 @@
 """The contract between the transformer and an FFN plugin: inputs, outputs and cost.
 
 A plugin is any `nn.Module` with `forward(x_BTD, context) -> FFNOutput`; it need not inherit from anything. The builder
-passes `dim`, `layer`, `n_layers`, `vocab_size`, `table` and `table_number` (0, 1, ... where each layer has a table of
-its own, 0 where all share one) to a constructor that has parameters of these names; the YAML gives everything else.
+passes `dim`, `layer`, `n_layers`, `vocab_size`, `table`, `table_number` (0, 1, ... where each layer has a table of its
+own, 0 where all share one) and `table_reader` (0, 1, ... of the layers that read the same table) to a constructor that
+has parameters of these names; the YAML gives everything else.
 
 Optional members:
 
 - `table_spec(**arguments) -> TableSpec`, a class method that a plugin with a `table` must have. It is called before
-  construction, once per table, with `dim`, `n_layers`, `vocab_size`, `table_number` and the arguments of the YAML.
+  construction, once per table, with `dim`, `n_layers`, `vocab_size`, `table_number`, `table_readers` (the number of
+  layers that will read this table) and the arguments of the YAML.
 - `reset_parameters()` draws the plugin's own parameters and buffers anew.
 - `cost() -> FFNCost`; reports mark the cost of a plugin without it as unknown.
 - `reads() -> list[TableRead]`, for figures of traffic and for the staging of reads.
@@ -35,7 +37,7 @@ then from the inputs and the output of its forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ class FFNContext(NamedTuple):
     observe: bool = False
     #: The tokens before these, where a cache holds them; None: these are whole sequences.
     past: Past | None = None
+    #: The token embeddings, with which the residual stream begins, (B, T, D), or None where a caller has none.
+    embedding_BTD: Tensor | None = None
 
 
 class FFNOutput(NamedTuple):
@@ -150,8 +154,9 @@ class TableRead:
         table: the table that is called.
         ids: ids per read K; an id is the number of a row, or of a slice where the table has slices.
         reads: reads per token.
-        groups: sums per read where the table is called with groups, else 0 (one sum).
+        groups: sums per read where the table is called with groups, else 0 (one sum); for `gather` equal to `ids`.
         dot: the call is `table.dot`, else a weighted sum.
+        gather: the call is `table.gather`, which exchanges and stages ids without weights.
     """
 
     table: ValueTable
@@ -159,6 +164,8 @@ class TableRead:
     reads: int = 1
     groups: int = 0
     dot: bool = False
+    # Not compared: a plugin may describe the call by its ids and groups alone, which overestimates the bytes a little.
+    gather: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

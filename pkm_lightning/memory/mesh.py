@@ -104,15 +104,17 @@ class TableMesh:
         share = dim // self.members
         return slice(self.member * share, (self.member + 1) * share)
 
-    def as_dtensor(self, part: Tensor, rows: int, dim: int | None) -> Tensor:
+    def as_dtensor(self, part: Tensor, rows: int | None, dim: int | None) -> Tensor:
         """Returns `part`, this member's part of a table, as a DTensor of the whole table, for checkpoints.
 
-        Without `dim`, `part` holds one value per row, such as a state of a row optimizer.
+        Without `dim`, `part` holds one value per row, without `rows` one per column, such as states of a row optimizer.
         """
-        is_sharded = (self.shard == "dim" and dim is not None) or self.shard == "row"
-        placement = Shard(0 if self.shard == "row" else 1) if is_sharded else Replicate()
-        shape = torch.Size((rows,) if dim is None else (rows, dim))
-        stride = (1,) if dim is None else (dim, 1)
+        sizes = {"row": rows, "dim": dim}
+        shape = torch.Size(size for size in (rows, dim) if size is not None)
+        placement: Replicate | Shard = Replicate()
+        if sizes.get(self.shard) is not None:
+            placement = Shard(0 if self.shard == "row" or rows is None else 1)
+        stride = (shape[1], 1) if len(shape) == 2 else (1,)
         placements = [Replicate(), placement]
         # Without run_check: it would broadcast every part to compare the replicas.
         return DTensor.from_local(part, self.device_mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from pkm_lightning.ops.ranks import full_tensor
+from pkm_lightning.ops.row_update import COLUMN_STATE
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -58,7 +59,9 @@ def forget_rows(state: Mapping[str, Any], table: ValueTable, rows_M: Int64[Tenso
     """Resets to zero the entries of these rows in an optimizer's `state` of `table.weight`."""
     low, high = (0, table.n_lines) if table.mesh is None else table.mesh.row_range(table.n_lines)
     lines_L = _lines(rows_M, table)
-    for value in state.values():
+    for name, value in state.items():
+        if name.startswith(COLUMN_STATE):
+            continue
         if isinstance(value, Tensor) and value.ndim and len(value) == len(table.weight):
             lines_L = lines_L.to(value.device)
             value[lines_L[(lines_L >= low) & (lines_L < high)] - low] = 0

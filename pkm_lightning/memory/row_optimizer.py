@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from pkm_lightning.errors import ConfigError, check_choice, check_range
 from pkm_lightning.ops.row_update import RowRule, find_rule, rule_names
@@ -17,6 +17,7 @@ class RowOptimizer:
         rule: the name of a rule, which is the name of its file.
         betas: decay of the first and of the second moment; rules without moments ignore it.
         eps: added to the root before the division by it; rules without a root ignore it.
+        bias_correction: whose updates the correction of moments counts; `row` is for rules with this constant.
         constants: further fields of the rule.
 
     Attributes:
@@ -27,7 +28,13 @@ class RowOptimizer:
     """
 
     def __init__(
-        self, *, rule: str, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, **constants: Any
+        self,
+        *,
+        rule: str,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        bias_correction: Literal["table", "row"] = "table",
+        **constants: Any,
     ) -> None:
         check_choice("table.optimizer.rule", rule, rule_names())
         if not isinstance(betas, Sequence) or len(betas) != 2:
@@ -40,6 +47,9 @@ class RowOptimizer:
             cls = find_rule(rule)
         except ValueError as error:
             raise ConfigError(f"table.optimizer.rule={rule}: {error}") from None
+        # An argument of its own, though of one rule: a run that was saved before it was one can then be continued.
+        if bias_correction != "table":
+            constants["bias_correction"] = bias_correction
         for name in constants:
             known = [field.name for field in fields(cls)]
             if name not in known:

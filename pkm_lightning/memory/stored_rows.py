@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _MOST_THREADS, _ROWS_PER_THREAD = 8, 512
 #: The digest covers so many pages, evenly spaced; all of a table that has no more.
 _DIGEST_PAGES, _PAGE = 256, 4096
+# Two threads that open a file each would leave one with a descriptor that the other has closed.
+_opening = threading.Lock()
 
 
 class StoredRows:
@@ -130,13 +133,13 @@ class StoredRows:
         return b"".join(parts)
 
     def _descriptor(self) -> int:
-        if self._file is None:
-            file = open_regular(self.path, "rb")
-            if hasattr(os, "posix_fadvise"):
-                # Scattered rows: the neighbours, which the system reads by default, would be read for nothing.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            self._file = file
-        return self._file.fileno()
+        with _opening:
+            if self._file is None:
+                self._file = open_regular(self.path, "rb")
+                if hasattr(os, "posix_fadvise"):
+                    # Scattered rows: the neighbours, which the system reads by default, would be read for nothing.
+                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            return self._file.fileno()
 
     def failure(self, error: Exception) -> CheckpointError:
         """Returns the error that names the file and what went wrong."""

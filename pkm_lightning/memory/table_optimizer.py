@@ -7,6 +7,7 @@ Letters: U rows that were read.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory.mesh import TableMesh
 from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.value_table import ValueTable
 from pkm_lightning.ops.row_update import RowGradient, UpdateStep, new_state, row_gradient_squares, row_update
@@ -132,15 +134,17 @@ class TableOptimizer(Optimizer):
             if isinstance(value, Tensor) and value.device != table.weight.device:
                 state[key] = value.to(table.weight.device)
         row_state = {key: value for key, value in state.items() if key != "step"}
-        mean_squares_U = self._mean_squares(table, gradient)
+        rule, mesh = self.rows.rule, table.mesh
+        column_sums = functools.partial(_column_sums, mesh) if table.is_split and mesh is not None else None
         row_update(
             table.weight,
             gradient,
-            self.rows.rule,
+            rule,
             step,
             row_state,
             scale=table.stage.scale,
-            mean_squares_U=mean_squares_U,
+            mean_squares_U=self._mean_squares(table, gradient, rule.column_weights(row_state, step)),
+            column_sums=column_sums,
         )
         # Kernels write past autograd, which counts the changes of a tensor.
         torch.autograd.graph.increment_version(table.weight)
@@ -153,12 +157,12 @@ class TableOptimizer(Optimizer):
         # crc32 instead of hash(), which differs between processes.
         return zlib.crc32(f"{self.seed}/{self._names[table.weight]}/{step}{member}".encode()) & 0x7FFFFFFF
 
-    def _mean_squares(self, table: ValueTable, gradient: RowGradient) -> Tensor | None:
+    def _mean_squares(self, table: ValueTable, gradient: RowGradient, weights_V: Tensor | None) -> Tensor | None:
         """Returns mean(g**2) over whole rows for a rule that needs it, where this rank holds a part of the columns."""
         mesh = table.mesh
         if not self.rows.rule.needs_mean_squares or mesh is None or mesh.shard != "dim":
             return None
-        squares_U = row_gradient_squares(gradient)
+        squares_U = row_gradient_squares(gradient, weights_V)
         torch.distributed.all_reduce(squares_U, group=mesh.member_group(squares_U.device))
         return squares_U / (table.weight.shape[1] * mesh.members)
 
@@ -228,3 +232,18 @@ class TableOptimizer(Optimizer):
                 f"the saved optimizer state of a table is {shapes(saved)}, but {self.rows.rule.name} keeps "
                 f"{shapes(present)}: it was written with another table/optimizer or table.learning."
             )
+
+
+def _column_sums(mesh: TableMesh, sums_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sums over the rows of all members, and their mean over the columns of all members.
+
+    Collective: call on all members. Replicas have the same sums, since their gradient is merged before.
+    """
+    group = mesh.member_group(sums_V.device)
+    if mesh.shard == "row":
+        torch.distributed.all_reduce(sums_V, group=group)
+        return sums_V, sums_V.mean()
+    # Members have equally many columns.
+    mean = sums_V.mean() / mesh.members
+    torch.distributed.all_reduce(mean, group=group)
+    return sums_V, mean

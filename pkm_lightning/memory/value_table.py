@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.memory.row_prefetch import RowPrefetcher, read_compactly
-from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_sum
+from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_rows, sharded_sum
 from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.memory.stored_rows import StoredRows
 from pkm_lightning.memory.table_rows import copy_rows, draw_rows
-from pkm_lightning.ops import gathered_dot, weighted_gather
+from pkm_lightning.ops import gathered_dot, gathered_rows, weighted_gather
 from pkm_lightning.ops.segments import check_indices, read_sources
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ class ValueTable(nn.Module):
     The model owns a table once. Layers that share it hold an unregistered reference (`TableReference`) instead of a
     class attribute or a global, so that two models in one process never share a table.
 
-    Layers read a table by calling it or by `dot`; `weight` itself is for checkpoints. With `learning=rows`, `weight`
-    requires no gradient: a read leaves its part of the gradient in `stage`, and a `TableOptimizer` updates the rows
-    that were read. Every backward pass through a read stages it, `torch.autograd.grad` in evaluation included. To learn
-    nothing from a read, call `TableOptimizer.zero_grad` after it, or read under `torch.no_grad`.
+    Layers read a table by calling it, by `dot` or by `gather`; `weight` itself is for checkpoints. With
+    `learning=rows`, `weight` requires no gradient: a read leaves its part of the gradient in `stage`, and a
+    `TableOptimizer` updates the rows that were read. Every backward pass through a read stages it,
+    `torch.autograd.grad` in evaluation included. To learn nothing from a read, call `TableOptimizer.zero_grad` after
+    it, or read under `torch.no_grad`.
 
     Args:
         rows: number of rows N.
@@ -220,18 +221,13 @@ class ValueTable(nn.Module):
         return torch.zeros_like(dots_TK) if self.reads_zeros else dots_TK
 
     def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
-        """Returns the lines `ids` one by one, in the table's dtype."""
-        if self.is_streamed or self.prefetcher is not None:
-            rows_UV, local_TK = self._compact(ids_TK, ids_TK.device)
-            lines_TKV = rows_UV[local_TK]
-            if self.stage is not None and torch.is_grad_enabled():
-                ids_L1 = self._to_table(ids_TK).reshape(-1, 1)
-                ones_L1 = torch.ones(ids_L1.shape, device=ids_L1.device)
-                lines_TKV = self.stage.stage_sum(lines_TKV.flatten(0, 1), ids_L1, ones_L1).view_as(lines_TKV)
-            return torch.zeros_like(lines_TKV) if self.reads_zeros else lines_TKV
-        K = ids_TK.shape[1]
-        ones_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
-        return self(ids_TK, ones_TK, torch.arange(K, device=ids_TK.device).expand_as(ids_TK), K)
+        """Returns the lines `ids` one by one, in the table's dtype (float32 where the table is quantised)."""
+        if self.is_split:
+            assert self.mesh is not None
+            lines_TKV = sharded_rows(self.mesh, self.n_lines, self._gather, ids_TK)
+        else:
+            lines_TKV = self._gather(ids_TK, ids_TK)
+        return torch.zeros_like(lines_TKV) if self.reads_zeros else lines_TKV
 
     @property
     def size(self) -> int:
@@ -299,6 +295,17 @@ class ValueTable(nn.Module):
         if self.stage is not None and torch.is_grad_enabled():
             dots_TK = self.stage.stage_dot(dots_TK, staged_TK, x_TV)
         return dots_TK.to(device)
+
+    def _gather(self, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
+        """Returns the lines of this rank, (T, K, V)."""
+        device, rows_NV = ids_TK.device, self.weight
+        if self.is_streamed or self.prefetcher is not None:
+            rows_NV, ids_TK = self._compact(ids_TK, device)
+        else:
+            ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
+        if self.stage is not None and torch.is_grad_enabled():
+            return self.stage.gather(rows_NV, ids_TK, self._to_table(staged_TK)).to(device)
+        return gathered_rows(rows_NV, ids_TK).to(device)
 
     # Shapes that depend on values, and reads of a file, cannot be traced.
     @torch.compiler.disable

@@ -167,7 +167,7 @@ class Transformer(nn.Module):
             shared = AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TP)
         else:
             raise ValueError("cache: a cached sequence is one document; do not pass doc_ids_BT.")
-        context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
+        context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe, embedding_BTD=output.hidden_BTD)
         deferred: dict[int, Tensor] = {}
         metrics: dict[str, list[Tensor]] = {}
         for layer, block in enumerate(self.blocks):

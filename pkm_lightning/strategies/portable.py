@@ -26,6 +26,7 @@ from pkm_lightning.checkpoints.tree import flatten
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.ops.ranks import local_shard
+from pkm_lightning.ops.row_update import COLUMN_STATE
 
 __all__ = ["PortableCheckpoints"]
 
@@ -75,7 +76,7 @@ class PortableCheckpoints(ParallelStrategy):
         for number, parameter in enumerate(_parameters(inner)):
             if id(parameter) in tables and number in state["state"]:
                 entries = state["state"][number].items()
-                state["state"][number] = {k: _whole_table(tables[id(parameter)], v) for k, v in entries}
+                state["state"][number] = {k: _whole_table(tables[id(parameter)], v, k) for k, v in entries}
         return state
 
     def save_checkpoint(
@@ -189,7 +190,7 @@ def load_optimizer(
             name = f"{prefix}.state.{number + first}.{key}"
             state[key] = value
             if name in shapes:
-                state[key] = targets[name] = _empty(parameter, by_weight.get(id(parameter)), shapes[name])
+                state[key] = targets[name] = _empty(parameter, by_weight.get(id(parameter)), shapes[name], key)
         # The optimizer of a table steps the plain part.
         states[number] = {k: local_shard(v) if id(parameter) in by_weight else v for k, v in state.items()}
     saved.read_into(targets)  # in one collective call for all states
@@ -212,19 +213,30 @@ def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
         yield from group["params"]
 
 
-def _empty(parameter: Tensor, table: ValueTable | None, shape: tuple[torch.Size, torch.dtype]) -> Tensor:
+def _empty(parameter: Tensor, table: ValueTable | None, shape: tuple[torch.Size, torch.dtype], state: str) -> Tensor:
     """Returns a tensor to read an optimizer's state into, sharded as the parameter is."""
     size, dtype = shape
     if table is not None and len(size):
-        part = table.weight.shape if len(size) == 2 else table.weight.shape[:1]
-        return _whole_table(table, torch.empty(part, dtype=dtype, device=table.weight.device))
+        rows, columns = table.weight.shape
+        part = (rows, columns) if len(size) == 2 else (columns if state.startswith(COLUMN_STATE) else rows,)
+        return _whole_table(table, torch.empty(part, dtype=dtype, device=table.weight.device), state)
     if isinstance(parameter, DTensor) and size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     return torch.empty(size, dtype=dtype)
 
 
-def _whole_table(table: ValueTable, part: Any) -> Any:
-    """Returns the DTensor of which `part` is this rank's: sharded as the weight, or one number per row; else `part`."""
+def _whole_table(table: ValueTable, part: Any, state: str = "") -> Any:
+    """Returns the DTensor of which `part` is this rank's: sharded as the weight, or one number per row or column.
+
+    Args:
+        table: the table.
+        part: its weight or a state of its optimizer; what is no tensor, or no part of one, is returned as it is.
+        state: the name of the state.
+    """
     if table.mesh is None or not isinstance(part, Tensor) or part.ndim == 0:
         return part
-    return table.mesh.as_dtensor(part, table.n_lines, table.dim // table.slices if part.ndim == 2 else None)
+    rows, columns = table.n_lines, table.dim // table.slices
+    if part.ndim == 2:
+        return table.mesh.as_dtensor(part, rows, columns)
+    is_per_column = state.startswith(COLUMN_STATE)
+    return table.mesh.as_dtensor(part, None if is_per_column else rows, columns if is_per_column else None)

@@ -90,9 +90,9 @@ class LanguageModule(L.LightningModule):
         if not self._weights_follow:
             fill_first_rows(self.model)
             load_pretrained(self.model)
-        # Without a Trainer there are no data that could have a tokenizer.
-        if not self._weights_follow and self._trainer is not None:
-            bind_tokenizer(self.model, tokenizer_of(self._data()))
+            # Without a Trainer there are no data that could have a tokenizer.
+            if self._trainer is not None:
+                bind_tokenizer(self.model, tokenizer_of(self._data()))
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()

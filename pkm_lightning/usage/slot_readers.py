@@ -1,8 +1,9 @@
 """Readers of slots: every `Slots` of every layer's plugins, by a name, and the tables that several layers share.
 
-Names are `layer3.slot`, or `layer3.base.expert` and `layer3.variant.slot` where two FFNs stand side by side. A set of
-tables is `table0`, `table1`, ... in the order of its first layer. PEER's two tables, which are read by the same ids,
-are one set, and so are all tables that a reader connects: row n of each of them is one slot.
+Names are `layer3.slot`; `layer3.base.expert` and `layer3.variant.slot` where two FFNs stand side by side;
+`layer3.before.slot` and `layer3.after.slot` of plugins in front of the block and behind it. A set of tables is
+`table0`, `table1`, ... in the order of its first layer. PEER's two tables, which are read by the same ids, are one set,
+and so are all tables that a reader connects: row n of each of them is one slot.
 
 Letters: C reads per token over all heads.
 """
@@ -111,7 +112,7 @@ def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, 
     readers = {}
     for layer, part, plugin in model.plugins():
         if isinstance(plugin, HasSlots):
-            place, declared = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
+            place, declared = _place(layer, part), plugin.slots()
             check_slots(place, plugin, declared)
             names = tuple(slots.name for slots in declared)
             for slots in declared:
@@ -119,6 +120,12 @@ def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, 
                     reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots, names)
                     readers[reader.name] = reader
     return readers
+
+
+def _place(layer: int, part: str) -> str:
+    """Returns the name of a plugin: `layer3`, `layer3.base`, `layer3.before`."""
+    within = part.removeprefix("ffn").removeprefix(".")
+    return f"layer{layer}.{within}" if within else f"layer{layer}"
 
 
 def find_tables(readers: dict[str, Reader]) -> dict[str, TableSet]:

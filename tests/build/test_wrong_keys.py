@@ -140,6 +140,14 @@ WRONG: dict[tuple[str, ...], list[str]] = {
     ],
     DEEPSPEED: ["strategy.stage=4", "strategy.stage=1.5", "strategy.stage=null", "+strategy.offload_optimizer=3"],
     ("table/optimizer=catch_up_adam",): ["table.optimizer.betas=[0.5,0.9]", "optim.table_weight_decay=0.1"],
+    ("table/optimizer=factored_adam",): [
+        *("table.optimizer.betas=[0.9,0.95]", "table.optimizer.betas=[0,0.999]", "table.optimizer.betas=[0,x]"),
+        "+table.optimizer.bias_correction=row",
+    ],
+    ("table/optimizer=lazy_adam",): [
+        *("table.optimizer.bias_correction=rows", "table.optimizer.bias_correction=1"),
+        "table.optimizer.bias_correction=null",
+    ],
 }  # fmt: skip
 CASES = [(composition, override) for composition, overrides in WRONG.items() for override in overrides]
 

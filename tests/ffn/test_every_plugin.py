@@ -22,6 +22,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "engram": {"rows": 30, "row_dim": 3, "streams": 2},
     "moe": {"n_experts": 5, "top_k": 3, "sequence_balance_loss": 0.1},
     "moe_expert_choice": {"n_experts": 3},
+    "ple": {"value_dim": 5},
     "ultramem": {"value_dim": 6, "spectrum_margin": 0},
     "ultramem_v2": {"value_dim": 5, "balance_loss": 0.1},
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.ops.row_update import (
+    COLUMN_STATE,
     RowGradient,
     RowRule,
     RowState,
@@ -34,21 +36,31 @@ from pkm_lightning.ops.row_update.rounding import round_stochastically
 
 RULES = rule_names()
 DTYPES = [torch.float32, torch.bfloat16]
+#: A rule with a constant for which its kernels have code of their own.
+BY_ROW = "lazy_adam by row"
 #: Rules and the backends that have more than the reference for them.
 KERNELS = [(name, backend) for name in RULES for backend in ("eager", *find_rule(name).kernels)]
+CASES = [*KERNELS, *((BY_ROW, backend) for backend in ("eager", "cpu", "triton"))]
+
+
+def made(name: str) -> RowRule:
+    """Returns a rule with its constants."""
+    constants: dict[str, Any] = {"betas": (0.0, 0.9) if name in ("catch_up_adam", "factored_adam") else (0.8, 0.9)}
+    if name == BY_ROW:
+        name, constants["bias_correction"] = "lazy_adam", "row"
+    return find_rule(name)(**constants, eps=1e-6)
 
 
 def update(name: str, number: int = 1, **numbers: float) -> tuple[RowRule, UpdateStep]:
-    """Returns a rule with its constants, and the numbers of one update."""
-    betas = (0.0, 0.9) if name == "catch_up_adam" else (0.8, 0.9)
+    """Returns a rule and the numbers of one update."""
     step = {"lr": 0.1, "number": number, "seed": 77 * number, **numbers}
-    return find_rule(name)(betas=betas, eps=1e-6), UpdateStep(**step)  # type: ignore[arg-type]
+    return made(name), UpdateStep(**step)  # type: ignore[arg-type]
 
 
 def mid_run(name: str, n: int, v: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
     """Returns a table and a state as in the middle of a run."""
     table_NV = torch.randn(n, v).to(device, dtype)
-    state = new_state(find_rule(name), table_NV)
+    state = new_state(made(name), table_NV)
     for value in state.values():
         value.copy_(torch.rand(value.shape) if value.is_floating_point() else torch.randint(2, value.shape))
     return table_NV, state
@@ -65,7 +77,8 @@ def check_update(backend: str, name: str, gradient: RowGradient, **numbers: floa
     live_U = gradient.segments.rows_U >= 0
     is_read_N = torch.zeros(gradient.n_rows, dtype=torch.bool)
     is_read_N[gradient.segments.rows_U[live_U].cpu().long()] = True
-    for tensor in (table_NV, *(value for value in state.values() if value.is_floating_point())):
+    by_row = {key: value for key, value in state.items() if not key.startswith(COLUMN_STATE)}
+    for tensor in (table_NV, *(value for value in by_row.values() if value.is_floating_point())):
         tensor[~is_read_N] = torch.nan
     expected_NV, expected = copies(table_NV, state)
     step = update(name, 3, **numbers)
@@ -80,15 +93,16 @@ def check_update(backend: str, name: str, gradient: RowGradient, **numbers: floa
     assert_close(actual_NV[is_read_N], expected_NV[is_read_N])
     assert torch.equal(actual_NV[is_read_N], again_NV[is_read_N])
     for key, value in expected.items():
-        assert_close(actual[key][is_read_N].float(), value[is_read_N].float())
-        assert torch.equal(actual[key][is_read_N], again[key][is_read_N])
-        assert not value.is_floating_point() or actual[key][~is_read_N].isnan().all()
+        which = is_read_N if key in by_row else ...
+        assert_close(actual[key][which].float(), value[which].float())
+        assert torch.equal(actual[key][which], again[key][which])
+        assert key not in by_row or not value.is_floating_point() or actual[key][~is_read_N].isnan().all()
 
 
-@pytest.mark.parametrize(("name", "backend"), KERNELS)
+@pytest.mark.parametrize(("name", "backend"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_reference_on_every_run(name: str, backend: str, dtype: torch.dtype) -> None:
-    decay = {} if find_rule(name).refuses_decay else {"weight_decay": 0.2}
+    decay = {} if made(name).refuses_decay else {"weight_decay": 0.2}
     check_update(backend, name, read(13, 7, 20, dtype, device_of(backend)), **decay)
 
 
@@ -97,11 +111,13 @@ def test_any_width_hot_rows_and_empty_steps(backend: str) -> None:
     device = device_of(backend)
     for v in (1, 64, 257):
         check_update(backend, "lazy_adam", read(5, v, 6, device=device))
+        check_update(backend, "factored_adam", read(5, v, 6, device=device))
     for gradient in (read(4, 5, 150, device=device, row=2), read(4, 5, 0, device=device)):
-        check_update(backend, "row_adagrad", gradient)
+        for name in ("row_adagrad", "factored_adam", BY_ROW):
+            check_update(backend, name, gradient)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if "triton" in find_rule(name).kernels])
+@pytest.mark.parametrize("name", [name for name, backend in CASES if backend == "triton"])
 def test_the_gpu_kernels_pass_over_empty_segments(name: str) -> None:
     device = device_of("triton")
     for first in (0, 2):
@@ -204,9 +220,10 @@ def test_rules_are_found_by_the_names_of_their_files(monkeypatch: pytest.MonkeyP
         module = importlib.import_module(f"pkm_lightning.ops.row_update.{backend}")
         assert set(module._KINDS) == {name for name, kernels in KERNELS if kernels == backend}
     table_NV = torch.empty(10, 4, dtype=torch.bfloat16, device="meta")
-    sizes = [state_bytes(find_rule(name), table_NV) for name in ("sgd", "row_adagrad", "lazy_adam", "catch_up_adam")]
-    assert sizes == [0, 40, 320, 200]
-    with pytest.raises(ValueError, match=r"row_update: rule='base' is unknown; allowed: catch_up_adam, lazy_adam"):
+    sizes = {name: state_bytes(made(name), table_NV) for name in (*RULES, BY_ROW)}
+    adams = {"lazy_adam": 320, BY_ROW: 340, "catch_up_adam": 200, "factored_adam": 10 * 3 + 4 * 4}
+    assert sizes == {"sgd": 0, "row_adagrad": 40, **adams}
+    with pytest.raises(ValueError, match=r"row_update: rule='base' is unknown; allowed: catch_up_adam, factored_adam"):
         find_rule("base")
     monkeypatch.setattr(find_rule("sgd"), "name", "gradient_descent")
     find_rule.cache_clear()
@@ -217,6 +234,12 @@ def test_rules_are_found_by_the_names_of_their_files(monkeypatch: pytest.MonkeyP
     find_rule.cache_clear()
     with pytest.raises(ValueError, match=r"SGD.state has the name 'step', which the number of the update has"):
         find_rule("sgd")
+    for name, per in (("share", "column"), ("column_share", "row")):
+        monkeypatch.setattr(find_rule("lazy_adam"), "state", {name: RowState(per)})
+        find_rule.cache_clear()
+        with pytest.raises(ValueError, match=rf"LazyAdam.state has '{name}' per {per}; the names of states per column"):
+            find_rule("lazy_adam")
+        monkeypatch.undo()
 
 
 def test_refusals_name_the_value() -> None:

@@ -28,12 +28,22 @@ CASES = [
         "fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2", marks=pytest.mark.slow
     ),
     pytest.param("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2", marks=pytest.mark.slow),
+    pytest.param("ddp", 4, "ffn=engram ffn.end_id=0 table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, "ffn=engram ffn.end_id=0 table.shard=dim table.learning=dense", marks=pytest.mark.slow),
+    pytest.param(
+        "deepspeed_3", 2, "ffn=engram ffn.end_id=0 table.shard=dim table.learning=rows", marks=pytest.mark.slow
+    ),
     pytest.param("fsdp", 2, "ffn=moe", marks=pytest.mark.slow),
     pytest.param(
         "fsdp",
         2,
         "ffn=memory_plus table.shard=dim table/optimizer=row_adagrad trainer.accumulate_grad_batches=2",
         marks=pytest.mark.slow,
+    ),
+    pytest.param("fsdp", 2, "ffn=peer table.shard=dim table/optimizer=factored_adam", marks=pytest.mark.slow),
+    pytest.param("ddp", 4, "ffn=memory_plus table.shard=row table/optimizer=factored_adam", marks=pytest.mark.slow),
+    pytest.param(
+        "ddp", 4, "ffn=peer table.shard=row table.group=2 table.optimizer.bias_correction=row", marks=pytest.mark.slow
     ),
     pytest.param("deepspeed_1", 2, "ffn=memory_plus table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("deepspeed_1", 4, "ffn=peer table.shard=dim table.learning=dense", marks=pytest.mark.slow),

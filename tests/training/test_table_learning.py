@@ -32,7 +32,9 @@ def learned(*overrides: str, micro: list[int], **limits: float | None) -> Langua
 
 
 @pytest.mark.parametrize(
-    ("plugin", "recomputed"), [("memory_plus", True), ("peer", False), ("ultramem", False), ("engram ffn.end_id=0", True)], ids=str
+    ("plugin", "recomputed"),
+    [("memory_plus", True), ("peer", False), ("ultramem", False), ("engram ffn.end_id=0", True)],
+    ids=str,
 )
 def test_rows_equal_the_dense_gradient(plugin: str, recomputed: bool) -> None:
     limits = {"clip_norm": 0.05, "table_clip_norm": 0.003}

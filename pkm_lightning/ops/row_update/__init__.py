@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from pkm_lightning.ops.backends import best_backend, choose_backend
-from pkm_lightning.ops.row_update.rules import RowRule, RowState, UpdateStep, find_rule, new_state, rule_names
+from pkm_lightning.ops.row_update.rules import (
+    COLUMN_STATE,
+    RowRule,
+    RowState,
+    UpdateStep,
+    find_rule,
+    new_state,
+    rule_names,
+)
 from pkm_lightning.ops.row_update.rules.base import check_state, state_bytes
 from pkm_lightning.ops.segments import Segments, check_indices, read_segments
 
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "COLUMN_STATE",
     "RowGradient",
     "RowRule",
     "RowState",
@@ -101,7 +110,9 @@ def row_gradient_norm(gradient: RowGradient, *, backend: str = "auto") -> Float[
     return cast("Tensor", _implementation("row_gradient_norm", gradient, backend)(gradient))
 
 
-def row_gradient_squares(gradient: RowGradient, *, backend: str = "auto") -> Float[Tensor, " U"]:
+def row_gradient_squares(
+    gradient: RowGradient, weights_V: Float[Tensor, " V"] | None = None, *, backend: str = "auto"
+) -> Float[Tensor, " U"]:
     """Returns the sum of g**2 over the columns of each row that was read, where g is its gradient before `scale`.
 
     Where the columns of a table are sharded over ranks, the sums of the ranks are added and divided by the width of
@@ -109,6 +120,8 @@ def row_gradient_squares(gradient: RowGradient, *, backend: str = "auto") -> Flo
 
     Args:
         gradient: the reads of the step.
+        weights_V: weight of each column in the sum, as `RowRule.column_weights` gives them, in the dtype of the
+            coefficients; None: all are 1.
         backend: `auto`, `eager`, `cpu`, `triton` or `reference`.
 
     Returns:
@@ -117,7 +130,7 @@ def row_gradient_squares(gradient: RowGradient, *, backend: str = "auto") -> Flo
     Raises:
         ValueError: an unknown backend, or one that cannot sum in float64.
     """
-    return cast("Tensor", _implementation("row_gradient_squares", gradient, backend)(gradient))
+    return cast("Tensor", _implementation("row_gradient_squares", gradient, backend)(gradient, weights_V))
 
 
 def row_update(
@@ -129,6 +142,7 @@ def row_update(
     *,
     scale: Tensor | float = 1.0,
     mean_squares_U: Float[Tensor, " U"] | None = None,
+    column_sums: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     backend: str = "auto",
 ) -> None:
     """Updates the rows that were read and their entries of `state` in place; all other rows keep their values.
@@ -143,9 +157,13 @@ def row_update(
         step: the numbers of this update.
         state: the tensors of `new_state`, which each update changes.
         scale: factor on the gradient (clipping, averages): a number, or a scalar tensor, which stays on its device.
-        mean_squares_U: for a rule that needs them, where the table holds only some of the columns: the mean of g**2
-            over the whole row, before `scale`, per element of `gradient.segments.rows_U`, in the dtype of the
-            coefficients. None: the columns of the table are the whole row.
+        mean_squares_U: for a rule that needs them, where the table holds only some of the columns: the mean of g**2,
+            weighted by `rule.column_weights`, over the whole row, before `scale`, per element of
+            `gradient.segments.rows_U`, in the dtype of the coefficients. None: the columns of the table are the whole
+            row.
+        column_sums: for a rule that needs them, where the table is a part of a larger one: returns from the sums
+            over these rows of these columns (V,) those over all rows, and their mean over all columns. Called once,
+            also where nothing was read. None: the table is whole.
         backend: `auto`, `eager`, `cpu`, `triton` or `reference`. `auto` takes `eager` for a rule without a kernel.
 
     Raises:
@@ -168,7 +186,11 @@ def row_update(
         _check_mean_squares(mean_squares_U, gradient, rule)
     implementation = _implementation("row_update", gradient, _backend_for(rule, gradient, backend))
     with torch.no_grad():
-        implementation(table_NV, gradient, rule, step, state, scale, mean_squares_U)
+        sums_V = implementation(table_NV, gradient, rule, step, state, scale, mean_squares_U)
+        if rule.needs_column_sums:
+            sums_V = cast("Tensor", sums_V)
+            sums_V, mean = (sums_V, sums_V.mean()) if column_sums is None else column_sums(sums_V)
+            rule.update_columns(state, sums_V, mean, step)
 
 
 def _check_mean_squares(mean_squares_U: Tensor, gradient: RowGradient, rule: RowRule) -> None:

@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from pkm_lightning.ops.numba_threads import use_torch_threads
+from pkm_lightning.ops.row_update.factors import row_factors
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
 
 if TYPE_CHECKING:
@@ -28,8 +29,14 @@ if TYPE_CHECKING:
 
 # The rules that `_apply` has a branch for. Kernels that call each other stay in one file: numba's cache does not notice
 # that a kernel of another file has changed.
-_SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM = range(4)
-_KINDS = {"sgd": _SGD, "row_adagrad": _ROW_ADAGRAD, "lazy_adam": _LAZY_ADAM, "catch_up_adam": _CATCH_UP_ADAM}
+_SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM, _FACTORED_ADAM = range(5)
+_KINDS = {
+    "sgd": _SGD,
+    "row_adagrad": _ROW_ADAGRAD,
+    "lazy_adam": _LAZY_ADAM,
+    "catch_up_adam": _CATCH_UP_ADAM,
+    "factored_adam": _FACTORED_ADAM,
+}
 # A constant, so that the limits of the chunks do not depend on the number of threads.
 _CHUNKS = 64
 _PREFETCHED_ROWS = 2
@@ -41,15 +48,16 @@ _KERNEL = {"cache": True, "nogil": True, "error_model": "numpy"}
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
     # The order of the sum depends on the number of threads; in fp64 that does not change the fp32 result.
-    return row_gradient_squares(gradient).double().sum().sqrt().float()
+    return row_gradient_squares(gradient, None).double().sum().sqrt().float()
 
 
-def row_gradient_squares(gradient: RowGradient) -> Tensor:
+def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
     use_torch_threads()
+    roots_V = torch.empty(0, dtype=torch.float32) if weights_V is None else weights_V.sqrt()
     squares_U = torch.empty(len(gradient.segments.rows_U), dtype=torch.float32)
     scratch_C2V, bits_C2V = _scratch(gradient)
-    _squares(*_reads(gradient), squares_U.numpy(), scratch_C2V, bits_C2V)
+    _squares(*_reads(gradient), squares_U.numpy(), roots_V.numpy(), scratch_C2V, bits_C2V)
     return squares_U
 
 
@@ -61,11 +69,13 @@ def row_update(
     state: Mapping[str, Tensor],
     scale: Tensor | float,
     mean_squares_U: Tensor | None,
-) -> None:
-    """Computes `pkm_lightning.ops.row_update.row_update`."""
+) -> Tensor | None:
+    """Updates the rows; returns the sums that `RowRule.update_columns` takes, where the rule needs them."""
     use_torch_threads()
     none_0, none_1, none_11 = (torch.empty(shape, dtype=torch.float32) for shape in (0, 1, (1, 1)))
     correction1, root_correction2 = rule.bias_corrections(step)
+    factors_2U, roots_V = row_factors(gradient, rule, step, state, scale, mean_squares_U, row_gradient_squares)
+    sums_CV = torch.zeros(_CHUNKS, table_NV.shape[1] if rule.needs_column_sums else 0, dtype=torch.float32)
     scratch_C2V, bits_C2V = _scratch(gradient)
     _update(
         _as_numpy(table_NV.detach()),
@@ -76,6 +86,9 @@ def row_update(
         state.get("sum", none_1).numpy(),
         state.get("last_step", none_1.int()).numpy(),
         (none_0 if mean_squares_U is None else mean_squares_U.contiguous()).numpy(),
+        factors_2U.contiguous().numpy(),
+        roots_V.numpy(),
+        sums_CV.numpy(),
         scratch_C2V,
         bits_C2V,
         _KINDS[rule.name],
@@ -83,6 +96,7 @@ def row_update(
         step.seed,
         (float(scale), step.lr, step.lr * step.weight_decay, *rule.betas, rule.eps, correction1, root_correction2),
     )
+    return sums_CV.sum(0) if rule.needs_column_sums else None
 
 
 def _reads(gradient: RowGradient) -> tuple[Any, ...]:
@@ -172,22 +186,27 @@ def _square_sum(values):  # type: ignore[no-untyped-def]
 
 
 @njit(**_KERNEL, parallel=True)
-def _squares(order, starts, coefficients, sources, source_rows, squares, scratch, bits):  # type: ignore[no-untyped-def]
+def _squares(order, starts, coefficients, sources, source_rows, squares, roots, scratch, bits):  # type: ignore[no-untyped-def]
+    """Computes squares[u] = the sum of the squares of roots * the sum of segment u; empty roots stand for ones."""
     n_chunks = scratch.shape[0]
     for chunk in prange(n_chunks):
         total, line, line_bits = scratch[chunk, 0], scratch[chunk, 1], bits[chunk, 1]
         for segment in range(chunk * squares.shape[0] // n_chunks, (chunk + 1) * squares.shape[0] // n_chunks):
             _add_reads(segment, order, starts, coefficients, sources, source_rows, total, line, line_bits)
+            for d in range(roots.shape[0]):
+                total[d] *= roots[d]
             squares[segment] = _square_sum(total)
 
 
 @njit(**_KERNEL)
 def _apply(  # type: ignore[no-untyped-def]
-    kind, row, segment, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, mean_squares, number, numbers
-):
+    kind, row, segment, values, grad, exp_avg, exp_avg_sq, row_sum, last_step, mean_squares, factors, roots, sums,
+    number, numbers,
+):  # fmt: skip
     """Applies the rule to one row, `values`, with its gradient; the equations stand in `rules/`.
 
-    An empty `mean_squares` stands for None.
+    An empty `mean_squares` stands for None; `factors` and `roots` are those of `factors.py`. Adds to `sums`, which
+    belongs to the chunk, what the rule sums over rows.
     """
     scale, lr, decay, beta1, beta2, eps, correction1, root_correction2 = numbers
     factor, rate, eps = float32(scale), float32(lr), float32(eps)
@@ -213,9 +232,17 @@ def _apply(  # type: ignore[no-untyped-def]
         for d in range(dim):
             values[d] -= rate * grad[d]
         return
+    if kind == _FACTORED_ADAM:
+        row_root, per_square = factors[0, segment], factors[1, segment]
+        for d in range(dim):
+            values[d] -= rate * grad[d] / (row_root * roots[d] + eps)
+            sums[d] += per_square * grad[d] * grad[d]
+        return
     new2, root = float32(1 - beta2), float32(1 / root_correction2)
     if kind == _LAZY_ADAM:
         old1, new1, old2, rate = float32(beta1), float32(1 - beta1), float32(beta2), float32(lr / correction1)
+        if factors.shape[1] > 0:
+            rate, root = float32(lr) / factors[0, segment], float32(1) / factors[1, segment]
         for d in range(dim):
             mean = old1 * exp_avg[row, d] + new1 * grad[d]
             square = old2 * exp_avg_sq[row, d] + new2 * grad[d] * grad[d]
@@ -262,6 +289,9 @@ def _update(  # type: ignore[no-untyped-def]
     row_sum,
     last_step,
     mean_squares,
+    factors,
+    roots,
+    sums,
     scratch,
     bits,
     kind,
@@ -282,6 +312,7 @@ def _update(  # type: ignore[no-untyped-def]
             _add_reads(segment, order, starts, coefficients, sources, source_rows, total, line, line_bits)
             _load(table, row, line, line_bits)
             _apply(
-                kind, row, segment, line, total, exp_avg, exp_avg_sq, row_sum, last_step, mean_squares, number, numbers
-            )
+                kind, row, segment, line, total, exp_avg, exp_avg_sq, row_sum, last_step, mean_squares, factors, roots,
+                sums[chunk], number, numbers,
+            )  # fmt: skip
             _store(table, row, line, line_bits, seed)

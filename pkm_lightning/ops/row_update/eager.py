@@ -32,9 +32,10 @@ def row_gradient_norm(gradient: RowGradient) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else gradient.coefficients_L.new_zeros(())
 
 
-def row_gradient_squares(gradient: RowGradient) -> Tensor:
+def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
-    squares = [grad_CV.square().sum(-1) for _, grad_CV in _chunks(gradient)]
+    weights = 1.0 if weights_V is None else weights_V
+    squares = [(grad_CV.square() * weights).sum(-1) for _, grad_CV in _chunks(gradient)]
     return torch.cat(squares) if squares else gradient.coefficients_L.new_zeros(0)
 
 
@@ -46,9 +47,12 @@ def row_update(
     state: Mapping[str, Tensor],
     scale: Tensor | float,
     mean_squares_U: Tensor | None,
-) -> None:
-    """Computes `pkm_lightning.ops.row_update.row_update`."""
+) -> Tensor | None:
+    """Updates the rows; returns the sums that `RowRule.update_columns` takes, where the rule needs them."""
     start = 0
+    total_V = None
+    if rule.needs_column_sums:
+        total_V = gradient.coefficients_L.new_zeros(table_NV.shape[1])
     for rows_C, grad_CV in _chunks(gradient):
         squares_C = None if mean_squares_U is None else mean_squares_U[start : start + len(rows_C)] * scale * scale
         start += len(rows_C)
@@ -59,10 +63,13 @@ def row_update(
             squares_C = None if squares_C is None else squares_C[live_C]
         index_C = rows_C.long()
         before_CV = table_NV[index_C].to(grad_CV.dtype)
-        after_CV = updated_rows(before_CV, grad_CV * scale, rule, step, state, index_C, squares_C)
+        after_CV, sums_V = updated_rows(before_CV, grad_CV * scale, rule, step, state, index_C, squares_C)
+        if total_V is not None and sums_V is not None:
+            total_V += sums_V
         if table_NV.dtype is torch.bfloat16:
             after_CV = round_stochastically(after_CV, index_C, step.seed)
         table_NV.index_copy_(0, index_C, after_CV)
+    return total_V
 
 
 def _chunks(gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,10 +23,11 @@ def row_gradient_norm(gradient: RowGradient) -> Tensor:
     return _dense(gradient, gradient.n_rows).norm()
 
 
-def row_gradient_squares(gradient: RowGradient) -> Tensor:
+def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
     rows_U = gradient.segments.rows_U.long()
-    squares_U = _dense(gradient, gradient.n_rows)[rows_U.clamp(min=0)].square().sum(-1)
+    squares_UV = _dense(gradient, gradient.n_rows)[rows_U.clamp(min=0)].square()
+    squares_U = (squares_UV if weights_V is None else squares_UV * weights_V).sum(-1)
     return torch.where(rows_U >= 0, squares_U, 0.0)
 
 
@@ -38,17 +39,18 @@ def row_update(
     state: Mapping[str, Tensor],
     scale: Tensor | float,
     mean_squares_U: Tensor | None,
-) -> None:
-    """Computes `pkm_lightning.ops.row_update.row_update`."""
+) -> Tensor | None:
+    """Updates the rows; returns the sums that `RowRule.update_columns` takes, where the rule needs them."""
     grad_NV = _dense(gradient, len(table_NV)) * scale
     rows_U = gradient.segments.rows_U.long()
     if mean_squares_U is not None:
         mean_squares_U = mean_squares_U[rows_U >= 0] * scale * scale
     rows_U = rows_U[rows_U >= 0]
     before_UV = table_NV[rows_U].to(grad_NV.dtype)
-    after_UV = updated_rows(before_UV, grad_NV[rows_U], rule, step, state, rows_U, mean_squares_U)
+    after_UV, sums_V = updated_rows(before_UV, grad_NV[rows_U], rule, step, state, rows_U, mean_squares_U)
     is_bf16 = table_NV.dtype is torch.bfloat16
     table_NV[rows_U] = round_stochastically(after_UV, rows_U, step.seed) if is_bf16 else after_UV
+    return sums_V
 
 
 def updated_rows(
@@ -59,14 +61,30 @@ def updated_rows(
     state: Mapping[str, Tensor],
     index_U: Tensor,
     mean_squares_U: Tensor | None,
-) -> Tensor:
-    """Returns the rows after decay and one update by `rule`, and updates their entries of `state`.
+) -> tuple[Tensor, Tensor | None]:
+    """Updates the entries of `state` of the rows by `rule`.
 
-    `mean_squares_U` is the mean of g**2 over whole rows of which these are a part; None: these are whole.
+    Args:
+        mean_squares_U: mean of the weighted g**2 over whole rows of which these are a part; None: these are whole.
+
+    Returns:
+        The rows after decay and one update, and the sums that `RowRule.update_columns` takes, where the rule needs
+        them.
     """
+    squares_UV = grad_UV.square()
     if rule.needs_mean_squares and mean_squares_U is None:
-        mean_squares_U = grad_UV.square().mean(-1)
-    return rule.update(rule.decay(rows_UV, step), grad_UV, state, index_U, step, mean_squares_U)
+        weights_V = rule.column_weights(state, step)
+        mean_squares_U = (squares_UV if weights_V is None else squares_UV * weights_V).mean(-1)
+    after_UV = rule.update(rule.decay(rows_UV, step), grad_UV, state, index_U, step, mean_squares_U)
+    if not rule.needs_column_sums:
+        return after_UV, None
+    assert mean_squares_U is not None
+    return after_UV, (squares_UV * inverse(mean_squares_U).unsqueeze(-1)).sum(0)
+
+
+def inverse(mean_squares_U: Tensor) -> Tensor:
+    """Returns 1 / (the mean squares of the rows), and 0 for a row whose gradient is zero."""
+    return torch.where(mean_squares_U > 0, mean_squares_U.reciprocal(), 0.0)
 
 
 def _dense(gradient: RowGradient, n_rows: int) -> Tensor:

@@ -18,21 +18,25 @@ import triton.language as tl
 from torch import Tensor
 
 from pkm_lightning.ops.row_gradients.triton import block_sizes, further_pieces, segment_total
+from pkm_lightning.ops.row_update.factors import row_factors
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
 
 if TYPE_CHECKING:
     from pkm_lightning.ops.row_update import RowGradient
 
-_SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM = (tl.constexpr(kind) for kind in range(4))
-_KINDS = {"sgd": 0, "row_adagrad": 1, "lazy_adam": 2, "catch_up_adam": 3}  # the rules that `_update_rows` knows
+_SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM, _FACTORED_ADAM = (tl.constexpr(kind) for kind in range(5))
+# The rules that `_update_rows` knows.
+_KINDS = {"sgd": 0, "row_adagrad": 1, "lazy_adam": 2, "catch_up_adam": 3, "factored_adam": 4}
+# Segments that one program adds to the sums of its columns.
+_SUMMED_SEGMENTS = 64
 
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
-    return row_gradient_squares(gradient).sum().sqrt()
+    return row_gradient_squares(gradient, None).sum().sqrt()
 
 
-def row_gradient_squares(gradient: RowGradient) -> Tensor:
+def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
     segments = gradient.segments
     squares_U = torch.zeros(len(segments.rows_U), dtype=torch.float32, device=segments.rows_U.device)
@@ -40,7 +44,10 @@ def row_gradient_squares(gradient: RowGradient) -> Tensor:
         reads, pieces, blocks = _launch_arguments(gradient)
         sizes = block_sizes(gradient.source_rows_XV.shape[1])
         with torch.cuda.device_of(squares_U):
-            _squares[(len(squares_U),)](*reads, segments.starts_Z, *pieces, squares_U, BLOCKS=blocks, **sizes)
+            _squares[(len(squares_U),)](
+                *reads, segments.starts_Z, *pieces, squares_U, squares_U if weights_V is None else weights_V,
+                WEIGHTED=weights_V is not None, BLOCKS=blocks, **sizes,
+            )  # fmt: skip
     return squares_U
 
 
@@ -52,24 +59,43 @@ def row_update(
     state: Mapping[str, Tensor],
     scale: Tensor | float,
     mean_squares_U: Tensor | None,
-) -> None:
-    """Computes `pkm_lightning.ops.row_update.row_update`."""
+) -> Tensor | None:
+    """Updates the rows; returns the sums that `RowRule.update_columns` takes, where the rule needs them."""
     segments = gradient.segments
     if len(segments.rows_U) == 0:
-        return
+        return table_NV.new_zeros(table_NV.shape[1], dtype=torch.float32) if rule.needs_column_sums else None
     scale_1 = torch.as_tensor(scale, dtype=torch.float32, device=table_NV.device).reshape(1)
     factor_U = _row_factors(gradient, rule, step, state, scale_1, mean_squares_U)
+    factors_2U, roots_V = row_factors(gradient, rule, step, state, scale_1, mean_squares_U, row_gradient_squares)
+    has_factors = factors_2U.numel() > 0
     unused = scale_1
     reads, pieces, blocks = _launch_arguments(gradient)
     correction1, root_correction2 = rule.bias_corrections(step)
     with torch.cuda.device_of(table_NV):
         _update_rows[len(segments.rows_U), blocks](
             *reads, segments.starts_Z, segments.rows_U, *pieces, table_NV,
-            state.get("exp_avg", unused), state.get("exp_avg_sq", unused), factor_U, scale_1,
+            state.get("exp_avg", unused), state.get("exp_avg_sq", unused),
+            factors_2U[0] if has_factors else factor_U, factors_2U[1] if has_factors else unused, roots_V, scale_1,
             step.lr, step.lr * step.weight_decay, rule.betas[0], 1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1],
             rule.eps, 1 / correction1, 1 / root_correction2, step.seed,
-            KIND=_KINDS[rule.name], **block_sizes(table_NV.shape[1]),
+            KIND=_KINDS[rule.name], PER_ROW=has_factors, **block_sizes(table_NV.shape[1]),
         )  # fmt: skip
+    return _column_sums(gradient, factors_2U[1], scale_1) if rule.needs_column_sums else None
+
+
+def _column_sums(gradient: RowGradient, per_square_U: Tensor, scale_1: Tensor) -> Tensor:
+    """Returns the sum over the segments of per_square[u] * g**2, (V,), always added in the same order."""
+    reads, pieces, blocks = _launch_arguments(gradient)
+    segments, dim = gradient.segments, gradient.source_rows_XV.shape[1]
+    n_segments = len(segments.rows_U)
+    programs = triton.cdiv(n_segments, _SUMMED_SEGMENTS)
+    sums_PV = torch.empty(programs, dim, dtype=torch.float32, device=per_square_U.device)
+    with torch.cuda.device_of(sums_PV):
+        _sum_columns[programs, blocks](
+            *reads, segments.starts_Z, *pieces, per_square_U, scale_1, sums_PV, n_segments,
+            SEGMENTS=_SUMMED_SEGMENTS, **block_sizes(dim),
+        )  # fmt: skip
+    return sums_PV.sum(0)
 
 
 def _row_factors(
@@ -86,7 +112,7 @@ def _row_factors(
     live_U, at_U = rows_U >= 0, rows_U.clamp(min=0)
     if rule.name == "row_adagrad":
         if mean_squares_U is None:
-            means_U = row_gradient_squares(gradient) * scale_1.square() / gradient.source_rows_XV.shape[1]
+            means_U = row_gradient_squares(gradient, None) * scale_1.square() / gradient.source_rows_XV.shape[1]
         else:
             means_U = mean_squares_U * scale_1.square()
         state["sum"].index_add_(0, at_U, torch.where(live_U, means_U, 0.0))
@@ -110,10 +136,11 @@ def _launch_arguments(gradient: RowGradient) -> tuple[tuple[Tensor, ...], tuple[
 
 @triton.jit
 def _squares(  # type: ignore[no-untyped-def]
-    order, coefficients, sources, source_rows, starts, further, ends, partial, squares,
-    BLOCKS: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+    order, coefficients, sources, source_rows, starts, further, ends, partial, squares, weights,
+    WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Computes squares[u] = the square of the sum of segment u, block of columns after block of columns."""
+    """Computes squares[u] = the weighted square of the sum of segment u, block of columns after block of columns."""
     u = tl.program_id(0)
     total = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for block in range(BLOCKS):
@@ -122,8 +149,30 @@ def _squares(  # type: ignore[no-untyped-def]
             order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
             V, PIECE, BLOCK_P, BLOCK_V,
         )  # fmt: skip
-        total += grad * grad
+        if WEIGHTED:
+            total += tl.load(weights + d, mask=d < V, other=0.0) * grad * grad
+        else:
+            total += grad * grad
     tl.store(squares + u, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _sum_columns(  # type: ignore[no-untyped-def]
+    order, coefficients, sources, source_rows, starts, further, ends, partial, per_square, scale, sums, n_segments,
+    SEGMENTS: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Computes sums[p] = the sum of per_square * g**2 over the segments of program p, for one block of columns."""
+    p = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    factor = tl.load(scale)
+    total = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    for u in range(p * SEGMENTS, tl.minimum((p + 1) * SEGMENTS, n_segments)):
+        grad = segment_total(
+            order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
+            V, PIECE, BLOCK_P, BLOCK_V,
+        ) * factor  # fmt: skip
+        total += tl.load(per_square + u) * grad * grad
+    tl.store(sums + p * V + d, total, mask=d < V)
 
 
 @triton.jit
@@ -146,8 +195,10 @@ def _stored(values, row, d, table, seed, V: tl.constexpr):  # type: ignore[no-un
 @triton.jit(do_not_specialize=["seed"])
 def _update_rows(  # type: ignore[no-untyped-def]
     order, coefficients, sources, source_rows, starts, rows, further, ends, partial, table,
-    exp_avg, exp_avg_sq, factors, scale, lr, decay, beta1, new1, beta2, new2, eps, over1, over_root2, seed,
-    KIND: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+    exp_avg, exp_avg_sq, factors, more_factors, roots, scale,
+    lr, decay, beta1, new1, beta2, new2, eps, over1, over_root2, seed,
+    KIND: tl.constexpr, PER_ROW: tl.constexpr,
+    V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Updates one block of columns of one row: gradient, rule, write; the equations stand in `rules/`."""
     u = tl.program_id(0)
@@ -167,7 +218,13 @@ def _update_rows(  # type: ignore[no-untyped-def]
             values -= lr * grad
         elif KIND == _ROW_ADAGRAD:
             values -= lr * tl.load(factors + u) * grad
+        elif KIND == _FACTORED_ADAM:
+            root = tl.load(factors + u) * tl.load(roots + d, mask=in_row, other=0.0)
+            values -= lr * grad / (root + eps)
         elif KIND == _LAZY_ADAM:
+            if PER_ROW:
+                over1 = 1 / tl.load(factors + u)
+                over_root2 = 1 / tl.load(more_factors + u)
             mean = beta1 * tl.load(exp_avg + at, mask=in_row, other=0.0) + new1 * grad
             square = beta2 * tl.load(exp_avg_sq + at, mask=in_row, other=0.0) + new2 * grad * grad
             tl.store(exp_avg + at, mean, mask=in_row)
@@ -185,15 +242,20 @@ def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Returns kernels with argument types and constants, for compilation ahead of time without a GPU."""
     cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
     for kind, element, dim in (("lazy_adam", "fp32", 1024), ("lazy_adam", "bf16", 1024), ("row_adagrad", "bf16", 100),
-                               ("catch_up_adam", "fp32", 100), ("sgd", "bf16", 257)):  # fmt: skip
+                               ("catch_up_adam", "fp32", 100), ("factored_adam", "fp32", 160),
+                               ("sgd", "bf16", 257)):  # fmt: skip
         reads = {"order": "*i64", "coefficients": "*fp32", "sources": "*i32", "source_rows": f"*{element}"}
         reads |= {"starts": "*i64", "further": "*i64", "ends": "*i64", "partial": "*fp32"}
         arrays = {"rows": "*i32", "table": f"*{element}", "exp_avg": "*fp32", "exp_avg_sq": "*fp32"}
-        arrays |= {"factors": "*fp32", "scale": "*fp32"}
+        arrays |= {"factors": "*fp32", "more_factors": "*fp32", "roots": "*fp32", "scale": "*fp32"}
         names = ("lr", "decay", "beta1", "new1", "beta2", "new2", "eps", "over1", "over_root2")
         numbers = dict.fromkeys(names, "fp32") | {"seed": "i32"}
         sizes = block_sizes(dim)
-        cases.append((_update_rows, reads | arrays | numbers, sizes | {"KIND": _KINDS[kind]}))
-        blocks = triton.cdiv(dim, sizes["BLOCK_V"])
-        cases.append((_squares, reads | {"squares": "*fp32"}, sizes | {"BLOCKS": blocks}))
+        constants = sizes | {"KIND": _KINDS[kind], "PER_ROW": kind == "lazy_adam" and element == "bf16"}
+        cases.append((_update_rows, reads | arrays | numbers, constants))
+        blocks, is_weighted = triton.cdiv(dim, sizes["BLOCK_V"]), kind == "factored_adam"
+        squares = reads | {"squares": "*fp32", "weights": "*fp32"}
+        cases.append((_squares, squares, sizes | {"BLOCKS": blocks, "WEIGHTED": is_weighted}))
+        sums = reads | {"per_square": "*fp32", "scale": "*fp32", "sums": "*fp32", "n_segments": "i32"}
+        cases.append((_sum_columns, sums, sizes | {"SEGMENTS": _SUMMED_SEGMENTS}))
     return cases

@@ -12,9 +12,16 @@ import importlib
 import pkgutil
 
 from pkm_lightning.discovery import public_names
-from pkm_lightning.ops.row_update.rules.base import RowRule, RowState, UpdateStep, new_state, state_bytes
+from pkm_lightning.ops.row_update.rules.base import (
+    COLUMN_STATE,
+    RowRule,
+    RowState,
+    UpdateStep,
+    new_state,
+    state_bytes,
+)
 
-__all__ = ["RowRule", "RowState", "UpdateStep", "find_rule", "new_state", "rule_names", "state_bytes"]
+__all__ = ["COLUMN_STATE", "RowRule", "RowState", "UpdateStep", "find_rule", "new_state", "rule_names", "state_bytes"]
 
 
 def rule_names() -> tuple[str, ...]:
@@ -28,7 +35,7 @@ def find_rule(name: str) -> type[RowRule]:
     """Returns the rule `name`: the class that the `__all__` of the module of that name lists.
 
     Raises:
-        ValueError: there is no such module, or its class has another name or a state named `step`.
+        ValueError: there is no such module, or its class has another name or a state whose name means another kind.
     """
     if name not in rule_names():
         raise ValueError(f"row_update: rule={name!r} is unknown; allowed: {', '.join(rule_names())}.")
@@ -42,4 +49,10 @@ def find_rule(name: str) -> type[RowRule]:
         raise ValueError(f"row_update: {class_name}.name is {rule.name!r}; it must be the name of its file, {name!r}.")
     if "step" in rule.state:
         raise ValueError(f"row_update: {class_name}.state has the name 'step', which the number of the update has.")
+    for state, part in rule.state.items():
+        if state.startswith(COLUMN_STATE) != (part.per == "column"):
+            raise ValueError(
+                f"row_update: {class_name}.state has {state!r} per {part.per}; the names of states per column, and no "
+                f"others, begin with {COLUMN_STATE!r}."
+            )
     return rule

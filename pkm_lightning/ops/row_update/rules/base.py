@@ -20,18 +20,25 @@ if TYPE_CHECKING:
 class RowState(NamedTuple):
     """One tensor of an optimizer's state."""
 
-    #: `value`: one number per value of the table; `row`: one number per row.
+    #: `value`: one number per value of the table; `row`: one per row; `column`: one per column, for all rows.
     per: str
-    #: None: fp32, or fp64 for an fp64 table.
+    #: None: fp32, which updates are computed in. For an fp64 table every floating state is fp64.
     dtype: torch.dtype | None = None
 
     def shape(self, table_NV: Tensor) -> tuple[int, ...]:
         """Returns the shape of this state for a table."""
-        return tuple(table_NV.shape) if self.per == "value" else (len(table_NV),)
+        return {"value": tuple(table_NV.shape), "row": (len(table_NV),), "column": (table_NV.shape[1],)}[self.per]
 
     def dtype_for(self, table_NV: Tensor) -> torch.dtype:
-        """Returns the dtype of this state for a table: never narrower than fp32, which updates are computed in."""
-        return self.dtype or torch.promote_types(table_NV.dtype, torch.float32)
+        """Returns the dtype of this state for a table."""
+        if self.dtype is None or (self.dtype.is_floating_point and table_NV.dtype is torch.float64):
+            return torch.promote_types(table_NV.dtype, torch.float32)
+        return self.dtype
+
+
+#: How the names of states per column begin, and no others: a table that has as many rows as columns cannot be told
+#: apart from them by shape, when a checkpoint is resharded or a row's state is reset.
+COLUMN_STATE = "column_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +82,14 @@ class RowRule:
     #: The name in `table.optimizer.rule`, and that of the file.
     name: ClassVar[str]
     #: The state of a table, by name: it starts as zeros, is saved in checkpoints, and is sharded as the table is.
-    #: The name `step` is taken by the number of the update.
+    #: The name `step` is taken by the number of the update. A constant may add states to those of the class: the
+    #: instance then has a mapping of its own.
     state: ClassVar[Mapping[str, RowState]] = {}
-    #: `update` needs the mean of g**2 over the whole row. Ranks that hold columns of a row then add their sums.
+    #: `update` needs the mean of g**2, weighted by `column_weights`, over the whole row. Ranks that hold columns of a
+    #: row then add their sums.
     needs_mean_squares: ClassVar[bool] = False
+    #: `update_columns` follows each update. Ranks that hold different rows then add their sums.
+    needs_column_sums: ClassVar[bool] = False
     #: Why no weight decay can be combined with the rule; None: the decay below is applied before each update.
     refuses_decay: ClassVar[str | None] = None
     #: Backends with a kernel for the rule, of `cpu` (numba) and `triton`; on all others `update` runs.
@@ -109,7 +120,25 @@ class RowRule:
             state: tensors of the whole table, named and shaped as `state` of the class states.
             index_U: the numbers of the rows, each of them once: `state["sum"][index_U]` are their entries.
             step: the numbers of this update.
-            mean_squares_U: mean of g**2 over the whole row, where `needs_mean_squares`; else None.
+            mean_squares_U: mean of g**2 over the whole row, weighted by `column_weights`, where `needs_mean_squares`;
+                else None.
+        """
+        raise NotImplementedError
+
+    def column_weights(self, state: Mapping[str, Tensor], step: UpdateStep) -> Float[Tensor, " V"] | None:
+        """Returns the weight of each column in the mean of g**2 over a row; None: all are 1."""
+        return None
+
+    def update_columns(
+        self, state: Mapping[str, Tensor], sums_V: Float[Tensor, " V"], mean: Float[Tensor, ""], step: UpdateStep
+    ) -> None:
+        """Updates the states per column in place, once all rows of an update have been updated.
+
+        Args:
+            state: as in `update`.
+            sums_V: for each column the sum over all updated rows of g**2 / (the row's mean square), on all ranks.
+            mean: their mean over all columns, on all ranks.
+            step: the numbers of this update.
         """
         raise NotImplementedError
 
