@@ -1,4 +1,4 @@
-"""Fills in what plugins with weights from files read there about themselves: sizes, and where the rows of tables lie."""
+"""Fills in what plugins read in files about themselves: sizes, and where the rows of their tables lie."""
 
 from __future__ import annotations
 

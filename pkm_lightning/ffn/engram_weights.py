@@ -127,7 +127,7 @@ def _check_module(engram: Engram, folder: NGramFolder, stream: int | None) -> No
         "norm_eps": (engram.conv_norm.eps, s.norm_eps),
         "end_id": (int(engram.addressing.end_id), s.end_id),
         "vocab_size": (len(engram.addressing.canonical_ids), s.vocab_size),
-        "gate": ("none" if engram.key is None else "sigmoid", "sigmoid"),
+        "gate": ("none" if engram.key is None else "sigmoid" if engram.takes_root else "no_root", "sigmoid"),
         "canonical": (not torch.equal(engram.addressing.canonical_ids.cpu(), identity_W), False),
     }
     for name, (ours, theirs) in found.items():

@@ -16,7 +16,7 @@ from pkm_lightning.build.instantiate import check_trusted, target_class
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.build.saving import HasModel
-from pkm_lightning.build.variants import Variant, variants
+from pkm_lightning.build.variants import MAIN, Variant, variants
 from pkm_lightning.checkpoints.companions import TOKENIZER
 from pkm_lightning.checkpoints.export import WeightSource, write_tensors
 from pkm_lightning.checkpoints.ngram_layout import find_ngrams
@@ -154,8 +154,9 @@ def _check_expressible(variant: Variant, layers: Sequence[NGramLayer]) -> None:
     }
     for name, (ours, theirs) in allowed.items():
         if ours != theirs:
+            key = f"{variant.key}.{name}" if variant.name == MAIN else f"{variant.key}.ffn.{name}"
             raise ConfigError(
-                f"format=ngram cannot express {variant.key}{'' if variant.key == 'ffn' else '.ffn'}.{name}={ffn[name]}: Qwen's layer has {name}={theirs}; use "
+                f"format=ngram cannot express {key}={ffn[name]}: Qwen's layer has {name}={theirs}; use "
                 "file=NAME.safetensors or format=hf."
             )
     if len({layer.table for layer in layers}) < len(layers):

@@ -37,7 +37,7 @@ def test_lines_blocks_and_digest_are_those_of_the_whole(table: tuple[JoinedRows,
     few, many = torch.tensor([0, 4, 5, 6, 905, 906, 942]), torch.randint(len(values), (3000,))
     for ids in (few, many, few[:0]):
         assert torch.equal(joined.read(ids), values[ids])
-    for first, count in ((0, len(values)), (4, 3), (5, 1), (900, 43), (3, 0)):
+    for first, count in ((0, len(values)), (4, 3), (5, 1), (900, 43)):
         assert torch.equal(joined.block(first, count), values[first : first + count])
     assert torch.equal(joined.digest, whole.digest)
 
@@ -49,5 +49,5 @@ def test_lines_that_are_not_there_are_refused(table: tuple[JoinedRows, StoredRow
             joined.read(torch.tensor([0, wrong]))
     with (joined.path / "a").open("ab") as file:
         file.truncate(100)
-    with pytest.raises(CheckpointError, match="table.path=.* cannot be read"):
+    with pytest.raises(CheckpointError, match=r"table\.path=.* cannot be read"):
         joined.read(torch.arange(len(values)))
