@@ -120,7 +120,7 @@ def write_sparse(folder: Path, changes: dict[str, Any]) -> int:
     config = {**CONFIG, "ple_layer_ids": [1], **changes}
     reads = (config["ngram_size"] - 1) * config["heads_per_ngram"]
     values = config["ple_embed_dim"] // reads
-    small = {**config, "ngram_vocab_size_base": 2, "make_ngram_vocab_size_divisible_by": 1}
+    small = {**config, "ngram_vocab_size_base": 1_000, "make_ngram_vocab_size_divisible_by": 1}
     tensors = {**layer_tensors(small, 0, torch.bfloat16), **hash_of(config, 0)}
     del tensors[f"{TABLE}.weight"]
     folder.mkdir(parents=True)
