@@ -12,7 +12,7 @@ from pkm_lightning.checkpoints.safetensors import lay_out, map_tensors, read_ent
 
 
 def test_tensors_behind_the_fourth_gigabyte_are_read(tmp_path: Path) -> None:
-    shapes = {name: ((2**20, 2**10), torch.bfloat16) for name in ("a", "b", "c")}
+    shapes = dict.fromkeys(("a", "b", "c"), ((2**20, 2**10), torch.bfloat16))
     header, entries = lay_out(shapes, {"format": "pt"})
     file = tmp_path / "large.safetensors"
     with file.open("wb") as stream:

@@ -16,7 +16,7 @@ from pkm_lightning.checkpoints.ngram_layout import HEAD_OFFSETS, HEAD_SIZES, MUL
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn.engram import Engram
-from pkm_lightning.ffn.engram_weights import WEIGHTS, engram_sizes
+from pkm_lightning.ffn.engram_weights import WEIGHTS, copy_layer, engram_sizes
 from pkm_lightning.huggingface import load_ngram_layer
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.training import LanguageModule
@@ -185,40 +185,49 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         plugin.bind_tokenizer(ours)
 
 
-def made(folder: Path, layer: int, stream: int | None, **changes: Any) -> Engram:
-    """Builds an Engram with the sizes of a layer, or others."""
-    sizes = {**engram_sizes(find_ngrams(folder), [layer], stream), "canonical": False, "gate": "sigmoid", **changes}
-    dim = {"dim": 8 if stream is not None else 16, "table_number": 0}
-    spec = Engram.table_spec(**dim, **sizes)
-    return Engram(**dim, n_layers=2, vocab_size=600, table=ValueTable(rows=spec.rows, dim=spec.dim), **sizes)
-
-
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("stream", [None, 0, 1])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_is_read_from_python(qwen: Path, layer: int, stream: int | None) -> None:
-    plugin = made(qwen, layer, stream)
-    load_ngram_layer(plugin, qwen, layer=layer, stream=stream)
+def test_a_layer_is_a_module_for_python(qwen: Path, layer: int, stream: int | None, mapped: bool) -> None:
+    plugin = load_ngram_layer(qwen, layer=layer, stream=stream, mapped=mapped)
     for ours, theirs in WEIGHTS.items():
         assert torch.equal(plugin.state_dict()[ours], stored(qwen, layer, theirs, stream)), ours
     rows = torch.cat([find_ngrams(qwen).tensor(layer, name) for name in find_ngrams(qwen).parts(layer)])
-    assert torch.equal(plugin.slots()[0].tables[0].weight, rows)
+    (table,) = plugin.slots()[0].tables
+    assert table.weight.is_meta is mapped
+    assert torch.equal(table.gather(torch.arange(len(rows)).view(-1, 4)).flatten(0, 1), rows)
 
 
 @pytest.mark.parametrize(
-    ("changes", "layer", "message"),
+    ("arguments", "message"),
     [
-        ({"dilation": 2}, 1, "dilation=2 of this module contradicts the 3 of"),
-        ({"orders": [2, 4]}, 1, "orders=[2, 4] of this module contradicts the [2, 3] of"),
-        ({"gate": "none"}, 1, "gate=none of this module contradicts the sigmoid of"),
-        ({"norm_eps": 1e-5}, 1, "norm_eps=1e-05 of this module"),
-        ({"end_id": 1}, 1, "end_id=1 of this module contradicts the 3 of"),
-        ({"kernel": 3}, 1, "conv.weight of this module has the shape (16, 1, 3)"),
-        ({"row_multiple": 1000}, 1, "has a table of 256 x 3 values, and this one has 1,000 x 3"),
-        ({}, 0, "has no n-gram table; those that have one: 1, 4."),
+        ({"layer": 0}, "layer 0 of FOLDER has no n-gram table; those that have one: 1, 4."),
+        ({"layer": 1, "stream": 2}, "FOLDER has 2 residual streams; allowed: 0 to 1"),
     ],
 )
-def test_a_module_that_computes_something_else_is_refused(
-    qwen: Path, changes: dict[str, Any], layer: int, message: str
-) -> None:
+def test_no_such_layer_for_python(qwen: Path, arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message.replace("FOLDER", str(qwen)))):
+        load_ngram_layer(qwen, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dilation": 2}, "dilation=2 of this module contradicts the 3 of"),
+        ({"orders": [2, 4]}, "orders=[2, 4] of this module contradicts the [2, 3] of"),
+        ({"gate": "none"}, "gate=none of this module contradicts the sigmoid of"),
+        ({"gate": "no_root"}, "gate=no_root of this module contradicts the sigmoid of"),
+        ({"norm_eps": 1e-5}, "norm_eps=1e-05 of this module"),
+        ({"end_id": 1}, "end_id=1 of this module contradicts the 3 of"),
+        ({"kernel": 3}, "conv.weight of this module has the shape (16, 1, 3)"),
+    ],
+)
+def test_a_module_that_computes_something_else_is_refused(qwen: Path, changes: dict[str, Any], message: str) -> None:
+    """As when other files have come into the folder since the configuration was completed."""
+    folder = find_ngrams(qwen)
+    sizes = {**engram_sizes(folder, [1], None), "canonical": False, "gate": "sigmoid", **changes}
+    spec = Engram.table_spec(dim=16, table_number=0, **sizes)
+    table = ValueTable(rows=spec.rows, dim=spec.dim)
+    plugin = Engram(dim=16, table_number=0, n_layers=2, vocab_size=600, table=table, **sizes)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        load_ngram_layer(made(qwen, 1, None, **changes), qwen, layer=layer)
+        copy_layer(plugin, folder, 1, None)
