@@ -160,10 +160,8 @@ class RowPrefetcher:
             Exception: what its thread has raised.
         """
         for batches in self._batches.values():
-            for number, batch in enumerate(batches):
-                # The oldest may be the present micro-batch, for which it is worth to wait.
-                if number and not batch.done():
-                    continue
+            # The oldest is the present micro-batch, or the next to last of a loader that is exhausted.
+            for batch in batches:
                 for read in batch.result().get(table, ()):
                     self._await(read)
                     if read.ids_TK.shape == ids_TK.shape and torch.equal(read.ids_TK.to(ids_TK.dtype), ids_TK):
