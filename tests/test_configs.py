@@ -24,7 +24,10 @@ SHARED = (CONFIGS / "experiment" / "regime", CONFIGS / "data" / "loader")
 # Nothing to train on.
 PREPARED = CONFIGS / "prepare" / "data"
 # Needs the files of a model; tests/huggingface composes, builds and runs both together.
-PRETRAINED = (CONFIGS / "model" / "hf.yaml", CONFIGS / "ffn" / "pretrained.yaml")
+PRETRAINED = (
+    CONFIGS / "model" / "hf.yaml",
+    *(CONFIGS / "ffn" / f"{n}.yaml" for n in ("pretrained", "engram_pretrained")),
+)
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in CONFIGS.rglob("*.yaml")
