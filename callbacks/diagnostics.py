@@ -10,6 +10,7 @@ own as `vitals/layerL.NAME`:
 | score_max, score_min | the scores of the slots that are read |
 | weight_top | mean share of the largest weight in a read: 1 is a saturated softmax |
 | router_logit_max, router_top | routers: the largest absolute logit, the mean over tokens of the largest probability |
+| memory_gate, memory_share | memories before a layer: mean gate, mean norm of their output over that of the stream |
 | output_logit_max, log_partition | the largest absolute logit of the vocabulary, the mean of logsumexp |
 | value_norm | root mean square of the L2 norms of a table's rows |
 | update_ratio_GROUP | L2 norm of the step's update over that of the weights, per optimizer group |
@@ -35,6 +36,8 @@ from pkm_lightning.training.optimizer import parameter_groups
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from pkm_lightning.memory import ValueTable
 
 __all__ = ["Diagnostics", "Vitals"]
 
@@ -80,7 +83,7 @@ class Diagnostics(L.Callback):
         with trainer.precision_plugin.forward_context():
             figures = probe(pl_module.model, batch, self.rows)
         whole = figures.setdefault(None, {})
-        tables = [_row_norm(table) for table in pl_module.model.value_tables]
+        tables = [_row_norm(table) for table in _changing_tables(pl_module)]
         if tables:
             whole["value_norm"] = torch.stack([norm.to(tables[0]) for norm in tables]).amax()
         whole.update(self._update_ratios())
@@ -118,9 +121,14 @@ class Diagnostics(L.Callback):
             logger.log_metrics(by_layer, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def _changing_tables(pl_module: LanguageModule) -> list[ValueTable]:
+    """Returns the tables except those of a file, which may be larger than memory and never change."""
+    return [table for table in pl_module.model.value_tables if table.stored is None]
+
+
 def _groups(pl_module: LanguageModule) -> dict[str, list[Tensor]]:
     """Returns the model's own parameters by optimizer group; an engine's optimizer holds flat pieces of them."""
-    tables = [table.weight for table in pl_module.model.value_tables]
+    tables = [table.weight for table in _changing_tables(pl_module)]
     groups: dict[str, list[Tensor]] = {"table": list(tables)}
     for group in parameter_groups(pl_module.model, pl_module.config["optim"]):
         others = [p for p in group["params"] if not any(p is table for table in tables)]

@@ -3,7 +3,8 @@
 A row is read where its keys lead, so new values alone bring no read; they make the next one useful. Its sources:
 
 - `busy`: each dead row of a table (dead for all layers that share it) becomes a copy of one of the most-read rows of
-  SlotUsage's window, plus noise. Keys stay. Works with every memory and strategy.
+  SlotUsage's window, plus noise. Keys stay. Works with every strategy and every memory whose keys are learned; rows
+  that tokens address (Engram) are left alone.
 - `queries`: a product-key slot (i, j) has no key of its own, so dead sub-keys are moved: those that no query of their
   head has chosen for `dead_after` steps, in whatever pair. Each moves to where the worst-served half query of the last
   micro-batch points (on the first rank; see `pkm_lightning.memory.revival`), plus noise; then the dead rows among the S
@@ -32,7 +33,7 @@ from pkm_lightning.errors import ConfigError, check_choice, check_integer, check
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.usage.query_recorder import QueryRecorder
-from pkm_lightning.usage.revival import Revival, addressing_of
+from pkm_lightning.usage.revival import Revival, addressing_of, check_revivable
 from pkm_lightning.usage.revival_history import RevivalHistory
 from pkm_lightning.usage.slot_readers import Reader, find_readers, find_tables
 
@@ -96,8 +97,8 @@ class SlotRevival(L.Callback):
         usage = _slot_usage(trainer)
         readers = find_readers(pl_module.model)
         tables = find_tables(readers)
-        if self.source == "busy" and not any(table.learns for one in tables.values() for table in one.tables):
-            raise ConfigError(f"{_KEY}: no table of this model learns, so there is nothing to revive; leave it out.")
+        if self.source == "busy":
+            check_revivable(_KEY, tables.values())
         self._names = list(tables)
         if self.source == "queries":
             _check_queries(

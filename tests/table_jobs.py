@@ -56,6 +56,8 @@ def loss(table: ValueTable, part: slice, kind: str) -> Tensor:
         value = (table(ids_TK, weights_TK) * target[:, 0]).sum()
     elif kind == "groups":
         value = (table(ids_TK, weights_TK, groups_TK, 2) * target).sum()
+    elif kind == "rows":
+        value = (table.gather(ids_TK) * weights_TK.unsqueeze(-1) * target[:, :1]).sum()
     else:  # PEER's expert: a dot and a sum
         value = (table(ids_TK, weights_TK * table.dot(x_TV, ids_TK).tanh()) * target[:, 0]).sum()
     value.backward()

@@ -108,18 +108,13 @@ def check_training(config: Config, callbacks: Iterable[L.Callback]) -> None:
     """Refuses what can be evaluated but not trained, and what a callback cannot work with.
 
     Raises:
-        ConfigError: a table that stays in a file, weights in fp16, or a callback's own refusal.
+        ConfigError: a quantised table, weights in fp16, or a callback's own refusal.
     """
     precision = config["trainer"]["precision"]
     if precision_name(precision) == "16-true":
         raise ConfigError(
             f"trainer.precision={precision} cannot train: small gradients, and AdamW's epsilon, are 0 in fp16 weights; "
             "set trainer.precision=bf16-true, or 16-mixed with table.learning=dense, which scales the loss."
-        )
-    if config["table"].get("device") == "mmap":
-        raise ConfigError(
-            "table.device=mmap is for validate, test and predict: a table that stays in a file cannot learn; set "
-            "table.device=cpu, or export the run when it is trained."
         )
     if config["table"]["_target_"] == "pkm_lightning.memory.QuantizedTable":
         raise ConfigError(

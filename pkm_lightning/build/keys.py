@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from pkm_lightning.build.instantiate import check_keywords
 from pkm_lightning.build.kinds import Range, check_kind
+from pkm_lightning.build.variants import EXTRAS, MAIN, table_of
 from pkm_lightning.errors import ConfigError, nearest
 
 Count = Annotated[int, Range(1)]
@@ -25,8 +26,8 @@ _LARGEST_WORLD = 2**20
 _NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
 #: Arguments that the builder passes.
 _BUILT = {
-    "ffn": ("dim", "layer", "n_layers", "table"),
-    "model.base_ffn": ("dim", "layer", "n_layers"),
+    "ffn": ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader"),
+    "model.base_ffn": ("dim", "layer", "n_layers", "vocab_size"),
     "table": ("rows", "dim"),
     "optim.optimizer": ("params",),
 }
@@ -136,9 +137,30 @@ class TableKeys(TypedDict):
     """`table`, whose other keys `ValueTable` takes."""
 
     shared: bool
+    trainable: NotRequired[bool]
+    path: NotRequired[str | None]
+    tensor: NotRequired[str | list[str] | None]
     optimizer: NotRequired[dict[str, Any]]
     shard: NotRequired[str]
     group: NotRequired[int | str]
+
+
+class ExtraTableKeys(TypedDict, total=False):
+    """The keys of `table` that an entry of `extra_ffns` has of its own."""
+
+    shared: bool
+    trainable: bool
+    device: str
+    path: str | None
+    tensor: str | None
+
+
+class ExtraKeys(TypedDict):
+    """An entry of `extra_ffns`."""
+
+    ffn: dict[str, Any]
+    placement: dict[str, Any]
+    table: NotRequired[ExtraTableKeys]
 
 
 class RunKeys(TypedDict):
@@ -148,6 +170,7 @@ class RunKeys(TypedDict):
     ffn: dict[str, Any]
     placement: dict[str, Any]
     table: TableKeys
+    extra_ffns: NotRequired[dict[str, ExtraKeys] | None]
     data: dict[str, Any]
     optim: OptimKeys
     strategy: StrategyKeys | None
@@ -164,7 +187,7 @@ class RunKeys(TypedDict):
     resume: NotRequired[Literal["auto", "always", "never"]]
     ckpt: NotRequired[str | None]
     trust_config: NotRequired[bool]
-    format: NotRequired[Literal["text", "json", "safetensors", "hf"] | None]
+    format: NotRequired[Literal["text", "json", "safetensors", "hf", "ngram"] | None]
     out: NotRequired[str | None]
 
 
@@ -186,14 +209,39 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
         raise ConfigError(
             f"optim.{unknown[0]} is not a key of optim; remove it.{nearest(unknown[0], OptimKeys.__annotations__)}"
         )
+    for name, extra in (config.get(EXTRAS) or {}).items():
+        _check_extra(str(name), extra)
     for key, described in _described_objects(config, training=training):
         if described:
-            check_keywords(described, key, built=_BUILT.get(key, ()))
+            kind = key.rpartition(".")[2] if key.startswith(f"{EXTRAS}.") else key
+            check_keywords(described, key, built=_BUILT.get(kind, ()))
     trainer = config["trainer"]
     if isinstance(trainer["devices"], int) and trainer["devices"] * trainer["num_nodes"] > _LARGEST_WORLD:
         raise ConfigError(
             f"trainer.devices={trainer['devices']} on trainer.num_nodes={trainer['num_nodes']} nodes are more than "
             f"{_LARGEST_WORLD:,} processes; set fewer."
+        )
+
+
+def _check_extra(name: str, extra: Mapping[str, Any]) -> None:
+    """Refuses a name that a command line cannot write as a key, and keys that an entry does not have."""
+    key = f"{EXTRAS}.{name}"
+    if not name.isidentifier() or name == MAIN:
+        raise ConfigError(
+            f"{key}: the name of a variant consists of letters, digits and _, as in memory_plus, and is not {MAIN}; "
+            "rename it."
+        )
+    unknown = sorted(map(str, extra.keys() - ExtraKeys.__annotations__))
+    if unknown:
+        raise ConfigError(
+            f"{key}.{unknown[0]} is not a key of an extra variant, which has {', '.join(ExtraKeys.__annotations__)}; "
+            f"remove it.{nearest(unknown[0], ExtraKeys.__annotations__)}"
+        )
+    of_table = sorted(map(str, (extra.get("table") or {}).keys() - ExtraTableKeys.__annotations__))
+    if of_table:
+        raise ConfigError(
+            f"{key}.table.{of_table[0]} is not set per variant, only {', '.join(ExtraTableKeys.__annotations__)} are; "
+            f"table.{of_table[0]} holds for all tables.{nearest(of_table[0], ExtraTableKeys.__annotations__)}"
         )
 
 
@@ -203,9 +251,17 @@ def _described_objects(config: Mapping[str, Any], *, training: bool) -> Iterator
         yield key, config[key]
     yield "model.base_ffn", config["model"].get("base_ffn")
     table = config["table"]
-    yield "table", {name: value for name, value in table.items() if name not in TableKeys.__annotations__}
+    yield "table", _without_builder_keys(table)
     yield "table.optimizer", table.get("optimizer")
+    for name, extra in (config.get(EXTRAS) or {}).items():
+        yield f"{EXTRAS}.{name}.ffn", extra["ffn"]
+        yield f"{EXTRAS}.{name}.placement", extra["placement"]
+        yield f"{EXTRAS}.{name}.table", _without_builder_keys(table_of(config, extra))
     yield "optim.optimizer", config["optim"]["optimizer"]
     for group in ("callbacks", "logger") if training else ():
         for name, described in (config[group] or {}).items():
             yield f"{group}.{name}", described
+
+
+def _without_builder_keys(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name not in TableKeys.__annotations__}

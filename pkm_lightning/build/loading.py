@@ -16,6 +16,8 @@ import torch
 
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_meta_model, build_model, check_foreign_plugins, weight_dtype
+from pkm_lightning.build.stored_tables import check_stored_rows, has_digests, with_table_path
+from pkm_lightning.build.variants import EXTRAS
 from pkm_lightning.capacity.setting import PRECISIONS
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import (
@@ -39,7 +41,7 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Transformer
 
 #: The groups of a configuration that a model is built from.
-_MODEL_GROUPS = ("model", "ffn", "placement", "table")
+_MODEL_GROUPS = ("model", "ffn", "extra_ffns", "placement", "table")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     table_device: str | None = None,
+    table_path: str | Path | None = None,
     precision: str | None = None,
     trust_config: bool = False,
 ) -> LoadedModel:
@@ -112,6 +115,7 @@ def load(
         path: a run directory stands for its last checkpoint.
         device: where the model goes.
         table_device: `auto`, `cpu` or `mmap`, as `table.device`; None for that of the training.
+        table_path: where the rows of a frozen table lie now, as `table.path`; None for where they lay in training.
         precision: of the weights, as `trainer.precision`; None for that of the training. Nothing is cast within the
             forward, so that `bf16-mixed` is the same as `32-true`.
         trust_config: whether the checkpoint may name classes of other packages.
@@ -127,13 +131,14 @@ def load(
         pretrained: LoadedModel = room.load_path(Path(path), device=device, precision=precision)
         return pretrained
     weights = find_weights(Path(path))
-    check_mappable(weights, table_device)
     checkpoint = open_checkpoint(weights)
+    check_mappable(checkpoint, table_device)
     config = checkpoint.config
     if not trust_config:
         check_trusted({group: config.get(group) for group in _MODEL_GROUPS}, str(weights))
     if table_device is not None:
-        config = {**config, "table": {**config["table"], "device": table_device}}
+        config = with_table_device(config, table_device)
+    config = with_table_path(config, table_path)
     if precision is not None:
         check_choice("precision", precision, PRECISIONS)
         config = {**config, "trainer": {**config["trainer"], "precision": precision}}
@@ -141,6 +146,7 @@ def load(
     check_foreign_plugins(shapes, config)
     expected = {f"model.{name}": tuple(value.shape) for name, value in shapes.state_dict().items()}
     checkpoint.check_weights(expected, later_buffers(shapes, "model."))
+    check_stored_rows(shapes, checkpoint)
     checkpoint.check_sums(without=unread_tensors(shapes, checkpoint))
     with weight_dtype(config), torch.device(device):
         model = build_model(config)
@@ -156,6 +162,18 @@ def load(
         None if template is None else read_text(template),
         int(checkpoint.skeleton["tokens_seen"]),
     )
+
+
+def with_table_device(config: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Returns `config` with `table.device` for the tables of all variants but those in a file of their own."""
+    moved = {**config, "table": {**config["table"], "device": device}}
+    extras = {}
+    for name, extra in (config.get(EXTRAS) or {}).items():
+        table = dict(extra.get("table") or {})
+        if table.get("path") is None or table.get("trainable", True):
+            table.pop("device", None)
+        extras[name] = {**extra, "table": table}
+    return {**moved, EXTRAS: extras} if extras else moved
 
 
 def _is_pretrained(path: Path) -> bool:
@@ -240,7 +258,7 @@ def load_weights(model: Transformer, checkpoint: SavedCheckpoint) -> None:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint.path} does not fit its configuration ({reason}).") from None
     for table in model.value_tables:
-        if table.is_mapped:
+        if table.is_mapped and table.stored is None:
             for stored in table.state_dict().values():
                 expect_scattered_reads(stored)
 
@@ -252,13 +270,14 @@ def unread_tensors(model: Transformer, checkpoint: SavedCheckpoint) -> set[str]:
     return mapped | {name for name in checkpoint.shapes if name.startswith("optimizer_states.")}
 
 
-def check_mappable(path: Path, table_device: str | None) -> None:
+def check_mappable(checkpoint: SavedCheckpoint, table_device: str | None) -> None:
     """Refuses `table.device=mmap` for a checkpoint of several ranks, whose rows lie in several files.
 
     Raises:
         ConfigError: naming the export that can be mapped.
     """
-    if path.is_dir() and table_device == "mmap":
+    path = checkpoint.path
+    if checkpoint.kind == "folder" and table_device == "mmap" and not has_digests(checkpoint):
         raise ConfigError(
             f"table.device=mmap needs a checkpoint in one file, and {path} is a folder; write one with: "
             f"export ckpt={path} file=model.safetensors."

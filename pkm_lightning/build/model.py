@@ -1,23 +1,23 @@
-"""From a resolved configuration to a model: plugins in their layers, and the value tables that they share or own."""
+"""From a resolved configuration to a model, in memory or on the meta device."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from pkm_lightning.build.freezing import freeze_parameters
-from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
+from pkm_lightning.build.instantiate import instantiate, target_class
+from pkm_lightning.build.plugins import build_plugins
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
-from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range, nearest
-from pkm_lightning.ffn import TableSpec
-from pkm_lightning.memory import TableMesh, ValueTable
-from pkm_lightning.model import Placement, Transformer
-from pkm_lightning.model.plugin_checks import CONTRACT, called, check_plugins
+from pkm_lightning.errors import ConfigError, check_integer, nearest
+from pkm_lightning.ffn import HasPretrained, UsesTokenizer
+from pkm_lightning.memory import TableMesh
+from pkm_lightning.model import Transformer
+from pkm_lightning.model.plugin_checks import called, check_plugins
 
 Config = Mapping[str, Any]
 
@@ -26,9 +26,7 @@ _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
 #: Facts about a trunk with a `_target_`, which `complete` found in its files.
 _FACTS = ("dim", "vocab_size", "tokenizer_digest")
 #: Arguments of the transformer that are built here, and are not keys of `model`.
-_BUILT_ARGUMENTS = {"ffns", "tables", "write_after"}
-#: Keys of `table` that a `ValueTable` does not take.
-_TABLE_BUILDER_KEYS = ("shared", "optimizer", "shard", "group")
+_BUILT_ARGUMENTS = {"ffns", "before", "after", "tables", "write_after"}
 
 
 def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transformer:
@@ -49,35 +47,18 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         return trunk
     check_integer("model.n_layers", model["n_layers"], low=1)
     check_integer("model.dim", model["dim"], low=1)
-    n_layers = int(model["n_layers"])
     if not isinstance(model["vocab_size"], int):
         raise ConfigError(
             f"model.vocab_size={model['vocab_size']} needs a data module with a vocab_size; set it to a number."
         )
-    placement: Placement = instantiate(config["placement"], "placement")
-    placed, write_after = placement.resolve(n_layers), placement.delay(n_layers)
-    tables = _build_tables(config, len(placed), table_mesh)
-    ffns: list[nn.Module] = []
-    for layer in range(n_layers):
-        common = {"dim": int(model["dim"]), "layer": layer, "n_layers": n_layers}
-        if layer not in placed:
-            ffns.append(instantiate(model["base_ffn"], "model.base_ffn", **common))
-            continue
-        variant = instantiate(config["ffn"], "ffn", **common, **_tables_of(tables, placed.index(layer)))
-        base = (
-            instantiate(model["base_ffn"], "model.base_ffn", **common)
-            if placement.mode == "parallel"
-            else nn.Identity()
-        )
-        ffns.append(placement.combine(base, variant, defer=write_after > 0))
+    plugins = build_plugins(config, table_mesh)
     arguments = {str(name): value for name, value in model.items() if name not in _BUILDER_KEYS}
     unknown = arguments.keys() - (inspect.signature(Transformer).parameters.keys() - _BUILT_ARGUMENTS)
     if unknown:
         raise ConfigError(
             f"model.{min(unknown)} is not a key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
         )
-    flat = [table for group in tables for table in group]
-    transformer = Transformer(**arguments, ffns=ffns, tables=flat, write_after=write_after)
+    transformer = Transformer(**arguments, **vars(plugins))
     freeze_parameters(transformer, frozen)
     return transformer
 
@@ -120,6 +101,28 @@ def check_foreign_plugins(model: Transformer, config: Config) -> None:
         check_plugins((plugin for _, _, plugin in model.plugins()), int(config["model"]["dim"]))
 
 
+def bind_tokenizer(model: Transformer, tokenizer: Any) -> None:
+    """Gives the plugins of a new model what they need of the tokenizer of its data; None: the data have none.
+
+    Raises:
+        ConfigError: a plugin cannot work with it.
+    """
+    for layer, name, plugin in model.plugins():
+        if isinstance(plugin, UsesTokenizer):
+            called(f"layer {layer}, {name}: bind_tokenizer", plugin.bind_tokenizer, tokenizer=tokenizer)
+
+
+def load_pretrained(model: Transformer) -> None:
+    """Gives the plugins of a new model the weights that they take from files.
+
+    Raises:
+        PkmError: a plugin's, for files that are missing, damaged or of another model.
+    """
+    for _, _, plugin in model.plugins():
+        if isinstance(plugin, HasPretrained):
+            plugin.load_pretrained()
+
+
 @contextlib.contextmanager
 def weight_dtype(config: Config) -> Iterator[None]:
     """Makes weights within the block in the dtype that the Trainer would give them."""
@@ -131,63 +134,6 @@ def weight_dtype(config: Config) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _tables_of(groups: list[list[ValueTable]], place: int) -> dict[str, ValueTable | list[ValueTable]]:
-    """Returns the keyword `table` of the plugin at `place` among the placed layers: one table, a list, or nothing."""
-    if not groups:
-        return {}
-    group = groups[place % len(groups)]
-    return {"table": group[0] if len(group) == 1 else group}
-
-
-def placed_layers(config: Config) -> list[int]:
-    """Returns the numbers of the layers that carry the variant."""
-    placement: Placement = instantiate(config["placement"], "placement")
-    return placement.resolve(int(config["model"]["n_layers"]))
-
-
 def attention_context(config: Config) -> int:
     """Returns the tokens in attention for cost figures: `data.seq_len`, or 1 if the data has no such key."""
     return int(config["data"].get("seq_len") or 1)
-
-
-def _build_tables(config: Config, n_placed: int, mesh: TableMesh | None) -> list[list[ValueTable]]:
-    """Builds one group of tables for all layers if `table.shared`, else one per placed layer; none if not needed.
-
-    A plugin needs tables if its constructor takes the keyword `table`.
-    """
-    cls = target_class(config["ffn"], "ffn")
-    if "table" not in accepted_keywords(cls, {"table": None}) or not n_placed:
-        return []
-    arguments = {str(k): v for k, v in config["ffn"].items() if not str(k).startswith("_")}
-    if not hasattr(cls, "table_spec"):
-        raise ConfigError(
-            f"ffn._target_={config['ffn']['_target_']} takes a table, but has no class method "
-            "table_spec(**arguments) that returns its rows and dim."
-        )
-    sizes = {"dim": int(config["model"]["dim"]), "n_layers": int(config["model"]["n_layers"])}
-    parameters = inspect.signature(cls.table_spec).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        sizes = {name: value for name, value in sizes.items() if name in parameters}
-    spec = _checked_spec(f"{config['ffn']['_target_']}.table_spec", cls.table_spec, {**sizes, **arguments})
-    check_flag("table.shared", config["table"]["shared"])
-    settings = {name: value for name, value in config["table"].items() if name not in _TABLE_BUILDER_KEYS}
-    shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "trainable": spec.trainable}
-    if mesh is not None:
-        shape["mesh"] = mesh
-    if spec.slices > 1:
-        shape["slices"] = spec.slices
-    groups = 1 if config["table"]["shared"] else n_placed
-    return [[instantiate(settings, "table", **shape) for _ in range(spec.count)] for _ in range(groups)]
-
-
-def _checked_spec(name: str, table_spec: Callable[..., Any], arguments: dict[str, Any]) -> TableSpec:
-    """Returns the tables that a plugin requests; refuses a method that raises, and what is no `TableSpec` of sizes."""
-    spec = called(name, table_spec, **arguments)
-    if not isinstance(spec, TableSpec):
-        raise ConfigError(f"{name} returned {spec!r:.60}; it returns a TableSpec(rows=, dim=) ({CONTRACT}).")
-    for size in ("rows", "dim", "count", "slices"):
-        check_integer(f"{name}(...).{size}", getattr(spec, size), low=1)
-    if spec.std is not None:
-        check_range(f"{name}(...).std", spec.std, 0)
-    check_flag(f"{name}(...).trainable", spec.trainable)
-    return spec

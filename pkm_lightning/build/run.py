@@ -12,12 +12,15 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
+from pkm_lightning.build.completion import complete_plugins
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
 from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins, complete_trunk
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
+from pkm_lightning.build.stored_tables import check_table_keys, with_absolute_paths
+from pkm_lightning.build.variant_figures import variant_figures
 from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
 from pkm_lightning.data.base import vocab_size_of
 from pkm_lightning.errors import ConfigError, check_integer, check_range
@@ -53,6 +56,11 @@ class ResolvedRun:
         return model_cost(self.model, attention_context(self.config))
 
     @cached_property
+    def of_variants(self) -> dict[str, dict[str, Any]]:
+        """Layers, tables, parameters and costs of each variant; see `variant_figures`."""
+        return variant_figures(self.model, self.config)
+
+    @cached_property
     def plan(self) -> Plan:
         """What one device of the run holds and receives."""
         return make_plan(self.model, self.config)
@@ -70,6 +78,9 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     """
     config = complete_trunk(config)
     check_keys(config, training=training)
+    config = complete_plugins(config)
+    check_table_keys(config, training=training)
+    config = with_absolute_paths(config)
     check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")
     check_kind(data, L.LightningDataModule, config["data"], "data")

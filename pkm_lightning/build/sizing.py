@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pkm_lightning.build.model import attention_context, build_meta_model
+from pkm_lightning.build.variants import EXTRAS
 from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range, nearest
 from pkm_lightning.model import model_cost
 
@@ -110,10 +111,11 @@ def _budget(config: dict[str, Any], match: str) -> float:
 
 
 def _dense_twin(config: dict[str, Any]) -> dict[str, Any]:
-    # The budget is the plain model: nothing in parallel, nothing deferred.
+    # The budget is the plain model: nothing in parallel, nothing deferred, no other variants.
     twin = copy.deepcopy(config)
     twin["ffn"] = twin["model"]["base_ffn"]
     twin["placement"].update(mode="replace", write_after=0)
+    twin[EXTRAS] = {}
     return twin
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pkm_lightning.capacity.figures import amount, make_plan, total
 from pkm_lightning.capacity.setting import Setting, device_count, precision_name, strategy_kind
 from pkm_lightning.errors import ConfigError, check_range
+from pkm_lightning.ffn import HasReads
 from pkm_lightning.memory.mesh import check_dim, check_rows
 from pkm_lightning.ops.row_update import RowRule, find_rule, rule_names
 
@@ -37,18 +38,33 @@ def check_setting(model: Transformer, config: Mapping[str, Any]) -> None:
     for table in model.value_tables:
         if table.n_lines - 1 > _LARGEST_ID:
             sliced = f" in {table.slices} slices each" if table.slices > 1 else ""
+            readers, most = _readers(model, table), (_LARGEST_ID + 1) // table.slices
             raise ConfigError(
-                f"a value table of {table.rows:,} rows{sliced} has {table.n_lines:,} ids, beyond int32; choose fewer "
-                f"slots, at most {(_LARGEST_ID + 1) // table.slices:,} rows, or set table=own for a smaller table per "
-                "layer."
+                f"{readers}a value table of {table.rows:,} rows{sliced} has {table.n_lines:,} ids, beyond int32; "
+                f"choose fewer slots, at most {most:,} rows, or set table=own for a smaller table per layer."
             )
 
 
 def _check_columns(model: Transformer, setting: Setting) -> None:
     tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
     for table in tables:
-        check_dim(setting.shard, table.dim // table.slices, setting.members)
-        check_rows(setting.shard, table.n_lines, setting.members)
+        try:
+            check_dim(setting.shard, table.dim // table.slices, setting.members)
+            check_rows(setting.shard, table.n_lines, setting.members)
+        except ConfigError as error:
+            raise ConfigError(f"{_readers(model, table)}{error}") from None
+
+
+def _readers(model: Transformer, table: ValueTable) -> str:
+    """Returns the plugins that read `table`, as the beginning of a message; empty where all tables are alike."""
+    if len({(other.n_lines, other.dim) for other in model.value_tables}) < 2:
+        return ""
+    readers = [
+        f"{type(plugin).__name__} of layer {layer}"
+        for layer, _, plugin in model.plugins()
+        if isinstance(plugin, HasReads) and any(read.table is table for read in plugin.reads())
+    ]
+    return f"{', '.join(readers)}: " if readers else ""
 
 
 def _check_strategy(config: Mapping[str, Any]) -> None:

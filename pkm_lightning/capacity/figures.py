@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pkm_lightning.capacity.activations import activations
 from pkm_lightning.capacity.dense import dense_figures
 from pkm_lightning.capacity.setting import Setting
-from pkm_lightning.capacity.tables import table_figures
+from pkm_lightning.capacity.tables import TableFigures, table_figures
 from pkm_lightning.usage.read_counts import BYTES_PER_SLOT
 from pkm_lightning.usage.slot_readers import find_readers
 
@@ -102,7 +102,10 @@ def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
     """
     setting = Setting.of(config)
     dense = dense_figures(model, setting)
-    tables, unknown = table_figures(model, setting)
+    tables, on_host, unknown = table_figures(model, setting)
+    if setting.on_host:  # the host is the device
+        tables, on_host = tables + on_host, TableFigures()
+    all_tables = tables + on_host
     of_batch = activations(model, setting)
     on_device = Memory(
         dense_weights=None if dense is None else dense.weights,
@@ -111,33 +114,35 @@ def make_plan(model: Transformer, config: Mapping[str, Any]) -> Plan:
         gathered_weights=None if dense is None else dense.gathered,
         activations=of_batch.kept,
         logits=of_batch.logits,
-        table_part=tables.part,
-        table_gradients=tables.gradients,
-        table_states=tables.states,
-        staged_reads=tables.staged,
-        merged_replicas=tables.merged,
+        **_held(tables),
         usage_counters=_usage_counters(model, config),
     )
     nothing = {field.name: 0 for field in fields(Memory)}
-    host = Memory(**nothing)
-    # In a run on CPUs the host is the device.
-    if setting.tables_on_host and not setting.on_host:
-        of_tables = [name for name in nothing if name.startswith(("table_", "staged_", "merged_"))]
-        host = replace(host, **{name: getattr(on_device, name) for name in of_tables})
-        on_device = replace(on_device, **dict.fromkeys(of_tables, 0))
+    host = Memory(**{**nothing, **_held(on_host)})
     return Plan(
         setting=setting,
         memory=on_device,
         host=host,
         traffic=Traffic(
             dense=None if dense is None else dense.received,
-            table_forward=tables.forward,
-            table_backward=tables.backward,
-            replicas=tables.replicas,
-            row_statistics=tables.statistics,
+            table_forward=all_tables.forward,
+            table_backward=all_tables.backward,
+            replicas=all_tables.replicas,
+            row_statistics=all_tables.statistics,
         ),
         unknown=unknown,
     )
+
+
+def _held(tables: TableFigures) -> dict[str, Any]:
+    """Returns the figures of `Memory` about tables."""
+    return {
+        "table_part": tables.part,
+        "table_gradients": tables.gradients,
+        "table_states": tables.states,
+        "staged_reads": tables.staged,
+        "merged_replicas": tables.merged,
+    }
 
 
 def _usage_counters(model: Transformer, config: Mapping[str, Any]) -> int:

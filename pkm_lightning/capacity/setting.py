@@ -48,6 +48,7 @@ class Setting:
         rule: that of `table.optimizer`, with its constants; gradient descent where there is none.
         tables_on_host: tables are in host memory, with the model or by `table.device=cpu`.
         checkpointing: activation checkpointing runs the forward of blocks twice.
+        devices_differ: a variant of `extra_ffns` has a `table.device` of its own, so that each table knows where it is.
     """
 
     strategy: str
@@ -65,6 +66,7 @@ class Setting:
     rule: RowRule
     tables_on_host: bool
     checkpointing: bool
+    devices_differ: bool = False
 
     @property
     def replicas(self) -> int:
@@ -109,6 +111,9 @@ class Setting:
             rule=_row_rule(table.get("optimizer") or {"rule": "sgd"}),
             tables_on_host=str(table.get("device", "auto")) == "cpu" or str(trainer["accelerator"]) == "cpu",
             checkpointing=bool(config["model"]["activation_checkpointing"]),
+            devices_differ=any(
+                (extra.get("table") or {}).get("device") for extra in (config.get("extra_ffns") or {}).values()
+            ),
         )
 
 

@@ -45,14 +45,18 @@ class TableFigures:
         return TableFigures(**sums)
 
 
-def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, tuple[str, ...]]:
-    """Returns the sum over all tables, and the classes of plugins with a table but without `reads()`."""
+def table_figures(model: Transformer, setting: Setting) -> tuple[TableFigures, TableFigures, tuple[str, ...]]:
+    """Returns the sums over all tables that move with the model, and over those that stay in host memory.
+
+    Also the classes of plugins with a table but without `reads()`.
+    """
     reads, unknown = _reads(model)
-    total = TableFigures()
+    totals = {False: TableFigures(), True: TableFigures()}
     for table in model.value_tables:
         calls = None if unknown or setting.tokens is None else [read for read in reads if read.table is table]
-        total += _OneTable(table, setting, split=any(table is shared for shared in model.tables)).figures(calls)
-    return total, unknown
+        one = _OneTable(table, setting, split=any(table is shared for shared in model.tables))
+        totals[one.on_host] += one.figures(calls)
+    return totals[False], totals[True], unknown
 
 
 def _reads(model: Transformer) -> tuple[list[TableRead], tuple[str, ...]]:
@@ -81,14 +85,18 @@ class _OneTable:
         self.width = table.dim // table.slices
         self.lines = -(-table.n_lines // self.members) if self.shard == "row" else table.n_lines
         self.columns = -(-self.width // self.members) if self.shard == "dim" else self.width
-        self.trained = table.learns
+        self.trained, self.mapped = table.learns, table.is_mapped
         self.learning = setting.learning if split else table.learning
         # In host memory each rank drops reads of other ranks' rows before staging.
-        self.own_lines_only = self.shard == "row" and setting.tables_on_host
+        self.on_host = setting.tables_on_host
+        if setting.devices_differ:
+            self.on_host = setting.on_host or table.stays_on_cpu
+        self.own_lines_only = self.shard == "row" and self.on_host
 
     def figures(self, calls: Sequence[TableRead] | None) -> TableFigures:
         """Returns the figures, given the reads of one forward (None: unknown)."""
-        part = self.lines * self.columns * self.item
+        # Rows that stay in a file are no memory of the process.
+        part = 0 if self.mapped else self.lines * self.columns * self.item
         dense = self.trained and self.learning == "dense"
         states = 2 * part if dense else self._row_states() if self.trained else 0
         memory = TableFigures(part=part, gradients=part if dense else 0, states=states)
@@ -131,19 +139,22 @@ class _OneTable:
         if self.shard == "none":
             return 0
         # An int32 id, its weight, and an int32 group.
-        per_id = 4 + self.item + (4 if call.groups else 0)
+        per_id = 4 if call.gather else 4 + self.item + (4 if call.groups else 0)
         return (self.members - 1) * self._own_reads(call) * call.ids * per_id + self._outputs(call)
 
     def _backward(self, call: TableRead) -> int:
         if self.shard == "none":
             return 0
-        return (self.members - 1) * self._own_reads(call) * call.ids * self.item + self._outputs(call)
+        weights = 0 if call.gather else (self.members - 1) * self._own_reads(call) * call.ids * self.item
+        return weights + self._outputs(call)
 
     def _staged(self, call: TableRead) -> tuple[int, int]:
         """Returns the staged reads and source rows of all members for one call."""
         reads = self.members * self._own_reads(call)
         ids = reads * call.ids
-        return (-(-ids // self.members) if self.own_lines_only else ids), reads * max(1, call.groups)
+        kept = -(-ids // self.members) if self.own_lines_only else ids
+        # A line that is read by itself has a source row of its own.
+        return kept, kept if call.gather else reads * max(1, call.groups)
 
     def _staged_figures(self, staged: list[tuple[int, int]]) -> TableFigures:
         reads, sources = sum(ids for ids, _ in staged), sum(rows for _, rows in staged)
@@ -170,12 +181,12 @@ class _OneTable:
         # The same choice as `memory.replicas` makes in training.
         scheme = min(received, key=received.__getitem__)
         padded = {"reads": reads, "rows": rows, "dense": self.lines}[scheme]
-        merged = reads if self.setting.tables_on_host else padded
+        merged = reads if self.on_host else padded
         shares = 2 * (self.replicas - 1) if scheme == "dense" else self.replicas - 1
         return received[scheme], received[scheme] * self.replicas // shares, self._touched(merged * self.replicas)
 
     def _touched(self, reads: int) -> int:
-        if not self.setting.tables_on_host:
+        if not self.on_host:
             # Padded on an accelerator, since the host does not wait for the number of distinct rows.
             return min(reads, self.lines)
         return round(self.lines * -math.expm1(-reads / self.lines))

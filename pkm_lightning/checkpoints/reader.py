@@ -16,6 +16,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +94,8 @@ class SavedCheckpoint:
             else:
                 self._content = _archive(self.path)
         self.skeleton: Any = self._content.skeleton
-        self.shapes = self._content.shapes
+        self.shapes = dict(self._content.shapes)
+        self._included: dict[str, Sequence[tuple[MappedFile, Tensor]]] = {}
 
     def check_content(self) -> None:
         """Refuses a checkpoint of another package.
@@ -208,18 +210,43 @@ class SavedCheckpoint:
         with self._damage_reported():
             return dict(restore(skeleton, self._content.mapped(names)))
 
+    def include(
+        self, rows: Mapping[str, Sequence[tuple[MappedFile, Tensor]]], config: Mapping[str, Any], digests: Sequence[str]
+    ) -> None:
+        """Adds tensors that lie in files of their own to those that `chunks` returns, for an export.
+
+        Args:
+            rows: mapped parts of tensors, one below the other, by the names of these.
+            config: in which they are weights like the others.
+            digests: names of the tensors that stood for them.
+        """
+        for name in digests:
+            del self.shapes[name]
+        for name, parts in rows.items():
+            first = parts[0][1]
+            shape = torch.Size((sum(len(values) for _, values in parts), *first.shape[1:]))
+            self.shapes[name], self._included[name] = (shape, first.dtype), parts
+        self.skeleton = {**self.skeleton, "hyper_parameters": {"config": dict(config)}}
+
     def chunks(self, name: str) -> list[Chunk]:
         """Returns the mapped blocks of a tensor: one, or as many as ranks wrote.
 
         Raises:
             CheckpointError: a file is damaged.
         """
+        if name in self._included:
+            values = [values for _, values in self._included[name]]
+            starts = accumulate((len(part) for part in values), initial=0)
+            return [Chunk((start, 0), part) for start, part in zip(starts, values, strict=False)]
         with self._damage_reported():
             return self._content.chunks(name)
 
     def forget(self) -> None:
         """Releases the memory of all pages read through `chunks` so far."""
         self._content.forget()
+        for parts in self._included.values():
+            for file, _ in parts:
+                file.forget()
 
     def _part(self, without: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         skeleton = {key: value for key, value in self.skeleton.items() if key not in without}

@@ -43,7 +43,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "model", "format", "file", "dir", "overwrite", "quantize"),
+    "export": ("run_dir", "ckpt", "model", "table", "format", "file", "dir", "overwrite", "quantize"),
     "report": ("runs", "out", "report", "experiment"),
     "prepare": ("data", "packages", "sets", "out"),
 }
@@ -59,7 +59,10 @@ _TRAINING_KEYS = (
     *("log_every_n_steps", "num_sanity_val_steps", "gradient_clip_val", "gradient_clip_algorithm"),
     *("accumulate_grad_batches", "enable_model_summary", "overfit_batches", "limit_train_batches"),
 )
-_GROUPS = ("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger")
+_GROUPS = (
+    *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "strategy", "trainer"),
+    *("callbacks", "logger"),
+)
 #: The keys at the top of a configuration.
 TOP_KEYS = (
     *_GROUPS,

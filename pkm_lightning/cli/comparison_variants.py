@@ -51,7 +51,14 @@ def make_variants(job: Job, settings: Settings, base: Sequence[str]) -> list[Var
     if settings.dense_ladder:
         # The rungs are multiples of the unmatched dense model's FLOPs, so that `match=` cannot shift the ladder.
         unmatched = Variant("dense_ladder", (*dense_variant(variants).overrides, "match=none"))
-        variants = with_ladder(variants, resolve_variant(unmatched, base).cost.trunk_train_flops)
+        dense = resolve_variant(unmatched, base)
+        extras = dense.config.get("extra_ffns")
+        if extras:
+            raise ConfigError(
+                f"dense_ladder=true is of dense FFNs alone, and extra_ffns={','.join(extras)} would be in all of them; "
+                "set it per variant, as in +variants.NAME={ffn: FFN, extra_ffns: NAME}."
+            )
+        variants = with_ladder(variants, dense.cost.trunk_train_flops)
     if not variants:
         raise ConfigError("nothing to compare; name FFNs, ffn=dense,moe,memory_plus, or choose an experiment=.")
     return variants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import check_mappable, load_weights, saved_tokenizer, unread_tensors
 from pkm_lightning.build.run import make_callbacks, resolve
+from pkm_lightning.build.stored_tables import check_stored_rows
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
 from pkm_lightning.callbacks.without_table import WithoutTable
@@ -28,9 +30,10 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
 
 #: Keys that make a run what it is; a command that evaluates it cannot change them.
-_FIXED = ("ffn", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
+_FIXED = ("ffn", "extra_ffns", "model", "placement", "table", "optim", "seed", "match", "match_budget", "experiment")
 #: Except for where its table lies.
-_FREE = ("table.device", "table.shard", "table.group")
+_FREE = ("table.device", "table.path", "table.tensor", "table.shard", "table.group")
+_KEY_OF_VARIANT = re.compile(r"^extra_ffns\.\w+\.(?=table\.)")
 
 
 class SavedRun:
@@ -47,8 +50,8 @@ class SavedRun:
 
     def __init__(self, job: Job) -> None:
         self.folder, self.path = locate(job)
-        check_mappable(self.path, OmegaConf.select(job.config, "table.device"))
         self._checkpoint = open_checkpoint(self.path)
+        check_mappable(self._checkpoint, OmegaConf.select(job.config, "table.device"))
         trust, cache = bool(job.config.trust_config), cache_of(plain(job.config))
         if self.folder is not None:
             config = saved_config(self.folder, trust=trust, cache=cache)
@@ -63,11 +66,12 @@ class SavedRun:
             raise ConfigError(
                 f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."
             )
-        if self.is_spread and self.run.config["table"].get("device") == "mmap":
+        if self.is_spread and any(t.is_mapped and t.stored is None for t in self.run.model.value_tables):
             raise ConfigError(
                 "table.device=mmap is of one process; set strategy=single devices=1, or table.device=cpu."
             )
         self._checkpoint.check_weights(self.run.weight_shapes, later_buffers(self.run.model, "model."))
+        check_stored_rows(self.run.model, self._checkpoint)
         if not self.is_spread:  # else each rank checks its share when the strategy loads it
             self._checkpoint.check_sums(without=unread_tensors(self.run.model, self._checkpoint))
         if job.verb != "predict":  # which may have prompts of its own
@@ -161,7 +165,7 @@ def _with_overrides(saved: dict[str, Any], job: Job) -> dict[str, Any]:
     for override in job.overrides:
         key = key_of(override)
         root = key.split(".")[0].split("@")[0]
-        if root in _FIXED and key not in _FREE:
+        if root in _FIXED and _KEY_OF_VARIANT.sub("", key) not in _FREE:
             raise ConfigError(f"{override}: the saved configuration of a run wins; {root} cannot be changed here.")
         if root == "run_dir" or root in VERBS_OF:
             continue

@@ -1,4 +1,5 @@
-"""`export`: a model's weights as one safetensors file, or as a folder that Hugging Face transformers loads.
+"""`export`: a model's weights as one safetensors file, or as a folder that Hugging Face transformers loads: all of the
+model, or its n-gram tables in the layout of Qwen's models.
 
 From a file or a folder of any number of ranks, or from a pretrained model (`model=hf`).
 """
@@ -13,9 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.saving import save
-from pkm_lightning.checkpoints import open_checkpoint
+from pkm_lightning.build.stored_tables import include_stored_rows
+from pkm_lightning.checkpoints import SavedCheckpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
@@ -33,7 +37,7 @@ _log = logging.getLogger(__name__)
 def run(job: Job) -> None:
     """Writes what `format` names, and prints its content."""
     kind = "safetensors" if job.config.format is None else str(job.config.format)
-    check_choice("format", kind, ("safetensors", "hf"))
+    check_choice("format", kind, ("safetensors", "hf", "ngram"))
     check_flag("overwrite", job.config.overwrite)
     model_keys = [override for override in job.overrides if key_of(override).partition(".")[0] == "model"]
     if model_keys and not names_pretrained(job):
@@ -41,7 +45,12 @@ def run(job: Job) -> None:
             f"{model_keys[0]}: export does not read model of a run or checkpoint, only model=hf model.path=PATH alone; "
             "leave it out."
         )
-    _write_file(job) if kind == "safetensors" else _write_folder(job)
+    unread = [o for o in job.overrides if key_of(o).partition(".")[0] == "table" and key_of(o) != "table.path"]
+    if unread:
+        raise ConfigError(
+            f"{unread[0]}: export reads no key of table but table.path, where the rows of a frozen table lie."
+        )
+    {"safetensors": _write_file, "hf": _write_folder, "ngram": _write_ngrams}[kind](job)
 
 
 @contextlib.contextmanager
@@ -65,7 +74,7 @@ def _write_file(job: Job) -> None:
 
 
 def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
-    checkpoint = open_checkpoint(path)
+    checkpoint = _opened(job, path)
     width = job.config.quantize
     if checkpoint.kind == "exported" and width is None and not names_pretrained(job):
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
@@ -90,11 +99,19 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
         print(f"value tables as {width}: {after:,} bytes, before {before:,}", file=output)
 
 
+def _opened(job: Job, path: Path) -> SavedCheckpoint:
+    """Returns the checkpoint with the rows that lie in a file of their own."""
+    checkpoint = open_checkpoint(path)
+    moved = OmegaConf.select(job.config, "table.path") if job.sets("table.path") else None
+    include_stored_rows(checkpoint, moved)
+    return checkpoint
+
+
 def _write_folder(job: Job) -> None:
     # Importing the room costs the seconds that transformers takes, where it is installed.
     folder = _folder(job)
     with _weights(job, folder.parent) as path:
-        checkpoint = open_checkpoint(path)
+        checkpoint = _opened(job, path)
         checkpoint.check_sums()
         from pkm_lightning.huggingface.export import check_replaceable, write_folder
 
@@ -105,6 +122,22 @@ def _write_folder(job: Job) -> None:
         place = companion_place(path, TOKENIZER)
         _log.warning("%s has no tokenizer: put that of the training at %s and export again, or use ids.", folder, place)
     print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {_source(job)}")
+
+
+def _write_ngrams(job: Job) -> None:
+    folder = _folder(job)
+    if job.config.quantize is not None or names_pretrained(job):
+        key = f"quantize={job.config.quantize}" if job.config.quantize is not None else "model=hf"
+        raise ConfigError(f"{key} is not for format=ngram, which writes the n-gram tables of a run as trained.")
+    checkpoint = _opened(job, locate(job)[1])
+    checkpoint.check_sums()
+    from pkm_lightning.huggingface.export import check_replaceable
+    from pkm_lightning.huggingface.ngram_export import write_ngrams
+
+    check_replaceable(folder)
+    written = write_ngrams(checkpoint, folder)
+    layers = ", ".join(map(str, written.layers))
+    print(f"{folder}: layers {layers}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {_source(job)}")
 
 
 def _source(job: Job) -> Path:
@@ -132,7 +165,9 @@ def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> byte
 
 def _target(job: Job) -> Path:
     if job.config.dir is not None:
-        raise ConfigError(f"dir={job.config.dir} is of format=hf; add that, or give file=NAME.safetensors alone.")
+        raise ConfigError(
+            f"dir={job.config.dir} is of format=hf or ngram; add one, or give file=NAME.safetensors alone."
+        )
     if job.config.file is None:
         raise ConfigError("export needs file=NAME.safetensors, the file to write, or format=hf dir=FOLDER.")
     file = Path(str(job.config.file))
@@ -148,9 +183,11 @@ def _target(job: Job) -> Path:
 
 def _folder(job: Job) -> Path:
     if job.config.file is not None:
-        raise ConfigError(f"file={job.config.file} is of format=safetensors; format=hf writes a folder, dir=FOLDER.")
+        raise ConfigError(
+            f"file={job.config.file} is of format=safetensors; format={job.config.format} writes a folder, dir=FOLDER."
+        )
     if job.config.dir is None:
-        raise ConfigError("format=hf needs dir=FOLDER, the folder to write.")
+        raise ConfigError(f"format={job.config.format} needs dir=FOLDER, the folder to write.")
     folder = Path(str(job.config.dir))
     parent = Path(os.path.realpath(folder)).parent
     if folder.exists() and not folder.is_dir():

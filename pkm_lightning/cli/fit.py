@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from pkm_lightning.build.checks import remark_rate, remark_validation
 from pkm_lightning.build.freezing import parameter_counts
 from pkm_lightning.build.run import ResolvedRun, resolve
+from pkm_lightning.build.stored_tables import check_first_rows, check_stored_rows
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
@@ -128,6 +129,8 @@ def _run(job: Job) -> float | None:
                 _remark_length(checkpoint, latest, resolved.config)
             elif initial := initial_weights(resolved.config, checkpoint):
                 initial.check(resolved)
+            else:
+                check_first_rows(resolved.model)
         if external:
             external.send(Decision(resolved.config, checkpoint))
         return _train_with_record(directory, resolved, assembly, checkpoint)
@@ -230,6 +233,7 @@ def _check_checkpoint(path: Path, run: ResolvedRun) -> None:
     checkpoint = open_checkpoint(path)
     checkpoint.check_training()
     checkpoint.check_weights(run.weight_shapes, later_buffers(run.model, "model."))
+    check_stored_rows(run.model, checkpoint)
     checkpoint.check_sums()
 
 

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pkm_lightning.build.freezing import parameter_counts
-from pkm_lightning.build.model import placed_layers
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.build.sizing import sized_knob
+from pkm_lightning.build.variants import MAIN
 from pkm_lightning.capacity import Setting, batch_remarks
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.plan_rows import describe_plan, plan_rows
-from pkm_lightning.cli.summary import cost_rows
+from pkm_lightning.cli.summary import cost_rows, variant_rows
 from pkm_lightning.cli.variants import compose_variant, side_by_side
 from pkm_lightning.compare.settings import read_variants
 from pkm_lightning.errors import ConfigError, PkmError, check_choice
@@ -80,8 +80,10 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("parameters trained / frozen", f"{figures['trained']:,} / {figures['frozen']:,}"))
     if figures["sized"]:
         rows.append(("sized by", ", ".join(f"{knob} = {value:,}" for knob, value in figures["sized"].items())))
+    rows += variant_rows(figures["variants"]) or [
+        ("layers with the variant", ", ".join(map(str, figures["layers"])) or "none")
+    ]
     rows += [
-        ("layers with the variant", ", ".join(map(str, figures["layers"])) or "none"),
         (
             "value table",
             f"{size['rows']:,} rows of {size['dim']:,}{tables}: {size['bytes']:,} bytes" if size["rows"] else "none",
@@ -99,8 +101,8 @@ def describe(resolved: ResolvedRun) -> dict[str, Any]:
     For several devices also `plan`: what each of them holds and receives.
     """
     config, model, cost = resolved.config, resolved.model, resolved.cost
-    record = start_record(config, cost)
-    shared = ("ffn", "params", "flops_per_token", "bytes_per_token", "unknown_cost")
+    record = start_record(config, cost, resolved.of_variants)
+    shared = ("ffn", "variants", "params", "flops_per_token", "bytes_per_token", "unknown_cost")
     itemsize = next(model.parameters()).element_size()
     tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]
     table_bytes = sum(table.bytes_of(table.size) for table in tables)
@@ -108,7 +110,7 @@ def describe(resolved: ResolvedRun) -> dict[str, Any]:
         **{key: record[key] for key in shared},
         "model": {"n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"]},
         "sized": sized_knob(config),
-        "layers": placed_layers(config),
+        "layers": resolved.of_variants[MAIN]["layers"],
         **parameter_counts(model)._asdict(),
         "table": {
             "count": len(tables),

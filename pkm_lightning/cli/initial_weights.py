@@ -17,6 +17,7 @@ import torch
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.loading import find_weights, saved_tokenizer
 from pkm_lightning.build.run import ResolvedRun
+from pkm_lightning.build.stored_tables import check_stored_rows
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
 from pkm_lightning.cli.resume import check_groups, is_missing_tokenizer
@@ -25,7 +26,7 @@ from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.strategies.portable import PortableCheckpoints
 
 #: The groups that the weights decide.
-ARCHITECTURE = ("placement", "table", "ffn", "model")
+ARCHITECTURE = ("placement", "table", "extra_ffns", "ffn", "model")
 _WEIGHTS = "state_dict."
 
 
@@ -55,12 +56,12 @@ class InitialWeights(L.Callback):
                 "start from the checkpoint that it was exported from."
             )
         if not trust:
-            check_trusted({group: config[group] for group in ARCHITECTURE}, str(self.checkpoint.path))
+            check_trusted(self.architecture, str(self.checkpoint.path))
 
     @property
     def architecture(self) -> dict[str, Any]:
         """The groups of the configuration that the weights decide."""
-        return {group: self.checkpoint.config[group] for group in ARCHITECTURE}
+        return {group: self.checkpoint.config.get(group) for group in ARCHITECTURE}
 
     @property
     def tokenizer(self) -> str | None:
@@ -96,6 +97,7 @@ class InitialWeights(L.Callback):
                 f"init_from={self._path} does not fit the model of this command ({misfits}); leave out its overrides "
                 f"of {', '.join(ARCHITECTURE)} that change shapes."
             )
+        check_stored_rows(run.model, self.checkpoint)
         self.checkpoint.check_sums(without={n for n in self.checkpoint.shapes if not n.startswith(_WEIGHTS)})
 
     def check_tokenizer(self, data: L.LightningDataModule) -> None:

@@ -16,7 +16,10 @@ from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import ConfigError
 
 #: Keys of a command that say which model is asked, and where.
-_MODEL_KEYS = ("run_dir", "ckpt", "trust_config", "out", "table.device", "trainer.accelerator", "trainer.precision")
+_MODEL_KEYS = (
+    *("run_dir", "ckpt", "trust_config", "out", "table.device", "table.path"),
+    *("trainer.accelerator", "trainer.precision"),
+)
 #: And of a pretrained model.
 _PRETRAINED_KEYS = ("model", "model.path", "out", "trainer.accelerator", "trainer.precision", "data.cache_dir")
 
@@ -55,6 +58,7 @@ def load_of_job(job: Job, reads: Collection[str] = ()) -> LoadedModel:
         weights,
         device=device,
         table_device=table_device,
+        table_path=OmegaConf.select(job.config, "table.path") if job.sets("table.path") else None,
         precision=None if precision is None else str(precision),
         trust_config=bool(job.config.trust_config),
     )

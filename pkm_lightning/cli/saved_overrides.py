@@ -31,7 +31,12 @@ from pkm_lightning.errors import PkmError
 #: Verbs whose `run_dir` or `ckpt` names what the command is about; `fit` has a rule of its own.
 VERBS_ON_SAVED = ("validate", "test", "predict")
 #: Groups in the order in which they stand in `configs/config.yaml`.
-GROUPS = ("placement", "table", "ffn", "model", "data", "optim", "strategy", "trainer", "callbacks", "logger")
+GROUPS = (
+    *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "strategy", "trainer"),
+    *("callbacks", "logger"),
+)
+#: The choice of `model.base_ffn`, which a saved configuration holds under `model`.
+_BASE = "ffn@model.base_ffn"
 #: Group of the keys that belong to no group.
 _TOP = "saved_run"
 _TOP_KEYS = ("devices", "device_memory", "seed", "match", "match_budget", "init_from")
@@ -51,7 +56,7 @@ def on_saved_run(verb: str, arguments: Sequence[str]) -> list[str]:
         overrides = OverridesParser.create().parse_overrides(given.overrides)
     except HydraException:  # which Hydra will report
         return list(arguments)
-    chosen = {override.key_or_group for override in overrides}
+    chosen = {override.get_key_element().lstrip("+~") for override in overrides}
     is_swept = given.multirun or any(override.is_sweep_override() for override in overrides)
     saved = None if is_swept or chosen & set(_WHOLE_RUNS) else _saved_config(verb, overrides)
     flags = [argument for argument in arguments if argument not in given.overrides]
@@ -129,6 +134,12 @@ def _choices(saved: Mapping[str, Any], chosen: set[str], groups: Sequence[str]) 
     name = SAVED + hashlib.sha256(json.dumps([nodes, top], default=str).encode()).hexdigest()[:12]
     store = ConfigStore.instance()
     _forget_earlier(store.repo)
+    if "model" in nodes:
+        if _BASE in chosen:
+            nodes["model"].pop("base_ffn", None)
+        else:
+            without = {"override /ffn@_global_.model.base_ffn": None}
+            nodes["model"] = {"defaults": ["_self_", without], **nodes["model"]}
     if isinstance(nodes.get("table", {}).get("optimizer"), dict):
         # A group within a group, so that `table/optimizer=NAME` has something to override.
         store.store(name, nodes["table"].pop("optimizer"), group="table/optimizer")

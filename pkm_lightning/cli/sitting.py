@@ -41,7 +41,7 @@ class Sitting:
         self._directory, self._config, self._assembly = directory, resolved.config, assembly
         self._data = resolved.data
         self._began, self._is_accepted = time.perf_counter(), False
-        self.record = start_record(resolved.config, resolved.cost)
+        self.record = start_record(resolved.config, resolved.cost, resolved.of_variants)
         before = directory.record if directory.resumes else {}
         self.record.update({key: before[key] for key in _KEPT if key in before})
         # Else a kill in this sitting would lose the time of earlier ones.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -50,7 +50,7 @@ def _figures(record: dict[str, Any]) -> Table:
         table.add_row(_WITHOUT_TABLE, f"{metrics['test/perplexity_without_table']:.3f}")
     if record.get("tokens_per_second"):
         table.add_row("training tokens/s", f"{record['tokens_per_second']:,.0f}")
-    for label, value in cost_rows(record):
+    for label, value in [*cost_rows(record), *variant_rows(record.get("variants") or {})]:
         table.add_row(label, value)
     return table
 
@@ -74,6 +74,29 @@ def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     if record["unknown_cost"]:
         rows.append(("without the cost of", ", ".join(record["unknown_cost"])))
     return rows
+
+
+def variant_rows(of_variants: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Returns label and value of what each variant is and costs; nothing of a single one.
+
+    Figures are total / active parameters and FLOPs per token in training / decoding, as in `cost_rows`.
+    """
+    if len(of_variants) < 2:
+        return []
+    rows = []
+    for name, figures in of_variants.items():
+        layers = ", ".join(map(str, figures["layers"])) or "none"
+        tables = ", ".join(f"tables.{number}" for number in figures["tables"]) or "no table"
+        rows += [
+            (name, f"{figures['class']}, {figures['mode']}, layers {layers}, {tables}"),
+            (f"  {name}: parameters", _pair(figures["params"], "total", "active")),
+            (f"  {name}: FLOPs", _pair(figures["flops_per_token"], "train", "decode")),
+        ]
+    return rows
+
+
+def _pair(figures: Mapping[str, int | None], one: str, other: str) -> str:
+    return " / ".join("unknown" if figures[key] is None else f"{figures[key]:,}" for key in (one, other))
 
 
 def _answers(scores: Sequence[ItemScore]) -> Table:

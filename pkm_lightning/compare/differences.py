@@ -2,7 +2,7 @@
 
 | kind | difference |
 |---|---|
-| ffn | the FFN, its placement, whether its layers share a table, the size that `match=` solved: what is compared |
+| ffn | the FFN, those of `extra_ffns`, placements, shared tables, the size that `match=` solved: what is compared |
 | seed | the seed, and keys that follow it |
 | sweep | the learning rate that the same sweep has chosen for each variant |
 | budget | the number of steps that fill the same seconds |
@@ -25,7 +25,7 @@ from pkm_lightning.compare.records import Run
 # Shares by which the lengths of runs may differ: tokens at one seed; tokens over several seeds, or seconds. Another
 # seed packs sequences in another order, so that the same steps hold slightly more or fewer tokens.
 _EQUAL_TOKENS, _EQUAL_OVER_SEEDS = 0.01, 0.1
-_FFN_KEYS = ("ffn", "placement", "table.shared", "match_budget")
+_FFN_KEYS = ("ffn", "extra_ffns", "placement", "table.shared", "match_budget")
 _BUDGET_KEYS = ("trainer.max_steps", "trainer.val_check_interval")
 # Keys of run.json that describe machine, code and data. Time and memory are not comparable where these differ.
 _CIRCUMSTANCES = ("precision", "device", "world_size", "threads", "versions", "commit", "data")

@@ -85,9 +85,9 @@ class Run:
 
     @property
     def is_dense(self) -> bool:
-        """The run's FFN is the model's base FFN: it is the dense reference of variants that replace that FFN."""
+        """The run's FFN is the model's base FFN alone: the dense reference of variants that replace that FFN."""
         ffn, base_ffn = self.config.get("ffn"), (self.config.get("model") or {}).get("base_ffn")
-        if not isinstance(ffn, Mapping) or not isinstance(base_ffn, Mapping):
+        if not isinstance(ffn, Mapping) or not isinstance(base_ffn, Mapping) or self.config.get("extra_ffns"):
             return False
         return _class_name(ffn) == _class_name(base_ffn)
 
@@ -268,7 +268,8 @@ def _named(runs: list[Run]) -> list[Run]:
 
 def _snake(name: str) -> str:
     known = {"MoE": "moe", "PKM": "pkm", "PEER": "peer", "UltraMem": "ultramem", "MemoryPlus": "memory_plus"}
-    return known.get(name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
+    parts = name.split(" + ")
+    return "+".join(known.get(part, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part).lower()) for part in parts)
 
 
 def _without_duplicates(runs: Sequence[Run]) -> list[Run]:

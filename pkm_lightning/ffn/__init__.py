@@ -15,11 +15,15 @@ from pkm_lightning.ffn.base import (
     FFNOutput,
     HasAfterStep,
     HasCost,
+    HasPretrained,
     HasReads,
+    HasRowIds,
     HasSlots,
+    Past,
     Slots,
     TableRead,
     TableSpec,
+    UsesTokenizer,
 )
 
 __all__ = [
@@ -28,11 +32,15 @@ __all__ = [
     "FFNOutput",
     "HasAfterStep",
     "HasCost",
+    "HasPretrained",
     "HasReads",
+    "HasRowIds",
     "HasSlots",
+    "Past",
     "Slots",
     "TableRead",
     "TableSpec",
+    "UsesTokenizer",
 ]
 
 

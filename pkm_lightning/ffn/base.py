@@ -1,21 +1,34 @@
 """The contract between the transformer and an FFN plugin: inputs, outputs and cost.
 
 A plugin is any `nn.Module` with `forward(x_BTD, context) -> FFNOutput`; it need not inherit from anything. The builder
-passes `dim`, `layer`, `n_layers` and `table` to a constructor that has parameters of these names; the YAML gives
-everything else.
+passes `dim`, `layer`, `n_layers`, `vocab_size`, `table`, `table_number` (0, 1, ... where each layer has a table of its
+own, 0 where all share one) and `table_reader` (0, 1, ... of the layers that read the same table) to a constructor that
+has parameters of these names; the YAML gives everything else.
 
 Optional members:
 
 - `table_spec(**arguments) -> TableSpec`, a class method that a plugin with a `table` must have. It is called before
-  construction with `dim`, `n_layers` and the arguments of the YAML.
+  construction, once per table, with `dim`, `n_layers`, `vocab_size`, `table_number`, `table_readers` (the number of
+  layers that will read this table) and the arguments of the YAML.
 - `reset_parameters()` draws the plugin's own parameters and buffers anew.
 - `cost() -> FFNCost`; reports mark the cost of a plugin without it as unknown.
 - `reads() -> list[TableRead]`, for figures of traffic and for the staging of reads.
 - `slots() -> list[Slots]`, for figures of usage.
 - `after_step(stats)` acts once per optimizer step.
+- `bind_tokenizer(tokenizer)` takes what the plugin needs of the tokenizer of the data (None: there is none), and
+  refuses one that it cannot work with. It is called once on a new model, before training; what is taken belongs in
+  persistent buffers, so that checkpoints carry it.
+- `complete(ffn, table, dim=, places=) -> (ffn, table)`, a class method, fills in both groups of the configuration with
+  what files say; `places` are the numbers of the plugin's layers. What it has filled in it leaves alone.
+- `load_pretrained()` gives a new plugin weights from files, before training.
+- `row_ids(context) -> list[tuple[ValueTable, Tensor]]`, where ids of rows follow from tokens alone: the reads of the
+  next micro-batch may then be fetched ahead.
 - `causal_in_training: bool`, False where a token's output depends on later tokens in training; missing means True.
 - `position_wise: bool`, True where at evaluation a token's output depends on that token alone. Answers are then
   written with a cache, which hands the plugin new tokens only; missing means False, and each token repeats the forward.
+- `uses_past: bool`, True where the plugin does depend on earlier tokens, but takes them from `context.past`.
+- `normalises_input: bool`, True where the plugin, placed before or after a block, takes the residual stream as it is;
+  missing means False, and it gets the stream normalised, as it does in the place of an FFN.
 - `parameter_roles: dict[str, str]`, from own parameters' names to `table`, `norm`, `bias`, `embedding` or `matrix`.
 
 Any module within a plugin may have `diagnostics(output, *inputs) -> dict[str, Tensor]`: named scalars, computed now and
@@ -25,12 +38,31 @@ then from the inputs and the output of its forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pkm_lightning.memory import ValueTable
+
+
+class Past(Protocol):
+    """What one plugin of one layer remembers of the tokens of a cache. Letters: X any further dimensions."""
+
+    def extend(self, name: str, new_BTX: Tensor, before: int, fill: float) -> Tensor:
+        """Enters T new positions under `name`; returns the `before` positions in front of them and the new ones.
+
+        Padding on the left is entered like any token, as the plugin wants it to be seen later.
+
+        Args:
+            name: of what is remembered; a plugin may remember several things.
+            new_BTX: the new positions.
+            before: earlier positions in the result.
+            fill: the value of positions in front of the first one.
+        """
+
+    def part(self, name: str) -> Past:
+        """Returns the past of a plugin within this one."""
 
 
 class FFNContext(NamedTuple):
@@ -44,6 +76,10 @@ class FFNContext(NamedTuple):
     doc_ids_BT: Tensor | None = None
     #: True while a callback observes: the plugin fills `FFNOutput.trace`.
     observe: bool = False
+    #: The tokens before these, where a cache holds them; None: these are whole sequences.
+    past: Past | None = None
+    #: The token embeddings, with which the residual stream begins, (B, T, D), or None where a caller has none.
+    embedding_BTD: Tensor | None = None
 
 
 class FFNOutput(NamedTuple):
@@ -118,8 +154,9 @@ class TableRead:
         table: the table that is called.
         ids: ids per read K; an id is the number of a row, or of a slice where the table has slices.
         reads: reads per token.
-        groups: sums per read where the table is called with groups, else 0 (one sum).
+        groups: sums per read where the table is called with groups, else 0 (one sum); for `gather` equal to `ids`.
         dot: the call is `table.dot`, else a weighted sum.
+        gather: the call is `table.gather`, which exchanges and stages ids without weights.
     """
 
     table: ValueTable
@@ -127,6 +164,7 @@ class TableRead:
     reads: int = 1
     groups: int = 0
     dot: bool = False
+    gather: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +206,30 @@ class HasCost(Protocol):
 
     def cost(self) -> FFNCost:
         """Returns the cost of this layer."""
+
+
+@runtime_checkable
+class HasRowIds(Protocol):
+    """A plugin whose ids follow from tokens alone."""
+
+    def row_ids(self, context: FFNContext) -> list[tuple[ValueTable, Tensor]]:
+        """Returns the tables and ids (T, K) of the reads of a forward, in their order."""
+
+
+@runtime_checkable
+class UsesTokenizer(Protocol):
+    """A plugin that depends on the tokenizer of the data."""
+
+    def bind_tokenizer(self, tokenizer: Any) -> None:
+        """Takes what it needs of `tokenizer`, a `pkm_lightning.data.base.TextCodec`; None: the data have none."""
+
+
+@runtime_checkable
+class HasPretrained(Protocol):
+    """A plugin that begins with weights from files."""
+
+    def load_pretrained(self) -> None:
+        """Reads them. Called on every rank, once on a new model, and not where weights of a checkpoint follow."""
 
 
 @runtime_checkable

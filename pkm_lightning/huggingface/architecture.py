@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkm_lightning.build.instantiate import check_trusted
-from pkm_lightning.build.loading import context_of
+from pkm_lightning.build.loading import context_of, with_table_device
 from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.checkpoints.companions import MODEL_TYPE
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.checkpoints.reader import SavedCheckpoint, later_buffers
 from pkm_lightning.errors import CheckpointError, ConfigError
-from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS
+from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS, OPTIONAL_GROUP
 from pkm_lightning.huggingface.llama import is_llama, llama_config, llama_names
 from pkm_lightning.model import Transformer
 
@@ -69,7 +69,7 @@ def _shapes(checkpoint: SavedCheckpoint) -> Any:
     if absent:
         raise CheckpointError(f"ckpt={checkpoint.path} has a configuration without {absent[0]}, which is of no model.")
     try:
-        check_trusted({group: config[group] for group in GROUPS}, str(checkpoint.path))
+        check_trusted(_groups(config), str(checkpoint.path))
     except ConfigError:
         return None
     model = build_meta_model(config)
@@ -78,11 +78,15 @@ def _shapes(checkpoint: SavedCheckpoint) -> Any:
     return model
 
 
-def _class_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _groups(config: Mapping[str, Any]) -> dict[str, Any]:
     groups = {group: config[group] for group in GROUPS}
+    return {**groups, OPTIONAL_GROUP: config[OPTIONAL_GROUP]} if config.get(OPTIONAL_GROUP) else groups
+
+
+def _class_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    groups = with_table_device(_groups(config), "auto")
     # Of the machine and the training: in transformers its own optimizer learns the table, on the model's device.
     groups["model"] = {**groups["model"], "compile": False, "activation_checkpointing": False}
-    groups["table"] = {**groups["table"], "device": "auto"}
     if "learning" in groups["table"]:  # a quantised table does not learn
         groups["table"]["learning"] = "dense"
     return {"model_type": MODEL_TYPE, "architectures": [CLASS], "transformer": groups}

@@ -16,11 +16,22 @@ _OWN_FFN = "pkm_lightning.huggingface.PretrainedFFN"
 
 
 def check_ffn(config: Mapping[str, Any]) -> None:
-    """Refuses a plugin: a pretrained model keeps the FFN that it has.
+    """Refuses plugins: a pretrained model keeps the FFN that it has.
 
     Raises:
         ConfigError: naming the FFN that was chosen.
     """
+    extras, base = config.get("extra_ffns") or {}, (config.get("model") or {}).get("base_ffn")
+    if extras:
+        raise ConfigError(
+            f"extra_ffns={','.join(map(str, extras))} cannot be put into a pretrained model, which keeps its own FFN; "
+            "leave extra_ffns out of the command."
+        )
+    if base:
+        raise ConfigError(
+            f"model.base_ffn={str(base.get('_target_')).rpartition('.')[2]} cannot be put into a pretrained model, "
+            "which keeps its own FFN; leave ffn@model.base_ffn out of the command."
+        )
     chosen = (config.get("ffn") or {}).get("_target_")
     if chosen != _OWN_FFN:
         raise ConfigError(

@@ -16,7 +16,7 @@ class PkmLightningConfig(PreTrainedConfig):
     """The groups of a resolved configuration that decide the model.
 
     Args:
-        transformer: the groups `model`, `ffn`, `placement` and `table` as plain values.
+        transformer: the groups `model`, `ffn`, `placement`, `table` and, for a mixture, `extra_ffns` as plain values.
         max_position_embeddings: tokens per sequence that the model was trained for; None if unknown.
         bos_token_id, eos_token_id, pad_token_id: control tokens, where there are any.
 

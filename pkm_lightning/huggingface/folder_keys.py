@@ -5,3 +5,5 @@ from __future__ import annotations
 CLASS = "PkmLightningForCausalLM"
 #: Groups of a resolved configuration that decide the model.
 GROUPS = ("model", "ffn", "placement", "table")
+#: One that a model without further variants lacks.
+OPTIONAL_GROUP = "extra_ffns"

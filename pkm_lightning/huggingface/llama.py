@@ -24,7 +24,8 @@ _BLOCK = {
 def is_llama(model: Transformer) -> bool:
     """Returns whether Llama computes what `model` does: SwiGLU of one width in every layer, and nothing else."""
     widths = {_width(block.ffn) for block in model.blocks}
-    return len(widths) == 1 and None not in widths
+    is_ffn_alone = all(name == "ffn" for _, name, _ in model.plugins())
+    return is_ffn_alone and len(widths) == 1 and None not in widths
 
 
 def _width(ffn: object) -> int | None:

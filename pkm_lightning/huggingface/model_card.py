@@ -38,7 +38,7 @@ def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, needs_packa
     return "\n".join(
         [
             *("---", "library_name: transformers", "pipeline_tag: text-generation"),
-            *("tags:", *(f"- {tag}" for tag in ("pkm_lightning", _name(config["ffn"]).lower())), "---", ""),
+            *("tags:", *(f"- {tag}" for tag in ("pkm_lightning", *map(str.lower, _names(config)))), "---", ""),
             *(f"# {_title(config)}", ""),
             *_model(checkpoint, record),
             *("## Load", "", "```python", *_load(needs_package=needs_package), "```", ""),
@@ -51,7 +51,7 @@ def model_card(checkpoint: SavedCheckpoint, run_dir: Path | None, *, needs_packa
 
 def _title(config: Mapping[str, Any]) -> str:
     pretrained = config["model"].get("architecture") or {}
-    kind = (pretrained.get("architectures") or [_name(config["ffn"])])[0]
+    kind = (pretrained.get("architectures") or [" + ".join(_names(config))])[0]
     return f"{kind}, {config['model']['n_layers']} layers of {config['model']['dim']}"
 
 
@@ -59,8 +59,9 @@ def _model(checkpoint: SavedCheckpoint, record: Mapping[str, Any]) -> list[str]:
     config, model = checkpoint.config, checkpoint.config["model"]
     total = sum(math.prod(shape) for shape, dtype in weight_shapes(checkpoint).values() if dtype.is_floating_point)
     base = f", other layers `{model['base_ffn']['_target_']}`" if "base_ffn" in model else ""
+    extras = "".join(f", `{extra['ffn']['_target_']}`" for extra in _extras(config))
     rows = {
-        "FFN": f"`{config['ffn']['_target_']}`{base}",
+        "FFN": f"`{config['ffn']['_target_']}`{extras}{base}",
         "layers, dimension": f"{model['n_layers']}, {model['dim']}",
         **({"heads, key-value heads": f"{model['n_heads']}, {model['n_kv_heads']}"} if "n_heads" in model else {}),
         "vocabulary": f"{model['vocab_size']:,}",
@@ -162,6 +163,15 @@ def _moved(node: Any, run_dir: str) -> Any:
         return [_moved(part, run_dir) for part in node]
     inside = isinstance(node, str) and (node == run_dir or node.startswith(f"{run_dir}/"))
     return "${run_dir}" + node[len(run_dir) :] if inside else node
+
+
+def _extras(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list((config.get("extra_ffns") or {}).values())
+
+
+def _names(config: Mapping[str, Any]) -> list[str]:
+    """Returns the classes of all variants, each once."""
+    return list(dict.fromkeys(_name(variant["ffn"]) for variant in (config, *_extras(config))))
 
 
 def _name(described: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_model
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.ffn import HasRowIds
 from pkm_lightning.huggingface.configuration import PkmLightningConfig
 from pkm_lightning.huggingface.foreign_cache import ForeignCache
 from pkm_lightning.model import Transformer
@@ -69,6 +70,20 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return (model, info) if wanted else model
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *arguments: Any, **options: Any) -> Any:
+        """Changes the number of tokens, as of any model of transformers.
+
+        Raises:
+            ValueError: tokens address the rows of tables, which another number would leave without rows or addresses.
+        """
+        is_new = new_num_tokens not in (None, self.config.vocab_size)
+        if is_new and any(isinstance(plugin, HasRowIds) for _, _, plugin in self.transformer.plugins()):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}): tokens address the tables of this model, which was made "
+                f"for {self.config.vocab_size}; train one with a larger model.vocab_size."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *arguments, **options)
+
     @can_return_tuple
     def forward(
         self,
@@ -93,7 +108,7 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an attention mask that is not (B, P), or a cache that this model cannot use.
         """
-        if use_cache and cache is None and self.transformer.is_position_wise:
+        if use_cache and cache is None and self.transformer.is_cacheable:
             cache = DynamicCache(config=self.config)
         if cache is not None:
             self._check_cache(cache)
@@ -122,8 +137,10 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
         return self.transformer(input_ids, valid_BT=valid_BT, cache=view)
 
     def _check_cache(self, cache: Cache) -> None:
-        if not self.transformer.is_position_wise:
-            raise ValueError("cache: an FFN plugin of the model is not position_wise; pass use_cache=False.")
+        if not self.transformer.is_cacheable:
+            raise ValueError(
+                "cache: an FFN plugin of the model is neither position_wise nor uses_past; pass use_cache=False."
+            )
         if cache.is_compileable:
             raise ValueError(
                 "cache: one of fixed size, as cache_implementation='static' makes it, does not serve; leave that out."
@@ -133,7 +150,7 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, next_sequence_length: int | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Returns the arguments of the next forward: the whole sequence where a plugin may read earlier tokens."""
-        if not self.transformer.is_position_wise:
+        if not self.transformer.is_cacheable:
             next_sequence_length = cache = None
             kwargs["use_cache"] = False
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(

@@ -159,7 +159,7 @@ class PretrainedTransformer(nn.Module):
         return tuple(named) if isinstance(named, list) else () if named is None else (int(named),)
 
     @property
-    def is_position_wise(self) -> bool:
+    def is_cacheable(self) -> bool:
         """True: only attention reads other tokens."""
         return True
 

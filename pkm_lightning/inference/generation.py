@@ -198,7 +198,7 @@ class Generation:
         # Sorted by length, so that a batch has little padding.
         ordered = sorted(itertools.chain.from_iterable(self.answers), key=self._prompt_length)
         groups = [ordered]
-        if not self._model.is_position_wise:  # nothing is padded on the left without a cache: a batch has one length
+        if not self._model.is_cacheable:  # nothing is padded on the left without a cache: a batch has one length
             groups = [list(same) for _, same in itertools.groupby(ordered, self._prompt_length)]
         for group in groups:
             for start in range(0, len(group), self._batch_size):
@@ -235,7 +235,7 @@ class Generation:
         cache: DecodingCache | None = None
         if self._past is not None:
             cache, inputs_BT = self._past.resume(prompts[0], self._device)
-        elif self._model.is_position_wise:
+        elif self._model.is_cacheable:
             cache = self._model.new_cache(len(answers), seen_BP.shape[1] + max(map(self._limit, answers)) - 1)
         draws = _Draws([(self._numbers[answer.prompt], answer.sample) for answer in answers], self._sampling)
         for step in itertools.count():

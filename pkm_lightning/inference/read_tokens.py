@@ -37,7 +37,7 @@ class ReadTokens:
 
         A model whose plugins read earlier tokens has no cache, and reads everything again.
         """
-        if not self._model.is_position_wise:
+        if not self._model.is_cacheable:
             self.ids = []
             return None, torch.tensor([ids], device=device)
         if self._cache is None:

@@ -3,7 +3,8 @@
 `export quantize=` writes such tables (`pkm_lightning.checkpoints.quantized`), and a configuration that names this class
 instead of `ValueTable`.
 
-Letters: T tokens, K lines per read, G groups per read, V values per line, C bytes of codes and Q scales per line.
+Letters: T tokens, K lines per read, L = T * K, G groups per read, V values per line, C bytes of codes and Q scales per
+line.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class QuantizedTable(ValueTable):
     """A table that can only be read: it has `codes` and `scales` in the place of `weight`, and nothing to train.
 
     All values are zero until `load_state_dict`. Sums are computed in float32 and returned in the dtype of the weights,
-    inner products in that of the input.
+    inner products in that of the input, single lines in float32.
 
     Args:
         rows: number of rows N.
@@ -98,6 +99,12 @@ class QuantizedTable(ValueTable):
 
     def _dot(self, x_TV: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
         return quantized_dot(self._rows(), self._to_table(x_TV), self._to_table(ids_TK)).to(x_TV.device)
+
+    def _gather(self, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
+        ids_L1 = self._to_table(ids_TK).reshape(-1, 1)
+        ones_L1 = torch.ones(ids_L1.shape, dtype=torch.float32, device=ids_L1.device)
+        lines_LV = quantized_gather(self._rows(), ids_L1, ones_L1)
+        return lines_LV.view(*ids_TK.shape, -1).to(ids_TK.device)
 
     def _rows(self) -> QuantizedRows:
         return QuantizedRows(self.codes, self.scales, self.bits, self.dim // self.slices)

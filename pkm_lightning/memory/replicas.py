@@ -55,7 +55,8 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
     if replicas == 1:
         if not len(staged.source_rows_XV):
             return None
-        return row_gradient(n_rows, *staged._replace(coefficients_L=staged.coefficients_L / world))
+        mean = staged if world == 1 else staged._replace(coefficients_L=staged.coefficients_L / world)
+        return row_gradient(n_rows, *mean)
     group = dist.group.WORLD if mesh is None else mesh.replica_group(staged.ids_L.device)
     assert group is not None
     # Sorted before the exchange: the number of rows decides the scheme, and `rows` and `dense` need the sums.

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LocalSum = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 #: The local inner products: x, ids, ids to stage.
 LocalDot = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: The local rows: ids, ids to stage.
+LocalRows = Callable[[Tensor, Tensor], Tensor]
 
 
 # Collectives whose sizes the hosts have just exchanged cannot be traced.
@@ -72,6 +74,20 @@ def sharded_dot(mesh: TableMesh, n_lines: int, dot: LocalDot, x_TV: Tensor, ids_
     else:
         local_AK, is_local_AK, staged_AK = _local_rows(mesh, n_lines, ids_AK)
         partial = torch.where(is_local_AK, dot(all_gather(x_TV, lengths, group), local_AK, staged_AK), 0)
+    return reduce_scatter(partial, lengths, group)
+
+
+@torch.compiler.disable
+def sharded_rows(mesh: TableMesh, n_lines: int, read: LocalRows, ids_TK: Tensor) -> Tensor:
+    """Returns whole lines one by one, (T, K, V). Collective; arguments as in `sharded_sum`, without weights."""
+    check_indices("ValueTable", "ids", ids_TK, n_lines)
+    lengths, group = mesh.lengths(len(ids_TK)), mesh.member_group(ids_TK.device)
+    ids_AK = all_gather(ids_TK.int(), lengths, group)
+    if mesh.shard == "dim":
+        return columns_to_rows(read(ids_AK, ids_AK), lengths, group)()
+    local_AK, is_local_AK, staged_AK = _local_rows(mesh, n_lines, ids_AK)
+    # Every line lies on one member: the sum adds zeros to it.
+    partial = torch.where(is_local_AK.unsqueeze(-1), read(local_AK, staged_AK), 0)
     return reduce_scatter(partial, lengths, group)
 
 

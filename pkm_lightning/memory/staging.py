@@ -1,7 +1,8 @@
 """Staged reads: in backward, each read of a table leaves its ids, weights and output gradients for the optimizer.
 
-Staging is the identity in forward. Its backward copies the factors of the table's gradient into buffers, which grow to
-the size of a step and are reused. The optimizer merges the reads of all layers and micro-batches of a step into one
+Staging is the identity in forward, except for rows that are read one by one: there it is the read itself, which saves a
+copy of them. Its backward copies the factors of the table's gradient into buffers, which grow to the size of a step and
+are reused. The optimizer merges the reads of all layers and micro-batches of a step into one
 gradient per row. Forward and backward are custom operators, so that compiled blocks can call them.
 
 Letters: T tokens, or reads where a plugin reads several times per token, K lines per read, L = T * K, X source rows.
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, library
 
 from pkm_lightning.memory.replicas import StagedReads, mean_gradient, norm_over_members
+from pkm_lightning.ops.gathered_rows import default_backend
+from pkm_lightning.ops.gathered_rows.operator import copy_rows
 from pkm_lightning.ops.row_update import RowGradient, row_gradient_norm
 from pkm_lightning.ops.segments import read_sources
 
@@ -51,6 +54,7 @@ class RowStage:
         # zero, is the output of the staging operator, so that a compiler cannot remove that operator as unused.
         self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
         self._ids, self._coefficients, self._sources, self._rows = (_Buffer() for _ in range(4))
+        self._units: tuple[Tensor, Tensor] | None = None
         self._gradient: RowGradient | None = None
         self.scale: Tensor | float = 1.0
 
@@ -73,18 +77,45 @@ class RowStage:
         dots: Tensor = _stage_dot(dots_TK, ids_TK, x_TV, self.anchor, self.handle)
         return dots
 
-    def add(self, ids_L: Tensor, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor) -> None:
-        """Appends the factors of the gradient of one read to the buffers."""
+    def gather(self, table_NV: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
+        """Returns the rows `ids` of the table, (T, K, V), and stages their gradient under the ids `staged`."""
+        backend = default_backend(table_NV)
+        rows: Tensor = _stage_rows(table_NV, ids_TK, staged_TK, self.anchor, self.handle, backend)
+        return rows
+
+    def add(
+        self, ids_L: Tensor, coefficients_L: Tensor | None, sources_L: Tensor | None, source_rows_XV: Tensor
+    ) -> None:
+        """Appends the factors of the gradient of one read to the buffers.
+
+        Without coefficients and sources, each read has a source row of its own and the coefficient 1.
+        """
         self._gradient = None
-        before = self._rows.length
         if self.mesh is not None and self.mesh.shard == "row" and ids_L.device.type == "cpu":
             # On an accelerator the host would have to wait for the number of remaining reads.
             is_local_L = ids_L < self.n_rows
-            ids_L, coefficients_L, sources_L = ids_L[is_local_L], coefficients_L[is_local_L], sources_L[is_local_L]
+            ids_L = ids_L[is_local_L]
+            if coefficients_L is None or sources_L is None:
+                source_rows_XV = source_rows_XV[is_local_L]
+            else:
+                coefficients_L, sources_L = coefficients_L[is_local_L], sources_L[is_local_L]
+        if coefficients_L is not None and sources_L is not None:
+            self._add_factors(coefficients_L, sources_L, source_rows_XV)
+        elif self._coefficients.length:
+            self._add_factors(*_unit_factors(ids_L, _sum_dtype(source_rows_XV)), source_rows_XV)
         self._ids.append(ids_L, torch.int32)
-        self._coefficients.append(coefficients_L, _sum_dtype(source_rows_XV))
-        self._sources.append(sources_L, torch.int32).add_(before)
-        self._rows.append(source_rows_XV, source_rows_XV.dtype)
+        # To the table: lines that were fetched ahead have their gradient where the model is.
+        self._rows.append(source_rows_XV.to(ids_L.device), source_rows_XV.dtype)
+
+    def _add_factors(self, coefficients_L: Tensor, sources_L: Tensor, source_rows_XV: Tensor) -> None:
+        """Appends coefficients and sources, after those that the reads before them imply."""
+        dtype = _sum_dtype(source_rows_XV)
+        if self._ids.length and not self._coefficients.length:
+            ones_L, numbers_L = _unit_factors(self._ids.filled(sources_L), dtype)
+            self._coefficients.append(ones_L, dtype)
+            self._sources.append(numbers_L, torch.int32)
+        self._coefficients.append(coefficients_L, dtype)
+        self._sources.append(sources_L, torch.int32).add_(self._rows.length)
 
     def gradient(self, table_NV: Tensor) -> RowGradient | None:
         """Returns the gradient of the staged reads, a mean over ranks; None if no rank has any.
@@ -95,14 +126,19 @@ class RowStage:
             table_NV: the table, for width, dtype and device where this rank has read nothing.
         """
         if self._gradient is None:
-            staged = StagedReads(
-                self._ids.filled(table_NV[:0, 0].int()),
-                self._coefficients.filled(table_NV[:0, 0].to(_sum_dtype(table_NV))),
-                self._sources.filled(table_NV[:0, 0].int()),
-                self._rows.filled(table_NV[:0]),
-            )
+            ids_L, rows_XV = self._ids.filled(table_NV[:0, 0].int()), self._rows.filled(table_NV[:0])
+            staged = StagedReads(ids_L, *self._factors(ids_L, _sum_dtype(table_NV)), rows_XV)
             self._gradient = mean_gradient(self.n_rows, staged, self.mesh)
         return self._gradient
+
+    def _factors(self, ids_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns coefficients and sources of all reads; those that are implied are kept from step to step."""
+        if self._coefficients.length:
+            return self._coefficients.filled(ids_L), self._sources.filled(ids_L)
+        units = self._units
+        if units is None or len(units[0]) < len(ids_L) or units[0].device != ids_L.device or units[0].dtype != dtype:
+            units = self._units = _unit_factors(ids_L, dtype)
+        return units[0][: len(ids_L)], units[1][: len(ids_L)]
 
     def norm(self, table_NV: Tensor) -> Tensor:
         """Returns the L2 norm of the gradient over all rows and ranks, a scalar tensor.
@@ -152,6 +188,12 @@ def _sum_dtype(rows: Tensor) -> torch.dtype:
     return torch.promote_types(rows.dtype, torch.float32)
 
 
+def _unit_factors(ids_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns coefficients and sources of reads that have a source row each: ones, and 0, 1, 2, ..."""
+    numbers_L = torch.arange(len(ids_L), dtype=torch.int32, device=ids_L.device)
+    return torch.ones(len(ids_L), dtype=dtype, device=ids_L.device), numbers_L
+
+
 def _stage(handle: Tensor) -> RowStage:
     stage = _stages.get(int(handle))
     if stage is None:
@@ -175,10 +217,21 @@ def _stage_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Ten
     return dots.clone()
 
 
+@library.custom_op("pkm_lightning::stage_rows", mutates_args=())
+def _stage_rows(table: Tensor, ids: Tensor, staged: Tensor, anchor: Tensor, handle: Tensor, backend: str) -> Tensor:
+    _stage(handle).was_read = True
+    return copy_rows(table, ids, backend)
+
+
 @library.custom_op("pkm_lightning::stage_reads", mutates_args=())
-def _stage_reads(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, handle: Tensor) -> Tensor:
-    sources = read_sources(ids) if sources is None else sources
-    _stage(handle).add(ids.flatten(), coefficients.flatten(), sources.flatten(), rows)
+def _stage_reads(
+    ids: Tensor, coefficients: Tensor | None, sources: Tensor | None, rows: Tensor, handle: Tensor
+) -> Tensor:
+    if coefficients is None:
+        _stage(handle).add(ids.flatten(), None, None, rows)
+    else:
+        sources = read_sources(ids) if sources is None else sources
+        _stage(handle).add(ids.flatten(), coefficients.flatten(), sources.flatten(), rows)
     return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
@@ -192,8 +245,13 @@ def _(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Tensor) -> T
     return torch.empty_like(dots)
 
 
+@_stage_rows.register_fake
+def _(table: Tensor, ids: Tensor, staged: Tensor, anchor: Tensor, handle: Tensor, backend: str) -> Tensor:
+    return table.new_empty(*ids.shape, table.shape[1])
+
+
 @_stage_reads.register_fake
-def _(ids: Tensor, coefficients: Tensor, sources: Tensor | None, rows: Tensor, handle: Tensor) -> Tensor:
+def _(ids: Tensor, coefficients: Tensor | None, sources: Tensor | None, rows: Tensor, handle: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.float32, device="cpu")
 
 
@@ -219,6 +277,17 @@ def _backward_dot(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, Tensor
     return grad_TK, None, None, zero, None
 
 
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, staged_TK, _, handle, _ = inputs
+    ctx.save_for_backward(staged_TK, handle)
+
+
+def _backward_rows(ctx: Any, grad_TKV: Tensor) -> tuple[None, None, None, Tensor, None, None]:
+    staged_TK, handle = ctx.saved_tensors
+    zero = _stage_reads(staged_TK, None, None, grad_TKV.flatten(0, 1), handle)
+    return None, None, None, zero, None, None
+
+
 # Two reads of a table by the same ids and weights stage twice: a compiler must not merge them as common subexpressions.
 if hasattr(_stage_reads, "register_effect"):  # torch 2.13 has it, older versions do not
     from torch._library.effects import EffectType
@@ -226,3 +295,4 @@ if hasattr(_stage_reads, "register_effect"):  # torch 2.13 has it, older version
     _stage_reads.register_effect(EffectType.ORDERED)
 _stage_sum.register_autograd(_backward_sum, setup_context=_save_sum)
 _stage_dot.register_autograd(_backward_dot, setup_context=_save_dot)
+_stage_rows.register_autograd(_backward_rows, setup_context=_save_rows)

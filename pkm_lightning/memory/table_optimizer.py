@@ -121,6 +121,7 @@ class TableOptimizer(Optimizer):
         gradient = table.stage.gradient(table.weight)
         if gradient is None:
             return
+        version = table.weight._version
         state["step"] += 1
         step = UpdateStep(
             lr=self._table_group["lr"],
@@ -145,6 +146,10 @@ class TableOptimizer(Optimizer):
             mean_squares_U=self._mean_squares(table, gradient, rule.column_weights(row_state, step)),
             column_sums=column_sums,
         )
+        # Kernels write past autograd, which counts the changes of a tensor.
+        torch.autograd.graph.increment_version(table.weight)
+        if table.prefetcher is not None:
+            table.prefetcher.record_update(table, version, gradient.segments.rows_U)
 
     def _rounding_seed(self, table: ValueTable, step: int) -> int:
         # Parts of a table must not be rounded by the same bits, but replicas of a part must.

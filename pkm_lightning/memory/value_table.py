@@ -9,17 +9,20 @@ per line: of a row, or of its slice.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
-from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_sum
+from pkm_lightning.memory.row_prefetch import RowPrefetcher, read_compactly
+from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_rows, sharded_sum
 from pkm_lightning.memory.staging import RowStage
-from pkm_lightning.ops import gathered_dot, weighted_gather
-from pkm_lightning.ops.segments import read_sources
+from pkm_lightning.memory.stored_rows import StoredRows
+from pkm_lightning.memory.table_rows import copy_rows, draw_rows
+from pkm_lightning.ops import gathered_dot, gathered_rows, weighted_gather
+from pkm_lightning.ops.segments import check_indices, read_sources
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -33,10 +36,11 @@ class ValueTable(nn.Module):
     The model owns a table once. Layers that share it hold an unregistered reference (`TableReference`) instead of a
     class attribute or a global, so that two models in one process never share a table.
 
-    Layers read a table by calling it or by `dot`; `weight` itself is for checkpoints. With `learning=rows`, `weight`
-    requires no gradient: a read leaves its part of the gradient in `stage`, and a `TableOptimizer` updates the rows
-    that were read. Every backward pass through a read stages it, `torch.autograd.grad` in evaluation included. To learn
-    nothing from a read, call `TableOptimizer.zero_grad` after it, or read under `torch.no_grad`.
+    Layers read a table by calling it, by `dot` or by `gather`; `weight` itself is for checkpoints. With
+    `learning=rows`, `weight` requires no gradient: a read leaves its part of the gradient in `stage`, and a
+    `TableOptimizer` updates the rows that were read. Every backward pass through a read stages it,
+    `torch.autograd.grad` in evaluation included. To learn nothing from a read, call `TableOptimizer.zero_grad` after
+    it, or read under `torch.no_grad`.
 
     Args:
         rows: number of rows N.
@@ -48,14 +52,18 @@ class ValueTable(nn.Module):
         learning: `dense` (an N x V gradient from autograd, any torch optimizer) or `rows` (one update per optimizer
             step of the rows that were read).
         device: `auto` moves with the model. `cpu` stays in host memory; ids and outputs are copied. `mmap` can only be
-            read: `weight` is on meta, without memory, until `load_state_dict` assigns the tensor of the state dict to
-            it, whose device and dtype it then keeps.
+            read: `weight` is on meta, without memory. With `stored` it remains there; without, `load_state_dict`
+            assigns the tensor of the state dict to it, whose device and dtype it then keeps.
+        stored: a file that holds the rows, which are then not trained and not in `state_dict`. With `device=mmap` they
+            are read from it, otherwise copied into `weight`.
         mesh: the ranks that the table is sharded or replicated over; None: this process holds the whole table.
 
     Attributes:
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
         reads_zeros: whether reads return zeros; set by `zero_reads`.
+        first_rows: finds the file whose rows a table that learns begins with; None where they are drawn.
+        prefetcher: has the rows of coming reads, in training and evaluation of some tables; else None.
 
     Raises:
         ConfigError: an unknown choice, `slices` that do not divide `dim`, or sizes that the mesh cannot divide.
@@ -63,6 +71,12 @@ class ValueTable(nn.Module):
 
     #: Tables have a learning rate, a weight decay and a clipping norm of their own.
     parameter_roles: ClassVar[dict[str, str]] = {"weight": "table"}
+
+    #: Digest of the rows in `stored`, by which a checkpoint without rows knows them.
+    rows_digest: Tensor
+    stored: StoredRows | None
+    first_rows: Callable[[], StoredRows] | None
+    prefetcher: RowPrefetcher | None
 
     def __init__(
         self,
@@ -75,6 +89,7 @@ class ValueTable(nn.Module):
         learning: str = "dense",
         device: str = "auto",
         mesh: TableMesh | None = None,
+        stored: StoredRows | None = None,
     ) -> None:
         super().__init__()
         check_choice("table.learning", learning, ("dense", "rows"))
@@ -84,9 +99,10 @@ class ValueTable(nn.Module):
             raise ConfigError(f"slices={slices} does not divide the {dim} values of a row; choose a divisor of {dim}.")
         self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
         self.reads_zeros = False
+        self.stored, self.first_rows, self.prefetcher = stored, None, None
         self.std = dim**-0.5 if std is None else std
         self.learning, self.stays_on_cpu, self.is_mapped = learning, device == "cpu", device == "mmap"
-        if self.is_mapped:
+        if self.is_mapped or stored is not None:
             trainable = False
         by_rows = trainable and learning != "dense"
         lines, width = rows * slices, dim // slices
@@ -97,7 +113,11 @@ class ValueTable(nn.Module):
         # torch.distributed.checkpoint allocates a gradient for every parameter that requires one when it loads an
         # optimizer's state: here that would be as large as the table.
         self.weight = nn.Parameter(values, requires_grad=trainable and not by_rows)
-        self.reset_parameters()
+        if stored is None:
+            self.reset_parameters()
+        else:
+            self.register_buffer("rows_digest", stored.digest.clone())
+            copy_rows(self, stored)
 
     def _initial_device(self) -> torch.device:
         # That of the enclosing `torch.device` context: the Trainer's, or meta for a model without memory.
@@ -109,23 +129,11 @@ class ValueTable(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the rows from N(0, std**2): the same table for every sharding; each rank keeps its part.
 
-        Every rank draws the whole table block by block, so that it never holds more than its part and one block.
+        Every rank draws the whole table block by block, so that it never holds more than its part and one block. Rows
+        that are `stored` in a file stay as they are there.
         """
-        if self.weight.is_meta:
-            return
-        width = self.dim // self.slices
-        low, high = (0, self.n_lines) if self.mesh is None else self.mesh.row_range(self.n_lines)
-        columns = slice(0, width) if self.mesh is None else self.mesh.columns(width)
-        with torch.no_grad():
-            for start, length in _blocks(self.n_lines, width):
-                if not self.is_split:
-                    nn.init.normal_(self.weight[start : start + length], std=self.std)
-                    continue
-                block = torch.empty(length, width, dtype=self.weight.dtype, device=self.weight.device)
-                nn.init.normal_(block, std=self.std)
-                first, last = max(start, low), min(start + length, high)
-                if first < last:
-                    self.weight[first - low : last - low] = block[first - start : last - start, columns]
+        if self.stored is None:
+            draw_rows(self)
 
     @property
     def is_registered(self) -> bool:
@@ -144,13 +152,21 @@ class ValueTable(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.is_registered:
+        if self.stored is not None:
+            destination.pop(f"{prefix}weight", None)
+        elif not self.is_registered:
             destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
         was_unregistered = not self.is_registered
+        if self.stored is not None:  # the state has no rows
+            weight = self._parameters.pop("weight", None)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+            if not was_unregistered:
+                self._parameters["weight"] = weight
+            return
         # nn.Module only loads registered parameters.
         if was_unregistered:
             self._parameters["weight"] = self.__dict__.pop("weight")
@@ -204,6 +220,15 @@ class ValueTable(nn.Module):
             dots_TK = self._dot(x_TV, ids_TK, ids_TK)
         return torch.zeros_like(dots_TK) if self.reads_zeros else dots_TK
 
+    def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
+        """Returns the lines `ids` one by one, in the table's dtype (float32 where the table is quantised)."""
+        if self.is_split:
+            assert self.mesh is not None
+            lines_TKV = sharded_rows(self.mesh, self.n_lines, self._gather, ids_TK)
+        else:
+            lines_TKV = self._gather(ids_TK, ids_TK)
+        return torch.zeros_like(lines_TKV) if self.reads_zeros else lines_TKV
+
     @property
     def size(self) -> int:
         """Number of values of the whole table, over all ranks."""
@@ -224,6 +249,11 @@ class ValueTable(nn.Module):
         return values * self.weight.element_size()
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether every read takes its lines from a file, in which they stay."""
+        return self.is_mapped and self.stored is not None
+
+    @property
     def is_split(self) -> bool:
         """Whether the table is sharded. Reads are collective then: all ranks make the same reads in the same order."""
         return self.mesh is not None and self.mesh.shard != "none"
@@ -238,6 +268,9 @@ class ValueTable(nn.Module):
     ) -> Tensor:
         """Returns the sums over the lines of this rank; `staged_TK` are the ids under which the gradient is staged."""
         device = weights_TK.device
+        if self.is_streamed:
+            rows_UV, ids_TK = self._compact(ids_TK, device)
+            return weighted_gather(rows_UV, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
         ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
         weights_TK = self._to_table(weights_TK)
         groups_TK = None if groups_TK is None else self._to_table(groups_TK)
@@ -253,12 +286,35 @@ class ValueTable(nn.Module):
     def _dot(self, x_TV: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
         """Returns the inner products with the lines of this rank."""
         device = x_TV.device
+        if self.is_streamed:
+            rows_UV, ids_TK = self._compact(ids_TK, device)
+            return gathered_dot(rows_UV, x_TV.to(rows_UV.dtype), ids_TK)
         ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
         x_TV = self._to_table(x_TV).to(self.weight.dtype)
         dots_TK = gathered_dot(self.weight, x_TV, ids_TK)
         if self.stage is not None and torch.is_grad_enabled():
             dots_TK = self.stage.stage_dot(dots_TK, staged_TK, x_TV)
         return dots_TK.to(device)
+
+    def _gather(self, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
+        """Returns the lines of this rank, (T, K, V)."""
+        device, rows_NV = ids_TK.device, self.weight
+        if self.is_streamed or self.prefetcher is not None:
+            rows_NV, ids_TK = self._compact(ids_TK, device)
+        else:
+            ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
+        if self.stage is not None and torch.is_grad_enabled():
+            return self.stage.gather(rows_NV, ids_TK, self._to_table(staged_TK)).to(device)
+        return gathered_rows(rows_NV, ids_TK).to(device)
+
+    # Shapes that depend on values, and reads of a file, cannot be traced.
+    @torch.compiler.disable
+    def _compact(self, ids_TK: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the lines of `ids`, each once, (U, V), and the ids as places among them, (T, K)."""
+        check_indices("ValueTable", "ids", ids_TK, self.n_lines)
+        read = None if self.prefetcher is None else self.prefetcher.find(self, ids_TK)
+        read = read_compactly(self, ids_TK, device) if read is None else read
+        return read.rows_UV, read.local_TK
 
     def _ids_to_table(self, ids_TK: Tensor, staged_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the ids to read and to stage on the table's device; if they are one tensor, it is copied once."""
@@ -276,6 +332,10 @@ class ValueTable(nn.Module):
         """
         if self.is_mapped:
             dtype = fn(torch.empty(0, dtype=self.weight.dtype)).dtype
+            if self.stored is not None:  # lines get this dtype when they have been read
+                self.weight.data = self.weight.data.to(dtype)
+                self.rows_digest = fn(self.rows_digest)
+                return self
             if dtype != self.weight.dtype and not self.weight.is_meta:
                 raise ConfigError(
                     f"table.device=mmap reads the table as it was saved ({self.weight.dtype}), not as {dtype}; leave "
@@ -296,21 +356,6 @@ class ValueTable(nn.Module):
     def extra_repr(self) -> str:
         """Returns rows, values per row and `learning`, for `print(model)`."""
         return f"rows={self.rows}, dim={self.dim}, learning={self.learning}"
-
-
-def _blocks(lines: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yields start and length of blocks of about 2**22 values.
-
-    Their draws in sequence equal, on the CPU, one draw of the whole table.
-    """
-    # torch draws normal values on the CPU in groups of 16 and treats the last 16 of a tensor differently: blocks are
-    # multiples of 16 lines, and the last block takes the rest.
-    block = max(16, 2**22 // width // 16 * 16)
-    for start in range(0, lines, block):
-        if lines - start < 2 * block:
-            yield start, lines - start
-            return
-        yield start, block
 
 
 class TableReference:

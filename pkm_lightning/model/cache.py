@@ -1,5 +1,5 @@
 """Keys and values that a model keeps while it writes, so that each new token costs one position (Shazeer 2019,
-arXiv 1911.02150, section 2.3).
+arXiv 1911.02150, section 2.3), and what plugins keep of earlier tokens.
 
 Letters: G key-value heads, L tokens that the buffers have room for, P tokens cached so far, C head dimension.
 """
@@ -35,13 +35,64 @@ def positions_and_mask(valid_BP: Tensor, start: int, *, is_padded: bool) -> tupl
     return positions_BT, ((causal_TP & valid_BP[:, None]) | own_TP).unsqueeze(1)
 
 
+class PluginPast:
+    """The `pkm_lightning.ffn.Past` of one plugin: all positions, so that the text can be cut back to any length.
+
+    Letters: X any further dimensions.
+    """
+
+    def __init__(self, cache: DecodingCache) -> None:
+        self._cache = cache
+        self._buffers: dict[str, Tensor] = {}
+        self._parts: dict[str, PluginPast] = {}
+
+    def extend(self, name: str, new_BTX: Tensor, before: int, fill: float) -> Tensor:
+        """Appends T positions; returns them and the `before` ones in front of them, (B, before + T, ...)."""
+        start, end = self._cache.length, self._cache.length + new_BTX.shape[1]
+        buffer_BLX = _with_room(self._buffers.get(name), new_BTX, self._cache, dim=1)
+        self._buffers[name] = buffer_BLX
+        buffer_BLX[:, start:end] = new_BTX
+        present_BTX = buffer_BLX[:, max(0, start - before) : end]
+        if before <= start:
+            return present_BTX
+        B, _, *rest = new_BTX.shape
+        return torch.cat([new_BTX.new_full((B, before - start, *rest), fill), present_BTX], 1)
+
+    def part(self, name: str) -> PluginPast:
+        """Returns the past of a plugin within this one."""
+        return self._parts.setdefault(name, PluginPast(self._cache))
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keeps the sequences `rows_B`, in that order; a sequence may be repeated."""
+        self._buffers = {name: buffer[rows_B] for name, buffer in self._buffers.items()}
+        for part in self._parts.values():
+            part.select(rows_B)
+
+
+def _with_room(buffer: Tensor | None, new: Tensor, cache: DecodingCache, *, dim: int) -> Tensor:
+    """Returns the buffer, or a larger copy, with room for new positions; `dim` counts positions."""
+    if buffer is not None and buffer.shape[dim] >= cache.room:
+        return buffer
+    shape = list(new.shape)
+    shape[dim] = cache.room
+    larger = new.new_empty(shape)
+    if buffer is not None:
+        larger.narrow(dim, 0, cache.length).copy_(buffer.narrow(dim, 0, cache.length))
+    return larger
+
+
 class LayerCache:
-    """Keys and values of one layer, in buffers that grow with the text up to the capacity of the cache."""
+    """Keys and values of one layer, and the past of its plugins, in buffers that grow up to the cache's capacity."""
 
     def __init__(self, cache: DecodingCache) -> None:
         self._cache = cache
         self.keys_BGLC: Tensor | None = None
         self.values_BGLC: Tensor | None = None
+        self._past = PluginPast(cache)
+
+    def past(self, plugin: str) -> PluginPast:
+        """Returns what the layer's plugin of this name remembers."""
+        return self._past.part(plugin)
 
     @property
     def is_empty(self) -> bool:
@@ -52,27 +103,17 @@ class LayerCache:
         """Appends T positions; returns the keys and values of all P + T positions, views of the buffers."""
         start, end = self._cache.length, self._cache.length + k_BGTC.shape[2]
         # Made here, because autocast and engines decide the dtype that keys and values have.
-        self.keys_BGLC = self._with_room(self.keys_BGLC, k_BGTC)
-        self.values_BGLC = self._with_room(self.values_BGLC, v_BGTC)
+        self.keys_BGLC = _with_room(self.keys_BGLC, k_BGTC, self._cache, dim=2)
+        self.values_BGLC = _with_room(self.values_BGLC, v_BGTC, self._cache, dim=2)
         self.keys_BGLC[:, :, start:end] = k_BGTC
         self.values_BGLC[:, :, start:end] = v_BGTC
         return self.keys_BGLC[:, :, :end], self.values_BGLC[:, :, :end]
-
-    def _with_room(self, buffer_BGLC: Tensor | None, new_BGTC: Tensor) -> Tensor:
-        """Returns the buffer, or a larger copy, with room for the new positions."""
-        room = self._cache.room
-        if buffer_BGLC is not None and buffer_BGLC.shape[2] >= room:
-            return buffer_BGLC
-        B, G, _, C = new_BGTC.shape
-        larger_BGLC = new_BGTC.new_empty(B, G, room, C)
-        if buffer_BGLC is not None:
-            larger_BGLC[:, :, : self._cache.length] = buffer_BGLC[:, :, : self._cache.length]
-        return larger_BGLC
 
     def select(self, rows_B: Tensor) -> None:
         """Keeps the sequences `rows_B`, in that order; a sequence may be repeated."""
         if self.keys_BGLC is not None and self.values_BGLC is not None:
             self.keys_BGLC, self.values_BGLC = self.keys_BGLC[rows_B], self.values_BGLC[rows_B]
+        self._past.select(rows_B)
 
 
 class DecodingCache:

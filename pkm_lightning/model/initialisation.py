@@ -15,6 +15,7 @@ the weights of their constructor.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Protocol
@@ -22,7 +23,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from pkm_lightning.model.placement import named_plugins
+from pkm_lightning.model.block import named_plugins
+
+_PLUGIN = re.compile(r"blocks\.\d+\.(ffn|ffn\.base|ffn\.variant|before|after)")
 
 
 class TransformerParts(Protocol):
@@ -51,7 +54,7 @@ def initialise(model: TransformerParts, seed: int) -> None:
                 nn.init.normal_(module.weight, std=std * (2 * len(model.blocks)) ** -0.5)  # type: ignore[arg-type]
             elif isinstance(module, nn.RMSNorm):
                 module.reset_parameters()
-            elif ".ffn" in name or name.startswith("tables."):
+            elif name.startswith("tables.") or _PLUGIN.fullmatch(name):
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()  # type: ignore[operator]
             else:
@@ -83,9 +86,10 @@ def _named_parts(model: TransformerParts) -> Iterator[tuple[str, nn.Module]]:
     for i, table in enumerate(model.tables):
         yield f"tables.{i}", table
     for i, block in enumerate(model.blocks):
-        for part in ("attention_norm", "ffn_norm"):
-            yield f"blocks.{i}.{part}", getattr(block, part)
+        for part in ("before_norm", "attention_norm", "ffn_norm", "after_norm"):
+            if getattr(block, part) is not None:
+                yield f"blocks.{i}.{part}", getattr(block, part)
         for part in ("query", "key", "value", "out"):
             yield f"blocks.{i}.attention.{part}", getattr(block.attention, part)
-        for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
+        for name, plugin in named_plugins(block):  # type: ignore[arg-type]
             yield f"blocks.{i}.{name}", plugin

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
-from pkm_lightning.ffn import FFNContext, FFNOutput
-from pkm_lightning.model.plugin_checks import checked_output
+
+_MODES = ("replace", "parallel", "before", "after")
 
 
 class Placement:
@@ -20,12 +17,14 @@ class Placement:
         count: number of layers for `centred` and `spread`; a model with fewer layers uses all of them. None takes 3 for
             `centred` and one layer in five for `spread`.
         stride: distance between layers for `centred` and `spread`; None takes n_layers // count.
-        mode: `replace` the base FFN, or add the variant `parallel` to it (ResM of Kim & Jung 2020, arXiv 2010.03881).
+        mode: `replace` the base FFN; add the variant `parallel` to it (ResM of Kim & Jung 2020, arXiv 2010.03881); or
+            keep it, and add the variant's output to the residual stream `before` the layer (Engram, arXiv 2601.07372)
+            or `after` it (per-layer embeddings of Gemma 3n).
         write_after: add the variant's output this many layers later (UltraMem, arXiv 2411.12364, section 3); needs
             `mode=parallel`. None needs `spread` and takes stride - 1: just before the next variant reads.
 
     Raises:
-        ConfigError: an unknown choice, a negative number, or `write_after` together with `replace`.
+        ConfigError: an unknown choice, a negative number, or `write_after` with another mode than `parallel`.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class Placement:
         mode: str,
         write_after: int | None,
     ) -> None:
-        check_choice("placement.mode", mode, ("replace", "parallel"))
+        check_choice("placement.mode", mode, _MODES)
         if write_after is not None:
             check_integer("placement.write_after", write_after, low=0)
         elif layers != "spread":
@@ -51,12 +50,12 @@ class Placement:
         else:
             for layer in layers:
                 check_integer("placement.layers", layer)  # type: ignore[arg-type]
-        # A deferred output replaces nothing here: the layer would add only attention to the residual stream.
-        shown = "null" if write_after is None else write_after
-        if write_after != 0 and mode == "replace":
+        if write_after != 0 and mode != "parallel":
+            # A deferred output replaces nothing here: the layer would add only attention to the residual stream.
+            problem = "leaves the reading layer without any FFN" if mode == "replace" else "is not offered"
             raise ConfigError(
-                f"placement.write_after={shown} leaves the reading layer without any FFN under "
-                "placement.mode=replace; use placement.mode=parallel."
+                f"placement.write_after={'null' if write_after is None else write_after} {problem} under "
+                f"placement.mode={mode}; use placement.mode=parallel."
             )
         self.layers, self.count, self.stride = layers, count, stride
         self.mode, self.write_after = mode, write_after
@@ -111,68 +110,3 @@ class Placement:
         if self.stride is not None:
             check_integer("placement.stride", self.stride, low=1)
         return count, self.stride or max(1, n_layers // max(1, count))
-
-    def combine(self, base: nn.Module, variant: nn.Module, *, defer: bool) -> nn.Module:
-        """Returns the module that a placed layer runs; `defer` passes the variant's output to a later layer."""
-        return variant if self.mode == "replace" else ParallelFFN(base, variant, defer=defer)
-
-
-class ParallelFFN(nn.Module):
-    """The base FFN and the variant in parallel: `y = base(x) + variant(x)`, or the variant's output deferred.
-
-    Args:
-        base, variant: the two plugins.
-        defer: return the variant's output as `FFNOutput.deferred_BTD` instead of adding it.
-    """
-
-    def __init__(self, base: nn.Module, variant: nn.Module, *, defer: bool) -> None:
-        super().__init__()
-        self.base, self.variant, self.defer = base, variant, defer
-
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        """Runs both plugins and merges their outputs.
-
-        Statistics and traces are named `base.NAME` and `variant.NAME`; losses of one name are added, metrics of one
-        name averaged.
-        """
-        base = checked_output(self.base, x_BTD, self.base(x_BTD, context))
-        variant = checked_output(self.variant, x_BTD, self.variant(x_BTD, context))
-        names = {**base.aux_losses, **variant.aux_losses}
-        return FFNOutput(
-            y_BTD=base.y_BTD if self.defer else base.y_BTD + variant.y_BTD,
-            aux_losses={n: base.aux_losses.get(n, 0) + variant.aux_losses.get(n, 0) for n in names},  # type: ignore[misc]
-            trace=_prefixed(base.trace, variant.trace),
-            step_stats=_prefixed(base.step_stats, variant.step_stats),
-            deferred_BTD=variant.y_BTD if self.defer else None,
-            metrics={
-                n: torch.stack([part.metrics[n] for part in (base, variant) if n in part.metrics]).mean()
-                for n in {**base.metrics, **variant.metrics}
-            },
-        )
-
-
-def _prefixed(base: dict[str, Tensor], variant: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        **{f"base.{name}": value for name, value in base.items()},
-        **{f"variant.{name}": value for name, value in variant.items()},
-    }
-
-
-def named_plugins(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the plugins of a block's FFN with their names within the block: one, or the base and the variant."""
-    if isinstance(ffn, ParallelFFN):
-        yield "ffn.base", ffn.base
-        yield "ffn.variant", ffn.variant
-    else:
-        yield "ffn", ffn
-
-
-def plugin_entries(plugin: str, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Selects the statistics or the trace of one plugin of a layer, without the prefix that `ParallelFFN` adds.
-
-    Args:
-        plugin: the name from `named_plugins`.
-        entries: `step_stats` or `trace` of the layer.
-    """
-    prefix = "" if plugin == "ffn" else f"{plugin.removeprefix('ffn.')}."
-    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}

@@ -127,7 +127,8 @@ def _check_forward(plugin: nn.Module, dim: int) -> None:
     dtype = torch.get_default_dtype()
     with torch.device("meta"):
         x_BTD = torch.empty(2, 3, dim, dtype=dtype, requires_grad=True)
-        context = FFNContext(torch.zeros(2, 3, dtype=torch.int64), observe=True)
+        ids_BT = torch.zeros(2, 3, dtype=torch.int64)
+        context = FFNContext(ids_BT, observe=True, embedding_BTD=torch.empty_like(x_BTD))
         try:
             returned = plugin(x_BTD, context)
         except PkmError:

@@ -5,7 +5,8 @@ Letters: M selected positions, W vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,9 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.model.accounting import attention_flops
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
-from pkm_lightning.model.block import Block
+from pkm_lightning.model.block import Block, named_plugins
 from pkm_lightning.model.cache import DecodingCache
 from pkm_lightning.model.initialisation import initialise
-from pkm_lightning.model.placement import named_plugins
 from pkm_lightning.model.rope import document_positions, rope_table
 from pkm_lightning.model.trunk import ModelOutput, PartCost
 
@@ -53,6 +53,7 @@ class Transformer(nn.Module):
         n_heads: attention heads.
         n_kv_heads: key-value heads; divides `n_heads`.
         ffns: one plugin per layer.
+        before, after: plugins that add to the residual stream before or after a layer, by its number.
         tables: the value tables that the plugins refer to, owned by the model.
         write_after: layers between a plugin's read and the layer after which its deferred output is added.
         rope_theta: base of the rotary frequencies.
@@ -71,6 +72,8 @@ class Transformer(nn.Module):
         n_heads: int,
         n_kv_heads: int,
         ffns: Sequence[nn.Module],
+        before: Mapping[int, nn.Module] = MappingProxyType({}),
+        after: Mapping[int, nn.Module] = MappingProxyType({}),
         tables: Iterable[ValueTable] = (),
         write_after: int = 0,
         rope_theta: float,
@@ -102,8 +105,10 @@ class Transformer(nn.Module):
                 ffn=ffn,
                 dim=dim,
                 norm_eps=norm_eps,
+                before=before.get(layer),
+                after=after.get(layer),
             )
-            for ffn in ffns
+            for layer, ffn in enumerate(ffns)
         )
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.unembedding = None if tied else nn.Linear(dim, vocab_size, bias=False)
@@ -122,7 +127,7 @@ class Transformer(nn.Module):
     def plugins(self) -> Iterator[tuple[int, str, nn.Module]]:
         """Yields layer, name within the layer and module of each FFN plugin."""
         for layer, block in enumerate(self.blocks):
-            for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
+            for name, plugin in named_plugins(block):  # type: ignore[arg-type]
                 yield layer, name, plugin
 
     def init_weights(self, seed: int, *, replaced: bool = False) -> None:
@@ -162,7 +167,7 @@ class Transformer(nn.Module):
             shared = AttentionInputs(*rope_table(positions_BT, self.head_dim, self.rope_theta, dtype), mask_B1TP)
         else:
             raise ValueError("cache: a cached sequence is one document; do not pass doc_ids_BT.")
-        context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe)
+        context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe, embedding_BTD=output.hidden_BTD)
         deferred: dict[int, Tensor] = {}
         metrics: dict[str, list[Tensor]] = {}
         for layer, block in enumerate(self.blocks):
@@ -191,18 +196,23 @@ class Transformer(nn.Module):
         return ()
 
     @property
-    def is_position_wise(self) -> bool:
-        """Whether all FFN plugins state that they read no other token, as a cache requires."""
-        return all(getattr(plugin, "position_wise", False) for _, _, plugin in self.plugins())
+    def is_cacheable(self) -> bool:
+        """Whether all FFN plugins state that they read no other token, or take earlier ones from a cache."""
+        return all(
+            getattr(plugin, "position_wise", False) or getattr(plugin, "uses_past", False)
+            for _, _, plugin in self.plugins()
+        )
 
     def new_cache(self, batch: int, capacity: int) -> DecodingCache:
         """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included.
 
         Raises:
-            ValueError: an FFN plugin may read earlier tokens, which the cache does not hold.
+            ValueError: an FFN plugin may read earlier tokens in other ways than from a cache.
         """
-        if not self.is_position_wise:
-            raise ValueError("cache: an FFN plugin of the model is not position_wise; run the whole forward.")
+        if not self.is_cacheable:
+            raise ValueError(
+                "cache: an FFN plugin of the model is neither position_wise nor uses_past; run the whole forward."
+            )
         device = self.embedding.weight.device
         return DecodingCache(n_layers=len(self.blocks), batch=batch, capacity=capacity, device=device)
 
@@ -217,7 +227,7 @@ class Transformer(nn.Module):
     def own_cost(self, context: int) -> PartCost:
         """Returns the cost of attention and norms, with `context` tokens in attention."""
         blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
-        modules = [m for b in blocks for m in (b.attention, b.attention_norm, b.ffn_norm)] + [self.norm]
+        modules = [m for b in blocks for m in (b.attention, *b.norms())] + [self.norm]
         return PartCost(
             active_params=sum(p.numel() for m in modules for p in m.parameters()),
             flops=sum(attention_flops(block, context) for block in blocks),

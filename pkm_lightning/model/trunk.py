@@ -87,8 +87,8 @@ class Trunk(Protocol):
         """Tokens that end a text, besides the end token of the tokenizer."""
 
     @property
-    def is_position_wise(self) -> bool:
-        """Whether a cache of keys and values is all that a new token needs of earlier ones."""
+    def is_cacheable(self) -> bool:
+        """Whether a cache is all that a new token needs of earlier ones."""
 
     def plugins(self) -> Iterator[tuple[int, str, nn.Module]]:
         """Yields layer, name within the layer and module of each FFN plugin."""

@@ -7,6 +7,7 @@ README.md has the mathematics. The package needs torch only; numba (CPU) and tri
 
 from pkm_lightning.ops.count_reads import count_reads
 from pkm_lightning.ops.gathered_dot import gathered_dot
+from pkm_lightning.ops.gathered_rows import gathered_rows
 from pkm_lightning.ops.grouped_linear import grouped_linear
 from pkm_lightning.ops.half_topk import half_topk
 from pkm_lightning.ops.product_topk import MAX_SUB_KEYS, product_combine, product_topk
@@ -27,6 +28,7 @@ __all__ = [
     "count_reads",
     "dequantize_rows",
     "gathered_dot",
+    "gathered_rows",
     "grouped_linear",
     "half_topk",
     "product_combine",

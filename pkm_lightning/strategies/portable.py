@@ -157,7 +157,11 @@ class PortableCheckpoints(ParallelStrategy):
         """Returns the tables by the names of their weights in the state dict."""
         assert self.lightning_module is not None
         modules = self.lightning_module.named_modules()
-        return {f"{name}.weight": module for name, module in modules if isinstance(module, ValueTable)}
+        return {
+            f"{name}.weight": module
+            for name, module in modules
+            if isinstance(module, ValueTable) and module.stored is None  # else the rows are in a file of their own
+        }
 
 
 def load_optimizer(

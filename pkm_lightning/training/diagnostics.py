@@ -85,8 +85,10 @@ def local_weights(module: nn.Module) -> dict[str, Tensor]:
     held = {name: local_part(parameter) for name, parameter in module.named_parameters()}
     for name, table in module.named_modules():
         # Under an engine the weight of a table is no registered parameter.
-        if isinstance(table, ValueTable):
+        if isinstance(table, ValueTable) and table.stored is None:
             held[f"{name}.weight"] = local_part(table.weight)
+        elif isinstance(table, ValueTable):  # rows of a file, which nothing changes
+            held.pop(f"{name}.weight", None)
     return held
 
 

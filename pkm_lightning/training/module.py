@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
-from pkm_lightning.build.model import attention_context, build_model
+from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
+from pkm_lightning.build.stored_tables import fill_first_rows
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.data.base import fingerprint_of, tokenizer_digest
+from pkm_lightning.data.base import fingerprint_of, tokenizer_digest, tokenizer_of
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.prediction import Answering, answer_batch
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
@@ -30,7 +31,7 @@ from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.model import ModelCost, ModelOutput, Transformer, model_cost
 from pkm_lightning.model.initialisation import seed_torch
 from pkm_lightning.model.loss import token_nll
-from pkm_lightning.model.placement import plugin_entries
+from pkm_lightning.model.plugin_outputs import plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
@@ -39,6 +40,7 @@ from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.heldout import HeldoutSum
+from pkm_lightning.training.lookahead import wrap_loaders
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
 
@@ -80,10 +82,17 @@ class LanguageModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
+        wrap_loaders(self._trainer)
         if hasattr(self, "model"):
             return
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
+        if not self._weights_follow:
+            fill_first_rows(self.model)
+            load_pretrained(self.model)
+            # Without a Trainer there are no data that could have a tokenizer.
+            if self._trainer is not None:
+                bind_tokenizer(self.model, tokenizer_of(self._data()))
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
@@ -319,10 +328,7 @@ class LanguageModule(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def log_is_due(self) -> bool:
-        """Returns whether this is the last micro-batch of a step that logs.
-
-        Valid from `on_train_batch_start` to `on_train_batch_end`.
-        """
+        """Returns, within a micro-batch's hooks, whether it is the last of a step that logs."""
         due: bool = self._step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return due and not self.trainer.fit_loop._should_accumulate()
 

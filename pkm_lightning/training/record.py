@@ -5,6 +5,7 @@
 | schema | version of this table |
 | status | running, finished, failed (with `reason`), interrupted |
 | ffn, seed, precision, world_size, threads, device | what ran where |
+| variants | of `ffn` and each entry of `extra_ffns`, by name, what `pkm_lightning.build.variant_figures` returns |
 | params | total, active (parameters of one token's arithmetic), table |
 | flops_per_token | train and decode, of the model and of its trunk, at `context` tokens in attention [1] |
 | bytes_per_token | train (the rows that each token moves) and decode (parameters read at batch 1) |
@@ -28,6 +29,7 @@ how the run ended.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,13 +40,22 @@ from pkm_lightning.training.machine import commit, now, versions
 SCHEMA = 1
 
 
-def start_record(config: dict[str, Any], cost: ModelCost) -> dict[str, Any]:
-    """Returns the record at the start of a run, with `"status": "running"`."""
+def start_record(
+    config: dict[str, Any], cost: ModelCost, of_variants: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns the record at the start of a run, with `"status": "running"`.
+
+    Args:
+        config: the resolved configuration.
+        cost: of its model.
+        of_variants: of each variant, as `variant_figures` returns it.
+    """
     return {
         "schema": SCHEMA,
         "status": "running",
-        "ffn": config["ffn"]["_target_"].rsplit(".", 1)[-1],
+        "ffn": " + ".join(figures["class"] for figures in of_variants.values()),
         "seed": config["seed"],
+        "variants": of_variants,
         "params": {"total": cost.params_total, "active": cost.params_active, "table": cost.table_params},
         "flops_per_token": {
             "train": cost.train_flops,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_served, write_keys
 from pkm_lightning.ops.ranks import full_tensor, is_distributed
@@ -24,7 +25,9 @@ from pkm_lightning.usage.slot_metrics import dead_slots
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pkm_lightning.memory import ValueTable
     from pkm_lightning.usage.query_recorder import QueryRecorder
+    from pkm_lightning.usage.slot_readers import TableSet
 
 #: Queries per head from which new sub-keys are chosen.
 _MOST_QUERIES = 4096
@@ -80,7 +83,7 @@ class Revival:
         # A row that is dead may still have reads in the window.
         counts_N = counts_N.masked_fill(dead_slots(last_N, self.counters.clock, self.dead_after), 0)
         busiest_N = counts_N.argsort(descending=True, stable=True)[: int((counts_N > 0).sum())]
-        tables = [table for table in self.counters.tables[name].tables if table.learns]
+        tables = _revivable(self.counters.tables[name])
         if not (len(rows_M) and len(busiest_N) and tables):
             return
         sources_M = busiest_N[torch.arange(len(rows_M), device=rows_M.device) % len(busiest_N)]
@@ -157,6 +160,30 @@ class Revival:
 
     def _seed(self, what: str) -> int:
         return zlib.crc32(f"{self.seed}/revival/{self.step}/{what}".encode())
+
+
+def check_revivable(key: str, tables: Iterable[TableSet]) -> None:
+    """Refuses a model without rows that could be revived.
+
+    Args:
+        key: the key of the callback, for the message.
+        tables: all tables of the model.
+
+    Raises:
+        ConfigError: no table learns, or tokens alone decide which rows are read, whatever their values.
+    """
+    learning = [one for one in tables if any(table.learns for table in one.tables)]
+    if not learning:
+        raise ConfigError(f"{key}: no table of this model learns, so there is nothing to revive; leave it out.")
+    if not any(map(_revivable, learning)):
+        raise ConfigError(
+            f"{key}: tokens alone decide which rows of this model's tables are read, so new values bring no reads; "
+            "leave it out."
+        )
+
+
+def _revivable(tables: TableSet) -> list[ValueTable]:
+    return [] if tables.by_tokens else [table for table in tables.tables if table.learns]
 
 
 def addressing_of(plugin: nn.Module) -> Addressing | None:

@@ -1,8 +1,9 @@
 """Readers of slots: every `Slots` of every layer's plugins, by a name, and the tables that several layers share.
 
-Names are `layer3.slot`, or `layer3.base.expert` and `layer3.variant.slot` where two FFNs stand side by side. A set of
-tables is `table0`, `table1`, ... in the order of its first layer. PEER's two tables, which are read by the same ids,
-are one set, and so are all tables that a reader connects: row n of each of them is one slot.
+Names are `layer3.slot`; `layer3.base.expert` and `layer3.variant.slot` where two FFNs stand side by side;
+`layer3.before.slot` and `layer3.after.slot` of plugins in front of the block and behind it. A set of tables is
+`table0`, `table1`, ... in the order of its first layer. PEER's two tables, which are read by the same ids, are one set,
+and so are all tables that a reader connects: row n of each of them is one slot.
 
 Letters: C reads per token over all heads.
 """
@@ -15,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pkm_lightning.ffn import HasSlots, Slots
+from pkm_lightning.ffn import HasRowIds, HasSlots, Slots
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Traces, Transformer
-from pkm_lightning.model.placement import plugin_entries
+from pkm_lightning.model.plugin_outputs import plugin_entries
 from pkm_lightning.usage.slot_checks import check_slots, check_trace
 
 
@@ -42,7 +43,7 @@ class Reader:
     Attributes:
         name: as in the module's docstring.
         layer: number of the block.
-        part: `ffn`, `ffn.base` or `ffn.variant`.
+        part: the plugin, as `named_plugins` names it.
         plugin: the FFN that reads.
         slots: the slots that the ids in its trace number.
         slot_names: names of all slots of the plugin.
@@ -89,11 +90,13 @@ class TableSet:
         name: `table0`, `table1`, ...
         tables: those tables, all with the same number of rows.
         readers: names of the readers, each of which reads at least one of the tables.
+        by_tokens: whether tokens alone decide which rows all of them read.
     """
 
     name: str
     tables: tuple[ValueTable, ...]
     readers: tuple[str, ...]
+    by_tokens: bool = False
 
 
 def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, Reader]:
@@ -109,7 +112,7 @@ def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, 
     readers = {}
     for layer, part, plugin in model.plugins():
         if isinstance(plugin, HasSlots):
-            place, declared = part.replace("ffn", f"layer{layer}", 1), plugin.slots()
+            place, declared = _place(layer, part), plugin.slots()
             check_slots(place, plugin, declared)
             names = tuple(slots.name for slots in declared)
             for slots in declared:
@@ -117,6 +120,12 @@ def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, 
                     reader = Reader(f"{place}.{slots.name}", layer, part, plugin, slots, names)
                     readers[reader.name] = reader
     return readers
+
+
+def _place(layer: int, part: str) -> str:
+    """Returns the name of a plugin: `layer3`, `layer3.base`, `layer3.before`."""
+    within = part.removeprefix("ffn").removeprefix(".")
+    return f"layer{layer}.{within}" if within else f"layer{layer}"
 
 
 def find_tables(readers: dict[str, Reader]) -> dict[str, TableSet]:
@@ -136,5 +145,6 @@ def find_tables(readers: dict[str, Reader]) -> dict[str, TableSet]:
     for number, group in enumerate(groups):
         tables = {id(table): table for reader in group for table in reader.slots.tables}
         names = tuple(reader.name for reader in group)
-        sets[f"table{number}"] = TableSet(f"table{number}", tuple(tables.values()), names)
+        by_tokens = all(isinstance(reader.plugin, HasRowIds) for reader in group)
+        sets[f"table{number}"] = TableSet(f"table{number}", tuple(tables.values()), names, by_tokens)
     return sets

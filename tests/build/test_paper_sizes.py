@@ -17,7 +17,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 from tree import ROOT
 
-from pkm_lightning.build.model import build_meta_model, placed_layers
+from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.build.variants import variants
 from pkm_lightning.model import model_cost
 
 PAGE = ROOT / "docs" / "presets.md"
@@ -114,7 +115,7 @@ def test_models_of_the_paper_have_its_sizes_and_the_page_lists_them(base: str) -
             reproduced = f"{(total - gains) / 1e9:.{digits}f}" == printed
             assert reproduced is (variant != "memory_plus"), variant
         (row,) = (line for line in page.splitlines() if line.startswith(f"| `paper_{base}` | {variant} |"))
-        layers = placed_layers(settings)
+        layers = variants(settings)[0].layers(settings["model"]["n_layers"])
         shown = "all" if len(layers) == BASES[base][0] else ", ".join(map(str, layers))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[2:] == [shown, f"{total:,}", printed]

@@ -20,6 +20,9 @@ FFNS = {
     "peer": [],
     "ultramem": ["table.learning=dense"],
     "ultramem_v2": [],
+    "engram": ["ffn.rows=20"],
+    "ple": [],
+    "stem": [],
 }
 
 

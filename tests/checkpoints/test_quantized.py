@@ -30,6 +30,9 @@ FFNS = {
     "peer": ("int4", ["optim.freeze=[tables.*,embedding*]"]),
     "ultramem": ("int8", ["table.learning=dense"]),
     "ultramem_v2": ("int2", ["table=own", "ffn.cores=2"]),
+    "engram": ("int8", ["ffn.rows=20"]),
+    "ple": ("int4", []),
+    "stem": ("int8", []),
 }
 TABLE = "tables.0.weight"
 

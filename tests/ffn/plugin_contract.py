@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from ffn.drawn_weights import draw
 from ffn.recorded_reads import recorded_reads
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.experts import SwiGLUExperts
 from pkm_lightning.ffn import HasAfterStep, HasCost, HasReads, HasSlots, TableRead
 from pkm_lightning.model import ModelOutput, Transformer, model_cost
-from pkm_lightning.model.placement import named_plugins, plugin_entries
+from pkm_lightning.model.block import named_plugins
+from pkm_lightning.model.plugin_outputs import plugin_entries
 
 #: Odd sizes everywhere that a plugin takes them.
 SIZES = ("model.n_layers=2", "model.dim=14", "model.n_heads=1", "model.n_kv_heads=1", "model.ffn_dim=23")
@@ -66,7 +68,7 @@ class Case:
 @functools.cache
 def built(case: Case) -> Transformer:
     model = build_model(case.settings())
-    model.init_weights(3)
+    draw(model)
     return model
 
 
@@ -82,7 +84,7 @@ def run(model: Transformer, ids_BT: Tensor, **options: Any) -> ModelOutput:
 
 
 def plugins(model: Transformer) -> list[nn.Module]:
-    return [plugin for block in model.blocks for _, plugin in named_plugins(block.ffn)]  # type: ignore[arg-type]
+    return [plugin for block in model.blocks for _, plugin in named_plugins(block)]  # type: ignore[arg-type]
 
 
 def check_reads(model: Transformer, calls: list[TableRead]) -> None:
@@ -98,8 +100,10 @@ def check_compiled(case: Case, lengths: Sequence[int]) -> None:
     """
     settings = case.settings()
     settings["model"]["n_layers"] = 1
+    if not isinstance(settings["placement"]["layers"], str):
+        settings["placement"]["layers"] = [0]
     model = build_model(settings).train()
-    model.init_weights(3)
+    draw(model)
     compiled = copy.deepcopy(model)
     # The experts' shares of tokens depend on the data.
     whole = not any(isinstance(module, SwiGLUExperts) for module in model.modules())
@@ -169,8 +173,8 @@ class PluginContract:
 
         `tests/model/test_cached_decoding.py` decodes with the plugins of the package at length.
         """
-        if not model.eval().is_position_wise:
-            with pytest.raises(ValueError, match="not position_wise"):
+        if not model.eval().is_cacheable:
+            with pytest.raises(ValueError, match="neither position_wise"):
                 model.new_cache(2, 9)
             return
         full_BTD = run(model, ids()).hidden_BTD
@@ -251,7 +255,7 @@ class PluginContract:
         output = run(model, ids())
         assert all(torch.equal(b, c) for b, c in zip(before, model.buffers(), strict=True))
         for layer, stats in output.step_stats.items():
-            for name, plugin in named_plugins(model.blocks[layer].ffn):  # type: ignore[arg-type]
+            for name, plugin in named_plugins(model.blocks[layer]):  # type: ignore[arg-type]
                 if isinstance(plugin, HasAfterStep):
                     plugin.after_step(plugin_entries(name, stats))
         moved = any(not torch.equal(b, c) for b, c in zip(before, model.buffers(), strict=True))
@@ -264,7 +268,7 @@ class PluginContract:
             assert plain.traces == {}
             assert torch.equal(observed.hidden_BTD, plain.hidden_BTD)
             for layer, block in enumerate(model.blocks):
-                for name, plugin in named_plugins(block.ffn):  # type: ignore[arg-type]
+                for name, plugin in named_plugins(block):  # type: ignore[arg-type]
                     trace = plugin_entries(name, observed.traces.get(layer, {}))
                     assert not any(value.requires_grad for value in trace.values())
                     for slots in plugin.slots() if isinstance(plugin, HasSlots) else []:
@@ -283,7 +287,7 @@ class PluginContract:
         for training in (True, False):
             assert run(meta.train(training), ids().to("meta")).hidden_BTD.shape == (2, 9, 14)
         meta.to_empty(device="cpu")
-        meta.init_weights(3)
+        draw(meta)
         assert torch.equal(run(meta.eval(), ids()).hidden_BTD, run(model.eval(), ids()).hidden_BTD)
 
     @pytest.mark.slow

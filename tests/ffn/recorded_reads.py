@@ -17,7 +17,7 @@ from pkm_lightning.memory import ValueTable
 def recorded_reads(tokens: int) -> Iterator[list[TableRead]]:
     """Yields a list that collects the calls of value tables, as `TableRead`s of one of `tokens` tokens."""
     calls: list[TableRead] = []
-    start, dot = ValueTable.start, ValueTable.dot
+    start, dot, gather = ValueTable.start, ValueTable.dot, ValueTable.gather
 
     def recorded_start(table: ValueTable, ids_TK: Tensor, weights_TK: Tensor, *groups: Any, **named: Any) -> Any:
         n_groups = named.get("n_groups", groups[1] if groups else None)
@@ -29,7 +29,15 @@ def recorded_reads(tokens: int) -> Iterator[list[TableRead]]:
         calls.append(TableRead(table=table, ids=ids_TK.shape[1], reads=ids_TK.shape[0] // tokens, dot=True))
         return dot(table, x_TD, ids_TK)
 
+    def recorded_gather(table: ValueTable, ids_TK: Tensor) -> Tensor:
+        per_read = ids_TK.shape[1]
+        calls.append(
+            TableRead(table=table, ids=per_read, reads=ids_TK.shape[0] // tokens, groups=per_read, gather=True)
+        )
+        return gather(table, ids_TK)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ValueTable, "start", recorded_start)
         patch.setattr(ValueTable, "dot", recorded_dot)
+        patch.setattr(ValueTable, "gather", recorded_gather)
         yield calls

@@ -11,7 +11,7 @@ import torch
 from ffn.plugin_contract import Case, PluginContract, built, check_compiled, check_reads, ids, run
 from ffn.recorded_reads import recorded_reads
 from torch import Tensor
-from tree import ROOT
+from tree import ffns_without_files
 
 from pkm_lightning.build.model import build_model
 from pkm_lightning.ffn import MemoryPlus, TableRead
@@ -19,8 +19,10 @@ from pkm_lightning.model.loss import token_nll
 
 #: Sizes that the small model needs in place of the YAML's.
 CHANGES: dict[str, dict[str, Any]] = {
+    "engram": {"rows": 30, "row_dim": 3, "streams": 2},
     "moe": {"n_experts": 5, "top_k": 3, "sequence_balance_loss": 0.1},
     "moe_expert_choice": {"n_experts": 3},
+    "ple": {"value_dim": 5},
     "ultramem": {"value_dim": 6, "spectrum_margin": 0},
     "ultramem_v2": {"value_dim": 5, "balance_loss": 0.1},
 }
@@ -34,10 +36,10 @@ OPTIONS = [
     Case("ultramem_v2", {"value_dim": 6, "cores": 2, "balance_loss": 0.1, "balance_counts": "preselected"}, "cores"),
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
     Case("peer", {"shared_keys": False}, "keys per head"),
+    Case("engram", {"rows": 1, "row_dim": 5, "gate": "none", "orders": [4, 2], "kernel": 1}, "no gate"),
+    Case("ple", {"context": False, "activation": "silu"}, "rows alone"),
 ]
-NAMES = sorted(
-    path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem not in ("custom", "pretrained")
-)
+NAMES = ffns_without_files()
 CASES = [*(Case(name, CHANGES.get(name, {})) for name in NAMES), *OPTIONS]
 
 

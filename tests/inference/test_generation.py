@@ -194,7 +194,7 @@ def test_other_tokens_may_end_an_answer_too(model: Transformer) -> None:
 class Scripted:
     """A stand-in for a model that answers each prompt with the given ids, one per forward, and then letters."""
 
-    is_position_wise = True
+    is_cacheable = True
 
     def __init__(self, answers: list[list[int]], end_ids: tuple[int, ...] = ()) -> None:
         self.answers, self.end_ids, self.forwards = answers, end_ids, 0

@@ -47,6 +47,7 @@ def test_a_mapped_table_reads_as_one_in_memory(plain: ValueTable, mapped: ValueT
         assert torch.equal(mapped(ids_TK, weights_TK), plain(ids_TK, weights_TK))
         assert torch.equal(mapped(ids_TK, weights_TK, groups_TK, 2), plain(ids_TK, weights_TK, groups_TK, 2))
         assert torch.equal(mapped.dot(x_TV, ids_TK), plain.dot(x_TV, ids_TK))
+        assert torch.equal(mapped.gather(ids_TK), plain.gather(ids_TK))
     with pytest.raises(ValueError, match="ids has 50"):
         mapped(torch.full((T, K), N), weights_TK)
 

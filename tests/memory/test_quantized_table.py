@@ -48,6 +48,7 @@ def assert_same_reads(table: ValueTable, expected: ValueTable) -> None:
     assert_close(table(ids_TK, weights_TK), expected(ids_TK, weights_TK))
     assert_close(table.start(ids_TK, weights_TK, groups_TK, 2)(), expected(ids_TK, weights_TK, groups_TK, 2))
     assert_close(table.dot(x_TV, ids_TK), expected.dot(x_TV, ids_TK))
+    assert torch.equal(table.gather(ids_TK), expected.gather(ids_TK).float())
     assert table(ids_TK, weights_TK.bfloat16()).dtype is torch.bfloat16
 
 

@@ -20,7 +20,7 @@ N, V, T, K = 17, 6, 5, 4
 
 
 class Reader(nn.Module):
-    """Weights from the input, one read, by sum, by group or by inner products; several may share a table."""
+    """Weights from the input, one read, by sum, by group, by inner products or row by row; several share a table."""
 
     def __init__(self, table: ValueTable, kind: str) -> None:
         super().__init__()
@@ -32,6 +32,8 @@ class Reader(nn.Module):
         weights_TK = self.weights(x_TV).softmax(-1)
         if self.kind == "sum":
             y_TV = table(ids_TK, weights_TK)
+        elif self.kind == "rows":
+            y_TV = (weights_TK.unsqueeze(-1) * table.gather(ids_TK)).sum(1)
         elif self.kind == "groups":
             y_TV = table(ids_TK, weights_TK, groups_TK=ids_TK % 2, n_groups=2).flatten(1)
         else:
@@ -77,7 +79,7 @@ def staged(table: ValueTable) -> RowStage:
     return table.stage
 
 
-@pytest.mark.parametrize("kind", ["sum", "groups", "dot"])
+@pytest.mark.parametrize("kind", ["sum", "groups", "dot", "rows"])
 def test_two_layers_and_two_micro_batches_add_up_to_the_dense_gradient(kind: str) -> None:
     dense_table, dense_layers, table, layers = pair(kind)
     run(dense_layers)
@@ -92,6 +94,36 @@ def test_two_layers_and_two_micro_batches_add_up_to_the_dense_gradient(kind: str
             assert_close(p.grad, q.grad, kind="grad")
 
 
+@pytest.mark.parametrize("kinds", [("rows", "sum"), ("sum", "rows"), ("rows", "dot", "rows")])
+def test_reads_of_several_kinds_of_one_table_add_up(kinds: tuple[str, ...]) -> None:
+    dense_table, _, table, _ = pair("sum")
+    torch.manual_seed(3)
+    of_both = [Reader(dense_table, kind) for kind in kinds]
+    run(of_both)
+    for layer in of_both:
+        layer.tables = [table]
+    run(of_both)
+    assert dense_table.weight.grad is not None
+    assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
+
+
+def test_rows_read_one_by_one_are_staged_without_coefficients_and_sources() -> None:
+    table = ValueTable(rows=N, dim=V, learning="rows")
+    for length in (T, 2 * T):  # a longer step, and then a shorter one, use what the first has left
+        staged(table).clear()
+        ids_TK, upstream_TKV = torch.randint(N, (length, K)), torch.randn(length, K, V)
+        table.gather(ids_TK).backward(upstream_TKV)
+        stage = staged(table)
+        assert (stage._ids.length, stage._rows.length) == (length * K, length * K)
+        assert (stage._coefficients.length, stage._sources.length) == (0, 0)
+        expected_NV = torch.zeros(N, V).index_add_(0, ids_TK.flatten(), upstream_TKV.flatten(0, 1))
+        assert_close(dense(stage, table), expected_NV)
+    staged(table).clear()
+    table.gather(ids_TK[:2]).backward(upstream_TKV[:2])
+    expected_NV = torch.zeros(N, V).index_add_(0, ids_TK[:2].flatten(), upstream_TKV[:2].flatten(0, 1))
+    assert_close(dense(staged(table), table), expected_NV)
+
+
 def test_a_forward_that_is_recomputed_stages_once() -> None:
     dense_table, dense_layers, table, layers = pair("sum")
     run(dense_layers)
@@ -100,7 +132,7 @@ def test_a_forward_that_is_recomputed_stages_once() -> None:
     assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
 
 
-@pytest.mark.parametrize("kind", ["sum", "dot"])
+@pytest.mark.parametrize("kind", ["sum", "dot", "rows"])
 def test_compiled_layers_stage_the_same(kind: str) -> None:
     dense_table, dense_layers, table, layers = pair(kind)
     run(dense_layers)

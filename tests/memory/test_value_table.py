@@ -51,3 +51,14 @@ def test_copies_of_holders_share_one_copy() -> None:
     copied_table, first, second = copy.deepcopy([table, Holder(table), Holder(table)])
     assert first.reference.table is second.reference.table is copied_table
     assert copied_table is not table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gather_returns_each_line_by_itself(dtype: torch.dtype) -> None:
+    table = ValueTable(rows=7, dim=6, slices=2).to(dtype)
+    ids_TK = torch.tensor([[13, 0, 5], [5, 5, 1]])
+    lines_TKV = table.gather(ids_TK)
+    assert torch.equal(lines_TKV, table.weight.detach()[ids_TK])
+    lines_TKV.sum().backward()
+    assert table.weight.grad is not None
+    assert torch.equal(table.weight.grad[:, 0], torch.bincount(ids_TK.flatten(), minlength=14).to(dtype))

@@ -22,6 +22,8 @@ CASES = [
     Case("peer", {"glu": True}, "glu"),
     Case("ultramem", {"value_dim": 6}),
     Case("ultramem_v2", {"value_dim": 5}),
+    Case("ple", {"value_dim": 5}),
+    Case("stem"),
 ]
 
 
@@ -69,7 +71,7 @@ def sharded_reads(shard: str, enters: int) -> dict[str, Any]:
     ids_TK, weights_TK = torch.tensor([[0, 5], [3, 1]]), torch.ones(2, 2)
 
     def read() -> list[Tensor]:
-        return [table(ids_TK, weights_TK), table.dot(torch.ones(2, 4), ids_TK)]
+        return [table(ids_TK, weights_TK), table.dot(torch.ones(2, 4), ids_TK), table.gather(ids_TK)]
 
     with torch.no_grad():
         silent = [table] if enters in (-1, torch.distributed.get_rank()) else []
@@ -84,4 +86,4 @@ def test_ranks_that_share_a_table_go_on_exchanging_reads(ranks: Groups, shard: s
     results = ranks(2).run(sharded_reads, shard, enters)
     for rank, result in enumerate(results):
         reads = enters not in (-1, rank)
-        assert result == {"first": [reads, reads], "second": [True, True]}
+        assert result == {"first": [reads] * 3, "second": [True] * 3}

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from toys import DIM, VOCAB, Constant, dense, memory_ffns, memory_plus, transformer
 
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.model import Placement, Transformer, model_cost
+from pkm_lightning.model import Transformer, model_cost
 from pkm_lightning.model.accounting import optimizer_bytes
+from pkm_lightning.model.plugin_outputs import ParallelFFN
 
 LOOKUP_FLOPS = 2 * 2 * 3 * 10  # a layer: 2 heads x 3 rows x 10 values, a multiplication and an addition each
 
@@ -29,8 +30,7 @@ def memory_model(**changes: Any) -> tuple[Transformer, int]:
 
 def parallel_model(**changes: Any) -> tuple[Transformer, int]:
     table = ValueTable(rows=49, dim=10)
-    where = Placement(layers=[0], count=1, stride=None, mode="parallel", write_after=1)
-    ffns: list[nn.Module] = [where.combine(dense(2), memory_plus(table), defer=True), dense(2)]
+    ffns: list[nn.Module] = [ParallelFFN(dense(2), memory_plus(table), defer=True), dense(2)]
     return transformer(ffns, [table], write_after=1, **changes), LOOKUP_FLOPS
 
 

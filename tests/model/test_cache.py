@@ -8,6 +8,7 @@ from tolerances import assert_close
 from toys import memory_ffns, token_ids, transformer
 
 from pkm_lightning.model import Transformer
+from pkm_lightning.model.cache import DecodingCache
 
 
 @pytest.fixture
@@ -96,3 +97,21 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
         )
     hidden_BTD = model(next_BT, cache=cache).hidden_BTD
     assert_close(hidden_BTD[:, 0], model(torch.cat([start_BT, next_BT], 1)).hidden_BTD[:, -1])
+
+
+def test_the_past_of_a_plugin_is_padded_cut_back_and_selected() -> None:
+    """Enters 1, 2 and 3 columns; each extension returns two earlier ones, or the fill where the text begins."""
+    cache = DecodingCache(n_layers=1, batch=2, capacity=400, device=torch.device("cpu"))
+    entered_BTC = torch.arange(2 * 300 * 3.0).view(2, 300, 3)
+    past = cache.layers[0].past("ffn").part("variant")
+    padded_BTC = torch.cat([torch.full((2, 2, 3), -1.0), entered_BTC], 1)
+    for start, end in ((0, 1), (1, 3), (3, 6), (6, 300)):
+        cache.begin(torch.zeros(2, end - start, dtype=torch.int64), None)
+        assert torch.equal(past.extend("x", entered_BTC[:, start:end], 2, -1.0), padded_BTC[:, start : end + 2])
+        assert past.extend("y", entered_BTC[:, start:end, 0].long(), 0, 0).shape == (2, end - start)
+        cache.advance(end - start)
+    cache.truncate(4)
+    cache.select(torch.tensor([1]))
+    cache.begin(torch.zeros(1, 1, dtype=torch.int64), None)
+    again_BTC = past.extend("x", entered_BTC[1:, 4:5], 2, -1.0)
+    assert torch.equal(again_BTC, padded_BTC[1:, 4:7])

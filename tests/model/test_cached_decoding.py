@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ffn.drawn_weights import draw
 from ffn.plugin_contract import Case, ids, run
 from ffn.test_every_plugin import CHANGES, NAMES
 from model.cached_decoding import check_cached_decoding
@@ -17,7 +18,8 @@ from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.checkpoints.export import write as export
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.model import Transformer
-from pkm_lightning.model.placement import named_plugins, plugin_entries
+from pkm_lightning.model.block import named_plugins
+from pkm_lightning.model.plugin_outputs import plugin_entries
 
 PLACEMENTS = {
     "replace": {},
@@ -32,11 +34,11 @@ def trained(name: str, placement: str) -> tuple[Transformer, dict[str, Any]]:
     settings["model"]["n_layers"] = 3
     settings["placement"] |= PLACEMENTS[placement]
     model = build_model(settings)
-    model.init_weights(3)
+    draw(model)
     with torch.no_grad():
         output = run(model.train(), ids(6, 9))
     for layer, stats in output.step_stats.items():
-        for key, plugin in named_plugins(model.blocks[layer].ffn):  # type: ignore[arg-type]
+        for key, plugin in named_plugins(model.blocks[layer]):  # type: ignore[arg-type]
             if isinstance(plugin, HasAfterStep):
                 plugin.after_step(plugin_entries(key, stats))
     return model.eval(), settings
@@ -59,7 +61,9 @@ def test_bf16(name: str) -> None:
 
 
 @pytest.mark.parametrize("table_device", ["cpu", "mmap"])
-@pytest.mark.parametrize("name", ["pkm", "memory", "memory_plus", "peer", "ultramem", "ultramem_v2"])
+@pytest.mark.parametrize(
+    "name", ["pkm", "memory", "memory_plus", "peer", "ultramem", "ultramem_v2", "engram", "ple", "stem"]
+)
 def test_tables_in_host_memory_and_in_their_file(name: str, table_device: str, tmp_path: Path) -> None:
     model, settings = trained(name, "replace")
     state = {f"model.{key}": value for key, value in model.state_dict().items()}

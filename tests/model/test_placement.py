@@ -13,6 +13,7 @@ from toys import Constant, Reporter, token_ids, transformer
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.model import Placement, Transformer
+from pkm_lightning.model.plugin_outputs import ParallelFFN, plugin_entries
 
 
 def placement(**changes: Any) -> Placement:
@@ -78,7 +79,8 @@ def test_resolve_refuses(n_layers: int, changes: dict[str, Any], message: str) -
     ("changes", "message"),
     [
         ({"layers": "center"}, r"placement.layers='center' is not known; allowed: all, centred, spread\. Did you mean"),
-        ({"mode": "beside"}, r"placement.mode='beside' is not known; allowed: replace, parallel"),
+        ({"mode": "beside"}, r"placement.mode='beside' is not known; allowed: replace, parallel, before, after"),
+        ({"mode": "before", "write_after": 1}, r"placement.write_after=1 is not offered under placement.mode=before"),
         ({"write_after": 1}, r"placement.write_after=1 leaves the reading layer without any FFN"),
         ({"layers": "spread", "write_after": None}, r"placement.write_after=null leaves the reading layer without"),
         ({"mode": "parallel", "write_after": None}, r"placement.write_after=null needs placement.layers=spread"),
@@ -106,9 +108,13 @@ def residual_stream(model: Transformer, ids_BT: Tensor) -> list[Tensor]:
 def added_to_embedding(where: Placement, n_layers: int, layer: int) -> list[float]:
     """Returns the stream minus the embedding, where base FFNs add 1, 10, 100... and the variant adds 0.5."""
     ffns: list[nn.Module] = [Constant(10.0**i) for i in range(n_layers)]
-    ffns[layer] = where.combine(ffns[layer], Constant(0.5), defer=where.delay(n_layers) > 0)
-    ids_BT = token_ids()
-    model = transformer(ffns, write_after=where.delay(n_layers))
+    variant, delay, ids_BT = Constant(0.5), where.delay(n_layers), token_ids()
+    more: dict[str, Any] = {where.mode: {layer: variant}} if where.mode in ("before", "after") else {}
+    if where.mode == "replace":
+        ffns[layer] = variant
+    elif where.mode == "parallel":
+        ffns[layer] = ParallelFFN(ffns[layer], variant, defer=delay > 0)
+    model = transformer(ffns, write_after=delay, **more)
     stream = residual_stream(model, ids_BT)
     added = [x_BTD - model.embedding(ids_BT) for x_BTD in stream]
     for x_BTD in added:
@@ -118,6 +124,26 @@ def added_to_embedding(where: Placement, n_layers: int, layer: int) -> list[floa
 
 def test_replace() -> None:
     assert added_to_embedding(placement(), 3, layer=1) == [0, 1, 1.5, 101.5]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("before", [0, 1.5, 11.5, 111.5]), ("after", [0, 1, 11.5, 111.5])])
+def test_before_and_after_keep_the_ffn(mode: str, expected: list[float]) -> None:
+    assert added_to_embedding(placement(mode=mode), 3, layer=1) == expected
+
+
+@pytest.mark.parametrize("normalises", [True, False])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_plugin_that_normalises_gets_the_stream_itself(place: str, normalises: bool) -> None:
+    plugin, seen = Constant(0.0), []
+    plugin.normalises_input = normalises  # type: ignore[assignment]
+    plugin.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model = transformer([Constant(1.0)], **{place: {0: plugin}})
+    model.embedding.weight.data.mul_(7)
+    (stream_BTD, *_), norm = residual_stream(model, token_ids()), model.blocks[0].ffn_norm
+    if place == "after":
+        stream_BTD = stream_BTD + 1
+    assert_close(seen[0], stream_BTD if normalises else norm(stream_BTD))
+    assert len(model.blocks[0].norms()) == (2 if normalises else 3)
 
 
 def test_parallel_adds_to_the_base() -> None:
@@ -133,10 +159,25 @@ def test_write_after_adds_the_output_after_a_later_layer() -> None:
 def test_parallel_reports_both_and_sums_losses_of_one_name() -> None:
     x_BTD, context = torch.randn(2, 3, 8), FFNContext(token_ids(2, 3), observe=True)
     base, variant = Reporter(dim=8, aux_weight=1.0), Reporter(dim=8, aux_weight=3.0)
-    output: FFNOutput = placement(mode="parallel").combine(base, variant, defer=False)(x_BTD, context)
+    output: FFNOutput = ParallelFFN(base, variant, defer=False)(x_BTD, context)
     parts = [base(x_BTD, context), variant(x_BTD, context)]
     assert_close(output.y_BTD, parts[0].y_BTD + parts[1].y_BTD)
     assert_close(output.aux_losses["toy"], parts[0].aux_losses["toy"] + parts[1].aux_losses["toy"])
     names = parts[0].trace.keys()
     assert output.trace.keys() == {f"{which}.{name}" for which in ("base", "variant") for name in names}
     assert output.step_stats.keys() == {"base.tokens", "base.ids", "variant.tokens", "variant.ids"}
+
+
+def test_every_plugin_of_a_layer_has_entries_and_losses_of_its_own() -> None:
+    plugins = {name: Reporter(dim=16, aux_weight=float(len(name))) for name in ("before", "ffn", "after")}
+    losses: list[Tensor] = []
+    for plugin in plugins.values():
+        plugin.register_forward_hook(lambda _, inputs, output: losses.append(output.aux_losses["toy"]))
+    model = transformer([plugins["ffn"]], before={0: plugins["before"]}, after={0: plugins["after"]})
+    output = model(token_ids(2, 3), observe=True)
+    assert {name: plugin for _, name, plugin in model.plugins()} == plugins
+    for name in plugins:
+        assert plugin_entries(name, output.traces[0]).keys() == {"tokens"}
+        assert plugin_entries(name, output.step_stats[0]).keys() == {"tokens", "ids"}
+    assert len(losses) == 3
+    assert_close(output.aux_losses["toy"], torch.stack(losses).sum())

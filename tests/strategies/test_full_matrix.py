@@ -1,4 +1,4 @@
-"""Every strategy, number of ranks, shard, way of learning and FFN against one process: 130 runs of 30 steps.
+"""Every strategy, number of ranks, shard, way of learning and FFN against one process: 170 runs of 30 steps.
 
 `RANKS_MATRIX=FILE.csv pytest -m slow tests/strategies/test_full_matrix.py` writes one line per case; started again, it
 skips the cases in the file.
@@ -21,10 +21,11 @@ STRATEGIES = ("ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
 SPLIT = [
     f"ffn={ffn} table.shard={shard} table.learning={learning}"
     for ffn, learning, shard in itertools.product(
-        ("memory_plus", "peer", "ultramem"), ("rows", "dense"), ("dim", "row")
+        ("memory_plus", "peer", "ultramem", "engram ffn.end_id=0 ffn.gate=no_root"), ("rows", "dense"), ("dim", "row")
     )
 ]
-CASES = list(itertools.product((2, 4), [*SPLIT, "ffn=moe"], STRATEGIES))
+BY_TOKEN = [f"ffn={ffn} table.shard={shard}" for ffn, shard in itertools.product(("ple", "stem"), ("dim", "row"))]
+CASES = list(itertools.product((2, 4), [*SPLIT, *BY_TOKEN, "ffn=moe"], STRATEGIES))
 
 
 @functools.cache

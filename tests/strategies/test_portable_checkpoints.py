@@ -43,6 +43,7 @@ TRIPS = [
     slow("ffn=peer table.shard=row", [("fsdp", 2), ("single", 1), ("deepspeed_2", 2), ("fsdp", 4)]),
     slow("ffn=ultramem table.learning=dense", [("deepspeed_3", 2), ("ddp", 4), ("single", 1), ("fsdp", 2)]),
     slow("ffn=memory_plus table/optimizer=row_adagrad", [("ddp", 4), ("fsdp", 2), ("single", 1)]),
+    slow("ffn=engram ffn.end_id=0 table.shard=row", [("ddp", 2), ("deepspeed_3", 2), ("fsdp", 4), ("single", 1)]),
     slow("ffn=memory_plus table/optimizer=factored_adam", [("ddp", 4), ("deepspeed_2", 2), ("single", 1), ("fsdp", 2)]),
     slow("ffn=peer table.shard=row table/optimizer=factored_adam", [("fsdp", 2), ("single", 1), ("ddp", 4)]),
     slow("ffn=peer table.optimizer.bias_correction=row", [("single", 1), ("fsdp", 4)]),

@@ -32,14 +32,17 @@ def learned(*overrides: str, micro: list[int], **limits: float | None) -> Langua
 
 
 @pytest.mark.parametrize(
-    ("plugin", "recomputed"), [("memory_plus", True), ("peer", False), ("ultramem", False)], ids=str
+    ("plugin", "recomputed"),
+    [("memory_plus", True), ("peer", False), ("ultramem", False), ("engram ffn.end_id=0", True), ("ple", True)],
+    ids=str,
 )
 def test_rows_equal_the_dense_gradient(plugin: str, recomputed: bool) -> None:
     limits = {"clip_norm": 0.05, "table_clip_norm": 0.003}
-    expected = learned(f"ffn={plugin}", "table.learning=dense", micro=[1, 3, 2], **limits)
+    overrides = f"ffn={plugin}".split()
+    expected = learned(*overrides, "table.learning=dense", micro=[1, 3, 2], **limits)
     # A forward that is recomputed in backward must stage its reads once.
     checkpointing = f"model.activation_checkpointing={recomputed}"
-    actual = learned(f"ffn={plugin}", "table.learning=rows", checkpointing, micro=[1, 3, 2], **limits)
+    actual = learned(*overrides, "table.learning=rows", checkpointing, micro=[1, 3, 2], **limits)
     for weight, other in zip(actual.model.parameters(), expected.model.parameters(), strict=True):
         assert_close(weight.float(), other.float())
     for metric in ("train/loss", "train/grad_norm_table", "train/grad_norm_dense"):

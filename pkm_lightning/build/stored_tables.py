@@ -1,0 +1,238 @@
+"""`table.trainable`, `table.path` and `table.tensor`: tables whose rows lie in a safetensors file of any origin.
+
+| `table.trainable` | `table.path` | rows |
+|---|---|---|
+| true | null | drawn at random, learned, in the checkpoints |
+| true | a file | begin as in the file, learned, in the checkpoints |
+| false | null | stay as they were drawn, in the checkpoints |
+| false | a file | stay in the file; checkpoints hold a digest of them |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pkm_lightning.build.row_files import find_rows, map_rows
+from pkm_lightning.build.variants import EXTRAS, MAIN, naming, table_of
+from pkm_lightning.checkpoints import SavedCheckpoint
+from pkm_lightning.data.files import expanded
+from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.ffn import TableSpec
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory.stored_rows import StoredRows
+from pkm_lightning.memory.table_rows import copy_rows
+from pkm_lightning.model import Transformer
+
+Config = Mapping[str, Any]
+
+_TABLE_CLASS = "pkm_lightning.memory.ValueTable"
+#: Ends the names of buffers that stand in a checkpoint for rows.
+_DIGEST = "rows_digest"
+_NO_FILE = {"path": None, "tensor": None}
+
+
+def with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `config` with every `table.path` absolute, since a run may be continued from another directory."""
+    extras = config.get("extra_ffns") or {}
+    moved = {
+        name: {**extra, "table": _with_absolute_path(extra["table"])} if extra and extra.get("table") else extra
+        for name, extra in extras.items()
+    }
+    return {**config, "table": _with_absolute_path(config["table"]), **({"extra_ffns": moved} if extras else {})}
+
+
+def _with_absolute_path(table: dict[str, Any]) -> dict[str, Any]:
+    path = table.get("path")
+    if not isinstance(path, str) or not path.strip():
+        return table
+    return {**table, "path": str(expanded(path).absolute())}
+
+
+def check_table_keys(config: Config, *, training: bool) -> None:
+    """Refuses combinations of the keys above that mean nothing, and to train a table that stays in a file.
+
+    Raises:
+        ConfigError: naming the key and what to set instead.
+    """
+    for name, table in _tables(config).items():
+        with naming(name):
+            _check_keys(table)
+            if training and table.get("device") == "mmap":
+                _check_mapped_training(table)
+
+
+def _tables(config: Config) -> dict[str, Config]:
+    """Returns the settings of the tables of each variant by its name."""
+    extras = {name: table_of(config, extra) for name, extra in (config.get(EXTRAS) or {}).items()}
+    return {MAIN: config["table"], **extras}
+
+
+def _check_keys(table: Config) -> None:
+    path, tensor = table.get("path"), table.get("tensor")
+    if path is not None and not str(path).strip():
+        raise ConfigError("table.path='' names no file; give a safetensors file, or null for none.")
+    if tensor is not None and path is None:
+        raise ConfigError(f"table.tensor={tensor} names a tensor of table.path, which is null; set table.path=FILE.")
+    if path is not None and table.get("_target_") != _TABLE_CLASS:
+        raise ConfigError(
+            f"table.path={path} is read by {_TABLE_CLASS} only, not by table._target_={table.get('_target_')}; leave "
+            "it out."
+        )
+
+
+def _check_mapped_training(table: Config) -> None:
+    settings = {"table.trainable=false": table.get("trainable", True), "table.path=FILE": table.get("path") is None}
+    missing = [setting for setting, is_missing in settings.items() if is_missing]
+    if missing:
+        raise ConfigError(
+            f"table.device=mmap: a table that stays in a file cannot learn; set {' and '.join(missing)} to train the "
+            "rest of the model beside it, or table.device=cpu."
+        )
+
+
+@dataclass(frozen=True)
+class RowsOnFile:
+    """What `table.trainable`, `table.path` and `table.tensor` say about one table.
+
+    Attributes:
+        table: the group of the configuration.
+        spec: what the plugin requests.
+        number, count: of the table among those of its variant, and of these.
+    """
+
+    table: Config
+    spec: TableSpec
+    number: int
+    count: int
+
+    def keywords(self) -> dict[str, Any]:
+        """Returns the keywords `trainable` and, of a frozen table in a file, `stored` of a `ValueTable`.
+
+        Raises:
+            ConfigError: the file does not hold such a table.
+            CheckpointError: the file cannot be read.
+        """
+        if self.table.get("trainable", True):
+            return {"trainable": self.spec.trainable}
+        stored = {} if self.table.get("path") is None else {"stored": self.find()}
+        return {"trainable": False, **stored}
+
+    @property
+    def first_rows(self) -> Callable[[], StoredRows] | None:
+        """Finds the rows that a trained table begins with, which only a new run needs; None where they are drawn."""
+        begins = self.table.get("path") is not None and self.table.get("trainable", True)
+        return self.find if begins else None
+
+    def find(self) -> StoredRows:
+        """Returns the rows in the file.
+
+        Raises:
+            ConfigError, CheckpointError: as `keywords`.
+        """
+        return find_rows(self.table, self.spec, self.number, self.count)
+
+
+def check_first_rows(model: Transformer) -> None:
+    """Refuses files that do not hold the rows with which the trained tables of a new run begin.
+
+    Raises:
+        ConfigError, CheckpointError: as `RowsOnFile.keywords`.
+    """
+    for table in model.value_tables:
+        if table.first_rows is not None:
+            table.first_rows()
+
+
+def fill_first_rows(model: Transformer) -> None:
+    """Gives trained tables the rows of `table.path`, if there is one, each rank its part."""
+    for table in model.value_tables:
+        if table.first_rows is not None:
+            copy_rows(table, table.first_rows())
+
+
+def check_stored_rows(model: Transformer, checkpoint: SavedCheckpoint) -> None:
+    """Refuses files with other rows than those beside which the weights of `checkpoint` were trained.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    for name, table in model.named_modules():
+        saved = f"state_dict.model.{name}.{_DIGEST}"
+        if not isinstance(table, ValueTable) or table.stored is None or saved not in checkpoint.shapes:
+            continue
+        (chunk,) = checkpoint.chunks(saved)
+        if not torch.equal(chunk.values, table.stored.digest):
+            raise _other_rows(str(table.stored.path), checkpoint.path)
+
+
+def _other_rows(path: str, checkpoint: Path) -> CheckpointError:
+    return CheckpointError(
+        f"table.path={path} holds other rows than those that {checkpoint} was trained with; put the right file there, "
+        "or name it with table.path=FILE."
+    )
+
+
+def has_digests(checkpoint: SavedCheckpoint) -> bool:
+    """Returns whether rows of the model lie in a file of their own."""
+    return any(name.endswith(_DIGEST) for name in checkpoint.shapes)
+
+
+def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
+    """Adds the rows of frozen tables, which lie in files of their own, to a checkpoint that is exported.
+
+    They are found by their digests, so that no model need be built from a configuration that nobody may trust.
+
+    Args:
+        checkpoint: of any kind; one that holds all of its rows stays as it is.
+        path: where the file lies now; None for `table.path` of the training.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds other rows than in training.
+    """
+    names = [name for name in checkpoint.shapes if name.endswith(_DIGEST)]
+    if not names:
+        return
+    config = with_table_path(checkpoint.config, path)
+    tables = [table for table in _tables(config).values() if table.get("path") is not None]
+    rows = {}
+    for name in names:
+        (chunk,) = checkpoint.chunks(name)
+        found = next(filter(None, (map_rows(table, chunk.values.tolist()) for table in tables)), None)
+        if found is None:
+            raise _other_rows(", ".join({str(table["path"]): None for table in tables}), checkpoint.path)
+        rows[f"{name.removesuffix(_DIGEST)}weight"] = found
+    extras = {
+        name: {**extra, "table": {**extra["table"], **_NO_FILE}} if extra.get("table") else extra
+        for name, extra in (config.get("extra_ffns") or {}).items()
+    }
+    complete = {**config, "table": {**config["table"], **_NO_FILE}, **({"extra_ffns": extras} if extras else {})}
+    checkpoint.include(rows, complete, digests=names)
+
+
+def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
+    """Returns a saved configuration whose `table.path` is where the file lies now; None leaves it.
+
+    It is that of the variant whose rows lie in a file.
+
+    Raises:
+        ConfigError: several variants have a file each.
+    """
+    if path is None:
+        return config
+    filed = [name for name, table in _tables(config).items() if table.get("path") is not None] or [MAIN]
+    if len(filed) > 1:
+        raise ConfigError(
+            f"table.path={path} is one file, but {', '.join(filed)} have a file each; put them where they were in "
+            "training."
+        )
+    if filed == [MAIN]:
+        return with_absolute_paths({**config, "table": {**config["table"], "path": str(path)}})
+    extra = config[EXTRAS][filed[0]]
+    moved = {**extra, "table": {**extra["table"], "path": str(path)}}
+    return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], filed[0]: moved}})
+

@@ -1,0 +1,142 @@
+"""Prefetch of table rows in the loops of the Trainer: whoever pulls a micro-batch sees the next one, whose row ids a
+thread computes and whose rows it reads.
+
+Lightning pulls one micro-batch ahead from a loader without a length, to learn whether it is the last; a loader with a
+length is pulled ahead here. One that keeps a position of its own (`state_dict`) is not, since a checkpoint would hold
+the position of the next micro-batch: its reads start when its batch is pulled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.data import sized_len
+from torch import Tensor
+
+from pkm_lightning.ffn import FFNContext, HasRowIds
+from pkm_lightning.memory.row_prefetch import Reads, RowPrefetcher
+
+if TYPE_CHECKING:
+    import lightning as L
+    from lightning.pytorch.strategies import Strategy
+
+    from pkm_lightning.memory import ValueTable
+    from pkm_lightning.model import Transformer
+
+_END = object()
+
+
+class Lookahead:
+    """A loader whose micro-batches are shown to `observe` before, if it has a length, the one in front is given.
+
+    All else of the loader is reached through it.
+
+    Args:
+        loader: any iterable.
+        observe: called with the iteration and each micro-batch.
+        end: called with an iteration that is over or abandoned, and `keep=True` where its last micro-batch is still to
+            be computed.
+    """
+
+    def __init__(self, loader: Any, observe: Callable[[object, Any], None], end: Callable[..., None]) -> None:
+        # Past __setattr__, which is the loader's.
+        self.__dict__.update(_loader=loader, _observe=observe, _end=end)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._loader, name, value)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        iteration, batches = object(), iter(self._loader)
+        ahead = sized_len(self._loader) is not None and not hasattr(self._loader, "state_dict")
+        keep = False
+        try:
+            if not ahead:
+                for batch in batches:
+                    self._observe(iteration, batch)
+                    yield batch
+                keep = True
+                return
+            batch, failure = self._pull(batches, iteration)
+            while batch is not _END:
+                following, later = self._pull(batches, iteration) if failure is None else (_END, None)
+                yield batch
+                batch, failure = following, later
+            if failure is not None:
+                raise failure
+        finally:
+            self._end(iteration, keep=keep)
+
+    def _pull(self, batches: Iterator[Any], iteration: object) -> tuple[Any, Exception | None]:
+        """Returns the next micro-batch, or what went wrong: an error of the data must not come a step early."""
+        try:
+            batch = next(batches, _END)
+        except Exception as error:
+            return _END, error
+        if batch is not _END:
+            self._observe(iteration, batch)
+        return batch, None
+
+
+class LoaderWrapping:
+    """Takes the place of `Strategy.process_dataloader`, by which Lightning lets a strategy wrap the loaders of a run.
+
+    Args:
+        strategy: of the Trainer. Its module has built the model before the first loader is asked for.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy, self._process = strategy, strategy.process_dataloader
+
+    def __call__(self, loader: object) -> object:
+        """Returns the loader as the strategy wraps it, with the prefetch of rows where a table has a use for it."""
+        processed: object = self._process(loader)
+        model: Transformer = self._strategy.lightning_module.model  # type: ignore[union-attr,assignment]
+        device = model.embedding.weight.device
+        plugins = [plugin for _, _, plugin in model.plugins() if isinstance(plugin, HasRowIds)]
+        tables = [table for table in model.value_tables if is_prefetched(table, device)]
+        if not plugins or not tables:
+            return processed
+        prefetcher = RowPrefetcher(device)
+
+        def observe(iteration: object, batch: Any) -> None:
+            if isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor):
+                prefetcher.submit(iteration, tables, lambda: _reads(plugins, batch, device))
+
+        return Lookahead(processed, observe, prefetcher.end)
+
+
+def wrap_loaders(trainer: L.Trainer | None) -> None:
+    """Makes the next loaders of a Trainer, if there is one, prefetch rows; a second call changes nothing."""
+    if trainer is not None and not isinstance(trainer.strategy.process_dataloader, LoaderWrapping):
+        trainer.strategy.process_dataloader = LoaderWrapping(trainer.strategy)  # type: ignore[method-assign, assignment]
+
+
+def is_prefetched(table: ValueTable, device: torch.device) -> bool:
+    """Returns whether rows of `table` come from elsewhere than the `device` of the model, and can be fetched ahead."""
+    if table.is_streamed:
+        return True
+    # With learning=dense every row changes in every step.
+    changes_everywhere = any(parameter.requires_grad for parameter in table.parameters())
+    return table.stays_on_cpu and device.type != "cpu" and not table.is_split and not changes_everywhere
+
+
+def _reads(plugins: Sequence[HasRowIds], batch: dict[str, Tensor], device: torch.device) -> Reads:
+    """Returns the table reads of a micro-batch that is still on the host."""
+    fields = [batch.get(name) for name in ("input_ids", "valid", "doc_ids")]
+    input_ids, valid, doc_ids = (None if field is None else field.to(device) for field in fields)
+    assert input_ids is not None
+    context = FFNContext(input_ids, valid, doc_ids)
+    reads: list[tuple[ValueTable, Tensor]] = []
+    for plugin in plugins:
+        reads += plugin.row_ids(context)
+    return reads
