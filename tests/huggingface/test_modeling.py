@@ -13,16 +13,14 @@ from safetensors.torch import load_file
 from tolerances import assert_close
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from tree import ROOT
+from tree import ffns_without_files
 
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.huggingface import PkmLightningForCausalLM
 
-NAMES = sorted(
-    path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem not in ("custom", "pretrained")
-)
+NAMES = ffns_without_files()
 #: Sizes that the small model needs in place of the YAML's. A dense model is Llama unless its activation is another.
 CHANGES: dict[str, dict[str, Any]] = {
     "dense": {"activation": "squared_relu"},
