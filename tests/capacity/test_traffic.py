@@ -23,6 +23,8 @@ TWO = [
     ["strategy=ddp", "ffn=memory_plus", "table.shard=row"],
     ["strategy=ddp", "ffn=peer", "table.shard=dim"],
     ["strategy=ddp", "ffn=ultramem", "table.shard=row"],
+    ["strategy=ddp", "ffn=ple", "table.shard=dim"],
+    ["strategy=ddp", "ffn=stem", "table.shard=row"],
     ["strategy=ddp", "ffn=engram", "table.shard=dim"],
     ["strategy=ddp", "ffn=engram", "table.shard=row"],
     ["strategy=ddp", "ffn=memory", "ffn.cures.straight_through=true"],
