@@ -311,6 +311,8 @@ class ValueTable(nn.Module):
     @torch.compiler.disable
     def _compact(self, ids_TK: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns the lines of `ids`, each once, (U, V), and the ids as places among them, (T, K)."""
+        if ids_TK.is_meta:  # a count of shapes
+            return self.weight, ids_TK
         check_indices("ValueTable", "ids", ids_TK, self.n_lines)
         read = None if self.prefetcher is None else self.prefetcher.find(self, ids_TK)
         read = read_compactly(self, ids_TK, device) if read is None else read
