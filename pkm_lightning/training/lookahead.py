@@ -126,7 +126,7 @@ def is_prefetched(table: ValueTable, device: torch.device) -> bool:
     if table.is_streamed:
         return True
     # With learning=dense every row changes in every step.
-    changes_everywhere = table.weight.requires_grad
+    changes_everywhere = any(parameter.requires_grad for parameter in table.parameters())
     return table.stays_on_cpu and device.type != "cpu" and not table.is_split and not changes_everywhere
 
 

@@ -12,11 +12,18 @@ import pytest
 from rank_group import Groups
 from tolerances import RANKS
 
+#: The root in its gate has an unbounded slope, by which fp32 gradients differ more than the tolerance.
+ENGRAM = "ffn=engram ffn.end_id=0 ffn.gate=no_root"
 #: Strategy, ranks and overrides of the cases that every run of the tests has, with 12 steps.
 QUICK = [
     ("ddp", 2, "ffn=memory_plus table.shard=dim table.learning=dense"),
     ("ddp", 2, "ffn=peer table.shard=none table.learning=rows"),
 ]
+#: Engram before two layers, with a table each, Memory+ in one, and PKM parallel to another.
+MIXTURE = (
+    "ffn=memory_plus placement.layers=[2] extra_ffns=[engram,pkm] extra_ffns.engram.placement.layers=[0,2] "
+    "extra_ffns.engram.ffn.rows=47 extra_ffns.engram.ffn.row_dim=8 extra_ffns.engram.ffn.row_multiple=2"
+)
 #: A pairwise subset, with 30 steps. The full matrix is in test_full_matrix.py.
 CASES = [
     *QUICK,
@@ -28,11 +35,10 @@ CASES = [
         "fsdp", 4, "ffn=memory_plus table.shard=row table.learning=dense table.group=2", marks=pytest.mark.slow
     ),
     pytest.param("fsdp", 4, "ffn=ultramem table.shard=dim table.learning=rows table.group=2", marks=pytest.mark.slow),
-    pytest.param("ddp", 4, "ffn=engram ffn.end_id=0 table.shard=row table.learning=rows", marks=pytest.mark.slow),
-    pytest.param("fsdp", 2, "ffn=engram ffn.end_id=0 table.shard=dim table.learning=dense", marks=pytest.mark.slow),
-    pytest.param(
-        "deepspeed_3", 2, "ffn=engram ffn.end_id=0 table.shard=dim table.learning=rows", marks=pytest.mark.slow
-    ),
+    pytest.param("ddp", 4, f"{ENGRAM} table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, f"{ENGRAM} table.shard=dim table.learning=dense", marks=pytest.mark.slow),
+    pytest.param("deepspeed_3", 2, f"{ENGRAM} table.shard=dim table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("ddp", 2, "ffn=engram ffn.end_id=0 table.shard=dim trainer.precision=64-true", marks=pytest.mark.slow),
     pytest.param("fsdp", 2, "ffn=moe", marks=pytest.mark.slow),
     pytest.param(
         "fsdp",
@@ -65,7 +71,14 @@ CASES = [
         "ffn=ultramem_v2 table.shard=dim table.learning=rows",
         marks=pytest.mark.slow,
     ),
+    pytest.param("ddp", 4, "ffn=ple table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, "ffn=ple table.shard=dim table.learning=dense", marks=pytest.mark.slow),
+    pytest.param("deepspeed_3", 2, "ffn=ple table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("ddp", 2, "ffn=stem table.shard=dim table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 4, "ffn=stem table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
+    pytest.param("ddp", 2, f"{MIXTURE} table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, f"{MIXTURE} table.shard=dim table.learning=dense", marks=pytest.mark.slow),
     pytest.param(
         "ddp",
         2,
