@@ -62,7 +62,7 @@ class ValueTable(nn.Module):
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
         reads_zeros: whether reads return zeros; set by `zero_reads`.
-        first_rows: finds the file whose rows a table that learns begins with; None where they are drawn.
+        first_rows: finds the file with the initial rows of a table that learns; None where they are drawn.
         prefetcher: has the rows of coming reads, in training and evaluation of some tables; else None.
 
     Raises:
