@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,10 +202,10 @@ def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
     rows = {}
     for name in names:
         (chunk,) = checkpoint.chunks(name)
-        found = next(filter(None, (map_rows(table, chunk.values.tolist()) for table in tables)), None)
-        if found is None:
+        mapped = next(filter(None, (map_rows(table, chunk.values.tolist()) for table in tables)), None)
+        if mapped is None:
             raise _other_rows(", ".join({str(table["path"]): None for table in tables}), checkpoint.path)
-        rows[f"{name.removesuffix(_DIGEST)}weight"] = found
+        rows[f"{name.removesuffix(_DIGEST)}weight"] = mapped
     extras = {
         name: {**extra, "table": {**extra["table"], **_NO_FILE}} if extra.get("table") else extra
         for name, extra in (config.get("extra_ffns") or {}).items()
@@ -235,4 +235,3 @@ def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str
     extra = config[EXTRAS][filed[0]]
     moved = {**extra, "table": {**extra["table"], "path": str(path)}}
     return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], filed[0]: moved}})
-
