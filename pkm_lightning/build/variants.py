@@ -63,6 +63,10 @@ class Variant:
             return self.placement.resolve(n_layers)
 
 
+#: The names of a variant's plugin within a layer, by its mode; `ffn.base` where another variant runs in parallel to it.
+_PARTS = {"replace": ("ffn", "ffn.base"), "parallel": ("ffn.variant",), "before": ("before",), "after": ("after",)}
+
+
 def variants(config: Config) -> list[Variant]:
     """Returns the variants of `config`: `ffn` first, then those of `extra_ffns` by name.
 
@@ -80,6 +84,17 @@ def variants(config: Config) -> list[Variant]:
                 raise ConfigError(f"placement.write_after={delay} is for ffn alone; set it to 0.")
         found.append(Variant(name, extra["ffn"], placement, table_of(config, extra)))
     return found
+
+
+def names_by_place(config: Config) -> dict[tuple[int, str], str]:
+    """Returns the name of the variant whose plugin a layer has, by its number and the plugin's name within it."""
+    n_layers = int(config["model"]["n_layers"])
+    return {
+        (layer, part): variant.name
+        for variant in variants(config)
+        for layer in variant.layers(n_layers)
+        for part in _PARTS[variant.placement.mode]
+    }
 
 
 def table_of(config: Config, extra: Config) -> dict[str, Any]:
