@@ -8,11 +8,13 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from ngram_folders import write_folder
 from small import SMALL_RUN
 from small_packages import write_packages
 from tree import ROOT
 
 from pkm_lightning.cli.main import PRIMARY_CONFIGURATIONS
+from pkm_lightning.data.tokenizer import bytes_tokenizer
 
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -58,6 +60,9 @@ def furnish(folder: Path) -> None:
     (folder / "my_answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "prompts.txt").write_text("The capital of France is\n")
     write_packages(folder / "packages")
+    # The vocabulary of a Qwen model is larger than that of its tokenizer too.
+    write_folder(folder / "qwen", changes={"hidden_size": 64, "vocab_size": 320, "eos_token_id": 0})
+    bytes_tokenizer().save(folder / "qwen" / "tokenizer.json")
     # Imported here: it brings transformers, which few tests that show commands need.
     from pretrained_models import save_gguf
 

@@ -24,7 +24,10 @@ SHARED = (CONFIGS / "experiment" / "regime", CONFIGS / "data" / "loader")
 # Nothing to train on.
 PREPARED = CONFIGS / "prepare" / "data"
 # Needs the files of a model; tests/huggingface composes, builds and runs both together.
-PRETRAINED = (CONFIGS / "model" / "hf.yaml", CONFIGS / "ffn" / "pretrained.yaml")
+PRETRAINED = (
+    CONFIGS / "model" / "hf.yaml",
+    *(CONFIGS / "ffn" / f"{n}.yaml" for n in ("pretrained", "engram_pretrained")),
+)
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
     for path in CONFIGS.rglob("*.yaml")
@@ -119,6 +122,8 @@ def test_the_module_builds_with_its_optimizer(ffn: str, tmp_path: Path) -> None:
         ("pkm", "centred", "replace"),
         ("ultramem", "spread", "parallel"),
         ("ultramem_v2", "all", "parallel"),
+        ("ple", "all", "after"),
+        ("stem", "all", "replace"),
     ],
 )
 def test_an_ffn_brings_its_papers_placement_and_tables_and_the_user_decides(
@@ -127,7 +132,7 @@ def test_an_ffn_brings_its_papers_placement_and_tables_and_the_user_decides(
     config = composed([f"ffn={ffn}"], tmp_path)
     own = config["placement"]
     assert (own["layers"], own["mode"]) == (layers, mode)
-    assert config["table"]["shared"] is not ffn.startswith("ultramem")
+    assert config["table"]["shared"] is not ffn.startswith(("ultramem", "stem"))
     chosen = composed([f"ffn={ffn}", "placement=centred", "placement.count=2"], tmp_path)["placement"]
     assert (chosen["layers"], chosen["count"], chosen["mode"]) == ("centred", 2, "replace")
 

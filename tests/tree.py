@@ -23,6 +23,12 @@ def listed_files() -> tuple[Path, ...]:
     return tuple(Path(name) for name in sorted(set(process.stdout.split("\0")) - {""}) if os.path.lexists(ROOT / name))
 
 
+def ffns_without_files() -> list[str]:
+    """Lists the options of `ffn` that need no class and no files of the user."""
+    names = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml"))
+    return [name for name in names if name not in ("custom", "pretrained", "engram_pretrained")]
+
+
 def copy_of_the_tree(target: Path) -> Path:
     """Copies the listed files to `target`, symbolic links as links, and returns it."""
     for path in listed_files():

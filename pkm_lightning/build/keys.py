@@ -139,7 +139,7 @@ class TableKeys(TypedDict):
     shared: bool
     trainable: NotRequired[bool]
     path: NotRequired[str | None]
-    tensor: NotRequired[str | None]
+    tensor: NotRequired[str | list[str] | None]
     optimizer: NotRequired[dict[str, Any]]
     shard: NotRequired[str]
     group: NotRequired[int | str]
@@ -187,7 +187,7 @@ class RunKeys(TypedDict):
     resume: NotRequired[Literal["auto", "always", "never"]]
     ckpt: NotRequired[str | None]
     trust_config: NotRequired[bool]
-    format: NotRequired[Literal["text", "json", "safetensors", "hf"] | None]
+    format: NotRequired[Literal["text", "json", "safetensors", "hf", "ngram"] | None]
     out: NotRequired[str | None]
 
 

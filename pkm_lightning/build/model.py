@@ -15,7 +15,7 @@ from pkm_lightning.build.plugins import build_plugins
 from pkm_lightning.build.variants import MAIN, names_by_place, naming
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_integer, nearest
-from pkm_lightning.ffn import UsesTokenizer
+from pkm_lightning.ffn import HasPretrained, UsesTokenizer
 from pkm_lightning.memory import TableMesh
 from pkm_lightning.model import Transformer
 from pkm_lightning.model.plugin_checks import called, check_plugins
@@ -114,6 +114,17 @@ def bind_tokenizer(model: Transformer, tokenizer: Any, config: Config) -> None:
             continue
         with naming(variants.get((layer, name), MAIN)):
             called(f"layer {layer}, {name}: bind_tokenizer", plugin.bind_tokenizer, tokenizer=tokenizer)
+
+
+def load_pretrained(model: Transformer) -> None:
+    """Gives the plugins of a new model the weights that they take from files.
+
+    Raises:
+        PkmError: a plugin's, for files that are missing, damaged or of another model.
+    """
+    for _, _, plugin in model.plugins():
+        if isinstance(plugin, HasPretrained):
+            plugin.load_pretrained()
 
 
 @contextlib.contextmanager

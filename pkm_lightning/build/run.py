@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
+from pkm_lightning.build.completion import complete_plugins
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
@@ -77,6 +78,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     """
     config = complete_trunk(config)
     check_keys(config, training=training)
+    config = complete_plugins(config)
     check_table_keys(config, training=training)
     config = with_absolute_paths(config)
     check_trainer(config["trainer"])

@@ -10,20 +10,16 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from pkm_lightning.build.row_files import find_rows, map_rows
 from pkm_lightning.build.variants import EXTRAS, MAIN, naming, table_of
 from pkm_lightning.checkpoints import SavedCheckpoint
-from pkm_lightning.checkpoints.mapped import MappedFile
-from pkm_lightning.checkpoints.safetensors import Entry, read_entries
 from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import TableSpec
@@ -34,8 +30,6 @@ from pkm_lightning.model import Transformer
 
 Config = Mapping[str, Any]
 
-#: Stands in `table.tensor` for the number of the table, where a model has several.
-_NUMBER = "{}"
 _TABLE_CLASS = "pkm_lightning.memory.ValueTable"
 #: Ends the names of buffers that stand in a checkpoint for rows.
 _DIGEST = "rows_digest"
@@ -140,7 +134,7 @@ class RowsOnFile:
         Raises:
             ConfigError, CheckpointError: as `keywords`.
         """
-        return _find(self.table, self.spec, self.number, self.count)
+        return find_rows(self.table, self.spec, self.number, self.count)
 
 
 def check_first_rows(model: Transformer) -> None:
@@ -204,31 +198,20 @@ def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
     if not names:
         return
     config = with_table_path(checkpoint.config, path)
-    files = {str(table["path"]): None for table in _tables(config).values() if table.get("path") is not None}
+    tables = [table for table in _tables(config).values() if table.get("path") is not None]
     rows = {}
     for name in names:
         (chunk,) = checkpoint.chunks(name)
-        rows[f"{name.removesuffix(_DIGEST)}weight"] = _by_digest(list(files), chunk.values.tolist(), checkpoint.path)
+        found = next(filter(None, (map_rows(table, chunk.values.tolist()) for table in tables)), None)
+        if found is None:
+            raise _other_rows(", ".join({str(table["path"]): None for table in tables}), checkpoint.path)
+        rows[f"{name.removesuffix(_DIGEST)}weight"] = found
     extras = {
         name: {**extra, "table": {**extra["table"], **_NO_FILE}} if extra.get("table") else extra
         for name, extra in (config.get("extra_ffns") or {}).items()
     }
     complete = {**config, "table": {**config["table"], **_NO_FILE}, **({"extra_ffns": extras} if extras else {})}
     checkpoint.include(rows, complete, digests=names)
-
-
-def _by_digest(paths: Sequence[str], digest: list[int], checkpoint: Path) -> tuple[MappedFile, Tensor]:
-    """Returns the mapped table that has this digest, and the file that it lies in."""
-    lines, width = digest[:2]
-    for path in map(Path, paths):
-        for file, entry in _entries(path, _stamp(path)).values():
-            if len(entry.shape) != 2 or entry.shape[0] * entry.shape[1] != lines * width:
-                continue
-            stored = _stored(file, entry.start, entry.dtype, lines, width, _stamp(file))
-            if stored.digest.tolist() == digest:
-                mapped = MappedFile(file)
-                return mapped, mapped.tensor(entry.start, entry.dtype, entry.shape)
-    raise _other_rows(", ".join(paths), checkpoint)
 
 
 def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
@@ -253,97 +236,3 @@ def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str
     moved = {**extra, "table": {**extra["table"], "path": str(path)}}
     return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], filed[0]: moved}})
 
-
-def _find(table: Config, spec: TableSpec, number: int, count: int) -> StoredRows:
-    rows, dim, slices = spec.rows, spec.dim, spec.slices
-    path, tensor = Path(str(table["path"])), table.get("tensor")
-    if count > 1 and (tensor is None or _NUMBER not in tensor):
-        shown = "null" if tensor is None else tensor
-        raise ConfigError(
-            f"table.tensor={shown} names one tensor, but this model has {count} tables; write {_NUMBER} for their "
-            f"numbers, as in 'table.tensor=\"tables.{_NUMBER}.weight\"', or share one with table.shared=true."
-        )
-    name = None if tensor is None else str(tensor).replace(_NUMBER, str(number))
-    files = _entries(path, _stamp(path))
-    found = {
-        known: place
-        for known, place in files.items()
-        if (place[1].shape == (rows, dim) if name is None else known == name)
-    }
-    if len(found) > 1:
-        raise ConfigError(
-            f"table.path={path} holds {len(found)} tensors of {rows:,} x {dim} values; choose one with "
-            f"table.tensor={' or '.join(sorted(found)[:3])}."
-        )
-    if not found:
-        raise ConfigError(f"table.path={path} {_missing(name, rows, dim, files)}")
-    ((known, (file, entry)),) = found.items()
-    if entry.shape != (rows, dim) or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
-        shape, kind = " x ".join(f"{size:,}" for size in entry.shape), str(entry.dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"table.path={path}: {known} has {shape} values of {kind}, but the model's table has {rows:,} x {dim}, in "
-            "16, 32 or 64 bits; change the sizes of ffn, or give another file."
-        )
-    return _stored(file, entry.start, entry.dtype, rows * slices, dim // slices, _stamp(file))
-
-
-def _missing(name: str | None, rows: int, dim: int, files: Mapping[str, tuple[Path, Entry]]) -> str:
-    largest = sorted(files.items(), key=lambda item: -item[1][1].n_bytes)[:3]
-    held = ", ".join(f"{known} ({' x '.join(map(str, place[1].shape))})" for known, place in largest) or "none"
-    if name is None:
-        return f"holds no tensor of {rows:,} x {dim} values, as the model's table has; its largest are {held}."
-    return f"holds no tensor {name} (table.tensor); its largest are {held}."
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Returns what changes with a file, so that its header and digest are read once."""
-    try:
-        state = path.stat()
-    except OSError as error:
-        raise CheckpointError(
-            f"table.path={path} cannot be read ({error.strerror}); it holds the rows of a table: put it back, or name "
-            "the file with table.path=FILE."
-        ) from None
-    return state.st_ino, state.st_size, state.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=8)
-def _entries(path: Path, stamp: tuple[int, int, int]) -> dict[str, tuple[Path, Entry]]:
-    """Returns file and place of each tensor of a file, or of all files of a folder.
-
-    Raises:
-        CheckpointError: there is no such file, or one is damaged.
-    """
-    found = {}
-    for file in _files(path):
-        try:
-            found.update({name: (file, entry) for name, entry in read_entries(file).items()})
-        except OSError as error:
-            raise CheckpointError(f"table.path={path}: {file.name} cannot be read ({error.strerror}).") from None
-        except ValueError as error:
-            raise CheckpointError(f"table.path={path}: {file.name} is no whole safetensors file ({error}).") from None
-    return found
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    index = next(iter(sorted(path.glob("*.safetensors.index.json"))), None)
-    names = sorted(file.name for file in path.glob("*.safetensors"))
-    if index is not None:
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"table.path={path}: {index.name} is unreadable; restore it.") from None
-    if not names:
-        raise CheckpointError(f"table.path={path} holds no .safetensors file; give the file or folder with the rows.")
-    yield from (path / name for name in names)
-
-
-@functools.lru_cache(maxsize=64)
-def _stored(
-    file: Path, start: int, dtype: torch.dtype, lines: int, width: int, stamp: tuple[int, int, int]
-) -> StoredRows:
-    # One object per file, whose digest is computed once although a command builds its model several times.
-    return StoredRows(path=file, start=start, dtype=dtype, lines=lines, width=width)

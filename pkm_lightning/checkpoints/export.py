@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,25 @@ _BLOCK_BYTES = 64 * 2**20
 _MODEL = "state_dict.model."
 
 
-def weight_shapes(checkpoint: SavedCheckpoint | QuantizedCheckpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+class WeightSource(Protocol):
+    """What a file of weights is written from, such as a `SavedCheckpoint`, with its names."""
+
+    @property
+    def skeleton(self) -> Any:
+        """The content without tensors."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of each tensor."""
+
+    def chunks(self, name: str) -> list[Chunk]:
+        """Returns the blocks of a tensor."""
+
+    def forget(self) -> None:
+        """Releases the memory of all pages read so far."""
+
+
+def weight_shapes(checkpoint: WeightSource | QuantizedCheckpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Returns shape and dtype of the model's weights and buffers, by their names in the model."""
     stored = {n.removeprefix(_MODEL): shape for n, shape in checkpoint.shapes.items() if n.startswith(_MODEL)}
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in stored.items()}
@@ -57,7 +75,7 @@ def write(checkpoint: SavedCheckpoint | QuantizedCheckpoint, path: Path) -> dict
 
 
 def write_tensors(
-    checkpoint: SavedCheckpoint | QuantizedCheckpoint,
+    checkpoint: WeightSource | QuantizedCheckpoint,
     path: Path,
     renamed: Mapping[str, str] | None = None,
     tokenizer: str | None = None,
@@ -106,7 +124,7 @@ def _texts(checkpoint: Mapping[str, Any], tokenizer: str | None) -> dict[str, st
     return {**texts, **{name: str(value) for name, value in known.items() if value is not None}}
 
 
-def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint | QuantizedCheckpoint, name: str) -> int:
+def _write_tensor(file: IO[bytes], checkpoint: WeightSource | QuantizedCheckpoint, name: str) -> int:
     """Writes the values of a tensor, and returns their sum."""
     crc = 0
     for block in _blocks(checkpoint, _MODEL + name):
@@ -119,7 +137,7 @@ def _write_tensor(file: IO[bytes], checkpoint: SavedCheckpoint | QuantizedCheckp
     return crc
 
 
-def _blocks(checkpoint: SavedCheckpoint | QuantizedCheckpoint, name: str) -> Iterator[Tensor]:
+def _blocks(checkpoint: WeightSource | QuantizedCheckpoint, name: str) -> Iterator[Tensor]:
     """Yields the tensor's rows in order, in contiguous blocks of about 64 MiB (before they are quantised)."""
     if isinstance(checkpoint, QuantizedCheckpoint):
         origin, part = checkpoint.origin(name)

@@ -16,6 +16,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ class SavedCheckpoint:
                 self._content = _archive(self.path)
         self.skeleton: Any = self._content.skeleton
         self.shapes = dict(self._content.shapes)
-        self._included: dict[str, tuple[MappedFile, Tensor]] = {}
+        self._included: dict[str, Sequence[tuple[MappedFile, Tensor]]] = {}
 
     def check_content(self) -> None:
         """Refuses a checkpoint of another package.
@@ -210,19 +211,21 @@ class SavedCheckpoint:
             return dict(restore(skeleton, self._content.mapped(names)))
 
     def include(
-        self, rows: Mapping[str, tuple[MappedFile, Tensor]], config: Mapping[str, Any], digests: Sequence[str]
+        self, rows: Mapping[str, Sequence[tuple[MappedFile, Tensor]]], config: Mapping[str, Any], digests: Sequence[str]
     ) -> None:
         """Adds tensors that lie in files of their own to those that `chunks` returns, for an export.
 
         Args:
-            rows: mapped tensors by their names.
+            rows: mapped parts of tensors, one below the other, by the names of these.
             config: in which they are weights like the others.
             digests: names of the tensors that stood for them.
         """
         for name in digests:
             del self.shapes[name]
-        for name, (file, values) in rows.items():
-            self.shapes[name], self._included[name] = (values.shape, values.dtype), (file, values)
+        for name, parts in rows.items():
+            first = parts[0][1]
+            shape = torch.Size((sum(len(values) for _, values in parts), *first.shape[1:]))
+            self.shapes[name], self._included[name] = (shape, first.dtype), parts
         self.skeleton = {**self.skeleton, "hyper_parameters": {"config": dict(config)}}
 
     def chunks(self, name: str) -> list[Chunk]:
@@ -232,15 +235,18 @@ class SavedCheckpoint:
             CheckpointError: a file is damaged.
         """
         if name in self._included:
-            return [Chunk((0, 0), self._included[name][1])]
+            values = [values for _, values in self._included[name]]
+            starts = accumulate((len(part) for part in values), initial=0)
+            return [Chunk((start, 0), part) for start, part in zip(starts, values, strict=False)]
         with self._damage_reported():
             return self._content.chunks(name)
 
     def forget(self) -> None:
         """Releases the memory of all pages read through `chunks` so far."""
         self._content.forget()
-        for file, _ in self._included.values():
-            file.forget()
+        for parts in self._included.values():
+            for file, _ in parts:
+                file.forget()
 
     def _part(self, without: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         skeleton = {key: value for key, value in self.skeleton.items() if key not in without}

@@ -162,9 +162,12 @@ def read_entries(path: Path) -> dict[str, Entry]:
     Raises:
         OSError, ValueError: it cannot be opened, is empty, or is damaged.
     """
+    file = MappedFile(path)
     try:
-        return _read_header(MappedFile(path))[1]
-    except (KeyError, TypeError, AttributeError, RecursionError):
+        return _read_header(file)[1]
+    except DamagedFileError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedFileError("its header is unreadable") from None
 
 
@@ -182,7 +185,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
     first, expected, entries = _LENGTH.size + length, 0, {}
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = _integers(fields["data_offsets"])
-        entry = Entry(DTYPES[fields["dtype"]], _integers(fields["shape"]), first + start)
+        entry = Entry(DTYPES[fields["dtype"]], _shape(fields["shape"]), first + start)
         # Without gaps and overlaps, as other readers of the format require.
         if start != expected or end - start != entry.n_bytes:
             raise DamagedFileError(f"{name} does not lie where its shape requires")
@@ -203,10 +206,22 @@ def _integers(values: Any) -> tuple[int, ...]:
     """Returns a shape or offsets, which JSON may hold as anything.
 
     Raises:
-        ValueError: they are not a short list of whole numbers that a tensor can have.
+        ValueError: they are not a short list of whole numbers.
     """
     if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
         raise ValueError
-    if not all(type(value) is int and value >= 0 for value in values) or math.prod(v for v in values if v) >= 2**63:
+    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
         raise ValueError
     return tuple(values)
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    """Returns a shape.
+
+    Raises:
+        ValueError: no tensor can have it.
+    """
+    shape = _integers(values)
+    if math.prod(size for size in shape if size) >= 2**63:
+        raise ValueError
+    return shape

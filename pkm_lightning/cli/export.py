@@ -1,4 +1,5 @@
-"""`export`: a model's weights as one safetensors file, or as a folder that Hugging Face transformers loads.
+"""`export`: a model's weights as one safetensors file, or as a folder that Hugging Face transformers loads: all of the
+model, or its n-gram tables in the layout of Qwen's models.
 
 From a file or a folder of any number of ranks, or from a pretrained model (`model=hf`).
 """
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 def run(job: Job) -> None:
     """Writes what `format` names, and prints its content."""
     kind = "safetensors" if job.config.format is None else str(job.config.format)
-    check_choice("format", kind, ("safetensors", "hf"))
+    check_choice("format", kind, ("safetensors", "hf", "ngram"))
     check_flag("overwrite", job.config.overwrite)
     model_keys = [override for override in job.overrides if key_of(override).partition(".")[0] == "model"]
     if model_keys and not names_pretrained(job):
@@ -49,7 +50,7 @@ def run(job: Job) -> None:
         raise ConfigError(
             f"{unread[0]}: export reads no key of table but table.path, where the rows of a frozen table lie."
         )
-    _write_file(job) if kind == "safetensors" else _write_folder(job)
+    {"safetensors": _write_file, "hf": _write_folder, "ngram": _write_ngrams}[kind](job)
 
 
 @contextlib.contextmanager
@@ -123,6 +124,22 @@ def _write_folder(job: Job) -> None:
     print(f"{folder}: {written.kind}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {_source(job)}")
 
 
+def _write_ngrams(job: Job) -> None:
+    folder = _folder(job)
+    if job.config.quantize is not None or names_pretrained(job):
+        key = f"quantize={job.config.quantize}" if job.config.quantize is not None else "model=hf"
+        raise ConfigError(f"{key} is not for format=ngram, which writes the n-gram tables of a run as trained.")
+    checkpoint = _opened(job, locate(job)[1])
+    checkpoint.check_sums()
+    from pkm_lightning.huggingface.export import check_replaceable
+    from pkm_lightning.huggingface.ngram_export import write_ngrams
+
+    check_replaceable(folder)
+    written = write_ngrams(checkpoint, folder)
+    layers = ", ".join(map(str, written.layers))
+    print(f"{folder}: layers {layers}, {written.n_tensors} tensors, {written.n_bytes:,} bytes, from {_source(job)}")
+
+
 def _source(job: Job) -> Path:
     return locate(job)[1]
 
@@ -148,7 +165,9 @@ def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> byte
 
 def _target(job: Job) -> Path:
     if job.config.dir is not None:
-        raise ConfigError(f"dir={job.config.dir} is of format=hf; add that, or give file=NAME.safetensors alone.")
+        raise ConfigError(
+            f"dir={job.config.dir} is of format=hf or ngram; add one, or give file=NAME.safetensors alone."
+        )
     if job.config.file is None:
         raise ConfigError("export needs file=NAME.safetensors, the file to write, or format=hf dir=FOLDER.")
     file = Path(str(job.config.file))
@@ -164,9 +183,11 @@ def _target(job: Job) -> Path:
 
 def _folder(job: Job) -> Path:
     if job.config.file is not None:
-        raise ConfigError(f"file={job.config.file} is of format=safetensors; format=hf writes a folder, dir=FOLDER.")
+        raise ConfigError(
+            f"file={job.config.file} is of format=safetensors; format={job.config.format} writes a folder, dir=FOLDER."
+        )
     if job.config.dir is None:
-        raise ConfigError("format=hf needs dir=FOLDER, the folder to write.")
+        raise ConfigError(f"format={job.config.format} needs dir=FOLDER, the folder to write.")
     folder = Path(str(job.config.dir))
     parent = Path(os.path.realpath(folder)).parent
     if folder.exists() and not folder.is_dir():

@@ -28,7 +28,7 @@ VERBS = {
     "predict": "answer prompt=TEXT or prompts_file=FILE, written as JSON lines; also with several ranks",
     "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
     "chat": "talk to a model in the terminal",
-    "export": "write the weights of ckpt=CHECKPOINT or run_dir=RUN: file=model.safetensors, or format=hf dir=FOLDER",
+    "export": "write the weights of ckpt=PATH or run_dir=RUN: file=model.safetensors, or format=hf|ngram dir=FOLDER",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "prepare": "data=benchmarks packages=DIR out=DIR: public question sets and their tasks, for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",

@@ -18,6 +18,9 @@ Optional members:
 - `bind_tokenizer(tokenizer)` takes what the plugin needs of the tokenizer of the data (None: there is none), and
   refuses one that it cannot work with. It is called once on a new model, before training; what is taken belongs in
   persistent buffers, so that checkpoints carry it.
+- `complete(ffn, table, dim=, places=) -> (ffn, table)`, a class method, fills in both groups of the configuration with
+  what files say; `places` are the numbers of the plugin's layers. What it has filled in it leaves alone.
+- `load_pretrained()` gives a new plugin weights from files, before training.
 - `row_ids(context) -> list[tuple[ValueTable, Tensor]]`, where ids of rows follow from tokens alone: the reads of the
   next micro-batch may then be fetched ahead.
 - `causal_in_training: bool`, False where a token's output depends on later tokens in training; missing means True.
@@ -34,7 +37,7 @@ then from the inputs and the output of its forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -161,8 +164,7 @@ class TableRead:
     reads: int = 1
     groups: int = 0
     dot: bool = False
-    # Not compared: a plugin may describe the call by its ids and groups alone, which overestimates the bytes a little.
-    gather: bool = field(default=False, compare=False)
+    gather: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +222,14 @@ class UsesTokenizer(Protocol):
 
     def bind_tokenizer(self, tokenizer: Any) -> None:
         """Takes what it needs of `tokenizer`, a `pkm_lightning.data.base.TextCodec`; None: the data have none."""
+
+
+@runtime_checkable
+class HasPretrained(Protocol):
+    """A plugin that begins with weights from files."""
+
+    def load_pretrained(self) -> None:
+        """Reads them. Called on every rank, once on a new model, and not where weights of a checkpoint follow."""
 
 
 @runtime_checkable

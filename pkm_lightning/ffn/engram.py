@@ -42,7 +42,8 @@ class Engram(nn.Module):
 
     A residual stream of S parts (hyper-connections) has one key, gate and set of filters per part, and one value for
     all. The root in the gate is that of Qwen's layer, as are zero-centred gains. The convolution starts at zero, the
-    value does not: keys, gate and rows would have no gradient with it.
+    value does not: keys, gate and rows would have no gradient with it. Where s is near 0 the root is steep, and makes
+    gradients sensitive to rounding; `gate=no_root` leaves it out, as the equation of the paper does.
 
     | paper | here |
     |---|---|
@@ -69,7 +70,7 @@ class Engram(nn.Module):
         kernel: taps of the convolution, 1 or more.
         dilation: tokens between taps, 1 or more; None takes the largest order.
         canonical: hash tokens by their text without case, white space and Unicode form; see `canonical_ids`.
-        gate: `sigmoid`, or `none` (alpha = 1, without keys).
+        gate: `sigmoid` as above, `no_root` (alpha = sigmoid(s)), or `none` (alpha = 1, without keys).
         streams: parts S of the residual stream; divides `dim`.
         seed: of the hash.
         row_multiple: the rows of the table are a multiple of this.
@@ -119,7 +120,7 @@ class Engram(nn.Module):
         dilation = max(orders) if dilation is None else dilation
         check_integer("ffn.dilation", dilation, low=1)
         check_flag("ffn.canonical", canonical)
-        check_choice("ffn.gate", gate, ("sigmoid", "none"))
+        check_choice("ffn.gate", gate, ("sigmoid", "no_root", "none"))
         check_integer("ffn.streams", streams, low=1)
         check_range("ffn.norm_eps", norm_eps, 0)
         if dim % streams:
@@ -138,9 +139,10 @@ class Engram(nn.Module):
         self.streams, self.canonical, self.takes_end_id, self.n_layers = streams, canonical, end_id is None, n_layers
         self._table = TableReference(table)
         width, norm = self.addressing.reads * spec.dim, partial(GroupedRMSNorm, dim=dim, groups=streams, eps=norm_eps)
-        self.key = nn.Linear(width, dim, bias=False) if gate == "sigmoid" else None
-        self.key_norm = norm() if gate == "sigmoid" else None
-        self.query_norm = norm() if gate == "sigmoid" else None
+        self.takes_root = gate == "sigmoid"
+        self.key = None if gate == "none" else nn.Linear(width, dim, bias=False)
+        self.key_norm = None if gate == "none" else norm()
+        self.query_norm = None if gate == "none" else norm()
         self.value = nn.Linear(width, dim // streams, bias=False)
         self.conv_norm = norm()
         self.conv = CausalConvolution(dim=dim, kernel=kernel, dilation=dilation)
@@ -248,8 +250,10 @@ class Engram(nn.Module):
         product_BTD = self.key_norm(self.key(e_BTX)) * self.query_norm(x_BTD)
         product_BTSC = product_BTD.unflatten(-1, (self.streams, -1))
         s_BTS1 = product_BTSC.sum(-1, keepdim=True, dtype=score_dtype(x_BTD)) * product_BTSC.shape[-1] ** -0.5
-        # The clamp bounds the slope of the root at 0.
-        return torch.sigmoid(s_BTS1.sign() * s_BTS1.abs().clamp(min=1e-6).sqrt()).type_as(x_BTD)
+        if self.takes_root:
+            # The clamp bounds the slope of the root near 0.
+            s_BTS1 = s_BTS1.sign() * s_BTS1.abs().clamp(min=1e-6).sqrt()
+        return torch.sigmoid(s_BTS1).type_as(x_BTD)
 
     def _convolved(self, v_BTD: Tensor, context: FFNContext) -> Tensor:
         normed_BTD = self.conv_norm(v_BTD)
@@ -279,7 +283,9 @@ class Engram(nn.Module):
 
     def reads(self) -> list[TableRead]:
         """Returns one gather of K rows per token."""
-        return [TableRead(table=self._table.table, ids=self.addressing.reads, groups=self.addressing.reads)]
+        return [
+            TableRead(table=self._table.table, ids=self.addressing.reads, groups=self.addressing.reads, gather=True)
+        ]
 
     def cost(self) -> FFNCost:
         """Counts W_K, W_V and the filters; a read adds nothing up."""

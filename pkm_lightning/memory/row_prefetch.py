@@ -14,22 +14,37 @@ import collections
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from jaxtyping import Int
 
-    from pkm_lightning.memory.value_table import ValueTable
+    from pkm_lightning.memory.stored_rows import StoredRows
 
-#: Reads of one micro-batch: the table and the ids, (T, K) each, in any order.
-Reads = Sequence[tuple["ValueTable", Tensor]]
 #: Micro-batches of one loader that are kept: the one that is computed, and the next.
 _KEPT = 2
 #: Updates of a table between the prefetch of rows and their use, of which the rows are remembered.
 _UPDATES = 4
+
+
+@runtime_checkable
+class ReadTable(Protocol):
+    """The parts of a `ValueTable`, which itself imports this module."""
+
+    weight: nn.Parameter
+    stored: StoredRows | None
+    prefetcher: RowPrefetcher | None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether every read takes its lines from a file."""
+
+
+#: Reads of one micro-batch: the table and the ids, (T, K) each, in any order.
+Reads = Sequence[tuple[ReadTable, Tensor]]
 
 
 @dataclass
@@ -53,7 +68,7 @@ class CompactRead:
     ready: torch.cuda.Event | None = None
 
 
-def read_compactly(table: ValueTable, ids_TK: Int[Tensor, "T K"], device: torch.device) -> CompactRead:
+def read_compactly(table: ReadTable, ids_TK: Int[Tensor, "T K"], device: torch.device) -> CompactRead:
     """Reads the lines of `ids` from the file or host memory of a table.
 
     Raises:
@@ -63,7 +78,8 @@ def read_compactly(table: ValueTable, ids_TK: Int[Tensor, "T K"], device: torch.
     version = table.weight._version
     lines_U, local_TK = torch.unique(ids_TK.cpu().long(), return_inverse=True)
     pinned = device.type == "cuda"
-    if table.stored is not None and table.is_mapped:
+    if table.is_streamed:
+        assert table.stored is not None
         rows_UV = table.stored.read(lines_U, pinned=pinned)
     else:
         empty_UV = torch.empty(len(lines_U), table.weight.shape[1], dtype=table.weight.dtype, pin_memory=pinned)
@@ -82,12 +98,13 @@ class RowPrefetcher:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._batches: dict[object, collections.deque[Future[dict[ValueTable, list[CompactRead]]]]] = {}
-        self._updates: dict[ValueTable, collections.deque[tuple[int, int, Tensor]]] = {}
+        self._batches: dict[object, collections.deque[Future[dict[ReadTable, list[CompactRead]]]]] = {}
+        self._over: set[object] = set()
+        self._updates: dict[ReadTable, collections.deque[tuple[int, int, Tensor]]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def submit(self, source: object, tables: Sequence[ValueTable], reads: Callable[[], Reads]) -> None:
+    def submit(self, source: object, tables: Sequence[ReadTable], reads: Callable[[], Reads]) -> None:
         """Starts the reads of the next micro-batch.
 
         Args:
@@ -98,6 +115,7 @@ class RowPrefetcher:
         Raises:
             Exception: what an earlier micro-batch that is dropped now has raised on the thread.
         """
+        self._drop()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="table-prefetch")
         for table in tables:
@@ -108,35 +126,49 @@ class RowPrefetcher:
         while len(batches) > _KEPT:
             batches.popleft().result()
 
-    def end(self, source: object) -> None:
-        """Drops what was prefetched for an iteration that is over; the thread ends with the last one."""
-        for batch in self._batches.pop(source, ()):
-            batch.cancel()
-        if not self._batches and self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def end(self, source: object, *, keep: bool = False) -> None:
+        """Ends an iteration, and with the last one the thread.
+
+        Args:
+            source: the iteration.
+            keep: keeps what was prefetched until another micro-batch is submitted: the last one is not computed yet.
+        """
+        if source not in self._batches:
+            return
+        self._over.add(source)
+        if not keep:
+            self._drop()
+        if self._over >= self._batches.keys() and self._pool is not None:
+            self._pool.shutdown(wait=True)
             self._pool = None
+        if not self._batches:
             for table in self._updates:
                 table.prefetcher = None
             self._updates.clear()
 
-    def find(self, table: ValueTable, ids_TK: Int[Tensor, "T K"]) -> CompactRead | None:
+    def _drop(self) -> None:
+        """Drops the micro-batches of iterations that are over."""
+        for source in self._over:
+            for batch in self._batches.pop(source):
+                batch.cancel()
+        self._over.clear()
+
+    def find(self, table: ReadTable, ids_TK: Int[Tensor, "T K"]) -> CompactRead | None:
         """Returns the prefetched read of these ids, with the present lines of the table; None if there is none.
 
         Raises:
             Exception: what its thread has raised.
         """
         for batches in self._batches.values():
-            for number, batch in enumerate(batches):
-                # The oldest may be the present micro-batch, for which it is worth to wait.
-                if number and not batch.done():
-                    continue
+            # The oldest is the present micro-batch, or the next to last of a loader that is exhausted.
+            for batch in batches:
                 for read in batch.result().get(table, ()):
                     self._await(read)
                     if read.ids_TK.shape == ids_TK.shape and torch.equal(read.ids_TK.to(ids_TK.dtype), ids_TK):
                         return self._present(table, read)
         return None
 
-    def record_update(self, table: ValueTable, before: int, rows_U: Int[Tensor, " U"]) -> None:
+    def record_update(self, table: ReadTable, before: int, rows_U: Int[Tensor, " U"]) -> None:
         """Notes an update that has changed no other lines than these; `before` is the weight's version before it."""
         if table in self._updates:
             self._updates[table].append((before, table.weight._version, rows_U.long()))
@@ -150,7 +182,7 @@ class RowPrefetcher:
                 tensor.record_stream(current)
             read.ready = None
 
-    def _present(self, table: ValueTable, read: CompactRead) -> CompactRead | None:
+    def _present(self, table: ReadTable, read: CompactRead) -> CompactRead | None:
         """Returns the read with the present lines of the table; None if it is not known which have changed."""
         changed = self._changed(table, read.version)
         if changed is None:
@@ -164,7 +196,7 @@ class RowPrefetcher:
         read.version = table.weight._version
         return read
 
-    def _changed(self, table: ValueTable, version: int) -> list[Tensor] | None:
+    def _changed(self, table: ReadTable, version: int) -> list[Tensor] | None:
         """Returns the lines of the updates since `version` of the weight; None if something else has changed it."""
         changed = []
         for before, after, rows_U in self._updates.get(table, ()):
@@ -174,8 +206,8 @@ class RowPrefetcher:
         return changed if version == table.weight._version else None
 
     @torch.no_grad()
-    def _read(self, tables: tuple[ValueTable, ...], reads: Callable[[], Reads]) -> dict[ValueTable, list[CompactRead]]:
-        found: dict[ValueTable, list[CompactRead]] = {}
+    def _read(self, tables: tuple[ReadTable, ...], reads: Callable[[], Reads]) -> dict[ReadTable, list[CompactRead]]:
+        found: dict[ReadTable, list[CompactRead]] = {}
         with torch.cuda.stream(self._stream) if self._stream is not None else torch.no_grad():
             for table, ids_TK in reads():
                 if table in tables:

@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -24,12 +25,14 @@ from pkm_lightning.ops.file_rows import read_file_rows
 from pkm_lightning.storage import open_regular
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Float, Int64, UInt8
 
 #: Requests to the disk under way at a time, and the rows that are worth a thread.
 _MOST_THREADS, _ROWS_PER_THREAD = 8, 512
 #: The digest covers so many pages, evenly spaced; all of a table that has no more.
 _DIGEST_PAGES, _PAGE = 256, 4096
+# Two threads that open a file each would leave one with a descriptor that the other has closed.
+_opening = threading.Lock()
 
 
 class StoredRows:
@@ -62,12 +65,12 @@ class StoredRows:
         threads = min(_MOST_THREADS, len(ids_U) // _ROWS_PER_THREAD)
         try:
             if threads < 2:
-                self._read(ids_U, bytes_UZ)
+                self.read_into(ids_U, bytes_UZ)
             else:
                 parts = zip(ids_U.tensor_split(threads), bytes_UZ.tensor_split(threads), strict=True)
                 # Threads of this call alone: 0.1 ms, and none is left when a run ends or fails.
                 with ThreadPoolExecutor(threads, thread_name_prefix="table-rows") as pool:
-                    list(pool.map(lambda part: self._read(*part), parts))
+                    list(pool.map(lambda part: self.read_into(*part), parts))
         except (OSError, EOFError) as error:
             raise self.failure(error) from error
         return out_UV
@@ -80,7 +83,7 @@ class StoredRows:
         """
         width = self.width * self.dtype.itemsize
         try:
-            content = bytearray(self._bytes(self.start + first * width, count * width))
+            content = bytearray(self.read_bytes(first * width, count * width))
         except (OSError, EOFError) as error:
             raise self.failure(error) from error
         return torch.frombuffer(content, dtype=self.dtype).view(count, self.width)
@@ -100,16 +103,27 @@ class StoredRows:
             for number in range(chosen):
                 # The first and the last page are among them.
                 page = number * (pages - 1) // max(1, chosen - 1)
-                made.update(self._bytes(self.start + page * _PAGE, min(_PAGE, total - page * _PAGE)))
+                made.update(self.read_bytes(page * _PAGE, min(_PAGE, total - page * _PAGE)))
         except (OSError, EOFError) as error:
             raise self.failure(error) from error
         return torch.tensor((self.lines, self.width, *struct.unpack("<4q", made.digest())), device="cpu")
 
-    def _read(self, ids_U: Tensor, bytes_UZ: Tensor) -> None:
+    def read_into(self, ids_U: Int64[Tensor, " U"], bytes_UZ: UInt8[Tensor, "U Z"]) -> None:
+        """Fills `bytes` with lines of Z bytes, by this thread.
+
+        Raises:
+            ValueError: an id is out of range.
+            OSError, EOFError: as `read_bytes`.
+        """
         read_file_rows(self._descriptor(), self.start, self.lines, ids_U, bytes_UZ)
 
-    def _bytes(self, start: int, length: int) -> bytes:
-        parts = []
+    def read_bytes(self, start: int, length: int) -> bytes:
+        """Returns bytes of the values; `start` counts from the first value.
+
+        Raises:
+            OSError, EOFError: the file cannot be read, or has become shorter.
+        """
+        parts, start = [], self.start + start
         while length:
             part = os.pread(self._descriptor(), length, start)  # Linux returns 2 GiB at most
             if not part:
@@ -119,13 +133,13 @@ class StoredRows:
         return b"".join(parts)
 
     def _descriptor(self) -> int:
-        if self._file is None:
-            file = open_regular(self.path, "rb")
-            if hasattr(os, "posix_fadvise"):
-                # Scattered rows: the neighbours, which the system reads by default, would be read for nothing.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            self._file = file
-        return self._file.fileno()
+        with _opening:
+            if self._file is None:
+                self._file = open_regular(self.path, "rb")
+                if hasattr(os, "posix_fadvise"):
+                    # Scattered rows: the neighbours, which the system reads by default, would be read for nothing.
+                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            return self._file.fileno()
 
     def failure(self, error: Exception) -> CheckpointError:
         """Returns the error that names the file and what went wrong."""

@@ -6,18 +6,36 @@ Letters: N lines, V values per line.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from pkm_lightning.memory.mesh import TableMesh
     from pkm_lightning.memory.stored_rows import StoredRows
-    from pkm_lightning.memory.value_table import ValueTable
+
+
+class FilledTable(Protocol):
+    """The parts of a `ValueTable`, which itself imports this module."""
+
+    weight: nn.Parameter
+    dim: int
+    slices: int
+    std: float
+    mesh: TableMesh | None
+
+    @property
+    def n_lines(self) -> int:
+        """Number of lines of the whole table."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each rank holds a part."""
 
 
 @torch.no_grad()
-def draw_rows(table: ValueTable) -> None:
+def draw_rows(table: FilledTable) -> None:
     """Draws the rows from N(0, std**2), the same table for every sharding; does nothing on meta.
 
     Every rank draws the whole table block by block, so that it never holds more than its part and one block.
@@ -38,7 +56,7 @@ def draw_rows(table: ValueTable) -> None:
 
 
 @torch.no_grad()
-def copy_rows(table: ValueTable, stored: StoredRows) -> None:
+def copy_rows(table: FilledTable, stored: StoredRows) -> None:
     """Copies this rank's part of the rows in a file, block by block, in the dtype of the table; does nothing on meta.
 
     Raises:
@@ -51,7 +69,7 @@ def copy_rows(table: ValueTable, stored: StoredRows) -> None:
         table.weight[start : start + length] = stored.block(low + start, length)[:, columns]
 
 
-def _own_part(table: ValueTable) -> tuple[int, int, slice]:
+def _own_part(table: FilledTable) -> tuple[int, int, slice]:
     """Returns the first line of this rank, the one past its last, and its columns."""
     width = table.dim // table.slices
     if table.mesh is None:

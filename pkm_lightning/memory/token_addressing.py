@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MOST_ROWS = 2**31 - 1
 #: Constants of the multipliers: those of SplitMix64, and the distance between the seeds of consecutive tables.
 _WORD, _GAMMA, _MIX_1, _MIX_2 = 2**64, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_SEED_STRIDE = 10_007
+SEED_STRIDE = 10_007
 
 
 class NGramAddressing(nn.Module):
@@ -222,7 +222,7 @@ def padded_rows(sizes: Sequence[int], multiple: int) -> int:
 def hash_multipliers(count: int, vocab_size: int, seed: int, table_number: int) -> tuple[int, ...]:
     """Returns odd multipliers, whose products with token ids do not wrap."""
     bound = max(1, (2**63 - 1) // max(vocab_size, 1) // 2)
-    states = [seed + _SEED_STRIDE * table_number + _GAMMA * (i + 1) for i in range(count)]
+    states = [seed + SEED_STRIDE * table_number + _GAMMA * (i + 1) for i in range(count)]
     return tuple(2 * (_splitmix64(state) % bound) + 1 for state in states)
 
 

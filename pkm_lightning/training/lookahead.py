@@ -36,10 +36,11 @@ class Lookahead:
     Args:
         loader: any iterable.
         observe: called with the iteration and each micro-batch.
-        end: called with an iteration that is over, or abandoned.
+        end: called with an iteration that is over or abandoned, and `keep=True` where its last micro-batch is still to
+            be computed.
     """
 
-    def __init__(self, loader: Any, observe: Callable[[object, Any], None], end: Callable[[object], None]) -> None:
+    def __init__(self, loader: Any, observe: Callable[[object, Any], None], end: Callable[..., None]) -> None:
         # Past __setattr__, which is the loader's.
         self.__dict__.update(_loader=loader, _observe=observe, _end=end)
 
@@ -57,11 +58,13 @@ class Lookahead:
     def __iter__(self) -> Iterator[Any]:
         iteration, batches = object(), iter(self._loader)
         ahead = sized_len(self._loader) is not None and not hasattr(self._loader, "state_dict")
+        keep = False
         try:
             if not ahead:
                 for batch in batches:
                     self._observe(iteration, batch)
                     yield batch
+                keep = True
                 return
             batch, failure = self._pull(batches, iteration)
             while batch is not _END:
@@ -71,7 +74,7 @@ class Lookahead:
             if failure is not None:
                 raise failure
         finally:
-            self._end(iteration)
+            self._end(iteration, keep=keep)
 
     def _pull(self, batches: Iterator[Any], iteration: object) -> tuple[Any, Exception | None]:
         """Returns the next micro-batch, or what went wrong: an error of the data must not come a step early."""
@@ -123,7 +126,7 @@ def is_prefetched(table: ValueTable, device: torch.device) -> bool:
     if table.is_streamed:
         return True
     # With learning=dense every row changes in every step.
-    changes_everywhere = table.weight.requires_grad
+    changes_everywhere = any(parameter.requires_grad for parameter in table.parameters())
     return table.stays_on_cpu and device.type != "cpu" and not table.is_split and not changes_everywhere
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
-from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model
+from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.stored_tables import fill_first_rows
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
@@ -89,6 +89,7 @@ class LanguageModule(L.LightningModule):
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         if not self._weights_follow:
             fill_first_rows(self.model)
+            load_pretrained(self.model)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
                 bind_tokenizer(self.model, tokenizer_of(self._data()), self.config)

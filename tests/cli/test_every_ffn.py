@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from processes import assert_equal_runs, metrics
 from small import SMALL_RUN, Run
-from tree import ROOT
+from tree import ffns_without_files
 
-FFNS = sorted(
-    path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem not in ("custom", "pretrained")
-)
+FFNS = ffns_without_files()
 
 
 # Quick tests of the same for Memory+: a killed run in test_resume.py, a moved one in test_fit.py. Other FFNs differ in

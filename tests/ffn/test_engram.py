@@ -81,7 +81,9 @@ def written_out(plugin: Engram, x_BTD: Tensor, context: FFNContext, table: Value
             key_BTC = normalised(e_BTX @ plugin.key.weight[part].T, plugin.key_norm.weight[part], 1)
             query_BTC = normalised(x_BTD[..., part], plugin.query_norm.weight[part], 1)
             s_BT1 = (key_BTC * query_BTC).sum(-1, keepdim=True) / C**0.5
-            alpha_BT1 = torch.sigmoid(s_BT1.sign() * s_BT1.abs().clamp(min=1e-6).sqrt())
+            if plugin.takes_root:
+                s_BT1 = s_BT1.sign() * s_BT1.abs().clamp(min=1e-6).sqrt()
+            alpha_BT1 = torch.sigmoid(s_BT1)
         parts.append(alpha_BT1 * value_BTC)
     v_BTD = torch.cat(parts, -1)
     normed_BTD = normalised(v_BTD, plugin.conv_norm.weight, S) * valid_BT.unsqueeze(-1)
@@ -104,7 +106,12 @@ def written_out(plugin: Engram, x_BTD: Tensor, context: FFNContext, table: Value
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"streams": 3}, {"gate": "none", "kernel": 1}, {"orders": [4, 2], "heads": 1, "dilation": 2}],
+    [
+        {},
+        {"streams": 3},
+        {"gate": "none", "kernel": 1},
+        {"gate": "no_root", "orders": [4, 2], "heads": 1, "dilation": 2},
+    ],
     ids=str,
 )
 def test_output_and_gradients(changes: dict[str, Any], documents: bool, padded: bool) -> None:
@@ -253,7 +260,7 @@ def test_tables_of_several_layers_have_other_primes_and_other_hashes() -> None:
         ({"streams": 0}, r"^ffn.streams=0 is out of range"),
         ({"kernel": 0}, r"^ffn.kernel=0 is out of range"),
         ({"dilation": 0}, r"^ffn.dilation=0 is out of range"),
-        ({"gate": "tanh"}, r"^ffn.gate='tanh' is not known; allowed: sigmoid, none."),
+        ({"gate": "tanh"}, r"^ffn.gate='tanh' is not known; allowed: sigmoid, no_root, none."),
         ({"canonical": "maybe"}, r"^ffn.canonical='maybe' is neither true nor false"),
         ({"norm_eps": -1.0}, r"^ffn.norm_eps=-1.0 is out of range"),
         ({"end_id": 50}, r"^ffn.end_id=50 is out of range; allowed: 0 to 49.$"),

@@ -11,7 +11,7 @@ import torch
 from ffn.plugin_contract import Case, PluginContract, built, check_compiled, check_reads, ids, run
 from ffn.recorded_reads import recorded_reads
 from torch import Tensor
-from tree import ROOT
+from tree import ffns_without_files
 
 from pkm_lightning.build.model import build_model
 from pkm_lightning.ffn import MemoryPlus, TableRead
@@ -37,10 +37,9 @@ OPTIONS = [
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
     Case("peer", {"shared_keys": False}, "keys per head"),
     Case("engram", {"rows": 1, "row_dim": 5, "gate": "none", "orders": [4, 2], "kernel": 1}, "no gate"),
+    Case("ple", {"context": False, "activation": "silu"}, "rows alone"),
 ]
-NAMES = sorted(
-    path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml") if path.stem not in ("custom", "pretrained")
-)
+NAMES = ffns_without_files()
 CASES = [*(Case(name, CHANGES.get(name, {})) for name in NAMES), *OPTIONS]
 
 

@@ -1,0 +1,71 @@
+"""The tensors in safetensors files of any origin: one file, or a folder of several with an index or without one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pkm_lightning.checkpoints.safetensors import Entry, read_entries
+from pkm_lightning.errors import CheckpointError
+
+
+def stored_entries(path: Path, key: str) -> dict[str, tuple[Path, Entry]]:
+    """Returns file and place of each tensor of a file, or of all files of a folder; only headers are read.
+
+    Args:
+        path: of the file or folder.
+        key: what the path is called in messages, such as `table.path=`.
+
+    Raises:
+        CheckpointError: there is no such file, one of an index is missing, or one is damaged.
+    """
+    return _entries(path, key, stamp(path, key))
+
+
+def stamp(path: Path, key: str) -> tuple[int, int, int]:
+    """Returns what changes with a file, so that its header and digest are read once.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise CheckpointError(
+            f"{key}{path} cannot be read ({error.strerror}); it holds the rows of a table: put it back, or name the "
+            f"file with {key}FILE."
+        ) from None
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _entries(path: Path, key: str, of_file: tuple[int, int, int]) -> dict[str, tuple[Path, Entry]]:
+    found = {}
+    for file in _files(path, key):
+        try:
+            found.update({name: (file, entry) for name, entry in read_entries(file).items()})
+        except OSError as error:
+            raise CheckpointError(f"{key}{path}: {file.name} cannot be read ({error.strerror}).") from None
+        except ValueError as error:
+            raise CheckpointError(f"{key}{path}: {file.name} is no whole safetensors file ({error}).") from None
+    return found
+
+
+def _files(path: Path, key: str) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    index = next(iter(sorted(path.glob("*.safetensors.index.json"))), None)
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    if index is not None:
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            # `name`: an index of somebody else's must not name files elsewhere.
+            names = sorted({Path(str(name)).name for name in listed})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{key}{path}: {index.name} is unreadable; restore it.") from None
+    if not names:
+        raise CheckpointError(f"{key}{path} holds no .safetensors file; give the file or folder with the weights.")
+    yield from (path / name for name in names)

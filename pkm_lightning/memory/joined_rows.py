@@ -1,0 +1,58 @@
+"""The rows of a table that is stored in several parts, one below the other, each in any file.
+
+Letters: V values per line, U lines to read, Z bytes per line.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pkm_lightning.memory.stored_rows import StoredRows
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64, UInt8
+
+
+class JoinedRows(StoredRows):
+    """The lines of all parts, in their order.
+
+    Args:
+        path: what the parts are called in messages: the folder of their files.
+        parts: one or more, of one width and dtype.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[StoredRows]) -> None:
+        lines = sum(part.lines for part in parts)
+        super().__init__(path=path, start=0, dtype=parts[0].dtype, lines=lines, width=parts[0].width)
+        self.parts = list(parts)
+        self._ends = list(accumulate(part.lines for part in parts))
+
+    def read_into(self, ids_U: Int64[Tensor, " U"], bytes_UZ: UInt8[Tensor, "U Z"]) -> None:
+        """Fills `bytes` with lines of Z bytes, by this thread; otherwise as `StoredRows.read_into`."""
+        part_U = torch.bucketize(ids_U, torch.tensor(self._ends), right=True)
+        for number in part_U.unique().tolist():
+            if number == len(self.parts):
+                raise ValueError(f"ids reach {int(ids_U.max())}; there are {self.lines} rows.")
+            part, chosen_U = self.parts[number], (part_U == number).nonzero().squeeze(1)
+            local_U = ids_U[chosen_U] - (self._ends[number] - part.lines)
+            of_part_UZ = torch.empty(len(local_U), bytes_UZ.shape[1], dtype=torch.uint8)
+            part.read_into(local_U, of_part_UZ)
+            bytes_UZ[chosen_U] = of_part_UZ
+
+    def read_bytes(self, start: int, length: int) -> bytes:
+        """Returns bytes of the values of all parts; otherwise as `StoredRows.read_bytes`."""
+        width, read = self.width * self.dtype.itemsize, []
+        while length:
+            number = bisect.bisect_right(self._ends, start // width)
+            end = self._ends[number] * width
+            taken = min(length, end - start)
+            read.append(self.parts[number].read_bytes(start - (end - self.parts[number].lines * width), taken))
+            start, length = start + taken, length - taken
+        return b"".join(read)
