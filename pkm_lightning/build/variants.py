@@ -75,19 +75,19 @@ def variants(config: Config) -> list[Variant]:
     Raises:
         ConfigError: as `Placement`, naming the variant where it is an extra one.
     """
-    found = [Variant(MAIN, config["ffn"], instantiate(config["placement"], "placement"), config["table"])]
+    of_config = [Variant(MAIN, config["ffn"], instantiate(config["placement"], "placement"), config["table"])]
     for name, extra in sorted((config.get(EXTRAS) or {}).items()):
         with naming(name):
             placement: Placement = instantiate(extra["placement"], "placement")
             if placement.write_after != 0:
                 delay = "null" if placement.write_after is None else placement.write_after
                 raise ConfigError(f"placement.write_after={delay} is for ffn alone; set it to 0.")
-        found.append(Variant(name, extra["ffn"], placement, table_of(config, extra)))
-    return found
+        of_config.append(Variant(name, extra["ffn"], placement, table_of(config, extra)))
+    return of_config
 
 
 def names_by_place(config: Config) -> dict[tuple[int, str], str]:
-    """Returns the name of the variant whose plugin a layer has, by its number and the plugin's name within it."""
+    """Returns the names of variants by layer and name of the plugin within it."""
     n_layers = int(config["model"]["n_layers"])
     return {
         (layer, part): variant.name
