@@ -92,7 +92,7 @@ class LanguageModule(L.LightningModule):
             load_pretrained(self.model)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
-                bind_tokenizer(self.model, tokenizer_of(self._data()))
+                bind_tokenizer(self.model, tokenizer_of(self._data()), self.config)
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
