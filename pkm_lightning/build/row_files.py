@@ -17,7 +17,7 @@ from pkm_lightning.checkpoints.weight_files import stamp, stored_entries
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory.joined_rows import JoinedRows
-from pkm_lightning.memory.stored_rows import StoredRows
+from pkm_lightning.memory.stored_rows import SharedFile, StoredRows
 
 Config = Mapping[str, Any]
 #: The place of one part of a table: a file, and where in it.
@@ -157,8 +157,17 @@ def _joined(
     path: Path, parts: tuple[tuple[Path, int, int, tuple[int, int, int]], ...], dtype: torch.dtype, width: int
 ) -> StoredRows:
     # One object per table, whose digest is computed once although a command builds its model several times.
+    # A table may have more parts than a process may have open files.
+    opened = {file: SharedFile(file) for file, *_ in parts}
     stored = [
-        StoredRows(path=file, start=start, dtype=dtype, lines=n_bytes // dtype.itemsize // width, width=width)
+        StoredRows(
+            path=file,
+            start=start,
+            dtype=dtype,
+            lines=n_bytes // dtype.itemsize // width,
+            width=width,
+            file=opened[file],
+        )
         for file, start, n_bytes, _ in parts
     ]
     return stored[0] if len(stored) == 1 else JoinedRows(path, stored)
