@@ -46,19 +46,19 @@ def find_rows(table: Config, spec: TableSpec, number: int, count: int) -> Stored
     path, name = Path(str(table["path"])), _tensor_name(table.get("tensor"), number, count)
     files = stored_entries(path, _KEY)
     if name is not None and _PART in name:
-        found = {name: _parts(path, name, files)}
+        candidates = {name: _parts(path, name, files)}
     elif name is not None:
-        found = {name: [files[name]]} if name in files else {}
+        candidates = {name: [files[name]]} if name in files else {}
     else:
-        found = {known: [place] for known, place in files.items() if place[1].shape == (rows, dim)}
-    if len(found) > 1:
+        candidates = {known: [place] for known, place in files.items() if place[1].shape == (rows, dim)}
+    if len(candidates) > 1:
         raise ConfigError(
-            f"table.path={path} holds {len(found)} tensors of {rows:,} x {dim} values; choose one with "
-            f"table.tensor={' or '.join(sorted(found)[:3])}."
+            f"table.path={path} holds {len(candidates)} tensors of {rows:,} x {dim} values; choose one with "
+            f"table.tensor={' or '.join(sorted(candidates)[:3])}."
         )
-    if not any(found.values()):
+    if not any(candidates.values()):
         raise ConfigError(f"table.path={path} {_missing(name, rows, dim, files)}")
-    ((known, places),) = found.items()
+    ((known, places),) = candidates.items()
     entries = [entry for _, entry in places]
     shape, dtype = _joined_shape(entries), entries[0].dtype
     is_float = dtype.is_floating_point and dtype.itemsize > 1
