@@ -45,6 +45,7 @@ format: setup ## format and mend what can be mended
 bench: setup ## time the package beside its peers on the CPU, about 22 minutes; BENCH=--out writes scripts/results/
 	$(BIN)/python scripts/bench_ops.py --device cpu $(BENCH)
 	$(BIN)/python scripts/bench_train.py --device cpu $(BENCH)
+	$(BIN)/python scripts/bench_token_tables.py --device cpu $(BENCH)
 	$(BIN)/python scripts/bench_decode.py --device cpu $(BENCH)
 	$(BIN)/python scripts/bench_mmap.py $(BENCH)
 	$(BIN)/python scripts/bench_generation.py $(BENCH)
@@ -55,6 +56,7 @@ bench: setup ## time the package beside its peers on the CPU, about 22 minutes; 
 bench-gpu: ## the same on a GPU by the system's PYTHON, which needs torch and triton only
 	PYTHONPATH=. $(PYTHON) scripts/bench_ops.py --device cuda $(BENCH)
 	PYTHONPATH=. $(PYTHON) scripts/bench_train.py --device cuda $(BENCH)
+	PYTHONPATH=. $(PYTHON) scripts/bench_token_tables.py --device cuda $(BENCH)
 	PYTHONPATH=. $(PYTHON) scripts/bench_decode.py --device cuda $(BENCH)
 
 build: setup ## sdist and wheel in dist/

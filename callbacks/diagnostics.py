@@ -10,6 +10,7 @@ own as `vitals/layerL.NAME`:
 | score_max, score_min | the scores of the slots that are read |
 | weight_top | mean share of the largest weight in a read: 1 is a saturated softmax |
 | router_logit_max, router_top | routers: the largest absolute logit, the mean over tokens of the largest probability |
+| memory_gate, memory_share | memories before a layer: mean gate, mean norm of their output over that of the stream |
 | output_logit_max, log_partition | the largest absolute logit of the vocabulary, the mean of logsumexp |
 | value_norm | root mean square of the L2 norms of a table's rows |
 | update_ratio_GROUP | L2 norm of the step's update over that of the weights, per optimizer group |

@@ -24,7 +24,7 @@ from typing import Any
 WAYS: dict[str, tuple[list[str], float]] = {
     "lazy_adam": (["table/optimizer=lazy_adam"], 4),
     "factored_adam": (["table/optimizer=factored_adam"], 4),
-    "lazy_adam_by_row": (["table/optimizer=lazy_adam", "table.optimizer.bias_correction=row"], 4),
+    "lazy_adam_by_row": (["table/optimizer=lazy_adam", "table.optimizer.bias_correction=row"], 16),
     "row_adagrad": (["table/optimizer=row_adagrad"], 16),
 }
 #: About 1,400 facts, each shown 36 times as in the default, in a table of 16,384 rows of 64 values.

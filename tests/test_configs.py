@@ -33,8 +33,8 @@ OPTIONS = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if path.parent not in (CONFIGS, *SHARED, PREPARED) and path not in PRETRAINED
 )
-#: FFNs and experiments bring settings of other groups with them: each stands alone.
-ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "experiment="))]
+#: FFNs and experiments bring settings of other groups with them, and layers: each stands alone.
+ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "extra_ffns=", "experiment="))]
 #: The options of the other groups side by side, since composing is what takes the time.
 TOGETHER = itertools.zip_longest(
     *(
@@ -122,6 +122,8 @@ def test_the_module_builds_with_its_optimizer(ffn: str, tmp_path: Path) -> None:
         ("pkm", "centred", "replace"),
         ("ultramem", "spread", "parallel"),
         ("ultramem_v2", "all", "parallel"),
+        ("ple", "all", "after"),
+        ("stem", "all", "replace"),
     ],
 )
 def test_an_ffn_brings_its_papers_placement_and_tables_and_the_user_decides(
@@ -130,7 +132,7 @@ def test_an_ffn_brings_its_papers_placement_and_tables_and_the_user_decides(
     config = composed([f"ffn={ffn}"], tmp_path)
     own = config["placement"]
     assert (own["layers"], own["mode"]) == (layers, mode)
-    assert config["table"]["shared"] is not ffn.startswith("ultramem")
+    assert config["table"]["shared"] is not ffn.startswith(("ultramem", "stem"))
     chosen = composed([f"ffn={ffn}", "placement=centred", "placement.count=2"], tmp_path)["placement"]
     assert (chosen["layers"], chosen["count"], chosen["mode"]) == ("centred", 2, "replace")
 

@@ -170,7 +170,7 @@ def with_table_device(config: Mapping[str, Any], device: str) -> dict[str, Any]:
     extras = {}
     for name, extra in (config.get(EXTRAS) or {}).items():
         table = dict(extra.get("table") or {})
-        if table.get("path") is None:
+        if table.get("path") is None or table.get("trainable", True):
             table.pop("device", None)
         extras[name] = {**extra, "table": table}
     return {**moved, EXTRAS: extras} if extras else moved

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pkm_lightning.build.row_files import find_rows, map_rows
-from pkm_lightning.build.variants import table_of
+from pkm_lightning.build.variants import EXTRAS, MAIN, naming, table_of
 from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import CheckpointError, ConfigError
@@ -59,17 +59,17 @@ def check_table_keys(config: Config, *, training: bool) -> None:
     Raises:
         ConfigError: naming the key and what to set instead.
     """
-    for table in _tables(config):
-        _check_keys(table)
-        if training and table.get("device") == "mmap":
-            _check_mapped_training(table)
+    for name, table in _tables(config).items():
+        with naming(name):
+            _check_keys(table)
+            if training and table.get("device") == "mmap":
+                _check_mapped_training(table)
 
 
-def _tables(config: Config) -> Iterator[Config]:
-    """Yields the settings of the tables of each variant."""
-    yield config["table"]
-    for extra in (config.get("extra_ffns") or {}).values():
-        yield table_of(config, extra or {})
+def _tables(config: Config) -> dict[str, Config]:
+    """Returns the settings of the tables of each variant by its name."""
+    extras = {name: table_of(config, extra) for name, extra in (config.get(EXTRAS) or {}).items()}
+    return {MAIN: config["table"], **extras}
 
 
 def _check_keys(table: Config) -> None:
@@ -198,7 +198,7 @@ def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
     if not names:
         return
     config = with_table_path(checkpoint.config, path)
-    tables = [table for table in _tables(config) if table.get("path") is not None]
+    tables = [table for table in _tables(config).values() if table.get("path") is not None]
     rows = {}
     for name in names:
         (chunk,) = checkpoint.chunks(name)
@@ -215,7 +215,24 @@ def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
 
 
 def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
-    """Returns a saved configuration whose `table.path` is where the file lies now; None leaves it."""
+    """Returns a saved configuration whose `table.path` is where the file lies now; None leaves it.
+
+    It is that of the variant whose rows lie in a file.
+
+    Raises:
+        ConfigError: several variants have a file each.
+    """
     if path is None:
         return config
-    return with_absolute_paths({**config, "table": {**config["table"], "path": str(path)}})
+    filed = [name for name, table in _tables(config).items() if table.get("path") is not None] or [MAIN]
+    if len(filed) > 1:
+        raise ConfigError(
+            f"table.path={path} is one file, but {', '.join(filed)} have a file each; put them where they were in "
+            "training."
+        )
+    if filed == [MAIN]:
+        return with_absolute_paths({**config, "table": {**config["table"], "path": str(path)}})
+    extra = config[EXTRAS][filed[0]]
+    moved = {**extra, "table": {**extra["table"], "path": str(path)}}
+    return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], filed[0]: moved}})
+

@@ -48,7 +48,7 @@ Bytes that one device receives in an optimizer step. An all-reduce of n bytes co
 | `table_backward` | sum | p v I Q + O; dot: the same |
 | `replicas` | rows | the least of the three ways in `memory.replicas`: reads, rows, dense |
 | | dense | 2 (R - 1) / R N V v / P |
-| `row_statistics` | a rule that needs whole rows, `dim` | 2 (P - 1) / P U c |
+| `row_statistics` | a rule that needs whole rows, `dim`; whole columns, `row` | 2 (P - 1) / P U c; 2 (P - 1) / P V c |
 
 with w = (W - 1) / W, p = P - 1, Q = A T times the reads per token, and O = p / P Q G V v for `dim`, p Q G V v for
 `row`. For `dim`, O does not depend on I. With activation checkpointing the forward runs twice. ZeRO-1 and -2 all-reduce

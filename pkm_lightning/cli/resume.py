@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _CHANGEABLE = (
     "table.path",
     "table.tensor",
 )
+#: Likewise of the tables of a further variant.
+_FILE_OF_EXTRA = re.compile(r"extra_ffns\.\w+\.table\.(path|tensor)")
 _ABSENT = object()
 _GROUPS = ("model", "ffn", "data", "optim", "placement", "table", "trainer")
 #: Of these one may be null or empty, but not absent.
@@ -214,6 +217,8 @@ def _is_default(arguments: Mapping[str, Any], name: str) -> bool:
     """
     if "_target_" not in arguments:
         return arguments[name] is None or arguments[name] == []
+    if str(name).startswith("_") and name != "_target_":  # of `match=`, which has been solved
+        return True
     parameter = inspect.signature(target_class(arguments, name)).parameters.get(name)
     if parameter is None:  # a key of the builder
         return arguments[name] is None
@@ -233,6 +238,9 @@ def may_change_on_resume(key: str) -> bool:
 
 def _changeable_key(key: str) -> str | None:
     path = key.lstrip("+~").split("@")[0].replace("/", ".")
+    of_extra = _FILE_OF_EXTRA.fullmatch(path)
+    if of_extra:
+        return of_extra[0]
     return next((known for known in _CHANGEABLE if path == known or path.startswith(f"{known}.")), None)
 
 
@@ -240,9 +248,12 @@ def with_machine_overrides(saved: Mapping[str, Any], new: Mapping[str, Any], cha
     """Returns `saved` with those of the `changed` keys that a continued run may change as in `new`."""
     changed_config = copy.deepcopy(dict(saved))
     for key in changed:
-        group, _, name = (_changeable_key(key) or "").partition(".")
-        if name:
-            changed_config.setdefault(group, {})[name] = new[group][name]
+        group, *names = (_changeable_key(key) or "").split(".")
+        if names:
+            source, target = new[group], changed_config.setdefault(group, {})
+            for name in names[:-1]:
+                source, target = source[name], target[name]
+            target[names[-1]] = source[names[-1]]
         elif group in new:
             changed_config[group] = new[group]
             if group == "devices":

@@ -37,7 +37,7 @@ then from the inputs and the output of its forward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -164,8 +164,7 @@ class TableRead:
     reads: int = 1
     groups: int = 0
     dot: bool = False
-    # Not compared: a plugin may describe the call by its ids and groups alone, which overestimates the bytes a little.
-    gather: bool = field(default=False, compare=False)
+    gather: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

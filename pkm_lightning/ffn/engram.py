@@ -283,7 +283,9 @@ class Engram(nn.Module):
 
     def reads(self) -> list[TableRead]:
         """Returns one gather of K rows per token."""
-        return [TableRead(table=self._table.table, ids=self.addressing.reads, groups=self.addressing.reads)]
+        return [
+            TableRead(table=self._table.table, ids=self.addressing.reads, groups=self.addressing.reads, gather=True)
+        ]
 
     def cost(self) -> FFNCost:
         """Counts W_K, W_V and the filters; a read adds nothing up."""

@@ -19,7 +19,7 @@ __all__ = ["PLE"]
 
 
 class PLE(TokenTableFFN):
-    """The per-layer embeddings of Gemma 3n and Gemma 4, by transformers' `gemma3n` and `gemma4`:
+    """The per-layer embeddings of Gemma 3n and Gemma 4, as transformers computes them (`gemma3n`, `gemma4`):
 
         p = (sqrt(V) E_l[x] + RMSNorm(W_c e)) / sqrt(2)        (sqrt(V) E_l[x] without `context`)
         y = RMSNorm(W_up (act(W_gate h) * p))
@@ -37,7 +37,7 @@ class PLE(TokenTableFFN):
     | Gemma | here |
     |---|---|
     | `embed_tokens_per_layer` | the table |
-    | `per_layer_model_projection` (its rows of layer l), `per_layer_projection_norm` | `context`, `context_norm` |
+    | `per_layer_model_projection` (rows of layer l), `per_layer_projection_norm` | `projection`, `projection_norm` |
     | `per_layer_input_gate`, `per_layer_projection`, `post_per_layer_input_norm` | `gate`, `up`, `norm` |
     | `hidden_size_per_layer_input` | `value_dim` V |
 
@@ -79,8 +79,8 @@ class PLE(TokenTableFFN):
         named = f"model.vocab_size={vocab_size} and {table.slices} x ffn.value_dim={width}"
         check_table(table, vocab_size, table.slices * width, named=named)
         self.n_layers, self.activation = n_layers, activation
-        self.context = nn.Linear(dim, width, bias=False) if context else None
-        self.context_norm = nn.RMSNorm(width, eps=norm_eps) if context else None
+        self.projection = nn.Linear(dim, width, bias=False) if context else None
+        self.projection_norm = nn.RMSNorm(width, eps=norm_eps) if context else None
         self.gate = nn.Linear(dim, width, bias=False)
         self.up = nn.Linear(width, dim, bias=False)
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
@@ -96,11 +96,11 @@ class PLE(TokenTableFFN):
 
     def reset_parameters(self) -> None:
         """Draws all matrices from N(0, 1/fan_in); sets the output's gain to 1/sqrt(2 n_layers), the other to 1."""
-        for matrix in (self.gate, self.up, self.context):
+        for matrix in (self.gate, self.up, self.projection):
             if matrix is not None:
                 nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
-        if self.context_norm is not None:
-            self.context_norm.reset_parameters()
+        if self.projection_norm is not None:
+            self.projection_norm.reset_parameters()
         # The norm makes the output as large as its gain: with 1 it would drown a stream of branches that start smaller.
         nn.init.constant_(self.norm.weight, (2 * self.n_layers) ** -0.5)
 
@@ -108,22 +108,22 @@ class PLE(TokenTableFFN):
         """Returns what is added to the residual stream `x_BTD`; the trace holds the rows read.
 
         Raises:
-            ConfigError: `context` without the token embeddings that `ffn.context=true` reads.
+            ConfigError: `ffn.context=true`, and no token embeddings in `context`.
         """
         p_BTV = self.read(context).to(x_BTD.dtype) * self.read_dim**0.5
-        if self.context is not None and self.context_norm is not None:
+        if self.projection is not None and self.projection_norm is not None:
             if context.embedding_BTD is None:
                 raise ConfigError("ffn.context=true reads the token embeddings, which this model does not pass on.")
             # Under autocast matrices give bf16; norms and sums stay in the dtype of the stream.
-            projected_BTV = self.context(context.embedding_BTD).to(x_BTD.dtype)
-            p_BTV = (p_BTV + self.context_norm(projected_BTV)) * 2**-0.5
+            projected_BTV = self.projection(context.embedding_BTD).to(x_BTD.dtype)
+            p_BTV = (p_BTV + self.projection_norm(projected_BTV)) * 2**-0.5
         y_BTD = self.up(self._activate(self.gate(x_BTD)) * p_BTV)
         return FFNOutput(self.norm(y_BTD.to(x_BTD.dtype)), trace=self.trace(context))
 
     def cost(self) -> FFNCost:
         """Counts the matrices and one line of the table per token; norms and products of elements count no FLOPs."""
         params = sum(p.numel() for p in self.parameters())
-        matrices = sum(m.weight.numel() for m in (self.gate, self.up, self.context) if m is not None)
+        matrices = sum(m.weight.numel() for m in (self.gate, self.up, self.projection) if m is not None)
         return FFNCost(
             params=params,
             table_params=self.table.size,

@@ -22,7 +22,7 @@ __all__ = ["STEM"]
 
 
 class STEM(TokenTableFFN):
-    """A SwiGLU without its up-projection, which reads a row of the token x instead:
+    """A SwiGLU whose up-projection is the row of token x:
 
         y = W_d (silu(W_g h) * E_l[x])
 

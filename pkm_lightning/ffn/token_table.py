@@ -60,7 +60,7 @@ class TokenTableFFN(nn.Module):
 
     def reads(self) -> list[TableRead]:
         """Returns one line per token, without weights."""
-        return [TableRead(table=self.table, ids=1, groups=1)]
+        return [TableRead(table=self.table, ids=1, groups=1, gather=True)]
 
     def slots(self) -> list[Slots]:
         """Returns the rows of the table: slot n is token n, for every layer that reads the table."""

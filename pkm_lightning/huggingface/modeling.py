@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_model
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.ffn import HasRowIds
 from pkm_lightning.huggingface.configuration import PkmLightningConfig
 from pkm_lightning.huggingface.foreign_cache import ForeignCache
 from pkm_lightning.model import Transformer
@@ -68,6 +69,20 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
                 "export format=hf."
             )
         return (model, info) if wanted else model
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *arguments: Any, **options: Any) -> Any:
+        """Changes the number of tokens, as of any model of transformers.
+
+        Raises:
+            ValueError: tokens address the rows of tables, which another number would leave without rows or addresses.
+        """
+        is_new = new_num_tokens not in (None, self.config.vocab_size)
+        if is_new and any(isinstance(plugin, HasRowIds) for _, _, plugin in self.transformer.plugins()):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}): tokens address the tables of this model, which was made "
+                f"for {self.config.vocab_size}; train one with a larger model.vocab_size."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *arguments, **options)
 
     @can_return_tuple
     def forward(

@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from pkm_lightning.ops.backends import HAS_NUMBA
+
 if TYPE_CHECKING:
     from jaxtyping import Int, Int32
     from torch import Tensor
+
+#: From here on torch sorts integers by radix too, and with several threads.
+_MANY_READS = 2**16
 
 #: Integer dtypes in which ops accept row ids, group ids and sources.
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -40,6 +45,11 @@ def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
             that belongs to no segment.
         n_rows: rows of the table.
     """
+    if ids_L.device.type == "cpu" and HAS_NUMBA and ids_L.numel() < _MANY_READS:
+        # Imported where it is needed, as all kernels are: numba takes a second.
+        from pkm_lightning.ops.numba_segments import sorted_segments
+
+        return Segments(*sorted_segments(ids_L.int(), n_rows))
     # int32 halves the sort's traffic.
     sorted_L, order_L = torch.sort(ids_L.int(), stable=True)
     if ids_L.device.type == "cpu":

@@ -34,6 +34,9 @@ def command_line(doc: str | None, arguments: Sequence[str] | None) -> tuple[Opti
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="run the rows whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and one round: does it run at all")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time of the process, where other work shares the machine"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument(
         "--out", type=Path, nargs="?", const=Path("scripts/results"), help="write FOLDER/DATE-NAME.csv, or FILE.csv"
@@ -42,6 +45,8 @@ def command_line(doc: str | None, arguments: Sequence[str] | None) -> tuple[Opti
     device = torch.device(parsed.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if device.type == "cuda" and parsed.cpu_time:
+        parser.error("--cpu-time measures no kernels of a GPU; use --device cpu, or leave it out")
     rounds = 1 if parsed.smoke else parsed.rounds
     return Options(device, parsed.smoke, rounds, not parsed.no_memory), parsed
 
@@ -61,8 +66,9 @@ def benchmark(
         arguments: the command line; None for the process's own.
     """
     options, parsed = command_line(doc, arguments)
-    stopwatch = Stopwatch(options.device, 2**16 if options.smoke else SWEEP_BYTES)
-    facts = conditions(options.device)
+    sweep_bytes = 2**16 if options.smoke else SWEEP_BYTES
+    stopwatch = Stopwatch(options.device, sweep_bytes, cpu_time=parsed.cpu_time)
+    facts = conditions(options.device) | {"clock": "CPU time" if parsed.cpu_time else "wall"}
     print_head(name, facts)
     results: list[Result] = []
     for row in plan(options):

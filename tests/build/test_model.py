@@ -8,7 +8,7 @@ from toys import Constant, Reporter, config
 
 from pkm_lightning.build.model import attention_context, build_meta_model, build_model
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.ffn import Dense, MemoryPlus
+from pkm_lightning.ffn import PLE, Dense, MemoryPlus
 from pkm_lightning.model import Transformer
 from pkm_lightning.model.plugin_outputs import ParallelFFN
 
@@ -44,6 +44,16 @@ def test_unshared_tables_are_one_a_placed_layer() -> None:
     model = build_model(config("model.n_layers=6", "placement.layers=[4,1]", "table.shared=false"))
     assert [model.blocks[i].ffn.values.table for i in (1, 4)] == list(model.tables)
     assert model.tables[0] is not model.tables[1]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_layers_read_slices_of_one_table_or_tables_of_their_own(shared: bool) -> None:
+    model = build_model(config("ffn=ple", "model.n_layers=6", "placement.layers=[4,1]", f"table.shared={shared}"))
+    readers: list[PLE] = [model.blocks[i].after for i in (1, 4)]  # type: ignore[misc]
+    assert [isinstance(block.after, PLE) for block in model.blocks] == [i in (1, 4) for i in range(6)]
+    assert [(table.rows, table.slices) for table in model.tables] == ([(50, 2)] if shared else [(50, 1)] * 2)
+    assert [id(plugin.table) for plugin in readers] == [id(model.tables[0]), id(model.tables[-1])]
+    assert [plugin.reader for plugin in readers] == ([0, 1] if shared else [0, 0])
 
 
 def test_parallel_and_write_after() -> None:

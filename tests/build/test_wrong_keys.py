@@ -133,6 +133,11 @@ WRONG: dict[tuple[str, ...], list[str]] = {
         *("ffn.rank=100000", "ffn.rank=1.5", "ffn.cores=100000000000", "ffn.expansion=3", "ffn.expansion=x"),
         *("ffn.spectrum_loss=-1", "ffn.spectrum_margin=x", "ffn.value_dim=1.5"),
     ],
+    ("ffn=ple",): [
+        *("ffn.value_dim=0", "ffn.value_dim=1.5", "ffn.context=3", "ffn.activation=relu", "ffn.norm_eps=-1"),
+        *("ffn.norm_eps=x", "+ffn.vocab_size=9", "+ffn.table_reader=0"),
+    ],
+    ("ffn=stem",): ["ffn.hidden_dim=0", "ffn.hidden_dim=172.0", "ffn.hidden_dim=null", "+ffn.activation=gelu"],
     ("ffn=ultramem_v2",): ["ffn.rank=0", "ffn.balance_loss=-1", "ffn.value_dim=0", "ffn.knn=17"],
     DDP: [
         *("strategy.broadcast_buffers=3", "strategy.gradient_as_bucket_view=null", "+strategy.timeout=5"),

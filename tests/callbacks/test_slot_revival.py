@@ -177,6 +177,7 @@ def test_what_was_revived_is_logged_and_survives_a_resume(tmp_path: Path) -> Non
     [
         (["ffn=pkm", "ffn.cures.simvq=true"], {}, True, "no table of this model learns"),
         (["ffn=moe"], {}, True, "no table of this model learns"),
+        (["ffn=ple"], {}, True, "tokens alone decide which rows of this model's tables are read"),
         (["ffn=engram", "ffn.end_id=0"], {}, True, "tokens alone decide which rows of this model's tables are read"),
         (["ffn=pkm"], {"source": "queries"}, False, r"needs callbacks.slot_usage.per_head=halves"),
         (["ffn=ultramem_v2"], {"source": "queries"}, True, "moves the sub-keys of product keys"),

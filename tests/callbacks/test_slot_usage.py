@@ -48,6 +48,7 @@ def check(overrides: list[str], names: list[str], tmp_path: Path, steps: int = 5
         (["ffn=engram", "ffn.end_id=0", "ffn.rows=20"], ["layer1.before.slot"]),
         (["ffn=ultramem", "placement=middle"], ["layer1.slot", "layer1.virtual"]),
         (["ffn=moe", "placement=middle"], ["layer1.expert"]),
+        (["ffn=ple", "placement.layers=[0,2]"], ["layer0.after.slot", "layer2.after.slot"]),
     ],
 )  # fmt: skip
 def test_counts_equal_a_recount(overrides: list[str], names: list[str], tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def peak(run: Callable[[], Any]) -> int:
         ("memory_plus", "32-true"),
         ("peer", "32-true"),
         ("ultramem", "32-true"),
+        ("ple", "32-true"),
+        ("stem", "32-true"),
         ("memory_plus", "bf16-true"),
         ("dense", "bf16-mixed"),
         ("memory_plus", "bf16-mixed"),

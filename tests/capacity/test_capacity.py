@@ -80,6 +80,24 @@ def test_a_group_holds_a_table_once() -> None:
     assert plan({"trainer.precision": "bf16-true"}).memory.table_part == whole // 16
     adagrad = plan({"table.shard": "row", "table.optimizer": {"rule": "row_adagrad"}})
     assert adagrad.memory.table_states == 10**8 // 8 * 4
+    factored = {"table.optimizer": {"rule": "factored_adam", "betas": [0.0, 0.95]}}
+    assert plan(factored).memory.table_states == 10**8 * 3 + 1024 // 8 * 4
+    assert plan({"table.shard": "row", **factored}).memory.table_states == 10**8 // 8 * 3 + 1024 * 4
+    lazy = {"rule": "lazy_adam", "betas": [0.9, 0.95]}
+    by_row = plan({"table.optimizer": {**lazy, "bias_correction": "row"}})
+    assert by_row.memory.table_states == plan({"table.optimizer": lazy}).memory.table_states + 2 * 10**8
+
+
+def test_sums_of_whole_columns_are_received_where_rows_are_split() -> None:
+    factored, adagrad = ({"rule": rule, "betas": [0.0, 0.95]} for rule in ("factored_adam", "row_adagrad"))
+    received = {
+        (shard, rule["rule"]): plan({"table.shard": shard, "table.optimizer": rule}).traffic.row_statistics
+        for shard in ("dim", "row")
+        for rule in (factored, adagrad)
+    }
+    assert received["row", "row_adagrad"] == 0
+    assert received["row", "factored_adam"] == 2 * 7 * 1024 * 4 // 8
+    assert received["dim", "factored_adam"] == received["dim", "row_adagrad"] > 0
 
 
 def test_a_table_in_host_memory_needs_none_of_the_device() -> None:

@@ -21,6 +21,8 @@ FFNS = {
     "ultramem": ["table.learning=dense"],
     "ultramem_v2": [],
     "engram": ["ffn.rows=20"],
+    "ple": [],
+    "stem": [],
 }
 
 

@@ -31,6 +31,8 @@ FFNS = {
     "ultramem": ("int8", ["table.learning=dense"]),
     "ultramem_v2": ("int2", ["table=own", "ffn.cores=2"]),
     "engram": ("int8", ["ffn.rows=20"]),
+    "ple": ("int4", []),
+    "stem": ("int8", []),
 }
 TABLE = "tables.0.weight"
 

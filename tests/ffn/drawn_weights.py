@@ -14,4 +14,4 @@ def draw(model: Transformer) -> None:
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if not parameter.any():
-            nn.init.normal_(parameter, std=0.5, generator=generator)
+            nn.init.normal_(parameter, std=0.2, generator=generator)

@@ -37,6 +37,7 @@ OPTIONS = [
     Case("peer", {"glu": True, "router": "sigmoid", "query_norm": "rms"}, "glu"),
     Case("peer", {"shared_keys": False}, "keys per head"),
     Case("engram", {"rows": 1, "row_dim": 5, "gate": "none", "orders": [4, 2], "kernel": 1}, "no gate"),
+    Case("ple", {"context": False, "activation": "silu"}, "rows alone"),
 ]
 NAMES = ffns_without_files()
 CASES = [*(Case(name, CHANGES.get(name, {})) for name in NAMES), *OPTIONS]

@@ -37,7 +37,7 @@ def build(shared: bool = True, **changes: Any) -> tuple[list[PLE], list[ValueTab
         for layer in range(L)
     ]
     for layer in layers:
-        for norm in (layer.norm, layer.context_norm):
+        for norm in (layer.norm, layer.projection_norm):
             if norm is not None:
                 torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     return layers, tables
@@ -63,9 +63,11 @@ def activated(x: Tensor, name: str) -> Tensor:
 
 def by_definition(layer: PLE, row_TV: Tensor, x_BTD: Tensor, context: FFNContext) -> Tensor:
     p_BTV = math.sqrt(VALUES) * row_TV
-    if layer.context is not None and layer.context_norm is not None:
+    if layer.projection is not None and layer.projection_norm is not None:
         assert context.embedding_BTD is not None
-        p_BTV = (p_BTV + rms(context.embedding_BTD @ layer.context.weight.T, layer.context_norm.weight)) / math.sqrt(2)
+        p_BTV = (
+            p_BTV + rms(context.embedding_BTD @ layer.projection.weight.T, layer.projection_norm.weight)
+        ) / math.sqrt(2)
     gated_BTV = activated(x_BTD @ layer.gate.weight.T, layer.activation) * p_BTV
     return rms(gated_BTV @ layer.up.weight.T, layer.norm.weight)
 
@@ -86,7 +88,7 @@ def test_output_and_gradients_equal_the_definition(changes: dict[str, Any], shar
         expected_BTD = by_definition(layer, row_TV, x_BTD, context)
         assert_close(y_BTD, expected_BTD)
         given = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
-        if layer.context is not None:
+        if layer.projection is not None:
             given["embedding"] = context.embedding_BTD
         assert_same_gradients(y_BTD, expected_BTD, given)
 
@@ -122,7 +124,7 @@ def test_cost_counts_three_matrices_and_one_slice() -> None:
 
 def test_the_projection_needs_the_token_embedding() -> None:
     x_BTD, context = inputs()
-    with pytest.raises(ConfigError, match=r"ffn.context=true reads the token embeddings, which this model does not"):
+    with pytest.raises(ConfigError, match=r"ffn\.context=true reads the token embeddings, which this model"):
         build()[0][0](x_BTD, context._replace(embedding_BTD=None))
     build(context=False)[0][0](x_BTD, context._replace(embedding_BTD=None))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ffn.drawn_weights import draw
 from torch import Tensor
 from toys import config
 
@@ -32,7 +33,7 @@ def save(folder: Path, *overrides: str, changes: Mapping[str, Any] | None = None
     settings = config(*SIZES, *overrides)
     settings["ffn"] |= changes or {}
     model = build_model(settings)
-    model.init_weights(3)
+    draw(model)
     with torch.no_grad():
         model.train()(ids(8))  # for running statistics other than at the start
     tokenizer = bytes_tokenizer()

@@ -7,17 +7,22 @@ output of its decoder layer. Letters: L layers, W vocabulary, S streams of AltUp
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tolerances import assert_close
 from torch import Tensor, nn
+from toys import config
 from transformers.models.gemma3n import modeling_gemma3n as gemma3n
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
+from pkm_lightning.build.model import build_model
+from pkm_lightning.build.stored_tables import fill_first_rows
 from pkm_lightning.ffn import PLE, FFNContext
 from pkm_lightning.memory import ValueTable
 
@@ -85,10 +90,10 @@ def copied(model: Any) -> tuple[list[PLE], ValueTable]:
         for ours, theirs, projection_VD in zip(
             layers, model.layers, model.per_layer_model_projection.weight.split(VALUES), strict=True
         ):
-            assert ours.context is not None
-            assert ours.context_norm is not None
-            ours.context.weight.copy_(projection_VD)
-            ours.context_norm.weight.copy_(model.per_layer_projection_norm.weight)
+            assert ours.projection is not None
+            assert ours.projection_norm is not None
+            ours.projection.weight.copy_(projection_VD)
+            ours.projection_norm.weight.copy_(model.per_layer_projection_norm.weight)
             ours.gate.weight.copy_(theirs.per_layer_input_gate.weight)
             ours.up.weight.copy_(theirs.per_layer_projection.weight)
             ours.norm.weight.copy_(theirs.post_per_layer_input_norm.weight)
@@ -121,12 +126,12 @@ def test_outputs_and_all_gradients_are_those_of_gemma(
         upstream_BTD = torch.randn_like(y_BTD)
         losses = losses + torch.stack([(y * upstream_BTD).sum() for y in (y_BTD, expected_BTD)])
         part = model.layers[number]
-        assert layer.context is not None
+        assert layer.projection is not None
         ours += [x_BTD, layer.gate.weight, layer.up.weight, layer.norm.weight]
         theirs += [given_BTD, part.per_layer_input_gate.weight, part.per_layer_projection.weight]
         theirs += [part.post_per_layer_input_norm.weight]
-    gains = [layer.context_norm.weight for layer in layers if layer.context_norm is not None]
-    projections = [layer.context.weight for layer in layers if layer.context is not None]
+    gains = [layer.projection_norm.weight for layer in layers if layer.projection_norm is not None]
+    projections = [layer.projection.weight for layer in layers if layer.projection is not None]
     shared = [
         model.embed_tokens_per_layer.weight, model.per_layer_model_projection.weight,
         model.per_layer_projection_norm.weight, model.embed_tokens.weight,
@@ -139,3 +144,20 @@ def test_outputs_and_all_gradients_are_those_of_gemma(
     for grad, expected_grad in itertools.zip_longest(found, expected):
         assert expected_grad.any()
         assert_close(grad, expected_grad, kind="grad")
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_table_in_a_file_of_gemma_is_the_table_of_the_layers(trainable: bool, tmp_path: Path) -> None:
+    """Gemma stores the rows of all layers as one matrix, (W, L * V)."""
+    rows_WE = torch.randn(50, L * VALUES)
+    save_file({"model.embed_tokens_per_layer.weight": rows_WE}, tmp_path / "model.safetensors")
+    overrides = ["ffn=ple", f"ffn.value_dim={VALUES}", f"table.path={tmp_path}/model.safetensors"]
+    model = build_model(
+        config(*overrides, f"table.trainable={trainable}", *([] if trainable else ["table.device=mmap"]))
+    )
+    model.init_weights(1)
+    fill_first_rows(model)
+    ids_BT = torch.randint(50, (2, 7))
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block.after, PLE)
+        assert torch.equal(block.after.read(FFNContext(ids_BT)), rows_WE.view(50, L, VALUES)[ids_BT, number])

@@ -84,6 +84,8 @@ def test_precision_forms_and_places_of_the_weights(tmp_path: Path) -> None:
         ("ffn=dense", "ffn.activation=gelu"),
         ("ffn=dense", "placement.layers=[1]", "ffn.hidden_dim=24"),
         ("ffn=dense", "placement.mode=parallel"),
+        ("ffn=dense", "placement.mode=before"),
+        ("ffn=ple",),
     ],
     ids=str,
 )

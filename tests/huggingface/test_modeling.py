@@ -24,6 +24,7 @@ NAMES = ffns_without_files()
 #: Sizes that the small model needs in place of the YAML's. A dense model is Llama unless its activation is another.
 CHANGES: dict[str, dict[str, Any]] = {
     "dense": {"activation": "squared_relu"},
+    "engram": {"rows": 30},
     "moe": {"n_experts": 5, "top_k": 3},
     "moe_expert_choice": {"n_experts": 3},
     "ultramem": {"value_dim": 6, "spectrum_margin": 0},
@@ -81,9 +82,10 @@ def check_generation(model: Any, **options: Any) -> None:
             assert torch.equal(alone[:, length:], cached[row * answers : (row + 1) * answers, 7:])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(tmp_path_factory.mktemp("memory"), "ffn=memory_plus")[1]
+#: A memory that remembers nothing of earlier tokens, and one that does.
+@pytest.fixture(scope="module", params=["memory_plus", "engram"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("memory"), f"ffn={request.param}", changes=CHANGES.get(request.param))[1]
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,15 @@ def test_more_tokens_can_be_added(tied: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(more(ids()).logits, loaded(ids()).logits)
     assert more(ids()).logits.shape[-1] == VOCAB + 3 == more.config.vocab_size
+
+
+def test_tables_that_tokens_address_keep_their_tokens(tmp_path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, "ffn=engram", changes=CHANGES["engram"])[1])
+    assert loaded.resize_token_embeddings(VOCAB).weight.shape[0] == VOCAB
+    with pytest.raises(
+        ValueError, match=r"^resize_token_embeddings\(263\): tokens address the tables .* made for 260;"
+    ):
+        loaded.resize_token_embeddings(VOCAB + 3)
 
 
 def test_the_file_serves_this_package_as_well(folder: Path, loaded: Any) -> None:

@@ -189,7 +189,6 @@ def test_a_saved_state_continues_bit_for_bit(rule: str) -> None:
     assert torch.equal(again[0].table.weight, first[0].table.weight)
     for name, value in first[1].state[first[0].table.weight].items():
         assert torch.equal(torch.as_tensor(again[1].state[again[0].table.weight][name]), torch.as_tensor(value))
-        # Torch's own loading would cast to the dtype of the weight; only a row's moment is bf16 by itself.
         assert name == "row_square" or not torch.is_tensor(value) or value.dtype is not torch.bfloat16
 
 
@@ -204,9 +203,7 @@ def test_state_of_another_rule_or_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"groups of \[7\] parameters, this model's optimizer of \[6, 1\]"):
         by_rows(Pool("rows"), "lazy_adam").load_state_dict(plain)
     plain = torch.optim.AdamW([{"params": [*pool.layers.parameters()]}, {"params": [pool.table.weight]}]).state_dict()
-    with pytest.raises(
-        ValueError, match=r"saved optimizer state of a table is \{\}.*another table/optimizer or table.le"
-    ):
+    with pytest.raises(ValueError, match=r"saved optimizer state of a table is \{\}.*another table/optimizer or table"):
         by_rows(Pool("rows"), "lazy_adam").load_state_dict(plain)
 
 

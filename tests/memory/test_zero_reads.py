@@ -22,6 +22,8 @@ CASES = [
     Case("peer", {"glu": True}, "glu"),
     Case("ultramem", {"value_dim": 6}),
     Case("ultramem_v2", {"value_dim": 5}),
+    Case("ple", {"value_dim": 5}),
+    Case("stem"),
 ]
 
 

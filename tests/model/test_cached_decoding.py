@@ -61,7 +61,9 @@ def test_bf16(name: str) -> None:
 
 
 @pytest.mark.parametrize("table_device", ["cpu", "mmap"])
-@pytest.mark.parametrize("name", ["pkm", "memory", "memory_plus", "peer", "ultramem", "ultramem_v2", "engram"])
+@pytest.mark.parametrize(
+    "name", ["pkm", "memory", "memory_plus", "peer", "ultramem", "ultramem_v2", "engram", "ple", "stem"]
+)
 def test_tables_in_host_memory_and_in_their_file(name: str, table_device: str, tmp_path: Path) -> None:
     model, settings = trained(name, "replace")
     state = {f"model.{key}": value for key, value in model.state_dict().items()}

@@ -30,7 +30,7 @@ CASES = [
     *((backend, torch.float64) for backend in ("eager", "reference")),
 ]
 # Rows, columns, reads: repeated rows, a hot row of several pieces, several blocks of columns, nothing read.
-SIZES = [(13, 7, 30), (1, 3, 150), (5, 257, 6), (40, 6, 0)]
+SIZES = [(13, 7, 30), (1, 3, 150), (5, 257, 6), (40, 6, 0), (90, 16, 150)]
 
 
 def columns(gradient: RowGradient, part: slice) -> RowGradient:

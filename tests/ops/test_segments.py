@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pkm_lightning.ops import segments as module
+from pkm_lightning.ops.numba_segments import sorted_segments
 from pkm_lightning.ops.segments import Segments, read_segments, read_sources
 
 
@@ -45,3 +46,28 @@ def test_sources_are_tokens_or_their_groups() -> None:
     ids_TK, groups_TK = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 0, 3], [0, 0, 2]])
     assert read_sources(ids_TK).tolist() == [[0, 0, 0], [1, 1, 1]]
     assert read_sources(ids_TK, groups_TK, 4).tolist() == [[1, 0, 3], [4, 4, 6]]
+
+
+@pytest.mark.parametrize(
+    ("reads", "n_rows"),
+    [(1, 1), (3, 2), (300, 7), (5000, 1024), (5000, 1025), (20_000, 2**20), (20_000, 2**21), (500, 2**31 - 1)],
+)
+def test_the_radix_sort_is_the_stable_sort_of_torch(reads: int, n_rows: int) -> None:
+    pytest.importorskip("numba")
+    ids_L = torch.randint(n_rows, (reads,), dtype=torch.int32)
+    ids_L[:2], ids_L[-1] = n_rows - 1, 0
+    order_L, rows_U, starts_Z = sorted_segments(ids_L, n_rows)
+    sorted_L, expected_L = torch.sort(ids_L, stable=True)
+    assert torch.equal(order_L, expected_L)
+    expected_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
+    assert torch.equal(rows_U, expected_U)
+    assert torch.equal(starts_Z, torch.nn.functional.pad(counts_U.cumsum(0), (1, 0)))
+
+
+def test_few_and_many_reads_take_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids_L = torch.randint(40, (99,))
+    by_radix = read_segments(ids_L, 40)
+    monkeypatch.setattr(module, "_MANY_READS", 0)
+    assert all(
+        torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(by_radix, read_segments(ids_L, 40), strict=True)
+    )

@@ -34,8 +34,8 @@ class Bare:
 
 sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
 import pkm_lightning.memory, pkm_lightning.ops
-import bench_decode, bench_ops, bench_train
-for script in (bench_ops, bench_train, bench_decode):
+import bench_decode, bench_ops, bench_token_tables, bench_train
+for script in (bench_ops, bench_train, bench_token_tables, bench_decode):
     script.main(["--device", "cpu", "--smoke", "--no-memory", "--out", f"{script.__name__}.csv"])
 print("imported:", *sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "numba", "lightning", "hydra"}))
 """
@@ -71,7 +71,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_they_need_torch_and_triton_only(tmp_path: Path) -> None:
     assert run("-c", BARE, str(SCRIPTS), cwd=tmp_path).splitlines()[-1] == "imported:"
     skipped = set()
-    for name in ("bench_ops", "bench_train", "bench_decode"):
+    for name in ("bench_ops", "bench_train", "bench_token_tables", "bench_decode"):
         found = lines(tmp_path / f"{name}.csv")
         assert all(float(line["median_s"]) > 0 for line in found if line["status"] == "ok" and line["rounds"] != "0")
         assert len({line["row"] for line in found}) >= 1
@@ -97,6 +97,17 @@ def test_other_packages_and_the_trainer_are_contenders(
     found = lines(out)
     assert [line["status"] for line in found] == ["ok"] * ways
     assert found[0]["times_faster_than"].endswith(": 1.000")
+
+
+def test_token_tables_are_compared_with_the_embeddings_of_torch(script: Any, tmp_path: Path) -> None:
+    out = tmp_path / "token_tables.csv"
+    script("bench_token_tables").main(["--smoke", "--only", "V=32", "--cpu-time", "--device", "cpu", "--out", str(out)])
+    found = lines(out)
+    assert [line["status"] for line in found] == ["ok"] * 8
+    assert {line["clock"] for line in found} == {"CPU time"}
+    ways = [line for line in found if line["row"] == "token table step, V=32"]
+    assert [float(line["error"]) > 0 for line in ways] == [True] * 4  # the table was moved, and compared
+    assert ways[0]["times_faster_than"] == "nn.Embedding, clip_grad_norm_, AdamW: 1.000"
 
 
 @pytest.mark.slow

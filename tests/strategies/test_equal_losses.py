@@ -19,6 +19,11 @@ QUICK = [
     ("ddp", 2, "ffn=memory_plus table.shard=dim table.learning=dense"),
     ("ddp", 2, "ffn=peer table.shard=none table.learning=rows"),
 ]
+#: Engram before two layers, with a table each, Memory+ in one, and PKM parallel to another.
+MIXTURE = (
+    "ffn=memory_plus placement.layers=[2] extra_ffns=[engram,pkm] extra_ffns.engram.placement.layers=[0,2] "
+    "extra_ffns.engram.ffn.rows=47 extra_ffns.engram.ffn.row_dim=8 extra_ffns.engram.ffn.row_multiple=2"
+)
 #: A pairwise subset, with 30 steps. The full matrix is in test_full_matrix.py.
 CASES = [
     *QUICK,
@@ -66,7 +71,14 @@ CASES = [
         "ffn=ultramem_v2 table.shard=dim table.learning=rows",
         marks=pytest.mark.slow,
     ),
+    pytest.param("ddp", 4, "ffn=ple table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, "ffn=ple table.shard=dim table.learning=dense", marks=pytest.mark.slow),
+    pytest.param("deepspeed_3", 2, "ffn=ple table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("ddp", 2, "ffn=stem table.shard=dim table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 4, "ffn=stem table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
+    pytest.param("ddp", 2, f"{MIXTURE} table.shard=row table.learning=rows", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, f"{MIXTURE} table.shard=dim table.learning=dense", marks=pytest.mark.slow),
     pytest.param(
         "ddp",
         2,

@@ -24,7 +24,8 @@ SPLIT = [
         ("memory_plus", "peer", "ultramem", "engram ffn.end_id=0 ffn.gate=no_root"), ("rows", "dense"), ("dim", "row")
     )
 ]
-CASES = list(itertools.product((2, 4), [*SPLIT, "ffn=moe"], STRATEGIES))
+BY_TOKEN = [f"ffn={ffn} table.shard={shard}" for ffn, shard in itertools.product(("ple", "stem"), ("dim", "row"))]
+CASES = list(itertools.product((2, 4), [*SPLIT, *BY_TOKEN, "ffn=moe"], STRATEGIES))
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def batch(rows: int = 3) -> dict[str, torch.Tensor]:
     [
         ("memory_plus", MEMORY), ("pkm", MEMORY), ("peer", MEMORY), ("ultramem", MEMORY), ("ultramem_v2", MEMORY),
         ("moe", {"router_logit_max", "router_top"}), ("moe_expert_choice", {"router_logit_max", "router_top"}),
-        ("engram", {"memory_gate", "memory_share"}), ("dense", set()),
+        ("engram", {"memory_gate", "memory_share"}), ("dense", set()), ("ple", set()), ("stem", set()),
     ],
 )  # fmt: skip
 def test_every_plugin_has_its_diagnostics(ffn: str, names: set[str]) -> None:

@@ -33,7 +33,7 @@ def learned(*overrides: str, micro: list[int], **limits: float | None) -> Langua
 
 @pytest.mark.parametrize(
     ("plugin", "recomputed"),
-    [("memory_plus", True), ("peer", False), ("ultramem", False), ("engram ffn.end_id=0", True)],
+    [("memory_plus", True), ("peer", False), ("ultramem", False), ("engram ffn.end_id=0", True), ("ple", True)],
     ids=str,
 )
 def test_rows_equal_the_dense_gradient(plugin: str, recomputed: bool) -> None:

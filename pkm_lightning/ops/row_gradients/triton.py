@@ -5,7 +5,7 @@ segment's program; each further piece is summed by another program into a buffer
 partial sums in order. The number of reads bounds the number of pieces, so the host never waits for the device.
 
 Letters: L reads, X source rows, V values per row, N rows of the table, U segments, Z = U + 1 limits, P further
-pieces.
+pieces; suffixes in kernels: R segments and C columns of a tile.
 """
 
 from __future__ import annotations
@@ -150,6 +150,41 @@ def segment_total(  # type: ignore[no-untyped-def]
         rest += tl.load(partial + e[:, None] * V + d[None, :], mask=mask, other=0.0)
         first += BLOCK_P
     return total + tl.sum(rest, axis=0)
+
+
+@triton.jit
+def segment_totals(  # type: ignore[no-untyped-def]
+    order, coefficients, sources, source_rows, starts, further, ends, partial, u_R, d_C,
+    V: tl.constexpr, PIECE: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Returns columns `d` of the sums of several segments, (R, C), for rows too narrow to fill a program.
+
+    One read of each segment is loaded at a time, so that their number in flight is that of the segments.
+    """
+    in_row_1C = (d_C < V)[None, :]
+    start_R = tl.load(starts + u_R)
+    reads_R = tl.minimum(tl.load(starts + u_R + 1) - start_R, PIECE)
+    total_RC = tl.zeros((BLOCK_U, BLOCK_V), dtype=tl.float32)
+    place = 0
+    most = tl.max(reads_R, axis=0)
+    while place < most:
+        live_R = place < reads_R
+        read_R = tl.load(order + start_R + place, mask=live_R, other=0)
+        coefficient_R = tl.load(coefficients + read_R, mask=live_R, other=0.0).to(tl.float32)
+        source_R = tl.load(sources + read_R, mask=live_R, other=0).to(tl.int64)
+        mask_RC = live_R[:, None] & in_row_1C
+        rows_RC = tl.load(source_rows + source_R[:, None] * V + d_C[None, :], mask=mask_RC, other=0.0)
+        total_RC += coefficient_R[:, None] * rows_RC.to(tl.float32)
+        place += 1
+    further_R = tl.load(further + u_R)
+    first_R = tl.load(ends + u_R) - further_R
+    piece = 0
+    most = tl.max(further_R, axis=0)
+    while piece < most:
+        mask_RC = (piece < further_R)[:, None] & in_row_1C
+        total_RC += tl.load(partial + (first_R + piece)[:, None] * V + d_C[None, :], mask=mask_RC, other=0.0)
+        piece += 1
+    return total_RC
 
 
 @triton.jit

@@ -1,10 +1,12 @@
 """The row update on a GPU: each program sums the reads of one row in a block of columns and updates that block.
 
+Where rows are narrow, a program takes several of them.
+
 The gradient is never written to memory, and the host does not synchronise with the device: the factor on the gradient
 stays there. What a rule must know of a whole row first (its mean square, its last update) is computed before, as one
 number per row.
 
-Letters: N rows, V values per row, U segments.
+Letters: N rows, V values per row, U segments; suffixes in kernels: R segments and C columns of a tile.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pkm_lightning.ops.row_gradients.triton import block_sizes, further_pieces, segment_total
+from pkm_lightning.ops.row_gradients.triton import block_sizes, further_pieces, segment_total, segment_totals
 from pkm_lightning.ops.row_update.factors import row_factors
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
 
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 _SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM, _FACTORED_ADAM = (tl.constexpr(kind) for kind in range(5))
 # The rules that `_update_rows` knows.
 _KINDS = {"sgd": 0, "row_adagrad": 1, "lazy_adam": 2, "catch_up_adam": 3, "factored_adam": 4}
+#: Columns up to which a program takes several rows: one alone would leave most of its threads idle.
+_NARROW = 32
+#: Values of such a program: each of its 128 threads then loads 128 bits of fp32.
+_NARROW_TILE = 512
 # Segments that one program adds to the sums of its columns.
 _SUMMED_SEGMENTS = 64
 
@@ -42,11 +48,11 @@ def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Ten
     squares_U = torch.zeros(len(segments.rows_U), dtype=torch.float32, device=segments.rows_U.device)
     if len(squares_U):
         reads, pieces, blocks = _launch_arguments(gradient)
-        sizes = block_sizes(gradient.source_rows_XV.shape[1])
+        sizes = _sizes(gradient.source_rows_XV.shape[1])
         with torch.cuda.device_of(squares_U):
-            _squares[(len(squares_U),)](
+            _squares[(triton.cdiv(len(squares_U), sizes["BLOCK_U"]),)](
                 *reads, segments.starts_Z, *pieces, squares_U, squares_U if weights_V is None else weights_V,
-                WEIGHTED=weights_V is not None, BLOCKS=blocks, **sizes,
+                len(squares_U), WEIGHTED=weights_V is not None, BLOCKS=blocks, **sizes,
             )  # fmt: skip
     return squares_U
 
@@ -71,16 +77,24 @@ def row_update(
     unused = scale_1
     reads, pieces, blocks = _launch_arguments(gradient)
     correction1, root_correction2 = rule.bias_corrections(step)
+    n_segments, sizes = len(segments.rows_U), _sizes(table_NV.shape[1])
     with torch.cuda.device_of(table_NV):
-        _update_rows[len(segments.rows_U), blocks](
+        _update_rows[triton.cdiv(n_segments, sizes["BLOCK_U"]), blocks](
             *reads, segments.starts_Z, segments.rows_U, *pieces, table_NV,
             state.get("exp_avg", unused), state.get("exp_avg_sq", unused),
             factors_2U[0] if has_factors else factor_U, factors_2U[1] if has_factors else unused, roots_V, scale_1,
             step.lr, step.lr * step.weight_decay, rule.betas[0], 1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1],
-            rule.eps, 1 / correction1, 1 / root_correction2, step.seed,
-            KIND=_KINDS[rule.name], PER_ROW=has_factors, **block_sizes(table_NV.shape[1]),
+            rule.eps, 1 / correction1, 1 / root_correction2, step.seed, n_segments,
+            KIND=_KINDS[rule.name], PER_ROW=has_factors, **sizes,
         )  # fmt: skip
     return _column_sums(gradient, factors_2U[1], scale_1) if rule.needs_column_sums else None
+
+
+def _sizes(dim: int) -> dict[str, int]:
+    """Returns the constants of the kernels that process several segments at once where rows are narrow."""
+    sizes = block_sizes(dim)
+    is_narrow = sizes["BLOCK_V"] <= _NARROW
+    return sizes | {"BLOCK_U": _NARROW_TILE // sizes["BLOCK_V"] if is_narrow else 1}
 
 
 def _column_sums(gradient: RowGradient, per_square_U: Tensor, scale_1: Tensor) -> Tensor:
@@ -134,26 +148,38 @@ def _launch_arguments(gradient: RowGradient) -> tuple[tuple[Tensor, ...], tuple[
     return reads, pieces, triton.cdiv(dim, block_sizes(dim)["BLOCK_V"])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_segments"])
 def _squares(  # type: ignore[no-untyped-def]
-    order, coefficients, sources, source_rows, starts, further, ends, partial, squares, weights,
+    order, coefficients, sources, source_rows, starts, further, ends, partial, squares, weights, n_segments,
     WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Computes squares[u] = the weighted square of the sum of segment u, block of columns after block of columns."""
-    u = tl.program_id(0)
-    total = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for block in range(BLOCKS):
-        d = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        grad = segment_total(
-            order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
-            V, PIECE, BLOCK_P, BLOCK_V,
+    if BLOCK_U == 1:
+        u = tl.program_id(0)
+        total = tl.zeros((BLOCK_V,), dtype=tl.float32)
+        for block in range(BLOCKS):
+            d = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            grad = segment_total(
+                order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
+                V, PIECE, BLOCK_P, BLOCK_V,
+            )  # fmt: skip
+            if WEIGHTED:
+                total += tl.load(weights + d, mask=d < V, other=0.0) * grad * grad
+            else:
+                total += grad * grad
+        tl.store(squares + u, tl.sum(total, axis=0))
+    else:
+        u_R = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+        d_C = tl.arange(0, BLOCK_V)
+        square_RC = segment_totals(
+            order, coefficients, sources, source_rows, starts, further, ends, partial,
+            tl.minimum(u_R, n_segments - 1), d_C, V, PIECE, BLOCK_U, BLOCK_V,
         )  # fmt: skip
+        square_RC *= square_RC
         if WEIGHTED:
-            total += tl.load(weights + d, mask=d < V, other=0.0) * grad * grad
-        else:
-            total += grad * grad
-    tl.store(squares + u, tl.sum(total, axis=0))
+            square_RC *= tl.load(weights + d_C, mask=d_C < V, other=0.0)[None, :]
+        tl.store(squares + u_R, tl.sum(square_RC, axis=1), mask=u_R < n_segments)
 
 
 @triton.jit
@@ -191,51 +217,69 @@ def _stored(values, row, d, table, seed, V: tl.constexpr):  # type: ignore[no-un
         return values.to(table.dtype.element_ty)
 
 
-# Triton specialises integers of 1 and multiples of 16: the seed, which changes every step, would compile more kernels.
-@triton.jit(do_not_specialize=["seed"])
+# Triton specialises integers of 1 and multiples of 16: the seed and the number of
+# segments, which change every step, would compile more kernels.
+@triton.jit(do_not_specialize=["seed", "n_segments"])
 def _update_rows(  # type: ignore[no-untyped-def]
     order, coefficients, sources, source_rows, starts, rows, further, ends, partial, table,
     exp_avg, exp_avg_sq, factors, more_factors, roots, scale,
-    lr, decay, beta1, new1, beta2, new2, eps, over1, over_root2, seed,
+    lr, decay, beta1, new1, beta2, new2, eps, over1, over_root2, seed, n_segments,
     KIND: tl.constexpr, PER_ROW: tl.constexpr,
     V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Updates one block of columns of one row: gradient, rule, write; the equations stand in `rules/`."""
-    u = tl.program_id(0)
-    row = tl.load(rows + u).to(tl.int64)
-    if row >= 0:
+    """Updates one block of columns of one row, or of BLOCK_U narrow rows: gradient, rule, write.
+
+    The equations stand in `rules/`.
+    """
+    if BLOCK_U == 1:
+        u = tl.program_id(0)
+        # A tensor of one element: the interpreter cannot combine masks of a tensor and of a number.
+        row = tl.load(rows + u + tl.arange(0, 1)).to(tl.int64)
         d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        in_row = d < V
         grad = segment_total(
             order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
             V, PIECE, BLOCK_P, BLOCK_V,
-        ) * tl.load(scale)  # fmt: skip
-        at = row * V + d
-        # One kernel for all rules, because they share the loads and stores of a row; KIND selects one at compile time.
-        values = tl.load(table + at, mask=in_row, other=0.0).to(tl.float32)
-        values -= decay * values
-        if KIND == _SGD:
-            values -= lr * grad
-        elif KIND == _ROW_ADAGRAD:
-            values -= lr * tl.load(factors + u) * grad
-        elif KIND == _FACTORED_ADAM:
-            root = tl.load(factors + u) * tl.load(roots + d, mask=in_row, other=0.0)
-            values -= lr * grad / (root + eps)
-        elif KIND == _LAZY_ADAM:
-            if PER_ROW:
-                over1 = 1 / tl.load(factors + u)
-                over_root2 = 1 / tl.load(more_factors + u)
-            mean = beta1 * tl.load(exp_avg + at, mask=in_row, other=0.0) + new1 * grad
-            square = beta2 * tl.load(exp_avg_sq + at, mask=in_row, other=0.0) + new2 * grad * grad
-            tl.store(exp_avg + at, mean, mask=in_row)
-            tl.store(exp_avg_sq + at, square, mask=in_row)
-            values -= lr * over1 * mean / (tl.sqrt(square) * over_root2 + eps)
-        else:
-            missed_decay = tl.load(factors + u)
-            square = missed_decay * tl.load(exp_avg_sq + at, mask=in_row, other=0.0) + new2 * grad * grad
-            tl.store(exp_avg_sq + at, square, mask=in_row)
-            values -= lr * grad / (tl.sqrt(square) * over_root2 + eps)
-        tl.store(table + at, _stored(values, row, d, table, seed, V), mask=in_row)
+        )  # fmt: skip
+    else:
+        # The last program reads its last segment several times, and writes it once.
+        u_R = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+        at_R = tl.minimum(u_R, n_segments - 1)
+        d_C = tl.arange(0, BLOCK_V)
+        u, d = at_R[:, None], d_C[None, :]
+        row = tl.where(u_R < n_segments, tl.load(rows + at_R), -1)[:, None].to(tl.int64)
+        grad = segment_totals(
+            order, coefficients, sources, source_rows, starts, further, ends, partial, at_R, d_C,
+            V, PIECE, BLOCK_U, BLOCK_V,
+        )  # fmt: skip
+    grad *= tl.load(scale)
+    live = (d < V) & (row >= 0)
+    at = row * V + d
+    # One kernel for all rules, because they share the loads and stores of a row; KIND selects one at compile time.
+    values = tl.load(table + at, mask=live, other=0.0).to(tl.float32)
+    values -= decay * values
+    if KIND == _SGD:
+        values -= lr * grad
+    elif KIND == _ROW_ADAGRAD:
+        values -= lr * tl.load(factors + u) * grad
+    elif KIND == _FACTORED_ADAM:
+        root = tl.load(factors + u) * tl.load(roots + d, mask=d < V, other=0.0)
+        values -= lr * grad / (root + eps)
+    elif KIND == _LAZY_ADAM:
+        if PER_ROW:
+            over1 = 1 / tl.load(factors + u)
+            over_root2 = 1 / tl.load(more_factors + u)
+        mean = beta1 * tl.load(exp_avg + at, mask=live, other=0.0) + new1 * grad
+        square = beta2 * tl.load(exp_avg_sq + at, mask=live, other=0.0) + new2 * grad * grad
+        tl.store(exp_avg + at, mean, mask=live)
+        tl.store(exp_avg_sq + at, square, mask=live)
+        values -= lr * over1 * mean / (tl.sqrt(square) * over_root2 + eps)
+    else:
+        missed_decay = tl.load(factors + u)
+        square = missed_decay * tl.load(exp_avg_sq + at, mask=live, other=0.0) + new2 * grad * grad
+        tl.store(exp_avg_sq + at, square, mask=live)
+        values -= lr * grad / (tl.sqrt(square) * over_root2 + eps)
+    tl.store(table + at, _stored(values, row, d, table, seed, V), mask=live)
 
 
 def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -243,19 +287,20 @@ def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
     for kind, element, dim in (("lazy_adam", "fp32", 1024), ("lazy_adam", "bf16", 1024), ("row_adagrad", "bf16", 100),
                                ("catch_up_adam", "fp32", 100), ("factored_adam", "fp32", 160),
+                               ("lazy_adam", "fp32", 160), ("lazy_adam", "fp32", 16), ("lazy_adam", "bf16", 32),
                                ("sgd", "bf16", 257)):  # fmt: skip
         reads = {"order": "*i64", "coefficients": "*fp32", "sources": "*i32", "source_rows": f"*{element}"}
         reads |= {"starts": "*i64", "further": "*i64", "ends": "*i64", "partial": "*fp32"}
         arrays = {"rows": "*i32", "table": f"*{element}", "exp_avg": "*fp32", "exp_avg_sq": "*fp32"}
         arrays |= {"factors": "*fp32", "more_factors": "*fp32", "roots": "*fp32", "scale": "*fp32"}
         names = ("lr", "decay", "beta1", "new1", "beta2", "new2", "eps", "over1", "over_root2")
-        numbers = dict.fromkeys(names, "fp32") | {"seed": "i32"}
-        sizes = block_sizes(dim)
+        numbers = dict.fromkeys(names, "fp32") | {"seed": "i32", "n_segments": "i32"}
+        sizes = _sizes(dim)
         constants = sizes | {"KIND": _KINDS[kind], "PER_ROW": kind == "lazy_adam" and element == "bf16"}
         cases.append((_update_rows, reads | arrays | numbers, constants))
         blocks, is_weighted = triton.cdiv(dim, sizes["BLOCK_V"]), kind == "factored_adam"
-        squares = reads | {"squares": "*fp32", "weights": "*fp32"}
+        squares = reads | {"squares": "*fp32", "weights": "*fp32", "n_segments": "i32"}
         cases.append((_squares, squares, sizes | {"BLOCKS": blocks, "WEIGHTED": is_weighted}))
         sums = reads | {"per_square": "*fp32", "scale": "*fp32", "sums": "*fp32", "n_segments": "i32"}
-        cases.append((_sum_columns, sums, sizes | {"SEGMENTS": _SUMMED_SEGMENTS}))
+        cases.append((_sum_columns, sums, block_sizes(dim) | {"SEGMENTS": _SUMMED_SEGMENTS}))
     return cases

@@ -22,6 +22,10 @@ __all__ = ["aot_signatures", "gather_dot", "gather_sum", "table_gradient"]
 _COLUMNS = 256
 #: Rows per block. The loop over blocks hides the latency of random rows by loading this many at once.
 _IN_FLIGHT = 8
+#: Columns up to which a block has more rows, and a program fewer warps: 8 narrow rows would leave most threads idle.
+_NARROW = 32
+#: Most values of a block of narrow rows.
+_NARROW_TILE = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +51,7 @@ def gather_dot(table_NV: Tensor, rows_XV: Tensor, ids_TK: Tensor, groups_TK: Ten
         return eager.gather_dot(table_NV, rows_XV, ids_TK, groups_TK, n_groups)
     dots_TK = table_NV.new_empty(ids_TK.shape)
     sizes = _sizes(ids_TK, table_NV.shape[1], grouped=groups_TK is not None)
-    grid = len(ids_TK), triton.cdiv(ids_TK.shape[1], _IN_FLIGHT)
+    grid = len(ids_TK), triton.cdiv(ids_TK.shape[1], sizes["BLOCK_K"])
     groups = ids_TK if groups_TK is None else groups_TK
     with torch.cuda.device_of(table_NV):
         _gather_dot[grid](table_NV, rows_XV, ids_TK, groups, dots_TK, n_groups, **sizes)
@@ -55,9 +59,14 @@ def gather_dot(table_NV: Tensor, rows_XV: Tensor, ids_TK: Tensor, groups_TK: Ten
 
 
 def _sizes(ids_TK: Tensor, dim: int, grouped: bool) -> dict[str, Any]:
-    """Returns the compile-time constants of both kernels; blocks are powers of two, as Triton requires."""
-    columns = max(16, min(triton.next_power_of_2(dim), _COLUMNS))
-    return {"GROUPED": grouped, "K": ids_TK.shape[1], "V": dim, "BLOCK_K": _IN_FLIGHT, "BLOCK_V": columns}
+    """Returns constants and number of warps of both kernels; blocks are powers of two, as Triton requires."""
+    columns, reads = max(16, min(triton.next_power_of_2(dim), _COLUMNS)), _IN_FLIGHT
+    warps = {}
+    if columns <= _NARROW:
+        reads = max(reads, min(triton.next_power_of_2(ids_TK.shape[1]), _NARROW_TILE // columns))
+        # 256 values per warp: two loads of 128 bits per thread in fp32, one in half precision.
+        warps = {"num_warps": max(1, reads * columns // 256)}
+    return {"GROUPED": grouped, "K": ids_TK.shape[1], "V": dim, "BLOCK_K": reads, "BLOCK_V": columns, **warps}
 
 
 @triton.jit
@@ -116,7 +125,12 @@ def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Lists kernels with types of arguments and constants, to compile them ahead of time without a GPU."""
     cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
     # Both dtypes in which tables are trained, and a width that is no power of two; each kernel with and without groups.
-    for element, dim, grouped in (("fp32", 1024, False), ("bf16", 1024, False), ("bf16", 100, True)):
+    for element, dim, grouped in (
+        ("fp32", 1024, False),
+        ("bf16", 1024, False),
+        ("fp32", 16, False),
+        ("bf16", 100, True),
+    ):
         names = ("table", "weights", "y", "rows", "dots")
         types = dict.fromkeys(names, f"*{element}") | {"ids": "*i32", "groups": "*i64", "n_groups": "i32"}
         sizes = _sizes(torch.empty(1, 128, dtype=torch.float32), dim, grouped)

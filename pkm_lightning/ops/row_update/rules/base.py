@@ -36,8 +36,8 @@ class RowState(NamedTuple):
         return self.dtype
 
 
-#: How the names of states per column begin, and no others: a table that has as many rows as columns cannot be told
-#: apart from them by shape, when a checkpoint is resharded or a row's state is reset.
+#: The prefix of the names of states per column, and of no others. Where a checkpoint is resharded or the state of a row
+#: is reset, the shape does not suffice: a table may have as many rows as columns.
 COLUMN_STATE = "column_"
 
 
