@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,4 +235,3 @@ def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str
     extra = config[EXTRAS][filed[0]]
     moved = {**extra, "table": {**extra["table"], "path": str(path)}}
     return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], filed[0]: moved}})
-
