@@ -3,8 +3,7 @@
 A row is read where its keys lead, so new values alone bring no read; they make the next one useful. Its sources:
 
 - `busy`: each dead row of a table (dead for all layers that share it) becomes a copy of one of the most-read rows of
-  SlotUsage's window, plus noise. Keys stay. Works with every strategy and every memory whose keys are learned; rows
-  that tokens address (Engram) are left alone.
+  SlotUsage's window, plus noise. Keys stay. Works with every strategy, and leaves rows alone that tokens address.
 - `queries`: a product-key slot (i, j) has no key of its own, so dead sub-keys are moved: those that no query of their
   head has chosen for `dead_after` steps, in whatever pair. Each moves to where the worst-served half query of the last
   micro-batch points (on the first rank; see `pkm_lightning.memory.revival`), plus noise; then the dead rows among the S
