@@ -21,7 +21,6 @@ from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
-from pkm_lightning.build.stored_tables import fill_first_rows
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import fingerprint_of, tokenizer_digest, tokenizer_of
 from pkm_lightning.ffn import HasAfterStep
@@ -88,7 +87,6 @@ class LanguageModule(L.LightningModule):
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         if not self._weights_follow:
-            fill_first_rows(self.model)
             load_pretrained(self.model)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
