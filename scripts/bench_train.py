@@ -95,7 +95,7 @@ def plan(options: Options) -> Iterator[Row]:
         yield Row("R6 block step", make, make)
     # None: the default model.
     for dim in (None,) if options.smoke else (None, 256):
-        make_model = functools.partial(trainer_case, dim, options.smoke, device)
+        make_model = functools.partial(trainer_case, dim, options.smoke, device, options.cpu_time)
         yield Row("R7 model in the Trainer", make_model, make_model)
 
 

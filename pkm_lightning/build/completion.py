@@ -29,6 +29,6 @@ def complete_plugins(config: dict[str, Any]) -> dict[str, Any]:
             completed |= {"ffn": ffn, "table": table}
             continue
         extra = config[EXTRAS][variant.name]
-        own = {key: table[key] for key in {*(extra.get("table") or {}), "path", "tensor"} if key in table}
-        completed[EXTRAS] = {**completed[EXTRAS], variant.name: {**extra, "ffn": ffn, "table": own}}
+        settings = {key: table[key] for key in {*(extra.get("table") or {}), "path", "tensor"} if key in table}
+        completed[EXTRAS] = {**completed[EXTRAS], variant.name: {**extra, "ffn": ffn, "table": settings}}
     return completed

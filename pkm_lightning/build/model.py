@@ -12,6 +12,7 @@ import torch
 from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import instantiate, target_class
 from pkm_lightning.build.plugins import build_plugins
+from pkm_lightning.build.stored_tables import fill_first_rows
 from pkm_lightning.build.variants import MAIN, names_by_place, naming
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_integer, nearest
@@ -117,11 +118,12 @@ def bind_tokenizer(model: Transformer, tokenizer: Any, config: Config) -> None:
 
 
 def load_pretrained(model: Transformer) -> None:
-    """Gives the plugins of a new model the weights that they take from files.
+    """Gives the plugins and the tables of a new model what they take from files.
 
     Raises:
-        PkmError: a plugin's, for files that are missing, damaged or of another model.
+        PkmError: files that are missing, damaged or of another model.
     """
+    fill_first_rows(model)
     for _, _, plugin in model.plugins():
         if isinstance(plugin, HasPretrained):
             plugin.load_pretrained()

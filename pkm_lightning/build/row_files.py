@@ -17,7 +17,7 @@ from pkm_lightning.checkpoints.weight_files import stamp, stored_entries
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory.joined_rows import JoinedRows
-from pkm_lightning.memory.stored_rows import StoredRows
+from pkm_lightning.memory.stored_rows import SharedFile, StoredRows
 
 Config = Mapping[str, Any]
 #: The place of one part of a table: a file, and where in it.
@@ -46,19 +46,19 @@ def find_rows(table: Config, spec: TableSpec, number: int, count: int) -> Stored
     path, name = Path(str(table["path"])), _tensor_name(table.get("tensor"), number, count)
     files = stored_entries(path, _KEY)
     if name is not None and _PART in name:
-        found = {name: _parts(path, name, files)}
+        candidates = {name: _parts(path, name, files)}
     elif name is not None:
-        found = {name: [files[name]]} if name in files else {}
+        candidates = {name: [files[name]]} if name in files else {}
     else:
-        found = {known: [place] for known, place in files.items() if place[1].shape == (rows, dim)}
-    if len(found) > 1:
+        candidates = {known: [place] for known, place in files.items() if place[1].shape == (rows, dim)}
+    if len(candidates) > 1:
         raise ConfigError(
-            f"table.path={path} holds {len(found)} tensors of {rows:,} x {dim} values; choose one with "
-            f"table.tensor={' or '.join(sorted(found)[:3])}."
+            f"table.path={path} holds {len(candidates)} tensors of {rows:,} x {dim} values; choose one with "
+            f"table.tensor={' or '.join(sorted(candidates)[:3])}."
         )
-    if not any(found.values()):
+    if not any(candidates.values()):
         raise ConfigError(f"table.path={path} {_missing(name, rows, dim, files)}")
-    ((known, places),) = found.items()
+    ((known, places),) = candidates.items()
     entries = [entry for _, entry in places]
     shape, dtype = _joined_shape(entries), entries[0].dtype
     is_float = dtype.is_floating_point and dtype.itemsize > 1
@@ -157,8 +157,17 @@ def _joined(
     path: Path, parts: tuple[tuple[Path, int, int, tuple[int, int, int]], ...], dtype: torch.dtype, width: int
 ) -> StoredRows:
     # One object per table, whose digest is computed once although a command builds its model several times.
+    # A table may have more parts than a process may have open files.
+    opened = {file: SharedFile(file) for file, *_ in parts}
     stored = [
-        StoredRows(path=file, start=start, dtype=dtype, lines=n_bytes // dtype.itemsize // width, width=width)
+        StoredRows(
+            path=file,
+            start=start,
+            dtype=dtype,
+            lines=n_bytes // dtype.itemsize // width,
+            width=width,
+            file=opened[file],
+        )
         for file, start, n_bytes, _ in parts
     ]
     return stored[0] if len(stored) == 1 else JoinedRows(path, stored)

@@ -202,10 +202,10 @@ def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
     rows = {}
     for name in names:
         (chunk,) = checkpoint.chunks(name)
-        found = next(filter(None, (map_rows(table, chunk.values.tolist()) for table in tables)), None)
-        if found is None:
+        parts = next(filter(None, (map_rows(table, chunk.values.tolist()) for table in tables)), None)
+        if parts is None:
             raise _other_rows(", ".join({str(table["path"]): None for table in tables}), checkpoint.path)
-        rows[f"{name.removesuffix(_DIGEST)}weight"] = found
+        rows[f"{name.removesuffix(_DIGEST)}weight"] = parts
     extras = {
         name: {**extra, "table": {**extra["table"], **_NO_FILE}} if extra.get("table") else extra
         for name, extra in (config.get("extra_ffns") or {}).items()

@@ -118,8 +118,8 @@ class NGramFolder:
         if (layer, f"{TABLE}.weight") in self.stored:
             return [f"{TABLE}.weight"]
         pattern = re.compile(re.escape(TABLE) + r"\.shard_(\d+)\.weight")
-        found = (pattern.fullmatch(name) for number, name in self.stored if number == layer)
-        numbers = {int(match[1]) for match in found if match}
+        matches = (pattern.fullmatch(name) for number, name in self.stored if number == layer)
+        numbers = {int(match[1]) for match in matches if match}
         names = [f"{TABLE}.shard_{number}.weight" for number in range(max(numbers, default=0) + 1)]
         for name in names:
             self._place(layer, name)

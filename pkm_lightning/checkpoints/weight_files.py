@@ -42,15 +42,15 @@ def stamp(path: Path, key: str) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=8)
 def _entries(path: Path, key: str, of_file: tuple[int, int, int]) -> dict[str, tuple[Path, Entry]]:
-    found = {}
+    places = {}
     for file in _files(path, key):
         try:
-            found.update({name: (file, entry) for name, entry in read_entries(file).items()})
+            places.update({name: (file, entry) for name, entry in read_entries(file).items()})
         except OSError as error:
             raise CheckpointError(f"{key}{path}: {file.name} cannot be read ({error.strerror}).") from None
         except ValueError as error:
             raise CheckpointError(f"{key}{path}: {file.name} is no whole safetensors file ({error}).") from None
-    return found
+    return places
 
 
 def _files(path: Path, key: str) -> Iterator[Path]:

@@ -86,16 +86,16 @@ def copy_layer(engram: Engram, folder: NGramFolder, layer: int, stream: int | No
     _check_module(engram, folder, stream)
     state = engram.state_dict()
     C = folder.sizes.hidden_size
-    for ours, theirs in WEIGHTS.items():
-        values = folder.tensor(layer, theirs)
-        if stream is not None and ours != SHARED:
+    for name, qwen_name in WEIGHTS.items():
+        values = folder.tensor(layer, qwen_name)
+        if stream is not None and name != SHARED:
             values = values[stream * C : (stream + 1) * C]
-        if values.shape != state[ours].shape:
+        if values.shape != state[name].shape:
             raise ConfigError(
-                f"{ours} of this module has the shape {tuple(state[ours].shape)}, and {theirs} of {folder.source} "
+                f"{name} of this module has the shape {tuple(state[name].shape)}, and {qwen_name} of {folder.source} "
                 f"{tuple(values.shape)}; give it the sizes of config.json."
             )
-        state[ours].copy_(values)
+        state[name].copy_(values)
     (table,) = engram.slots()[0].tables
     sizes_K, offsets_K = folder.tensor(layer, HEAD_SIZES), folder.tensor(layer, HEAD_OFFSETS)
     if not _fit(sizes_K, offsets_K, table.rows):
@@ -103,8 +103,8 @@ def copy_layer(engram: Engram, folder: NGramFolder, layer: int, stream: int | No
             f"{folder.source}: {folder.full_name(layer, HEAD_SIZES)} leads beyond the {table.rows:,} rows of the "
             "table; the weights are those of another model."
         )
-    for ours, theirs in HASH.items():
-        state[ours].copy_(folder.tensor(layer, theirs))
+    for name, qwen_name in HASH.items():
+        state[name].copy_(folder.tensor(layer, qwen_name))
 
 
 def _fit(sizes_K: Tensor, offsets_K: Tensor, rows: int) -> bool:
@@ -120,7 +120,7 @@ def _check_module(engram: Engram, folder: NGramFolder, stream: int | None) -> No
     s = folder.sizes
     check_stream(folder, stream)
     identity_W = torch.arange(s.vocab_size)
-    found = {
+    pairs = {
         "streams": (engram.streams, s.streams if stream is None else 1),
         "orders": (list(engram.addressing.orders), list(range(2, s.order + 1))),
         "dilation": (engram.conv.dilation[0], s.order),
@@ -130,10 +130,10 @@ def _check_module(engram: Engram, folder: NGramFolder, stream: int | None) -> No
         "gate": ("none" if engram.key is None else "sigmoid" if engram.takes_root else "no_root", "sigmoid"),
         "canonical": (not torch.equal(engram.addressing.canonical_ids.cpu(), identity_W), False),
     }
-    for name, (ours, theirs) in found.items():
-        if ours != theirs:
+    for name, (value, expected) in pairs.items():
+        if value != expected:
             raise ConfigError(
-                f"{name}={ours} of this module contradicts the {theirs} of {folder.source}; set the latter."
+                f"{name}={value} of this module contradicts the {expected} of {folder.source}; set the latter."
             )
 
 

@@ -154,16 +154,16 @@ class PretrainedEngram(Engram):
         from tokenizers import Tokenizer
 
         try:
-            ours, theirs = Tokenizer.from_str(tokenizer.to_json()), Tokenizer.from_file(str(file))
+            of_data, of_folder = Tokenizer.from_str(tokenizer.to_json()), Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             reason = str(error).split("\n")[0]
             raise ConfigError(f"{file} cannot be read ({reason}); fetch it again, or remove it.") from None
-        known = range(max(ours.get_vocab_size(), theirs.get_vocab_size()))
-        other = next((i for i in known if ours.id_to_token(i) != theirs.id_to_token(i)), None)
+        known = range(max(of_data.get_vocab_size(), of_folder.get_vocab_size()))
+        other = next((i for i in known if of_data.id_to_token(i) != of_folder.id_to_token(i)), None)
         if other is not None:
             raise ConfigError(
                 f"the data's tokenizer is another one than {file}, whose ids the n-grams are hashed by: id {other} is "
-                f"{ours.id_to_token(other)!r}, there {theirs.id_to_token(other)!r}; set data.tokenizer={file}."
+                f"{of_data.id_to_token(other)!r}, there {of_folder.id_to_token(other)!r}; set data.tokenizer={file}."
             )
 
 

@@ -128,13 +128,15 @@ def _variant(config: Mapping[str, Any]) -> Variant:
     Raises:
         ConfigError: there is none, or several, which one config.json cannot describe.
     """
-    found = [v for v in variants(config) if issubclass(target_class(v.ffn, v.key), Engram)]
-    if len(found) != 1:
+    matches = [v for v in variants(config) if issubclass(target_class(v.ffn, v.key), Engram)]
+    if len(matches) != 1:
         shown = (
-            "no layer with an n-gram table (ffn=engram)" if not found else f"{len(found)} variants with n-gram tables"
+            "no layer with an n-gram table (ffn=engram)"
+            if not matches
+            else f"{len(matches)} variants with n-gram tables"
         )
         raise ConfigError(f"format=ngram: the model has {shown}; it writes those of one variant.")
-    return found[0]
+    return matches[0]
 
 
 def _check_expressible(variant: Variant, layers: Sequence[NGramLayer]) -> None:
@@ -152,11 +154,11 @@ def _check_expressible(variant: Variant, layers: Sequence[NGramLayer]) -> None:
         "canonical": (ffn.get("canonical", False), False),
         "rows": ("1" if ffn["rows"] == 1 else "more", "more"),
     }
-    for name, (ours, theirs) in allowed.items():
-        if ours != theirs:
+    for name, (value, expected) in allowed.items():
+        if value != expected:
             key = f"{variant.key}.{name}" if variant.name == MAIN else f"{variant.key}.ffn.{name}"
             raise ConfigError(
-                f"format=ngram cannot express {key}={ffn[name]}: Qwen's layer has {name}={theirs}; use "
+                f"format=ngram cannot express {key}={ffn[name]}: Qwen's layer has {name}={expected}; use "
                 "file=NAME.safetensors or format=hf."
             )
     if len({layer.table for layer in layers}) < len(layers):

@@ -79,21 +79,21 @@ class NGramTensors:
         for layer in layers:
             prefix = f"model.layers.{layer.number}.ple."
             self._add(f"{prefix}{TABLE}.weight", f"{layer.table}.weight")
-            for ours, theirs in {**WEIGHTS, **HASH}.items():
-                name = f"{prefix}{theirs}"
-                if layer.origin is not None and layer.stream is not None and ours in WEIGHTS and ours != SHARED:
+            for part, qwen_name in {**WEIGHTS, **HASH}.items():
+                name = f"{prefix}{qwen_name}"
+                if layer.origin is not None and layer.stream is not None and part in WEIGHTS and part != SHARED:
                     start = layer.stream * layer.origin.sizes.hidden_size
-                    self._others[f"{_MODEL}{name}"] = (layer.origin.tensor(layer.number, theirs), start)
-                self._add(name, f"{layer.module}.{ours}")
+                    self._others[f"{_MODEL}{name}"] = (layer.origin.tensor(layer.number, qwen_name), start)
+                self._add(name, f"{layer.module}.{part}")
         self.names = {name.removeprefix(_MODEL): name.removeprefix(_MODEL) for name in self.shapes}
         (end,) = source.chunks(f"{_MODEL}{layers[0].module}.addressing.end_id")
         self.end_id = int(end.values)
         self.dtype = source.shapes[f"{_MODEL}{layers[0].module}.{SHARED}"][1]
 
-    def _add(self, name: str, ours: str) -> None:
-        name, ours = f"{_MODEL}{name}", f"{_MODEL}{ours}"
-        self._names[name] = ours
-        shape, dtype = self._source.shapes[ours]
+    def _add(self, name: str, of_model: str) -> None:
+        name, of_model = f"{_MODEL}{name}", f"{_MODEL}{of_model}"
+        self._names[name] = of_model
+        shape, dtype = self._source.shapes[of_model]
         if name in self._others:
             whole = self._others[name][0]
             # Wide enough for the values of both.
@@ -108,8 +108,8 @@ class NGramTensors:
         (whole, start), dtype = self._others[name], self.shapes[name][1]
         end = start + self._source.shapes[self._names[name]][0][0]
         rest = (0,) * (whole.ndim - 1)
-        own = [Chunk((start + offsets[0], *offsets[1:]), values.to(dtype)) for offsets, values in chunks]
-        return [Chunk((0, *rest), whole[:start].to(dtype)), *own, Chunk((end, *rest), whole[end:].to(dtype))]
+        middle = [Chunk((start + offsets[0], *offsets[1:]), values.to(dtype)) for offsets, values in chunks]
+        return [Chunk((0, *rest), whole[:start].to(dtype)), *middle, Chunk((end, *rest), whole[end:].to(dtype))]
 
     def forget(self) -> None:
         """Releases the memory of pages that were read."""

@@ -36,15 +36,19 @@ class JoinedRows(StoredRows):
 
     def read_into(self, ids_U: Int64[Tensor, " U"], bytes_UZ: UInt8[Tensor, "U Z"]) -> None:
         """Fills `bytes` with lines of Z bytes, by this thread; otherwise as `StoredRows.read_into`."""
-        part_U = torch.bucketize(ids_U, torch.tensor(self._ends), right=True)
-        for number in part_U.unique().tolist():
-            if number == len(self.parts):
-                raise ValueError(f"ids reach {int(ids_U.max())}; there are {self.lines} rows.")
-            part, chosen_U = self.parts[number], (part_U == number).nonzero().squeeze(1)
-            local_U = ids_U[chosen_U] - (self._ends[number] - part.lines)
-            of_part_UZ = torch.empty(len(local_U), bytes_UZ.shape[1], dtype=torch.uint8)
-            part.read_into(local_U, of_part_UZ)
-            bytes_UZ[chosen_U] = of_part_UZ
+        if bool((ids_U[1:] < ids_U[:-1]).any()):
+            order_U = ids_U.argsort()
+            ascending_UZ = torch.empty_like(bytes_UZ)
+            self.read_into(ids_U[order_U], ascending_UZ)
+            bytes_UZ[order_U] = ascending_UZ
+            return
+        if len(ids_U) and not 0 <= int(ids_U[0]) <= int(ids_U[-1]) < self.lines:
+            raise ValueError(f"ids reach from {int(ids_U[0])} to {int(ids_U[-1])}; allowed: 0 to {self.lines - 1}.")
+        # In ascending order the ids of a part are neighbours.
+        limits = [0, *torch.searchsorted(ids_U, torch.tensor(self._ends)).tolist()]
+        for part, end, first, last in zip(self.parts, self._ends, limits[:-1], limits[1:], strict=True):
+            if first < last:
+                part.read_into(ids_U[first:last] - (end - part.lines), bytes_UZ[first:last])
 
     def read_bytes(self, start: int, length: int) -> bytes:
         """Returns bytes of the values of all parts; otherwise as `StoredRows.read_bytes`."""

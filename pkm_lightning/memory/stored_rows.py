@@ -35,6 +35,31 @@ _DIGEST_PAGES, _PAGE = 256, 4096
 _opening = threading.Lock()
 
 
+class SharedFile:
+    """A file that is opened at the first read, once for all that read in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+
+    def descriptor(self) -> int:
+        """Returns its number among the open files of the process.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        with _opening:
+            if self._file is None:
+                self._file = open_regular(self.path, "rb")
+                if hasattr(os, "posix_fadvise"):
+                    # Scattered rows: the neighbours, which the system reads by default, would be read for nothing.
+                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            return self._file.fileno()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+
 class StoredRows:
     """The lines of a table in a file, which is opened at the first read.
 
@@ -43,11 +68,21 @@ class StoredRows:
         start: byte of the first value.
         dtype: of the values.
         lines, width: shape of the table, N and V.
+        file: the file, where others read in it too.
     """
 
-    def __init__(self, *, path: Path, start: int, dtype: torch.dtype, lines: int, width: int) -> None:
+    def __init__(
+        self,
+        *,
+        path: Path,
+        start: int,
+        dtype: torch.dtype,
+        lines: int,
+        width: int,
+        file: SharedFile | None = None,
+    ) -> None:
         self.path, self.start, self.dtype, self.lines, self.width = path, start, dtype, lines, width
-        self._file: IO[bytes] | None = None
+        self._file = SharedFile(path) if file is None else file
 
     def read(self, ids_U: Int64[Tensor, " U"], *, pinned: bool = False) -> Float[Tensor, "U V"]:
         """Returns lines in the dtype of the file, by several threads where there are many.
@@ -115,7 +150,7 @@ class StoredRows:
             ValueError: an id is out of range.
             OSError, EOFError: as `read_bytes`.
         """
-        read_file_rows(self._descriptor(), self.start, self.lines, ids_U, bytes_UZ)
+        read_file_rows(self._file.descriptor(), self.start, self.lines, ids_U, bytes_UZ)
 
     def read_bytes(self, start: int, length: int) -> bytes:
         """Returns bytes of the values; `start` counts from the first value.
@@ -125,21 +160,12 @@ class StoredRows:
         """
         parts, start = [], self.start + start
         while length:
-            part = os.pread(self._descriptor(), length, start)  # Linux returns 2 GiB at most
+            part = os.pread(self._file.descriptor(), length, start)  # Linux returns 2 GiB at most
             if not part:
                 raise EOFError("it has become shorter")
             parts.append(part)
             start, length = start + len(part), length - len(part)
         return b"".join(parts)
-
-    def _descriptor(self) -> int:
-        with _opening:
-            if self._file is None:
-                self._file = open_regular(self.path, "rb")
-                if hasattr(os, "posix_fadvise"):
-                    # Scattered rows: the neighbours, which the system reads by default, would be read for nothing.
-                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            return self._file.fileno()
 
     def failure(self, error: Exception) -> CheckpointError:
         """Returns the error that names the file and what went wrong."""
@@ -150,6 +176,3 @@ class StoredRows:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredRows:
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}

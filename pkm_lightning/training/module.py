@@ -21,7 +21,6 @@ from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
-from pkm_lightning.build.stored_tables import fill_first_rows
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import fingerprint_of, tokenizer_digest, tokenizer_of
 from pkm_lightning.ffn import HasAfterStep
@@ -88,7 +87,6 @@ class LanguageModule(L.LightningModule):
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         if not self._weights_follow:
-            fill_first_rows(self.model)
             load_pretrained(self.model)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
@@ -114,10 +112,13 @@ class LanguageModule(L.LightningModule):
             return
         # Not `value_tables`: a table that a plugin has made itself is a dense parameter to the strategy.
         tables: list[ValueTable] = list(self.model.tables)  # type: ignore[arg-type]
-        weights = [weight for table in tables for weight in table.parameters()]
-        if engine_of(self._trainer) is not None:
-            for table in tables:
+        has_engine = engine_of(self._trainer) is not None
+        for table in tables:
+            # Lightning 2.6 draws a whole model anew under FSDP2 if one of its parameters is on meta.
+            if has_engine or table.is_streamed:
                 table.unregister()
+        weights = [weight for table in tables for weight in table.parameters()]
+        if has_engine:
             check_own_tables(self.model, engine=True)
         elif self.device_mesh is not None:
             check_own_tables(self.model, engine=False)
@@ -246,10 +247,7 @@ class LanguageModule(L.LightningModule):
         return bool(self.trainer.strategy.handles_gradient_accumulation and self.trainer.fit_loop._should_accumulate())
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips the tables by `optim.table_clip_norm`, all else by `optim.clip_norm`; then judges the step.
 
@@ -394,10 +392,6 @@ class LanguageModule(L.LightningModule):
         checkpoint["data"] = fingerprint_of(self._data())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the token counter.
-
-        Raises:
-            CheckpointError: the data's tokenizer is not the one that the weights were trained with.
-        """
+        """Restores the token counter; raises CheckpointError for data of another tokenizer than that of the weights."""
         check_tokenizer(checkpoint, tokenizer_digest(self._data()))
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)

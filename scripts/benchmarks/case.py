@@ -92,6 +92,8 @@ class Options(NamedTuple):
     smoke: bool
     rounds: int
     memory: bool
+    #: Measure CPU time instead of the time that passes.
+    cpu_time: bool = False
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

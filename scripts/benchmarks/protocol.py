@@ -48,7 +48,7 @@ def command_line(doc: str | None, arguments: Sequence[str] | None) -> tuple[Opti
     if device.type == "cuda" and parsed.cpu_time:
         parser.error("--cpu-time measures no kernels of a GPU; use --device cpu, or leave it out")
     rounds = 1 if parsed.smoke else parsed.rounds
-    return Options(device, parsed.smoke, rounds, not parsed.no_memory), parsed
+    return Options(device, parsed.smoke, rounds, not parsed.no_memory, parsed.cpu_time), parsed
 
 
 def benchmark(
@@ -67,8 +67,8 @@ def benchmark(
     """
     options, parsed = command_line(doc, arguments)
     sweep_bytes = 2**16 if options.smoke else SWEEP_BYTES
-    stopwatch = Stopwatch(options.device, sweep_bytes, cpu_time=parsed.cpu_time)
-    facts = conditions(options.device) | {"clock": "CPU time" if parsed.cpu_time else "wall"}
+    stopwatch = Stopwatch(options.device, sweep_bytes, cpu_time=options.cpu_time)
+    facts = conditions(options.device) | {"clock": "CPU time" if options.cpu_time else "wall"}
     print_head(name, facts)
     results: list[Result] = []
     for row in plan(options):

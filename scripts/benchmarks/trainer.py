@@ -16,9 +16,11 @@ import torch
 from benchmarks.case import Case, Run, Skipped, Way
 
 ONE_LAYER = ["placement=middle", "match=flops"]
+# Beside the FFN of one layer, which becomes narrower where FLOPs are matched.
+ENGRAM = ["ffn=engram", "placement.layers=[1]"]
 
 
-def trainer_case(dim: int | None, smoke: bool, device: torch.device) -> Case | Skipped:
+def trainer_case(dim: int | None, smoke: bool, device: torch.device, cpu_time: bool) -> Case | Skipped:
     """Builds the case.
 
     Args:
@@ -26,6 +28,7 @@ def trainer_case(dim: int | None, smoke: bool, device: torch.device) -> Case | S
             for the default model of `fit`, with a memory in one and in all layers.
         smoke: tiny sizes.
         device: where it trains.
+        cpu_time: measure CPU time instead of the time that passes.
     """
     try:
         import hydra  # noqa: F401
@@ -35,10 +38,12 @@ def trainer_case(dim: int | None, smoke: bool, device: torch.device) -> Case | S
     steps = 4 if smoke else 30 if dim is None else 5
     if dim is None:
         ways = {"dense": ["ffn=dense"], "memory_plus, 1 layer": ["placement=middle"], "memory_plus, all layers": []}
+        ways |= {"engram, 1 layer": ENGRAM, "engram, 1 layer, equal FLOPs": [*ENGRAM, "match=flops"]}
     else:
         wide = [f"model.dim={dim}", "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=8"]
         wide += [f"model.ffn_dim={8 * dim // 3 // 8 * 8}", "model.memory.key_dim=64"]
         ways = {"dense": [*wide, "ffn=dense"], "memory_plus, 1 layer, equal FLOPs": [*wide, *ONE_LAYER]}
+        ways["engram, 1 layer, equal FLOPs"] = [*wide, *ENGRAM, "match=flops"]
     if smoke:
         small = ["data.people=40", "data.cities=20", "data.countries=10", "data.global_batch_size=2", "model.dim=16"]
         ways = {name: [*overrides, *small, "model.memory.n_keys=8"] for name, overrides in ways.items()}
@@ -49,7 +54,7 @@ def trainer_case(dim: int | None, smoke: bool, device: torch.device) -> Case | S
     return Case(
         sizes=f"{'default model' if dim is None else f'D={dim}'}, facts, {data['global_batch_size']} rows of "
         f"{data['seq_len']} tokens, {steps} steps",
-        ways=[Way(name, functools.partial(_fit, config)) for name, config in configs.items()],
+        ways=[Way(name, functools.partial(_fit, config, cpu_time)) for name, config in configs.items()],
         error=lambda run: 0.0 if run() > 0 else float("inf"),  # tests check what the models compute
         tolerance=0.0,
         baselines=["dense"],
@@ -69,7 +74,7 @@ def _configuration(overrides: list[str]) -> dict[str, Any]:
     return {**plain, "callbacks": {}, "logger": {}}
 
 
-def _fit(config: dict[str, Any]) -> Run:
+def _fit(config: dict[str, Any], cpu_time: bool) -> Run:
     """Returns a function that trains and returns seconds per step, from the end of the second step to the last."""
     import lightning as L
 
@@ -87,7 +92,7 @@ def _fit(config: dict[str, Any]) -> Run:
             # Kernels are asynchronous: without this the clock would stop before the step has ended.
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+            self.ends.append(time.process_time() if cpu_time else time.perf_counter())
 
     resolved = resolve(config)
     resolved.data.prepare_data()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from ngram_folders import CONFIG, LAYERS, hash_of, rows_of, write_folder
@@ -96,6 +97,14 @@ def test_a_frozen_table_stays_in_its_files(qwen: Path) -> None:
     rows = torch.cat([find_ngrams(qwen).tensor(4, name) for name in find_ngrams(qwen).parts(4)])
     ids = torch.randint(table.rows, (50, 4))
     assert torch.equal(table.gather(ids), rows[ids])
+
+
+def test_a_table_of_many_parts_takes_one_open_file(tmp_path: Path) -> None:
+    write_folder(tmp_path / "qwen", parts=128)
+    before = psutil.Process().num_fds()
+    plugin = load_ngram_layer(tmp_path / "qwen", layer=1, mapped=True)
+    plugin.slots()[0].tables[0].gather(torch.arange(256).view(-1, 4))
+    assert psutil.Process().num_fds() < before + 10
 
 
 def test_a_run_goes_on_without_the_folder(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from row_reads import read
+from row_reads import device_of, padded, read
 from tolerances import assert_close
 from torch import Tensor
 
@@ -253,3 +253,17 @@ def test_the_state_is_three_bytes_per_row() -> None:
 def test_refused_betas(betas: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_rule("factored_adam")(betas=betas)
+
+
+@pytest.mark.parametrize("name", ["factored_adam", "lazy_adam"])
+def test_a_rank_whose_rows_nobody_read_changes_nothing(name: str) -> None:
+    """On an accelerator such a step has segments, but all of them are padding."""
+    device = device_of("triton")
+    rule = RULE if name == "factored_adam" else find_rule(name)(bias_correction="row")
+    table_NV = torch.randn(4, 5, device=device)
+    state = {key: torch.ones_like(value) for key, value in new_state(rule, table_NV).items()}
+    before_NV = table_NV.clone()
+    gradient = padded(read(4, 5, 0, device=device))
+    row_update(table_NV, gradient, rule, UpdateStep(lr=0.1, number=3), state, backend="triton")
+    assert torch.equal(table_NV, before_NV)
+    assert all(bool((value == 1).all()) for value in state.values())
