@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -127,10 +128,15 @@ def test_a_folder_must_hold_one_model(module: LanguageModule, tmp_path: Path) ->
         pkm_lightning.load(tmp_path)
 
 
-def test_classes_of_others_are_built_only_when_trusted(module: LanguageModule, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["ffn", "extra_ffns.mine.ffn"])
+def test_classes_of_others_are_built_only_when_trusted(module: LanguageModule, tmp_path: Path, place: str) -> None:
     config = json.loads(json.dumps(module.config))
-    config["ffn"]["_target_"] = "subprocess.Popen"
+    *parents, leaf = place.split(".")
+    node = config
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[leaf] = {**node.get(leaf, {}), "_target_": "subprocess.Popen"}
     holder = LoadedModel(module.model, bytes_tokenizer(), config, tmp_path, torch.device("cpu"))
     pkm_lightning.save(holder, tmp_path)
-    with pytest.raises(ConfigError, match=r"names ffn\._target_=subprocess\.Popen"):
+    with pytest.raises(ConfigError, match=rf"names {re.escape(place)}\._target_=subprocess\.Popen"):
         pkm_lightning.load(tmp_path)
