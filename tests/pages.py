@@ -52,6 +52,8 @@ def furnish(folder: Path) -> None:
     (folder / "my_ffn.py").write_text(blocks(ROOT / "docs" / "extending.md", "python")[0])
     (folder / "my_configs" / "ffn").mkdir(parents=True)
     (folder / "my_configs" / "ffn" / "mine.yaml").write_text("_target_: my_ffn.MyFFN\n")
+    (folder / "my_configs" / "experiment").mkdir()
+    (folder / "my_configs" / "experiment" / "mixture.yaml").write_text(blocks(ROOT / "docs" / "ffns.md", "yaml")[0])
     (folder / "my_texts").mkdir()
     (folder / "my_texts" / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     records = [{"prompt": f"{i} and one is", "answer": str(i + 1)} for i in range(60)]

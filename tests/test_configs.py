@@ -27,6 +27,7 @@ PREPARED = CONFIGS / "prepare" / "data"
 PRETRAINED = (
     CONFIGS / "model" / "hf.yaml",
     *(CONFIGS / "ffn" / f"{n}.yaml" for n in ("pretrained", "engram_pretrained")),
+    CONFIGS / "extra_ffns" / "engram_pretrained.yaml",
 )
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONFIGS)}={path.stem}"
@@ -50,6 +51,9 @@ FFNS = [o.removeprefix("ffn=") for o in OPTIONS if o.startswith("ffn=") and o !=
 # What a user must give, for the options that are nothing without it.
 GIVEN = {
     "ffn=custom": ["ffn._target_=pkm_lightning.ffn.Dense", "+ffn.hidden_dim=8"],
+    "extra_ffns=custom": [
+        *("extra_ffns.custom.ffn._target_=pkm_lightning.ffn.Dense", "+extra_ffns.custom.ffn.hidden_dim=8"),
+    ],
     "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
     "callbacks=evaluate": ["callbacks.evaluate.tasks=[piqa]"],
     "strategy=ddp": ["trainer.devices=2"],

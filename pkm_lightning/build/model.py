@@ -13,6 +13,7 @@ from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import instantiate, target_class
 from pkm_lightning.build.plugins import build_plugins
 from pkm_lightning.build.stored_tables import fill_first_rows
+from pkm_lightning.build.variants import MAIN, names_by_place, naming
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_integer, nearest
 from pkm_lightning.ffn import HasPretrained, UsesTokenizer
@@ -102,14 +103,17 @@ def check_foreign_plugins(model: Transformer, config: Config) -> None:
         check_plugins((plugin for _, _, plugin in model.plugins()), int(config["model"]["dim"]))
 
 
-def bind_tokenizer(model: Transformer, tokenizer: Any) -> None:
+def bind_tokenizer(model: Transformer, tokenizer: Any, config: Config) -> None:
     """Gives the plugins of a new model what they need of the tokenizer of its data; None: the data have none.
 
     Raises:
         ConfigError: a plugin cannot work with it.
     """
+    variants = names_by_place(config)
     for layer, name, plugin in model.plugins():
-        if isinstance(plugin, UsesTokenizer):
+        if not isinstance(plugin, UsesTokenizer):
+            continue
+        with naming(variants.get((layer, name), MAIN)):
             called(f"layer {layer}, {name}: bind_tokenizer", plugin.bind_tokenizer, tokenizer=tokenizer)
 
 

@@ -137,7 +137,7 @@ def _build_tables(variant: Variant, config: Config, n_placed: int, mesh: TableMe
         counts = {"table_number": number, "table_readers": n_placed // n_groups}
         spec = _table_spec(variant, cls, config["model"], counts)
         shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "std": spec.std}
-        # Every rank reads a file for itself.
+        # All ranks read the file, each what it needs.
         if mesh is not None and variant.table.get("device") != "mmap":
             shape["mesh"] = mesh
         if spec.slices > 1:

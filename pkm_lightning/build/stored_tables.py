@@ -224,14 +224,14 @@ def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str
     """
     if path is None:
         return config
-    filed = [name for name, table in _tables(config).items() if table.get("path") is not None] or [MAIN]
-    if len(filed) > 1:
+    names = [name for name, table in _tables(config).items() if table.get("path") is not None] or [MAIN]
+    if len(names) > 1:
         raise ConfigError(
-            f"table.path={path} is one file, but {', '.join(filed)} have a file each; put them where they were in "
+            f"table.path={path} is one file, but {', '.join(names)} have a file each; put them where they were in "
             "training."
         )
-    if filed == [MAIN]:
+    if names == [MAIN]:
         return with_absolute_paths({**config, "table": {**config["table"], "path": str(path)}})
-    extra = config[EXTRAS][filed[0]]
+    extra = config[EXTRAS][names[0]]
     moved = {**extra, "table": {**extra["table"], "path": str(path)}}
-    return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], filed[0]: moved}})
+    return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], names[0]: moved}})

@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from pkm_lightning.build.variants import Config, Variant, variants
+from pkm_lightning.build.variants import Config, Variant, names_by_place, variants
 from pkm_lightning.ffn import HasReads
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Transformer
 from pkm_lightning.model.plugin_checks import plugin_cost
-
-#: The names of a variant's plugin within a layer, by its mode; `ffn.base` where another variant runs in parallel to it.
-_PARTS = {"replace": ("ffn", "ffn.base"), "parallel": ("ffn.variant",), "before": ("before",), "after": ("after",)}
 
 
 def variant_figures(model: Transformer, config: Config) -> dict[str, dict[str, Any]]:
@@ -30,14 +27,14 @@ def variant_figures(model: Transformer, config: Config) -> dict[str, dict[str, A
 
     Figures that the plugin's `cost()` computes are None where it has none.
     """
-    plugins = {(layer, part): plugin for layer, part, plugin in model.plugins()}
-    n_layers, figures = int(config["model"]["n_layers"]), {}
-    for variant in variants(config):
-        layers = variant.layers(n_layers)
-        parts = _PARTS[variant.placement.mode]
-        of_variant = [plugins[layer, part] for layer in layers for part in parts if (layer, part) in plugins]
-        figures[variant.name] = _figures(variant, layers, of_variant, list(model.tables))
-    return figures
+    names, tables, n_layers = names_by_place(config), list(model.tables), int(config["model"]["n_layers"])
+    plugins: dict[str, list[nn.Module]] = {}
+    for layer, part, plugin in model.plugins():
+        plugins.setdefault(names.get((layer, part), ""), []).append(plugin)
+    return {
+        variant.name: _figures(variant, variant.layers(n_layers), plugins.get(variant.name, []), tables)
+        for variant in variants(config)
+    }
 
 
 def _figures(variant: Variant, layers: list[int], plugins: list[nn.Module], tables: list[nn.Module]) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class Variant:
             return self.placement.resolve(n_layers)
 
 
+#: The names of a variant's plugin within a layer, by its mode; `ffn.base` where another variant runs in parallel to it.
+_PARTS = {"replace": ("ffn", "ffn.base"), "parallel": ("ffn.variant",), "before": ("before",), "after": ("after",)}
+
+
 def variants(config: Config) -> list[Variant]:
     """Returns the variants of `config`: `ffn` first, then those of `extra_ffns` by name.
 
@@ -71,15 +75,26 @@ def variants(config: Config) -> list[Variant]:
     Raises:
         ConfigError: as `Placement`, naming the variant where it is an extra one.
     """
-    found = [Variant(MAIN, config["ffn"], instantiate(config["placement"], "placement"), config["table"])]
+    of_config = [Variant(MAIN, config["ffn"], instantiate(config["placement"], "placement"), config["table"])]
     for name, extra in sorted((config.get(EXTRAS) or {}).items()):
         with naming(name):
             placement: Placement = instantiate(extra["placement"], "placement")
             if placement.write_after != 0:
                 delay = "null" if placement.write_after is None else placement.write_after
                 raise ConfigError(f"placement.write_after={delay} is for ffn alone; set it to 0.")
-        found.append(Variant(name, extra["ffn"], placement, table_of(config, extra)))
-    return found
+        of_config.append(Variant(name, extra["ffn"], placement, table_of(config, extra)))
+    return of_config
+
+
+def names_by_place(config: Config) -> dict[tuple[int, str], str]:
+    """Returns the names of variants by layer and name of the plugin within it."""
+    n_layers = int(config["model"]["n_layers"])
+    return {
+        (layer, part): variant.name
+        for variant in variants(config)
+        for layer in variant.layers(n_layers)
+        for part in _PARTS[variant.placement.mode]
+    }
 
 
 def table_of(config: Config, extra: Config) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _PLAIN, _QUANTIZED = "pkm_lightning.memory.ValueTable", "pkm_lightning.memory.Qu
 _KEPT = ("shared", "device", "shard", "group")
 
 
-def _kept_of(extra: dict[str, Any]) -> dict[str, Any]:
+def _without_training(extra: dict[str, Any]) -> dict[str, Any]:
     return {**extra, "table": {key: value for key, value in (extra.get("table") or {}).items() if key in _KEPT}}
 
 
@@ -68,7 +68,7 @@ class QuantizedCheckpoint:
         table = {key: config["table"][key] for key in _KEPT if key in config["table"]}
         config["table"] = {"_target_": _QUANTIZED, "bits": self._bits, **table}
         if config.get("extra_ffns"):
-            config["extra_ffns"] = {name: _kept_of(extra) for name, extra in config["extra_ffns"].items()}
+            config["extra_ffns"] = {name: _without_training(extra) for name, extra in config["extra_ffns"].items()}
         if (config.get("optim") or {}).get("freeze"):
             # Nothing of the file is trained, and patterns of a table's weight would match no parameter.
             config["optim"] = {**config["optim"], "freeze": []}

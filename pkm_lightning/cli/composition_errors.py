@@ -69,9 +69,9 @@ def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
     if key in VERBS_OF:
         return f"{key} is a key of {', '.join(VERBS_OF[key])} only; leave it out."
     known = sorted(set(_keys(config_of_groups(arguments, name), "")))
-    group, *names = key.split(".")
-    if group == "extra_ffns" and names and f"{group}.{names[0]}" not in known:
-        return f"{key}: the command has no variant {names[0]}; extra_ffns={names[0]} chooses it, [NAME,NAME] several."
+    group, *path = key.split(".")
+    if group == "extra_ffns" and path and f"{group}.{path[0]}" not in known:
+        return f"{key}: the command has no variant {path[0]}; extra_ffns={path[0]} chooses it, [NAME,NAME] several."
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     hint = nearest(leaf, [k.rpartition(".")[2] for k in siblings]) or nearest(key, known)

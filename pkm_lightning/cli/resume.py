@@ -183,7 +183,18 @@ def unresolved(saved: Mapping[str, Any], changed: Mapping[str, Any], chosen: Col
         for group in chosen
         if group in _GROUPS and group in changed and saved[group].get("_target_") == changed[group].get("_target_")
     }
-    return {key: saved[key] if key in same else value for key, value in changed.items()}
+    known = {key: saved[key] if key in same else value for key, value in changed.items()}
+    if "extra_ffns" in chosen and known.get("extra_ffns"):
+        extras = saved.get("extra_ffns") or {}
+        known["extra_ffns"] = {
+            name: extras[name] if _is_same_variant(extras.get(name), extra) else extra
+            for name, extra in known["extra_ffns"].items()
+        }
+    return known
+
+
+def _is_same_variant(saved: Any, changed: Any) -> bool:
+    return bool(saved) and saved["ffn"].get("_target_") == changed["ffn"].get("_target_")
 
 
 def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

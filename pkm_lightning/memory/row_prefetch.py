@@ -169,7 +169,7 @@ class RowPrefetcher:
         return None
 
     def record_update(self, table: ReadTable, before: int, rows_U: Int[Tensor, " U"]) -> None:
-        """Notes an update that has changed no other lines than these; `before` is the weight's version before it."""
+        """Records an update that has changed no other lines than these; `before` is the weight's version before it."""
         if table in self._updates:
             self._updates[table].append((before, table.weight._version, rows_U.long()))
 
@@ -207,17 +207,17 @@ class RowPrefetcher:
 
     @torch.no_grad()
     def _read(self, tables: tuple[ReadTable, ...], reads: Callable[[], Reads]) -> dict[ReadTable, list[CompactRead]]:
-        found: dict[ReadTable, list[CompactRead]] = {}
+        compact: dict[ReadTable, list[CompactRead]] = {}
         with torch.cuda.stream(self._stream) if self._stream is not None else torch.no_grad():
             for table, ids_TK in reads():
                 if table in tables:
-                    found.setdefault(table, []).append(read_compactly(table, ids_TK, self._device))
+                    compact.setdefault(table, []).append(read_compactly(table, ids_TK, self._device))
             if self._stream is not None:
                 ready = torch.cuda.Event()
                 ready.record(self._stream)
-                for read in (read for of_table in found.values() for read in of_table):
+                for read in (read for of_table in compact.values() for read in of_table):
                     read.ready = ready
-        return found
+        return compact
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowPrefetcher:
         # A copied table is another key: it finds nothing here, and reads as without prefetch.

@@ -62,7 +62,7 @@ class ValueTable(nn.Module):
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
         reads_zeros: whether reads return zeros; set by `zero_reads`.
-        first_rows: finds the file whose rows a table that learns begins with; None where they are drawn.
+        first_rows: finds the file with the initial rows of a table that learns; None where they are drawn.
         prefetcher: has the rows of coming reads, in training and evaluation of some tables; else None.
 
     Raises:
@@ -311,6 +311,8 @@ class ValueTable(nn.Module):
     @torch.compiler.disable
     def _compact(self, ids_TK: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns the lines of `ids`, each once, (U, V), and the ids as places among them, (T, K)."""
+        if ids_TK.is_meta:  # a count of shapes
+            return self.weight, ids_TK
         check_indices("ValueTable", "ids", ids_TK, self.n_lines)
         read = None if self.prefetcher is None else self.prefetcher.find(self, ids_TK)
         read = read_compactly(self, ids_TK, device) if read is None else read

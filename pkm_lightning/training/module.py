@@ -89,7 +89,7 @@ class LanguageModule(L.LightningModule):
             load_pretrained(self.model)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
-                bind_tokenizer(self.model, tokenizer_of(self._data()))
+                bind_tokenizer(self.model, tokenizer_of(self._data()), self.config)
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
@@ -111,10 +111,13 @@ class LanguageModule(L.LightningModule):
             return
         # Not `value_tables`: a table that a plugin has made itself is a dense parameter to the strategy.
         tables: list[ValueTable] = list(self.model.tables)  # type: ignore[arg-type]
-        weights = [weight for table in tables for weight in table.parameters()]
-        if engine_of(self._trainer) is not None:
-            for table in tables:
+        has_engine = engine_of(self._trainer) is not None
+        for table in tables:
+            # Lightning 2.6 draws a whole model anew under FSDP2 if one of its parameters is on meta.
+            if has_engine or table.is_streamed:
                 table.unregister()
+        weights = [weight for table in tables for weight in table.parameters()]
+        if has_engine:
             check_own_tables(self.model, engine=True)
         elif self.device_mesh is not None:
             check_own_tables(self.model, engine=False)
@@ -243,10 +246,7 @@ class LanguageModule(L.LightningModule):
         return bool(self.trainer.strategy.handles_gradient_accumulation and self.trainer.fit_loop._should_accumulate())
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips the tables by `optim.table_clip_norm`, all else by `optim.clip_norm`; then judges the step.
 
@@ -391,10 +391,6 @@ class LanguageModule(L.LightningModule):
         checkpoint["data"] = fingerprint_of(self._data())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the token counter.
-
-        Raises:
-            CheckpointError: the data's tokenizer is not the one that the weights were trained with.
-        """
+        """Restores the token counter; raises CheckpointError for data of another tokenizer than that of the weights."""
         check_tokenizer(checkpoint, tokenizer_digest(self._data()))
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)

@@ -26,7 +26,9 @@ from pkm_lightning.huggingface.llama import is_llama
 from pkm_lightning.model import model_cost
 from pkm_lightning.usage.slot_readers import find_readers, find_tables
 
-NAMES = sorted(path.stem for path in (ROOT / "configs" / "extra_ffns").glob("*.yaml") if path.stem != "custom")
+#: Options that are nothing without a class or files of the user.
+NEEDS = ("custom", "engram_pretrained")
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "extra_ffns").glob("*.yaml") if path.stem not in NEEDS)
 MIXTURE = (
     *("model.n_layers=5", "model.memory.n_keys=16", "ffn=memory_plus", "placement.layers=[2]"),
     *("extra_ffns=[pkm,engram]", "extra_ffns.engram.placement.layers=[1,4]", "extra_ffns.engram.ffn.rows=50"),

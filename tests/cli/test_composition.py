@@ -112,7 +112,7 @@ def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.M
         ("test", "device_memory=8", "test does not read device_memory"),
         ("predict", "resume=never", "predict does not read resume"),
         ("compare", "format=json", "compare does not read format"),
-        ("export", "optim.lr=1", "It reads: run_dir, ckpt, model, format, file, dir, overwrite, quantize"),
+        ("export", "optim.lr=1", "It reads: run_dir, ckpt, model, table, format, file, dir, overwrite, quantize"),
         ("export", "data=text", "export does not read data"),
         ("export", "data/loader@data=default", "export does not read data"),
         ("export", "~callbacks.recall", "export does not read callbacks"),

@@ -147,7 +147,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
 def test_a_table_is_mapped_from_one_file_and_only_for_reading(cli: Run, checkpoint: Path) -> None:
     refused = cli("fit", *SMALL_RUN, "run_dir=new", "table.device=mmap")
     assert refused.code == 2
-    assert "table.device=mmap is for validate, test and predict" in refused.err
+    assert "set table.trainable=false and table.path=FILE to train the rest of the model beside it" in refused.err
     assert not Path("new").exists()
     sharded.save(*flatten(torch.load(checkpoint, weights_only=True)), Path("folder.ckpt"))
     refused = cli("predict", "ckpt=folder.ckpt", PROMPTS, "table.device=mmap")

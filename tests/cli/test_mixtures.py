@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "another variant, continued": (
         ["fit", "run_dir=run", "resume=always", "extra_ffns=pkm"],
-        "(extra_ffns.engram: {...} -> (absent); extra_ffns.pkm.placement.layers: [1] -> centred",
+        "(extra_ffns.engram: {...} -> (absent))",
     ),
     "another base, continued": (
         ["fit", "run_dir=run", "resume=always", "ffn@model.base_ffn=dense"],

@@ -65,6 +65,16 @@ def test_a_value_that_a_run_has_not_recorded_yet_is_no_difference(tmp_path: Path
     assert {d.key for d in differences(tmp_path, elsewhere).values() if d.kind == "other"} == {"run.json: device"}
 
 
+def test_further_variants_are_what_is_compared_and_no_dense_reference(tmp_path: Path) -> None:
+    extra = {"extra_ffns": {"engram": {"ffn": {"rows": 100}, "placement": {"layers": [1]}}}}
+    mixed = FakeRun("both", 1, ffn="Dense", config={**extra, "ffn": {"_target_": "pkm_lightning.ffn.Dense"}})
+    plain = FakeRun("dense", 1, ffn="Dense", config={"ffn": {"_target_": "pkm_lightning.ffn.Dense"}})
+    result = differences(tmp_path, mixed, plain)
+    assert result["extra_ffns.engram.ffn.rows"].kind == result["extra_ffns.engram.placement.layers"].kind == "ffn"
+    runs, _ = read_runs([tmp_path])
+    assert {run.variant: run.is_dense for run in runs} == {"both": False, "dense": True}
+
+
 def test_within_a_variant_not_even_the_ffn_may_differ(tmp_path: Path) -> None:
     result = differences(tmp_path, FakeRun("a", 1, flops=1000), FakeRun("a", 2, flops=2000))
     assert result["ffn.hidden_dim"].kind == "other"

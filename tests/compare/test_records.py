@@ -31,8 +31,10 @@ def test_loose_runs_are_named_by_their_ffn_and_their_differences(tmp_path: Path)
     FakeRun("", 1).write(tmp_path, "tuesday")
     FakeRun("", 2).write(tmp_path, "wednesday")
     FakeRun("", 1, config={"model": {"dim": 128}}).write(tmp_path, "thursday")
+    FakeRun("", 1, ffn="MemoryPlus + Engram").write(tmp_path, "friday")
     runs, _ = read_runs([tmp_path])
     assert [(run.variant, run.seed) for run in runs] == [
+        ("memory_plus+engram", 1),
         ("moe", 1),
         ("memory_plus model.dim=128", 1),
         ("memory_plus model.dim=64", 1),

@@ -44,9 +44,16 @@ class Causal(nn.Module):
         return FFNOutput(self.linear(x_BTD.cumsum(1) / counts_T1))
 
 
-@pytest.mark.parametrize("ffn", NAMES)
+#: PKM behind a layer of MoE, Memory+ in the other one.
+MIXTURE = (
+    "memory_plus placement.layers=[1] extra_ffns=pkm extra_ffns.pkm.placement.layers=[0] "
+    "extra_ffns.pkm.placement.mode=after ffn@model.base_ffn=moe model.base_ffn.n_experts=8"
+)
+
+
+@pytest.mark.parametrize("ffn", [*NAMES, MIXTURE])
 def test_every_plugin_loads_generates_and_is_saved_bit_for_bit(ffn: str, tmp_path: Path) -> None:
-    model, folder = export(tmp_path, f"ffn={ffn}", "model.tied=true", changes=CHANGES.get(ffn))
+    model, folder = export(tmp_path, *f"ffn={ffn}".split(), "model.tied=true", changes=CHANGES.get(ffn))
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(loaded, PkmLightningForCausalLM)
     with torch.no_grad():

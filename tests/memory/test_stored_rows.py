@@ -55,6 +55,8 @@ def test_every_read_of_a_file_is_that_of_a_copy_in_memory(tmp_path: Path, kept: 
     assert [y.dtype for y in found[0]] == [dtype] * 5
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert mapped(ids_TK[:0], weights_TK[:0]).shape == (0, V // slices)
+    with torch.device("meta"):  # where plans count shapes
+        assert mapped.gather(ids_TK.to("meta")).shape == (T, K, V // slices)
     with pytest.raises(ValueError, match=f"ids has {N * slices}; allowed"):
         mapped.gather(torch.full((2, 1), N * slices))
 

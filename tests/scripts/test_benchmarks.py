@@ -183,3 +183,17 @@ def test_a_mapped_table_decodes_beside_the_same_in_memory(script: Any, tmp_path:
     assert len(found) == 10
     assert all(float(line["tokens_s"]) > 0 for line in found[:-1])
     assert [entry.name for entry in tmp_path.iterdir()] == ["mmap.csv"]
+
+
+@pytest.mark.slow
+def test_training_beside_a_frozen_table_in_memory_and_in_its_file(script: Any, tmp_path: Path) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux")
+    out = tmp_path / "frozen.csv"
+    tiny = ["--rows", "50", "--huge", "90", "--dim", "32", "--steps", "4", "--rounds", "1", "--folder", str(tmp_path)]
+    module = script("bench_frozen_table")
+    module.main([*tiny, "--out", str(out)])
+    found = lines(out)
+    assert [line["way"] for line in found] == list(module.WAYS)
+    assert all(float(line["seconds"]) > 0 < float(line["cpu"]) for line in found)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["frozen.csv"]
