@@ -73,8 +73,7 @@ class LanguageModule(L.LightningModule):
         self._normaliser = StepNormaliser()
         self._step_nll: Tensor | None = None
         self._step = 0
-        self._reports = StepReports()
-        self._batches = BatchChecks()
+        self._reports, self._batches = StepReports(), BatchChecks()
         self.watch = StepWatch()
         self.answering = Answering()
         self.table_optimizer: Optimizer | None = None
