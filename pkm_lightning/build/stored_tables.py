@@ -235,4 +235,3 @@ def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str
     extra = config[EXTRAS][filed[0]]
     moved = {**extra, "table": {**extra["table"], "path": str(path)}}
     return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], filed[0]: moved}})
-

@@ -67,7 +67,9 @@ def compile_module(name: str, target: GPUTarget, *, once: bool) -> None:
         needs = machine_code(compiled) if target.backend == "cuda" else {}
         sizes_text = " ".join(f"{name}={value}" for name, value in sizes.items())
         line = {"target": f"{target.backend} {target.arch}", "module": name, "kernel": kernel.fn.__name__}
-        csv.writer(sys.stdout, lineterminator="\n").writerow([*(line | {"sizes": sizes_text, "elements": elements} | needs).values()])
+        csv.writer(sys.stdout, lineterminator="\n").writerow(
+            [*(line | {"sizes": sizes_text, "elements": elements} | needs).values()]
+        )
 
 
 def machine_code(compiled: Any) -> dict[str, int]:
