@@ -87,10 +87,10 @@ def test_output_and_gradients_equal_the_definition(changes: dict[str, Any], shar
         y_BTD = layer(x_BTD, context).y_BTD
         expected_BTD = by_definition(layer, row_TV, x_BTD, context)
         assert_close(y_BTD, expected_BTD)
-        given = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
+        leaves = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
         if layer.projection is not None:
-            given["embedding"] = context.embedding_BTD
-        assert_same_gradients(y_BTD, expected_BTD, given)
+            leaves["embedding"] = context.embedding_BTD
+        assert_same_gradients(y_BTD, expected_BTD, leaves)
 
 
 def test_the_first_output_has_the_scale_of_the_other_branches() -> None:
