@@ -83,6 +83,7 @@ class Engram(nn.Module):
 
     uses_past = True
     normalises_input = True
+    buffer_keys = ("orders", "heads", "rows", "canonical", "seed", "end_id")
 
     def __init__(
         self,
