@@ -14,10 +14,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from pkm_lightning.build.instantiate import check_trusted
+from pkm_lightning.build.instantiate import check_trusted, target_class
 from pkm_lightning.build.loading import find_weights, saved_tokenizer
 from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.build.stored_tables import check_stored_rows
+from pkm_lightning.build.variants import variants
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
 from pkm_lightning.cli.resume import check_groups, is_missing_tokenizer
@@ -79,10 +80,10 @@ class InitialWeights(L.Callback):
         return saved if isinstance(saved, str) and saved != "bpe" else None
 
     def check(self, run: ResolvedRun) -> None:
-        """Refuses weights of another shape than those of `run`, damaged ones, and those that the run would replace.
+        """Refuses weights that do not fit `run`, damaged ones, and those that the run would replace.
 
         Raises:
-            CheckpointError: naming the first weights that do not fit, or what is damaged.
+            CheckpointError: naming the first weights or keys that do not fit, or what is damaged.
             ConfigError: they lie in the directory of the run.
         """
         run_dir = Path(run.config["run_dir"])
@@ -97,8 +98,23 @@ class InitialWeights(L.Callback):
                 f"init_from={self._path} does not fit the model of this command ({misfits}); leave out its overrides "
                 f"of {', '.join(ARCHITECTURE)} that change shapes."
             )
+        self._check_buffer_keys(run.config)
         check_stored_rows(run.model, self.checkpoint)
         self.checkpoint.check_sums(without={n for n in self.checkpoint.shapes if not n.startswith(_WEIGHTS)})
+
+    def _check_buffer_keys(self, config: Mapping[str, Any]) -> None:
+        """Refuses keys of plugins that contradict buffers of the weights, which would win without a word."""
+        trained = {variant.name: variant.ffn for variant in variants(self.checkpoint.config)}
+        for variant in variants(config):
+            saved = trained.get(variant.name, {})
+            for key in getattr(target_class(variant.ffn, variant.key), "buffer_keys", ()):
+                value = variant.ffn.get(key)
+                if key in saved and saved[key] != value:
+                    ffn = "ffn" if variant.key == "ffn" else f"{variant.key}.ffn"
+                    raise CheckpointError(
+                        f"{ffn}.{key}={_shown(value)} contradicts the {_shown(saved[key])} of init_from={self._path}, "
+                        f"whose weights were learned with it; leave {ffn}.{key} out."
+                    )
 
     def check_tokenizer(self, data: L.LightningDataModule) -> None:
         """Refuses prepared data whose ids mean other words than those of the weights.
@@ -191,3 +207,7 @@ def _digest(checkpoint: SavedCheckpoint) -> str:
                 digest.update(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         checkpoint.forget()
     return digest.hexdigest()
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

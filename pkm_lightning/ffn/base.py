@@ -29,6 +29,8 @@ Optional members:
 - `uses_past: bool`, True where the plugin does depend on earlier tokens, but takes them from `context.past`.
 - `normalises_input: bool`, True where the plugin, placed before or after a block, takes the residual stream as it is;
   missing means False, and it gets the stream normalised, as it does in the place of an FFN.
+- `buffer_keys: tuple[str, ...]`, arguments of the YAML whose values lie in persistent buffers. Weights of a checkpoint
+  decide them, and a new run from these refuses other values.
 - `parameter_roles: dict[str, str]`, from own parameters' names to `table`, `norm`, `bias`, `embedding` or `matrix`.
 
 Any module within a plugin may have `diagnostics(output, *inputs) -> dict[str, Tensor]`: named scalars, computed now and

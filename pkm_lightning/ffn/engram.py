@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Engram"]
 
+#: A tap takes a step of the forward, and a token in front of the text memory like any other.
+_MOST_TAPS, _LARGEST_DILATION = 64, 4096
+
 
 class Engram(nn.Module):
     """A lookup of the last tokens' n-grams, added to the residual stream in front of a block.
@@ -63,12 +66,12 @@ class Engram(nn.Module):
         vocab_size: vocabulary of the model.
         table: the value table, owned by the model.
         table_number: number of the table among those of the model, which decides primes and multipliers.
-        orders: lengths of the n-grams, each 2 or more.
+        orders: lengths of the n-grams, each 2 to 64.
         heads: hashes per order.
         rows: base size of a head's range of rows; see `head_sizes`.
         row_dim: values per row V; None takes dim / K.
-        kernel: taps of the convolution, 1 or more.
-        dilation: tokens between taps, 1 or more; None takes the largest order.
+        kernel: taps of the convolution, 1 to 64.
+        dilation: tokens between taps, 1 to 4,096; None takes the largest order.
         canonical: hash tokens by their text without case, white space and Unicode form; see `canonical_ids`.
         gate: `sigmoid` as above, `no_root` (alpha = sigmoid(s)), or `none` (alpha = 1, without keys).
         streams: parts S of the residual stream; divides `dim`.
@@ -83,6 +86,7 @@ class Engram(nn.Module):
 
     uses_past = True
     normalises_input = True
+    buffer_keys = ("orders", "heads", "rows", "canonical", "seed", "end_id")
 
     def __init__(
         self,
@@ -116,9 +120,9 @@ class Engram(nn.Module):
             row_dim=row_dim,
             row_multiple=row_multiple,
         )
-        check_integer("ffn.kernel", kernel, low=1)
+        check_integer("ffn.kernel", kernel, low=1, high=_MOST_TAPS)
         dilation = max(orders) if dilation is None else dilation
-        check_integer("ffn.dilation", dilation, low=1)
+        check_integer("ffn.dilation", dilation, low=1, high=_LARGEST_DILATION)
         check_flag("ffn.canonical", canonical)
         check_choice("ffn.gate", gate, ("sigmoid", "no_root", "none"))
         check_integer("ffn.streams", streams, low=1)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: The most rows that int32 ids can number, in which ids travel between ranks.
 _MOST_ROWS = 2**31 - 1
+#: The longest n-gram: each of its tokens takes a step of the forward.
+_LONGEST_ORDER = 64
 #: Constants of the multipliers: those of SplitMix64, and the distance between the seeds of consecutive tables.
 _WORD, _GAMMA, _MIX_1, _MIX_2 = 2**64, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 SEED_STRIDE = 10_007
@@ -50,7 +52,7 @@ class NGramAddressing(nn.Module):
 
     Args:
         vocab_size: vocabulary W.
-        orders: lengths n of the n-grams, each 2 or more.
+        orders: lengths n of the n-grams, each 2 to 64.
         heads: heads per order H.
         rows: base size of a head's range; see `head_sizes`.
         table_number: number of the table among those of the model.
@@ -149,10 +151,10 @@ def checked_orders(orders: Sequence[int]) -> tuple[int, ...]:
     """Returns `orders`, ascending.
 
     Raises:
-        ConfigError: none, a repeated one, or one below 2.
+        ConfigError: none, a repeated one, or one out of range.
     """
     for order in orders:
-        check_integer("ffn.orders", order, low=2)
+        check_integer("ffn.orders", order, low=2, high=_LONGEST_ORDER)
     if not orders or len(set(orders)) != len(orders):
         raise ConfigError(f"ffn.orders={list(orders)} must list one or more lengths, each once, as in [2, 3].")
     return tuple(sorted(orders))

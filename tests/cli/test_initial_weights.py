@@ -17,9 +17,13 @@ import yaml
 from processes import last_checkpoint
 from rank_group import Groups
 from small import Run, record
+from toys import config
 
+from pkm_lightning.build.model import build_meta_model, build_model
+from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.checkpoints import SavedCheckpoint, latest_checkpoint
 from pkm_lightning.cli.initial_weights import InitialWeights
+from pkm_lightning.errors import CheckpointError
 
 SOURCE = [
     "data=text", "data.path=a.txt", "data.tokenizer=bytes", "data.seq_len=16", "data.global_batch_size=4",
@@ -150,6 +154,32 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(run: 
     assert re.search(reason, shown.err), shown.err
     assert not Path("new").exists()
     assert record(Path("source"))["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "prefix"), [("ffn=engram", "ffn"), ("extra_ffns=engram", "extra_ffns.engram.ffn")], ids=["ffn", "extra"]
+)
+def test_keys_that_buffers_of_the_weights_hold_may_not_change(tmp_path: Path, chosen: str, prefix: str) -> None:
+    def run(*overrides: str) -> ResolvedRun:
+        settings = {**config(chosen, f"{prefix}.rows=64", *overrides), "run_dir": str(tmp_path / "new")}
+        data: Any = None
+        return ResolvedRun(settings, data, build_meta_model(settings))
+
+    settings = run().config
+    state = {f"model.{name}": value for name, value in build_model(settings).state_dict().items()}
+    torch.save(
+        {"state_dict": state, "tokens_seen": 0, "hyper_parameters": {"config": settings}}, tmp_path / "source.ckpt"
+    )
+    initial = InitialWeights(tmp_path / "source.ckpt", trust=False)
+    for key, value, shown, trained in (
+        ("canonical", "true", "true", "false"), ("end_id", "5", "5", "null"), ("seed", "9", "9", "1234"),
+        ("rows", "65", "65", "64"), ("heads", "1", "1", "2"),
+    ):  # fmt: skip
+        key = f"{prefix}.{key}"
+        message = f"^{key}={shown} contradicts the {trained} of init_from=.*, whose .* leave {key} out.$"
+        with pytest.raises(CheckpointError, match=message):
+            initial.check(run(f"{key}={value}"))
+    initial.check(run(f"{prefix}.gate=no_root", f"{prefix}.dilation=1"))
 
 
 def test_other_verbs_do_not_read_it(run: Run) -> None:

@@ -246,7 +246,8 @@ def test_tables_of_several_layers_have_other_primes_and_other_hashes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"orders": [1, 2]}, r"^ffn.orders=1 is out of range; allowed: 2 to inf.$"),
+        ({"orders": [1, 2]}, r"^ffn.orders=1 is out of range; allowed: 2 to 64.$"),
+        ({"orders": [2, 100_000]}, r"^ffn.orders=100000 is out of range; allowed: 2 to 64.$"),
         ({"orders": [3, 3]}, r"^ffn.orders=\[3, 3\] must list"),
         ({"rows": 2}, r"^ffn.rows=2 is too few for the distinct primes of 4 heads"),
         ({"rows": 2**31}, r"^ffn.rows=2147483648 for 4 heads are more than 2,147,483,647 rows"),
@@ -259,7 +260,9 @@ def test_tables_of_several_layers_have_other_primes_and_other_hashes() -> None:
         ({"streams": 5}, r"^ffn.streams=5 does not divide model.dim=12; use a divisor.$"),
         ({"streams": 0}, r"^ffn.streams=0 is out of range"),
         ({"kernel": 0}, r"^ffn.kernel=0 is out of range"),
+        ({"kernel": 100_000}, r"^ffn.kernel=100000 is out of range; allowed: 1 to 64.$"),
         ({"dilation": 0}, r"^ffn.dilation=0 is out of range"),
+        ({"dilation": 10**9}, r"^ffn.dilation=1000000000 is out of range; allowed: 1 to 4096.$"),
         ({"gate": "tanh"}, r"^ffn.gate='tanh' is not known; allowed: sigmoid, no_root, none."),
         ({"canonical": "maybe"}, r"^ffn.canonical='maybe' is neither true nor false"),
         ({"norm_eps": -1.0}, r"^ffn.norm_eps=-1.0 is out of range"),

@@ -18,6 +18,8 @@ from pkm_lightning.ffn import Engram, FFNContext
 from pkm_lightning.memory import ValueTable
 
 END, W, DIM, RELATIVE = 3, 61, 8, 1e-6
+#: A prime, which is then the first of the primes.
+ROWS_PER_HEAD = 41
 #: Our names of the weights.
 NAMES = {
     "key.weight": "key_proj.weight",
@@ -44,7 +46,7 @@ def foreign(streams: int, order: int, number: int) -> tuple[nn.Module, Any]:
     from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
     sizes = {"num_hidden_layers": 4, "hidden_size": DIM, "vocab_size": W, "eos_token_id": END}
-    ngrams = {"ple_embed_dim": 6 * (order - 1), "ngram_size": order, "heads_per_ngram": 2, "ngram_vocab_size_base": 40}
+    ngrams = {"ple_embed_dim": 6 * (order - 1), "ngram_size": order, "heads_per_ngram": 2, "ngram_vocab_size_base": ROWS_PER_HEAD}
     types = ["linear_attention"] * 4
     config = Qwen4ExpTextConfig(**sizes, **ngrams, ple_layer_ids=[1, 2], layer_types=types, seed=5)
     # Set afterwards, since the configuration refuses one stream, which the layer can have.
@@ -63,7 +65,7 @@ def pair(streams: int, order: int = 3, number: int = 0) -> tuple[nn.Module, Engr
         "table_number": number,
         "orders": list(range(2, order + 1)),
         "heads": 2,
-        "rows": 40,
+        "rows": ROWS_PER_HEAD,
         "row_dim": 3,
         "row_multiple": config.make_ngram_vocab_size_divisible_by,
     }
@@ -96,10 +98,12 @@ def table_of(plugin: Engram) -> ValueTable:
 
 
 def batch(streams: int, length: int = 23) -> tuple[Tensor, Tensor]:
-    """Draws tokens, of which a fifth are end tokens, and hidden states."""
+    """Draws tokens, of which a fifth are end tokens, and hidden states, of which two agree with nothing."""
     ids_BT = torch.randint(W, (3, length))
-    x_BTD = torch.randn(3, length, DIM * streams, dtype=torch.float64, requires_grad=True)
-    return torch.where(torch.rand(3, length) < 0.2, END, ids_BT), x_BTD
+    x_BTD = torch.randn(3, length, DIM * streams, dtype=torch.float64)
+    # Below the smallest agreement that the root in the gate sees.
+    x_BTD[:, 3:5] *= 1e-10
+    return torch.where(torch.rand(3, length) < 0.2, END, ids_BT), x_BTD.requires_grad_()
 
 
 def check(actual: Tensor, expected: Tensor, what: str = "") -> None:
