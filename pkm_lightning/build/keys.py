@@ -152,7 +152,7 @@ class ExtraTableKeys(TypedDict, total=False):
     trainable: bool
     device: str
     path: str | None
-    tensor: str | None
+    tensor: str | list[str] | None
 
 
 class ExtraKeys(TypedDict):
