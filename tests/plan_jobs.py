@@ -70,7 +70,9 @@ def _held(module: LanguageModule, optimizer: Any) -> dict[str, int]:
         "dense_states": states[False],
         "table_part": sum(_bytes(table.weight) for table in tables),
         "table_states": states[True],
-        "staged_reads": sum(buffer._storage.nbytes for buffer in buffers if buffer._storage is not None),
+        # Factors of reads without weights are no buffers, but kept from step to step.
+        "staged_reads": sum(buffer._storage.nbytes for buffer in buffers if buffer._storage is not None)
+        + sum(units.nbytes for stage in stages for units in stage._units or ()),
     }
 
 

@@ -87,10 +87,10 @@ def test_output_and_gradients_equal_the_definition(changes: dict[str, Any], shar
         y_BTD = layer(x_BTD, context).y_BTD
         expected_BTD = by_definition(layer, row_TV, x_BTD, context)
         assert_close(y_BTD, expected_BTD)
-        given = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
+        leaves = {"x": x_BTD, "table": table.weight, **dict(layer.named_parameters())}
         if layer.projection is not None:
-            given["embedding"] = context.embedding_BTD
-        assert_same_gradients(y_BTD, expected_BTD, given)
+            leaves["embedding"] = context.embedding_BTD
+        assert_same_gradients(y_BTD, expected_BTD, leaves)
 
 
 def test_the_first_output_has_the_scale_of_the_other_branches() -> None:
@@ -107,7 +107,7 @@ def test_reads_are_the_slices_of_the_tokens_and_slots_are_tokens() -> None:
         ((read_table, ids_TK),) = layer.row_ids(context)
         assert read_table is table
         assert ids_TK.tolist() == [[int(token) * L + number] for token in context.input_ids_BT.flatten()]
-        assert layer.reads() == [TableRead(table=table, ids=1, groups=1)]
+        assert layer.reads() == [TableRead(table=table, ids=1, groups=1, gather=True)]
         ((slots,), trace) = (layer.slots(), layer(*inputs()[:1], context._replace(observe=True)).trace)
         assert (slots.name, slots.count, slots.tables, slots.n_keys) == ("slot", W, (table,), None)
         assert torch.equal(trace["slot_ids"][..., 0], context.input_ids_BT.int())

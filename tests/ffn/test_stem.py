@@ -73,7 +73,7 @@ def test_reads_are_the_rows_of_the_tokens() -> None:
     ((read_table, ids_TK),) = layer.row_ids(context)
     assert read_table is table
     assert torch.equal(ids_TK, context.input_ids_BT.view(6, 1))
-    assert layer.reads() == [TableRead(table=table, ids=1, groups=1)]
+    assert layer.reads() == [TableRead(table=table, ids=1, groups=1, gather=True)]
     ((slots,), trace) = (layer.slots(), layer(x_BTD, context).trace)
     assert (slots.name, slots.count, slots.tables) == ("slot", W, (table,))
     assert torch.equal(trace["slot_ids"], context.input_ids_BT.unsqueeze(-1).int())

@@ -66,16 +66,16 @@ def gemma(family: str, dtype: torch.dtype) -> Any:
 def added(model: Any, number: int, p_BTV: Tensor) -> tuple[Tensor, Tensor]:
     """Runs decoder layer `number` on a random stream; returns the input of its per-layer part and what that adds."""
     layer, dtype = model.layers[number], p_BTV.dtype
-    given: list[Tensor] = []
-    hook = layer.per_layer_input_gate.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    gate_inputs: list[Tensor] = []
+    hook = layer.per_layer_input_gate.register_forward_pre_hook(lambda _, inputs: gate_inputs.append(inputs[0]))
     positions = model.rotary_emb(p_BTV, torch.arange(p_BTV.shape[1])[None], "full_attention")
     has_streams = hasattr(layer, "altup")
     x = torch.randn(*([2] if has_streams else []), *p_BTV.shape[:2], DIM, dtype=dtype, requires_grad=True)
     out = layer(x, per_layer_input=p_BTV, position_embeddings=positions, shared_kv_states={})
     hook.remove()
     if has_streams:
-        return given[0], (out[1] - x[1]) - (out[0] - x[0])
-    return given[0], out / layer.layer_scalar - given[0]
+        return gate_inputs[0], (out[1] - x[1]) - (out[0] - x[0])
+    return gate_inputs[0], out / layer.layer_scalar - gate_inputs[0]
 
 
 def copied(model: Any) -> tuple[list[PLE], ValueTable]:
@@ -119,8 +119,8 @@ def test_outputs_and_all_gradients_are_those_of_gemma(
     embedding = model.embed_tokens.weight.detach().clone().requires_grad_(True)
     context = FFNContext(ids_BT, embedding_BTD=embedding[ids_BT])
     for number, layer in enumerate(layers):
-        given_BTD, expected_BTD = added(model, number, p_BTLV[:, :, number])
-        x_BTD = given_BTD.detach().clone().requires_grad_(True)
+        stream_BTD, expected_BTD = added(model, number, p_BTLV[:, :, number])
+        x_BTD = stream_BTD.detach().clone().requires_grad_(True)
         y_BTD = layer(x_BTD, context).y_BTD
         assert_close(y_BTD, expected_BTD)
         upstream_BTD = torch.randn_like(y_BTD)
@@ -128,7 +128,7 @@ def test_outputs_and_all_gradients_are_those_of_gemma(
         part = model.layers[number]
         assert layer.projection is not None
         ours += [x_BTD, layer.gate.weight, layer.up.weight, layer.norm.weight]
-        theirs += [given_BTD, part.per_layer_input_gate.weight, part.per_layer_projection.weight]
+        theirs += [stream_BTD, part.per_layer_input_gate.weight, part.per_layer_projection.weight]
         theirs += [part.post_per_layer_input_norm.weight]
     gains = [layer.projection_norm.weight for layer in layers if layer.projection_norm is not None]
     projections = [layer.projection.weight for layer in layers if layer.projection is not None]
@@ -140,8 +140,14 @@ def test_outputs_and_all_gradients_are_those_of_gemma(
         losses[0], [table.weight, embedding, *gains, *projections, *ours], retain_graph=True
     )
     expected = torch.autograd.grad(losses[1], [*shared, *theirs])
-    found = [table_grad.view(W, -1), torch.cat(grads[L : 2 * L]), sum(grads[:L]), embedding_grad, *grads[2 * L :]]
-    for grad, expected_grad in itertools.zip_longest(found, expected):
+    ours_in_theirs = [
+        table_grad.view(W, -1),
+        torch.cat(grads[L : 2 * L]),
+        sum(grads[:L]),
+        embedding_grad,
+        *grads[2 * L :],
+    ]
+    for grad, expected_grad in itertools.zip_longest(ours_in_theirs, expected):
         assert expected_grad.any()
         assert_close(grad, expected_grad, kind="grad")
 
