@@ -17,6 +17,9 @@ import pkm_lightning
 from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.cli.resume import differences, with_changes
 
+# On one worker, so that the run of the module is trained once.
+pytestmark = pytest.mark.xdist_group("mixtures")
+
 #: Engram before two layers, Memory+ in one, MoE elsewhere; PKM beside the MoE of one of these.
 MIXTURE = [
     *("model.n_layers=4", "model.dim=32", "model.ffn_dim=48", "model.n_heads=2", "model.n_kv_heads=2"),
