@@ -247,13 +247,10 @@ class Engram(nn.Module):
         """Returns alpha per stream, (B, T, S, 1)."""
         if self.key is None or self.key_norm is None or self.query_norm is None:
             return x_BTD.new_ones(*x_BTD.shape[:2], self.streams, 1)
-        gain_D, norms = (
-            self.key_norm.gain_D * self.query_norm.gain_D,
-            {"groups": self.streams, "eps": self.key_norm.eps},
-        )
+        gain_D, eps = self.key_norm.gain_D * self.query_norm.gain_D, self.key_norm.eps
         # Both norms and the inner product in one pass, since each of them alone would take as long.
-        s_BTS1 = rms_norm_dot(self.key(e_BTX), x_BTD, gain_D, **norms).unsqueeze(-1)
-        s_BTS1 = s_BTS1 * (x_BTD.shape[-1] // self.streams) ** -0.5
+        s_BTS = rms_norm_dot(self.key(e_BTX), x_BTD, gain_D, groups=self.streams, eps=eps)
+        s_BTS1 = s_BTS.unsqueeze(-1) * (x_BTD.shape[-1] // self.streams) ** -0.5
         if self.takes_root:
             # The clamp bounds the slope of the root near 0.
             s_BTS1 = s_BTS1.sign() * s_BTS1.abs().clamp(min=1e-6).sqrt()

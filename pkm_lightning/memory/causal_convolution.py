@@ -37,7 +37,7 @@ class CausalConvolution(nn.Conv1d):
         """Tokens in front of a token that its output depends on."""
         return (self.kernel_size[0] - 1) * self.dilation[0]
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x_BPD: Float[Tensor, "B P D"], doc_ids_BP: Int64[Tensor, "B P"] | None = None, *, length: int
     ) -> Float[Tensor, "B T D"]:
         """Computes the outputs of the last `length` tokens; taps in front of the first token count as zeros.
