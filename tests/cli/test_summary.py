@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pkm_lightning.build.freezing import ParameterCounts
 from pkm_lightning.callbacks import Recall
 from pkm_lightning.cli import summary
 from pkm_lightning.inference.recall import ItemScore
@@ -19,8 +20,8 @@ def test_brackets_in_data_are_no_markup(
     fields |= {"prompt": text, "answer": text, "truth": text, "form": "validation", "relation": "x", "exact": True}
     recall = Recall(val_items=0, test_items=0)
     recall.scores = [ItemScore(**fields)]
-    monkeypatch.setattr(summary, "_figures", lambda record: text)
-    summary.print_summary({}, [recall])
+    monkeypatch.setattr(summary, "_figures", lambda record, counts: text)
+    summary.print_summary({}, [recall], ParameterCounts(trained=1, frozen=0))
     figures, *lines = capsys.readouterr().out.splitlines()
     assert figures == text
     assert next(line for line in lines if text in line).count(text) == 3
