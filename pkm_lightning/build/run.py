@@ -142,6 +142,7 @@ def _with_tokenizer(config: dict[str, Any]) -> str:
     """Returns the advice to take the tokenizer in the folder of a pretrained plugin; empty where there is none."""
     if "tokenizer" not in config["data"]:
         return ""
-    paths = [variant.ffn["path"] for variant in variants(config) if isinstance(variant.ffn.get("path"), str)]
-    folder = next((path for path in paths if (Path(path) / "tokenizer.json").is_file()), None)
+    paths = [str(variant.ffn["path"]) for variant in variants(config) if variant.ffn.get("path")]
+    others = [path for path in paths if path != config["data"]["tokenizer"]]
+    folder = next((path for path in others if (Path(path) / "tokenizer.json").is_file()), None)
     return "" if folder is None else f"set data.tokenizer={folder}, the tokenizer of that folder; otherwise "

@@ -116,15 +116,18 @@ def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
         return f"{key} is not a key of the configuration; {leaf} is a group of its own: write {leaf}=NAME."
     if "/" in key and key.replace("/", ".") in known:
         return f"{key} is not a group; write {key.replace('/', '.')}=VALUE."
-    chosen = NESTED_GROUPS.get(parent, parent)
-    options = options_of(chosen.partition("@")[0]) if parent else {}
-    if others := sorted(option for option, content in options.items() if leaf in content):
-        return f"{key} is a key of {chosen}={' or '.join(others)}; choose that, or leave it out."
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     hint = nearest(leaf, [k.rpartition(".")[2] for k in siblings]) or nearest(key, known)
     where = f"{parent} has" if parent else "the configuration has"
     names = ", ".join(k.rpartition(".")[2] for k in siblings)
     allowed = f" {where}: {names}." if names else ""
+    chosen = NESTED_GROUPS.get(parent, parent)
+    options = options_of(chosen.partition("@")[0]) if parent else {}
+    if others := sorted(option for option, content in options.items() if leaf in content):
+        names = " or ".join(others)
+        return (
+            f"{key} is not a key of the configuration, but of {chosen}={names}; choose that, or leave it out.{allowed}"
+        )
     return f"{key} is not a key of the configuration; +{key}=VALUE would add one.{hint}{allowed}"
 
 

@@ -95,9 +95,12 @@ REFUSED = [
     ("fit ffn=ple,stem", "ffn=ple,stem is several values; sweep them with fit -m."),
     (
         "info table/optimizer=factored_adam table.optimizer.bias_correction=row",
-        "table.optimizer.bias_correction is a key of table/optimizer=lazy_adam; choose that, or leave it out.",
+        "not a key of the configuration, but of table/optimizer=lazy_adam; choose that, or leave it out.",
     ),
-    ("info model.base_ffn.n_experts=4", "is a key of ffn@model.base_ffn=moe or moe_expert_choice; choose that, or"),
+    (
+        "info model.base_ffn.n_experts=4",
+        ", but of ffn@model.base_ffn=moe or moe_expert_choice; choose that, or leave it out.",
+    ),
     ("info ffn=engram_pretrained", "give it as ffn.path=VALUE (folder of a Qwen model of this kind: config.json"),
     ("info data=jsonl", "give it as data.path=VALUE (file, directory (*.jsonl at any depth), glob"),
 ]
