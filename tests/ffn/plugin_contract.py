@@ -168,6 +168,14 @@ class PluginContract:
         causal = all(getattr(plugin, "causal_in_training", True) for plugin in plugins(model))
         assert torch.allclose(after_BTD, before_BTD, rtol=1e-5, atol=1e-5) is causal
 
+    def test_packed_documents_are_read_as_if_alone(self, model: Transformer) -> None:
+        """Packs documents of 4, 1 and 3 tokens, with end tokens in them, and one of padding."""
+        doc_ids_BT, ids_BT = torch.tensor([[5] * 4 + [6] + [9] * 3 + [-1]]).expand(2, -1), ids().clone()
+        ids_BT[0, [1, 4, 7]] = 0
+        packed_BTD = run(model.eval(), ids_BT, doc_ids_BT=doc_ids_BT, valid_BT=doc_ids_BT >= 0).hidden_BTD
+        for part in (slice(0, 4), slice(4, 5), slice(5, 8)):
+            assert_close(packed_BTD[:, part], run(model, ids_BT[:, part]).hidden_BTD)
+
     def test_a_cache_gives_the_full_forward(self, model: Transformer) -> None:
         """Reads prompts of 3 and 5 tokens, one padded, then the rest one by one and in pairs.
 

@@ -46,7 +46,12 @@ def foreign(streams: int, order: int, number: int) -> tuple[nn.Module, Any]:
     from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
     sizes = {"num_hidden_layers": 4, "hidden_size": DIM, "vocab_size": W, "eos_token_id": END}
-    ngrams = {"ple_embed_dim": 6 * (order - 1), "ngram_size": order, "heads_per_ngram": 2, "ngram_vocab_size_base": ROWS_PER_HEAD}
+    ngrams = {
+        "ple_embed_dim": 6 * (order - 1),
+        "ngram_size": order,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": ROWS_PER_HEAD,
+    }
     types = ["linear_attention"] * 4
     config = Qwen4ExpTextConfig(**sizes, **ngrams, ple_layer_ids=[1, 2], layer_types=types, seed=5)
     # Set afterwards, since the configuration refuses one stream, which the layer can have.
