@@ -163,3 +163,10 @@ def test_every_promise_is_held_by_a_test_that_exists() -> None:
         assert not name or f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
     for row in re.findall(r"^\| .+ \|$", page, re.M):
         assert "tests/" in row or row == "| promise | test |", row
+
+
+@pytest.mark.parametrize("group", ["ffn", "placement", "table", "table/optimizer", "model", "data", "strategy"])
+def test_every_option_of_a_group_is_listed(group: str) -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    options = {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")} - {"pretrained"}  # that of model=hf
+    assert sorted(option for option in options if f"`{option}`" not in page) == []

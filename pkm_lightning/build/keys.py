@@ -6,13 +6,15 @@ needs nothing here.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from pkm_lightning.build.instantiate import check_keywords
+from pkm_lightning.build.instantiate import accepted_keywords, check_keywords, target_class
 from pkm_lightning.build.kinds import Range, check_kind
 from pkm_lightning.build.variants import EXTRAS, MAIN, table_of
 from pkm_lightning.errors import ConfigError, nearest
+from pkm_lightning.ffn import Dense
 
 Count = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
@@ -23,7 +25,7 @@ Size = Annotated[int, Range(1, 2**24)]
 Processes = Literal[-1] | Annotated[int, Range(1, 2**16)]
 _LARGEST_WORLD = 2**20
 #: What a command line writes for none of a group, instead of deleting it.
-_NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
+NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
 #: Arguments that the builder passes.
 _BUILT = {
     "ffn": ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader"),
@@ -152,7 +154,7 @@ class ExtraTableKeys(TypedDict, total=False):
     trainable: bool
     device: str
     path: str | None
-    tensor: str | None
+    tensor: str | list[str] | None
 
 
 class ExtraKeys(TypedDict):
@@ -199,7 +201,7 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
-    for group, option in _NONE_OF.items():
+    for group, option in NONE_OF.items():
         if group not in config:
             raise ConfigError(f"{group} is missing; write {group}={option} for none, or do not delete it with ~.")
     check_kind("", config, RunKeys)
@@ -211,6 +213,7 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
         )
     for name, extra in (config.get(EXTRAS) or {}).items():
         _check_extra(str(name), extra)
+    _check_base(config["model"].get("base_ffn"))
     for key, described in _described_objects(config, training=training):
         if described:
             kind = key.rpartition(".")[2] if key.startswith(f"{EXTRAS}.") else key
@@ -220,6 +223,21 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
         raise ConfigError(
             f"trainer.devices={trainer['devices']} on trainer.num_nodes={trainer['num_nodes']} nodes are more than "
             f"{_LARGEST_WORLD:,} processes; set fewer."
+        )
+
+
+def _check_base(base: Mapping[str, Any] | None) -> None:
+    """Refuses another class than `Dense` with keys of `Dense`, over which Hydra merges what a YAML writes."""
+    if not base or base.get("_target_") == f"pkm_lightning.ffn.{Dense.__name__}":
+        return
+    cls = target_class(base, "model.base_ffn")
+    unknown = base.keys() & inspect.signature(Dense).parameters.keys()
+    unknown -= accepted_keywords(cls, dict.fromkeys(unknown)).keys()
+    if unknown:
+        raise ConfigError(
+            f"model.base_ffn has keys of ffn@model.base_ffn=dense that {cls.__name__} does not take "
+            f"({', '.join(sorted(unknown))}); set ffn@model.base_ffn=custom, which has none, or begin the model's YAML "
+            "with defaults: [override /ffn@_global_.model.base_ffn: custom, _self_]."
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ def find_rows(table: Config, spec: TableSpec, number: int, count: int) -> Stored
         shown = " x ".join(f"{size:,}" for size in shape)
         kinds = " and ".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in entries}))
         raise ConfigError(
-            f"table.path={path}: {known} has {shown} values of {kinds}, but the model's table has {rows:,} x {dim}, in "
-            "16, 32 or 64 bits; change the sizes of ffn, or give another file."
+            f"table.path={path}: {known} has {shown} values of {kinds}, but the model's table has {rows:,} x {dim} "
+            "floating-point values of 16, 32 or 64 bits; change the sizes of ffn, or give another file."
         )
     return _stored(path, places, dim // spec.slices)
 
@@ -82,8 +83,8 @@ def map_rows(table: Config, digest: Sequence[int]) -> list[tuple[MappedFile, Ten
     path, tensor = Path(str(table["path"])), table.get("tensor") or []
     files = stored_entries(path, _KEY)
     names = [tensor] if isinstance(tensor, str) else tensor
-    tables = [*([place] for place in files.values()), *(_parts(path, name, files) for name in names if _PART in name)]
-    for places in tables:
+    in_parts = (places for name in names if _PART in name for places in _numbered(path, name, files))
+    for places in (*([place] for place in files.values()), *in_parts):
         sizes = [entry.shape[0] * entry.shape[1] if len(entry.shape) == 2 else 0 for _, entry in places]
         if sum(sizes) == lines * width and _stored(path, places, width).digest.tolist() == list(digest):
             mapped = [(MappedFile(file), entry) for file, entry in places]
@@ -129,6 +130,15 @@ def _parts(path: Path, name: str, files: Mapping[str, Place]) -> list[Place]:
             f"{max(numbered) + 1} parts or more; fetch its files again."
         )
     return [numbered[part] for part in range(len(numbered))]
+
+
+def _numbered(path: Path, name: str, files: Mapping[str, Place]) -> Iterator[list[Place]]:
+    """Yields the parts of each table that `name` stands for; otherwise as `_parts`."""
+    for number in itertools.count() if _NUMBER in name else (0,):
+        places = _parts(path, name.replace(_NUMBER, str(number)), files)
+        if not places:
+            return
+        yield places
 
 
 def _joined_shape(entries: Sequence[Entry]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkm_lightning.build.instantiate import instantiate
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.model import Placement
 
 Config = Mapping[str, Any]
@@ -111,7 +111,7 @@ def naming(name: str) -> Iterator[None]:
     """Names the extra variant `name` in front of the errors of its parts, whose keys are those of `ffn`."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         if name == MAIN:
             raise
-        raise ConfigError(f"{EXTRAS}.{name}: {error}") from None
+        raise type(error)(f"{EXTRAS}.{name}: {error}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pkm_lightning.checkpoints.safetensors import Entry, read_entries
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.storage import open_regular
 
 
 def stored_entries(path: Path, key: str) -> dict[str, tuple[Path, Entry]]:
@@ -21,7 +22,18 @@ def stored_entries(path: Path, key: str) -> dict[str, tuple[Path, Entry]]:
     Raises:
         CheckpointError: there is no such file, one of an index is missing, or one is damaged.
     """
-    return _entries(path, key, stamp(path, key))
+    stamp(path, key)
+    places = {}
+    for file in _files(path, key):
+        try:
+            state = file.stat()
+            entries = _entries(file, (state.st_ino, state.st_size, state.st_mtime_ns))
+            places.update({name: (file, entry) for name, entry in entries.items()})
+        except OSError as error:
+            raise CheckpointError(f"{key}{path}: {file.name} cannot be read ({error.strerror}).") from None
+        except ValueError as error:
+            raise CheckpointError(f"{key}{path}: {file.name} is no whole safetensors file ({error}).") from None
+    return places
 
 
 def stamp(path: Path, key: str) -> tuple[int, int, int]:
@@ -40,17 +52,9 @@ def stamp(path: Path, key: str) -> tuple[int, int, int]:
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=8)
-def _entries(path: Path, key: str, of_file: tuple[int, int, int]) -> dict[str, tuple[Path, Entry]]:
-    places = {}
-    for file in _files(path, key):
-        try:
-            places.update({name: (file, entry) for name, entry in read_entries(file).items()})
-        except OSError as error:
-            raise CheckpointError(f"{key}{path}: {file.name} cannot be read ({error.strerror}).") from None
-        except ValueError as error:
-            raise CheckpointError(f"{key}{path}: {file.name} is no whole safetensors file ({error}).") from None
-    return places
+@functools.lru_cache(maxsize=1024)
+def _entries(file: Path, of_file: tuple[int, int, int]) -> dict[str, Entry]:
+    return read_entries(file)
 
 
 def _files(path: Path, key: str) -> Iterator[Path]:
@@ -61,10 +65,11 @@ def _files(path: Path, key: str) -> Iterator[Path]:
     names = sorted(file.name for file in path.glob("*.safetensors"))
     if index is not None:
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            with open_regular(index, encoding="utf-8") as file:
+                listed = json.load(file)["weight_map"].values()
             # `name`: an index of somebody else's must not name files elsewhere.
             names = sorted({Path(str(name)).name for name in listed})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(f"{key}{path}: {index.name} is unreadable; restore it.") from None
     if not names:
         raise CheckpointError(f"{key}{path} holds no .safetensors file; give the file or folder with the weights.")

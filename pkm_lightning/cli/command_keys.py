@@ -59,13 +59,14 @@ _TRAINING_KEYS = (
     *("log_every_n_steps", "num_sanity_val_steps", "gradient_clip_val", "gradient_clip_algorithm"),
     *("accumulate_grad_batches", "enable_model_summary", "overfit_batches", "limit_train_batches"),
 )
-_GROUPS = (
+#: Groups in the order in which they stand in `configs/config.yaml`.
+GROUPS = (
     *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "strategy", "trainer"),
     *("callbacks", "logger"),
 )
 #: The keys at the top of a configuration.
 TOP_KEYS = (
-    *_GROUPS,
+    *GROUPS,
     *("devices", "device_memory", "seed", "match", "match_budget", "run_dir", "init_from", "resume", "ckpt"),
     *("trust_config", "format", "out"),
 )
@@ -86,7 +87,7 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
             raise ConfigError(f"{override}: {verb} does not read {top}; leave it out. It reads: {', '.join(allowed)}.")
         if verb not in VERBS_OF.get(top, (verb,)):
             raise ConfigError(f"{override}: {verb} does not read {top}, only {', '.join(VERBS_OF[top])}; leave it out.")
-        if override.startswith("~") and key in known_keys and key not in _GROUPS:
+        if override.startswith("~") and key in known_keys and key not in GROUPS:
             raise ConfigError(f"{override}: {verb} cannot do without {key}; set {key}=VALUE, or leave it as it is.")
         if verb in _CALLBACKS_OF:
             _check_evaluation(verb, override, key)

@@ -13,7 +13,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from pkm_lightning.cli.command_keys import VERBS_OF
+from pkm_lightning.build.keys import NONE_OF
+from pkm_lightning.build.variants import EXTRAS
+from pkm_lightning.cli.command_keys import GROUPS, VERBS_OF
 from pkm_lightning.compare.overrides import key_of, quoted
 from pkm_lightning.errors import nearest
 
@@ -46,6 +48,17 @@ def explain(error: BaseException, arguments: Sequence[str] = (), name: str = "co
     return " ".join((str(error) or str(error.__cause__ or "")).split()) or type(error).__name__
 
 
+def explain_composition(error: BaseException, arguments: Sequence[str]) -> str:
+    """Returns one sentence for an `error` of Hydra's that does not name which of `arguments` led to it."""
+    choices = [argument for argument in arguments if "." not in argument.split("=")[0] or "@" in argument]
+    null = next((a for a in choices if a.endswith("=null") and key_of(a).split("@")[0] in GROUPS), None)
+    if null and "must be a string or a list" in str(error):
+        group = key_of(null)
+        none = {EXTRAS: "[]", **NONE_OF}.get(group)
+        return f"{null}: a group takes the name of an option; write {group}={none or 'NAME'}, or leave it out."
+    return f"{' '.join(choices)}: does not compose ({explain(error)})."
+
+
 def _unreadable(override: str) -> str:
     """Returns the sentence for an argument that Hydra's grammar does not allow, with the quoted form that it does."""
     key, separator, value = override.partition("=")
@@ -70,7 +83,7 @@ def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
         return f"{key} is a key of {', '.join(VERBS_OF[key])} only; leave it out."
     known = sorted(set(_keys(config_of_groups(arguments, name), "")))
     group, *path = key.split(".")
-    if group == "extra_ffns" and path and f"{group}.{path[0]}" not in known:
+    if group == EXTRAS and path and f"{group}.{path[0]}" not in known:
         return f"{key}: the command has no variant {path[0]}; extra_ffns={path[0]} chooses it, [NAME,NAME] several."
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == parent]

@@ -95,7 +95,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from pkm_lightning.cli.composition_errors import explain
+    from pkm_lightning.cli.composition_errors import explain, explain_composition
     from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.saved_overrides import on_saved_run
     from pkm_lightning.cli.sweep import check_sweep, tidy_sweep
@@ -145,8 +145,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     except (ValueError, TypeError, KeyError) as error:
         if composed:
             raise
-        groups = [a for a in given if "." not in a.split("=")[0]]
-        print(f"error: {' '.join(groups)}: does not compose ({explain(error)}).", file=sys.stderr)
+        print(f"error: {explain_composition(error, given)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -20,8 +20,13 @@ from pkm_lightning.errors import ConfigError
 
 #: Keys whose value is a path even if it does not look like one, such as `notes.csv`.
 _PATH_KEY = re.compile(r"(^|_)(path|dir|dirpath|file|folder)$")
-#: The package's own data modules and pretrained models, by their group.
-_READERS = {"data": "pkm_lightning.data.", "model": "pkm_lightning.huggingface."}
+#: The package's own data modules, pretrained models, plugins and tables, by their group.
+_READERS = {
+    "data": "pkm_lightning.data.",
+    "model": "pkm_lightning.huggingface.",
+    "ffn": "pkm_lightning.ffn.",
+    "table": "pkm_lightning.memory.",
+}
 
 
 def check_places(config: Mapping[str, Any], source: str, folder: Path | None, allowed: Collection[str] = ()) -> None:
@@ -90,11 +95,11 @@ def check_links(folder: Path) -> None:
 def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the keys and values that may name a place to write."""
     # These write nowhere else; what they read may lie anywhere.
-    own = [group for group, room in _READERS.items() if _target(config, group).startswith(room)]
+    own = tuple(f"{key}." for key, group, node in _groups(config) if _target(node).startswith(_READERS[group]))
     # `init_from` is only read.
     for key, value, listed in _texts({k: v for k, v in config.items() if k not in (*COMMAND_KEYS, "init_from")}, ""):
         name = key.rsplit(".", 1)[-1]
-        if key.partition(".")[0] in own and key != "data.cache_dir":
+        if key.startswith(own) and key != "data.cache_dir":
             continue
         is_prose = listed and name == "prompts"
         looks_like_path = not is_prose and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
@@ -102,9 +107,19 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _target(config: Mapping[str, Any], group: str) -> str:
-    described = config.get(group)
-    return str(described.get("_target_")) if isinstance(described, Mapping) else ""
+def _groups(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yields key, kind and content of the groups that `_READERS` names, those of `extra_ffns` among them."""
+    yield from ((group, group, config.get(group)) for group in _READERS)
+    extras = config.get("extra_ffns")
+    for name, extra in extras.items() if isinstance(extras, Mapping) else ():
+        if isinstance(extra, Mapping):
+            yield f"extra_ffns.{name}.ffn", "ffn", extra.get("ffn")
+            # Its tables are of the class of `table`.
+            yield f"extra_ffns.{name}.table", "table", config.get("table")
+
+
+def _target(node: Any) -> str:
+    return str(node.get("_target_")) if isinstance(node, Mapping) else ""
 
 
 def _texts(node: Any, key: str, listed: bool = False) -> Iterator[tuple[str, str, bool]]:

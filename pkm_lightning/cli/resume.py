@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.build.instantiate import check_trusted, target_class
+from pkm_lightning.build.variants import EXTRAS
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER
 from pkm_lightning.cli.places import check_links, check_places, with_own_cache
@@ -32,7 +33,7 @@ _CHANGEABLE = (
     "table.tensor",
 )
 #: Likewise of the tables of a further variant.
-_FILE_OF_EXTRA = re.compile(r"extra_ffns\.\w+\.table\.(path|tensor)")
+_FILE_OF_EXTRA = re.compile(rf"{EXTRAS}\.\w+\.table\.(path|tensor)")
 _ABSENT = object()
 _GROUPS = ("model", "ffn", "data", "optim", "placement", "table", "trainer")
 #: Of these one may be null or empty, but not absent.
@@ -100,7 +101,7 @@ def check_groups(config: Any, source: str) -> None:
     if not isinstance(config, dict) or not {"model", "ffn", "data"} <= config.keys():
         raise RunDirectoryError(f"{source} is not a configuration of this package.")
     # Most configurations have no further variants.
-    for group in (*_GROUPS, *_OPTIONAL_GROUPS, *({"extra_ffns"} & config.keys())):
+    for group in (*_GROUPS, *_OPTIONAL_GROUPS, *({EXTRAS} & config.keys())):
         value = config.get(group, _ABSENT)
         if not isinstance(value, dict) and (group in _GROUPS or value is not None):
             problem = "lacks the group" if value is _ABSENT else f"has a {type(value).__name__} in place of the group"
@@ -166,6 +167,8 @@ def with_changes(saved: Mapping[str, Any], command: Mapping[str, Any], deleted: 
     """
     # Keys that the run was not started with are those of other verbs.
     own = {key: command[key] for key in saved if key in command and key not in COMMAND_KEYS}
+    # A configuration without further variants does not have the key.
+    own[EXTRAS] = command.get(EXTRAS)
     own |= {key: command[key] for key in ("resume", "trust_config")}
     # An empty group is written in two ways.
     changed = {**saved, **{key: value for key, value in own.items() if value or saved.get(key)}}
@@ -184,11 +187,11 @@ def unresolved(saved: Mapping[str, Any], changed: Mapping[str, Any], chosen: Col
         if group in _GROUPS and group in changed and saved[group].get("_target_") == changed[group].get("_target_")
     }
     known = {key: saved[key] if key in same else value for key, value in changed.items()}
-    if "extra_ffns" in chosen and known.get("extra_ffns"):
-        extras = saved.get("extra_ffns") or {}
-        known["extra_ffns"] = {
+    if EXTRAS in chosen and known.get(EXTRAS):
+        extras = saved.get(EXTRAS) or {}
+        known[EXTRAS] = {
             name: extras[name] if _is_same_variant(extras.get(name), extra) else extra
-            for name, extra in known["extra_ffns"].items()
+            for name, extra in known[EXTRAS].items()
         }
     return known
 

@@ -44,6 +44,7 @@ _FILES = (  # what a run writes, and a run in its place removes
 _AT_START = {
     *(".lock", "config.yaml", "config.yaml.tmp", "run.json.tmp", "tensorboard"),
     *("tokenizer.json", "tokenizer.json.tmp", "chat_template.jinja", "heldout", "heldout.part"),
+    *("metrics.csv", "events.jsonl"),  # begun before the run is accepted
 }
 _STATUSES = ("running", "finished", "failed", "interrupted")
 #: In place of the status where run.json cannot be read.

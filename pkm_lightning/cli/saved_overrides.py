@@ -24,17 +24,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from pkm_lightning.cli.command_keys import GROUPS
 from pkm_lightning.cli.composition_errors import SAVED, config_of_groups
 from pkm_lightning.cli.paths import expanded
 from pkm_lightning.errors import PkmError
 
 #: Verbs whose `run_dir` or `ckpt` names what the command is about; `fit` has a rule of its own.
 VERBS_ON_SAVED = ("validate", "test", "predict")
-#: Groups in the order in which they stand in `configs/config.yaml`.
-GROUPS = (
-    *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "strategy", "trainer"),
-    *("callbacks", "logger"),
-)
 #: The choice of `model.base_ffn`, which a saved configuration holds under `model`.
 _BASE = "ffn@model.base_ffn"
 #: Group of the keys that belong to no group.

@@ -20,8 +20,8 @@ from pkm_lightning.memory import TableReference, ValueTable, check_table
 from pkm_lightning.memory.canonical_tokens import canonical_ids
 from pkm_lightning.memory.causal_convolution import CausalConvolution
 from pkm_lightning.memory.grouped_norm import GroupedRMSNorm
-from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.memory.token_addressing import NGramAddressing, head_sizes, padded_rows, reads_per_token
+from pkm_lightning.ops import rms_norm_dot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -251,9 +251,10 @@ class Engram(nn.Module):
         """Returns alpha per stream, (B, T, S, 1)."""
         if self.key is None or self.key_norm is None or self.query_norm is None:
             return x_BTD.new_ones(*x_BTD.shape[:2], self.streams, 1)
-        product_BTD = self.key_norm(self.key(e_BTX)) * self.query_norm(x_BTD)
-        product_BTSC = product_BTD.unflatten(-1, (self.streams, -1))
-        s_BTS1 = product_BTSC.sum(-1, keepdim=True, dtype=score_dtype(x_BTD)) * product_BTSC.shape[-1] ** -0.5
+        gain_D, eps = self.key_norm.gain_D * self.query_norm.gain_D, self.key_norm.eps
+        # Both norms and the inner product in one pass, since each of them alone would take as long.
+        s_BTS = rms_norm_dot(self.key(e_BTX), x_BTD, gain_D, groups=self.streams, eps=eps)
+        s_BTS1 = s_BTS.unsqueeze(-1) * (x_BTD.shape[-1] // self.streams) ** -0.5
         if self.takes_root:
             # The clamp bounds the slope of the root near 0.
             s_BTS1 = s_BTS1.sign() * s_BTS1.abs().clamp(min=1e-6).sqrt()
@@ -263,8 +264,10 @@ class Engram(nn.Module):
         normed_BTD = self.conv_norm(v_BTD)
         if context.valid_BT is not None:
             normed_BTD = normed_BTD * context.valid_BT.unsqueeze(-1)
-        normed_BPD = _with_past(context, "convolution", normed_BTD, self.conv.context, fill=0.0)
-        convolved_BTD: Tensor = self.conv(normed_BPD, context.doc_ids_BT)
+        length, normed_BPD = normed_BTD.shape[1], normed_BTD
+        if context.past is not None:
+            normed_BPD = context.past.extend("convolution", normed_BTD, self.conv.context, fill=0.0)
+        convolved_BTD: Tensor = self.conv(normed_BPD, context.doc_ids_BT, length=length)
         return convolved_BTD
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """A short causal convolution along the tokens, one filter per channel.
 
-Letters: L taps of the filter, P = (L - 1) * dilation + T tokens with those in front.
+Letters: L taps of the filter, P = T tokens and those in front.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+
+from pkm_lightning.ops import causal_convolution
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -35,23 +37,15 @@ class CausalConvolution(nn.Conv1d):
         """Tokens in front of a token that its output depends on."""
         return (self.kernel_size[0] - 1) * self.dilation[0]
 
-    def forward(
-        self, x_BPD: Float[Tensor, "B P D"], doc_ids_BT: Int64[Tensor, "B T"] | None = None
+    def forward(  # type: ignore[override]
+        self, x_BPD: Float[Tensor, "B P D"], doc_ids_BP: Int64[Tensor, "B P"] | None = None, *, length: int
     ) -> Float[Tensor, "B T D"]:
-        """Computes the outputs of the last T tokens.
+        """Computes the outputs of the last `length` tokens; taps in front of the first token count as zeros.
 
         Args:
-            x_BPD: `context` tokens in front, then T tokens.
-            doc_ids_BT: document number of each of the T tokens: taps on other documents count as zeros.
+            x_BPD: tokens in front, which may be fewer than `context`, then T tokens.
+            doc_ids_BP: document number of each token: taps on other documents count as zeros.
+            length: tokens T of the output.
         """
-        if doc_ids_BT is None:
-            y_BTD: Tensor = super().forward(x_BPD.transpose(1, 2)).transpose(1, 2)
-            return y_BTD
-        # What a tap may see differs from token to token, which no convolution can express.
-        length, docs_BP = doc_ids_BT.shape[1], nn.functional.pad(doc_ids_BT, (self.context, 0))
-        taps = []
-        for tap, start in enumerate(range(0, self.context + 1, self.dilation[0])):
-            is_same_BT = docs_BP[:, start : start + length] == doc_ids_BT
-            tap_BTD = x_BPD[:, start : start + length] * self.weight[:, 0, tap].to(x_BPD.dtype)
-            taps.append(tap_BTD * is_same_BT.unsqueeze(-1))
-        return sum(taps[1:], start=taps[0])
+        weight_DL = self.weight.squeeze(1)
+        return causal_convolution(x_BPD, weight_DL, doc_ids_BP, length=length, dilation=self.dilation[0])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pkm_lightning.memory.precision import score_dtype
+from pkm_lightning.ops import rms_norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,9 +38,11 @@ class GroupedRMSNorm(nn.Module):
         """Sets the gains to 1."""
         nn.init.zeros_(self.weight)
 
+    @property
+    def gain_D(self) -> Float[Tensor, " D"]:
+        """The gains, in fp32 at least."""
+        return 1 + self.weight.to(score_dtype(self.weight))
+
     def forward(self, x_TD: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
         """Returns the normalised parts side by side, in the dtype of `x`."""
-        dtype = score_dtype(x_TD)
-        parts = x_TD.to(dtype).unflatten(-1, (self.groups, -1))
-        normed = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
-        return (normed.flatten(-2) * (1 + self.weight.to(dtype))).type_as(x_TD)
+        return rms_norm(x_TD, self.gain_D, groups=self.groups, eps=self.eps)

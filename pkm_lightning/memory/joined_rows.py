@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pkm_lightning.memory.stored_rows import StoredRows
+from pkm_lightning.memory.stored_rows import SharedFile, StoredRows
 
 if TYPE_CHECKING:
     from jaxtyping import Int64, UInt8
@@ -33,6 +33,11 @@ class JoinedRows(StoredRows):
         super().__init__(path=path, start=0, dtype=parts[0].dtype, lines=lines, width=parts[0].width)
         self.parts = list(parts)
         self._ends = list(accumulate(part.lines for part in parts))
+
+    @property
+    def files(self) -> list[SharedFile]:
+        """All files of the parts, once each."""
+        return list(dict.fromkeys(file for part in self.parts for file in part.files))
 
     def read_into(self, ids_U: Int64[Tensor, " U"], bytes_UZ: UInt8[Tensor, "U Z"]) -> None:
         """Fills `bytes` with lines of Z bytes, by this thread; otherwise as `StoredRows.read_into`."""

@@ -56,6 +56,15 @@ class SharedFile:
                     os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             return self._file.fileno()
 
+    def stamp(self) -> tuple[int, int]:
+        """Returns what changes when somebody writes to the file: its bytes and the time of the last write.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        state = os.fstat(self.descriptor())
+        return state.st_size, state.st_mtime_ns
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
 
@@ -83,6 +92,12 @@ class StoredRows:
     ) -> None:
         self.path, self.start, self.dtype, self.lines, self.width = path, start, dtype, lines, width
         self._file = SharedFile(path) if file is None else file
+        self._stamps: list[tuple[int, int]] | None = None
+
+    @property
+    def files(self) -> list[SharedFile]:
+        """All files of the rows."""
+        return [self._file]
 
     def read(self, ids_U: Int64[Tensor, " U"], *, pinned: bool = False) -> Float[Tensor, "U V"]:
         """Returns lines in the dtype of the file, by several threads where there are many.
@@ -93,7 +108,7 @@ class StoredRows:
 
         Raises:
             ValueError: an id is out of range.
-            CheckpointError: the file cannot be read, or has become shorter.
+            CheckpointError: the file cannot be read, has become shorter, or holds other rows than at first.
         """
         out_UV = torch.empty(len(ids_U), self.width, dtype=self.dtype, pin_memory=pinned)
         bytes_UZ = out_UV.view(torch.uint8)
@@ -106,6 +121,7 @@ class StoredRows:
                 # Threads of this call alone: 0.1 ms, and none is left when a run ends or fails.
                 with ThreadPoolExecutor(threads, thread_name_prefix="table-rows") as pool:
                     list(pool.map(lambda part: self.read_into(*part), parts))
+            self._check_unchanged()
         except (OSError, EOFError) as error:
             raise self.failure(error) from error
         return out_UV
@@ -119,6 +135,7 @@ class StoredRows:
         width = self.width * self.dtype.itemsize
         try:
             content = bytearray(self.read_bytes(first * width, count * width))
+            self._check_unchanged()
         except (OSError, EOFError) as error:
             raise self.failure(error) from error
         return torch.frombuffer(content, dtype=self.dtype).view(count, self.width)
@@ -130,18 +147,34 @@ class StoredRows:
         Raises:
             CheckpointError: as `read`.
         """
+        try:
+            self._stamps = [file.stamp() for file in self.files]
+            return self._present_digest()
+        except (OSError, EOFError) as error:
+            raise self.failure(error) from error
+
+    def _present_digest(self) -> Int64[Tensor, " 6"]:
         total = self.lines * self.width * self.dtype.itemsize
         pages = math.ceil(total / _PAGE)
         chosen = min(pages, _DIGEST_PAGES)
         made = hashlib.sha256(f"{self.dtype} {self.lines} {self.width}".encode())
-        try:
-            for number in range(chosen):
-                # The first and the last page are among them.
-                page = number * (pages - 1) // max(1, chosen - 1)
-                made.update(self.read_bytes(page * _PAGE, min(_PAGE, total - page * _PAGE)))
-        except (OSError, EOFError) as error:
-            raise self.failure(error) from error
+        for number in range(chosen):
+            # The first and the last page are among them.
+            page = number * (pages - 1) // max(1, chosen - 1)
+            made.update(self.read_bytes(page * _PAGE, min(_PAGE, total - page * _PAGE)))
         return torch.tensor((self.lines, self.width, *struct.unpack("<4q", made.digest())), device="cpu")
+
+    def _check_unchanged(self) -> None:
+        """Refuses a file to which somebody has written other rows since the digest was computed.
+
+        Raises:
+            OSError, EOFError: saying so, or as `read_bytes`.
+        """
+        digest, stamps = self.digest, [file.stamp() for file in self.files]
+        if stamps != self._stamps:
+            if not torch.equal(self._present_digest(), digest):
+                raise EOFError("it holds other rows than at first")
+            self._stamps = stamps
 
     def read_into(self, ids_U: Int64[Tensor, " U"], bytes_UZ: UInt8[Tensor, "U Z"]) -> None:
         """Fills `bytes` with lines of Z bytes, by this thread.

@@ -5,6 +5,7 @@ Each op has its own folder: `__init__.py` holds the public function, which check
 README.md has the mathematics. The package needs torch only; numba (CPU) and triton (GPU) make it faster.
 """
 
+from pkm_lightning.ops.causal_convolution import causal_convolution
 from pkm_lightning.ops.count_reads import count_reads
 from pkm_lightning.ops.gathered_dot import gathered_dot
 from pkm_lightning.ops.gathered_rows import gathered_rows
@@ -20,11 +21,13 @@ from pkm_lightning.ops.quantized_rows import (
 )
 from pkm_lightning.ops.ranked_topk import ranked_topk
 from pkm_lightning.ops.ranks import sum_over_ranks
+from pkm_lightning.ops.rms_norm import rms_norm, rms_norm_dot
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
 __all__ = [
     "MAX_SUB_KEYS",
     "QuantizedRows",
+    "causal_convolution",
     "count_reads",
     "dequantize_rows",
     "gathered_dot",
@@ -37,6 +40,8 @@ __all__ = [
     "quantized_dot",
     "quantized_gather",
     "ranked_topk",
+    "rms_norm",
+    "rms_norm_dot",
     "sum_over_ranks",
     "weighted_gather",
 ]

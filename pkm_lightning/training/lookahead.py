@@ -2,8 +2,8 @@
 thread computes and whose rows it reads.
 
 Lightning pulls one micro-batch ahead from a loader without a length, to learn whether it is the last; a loader with a
-length is pulled ahead here. One that keeps a position of its own (`state_dict`) is not, since a checkpoint would hold
-the position of the next micro-batch: its reads start when its batch is pulled.
+length is pulled ahead here. Where the loader or its data module keeps a position (`state_dict`) it is not, since a
+checkpoint would hold the position of the next micro-batch: reads start when their batch is pulled.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning import LightningDataModule
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from pkm_lightning.data.base import is_endless
 from pkm_lightning.ffn import FFNContext, HasRowIds
 from pkm_lightning.memory.row_prefetch import Reads, RowPrefetcher
 
@@ -29,20 +32,23 @@ _END = object()
 
 
 class Lookahead:
-    """A loader whose micro-batches are shown to `observe` before, if it has a length, the one in front is given.
+    """A loader whose micro-batches are shown to `observe`, with `ahead` before the one in front is given.
 
     All else of the loader is reached through it.
 
     Args:
         loader: any iterable.
+        ahead: whether to pull one micro-batch ahead.
         observe: called with the iteration and each micro-batch.
         end: called with an iteration that is over or abandoned, and `keep=True` where its last micro-batch is still to
             be computed.
     """
 
-    def __init__(self, loader: Any, observe: Callable[[object, Any], None], end: Callable[..., None]) -> None:
+    def __init__(
+        self, loader: Any, *, ahead: bool, observe: Callable[[object, Any], None], end: Callable[..., None]
+    ) -> None:
         # Past __setattr__, which is the loader's.
-        self.__dict__.update(_loader=loader, _observe=observe, _end=end)
+        self.__dict__.update(_loader=loader, _ahead=ahead, _observe=observe, _end=end)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # of a copy that is not filled yet
@@ -57,10 +63,9 @@ class Lookahead:
 
     def __iter__(self) -> Iterator[Any]:
         iteration, batches = object(), iter(self._loader)
-        ahead = sized_len(self._loader) is not None and not hasattr(self._loader, "state_dict")
         keep = False
         try:
-            if not ahead:
+            if not self._ahead:
                 for batch in batches:
                     self._observe(iteration, batch)
                     yield batch
@@ -85,6 +90,20 @@ class Lookahead:
         if batch is not _END:
             self._observe(iteration, batch)
         return batch, None
+
+
+class PositionedLookahead(Lookahead):
+    """A loader that keeps its position, which Lightning stores in checkpoints."""
+
+    # From Python 3.12 on a protocol does not see what `__getattr__` reaches.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the loader's position."""
+        state: dict[str, Any] = self._loader.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues at a saved position."""
+        self._loader.load_state_dict(state_dict)
 
 
 class LoaderWrapping:
@@ -112,7 +131,21 @@ class LoaderWrapping:
             if isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor):
                 prefetcher.submit(iteration, tables, lambda: _reads(plugins, batch, device))
 
-        return Lookahead(processed, observe, prefetcher.end)
+        has_position = hasattr(processed, "state_dict")
+        data = self._strategy.lightning_module.trainer.datamodule  # type: ignore[union-attr]
+        ahead = sized_len(processed) is not None and not has_position and not _keeps_position(data)  # type: ignore[arg-type]
+        kind = PositionedLookahead if has_position and hasattr(processed, "load_state_dict") else Lookahead
+        return kind(processed, ahead=ahead, observe=observe, end=prefetcher.end)
+
+
+def _keeps_position(data: LightningDataModule | None) -> bool:
+    """Returns whether a data module may count the micro-batches that its loaders give.
+
+    One without end may not: Lightning pulls ahead from its training loader, which has no length.
+    """
+    if data is None or is_endless(data):
+        return False
+    return is_overridden("state_dict", data, parent=LightningDataModule)
 
 
 def wrap_loaders(trainer: L.Trainer | None) -> None:

@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 from toys import Constant, Reporter, config
 
+from pkm_lightning.build.keys import check_keys
 from pkm_lightning.build.model import attention_context, build_meta_model, build_model
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import PLE, Dense, MemoryPlus
@@ -97,3 +98,10 @@ def test_refuses_a_vocabulary_that_is_not_known_yet() -> None:
 def test_attention_costs_are_for_the_tokens_of_a_sequence() -> None:
     assert attention_context({"data": {"seq_len": 7}}) == 7
     assert attention_context({"data": {"seq_len": None}}) == attention_context({"data": {}}) == 1
+
+
+def test_another_class_over_the_keys_of_the_default_base_is_refused_with_a_way_out() -> None:
+    message = r"keys of ffn@model\.base_ffn=dense that Constant does not take \(activation, hidden_dim\); set ffn@model"
+    with pytest.raises(ConfigError, match=message):
+        check_keys(config("model.base_ffn._target_=toys.Constant"), training=True)
+    check_keys(config("ffn@model.base_ffn=custom", "model.base_ffn._target_=toys.Constant"), training=True)

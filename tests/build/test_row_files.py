@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from pkm_lightning.build.row_files import find_rows, map_rows
-from pkm_lightning.errors import PkmError
+from pkm_lightning.errors import CheckpointError, PkmError
 from pkm_lightning.ffn import TableSpec
 
 #: Of more parts than one digit has numbers, so that an order by name would be another.
@@ -48,6 +49,32 @@ def test_parts_are_found_by_the_digest_of_the_table(path: Path) -> None:
         digest = find_rows(table, TableSpec(rows=12, dim=3), number, 2).digest.tolist()
         assert torch.equal(torch.cat([values for _, values in map_rows(table, digest)]), expected)
     assert map_rows(table, [*digest[:-1], 0]) == []
+
+
+def test_parts_of_numbered_tables_are_found_by_the_digest(tmp_path: Path) -> None:
+    parts = {f"t{number}.{part}": rows for number in (0, 1) for part, rows in enumerate((TABLE + number).split(5))}
+    save_file({name: rows.clone() for name, rows in parts.items()}, tmp_path / "a.safetensors")
+    table = {"path": tmp_path, "tensor": "t{}.*"}
+    for number in (0, 1):
+        digest = find_rows(table, TableSpec(rows=12, dim=3), number, 2).digest.tolist()
+        assert torch.equal(torch.cat([values for _, values in map_rows(table, digest)]), TABLE + number)
+
+
+def test_a_file_of_a_folder_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"a": TABLE, "b": -TABLE}, file)
+    assert torch.equal(find(tmp_path, "b"), -TABLE)
+    content = save({"a": torch.zeros(1), "b": 2 * TABLE, "c": TABLE})
+    file.write_bytes(content)  # the folder itself has not changed
+    assert torch.equal(find(tmp_path, "b"), 2 * TABLE)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"weight_map": [1]}', "{}", "\ufeff", None])
+def test_an_index_that_is_unreadable_is_named(path: Path, content: str | None) -> None:
+    index = path / "model.safetensors.index.json"
+    os.mkfifo(index) if content is None else index.write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is unreadable; restore it"):
+        find(path, "other")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from small import resolved
@@ -76,20 +77,19 @@ def test_extras_and_the_base_ffn_leave_the_placement_and_the_table_of_ffn(ffn: s
     assert among == alone
 
 
-def test_an_extra_has_the_keys_of_the_ffn_and_tables_as_its_paper() -> None:
-    extras = config(f"extra_ffns=[{','.join(NAMES)}]")["extra_ffns"]
-    for name in NAMES:
-        alone = config(f"ffn={name}")
-        assert extras[name]["ffn"] == alone["ffn"], name
-        assert (
-            extras[name]["table"].get("shared", alone["table"]["shared"]) is alone["table"]["shared"] or name == "stem"
-        )
-        assert extras[name]["placement"]["write_after"] == 0
-
-
-def test_each_extra_works_beside_the_default_ffn() -> None:
-    for name in NAMES:
-        build_meta_model(config(f"extra_ffns={name}", "model.memory.n_keys=16"))
+def test_each_extra_is_the_ffn_of_its_name_with_tables_as_its_paper_and_works_alone() -> None:
+    settings = config(f"extra_ffns=[{','.join(NAMES)}]", "model.memory.n_keys=16")
+    for name, extra in settings["extra_ffns"].items():
+        written = yaml.safe_load((ROOT / "configs" / "ffn" / f"{name}.yaml").read_text())
+        defaults = written.pop("defaults", [])
+        assert extra["ffn"].keys() == written.keys(), name
+        assert extra["ffn"]["_target_"] == written["_target_"]
+        of_option = yaml.safe_load((ROOT / "configs" / "extra_ffns" / f"{name}.yaml").read_text())[name]
+        assert of_option.keys() <= {"placement", "table"}  # no other value of the FFN
+        has_own = {"override /table@_global_.table": "own"} in defaults
+        assert extra["table"].get("shared", True) is not has_own or name == "stem"
+        assert extra["placement"]["write_after"] == 0
+        build_meta_model({**settings, "extra_ffns": {name: extra}})
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,8 @@ def test_the_ffn_is_sized_so_that_the_whole_mixture_meets_the_budget_of_the_plai
     given = ["model.memory.n_keys=16", "model.ffn_dim=400", f"match={match}"]
     mixture = solve_size(config("ffn=dense", "extra_ffns=pkm", *given))
     assert mixture["ffn"]["hidden_dim"] < 400
-    costs = [model_cost(build_meta_model(settings), 64) for settings in (mixture, config("ffn=dense", *given))]
+    plain = {**mixture, "ffn": mixture["model"]["base_ffn"], "extra_ffns": {}}
+    costs = [model_cost(build_meta_model(settings), 64) for settings in (mixture, plain)]
     basis = "trunk_train_flops" if match == "flops" else "params_total"
     assert getattr(costs[0], basis) == pytest.approx(getattr(costs[1], basis), rel=0.02)
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.checks import remark_rate, remark_validation
 from pkm_lightning.cli.command_keys import check_read
-from pkm_lightning.cli.composition_errors import explain
+from pkm_lightning.cli.composition_errors import explain, explain_composition
 from pkm_lightning.cli.job import log_to_stderr
 from pkm_lightning.cli.paths import with_expanded_paths
 from pkm_lightning.errors import ConfigError
@@ -55,6 +56,25 @@ def test_an_argument_without_a_value_is_no_override(typed: str) -> None:
     with pytest.raises(HydraException) as error:
         OverridesParser.create().parse_overrides([typed])
     assert explain(error.value) == f"{typed!r} is not an override; write KEY=VALUE, or ~KEY to delete one."
+
+
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("extra_ffns=null", "extra_ffns=[]"),
+        ("callbacks=null", "callbacks=none"),
+        ("ffn@model.base_ffn=null", "ffn@model.base_ffn=NAME"),
+    ],
+)
+def test_a_group_is_not_null(typed: str, advice: str) -> None:
+    arguments = ["match_budget=null", typed, "model.dim=8"]
+    with initialize_config_module("pkm_lightning.configs", version_base="1.3"):  # noqa: SIM117
+        with pytest.raises(ValueError, match="must be a string or a list") as error:
+            compose("config", overrides=arguments)
+    expected = f"{typed}: a group takes the name of an option; write {advice}, or leave it out."
+    assert explain_composition(error.value, arguments) == expected
+    other = explain_composition(ValueError("another"), arguments)
+    assert other == f"match_budget=null {typed}: does not compose (another)."
 
 
 def test_home_and_variables_mean_the_same_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

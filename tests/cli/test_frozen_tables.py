@@ -18,6 +18,9 @@ import pkm_lightning
 from pkm_lightning.checkpoints.safetensors import read_entries
 from pkm_lightning.errors import CheckpointError
 
+# On one worker, so that the run of the module is trained once.
+pytestmark = pytest.mark.xdist_group("frozen_tables")
+
 MODEL = [
     "ffn=engram", "ffn.rows=40", "ffn.heads=1", "ffn.row_dim=8", "placement.layers=[0]", "model.n_layers=2",
     "model.dim=16", "model.ffn_dim=16", "model.n_heads=2", "model.n_kv_heads=2", "table.trainable=false",
@@ -50,21 +53,6 @@ def files(of_module: Path, cli: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     return cli
 
 
-@pytest.mark.parametrize("where", ["drawn", "file"])
-def test_a_run_that_was_interrupted_ends_like_another(files: Run, where: str) -> None:
-    options = [*RUN, *(FILE if where == "file" else [])]
-    assert files("fit", *options, f"run_dir={where}/whole").code == 0
-    Path("interrupt").touch()
-    assert files("fit", *options, f"run_dir={where}/cut").code == 130
-    assert last_checkpoint(Path(where, "cut"))["global_step"] == 7
-    resumed = files("fit", f"run_dir={where}/cut", "trust_config=true")
-    assert resumed.code == 0, resumed.err
-    assert_equal_runs(Path(where, "whole"), Path(where, "cut"))
-    whole = last_checkpoint(Path(where, "whole"))
-    assert (NAME in whole["state_dict"]) == (where == "drawn")
-    assert not any(group["name"] == "table" for group in whole["optimizer_states"][0]["param_groups"])
-
-
 @pytest.fixture
 def run(files: Run) -> Run:
     """A run beside the rows of a file, in `run`, trained once."""
@@ -72,6 +60,23 @@ def run(files: Run) -> Run:
         shown = files("fit", *RUN, *FILE, "run_dir=run")
         assert shown.code == 0, shown.err
     return files
+
+
+@pytest.mark.parametrize("where", [pytest.param("drawn", marks=pytest.mark.slow), "file"])
+def test_a_run_that_was_interrupted_ends_like_another(run: Run, where: str) -> None:
+    whole, cut = Path("run" if where == "file" else "drawn"), Path(where, "cut")
+    options = [*RUN, *(FILE if where == "file" else [])]
+    if where == "drawn":
+        assert run("fit", *options, f"run_dir={whole}").code == 0
+    Path("interrupt").touch()
+    assert run("fit", *options, f"run_dir={cut}").code == 130
+    assert last_checkpoint(cut)["global_step"] == 7
+    resumed = run("fit", f"run_dir={cut}", "trust_config=true")
+    assert resumed.code == 0, resumed.err
+    assert_equal_runs(whole, cut)
+    checkpoint = last_checkpoint(whole)
+    assert (NAME in checkpoint["state_dict"]) == (where == "drawn")
+    assert not any(group["name"] == "table" for group in checkpoint["optimizer_states"][0]["param_groups"])
 
 
 def figures(shown: Outcome) -> list[list[str]]:

@@ -15,6 +15,10 @@ from small import SMALL_RUN, Run, record
 
 import pkm_lightning
 from pkm_lightning.checkpoints import latest_checkpoint
+from pkm_lightning.cli.resume import differences, with_changes
+
+# On one worker, so that the run of the module is trained once.
+pytestmark = pytest.mark.xdist_group("mixtures")
 
 #: Engram before two layers, Memory+ in one, MoE elsewhere; PKM beside the MoE of one of these.
 MIXTURE = [
@@ -107,6 +111,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["fit", "run_dir=run", "resume=always", "extra_ffns=pkm"],
         "(extra_ffns.engram: {...} -> (absent))",
     ),
+    "no variant, continued": (
+        ["fit", "run_dir=run", "resume=always", "extra_ffns=[]"],
+        "(extra_ffns: {...} -> None)",
+    ),
     "another base, continued": (
         ["fit", "run_dir=run", "resume=always", "ffn@model.base_ffn=dense"],
         "model.base_ffn._target_: pkm_lightning.ffn.MoE -> pkm_lightning.ffn.Dense",
@@ -142,6 +150,14 @@ def test_what_contradicts_the_run_or_itself_is_refused_before_work(mixed: Run, t
     assert shown.code == 2, shown.out
     assert message in shown.err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_variant_that_a_plain_run_lacks_is_another_configuration() -> None:
+    saved: dict[str, Any] = {"model": {}, "ffn": {}, "seed": 1}
+    command = {**saved, "resume": "always", "trust_config": False}
+    assert differences(saved, with_changes(saved, command)) == []
+    added = with_changes(saved, {**command, "extra_ffns": {"pkm": {"ffn": {}, "placement": {}}}})
+    assert differences(saved, added) == ["extra_ffns: (absent) -> {...}"]
 
 
 def test_the_command_that_started_it_and_free_keys_are_accepted(mixed: Run, tmp_path: Path) -> None:

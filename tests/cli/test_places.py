@@ -50,6 +50,20 @@ def test_what_a_run_saves_itself_is_accepted(tmp_path: Path) -> None:
     check_places(saved(tmp_path, **inside), "config.yaml", tmp_path)
 
 
+def test_rows_and_weights_that_a_model_reads_may_lie_anywhere(tmp_path: Path) -> None:
+    group = {
+        "ffn": {"_target_": "pkm_lightning.ffn.PretrainedEngram", "path": "/models/qwen"},
+        "table": {"_target_": "pkm_lightning.memory.ValueTable", "path": "/rows.safetensors", "tensor": "/rows"},
+    }
+    config = saved(tmp_path, **group, **{"extra_ffns.x": {"ffn": group["ffn"], "table": {"path": "/rows"}}})
+    check_places(config, "config.yaml", tmp_path, allowed=["~/c"])
+    for key in ("ffn", "table", "extra_ffns.x.ffn"):
+        foreign = OmegaConf.create(config)
+        OmegaConf.update(foreign, f"{key}._target_", "theirs.Class")
+        with pytest.raises(ConfigError, match=rf"config\.yaml names {key}\.path="):
+            check_places(OmegaConf.to_container(foreign), "config.yaml", tmp_path, allowed=["~/c"])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -105,6 +105,7 @@ def test_a_run_killed_at_its_start_starts_again(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path, resume="auto")
     directory.begin(CONFIG)
     (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "metrics.csv").write_text("step,tokens\n")
     directory._held.close()
     again = RunDirectory(tmp_path, resume="auto")
     assert not again.resumes

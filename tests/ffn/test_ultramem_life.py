@@ -14,7 +14,8 @@ from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import FFNContext, FFNOutput, UltraMem
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.model.placement import ParallelFFN, Placement
+from pkm_lightning.model.placement import Placement
+from pkm_lightning.model.plugin_outputs import ParallelFFN
 
 SIZES: dict[str, Any] = {
     "dim": DIM,

@@ -17,7 +17,7 @@ from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import Dense, FFNContext, UltraMemV2
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.tucker_keys import selected_moments
-from pkm_lightning.model.placement import ParallelFFN
+from pkm_lightning.model.plugin_outputs import ParallelFFN
 
 # Odd sizes; 1 to 3 heads and ranks; k = 1 and k = n_keys; a quarter of the model dimension.
 SIZES: list[dict[str, Any]] = [

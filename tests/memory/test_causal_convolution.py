@@ -28,8 +28,10 @@ def test_taps_reach_back_within_the_document(kernel: int, dilation: int, documen
     torch.nn.init.normal_(conv.weight)
     x_BTD = torch.randn(2, 17, 5, dtype=torch.float64, requires_grad=True)
     doc_ids_BT = torch.tensor([[0] * 4 + [1] * 13, [3] * 11 + [4] * 2 + [5] * 4])
-    padded_BPD = torch.nn.functional.pad(x_BTD, (0, 0, conv.context, 0))
-    y_BTD = conv(padded_BPD, doc_ids_BT if documents else None)
+    y_BTD = conv(x_BTD, doc_ids_BT if documents else None, length=17)
     expected_BTD = written_out(conv, x_BTD, doc_ids_BT if documents else torch.zeros_like(doc_ids_BT))
     assert_close(y_BTD, expected_BTD)
     assert_same_gradients(y_BTD, expected_BTD, {"x": x_BTD, "weight": conv.weight})
+    # One token after as many others as its taps reach.
+    last_B1D = conv(x_BTD[:, -1 - conv.context :], length=1)
+    assert_close(last_B1D, conv(x_BTD, length=17)[:, -1:])

@@ -19,6 +19,7 @@ from pkm_lightning.build.model import weight_dtype
 from pkm_lightning.checkpoints.mapped import MappedFile
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory.joined_rows import JoinedRows
 from pkm_lightning.memory.stored_rows import StoredRows
 from pkm_lightning.ops import gathered_dot, weighted_gather
 
@@ -98,15 +99,36 @@ def test_the_digest_is_of_the_rows_and_not_of_the_file(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_or_cut_short_has_a_name(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     rows = stored(path, torch.randn(N, V))
+    unread = copy.copy(rows)
     rows.read(torch.tensor([1]))
     os.truncate(path, 500)
-    for read in (lambda: rows.read(torch.arange(N)), lambda: rows.block(N - 1, 1), lambda: rows.digest):
+    for read in (lambda: rows.read(torch.arange(N)), lambda: rows.block(N - 1, 1), lambda: unread.digest):
         with pytest.raises(CheckpointError, match=rf"table.path={path} cannot be read \(.*; it holds the rows"):
             read()
     path.unlink()
     gone = StoredRows(path=path, start=0, dtype=torch.float32, lines=N, width=V)
     with pytest.raises(CheckpointError, match="No such file"):
         gone.read(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_file_in_use_may_be_touched_but_not_rewritten(tmp_path: Path, parts: int) -> None:
+    table_NV, path = torch.randn(N // parts * parts, V), tmp_path / "rows"
+    paths = [path.with_suffix(f".{part}") for part in range(parts)]
+    chunks = [stored(file, rows_NV) for file, rows_NV in zip(paths, table_NV.chunk(parts), strict=True)]
+    rows = chunks[0] if parts == 1 else JoinedRows(path, chunks)
+    ids_U = torch.tensor([0, N // 2])
+    before_UV = rows.read(ids_U)
+    os.utime(paths[-1], (1, 1))
+    assert torch.equal(rows.read(ids_U), before_UV)
+    if parts > 1:
+        os.replace(stored(tmp_path / "others", torch.zeros(N, V)).path, paths[0])
+        # The file that is open is still the earlier one.
+        assert torch.equal(rows.read(ids_U), before_UV)
+    paths[-1].write_bytes(bytes(paths[-1].stat().st_size))
+    for read in (lambda: rows.read(ids_U), lambda: rows.block(0, 1)):
+        with pytest.raises(CheckpointError, match="holds other rows than at first"):
+            read()
 
 
 def test_a_table_of_320_million_rows_is_read_at_its_end(tmp_path: Path) -> None:

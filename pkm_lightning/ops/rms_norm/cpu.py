@@ -1,0 +1,125 @@
+"""rms_norm and rms_norm_dot in numba: one pass over the vectors forward, and one for all gradients.
+
+Letters: G equal parts of a vector, C = D / G values of a part, X chunks of vectors.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import torch
+from numba import float32, njit, prange
+from torch import Tensor
+
+from pkm_lightning.ops.numba_arrays import numpy_view
+from pkm_lightning.ops.numba_threads import use_torch_threads
+
+# A constant, so that the order of sums does not depend on the number of threads.
+_CHUNKS = 32
+# Sums over a part may be regrouped, or they could not be vectorised: the compiler fixes their order. Python's error
+# model tests every division for zero, which prevents vectorisation too.
+_KERNEL: dict[str, Any] = {
+    "cache": True,
+    "nogil": True,
+    "parallel": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract"},
+}
+
+
+def norm(x_TGC: Tensor, gain_GC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns the normalised parts and the inverse roots (T, G); float32, all tensors contiguous."""
+    use_torch_threads()
+    y_TGC, roots_TG = torch.empty_like(x_TGC), x_TGC.new_empty(x_TGC.shape[:2])
+    _norm(*map(numpy_view, (x_TGC, gain_GC, y_TGC, roots_TG)), eps)
+    return y_TGC, roots_TG
+
+
+def norm_gradients(grad_TGC: Tensor, x_TGC: Tensor, gain_GC: Tensor, roots_TG: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of x and gain; float32, all tensors contiguous."""
+    use_torch_threads()
+    x_grad_TGC, parts_XGC = torch.empty_like(x_TGC), gain_GC.new_zeros(_CHUNKS, *gain_GC.shape)
+    _norm_gradients(*map(numpy_view, (grad_TGC, x_TGC, gain_GC, roots_TG, x_grad_TGC, parts_XGC)))
+    return x_grad_TGC, parts_XGC.sum(0)
+
+
+def dot(x_TGC: Tensor, y_TGC: Tensor, gain_GC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns the inner products (T, G) and the inverse roots of x and y (2, T, G); float32, contiguous."""
+    use_torch_threads()
+    dots_TG, roots_2TG = x_TGC.new_empty(x_TGC.shape[:2]), x_TGC.new_empty(2, *x_TGC.shape[:2])
+    _dot(*map(numpy_view, (x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG)), eps)
+    return dots_TG, roots_2TG
+
+
+def dot_gradients(
+    grad_TG: Tensor, x_TGC: Tensor, y_TGC: Tensor, gain_GC: Tensor, dots_TG: Tensor, roots_2TG: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, y and gain; float32, all tensors contiguous."""
+    use_torch_threads()
+    grads = torch.empty_like(x_TGC), torch.empty_like(y_TGC), gain_GC.new_zeros(_CHUNKS, *gain_GC.shape)
+    _dot_gradients(*map(numpy_view, (grad_TG, x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, *grads)))
+    return grads[0], grads[1], grads[2].sum(0)
+
+
+@njit(**_KERNEL)
+def _norm(x_TGC, gain_GC, y_TGC, roots_TG, eps):  # type: ignore[no-untyped-def]
+    tokens, groups, values = x_TGC.shape
+    for t in prange(tokens):
+        for g in range(groups):
+            squares = float32(0)
+            for c in range(values):
+                squares += x_TGC[t, g, c] * x_TGC[t, g, c]
+            root = float32(1 / sqrt(squares / values + eps))
+            roots_TG[t, g] = root
+            for c in range(values):
+                y_TGC[t, g, c] = x_TGC[t, g, c] * root * gain_GC[g, c]
+
+
+@njit(**_KERNEL)
+def _norm_gradients(grad_TGC, x_TGC, gain_GC, roots_TG, x_grad_TGC, parts_XGC):  # type: ignore[no-untyped-def]
+    """Computes r (w g - x r^2 mean(x w g)) for a part x with the inverse root r, gains w and upstream gradient g."""
+    (tokens, groups, values), chunks = x_TGC.shape, parts_XGC.shape[0]
+    for chunk in prange(chunks):
+        for t in range(chunk * tokens // chunks, (chunk + 1) * tokens // chunks):
+            for g in range(groups):
+                root, along = roots_TG[t, g], float32(0)
+                for c in range(values):
+                    along += grad_TGC[t, g, c] * gain_GC[g, c] * x_TGC[t, g, c]
+                along *= root * root / float32(values)
+                for c in range(values):
+                    x_grad_TGC[t, g, c] = root * (grad_TGC[t, g, c] * gain_GC[g, c] - along * x_TGC[t, g, c])
+                for c in range(values):
+                    parts_XGC[chunk, g, c] += grad_TGC[t, g, c] * root * x_TGC[t, g, c]
+
+
+@njit(**_KERNEL)
+def _dot(x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, eps):  # type: ignore[no-untyped-def]
+    tokens, groups, values = x_TGC.shape
+    for t in prange(tokens):
+        for g in range(groups):
+            dot, x_squares, y_squares = float32(0), float32(0), float32(0)
+            for c in range(values):
+                dot += x_TGC[t, g, c] * y_TGC[t, g, c] * gain_GC[g, c]
+                x_squares += x_TGC[t, g, c] * x_TGC[t, g, c]
+                y_squares += y_TGC[t, g, c] * y_TGC[t, g, c]
+            x_root, y_root = float32(1 / sqrt(x_squares / values + eps)), float32(1 / sqrt(y_squares / values + eps))
+            dots_TG[t, g], roots_2TG[0, t, g], roots_2TG[1, t, g] = dot * x_root * y_root, x_root, y_root
+
+
+@njit(**_KERNEL)
+def _dot_gradients(grad_TG, x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, x_grad_TGC, y_grad_TGC, parts_XGC):  # type: ignore[no-untyped-def]
+    """Computes g (r q w y - x r^2 s / C) for x, with the dot s, inverse roots r of x and q of y, gains w; y alike."""
+    (tokens, groups, values), chunks = x_TGC.shape, parts_XGC.shape[0]
+    for chunk in prange(chunks):
+        for t in range(chunk * tokens // chunks, (chunk + 1) * tokens // chunks):
+            for g in range(groups):
+                x_root, y_root, grad = roots_2TG[0, t, g], roots_2TG[1, t, g], grad_TG[t, g]
+                across, along = grad * x_root * y_root, grad * dots_TG[t, g] / float32(values)
+                x_along, y_along = along * x_root * x_root, along * y_root * y_root
+                for c in range(values):
+                    x_grad_TGC[t, g, c] = across * gain_GC[g, c] * y_TGC[t, g, c] - x_along * x_TGC[t, g, c]
+                for c in range(values):
+                    y_grad_TGC[t, g, c] = across * gain_GC[g, c] * x_TGC[t, g, c] - y_along * y_TGC[t, g, c]
+                for c in range(values):
+                    parts_XGC[chunk, g, c] += across * x_TGC[t, g, c] * y_TGC[t, g, c]
