@@ -10,7 +10,6 @@ import functools
 import io
 import itertools
 import pickle
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from ffn.drawn_weights import draw
-from ffn.recorded_reads import recorded_reads
+from ffn.recorded_reads import check_reads, recorded_reads
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -29,7 +28,7 @@ from toys import config
 
 from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.experts import SwiGLUExperts
-from pkm_lightning.ffn import HasAfterStep, HasCost, HasReads, HasSlots, TableRead
+from pkm_lightning.ffn import HasAfterStep, HasCost, HasSlots
 from pkm_lightning.model import ModelOutput, Transformer, model_cost
 from pkm_lightning.model.block import named_plugins
 from pkm_lightning.model.plugin_outputs import plugin_entries
@@ -85,12 +84,6 @@ def run(model: Transformer, ids_BT: Tensor, **options: Any) -> ModelOutput:
 
 def plugins(model: Transformer) -> list[nn.Module]:
     return [plugin for block in model.blocks for _, plugin in named_plugins(block)]  # type: ignore[arg-type]
-
-
-def check_reads(model: Transformer, calls: list[TableRead]) -> None:
-    """Checks that `reads()` of the plugins list the calls of one training forward, each as often as it is made."""
-    listed = [read for plugin in plugins(model) if isinstance(plugin, HasReads) for read in plugin.reads()]
-    assert Counter(listed) == Counter(calls), "reads() differs from the table calls of a training forward"
 
 
 def check_compiled(case: Case, lengths: Sequence[int]) -> None:
