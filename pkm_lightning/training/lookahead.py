@@ -133,7 +133,7 @@ class LoaderWrapping:
 
         has_position = hasattr(processed, "state_dict")
         data = self._strategy.lightning_module.trainer.datamodule  # type: ignore[union-attr]
-        ahead = sized_len(processed) is not None and not has_position and not _keeps_position(data)  # type: ignore[arg-type]
+        ahead = sized_len(processed) is not None and not has_position and not _keeps_position(data)
         kind = PositionedLookahead if has_position and hasattr(processed, "load_state_dict") else Lookahead
         return kind(processed, ahead=ahead, observe=observe, end=prefetcher.end)
 
