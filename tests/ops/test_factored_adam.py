@@ -171,6 +171,10 @@ def test_rows_and_columns_without_gradient_leave_the_factors_finite(backend: str
         row_update(table_NV, gradient, RULE, UpdateStep(lr=0.1, number=4), state, backend=backend)
         assert torch.equal(state["column_share"], share_V)
     assert table_NV.isfinite().all()
+    for value in (math.nan, math.inf):  # a row that is lost leaves the columns as they are
+        gradient = of_rows(torch.tensor([[1, value, 1, 1]]), [1], 3)
+        row_update(table_NV, gradient, RULE, UpdateStep(lr=0.1, number=5), state, backend=backend)
+        assert torch.equal(state["column_share"], share_V)
 
 
 @pytest.mark.parametrize(
