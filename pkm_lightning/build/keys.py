@@ -7,6 +7,7 @@ needs nothing here.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
@@ -16,6 +17,7 @@ from pkm_lightning.build.variants import EXTRAS, MAIN, table_of
 from pkm_lightning.errors import ConfigError, nearest
 from pkm_lightning.ffn import Dense
 
+_NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
 Count = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
@@ -215,7 +217,7 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
             f"optim.{unknown[0]} is not a key of optim; remove it.{nearest(unknown[0], OptimKeys.__annotations__)}"
         )
     for name, extra in (config.get(EXTRAS) or {}).items():
-        _check_extra(str(name), extra)
+        _check_extra(name, extra)
     _check_base(config["model"].get("base_ffn"))
     for key, described in _described_objects(config, training=training):
         if described:
@@ -263,13 +265,14 @@ def _check_base(base: Mapping[str, Any] | None) -> None:
         )
 
 
-def _check_extra(name: str, extra: Mapping[str, Any]) -> None:
+def _check_extra(name: object, extra: Mapping[str, Any]) -> None:
     """Refuses a name that a command line cannot write as a key, and keys that an entry does not have."""
     key = f"{EXTRAS}.{name}"
-    if not name.isidentifier() or name == MAIN:
+    # YAML reads some names as other kinds: yes as true, null as none.
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == MAIN:
         raise ConfigError(
-            f"{key}: the name of a variant consists of letters, digits and _, as in memory_plus, and is not {MAIN}; "
-            "rename it."
+            f"{key}: the name of a variant begins with a letter of a to z, consists of these, digits and _, as in "
+            f"memory_plus, and is not {MAIN}; rename it."
         )
     unknown = sorted(map(str, extra.keys() - ExtraKeys.__annotations__))
     if unknown:

@@ -188,7 +188,11 @@ def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
     first, expected, entries = _LENGTH.size + length, 0, {}
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = _integers(fields["data_offsets"])
-        entry = Entry(DTYPES[fields["dtype"]], _shape(fields["shape"]), first + start)
+        shape, dtype = _shape(fields["shape"]), DTYPES.get(fields["dtype"])
+        # Of a kind that torch lacks, or packs: bytes, so that the other tensors can be read.
+        entry = (
+            Entry(torch.uint8, (end - start,), first + start) if dtype is None else Entry(dtype, shape, first + start)
+        )
         # Without gaps and overlaps, as other readers of the format require.
         if start != expected or end - start != entry.n_bytes:
             raise DamagedFileError(f"{name} does not lie where its shape requires")

@@ -121,7 +121,8 @@ class RowPrefetcher:
         for table in tables:
             table.prefetcher = self
             self._updates.setdefault(table, collections.deque(maxlen=_UPDATES))
-        batches = self._batches.setdefault(source, collections.deque())
+        # To the end: reads are looked for in the latest iteration first.
+        batches = self._batches[source] = self._batches.pop(source, collections.deque())
         batches.append(self._pool.submit(self._read, tuple(tables), reads))
         while len(batches) > _KEPT:
             batches.popleft().result()
@@ -159,7 +160,7 @@ class RowPrefetcher:
         Raises:
             Exception: what its thread has raised.
         """
-        for batches in self._batches.values():
+        for batches in reversed(self._batches.values()):
             # The oldest is the present micro-batch, or the next to last of a loader that is exhausted.
             for batch in batches:
                 for read in batch.result().get(table, ()):

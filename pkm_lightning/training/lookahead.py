@@ -115,6 +115,8 @@ class LoaderWrapping:
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy, self._process = strategy, strategy.process_dataloader
+        # One for all loaders: training goes on with what it has fetched before a validation.
+        self._prefetchers: dict[torch.device, RowPrefetcher] = {}
 
     def __call__(self, loader: object) -> object:
         """Returns the loader as the strategy wraps it, with the prefetch of rows where a table has a use for it."""
@@ -125,7 +127,7 @@ class LoaderWrapping:
         tables = [table for table in model.value_tables if is_prefetched(table, device)]
         if not plugins or not tables:
             return processed
-        prefetcher = RowPrefetcher(device)
+        prefetcher = self._prefetchers.setdefault(device, RowPrefetcher(device))
 
         def observe(iteration: object, batch: Any) -> None:
             if isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor):

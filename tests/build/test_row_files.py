@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from pkm_lightning.build.row_files import find_rows, map_rows
-from pkm_lightning.errors import CheckpointError, PkmError
+from pkm_lightning.errors import CheckpointError, ConfigError, PkmError
 from pkm_lightning.ffn import TableSpec
 
 #: Of more parts than one digit has numbers, so that an order by name would be another.
@@ -67,6 +68,16 @@ def test_a_file_of_a_folder_that_is_written_anew_is_read_anew(tmp_path: Path) ->
     content = save({"a": torch.zeros(1), "b": 2 * TABLE, "c": TABLE})
     file.write_bytes(content)  # the folder itself has not changed
     assert torch.equal(find(tmp_path, "b"), 2 * TABLE)
+
+
+def test_other_tensors_may_be_of_a_kind_that_torch_lacks(tmp_path: Path) -> None:
+    content = save({"a": TABLE, "packed": torch.zeros(8, dtype=torch.uint8)})
+    foreign = content.replace(b'"dtype":"U8","shape":[8]', b'"dtype":"F4","shape":[16]')
+    length = struct.pack("<Q", struct.unpack("<Q", content[:8])[0] + len(foreign) - len(content))
+    (tmp_path / "a.safetensors").write_bytes(length + foreign[8:])
+    assert torch.equal(find(tmp_path, None), TABLE)
+    with pytest.raises(ConfigError, match="packed has 8 values of uint8"):
+        find(tmp_path, "packed")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"weight_map": [1]}', "{}", "\ufeff", None])

@@ -173,12 +173,13 @@ def test_keys_that_buffers_of_the_weights_hold_may_not_change(tmp_path: Path, ch
     initial = InitialWeights(tmp_path / "source.ckpt", trust=False)
     for key, value, shown, trained in (
         ("canonical", "true", "true", "false"), ("end_id", "5", "5", "null"), ("seed", "9", "9", "1234"),
-        ("rows", "65", "65", "64"), ("heads", "1", "1", "2"),
+        ("rows", "65", "65", "64"),
+        ("orders", f"[3] {prefix}.heads=4", r"\[3\]", r"\[2, 3\]"),
     ):  # fmt: skip
         key = f"{prefix}.{key}"
         message = f"^{key}={shown} contradicts the {trained} of init_from=.*, whose .* leave {key} out.$"
         with pytest.raises(CheckpointError, match=message):
-            initial.check(run(f"{key}={value}"))
+            initial.check(run(*f"{key}={value}".split()))
     initial.check(run(f"{prefix}.gate=no_root", f"{prefix}.dilation=1"))
 
 

@@ -10,7 +10,6 @@ import functools
 import io
 import itertools
 import pickle
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from ffn.drawn_weights import draw
-from ffn.recorded_reads import recorded_reads
+from ffn.recorded_reads import check_reads, recorded_reads
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -29,7 +28,7 @@ from toys import config
 
 from pkm_lightning.build.model import build_meta_model, build_model
 from pkm_lightning.experts import SwiGLUExperts
-from pkm_lightning.ffn import HasAfterStep, HasCost, HasReads, HasSlots, TableRead
+from pkm_lightning.ffn import HasAfterStep, HasCost, HasSlots
 from pkm_lightning.model import ModelOutput, Transformer, model_cost
 from pkm_lightning.model.block import named_plugins
 from pkm_lightning.model.plugin_outputs import plugin_entries
@@ -85,12 +84,6 @@ def run(model: Transformer, ids_BT: Tensor, **options: Any) -> ModelOutput:
 
 def plugins(model: Transformer) -> list[nn.Module]:
     return [plugin for block in model.blocks for _, plugin in named_plugins(block)]  # type: ignore[arg-type]
-
-
-def check_reads(model: Transformer, calls: list[TableRead]) -> None:
-    """Checks that `reads()` of the plugins list the calls of one training forward, each as often as it is made."""
-    listed = [read for plugin in plugins(model) if isinstance(plugin, HasReads) for read in plugin.reads()]
-    assert Counter(listed) == Counter(calls), "reads() differs from the table calls of a training forward"
 
 
 def check_compiled(case: Case, lengths: Sequence[int]) -> None:
@@ -167,6 +160,14 @@ class PluginContract:
         before_BTD, after_BTD = (run(model.train(), x_BT).hidden_BTD[:, :5] for x_BT in (ids_BT, changed_BT))
         causal = all(getattr(plugin, "causal_in_training", True) for plugin in plugins(model))
         assert torch.allclose(after_BTD, before_BTD, rtol=1e-5, atol=1e-5) is causal
+
+    def test_packed_documents_are_read_as_if_alone(self, model: Transformer) -> None:
+        """Packs documents of 4, 1 and 3 tokens, with end tokens in them, and one of padding."""
+        doc_ids_BT, ids_BT = torch.tensor([[5] * 4 + [6] + [9] * 3 + [-1]]).expand(2, -1), ids().clone()
+        ids_BT[0, [1, 4, 7]] = 0
+        packed_BTD = run(model.eval(), ids_BT, doc_ids_BT=doc_ids_BT, valid_BT=doc_ids_BT >= 0).hidden_BTD
+        for part in (slice(0, 4), slice(4, 5), slice(5, 8)):
+            assert_close(packed_BTD[:, part], run(model, ids_BT[:, part]).hidden_BTD)
 
     def test_a_cache_gives_the_full_forward(self, model: Transformer) -> None:
         """Reads prompts of 3 and 5 tokens, one padded, then the rest one by one and in pairs.

@@ -1,7 +1,8 @@
-"""Records how the value tables are called."""
+"""Records how the value tables are called, and compares it with what plugins state."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pkm_lightning.ffn import TableRead
+from pkm_lightning.ffn import HasReads, TableRead
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.model import Transformer
 
 
 @contextmanager
@@ -41,3 +43,9 @@ def recorded_reads(tokens: int) -> Iterator[list[TableRead]]:
         patch.setattr(ValueTable, "dot", recorded_dot)
         patch.setattr(ValueTable, "gather", recorded_gather)
         yield calls
+
+
+def check_reads(model: Transformer, calls: list[TableRead]) -> None:
+    """Checks that `reads()` of the plugins list the calls of one training forward, each as often as it is made."""
+    listed = [read for _, _, plugin in model.plugins() if isinstance(plugin, HasReads) for read in plugin.reads()]
+    assert Counter(listed) == Counter(calls), "reads() differs from the table calls of a training forward"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ffn.plugin_contract import Case, PluginContract, built, check_compiled, check_reads, ids, run
-from ffn.recorded_reads import recorded_reads
+from ffn.plugin_contract import Case, PluginContract, built, check_compiled, ids, run
+from ffn.recorded_reads import check_reads, recorded_reads
 from torch import Tensor
 from tree import ffns_without_files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,21 @@ def test_a_frozen_table_stays_in_its_files(qwen: Path) -> None:
     rows = torch.cat([find_ngrams(qwen).tensor(4, name) for name in find_ngrams(qwen).parts(4)])
     ids = torch.randint(table.rows, (50, 4))
     assert torch.equal(table.gather(ids), rows[ids])
+
+
+def test_a_further_variant_is_saved_as_it_is_read_back(tmp_path: Path) -> None:
+    write_folder(tmp_path / "qwen")
+    extra = "extra_ffns.engram_pretrained"
+    places = {"placement.layers": "[2]", f"{extra}.placement.layers": "[0,1]", f"{extra}.ffn.path": tmp_path / "qwen"}
+    settings = {**SETTINGS, "ffn": "memory_plus", "extra_ffns": "engram_pretrained", **places}
+    frozen = [f"+{extra}.table.trainable=false", f"+{extra}.table.device=mmap"]
+    config = resolved(*SMALL_DATA, *(f"{key}={value}" for key, value in settings.items()), *frozen).config
+    # A tensor per layer.
+    assert len(config["extra_ffns"]["engram_pretrained"]["table"]["tensor"]) == 2
+    assert resolve(config).config == config
+    shutil.rmtree(tmp_path / "qwen")
+    with pytest.raises(CheckpointError, match=rf"^{extra}: table\.path=.*/qwen cannot be read"):
+        resolve(config)
 
 
 def test_a_table_of_many_parts_takes_one_open_file(tmp_path: Path) -> None:

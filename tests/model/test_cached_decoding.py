@@ -24,6 +24,8 @@ from pkm_lightning.model.plugin_outputs import plugin_entries
 PLACEMENTS = {
     "replace": {},
     "parallel": {"mode": "parallel"},
+    "before": {"mode": "before", "write_after": 0},
+    "after": {"mode": "after", "write_after": 0},
     "deferred": {"mode": "parallel", "layers": [0, 1], "write_after": 1},
 }
 
@@ -49,7 +51,7 @@ def test_every_plugin_writes_200_tokens(name: str) -> None:
     check_cached_decoding(trained(name, "replace")[0], steps=200)
 
 
-@pytest.mark.parametrize("placement", ["parallel", "deferred"])
+@pytest.mark.parametrize("placement", ["parallel", "deferred", "before", "after"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_placement(name: str, placement: str) -> None:
     check_cached_decoding(trained(name, placement)[0], steps=12)

@@ -56,16 +56,14 @@ def test_outputs_and_gradients(sizes: Sizes, dtype: torch.dtype, backend: str, d
         assert_close(grad, expected, kind="grad")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# `eager` multiplies by a mask, which turns infinities into NaN.
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_other_documents_do_not_leak(backend: str) -> None:
     x_BPD, weight_DL, _ = inputs((1, 0, 9, 4, 3, 2), torch.float32)
     doc_ids_BP = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0]])
     with torch.no_grad():
         x_BPD[0, :4] = torch.inf
     y_BTD = causal_convolution(x_BPD, weight_DL, doc_ids_BP, length=9, dilation=2, backend=backend)
-    if backend == "eager":
-        # It multiplies by a mask, which turns infinities into NaN.
-        return
     assert y_BTD[0, 4:].isfinite().all()
 
 

@@ -171,6 +171,10 @@ def test_rows_and_columns_without_gradient_leave_the_factors_finite(backend: str
         row_update(table_NV, gradient, RULE, UpdateStep(lr=0.1, number=4), state, backend=backend)
         assert torch.equal(state["column_share"], share_V)
     assert table_NV.isfinite().all()
+    for value in (math.nan, math.inf):  # a row that is lost leaves the columns as they are
+        gradient = of_rows(torch.tensor([[1, value, 1, 1]]), [1], 3)
+        row_update(table_NV, gradient, RULE, UpdateStep(lr=0.1, number=5), state, backend=backend)
+        assert torch.equal(state["column_share"], share_V)
 
 
 @pytest.mark.parametrize(
@@ -267,3 +271,14 @@ def test_a_rank_whose_rows_nobody_read_changes_nothing(name: str) -> None:
     row_update(table_NV, gradient, rule, UpdateStep(lr=0.1, number=3), state, backend="triton")
     assert torch.equal(table_NV, before_NV)
     assert all(bool((value == 1).all()) for value in state.values())
+
+
+def test_padding_leaves_the_states_of_the_row_that_it_repeats() -> None:
+    device, tables = device_of("triton"), []
+    gradient = read(9, 5, 4, device=device)
+    for one in (gradient, padded(gradient)):
+        table_NV = torch.ones(9, 5, device=device)
+        state = new_state(RULE, table_NV)
+        row_update(table_NV, one, RULE, UpdateStep(lr=0.1), state, backend="triton")
+        tables.append([table_NV, *state.values()])
+    assert all(torch.equal(plain, same) for plain, same in zip(*tables, strict=True))

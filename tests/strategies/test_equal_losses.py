@@ -20,13 +20,13 @@ QUICK = [
     ("ddp", 2, "ffn=peer table.shard=none table.learning=rows"),
 ]
 #: Engram before two layers, with a table each.
-ENGRAM = (
+EXTRA_ENGRAM = (
     "extra_ffns.engram.placement.layers=[0,2] extra_ffns.engram.ffn.end_id=0 extra_ffns.engram.ffn.rows=47 "
     "extra_ffns.engram.ffn.row_dim=8 extra_ffns.engram.ffn.row_multiple=2"
 )
 #: With Memory+ in a layer and PKM parallel to another. In fp32 the three would soon select other slots: a step of Adam
 #: turns the rounding of a small gradient into a change of full size.
-MIXTURE = f"ffn=memory_plus placement.layers=[2] extra_ffns=[engram,pkm] {ENGRAM} trainer.precision=64-true"
+MIXTURE = f"ffn=memory_plus placement.layers=[2] extra_ffns=[engram,pkm] {EXTRA_ENGRAM} trainer.precision=64-true"
 #: A pairwise subset, with 30 steps. The full matrix is in test_full_matrix.py.
 CASES = [
     *QUICK,
@@ -82,7 +82,7 @@ CASES = [
     pytest.param("deepspeed_3", 2, "ffn=moe trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
     pytest.param("ddp", 2, f"{MIXTURE} table.shard=row table.learning=rows", marks=pytest.mark.slow),
     pytest.param("ddp", 2, f"{MIXTURE} table.shard=dim table.learning=dense", marks=pytest.mark.slow),
-    pytest.param("fsdp", 2, f"ffn=dense extra_ffns=engram {ENGRAM} table.shard=dim", marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, f"ffn=dense extra_ffns=engram {EXTRA_ENGRAM} table.shard=dim", marks=pytest.mark.slow),
     pytest.param(
         "ddp",
         2,

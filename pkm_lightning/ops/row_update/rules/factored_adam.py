@@ -123,8 +123,8 @@ class FactoredAdam(RowRule):
         return self.column_factors(state, step).reciprocal()
 
     def update_columns(self, state: Mapping[str, Tensor], sums_V: Tensor, mean: Tensor, step: UpdateStep) -> None:
-        """Moves c towards the shares of the rows of this update; gradients that are all zero leave it."""
+        """Moves c towards the shares of the rows of this update; gradients that are all zero or hold NaN leave it."""
         weight = max(1 / step.number, 1 - self.betas[1])
         before_V = self.column_factors(state, step)
         after_V = (before_V + weight * (sums_V / mean - before_V)).clamp(min=_LEAST_SHARE)
-        state["column_share"].copy_(torch.where((mean > 0) & mean.isfinite(), after_V, before_V))
+        state["column_share"].copy_(torch.where(mean > 0, after_V, before_V))
