@@ -42,11 +42,7 @@ def explain(error: BaseException, arguments: Sequence[str] = (), name: str = "co
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return _unknown_option(group, option, sorted(options_of(group)))
     if ambiguous := _SWEEP.search(str(error)):
-        key, _, value = ambiguous.group(1).partition("=")
-        # Of most groups one option is chosen.
-        chosen_once = key in GROUPS and key not in _GROUPS_OF_LISTS
-        a_list = "" if chosen_once else f"write {key}=[{value}] if a list is meant, or "
-        return f"{key}={value} is several values; {a_list}sweep them with fit -m."
+        return _several_values(ambiguous.group(1))
     if isinstance(error, ConfigCompositionException):
         unknown = _NOT_OVERRIDDEN.search(str(error))
         if unknown:
@@ -72,6 +68,17 @@ def explain_composition(error: BaseException, arguments: Sequence[str]) -> str:
         none = {EXTRAS: "[]", **NONE_OF}.get(group)
         return f"{null}: a group takes the name of an option; write {group}={none or 'NAME'}, or leave it out."
     return f"{' '.join(choices)}: does not compose ({explain(error)})."
+
+
+def _several_values(override: str) -> str:
+    key, _, value = override.partition("=")
+    # Of most groups one option is chosen; range(1,3) stands for nothing but a sweep.
+    chosen_once = key in GROUPS and key not in _GROUPS_OF_LISTS
+    if chosen_once or "(" in value:
+        return f"{override} is several values; choose one, or sweep them with fit -m."
+    as_list, as_text = f"{key}=[{value}]", f'"{key}={quoted(value)}"'
+    meanings = f"{as_list} if a list is meant" + ("" if key in GROUPS else f", {as_text} if a text")
+    return f"{override} is several values; write {meanings}, or sweep them with fit -m."
 
 
 def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:

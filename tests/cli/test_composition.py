@@ -91,8 +91,12 @@ REFUSED = [
     ("info extra_ffns=[stem,dens]", "extra_ffns=dens is not known; allowed: custom, engram, "),
     ("fit callbacks=[default,recal]", "callbacks=recal is not known; allowed: default, "),
     ("fit extra_ffns=ple,stem", "several values; write extra_ffns=[ple,stem] if a list is meant, or sweep them with"),
-    ("info seed=1,2", "seed=1,2 is several values; write seed=[1,2] if a list is meant, or sweep them with fit -m."),
-    ("fit ffn=ple,stem", "ffn=ple,stem is several values; sweep them with fit -m."),
+    (
+        "info data.path=a,b",
+        "write data.path=[a,b] if a list is meant, \"data.path='a,b'\" if a text, or sweep them with",
+    ),
+    ("info seed=range(1,3)", "seed=range(1,3) is several values; choose one, or sweep them with fit -m."),
+    ("fit ffn=ple,stem", "ffn=ple,stem is several values; choose one, or sweep them with fit -m."),
     (
         "info table/optimizer=factored_adam table.optimizer.bias_correction=row",
         "not a key of the configuration, but of table/optimizer=lazy_adam; choose that, or leave it out.",
