@@ -88,8 +88,13 @@ def check_range(key: str, value: float, low: float | None = None, high: float | 
     if not math.isfinite(value):
         raise ConfigError(f"{key}={value} is not finite; give a number.")
     if (low is not None and value < low) or (high is not None and value > high):
-        interval = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
-        raise ConfigError(f"{key}={value} is out of range; allowed: {interval}.")
+        raise ConfigError(f"{key}={value} is out of range; allowed: {_interval(low, high)}.")
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if low is None:
+        return f"{high} or less"
+    return f"{low} or more" if high is None else f"{low} to {high}"
 
 
 def check_integer(key: str, value: int, low: int | None = None, high: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -67,6 +68,19 @@ def remark_rate(config: Config) -> str | None:
     if config["model"].get("_target_") is None or rate <= 0.001:
         return None
     return f"optim.lr={rate} destroys pretrained weights within a few steps; try optim.lr=0.00002"
+
+
+def remark_row_optimizer(config: Config) -> str | None:
+    """Returns a remark if the row optimizer has been changed although no table learns by it; None if not."""
+    table = config["table"]
+    configured = {"rule": "lazy_adam", **(table.get("optimizer") or {})}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(RowOptimizer).parameters.items()}
+    defaults |= {"rule": "lazy_adam", "betas": [0.9, 0.95]}  # those of the YAML
+    changed = [name for name, value in configured.items() if name in defaults and value != defaults[name]]
+    if table.get("learning", "dense") != "dense" or not changed:
+        return None
+    setting = f"table/optimizer={configured['rule']}" if "rule" in changed else f"table.optimizer.{changed[0]}"
+    return f"{setting} has no effect with table.learning=dense: optim.optimizer updates the tables"
 
 
 def check_clipping(algorithm: str | None) -> None:

@@ -28,6 +28,8 @@ Processes = Literal[-1] | Annotated[int, Range(1, 2**16)]
 _LARGEST_WORLD = 2**20
 #: What a command line writes for none of a group, instead of deleting it.
 NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
+#: Groups within another one: the key of what they choose, and the name by which a command line chooses it.
+NESTED_GROUPS = {"table.optimizer": "table/optimizer", "model.base_ffn": "ffn@model.base_ffn"}
 #: Arguments that the builder passes.
 _BUILT = {
     "ffn": ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader"),
@@ -206,6 +208,7 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
     for group, option in NONE_OF.items():
         if group not in config:
             raise ConfigError(f"{group} is missing; write {group}={option} for none, or do not delete it with ~.")
+    _check_groups(config)
     check_kind("", config, RunKeys)
     check_kind("model", config["model"], TrunkKeys if "_target_" in config["model"] else ModelKeys)
     unknown = sorted(set(config["optim"]) - set(OptimKeys.__annotations__))
@@ -226,6 +229,25 @@ def check_keys(config: Mapping[str, Any], *, training: bool) -> None:
             f"trainer.devices={trainer['devices']} on trainer.num_nodes={trainer['num_nodes']} nodes are more than "
             f"{_LARGEST_WORLD:,} processes; set fewer."
         )
+
+
+def _check_groups(config: Mapping[str, Any]) -> None:
+    """Refuses the name of an option at a key of a group within another one, which a command line chooses otherwise."""
+    groups = dict(NESTED_GROUPS)
+    extras = config.get(EXTRAS)
+    for name, extra in extras.items() if isinstance(extras, Mapping) else ():
+        if isinstance(extra, str):
+            raise ConfigError(
+                f"{EXTRAS}.{name}={extra} is no option of a group; write {EXTRAS}={name} for the variant, and set its "
+                f"keys, as in {EXTRAS}.{name}.placement.layers=[1]."
+            )
+        groups |= {f"{EXTRAS}.{name}.{group}": f"{group}@{EXTRAS}.{name}.{group}" for group in ("ffn", "placement")}
+    for key, group in groups.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, str):
+            raise ConfigError(f"{key}={value} names an option of a group; write {group}={value}.")
 
 
 def _check_base(base: Mapping[str, Any] | None) -> None:

@@ -152,7 +152,10 @@ def _missing(name: str | None, rows: int, dim: int, files: Mapping[str, Place]) 
     largest = sorted(files.items(), key=lambda item: -item[1][1].n_bytes)[:3]
     held = ", ".join(f"{known} ({' x '.join(map(str, place[1].shape))})" for known, place in largest) or "none"
     if name is None:
-        return f"holds no tensor of {rows:,} x {dim} values, as the model's table has; its largest are {held}."
+        return (
+            f"holds no tensor of {rows:,} x {dim} values, as the model's table has, whose size follows from ffn (such "
+            f"as ffn.rows, rounded up, or ffn.n_keys); its largest are {held}."
+        )
     return f"holds no tensor {name} (table.tensor); its largest are {held}."
 
 

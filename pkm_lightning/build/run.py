@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,7 @@ from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.build.stored_tables import check_table_keys, with_absolute_paths
 from pkm_lightning.build.variant_figures import variant_figures
+from pkm_lightning.build.variants import variants
 from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
 from pkm_lightning.data.base import vocab_size_of
 from pkm_lightning.errors import ConfigError, check_integer, check_range
@@ -130,7 +132,17 @@ def _vocab_size(config: dict[str, Any], data: L.LightningDataModule) -> int:
         raise ConfigError(f"model.vocab_size={configured!r} is neither auto nor a number.")
     if needed is not None and configured < needed:
         raise ConfigError(
-            f"model.vocab_size={configured} is too small: the data's tokens need {needed}; "
+            f"model.vocab_size={configured} is too small: the data's tokens need {needed}; {_with_tokenizer(config)}"
             "set model.vocab_size=auto or lower data.vocab_size."
         )
     return configured
+
+
+def _with_tokenizer(config: dict[str, Any]) -> str:
+    """Returns the advice to take the tokenizer in the folder of a pretrained plugin; empty where there is none."""
+    if "tokenizer" not in config["data"]:
+        return ""
+    paths = [str(variant.ffn["path"]) for variant in variants(config) if variant.ffn.get("path")]
+    others = [path for path in paths if path != config["data"]["tokenizer"]]
+    folder = next((path for path in others if (Path(path) / "tokenizer.json").is_file()), None)
+    return "" if folder is None else f"set data.tokenizer={folder}, the tokenizer of that folder; otherwise "

@@ -172,10 +172,13 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 
 def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
-    if len(file) < _LENGTH.size:
+    if len(file) <= _LENGTH.size:
         raise DamagedFileError(f"cut short: {len(file)} bytes")
     length = _LENGTH.unpack(file.read(0, _LENGTH.size))[0]
     if length > min(_LONGEST_HEADER, len(file) - _LENGTH.size):
+        # Every header of the format begins so.
+        if file.read(_LENGTH.size, 1) != b"{":
+            raise DamagedFileError("it has another format")
         raise DamagedFileError(f"a header of {length} bytes in a file of {len(file)}")
     try:
         header = json.loads(file.read(_LENGTH.size, length), object_pairs_hook=_without_duplicates)

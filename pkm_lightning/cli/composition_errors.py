@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -13,7 +15,8 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from pkm_lightning.build.keys import NONE_OF
+import pkm_lightning.configs
+from pkm_lightning.build.keys import NESTED_GROUPS, NONE_OF
 from pkm_lightning.build.variants import EXTRAS
 from pkm_lightning.cli.command_keys import GROUPS, VERBS_OF
 from pkm_lightning.compare.overrides import key_of, quoted
@@ -22,6 +25,9 @@ from pkm_lightning.errors import nearest
 #: How the names of stored groups of a saved run begin; see `pkm_lightning.cli.saved_overrides`.
 SAVED = "saved_"
 _NOT_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
+#: Groups of which a command may choose several options.
+_GROUPS_OF_LISTS = ("callbacks", "logger", EXTRAS)
+_SWEEP = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'")
 
 
 def explain(error: BaseException, arguments: Sequence[str] = (), name: str = "config") -> str:
@@ -30,8 +36,13 @@ def explain(error: BaseException, arguments: Sequence[str] = (), name: str = "co
         group, _, option = error.missing_cfg_file.rpartition("/")
         # The groups of a saved run, which the command line chooses by itself, are no options.
         options = [choice for choice in error.options if not choice.startswith(SAVED)]
-        allowed = f"{', '.join(options)}.{nearest(option, options)}"
-        return f"{group}={option} is not known; allowed: {allowed} --config-dir=DIR adds a folder of your own YAMLs."
+        return _unknown_option(group, option, options)
+    if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
+        # One of a list, whose options Hydra does not name.
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return _unknown_option(group, option, sorted(options_of(group)))
+    if ambiguous := _SWEEP.search(str(error)):
+        return _several_values(ambiguous.group(1))
     if isinstance(error, ConfigCompositionException):
         unknown = _NOT_OVERRIDDEN.search(str(error))
         if unknown:
@@ -59,6 +70,28 @@ def explain_composition(error: BaseException, arguments: Sequence[str]) -> str:
     return f"{' '.join(choices)}: does not compose ({explain(error)})."
 
 
+def _several_values(override: str) -> str:
+    key, _, value = override.partition("=")
+    # Of most groups one option is chosen; range(1,3) stands for nothing but a sweep.
+    chosen_once = key in GROUPS and key not in _GROUPS_OF_LISTS
+    if chosen_once or "(" in value:
+        return f"{override} is several values; choose one, or sweep them with fit -m."
+    as_list, as_text = f"{key}=[{value}]", f'"{key}={quoted(value)}"'
+    meanings = f"{as_list} if a list is meant" + ("" if key in GROUPS else f", {as_text} if a text")
+    return f"{override} is several values; write {meanings}, or sweep them with fit -m."
+
+
+def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:
+    allowed = f"{', '.join(options)}.{nearest(option, options)}"
+    return f"{group}={option} is not known; allowed: {allowed} --config-dir=DIR adds a folder of your own YAMLs."
+
+
+def options_of(group: str) -> dict[str, Any]:
+    """Returns the content of the package's YAMLs of a group, by their names."""
+    files = (Path(pkm_lightning.configs.__file__).parent / group).glob("*.yaml")
+    return {file.stem: OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files}
+
+
 def _unreadable(override: str) -> str:
     """Returns the sentence for an argument that Hydra's grammar does not allow, with the quoted form that it does."""
     key, separator, value = override.partition("=")
@@ -81,16 +114,27 @@ def _unreadable(override: str) -> str:
 def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
     if key in VERBS_OF:
         return f"{key} is a key of {', '.join(VERBS_OF[key])} only; leave it out."
-    known = sorted(set(_keys(config_of_groups(arguments, name), "")))
+    known = sorted({*_keys(config_of_groups(arguments, name), ""), *NESTED_GROUPS.values()})
     group, *path = key.split(".")
     if group == EXTRAS and path and f"{group}.{path[0]}" not in known:
         return f"{key}: the command has no variant {path[0]}; extra_ffns={path[0]} chooses it, [NAME,NAME] several."
     parent, _, leaf = key.rpartition(".")
+    if parent and leaf in GROUPS:
+        return f"{key} is not a key of the configuration; {leaf} is a group of its own: write {leaf}=NAME."
+    if "/" in key and key.replace("/", ".") in known:
+        return f"{key} is not a group; write {key.replace('/', '.')}=VALUE."
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     hint = nearest(leaf, [k.rpartition(".")[2] for k in siblings]) or nearest(key, known)
     where = f"{parent} has" if parent else "the configuration has"
     names = ", ".join(k.rpartition(".")[2] for k in siblings)
     allowed = f" {where}: {names}." if names else ""
+    chosen = NESTED_GROUPS.get(parent, parent)
+    options = options_of(chosen.partition("@")[0]) if parent else {}
+    if others := sorted(option for option, content in options.items() if leaf in content):
+        names = " or ".join(others)
+        return (
+            f"{key} is not a key of the configuration, but of {chosen}={names}; choose that, or leave it out.{allowed}"
+        )
     return f"{key} is not a key of the configuration; +{key}=VALUE would add one.{hint}{allowed}"
 
 

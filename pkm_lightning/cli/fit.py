@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
-from pkm_lightning.build.checks import remark_rate, remark_validation
+from pkm_lightning.build.checks import remark_rate, remark_row_optimizer, remark_validation
 from pkm_lightning.build.freezing import parameter_counts
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.build.stored_tables import check_first_rows, check_stored_rows
@@ -111,9 +111,11 @@ def _run(job: Job) -> float | None:
             else:
                 resolved = of_command or resolve(command, training=True)
             check_allocatable(resolved.plan, resolved.config)
-            for remark in filter(None, (remark_validation(resolved.config["trainer"]), remark_rate(resolved.config))):
+            config = resolved.config
+            remarks = (remark_validation(config["trainer"]), remark_rate(config), remark_row_optimizer(config))
+            for remark in filter(None, remarks):
                 _log.info(remark)
-            if resolved.config["optim"].get("freeze"):
+            if config["optim"].get("freeze"):
                 _log.info("parameters trained / frozen: %s / %s", *(f"{n:,}" for n in parameter_counts(resolved.model)))
             assembly = assemble(resolved, resumed_step=_step(checkpoint))
             if external:
@@ -265,7 +267,7 @@ def _train_with_record(
                 sitting.fail(error)
             raise
     sitting.finish()
-    print_summary(sitting.record, assembly.callbacks)
+    print_summary(sitting.record, assembly.callbacks, parameter_counts(resolved.model))
     _log.info("run directory: %s", directory.path)
     return loss
 

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pkm_lightning.build.freezing import parameter_counts
+from pkm_lightning.build.checks import remark_row_optimizer
+from pkm_lightning.build.freezing import ParameterCounts, parameter_counts
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.build.sizing import sized_knob
 from pkm_lightning.build.variants import MAIN
@@ -75,9 +76,7 @@ def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns label and value of everything in `figures`."""
     size = figures["table"]
     tables = f" in {size['count']} tables" if size["count"] > 1 else ""
-    rows = cost_rows(figures)
-    if figures["frozen"]:
-        rows.append(("parameters trained / frozen", f"{figures['trained']:,} / {figures['frozen']:,}"))
+    rows = cost_rows(figures, ParameterCounts(figures["trained"], figures["frozen"]))
     if figures["sized"]:
         rows.append(("sized by", ", ".join(f"{knob} = {value:,}" for knob, value in figures["sized"].items())))
     rows += variant_rows(figures["variants"]) or [
@@ -121,5 +120,8 @@ def describe(resolved: ResolvedRun) -> dict[str, Any]:
         "weight_bytes": (cost.params_total - cost.table_params) * itemsize + table_bytes,
         "optimizer_bytes": optimizer_state_bytes(model, config),
         **describe_plan(resolved),
-        "remarks": batch_remarks(cost, Setting.of(config), config["data"]),
+        "remarks": [
+            *batch_remarks(cost, Setting.of(config), config["data"]),
+            *filter(None, [remark_row_optimizer(config)]),
+        ],
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+import pkm_lightning.configs
 from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.paths import with_expanded_paths
@@ -179,12 +181,25 @@ def plain(config: DictConfig) -> dict[str, Any]:
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
-            raise ConfigError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE.")
+            raise ConfigError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE{_meaning(missing[0], config)}.")
         # Plain types only: a checkpoint that holds an OmegaConf object is refused by torch.load(weights_only=True).
         container = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
     return {str(key): value for key, value in with_expanded_paths(container).items()}
+
+
+def _meaning(key: str, config: DictConfig) -> str:
+    """Returns in brackets what the YAML of its class says about a mandatory `key`; empty where it says nothing."""
+    parent, _, leaf = key.rpartition(".")
+    group = OmegaConf.select(config, parent, throw_on_missing=False) if parent else None
+    target = group.get("_target_") if isinstance(group, DictConfig) and "_target_" in group else None
+    for file in Path(pkm_lightning.configs.__file__).parent.glob("*/*.yaml") if target else ():
+        text = file.read_text(encoding="utf-8")
+        comment = re.search(rf"^\s*{leaf}: \?\?\? +# (.+)$", text, re.MULTILINE)
+        if comment and f"_target_: {target}" in text:
+            return f" ({comment[1]})"
+    return ""
 
 
 #: Warnings of libraries about each other's names, or about what this package does by other means.

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pkm_lightning.build.freezing import ParameterCounts
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.inference.recall import ItemScore
 
@@ -25,16 +26,16 @@ _FORMS = (
 _WITHOUT_TABLE = "  the same, value tables read as zeros"
 
 
-def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback]) -> None:
-    """Prints the table of `record` and, if questions were asked, six of them."""
+def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback], counts: ParameterCounts) -> None:
+    """Prints the table of `record` with the parameters of its model and, if questions were asked, six of them."""
     console = Console(markup=False, emoji=False)  # data and paths may hold brackets
-    console.print(_figures(record))
+    console.print(_figures(record, counts))
     for callback in callbacks:
         if isinstance(callback, Recall) and callback.scores:
             console.print(_answers(callback.scores))
 
 
-def _figures(record: dict[str, Any]) -> Table:
+def _figures(record: dict[str, Any], counts: ParameterCounts) -> Table:
     table = Table(title=f"{record['ffn']}, seed {record['seed']}", show_header=False)
     metrics, recall = record["metrics"], record["metrics"].get("recall", {})
     for form, label in _FORMS:
@@ -50,7 +51,7 @@ def _figures(record: dict[str, Any]) -> Table:
         table.add_row(_WITHOUT_TABLE, f"{metrics['test/perplexity_without_table']:.3f}")
     if record.get("tokens_per_second"):
         table.add_row("training tokens/s", f"{record['tokens_per_second']:,.0f}")
-    for label, value in [*cost_rows(record), *variant_rows(record.get("variants") or {})]:
+    for label, value in [*cost_rows(record, counts), *variant_rows(record.get("variants") or {})]:
         table.add_row(label, value)
     return table
 
@@ -59,8 +60,8 @@ def _recall(recall: float, choice: float | None) -> str:
     return f"{recall:.1%}" + ("" if choice is None else f", {choice:.1%} of four options")
 
 
-def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns label and value of the cost figures."""
+def cost_rows(record: dict[str, Any], counts: ParameterCounts) -> list[tuple[str, str]]:
+    """Returns label and value of the cost figures, with the parameters that learn where others are frozen."""
     params, flops, moved = record["params"], record["flops_per_token"], record["bytes_per_token"]
     # Data without a length count as one token.
     context = f"{flops['context']:,} tokens (data.seq_len)" if flops["context"] > 1 else "1 token: no data.seq_len"
@@ -73,6 +74,8 @@ def cost_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if record["unknown_cost"]:
         rows.append(("without the cost of", ", ".join(record["unknown_cost"])))
+    if counts.frozen:
+        rows.append(("parameters trained / frozen", f"{counts.trained:,} / {counts.frozen:,}"))
     return rows
 
 
@@ -85,10 +88,11 @@ def variant_rows(of_variants: Mapping[str, Mapping[str, Any]]) -> list[tuple[str
         return []
     rows = []
     for name, figures in of_variants.items():
-        layers = ", ".join(map(str, figures["layers"])) or "none"
+        numbers = [str(layer) for layer in figures["layers"]]
+        layers = f"layer{'s' if len(numbers) != 1 else ''} {', '.join(numbers) or 'none'}"
         tables = ", ".join(f"tables.{number}" for number in figures["tables"]) or "no table"
         rows += [
-            (name, f"{figures['class']}, {figures['mode']}, layers {layers}, {tables}"),
+            (name, f"{figures['class']}, {figures['mode']}, {layers}, {tables}"),
             (f"  {name}: parameters", _pair(figures["params"], "total", "active")),
             (f"  {name}: FLOPs", _pair(figures["flops_per_token"], "train", "decode")),
         ]

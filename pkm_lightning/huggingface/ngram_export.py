@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pkm_lightning.build.instantiate import check_trusted, target_class
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.model import build_meta_model
+from pkm_lightning.build.row_files import map_rows
 from pkm_lightning.build.saving import HasModel
 from pkm_lightning.build.variants import MAIN, Variant, variants
 from pkm_lightning.checkpoints.companions import TOKENIZER
 from pkm_lightning.checkpoints.export import WeightSource, write_tensors
+from pkm_lightning.checkpoints.mapped import MappedFile
 from pkm_lightning.checkpoints.ngram_layout import find_ngrams
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.data.tokenizer import Tokenizer
@@ -76,15 +80,32 @@ def save_ngram_layers(holder: HasModel, folder: str | Path) -> list[int]:
         folder: to write; a folder there is replaced.
 
     Raises:
-        ConfigError, CheckpointError: as `write_ngrams`; a table that is split over ranks or stays in a file.
+        ConfigError, CheckpointError: as `write_ngrams`; a table that is split over ranks, or whose file is gone.
     """
-    if any(table.is_split or table.stored is not None for table in holder.model.value_tables):
+    if any(table.is_split for table in holder.model.value_tables):
         raise CheckpointError(
-            "the model's table is split over ranks, or stays in its file; save a checkpoint, and export that."
+            "the model's table is split over ranks; save a checkpoint, and write that with: export ckpt=CHECKPOINT "
+            "format=ngram dir=FOLDER."
         )
     tokenizer = getattr(holder, "tokenizer", None)
-    source = InMemory(holder.model.state_dict())
+    settings = _variant(holder.config).table
+    source = InMemory(holder.model.state_dict(), _rows_in_files(holder.model, settings))
     return _write(holder.model, holder.config, source, Path(folder), tokenizer).layers
+
+
+def _rows_in_files(model: Transformer, settings: Mapping[str, Any]) -> dict[str, list[tuple[MappedFile, Tensor]]]:
+    """Returns the mapped rows of Engram layers whose tables, by these `settings`, stay in a file."""
+    names = {id(module): name for name, module in model.named_modules()}
+    rows = {}
+    for _, _, plugin in model.plugins():
+        for table in plugin.slots()[0].tables if isinstance(plugin, Engram) else ():
+            if table.stored is None:
+                continue
+            parts = map_rows(settings, table.stored.digest.tolist())
+            if not parts:
+                raise CheckpointError(f"table.path={table.stored.path} holds other rows than at first; restore it.")
+            rows[f"{names[id(table)]}.weight"] = parts
+    return rows
 
 
 def _write(

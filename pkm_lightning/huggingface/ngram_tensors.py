@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pkm_lightning.checkpoints.export import WeightSource
 from pkm_lightning.checkpoints.folder import Chunk
+from pkm_lightning.checkpoints.mapped import MappedFile
 from pkm_lightning.checkpoints.ngram_layout import TABLE, NGramFolder
 from pkm_lightning.ffn.engram import Engram
 from pkm_lightning.ffn.engram_weights import HASH, SHARED, WEIGHTS
@@ -41,20 +43,32 @@ class InMemory:
 
     Args:
         state: of the model.
+        rows: mapped parts of the tables that stay in files, one below the other, by the names of their tensors.
     """
 
     skeleton: Mapping[str, object] = {}
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, state: Mapping[str, Tensor], rows: Mapping[str, Sequence[tuple[MappedFile, Tensor]]]) -> None:
         self._state = {f"{_MODEL}{name}": value.detach().cpu() for name, value in state.items()}
+        self._rows = {f"{_MODEL}{name}": parts for name, parts in rows.items()}
         self.shapes = {name: (value.shape, value.dtype) for name, value in self._state.items()}
+        for name, parts in self._rows.items():
+            first = parts[0][1]
+            self.shapes[name] = torch.Size((sum(len(part) for _, part in parts), first.shape[1])), first.dtype
 
     def chunks(self, name: str) -> list[Chunk]:
-        """Returns a tensor as one block."""
-        return [Chunk((0,) * self._state[name].ndim, self._state[name])]
+        """Returns a tensor as one block, rows in files as one per part."""
+        if name not in self._rows:
+            return [Chunk((0,) * self._state[name].ndim, self._state[name])]
+        parts = [part for _, part in self._rows[name]]
+        starts = accumulate(map(len, parts), initial=0)
+        return [Chunk((start, 0), part) for start, part in zip(starts, parts, strict=False)]
 
     def forget(self) -> None:
-        """Releases nothing."""
+        """Releases the memory of pages that were read."""
+        for parts in self._rows.values():
+            for file, _ in parts:
+                file.forget()
 
 
 class NGramTensors:

@@ -154,7 +154,7 @@ def checked_orders(orders: Sequence[int]) -> tuple[int, ...]:
         ConfigError: none, a repeated one, or one out of range.
     """
     for order in orders:
-        check_integer("ffn.orders", order, low=2, high=_LONGEST_ORDER)
+        check_integer(f"ffn.orders={list(orders)}: order", order, low=2, high=_LONGEST_ORDER)
     if not orders or len(set(orders)) != len(orders):
         raise ConfigError(f"ffn.orders={list(orders)} must list one or more lengths, each once, as in [2, 3].")
     return tuple(sorted(orders))

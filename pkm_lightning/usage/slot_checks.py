@@ -36,7 +36,7 @@ def check_slots(place: str, plugin: nn.Module, declared: Sequence[Slots]) -> Non
         if names.count(slots.name) > 1:
             raise ConfigError(f"{where} has {slots.name!r} {names.count(slots.name)} times; give each another name.")
         if slots.count < 1:
-            raise ConfigError(f"{entry}; allowed: 1 to inf, {_REMEDY}")
+            raise ConfigError(f"{entry}; allowed: 1 or more, {_REMEDY}")
         if slots.n_keys is not None and slots.n_keys**2 != slots.count:
             raise ConfigError(
                 f"{entry} and n_keys={slots.n_keys}, but pairs of sub-keys are n_keys**2 = {slots.n_keys**2}; set "

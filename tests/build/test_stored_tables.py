@@ -82,7 +82,7 @@ FOUND = "its largest are"
         ("empty", None, 1, "empty holds no .safetensors file"),
         ("cut.safetensors", None, 1, "cut.safetensors is no whole safetensors file"),
         ("text.safetensors", None, 1, "text.safetensors is no whole safetensors file"),
-        ("larger.safetensors", None, 1, f"holds no tensor of 256 x 16 values, as the model's table has; {FOUND} rows"),
+        ("larger.safetensors", None, 1, "holds no tensor of 256 x 16 values, as the model's table has, whose size"),
         ("larger.safetensors", "rows", 1, "rows has 257 x 16 values of float32, but the model's table has 256 x 16"),
         ("one.safetensors", "row", 1, f"holds no tensor row (table.tensor); {FOUND} rows"),
         ("codes.safetensors", None, 1, "rows has 256 x 16 values of int16"),

@@ -33,7 +33,7 @@ HERE = "callbacks.instability"
             "policies.weight_not_finite='skip' is not known; allowed: warn, rollback, stop",
         ),
         ({"policies": 7}, f"{HERE}.policies=7 is not a mapping"),
-        ({"window": 9, "warm_up": 5}, f"{HERE}.window=9 is out of range; allowed: 10 to inf"),
+        ({"window": 9, "warm_up": 5}, f"{HERE}.window=9 is out of range; allowed: 10 or more"),
         ({"warm_up": 21}, f"{HERE}.warm_up=21 is out of range; allowed: 1 to 20"),
         ({"threshold": -1.0}, f"{HERE}.threshold=-1.0 is out of range"),
         ({"settle_steps": 9}, f"{HERE}.settle_steps=9 is out of range; allowed: 0 to 8"),

@@ -217,7 +217,7 @@ def test_a_checkpoint_of_other_slots_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": 0}, "callbacks.slot_usage.window=0 is out of range; allowed: 2 to inf"),
+        ({"window": 0}, "callbacks.slot_usage.window=0 is out of range; allowed: 2 or more"),
         ({"every_n_steps": 0}, "callbacks.slot_usage.every_n_steps=0 is out of range"),
         ({"dead_after": -1}, "callbacks.slot_usage.dead_after=-1 is out of range"),
         ({"dead_after": 1.5}, "callbacks.slot_usage.dead_after=1.5 is not a whole number"),

@@ -94,7 +94,7 @@ def without_tables(folder: Path) -> None:
         (with_config(model_type="qwen4exp"), ConfigError, "Did you mean 'qwen4_exp'?"),
         (with_config(vocab_size="absent"), ConfigError, "its config.json has no vocab_size"),
         (with_config(eos_token_id="absent"), ConfigError, "its config.json has no eos_token_id"),
-        (with_config(ngram_size=1), ConfigError, "ngram_size=1 is out of range; allowed: 2 to inf"),
+        (with_config(ngram_size=1), ConfigError, "ngram_size=1 is out of range; allowed: 2 or more"),
         (with_config(seed="7"), ConfigError, "seed='7' is not a number"),
         (with_config(ple_embed_dim=13), ConfigError, "ple_embed_dim=13 is no multiple of its 4 reads"),
         (

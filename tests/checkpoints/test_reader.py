@@ -86,6 +86,7 @@ def largest_part(folder: Path) -> Path:
 DAMAGE: dict[str, tuple[str, Any, str]] = {
     "cut short": ("exported", lambda p: os.truncate(p, p.stat().st_size - 1), "bytes instead of"),
     "cut in the header": ("exported", lambda p: os.truncate(p, 100), "a header of"),
+    "another format": ("exported", lambda p: p.write_bytes(b"# A page\n" * 99), "it has another format"),
     "empty": ("exported", lambda p: os.truncate(p, 0), "damaged or no checkpoint"),
     "seven bytes": ("exported", lambda p: os.truncate(p, 7), "cut short: 7 bytes"),
     "no JSON": ("exported", lambda p: p.write_bytes(p.read_bytes()[:8] + b"[" + p.read_bytes()[9:]), "no JSON"),

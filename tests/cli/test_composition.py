@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from small import Run, resolved
 
-from pkm_lightning.build.checks import remark_rate, remark_validation
+from pkm_lightning.build.checks import remark_rate, remark_row_optimizer, remark_validation
 from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain, explain_composition
 from pkm_lightning.cli.job import log_to_stderr
@@ -75,6 +76,45 @@ def test_a_group_is_not_null(typed: str, advice: str) -> None:
     assert explain_composition(error.value, arguments) == expected
     other = explain_composition(ValueError("another"), arguments)
     assert other == f"match_budget=null {typed}: does not compose (another)."
+
+
+REFUSED = [
+    ("info table.optimizer=sgd", "table.optimizer=sgd names an option of a group; write table/optimizer=sgd."),
+    ("info model.base_ffn=moe", "model.base_ffn=moe names an option of a group; write ffn@model.base_ffn=moe."),
+    ("info extra_ffns=ple extra_ffns.ple=stem", "extra_ffns.ple=stem is no option of a group; write extra_ffns=ple"),
+    ("info extra_ffns=ple extra_ffns.ple.ffn=stem", "; write ffn@extra_ffns.ple.ffn=stem."),
+    ("info extra_ffns=ple extra_ffns.ple.placement=all", "; write placement@extra_ffns.ple.placement=all."),
+    ("info ffn.placement=all", "placement is a group of its own: write placement=NAME."),
+    ("info optim.optimizer=adam", "{KEY: VALUE}; set its keys, as in optim.optimizer.NAME=VALUE."),
+    ("info table/learning=dense", "table/learning is not a group; write table.learning=VALUE."),
+    ("info table/optimiser=sgd", "Did you mean 'table/optimizer'?"),
+    ("info extra_ffns=[stem,dens]", "extra_ffns=dens is not known; allowed: custom, engram, "),
+    ("fit callbacks=[default,recal]", "callbacks=recal is not known; allowed: default, "),
+    ("fit extra_ffns=ple,stem", "several values; write extra_ffns=[ple,stem] if a list is meant, or sweep them with"),
+    (
+        "info data.path=a,b",
+        "write data.path=[a,b] if a list is meant, \"data.path='a,b'\" if a text, or sweep them with",
+    ),
+    ("info seed=range(1,3)", "seed=range(1,3) is several values; choose one, or sweep them with fit -m."),
+    ("fit ffn=ple,stem", "ffn=ple,stem is several values; choose one, or sweep them with fit -m."),
+    (
+        "info table/optimizer=factored_adam table.optimizer.bias_correction=row",
+        "not a key of the configuration, but of table/optimizer=lazy_adam; choose that, or leave it out.",
+    ),
+    (
+        "info model.base_ffn.n_experts=4",
+        ", but of ffn@model.base_ffn=moe or moe_expert_choice; choose that, or leave it out.",
+    ),
+    ("info ffn=engram_pretrained", "give it as ffn.path=VALUE (folder of a Qwen model of this kind: config.json"),
+    ("info data=jsonl", "give it as data.path=VALUE (file, directory (*.jsonl at any depth), glob"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), REFUSED, ids=[command for command, _ in REFUSED])
+def test_a_name_in_the_wrong_place_is_refused_with_the_right_one(cli: Run, command: str, message: str) -> None:
+    done = cli(*command.split())
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert message in done.err
 
 
 def test_home_and_variables_mean_the_same_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +239,19 @@ def test_the_log_leaves_the_standard_output_to_programs(
     root.warning("generated new fontManager")
     shown = capsys.readouterr()
     assert (shown.out, "generated new fontManager" in shown.err) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting"),
+    [
+        (["table/optimizer=factored_adam"], "table/optimizer=factored_adam"),
+        (["table.optimizer.bias_correction=row"], "table.optimizer.bias_correction"),
+        (["table.optimizer.betas=[0.9,0.99]"], "table.optimizer.betas"),
+        ([], None),
+    ],
+)
+def test_a_row_optimizer_that_dense_tables_do_not_use_is_remarked(overrides: list[str], setting: str | None) -> None:
+    dense = remark_row_optimizer(resolved("table.learning=dense", *overrides).config)
+    expected = "has no effect with table.learning=dense: optim.optimizer updates the tables"
+    assert dense == (setting and f"{setting} {expected}")
+    assert remark_row_optimizer(resolved("table.learning=rows", *overrides).config) is None

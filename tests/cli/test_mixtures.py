@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a report": (["report", "runs=[run]", "out=x", "extra_ffns=pkm"], "report does not read extra_ffns"),
     "an unknown name": (["info", "extra_ffns=engrm"], "allowed: custom, engram, "),
     "no option of it": (["info", "extra_ffns.pkm.ffn.knn=2"], "the command has no variant pkm; extra_ffns=pkm chooses"),
-    "a list without brackets": (["info", "extra_ffns=pkm,engram"], "To use it as a list, use key=[value1,value2]"),
+    "a list without brackets": (["info", "extra_ffns=pkm,engram"], "write extra_ffns=[pkm,engram] if a list"),
     "nothing of an entry": (["info", "+extra_ffns.mine.table.shared=true"], "extra_ffns.mine.ffn is missing"),
     "a ladder with it": (
         ["compare", "ffn=dense", "dense_ladder=true", "extra_ffns=engram", "out=x"],

@@ -124,7 +124,7 @@ def test_too_many_subjects_name_what_exists(choice: FactsChoice) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"people": -1}, r"data\.people=-1 is out of range; allowed: 0 to inf"),
+        ({"people": -1}, r"data\.people=-1 is out of range; allowed: 0 or more"),
         ({"question_share": 1.5}, r"data\.question_share=1\.5 is out of range; allowed: 0 to 1"),
         ({"exposures": 101}, r"data\.exposures=101 is out of range; allowed: 1 to 100"),
         ({"zipf_exponent": 9}, r"data\.zipf_exponent=9 is out of range"),

@@ -57,7 +57,7 @@ def test_initialisation() -> None:
 
 
 def test_refuses_no_hidden_dimension() -> None:
-    with pytest.raises(ConfigError, match=r"ffn.hidden_dim=0 is out of range; allowed: 1 to inf\."):
+    with pytest.raises(ConfigError, match=r"ffn.hidden_dim=0 is out of range; allowed: 1 or more\."):
         Dense(dim=6, n_layers=1, hidden_dim=0)
 
 

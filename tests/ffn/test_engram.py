@@ -246,8 +246,8 @@ def test_tables_of_several_layers_have_other_primes_and_other_hashes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"orders": [1, 2]}, r"^ffn.orders=1 is out of range; allowed: 2 to 64.$"),
-        ({"orders": [2, 100_000]}, r"^ffn.orders=100000 is out of range; allowed: 2 to 64.$"),
+        ({"orders": [1, 2]}, r"^ffn.orders=\[1, 2\]: order=1 is out of range; allowed: 2 to 64.$"),
+        ({"orders": [2, 100_000]}, r"^ffn.orders=\[2, 100000\]: order=100000 is out of range; allowed: 2 to 64.$"),
         ({"orders": [3, 3]}, r"^ffn.orders=\[3, 3\] must list"),
         ({"rows": 2}, r"^ffn.rows=2 is too few for the distinct primes of 4 heads"),
         ({"rows": 2**31}, r"^ffn.rows=2147483648 for 4 heads are more than 2,147,483,647 rows"),

@@ -192,13 +192,13 @@ def test_the_yaml_costs_a_dense_ffn_and_its_router() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_experts": 0}, r"ffn.n_experts=0 is out of range; allowed: 1 to inf\."),
+        ({"n_experts": 0}, r"ffn.n_experts=0 is out of range; allowed: 1 or more\."),
         ({"capacity_factor": 0}, r"ffn.capacity_factor=0 gives no expert any token; use a number above 0"),
         ({"capacity_factor": -1.0}, r"ffn.capacity_factor=-1.0 is out of range; allowed: 0 to 3\."),
         ({"capacity_factor": 3.5}, r"ffn.capacity_factor=3.5 is out of range; allowed: 0 to 3\."),
         ({"eval_top_k": 4}, r"ffn.eval_top_k=4 is out of range; allowed: 1 to 3\."),
         ({"eval_top_k": 0}, r"ffn.eval_top_k=0 is out of range"),
-        ({"hidden_dim": 0}, r"ffn.hidden_dim=0 is out of range; allowed: 1 to inf\."),
+        ({"hidden_dim": 0}, r"ffn.hidden_dim=0 is out of range; allowed: 1 or more\."),
         ({"hidden_dim": 2.5}, r"ffn.hidden_dim=2.5 is not a whole number\."),
     ],
 )

@@ -117,7 +117,7 @@ def test_initial_output_variance_is_that_of_the_weights_times_the_values() -> No
         ({"knn": 6}, r"ffn.knn=6 is out of range; allowed: 1 to 5\."),
         ({"n_keys": 6}, r"table has shape \(25, 7\), but ffn.n_keys=6 and model.dim=7 need \(36, 7\)"),
         ({"cures": {"gumble_noise": 1}}, r"ffn.cures.gumble_noise is not known; .* Did you mean 'gumbel_noise'\?"),
-        ({"cures": {"balance_loss": -1}}, r"ffn.cures.balance_loss=-1 is out of range; allowed: 0 to inf"),
+        ({"cures": {"balance_loss": -1}}, r"ffn.cures.balance_loss=-1 is out of range; allowed: 0 or more"),
         ({"cures": {"simvq": "maybe"}}, r"ffn.cures.simvq='maybe' is neither true nor false; set ffn.cures.simvq=true"),
     ],
 )

@@ -134,8 +134,8 @@ def test_the_projection_needs_the_token_embedding() -> None:
     [
         ({"activation": "relu"}, r"ffn.activation='relu' is not known; allowed: gelu_tanh, gelu, silu"),
         ({"context": "no"}, r"ffn.context='no' is neither true nor false"),
-        ({"norm_eps": -1.0}, r"ffn.norm_eps=-1.0 is out of range; allowed: 0 to inf"),
-        ({"value_dim": 0}, r"ffn.value_dim=0 is out of range; allowed: 1 to inf"),
+        ({"norm_eps": -1.0}, r"ffn.norm_eps=-1.0 is out of range; allowed: 0 or more"),
+        ({"value_dim": 0}, r"ffn.value_dim=0 is out of range; allowed: 1 or more"),
         ({"value_dim": 6}, r"shape \(37, 15\), but model.vocab_size=37 and 3 x ffn.value_dim=6 need \(37, 18\)"),
         ({"vocab_size": 40}, r"shape \(37, 15\), but model.vocab_size=40 and 3 x ffn.value_dim=5 need \(40, 15\)"),
         ({"table_reader": 3}, r"table_reader=3 is out of range; allowed: 0 to 2"),

@@ -176,6 +176,17 @@ def test_what_contradicts_the_folder_is_refused(qwen: Path, changes: dict[str, A
     assert "\n" not in str(caught.value)
 
 
+def test_the_tokenizer_of_the_folder_is_offered(tmp_path: Path) -> None:
+    folder = tmp_path / "qwen"
+    write_folder(folder)
+    changes = {"model.vocab_size": 300}
+    with pytest.raises(ConfigError, match=r"too small: the data's tokens need 600; set model\.vocab_size=auto"):
+        run(folder, **changes)
+    bytes_tokenizer().save(folder / "tokenizer.json")
+    with pytest.raises(ConfigError, match=rf"need 600; set data\.tokenizer={re.escape(str(folder))}, the tokenizer of"):
+        run(folder, **changes)
+
+
 def test_several_layers_are_the_first_ones(tmp_path: Path) -> None:
     write_folder(tmp_path / "qwen", changes={"ple_layer_ids": [1, 2, 3]})
     run(tmp_path / "qwen", **{"ffn.layers": "[1,0]"})

@@ -83,7 +83,7 @@ def test_reads_are_the_rows_of_the_tokens() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_dim": 0}, r"ffn.hidden_dim=0 is out of range; allowed: 1 to inf"),
+        ({"hidden_dim": 0}, r"ffn.hidden_dim=0 is out of range; allowed: 1 or more"),
         ({"hidden_dim": 9}, r"shape \(37, 17\), but model.vocab_size=37 and ffn.hidden_dim=9 need \(37, 9\)"),
         ({"vocab_size": 38}, r"shape \(37, 17\), but model.vocab_size=38 and ffn.hidden_dim=17 need \(38, 17\)"),
     ],

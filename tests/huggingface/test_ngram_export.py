@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from small import SMALL_DATA, SMALL_RUN, Run, resolved
 from torch import Tensor, nn
 
-from pkm_lightning.build.model import weight_dtype
+from pkm_lightning.build.model import load_pretrained, weight_dtype
 from pkm_lightning.build.saving import save
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.ngram_layout import find_ngrams
@@ -136,11 +136,21 @@ def test_what_qwens_layer_does_not_compute_is_refused(tmp_path: Path, overrides:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_frozen_table_in_memory_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path / "qwen")
-    module = module_of(f"ffn.path={tmp_path / 'qwen'}", *ALL_STREAMS, *FROZEN)
-    with pytest.raises(CheckpointError, match="stays in its file"):
-        save_ngram_layers(module, tmp_path / "out")
+@pytest.mark.parametrize("device", ["mmap", "cpu"])
+def test_rows_that_stay_in_their_files_leave_from_there(tmp_path: Path, device: str) -> None:
+    whole = write_folder(tmp_path / "qwen", files=3, dtype=torch.bfloat16)
+    overrides = ["table.trainable=false", f"table.device={device}", "trainer.precision=bf16-true"]
+    module = module_of(f"ffn.path={tmp_path / 'qwen'}", *ALL_STREAMS, *overrides)
+    assert all(table.stored is not None for table in module.model.value_tables)
+    load_pretrained(module.model)
+    save_ngram_layers(module, tmp_path / "out")
+    assert_equal(exported(tmp_path / "out"), whole)
+    for file in (tmp_path / "qwen").glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="holds other rows than at first"):
+        save_ngram_layers(module, tmp_path / "again")
 
 
 def test_a_table_of_four_gigabytes_is_not_loaded(tmp_path: Path) -> None:

@@ -116,10 +116,10 @@ def test_one_row_per_head_holds_every_n_gram() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"orders": [1, 2]}, r"^ffn.orders=1 is out of range; allowed: 2 to 64.$"),
+        ({"orders": [1, 2]}, r"^ffn.orders=\[1, 2\]: order=1 is out of range; allowed: 2 to 64.$"),
         ({"orders": [2, 2]}, r"^ffn.orders=\[2, 2\] must list one or more lengths, each once, as in \[2, 3\].$"),
         ({"orders": []}, r"^ffn.orders=\[\] must list one or more lengths"),
-        ({"orders": [2.5]}, r"^ffn.orders=2.5 is not a whole number.$"),
+        ({"orders": [2.5]}, r"^ffn.orders=\[2.5\]: order=2.5 is not a whole number.$"),
         ({"heads": 0}, r"^ffn.heads=0 is out of range"),
         ({"rows": 0}, r"^ffn.rows=0 is out of range"),
         ({"rows": 3}, r"^ffn.rows=3 is too few for the distinct primes of 4 heads .*; allowed: 4 or more, or 1 for"),

@@ -64,7 +64,7 @@ def test_spread_writes_just_before_the_next_one_reads() -> None:
         (4, {"layers": [1, 4]}, r"puts a layer at 4; allowed: 0 to 3 \(model.n_layers=4\)"),
         (4, {"layers": [-1]}, r"puts a layer at -1; allowed: 0 to 3"),
         (4, {"layers": [2, 2]}, r"placement.layers=\[2, 2\] repeats a layer"),
-        (4, {"count": -1}, r"placement.count=-1 is out of range; allowed: 0 to inf"),
+        (4, {"count": -1}, r"placement.count=-1 is out of range; allowed: 0 or more"),
         (4, {"count": 3, "stride": 3}, r"puts a layer at -1; .*placement.stride"),
         (4, {"stride": 0}, r"placement.stride=0 is out of range"),
         (4, {"layers": "all", "mode": "parallel", "write_after": 1}, r"at 3; .*less placement.write_after=1\)"),

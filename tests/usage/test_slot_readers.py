@@ -26,7 +26,7 @@ IDS, WEIGHTS = torch.zeros(1, 2, 3, dtype=torch.int64), torch.ones(1, 2, 3)
         ((SLOT, Slots(name="slot", count=3)), r"layer0: slots\(\) of Tracer has 'slot' 2 times"),
         (
             (Slots(name="slot", count=0),),
-            r"layer0: slots\(\) of Tracer has 'slot' with count=0; allowed: 1 to inf",
+            r"layer0: slots\(\) of Tracer has 'slot' with count=0; allowed: 1 or more",
         ),
         ((Slots(name="slot", count=4, n_keys=3),), r"count=4 and n_keys=3, but pairs of sub-keys are n_keys\*\*2 = 9"),
         (
