@@ -120,7 +120,7 @@ def check_tensors(file: MappedFile, skipped: Collection[str] = (), share: Share 
         return False
     zeros = header[: match.start(1)] + re.sub(rb"[0-9a-f]", b"0", match[1]) + header[match.end(1) :]
     own, *sums = (int(digits, 16) for digits in match[1].split())
-    entries = _read_header(file)[1]
+    entries = _read_header(file, unknown_dtypes=False)[1]
     if own != zlib.crc32(zeros) or len(sums) != len(entries):
         raise DamagedFileError("its header has changed since it was written")
     for (name, entry), value in share.of(list(zip(entries.items(), sums, strict=True))):
@@ -142,13 +142,13 @@ def looks_like_safetensors(path: Path) -> bool:
 
 
 def map_tensors(file: MappedFile) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Returns the texts and the mapped tensors of any safetensors file.
+    """Returns the texts and the mapped tensors of a safetensors file.
 
     Raises:
-        DamagedFileError: the header is unreadable, or the file is cut short.
+        DamagedFileError: the header is unreadable, a dtype is unknown to torch, or the file is cut short.
     """
     try:
-        texts, entries = _read_header(file)
+        texts, entries = _read_header(file, unknown_dtypes=False)
         return texts, {name: file.tensor(e.start, e.dtype, e.shape) for name, e in entries.items()}
     except DamagedFileError:
         raise
@@ -164,14 +164,18 @@ def read_entries(path: Path) -> dict[str, Entry]:
     """
     file = MappedFile(path)
     try:
-        return _read_header(file)[1]
+        return _read_header(file, unknown_dtypes=True)[1]
     except DamagedFileError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedFileError("its header is unreadable") from None
 
 
-def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
+def _read_header(file: MappedFile, *, unknown_dtypes: bool) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Returns texts and places; with `unknown_dtypes`, a tensor of a kind that torch lacks or packs counts as bytes.
+
+    The other tensors of a foreign file can then be read.
+    """
     if len(file) <= _LENGTH.size:
         raise DamagedFileError(f"cut short: {len(file)} bytes")
     length = _LENGTH.unpack(file.read(0, _LENGTH.size))[0]
@@ -188,11 +192,11 @@ def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Entry]]:
     first, expected, entries = _LENGTH.size + length, 0, {}
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = _integers(fields["data_offsets"])
-        shape, dtype = _shape(fields["shape"]), DTYPES.get(fields["dtype"])
-        # Of a kind that torch lacks, or packs: bytes, so that the other tensors can be read.
-        entry = (
-            Entry(torch.uint8, (end - start,), first + start) if dtype is None else Entry(dtype, shape, first + start)
-        )
+        shape, kind = _shape(fields["shape"]), fields["dtype"]
+        if unknown_dtypes and kind not in DTYPES:
+            entry = Entry(torch.uint8, (end - start,), first + start)
+        else:
+            entry = Entry(DTYPES[kind], shape, first + start)
         # Without gaps and overlaps, as other readers of the format require.
         if start != expected or end - start != entry.n_bytes:
             raise DamagedFileError(f"{name} does not lie where its shape requires")
