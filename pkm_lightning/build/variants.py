@@ -1,6 +1,6 @@
 """The FFN variants of a configuration: `ffn` with `placement` and `table`, and one per entry of `extra_ffns`.
 
-An extra variant has a placement of its own, and tables that learn as `table` says.
+An extra variant has a placement of its own, and tables that learn by the settings of `table`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def names_by_place(config: Config) -> dict[tuple[int, str], str]:
 def table_of(config: Config, extra: Config) -> dict[str, Any]:
     """Returns the settings of the tables of an entry of `extra_ffns`: those of `table`, with its own on top.
 
-    What `table` says about the rows of `ffn` themselves is not said of others.
+    Settings of `table` about the rows of `ffn` themselves do not hold for others.
     """
     common = {key: value for key, value in config["table"].items() if key not in _KEYS_OF_ROWS}
     return {**common, **(extra.get("table") or {})}

@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class NGramSizes:
-    """What config.json says about the layers with an n-gram table.
+    """The sizes of the layers with an n-gram table by their config.json.
 
     Attributes:
         layers: their numbers, from 0.
@@ -67,7 +67,7 @@ class NGramSizes:
 
 
 def read_config(path: Path, source: str) -> dict[str, Any]:
-    """Returns what the config.json of a folder says about the decoder.
+    """Returns the configuration of the decoder in the config.json of a folder.
 
     Args:
         path: of the folder.

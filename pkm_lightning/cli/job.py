@@ -190,7 +190,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _meaning(key: str, config: DictConfig) -> str:
-    """Returns in brackets what the YAML of its class says about a mandatory `key`; empty where it says nothing."""
+    """Returns in brackets the comment on a mandatory `key` in the YAML of its class; empty where there is none."""
     parent, _, leaf = key.rpartition(".")
     group = OmegaConf.select(config, parent, throw_on_missing=False) if parent else None
     target = group.get("_target_") if isinstance(group, DictConfig) and "_target_" in group else None

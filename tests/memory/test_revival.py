@@ -55,7 +55,7 @@ def test_the_optimizer_forgets_these_rows_and_no_others() -> None:
     assert state["exp_avg"][:, 0].tolist() == kept_L  # type: ignore[index]
     assert state["last_step"].tolist() == kept_L  # type: ignore[attr-defined]
     assert float(state["step"]) == 3
-    # As many columns as lines: only the name tells them apart.
+    # As many columns as lines: only the name distinguishes them.
     state = {"updates": torch.ones(6).byte(), "column_share": torch.ones(6)}
     forget_rows(state, ValueTable(rows=6, dim=6), torch.tensor([2]))
     assert state["updates"].tolist() == [1, 1, 0, 1, 1, 1]  # type: ignore[attr-defined]
