@@ -38,12 +38,16 @@ _NO_FILE = {"path": None, "tensor": None}
 
 def with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Returns `config` with every `table.path` absolute, since a run may be continued from another directory."""
-    extras = config.get("extra_ffns") or {}
-    moved = {
-        name: {**extra, "table": _with_absolute_path(extra["table"])} if extra and extra.get("table") else extra
-        for name, extra in extras.items()
+    return _with_tables(config, _with_absolute_path)
+
+
+def _with_tables(config: Config, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Returns `config` with the settings that each variant has of its tables changed."""
+    extras = {
+        name: {**extra, "table": changed(extra["table"])} if extra and extra.get("table") else extra
+        for name, extra in (config.get(EXTRAS) or {}).items()
     }
-    return {**config, "table": _with_absolute_path(config["table"]), **({"extra_ffns": moved} if extras else {})}
+    return {**config, "table": changed(config["table"]), **({EXTRAS: extras} if extras else {})}
 
 
 def _with_absolute_path(table: dict[str, Any]) -> dict[str, Any]:
@@ -206,11 +210,7 @@ def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
         if parts is None:
             raise _other_rows(", ".join({str(table["path"]): None for table in tables}), checkpoint.path)
         rows[f"{name.removesuffix(_DIGEST)}weight"] = parts
-    extras = {
-        name: {**extra, "table": {**extra["table"], **_NO_FILE}} if extra.get("table") else extra
-        for name, extra in (config.get("extra_ffns") or {}).items()
-    }
-    complete = {**config, "table": {**config["table"], **_NO_FILE}, **({"extra_ffns": extras} if extras else {})}
+    complete = _with_tables(config, lambda table: {**table, **_NO_FILE})
     checkpoint.include(rows, complete, digests=names)
 
 

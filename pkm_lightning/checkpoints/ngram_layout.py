@@ -21,7 +21,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +126,11 @@ class NGramFolder:
 
     def table_tensor(self, layer: int) -> str:
         """Returns the name of a layer's table in the files, in which a star stands for the numbers of its parts."""
-        name = self.parts(layer)[0].replace("shard_0", f"shard_{PART}")
-        return f"{self.full_name(layer, name)}"
+        return self.full_name(layer, self.parts(layer)[0].replace("shard_0", f"shard_{PART}"))
 
     def full_name(self, layer: int, name: str) -> str:
         """Returns the name of a tensor of a layer as the files have it."""
         return f"{self.prefix}{layer}.ple.{name}"
-
-    @cached_property
-    def tokenizer(self) -> Path | None:
-        """The file of the model's tokenizer; None where the folder has none."""
-        file = self.path / "tokenizer.json"
-        return file if file.is_file() else None
 
     def _place(self, layer: int, name: str) -> tuple[Path, Entry]:
         if (layer, name) not in self.stored:

@@ -238,7 +238,11 @@ class Engram(nn.Module):
         tokens_BT, valid_BT = context.input_ids_BT, context.valid_BT
         if valid_BT is not None:
             tokens_BT = tokens_BT.where(valid_BT, -1)
-        tokens_BP = _with_past(context, "tokens", tokens_BT, self.addressing.context, fill=-1)
+        before = self.addressing.context
+        if context.past is None:
+            tokens_BP = functional.pad(tokens_BT, (before, 0), value=-1)
+        else:
+            tokens_BP = context.past.extend("tokens", tokens_BT, before, fill=-1)
         ids_BTK: Tensor = self.addressing(tokens_BP, context.doc_ids_BT)
         return ids_BTK
 
@@ -306,11 +310,3 @@ class Engram(nn.Module):
             flops=2 * sum(matrix.numel() for matrix in matrices),
             lookup_bytes=table.bytes_of(self.value.in_features),
         )
-
-
-def _with_past(context: FFNContext, name: str, new_BTX: Tensor, before: int, fill: float) -> Tensor:
-    """Returns `before` positions in front of the T of `new_BTX`, and these: from the cache, or `fill` without one."""
-    if context.past is not None:
-        return context.past.extend(name, new_BTX, before, fill)
-    front = new_BTX.new_full((new_BTX.shape[0], before, *new_BTX.shape[2:]), fill)
-    return torch.cat([front, new_BTX], 1)

@@ -11,6 +11,7 @@ Letters: T tokens, K lines per read, U lines that are read, V values per line.
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ class RowPrefetcher:
     @torch.no_grad()
     def _read(self, tables: tuple[ReadTable, ...], reads: Callable[[], Reads]) -> dict[ReadTable, list[CompactRead]]:
         compact: dict[ReadTable, list[CompactRead]] = {}
-        with torch.cuda.stream(self._stream) if self._stream is not None else torch.no_grad():
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             for table, ids_TK in reads():
                 if table in tables:
                     compact.setdefault(table, []).append(read_compactly(table, ids_TK, self._device))
