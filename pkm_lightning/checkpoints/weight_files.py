@@ -26,8 +26,7 @@ def stored_entries(path: Path, key: str) -> dict[str, tuple[Path, Entry]]:
     places = {}
     for file in _files(path, key):
         try:
-            state = file.stat()
-            entries = _entries(file, (state.st_ino, state.st_size, state.st_mtime_ns))
+            entries = _entries(file, _stamp(file))
             places.update({name: (file, entry) for name, entry in entries.items()})
         except OSError as error:
             raise CheckpointError(f"{key}{path}: {file.name} cannot be read ({error.strerror}).") from None
@@ -43,12 +42,16 @@ def stamp(path: Path, key: str) -> tuple[int, int, int]:
         CheckpointError: it cannot be read.
     """
     try:
-        state = path.stat()
+        return _stamp(path)
     except OSError as error:
         raise CheckpointError(
             f"{key}{path} cannot be read ({error.strerror}); it holds the rows of a table: put it back, or name the "
             f"file with {key}FILE."
         ) from None
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    state = path.stat()
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
