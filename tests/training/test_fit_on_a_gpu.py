@@ -58,8 +58,12 @@ def test_a_run_learns_and_its_checkpoint_is_read_again(ffn: str, cli: Run, tmp_p
     assert record(tmp_path / "run")["device"] == torch.cuda.get_device_name()
     losses = [float(row["train/loss"]) for row in rows(tmp_path / "run") if row.get("train/loss")]
     assert losses[-1] < losses[0]
-    validated = cli("validate", "run_dir=run")
-    assert validated.code == 0, validated.err[-2000:]
+    asked = ("prompt=Question:", "max_new_tokens=4")
+    for command in (["validate"], ["generate", *asked], ["generate", *asked, "table.device=mmap"]):
+        if "table.device=mmap" in command and ffn in ("dense", "moe"):
+            continue
+        outcome = cli(*command, "run_dir=run")
+        assert outcome.code == 0, outcome.err[-2000:]
 
 
 @pytest.mark.parametrize(
