@@ -130,6 +130,25 @@ def test_half_precision_is_not_copied_to_float32(backend: str) -> None:
     assert [one.data_ptr() for one in saved] == [x_BPD.data_ptr(), weight_DL.data_ptr()]
 
 
+# 2**21 tokens of 1024 channels: offsets that int32 does not hold.
+@pytest.mark.parametrize("front", [31, pytest.param(2**21, marks=pytest.mark.gpu)])
+def test_tokens_far_in_front_change_nothing(front: int) -> None:
+    tail_BPD, weight_DL, _ = inputs((1, 4, 5, 1024, 3, 2), torch.bfloat16, "triton")
+    x_BPD = torch.zeros(1, front + 9, 1024).to(tail_BPD)
+    x_BPD[:, front:] = tail_BPD.detach()
+    x_BPD.requires_grad_()
+    options = {"length": 5, "dilation": 2, "backend": "triton"}
+    y_BTD, expected_BTD = (causal_convolution(one, weight_DL, **options) for one in (x_BPD, tail_BPD))
+    assert torch.equal(y_BTD, expected_BTD)
+    upstream_BTD = torch.randn(1, 5, 1024).to(y_BTD)
+    grad_BPD, grad_DL = torch.autograd.grad(y_BTD, (x_BPD, weight_DL), upstream_BTD)
+    tail_grad_BPD, tail_grad_DL = torch.autograd.grad(expected_BTD, (tail_BPD, weight_DL), upstream_BTD)
+    assert torch.equal(grad_BPD[:, front:], tail_grad_BPD)
+    assert not grad_BPD[:, :front].any()
+    # Its tiles are others, and so is the order of its sums.
+    assert_close(grad_DL, tail_grad_DL, kind="grad")
+
+
 def test_runs_on_meta_tensors_and_without_tokens() -> None:
     with torch.device("meta"):
         assert causal_convolution(torch.empty(2, 5, 3), torch.empty(3, 4), length=4, dilation=2).shape == (2, 4, 3)

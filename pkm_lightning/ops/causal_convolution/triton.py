@@ -62,7 +62,7 @@ def gradients(
 
 
 def _documents(x_BPD: Tensor, doc_ids_BP: Tensor | None) -> Tensor:
-    # Without documents the kernels do not read the pointer, but Triton needs some tensor there.
+    """Returns the documents; without them `x`, which the kernels do not read, but Triton needs some tensor there."""
     return x_BPD if doc_ids_BP is None else doc_ids_BP
 
 
