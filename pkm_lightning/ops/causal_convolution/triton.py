@@ -81,10 +81,11 @@ def _tile(tokens, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr)
     # Channels first: programs that run at the same time read whole rows.
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     tiles = tl.cdiv(tokens, BLOCK_T)
-    # int64: the offsets of large inputs pass 2**31.
-    tile = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) // blocks
     token_R = tile % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
-    return tile, tile // tiles, token_R, tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    d_C = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    # int64: the offsets of large inputs pass 2**31.
+    return tile.to(tl.int64), (tile // tiles).to(tl.int64), token_R, d_C
 
 
 @triton.jit
