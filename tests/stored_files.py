@@ -70,7 +70,8 @@ class TokenRows(nn.Module):
         return [(self._table.table, torch.stack([(ids_T * 7919 + 1) % self.rows, self.rows - 1 - ids_T], 1))]
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
-        ((table, ids_TK),) = self.row_ids(context)
+        ahead = context.ids_ahead(self, self._table.table)
+        ((table, ids_TK),) = self.row_ids(context) if ahead is None else [(self._table.table, ahead[0])]
         read_TC = table.gather(ids_TK).flatten(1).to(self.up.weight.dtype)
         return FFNOutput(self.up(read_TC).view_as(x_BTD))
 

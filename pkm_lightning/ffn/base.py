@@ -22,7 +22,8 @@ Optional members:
   what files say; `places` are the numbers of the plugin's layers. What it has filled in it leaves alone.
 - `load_pretrained()` gives a new plugin weights from files, before training.
 - `row_ids(context) -> list[tuple[ValueTable, Tensor]]`, where ids of rows follow from tokens alone: the reads of the
-  next micro-batch may then be fetched ahead.
+  next micro-batch may then be fetched ahead. A forward that takes its ids from `context.ids_ahead` spares a GPU the
+  comparison by which other reads of these rows are recognised.
 - `causal_in_training: bool`, False where a token's output depends on later tokens in training; missing means True.
 - `position_wise: bool`, True where at evaluation a token's output depends on that token alone. Answers are then
   written with a cache, which hands the plugin new tokens only; missing means False, and each token repeats the forward.
@@ -43,7 +44,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from pkm_lightning.memory import ValueTable
 
@@ -82,6 +83,12 @@ class FFNContext(NamedTuple):
     past: Past | None = None
     #: The token embeddings, with which the residual stream begins, (B, T, D), or None where a caller has none.
     embedding_BTD: Tensor | None = None
+
+    def ids_ahead(self, plugin: nn.Module, table: ValueTable) -> list[Tensor] | None:
+        """Returns the ids (T, K) of `plugin.row_ids` for this table, where a prefetch has computed them; else None."""
+        if self.past is not None:
+            return None
+        return table.ids_ahead(plugin, (self.input_ids_BT, self.valid_BT, self.doc_ids_BT))
 
 
 class FFNOutput(NamedTuple):

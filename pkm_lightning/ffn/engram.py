@@ -222,7 +222,8 @@ class Engram(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
         """Looks up every token's n-grams; the trace holds the rows, weighted by the mean gate of the streams."""
-        ids_BTK = self._ids(context)
+        ahead = context.ids_ahead(self, self._table.table)
+        ids_BTK = self._ids(context) if ahead is None else ahead[0].unflatten(0, x_BTD.shape[:2])
         e_BTX = self._read(ids_BTK, x_BTD)
         alpha_BTS1 = self._gate(e_BTX, x_BTD)
         # One value for all streams, each with its gate.

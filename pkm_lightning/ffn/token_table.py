@@ -44,7 +44,8 @@ class TokenTableFFN(nn.Module):
 
     def read(self, context: FFNContext) -> Tensor:
         """Returns the line of every token, (B, T, V), in the table's dtype."""
-        read_TV = self.table.gather(self._lines(context)).flatten(1)
+        ahead = context.ids_ahead(self, self.table)
+        read_TV = self.table.gather(self._lines(context) if ahead is None else ahead[0]).flatten(1)
         return read_TV.view(*context.input_ids_BT.shape, self.read_dim)
 
     def trace(self, context: FFNContext) -> dict[str, Tensor]:

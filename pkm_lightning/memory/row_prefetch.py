@@ -5,6 +5,11 @@ read are copied once each, in ascending order, into a small table beside the mod
 instead of a file or of host memory. A read is recognised by its ids: one of other ids, or of rows that have changed in
 a way that is not known, is made as without prefetch.
 
+Ids on a GPU are not compared where that can be avoided, because the host would have to wait for the forward. The thread
+has computed ids from a copy of the tokens on the host; once the loop has moved a micro-batch with these very tokens to
+the device, the prefetcher knows it by its memory, and gives a plugin that asks for them (`ids_ahead`) the ids of the
+thread. A read with that tensor needs no comparison, since its rows were read for it. Whatever else is read is compared.
+
 Letters: T tokens, K lines per read, U lines that are read, V values per line.
 """
 
@@ -12,7 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -46,6 +51,23 @@ class ReadTable(Protocol):
 
 #: Reads of one micro-batch: the table and the ids, (T, K) each, in any order.
 Reads = Sequence[tuple[ReadTable, Tensor]]
+#: What the ids of a micro-batch follow from: token ids, and the other fields of a batch, None where it has none.
+Tokens = tuple[Tensor | None, ...]
+
+
+class _Unchanged:
+    """A tensor that is recognised by its memory, for as long as nothing has been written to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._version = tensor, tensor._version
+
+    def holds(self) -> bool:
+        """Returns whether nothing has been written since."""
+        return self.tensor._version == self._version
+
+    def is_(self, other: Tensor) -> bool:
+        """Returns whether `other` is this tensor, or a view of all of it in its shape, without a look at its values."""
+        return other.dtype == self.tensor.dtype and self.tensor.is_set_to(other) and self.holds()
 
 
 @dataclass
@@ -53,19 +75,23 @@ class CompactRead:
     """The lines of one read.
 
     Attributes:
-        ids_TK: the ids of the read, on the model's device.
+        host_TK: the ids of the read, on the CPU.
         lines_U: the same ids, each once and in ascending order, on the CPU.
         local_TK: places of the ids in `lines_U`, on the model's device.
         rows_UV: the lines, on the model's device and in the table's dtype.
         version: of the table's weight when its lines were read.
+        ids: the ids (T, K) on the model's device, of a read that was made ahead.
+        reader: whose read that is.
         ready: an event of the GPU after which the lines are there; None on the CPU.
     """
 
-    ids_TK: Tensor
+    host_TK: Tensor
     lines_U: Tensor
     local_TK: Tensor
     rows_UV: Tensor
     version: int = 0
+    ids: _Unchanged | None = None
+    reader: object = None
     ready: torch.cuda.Event | None = None
 
 
@@ -77,7 +103,8 @@ def read_compactly(table: ReadTable, ids_TK: Int[Tensor, "T K"], device: torch.d
         CheckpointError: the file cannot be read.
     """
     version = table.weight._version
-    lines_U, local_TK = torch.unique(ids_TK.cpu().long(), return_inverse=True)
+    host_TK = ids_TK.cpu()
+    lines_U, local_TK = torch.unique(host_TK.long(), return_inverse=True)
     pinned = device.type == "cuda"
     if table.is_streamed:
         assert table.stored is not None
@@ -87,7 +114,23 @@ def read_compactly(table: ReadTable, ids_TK: Int[Tensor, "T K"], device: torch.d
         rows_UV = torch.index_select(table.weight.detach(), 0, lines_U, out=empty_UV)
     # Cast after the copy: a GPU receives the bytes of the file.
     rows_UV = rows_UV.to(device, non_blocking=True).to(table.weight.dtype)
-    return CompactRead(ids_TK.to(device), lines_U, local_TK.to(device, non_blocking=True), rows_UV, version)
+    return CompactRead(host_TK, lines_U, local_TK.to(device, non_blocking=True), rows_UV, version)
+
+
+@dataclass
+class _MicroBatch:
+    """A micro-batch whose rows are read: its tokens on the host, and on the device once they are there."""
+
+    tokens: Tokens
+    reads: Future[dict[ReadTable, list[CompactRead]]]
+    moved: tuple[_Unchanged | None, ...] | None = None
+
+    def is_of(self, tokens: Tokens) -> bool:
+        """Returns whether these are its tokens on the device, by their memory."""
+        if self.moved is None:
+            return False
+        pairs = zip(self.moved, tokens, strict=True)
+        return all(other is None if mine is None else other is not None and mine.is_(other) for mine, other in pairs)
 
 
 class RowPrefetcher:
@@ -99,19 +142,26 @@ class RowPrefetcher:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._batches: dict[object, collections.deque[Future[dict[ReadTable, list[CompactRead]]]]] = {}
+        self._batches: dict[object, collections.deque[_MicroBatch]] = {}
         self._over: set[object] = set()
         self._updates: dict[ReadTable, collections.deque[tuple[int, int, Tensor]]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def submit(self, source: object, tables: Sequence[ReadTable], reads: Callable[[], Reads]) -> None:
+    def submit(
+        self,
+        source: object,
+        tables: Sequence[ReadTable],
+        reads: Callable[[], Mapping[object, Reads]],
+        tokens: Tokens,
+    ) -> None:
         """Starts the reads of the next micro-batch.
 
         Args:
             source: the iteration that the micro-batch is of; its last two are kept.
             tables: those that are prefetched.
-            reads: called on the thread.
+            reads: called on the thread; returns the reads of each reader.
+            tokens: what the ids follow from, on the host; nobody else writes to these tensors.
 
         Raises:
             Exception: what an earlier micro-batch that is dropped now has raised on the thread.
@@ -124,9 +174,24 @@ class RowPrefetcher:
             self._updates.setdefault(table, collections.deque(maxlen=_UPDATES))
         # To the end: reads are looked for in the latest iteration first.
         batches = self._batches[source] = self._batches.pop(source, collections.deque())
-        batches.append(self._pool.submit(self._read, tuple(tables), reads))
+        batches.append(_MicroBatch(tokens, self._pool.submit(self._read, tuple(tables), reads)))
         while len(batches) > _KEPT:
-            batches.popleft().result()
+            batches.popleft().reads.result()
+
+    def follow(self, tokens: Tokens, moved: Tokens) -> None:
+        """Records that a micro-batch of these tokens, on the host, is now `moved`; one that is not known is left out.
+
+        Args:
+            tokens: those that were moved.
+            moved: the same values on the device.
+        """
+        # Nothing counts what is written to a tensor of inference mode.
+        if any(tensor is not None and tensor.is_inference() for tensor in moved):
+            return
+        for batch in self._kept():
+            if batch.moved is None and _equal(batch.tokens, tokens):
+                batch.moved = tuple(None if tensor is None else _Unchanged(tensor) for tensor in moved)
+                return
 
     def end(self, source: object, *, keep: bool = False) -> None:
         """Ends an iteration, and with the last one the thread.
@@ -152,8 +217,33 @@ class RowPrefetcher:
         """Drops the micro-batches of iterations that are over."""
         for source in self._over:
             for batch in self._batches.pop(source):
-                batch.cancel()
+                batch.reads.cancel()
         self._over.clear()
+
+    def _kept(self) -> Iterator[_MicroBatch]:
+        """Yields the micro-batches of the latest iteration first, and of each the oldest first.
+
+        That is the present one, or the next to last of a loader that is exhausted.
+        """
+        for batches in reversed(self._batches.values()):
+            yield from batches
+
+    @torch.compiler.disable
+    def ids_ahead(self, table: ReadTable, reader: object, tokens: Tokens) -> list[Tensor] | None:
+        """Returns the ids of the reads of a table that `reader` makes for these tokens, in their order.
+
+        None if they were not computed ahead, or `tokens` are not those of a micro-batch that was moved to the device.
+
+        Raises:
+            Exception: what its thread has raised.
+        """
+        for batch in self._kept():
+            if batch.is_of(tokens):
+                reads = [read for read in batch.reads.result().get(table, ()) if read.reader is reader]
+                for read in reads:
+                    self._await(read)
+                return [read.ids.tensor for read in reads if read.ids is not None] or None
+        return None
 
     def find(self, table: ReadTable, ids_TK: Int[Tensor, "T K"]) -> CompactRead | None:
         """Returns the prefetched read of these ids, with the present lines of the table; None if there is none.
@@ -161,13 +251,12 @@ class RowPrefetcher:
         Raises:
             Exception: what its thread has raised.
         """
-        for batches in reversed(self._batches.values()):
-            # The oldest is the present micro-batch, or the next to last of a loader that is exhausted.
-            for batch in batches:
-                for read in batch.result().get(table, ()):
-                    self._await(read)
-                    if read.ids_TK.shape == ids_TK.shape and torch.equal(read.ids_TK.to(ids_TK.dtype), ids_TK):
-                        return self._present(table, read)
+        reads = [read for batch in self._kept() for read in batch.reads.result().get(table, ())]
+        for is_wanted in (_is_same, _has_same_values):
+            for read in reads:
+                self._await(read)
+                if is_wanted(read, ids_TK):
+                    return self._present(table, read)
         return None
 
     def record_update(self, table: ReadTable, before: int, rows_U: Int[Tensor, " U"]) -> None:
@@ -180,7 +269,7 @@ class RowPrefetcher:
         if read.ready is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(read.ready)
-            for tensor in (read.ids_TK, read.local_TK, read.rows_UV):
+            for tensor in (read.ids.tensor, read.local_TK, read.rows_UV) if read.ids is not None else ():
                 tensor.record_stream(current)
             read.ready = None
 
@@ -192,11 +281,17 @@ class RowPrefetcher:
         for lines_M in changed:
             place_M = torch.searchsorted(read.lines_U, lines_M).clamp(max=len(read.lines_U) - 1)
             is_read_M = read.lines_U[place_M] == lines_M
-            present_MV = table.weight.detach()[lines_M[is_read_M]].to(read.rows_UV)
+            present_MV = table.weight.detach()[lines_M[is_read_M]]
             # Not in place: an earlier read of these rows may wait for its backward pass.
-            read.rows_UV = read.rows_UV.index_copy(0, place_M[is_read_M].to(self._device), present_MV)
+            read.rows_UV = read.rows_UV.index_copy(0, self._moved(place_M[is_read_M]), self._moved(present_MV))
         read.version = table.weight._version
         return read
+
+    def _moved(self, value: Tensor) -> Tensor:
+        """Returns a tensor of the host on the model's device, without waiting for the copy."""
+        if self._device.type != "cuda":
+            return value.to(self._device)
+        return value.pin_memory().to(self._device, non_blocking=True)
 
     def _changed(self, table: ReadTable, version: int) -> list[Tensor] | None:
         """Returns the lines of the updates since `version` of the weight; None if something else has changed it."""
@@ -208,12 +303,17 @@ class RowPrefetcher:
         return changed if version == table.weight._version else None
 
     @torch.no_grad()
-    def _read(self, tables: tuple[ReadTable, ...], reads: Callable[[], Reads]) -> dict[ReadTable, list[CompactRead]]:
+    def _read(
+        self, tables: tuple[ReadTable, ...], reads: Callable[[], Mapping[object, Reads]]
+    ) -> dict[ReadTable, list[CompactRead]]:
         compact: dict[ReadTable, list[CompactRead]] = {}
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            for table, ids_TK in reads():
-                if table in tables:
-                    compact.setdefault(table, []).append(read_compactly(table, ids_TK, self._device))
+            for reader, of_reader in reads().items():
+                for table, ids_TK in of_reader:
+                    if table in tables:
+                        read = read_compactly(table, ids_TK, self._device)
+                        read.reader, read.ids = reader, _Unchanged(ids_TK.to(self._device))
+                        compact.setdefault(table, []).append(read)
             if self._stream is not None:
                 ready = torch.cuda.Event()
                 ready.record(self._stream)
@@ -224,3 +324,19 @@ class RowPrefetcher:
     def __deepcopy__(self, memo: dict[int, Any]) -> RowPrefetcher:
         # A copied table is another key: it finds nothing here, and reads as without prefetch.
         return self
+
+
+def _equal(one: Tokens, other: Tokens) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(its is None if mine is None else its is not None and torch.equal(mine, its) for mine, its in pairs)
+
+
+def _is_same(read: CompactRead, ids_TK: Tensor) -> bool:
+    return read.ids is not None and read.ids.is_(ids_TK)
+
+
+def _has_same_values(read: CompactRead, ids_TK: Tensor) -> bool:
+    # What was written to since may have the values of `ids_TK`, which are then not those of the rows.
+    if read.ids is None or not read.ids.holds() or read.host_TK.shape != ids_TK.shape:
+        return False
+    return torch.equal(read.ids.tensor.to(ids_TK.dtype), ids_TK)

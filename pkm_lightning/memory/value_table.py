@@ -269,7 +269,7 @@ class ValueTable(nn.Module):
         """Returns the sums over the lines of this rank; `staged_TK` are the ids under which the gradient is staged."""
         device = weights_TK.device
         if self.is_streamed:
-            rows_UV, ids_TK = self._compact(ids_TK, device)
+            rows_UV, ids_TK, _ = self._compact(ids_TK, device)
             return weighted_gather(rows_UV, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
         ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
         weights_TK = self._to_table(weights_TK)
@@ -287,7 +287,7 @@ class ValueTable(nn.Module):
         """Returns the inner products with the lines of this rank."""
         device = x_TV.device
         if self.is_streamed:
-            rows_UV, ids_TK = self._compact(ids_TK, device)
+            rows_UV, ids_TK, _ = self._compact(ids_TK, device)
             return gathered_dot(rows_UV, x_TV.to(rows_UV.dtype), ids_TK)
         ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
         x_TV = self._to_table(x_TV).to(self.weight.dtype)
@@ -300,23 +300,35 @@ class ValueTable(nn.Module):
         """Returns the lines of this rank, (T, K, V)."""
         device, rows_NV = ids_TK.device, self.weight
         if self.is_streamed or self.prefetcher is not None:
-            rows_NV, ids_TK = self._compact(ids_TK, device)
+            # A table with a stage is not split here, so that the same ids are read and staged.
+            rows_NV, ids_TK, staged_TK = self._compact(ids_TK, device)
         else:
             ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
         if self.stage is not None and torch.is_grad_enabled():
-            return self.stage.gather(rows_NV, ids_TK, self._to_table(staged_TK)).to(device)
+            return self.stage.gather(rows_NV, ids_TK, staged_TK).to(device)
         return gathered_rows(rows_NV, ids_TK).to(device)
 
     # Shapes that depend on values, and reads of a file, cannot be traced.
     @torch.compiler.disable
-    def _compact(self, ids_TK: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the lines of `ids`, each once, (U, V), and the ids as places among them, (T, K)."""
+    def _compact(self, ids_TK: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the lines of `ids`, each once, (U, V), and (T, K) ids as places among them and on the CPU."""
         if ids_TK.is_meta:  # a count of shapes
-            return self.weight, ids_TK
+            return self.weight, ids_TK, ids_TK
         check_indices("ValueTable", "ids", ids_TK, self.n_lines)
         read = None if self.prefetcher is None else self.prefetcher.find(self, ids_TK)
         read = read_compactly(self, ids_TK, device) if read is None else read
-        return read.rows_UV, read.local_TK
+        return read.rows_UV, read.local_TK, read.host_TK
+
+    def ids_ahead(self, reader: object, tokens: tuple[Tensor | None, ...]) -> list[Tensor] | None:
+        """Returns the ids (T, K) that `reader` gathers here for these tokens, where a prefetch has computed them.
+
+        A gather with one of these very tensors costs no comparison of ids, for which the host would wait for a GPU.
+
+        Args:
+            reader: the plugin.
+            tokens: token ids, `valid` and `doc_ids`, as the model was given them.
+        """
+        return None if self.prefetcher is None else self.prefetcher.ids_ahead(self, reader, tokens)
 
     def _ids_to_table(self, ids_TK: Tensor, staged_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the ids to read and to stage on the table's device; if they are one tensor, it is copied once."""

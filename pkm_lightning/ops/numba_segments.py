@@ -18,20 +18,26 @@ from pkm_lightning.ops.numba_arrays import numpy_view
 _BITS = 10
 
 
-def sorted_segments(ids_L: Tensor, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the order, rows and limits of `pkm_lightning.ops.segments.Segments`; `ids_L` are int32."""
+def sorted_segments(ids_L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the order, rows and limits of `pkm_lightning.ops.segments.Segments`; `ids_L` are int32, from 0 on."""
     order_L = torch.empty(len(ids_L), dtype=torch.int64)
     rows_L = torch.empty(len(ids_L), dtype=torch.int32)
     starts_Z = torch.empty(len(ids_L) + 1, dtype=torch.int64)
-    passes = max(1, -(-(n_rows - 1).bit_length() // _BITS))
-    segments = _segments(*map(numpy_view, (ids_L, order_L, rows_L, starts_Z)), passes)
+    segments = _segments(*map(numpy_view, (ids_L, order_L, rows_L, starts_Z)))
     return order_L, rows_L[:segments], starts_Z[: segments + 1]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _segments(ids_L, order_L, rows_L, starts_Z, passes):  # type: ignore[no-untyped-def]
+def _segments(ids_L, order_L, rows_L, starts_Z):  # type: ignore[no-untyped-def]
     """Fills the outputs and returns the number of segments."""
     reads, mask = ids_L.shape[0], (1 << _BITS) - 1
+    # The bits of the ids, not of the number of rows: an id that is not sorted by all of them would be out of order.
+    bits = np.int32(0)
+    for read in range(reads):
+        bits |= ids_L[read]
+    passes = 1
+    while bits >> (passes * _BITS):
+        passes += 1
     places = np.zeros((passes, 1 << _BITS), np.int64)
     for read in range(reads):
         for p in range(passes):

@@ -49,7 +49,7 @@ def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
         # Imported where it is needed, as all kernels are: numba takes a second.
         from pkm_lightning.ops.numba_segments import sorted_segments
 
-        return Segments(*sorted_segments(ids_L.int(), n_rows))
+        return Segments(*sorted_segments(ids_L.int()))
     # int32 halves the sort's traffic.
     sorted_L, order_L = torch.sort(ids_L.int(), stable=True)
     if ids_L.device.type == "cpu":

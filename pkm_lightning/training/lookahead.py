@@ -8,18 +8,18 @@ checkpoint would hold the position of the next micro-batch: reads start when the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, LightningModule
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from pkm_lightning.data.base import is_endless
 from pkm_lightning.ffn import FFNContext, HasRowIds
-from pkm_lightning.memory.row_prefetch import Reads, RowPrefetcher
+from pkm_lightning.memory.row_prefetch import Reads, RowPrefetcher, Tokens
 
 if TYPE_CHECKING:
     import lightning as L
@@ -109,12 +109,14 @@ class PositionedLookahead(Lookahead):
 class LoaderWrapping:
     """Takes the place of `Strategy.process_dataloader`, by which Lightning lets a strategy wrap the loaders of a run.
 
+    Its `batch_to_device` takes that of the strategy.
+
     Args:
         strategy: of the Trainer. Its module has built the model before the first loader is asked for.
     """
 
     def __init__(self, strategy: Strategy) -> None:
-        self._strategy, self._process = strategy, strategy.process_dataloader
+        self._strategy, self._process, self._move = strategy, strategy.process_dataloader, strategy.batch_to_device
         # One for all loaders: training goes on with what it has fetched before a validation.
         self._prefetchers: dict[torch.device, RowPrefetcher] = {}
 
@@ -131,13 +133,36 @@ class LoaderWrapping:
 
         def observe(iteration: object, batch: Any) -> None:
             if isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor):
-                prefetcher.submit(iteration, tables, lambda: _reads(plugins, batch, device))
+                # Copies: a loader may use the memory of a micro-batch for its next one.
+                tokens = tuple(None if field is None else field.clone() for field in _tokens(batch))
+                prefetcher.submit(iteration, tables, lambda: _reads(plugins, tokens, device), tokens)
 
         has_position = hasattr(processed, "state_dict")
         data = self._strategy.lightning_module.trainer.datamodule  # type: ignore[union-attr]
         ahead = sized_len(processed) is not None and not has_position and not _keeps_position(data)
         kind = PositionedLookahead if has_position and hasattr(processed, "load_state_dict") else Lookahead
         return kind(processed, ahead=ahead, observe=observe, end=prefetcher.end)
+
+    def batch_to_device(self, batch: Any, *arguments: Any, **named: Any) -> Any:
+        """Moves a micro-batch, in the place of `Strategy.batch_to_device`; the prefetched reads then know it."""
+        moved = self._move(batch, *arguments, **named)
+        if self._prefetchers and isinstance(batch, dict) and isinstance(moved, dict) and not self._may_change():
+            tokens = _tokens(batch)
+            # One that comes from a device is not compared, which would wait for it.
+            if all(field is None or field.device.type == "cpu" for field in tokens):
+                for prefetcher in self._prefetchers.values():
+                    prefetcher.follow(tokens, _tokens(moved))
+        return moved
+
+    def _may_change(self) -> bool:
+        """Returns whether hooks of the user may give the device other tokens than the host has."""
+        module = self._strategy.lightning_module
+        holders = [(module, LightningModule), (module.trainer.datamodule, LightningDataModule)]  # type: ignore[union-attr]
+        return any(
+            holder is not None and is_overridden(hook, holder, parent=parent)
+            for holder, parent in holders
+            for hook in ("transfer_batch_to_device", "on_after_batch_transfer")
+        )
 
 
 def _keeps_position(data: LightningDataModule | None) -> bool:
@@ -153,7 +178,9 @@ def _keeps_position(data: LightningDataModule | None) -> bool:
 def wrap_loaders(trainer: L.Trainer | None) -> None:
     """Makes the next loaders of a Trainer, if there is one, prefetch rows; a second call changes nothing."""
     if trainer is not None and not isinstance(trainer.strategy.process_dataloader, LoaderWrapping):
-        trainer.strategy.process_dataloader = LoaderWrapping(trainer.strategy)  # type: ignore[method-assign, assignment]
+        wrapping = LoaderWrapping(trainer.strategy)
+        trainer.strategy.process_dataloader = wrapping  # type: ignore[method-assign, assignment]
+        trainer.strategy.batch_to_device = wrapping.batch_to_device  # type: ignore[method-assign]
 
 
 def is_prefetched(table: ValueTable, device: torch.device) -> bool:
@@ -165,13 +192,14 @@ def is_prefetched(table: ValueTable, device: torch.device) -> bool:
     return table.stays_on_cpu and device.type != "cpu" and not table.is_split and not changes_everywhere
 
 
-def _reads(plugins: Sequence[HasRowIds], batch: dict[str, Tensor], device: torch.device) -> Reads:
-    """Returns the table reads of a micro-batch that is still on the host."""
-    fields = [batch.get(name) for name in ("input_ids", "valid", "doc_ids")]
-    input_ids, valid, doc_ids = (None if field is None else field.to(device) for field in fields)
+def _tokens(batch: dict[str, Tensor]) -> Tokens:
+    """Returns the fields of a micro-batch that ids of rows may follow from; None where it has none."""
+    return tuple(batch.get(name) for name in ("input_ids", "valid", "doc_ids"))
+
+
+def _reads(plugins: Sequence[HasRowIds], tokens: Tokens, device: torch.device) -> Mapping[object, Reads]:
+    """Returns the table reads of each plugin, for tokens that are still on the host."""
+    input_ids, valid, doc_ids = (None if field is None else field.to(device) for field in tokens)
     assert input_ids is not None
     context = FFNContext(input_ids, valid, doc_ids)
-    reads: list[tuple[ValueTable, Tensor]] = []
-    for plugin in plugins:
-        reads += plugin.row_ids(context)
-    return reads
+    return {plugin: plugin.row_ids(context) for plugin in plugins}

@@ -13,7 +13,7 @@ import torch
 from stored_files import stored
 from torch import Tensor
 
-from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
+from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable, row_prefetch
 from pkm_lightning.memory.row_prefetch import RowPrefetcher
 
 N, V, T, K = 50, 4, 6, 2
@@ -40,7 +40,7 @@ def test_a_read_is_recognised_by_its_ids_and_others_are_made_anew(tmp_path: Path
     plain = ValueTable(rows=N, dim=V, stored=table.stored)
     first_TK, second_TK, other_TK = ids(), ids(), ids()
     prefetcher = RowPrefetcher(CPU)
-    prefetcher.submit("train", [table], lambda: [(table, first_TK), (table, second_TK)])
+    prefetcher.submit("train", [table], lambda: {"layer": [(table, first_TK), (table, second_TK)]}, ())
     for wanted_TK in (second_TK, first_TK.int(), other_TK, first_TK):
         assert torch.equal(table.gather(wanted_TK), plain.gather(wanted_TK))
     assert prefetcher.find(table, first_TK.int()) is not None
@@ -48,7 +48,7 @@ def test_a_read_is_recognised_by_its_ids_and_others_are_made_anew(tmp_path: Path
     assert prefetcher.find(table, other_TK) is None
     assert prefetcher.find(plain, first_TK) is None
     for _ in range(2):  # two micro-batches are kept
-        prefetcher.submit("train", [table], lambda: [(table, second_TK)])
+        prefetcher.submit("train", [table], lambda: {"layer": [(table, second_TK)]}, ())
     assert prefetcher.find(table, first_TK) is None
     assert len(threads()) == 1
     prefetcher.end("train")
@@ -56,11 +56,38 @@ def test_a_read_is_recognised_by_its_ids_and_others_are_made_anew(tmp_path: Path
     assert table.prefetcher is None
 
 
+def test_ids_of_tokens_that_were_moved_are_known_without_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = ValueTable(rows=N, dim=V, device="mmap", stored=stored(tmp_path / "rows", torch.randn(N, V)))
+    host_T, moved_T, ids_TK, other_TK = torch.arange(T), torch.arange(T), ids(), ids()
+    prefetcher = RowPrefetcher(CPU)
+    prefetcher.submit("train", [table], lambda: {"layer": [(table, ids_TK)], "other": []}, (host_T, None))
+    assert table.ids_ahead("layer", (moved_T, None)) is None  # not moved yet
+    prefetcher.follow((host_T + 1, None), (moved_T, None))  # of another micro-batch
+    assert table.ids_ahead("layer", (moved_T, None)) is None
+    prefetcher.follow((host_T, None), (moved_T, None))
+    for reader, tokens in (("other", (moved_T, None)), ("layer", (host_T, None)), ("layer", (moved_T, moved_T))):
+        assert table.ids_ahead(reader, tokens) is None
+    ahead = table.ids_ahead("layer", (moved_T, None))
+    assert ahead is not None
+    with monkeypatch.context() as patches:
+        patches.setattr(row_prefetch, "_has_same_values", lambda *_: pytest.fail("ids were compared"))
+        assert prefetcher.find(table, ahead[0].view(-1).view(T, K)) is not None
+    # Written to: the values are now those of another read, and its rows are not here.
+    ahead[0].copy_(other_TK)
+    assert prefetcher.find(table, ahead[0]) is None
+    assert prefetcher.find(table, other_TK.clone()) is None
+    moved_T += 1
+    assert table.ids_ahead("layer", (moved_T, None)) is None
+    prefetcher.end("train")
+
+
 def test_rows_that_were_updated_since_are_read_again(learning: tuple[ValueTable, TableOptimizer]) -> None:
     table, optimizer = learning
     coming_TK = ids()
     prefetcher = RowPrefetcher(CPU)
-    prefetcher.submit("train", [table], lambda: [(table, coming_TK)])
+    prefetcher.submit("train", [table], lambda: {"layer": [(table, coming_TK)]}, ())
     found = prefetcher.find(table, coming_TK)
     assert found is not None
     before = found.rows_UV
@@ -85,7 +112,7 @@ def test_gather_of_fetched_rows_is_staged(learning: tuple[ValueTable, TableOptim
     for prefetches in (False, True):
         prefetcher = RowPrefetcher(CPU)
         if prefetches:
-            prefetcher.submit("train", [table], lambda: [(table, wanted_TK)])
+            prefetcher.submit("train", [table], lambda: {"layer": [(table, wanted_TK)]}, ())
         (table.gather(wanted_TK) * upstream_TKV).sum().backward()
         assert table.stage is not None
         gradient = table.stage.gradient(table.weight)
@@ -103,15 +130,15 @@ def test_an_error_of_the_thread_reaches_the_reader_or_the_next_batch(tmp_path: P
     path = tmp_path / "rows"
     table = ValueTable(rows=N, dim=V, device="mmap", stored=stored(path, torch.randn(N, V)))
 
-    def failing() -> list[tuple[ValueTable, Tensor]]:
+    def failing() -> dict[object, list[tuple[ValueTable, Tensor]]]:
         raise KeyError("no such row")
 
     prefetcher = RowPrefetcher(CPU)
-    prefetcher.submit("train", [table], failing)
+    prefetcher.submit("train", [table], failing, ())
     with pytest.raises(KeyError, match="no such row"):
         table.gather(ids())
-    prefetcher.submit("train", [table], list)
+    prefetcher.submit("train", [table], dict, ())
     with pytest.raises(KeyError, match="no such row"):
-        prefetcher.submit("train", [table], list)
+        prefetcher.submit("train", [table], dict, ())
     prefetcher.end("train")
     assert threads() == []

@@ -56,12 +56,21 @@ def test_the_radix_sort_is_the_stable_sort_of_torch(reads: int, n_rows: int) -> 
     pytest.importorskip("numba")
     ids_L = torch.randint(n_rows, (reads,), dtype=torch.int32)
     ids_L[:2], ids_L[-1] = n_rows - 1, 0
-    order_L, rows_U, starts_Z = sorted_segments(ids_L, n_rows)
+    order_L, rows_U, starts_Z = sorted_segments(ids_L)
     sorted_L, expected_L = torch.sort(ids_L, stable=True)
     assert torch.equal(order_L, expected_L)
     expected_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
     assert torch.equal(rows_U, expected_U)
     assert torch.equal(starts_Z, torch.nn.functional.pad(counts_U.cumsum(0), (1, 0)))
+
+
+@pytest.mark.parametrize("n_rows", [2**10, 2**20, 2**30])
+def test_an_id_behind_the_last_row_is_sorted_by_all_its_bits(n_rows: int) -> None:
+    ids_L = torch.tensor([n_rows, 0, n_rows - 1, n_rows, 0, 1])
+    order_L, rows_U, starts_Z = read_segments(ids_L, n_rows)
+    assert order_L.tolist() == [1, 4, 5, 2, 0, 3]
+    assert rows_U.tolist() == [0, 1, n_rows - 1, n_rows]
+    assert starts_Z.tolist() == [0, 2, 3, 4, 6]
 
 
 def test_few_and_many_reads_take_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:

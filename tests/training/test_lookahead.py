@@ -5,7 +5,6 @@ Letters: B sequences, T tokens.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,16 +14,16 @@ import lightning as L
 import pytest
 import torch
 from stored_files import write_tensors
+from tolerances import assert_close
 from torch.utils.data import DataLoader, IterableDataset
 from toys import VOCAB
 from training import fits
+from training.token_rows import N, V, batches, settings
 
 from pkm_lightning.errors import CheckpointError
+from pkm_lightning.memory import row_prefetch
 from pkm_lightning.memory.row_prefetch import RowPrefetcher
 from pkm_lightning.training import lookahead
-from pkm_lightning.training.lookahead import Lookahead
-
-N, V = 300, 8
 
 
 class Stream(IterableDataset[Any]):
@@ -52,30 +51,38 @@ def hits(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def settings(path: Path | None = None, **table: Any) -> dict[str, Any]:
-    made = fits.settings("ffn=dense", "placement=before", lr=0.05)
-    made["ffn"] = {"_target_": "stored_files.TokenRows", "rows": N, "row_dim": V}
-    made["table"].update(table)
-    if path is not None:
-        made["table"].update(trainable=False, path=str(path))
-    return made
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Results of comparisons of ids, for which the host waits for a GPU."""
+    results: list[bool] = []
+    compare = row_prefetch._has_same_values
+
+    def spy(*arguments: Any) -> bool:
+        results.append(compare(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(row_prefetch, "_has_same_values", spy)
+    return results
 
 
 def run(
-    given: dict[str, Any], loader: Any, *, accumulate: int = 1, validate: bool = False, interval: int = 2
+    given: dict[str, Any],
+    loader: Any,
+    *,
+    accumulate: int = 1,
+    validate: bool = False,
+    interval: int = 2,
+    **changes: Any,
 ) -> dict[str, torch.Tensor]:
     """Returns the trained weights and the held-out loss."""
     module = fits.LanguageModule(given)
     held_out = fits.loader(batches()[:3]) if validate else None
-    trainer = fits.trainer(accumulate_grad_batches=accumulate, precision="64-true", val_check_interval=interval)
+    trainer = fits.trainer(
+        accumulate_grad_batches=accumulate, precision="64-true", val_check_interval=interval, **changes
+    )
     trainer.fit(module, loader, held_out)
     losses = {n: value for n, value in trainer.callback_metrics.items() if n.startswith("val/")}
     return {**{n: v.clone() for n, v in module.state_dict().items() if "digest" not in n}, **losses}
-
-
-def batches() -> list[fits.Batch]:
-    torch.manual_seed(3)
-    return [fits.rows(2) for _ in range(6)]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -83,7 +90,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["sized", "endless"])
-def test_rows_of_a_file_are_fetched_ahead_and_the_same(tmp_path: Path, hits: list[bool], kind: str) -> None:
+def test_rows_of_a_file_are_fetched_ahead_and_the_same(
+    tmp_path: Path, hits: list[bool], compared: list[bool], kind: str
+) -> None:
     path = write_tensors(tmp_path / "rows.safetensors", {"rows": torch.randn(N, V).bfloat16()})
     loader = fits.loader(batches()) if kind == "sized" else DataLoader(Stream(batches()), batch_size=None)
     # The last validation is in front of the last micro-batch.
@@ -92,7 +101,56 @@ def test_rows_of_a_file_are_fetched_ahead_and_the_same(tmp_path: Path, hits: lis
     mapped = run(settings(path, device="mmap"), loader, validate=True, interval=5)
     assert same(in_memory, {n: v for n, v in mapped.items() if n in in_memory})
     assert hits == [True] * (6 + 3)
+    assert compared == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("table-")]
+
+
+@pytest.mark.parametrize("ffn", ["engram", "ple", "stem"])
+def test_plugins_of_the_package_take_the_ids_of_the_thread(
+    tmp_path: Path, hits: list[bool], compared: list[bool], ffn: str
+) -> None:
+    given = fits.settings(f"ffn={ffn}", *(["ffn.rows=20", "ffn.end_id=1"] if ffn == "engram" else []), lr=0.05)
+    untrained = fits.LanguageModule(given)
+    untrained.configure_model()
+    tables = untrained.model.value_tables
+    rows = {f"rows.{number}": table.weight.detach().view(table.rows, -1) for number, table in enumerate(tables)}
+    path = str(write_tensors(tmp_path / "rows.safetensors", rows))
+    given["table"].update(trainable=False, path=path, tensor="rows.{}")
+    in_memory = run(given, fits.loader(batches()))
+    given["table"]["device"] = "mmap"
+    mapped = run(given, fits.loader(batches()))
+    assert same({n: v for n, v in in_memory.items() if n in mapped}, mapped)
+    assert set(hits) == {True}
+    assert compared == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["mmap", "cpu"])
+def test_a_gpu_learns_the_same_from_rows_that_were_fetched_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hits: list[bool], device: str
+) -> None:
+    path = write_tensors(tmp_path / "rows.safetensors", {"rows": torch.randn(N, V).bfloat16()})
+    given = settings(path, device="mmap") if device == "mmap" else settings(device="cpu", learning="rows")
+    find = RowPrefetcher.find
+
+    def without_waiting(self: RowPrefetcher, *arguments: Any) -> Any:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return find(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(lookahead, "is_prefetched", lambda *_: False)
+        plain = run(given, fits.loader(batches()), accelerator="gpu")
+    assert hits == []
+    monkeypatch.setattr(RowPrefetcher, "find", without_waiting)
+    fetched = run(given, fits.loader(batches()), accelerator="gpu")
+    assert hits == [True] * 6
+    assert plain.keys() == fetched.keys()
+    for name, value in plain.items():
+        assert_close(fetched[name], value)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -110,15 +168,35 @@ def test_rows_that_learn_are_refreshed_before_use(
     assert same(plain, fetched)
 
 
+def next_tokens(module: Any, batch: fits.Batch, dataloader_idx: int) -> fits.Batch:
+    return {**batch, "input_ids": (batch["input_ids"] + 1) % VOCAB}
+
+
+def next_tokens_in_place(module: Any, batch: fits.Batch, number: int) -> fits.Batch:
+    batch["input_ids"].add_(1).remainder_(VOCAB)
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("hook", "change"),
+    [
+        ("on_before_batch_transfer", next_tokens),
+        ("on_before_batch_transfer", next_tokens_in_place),
+        ("on_after_batch_transfer", next_tokens),
+        ("on_after_batch_transfer", next_tokens_in_place),
+        ("on_train_batch_start", next_tokens_in_place),
+    ],
+)
 def test_other_tokens_than_were_announced_are_read_anew(
-    tmp_path: Path, hits: list[bool], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hits: list[bool], monkeypatch: pytest.MonkeyPatch, hook: str, change: Callable[..., Any]
 ) -> None:
     path = write_tensors(tmp_path / "rows.safetensors", {"rows": torch.randn(N, V)})
 
-    def change(self: Any, batch: fits.Batch, dataloader_idx: int) -> fits.Batch:
-        return {**batch, "input_ids": (batch["input_ids"] + 1) % VOCAB}
+    def changed(*arguments: Any) -> Any:
+        result = change(*arguments)
+        return None if hook == "on_train_batch_start" else result
 
-    monkeypatch.setattr(fits.LanguageModule, "on_after_batch_transfer", change)
+    monkeypatch.setattr(fits.LanguageModule, hook, changed)
     in_memory = run(settings(path), fits.loader(batches()))
     assert same(in_memory, run(settings(path, device="mmap"), fits.loader(batches())))
     assert hits == [False] * 6
@@ -142,115 +220,3 @@ def test_a_file_that_changes_ends_the_run_with_its_name(
         fits.trainer(callbacks=[Write()]).fit(module, fits.loader(batches()))
     del module
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("table-prefetch")]
-
-
-class Counted:
-    """A loader that records what was pulled, and fails at a place."""
-
-    def __init__(self, batches: list[Any], fails_at: int | None = None) -> None:
-        self.batches, self.fails_at, self.pulled, self.epoch = batches, fails_at, 0, 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.batches):
-            if number == self.fails_at:
-                raise ValueError("bad data")
-            self.pulled += 1
-            yield batch
-
-
-class Positioned(Counted):
-    """One that keeps its position."""
-
-    def state_dict(self) -> dict[str, int]:
-        return {"pulled": self.pulled}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.pulled = state_dict["pulled"]
-
-
-@pytest.mark.parametrize("ahead", [True, False])
-@pytest.mark.parametrize("n", [0, 1, 3])
-def test_a_loader_is_one_ahead_where_it_may_be(n: int, ahead: bool) -> None:
-    seen: list[int] = []
-    ended: list[object] = []
-    loader = Counted(list(range(n)))
-    wrapped = Lookahead(
-        loader, ahead=ahead, observe=lambda _, batch: seen.append(batch), end=lambda one, keep: ended.append(one)
-    )
-    assert len(wrapped) == n
-    wrapped.epoch = 2
-    assert (loader.epoch, wrapped.epoch) == (2, 2)
-    given = []
-    for batch in wrapped:
-        given.append(batch)
-        assert seen == list(range(min(n, batch + 1 + ahead)))
-    assert given == list(range(n))
-    assert len(ended) == 1
-
-
-class Data(L.LightningDataModule):
-    """A data module with one loader."""
-
-    def __init__(self, loader: Any) -> None:
-        super().__init__()
-        self._of_training = loader
-
-    def train_dataloader(self) -> Any:
-        return self._of_training
-
-
-class ResumableData(Data):
-    """One that saves how many micro-batches its loader has given."""
-
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self._of_training.pulled}
-
-
-class EndlessData(ResumableData):
-    """One that does not count them."""
-
-    endless = True
-
-
-@pytest.mark.parametrize(
-    ("data", "loader", "ahead"),
-    [
-        (Data, Counted, [2, 3, 3]),
-        (EndlessData, Counted, [2, 3, 3]),
-        (ResumableData, Counted, [1, 2, 3]),
-        (Data, Positioned, [1, 2, 3]),
-    ],
-)
-def test_what_keeps_a_position_is_not_read_ahead(
-    tmp_path: Path, data: type[Data], loader: type[Counted], ahead: list[int]
-) -> None:
-    path = write_tensors(tmp_path / "rows.safetensors", {"rows": torch.randn(N, V)})
-    counted, pulled = loader(batches()[:3]), []
-
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            pulled.append(counted.pulled)
-            assert trainer.fit_loop._combined_loader is not None
-            (wrapped,) = trainer.fit_loop._combined_loader.flattened
-            assert isinstance(wrapped, Lookahead)
-            # As a protocol is tested for from Python 3.12 on.
-            is_stateful = [inspect.getattr_static(wrapped, name, None) for name in ("state_dict", "load_state_dict")]
-            assert all(is_stateful) == (loader is Positioned)
-
-    trainer = fits.trainer(callbacks=[Watch()])
-    trainer.fit(fits.LanguageModule(settings(path, device="mmap")), datamodule=data(counted))
-    assert pulled == ahead
-
-
-def test_an_error_of_the_data_comes_when_its_turn_has_come() -> None:
-    ended: list[object] = []
-    loader = Counted(list(range(3)), fails_at=2)
-    batches = iter(Lookahead(loader, ahead=True, observe=lambda *_: None, end=lambda one, keep: ended.append(one)))
-    assert [next(batches), next(batches)] == [0, 1]
-    assert ended == []
-    with pytest.raises(ValueError, match="bad data"):
-        next(batches)
-    assert len(ended) == 1
