@@ -26,6 +26,9 @@ GRAD = {
 #: Relative difference between training with one process and with several, in float32. They differ in the order of
 #: additions, which up to 30 steps of Adam amplify. `norm` is for norms of gradients.
 RANKS = {"loss": 1e-5, "norm": 1e-3}
+#: Relative norm of what two devices compute in fp32 from the same numbers. They differ in the order of additions; one
+#: product in TF32 or half precision would give 1e-4 or more.
+DEVICES = 1e-5
 #: Decoding with a cache against a full forward, both in bf16: another order of additions may round a score to the other
 #: side of a slot or an expert, or of an equally likely token. Relative norm of logits, and share of other tokens.
 BF16_DECODING = {"logits": 0.06, "tokens": 0.05}
@@ -50,6 +53,17 @@ def assert_close(actual: Tensor, expected: Tensor, *, kind: Literal["value", "gr
     rtol, atol = {"value": VALUE, "grad": GRAD}[kind][actual.dtype]
     wider = torch.promote_types(actual.dtype, expected.dtype)
     torch.testing.assert_close(actual.to(wider), expected.to(wider), rtol=rtol, atol=atol)
+
+
+def assert_same_on_devices(actual: Tensor, expected: Tensor, name: str) -> None:
+    """Asserts that a tensor of a GPU equals that of the CPU as a whole, in fp32.
+
+    Single values may be far from each other in relative terms where large summands cancel.
+    """
+    actual, expected = actual.detach().cpu().double(), expected.detach().double()
+    assert actual.shape == expected.shape, name
+    difference, size = (actual - expected).norm().item(), expected.norm().item()
+    assert difference <= DEVICES * size, f"{name}: differs by {difference / max(size, 1e-30):.1e} of its norm"
 
 
 def assert_same_gradients(actual: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> None:

@@ -74,20 +74,26 @@ def benchmark(
     for row in plan(options):
         if parsed.only not in row.name:
             continue
-        torch.manual_seed(0)
-        case = row.make()
-        if isinstance(case, Skipped):
-            print(f"\n{row.name}: skipped: {case.reason}", flush=True)
-            results.append(Result(row=row.name, status=f"skipped: {case.reason}"))
-            continue
-        started = time.perf_counter()
-        of_case = measure(row, case, options, stopwatch)
-        print_case(f"{row.name} ({time.perf_counter() - started:.0f} s)", case.sizes, of_case)
-        results += of_case
-        del case
-        free_memory(options.device)
-    if parsed.out:
-        write_csv(parsed.out, f"{name}-{options.device.type}", facts, results)
+        results += _results_of(row, options, stopwatch)
+        if parsed.out:
+            # After every row: a benchmark that is stopped keeps what it has measured.
+            path = write_csv(parsed.out, f"{name}-{options.device.type}", facts, results)
+    if parsed.out and results:
+        print(f"\nwritten: {path}")
+    return results
+
+
+def _results_of(row: Row, options: Options, stopwatch: Stopwatch) -> list[Result]:
+    torch.manual_seed(0)
+    case = row.make()
+    if isinstance(case, Skipped):
+        print(f"\n{row.name}: skipped: {case.reason}", flush=True)
+        return [Result(row=row.name, status=f"skipped: {case.reason}")]
+    started = time.perf_counter()
+    results = measure(row, case, options, stopwatch)
+    print_case(f"{row.name} ({time.perf_counter() - started:.0f} s)", case.sizes, results)
+    del case
+    free_memory(options.device)
     return results
 
 

@@ -149,15 +149,19 @@ def _cells(result: Result, baselines: list[str]) -> dict[str, str]:
     }
 
 
-def write_csv(out: Path, name: str, facts: Mapping[str, str], results: list[Result]) -> None:
-    """Writes one line per way into the file `out`, or into DATE-NAME.csv if `out` is a folder; replaces the file."""
+def write_csv(out: Path, name: str, facts: Mapping[str, str], results: list[Result]) -> Path:
+    """Writes one line per way into the file `out`, or into DATE-NAME.csv if `out` is a folder; replaces the file.
+
+    Returns:
+        The file.
+    """
     path = out if out.suffix == ".csv" else out / f"{facts['date']}-{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*facts, *_record(Result(row=""))])
         writer.writeheader()
         writer.writerows({**facts, **_record(result)} for result in results)
-    print(f"\nwritten: {path}")
+    return path
 
 
 def _record(result: Result) -> dict[str, str]:

@@ -22,7 +22,7 @@ from typing import Any
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 import pkm_lightning.ops
 
@@ -56,6 +56,11 @@ def compile_module(name: str, target: GPUTarget, *, once: bool) -> None:
         # What is no argument of the kernel is an option of its launch, such as the number of warps.
         constants = {name: value for name, value in sizes.items() if name in kernel.arg_names}
         options = {name: value for name, value in sizes.items() if name not in constants}
+        if (
+            constants.get("PRECISION", "ieee")
+            not in make_backend(target).parse_options({}).allowed_dot_input_precisions
+        ):
+            continue
         signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
         # A launch compiles for pointers that are multiples of 16 bytes, as those of torch's tensors are. Without that
         # no load would be wider than one value.

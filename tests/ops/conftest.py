@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from op_backends import device_of
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +15,10 @@ def _poisoned_memory() -> Iterator[None]:
     torch.set_deterministic_debug_mode("warn")
     yield
     torch.set_deterministic_debug_mode("default")
+
+
+@pytest.fixture
+def on_the_backends_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Creates tensors on the device of the test's `backend`."""
+    with torch.device(device_of(request.node.callspec.params["backend"])):
+        yield

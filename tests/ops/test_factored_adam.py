@@ -152,6 +152,7 @@ def test_a_moment_in_bf16_stays_within_the_stated_bound(beta2: float) -> None:
     assert 0 < largest <= 2**-8 / (1 - beta2)
 
 
+@pytest.mark.usefixtures("on_the_backends_device")
 @pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
 def test_rows_and_columns_without_gradient_leave_the_factors_finite(backend: str) -> None:
     table_NV = torch.ones(3, 4)

@@ -28,6 +28,7 @@ def reads(rows: list[int], n_rows: int, v: int, dtype: torch.dtype) -> RowGradie
     )
 
 
+@pytest.mark.usefixtures("on_the_backends_device")
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("eager", torch.float64), ("cpu", torch.float32), ("triton", torch.float32)]
 )

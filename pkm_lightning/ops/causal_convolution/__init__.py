@@ -5,6 +5,7 @@ Letters: L taps of the filter, P = T tokens and those in front.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from pkm_lightning.ops.backends import best_backend, choose_backend
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "cpu": convolve_in_one_pass,
+    **{name: functools.partial(convolve_in_one_pass, backend=name) for name in ("cpu", "triton")},
     "eager": convolve,
     "reference": causal_convolution_reference,
 }
@@ -47,7 +48,7 @@ def causal_convolution(
         doc_ids_BP: the document of each token; None for one document per sequence.
         length: tokens T of the output.
         dilation: tokens between taps, 1 or more.
-        backend: `auto`, `cpu` (numba), `eager` (torch) or `reference` (a loop).
+        backend: `auto`, `triton`, `cpu` (numba), `eager` (torch) or `reference` (a loop).
 
     Raises:
         ValueError: shapes, dtypes or sizes do not fit, or the backend is unknown.

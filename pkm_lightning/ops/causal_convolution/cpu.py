@@ -27,23 +27,27 @@ _KERNEL: dict[str, Any] = {
 }
 
 
-def convolve(x_BPD: Tensor, weight_DL: Tensor, doc_ids_BP: Tensor | None, dilation: int, y_BTD: Tensor) -> None:
-    """Writes the outputs of the last T tokens; float32, all tensors contiguous but the weight."""
+def convolve(x_BPD: Tensor, weight_DL: Tensor, doc_ids_BP: Tensor | None, length: int, dilation: int) -> Tensor:
+    """Returns the outputs of the last T tokens, computed in float32; all tensors contiguous but the weight."""
     use_torch_threads()
-    inputs = x_BPD, weight_DL.mT.contiguous(), _documents(doc_ids_BP), y_BTD
+    weight_LD = weight_DL.float().mT.contiguous()
+    y_BTD = x_BPD.new_empty(len(x_BPD), length, x_BPD.shape[2], dtype=torch.float32)
+    inputs = x_BPD.float(), weight_LD, _documents(doc_ids_BP), y_BTD
     _convolve(*map(numpy_view, inputs), dilation)
+    return y_BTD.to(x_BPD.dtype)
 
 
 def gradients(
     grad_BTD: Tensor, x_BPD: Tensor, weight_DL: Tensor, doc_ids_BP: Tensor | None, dilation: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and weight; float32, all tensors contiguous but the weight."""
+    """Returns the gradients of x and weight, computed in float32; all tensors contiguous but the weight."""
     use_torch_threads()
-    weight_LD = weight_DL.mT.contiguous()
-    x_grad_BPD, parts_CLD = torch.zeros_like(x_BPD), weight_LD.new_zeros(_CHUNKS, *weight_LD.shape)
-    inputs = grad_BTD, x_BPD, weight_LD, _documents(doc_ids_BP), x_grad_BPD, parts_CLD
+    weight_LD = weight_DL.float().mT.contiguous()
+    x_grad_BPD = torch.zeros_like(x_BPD, dtype=torch.float32)
+    parts_CLD = weight_LD.new_zeros(_CHUNKS, *weight_LD.shape)
+    inputs = grad_BTD.float(), x_BPD.float(), weight_LD, _documents(doc_ids_BP), x_grad_BPD, parts_CLD
     _gradients(*map(numpy_view, inputs), dilation)
-    return x_grad_BPD, parts_CLD.sum(0).mT.contiguous()
+    return x_grad_BPD.to(x_BPD.dtype), parts_CLD.sum(0).mT.to(weight_DL.dtype).contiguous()
 
 
 def _documents(doc_ids_BP: Tensor | None) -> Tensor:

@@ -1,4 +1,6 @@
-"""causal_convolution as custom operators that torch can trace: one pass forward and one backward.
+"""causal_convolution as custom operators that torch can trace: one pass forward and one backward for all kernels.
+
+A backend is a module in this folder with `convolve` and `gradients`, which sum in float32 and round once.
 
 The arguments of a custom operator form its schema, so they carry no shape suffix.
 
@@ -18,52 +20,54 @@ from pkm_lightning.ops.causal_convolution.eager import convolve
 
 
 def convolve_in_one_pass(
-    x_BPD: Tensor, weight_DL: Tensor, doc_ids_BP: Tensor | None, length: int, dilation: int
+    x_BPD: Tensor, weight_DL: Tensor, doc_ids_BP: Tensor | None, length: int, dilation: int, *, backend: str
 ) -> Tensor:
-    """Computes `pkm_lightning.ops.causal_convolution` in fp32; fp64 goes to `eager`."""
+    """Computes `pkm_lightning.ops.causal_convolution` by the kernels of `backend`; fp64 goes to `eager`."""
     if x_BPD.dtype is torch.float64:
         return convolve(x_BPD, weight_DL, doc_ids_BP, length, dilation)
-    y_BTD: Tensor = _convolve(x_BPD.float(), weight_DL.float(), doc_ids_BP, length, dilation)
-    return y_BTD.to(x_BPD.dtype)
+    y_BTD: Tensor = _convolve(x_BPD, weight_DL, doc_ids_BP, length, dilation, backend)
+    return y_BTD
 
 
 @library.custom_op("pkm_lightning::causal_convolution", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, doc_ids: Tensor | None, length: int, dilation: int) -> Tensor:
-    y_BTD = x.new_empty(len(x), length, x.shape[2])
+def _convolve(x: Tensor, weight: Tensor, doc_ids: Tensor | None, length: int, dilation: int, backend: str) -> Tensor:
     docs_BP = None if doc_ids is None else doc_ids.contiguous()
-    load_kernels("causal_convolution", "cpu").convolve(x.contiguous(), weight, docs_BP, dilation, y_BTD)
+    kernels = load_kernels("causal_convolution", backend)
+    y_BTD: Tensor = kernels.convolve(x.contiguous(), weight, docs_BP, length, dilation)
     return y_BTD
 
 
 @library.custom_op("pkm_lightning::causal_convolution_backward", mutates_args=())
 def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, doc_ids: Tensor | None, dilation: int
+    grad: Tensor, x: Tensor, weight: Tensor, doc_ids: Tensor | None, dilation: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     docs_BP = None if doc_ids is None else doc_ids.contiguous()
-    kernels = load_kernels("causal_convolution", "cpu")
+    kernels = load_kernels("causal_convolution", backend)
     x_grad_BPD, weight_grad_DL = kernels.gradients(grad.contiguous(), x.contiguous(), weight, docs_BP, dilation)
     return x_grad_BPD, weight_grad_DL
 
 
 @_convolve.register_fake
-def _(x: Tensor, weight: Tensor, doc_ids: Tensor | None, length: int, dilation: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, doc_ids: Tensor | None, length: int, dilation: int, backend: str) -> Tensor:
     return x.new_empty(len(x), length, x.shape[2])
 
 
 @_convolve_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, doc_ids: Tensor | None, dilation: int) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, doc_ids: Tensor | None, dilation: int, backend: str
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_BPD, weight_DL, doc_ids_BP, _, ctx.dilation = inputs
+    x_BPD, weight_DL, doc_ids_BP, _, ctx.dilation, ctx.backend = inputs
     ctx.save_for_backward(x_BPD, weight_DL, doc_ids_BP)
 
 
-def _backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+def _backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
     # An operator of its own: AOTAutograd traces this function and cannot trace kernels; the FLOP counter sees it too.
-    x_grad_BPD, weight_grad_DL = _convolve_backward(grad_BTD, *ctx.saved_tensors, ctx.dilation)
-    return x_grad_BPD, weight_grad_DL, None, None, None
+    x_grad_BPD, weight_grad_DL = _convolve_backward(grad_BTD, *ctx.saved_tensors, ctx.dilation, ctx.backend)
+    return x_grad_BPD, weight_grad_DL, None, None, None, None
 
 
 _convolve.register_autograd(_backward, setup_context=_setup_context)

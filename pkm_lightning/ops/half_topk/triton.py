@@ -19,7 +19,8 @@ from torch import Tensor
 from pkm_lightning.ops.ranked_topk.triton import below_all, merge_best, pack, packed_places, packed_scores
 from pkm_lightning.ops.segments import read_segments
 
-_TOKENS = 16  # per program; `tl.dot` needs at least 16 rows and 16 columns
+#: Tokens per program: few where there are few, since `tl.dot` needs at least 16 rows.
+_TOKENS, _FEW_TOKENS = 64, 16
 _SMALLEST_BLOCK = 64  # keys
 _READS = 32  # whose rows one program of a gradient loads at once
 
@@ -28,7 +29,7 @@ _READS = 32  # whose rows one program of a gradient loads at once
 def _best_keys(  # type: ignore[no-untyped-def]
     q_XTF, keys_XSF, values_XTK, indices_XTK, tokens,
     S: tl.constexpr, F: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # int64: the offsets of large inputs pass 2**31.
     x = tl.program_id(1).to(tl.int64)
@@ -43,8 +44,7 @@ def _best_keys(  # type: ignore[no-untyped-def]
             q_mask, keys_mask = (t_M1 < tokens) & (f_C < F)[None, :], (s_1I < S) & (f_C < F)[:, None]
             q_MC = tl.load(q_XTF + query_M1 * F + f_C[None, :], mask=q_mask, other=0.0)
             keys_CI = tl.load(keys_XSF + (x * S + s_1I) * F + f_C[:, None], mask=keys_mask, other=0.0)
-            # Not TF32, whose 10 bits of mantissa would exchange keys with close scores.
-            scores_MI = tl.dot(q_MC, keys_CI, scores_MI, input_precision="ieee")
+            scores_MI = tl.dot(q_MC, keys_CI, scores_MI, input_precision=PRECISION)
         # Keys beyond S have the score 0, which could win, so they are replaced.
         best_MP = merge_best(best_MP, tl.where(s_1I < S, pack(scores_MI, s_1I), below_all((BLOCK_T, BLOCK_S))))
     rank_1P = tl.arange(0, P)[None, :]
@@ -102,8 +102,8 @@ def best_keys(q_XTF: Tensor, keys_XSF: Tensor, values_XTK: Tensor, indices_XTK: 
     """Writes the K best scores of every query and the indices of their keys; all tensors contiguous, float32."""
     entries, tokens, dim = q_XTF.shape
     if entries and tokens:
-        sizes = _forward_sizes(keys_XSF.shape[1], dim, values_XTK.shape[-1])
-        grid = (triton.cdiv(tokens, _TOKENS), entries)
+        sizes = _forward_sizes(tokens, keys_XSF.shape[1], dim, values_XTK.shape[-1], _precision(q_XTF.device))
+        grid = (triton.cdiv(tokens, sizes["BLOCK_T"]), entries)
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device_of(q_XTF):
             _best_keys[grid](q_XTF, keys_XSF, values_XTK, indices_XTK, tokens, **sizes)
@@ -126,28 +126,42 @@ def add_gradients(
         _key_gradient[(len(segments.rows_U), columns)](grad_XTK, q_XTF, keys_grad_XSF, *segments, **sizes)
 
 
-def _forward_sizes(n_keys: int, dim: int, k: int) -> dict[str, int]:
+def _precision(device: torch.device) -> str:
+    """Returns how scores are multiplied: three products of TF32 halves, as exact as fp32, where the GPU has TF32.
+
+    A single product of TF32, with 10 bits of mantissa, would exchange keys with close scores.
+    """
+    has_tf32 = torch.version.hip is None and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8)
+    return "tf32x3" if has_tf32 else "ieee"
+
+
+def _forward_sizes(tokens: int, n_keys: int, dim: int, k: int, precision: str) -> dict[str, Any]:
     padded = triton.next_power_of_2(k)
     # The best of a block are merged with the best so far, so a block has at least P keys.
     block = max(_SMALLEST_BLOCK, padded)
-    columns = min(64, max(16, triton.next_power_of_2(dim)))
-    return {"S": n_keys, "F": dim, "K": k, "P": padded, "BLOCK_T": _TOKENS, "BLOCK_S": block, "BLOCK_F": columns}
+    # Without matrix units, and with wider blocks of columns, 64 tokens would need more registers than there are.
+    is_few = tokens <= _FEW_TOKENS or precision == "ieee"
+    columns = min(64 if is_few else 32, max(16, triton.next_power_of_2(dim)))
+    return {
+        "S": n_keys, "F": dim, "K": k, "P": padded, "BLOCK_T": _FEW_TOKENS if is_few else _TOKENS,
+        "BLOCK_S": block, "BLOCK_F": columns, "PRECISION": precision,
+    }  # fmt: skip
 
 
 def _backward_sizes(dim: int, k: int) -> dict[str, int]:
     return {"F": dim, "K": k, "BLOCK_F": min(128, triton.next_power_of_2(dim)), "BLOCK_K": _READS}
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, int]]]:
+def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Lists kernels with types of arguments and constants, to compile them ahead of time without a GPU."""
     floats = ("q_XTF", "keys_XSF", "values_XTK", "grad_XTK", "grad_L", "q_grad_XTF", "keys_grad_XSF")
     types = dict.fromkeys(floats, "*fp32") | {"indices_XTK": "*i32", "rows_U": "*i32", "tokens": "i32"}
     types |= {"order_L": "*i64", "starts_Z": "*i64"}
-    cases = []
-    # A usual size, and odd sizes that need every mask.
-    for n_keys, dim, k in ((1024, 64, 32), (100, 24, 7)):
+    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
+    # A usual size, one of decoding, and odd sizes that need every mask.
+    for tokens, n_keys, dim, k in ((4096, 1024, 128, 32), (1, 1024, 64, 32), (4096, 100, 24, 7)):
         backward = _backward_sizes(dim, k)
-        cases.append((_best_keys, types, _forward_sizes(n_keys, dim, k)))
+        cases += [(_best_keys, types, _forward_sizes(tokens, n_keys, dim, k, way)) for way in ("tf32x3", "ieee")]
         cases.append((_query_gradient, types, backward | {"S": n_keys}))
         cases.append((_key_gradient, types, backward))
     return cases

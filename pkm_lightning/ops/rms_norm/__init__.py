@@ -5,6 +5,7 @@ Letters: G equal parts of a vector.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from pkm_lightning.ops.backends import best_backend, choose_backend
@@ -16,12 +17,17 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+_KERNELS = ("cpu", "triton")
 _NORMS: dict[str, Callable[..., Tensor]] = {
-    "cpu": operator.norm,
+    **{name: functools.partial(operator.norm, backend=name) for name in _KERNELS},
     "eager": eager.norm,
     "reference": reference.norm,
 }
-_DOTS: dict[str, Callable[..., Tensor]] = {"cpu": operator.dot, "eager": eager.dot, "reference": reference.dot}
+_DOTS: dict[str, Callable[..., Tensor]] = {
+    **{name: functools.partial(operator.dot, backend=name) for name in _KERNELS},
+    "eager": eager.dot,
+    "reference": reference.dot,
+}
 
 __all__ = ["rms_norm", "rms_norm_dot"]
 
@@ -38,7 +44,7 @@ def rms_norm(
         gain_D: the gains, of any floating dtype.
         groups: parts with a mean square of their own; divides D.
         eps: added to the mean square.
-        backend: `auto`, `cpu` (numba), `eager` (torch) or `reference` (part by part).
+        backend: `auto`, `cpu` (numba), `triton`, `eager` (torch) or `reference` (part by part).
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend is unknown.

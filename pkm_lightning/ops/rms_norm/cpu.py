@@ -1,5 +1,7 @@
 """rms_norm and rms_norm_dot in numba: one pass over the vectors forward, and one for all gradients.
 
+The kernels take fp32; other dtypes are converted before and after, on the whole tensor.
+
 Letters: G equal parts of a vector, C = D / G values of a part, X chunks of vectors.
 """
 
@@ -29,37 +31,41 @@ _KERNEL: dict[str, Any] = {
 
 
 def norm(x_TGC: Tensor, gain_GC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the normalised parts and the inverse roots (T, G); float32, all tensors contiguous."""
+    """Returns the normalised parts in the dtype of x, and the inverse roots (T, G) in fp32; all tensors contiguous."""
     use_torch_threads()
-    y_TGC, roots_TG = torch.empty_like(x_TGC), x_TGC.new_empty(x_TGC.shape[:2])
-    _norm(*map(numpy_view, (x_TGC, gain_GC, y_TGC, roots_TG)), eps)
-    return y_TGC, roots_TG
+    wide_TGC = x_TGC.float()
+    y_TGC, roots_TG = torch.empty_like(wide_TGC), wide_TGC.new_empty(x_TGC.shape[:2])
+    _norm(*map(numpy_view, (wide_TGC, gain_GC.float(), y_TGC, roots_TG)), eps)
+    return y_TGC.to(x_TGC.dtype), roots_TG
 
 
 def norm_gradients(grad_TGC: Tensor, x_TGC: Tensor, gain_GC: Tensor, roots_TG: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and gain; float32, all tensors contiguous."""
+    """Returns the gradients of x and gain, each in its dtype; all tensors contiguous."""
     use_torch_threads()
-    x_grad_TGC, parts_XGC = torch.empty_like(x_TGC), gain_GC.new_zeros(_CHUNKS, *gain_GC.shape)
-    _norm_gradients(*map(numpy_view, (grad_TGC, x_TGC, gain_GC, roots_TG, x_grad_TGC, parts_XGC)))
-    return x_grad_TGC, parts_XGC.sum(0)
+    inputs = grad_TGC.float(), x_TGC.float(), gain_GC.float()
+    x_grad_TGC, parts_XGC = torch.empty_like(inputs[1]), inputs[2].new_zeros(_CHUNKS, *gain_GC.shape)
+    _norm_gradients(*map(numpy_view, (*inputs, roots_TG, x_grad_TGC, parts_XGC)))
+    return x_grad_TGC.to(x_TGC.dtype), parts_XGC.sum(0).to(gain_GC.dtype)
 
 
 def dot(x_TGC: Tensor, y_TGC: Tensor, gain_GC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the inner products (T, G) and the inverse roots of x and y (2, T, G); float32, contiguous."""
+    """Returns the inner products (T, G) and the inverse roots of x and y (2, T, G) in fp32; all tensors contiguous."""
     use_torch_threads()
-    dots_TG, roots_2TG = x_TGC.new_empty(x_TGC.shape[:2]), x_TGC.new_empty(2, *x_TGC.shape[:2])
-    _dot(*map(numpy_view, (x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG)), eps)
+    inputs = x_TGC.float(), y_TGC.float(), gain_GC.float()
+    dots_TG, roots_2TG = inputs[0].new_empty(x_TGC.shape[:2]), inputs[0].new_empty(2, *x_TGC.shape[:2])
+    _dot(*map(numpy_view, (*inputs, dots_TG, roots_2TG)), eps)
     return dots_TG, roots_2TG
 
 
 def dot_gradients(
     grad_TG: Tensor, x_TGC: Tensor, y_TGC: Tensor, gain_GC: Tensor, dots_TG: Tensor, roots_2TG: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, y and gain; float32, all tensors contiguous."""
+    """Returns the gradients of x, y and gain, each in its dtype; all tensors contiguous."""
     use_torch_threads()
-    grads = torch.empty_like(x_TGC), torch.empty_like(y_TGC), gain_GC.new_zeros(_CHUNKS, *gain_GC.shape)
-    _dot_gradients(*map(numpy_view, (grad_TG, x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, *grads)))
-    return grads[0], grads[1], grads[2].sum(0)
+    inputs = x_TGC.float(), y_TGC.float(), gain_GC.float()
+    grads = torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), inputs[2].new_zeros(_CHUNKS, *gain_GC.shape)
+    _dot_gradients(*map(numpy_view, (grad_TG, *inputs, dots_TG, roots_2TG, *grads)))
+    return grads[0].to(x_TGC.dtype), grads[1].to(y_TGC.dtype), grads[2].sum(0).to(gain_GC.dtype)
 
 
 @njit(**_KERNEL)

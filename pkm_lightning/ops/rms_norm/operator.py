@@ -1,5 +1,8 @@
 """rms_norm and rms_norm_dot as custom operators that torch can trace: one pass forward and one backward each.
 
+A backend is a module in this folder with `norm`, `dot` and their gradients. Its kernels take vectors and gains of any
+floating dtype, compute in fp32 and return each gradient in the dtype of its tensor.
+
 The arguments of a custom operator form its schema, so they carry no shape suffix.
 
 Letters: G equal parts of a vector, C = D / G values of a part.
@@ -15,96 +18,111 @@ from torch import Tensor, library
 from pkm_lightning.ops.backends import load_kernels
 from pkm_lightning.ops.rms_norm import eager
 
+#: Most values of a part per backend, where there is a limit: a GPU program holds a part in registers, which run out.
+LARGEST_PART = {"triton": 8192}
 
-def norm(x_TD: Tensor, gain_D: Tensor, groups: int, eps: float) -> Tensor:
-    """Computes `pkm_lightning.ops.rms_norm` in fp32; fp64 goes to `eager`."""
-    if x_TD.dtype is torch.float64:
+
+def norm(x_TD: Tensor, gain_D: Tensor, groups: int, eps: float, *, backend: str) -> Tensor:
+    """Computes `pkm_lightning.ops.rms_norm` by the kernels of `backend`; what they do not take goes to `eager`."""
+    if not _has_kernel(backend, x_TD, groups):
         return eager.norm(x_TD, gain_D, groups, eps)
-    y_TGC, _ = _norm(_parts(x_TD, groups), _parts(gain_D, groups)[0], eps)
-    return y_TGC.view(x_TD.shape).to(x_TD.dtype)
+    y_TGC, _ = _norm(_parts(x_TD, groups), _parts(gain_D, groups)[0], eps, backend)
+    return y_TGC.view(x_TD.shape)
 
 
-def dot(x_TD: Tensor, y_TD: Tensor, gain_D: Tensor, groups: int, eps: float) -> Tensor:
-    """Computes `pkm_lightning.ops.rms_norm_dot` in fp32; fp64 goes to `eager`."""
-    if x_TD.dtype is torch.float64:
+def dot(x_TD: Tensor, y_TD: Tensor, gain_D: Tensor, groups: int, eps: float, *, backend: str) -> Tensor:
+    """Computes `pkm_lightning.ops.rms_norm_dot` by the kernels of `backend`; what they do not take goes to `eager`."""
+    if not _has_kernel(backend, x_TD, groups):
         return eager.dot(x_TD, y_TD, gain_D, groups, eps)
-    dots_TG, _ = _dot(_parts(x_TD, groups), _parts(y_TD, groups), _parts(gain_D, groups)[0], eps)
+    dots_TG, _ = _dot(_parts(x_TD, groups), _parts(y_TD, groups), _parts(gain_D, groups)[0], eps, backend)
     return dots_TG.view(*x_TD.shape[:-1], groups)
 
 
+def _has_kernel(backend: str, x_TD: Tensor, groups: int) -> bool:
+    """Says whether the kernels take `x`: they compute in fp32, and some hold a whole part at once."""
+    fits = x_TD.shape[-1] // groups <= LARGEST_PART.get(backend, x_TD.shape[-1])
+    return fits and x_TD.dtype is not torch.float64
+
+
 def _parts(x_TD: Tensor, groups: int) -> Tensor:
-    """Returns the parts of all vectors, (T, G, C), in fp32."""
-    return x_TD.float().reshape(-1, groups, x_TD.shape[-1] // groups)
+    """Returns the parts of all vectors, (T, G, C)."""
+    return x_TD.reshape(-1, groups, x_TD.shape[-1] // groups)
 
 
 @library.custom_op("pkm_lightning::rms_norm", mutates_args=())
-def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the result, and the inverse roots (T, G)."""
-    return _kernels().norm(x.contiguous(), gain.contiguous(), eps)
+def _norm(x: Tensor, gain: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    """Returns the result in the dtype of x, and the inverse roots (T, G) in fp32."""
+    return _kernels(backend).norm(x.contiguous(), gain.contiguous(), eps)
 
 
 @library.custom_op("pkm_lightning::rms_norm_backward", mutates_args=())
-def _norm_backward(grad: Tensor, x: Tensor, gain: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
-    return _kernels().norm_gradients(grad.contiguous(), x.contiguous(), gain.contiguous(), roots)
+def _norm_backward(grad: Tensor, x: Tensor, gain: Tensor, roots: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _kernels(backend).norm_gradients(grad.contiguous(), x.contiguous(), gain.contiguous(), roots)
 
 
 @library.custom_op("pkm_lightning::rms_norm_dot", mutates_args=())
-def _dot(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the result, and the inverse roots of x and y (2, T, G)."""
-    return _kernels().dot(x.contiguous(), y.contiguous(), gain.contiguous(), eps)
+def _dot(x: Tensor, y: Tensor, gain: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    """Returns the result, and the inverse roots of x and y (2, T, G); both in fp32."""
+    return _kernels(backend).dot(x.contiguous(), y.contiguous(), gain.contiguous(), eps)
 
 
 @library.custom_op("pkm_lightning::rms_norm_dot_backward", mutates_args=())
 def _dot_backward(
-    grad: Tensor, x: Tensor, y: Tensor, gain: Tensor, dots: Tensor, roots: Tensor
+    grad: Tensor, x: Tensor, y: Tensor, gain: Tensor, dots: Tensor, roots: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels().dot_gradients(grad.contiguous(), x.contiguous(), y.contiguous(), gain.contiguous(), dots, roots)
+    return _kernels(backend).dot_gradients(
+        grad.contiguous(), x.contiguous(), y.contiguous(), gain.contiguous(), dots, roots
+    )
 
 
-def _kernels() -> Any:
-    return load_kernels("rms_norm", "cpu")
+def _kernels(backend: str) -> Any:
+    return load_kernels("rms_norm", backend)
 
 
 @_norm.register_fake
-def _(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2])
+def _(x: Tensor, gain: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
 @_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, gain: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, gain: Tensor, roots: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), gain.new_empty(gain.shape)
 
 
 @_dot.register_fake
-def _(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[:2]), x.new_empty(2, *x.shape[:2])
+def _(x: Tensor, y: Tensor, gain: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:2], dtype=torch.float32), x.new_empty(2, *x.shape[:2], dtype=torch.float32)
 
 
 @_dot_backward.register_fake
-def _(grad: Tensor, x: Tensor, y: Tensor, gain: Tensor, dots: Tensor, roots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, y: Tensor, gain: Tensor, dots: Tensor, roots: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape), gain.new_empty(gain.shape)
 
 
-def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float, str], output: tuple[Tensor, Tensor]) -> None:
+    x, gain, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.save_for_backward(x, gain, output[1])
 
 
-def _through_norm(ctx: Any, grad_TGC: Tensor, _roots: Any) -> tuple[Tensor, Tensor, None]:
+def _through_norm(ctx: Any, grad_TGC: Tensor, _roots: Any) -> tuple[Tensor, Tensor, None, None]:
     # An operator of its own: AOTAutograd traces this function and cannot trace kernels.
-    x_grad_TGC, gain_grad_GC = _norm_backward(grad_TGC, *ctx.saved_tensors)
-    return x_grad_TGC, gain_grad_GC, None
+    x_grad_TGC, gain_grad_GC = _norm_backward(grad_TGC, *ctx.saved_tensors, ctx.backend)
+    return x_grad_TGC, gain_grad_GC, None, None
 
 
-def _save_dot(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+def _save_dot(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, str], output: tuple[Tensor, Tensor]) -> None:
+    *vectors_and_gain, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.save_for_backward(*vectors_and_gain, *output)
 
 
-def _through_dot(ctx: Any, grad_TG: Tensor, _roots: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+def _through_dot(ctx: Any, grad_TG: Tensor, _roots: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
     # As in `_through_norm`.
-    x_grad_TGC, y_grad_TGC, gain_grad_GC = _dot_backward(grad_TG, *ctx.saved_tensors)
-    return x_grad_TGC, y_grad_TGC, gain_grad_GC, None
+    x_grad_TGC, y_grad_TGC, gain_grad_GC = _dot_backward(grad_TG, *ctx.saved_tensors, ctx.backend)
+    return x_grad_TGC, y_grad_TGC, gain_grad_GC, None, None
 
 
 _norm.register_autograd(_through_norm, setup_context=_save_norm)

@@ -156,7 +156,8 @@ def row_update(
         rule: the row optimizer.
         step: the numbers of this update.
         state: the tensors of `new_state`, which each update changes.
-        scale: factor on the gradient (clipping, averages): a number, or a scalar tensor, which stays on its device.
+        scale: factor on the gradient (clipping, averages): a number, or a scalar tensor; that of a GPU is copied for
+            a table in host memory.
         mean_squares_U: for a rule that needs them, where the table holds only some of the columns: the mean of g**2,
             weighted by `rule.column_weights`, over the whole row, before `scale`, per element of
             `gradient.segments.rows_U`, in the dtype of the coefficients. None: the columns of the table are the whole
@@ -185,6 +186,8 @@ def row_update(
     if mean_squares_U is not None:
         _check_mean_squares(mean_squares_U, gradient, rule)
     implementation = _implementation("row_update", gradient, _backend_for(rule, gradient, backend))
+    if isinstance(scale, Tensor):
+        scale = scale.to(table_NV.device)
     with torch.no_grad():
         sums_V = implementation(table_NV, gradient, rule, step, state, scale, mean_squares_U)
         if rule.needs_column_sums:
