@@ -214,7 +214,7 @@ class Engram(nn.Module):
         if self.canonical:
             if not hasattr(tokenizer, "decode"):
                 raise ConfigError(
-                    "ffn.canonical=true needs the texts of a tokenizer, which this data has not; set false."
+                    "ffn.canonical=true needs the texts of a tokenizer, and there is none here; set false."
                 )
             known = min(W, getattr(tokenizer, "vocab_size", W))
             folded = torch.tensor(canonical_ids(tokenizer.decode([token]) for token in range(known)))
