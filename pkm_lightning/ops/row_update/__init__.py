@@ -186,7 +186,7 @@ def row_update(
     if mean_squares_U is not None:
         _check_mean_squares(mean_squares_U, gradient, rule)
     implementation = _implementation("row_update", gradient, _backend_for(rule, gradient, backend))
-    if isinstance(scale, Tensor):
+    if torch.is_tensor(scale):
         scale = scale.to(table_NV.device)
     with torch.no_grad():
         sums_V = implementation(table_NV, gradient, rule, step, state, scale, mean_squares_U)
