@@ -183,7 +183,8 @@ class Slots:
     Args:
         name: prefix in the trace: `slot` for `trace["slot_ids"]`, `expert`, or any other.
         count: number of slots N; ids are 0 to N - 1.
-        tables: the tables whose rows the slots are; layers with the same tables share their slots.
+        tables: the tables whose first N rows the slots are; layers with the same tables share their slots.
+        padding: rows behind these, which no id reads and no figure counts.
         n_keys: sub-keys per half S where slot i * S + j has the sub-keys i and j, else None.
     """
 
@@ -191,6 +192,7 @@ class Slots:
     count: int
     tables: tuple[ValueTable, ...] = ()
     n_keys: int | None = None
+    padding: int = 0
 
 
 @runtime_checkable

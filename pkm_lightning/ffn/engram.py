@@ -214,7 +214,7 @@ class Engram(nn.Module):
         if self.canonical:
             if not hasattr(tokenizer, "decode"):
                 raise ConfigError(
-                    "ffn.canonical=true needs the texts of a tokenizer, which this data has not; set false."
+                    "ffn.canonical=true needs the texts of a tokenizer, and there is none here; set false."
                 )
             known = min(W, getattr(tokenizer, "vocab_size", W))
             folded = torch.tensor(canonical_ids(tokenizer.decode([token]) for token in range(known)))
@@ -289,9 +289,9 @@ class Engram(nn.Module):
         return [(self._table.table, self._ids(context).flatten(0, 1))]
 
     def slots(self) -> list[Slots]:
-        """Returns the rows of the table."""
-        table = self._table.table
-        return [Slots(name="slot", count=table.rows, tables=(table,))]
+        """Returns the rows of the table that belong to a head."""
+        table, count = self._table.table, self.addressing.readable_rows
+        return [Slots(name="slot", count=count, tables=(table,), padding=table.rows - count)]
 
     def reads(self) -> list[TableRead]:
         """Returns one gather of K rows per token."""

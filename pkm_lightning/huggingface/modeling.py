@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +15,16 @@ from transformers.utils import can_return_tuple
 
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_model
-from pkm_lightning.errors import CheckpointError
-from pkm_lightning.ffn import HasRowIds
+from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.ffn import HasRowIds, UsesTokenizer
 from pkm_lightning.huggingface.configuration import PkmLightningConfig
 from pkm_lightning.huggingface.foreign_cache import ForeignCache
 from pkm_lightning.model import Transformer
 from pkm_lightning.model.transformer import TiedUnembedding
 
 __all__ = ["PkmLightningForCausalLM"]
+
+_log = logging.getLogger(__name__)
 
 
 class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
@@ -180,10 +184,33 @@ class PkmLightningForCausalLM(PreTrainedModel, GenerationMixin):
         self.transformer.unembedding = new_embeddings
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def initialize_weights(self) -> None:
         """Draws all weights, when a model is made from a configuration alone."""
-        if module is self.transformer and not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+        if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in self.parameters()):
             self.transformer.init_weights(int(torch.randint(2**31, ())))
+            self._bind_end_token()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leaves a module as it is; transformers (5.24) would not call this for one without parameters of its own."""
+
+    def _bind_end_token(self) -> None:
+        """Gives plugins the end token of the configuration, as `fit` gives them the tokenizer of its data."""
+        if self.config.eos_token_id is None:
+            return
+        for _, _, plugin in self.transformer.plugins():
+            if isinstance(plugin, UsesTokenizer):
+                try:
+                    plugin.bind_tokenizer(_EndToken(self.config.eos_token_id))
+                # Folded tokens need texts, which no configuration has. The end token was taken before.
+                except ConfigError as error:
+                    _log.warning("a new model from a configuration alone: %s", error)
+
+
+@dataclass(frozen=True)
+class _EndToken:
+    """A tokenizer of which no more is known."""
+
+    eos_id: int
 
 
 def _place(config: PkmLightningConfig) -> str:

@@ -113,6 +113,14 @@ class NGramAddressing(nn.Module):
         """Rows that each token reads, K."""
         return len(self._sizes)
 
+    @property
+    def readable_rows(self) -> int:
+        """Rows of all heads; a table may have more behind them."""
+        if self.head_sizes.is_meta:
+            return sum(self._sizes)
+        # Weights from files may bring other sizes.
+        return int((self.head_offsets + self.head_sizes).max())
+
     def forward(
         self, tokens_BP: Int64[Tensor, "B P"], doc_ids_BT: Int64[Tensor, "B T"] | None = None
     ) -> Int32[Tensor, "B T K"]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pkm_lightning.errors import CheckpointError
 from pkm_lightning.model import Traces, Transformer
@@ -132,7 +133,7 @@ class UsageCounters:
     def total(self, name: str, span: Span) -> Counted:
         """Returns the reads of a reader on all ranks, or those of all readers of a set of tables."""
         local = [getattr(self.counts[reader], span)() for reader in self._readers_of(name)]
-        return _summed(torch.stack([torch.stack(list(counted)) for counted in local]).sum(0))
+        return _summed(_joined([torch.stack(list(counted)) for counted in local]).sum(0))
 
     def total_of_heads(self, name: str, span: Span) -> Counted:
         """Returns the reads per head of a reader on all ranks; see `HeadCounts` for the order of the counters."""
@@ -145,7 +146,7 @@ class UsageCounters:
 
     def last_read(self, name: str) -> Tensor:
         """Returns the last step of the clock in which any rank and any reader of a set read each slot, (N,) int32."""
-        return _latest(torch.stack([self.counts[reader].last_N for reader in self._readers_of(name)]).amax(0))
+        return _latest(_joined([self.counts[reader].last_N for reader in self._readers_of(name)]).amax(0))
 
     def last_read_of_heads(self, name: str) -> Tensor:
         """Returns the same for each counter of `total_of_heads`, int32."""
@@ -205,6 +206,12 @@ def _state(counts: ReadCounts) -> dict[str, Any]:
 
 def _in_words(slots: dict[str, int]) -> str:
     return ", ".join(f"{name} ({n})" for name, n in slots.items()) or "nothing"
+
+
+def _joined(by_reader: list[Tensor]) -> Tensor:
+    """Returns the counters of several readers as one tensor; readers of one table may have more and fewer slots."""
+    longest = max(values.shape[-1] for values in by_reader)
+    return torch.stack([pad(values, (0, longest - values.shape[-1])) for values in by_reader])
 
 
 def _summed(local_2N: Tensor) -> Counted:

@@ -33,6 +33,7 @@ def check_slots(place: str, plugin: nn.Module, declared: Sequence[Slots]) -> Non
     names = [slots.name for slots in declared]
     for slots in declared:
         entry = f"{where} has {slots.name!r} with count={slots.count}"
+        entry += f" and padding={slots.padding}" if slots.padding else ""
         if names.count(slots.name) > 1:
             raise ConfigError(f"{where} has {slots.name!r} {names.count(slots.name)} times; give each another name.")
         if slots.count < 1:
@@ -43,7 +44,7 @@ def check_slots(place: str, plugin: nn.Module, declared: Sequence[Slots]) -> Non
                 f"n_keys=None, or {_REMEDY}"
             )
         rows = [table.rows for table in slots.tables]
-        if any(n != slots.count for n in rows):
+        if any(n != slots.count + slots.padding for n in rows):
             raise ConfigError(f"{entry}, but its tables have {rows} rows; {_REMEDY}")
 
 

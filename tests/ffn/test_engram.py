@@ -235,6 +235,17 @@ def test_tokenizers_without_what_is_needed_are_refused(changes: dict[str, Any], 
         engram(**changes).bind_tokenizer(tokenizer)
 
 
+def test_rows_that_fill_up_the_table_are_no_slots() -> None:
+    plugin = engram(table_number=0, row_multiple=64)
+    (slots,) = plugin.slots()
+    sizes_K = plugin.addressing.head_sizes
+    assert (slots.count, slots.padding) == (int(sizes_K.sum()), -int(sizes_K.sum()) % 64)
+    assert slots.padding
+    sizes_K += 1  # as weights from files may have it
+    assert plugin.slots()[0].count == slots.count + 1
+    assert plugin.to("meta").slots() == [slots]
+
+
 def test_tables_of_several_layers_have_other_primes_and_other_hashes() -> None:
     first, second = (engram(table_number=number, row_multiple=1) for number in (0, 1))
     sizes = [plugin.addressing.head_sizes.tolist() for plugin in (first, second)]

@@ -170,6 +170,24 @@ def test_a_table_learns_by_any_optimizer(loaded: Any) -> None:
     assert not torch.equal(model.state_dict()["transformer.tables.0.weight"], before["transformer.tables.0.weight"])
 
 
+@pytest.mark.parametrize("canonical", [False, True])
+def test_a_new_model_has_the_end_token_of_the_configuration(
+    canonical: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, folder = export(tmp_path, "ffn=engram", changes={**CHANGES["engram"], "canonical": canonical})
+    configured = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(configured)
+    assert configured.eos_token_id > 0
+    # As `init_weights` draws it.
+    assert float(model.transformer.embedding.weight.std()) == pytest.approx(16**-0.5, rel=0.1)
+    assert [
+        int(plugin.addressing.end_id) for _, _, plugin in model.transformer.plugins() if hasattr(plugin, "conv")
+    ] == [configured.eos_token_id]
+    assert ("a configuration alone: ffn.canonical=true needs the texts" in caplog.text) is canonical
+    configured.eos_token_id = None
+    AutoModelForCausalLM.from_config(configured)
+
+
 def test_reduced_precision(folder: Path, loaded: Any) -> None:
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

@@ -12,6 +12,7 @@ from usage.test_counters import Tracer, counters
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import Slots
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.usage.figures import figures, report
 from pkm_lightning.usage.revival import Revival, _sample
 from pkm_lightning.usage.revival_history import RevivalHistory
 
@@ -32,6 +33,10 @@ IDS, WEIGHTS = torch.zeros(1, 2, 3, dtype=torch.int64), torch.ones(1, 2, 3)
         (
             (Slots(name="slot", count=4, tables=(ValueTable(rows=5, dim=2),)),),
             r"count=4, but its tables have \[5\] rows",
+        ),
+        (
+            (Slots(name="slot", count=4, tables=(ValueTable(rows=5, dim=2),), padding=2),),
+            r"count=4 and padding=2, but its tables have \[5\] rows",
         ),
     ],
 )
@@ -59,6 +64,23 @@ def test_traces_that_do_not_fit_are_refused(trace: dict[str, torch.Tensor], mess
     made = counters(Tracer(SLOT))
     with pytest.raises(ConfigError, match=message):
         made.add({0: trace}, BATCH)
+
+
+def test_rows_that_no_id_reads_are_in_no_figure() -> None:
+    table = ValueTable(rows=8, dim=2)
+    made = counters(*(Tracer(Slots(name="slot", count=n, tables=(table,), padding=8 - n)) for n in (4, 6)))
+    traces = {
+        layer: {"slot_ids": torch.arange(n).view(1, 1, n), "slot_weights": torch.ones(1, 1, n)}
+        for layer, n in enumerate((4, 6))
+    }
+    made.add(traces, {"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
+    made.end_step()
+    assert figures(made, "layer0.slot", "ever")["used_percent"] == 100
+    assert figures(made, "table0", "ever")["used_percent"] == 100
+    assert made.total("table0", "ever").counts_N.tolist() == [2, 2, 2, 2, 1, 1]
+    assert made.last_read("table0").tolist() == [1] * 6
+    entry = report(made, 1, dead_after=1)["tables"]["table0"]
+    assert (entry["slots"], entry["dead"]) == (6, 0)
 
 
 def test_slots_that_are_never_traced_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
