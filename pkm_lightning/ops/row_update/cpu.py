@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from pkm_lightning.ops.numba_threads import use_torch_threads
-from pkm_lightning.ops.row_update.factors import row_factors
+from pkm_lightning.ops.row_update.factors import no_factors, row_factors
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ _KINDS = {
     "catch_up_adam": _CATCH_UP_ADAM,
     "factored_adam": _FACTORED_ADAM,
 }
+# Branches that compute their factors in the pass over the rows, since one thread has a whole row.
+_IN_ONE_PASS = (_ROW_ADAGRAD, _CATCH_UP_ADAM)
 # A constant, so that the limits of the chunks do not depend on the number of threads.
 _CHUNKS = 64
 _PREFETCHED_ROWS = 4
@@ -75,7 +77,9 @@ def row_update(
     use_torch_threads()
     none_0, none_1, none_11 = (torch.empty(shape, dtype=torch.float32) for shape in (0, 1, (1, 1)))
     correction1, root_correction2 = rule.bias_corrections(step)
-    factors_2U, roots_V = row_factors(gradient, rule, step, state, scale, mean_squares_U, row_gradient_squares)
+    kind, (factors_FU, roots_V) = _KINDS[rule.name], no_factors(gradient)
+    if kind not in _IN_ONE_PASS:
+        factors_FU, roots_V = row_factors(gradient, rule, step, state, scale, mean_squares_U, row_gradient_squares)
     sums_CV = torch.zeros(_CHUNKS, table_NV.shape[1] if rule.needs_column_sums else 0, dtype=torch.float32)
     scratch_C2V, bits_C2V = _scratch(gradient)
     _update(
@@ -87,12 +91,12 @@ def row_update(
         state.get("sum", none_1).numpy(),
         state.get("last_step", none_1.int()).numpy(),
         (none_0 if mean_squares_U is None else mean_squares_U.contiguous()).numpy(),
-        factors_2U.contiguous().numpy(),
+        factors_FU.contiguous().numpy(),
         roots_V.numpy(),
         sums_CV.numpy(),
         scratch_C2V,
         bits_C2V,
-        _KINDS[rule.name],
+        kind,
         step.number,
         step.seed,
         (float(scale), step.lr, step.lr * step.weight_decay, *rule.betas, rule.eps, correction1, root_correction2),

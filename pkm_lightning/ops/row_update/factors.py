@@ -2,7 +2,7 @@
 
 They are few, so that torch computes them for the CPU and the GPU alike, and the kernels see no compact states.
 
-Letters: U segments, V values per row.
+Letters: U segments, V values per row, F numbers per row.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from pkm_lightning.ops.row_update.reference import inverse
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
-from pkm_lightning.ops.row_update.rules.factored_adam import FactoredAdam
-from pkm_lightning.ops.row_update.rules.lazy_adam import LazyAdam
 
 if TYPE_CHECKING:
     from pkm_lightning.ops.row_update import RowGradient
 
 
 class RowFactors(NamedTuple):
-    """Numbers per row and per column in the dtype of sums; empty where the rule has none."""
+    """What the rule's `kernel_factors` and `kernel_columns` return, in the dtype of sums; empty where that is None."""
 
-    #: (2, U). Lazy Adam with a count per row: 1 - b1**k and the root of 1 - b2**k.
-    #: Factored Adam: the root of r, and 1 / q, the factor on g**2 in the sums of the columns.
-    rows_2U: Tensor
-    #: (V,): the root of c.
+    #: (F, U), or (2, 0).
+    rows_FU: Tensor
+    #: (V,), or (0,).
     columns_V: Tensor
+
+
+def no_factors(gradient: RowGradient) -> RowFactors:
+    """Returns the factors of a kernel that takes none."""
+    return RowFactors(gradient.coefficients_L.new_empty(2, 0), gradient.coefficients_L.new_empty(0))
 
 
 def row_factors(
@@ -48,30 +49,26 @@ def row_factors(
         row_gradient_squares: that of the backend.
     """
     rows_U = gradient.segments.rows_U
-    none = RowFactors(gradient.coefficients_L.new_empty(2, 0), gradient.coefficients_L.new_empty(0))
+    none = no_factors(gradient)
     if len(rows_U) == 0:
         return none
     # Padding (row -1) repeats the first segment, and so writes the same values once more: a boolean index would make
     # the host wait for the number of rows. Without any read even the first segment is padding: nothing changes then.
     is_live_U, is_any_1 = rows_U >= 0, rows_U[:1] >= 0
     index_U = torch.where(is_live_U, rows_U, rows_U[:1]).clamp(min=0).long()
-
-    def store(name: str, value_U: Tensor) -> None:
-        before_U = state[name][index_U]
-        state[name][index_U] = torch.where(is_any_1, value_U.to(before_U.dtype), before_U)
-
-    if isinstance(rule, LazyAdam) and rule.bias_correction == "row":
-        updates_U = rule.next_updates(state, index_U)
-        store("updates", updates_U)
-        return none._replace(rows_2U=rule.row_corrections(updates_U).to(none.rows_2U.dtype))
-    if isinstance(rule, FactoredAdam):
+    if rule.needs_mean_squares:
         if mean_squares_U is None:
             width = gradient.source_rows_XV.shape[1]
             mean_squares_U = row_gradient_squares(gradient, rule.column_weights(state, step)) / width
         mean_squares_U = mean_squares_U * scale * scale
         mean_squares_U = torch.where(is_live_U, mean_squares_U, mean_squares_U[:1])
-        row_U, updates_U = rule.row_factors(state, index_U, mean_squares_U)
-        store("row_square", row_U)
-        store("updates", updates_U)
-        return RowFactors(torch.stack([row_U.sqrt(), inverse(mean_squares_U)]), rule.column_factors(state, step).sqrt())
-    return none
+    factors = rule.kernel_factors(state, index_U, step, mean_squares_U)
+    columns_V = rule.kernel_columns(state, step)
+    if factors is not None:
+        for name, value_U in factors.states.items():
+            before_U = state[name][index_U]
+            state[name][index_U] = torch.where(is_any_1, value_U.to(before_U.dtype), before_U)
+    return RowFactors(
+        none.rows_FU if factors is None else factors.rows_FU.to(none.rows_FU.dtype),
+        none.columns_V if columns_V is None else columns_V,
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pkm_lightning.ops.row_update.rounding import round_stochastically
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
+from pkm_lightning.ops.row_update.rules.base import inverse
 
 if TYPE_CHECKING:
     from pkm_lightning.ops.row_update import RowGradient
@@ -80,11 +81,6 @@ def updated_rows(
         return after_UV, None
     assert mean_squares_U is not None
     return after_UV, (squares_UV * inverse(mean_squares_U).unsqueeze(-1)).sum(0)
-
-
-def inverse(mean_squares_U: Tensor) -> Tensor:
-    """Returns 1 / (the mean squares of the rows), and 0 for a row whose gradient is zero."""
-    return torch.where(mean_squares_U > 0, mean_squares_U.reciprocal(), 0.0)
 
 
 def _dense(gradient: RowGradient, n_rows: int) -> Tensor:

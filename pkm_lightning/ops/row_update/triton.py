@@ -71,10 +71,10 @@ def row_update(
     if len(segments.rows_U) == 0:
         return table_NV.new_zeros(table_NV.shape[1], dtype=torch.float32) if rule.needs_column_sums else None
     scale_1 = torch.as_tensor(scale, dtype=torch.float32, device=table_NV.device).reshape(1)
-    factor_U = _row_factors(gradient, rule, step, state, scale_1, mean_squares_U)
-    factors_2U, roots_V = row_factors(gradient, rule, step, state, scale_1, mean_squares_U, row_gradient_squares)
-    has_factors = factors_2U.numel() > 0
+    factors_FU, roots_V = row_factors(gradient, rule, step, state, scale_1, mean_squares_U, row_gradient_squares)
+    has_factors = factors_FU.numel() > 0
     unused = scale_1
+    factors_U, more_factors_U = (*factors_FU, unused)[:2]
     reads, pieces, blocks = _launch_arguments(gradient)
     correction1, root_correction2 = rule.bias_corrections(step)
     n_segments, sizes = len(segments.rows_U), _sizes(table_NV.shape[1])
@@ -82,12 +82,12 @@ def row_update(
         _update_rows[triton.cdiv(n_segments, sizes["BLOCK_U"]), blocks](
             *reads, segments.starts_Z, segments.rows_U, *pieces, table_NV,
             state.get("exp_avg", unused), state.get("exp_avg_sq", unused),
-            factors_2U[0] if has_factors else factor_U, factors_2U[1] if has_factors else unused, roots_V, scale_1,
+            factors_U, more_factors_U, roots_V, scale_1,
             step.lr, step.lr * step.weight_decay, rule.betas[0], 1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1],
             rule.eps, 1 / correction1, 1 / root_correction2, step.seed, n_segments,
             KIND=_KINDS[rule.name], PER_ROW=has_factors, **sizes,
         )  # fmt: skip
-    return _column_sums(gradient, factors_2U[1], scale_1) if rule.needs_column_sums else None
+    return _column_sums(gradient, more_factors_U, scale_1) if rule.needs_column_sums else None
 
 
 def _sizes(dim: int) -> dict[str, int]:
@@ -110,33 +110,6 @@ def _column_sums(gradient: RowGradient, per_square_U: Tensor, scale_1: Tensor) -
             SEGMENTS=_SUMMED_SEGMENTS, **block_sizes(dim),
         )  # fmt: skip
     return sums_PV.sum(0)
-
-
-def _row_factors(
-    gradient: RowGradient,
-    rule: RowRule,
-    step: UpdateStep,
-    state: Mapping[str, Tensor],
-    scale_1: Tensor,
-    mean_squares_U: Tensor | None,
-) -> Tensor:
-    """The number per row that a rule computes before the kernel runs, (U,); updates the states of that size."""
-    rows_U = gradient.segments.rows_U.long()
-    # Padding (row -1) is added to row 0 as a zero: a boolean index would make the host wait for the number of rows.
-    live_U, at_U = rows_U >= 0, rows_U.clamp(min=0)
-    if rule.name == "row_adagrad":
-        if mean_squares_U is None:
-            means_U = row_gradient_squares(gradient, None) * scale_1.square() / gradient.source_rows_XV.shape[1]
-        else:
-            means_U = mean_squares_U * scale_1.square()
-        state["sum"].index_add_(0, at_U, torch.where(live_U, means_U, 0.0))
-        return 1 / (state["sum"][at_U].sqrt() + rule.eps)
-    if rule.name == "catch_up_adam":
-        missed_U = step.number - state["last_step"][at_U]
-        steps_U = torch.where(live_U, step.number, 0).int()
-        state["last_step"].scatter_reduce_(0, at_U, steps_U, "amax")
-        return torch.pow(torch.full_like(scale_1, rule.betas[1]), missed_U)
-    return scale_1
 
 
 def _launch_arguments(gradient: RowGradient) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from torch import Tensor
 
 
 class RowState(NamedTuple):
@@ -65,6 +65,15 @@ class UpdateStep:
             raise ValueError(f"row_update: number={self.number}; updates are counted from 1.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"row_update: seed={self.seed}; allowed: 0 to 2**31 - 1.")
+
+
+class KernelFactors(NamedTuple):
+    """Numbers per row of one update, which torch computes before a kernel updates the rows."""
+
+    #: (1, U) or (2, U), in any floating dtype; the kernels have them in that of sums.
+    rows_FU: Tensor
+    #: The states per row that they come from, by name: (U,) each, after the update.
+    states: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +134,23 @@ class RowRule:
         """
         raise NotImplementedError
 
+    def kernel_factors(
+        self,
+        state: Mapping[str, Tensor],
+        index_U: Int[Tensor, " U"],
+        step: UpdateStep,
+        mean_squares_U: Float[Tensor, " U"] | None,
+    ) -> KernelFactors | None:
+        """Returns what kernels of the rule take per row; None: nothing. Leaves `state` as it is.
+
+        The arguments are those of `update`, but a row may be among `index_U` several times.
+        """
+        return None
+
+    def kernel_columns(self, state: Mapping[str, Tensor], step: UpdateStep) -> Float[Tensor, " V"] | None:
+        """Returns what kernels of the rule take per column; None: nothing."""
+        return None
+
     def column_weights(self, state: Mapping[str, Tensor], step: UpdateStep) -> Float[Tensor, " V"] | None:
         """Returns the weight of each column in the mean of g**2 over a row; None: all are 1."""
         return None
@@ -150,6 +176,11 @@ class RowRule:
         """Returns 1 - b1**t and the root of 1 - b2**t for update t, by which Adam divides its moments."""
         beta1, beta2 = self.betas
         return 1 - beta1**step.number, (1 - beta2**step.number) ** 0.5
+
+
+def inverse(mean_squares_U: Tensor) -> Tensor:
+    """Returns 1 / (the mean squares of the rows), and 0 for a row whose gradient is zero."""
+    return torch.where(mean_squares_U > 0, mean_squares_U.reciprocal(), 0.0)
 
 
 def new_state(rule: type[RowRule] | RowRule, table_NV: Tensor) -> dict[str, Tensor]:

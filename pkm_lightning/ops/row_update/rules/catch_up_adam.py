@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pkm_lightning.ops.row_update.rules.base import RowRule, RowState, UpdateStep
+from pkm_lightning.ops.row_update.rules.base import KernelFactors, RowRule, RowState, UpdateStep
 
 __all__ = ["CatchUpAdam"]
 
@@ -61,3 +61,12 @@ class CatchUpAdam(RowRule):
         square_UV = state["exp_avg_sq"][index_U] * (beta2**missed_U).unsqueeze(-1) + (1 - beta2) * grad_UV.square()
         state["exp_avg_sq"][index_U], state["last_step"][index_U] = square_UV, step.number
         return rows_UV - step.lr * grad_UV / (square_UV.sqrt() / root_correction2 + self.eps)
+
+    def kernel_factors(
+        self, state: Mapping[str, Tensor], index_U: Tensor, step: UpdateStep, mean_squares_U: Tensor | None
+    ) -> KernelFactors:
+        """Returns the missed decay, b2**(t - last)."""
+        last_U = state["last_step"][index_U]
+        beta2 = torch.full((1,), self.betas[1], dtype=torch.float32, device=last_U.device)
+        decay_U = torch.pow(beta2, step.number - last_U)
+        return KernelFactors(decay_U.unsqueeze(0), {"last_step": torch.full_like(last_U, step.number)})

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pkm_lightning.ops.row_update.rules.base import RowRule, RowState, UpdateStep
+from pkm_lightning.ops.row_update.rules.base import KernelFactors, RowRule, RowState, UpdateStep, inverse
 
 __all__ = ["FactoredAdam"]
 
@@ -102,6 +102,19 @@ class FactoredAdam(RowRule):
         state["updates"][index_U] = updates_U
         root_UV = row_U.sqrt().unsqueeze(-1) * self.column_factors(state, step).sqrt()
         return rows_UV - step.lr * grad_UV / (root_UV + self.eps)
+
+    def kernel_factors(
+        self, state: Mapping[str, Tensor], index_U: Tensor, step: UpdateStep, mean_squares_U: Tensor | None
+    ) -> KernelFactors:
+        """Returns the root of r, and 1 / q, the factor on g**2 in the sums of the columns."""
+        assert mean_squares_U is not None
+        row_U, updates_U = self.row_factors(state, index_U, mean_squares_U)
+        factors_2U = torch.stack([row_U.sqrt(), inverse(mean_squares_U)])
+        return KernelFactors(factors_2U, {"row_square": row_U, "updates": updates_U})
+
+    def kernel_columns(self, state: Mapping[str, Tensor], step: UpdateStep) -> Tensor:
+        """Returns the root of c."""
+        return self.column_factors(state, step).sqrt()
 
     def row_factors(
         self, state: Mapping[str, Tensor], index_U: Tensor, mean_squares_U: Tensor

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pkm_lightning.ops.row_update.rules.base import RowRule, RowState, UpdateStep
+from pkm_lightning.ops.row_update.rules.base import KernelFactors, RowRule, RowState, UpdateStep
 
 __all__ = ["LazyAdam"]
 
@@ -85,6 +85,15 @@ class LazyAdam(RowRule):
         square_UV = beta2 * state["exp_avg_sq"][index_U] + (1 - beta2) * grad_UV.square()
         state["exp_avg"][index_U], state["exp_avg_sq"][index_U] = mean_UV, square_UV
         return rows_UV - step.lr / correction1 * mean_UV / (square_UV.sqrt() / root_correction2 + self.eps)
+
+    def kernel_factors(
+        self, state: Mapping[str, Tensor], index_U: Tensor, step: UpdateStep, mean_squares_U: Tensor | None
+    ) -> KernelFactors | None:
+        """Returns the corrections of both moments where they are counted by row."""
+        if self.bias_correction == "table":
+            return None
+        updates_U = self.next_updates(state, index_U)
+        return KernelFactors(self.row_corrections(updates_U), {"updates": updates_U})
 
     def next_updates(self, state: Mapping[str, Tensor], index_U: Tensor) -> Tensor:
         """Returns the number of this update for each of the rows `index_U`, (U,) int16."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pkm_lightning.ops.row_update.rules.base import RowRule, RowState, UpdateStep
+from pkm_lightning.ops.row_update.rules.base import KernelFactors, RowRule, RowState, UpdateStep
 
 __all__ = ["RowAdagrad"]
 
@@ -43,3 +43,11 @@ class RowAdagrad(RowRule):
         sum_U = state["sum"][index_U] + mean_squares_U
         state["sum"][index_U] = sum_U
         return rows_UV - step.lr * grad_UV / (sum_U.sqrt().unsqueeze(-1) + self.eps)
+
+    def kernel_factors(
+        self, state: Mapping[str, Tensor], index_U: Tensor, step: UpdateStep, mean_squares_U: Tensor | None
+    ) -> KernelFactors:
+        """Returns 1 / (sqrt(s) + eps)."""
+        assert mean_squares_U is not None
+        sum_U = state["sum"][index_U] + mean_squares_U
+        return KernelFactors((1 / (sum_U.sqrt() + self.eps)).unsqueeze(0), {"sum": sum_U})
