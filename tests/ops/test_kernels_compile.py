@@ -17,9 +17,8 @@ FOLDERS = {path.parent.name for path in (ROOT / "pkm_lightning" / "ops").glob("*
 
 
 #: Registers per thread up to which two blocks of 128 threads and more fit on a multiprocessor many times over; searches
-#: hold whole lists of candidates, convolutions four taps of each output, updates of rows a tile of gradients beside those
-#: of table and states. Gradients of norms hold several tiles, but launch 16 warps per multiprocessor only, each thread of
-#: which may take 128 registers.
+#: hold whole lists of candidates, convolutions four taps of each output, updates of rows several tiles. Gradients of
+#: norms do so too, but launch 16 warps per multiprocessor only, each thread of which may take 128 registers.
 _REGISTERS = dict.fromkeys(
     (
         "half_topk", "product_topk", "ranked_topk", "quantized_rows", "causal_convolution", "rms_norm",

@@ -39,20 +39,33 @@ _SUMMED_TILES = 8
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
-    return row_gradient_squares(gradient, None).sum().sqrt()
+    return _row_squares(gradient).sum().sqrt()
 
 
 def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
-    segments, dim = gradient.segments, gradient.source_rows_XV.shape[1]
-    squares_U = torch.zeros(len(segments.rows_U), dtype=torch.float32, device=segments.rows_U.device)
-    if len(squares_U):
-        sizes = block_sizes(dim)
-        with torch.cuda.device_of(squares_U):
-            _squares[(triton.cdiv(len(squares_U), sizes["BLOCK_R"]),)](
-                *_reads(gradient), squares_U, squares_U if weights_V is None else weights_V, len(squares_U),
-                WEIGHTED=weights_V is not None, **sizes,
-            )  # fmt: skip
+    # A copy of what is shared, since ranks add their squares in place.
+    return _row_squares(gradient).clone() if weights_V is None else _weighted_squares(gradient, weights_V)
+
+
+def _row_squares(gradient: RowGradient) -> Tensor:
+    """Returns the sum of g**2 of each row, which the norm and a rule share."""
+    if "squares_U" not in gradient.shared:
+        gradient.shared["squares_U"] = _weighted_squares(gradient, None)
+    squares_U: Tensor = gradient.shared["squares_U"]
+    return squares_U
+
+
+def _weighted_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
+    rows_U, sizes = gradient.segments.rows_U, block_sizes(gradient.source_rows_XV.shape[1])
+    if len(rows_U) == 0:
+        return torch.zeros(0, dtype=torch.float32, device=rows_U.device)
+    squares_U = torch.empty(len(rows_U), dtype=torch.float32, device=rows_U.device)
+    with torch.cuda.device_of(squares_U):
+        _squares[(triton.cdiv(len(rows_U), sizes["BLOCK_R"]),)](
+            *_reads(gradient), squares_U, squares_U if weights_V is None else weights_V, len(rows_U),
+            WEIGHTED=weights_V is not None, **sizes,
+        )  # fmt: skip
     return squares_U
 
 
@@ -86,7 +99,9 @@ def row_update(
             rule.eps, 1 / correction1, 1 / root_correction2, step.seed, n_segments,
             KIND=_KINDS[rule.name], PER_ROW=has_factors, **sizes,
         )  # fmt: skip
-    return _column_sums(gradient, more_factors_U, scale_1) if rule.needs_column_sums else None
+    sums_V = _column_sums(gradient, more_factors_U, scale_1) if rule.needs_column_sums else None
+    gradient.shared.clear()
+    return sums_V
 
 
 def _column_sums(gradient: RowGradient, per_square_U: Tensor, scale_1: Tensor) -> Tensor:
@@ -102,7 +117,11 @@ def _column_sums(gradient: RowGradient, per_square_U: Tensor, scale_1: Tensor) -
 
 
 def _reads(gradient: RowGradient) -> SortedReads:
-    return sort_reads(*gradient[1:])
+    """Returns the sorted reads and the sums of further pieces, which all kernels of a step share."""
+    if "reads" not in gradient.shared:
+        gradient.shared["reads"] = sort_reads(*gradient[1:])
+    reads: SortedReads = gradient.shared["reads"]
+    return reads
 
 
 @triton.jit(do_not_specialize=["n_segments"])
