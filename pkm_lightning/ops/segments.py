@@ -67,7 +67,7 @@ def _padded_segments(sorted_L: Tensor, order_L: Tensor, n_rows: int) -> Segments
     end = (sorted_L < n_rows).sum()
     starts_Z = torch.minimum(torch.nn.functional.pad(changes_U1.squeeze(-1), (1, 0), value=-1) + 1, end)
     starts_U = starts_Z[:-1]
-    rows_U = torch.where(starts_U < end, sorted_L[starts_U.clamp(max=reads - 1)], -1)
+    rows_U = sorted_L[starts_U.clamp(max=reads - 1)].masked_fill_(starts_U >= end, -1)
     return Segments(order_L, rows_U, starts_Z)
 
 

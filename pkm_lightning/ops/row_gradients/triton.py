@@ -29,6 +29,8 @@ _PIECE = 32
 _TILE = 2048
 #: Most columns of a tile: narrow slices of the source rows stay in the L2 cache while all segments are processed.
 _COLUMNS = 256
+#: Fewest columns of a tile that covers a part of a row: whole cache lines of fp32.
+_NARROWEST = 32
 _WARPS = 4
 
 
@@ -86,13 +88,27 @@ def sort_reads(segments: Segments, coefficients_L: Tensor, sources_L: Tensor, so
 
 
 def block_sizes(dim: int) -> dict[str, int]:
-    """Returns the constants of every kernel over tiles: a width that divides the row if it leaves whole sectors."""
+    """Returns the constants of every kernel over tiles, whose width divides the row unless they would be too narrow."""
     width = dim & -dim  # the largest power of two that divides it
-    columns = width if width >= 32 else triton.next_power_of_2(dim)
+    columns = width if width >= _NARROWEST else triton.next_power_of_2(dim)
     columns = max(16, min(columns, _COLUMNS))
     # Where no 128-bit loads are possible, each value has an address in registers of its own.
     tile = _TILE if width >= 8 else _TILE // 2
     return {"V": dim, "PIECE": _PIECE, "BLOCK_R": tile // columns, "BLOCK_V": columns, "num_warps": _WARPS}
+
+
+def tile_grid(n_segments: int, sizes: dict[str, int]) -> tuple[int]:
+    """Returns the grid of a kernel that calls `tile_at`."""
+    return (triton.cdiv(n_segments, sizes["BLOCK_R"]) * triton.cdiv(sizes["V"], sizes["BLOCK_V"]),)
+
+
+def by_slices(reads: SortedReads) -> bool:
+    """Returns whether all tiles of a block of columns come before those of the next block.
+
+    Source rows that have several reads then stay in the L2 cache, a slice at a time. Where each has one, the parts of
+    a row are fetched together instead.
+    """
+    return len(reads.source_rows_XV) < len(reads.sources_L)
 
 
 def _piece_sizes(dim: int) -> dict[str, int]:
@@ -108,9 +124,10 @@ def _launch(
     sizes = block_sizes(source_rows_XV.shape[1])
     reads = sort_reads(segments, coefficients_L, sources_L, source_rows_XV)
     n_segments = len(segments.rows_U)
-    grid = triton.cdiv(n_segments, sizes["BLOCK_R"]), triton.cdiv(sizes["V"], sizes["BLOCK_V"])
     with torch.cuda.device_of(out_XV):
-        _sum_segments[grid](*reads, segments.rows_U, out_XV, n_segments, COMPACT=compact, **sizes)
+        _sum_segments[tile_grid(n_segments, sizes)](
+            *reads, segments.rows_U, out_XV, n_segments, COMPACT=compact, BY_SLICES=by_slices(reads), **sizes
+        )
 
 
 @triton.jit
@@ -171,6 +188,20 @@ def _join_pieces(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def tile_at(  # type: ignore[no-untyped-def]
+    program, n_segments, BY_SLICES: tl.constexpr, V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Returns the segments (R,) and columns (C,) of a program; the last tile has segments past the last."""
+    if BY_SLICES:
+        tiles = tl.cdiv(n_segments, BLOCK_R)
+        tile, block = program % tiles, program // tiles
+    else:
+        blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+        tile, block = program // blocks, program % blocks
+    return tile * BLOCK_R + tl.arange(0, BLOCK_R), block * BLOCK_V + tl.arange(0, BLOCK_V)
+
+
+@triton.jit
 def segment_totals(  # type: ignore[no-untyped-def]
     coefficients, sources, source_rows, starts, partial, u_R, d_C,
     V: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -183,12 +214,17 @@ def segment_totals(  # type: ignore[no-untyped-def]
     n_R1 = tl.load(starts + u_R[:, None] + 1) - start_R1
     reads_R1 = tl.minimum(n_R1, PIECE).to(tl.int32)
     total_RC = tl.zeros((BLOCK_R, BLOCK_V), dtype=tl.float32)
-    for place in range(tl.max(tl.max(reads_R1, axis=0), axis=0)):
-        live_R1 = place < reads_R1
-        source_R1 = tl.load(sources + start_R1 + place, mask=live_R1, other=0).to(tl.int64)
-        coefficient_R1 = tl.load(coefficients + start_R1 + place, mask=live_R1, other=0.0).to(tl.float32)
-        rows_RC = tl.load(source_rows + source_R1 * V + d_C[None, :], mask=live_R1 & in_row_1C, other=0.0)
+    # The number of the next source row is loaded while the present row is under way.
+    source_R1 = tl.load(sources + start_R1, mask=reads_R1 > 0, other=0).to(tl.int64)
+    coefficient_R1 = tl.load(coefficients + start_R1, mask=reads_R1 > 0, other=0.0).to(tl.float32)
+    for place in range(1, tl.max(tl.max(reads_R1, axis=0), axis=0) + 1):
+        mask_RC = (place <= reads_R1) & in_row_1C
+        rows_RC = tl.load(source_rows + source_R1 * V + d_C[None, :], mask=mask_RC, other=0.0)
+        follows_R1 = place < reads_R1
+        next_R1 = tl.load(sources + start_R1 + place, mask=follows_R1, other=0).to(tl.int64)
+        next_coefficient_R1 = tl.load(coefficients + start_R1 + place, mask=follows_R1, other=0.0).to(tl.float32)
         total_RC += coefficient_R1 * rows_RC.to(tl.float32)
+        source_R1, coefficient_R1 = next_R1, next_coefficient_R1
     if tl.max(tl.max(n_R1, axis=0), axis=0) > PIECE:
         further_R1 = start_R1 // PIECE + 1
         mask_RC = (n_R1 > PIECE) & in_row_1C
@@ -199,11 +235,11 @@ def segment_totals(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["n_segments"])
 def _sum_segments(  # type: ignore[no-untyped-def]
     coefficients, sources, source_rows, starts, partial, rows, out, n_segments,
-    COMPACT: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    COMPACT: tl.constexpr, BY_SLICES: tl.constexpr,
+    V: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes one block of columns of the sum of segment u to out[u], or to out[rows[u]] if not COMPACT."""
-    u_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    d_C = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    u_R, d_C = tile_at(tl.program_id(0), n_segments, BY_SLICES, V, BLOCK_R, BLOCK_V)
     # The last program reads its last segment several times, and writes it once.
     at_R = tl.minimum(u_R, n_segments - 1)
     total_RC = segment_totals(
@@ -230,5 +266,6 @@ def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
             cases.append((_sum_pieces, types | {"after": "*i64"}, _piece_sizes(dim)))
             cases.append((_join_pieces, types | {"after": "*i64"}, _piece_sizes(dim)))
         for is_compact, out in ((True, "*fp32"), (False, f"*{element}")):
-            cases.append((_sum_segments, types | {"rows": "*i32", "out": out}, sizes | {"COMPACT": is_compact}))
+            constants = {"COMPACT": is_compact, "BY_SLICES": is_compact}
+            cases.append((_sum_segments, types | {"rows": "*i32", "out": out}, sizes | constants))
     return cases

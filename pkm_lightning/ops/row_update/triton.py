@@ -20,9 +20,12 @@ from torch import Tensor
 from pkm_lightning.ops.row_gradients.triton import (
     SortedReads,
     block_sizes,
+    by_slices,
     read_types,
     segment_totals,
     sort_reads,
+    tile_at,
+    tile_grid,
 )
 from pkm_lightning.ops.row_update.factors import row_factors
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
@@ -39,17 +42,19 @@ _SUMMED_TILES = 8
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
-    return _row_squares(gradient).sum().sqrt()
+    return _shared_squares(gradient, None).sum().sqrt()
 
 
 def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
     # A copy of what is shared, since ranks add their squares in place.
-    return _row_squares(gradient).clone() if weights_V is None else _weighted_squares(gradient, weights_V)
+    return _shared_squares(gradient, weights_V).clone()
 
 
-def _row_squares(gradient: RowGradient) -> Tensor:
-    """Returns the sum of g**2 of each row, which the norm and a rule share."""
+def _shared_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
+    """Returns the sum of g**2 of each row; without weights the norm and a rule share it."""
+    if weights_V is not None:
+        return _weighted_squares(gradient, weights_V)
     if "squares_U" not in gradient.shared:
         gradient.shared["squares_U"] = _weighted_squares(gradient, None)
     squares_U: Tensor = gradient.shared["squares_U"]
@@ -83,21 +88,21 @@ def row_update(
     if len(segments.rows_U) == 0:
         return table_NV.new_zeros(table_NV.shape[1], dtype=torch.float32) if rule.needs_column_sums else None
     scale_1 = torch.as_tensor(scale, dtype=torch.float32, device=table_NV.device).reshape(1)
-    factors_FU, roots_V = row_factors(gradient, rule, step, state, scale_1, mean_squares_U, row_gradient_squares)
+    factors_FU, roots_V = row_factors(gradient, rule, step, state, scale_1, mean_squares_U, _shared_squares)
     has_factors = factors_FU.numel() > 0
     unused = scale_1
     factors_U, more_factors_U = (*factors_FU, unused)[:2]
     correction1, root_correction2 = rule.bias_corrections(step)
     n_segments, sizes = len(segments.rows_U), block_sizes(table_NV.shape[1])
-    programs = triton.cdiv(n_segments, sizes["BLOCK_R"]) * triton.cdiv(sizes["V"], sizes["BLOCK_V"])
+    reads = _reads(gradient)
     with torch.cuda.device_of(table_NV):
-        _update_rows[(programs,)](
-            *_reads(gradient), segments.rows_U, table_NV,
+        _update_rows[tile_grid(n_segments, sizes)](
+            *reads, segments.rows_U, table_NV,
             state.get("exp_avg", unused), state.get("exp_avg_sq", unused),
             factors_U, more_factors_U, roots_V, scale_1,
             step.lr, step.lr * step.weight_decay, rule.betas[0], 1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1],
             rule.eps, 1 / correction1, 1 / root_correction2, step.seed, n_segments,
-            KIND=_KINDS[rule.name], PER_ROW=has_factors, **sizes,
+            KIND=_KINDS[rule.name], PER_ROW=has_factors, BY_SLICES=by_slices(reads), **sizes,
         )  # fmt: skip
     sums_V = _column_sums(gradient, more_factors_U, scale_1) if rule.needs_column_sums else None
     gradient.shared.clear()
@@ -189,18 +194,15 @@ def _update_rows(  # type: ignore[no-untyped-def]
     coefficients, sources, source_rows, starts, partial, rows, table,
     exp_avg, exp_avg_sq, factors, more_factors, roots, scale,
     lr, decay, beta1, new1, beta2, new2, eps, over1, over_root2, seed, n_segments,
-    KIND: tl.constexpr, PER_ROW: tl.constexpr,
+    KIND: tl.constexpr, PER_ROW: tl.constexpr, BY_SLICES: tl.constexpr,
     V: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Updates BLOCK_V columns of BLOCK_R rows: gradient, rule, write.
 
     The equations stand in `rules/`.
     """
-    # Blocks of columns one after another, so that narrow slices of the source rows stay in the L2 cache.
-    tiles = tl.cdiv(n_segments, BLOCK_R)
-    u_R = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    d_C = tl.program_id(0) // tiles * BLOCK_V + tl.arange(0, BLOCK_V)
-    # The last program of a block reads its last segment several times, and writes it once.
+    u_R, d_C = tile_at(tl.program_id(0), n_segments, BY_SLICES, V, BLOCK_R, BLOCK_V)
+    # The last tile reads its last segment several times, and writes it once.
     at_R = tl.minimum(u_R, n_segments - 1)
     u, d = at_R[:, None], d_C[None, :]
     row = tl.where(u_R < n_segments, tl.load(rows + at_R), -1)[:, None].to(tl.int64)
@@ -248,6 +250,7 @@ def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
         names = ("lr", "decay", "beta1", "new1", "beta2", "new2", "eps", "over1", "over_root2")
         numbers = dict.fromkeys(names, "fp32") | {"seed": "i32"}
         constants = sizes | {"KIND": _KINDS[kind], "PER_ROW": kind == "lazy_adam" and element == "bf16"}
+        constants["BY_SLICES"] = dim == 1024
         cases.append((_update_rows, reads | arrays | numbers, constants))
         is_weighted = kind == "factored_adam"
         cases.append((_squares, reads | {"squares": "*fp32", "weights": "*fp32"}, sizes | {"WEIGHTED": is_weighted}))
