@@ -24,7 +24,7 @@ from pkm_lightning.ops.row_gradients import eager
 from pkm_lightning.ops.segments import Segments
 
 #: Reads of a piece, the most that a program waits for.
-_PIECE = 32
+_PIECE = 64
 #: Values of a tile.
 _TILE = 2048
 #: Most columns of a tile: narrow slices of the source rows stay in the L2 cache while all segments are processed.
