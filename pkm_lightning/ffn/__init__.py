@@ -24,6 +24,7 @@ from pkm_lightning.ffn.base import (
     TableRead,
     TableSpec,
     UsesTokenizer,
+    replaced,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "TableRead",
     "TableSpec",
     "UsesTokenizer",
+    "replaced",
 ]
 
 

@@ -41,7 +41,7 @@ then from the inputs and the output of its forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,6 +111,14 @@ class FFNOutput(NamedTuple):
     #: Named detached scalars, each a mean over the real tokens of the rank's micro-batch; logged as `train/NAME`, the
     #: mean over layers.
     metrics: dict[str, Tensor] = {}  # noqa: RUF012
+
+
+_Record = TypeVar("_Record", FFNContext, FFNOutput)
+
+
+def replaced(record: _Record, **fields: Any) -> _Record:
+    """Returns `record` with other `fields`, as its `_replace` does, which torch 2.11 cannot compile."""
+    return type(record)(**{**record._asdict(), **fields})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +36,21 @@ _KEPT = 2
 _UPDATES = 4
 
 
-@runtime_checkable
-class ReadTable(Protocol):
-    """The parts of a `ValueTable`, which itself imports this module."""
+class ReadTable(nn.Module):
+    """What is read of a `ValueTable`, which imports this module.
+
+    It is a base class and no Protocol: from Python 3.12 on, `isinstance` sees no parameter of a module as a member.
+    """
 
     weight: nn.Parameter
+    is_mapped: bool
     stored: StoredRows | None
     prefetcher: RowPrefetcher | None
 
     @property
     def is_streamed(self) -> bool:
-        """Whether every read takes its lines from a file."""
+        """Whether every read takes its lines from a file, in which they stay."""
+        return self.is_mapped and self.stored is not None
 
 
 #: Reads of one micro-batch: the table and the ids, (T, K) each, in any order.

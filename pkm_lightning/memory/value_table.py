@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
-from pkm_lightning.memory.row_prefetch import RowPrefetcher, read_compactly
+from pkm_lightning.memory.row_prefetch import ReadTable, read_compactly
 from pkm_lightning.memory.sharded_reads import sharded_dot, sharded_rows, sharded_sum
 from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.memory.stored_rows import StoredRows
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pkm_lightning.memory.mesh import TableMesh
 
 
-class ValueTable(nn.Module):
+class ValueTable(ReadTable):
     """A table of `rows` x `dim` values, read by ids and weights.
 
     The model owns a table once. Layers that share it hold an unregistered reference (`TableReference`) instead of a
@@ -74,9 +74,7 @@ class ValueTable(nn.Module):
 
     #: Digest of the rows in `stored`, by which a checkpoint without rows knows them.
     rows_digest: Tensor
-    stored: StoredRows | None
     first_rows: Callable[[], StoredRows] | None
-    prefetcher: RowPrefetcher | None
 
     def __init__(
         self,
@@ -247,11 +245,6 @@ class ValueTable(nn.Module):
     def bytes_of(self, values: int) -> int:
         """Returns the bytes that `values` values of whole rows take."""
         return values * self.weight.element_size()
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether every read takes its lines from a file, in which they stay."""
-        return self.is_mapped and self.stored is not None
 
     @property
     def is_split(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from pkm_lightning.ffn import FFNContext, FFNOutput
+from pkm_lightning.ffn import FFNContext, FFNOutput, replaced
 from pkm_lightning.model.attention import Attention, AttentionInputs
 from pkm_lightning.model.plugin_checks import checked_output
 from pkm_lightning.model.plugin_outputs import ParallelFFN, merged_outputs
@@ -69,7 +69,7 @@ class Block(nn.Module):
             outputs["after"] = _run("after", self.after, self.after_norm, x_BTD, context, cached)
             x_BTD = x_BTD + outputs["after"].y_BTD
         if len(outputs) == 1:
-            return outputs["ffn"]._replace(y_BTD=x_BTD)
+            return replaced(outputs["ffn"], y_BTD=x_BTD)
         return merged_outputs(x_BTD, outputs)
 
 
@@ -83,7 +83,7 @@ def _run(
 ) -> FFNOutput:
     """Returns the output of the plugin `name` for the stream `x_BTD`, normalised where there is a norm."""
     if cached is not None:
-        context = context._replace(past=cached.past(name))
+        context = replaced(context, past=cached.past(name))
     input_BTD = x_BTD if norm is None else norm(x_BTD)
     return checked_output(plugin, input_BTD, plugin(input_BTD, context))
 

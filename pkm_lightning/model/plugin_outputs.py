@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pkm_lightning.ffn import FFNContext, FFNOutput
+from pkm_lightning.ffn import FFNContext, FFNOutput, replaced
 from pkm_lightning.model.plugin_checks import checked_output
 
 #: What the names of statistics and traces begin with, by the name of their plugin.
@@ -36,12 +36,12 @@ class ParallelFFN(nn.Module):
         variant = checked_output(self.variant, x_BTD, self.variant(x_BTD, _of_part("variant", context)))
         y_BTD = base.y_BTD if self.defer else base.y_BTD + variant.y_BTD
         merged = merged_outputs(y_BTD, {"ffn.base": base, "ffn.variant": variant})
-        return merged._replace(deferred_BTD=variant.y_BTD if self.defer else None)
+        return replaced(merged, deferred_BTD=variant.y_BTD if self.defer else None)
 
 
 def _of_part(name: str, context: FFNContext) -> FFNContext:
     """Returns the context with that part of the layer's past which the plugin `name` has entered."""
-    return context if context.past is None else context._replace(past=context.past.part(name))
+    return context if context.past is None else replaced(context, past=context.past.part(name))
 
 
 def merged_outputs(y_BTD: Tensor, outputs: Mapping[str, FFNOutput]) -> FFNOutput:

@@ -60,18 +60,15 @@ def read_segments(ids_L: Int[Tensor, " L"], n_rows: int) -> Segments:
 
 def _padded_segments(sorted_L: Tensor, order_L: Tensor, n_rows: int) -> Segments:
     """Returns segments whose number depends on shapes only: `unique` would make the host wait for the device."""
-    reads = sorted_L.numel()
-    is_first_L = torch.ones_like(sorted_L, dtype=torch.bool)
-    is_first_L[1:] = sorted_L[1:] != sorted_L[:-1]
-    n_segments = min(reads, n_rows)
-    starts_U = torch.nonzero_static(is_first_L, size=n_segments, fill_value=reads).squeeze(-1)
-    # A padding segment starts at `reads`, one past the last read, where the padded ids hold -1.
-    padded_L = torch.nn.functional.pad(sorted_L, (0, 1), value=-1)
-    rows_U = padded_L[starts_U]
+    reads, n_segments = sorted_L.numel(), min(sorted_L.numel(), n_rows)
+    # The last reads of all rows but the last, and then the last read of all: a padding segment starts after it.
+    changes_U1 = torch.nonzero_static(sorted_L[1:] != sorted_L[:-1], size=n_segments, fill_value=reads - 1)
     # Reads marked with `n_rows`, of rows that another rank holds, are sorted to the end and cut off there.
     end = (sorted_L < n_rows).sum()
-    starts_Z = torch.minimum(torch.nn.functional.pad(starts_U, (0, 1), value=reads), end)
-    return Segments(order_L, rows_U.masked_fill(rows_U >= n_rows, -1), starts_Z)
+    starts_Z = torch.minimum(torch.nn.functional.pad(changes_U1.squeeze(-1), (1, 0), value=-1) + 1, end)
+    starts_U = starts_Z[:-1]
+    rows_U = sorted_L[starts_U.clamp(max=reads - 1)].masked_fill_(starts_U >= end, -1)
+    return Segments(order_L, rows_U, starts_Z)
 
 
 def read_sources(

@@ -178,6 +178,7 @@ def test_rows_and_columns_without_gradient_leave_the_factors_finite(backend: str
         assert torch.equal(state["column_share"], share_V)
 
 
+@pytest.mark.usefixtures("on_the_backends_device")
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("eager", torch.float64), ("cpu", torch.float32), ("triton", torch.float32)]
 )

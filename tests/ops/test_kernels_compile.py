@@ -17,13 +17,20 @@ FOLDERS = {path.parent.name for path in (ROOT / "pkm_lightning" / "ops").glob("*
 
 
 #: Registers per thread up to which two blocks of 128 threads and more fit on a multiprocessor many times over; searches
-#: hold whole lists of candidates, convolutions four taps of each output. Gradients of norms hold several tiles, but
-#: launch 16 warps per multiprocessor only, each thread of which may take 128 registers.
-_REGISTERS = dict.fromkeys(("product_topk", "ranked_topk", "quantized_rows", "causal_convolution", "rms_norm"), 128)
+#: hold whole lists of candidates, convolutions four taps of each output, updates of rows several tiles. Gradients of
+#: norms do so too, but launch 16 warps per multiprocessor only, each thread of which may take 128 registers.
+_REGISTERS = dict.fromkeys(
+    (
+        "product_topk", "ranked_topk", "quantized_rows", "causal_convolution", "rms_norm", "row_gradients",
+        "row_update",
+    ),
+    128,
+)  # fmt: skip
 #: Scores of 64 tokens with 64 keys beside the best lists of all tokens, measured to be faster than smaller tiles.
 _REGISTERS["half_topk"] = 208
 #: Kernels that read rows of V values, D channels or parts of C values.
 _LOOKUPS = {"_gather_sum", "_gather_dot", "_copy_rows", "_update_rows", "_squares", "_sum_segments", "_sum_pieces"}
+_LOOKUPS |= {"_join_pieces", "_sum_columns"}
 _LOOKUPS |= {"_convolve", "_gradients", "_norm", "_norm_gradients", "_dot", "_dot_gradients"}
 
 

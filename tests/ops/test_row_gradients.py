@@ -89,6 +89,18 @@ def test_hot_rows_are_summed_in_pieces_and_alike_on_every_run(backend: str) -> N
         assert_close(first_UV.cpu()[: len(rows_U)], hot.by_definition(3)[rows_U], kind="grad")
 
 
+@pytest.mark.parametrize("before", [0, 29, 30, 31])
+def test_pieces_of_neighbours_share_no_place(before: int) -> None:
+    counts = torch.tensor([before, 33, 33, 65, 32, 1, 97, 64, 34])  # a piece has 32 reads
+    case = draw(1, 3, 4, int(counts.sum()), torch.float32, "triton")
+    case = case._replace(ids_L=torch.arange(9).repeat_interleave(counts)[torch.randperm(len(case.ids_L))])
+    case = case._replace(ids_L=case.ids_L.to(case.rows_XV.device))
+    segments = read_segments(case.ids_L, 9)
+    grads_UV = row_gradients(segments, *case[1:], backend="triton")
+    rows_U = segments.rows_U.cpu()
+    assert_close(grads_UV.cpu()[rows_U >= 0], case.by_definition(9)[rows_U[rows_U >= 0].long()], kind="grad")
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_empty_segments_give_zeros_and_touch_no_row(backend: str) -> None:
     case = draw(1, 3, 2, 3, torch.float32, backend)._replace(ids_L=torch.tensor([5, 1, 5]))

@@ -136,6 +136,29 @@ def test_means_of_padding_go_nowhere(backend: str, device: str) -> None:
         check_update(gradient, torch.where(gradient.segments.rows_U >= 0, 0.5, torch.nan), backend)
 
 
+@pytest.mark.parametrize("rule", ["row_adagrad", "lazy_adam"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_step_shares_does_not_show(backend: str, rule: str) -> None:
+    results = []
+    for is_shared in (False, True):
+        torch.manual_seed(0)
+        gradient, chosen = read(4, 33, 150, device=device_of(backend)), find_rule(rule)()
+        table_NV = torch.randn(4, 33).to(gradient.source_rows_XV)
+        state = new_state(chosen, table_NV)
+        norm = row_gradient_norm(gradient, backend=backend)
+        if is_shared:
+            # Ranks add their squares in place.
+            row_gradient_squares(gradient, backend=backend).zero_()
+            assert torch.equal(row_gradient_norm(gradient, backend=backend), norm)
+        else:
+            gradient = gradient._replace()
+        for number in (1, 2):
+            row_update(table_NV, gradient, chosen, UpdateStep(lr=0.1, number=number), state, backend=backend)
+            gradient.coefficients_L.mul_(2)
+        results.append(table_NV)
+    assert torch.equal(*results)
+
+
 def test_chunks_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pkm_lightning.ops.row_update.eager._CHUNK_VALUES", 12)
     gradient = read(20, 5, 30)

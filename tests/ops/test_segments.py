@@ -37,6 +37,15 @@ def test_the_length_of_padded_segments_does_not_depend_on_the_ids() -> None:
     assert segments.starts_Z.tolist() == [0, 1, 3, 3]
 
 
+@pytest.mark.parametrize("ids", [[4, 1, 4, 0], [4, 4], [0, 1, 2, 3, 4, 4, 2], [3, 2, 1, 0]])
+def test_marked_reads_belong_to_no_padded_segment(ids: list[int]) -> None:
+    order_L, rows_U, starts_Z = padded(torch.tensor(ids), 4)
+    assert len(rows_U) == min(len(ids), 4)
+    for row, start, stop in zip(rows_U.tolist(), starts_Z[:-1].tolist(), starts_Z[1:].tolist(), strict=True):
+        assert order_L[start:stop].tolist() == [read for read, i in enumerate(ids) if i == row]
+    assert rows_U[rows_U >= 0].tolist() == sorted(set(ids) - {4})
+
+
 @pytest.mark.parametrize("build", [read_segments, padded])
 def test_no_reads_make_no_segments(build) -> None:
     assert [part.tolist() for part in build(torch.zeros(0, dtype=torch.int64), 9)] == [[], [], [0]]

@@ -20,9 +20,8 @@ from torch import Tensor
 #: lines of half-precision rows: the more tokens it has, the fewer tokens are read by two tiles. Where a sequence has
 #: few, a tile is wider. Two loads of 128 bits per thread and tap in half precision.
 _FORWARD = 2048, 32, 512
-#: More tokens, because each tile also writes a sum per tap and channel; fewer values per thread, which holds three of
-#: each.
-_BACKWARD = 4096, 64, 256
+#: Few values per thread, which holds three of each, and few warps, over which the sums of the filters are taken.
+_BACKWARD = 2048, 32, 512
 #: Most channels of a tile.
 _CHANNELS = 256
 

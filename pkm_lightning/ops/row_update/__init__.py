@@ -9,7 +9,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -49,13 +49,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
-class RowGradient(NamedTuple):
-    """The gradient of a table in factored form.
-
-    The gradient of row `n` is the sum over its reads l of `coefficients[l] * source_rows[sources[l]]`. For a weighted
-    gather the coefficients are the weights, and the source rows are the gradients of the outputs.
-    """
-
+class _Factors(NamedTuple):
     #: Rows of the table.
     n_rows: int
     segments: Segments
@@ -65,6 +59,20 @@ class RowGradient(NamedTuple):
     sources_L: Tensor
     #: (X, V) in the table's dtype.
     source_rows_XV: Tensor
+
+
+class RowGradient(_Factors):
+    """The gradient of a table in factored form.
+
+    The gradient of row `n` is the sum over its reads l of `coefficients[l] * source_rows[sources[l]]`. For a weighted
+    gather the coefficients are the weights, and the source rows are the gradients of the outputs. Between the norm and
+    the update of a step its tensors must not change.
+    """
+
+    @functools.cached_property
+    def shared(self) -> dict[str, Any]:
+        """What a backend keeps from the norm for the update, by name; the update empties it."""
+        return {}
 
 
 def row_gradient(
@@ -186,7 +194,7 @@ def row_update(
     if mean_squares_U is not None:
         _check_mean_squares(mean_squares_U, gradient, rule)
     implementation = _implementation("row_update", gradient, _backend_for(rule, gradient, backend))
-    if isinstance(scale, Tensor):
+    if torch.is_tensor(scale):
         scale = scale.to(table_NV.device)
     with torch.no_grad():
         sums_V = implementation(table_NV, gradient, rule, step, state, scale, mean_squares_U)

@@ -52,6 +52,10 @@ def row_factors(
     none = no_factors(gradient)
     if len(rows_U) == 0:
         return none
+    if not (rule.needs_mean_squares or any(part.per == "row" for part in rule.state.values())):
+        # Nothing is known of a row: the host needs no launches to find the rows that were read.
+        columns_V = rule.kernel_columns(state, step)
+        return none if columns_V is None else none._replace(columns_V=columns_V)
     # Padding (row -1) repeats the first segment, and so writes the same values once more: a boolean index would make
     # the host wait for the number of rows. Without any read even the first segment is padding: nothing changes then.
     is_live_U, is_any_1 = rows_U >= 0, rows_U[:1] >= 0

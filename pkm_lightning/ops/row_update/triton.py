@@ -1,6 +1,4 @@
-"""The row update on a GPU: each program sums the reads of one row in a block of columns and updates that block.
-
-Where rows are narrow, a program takes several of them.
+"""The row update on a GPU: each program sums the reads of a tile of rows and columns and updates that tile.
 
 The gradient is never written to memory, and the host does not synchronise with the device: the factor on the gradient
 stays there. What a rule must know of a whole row first (its mean square, its last update) is computed before, as one
@@ -19,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pkm_lightning.ops.row_gradients.triton import block_sizes, further_pieces, segment_total, segment_totals
+from pkm_lightning.ops.row_gradients.triton import (
+    SortedReads,
+    block_sizes,
+    by_slices,
+    read_types,
+    segment_totals,
+    sort_reads,
+    tile_at,
+    tile_grid,
+)
 from pkm_lightning.ops.row_update.factors import row_factors
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
 
@@ -29,31 +36,41 @@ if TYPE_CHECKING:
 _SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM, _FACTORED_ADAM = (tl.constexpr(kind) for kind in range(5))
 # The rules that `_update_rows` knows.
 _KINDS = {"sgd": 0, "row_adagrad": 1, "lazy_adam": 2, "catch_up_adam": 3, "factored_adam": 4}
-#: Columns up to which a program takes several rows: one alone would leave most of its threads idle.
-_NARROW = 32
-#: Values of such a program: each of its 128 threads then loads 128 bits of fp32.
-_NARROW_TILE = 512
-# Segments that one program adds to the sums of its columns.
-_SUMMED_SEGMENTS = 64
+# Tiles that one program adds to the sums of its columns.
+_SUMMED_TILES = 8
 
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_norm`."""
-    return row_gradient_squares(gradient, None).sum().sqrt()
+    return _shared_squares(gradient, None).sum().sqrt()
 
 
 def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
     """Computes `pkm_lightning.ops.row_update.row_gradient_squares`."""
-    segments = gradient.segments
-    squares_U = torch.zeros(len(segments.rows_U), dtype=torch.float32, device=segments.rows_U.device)
-    if len(squares_U):
-        reads, pieces, blocks = _launch_arguments(gradient)
-        sizes = _sizes(gradient.source_rows_XV.shape[1])
-        with torch.cuda.device_of(squares_U):
-            _squares[(triton.cdiv(len(squares_U), sizes["BLOCK_U"]),)](
-                *reads, segments.starts_Z, *pieces, squares_U, squares_U if weights_V is None else weights_V,
-                len(squares_U), WEIGHTED=weights_V is not None, BLOCKS=blocks, **sizes,
-            )  # fmt: skip
+    # A copy of what is shared, since ranks add their squares in place.
+    return _shared_squares(gradient, weights_V).clone()
+
+
+def _shared_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
+    """Returns the sum of g**2 of each row; without weights the norm and a rule share it."""
+    if weights_V is not None:
+        return _weighted_squares(gradient, weights_V)
+    if "squares_U" not in gradient.shared:
+        gradient.shared["squares_U"] = _weighted_squares(gradient, None)
+    squares_U: Tensor = gradient.shared["squares_U"]
+    return squares_U
+
+
+def _weighted_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor:
+    rows_U, sizes = gradient.segments.rows_U, block_sizes(gradient.source_rows_XV.shape[1])
+    if len(rows_U) == 0:
+        return torch.zeros(0, dtype=torch.float32, device=rows_U.device)
+    squares_U = torch.empty(len(rows_U), dtype=torch.float32, device=rows_U.device)
+    with torch.cuda.device_of(squares_U):
+        _squares[(triton.cdiv(len(rows_U), sizes["BLOCK_R"]),)](
+            *_reads(gradient), squares_U, squares_U if weights_V is None else weights_V, len(rows_U),
+            WEIGHTED=weights_V is not None, **sizes,
+        )  # fmt: skip
     return squares_U
 
 
@@ -71,107 +88,87 @@ def row_update(
     if len(segments.rows_U) == 0:
         return table_NV.new_zeros(table_NV.shape[1], dtype=torch.float32) if rule.needs_column_sums else None
     scale_1 = torch.as_tensor(scale, dtype=torch.float32, device=table_NV.device).reshape(1)
-    factors_FU, roots_V = row_factors(gradient, rule, step, state, scale_1, mean_squares_U, row_gradient_squares)
+    factors_FU, roots_V = row_factors(gradient, rule, step, state, scale_1, mean_squares_U, _shared_squares)
     has_factors = factors_FU.numel() > 0
     unused = scale_1
     factors_U, more_factors_U = (*factors_FU, unused)[:2]
-    reads, pieces, blocks = _launch_arguments(gradient)
     correction1, root_correction2 = rule.bias_corrections(step)
-    n_segments, sizes = len(segments.rows_U), _sizes(table_NV.shape[1])
+    n_segments, sizes = len(segments.rows_U), block_sizes(table_NV.shape[1])
+    reads = _reads(gradient)
     with torch.cuda.device_of(table_NV):
-        _update_rows[triton.cdiv(n_segments, sizes["BLOCK_U"]), blocks](
-            *reads, segments.starts_Z, segments.rows_U, *pieces, table_NV,
+        _update_rows[tile_grid(n_segments, sizes)](
+            *reads, segments.rows_U, table_NV,
             state.get("exp_avg", unused), state.get("exp_avg_sq", unused),
             factors_U, more_factors_U, roots_V, scale_1,
             step.lr, step.lr * step.weight_decay, rule.betas[0], 1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1],
             rule.eps, 1 / correction1, 1 / root_correction2, step.seed, n_segments,
-            KIND=_KINDS[rule.name], PER_ROW=has_factors, **sizes,
+            KIND=_KINDS[rule.name], PER_ROW=has_factors, BY_SLICES=by_slices(reads), **sizes,
         )  # fmt: skip
-    return _column_sums(gradient, more_factors_U, scale_1) if rule.needs_column_sums else None
-
-
-def _sizes(dim: int) -> dict[str, int]:
-    """Returns the constants of the kernels that process several segments at once where rows are narrow."""
-    sizes = block_sizes(dim)
-    is_narrow = sizes["BLOCK_V"] <= _NARROW
-    return sizes | {"BLOCK_U": _NARROW_TILE // sizes["BLOCK_V"] if is_narrow else 1}
+    sums_V = _column_sums(gradient, more_factors_U, scale_1) if rule.needs_column_sums else None
+    gradient.shared.clear()
+    return sums_V
 
 
 def _column_sums(gradient: RowGradient, per_square_U: Tensor, scale_1: Tensor) -> Tensor:
     """Returns the sum over the segments of per_square[u] * g**2, (V,), always added in the same order."""
-    reads, pieces, blocks = _launch_arguments(gradient)
-    segments, dim = gradient.segments, gradient.source_rows_XV.shape[1]
-    n_segments = len(segments.rows_U)
-    programs = triton.cdiv(n_segments, _SUMMED_SEGMENTS)
-    sums_PV = torch.empty(programs, dim, dtype=torch.float32, device=per_square_U.device)
+    n_segments, sizes = len(per_square_U), block_sizes(gradient.source_rows_XV.shape[1])
+    programs = triton.cdiv(n_segments, _SUMMED_TILES * sizes["BLOCK_R"])
+    sums_PV = torch.empty(programs, sizes["V"], dtype=torch.float32, device=per_square_U.device)
     with torch.cuda.device_of(sums_PV):
-        _sum_columns[programs, blocks](
-            *reads, segments.starts_Z, *pieces, per_square_U, scale_1, sums_PV, n_segments,
-            SEGMENTS=_SUMMED_SEGMENTS, **block_sizes(dim),
-        )  # fmt: skip
+        _sum_columns[programs, triton.cdiv(sizes["V"], sizes["BLOCK_V"])](
+            *_reads(gradient), per_square_U, scale_1, sums_PV, n_segments, TILES=_SUMMED_TILES, **sizes
+        )
     return sums_PV.sum(0)
 
 
-def _launch_arguments(gradient: RowGradient) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]:
-    """The tensors that every kernel reads, the sums of further pieces, and the number of blocks of columns."""
-    _, segments, coefficients_L, sources_L, source_rows_XV = gradient
-    reads = segments.order_L, coefficients_L, sources_L, source_rows_XV.contiguous()
-    dim = source_rows_XV.shape[1]
-    pieces = further_pieces(segments, coefficients_L, sources_L, reads[-1])
-    return reads, pieces, triton.cdiv(dim, block_sizes(dim)["BLOCK_V"])
+def _reads(gradient: RowGradient) -> SortedReads:
+    """Returns the sorted reads and the sums of further pieces, which all kernels of a step share."""
+    if "reads" not in gradient.shared:
+        gradient.shared["reads"] = sort_reads(*gradient[1:])
+    reads: SortedReads = gradient.shared["reads"]
+    return reads
 
 
 @triton.jit(do_not_specialize=["n_segments"])
 def _squares(  # type: ignore[no-untyped-def]
-    order, coefficients, sources, source_rows, starts, further, ends, partial, squares, weights, n_segments,
-    WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_U: tl.constexpr,
+    coefficients, sources, source_rows, starts, partial, squares, weights, n_segments,
+    WEIGHTED: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Computes squares[u] = the weighted square of the sum of segment u, block of columns after block of columns."""
-    if BLOCK_U == 1:
-        u = tl.program_id(0)
-        total = tl.zeros((BLOCK_V,), dtype=tl.float32)
-        for block in range(BLOCKS):
-            d = block * BLOCK_V + tl.arange(0, BLOCK_V)
-            grad = segment_total(
-                order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
-                V, PIECE, BLOCK_P, BLOCK_V,
-            )  # fmt: skip
-            if WEIGHTED:
-                total += tl.load(weights + d, mask=d < V, other=0.0) * grad * grad
-            else:
-                total += grad * grad
-        tl.store(squares + u, tl.sum(total, axis=0))
-    else:
-        u_R = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-        d_C = tl.arange(0, BLOCK_V)
-        square_RC = segment_totals(
-            order, coefficients, sources, source_rows, starts, further, ends, partial,
-            tl.minimum(u_R, n_segments - 1), d_C, V, PIECE, BLOCK_U, BLOCK_V,
+    u_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at_R = tl.minimum(u_R, n_segments - 1)
+    total_RC = tl.zeros((BLOCK_R, BLOCK_V), dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        d_C = first + tl.arange(0, BLOCK_V)
+        grad_RC = segment_totals(
+            coefficients, sources, source_rows, starts, partial, at_R, d_C, V, PIECE, BLOCK_R, BLOCK_V
         )  # fmt: skip
-        square_RC *= square_RC
         if WEIGHTED:
-            square_RC *= tl.load(weights + d_C, mask=d_C < V, other=0.0)[None, :]
-        tl.store(squares + u_R, tl.sum(square_RC, axis=1), mask=u_R < n_segments)
+            total_RC += tl.load(weights + d_C, mask=d_C < V, other=0.0)[None, :] * grad_RC * grad_RC
+        else:
+            total_RC += grad_RC * grad_RC
+    tl.store(squares + u_R, tl.sum(total_RC, axis=1), mask=u_R < n_segments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_segments"])
 def _sum_columns(  # type: ignore[no-untyped-def]
-    order, coefficients, sources, source_rows, starts, further, ends, partial, per_square, scale, sums, n_segments,
-    SEGMENTS: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+    coefficients, sources, source_rows, starts, partial, per_square, scale, sums, n_segments,
+    TILES: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Computes sums[p] = the sum of per_square * g**2 over the segments of program p, for one block of columns."""
     p = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    d_C = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     factor = tl.load(scale)
-    total = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for u in range(p * SEGMENTS, tl.minimum((p + 1) * SEGMENTS, n_segments)):
-        grad = segment_total(
-            order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
-            V, PIECE, BLOCK_P, BLOCK_V,
-        ) * factor  # fmt: skip
-        total += tl.load(per_square + u) * grad * grad
-    tl.store(sums + p * V + d, total, mask=d < V)
+    total_RC = tl.zeros((BLOCK_R, BLOCK_V), dtype=tl.float32)
+    for tile in range(p * TILES, (p + 1) * TILES):
+        u_R = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        at_R = tl.minimum(u_R, n_segments - 1)
+        grad_RC = factor * segment_totals(
+            coefficients, sources, source_rows, starts, partial, at_R, d_C, V, PIECE, BLOCK_R, BLOCK_V
+        )  # fmt: skip
+        per_square_R = tl.load(per_square + at_R, mask=u_R < n_segments, other=0.0)
+        total_RC += per_square_R[:, None] * grad_RC * grad_RC
+    tl.store(sums + p * V + d_C, tl.sum(total_RC, axis=0), mask=d_C < V)
 
 
 @triton.jit
@@ -194,37 +191,22 @@ def _stored(values, row, d, table, seed, V: tl.constexpr):  # type: ignore[no-un
 # segments, which change every step, would compile more kernels.
 @triton.jit(do_not_specialize=["seed", "n_segments"])
 def _update_rows(  # type: ignore[no-untyped-def]
-    order, coefficients, sources, source_rows, starts, rows, further, ends, partial, table,
+    coefficients, sources, source_rows, starts, partial, rows, table,
     exp_avg, exp_avg_sq, factors, more_factors, roots, scale,
     lr, decay, beta1, new1, beta2, new2, eps, over1, over_root2, seed, n_segments,
-    KIND: tl.constexpr, PER_ROW: tl.constexpr,
-    V: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_U: tl.constexpr,
+    KIND: tl.constexpr, PER_ROW: tl.constexpr, BY_SLICES: tl.constexpr,
+    V: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Updates one block of columns of one row, or of BLOCK_U narrow rows: gradient, rule, write.
+    """Updates BLOCK_V columns of BLOCK_R rows: gradient, rule, write.
 
     The equations stand in `rules/`.
     """
-    if BLOCK_U == 1:
-        u = tl.program_id(0)
-        # A tensor of one element: the interpreter cannot combine masks of a tensor and of a number.
-        row = tl.load(rows + u + tl.arange(0, 1)).to(tl.int64)
-        d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        grad = segment_total(
-            order, coefficients, sources, source_rows, starts, further, ends, partial, u, d,
-            V, PIECE, BLOCK_P, BLOCK_V,
-        )  # fmt: skip
-    else:
-        # The last program reads its last segment several times, and writes it once.
-        u_R = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-        at_R = tl.minimum(u_R, n_segments - 1)
-        d_C = tl.arange(0, BLOCK_V)
-        u, d = at_R[:, None], d_C[None, :]
-        row = tl.where(u_R < n_segments, tl.load(rows + at_R), -1)[:, None].to(tl.int64)
-        grad = segment_totals(
-            order, coefficients, sources, source_rows, starts, further, ends, partial, at_R, d_C,
-            V, PIECE, BLOCK_U, BLOCK_V,
-        )  # fmt: skip
+    u_R, d_C = tile_at(tl.program_id(0), n_segments, BY_SLICES, V, BLOCK_R, BLOCK_V)
+    # The last tile reads its last segment several times, and writes it once.
+    at_R = tl.minimum(u_R, n_segments - 1)
+    u, d = at_R[:, None], d_C[None, :]
+    row = tl.where(u_R < n_segments, tl.load(rows + at_R), -1)[:, None].to(tl.int64)
+    grad = segment_totals(coefficients, sources, source_rows, starts, partial, at_R, d_C, V, PIECE, BLOCK_R, BLOCK_V)
     grad *= tl.load(scale)
     live = (d < V) & (row >= 0)
     at = row * V + d
@@ -262,18 +244,17 @@ def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
                                ("catch_up_adam", "fp32", 100), ("factored_adam", "fp32", 160),
                                ("lazy_adam", "fp32", 160), ("lazy_adam", "fp32", 16), ("lazy_adam", "bf16", 32),
                                ("sgd", "bf16", 257)):  # fmt: skip
-        reads = {"order": "*i64", "coefficients": "*fp32", "sources": "*i32", "source_rows": f"*{element}"}
-        reads |= {"starts": "*i64", "further": "*i64", "ends": "*i64", "partial": "*fp32"}
+        reads, sizes = read_types(element), block_sizes(dim)
         arrays = {"rows": "*i32", "table": f"*{element}", "exp_avg": "*fp32", "exp_avg_sq": "*fp32"}
         arrays |= {"factors": "*fp32", "more_factors": "*fp32", "roots": "*fp32", "scale": "*fp32"}
         names = ("lr", "decay", "beta1", "new1", "beta2", "new2", "eps", "over1", "over_root2")
-        numbers = dict.fromkeys(names, "fp32") | {"seed": "i32", "n_segments": "i32"}
-        sizes = _sizes(dim)
+        numbers = dict.fromkeys(names, "fp32") | {"seed": "i32"}
         constants = sizes | {"KIND": _KINDS[kind], "PER_ROW": kind == "lazy_adam" and element == "bf16"}
+        constants["BY_SLICES"] = dim == 1024
         cases.append((_update_rows, reads | arrays | numbers, constants))
-        blocks, is_weighted = triton.cdiv(dim, sizes["BLOCK_V"]), kind == "factored_adam"
-        squares = reads | {"squares": "*fp32", "weights": "*fp32", "n_segments": "i32"}
-        cases.append((_squares, squares, sizes | {"BLOCKS": blocks, "WEIGHTED": is_weighted}))
-        sums = reads | {"per_square": "*fp32", "scale": "*fp32", "sums": "*fp32", "n_segments": "i32"}
-        cases.append((_sum_columns, sums, block_sizes(dim) | {"SEGMENTS": _SUMMED_SEGMENTS}))
+        is_weighted = kind == "factored_adam"
+        cases.append((_squares, reads | {"squares": "*fp32", "weights": "*fp32"}, sizes | {"WEIGHTED": is_weighted}))
+        if is_weighted:
+            sums = {"per_square": "*fp32", "scale": "*fp32", "sums": "*fp32"}
+            cases.append((_sum_columns, reads | sums, sizes | {"TILES": _SUMMED_TILES}))
     return cases
