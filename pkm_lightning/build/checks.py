@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Iterable, Mapping
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
+import yaml
 
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.optimizer import check_optimizer
@@ -73,14 +76,27 @@ def remark_rate(config: Config) -> str | None:
 def remark_row_optimizer(config: Config) -> str | None:
     """Returns a remark if the row optimizer has been changed although no table learns by it; None if not."""
     table = config["table"]
-    configured = {"rule": "lazy_adam", **(table.get("optimizer") or {})}
-    defaults = {name: parameter.default for name, parameter in inspect.signature(RowOptimizer).parameters.items()}
-    defaults |= {"rule": "lazy_adam", "betas": [0.9, 0.95]}  # those of the YAML
+    if table.get("learning", "dense") != "dense":
+        return None
+    configured, defaults = table.get("optimizer") or {}, _default_row_optimizer()
     changed = [name for name, value in configured.items() if name in defaults and value != defaults[name]]
-    if table.get("learning", "dense") != "dense" or not changed:
+    if not changed:
         return None
     setting = f"table/optimizer={configured['rule']}" if "rule" in changed else f"table.optimizer.{changed[0]}"
     return f"{setting} has no effect with table.learning=dense: optim.optimizer updates the tables"
+
+
+@functools.cache
+def _default_row_optimizer() -> Config:
+    """Returns the keys of the option of `table/optimizer` that `table` has where a command chooses none."""
+    folder = resources.files("pkm_lightning.configs") / "table"
+    (chosen,) = (entry for entry in _yaml(folder / "default.yaml")["defaults"] if isinstance(entry, dict))
+    return _yaml(folder / "optimizer" / f"{chosen['optimizer']}.yaml")
+
+
+def _yaml(file: Traversable) -> Config:
+    content: Config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content
 
 
 def check_clipping(algorithm: str | None) -> None:

@@ -29,6 +29,9 @@ def complete_plugins(config: dict[str, Any]) -> dict[str, Any]:
             completed |= {"ffn": ffn, "table": table}
             continue
         extra = config[EXTRAS][variant.name]
-        settings = {key: table[key] for key in {*(extra.get("table") or {}), "path", "tensor"} if key in table}
+        own = extra.get("table") or {}
+        settings = {key: table[key] for key in {*own, "path", "tensor"} if key in table}
+        if own.get("device") is None:  # it goes on following `table.device`
+            settings.pop("device", None)
         completed[EXTRAS] = {**completed[EXTRAS], variant.name: {**extra, "ffn": ffn, "table": settings}}
     return completed

@@ -156,7 +156,7 @@ class ExtraTableKeys(TypedDict, total=False):
 
     shared: bool
     trainable: bool
-    device: str
+    device: str | None
     path: str | None
     tensor: str | list[str] | None
 

@@ -105,7 +105,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     table_device: str | None = None,
-    table_path: str | Path | None = None,
+    table_path: str | Path | Mapping[str, str | Path] | None = None,
     precision: str | None = None,
     trust_config: bool = False,
 ) -> LoadedModel:
@@ -115,7 +115,8 @@ def load(
         path: a run directory stands for its last checkpoint.
         device: where the model goes.
         table_device: `auto`, `cpu` or `mmap`, as `table.device`; None for that of the training.
-        table_path: where the rows of a frozen table lie now, as `table.path`; None for where they lay in training.
+        table_path: where the rows of a frozen table lie now, as `table.path`, or places by variant, such as
+            {"engram": FILE} for an entry of `extra_ffns`; None for where they lay in training.
         precision: of the weights, as `trainer.precision`; None for that of the training. Nothing is cast within the
             forward, so that `bf16-mixed` is the same as `32-true`.
         trust_config: whether the checkpoint may name classes of other packages.

@@ -186,16 +186,17 @@ def has_digests(checkpoint: SavedCheckpoint) -> bool:
     return any(name.endswith(_DIGEST) for name in checkpoint.shapes)
 
 
-def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
+def include_stored_rows(checkpoint: SavedCheckpoint, path: str | Mapping[str, str] | None) -> None:
     """Adds the rows of frozen tables, which lie in files of their own, to a checkpoint that is exported.
 
     They are found by their digests, so that no model need be built from a configuration that nobody may trust.
 
     Args:
         checkpoint: of any kind; one that holds all of its rows stays as it is.
-        path: where the file lies now; None for `table.path` of the training.
+        path: where the files lie now, as of `with_table_path`; None for `table.path` of the training.
 
     Raises:
+        ConfigError: as `with_table_path`.
         CheckpointError: a file is missing or damaged, or holds other rows than in training.
     """
     names = [name for name in checkpoint.shapes if name.endswith(_DIGEST)]
@@ -214,24 +215,46 @@ def include_stored_rows(checkpoint: SavedCheckpoint, path: str | None) -> None:
     checkpoint.include(rows, complete, digests=names)
 
 
-def with_table_path(config: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
+def with_table_path(config: dict[str, Any], path: str | Path | Mapping[str, str | Path] | None) -> dict[str, Any]:
     """Returns a saved configuration whose `table.path` is where the file lies now; None leaves it.
 
-    It is that of the variant whose rows lie in a file.
+    Args:
+        config: the saved configuration.
+        path: the place by the name of the variant, `ffn` or that of an entry of `extra_ffns`. One place alone is that
+            of the variant whose rows lie in a file; where several do, it is that of `ffn`.
 
     Raises:
-        ConfigError: several variants have a file each.
+        ConfigError: a place of a variant that has no file, or one place alone for several other variants.
     """
     if path is None:
         return config
-    names = [name for name, table in _tables(config).items() if table.get("path") is not None] or [MAIN]
-    if len(names) > 1:
-        raise ConfigError(
-            f"table.path={path} is one file, but {', '.join(names)} have a file each; put them where they were in "
-            "training."
-        )
-    if names == [MAIN]:
-        return with_absolute_paths({**config, "table": {**config["table"], "path": str(path)}})
-    extra = config[EXTRAS][names[0]]
-    moved = {**extra, "table": {**extra["table"], "path": str(path)}}
-    return with_absolute_paths({**config, EXTRAS: {**config[EXTRAS], names[0]: moved}})
+    names = [name for name, table in _tables(config).items() if table.get("path") is not None]
+    if isinstance(path, Mapping):
+        for name, place in path.items():
+            if name not in names:
+                raise ConfigError(f"{_path_key(name)}={place}: {_without_file(config, name)}; leave it out.")
+    else:
+        if len(names) > 1 and MAIN not in names:
+            keys = ", ".join(map(_path_key, names))
+            raise ConfigError(f"table.path={path} is one file, but several variants have one each; set {keys}.")
+        path = {names[0] if len(names) == 1 else MAIN: path}
+    for name, place in path.items():
+        if name == MAIN:
+            config = {**config, "table": {**config["table"], "path": str(place)}}
+        else:
+            extra = config[EXTRAS][name]
+            moved = {**extra, "table": {**extra["table"], "path": str(place)}}
+            config = {**config, EXTRAS: {**config[EXTRAS], name: moved}}
+    return with_absolute_paths(config)
+
+
+def _path_key(name: str) -> str:
+    return "table.path" if name == MAIN else f"{EXTRAS}.{name}.table.path"
+
+
+def _without_file(config: Config, name: str) -> str:
+    """Returns why a variant has no file that could have moved."""
+    tables = _tables(config)
+    if name not in tables:
+        return f"the model has no variant {name}, only {', '.join(tables)}"
+    return f"the rows of {name} lie in the checkpoint and not in a file of their own"

@@ -100,10 +100,13 @@ def names_by_place(config: Config) -> dict[tuple[int, str], str]:
 def table_of(config: Config, extra: Config) -> dict[str, Any]:
     """Returns the settings of the tables of an entry of `extra_ffns`: those of `table`, with its own on top.
 
-    Settings of `table` about the rows of `ffn` themselves do not hold for others.
+    Settings of `table` about the rows of `ffn` themselves do not hold for others. A device of null is that of `table`.
     """
     common = {key: value for key, value in config["table"].items() if key not in _KEYS_OF_ROWS}
-    return {**common, **(extra.get("table") or {})}
+    own = dict(extra.get("table") or {})
+    if own.get("device") is None:
+        own.pop("device", None)
+    return {**common, **own}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from omegaconf import DictConfig, OmegaConf
@@ -59,6 +60,10 @@ _TRAINING_KEYS = (
     *("log_every_n_steps", "num_sanity_val_steps", "gradient_clip_val", "gradient_clip_algorithm"),
     *("accumulate_grad_batches", "enable_model_summary", "overfit_batches", "limit_train_batches"),
 )
+#: Verbs that read a run, and compose no configuration of it.
+VERBS_WITHOUT_VARIANTS = ("generate", "chat", "evaluate", "export")
+#: The place of the table of a further variant.
+PATH_OF_EXTRA = re.compile(r"extra_ffns\.(\w+)\.table\.path")
 #: Groups in the order in which they stand in `configs/config.yaml`.
 GROUPS = (
     *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "strategy", "trainer"),
@@ -72,6 +77,11 @@ TOP_KEYS = (
 )
 
 
+def is_path_of_extra(verb: str, key: str) -> bool:
+    """Returns whether `verb`, which knows no variants of the run that it reads, takes `key` all the same."""
+    return verb in VERBS_WITHOUT_VARIANTS and PATH_OF_EXTRA.fullmatch(key) is not None
+
+
 def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
     """Refuses overrides that `verb` does not read, and keys at the top of `config` that nothing reads.
 
@@ -83,6 +93,8 @@ def check_read(verb: str, overrides: Iterable[str], config: DictConfig) -> None:
         key = key_of(override)
         top = key.split(".")[0].split("/")[0].split("@")[0]
         allowed = KEYS_OF.get(verb)
+        if is_path_of_extra(verb, key):
+            continue
         if allowed is not None and top not in allowed:
             raise ConfigError(f"{override}: {verb} does not read {top}; leave it out. It reads: {', '.join(allowed)}.")
         if verb not in VERBS_OF.get(top, (verb,)):

@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.saving import save
 from pkm_lightning.build.stored_tables import include_stored_rows
@@ -25,6 +23,7 @@ from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import locate, names_pretrained
 from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.moved_tables import moved_tables
 from pkm_lightning.cli.pretrained_run import config_of
 from pkm_lightning.cli.run_contents import copy_held_out
 from pkm_lightning.compare.overrides import key_of
@@ -102,8 +101,7 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
 def _opened(job: Job, path: Path) -> SavedCheckpoint:
     """Returns the checkpoint with the rows that lie in a file of their own."""
     checkpoint = open_checkpoint(path)
-    moved = OmegaConf.select(job.config, "table.path") if job.sets("table.path") else None
-    include_stored_rows(checkpoint, moved)
+    include_stored_rows(checkpoint, moved_tables(job))
     return checkpoint
 
 

@@ -8,9 +8,10 @@ import torch
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import LoadedModel, load
-from pkm_lightning.cli.command_keys import VERBS_OF
+from pkm_lightning.cli.command_keys import VERBS_OF, is_path_of_extra
 from pkm_lightning.cli.evaluation import locate, names_pretrained
 from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.moved_tables import moved_tables
 from pkm_lightning.cli.pretrained_run import config_of
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import ConfigError
@@ -42,7 +43,8 @@ def load_of_job(job: Job, reads: Collection[str] = ()) -> LoadedModel:
     )
     for override in job.overrides:
         key = key_of(override)
-        if key not in own_keys and key.split(".")[0] not in reads:
+        is_own = key in own_keys or (is_path_of_extra(job.verb, key) and "table.path" in own_keys)
+        if not is_own and key.split(".")[0] not in reads:
             allowed = ", ".join((*own_keys, *reads))
             raise ConfigError(f"{override}: {job.verb} does not read {key}; leave it out. It reads: {allowed}.")
     _, weights = locate(job)
@@ -58,7 +60,7 @@ def load_of_job(job: Job, reads: Collection[str] = ()) -> LoadedModel:
         weights,
         device=device,
         table_device=table_device,
-        table_path=OmegaConf.select(job.config, "table.path") if job.sets("table.path") else None,
+        table_path=moved_tables(job),
         precision=None if precision is None else str(precision),
         trust_config=bool(job.config.trust_config),
     )

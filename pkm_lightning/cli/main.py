@@ -97,6 +97,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     from pkm_lightning.cli.composition_errors import explain, explain_composition
     from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
+    from pkm_lightning.cli.moved_tables import with_added_keys
     from pkm_lightning.cli.saved_overrides import on_saved_run
     from pkm_lightning.cli.sweep import check_sweep, tidy_sweep
     from pkm_lightning.cli.texts import with_quoted_texts
@@ -110,7 +111,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         check_sweep(verb, arguments)
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
         arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
-        arguments = on_saved_run(verb, arguments)
+        arguments = on_saved_run(verb, with_added_keys(verb, arguments))
     except PkmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -95,8 +95,7 @@ def save_ngram_layers(holder: HasModel, folder: str | Path) -> list[int]:
 
 def _rows_in_files(model: Transformer, settings: Mapping[str, Any]) -> dict[str, list[tuple[MappedFile, Tensor]]]:
     """Returns the mapped rows of Engram layers whose tables, by these `settings`, stay in a file."""
-    names = {id(module): name for name, module in model.named_modules()}
-    rows = {}
+    names, rows = _names(model), {}
     for _, _, plugin in model.plugins():
         for table in plugin.slots()[0].tables if isinstance(plugin, Engram) else ():
             if table.stored is None:
@@ -112,7 +111,8 @@ def _write(
     model: Transformer, config: Mapping[str, Any], source: WeightSource, folder: Path, tokenizer: Any
 ) -> WrittenNGrams:
     variant = _variant(config)
-    layers = [_layer(model, number, plugin) for number, _, plugin in model.plugins() if isinstance(plugin, Engram)]
+    names = _names(model)
+    layers = [_layer(names, number, plugin) for number, _, plugin in model.plugins() if isinstance(plugin, Engram)]
     _check_expressible(variant, layers)
     content = NGramTensors(source, layers)
     described = _described(variant, config["model"], layers, content)
@@ -130,8 +130,12 @@ def _write(
     return WrittenNGrams([layer.number for layer in layers], len(entries), size, isinstance(tokenizer, Tokenizer))
 
 
-def _layer(model: Transformer, number: int, plugin: Engram) -> NGramLayer:
-    names = {id(module): name for name, module in model.named_modules()}
+def _names(model: Transformer) -> dict[int, str]:
+    """Returns the names of all modules by their ids."""
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def _layer(names: Mapping[int, str], number: int, plugin: Engram) -> NGramLayer:
     (table,) = plugin.slots()[0].tables
     origin = None
     if isinstance(plugin, PretrainedEngram):

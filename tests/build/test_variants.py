@@ -147,7 +147,7 @@ def test_a_wrong_key_of_an_extra_is_named(path: str, value: Any, message: str) -
         (("extra_ffns=pkm", "extra_ffns.pkm.placement.write_after=1"), r"^extra_ffns\.pkm: .*write_after=1 is for"),
         (("extra_ffns=ultramem", "extra_ffns.ultramem.placement.write_after=null"), r"write_after=null is for"),
         (("extra_ffns=pkm", "extra_ffns.pkm.ffn.knn=999"), r"^extra_ffns\.pkm: .*knn=999"),
-        (("extra_ffns=pkm", "+extra_ffns.pkm.table.device=disk"), r"^extra_ffns\.pkm: table\.device='disk' is not"),
+        (("extra_ffns=pkm", "extra_ffns.pkm.table.device=disk"), r"^extra_ffns\.pkm: table\.device='disk' is not"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_names_the_variant(overrides: tuple[str, ...], message: str) -> None:
@@ -191,7 +191,8 @@ def test_an_extra_takes_the_table_of_ffn_but_for_what_is_said_about_its_rows() -
     assert tables["ffn"] == settings["table"]
     assert [tables["pkm"][key] for key in ("shared", "device", "learning")] == [False, "auto", "dense"]
     assert [tables["memory"][key] for key in ("shared", "device", "learning")] == [True, "cpu", "dense"]
-    assert not {"path", "tensor", "trainable"} & (tables["pkm"].keys() | tables["memory"].keys())
+    assert not {"path", "tensor", "trainable"} & tables["pkm"].keys()
+    assert [tables["memory"][key] for key in ("path", "tensor", "trainable")] == [None, None, True]
 
 
 def test_a_loaded_model_has_all_tables_where_they_are_wanted() -> None:
@@ -280,7 +281,7 @@ def test_a_pretrained_model_has_no_further_ffns(more: dict[str, Any], message: s
 
 def test_a_table_in_a_file_that_would_learn_names_the_variant() -> None:
     with pytest.raises(ConfigError, match=r"^extra_ffns\.pkm: table\.device=mmap: a table that stays in a file"):
-        resolved("extra_ffns=pkm", "+extra_ffns.pkm.table.device=mmap", "model.memory.n_keys=16", training=True)
+        resolved("extra_ffns=pkm", "extra_ffns.pkm.table.device=mmap", "model.memory.n_keys=16", training=True)
 
 
 def test_the_outputs_of_a_mixture_are_those_of_its_parts() -> None:

@@ -105,7 +105,7 @@ def test_a_further_variant_is_saved_as_it_is_read_back(tmp_path: Path) -> None:
     extra = "extra_ffns.engram_pretrained"
     places = {"placement.layers": "[2]", f"{extra}.placement.layers": "[0,1]", f"{extra}.ffn.path": tmp_path / "qwen"}
     settings = {**SETTINGS, "ffn": "memory_plus", "extra_ffns": "engram_pretrained", **places}
-    frozen = [f"+{extra}.table.trainable=false", f"+{extra}.table.device=mmap"]
+    frozen = [f"{extra}.table.trainable=false", f"{extra}.table.device=mmap"]
     config = resolved(*SMALL_DATA, *(f"{key}={value}" for key, value in settings.items()), *frozen).config
     # A tensor per layer.
     assert len(config["extra_ffns"]["engram_pretrained"]["table"]["tensor"]) == 2
