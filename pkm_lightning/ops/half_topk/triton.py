@@ -19,9 +19,6 @@ from torch import Tensor
 from pkm_lightning.ops.ranked_topk.triton import below_all, merge_best, pack, packed_places, packed_scores
 from pkm_lightning.ops.segments import read_segments
 
-#: Tokens per program: few where there are few, since `tl.dot` needs at least 16 rows.
-_TOKENS, _FEW_TOKENS = 64, 16
-_SMALLEST_BLOCK = 64  # keys
 _READS = 32  # whose rows one program of a gradient loads at once
 
 
@@ -136,15 +133,18 @@ def _precision(device: torch.device) -> str:
 
 
 def _forward_sizes(tokens: int, n_keys: int, dim: int, k: int, precision: str) -> dict[str, Any]:
+    # Tokens, keys and columns of a block. Without matrix units, and with wider blocks of columns, 64 tokens would need
+    # more registers than there are.
+    if precision == "ieee":
+        block = 16, 64, 64
+    else:
+        block = (16, 64, 32) if tokens <= 16 else (64, 64, 32)
     padded = triton.next_power_of_2(k)
-    # The best of a block are merged with the best so far, so a block has at least P keys.
-    block = max(_SMALLEST_BLOCK, padded)
-    # Without matrix units, and with wider blocks of columns, 64 tokens would need more registers than there are.
-    is_few = tokens <= _FEW_TOKENS or precision == "ieee"
-    columns = min(64 if is_few else 32, max(16, triton.next_power_of_2(dim)))
     return {
-        "S": n_keys, "F": dim, "K": k, "P": padded, "BLOCK_T": _FEW_TOKENS if is_few else _TOKENS,
-        "BLOCK_S": block, "BLOCK_F": columns, "PRECISION": precision,
+        "S": n_keys, "F": dim, "K": k, "P": padded, "BLOCK_T": block[0],
+        # The best of a block are merged with the best so far, so a block has at least P keys.
+        "BLOCK_S": max(block[1], padded),
+        "BLOCK_F": min(block[2], max(16, triton.next_power_of_2(dim))), "PRECISION": precision,
     }  # fmt: skip
 
 
