@@ -136,6 +136,11 @@ class _MicroBatch:
         pairs = zip(self.moved, tokens, strict=True)
         return all(other is None if mine is None else other is not None and mine.is_(other) for mine, other in pairs)
 
+    def reads_so_far(self) -> dict[ReadTable, list[CompactRead]]:
+        """Returns its reads, none while they are under way or if they have failed."""
+        is_made = self.reads.done() and not self.reads.cancelled() and self.reads.exception() is None
+        return self.reads.result() if is_made else {}
+
 
 class RowPrefetcher:
     """The prefetched reads of all tables of a model. Its thread lives as long as a loader is iterated over.
@@ -244,9 +249,7 @@ class RowPrefetcher:
         for batch in self._kept():
             if batch.is_of(tokens):
                 reads = [read for read in batch.reads.result().get(table, ()) if read.reader is reader]
-                for read in reads:
-                    self._await(read)
-                return [read.ids.tensor for read in reads if read.ids is not None] or None
+                return [ids.tensor for ids in (self._awaited(read).ids for read in reads) if ids is not None] or None
         return None
 
     def find(self, table: ReadTable, ids_TK: Int[Tensor, "T K"]) -> CompactRead | None:
@@ -255,11 +258,14 @@ class RowPrefetcher:
         Raises:
             Exception: what its thread has raised.
         """
-        reads = [read for batch in self._kept() for read in batch.reads.result().get(table, ())]
-        for is_wanted in (_is_same, _has_same_values):
-            for read in reads:
-                self._await(read)
-                if is_wanted(read, ids_TK):
+        # The tensors of `ids_ahead` are of reads that are done: the next micro-batch, which may not be, is not awaited.
+        for batch in self._kept():
+            for read in batch.reads_so_far().get(table, ()):
+                if _is_same(read, ids_TK):
+                    return self._present(table, self._awaited(read))
+        for batch in self._kept():
+            for read in batch.reads.result().get(table, ()):
+                if _has_same_values(self._awaited(read), ids_TK):
                     return self._present(table, read)
         return None
 
@@ -268,14 +274,15 @@ class RowPrefetcher:
         if table in self._updates:
             self._updates[table].append((before, table.weight._version, rows_U.long()))
 
-    def _await(self, read: CompactRead) -> None:
-        """Makes the GPU's present work wait for the copies of a read; the host goes on."""
+    def _awaited(self, read: CompactRead) -> CompactRead:
+        """Returns a read whose copies the GPU's present work waits for; the host goes on."""
         if read.ready is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(read.ready)
             for tensor in (read.ids.tensor, read.local_TK, read.rows_UV) if read.ids is not None else ():
                 tensor.record_stream(current)
             read.ready = None
+        return read
 
     def _present(self, table: ReadTable, read: CompactRead) -> CompactRead | None:
         """Returns the read with the present lines of the table; None if it is not known which have changed."""
