@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from stored_files import write_tensors
+from stored_files import TokenRows, write_tensors
 from tolerances import assert_close
 from torch.utils.data import DataLoader, IterableDataset
 from toys import VOCAB
@@ -21,7 +21,8 @@ from training import fits
 from training.token_rows import N, V, batches, settings
 
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.memory import row_prefetch
+from pkm_lightning.ffn import FFNContext
+from pkm_lightning.memory import ValueTable, row_prefetch
 from pkm_lightning.memory.row_prefetch import RowPrefetcher
 from pkm_lightning.training import lookahead
 
@@ -122,6 +123,24 @@ def test_plugins_of_the_package_take_the_ids_of_the_thread(
     assert same({n: v for n, v in in_memory.items() if n in mapped}, mapped)
     assert set(hits) == {True}
     assert compared == []
+
+
+def tokens_twice(self: TokenRows, context: FFNContext) -> list[tuple[ValueTable, torch.Tensor]]:
+    """The row of each token, twice; the ids are a view of the tokens."""
+    return [(self._table.table, context.input_ids_BT.reshape(-1, 1).expand(-1, 2))]
+
+
+def test_a_validation_in_inference_mode_fetches_ids_that_are_the_tokens(
+    tmp_path: Path, hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tensors(tmp_path / "rows.safetensors", {"rows": torch.randn(N, V)})
+    monkeypatch.setattr(TokenRows, "row_ids", tokens_twice)
+    losses = [
+        fits.trainer().validate(fits.LanguageModule(settings(path, **table)), fits.loader(batches()), verbose=False)
+        for table in ({}, {"device": "mmap"})
+    ]
+    assert losses[0] == losses[1]
+    assert hits == [True] * 6
 
 
 @pytest.mark.gpu
