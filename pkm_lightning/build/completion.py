@@ -29,9 +29,9 @@ def complete_plugins(config: dict[str, Any]) -> dict[str, Any]:
             completed |= {"ffn": ffn, "table": table}
             continue
         extra = config[EXTRAS][variant.name]
-        own = extra.get("table") or {}
-        settings = {key: table[key] for key in {*own, "path", "tensor"} if key in table}
-        if own.get("device") is None:  # it goes on following `table.device`
+        of_extra = extra.get("table") or {}
+        settings = {key: table[key] for key in {*of_extra, "path", "tensor"} if key in table}
+        if of_extra.get("device") is None:  # it goes on following `table.device`
             settings.pop("device", None)
         completed[EXTRAS] = {**completed[EXTRAS], variant.name: {**extra, "ffn": ffn, "table": settings}}
     return completed

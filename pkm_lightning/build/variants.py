@@ -103,10 +103,10 @@ def table_of(config: Config, extra: Config) -> dict[str, Any]:
     Settings of `table` about the rows of `ffn` themselves do not hold for others. A device of null is that of `table`.
     """
     common = {key: value for key, value in config["table"].items() if key not in _KEYS_OF_ROWS}
-    own = dict(extra.get("table") or {})
-    if own.get("device") is None:
-        own.pop("device", None)
-    return {**common, **own}
+    of_extra = dict(extra.get("table") or {})
+    if of_extra.get("device") is None:
+        of_extra.pop("device", None)
+    return {**common, **of_extra}
 
 
 @contextlib.contextmanager

@@ -27,9 +27,11 @@ def with_added_keys(verb: str, arguments: Sequence[str]) -> list[str]:
 
 def moved_tables(job: Job) -> dict[str, str] | str | None:
     """Returns the places by variant, one place that was given without a variant, or None if the command names none."""
-    extras = {match[1]: match[0] for match in map(PATH_OF_EXTRA.fullmatch, map(key_of, job.overrides)) if match}
+    keys = {match[1]: match[0] for match in map(PATH_OF_EXTRA.fullmatch, map(key_of, job.overrides)) if match}
     main = OmegaConf.select(job.config, "table.path") if job.sets("table.path") else None
+    places = {name: OmegaConf.select(job.config, key) for name, key in keys.items()}
+    # null, as in a saved configuration, names no place.
+    extras = {name: str(place) for name, place in places.items() if place is not None}
     if not extras:
         return main
-    places = {name: str(OmegaConf.select(job.config, key)) for name, key in extras.items()}
-    return places if main is None else {MAIN: main, **places}
+    return extras if main is None else {MAIN: main, **extras}

@@ -60,7 +60,10 @@ Tokens = tuple[Tensor | None, ...]
 
 
 class _Unchanged:
-    """A tensor that is recognised by its memory, for as long as nothing has been written to it."""
+    """A tensor that is recognised by its memory, for as long as nothing has been written to it.
+
+    Its version counts writes, but none through `.data`, NumPy or a kernel that torch does not know.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self._version = tensor, tensor._version
@@ -134,7 +137,15 @@ class _MicroBatch:
         if self.moved is None:
             return False
         pairs = zip(self.moved, tokens, strict=True)
-        return all(other is None if mine is None else other is not None and mine.is_(other) for mine, other in pairs)
+        if not all(other is None if mine is None else other is not None and mine.is_(other) for mine, other in pairs):
+            return False
+        # What no version counts is seen by comparison, where the host need not wait for it.
+        return any(other is not None and other.device.type != "cpu" for other in tokens) or _equal(self.tokens, tokens)
+
+    def reads_so_far(self) -> dict[ReadTable, list[CompactRead]]:
+        """Returns its reads, none while they are under way or if they have failed."""
+        is_made = self.reads.done() and not self.reads.cancelled() and self.reads.exception() is None
+        return self.reads.result() if is_made else {}
 
 
 class RowPrefetcher:
@@ -244,9 +255,7 @@ class RowPrefetcher:
         for batch in self._kept():
             if batch.is_of(tokens):
                 reads = [read for read in batch.reads.result().get(table, ()) if read.reader is reader]
-                for read in reads:
-                    self._await(read)
-                return [read.ids.tensor for read in reads if read.ids is not None] or None
+                return [ids.tensor for ids in (self._awaited(read).ids for read in reads) if ids is not None] or None
         return None
 
     def find(self, table: ReadTable, ids_TK: Int[Tensor, "T K"]) -> CompactRead | None:
@@ -255,11 +264,14 @@ class RowPrefetcher:
         Raises:
             Exception: what its thread has raised.
         """
-        reads = [read for batch in self._kept() for read in batch.reads.result().get(table, ())]
-        for is_wanted in (_is_same, _has_same_values):
-            for read in reads:
-                self._await(read)
-                if is_wanted(read, ids_TK):
+        # The tensors of `ids_ahead` are of reads that are done: the next micro-batch, which may not be, is not awaited.
+        for batch in self._kept():
+            for read in batch.reads_so_far().get(table, ()):
+                if _is_same(read, ids_TK):
+                    return self._present(table, self._awaited(read))
+        for batch in self._kept():
+            for read in batch.reads.result().get(table, ()):
+                if _has_same_values(self._awaited(read), ids_TK):
                     return self._present(table, read)
         return None
 
@@ -268,14 +280,15 @@ class RowPrefetcher:
         if table in self._updates:
             self._updates[table].append((before, table.weight._version, rows_U.long()))
 
-    def _await(self, read: CompactRead) -> None:
-        """Makes the GPU's present work wait for the copies of a read; the host goes on."""
+    def _awaited(self, read: CompactRead) -> CompactRead:
+        """Returns a read whose copies the GPU's present work waits for; the host goes on."""
         if read.ready is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(read.ready)
             for tensor in (read.ids.tensor, read.local_TK, read.rows_UV) if read.ids is not None else ():
                 tensor.record_stream(current)
             read.ready = None
+        return read
 
     def _present(self, table: ReadTable, read: CompactRead) -> CompactRead | None:
         """Returns the read with the present lines of the table; None if it is not known which have changed."""

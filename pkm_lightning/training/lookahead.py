@@ -132,10 +132,14 @@ class LoaderWrapping:
         prefetcher = self._prefetchers.setdefault(device, RowPrefetcher(device))
 
         def observe(iteration: object, batch: Any) -> None:
-            if isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor):
-                # Copies: a loader may use the memory of a micro-batch for its next one.
-                tokens = tuple(None if field is None else field.clone() for field in _tokens(batch))
-                prefetcher.submit(iteration, tables, lambda: _reads(plugins, tokens, device), tokens)
+            fields = _tokens(batch)
+            if fields is None:
+                return
+            # Copies: a loader may use the memory of a micro-batch for its next one. Lightning validates in inference
+            # mode, whose tensors, and views of them, do not count what is written to them.
+            with torch.inference_mode(False):
+                tokens = tuple(None if field is None else field.clone() for field in fields)
+            prefetcher.submit(iteration, tables, lambda: _reads(plugins, tokens, device), tokens)
 
         has_position = hasattr(processed, "state_dict")
         data = self._strategy.lightning_module.trainer.datamodule  # type: ignore[union-attr]
@@ -146,12 +150,12 @@ class LoaderWrapping:
     def batch_to_device(self, batch: Any, *arguments: Any, **named: Any) -> Any:
         """Moves a micro-batch, in the place of `Strategy.batch_to_device`; the prefetched reads then know it."""
         moved = self._move(batch, *arguments, **named)
-        if self._prefetchers and isinstance(batch, dict) and isinstance(moved, dict) and not self._may_change():
-            tokens = _tokens(batch)
+        if self._prefetchers and not self._may_change():
+            before, after = _tokens(batch), _tokens(moved)
             # One that comes from a device is not compared, which would wait for it.
-            if all(field is None or field.device.type == "cpu" for field in tokens):
+            if before is not None and after is not None and all(_is_none_or_on_host(field) for field in before):
                 for prefetcher in self._prefetchers.values():
-                    prefetcher.follow(tokens, _tokens(moved))
+                    prefetcher.follow(before, after)
         return moved
 
     def _may_change(self) -> bool:
@@ -192,9 +196,16 @@ def is_prefetched(table: ValueTable, device: torch.device) -> bool:
     return table.stays_on_cpu and device.type != "cpu" and not table.is_split and not changes_everywhere
 
 
-def _tokens(batch: dict[str, Tensor]) -> Tokens:
-    """Returns the fields of a micro-batch that ids of rows may follow from; None where it has none."""
-    return tuple(batch.get(name) for name in ("input_ids", "valid", "doc_ids"))
+def _tokens(batch: object) -> Tokens | None:
+    """Returns the fields of a micro-batch that ids of rows may follow from; None if `batch` is none of tokens."""
+    if not isinstance(batch, dict) or not isinstance(batch.get("input_ids"), Tensor):
+        return None
+    fields = tuple(batch.get(name) for name in ("input_ids", "valid", "doc_ids"))
+    return fields if all(field is None or isinstance(field, Tensor) for field in fields) else None
+
+
+def _is_none_or_on_host(field: Tensor | None) -> bool:
+    return field is None or field.device.type == "cpu"
 
 
 def _reads(plugins: Sequence[HasRowIds], tokens: Tokens, device: torch.device) -> Mapping[object, Reads]:

@@ -55,6 +55,7 @@ def test_every_verb_takes_the_key_of_a_further_variant(cli: Run, tmp_path: Path)
         ),
         ([*export, "file=x.safetensors", MOVED, "table.path=y"], "table.path=y: the rows of ffn lie in the checkpoint"),
         ([*asked, "extra_ffns.engram.table.device=cpu"], "generate does not read extra_ffns.engram.table.device"),
+        ([*asked, "extra_ffns.engram.table.path=null"], "rows.safetensors cannot be read"),
     ):
         refused = cli(*command)
         assert (refused.code, message in refused.err) == (2, True), refused.err

@@ -83,6 +83,28 @@ def test_ids_of_tokens_that_were_moved_are_known_without_comparison(
     prefetcher.end("train")
 
 
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_a_read_does_not_wait_for_those_of_the_next_micro_batch(tmp_path: Path, is_ahead: bool) -> None:
+    table = ValueTable(rows=N, dim=V, device="mmap", stored=stored(tmp_path / "rows", torch.randn(N, V)))
+    tokens, wanted_TK, may_read = (torch.arange(T),), ids(), threading.Event()
+    prefetcher = RowPrefetcher(CPU)
+
+    def late() -> dict[object, list[tuple[ValueTable, Tensor]]]:
+        may_read.wait(10)
+        return {}
+
+    prefetcher.submit("train", [table], lambda: {"layer": [(table, wanted_TK)]}, tokens)
+    prefetcher.submit("train", [table], late, (torch.arange(T) + 1,))
+    next_batch = prefetcher._batches["train"][1].reads
+    prefetcher.follow(tokens, tokens)
+    ahead = table.ids_ahead("layer", tokens)
+    assert ahead is not None
+    assert prefetcher.find(table, ahead[0] if is_ahead else wanted_TK.clone()) is not None
+    assert not next_batch.done()
+    may_read.set()
+    prefetcher.end("train")
+
+
 def test_rows_that_were_updated_since_are_read_again(learning: tuple[ValueTable, TableOptimizer]) -> None:
     table, optimizer = learning
     coming_TK = ids()

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from stored_files import write_tensors
+from stored_files import TokenRows, write_tensors
 from tolerances import assert_close
 from torch.utils.data import DataLoader, IterableDataset
 from toys import VOCAB
@@ -21,7 +21,8 @@ from training import fits
 from training.token_rows import N, V, batches, settings
 
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.memory import row_prefetch
+from pkm_lightning.ffn import FFNContext
+from pkm_lightning.memory import ValueTable, row_prefetch
 from pkm_lightning.memory.row_prefetch import RowPrefetcher
 from pkm_lightning.training import lookahead
 
@@ -124,6 +125,24 @@ def test_plugins_of_the_package_take_the_ids_of_the_thread(
     assert compared == []
 
 
+def tokens_twice(self: TokenRows, context: FFNContext) -> list[tuple[ValueTable, torch.Tensor]]:
+    """The row of each token, twice; the ids are a view of the tokens."""
+    return [(self._table.table, context.input_ids_BT.reshape(-1, 1).expand(-1, 2))]
+
+
+def test_a_validation_in_inference_mode_fetches_ids_that_are_the_tokens(
+    tmp_path: Path, hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tensors(tmp_path / "rows.safetensors", {"rows": torch.randn(N, V)})
+    monkeypatch.setattr(TokenRows, "row_ids", tokens_twice)
+    losses = [
+        fits.trainer().validate(fits.LanguageModule(settings(path, **table)), fits.loader(batches()), verbose=False)
+        for table in ({}, {"device": "mmap"})
+    ]
+    assert losses[0] == losses[1]
+    assert hits == [True] * 6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["mmap", "cpu"])
 def test_a_gpu_learns_the_same_from_rows_that_were_fetched_ahead(
@@ -177,6 +196,11 @@ def next_tokens_in_place(module: Any, batch: fits.Batch, number: int) -> fits.Ba
     return batch
 
 
+def next_tokens_in_memory(module: Any, batch: fits.Batch, number: int) -> None:
+    ids_BT = batch["input_ids"].numpy()  # its writes are counted nowhere
+    ids_BT[:] = (ids_BT + 1) % VOCAB
+
+
 @pytest.mark.parametrize(
     ("hook", "change"),
     [
@@ -185,6 +209,7 @@ def next_tokens_in_place(module: Any, batch: fits.Batch, number: int) -> fits.Ba
         ("on_after_batch_transfer", next_tokens),
         ("on_after_batch_transfer", next_tokens_in_place),
         ("on_train_batch_start", next_tokens_in_place),
+        ("on_train_batch_start", next_tokens_in_memory),
     ],
 )
 def test_other_tokens_than_were_announced_are_read_anew(

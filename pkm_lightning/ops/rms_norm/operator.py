@@ -39,7 +39,7 @@ def dot(x_TD: Tensor, y_TD: Tensor, gain_D: Tensor, groups: int, eps: float, *, 
 
 
 def _has_kernel(backend: str, x_TD: Tensor, groups: int) -> bool:
-    """Says whether the kernels take `x`: they compute in fp32, and some hold a whole part at once."""
+    """Returns whether the kernels take `x`: they compute in fp32, and some hold a whole part at once."""
     fits = x_TD.shape[-1] // groups <= LARGEST_PART.get(backend, x_TD.shape[-1])
     return fits and x_TD.dtype is not torch.float64
 
