@@ -14,7 +14,8 @@ from stored_files import write_tensors
 from training import fits
 from training.token_rows import N, V, batches, settings
 
-from pkm_lightning.training.lookahead import Lookahead
+from pkm_lightning.memory.row_prefetch import RowPrefetcher
+from pkm_lightning.training.lookahead import LoaderWrapping, Lookahead
 
 
 class Counted:
@@ -127,3 +128,15 @@ def test_an_error_of_the_data_comes_when_its_turn_has_come() -> None:
     with pytest.raises(ValueError, match="bad data"):
         next(batches)
     assert len(ended) == 1
+
+
+@pytest.mark.parametrize("batch", [{"input_ids": [1, 2]}, {"input_ids": torch.ones(2), "valid": [True]}, {}, None])
+def test_a_batch_that_is_none_of_tokens_is_moved_as_without_prefetch(
+    monkeypatch: pytest.MonkeyPatch, batch: Any
+) -> None:
+    strategy = fits.trainer().strategy
+    monkeypatch.setattr(strategy, "batch_to_device", lambda batch: batch)
+    wrapping = LoaderWrapping(strategy)
+    wrapping._prefetchers[torch.device("cpu")] = RowPrefetcher(torch.device("cpu"))
+    monkeypatch.setattr(wrapping, "_may_change", lambda: False)
+    assert wrapping.batch_to_device(batch) is batch
