@@ -36,7 +36,7 @@ def _segments(ids_L, order_L, rows_L, starts_Z):  # type: ignore[no-untyped-def]
     for read in range(reads):
         bits |= ids_L[read]
     passes = 1
-    while bits >> (passes * _BITS):
+    while passes * _BITS < 31 and bits >> (passes * _BITS):
         passes += 1
     places = np.zeros((passes, 1 << _BITS), np.int64)
     for read in range(reads):

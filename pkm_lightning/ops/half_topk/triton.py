@@ -133,13 +133,13 @@ def _precision(device: torch.device) -> str:
 
 
 def _forward_sizes(tokens: int, n_keys: int, dim: int, k: int, precision: str) -> dict[str, Any]:
-    # Tokens, keys and columns of a block. Without matrix units, and with wider blocks of columns, 64 tokens would need
-    # more registers than there are.
+    padded = triton.next_power_of_2(k)
+    # Tokens, keys and columns of a block. Without matrix units, with long lists and with wider blocks of columns, 64
+    # tokens would need more registers than there are.
     if precision == "ieee":
         block = 16, 64, 64
     else:
-        block = (16, 64, 32) if tokens <= 16 else (64, 64, 32)
-    padded = triton.next_power_of_2(k)
+        block = (16, 64, 32) if tokens <= 16 or padded > 64 else (64, 64, 32)
     return {
         "S": n_keys, "F": dim, "K": k, "P": padded, "BLOCK_T": block[0],
         # The best of a block are merged with the best so far, so a block has at least P keys.
@@ -158,8 +158,13 @@ def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     types = dict.fromkeys(floats, "*fp32") | {"indices_XTK": "*i32", "rows_U": "*i32", "tokens": "i32"}
     types |= {"order_L": "*i64", "starts_Z": "*i64"}
     cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-    # A usual size, one of decoding, and odd sizes that need every mask.
-    for tokens, n_keys, dim, k in ((4096, 1024, 128, 32), (1, 1024, 64, 32), (4096, 100, 24, 7)):
+    # A usual size, a long list, one token, and odd sizes that need every mask.
+    for tokens, n_keys, dim, k in (
+        (4096, 1024, 128, 32),
+        (4096, 1024, 128, 128),
+        (1, 1024, 64, 32),
+        (4096, 100, 24, 7),
+    ):
         backward = _backward_sizes(dim, k)
         cases += [(_best_keys, types, _forward_sizes(tokens, n_keys, dim, k, way)) for way in ("tf32x3", "ieee")]
         cases.append((_query_gradient, types, backward | {"S": n_keys}))
