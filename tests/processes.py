@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import SMALL_RUN
+from small import SMALL_RUN, Run
 
 from pkm_lightning.checkpoints import SavedCheckpoint
 
@@ -76,3 +76,14 @@ def assert_equal_runs(first: Path, second: Path) -> None:
             for name, value in state.items():  # a table's count of updates is a number
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][key][name])), name
     assert metrics(first) == metrics(second)
+
+
+def assert_continues_bit_for_bit(cli: Run, folder: Path, *command: str) -> None:
+    """Fits once at a stretch and once with an interruption in the 7th step, in the working directory `folder`."""
+    command = (*command, "+callbacks.interrupt._target_=toys.InterruptOnce")
+    assert cli(*command, "run_dir=whole").code == 0
+    (folder / "interrupt").touch()
+    assert cli(*command, "run_dir=halves").code == 130
+    again = cli(*command, "run_dir=halves")
+    assert again.code == 0, again.err
+    assert_equal_runs(folder / "whole", folder / "halves")

@@ -230,6 +230,7 @@ def with_table_path(config: dict[str, Any], path: str | Path | Mapping[str, str 
         return config
     names = [name for name, table in _tables(config).items() if table.get("path") is not None]
     if isinstance(path, Mapping):
+        path = {name: place for name, place in path.items() if place is not None}
         for name, place in path.items():
             if name not in names:
                 raise ConfigError(f"{_path_key(name)}={place}: {_without_file(config, name)}; leave it out.")

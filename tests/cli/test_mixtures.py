@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from processes import assert_equal_runs
+from processes import assert_continues_bit_for_bit
 from small import SMALL_RUN, Run, record
 
 import pkm_lightning
@@ -200,11 +200,5 @@ def test_your_own_entry_is_a_file_of_a_folder_or_written_in_an_experiment(cli: R
 )
 def test_a_run_continues_bit_for_bit(cli: Run, tmp_path: Path, table: str) -> None:
     steps = ["trainer.max_steps=10", "trainer.val_check_interval=10"]
-    command = [*FIT, *steps, table, "+callbacks.interrupt._target_=toys.InterruptOnce"]
-    assert cli(*command, "run_dir=whole").code == 0
-    (tmp_path / "interrupt").touch()
-    assert cli(*command, "run_dir=halves").code == 130
-    again = cli(*command, "run_dir=halves")
-    assert again.code == 0, again.err
-    assert_equal_runs(tmp_path / "whole", tmp_path / "halves")
+    assert_continues_bit_for_bit(cli, tmp_path, *FIT, *steps, table)
     assert latest_checkpoint(tmp_path / "halves") is not None

@@ -79,6 +79,7 @@ def test_one_place_is_that_of_the_only_file_or_of_the_main_variant() -> None:
     assert paths(config("/a", one="/b"), "/x") == ("/x", "/b")
     assert paths(config("/a", one="/b"), {"ffn": "/x", "one": "/y"}) == ("/x", "/y")
     assert paths(config("/a", one="/b"), None) == ("/a", "/b")
+    assert paths(config("/a", one="/b"), {"ffn": None, "one": "/y"}) == ("/a", "/y")
     with pytest.raises(
         ConfigError, match=r"^table.path=/x is one file, .* set extra_ffns.one.table.path, extra_ffns.two"
     ):

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from processes import assert_equal_runs
+from processes import assert_continues_bit_for_bit
 from small import SMALL_RUN, Run, record, rows
 from tolerances import assert_same_on_devices
 from torch import Tensor
@@ -111,10 +111,4 @@ def test_ways_of_training(overrides: list[str], cli: Run) -> None:
 def test_a_continued_run_has_the_bits_of_one_that_was_not_interrupted(
     overrides: list[str], cli: Run, tmp_path: Path
 ) -> None:
-    command = ["fit", *overrides, *GPU, "+callbacks.interrupt._target_=toys.InterruptOnce"]
-    assert cli(*command, "run_dir=whole").code == 0
-    (tmp_path / "interrupt").touch()
-    assert cli(*command, "run_dir=halves").code == 130
-    again = cli(*command, "run_dir=halves")
-    assert again.code == 0, again.err
-    assert_equal_runs(tmp_path / "whole", tmp_path / "halves")
+    assert_continues_bit_for_bit(cli, tmp_path, "fit", *overrides, *GPU)
