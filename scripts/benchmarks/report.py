@@ -157,10 +157,13 @@ def write_csv(out: Path, name: str, facts: Mapping[str, str], results: list[Resu
     """
     path = out if out.suffix == ".csv" else out / f"{facts['date']}-{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    # Written anew after every row: a process that is killed here must not lose the rows before.
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*facts, *_record(Result(row=""))])
         writer.writeheader()
         writer.writerows({**facts, **_record(result)} for result in results)
+    unfinished.replace(path)
     return path
 
 

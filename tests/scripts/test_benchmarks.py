@@ -156,6 +156,20 @@ def test_a_wrong_and_a_failing_way_are_not_timed(
     assert "no such kernel" in capsys.readouterr().out
 
 
+def test_a_benchmark_that_is_stopped_keeps_its_rows(script: Any, tmp_path: Path) -> None:
+    protocol, parts = script("benchmarks.protocol"), script("benchmarks.case")
+
+    def stopped() -> Any:
+        raise KeyboardInterrupt
+
+    rows = [parts.Row("done", lambda: parts.Skipped("no peer"), stopped), parts.Row("next", stopped, stopped)]
+    out = tmp_path / "stopped.csv"
+    with pytest.raises(KeyboardInterrupt):
+        protocol.benchmark("test", "", lambda _: rows, ["--device", "cpu", "--smoke", "--out", str(out)])
+    assert [(line["row"], line["status"]) for line in lines(out)] == [("done", "skipped: no peer")]
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.slow
 def test_whole_models_write_with_and_without_a_cache(script: Any, tmp_path: Path) -> None:
     out = tmp_path / "generation.csv"
