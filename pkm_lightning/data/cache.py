@@ -115,10 +115,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_damage(folder: Path, key: CacheKey) -> str | None:
+def find_damage(folder: Path, key: CacheKey | None) -> str | None:
     """Returns what is wrong with a cache folder, such as `train.bin has changed since it was written`, or None.
 
-    Reads all files; where that takes long, a line is logged now and then.
+    Reads all files; where that takes long, a line is logged now and then. A `key` of None stands for any.
     """
     if not folder.exists():
         return "it is missing"
@@ -126,7 +126,9 @@ def find_damage(folder: Path, key: CacheKey) -> str | None:
         manifest = read_manifest(folder)
         seal = manifest.pop("sha256", None)
         # Folders of earlier versions have no seal.
-        whole = seal in (None, _seal(manifest)) and manifest["arguments"] == json.loads(json.dumps(key.arguments))
+        whole = seal in (None, _seal(manifest))
+        if key is not None:
+            whole &= manifest["arguments"] == json.loads(json.dumps(key.arguments))
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         read = whole and isinstance(manifest["sources"], list)
     except OSError as error:
