@@ -162,13 +162,21 @@ class TokenDataModule(LightningDataModule):
         """Returns the complete cache folder, which is built if it is missing."""
         # Remembered, so that a source file edited during a run does not change the data under it.
         if self._folder is None:
-            if self.cache_dir.parts[:1] == ("~",):
-                raise ConfigError(
-                    f"data.cache_dir={self.cache_dir}: this user has no home directory; set data.cache_dir or the "
-                    "environment variable PKM_LIGHTNING_CACHE to a directory."
-                )
-            self._folder = open_cache(self.cache_dir, self.cache_key(), self.build)
+            self._folder = open_cache(self.usable_cache_dir(), self.cache_key(), self.build)
         return self._folder
+
+    def usable_cache_dir(self) -> Path:
+        """Returns `cache_dir`.
+
+        Raises:
+            ConfigError: it lies in the home directory of a user who has none.
+        """
+        if self.cache_dir.parts[:1] == ("~",):
+            raise ConfigError(
+                f"data.cache_dir={self.cache_dir}: this user has no home directory; set data.cache_dir or the "
+                "environment variable PKM_LIGHTNING_CACHE to a directory."
+            )
+        return self.cache_dir
 
     @property
     def fingerprint(self) -> str:

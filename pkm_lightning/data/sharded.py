@@ -126,7 +126,7 @@ class ShardedDataModule(TokenDataModule):
             return []
 
         arguments = {"parts": {part: shards.identity() for part, shards in parts.items()}, "seq_len": self.seq_len}
-        folder = open_cache(self.cache_dir, CacheKey("pieces", arguments), build)
+        folder = open_cache(self.usable_cache_dir(), CacheKey("pieces", arguments), build)
         capacity = self.seq_len if self.packing == "documents" else None
         opened: dict[str, Opened] = {}
         for part, shards in parts.items():

@@ -11,12 +11,15 @@ from pkm_lightning.data.cache import CacheKey, Source, read_manifest
 from pkm_lightning.data.datamodule import LoaderOptions, Splits
 from pkm_lightning.data.files import check_paths, expanded
 from pkm_lightning.data.sharded import ShardedDataModule
-from pkm_lightning.data.shards.folder import check_folder, check_same_tokenizer
+from pkm_lightning.data.shards.folder import check_folder, check_same_tokenizer, require_folder
 from pkm_lightning.data.shards.format import PARTS
 from pkm_lightning.data.shards.mapped import TokenShards, read_index
 from pkm_lightning.errors import DataError
 
 __all__ = ["TokensDataModule"]
+
+#: The keys of folders that hold one part alone.
+KEYS = {"validation": "data.val_path", "test": "data.test_path"}
 
 
 class TokensDataModule(ShardedDataModule):
@@ -34,6 +37,9 @@ class TokensDataModule(ShardedDataModule):
         DataError: in `prepare_data` and `vocab_size`, for a folder that is missing, foreign, damaged, or of another
             tokenizer.
     """
+
+    #: What names `path` in messages.
+    key = "data.path"
 
     def __init__(
         self,
@@ -59,7 +65,9 @@ class TokensDataModule(ShardedDataModule):
     @property
     def vocab_size(self) -> int:
         """Number of ids that a model must provide for."""
-        return int(read_index(self.cache_folder())["vocab_size"])
+        # Before it is compared with its hashes, which takes time: `info` asks too.
+        require_folder(self.path, self.key)
+        return int(read_index(self.path)["vocab_size"])
 
     def cache_key(self) -> CacheKey:
         """Raises NotImplementedError: nothing is built."""
@@ -76,10 +84,11 @@ class TokensDataModule(ShardedDataModule):
             DataError: one is missing, foreign, damaged, or of another tokenizer.
         """
         if self._folder is None:
-            check_folder(self.path, "data.path")
+            checked = self.usable_cache_dir() / "checked"
+            check_folder(self.path, self.key, checked)
             for part, folder in self.own_paths.items():
-                check_folder(folder, KEYS[part])
-                check_same_tokenizer(self.path, "data.path", folder, KEYS[part])
+                check_folder(folder, KEYS[part], checked)
+                check_same_tokenizer(self.path, self.key, folder, KEYS[part])
             self._folder = self.path
         return self._folder
 
@@ -107,21 +116,16 @@ class TokensDataModule(ShardedDataModule):
         # Whoever prepared it has split it too; here all of it is held out.
         parts |= {part: TokenShards(other, *PARTS) for part, other in self.own_paths.items()}
         if not parts["validation"].n_tokens:
-            key = KEYS["validation"] if "validation" in self.own_paths else "data.path"
             raise DataError(
-                f"{key}={self.own_paths.get('validation', folder)} has no validation part; set data.val_path to a "
-                "prepared folder whose documents validate."
+                f"{self.place('validation')} has no validation part; set data.val_path to a prepared folder whose "
+                "documents validate."
             )
         return self.open_parts(parts, folder)
 
     def place(self, part: str) -> str:
         """Returns the key and value that name the folder of a part."""
-        return f"{KEYS[part]}={self.own_paths[part]}" if part in self.own_paths else f"data.path={self.path}"
+        return f"{KEYS[part]}={self.own_paths[part]}" if part in self.own_paths else f"{self.key}={self.path}"
 
     def questions_folder(self) -> Path:
         """Returns the folder whose validation part is asked about."""
         return self.own_paths.get("validation", self.cache_folder())
-
-
-#: The keys of folders that hold one part alone.
-KEYS = {"validation": "data.val_path", "test": "data.test_path"}
