@@ -1,9 +1,9 @@
 """The rendering of a chat template, which is a program, so that time and memory can be limited.
 
 A template comes with a model of somebody else. Jinja's sandbox keeps it from files and from Python's internals, and not
-from loops without end or texts that fill the memory. The program `template_process.py SECONDS` takes one request per line
-of JSON and writes one answer per line, each within SECONDS of computing. The first request is `{"template", "globals"}`
-and its answer `{}`; the others:
+from loops without end or texts that fill the memory. The program `template_process.py SECONDS` takes one request of
+JSON per line and writes one answer per line, each within SECONDS of computing. The first request is
+`{"template", "globals"}` and its answer `{}`; the others:
 
 | request | answer |
 |---|---|

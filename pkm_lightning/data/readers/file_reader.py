@@ -39,10 +39,11 @@ class FileReader(ABC):
     @property
     def skipped(self) -> Counter[str]:
         """How much was left out of what has been read so far, by reason."""
-        return sum(self._left_out.values(), self._other_files)
+        return sum(self._left_out.values(), self.other_files)
 
     @cached_property
-    def _other_files(self) -> Counter[str]:
+    def other_files(self) -> Counter[str]:
+        """How many files are left out, by reason."""
         others = skipped_files(self.path, self.endings)
         return Counter({f"files of other endings: {ending}": count for ending, count in others.items()})
 

@@ -106,7 +106,8 @@ def text_field(where: str, record: Mapping[str, Any], field: str) -> str:
     """
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        problem = "is missing" if field not in record else "is blank" if isinstance(value, str) else "is not text"
+        kind = "blank" if isinstance(value, str) else "null" if value is None else "not text"
+        problem = f"is {kind}" if field in record else "is missing"
         raise DataError(
             f"{where}: field '{field}' {problem} (fields present: {', '.join(record)}); correct the record or set "
             "data.text_field, data.prompt_field and data.answer_field."
