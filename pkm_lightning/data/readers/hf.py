@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,7 @@ class DatasetReader(RecordReader):
             yield from super().pieces(first_file)
             return
         # The limit counts the rows of earlier files too.
-        limited = takewhile(lambda pair: pair[0] < self.limit, enumerate(super().pieces(0)))
-        yield from (piece for _, piece in limited if piece.file >= first_file)
+        yield from (piece for piece in islice(super().pieces(0), self.limit) if piece.file >= first_file)
 
 
 class HubReader(DatasetReader):
@@ -140,7 +139,7 @@ class HubReader(DatasetReader):
             )
         except Exception as error:  # of any kind, from the libraries of the network
             raise self._unreachable(error) from None
-        return dataset, revision or getattr(dataset, "_fingerprint", "cached")
+        return dataset, str(revision or getattr(dataset, "_fingerprint", "cached"))
 
     def _unreachable(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -180,7 +180,6 @@ def _json(file: Path, names: Sequence[str] | None) -> Iterator[Row]:
     blocks = text_blocks(file)
     first = next(blocks, "")
     if not first.lstrip().startswith("["):
-        blocks.close()
         yield from (record for _, record in read_records(file))
         return
     parts, size = [], 0
