@@ -93,6 +93,8 @@ class TokenDataModule(LightningDataModule):
 
     #: Every rank can always make another training batch.
     endless = True
+    #: Whether `build` continues in a folder that a killed call of it has left.
+    resumes_build = False
 
     def __init__(self, **options: Unpack[TokenOptions]) -> None:
         super().__init__()
@@ -155,7 +157,7 @@ class TokenDataModule(LightningDataModule):
                     f"data.cache_dir={self.cache_dir}: this user has no home directory; set data.cache_dir or the "
                     "environment variable PKM_LIGHTNING_CACHE to a directory."
                 )
-            self._folder = open_cache(self.cache_dir, self.cache_key(), self.build)
+            self._folder = open_cache(self.cache_dir, self.cache_key(), self.build, resumes=self.resumes_build)
         return self._folder
 
     @property
