@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -25,7 +25,8 @@ from pkm_lightning.data.cache import CacheKey, Source, open_cache, read_manifest
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.order import EpochOrder, ShareBatchSampler, StepBatchSampler, micro_batch_size
 from pkm_lightning.data.prompts import PromptBatches, check_prompts, collect_prompts
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import ConfigError, DataError, check_range
 
 __all__ = ["Splits", "TokenDataModule", "TokenOptions"]
@@ -40,8 +41,12 @@ class TokenOptions(TypedDict):
     """The configuration keys that every tokenised data source has.
 
     Attributes:
-        tokenizer: `bpe`, `bytes`, or the path of a `tokenizer.json`.
+        tokenizer: `bpe`, `bytes`, or a path; for this and the other keys of the tokenizer see `TokenizerChoice`.
         vocab_size: tokens of a `bpe` vocabulary, 258 or more.
+        special_tokens: names of further control tokens.
+        normalization: what is done to texts before they are encoded, or None.
+        tokenizer_bytes: of text that a `bpe` vocabulary is learned from at most.
+        tokenizer_pattern: cuts texts for a .tiktoken file, or None.
         seq_len: tokens per sequence, T.
         global_batch_size: sequences per optimizer step, over all ranks and micro-batches.
         num_workers: loader processes per rank; 0 loads in the training process.
@@ -60,6 +65,10 @@ class TokenOptions(TypedDict):
     cache_dir: str
     prompts: Sequence[str]
     prompts_file: str | None
+    special_tokens: NotRequired[Sequence[str]]
+    normalization: NotRequired[str | None]
+    tokenizer_bytes: NotRequired[int]
+    tokenizer_pattern: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class TokenDataModule(LightningDataModule):
 
     def __init__(self, **options: Unpack[TokenOptions]) -> None:
         super().__init__()
-        wrong = sorted(set(options) ^ TokenOptions.__required_keys__)
+        wrong = sorted((set(options) ^ TokenOptions.__required_keys__) - TokenOptions.__optional_keys__)
         if wrong:
             raise ConfigError(
                 f"data has missing or unknown keys: {', '.join(wrong)}; besides its own, every token data source has "
@@ -118,7 +127,7 @@ class TokenDataModule(LightningDataModule):
         check_prompts(options["prompts"])
         self._prompts = options["prompts"]
         self._prompts_file = options["prompts_file"]
-        self.tokenizer_choice = TokenizerChoice(options["tokenizer"], options["vocab_size"], self.cache_dir)
+        self.tokenizer_choice = TokenizerChoice.of(options, self.cache_dir)
         self._folder: Path | None = None
         self._splits: Splits | None = None
         self._loaded_samples = 0
