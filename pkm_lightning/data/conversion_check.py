@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer as Backend
 
@@ -21,7 +21,7 @@ ORDINARY = (
 #: may divide in ways of equal probability, of which rounding chooses one.
 UNUSUAL = (
     "aaaaaaa ababababa ------- ....... !!!!! ======== hahahaha 11111111",
-    "e\u0301 o\u0308 combined, \u1112\u1161\u11ab\u1100\u1173\u11af decomposed",
+    "e\u0301 o\u0308 e\u0301\u0302 combined, \u1112\u1161\u11ab\u1100\u1173\u11af decomposed",
     "\ufb01\ufb02 \u2460 \u33a7 \uff21\uff22 \u3000wide\u3000 \u00a0fixed\u00a0 soft\u00ad \u200bzero",
     "\x00\x01 controls \x7f\x85 \ufeffmark \ufffd",
 )
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def check_conversion(
-    backend: Backend, reference: Callable[[str], list[int]], source: str, library: str, symbols: Iterable[str] = ()
+    backend: Backend, reference: Callable[[str], list[int]], source: str, library: str, symbols: Sequence[str] = ()
 ) -> None:
     """Refuses a conversion that gives ordinary text other ids, and warns where it does so for unusual text.
 
@@ -55,6 +55,6 @@ def check_conversion(
             raise DataError(
                 f"{source} cannot be converted: {text!r} would get other ids than by {library}; give a tokenizer.json."
             )
-    for text in UNUSUAL:
+    for text in [*UNUSUAL, *(f"{symbol}one" for symbol in symbols)]:
         if differs(text):
             log.warning("%s: %r gets other ids than by %s, as texts like it may.", source, text, library)

@@ -26,7 +26,6 @@ _CUT_AT_SPACES = {
 #: Work on single characters and the marks after them: never on both sides of the place before a space.
 _LOCAL_NORMALIZERS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "BertNormalizer", "Precompiled", "ByteLevel"),
-    "Prepend",
 }
 _LOCAL_PRE_TOKENIZERS = {"Digits", "Punctuation", "ByteLevel"}
 _SPLIT_AT_SPACES = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
@@ -51,7 +50,7 @@ class Cutting:
 def cutting_of(described: Mapping[str, Any]) -> Cutting:
     """Returns how texts may be cut for the content of a `tokenizer.json`."""
     normalizers = list(_parts(described["normalizer"], "normalizers"))
-    adds_space = any(part["type"] == "Prepend" and part["prepend"] == SPACE for part in normalizers)
+    adds_space = any(_is_prefix(part) for part in normalizers)
     exact = (
         all(_is_local(part, adds_space) for part in normalizers)
         and _separates_words(described, normalizers)
@@ -71,9 +70,16 @@ def _parts(described: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[st
         yield from _parts(part, key)
 
 
-def _is_local(part: Mapping[str, Any], adds_space: bool) -> bool:
+def _is_prefix(part: Mapping[str, Any]) -> bool:
+    """Returns whether a normalizer puts a space before each text, as SentencePiece does."""
     if part["type"] == "Prepend":
-        return adds_space
+        return bool(part["prepend"] == SPACE)
+    return part["type"] == "Replace" and part["content"] == SPACE and part["pattern"].get("Regex", "")[:2] == r"\A"
+
+
+def _is_local(part: Mapping[str, Any], adds_space: bool) -> bool:
+    if _is_prefix(part):
+        return True
     if part["type"] == "Strip":
         return not part["strip_left"]
     if part["type"] == "Replace":

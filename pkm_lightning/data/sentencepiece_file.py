@@ -8,6 +8,7 @@ text would get other ids.
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -43,11 +44,12 @@ def read_model(content: bytes, source: str) -> Backend:
     pieces = list(model.pieces)
     special = [AddedToken(p.piece, special=True, normalized=False) for p in pieces if p.type in (_UNKNOWN, _CONTROL)]
     backend.add_special_tokens(special)
-    backend.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == _USER_DEFINED])
+    symbols = [p.piece for p in pieces if p.type == _USER_DEFINED]
+    # Looked for in the normalised text: what stands between two of them must not be normalised as a text of its own.
+    backend.add_tokens([AddedToken(symbol, normalized=True) for symbol in symbols])
     from sentencepiece import SentencePieceProcessor
 
-    names = [p.piece for p in pieces if p.type == _USER_DEFINED]
-    check_conversion(backend, SentencePieceProcessor(model_proto=content).encode, source, "sentencepiece", names)
+    check_conversion(backend, SentencePieceProcessor(model_proto=content).encode, source, "sentencepiece", symbols)
     return backend
 
 
@@ -111,7 +113,10 @@ def _set_spaces(backend: Backend, model: Any) -> None:
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))
+        # Symbols are normalised too before they are looked for, and must stay as they are.
+        symbols = "|".join(re.escape(piece.piece) for piece in model.pieces if piece.type == _USER_DEFINED)
+        before_text = Regex(rf"\A(?!(?:{symbols})\z)(?=[\s\S])")
+        steps.append(normalizers.Replace(before_text, SPACE) if symbols else normalizers.Prepend(SPACE))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     names = [piece.piece for piece in model.pieces]
     if SPACE in names and not any(crosses_space(name, SPACE) for name in names):

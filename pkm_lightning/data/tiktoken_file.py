@@ -152,7 +152,7 @@ def _entry(line: bytes, where: str) -> tuple[bytes, int]:
     if not whole:
         shown = line[:40].decode(errors="replace")
         raise DataError(
-            f"{where} holds {shown!r}; each line of a rank file has a token in base64, a space and its rank."
+            f"{where} holds {shown!r}; a line of a rank file has a token in base64, a space and its rank."
         )
     return token, rank
 
@@ -171,8 +171,8 @@ def rank_backend(ranks: Mapping[bytes, int], encoding: Encoding, source: str) ->
     """
     if encoding.n_ranks not in (None, len(ranks)):
         raise DataError(
-            f"{source} has {len(ranks)} tokens, and the published encoding of this name {encoding.n_ranks}; restore the "
-            "file, or rename it and set data.tokenizer_pattern."
+            f"{source} has {len(ranks)} tokens, and the published encoding of this name {encoding.n_ranks}; restore "
+            "the file, or rename it and set data.tokenizer_pattern."
         )
     taken = {rank: token for token, rank in ranks.items()}
     for name, i in encoding.control_tokens.items():

@@ -258,7 +258,7 @@ def _keep_names_apart(backend: Backend) -> None:
         return
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     names = [re.escape(name) for name in special if backend.token_to_id(name) in _ids(backend, name) and len(name) > 1]
-    if getattr(backend.model, "byte_fallback", False) and backend.token_to_id("<0x41>") in _ids(backend, "<0x41>"):
+    if backend.token_to_id("<0x41>") in _ids(backend, "<0x41>"):
         names.append("<0x[0-9A-F]{2}>")
     if names:
         apart = pre_tokenizers.Split(Regex("|".join(f"{name[0]}(?={name[1:]})" for name in names)), "isolated")

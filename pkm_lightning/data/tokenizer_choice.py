@@ -89,8 +89,8 @@ class TokenizerChoice:
         check_integer("data.tokenizer_bytes", self.sample_bytes, LEAST_SAMPLE_BYTES)
         if self.pattern is not None and self.kind in KINDS:
             raise ConfigError(
-                f"data.tokenizer_pattern={self.pattern!r} is for .tiktoken files, and data.tokenizer={self.kind}; leave "
-                "it out."
+                f"data.tokenizer_pattern={self.pattern!r} is for .tiktoken files, and data.tokenizer={self.kind}; "
+                "leave it out."
             )
         needed = BYTES_VOCAB + len(self.special_tokens)
         if self.kind == "bpe" and self.size < needed:
