@@ -18,7 +18,7 @@ from pkm_lightning.data.readers.fields import Fields
 from pkm_lightning.data.readers.record_reader import RecordReader
 from pkm_lightning.data.readers.tables import TABLE_ENDINGS, columns_of, rows_of, table_kind
 from pkm_lightning.data.template_renderer import TemplateRenderer
-from pkm_lightning.errors import DataError, missing_extra
+from pkm_lightning.errors import ConfigError, DataError, missing_extra
 
 __all__ = ["DatasetReader", "HubReader", "dataset_reader"]
 
@@ -182,8 +182,21 @@ class HubReader(DatasetReader):
 
 
 def dataset_reader(path: str | Sequence[str], *, name: str | None, streaming: bool, **options: Any) -> DatasetReader:
-    """Returns the reader of local files, or of the hub where `path` can only be a name there."""
+    """Returns the reader of local files, or of the hub where `path` can only be a name there.
+
+    Args:
+        path, options: see `DatasetReader`.
+        name, streaming: see `HubReader`.
+
+    Raises:
+        ConfigError: `path` names no files, or files although `name` is one of the hub.
+    """
     check_paths(options["key"], path)
     if is_hub_name(path):
         return HubReader(str(path), name=name, streaming=streaming, **options)
+    if name is not None:
+        shown = path if isinstance(path, str) else ", ".join(path)
+        raise ConfigError(
+            f"data.name={name} is of a dataset on the hub, and {options['key']}={shown} are files; leave it out."
+        )
     return DatasetReader(path, **options)
