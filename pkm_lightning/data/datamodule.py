@@ -61,7 +61,7 @@ class LoaderOptions(TypedDict):
 
 
 class TokenizerOptions(TypedDict, total=False):
-    """The configuration keys of a tokenizer that may be left out; see `TokenizerChoice`.
+    """The configuration keys of a tokenizer that may be absent; `TokenizerChoice` explains them.
 
     Attributes:
         special_tokens: names of further control tokens.
