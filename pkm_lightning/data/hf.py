@@ -65,11 +65,13 @@ class HfDataModule(RecordDataModule):
 
     def reader(self, path: str | Sequence[str], part: str) -> DatasetReader:
         """Returns the rows of a part."""
+        others = [self.splits_of_parts[other] for other, shared in self._paths().items() if shared == self.path]
         return dataset_reader(
             path,
             name=self.name,
             streaming=self.streaming,
             split=self.splits_of_parts[part],
+            elsewhere=None if part != "train" and path == self.path else others,
             limit=self.limit,
             fields=self.fields,
             renderer=self.renderer(),

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pkm_lightning.data.cache import Source
+from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.chat_choice import check_chat_template, chosen_template
 from pkm_lightning.data.readers.fields import Fields, Kind
 from pkm_lightning.data.readers.record_reader import RecordReader
 from pkm_lightning.data.sharded import CorpusDataModule
 from pkm_lightning.data.template_renderer import TemplateRenderer
+from pkm_lightning.errors import ConfigError
 
 #: Of the folder with prepared data, as Hugging Face names it.
 TEMPLATE = "chat_template.jinja"
@@ -65,6 +66,19 @@ class RecordDataModule(CorpusDataModule):
         fields = [self.fields.text, self.fields.prompt, self.fields.answer, self.fields.messages]
         template = json.dumps([self._template.template, self._template.names], sort_keys=True)
         return {"fields": fields, "chat_template": hashlib.sha256(template.encode()).hexdigest()}
+
+    def cache_key(self) -> CacheKey:
+        """Returns what decides the prepared records.
+
+        Raises:
+            ConfigError: conversations would be cut anywhere.
+        """
+        if self.packing == "windows" and self.reader(self.path, "train").kind is Kind.CONVERSATION:
+            raise ConfigError(
+                f"data.packing=windows would cut the conversations of data.path={self.path} anywhere, and part answers "
+                "from their questions; set data.packing=documents or data.packing=none."
+            )
+        return super().cache_key()
 
     def build(self, folder: Path) -> list[Source]:
         """Tokenises the records; beside the tokenizer of conversations lies the template that has rendered them."""

@@ -208,7 +208,9 @@ class CorpusDataModule(ShardedDataModule):
         if test_path is not None and test_fraction:
             raise ConfigError(f"data.test_fraction={test_fraction} and data.test_path={test_path}: set one of them.")
         self.path = path if isinstance(path, str) else tuple(path)
-        self.val_path, self.test_path = val_path, test_path
+        self.val_path, self.test_path = (
+            other if other is None or isinstance(other, str) else tuple(other) for other in (val_path, test_path)
+        )
         self.fractions = Fractions(val_fraction, test_fraction, seed)
 
     def place(self, part: str) -> str:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pkm_lightning.data import HfDataModule
+from pkm_lightning.data.shards.mapped import read_index
 from pkm_lightning.errors import ConfigError, DataError
 
 
@@ -29,12 +30,15 @@ def texts(loader: Any, datamodule: HfDataModule) -> set[str]:
 def test_splits_of_a_folder_are_the_parts(hf: Callable[..., HfDataModule], tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         write(tmp_path / f"{split}-00000-of-00001.parquet", f"{split} text")
+    write(tmp_path / "dev-00000-of-00001.parquet", "validation text", rows=0)
+    (tmp_path / "README.md").write_text("#")
     datamodule = hf(
         str(tmp_path), text_field="body", packing="none", val_split="validation", test_split="test", limit=20
     )
     datamodule.prepare_data()
     for loader, split in ((datamodule.val_dataloader(), "validation"), (datamodule.test_dataloader(), "test")):
         assert texts(loader, datamodule) == {f"{split} text {i}" for i in range(20)}
+    assert read_index(datamodule.cache_folder())["skipped"] == {"empty files": 1, "files of other endings: .md": 1}
     n_train = len(datamodule.splits.order.keys(0)[:])
     assert n_train == 20
     assert datamodule.cache_key() != hf(str(tmp_path), text_field="body", limit=20).cache_key()

@@ -141,6 +141,10 @@ def test_answers_of_conversations_are_learned_and_the_template_is_kept(
         ({"test_fraction": 0.7}, r"data\.test_fraction=0\.7 is out of range"),
         ({"test_fraction": 0.1, "test_path": "x"}, r"data\.test_fraction=0\.1 and data\.test_path=x: set one of them"),
         ({"val_path": ""}, r"data\.val_path= names no files"),
+        (
+            {"packing": "windows"},
+            r"data\.packing=windows would cut the conversations of data\.path=.*; set data\.packing=",
+        ),
         ({"packing": "tight"}, r"data\.packing='tight' is not known; allowed: windows, documents, none"),
     ],
 )
