@@ -41,7 +41,7 @@ then from the inputs and the output of its forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,6 +89,11 @@ class FFNContext(NamedTuple):
         if self.past is not None:
             return None
         return table.ids_ahead(plugin, (self.input_ids_BT, self.valid_BT, self.doc_ids_BT))
+
+
+#: The context of a call without one, `layer(x)`: whole sequences without padding, of tokens whose ids are not known.
+#: Only plugins that are addressed by tokens read the ids, and they refuse it (`check_tokens`).
+NO_CONTEXT = FFNContext(cast("Tensor", None))
 
 
 class FFNOutput(NamedTuple):

@@ -38,12 +38,12 @@ class Memory(MemoryLayer):
         self,
         *,
         dim: int,
-        table: ValueTable,
-        n_keys: int,
-        heads: int,
-        knn: int,
-        key_dim: int,
-        qk_norm: bool,
+        table: ValueTable | None = None,
+        n_keys: int = 256,
+        heads: int = 2,
+        knn: int = 8,
+        key_dim: int = 32,
+        qk_norm: bool = True,
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_flag("ffn.qk_norm", qk_norm)

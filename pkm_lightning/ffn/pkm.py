@@ -39,12 +39,12 @@ class PKM(MemoryLayer):
         self,
         *,
         dim: int,
-        table: ValueTable,
-        n_keys: int,
-        heads: int,
-        knn: int,
-        key_dim: int,
-        query_norm: str,
+        table: ValueTable | None = None,
+        n_keys: int = 256,
+        heads: int = 2,
+        knn: int = 8,
+        key_dim: int = 32,
+        query_norm: str = "batch",
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_choice("ffn.query_norm", query_norm, ("batch", "layer", "none"))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pkm_lightning.errors import check_flag, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
-from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory import ValueTable, take_over_tables
 from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.model.accounting import attention_flops
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         n_kv_heads: key-value heads; divides `n_heads`.
         ffns: one plugin per layer.
         before, after: plugins that add to the residual stream before or after a layer, by its number.
-        tables: the value tables that the plugins refer to, owned by the model.
+        tables: the value tables that the model registers; tables of a plugin that are not among them stay its own.
         write_after: layers between a plugin's read and the layer after which its deferred output is added.
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of the RMSNorms.
@@ -110,6 +110,7 @@ class Transformer(nn.Module):
             )
             for layer, ffn in enumerate(ffns)
         )
+        take_over_tables(self.blocks, self.tables)
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.unembedding = None if tied else nn.Linear(dim, vocab_size, bias=False)
         self.tied_unembedding = TiedUnembedding(self.embedding) if tied else None
