@@ -37,7 +37,8 @@ class TableOptimizer(Optimizer):
     Args:
         dense: the optimizer of all other parameters, of any class; None if another engine steps them.
         tables: the tables that learn by rows, by a name that stays the same between runs; see `row_learning_tables`.
-        rows: the rule by which rows are updated; None for that of `table/optimizer=lazy_adam`.
+        rows: the rule by which rows are updated, or its name: `catch_up_adam`, `factored_adam`, `lazy_adam`,
+            `row_adagrad` or `sgd`.
         lr: learning rate of the tables; schedulers change it as that of any group.
         weight_decay: decoupled decay of the rows that were read, at each update.
         seed: seed of the stochastic rounding of bf16 tables.
@@ -62,12 +63,12 @@ class TableOptimizer(Optimizer):
         dense: Optimizer | None,
         tables: Mapping[str, ValueTable],
         *,
-        rows: RowOptimizer | None = None,
+        rows: RowOptimizer | str = "lazy_adam",
         lr: float,
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        rows = RowOptimizer(rule="lazy_adam") if rows is None else rows
+        rows = RowOptimizer(rule=rows) if isinstance(rows, str) else rows
         rows.check_decay(weight_decay)
         dense_tables = [name for name, table in tables.items() if table.stage is None]
         if dense_tables:

@@ -76,12 +76,12 @@ class Transformer(nn.Module):
         after: Mapping[int, nn.Module] = MappingProxyType({}),
         tables: Iterable[ValueTable] = (),
         write_after: int = 0,
-        rope_theta: float,
-        norm_eps: float,
-        tied: bool,
-        document_mask: bool,
-        reset_positions: bool,
-        activation_checkpointing: bool,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-5,
+        tied: bool = False,
+        document_mask: bool = True,
+        reset_positions: bool = True,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_integer("model.vocab_size", vocab_size, low=2)
