@@ -17,61 +17,12 @@ letters are local, and the head of their file explains them.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # the names of the table below, for editors and type checkers
-    from pkm_lightning.build.loading import LoadedModel as LoadedModel
-    from pkm_lightning.build.loading import load as load
-    from pkm_lightning.build.replacement import FFNReports as FFNReports
-    from pkm_lightning.build.replacement import ffn_reports as ffn_reports
-    from pkm_lightning.build.replacement import replace_ffn as replace_ffn
-    from pkm_lightning.build.saving import save as save
-    from pkm_lightning.data.base import NO_TARGET as NO_TARGET
-    from pkm_lightning.data.base import RecallItem as RecallItem
-    from pkm_lightning.data.datamodule import TokenDataModule as TokenDataModule
-    from pkm_lightning.errors import CheckpointError as CheckpointError
-    from pkm_lightning.errors import ConfigError as ConfigError
-    from pkm_lightning.errors import DataError as DataError
-    from pkm_lightning.errors import PkmError as PkmError
-    from pkm_lightning.ffn.base import FFNContext as FFNContext
-    from pkm_lightning.ffn.base import FFNCost as FFNCost
-    from pkm_lightning.ffn.base import FFNOutput as FFNOutput
-    from pkm_lightning.ffn.base import Slots as Slots
-    from pkm_lightning.ffn.base import TableRead as TableRead
-    from pkm_lightning.ffn.base import TableSpec as TableSpec
-    from pkm_lightning.ffn.dense import Dense as Dense
-    from pkm_lightning.ffn.engram import Engram as Engram
-    from pkm_lightning.ffn.memory import Memory as Memory
-    from pkm_lightning.ffn.memory_plus import MemoryPlus as MemoryPlus
-    from pkm_lightning.ffn.moe import MoE as MoE
-    from pkm_lightning.ffn.moe_expert_choice import ExpertChoiceMoE as ExpertChoiceMoE
-    from pkm_lightning.ffn.peer import PEER as PEER
-    from pkm_lightning.ffn.pkm import PKM as PKM
-    from pkm_lightning.ffn.ple import PLE as PLE
-    from pkm_lightning.ffn.pretrained_engram import PretrainedEngram as PretrainedEngram
-    from pkm_lightning.ffn.stem import STEM as STEM
-    from pkm_lightning.ffn.ultramem import UltraMem as UltraMem
-    from pkm_lightning.ffn.ultramem_v2 import UltraMemV2 as UltraMemV2
-    from pkm_lightning.inference.generation import generate as generate
-    from pkm_lightning.inference.sampling import Sampling as Sampling
-    from pkm_lightning.memory.quantized_table import QuantizedTable as QuantizedTable
-    from pkm_lightning.memory.row_optimizer import RowOptimizer as RowOptimizer
-    from pkm_lightning.memory.table_optimizer import TableOptimizer as TableOptimizer
-    from pkm_lightning.memory.table_reference import TableReference as TableReference
-    from pkm_lightning.memory.table_reference import row_learning_tables as row_learning_tables
-    from pkm_lightning.memory.value_table import ValueTable as ValueTable
-    from pkm_lightning.model.accounting import ModelCost as ModelCost
-    from pkm_lightning.model.accounting import model_cost as model_cost
-    from pkm_lightning.model.placement import Placement as Placement
-    from pkm_lightning.model.transformer import Transformer as Transformer
-    from pkm_lightning.model.trunk import ModelOutput as ModelOutput
-    from pkm_lightning.ops.row_update.rules.base import RowRule as RowRule
-    from pkm_lightning.training.module import LanguageModule as LanguageModule
+from typing import Any
 
 __version__ = "0.1.0"
 
-#: Names offered here, and the modules that define them: what a program of your own needs. `docs/python.md` shows them
-#: at work. Everything else is reached in the sub-packages.
+#: Names offered here, and the modules that define them: what a program of your own needs, as `docs/python.md` shows.
+#: All else is in the sub-packages. Editors and type checkers read `__init__.pyi`, which a test holds equal to it.
 _OFFERED = {
     "CheckpointError": "errors",
     "ConfigError": "errors",

@@ -32,6 +32,8 @@ class FFNReports:
 
     Attributes:
         outputs: each plugin with its output, one entry per forward.
+
+    Example: that of `ffn_reports`.
     """
 
     outputs: list[tuple[nn.Module, FFNOutput]] = field(default_factory=list)

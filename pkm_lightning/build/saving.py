@@ -45,6 +45,8 @@ def save(holder: HasModel, folder: str | Path, *, tokenizer: Tokenizer | None = 
     Raises:
         CheckpointError: a table is split over ranks; the folder holds something else, or cannot be written.
         ConfigError: there is no model, or no tokenizer of its ids that can be written.
+
+    Example: `docs/trained-models.md`, "From a program".
     """
     folder = Path(folder)
     if not isinstance(getattr(holder, "model", None), nn.Module):

@@ -73,6 +73,8 @@ class RecallItem:
         decile: 0 (most shown tenth of the subjects) to 9.
         prior_bits: -log2 of the answer's share among the answers of its relation; nan where unknown.
         majority: whether the answer is the most frequent of its relation, so that guessing finds it.
+
+    Example: `recall_items` in `tests/contributions/data/modular_arithmetic.py`.
     """
 
     prompt: str

@@ -39,6 +39,12 @@ class Dense(nn.Module):
 
     Raises:
         ConfigError: an unknown activation or no hidden dimension.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import Dense
+        >>> Dense(dim=8, hidden_dim=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     position_wise = True

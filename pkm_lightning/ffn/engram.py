@@ -84,6 +84,13 @@ class Engram(nn.Module):
 
     Raises:
         ConfigError: a value out of range, sizes that do not divide, an unknown gate, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import FFNContext, Engram
+        >>> ids = torch.randint(50, (2, 5))
+        >>> Engram(dim=8, vocab_size=50, rows=64)(torch.randn(2, 5, 8), FFNContext(ids)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     uses_past = True

@@ -32,6 +32,12 @@ class Memory(MemoryLayer):
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim` or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import Memory
+        >>> Memory(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(

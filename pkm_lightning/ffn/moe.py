@@ -73,6 +73,12 @@ class MoE(nn.Module):
 
     Raises:
         ConfigError: a size or a coefficient out of range, an unknown choice, or `select=after` with `score=sigmoid`.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import MoE
+        >>> MoE(dim=8, dense_hidden_dim=16, n_experts=4, top_k=2)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     position_wise = True

@@ -59,6 +59,12 @@ class ExpertChoiceMoE(nn.Module):
 
     Raises:
         ConfigError: a size out of range; in training also a micro-batch so small that an expert gets no token.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import ExpertChoiceMoE
+        >>> ExpertChoiceMoE(dim=8, dense_hidden_dim=16, n_experts=4)(torch.randn(2, 8, 8)).y_BTD.shape
+        torch.Size([2, 8, 8])
     """
 
     position_wise = True

@@ -55,6 +55,12 @@ class PEER(ProductKeyFFN):
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or tables of another number or shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import PEER
+        >>> PEER(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(

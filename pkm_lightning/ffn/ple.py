@@ -57,6 +57,13 @@ class PLE(TokenTableFFN):
 
     Raises:
         ConfigError: a size out of range, an unknown activation, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import FFNContext, PLE
+        >>> x, context = torch.randn(2, 5, 8), FFNContext(torch.randint(50, (2, 5)), embedding_BTD=torch.randn(2, 5, 8))
+        >>> PLE(dim=8, vocab_size=50)(x, context).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     normalises_input = True

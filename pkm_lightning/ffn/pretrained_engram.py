@@ -37,6 +37,8 @@ class PretrainedEngram(Engram):
 
     Raises:
         ConfigError: as `Engram`; a vocabulary of another size than the folder's.
+
+    Example: `docs/hugging-face.md`, "N-gram tables of Qwen models".
     """
 
     def __init__(

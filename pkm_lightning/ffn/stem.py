@@ -48,6 +48,13 @@ class STEM(TokenTableFFN):
 
     Raises:
         ConfigError: a size out of range, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import FFNContext, STEM
+        >>> ids = torch.randint(50, (2, 5))
+        >>> STEM(dim=8, vocab_size=50, hidden_dim=16)(torch.randn(2, 5, 8), FFNContext(ids)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(

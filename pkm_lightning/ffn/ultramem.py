@@ -71,6 +71,12 @@ class UltraMem(nn.Module):
 
     Raises:
         ConfigError: a size out of range, sizes that do not divide, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import UltraMem
+        >>> UltraMem(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     position_wise = True

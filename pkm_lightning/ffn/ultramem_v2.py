@@ -73,6 +73,12 @@ class UltraMemV2(nn.Module):
 
     Raises:
         ConfigError: a size out of range, an unknown choice, or tables of another number or shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import UltraMemV2
+        >>> UltraMemV2(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     position_wise = True

@@ -115,7 +115,10 @@ def generate(
     context: int | None = None,
     watch: Callable[[Answer], None] | None = None,
 ) -> list[list[Answer]]:
-    """Returns `sampling.samples` answers to each prompt, in the order of the prompts; see `Generation`."""
+    """Returns `sampling.samples` answers to each prompt, in the order of the prompts; see `Generation`.
+
+    Example: `docs/trained-models.md`, "From a program": `loaded.generate` calls it.
+    """
     made = Generation(
         model, tokenizer, prompts, sampling, device=device, batch_size=batch_size, context=context, watch=watch
     )

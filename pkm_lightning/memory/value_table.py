@@ -67,6 +67,12 @@ class ValueTable(ReadTable):
 
     Raises:
         ConfigError: an unknown choice, `slices` that do not divide `dim`, or sizes that the mesh cannot divide.
+
+    Example:
+        >>> import torch
+        >>> table = ValueTable(rows=100, dim=8, learning="rows")
+        >>> table(torch.tensor([[3, 7]]), torch.tensor([[0.25, 0.75]])).shape
+        torch.Size([1, 8])
     """
 
     #: Tables have a learning rate, a weight decay and a clipping norm of their own.

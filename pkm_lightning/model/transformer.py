@@ -62,6 +62,14 @@ class Transformer(nn.Module):
         document_mask: attend within a document only, where the batch has `doc_ids`.
         reset_positions: positions start at 0 with every document, where the batch has `doc_ids`.
         activation_checkpointing: recompute each block in backward instead of keeping its activations.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import Dense, MemoryPlus, Transformer
+        >>> ffns = [Dense(dim=8, n_layers=2, hidden_dim=16), MemoryPlus(dim=8, n_keys=16)]
+        >>> model = Transformer(vocab_size=50, dim=8, n_heads=2, n_kv_heads=2, ffns=ffns)
+        >>> model.unembed(model(torch.randint(50, (2, 5))).hidden_BTD).shape
+        torch.Size([2, 5, 50])
     """
 
     def __init__(

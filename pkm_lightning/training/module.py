@@ -61,6 +61,8 @@ class LanguageModule(L.LightningModule):
         tokens_seen: real input tokens trained on so far, over all ranks, a scalar tensor.
         watch: watchers of what plugins read, and judges of steps before they are made.
         answering: how `predict_step` answers prompts; greedily, unless it is replaced.
+
+    Example: `examples/train_from_python.py`.
     """
 
     model: Transformer
