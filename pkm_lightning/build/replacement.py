@@ -164,20 +164,22 @@ def replace_ffn(
             keywords |= {"table": group[0] if len(group) == 1 else group}
             keywords |= {"table_number": number, "table_reader": reader}
         plugins.append(ffn(**accepted_keywords(ffn, keywords), **options))
-        host.put(layer, plugins[-1])
+    for layer, plugin in zip(chosen, plugins, strict=True):
+        host.put(layer, plugin)
     tables = [table for group in groups for table in group]
-    host.tables.extend(tables)
+    host.register(tables)
     take_over_tables(model, tables)
     return plugins
 
 
 @dataclass
 class _Host:
-    """The parts of a model that receive plugins: `attribute` names the FFN of each of `blocks`."""
+    """A model that receives plugins: `attribute` names the FFN of each of `blocks`, `tables` the list of its tables."""
 
+    model: nn.Module
     blocks: nn.ModuleList
     attribute: str
-    tables: nn.ModuleList
+    tables: str
     dim: int
     vocab_size: int
 
@@ -185,7 +187,7 @@ class _Host:
     def of(cls, model: nn.Module) -> _Host:
         if isinstance(model, Transformer):
             sizes = model.embedding.embedding_dim, model.embedding.num_embeddings
-            return cls(model.blocks, "ffn", model.tables, *sizes)
+            return cls(model, model.blocks, "ffn", "tables", *sizes)
         config = getattr(model, "config", None)
         kind = getattr(config, "model_type", None)
         if config is None or kind not in LAYERS_OF:
@@ -194,10 +196,8 @@ class _Host:
                 f"{'' if kind is None else f' (model_type {kind!r})'}; allowed: Transformer of this package, and of "
                 f"transformers the types {', '.join(LAYERS_OF)}."
             )
-        if not hasattr(model, _TABLES):
-            setattr(model, _TABLES, nn.ModuleList())
         blocks = getattr(model.base_model, LAYERS_OF[kind])
-        return cls(blocks, "mlp", getattr(model, _TABLES), config.hidden_size, config.vocab_size)
+        return cls(model, blocks, "mlp", _TABLES, config.hidden_size, config.vocab_size)
 
     def put(self, layer: int, plugin: nn.Module) -> None:
         """Puts a plugin in the place of the FFN of a layer, in its mode and on its device and dtype."""
@@ -206,6 +206,13 @@ class _Host:
             plugin.to(weight.device, weight.dtype)
         in_place = PluginMLP(plugin) if self.attribute == "mlp" else plugin
         setattr(self.blocks[layer], self.attribute, in_place.train(before.training))
+
+    def register(self, tables: Sequence[ValueTable]) -> None:
+        """Adds tables to those of the model, which makes no list for none."""
+        if tables and not hasattr(self.model, self.tables):
+            setattr(self.model, self.tables, nn.ModuleList())
+        if tables:
+            getattr(self.model, self.tables).extend(tables)
 
 
 def _checked_layers(layers: Sequence[int], count: int) -> list[int]:
@@ -217,10 +224,11 @@ def _checked_layers(layers: Sequence[int], count: int) -> list[int]:
     return chosen
 
 
-def _check_class(ffn: type[nn.Module], options: dict[str, Any], *, in_transformers: bool) -> None:
+def _check_class(ffn: Any, options: dict[str, Any], *, in_transformers: bool) -> None:
     if not (isinstance(ffn, type) and issubclass(ffn, nn.Module)):
+        shown = f"an instance of {type(ffn).__name__}" if isinstance(ffn, nn.Module) else repr(ffn)
         raise ConfigError(
-            f"ffn={ffn!r:.60} is no class of FFNs; give the class, as in ffn=MemoryPlus, and its options."
+            f"ffn={shown:.60} is no class of FFNs; give the class, as in ffn=MemoryPlus, and its options."
         )
     known = inspect.signature(ffn).parameters
     unknown = [name for name in options if name not in known]

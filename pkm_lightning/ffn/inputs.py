@@ -62,7 +62,9 @@ def _check_kind(plugin: nn.Module, x_BTD: Tensor) -> None:
     weight = next((p for p in weights if p.is_floating_point()), None)
     if weight is None:
         return
-    casts = torch.is_autocast_enabled(x_BTD.device.type)
+    # torch raises for a device that has no autocast, such as meta.
+    kind = x_BTD.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if x_BTD.device != weight.device or (x_BTD.dtype != weight.dtype and not casts):
         raise ConfigError(
             f"x is {_kind(x_BTD)}, but the weights of {type(plugin).__name__} are {_kind(weight)}; move one of them, "
