@@ -149,7 +149,7 @@ class LanguageModule(L.LightningModule):
         return output
 
     def on_train_start(self) -> None:
-        """Says what the data lack; raises DataError if the ranks have different numbers of training batches."""
+        """Logs what the data lack; raises DataError if the ranks have different numbers of training batches."""
         lack = missing_parts(data_of(self._trainer), self.trainer.train_dataloader)
         if lack and self.trainer.is_global_zero:
             _log.info(lack)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,12 +61,10 @@ def test_each_part_that_is_there_is_not_said_to_be_missing(part: str) -> None:
     assert said == f"MyData has {', '.join(clauses)}: pkm_lightning/data/base.py lists what each part is."
 
 
-def test_nothing_is_said_of_what_has_everything(facts: Callable[..., FactsDataModule]) -> None:
+def test_nothing_is_said_of_what_has_everything(prepared: FactsDataModule) -> None:
     assert base.missing_parts(stranger(*PARTS)) is None
     assert base.missing_parts(None) is None  # loaders alone, which nobody calls a data source
-    own = facts()
-    own.prepare_data()
-    assert base.missing_parts(own) is None
+    assert base.missing_parts(prepared) is None
 
 
 def test_a_loader_may_keep_the_position() -> None:

@@ -11,6 +11,7 @@ from toys import config
 from tree import ROOT
 
 import pkm_lightning
+from pkm_lightning import ffn
 from pkm_lightning.memory import RowOptimizer
 from pkm_lightning.model import Transformer
 
@@ -33,7 +34,7 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_defaults_are_those_of_the_yaml(name: str) -> None:
     text = yaml.safe_load((ROOT / "configs" / "ffn" / f"{name}.yaml").read_text())
-    cls = getattr(pkm_lightning, text["_target_"].rpartition(".")[2])
+    cls = getattr(ffn, text["_target_"].rpartition(".")[2])
     given = {} if text.get("path") != "???" else {"ffn.path": "folder"}
     composed = config(f"ffn={name}", *(f"{key}={value}" for key, value in given.items()))["ffn"]
     keys = {key: value for key, value in composed.items() if not key.startswith("_")}
