@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from pkm_lightning.data.base import tokenizer_of
+from pkm_lightning.data.base import data_of, tokenizer_of
 from pkm_lightning.model import Traces
 from pkm_lightning.usage.counters import UsageCounters
 
@@ -45,7 +45,7 @@ def draw_panels(
     """
     boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     if boards:
-        tokenizer = tokenizer_of(getattr(trainer, "datamodule", None))
+        tokenizer = tokenizer_of(data_of(trainer))
         draw_on(boards if trainer.is_global_zero else [], counters, traces, batch, tokenizer, step)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.checks import remark_rate, remark_row_optimizer, remark_validation
@@ -48,6 +47,7 @@ from pkm_lightning.cli.run_directory import RunDirectory, continues_run
 from pkm_lightning.cli.sitting import Sitting
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.data.base import defines
 from pkm_lightning.errors import ConfigError, DataError, Interrupted, RankLostError, RunDirectoryError
 from pkm_lightning.supervision.external_ranks import Decision, ExternalRanks, check_world, join, started_externally
 from pkm_lightning.supervision.rank_failures import (
@@ -308,7 +308,7 @@ def _train(
 
 def _test(trainer: L.Trainer, module: LanguageModule, data: L.LightningDataModule) -> None:
     """Tests, or validates where the data module has no test data."""
-    if is_overridden("test_dataloader", data):
+    if defines(data, "test_dataloader"):
         trainer.test(module, datamodule=data, verbose=False)
-    elif is_overridden("val_dataloader", data):
+    elif defines(data, "val_dataloader"):
         trainer.validate(module, datamodule=data, verbose=False)
