@@ -43,7 +43,7 @@ def check_places(config: Mapping[str, Any], source: str, folder: Path | None, al
     """
     inside = None if folder is None else Path(os.path.realpath(folder))
     for key, value in _paths(config):
-        if value not in allowed and not (inside and Path(_real(value)).is_relative_to(inside) and "://" not in value):
+        if value not in allowed and not (inside and Path(_real(value)).is_relative_to(inside) and ":/" not in value):
             where = "" if folder is None else f", outside of {folder}"
             raise ConfigError(
                 f"{source} names {key}={value}{where}, where a saved configuration may not write unasked; if it is "
@@ -102,7 +102,7 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if key.startswith(own) and key != "data.cache_dir":
             continue
         is_prose = listed and name == "prompts"
-        looks_like_path = not is_prose and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
+        looks_like_path = not is_prose and (value.startswith(("/", "~")) or ":/" in value or ".." in Path(value).parts)
         if value and (_PATH_KEY.search(name) or looks_like_path):
             yield key, value
 

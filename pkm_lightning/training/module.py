@@ -65,7 +65,7 @@ class LanguageModule(L.LightningModule):
 
     def __init__(self, config: dict[str, Any], *, weights_follow: bool = False) -> None:
         super().__init__()
-        self.save_hyperparameters("config")
+        self.save_hyperparameters("config", logger=False)  # loggers get few of them, `hyperparameters`
         self.config = config
         self._weights_follow = weights_follow
         self.heldout_nll, self.heldout_targets = HeldoutSum(), HeldoutSum()
@@ -223,10 +223,21 @@ class LanguageModule(L.LightningModule):
             loss = sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.watch.figures = {"loss": loss}
         if self.log_is_due():
+            self._log_step(self._step)
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             for name, value in self._reports.means().items():
                 self.log(f"train/{name}", value)
+
+    def _log_step(self, step: int) -> None:
+        """Makes the number of optimizer steps done the x axis of what is logged beside it.
+
+        Lightning 2.6 takes a metric of this name for the axis; its own axis counts the steps before this one.
+        """
+        if self.trainer.loggers:
+            # In double precision, which has every whole number; the same on all ranks.
+            count = torch.tensor(step, dtype=torch.float64)
+            self.log("step", count, sync_dist=True, rank_zero_only=True)
 
     def _correct(self, correction: Tensor) -> None:
         """Multiplies every gradient of the step, staged reads included."""
@@ -370,6 +381,7 @@ class LanguageModule(L.LightningModule):
         loss = self.heldout_nll.compute() / targets
         self.heldout_nll.reset()
         self.heldout_targets.reset()
+        self._log_step(self.trainer.global_step)
         # The metric is already summed over ranks; without `sync_dist` Lightning would warn that it is not.
         self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val", sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)

@@ -78,6 +78,7 @@ def test_rows_and_weights_that_a_model_reads_may_lie_anywhere(tmp_path: Path) ->
         ("logger.tensorboard.save_dir", "/srv"),
         ("logger.tensorboard.name", "../.."),
         ("logger.mlflow.tracking_uri", "http://example.org"),
+        ("logger.mlflow.artifact_location", "file:/srv"),
         ("trainer.default_root_dir", "/srv"),
         ("trainer.profiler", {"dirpath": "/srv"}),
         ("trainer.plugins", [{"save_dir": "/srv"}]),
