@@ -6,7 +6,7 @@ of many dozens. Only the names in TensorBoard change; metrics.csv and other logg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger as _TensorBoardLogger
@@ -18,9 +18,11 @@ _OF_OVERVIEW = {
     "train/loss": "loss_train",
     "val/loss": "loss_validation",
     "train/lr": "rate",
+    "val/recall_paraphrase": "recall_paraphrase",
     "train/throughput/tokens_per_sec": "tokens_per_sec",
 }
-_RECALL = "recall_"
+#: Columns beside the hyperparameters.
+_FINAL = ("test/loss", "test/recall_paraphrase")
 
 
 def tag_of(metric: str) -> str:
@@ -28,8 +30,6 @@ def tag_of(metric: str) -> str:
     if metric in _OF_OVERVIEW:
         return f"{OVERVIEW}/{_OF_OVERVIEW[metric]}"
     split, _, name = metric.partition("/")
-    if split == "val" and name.startswith(_RECALL):
-        return f"{OVERVIEW}/{name}"
     return name if split == "train" and "/" in name else metric
 
 
@@ -50,10 +50,10 @@ class TensorBoardLogger(_TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Writes the figures under their names in TensorBoard."""
         super().log_metrics({tag_of(name): value for name, value in metrics.items()}, step)
-        if final := [name for name in metrics if name == "test/loss" or name.startswith(f"test/{_RECALL}")]:
+        if final := [name for name in _FINAL if name in metrics]:
             self._compare(final)
 
-    def _compare(self, final: list[str]) -> None:
+    def _compare(self, final: Sequence[str]) -> None:
         """Makes columns of the hyperparameters, of the final metrics and of the last figures of the overview."""
         from torch.utils.tensorboard.summary import hparams
 

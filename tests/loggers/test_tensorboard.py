@@ -18,6 +18,7 @@ TAGS = {
     "train/lr": "Overview/rate",
     "train/throughput/tokens_per_sec": "Overview/tokens_per_sec",
     "val/recall_paraphrase": "Overview/recall_paraphrase",
+    "val/recall_control": "val/recall_control",
     "val/bits_paraphrase": "val/bits_paraphrase",
     "val/perplexity": "val/perplexity",
     "test/recall_paraphrase": "test/recall_paraphrase",
@@ -44,16 +45,21 @@ def test_hyperparameters_stand_beside_the_figures_of_the_test(tmp_path: Path) ->
     logger = TensorBoardLogger(save_dir=str(tmp_path), name="", version="board")
     logger.log_hyperparams({"ffn": "PKM", "lr": 0.1, "seed": 1})
     logger.log_metrics({"train/loss": 2.0}, 50)
-    logger.log_metrics({"test/loss": 1.0, "test/recall_seen": 0.5, "test/perplexity": 3.0}, 50)
+    logger.log_metrics({"test/loss": 1.0, "test/recall_paraphrase": 0.5, "test/perplexity": 3.0}, 50)
     logger.finalize("success")
     board = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert set(board.Tags()["scalars"]) == {"Overview/loss_train", "test/loss", "test/recall_seen", "test/perplexity"}
+    assert set(board.Tags()["scalars"]) == {
+        "Overview/loss_train",
+        "test/loss",
+        "test/recall_paraphrase",
+        "test/perplexity",
+    }
     described = plugin_data_pb2.HParamsPluginData.FromString(
         board.SummaryMetadata("_hparams_/experiment").plugin_data.content
     )
     assert {info.name for info in described.experiment.hparam_infos} == {"ffn", "lr", "seed"}
     names = [info.name.tag for info in described.experiment.metric_infos]
-    assert names[:2] == ["test/loss", "test/recall_seen"]
+    assert names[:2] == ["test/loss", "test/recall_paraphrase"]
     assert "test/perplexity" not in names
     begun = plugin_data_pb2.HParamsPluginData.FromString(
         board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
