@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,8 +148,8 @@ def _mlflow(entry: dict[str, Any], key: str, config: Config, continued: str | No
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # else it reports every table that it creates
     extra = {"tracking_uri": entry.pop("tracking_uri", None) or os.environ.get("MLFLOW_TRACKING_URI")}
+    folder = Path(config["run_dir"]).absolute() / "mlflow"
     if not extra["tracking_uri"]:
-        folder = Path(config["run_dir"]).absolute() / "mlflow"
         folder.mkdir(parents=True, exist_ok=True)
         extra["tracking_uri"] = f"sqlite:///{folder / 'mlflow.db'}"
         if not entry.get("artifact_location"):
@@ -158,11 +159,37 @@ def _mlflow(entry: dict[str, Any], key: str, config: Config, continued: str | No
         entry.pop("run_id", None)
         extra["run_id"] = continued
     remedy = f"is {extra['tracking_uri']}, of {key}.tracking_uri or MLFLOW_TRACKING_URI, the store of this run?"
-    with _explained(key, remedy):
+    with _explained(key, remedy), _without_syncs(folder / "mlflow.db"):
         logger: MLFlowLogger = instantiate(entry, key, **extra)
         if logger.run_id == continued:
             logger.experiment.update_run(continued, status="RUNNING")
     return logger
+
+
+@contextlib.contextmanager
+def _without_syncs(file: Path) -> Iterator[None]:
+    """Lets connections to the SQLite database `file` that begin in the block never wait for the disk.
+
+    MLflow 3 creates its tables in some hundred transactions, which takes a minute where the disk is slow or busy. A
+    killed process loses nothing, and after a loss of power metrics.csv has the figures.
+    """
+    try:
+        from sqlalchemy import Engine, event
+    except ImportError:  # which stores on servers do not need
+        yield
+        return
+
+    def relax(connection: Any, _: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            opened = connection.execute("PRAGMA database_list").fetchone()[2]
+            if os.path.realpath(opened) == os.path.realpath(file):
+                connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", relax)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", relax)
 
 
 @contextlib.contextmanager

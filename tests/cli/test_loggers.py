@@ -150,9 +150,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_nothing_is_sent(text: None, tmp_path: Path, connections: list[Any]) -> None:
-    run, long = tmp_path / "run", [*COMMAND, *ALL, "trainer.max_steps=400"]
+    run, long = tmp_path / "run", [*COMMAND, *ALL, "trainer.max_steps=60", "callbacks.step_checkpoint.every_n_steps=60"]
     first = start(*long, cwd=tmp_path)
-    wait_until(lambda: (run / "metrics.csv").exists() and len(rows(run)) > 6)
+    wait_until(lambda: (run / "metrics.csv").exists() and len(rows(run)) > 4)
     first.send_signal(signal.SIGINT)
     out, _ = first.communicate(timeout=120)
     assert first.returncode == 130, out
@@ -160,7 +160,7 @@ def test_an_interrupted_run_goes_on_and_nothing_is_sent(text: None, tmp_path: Pa
     assert mlflow_run(run, ids["mlflow"])[1].info.status == "KILLED"
     finish(start(*long, cwd=tmp_path))
     assert record(run)["loggers"] == ids
-    check_histories(run, end=400)
+    check_histories(run, end=60)
     assert connections == []
 
 
@@ -173,7 +173,7 @@ def test_of_two_ranks_one_logs(text: None, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_runs_of_a_sweep_are_runs_of_their_own(text: None, tmp_path: Path) -> None:
-    finish(start(*COMMAND, *ALL, "trainer.max_steps=4", "-m", "seed=1,2", cwd=tmp_path))
+    finish(start(*COMMAND, "-m", *ALL, "trainer.max_steps=4", "seed=1,2", cwd=tmp_path))
     for job in ("0", "1"):
         check_histories(tmp_path / "run" / job, end=4)
     ids = [record(tmp_path / "run" / job)["loggers"] for job in ("0", "1")]
@@ -216,3 +216,13 @@ def test_hyperparameters_have_the_same_names_for_every_ffn(overrides: list[str],
     assert found.keys() == hyperparameters(resolved()).keys()
     assert len(found) <= 20
     assert all(isinstance(value, int | float | str) for value in found.values())
+
+
+def test_only_the_store_in_the_run_directory_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    from sqlalchemy import create_engine, text
+
+    with loggers._without_syncs(tmp_path / "mlflow.db"):
+        engines = [create_engine(f"sqlite:///{tmp_path / name}") for name in ("mlflow.db", "other.db")]
+        found = [engine.connect().execute(text("PRAGMA synchronous")).scalar() for engine in engines]
+    assert found == [0, 2]
+    assert create_engine(f"sqlite:///{tmp_path / 'mlflow.db'}").connect().execute(text("PRAGMA synchronous")).scalar()
