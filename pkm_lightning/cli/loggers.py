@@ -15,7 +15,6 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import lightning as L
@@ -93,13 +92,13 @@ def attached(
     """
     environment = {name: os.environ.get(name) for name in _VARIABLES}
     try:
-        trainer.loggers = make_loggers(
-            run.config, resumed_step=resumed_step, ids=ids, is_first_rank=trainer.is_global_zero
-        )
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if not (isinstance(logger, MLFlowLogger) and ids):  # which lets nobody change a parameter of a run
-                    logger.log_hyperparams(hyperparameters(run))
+        settings = hyperparameters(run)
+        for name, cls, entry in _configured(run.config):
+            logger = _make(name, cls, entry, run.config, resumed_step, ids.get(name), is_first=trainer.is_global_zero)
+            # At once, so that it ends if the next one cannot start.
+            trainer.loggers = [*trainer.loggers, logger]
+            if trainer.is_global_zero and not (isinstance(logger, MLFlowLogger) and name in ids):
+                logger.log_hyperparams(settings)  # MLflow lets nobody change a parameter of a run that is continued
         yield
     except BaseException as error:
         stopped = isinstance(error, RunInterrupted) or was_stopped(error, trainer)
@@ -114,34 +113,25 @@ def attached(
                 os.environ[name] = value
 
 
-def make_loggers(
-    config: Config,
-    *,
-    resumed_step: int | None = None,
-    ids: Mapping[str, Any] = MappingProxyType({}),
-    is_first_rank: bool = True,
-) -> list[Logger]:
-    """Returns the configured loggers, on other ranks than the first stand-ins for those that would write at once."""
-    loggers: list[Logger] = []
-    for name, cls, entry in _configured(config):
-        key = f"logger.{name}"
-        found = ids.get(name)
-        continued = found if isinstance(found, str) and _ID.fullmatch(found) else None
-        if issubclass(cls, MLFlowLogger):
-            loggers.append(_mlflow(entry, key, config, continued) if is_first_rank else DummyLogger())
-            continue
-        extra: dict[str, Any] = {}
-        if issubclass(cls, TensorBoardLogger) and resumed_step is not None:
-            extra = {"purge_step": resumed_step + 1}
-        elif issubclass(cls, WandbLogger) and continued and not (entry.get("id") or entry.get("version")):
-            extra = {"version": continued}
-        logger = instantiate(entry, key, **extra)
-        check_kind(logger, Logger, entry, key)
-        if isinstance(logger, WandbLogger) and is_first_rank:
-            with _explained(key, "log in with `wandb login`, or set logger.wandb.offline=true"):
-                _ = logger.experiment
-        loggers.append(logger)
-    return loggers
+def _make(
+    name: str, cls: type, entry: dict[str, Any], config: Config, resumed_step: int | None, found: Any, *, is_first: bool
+) -> Logger:
+    """Returns a logger, on other ranks than the first a stand-in for one that would write at once."""
+    key = f"logger.{name}"
+    continued = found if isinstance(found, str) and _ID.fullmatch(found) else None
+    if issubclass(cls, MLFlowLogger):
+        return _mlflow(entry, key, config, continued) if is_first else DummyLogger()
+    extra: dict[str, Any] = {}
+    if issubclass(cls, TensorBoardLogger) and resumed_step is not None:
+        extra = {"purge_step": resumed_step + 1}
+    elif issubclass(cls, WandbLogger) and continued and not (entry.get("id") or entry.get("version")):
+        extra = {"version": continued}
+    logger: Logger = instantiate(entry, key, **extra)
+    check_kind(logger, Logger, entry, key)
+    if isinstance(logger, WandbLogger) and is_first:
+        with _explained(key, f"log in with `wandb login`, or set {key}.offline=true"):
+            _ = logger.experiment
+    return logger
 
 
 def _mlflow(entry: dict[str, Any], key: str, config: Config, continued: str | None) -> MLFlowLogger:
@@ -206,7 +196,7 @@ def _explained(key: str, remedy: str) -> Iterator[None]:
 
 def ids_of(config: Config, loggers: Sequence[Logger]) -> dict[str, str]:
     """Returns the ids of the trackers' runs, for run.json, by name of the logger."""
-    named = zip((name for name, *_ in _configured(config)), loggers, strict=True)
+    named = zip((name for name, *_ in _configured(config)), loggers, strict=False)
     return {name: str(logger.version) for name, logger in named if isinstance(logger, WandbLogger | MLFlowLogger)}
 
 

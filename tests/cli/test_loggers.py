@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
+import yaml
 from processes import finish, start
 from small import Run, record, resolved, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +23,7 @@ from tracker_files import History, mlflow_run, wandb_config, wandb_history
 
 from pkm_lightning.cli import loggers
 from pkm_lightning.cli.hyperparameters import hyperparameters
+from pkm_lightning.cli.resume import differences, saved_config
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.loggers.tensorboard import tag_of
 
@@ -194,12 +198,19 @@ def test_an_argument_that_wandb_does_not_take_is_refused() -> None:
         loggers.check_loggers(config)
 
 
-def test_a_store_that_cannot_be_opened_is_named(cli: Run, text: None, tmp_path: Path) -> None:
-    shown = cli(*COMMAND, "logger=mlflow", "logger.mlflow.tracking_uri=nonsense://x", "trainer.max_steps=2")
+def test_a_store_that_cannot_be_opened_is_named_and_nothing_stays(cli: Run, text: None, tmp_path: Path) -> None:
+    shown = cli(
+        *COMMAND,
+        "logger=[wandb,mlflow]",
+        "logger.wandb.offline=true",
+        "logger.mlflow.tracking_uri=nonsense://x",
+        "trainer.max_steps=2",
+    )
     assert shown.code == 2
     assert "logger.mlflow cannot start: " in shown.err
     assert "nonsense://x, of logger.mlflow.tracking_uri or MLFLOW_TRACKING_URI" in shown.err
     assert not (tmp_path / "run").exists()
+    assert wandb.run is None
 
 
 @pytest.mark.parametrize(
@@ -226,3 +237,12 @@ def test_only_the_store_in_the_run_directory_does_not_wait_for_the_disk(tmp_path
         found = [engine.connect().execute(text("PRAGMA synchronous")).scalar() for engine in engines]
     assert found == [0, 2]
     assert create_engine(f"sqlite:///{tmp_path / 'mlflow.db'}").connect().execute(text("PRAGMA synchronous")).scalar()
+
+
+def test_the_tensorboard_logger_of_an_earlier_version_is_that_of_today(tmp_path: Path) -> None:
+    config = resolved(f"run_dir={tmp_path}").config
+    earlier = copy.deepcopy(config)
+    earlier["logger"]["tensorboard"]["_target_"] = "lightning.pytorch.loggers.TensorBoardLogger"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(earlier))
+    saved = saved_config(tmp_path, trust=False, cache=config["data"]["cache_dir"])
+    assert differences(saved, config) == []
