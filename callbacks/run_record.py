@@ -118,7 +118,8 @@ class RunRecord(TimedCallback):
             _log.warning("run.json lacks the tokens and seconds since the run was started: %s", error)
 
     def _keep_metrics(self, trainer: L.Trainer) -> None:
-        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # `step` is the x axis of the loggers.
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "step"}
 
     def _count(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)

@@ -40,6 +40,7 @@ from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.heldout import HeldoutSum
+from pkm_lightning.training.logged_step import log_step
 from pkm_lightning.training.lookahead import wrap_loaders
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
@@ -70,7 +71,7 @@ class LanguageModule(L.LightningModule):
 
     def __init__(self, config: dict[str, Any], *, weights_follow: bool = False) -> None:
         super().__init__()
-        self.save_hyperparameters("config")
+        self.save_hyperparameters("config", logger=False)  # loggers get few of them
         self.config = config
         self._weights_follow = weights_follow
         self.heldout_nll, self.heldout_targets = HeldoutSum(), HeldoutSum()
@@ -231,6 +232,7 @@ class LanguageModule(L.LightningModule):
             loss = sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.watch.figures = {"loss": loss}
         if self.log_is_due():
+            log_step(self, self._step)
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             for name, value in self._reports.means().items():
@@ -378,6 +380,7 @@ class LanguageModule(L.LightningModule):
         loss = self.heldout_nll.compute() / targets
         self.heldout_nll.reset()
         self.heldout_targets.reset()
+        log_step(self, self.trainer.global_step)
         # The metric is already summed over ranks; without `sync_dist` Lightning would warn that it is not.
         self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val", sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
