@@ -118,6 +118,8 @@ class TokenDataModule(LightningDataModule):
 
     Raises:
         ConfigError: for a missing or unknown key, or a value out of range.
+
+    Example: `tests/contributions/data/modular_arithmetic.py`.
     """
 
     #: Every rank can always make another training batch.

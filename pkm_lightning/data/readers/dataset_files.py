@@ -17,7 +17,7 @@ __all__ = ["OTHER_SPLITS", "dataset_files"]
 
 #: The reason why a file was left out, before the name of its split.
 OTHER_SPLITS = "files of other splits:"
-#: Words that name a split in the names of files and folders, as in `train-00000-of-00002.parquet`.
+#: Words for splits in the names of files and folders, as in `train-00000-of-00002.parquet`.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
