@@ -70,6 +70,7 @@ class Splits:
         tokenizer: the meaning of the ids.
         train: training sequences, and `order` the epochs over them.
         validation: validation sequences, and `validation_keys` all of their keys in a fixed order.
+        test: likewise, and `test_keys`; None where the test reads the validation sequences.
         tokens: of the training and the validation part, for display.
     """
 
@@ -78,6 +79,8 @@ class Splits:
     order: EpochOrder
     validation: SequenceSource
     validation_keys: Sequence[Any]
+    test: SequenceSource | None = None
+    test_keys: Sequence[Any] | None = None
     tokens: tuple[int, int] | None = None
 
 
@@ -171,6 +174,11 @@ class TokenDataModule(LightningDataModule):
         return self.splits.tokenizer
 
     @property
+    def own_test(self) -> bool:
+        """Whether the test reads other sequences than validations, after `prepare_data` or `setup`."""
+        return self.splits.test is not None
+
+    @property
     def splits(self) -> Splits:
         """The sequences, after `prepare_data` or `setup`."""
         if self._splits is None:
@@ -206,15 +214,14 @@ class TokenDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns one pass over the validation sequences, shared out over the ranks."""
-        rank, world_size = self._rank_and_world_size()
-        sampler = ShareBatchSampler(
-            self.splits.validation_keys, rank=rank, world_size=world_size, batch_size=self._micro_batch_size()
-        )
-        return self._loader(self.splits.validation, sampler)
+        return self._pass_over(self.splits.validation, self.splits.validation_keys)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Returns the validation sequences."""
-        return self.val_dataloader()
+        """Returns one pass over the test sequences, or over those of validation where there are no others."""
+        splits = self.splits
+        if splits.test is None or splits.test_keys is None:
+            return self.val_dataloader()
+        return self._pass_over(splits.test, splits.test_keys)
 
     def predict_dataloader(self) -> PromptBatches:
         """Returns the prompts of this rank; index -1 marks a filler.
@@ -257,6 +264,11 @@ class TokenDataModule(LightningDataModule):
             log.warning("The data differ from the checkpoint in order_seed; the resumed order is not exact.")
         self._loaded_samples = int(state_dict["samples"])
         self._loaded_batches = None
+
+    def _pass_over(self, source: SequenceSource, keys: Sequence[Any]) -> DataLoader[Batch]:
+        rank, world_size = self._rank_and_world_size()
+        batch_size = self._micro_batch_size()
+        return self._loader(source, ShareBatchSampler(keys, rank=rank, world_size=world_size, batch_size=batch_size))
 
     def _loader(self, source: SequenceSource, sampler: StepBatchSampler | ShareBatchSampler) -> DataLoader[Batch]:
         return DataLoader(
