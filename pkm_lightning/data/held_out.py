@@ -1,8 +1,8 @@
 """What a run keeps of its data, so that it can be validated and tested anywhere without them.
 
-A folder holds the validation sequences (`sequences.npz`), the questions about the data (`questions.json`), and where
-they come from (`source.json`); of data with a test of its own also `test.npz` and `validation_questions.json`. It is
-made from any `TokenDataModule`; `HeldOutDataModule` reads it.
+A folder holds the validation sequences (`sequences.npz`), those of the test part if there are any (`test.npz`), the
+questions about the data (`questions.json`), those of validations where they are others (`validation_questions.json`),
+and where they come from (`source.json`). It is made from any `TokenDataModule`; `HeldOutDataModule` reads it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import logging
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -31,12 +31,13 @@ from pkm_lightning.storage import flush, open_regular, write_beside
 
 __all__ = ["HeldOutDataModule"]
 
-#: A run keeps no more held-out tokens than these, at about 3 bytes each on disk and 12 in memory.
+#: A run keeps no more validation tokens than these, at about 3 bytes each on disk and 12 in memory.
 MOST_TOKENS = 2**24
 _ARRAYS = ("inputs", "labels", "documents", "widths")
-_SEQUENCES, _QUESTIONS, _SOURCE = "sequences.npz", "questions.json", "source.json"
-#: Kept where the test reads other data than validations, which then have the two files above.
-_TEST_SEQUENCES, _VALIDATION_QUESTIONS = "test.npz", "validation_questions.json"
+_SEQUENCES, _TEST, _QUESTIONS, _SOURCE = "sequences.npz", "test.npz", "questions.json", "source.json"
+_VALIDATION_QUESTIONS = "validation_questions.json"
+#: Inputs, labels and documents of one sequence.
+_Columns: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 _log = logging.getLogger(__name__)
 
@@ -48,31 +49,41 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
         OSError: the disk is full, or the folder cannot be written.
     """
     splits = data.splits
-    parts = {_SEQUENCES: list(_sequences(data, splits.validation, splits.validation_keys))}
-    if splits.test is not None and splits.test_keys is not None:
-        parts[_TEST_SEQUENCES] = list(_sequences(data, splits.test, splits.test_keys))
-    if sum(len(columns[0]) for sequences in parts.values() for columns in sequences) > MOST_TOKENS:
+    parts = {_SEQUENCES: _sequences(splits.validation, splits.validation_keys, splits.tokenizer)}
+    if splits.test is not None:
+        parts[_TEST] = _sequences(splits.test, splits.test_keys, splits.tokenizer)
+    if any(sequences is None for sequences in parts.values()):
+        # All or nothing: without the test part, `test` would show figures of the validation part.
         _log.info(
-            "validation and test have more than %s tokens, which the run does not keep: validate needs the data",
-            MOST_TOKENS,
+            "validation or test has more than %s tokens, which the run does not keep: both need the data", MOST_TOKENS
         )
         return
-    if not all(parts.values()):
+    if not parts[_SEQUENCES]:
         return
     folder.mkdir(exist_ok=True)
     for name, sequences in parts.items():
-        columns = dict(zip(_ARRAYS[:3], map(np.concatenate, zip(*sequences, strict=True)), strict=True))
-        columns["widths"] = np.asarray([len(inputs) for inputs, *_ in sequences], dtype=np.int64)
-        # The names of the arrays are those of the parameters of savez; mypy takes them for its own.
-        np.savez_compressed(folder / name, **columns)  # type: ignore[arg-type]
-        flush(folder / name)
-    write_questions(folder / _QUESTIONS, recall_items_of(data, None))
-    own_test = _TEST_SEQUENCES in parts
-    if own_test:
-        write_questions(folder / _VALIDATION_QUESTIONS, validation_items_of(data, None))
+        if sequences:
+            _write_sequences(folder / name, sequences)
+    items, validation_items = recall_items_of(data, None), validation_items_of(data, None)
+    write_questions(folder / _QUESTIONS, items)
+    if validation_items != items:
+        write_questions(folder / _VALIDATION_QUESTIONS, validation_items)
     # Last: a folder without it is not complete.
-    source = {"data": type(data).__name__, "fingerprint": data.fingerprint, "own_test": own_test}
+    source = {
+        "data": type(data).__name__,
+        "fingerprint": data.fingerprint,
+        "test": bool(parts.get(_TEST)),
+        "validation_questions": validation_items != items,
+    }
     write_beside(folder / _SOURCE, json.dumps(source, indent=1) + "\n")
+
+
+def _write_sequences(file: Path, sequences: list[_Columns]) -> None:
+    columns = dict(zip(_ARRAYS[:3], map(np.concatenate, zip(*sequences, strict=True)), strict=True))
+    columns["widths"] = np.asarray([len(inputs) for inputs, *_ in sequences], dtype=np.int64)
+    # The names of the arrays are those of the parameters of savez; mypy takes them for its own.
+    np.savez_compressed(file, **columns)  # type: ignore[arg-type]
+    flush(file)
 
 
 def holds_held_out(folder: Path) -> bool:
@@ -98,24 +109,24 @@ def copy_files(source: Path, folder: Path) -> None:
         OSError: a file cannot be read, the disk is full, or the folder cannot be written.
     """
     folder.mkdir()
-    more = [name for name in (_TEST_SEQUENCES, _VALIDATION_QUESTIONS) if (source / name).exists()]
-    for name in (_SEQUENCES, *more, _QUESTIONS, _SOURCE):
+    optional = [name for name in (_TEST, _VALIDATION_QUESTIONS) if (source / name).exists()]
+    for name in (_SEQUENCES, *optional, _QUESTIONS, _SOURCE):
         with open_regular(source / name, "rb") as file, (folder / name).open("wb") as copy:
             shutil.copyfileobj(file, copy)
 
 
-def _sequences(
-    data: TokenDataModule, source: SequenceSource, keys: Sequence[Any]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields inputs, labels and documents of each sequence, as narrow as they are stored."""
-    tokens = 0
+def _sequences(source: SequenceSource, keys: Sequence[Any], tokenizer: Tokenizer) -> list[_Columns] | None:
+    """Returns inputs, labels and documents of each sequence, as narrow as they are stored; None if too many."""
+    sequences, tokens = list[_Columns](), 0
     for key in (keys[i] for i in range(len(keys))):
         batch = source.__getitems__([key])
         tokens += batch["input_ids"].numel()
-        inputs, labels, documents = (batch[name][0].numpy() for name in ("input_ids", "labels", "doc_ids"))
-        yield inputs.astype(token_dtype(data.tokenizer.vocab_size)), labels.astype(np.int32), documents.astype(np.int32)
         if tokens > MOST_TOKENS:
-            return
+            return None
+        inputs, labels, documents = (batch[name][0].numpy() for name in ("input_ids", "labels", "doc_ids"))
+        narrow = inputs.astype(token_dtype(tokenizer.vocab_size)), labels.astype(np.int32), documents.astype(np.int32)
+        sequences.append(narrow)
+    return sequences
 
 
 class HeldOutSequences:
@@ -124,7 +135,7 @@ class HeldOutSequences:
     A batch is as wide as its widest sequence, as it was where the data themselves were at hand.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the folder is damaged.
     """
 
     def __init__(self, file: Path, pad_id: int, vocab_size: int) -> None:
@@ -231,15 +242,12 @@ class HeldOutDataModule(TokenDataModule):
         Raises:
             DataError: the folder is damaged.
         """
-
-        def read(name: str) -> HeldOutSequences:
-            return HeldOutSequences(folder / name, self._tokenizer.pad_id, self._tokenizer.vocab_size)
-
-        sequences = read(_SEQUENCES)
+        ids = self._tokenizer.pad_id, self._tokenizer.vocab_size
+        sequences = HeldOutSequences(folder / _SEQUENCES, *ids)
+        # Not whether the file is there: without it the validation part would be tested.
+        test = HeldOutSequences(folder / _TEST, *ids) if self._source().get("test") else None
         self._questions = self._validation_questions = read_questions(folder / _QUESTIONS)
-        # Runs of earlier versions were tested on the data of their validations.
-        test = read(_TEST_SEQUENCES) if self._source().get("own_test") else None
-        if test is not None:
+        if self._source().get("validation_questions"):
             self._validation_questions = read_questions(folder / _VALIDATION_QUESTIONS)
         return Splits(
             tokenizer=self._tokenizer,
@@ -248,7 +256,7 @@ class HeldOutDataModule(TokenDataModule):
             validation=sequences,
             validation_keys=range(len(sequences)),
             test=test,
-            test_keys=None if test is None else range(len(test)),
+            test_keys=() if test is None else range(len(test)),
         )
 
     @property
@@ -290,7 +298,7 @@ class HeldOutDataModule(TokenDataModule):
         return _first_of_each_form(self._validation_questions, limit)
 
 
-def _first_of_each_form(questions: Iterable[RecallItem], limit: int | None) -> list[RecallItem]:
+def _first_of_each_form(questions: Sequence[RecallItem], limit: int | None) -> list[RecallItem]:
     counts, items = Counter[str](), list[RecallItem]()
     for item in questions:
         counts[item.form] += 1

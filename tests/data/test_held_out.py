@@ -49,11 +49,12 @@ def test_what_was_kept_comes_back(tmp_path: Path) -> None:
     assert data.recall_items() == [QUESTION]
     assert data.recall_items(limit=0) == []
     assert data.validation_items() == [QUESTION]
-    assert not data.own_test
     assert data.fingerprint == "ab"
 
 
-def test_a_test_of_its_own_is_kept_apart(facts: Callable[..., FactsDataModule], tmp_path: Path) -> None:
+def test_a_test_of_its_own_and_questions_of_validations_are_kept(
+    facts: Callable[..., FactsDataModule], tmp_path: Path
+) -> None:
     data = facts()
     data.prepare_data()
     keep_held_out(data, tmp_path / "first")
@@ -66,14 +67,12 @@ def test_a_test_of_its_own_is_kept_apart(facts: Callable[..., FactsDataModule], 
     kept.prepare_data()
     assert (kept.recall_items(), kept.validation_items()) == (data.recall_items(), data.validation_items())
     assert kept.own_test
-    for ours, theirs in (
-        (kept.val_dataloader(), data.val_dataloader()),
-        (kept.test_dataloader(), data.test_dataloader()),
-    ):
+    loaders = ((kept.val_dataloader(), data.val_dataloader()), (kept.test_dataloader(), data.test_dataloader()))
+    for ours, theirs in loaders:
         for one, other in zip(ours, theirs, strict=True):
             assert torch.equal(one["input_ids"], other["input_ids"])
-    (tmp_path / "kept" / "test.npz").unlink()
-    with pytest.raises(DataError, match=r"test\.npz is damaged or missing"):
+    (tmp_path / "kept" / "validation_questions.json").unlink()
+    with pytest.raises(DataError, match=r"validation_questions\.json is damaged or missing"):
         kept.load(tmp_path / "kept")
 
 
@@ -139,6 +138,8 @@ def test_scalars_of_numpy_are_kept_as_numbers(tmp_path: Path) -> None:
 
 
 def test_nothing_is_kept_of_an_empty_validation(tmp_path: Path) -> None:
-    data: Any = SimpleNamespace(splits=SimpleNamespace(validation_keys=[], validation=None, test=None))
+    data: Any = SimpleNamespace(
+        splits=SimpleNamespace(validation_keys=[], validation=None, test=None, tokenizer=bytes_tokenizer())
+    )
     keep_held_out(data, tmp_path / "heldout")
     assert not (tmp_path / "heldout").exists()

@@ -128,7 +128,7 @@ class FactsDataModule(TokenDataModule):
             validation=held_out,
             validation_keys=pack(of_validation, store.lengths, capacity) if divided else test,
             test=held_out if divided else None,
-            test_keys=test if divided else None,
+            test_keys=test if divided else (),
         )
 
     def facts(self) -> list[Fact]:
