@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from pkm_lightning.compare.metric import LOWER_IS_BETTER, higher_is_better
@@ -63,8 +64,8 @@ class Trial:
 
     @property
     def reason(self) -> str:
-        """Why the run did not finish."""
-        return self.failure or str(self.record.get("reason") or "")
+        """Why the run did not finish, in one line."""
+        return " ".join((self.failure or str(self.record.get("reason") or "")).split())
 
 
 _trials: ContextVar[list[Trial] | None] = ContextVar("trials of the sweep under way", default=None)
@@ -134,7 +135,7 @@ def _cells(trial: Trial, folder: Path, keys: Sequence[str], is_best: bool) -> li
         objective.get("step", ""),
         (trial.record.get("seconds") or {}).get("total", ""),
         int(is_best),
-        " ".join(trial.reason.split()),
+        trial.reason,
         *(trial.overrides.get(key, "") for key in keys),
     ]
 
@@ -154,7 +155,7 @@ def _print_table(trials: Sequence[Trial], folder: Path, keys: Sequence[str], bes
             "-" if math.isnan(trial.value) else f"{trial.value:.4f}" + " *" * (trial is best),
             str((trial.record.get("objective") or {}).get("step", "-")),
             "-" if seconds is None else f"{seconds:.1f}",
-            trial.status + (f": {trial.reason}" if trial.reason and trial.status != "pruned" else ""),
+            trial.status + (f": {shorten(trial.reason, 100)}" if trial.reason and trial.status != "pruned" else ""),
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
