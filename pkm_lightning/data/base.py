@@ -16,6 +16,8 @@ what breaks this in any batch.
 | `tokenizer`, a `TextCodec` | `predict`, the callbacks `samples` and `recall`, words in the panels of `slot_usage` |
 | `tokenizer.digest` | a checkpoint of another tokenizer is refused |
 | `recall_items(limit)` | questions for the callback `recall`, and for `samples` where it has no prompts |
+| `validation_items(limit)` | other questions for validations, so that a choice by their figures is none by the test's |
+| `own_test` | in run.json: whether the test reads other data than validations, which reports of sweeps mention |
 | `n_facts` | `facts` in run.json, from which `compare` derives costs per fact |
 | `fingerprint` | `data` in run.json, by which reports notice runs on different data |
 | `encode_prompt`, `begin_id`, `chat_template`, ... of `tokenizer` | beginnings of prompts, texts, conversations |
@@ -129,6 +131,17 @@ def recall_items_of(data: object, limit: int | None) -> list[RecallItem]:
     """Returns the questions about the data, at most `limit` per form (None: all); none if there is no such method."""
     ask = getattr(data, "recall_items", None)
     return [] if ask is None else ask(limit)
+
+
+def validation_items_of(data: object, limit: int | None) -> list[RecallItem]:
+    """Returns the questions of validations: those of the test where the data have no others."""
+    ask = getattr(data, "validation_items", None)
+    return recall_items_of(data, limit) if ask is None else ask(limit)
+
+
+def own_test_of(data: object) -> bool | None:
+    """Returns whether the test of prepared data reads other data than validations; None where that is unknown."""
+    return getattr(data, "own_test", None)
 
 
 def n_facts_of(data: object) -> int | None:

@@ -212,6 +212,11 @@ class TokenDataModule(LightningDataModule):
         return self.splits.tokenizer
 
     @property
+    def own_test(self) -> bool:
+        """Whether the test reads other sequences than validations, after `prepare_data` or `setup`."""
+        return self.splits.test is not None
+
+    @property
     def splits(self) -> Splits:
         """The sequences, after `prepare_data` or `setup`."""
         if self._splits is None:
