@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+import pyarrow.parquet
 from ngram_folders import write_folder
 from small import SMALL_RUN
 from small_packages import write_packages
@@ -58,6 +59,12 @@ def furnish(folder: Path) -> None:
     (folder / "my_texts" / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     records = [{"prompt": f"{i} and one is", "answer": str(i + 1)} for i in range(60)]
     (folder / "my_answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    turns = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "Yes."}]
+    (folder / "my_chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 60)
+    (folder / "my_rows").mkdir()
+    for split in ("train", "validation"):
+        rows = pyarrow.table({"body": [f"Row {i} has a text of its own. " * 4 for i in range(60)]})
+        pyarrow.parquet.write_table(rows, folder / "my_rows" / f"{split}-00000-of-00001.parquet")
     (folder / "prompts.txt").write_text("The capital of France is\n")
     write_packages(folder / "packages")
     # The vocabulary of a Qwen model is larger than that of its tokenizer too.
@@ -86,7 +93,7 @@ def small_version(command: str, *, silent: bool) -> list[str]:
     elif silent:
         sizes = [size for size in sizes if "callbacks.recall" not in size and "callbacks.samples" not in size]
         sizes += [*_SHORT, *_SILENT]
-    if {"data=text", "data=jsonl"} & set(arguments):
+    if {"data=text", "data=jsonl", "data=hf"} & set(arguments):
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES]
     sizes = list({_key(size): size for size in sizes}.values())
     small = {_key(size) for size in sizes}

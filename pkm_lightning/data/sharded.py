@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pkm_lightning.data.batch import SequenceSource
 from pkm_lightning.data.cache import VERIFIED_BYTES, CacheKey, Source, open_cache, sha256_file
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
 from pkm_lightning.data.documents import Reader
-from pkm_lightning.data.files import check_paths, file_identities
+from pkm_lightning.data.files import COMPRESSED, check_paths, file_identities
 from pkm_lightning.data.order import Order, ShuffledOrder
 from pkm_lightning.data.packing import PieceOrder
 from pkm_lightning.data.pieces import ConsecutivePieces, Pieces, write_pieces
@@ -31,6 +32,8 @@ from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import ConfigError, DataError, check_choice, check_range
 
 PACKINGS = ["windows", "documents", "none"]
+#: The keys of the files of parts.
+PATH_KEYS = {"train": "data.path", "validation": "data.val_path", "test": "data.test_path"}
 #: What messages call the parts.
 SHOWN = {"train": "training", "validation": "validation", "test": "test"}
 
@@ -166,7 +169,7 @@ class CorpusDataModule(ShardedDataModule):
     """Base of data sources over files of the user's, which are tokenised once into shards.
 
     Args:
-        path: a file, a directory (searched at any depth for `suffixes`), a glob, or a list of them.
+        path: a file, a directory (searched at any depth), a glob, or a list of them.
         val_path, test_path: the same for files that only validate or test; None takes a share of the documents of
             `path`.
         val_fraction: share of the documents that is held out for validation, 0.001 to 0.5; no effect with `val_path`.
@@ -180,8 +183,6 @@ class CorpusDataModule(ShardedDataModule):
 
     #: The readable part of the name of the cache folder.
     kind: ClassVar[str]
-    #: Endings of the files that are read in a directory, without those of compression.
-    suffixes: ClassVar[tuple[str, ...]]
     resumes_build = True
 
     def __init__(
@@ -198,43 +199,42 @@ class CorpusDataModule(ShardedDataModule):
     ) -> None:
         super().__init__(packing=packing, **options)
         check_paths("data.path", path)
-        for key, other in (("data.val_path", val_path), ("data.test_path", test_path)):
+        for part, other in (("validation", val_path), ("test", test_path)):
             if other is not None:
-                check_paths(key, other)
+                check_paths(PATH_KEYS[part], other)
         check_range("data.val_fraction", val_fraction, low=0.001, high=0.5)
         check_range("data.test_fraction", test_fraction, low=0, high=0.5)
         check_range("data.seed", seed, low=0)
         if test_path is not None and test_fraction:
             raise ConfigError(f"data.test_fraction={test_fraction} and data.test_path={test_path}: set one of them.")
         self.path = path if isinstance(path, str) else tuple(path)
-        self.val_path, self.test_path = val_path, test_path
+        self.val_path, self.test_path = (
+            other if other is None or isinstance(other, str) else tuple(other) for other in (val_path, test_path)
+        )
         self.fractions = Fractions(val_fraction, test_fraction, seed)
 
     def place(self, part: str) -> str:
         """Returns the key and value that name the files of a part."""
-        key, path = self._files_of(part)
-        return f"{key}={path}"
+        return f"{PATH_KEYS[self._holder(part)]}={self._paths()[self._holder(part)]}"
 
     def remedy(self, part: str) -> str:
         """Returns what to do where a part holds less than one sequence."""
-        key, _ = self._files_of(part)
-        if part == "train" or key != "data.path":
-            return f"lower data.seq_len or add text to {key}"
+        if part == self._holder(part):
+            return f"lower data.seq_len or add text to {PATH_KEYS[part]}"
         return f"raise data.{'val' if part == 'validation' else 'test'}_fraction, lower data.seq_len or add text"
 
     def where(self, part: str, file: int, record: int) -> str:
         """Returns the place of a document, such as `answers.jsonl:12`."""
-        return self.reader(self._files_of(part)[1]).where(file, record)
+        holder = self._holder(part)
+        return self.reader(self._paths()[holder], holder).where(file, record)
 
-    def _files_of(self, part: str) -> tuple[str, str | Sequence[str]]:
-        """Returns the key that names the files of a part, and its value."""
-        own = {"validation": ("data.val_path", self.val_path), "test": ("data.test_path", self.test_path)}
-        key, path = own.get(part, ("data.path", None))
-        return ("data.path", self.path) if path is None else (key, path)
+    def _holder(self, part: str) -> str:
+        """Returns the part whose files hold the documents of `part`: itself, or training where it has no files."""
+        return part if part in self._paths() else "train"
 
     @abstractmethod
-    def reader(self, path: str | Sequence[str]) -> Reader:
-        """Returns the documents of some files; finds them, and reads nothing yet."""
+    def reader(self, path: str | Sequence[str], part: str) -> Reader:
+        """Returns the documents of a part's own files; finds them, and reads nothing yet."""
 
     @abstractmethod
     def reading(self) -> dict[str, Any]:
@@ -274,12 +274,31 @@ class CorpusDataModule(ShardedDataModule):
         return {part: path for part, path in paths.items() if path is not None}
 
     def _readers(self) -> dict[str, Reader]:
-        return {part: self.reader(path) for part, path in self._paths().items()}
+        return {part: self.reader(path, part) for part, path in self._paths().items()}
 
     def _fractions(self) -> dict[str, float]:
         """Returns the fractions that have an effect."""
         fractions = {"val_fraction": self.fractions.validation, "test_fraction": self.fractions.test}
         return {name: 0.0 if name == "val_fraction" and self.val_path else value for name, value in fractions.items()}
+
+
+def check_endings(endings: object) -> None:
+    """Refuses a value of `data.endings` that is no list of endings.
+
+    Raises:
+        ConfigError: naming the value and what is allowed.
+    """
+    listed = isinstance(endings, Sequence) and not isinstance(endings, str)
+    values: list[Any] = list(endings) if listed else [endings]  # type: ignore[call-overload]
+    wrong = [value for value in values if not isinstance(value, str) or not re.fullmatch(r"\.[^./\s]+", value)]
+    if wrong or not listed or not values:
+        shown = f"[{', '.join(map(str, values))}]" if listed else values[0]
+        raise ConfigError(f"data.endings={shown} is not a list of endings; write data.endings=[.txt,.md].")
+    packed = [value for value in values if value in COMPRESSED]
+    if packed:
+        raise ConfigError(
+            f"data.endings=[{', '.join(values)}]: {packed[0]} is found behind every ending by itself; leave it out."
+        )
 
 
 def _identities(files: Sequence[Path]) -> list[list[Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pkm_lightning.data import FactsDataModule, JsonlDataModule, TextDataModule
+from pkm_lightning.data import FactsDataModule, HfDataModule, JsonlDataModule, TextDataModule
 from pkm_lightning.data.facts.subjects import LOADERS
 
 LOADER = {
@@ -41,16 +41,35 @@ FACTS = {
     "tokenizer": "bpe",
     "vocab_size": 600,
 }
-TEXT = {"document_separator": None, "val_fraction": 0.1, "seed": 0, "tokenizer": "bpe", "vocab_size": 300}
-JSONL = {
+PARTS = {"val_path": None, "test_path": None, "test_fraction": 0, "seed": 0, "vocab_size": 300}
+TEXT = {
+    **PARTS,
+    "endings": [".txt", ".md"],
+    "document_separator": None,
+    "packing": "windows",
+    "val_fraction": 0.1,
+    "tokenizer": "bpe",
+}
+RECORDS = {
+    **PARTS,
     "text_field": "text",
     "prompt_field": "prompt",
     "answer_field": "answer",
+    "messages_field": "messages",
+    "chat_template": None,
     "packing": "documents",
     "val_fraction": 0.2,
-    "seed": 0,
     "tokenizer": "bytes",
-    "vocab_size": 300,
+}
+JSONL = {**RECORDS, "endings": [".jsonl"]}
+HF = {
+    **RECORDS,
+    "name": None,
+    "split": "train",
+    "val_split": None,
+    "test_split": None,
+    "streaming": True,
+    "limit": None,
 }
 
 
@@ -92,6 +111,13 @@ def text(cache_dir: Path) -> Callable[..., TextDataModule]:
 def jsonl(cache_dir: Path) -> Callable[..., JsonlDataModule]:
     return lambda path, **changes: JsonlDataModule(
         **{**LOADER, **JSONL, "cache_dir": str(cache_dir), "path": path, **changes}
+    )
+
+
+@pytest.fixture
+def hf(cache_dir: Path) -> Callable[..., HfDataModule]:
+    return lambda path, **changes: HfDataModule(
+        **{**LOADER, **HF, "cache_dir": str(cache_dir), "path": path, **changes}
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pkm_lightning.data import NO_TARGET, JsonlDataModule
-from pkm_lightning.data.jsonl import validation_split
+from pkm_lightning.data.chat_template import ChatTemplate
 from pkm_lightning.errors import ConfigError, DataError
 
 
@@ -62,13 +62,6 @@ def test_texts_longer_than_a_sequence_are_continued(jsonl: Callable[..., JsonlDa
     assert datamodule.recall_items() == []
 
 
-def test_appended_records_change_no_split() -> None:
-    few, many = validation_split(500, 0.1, 0), validation_split(1000, 0.1, 0)
-    assert many[:500] == few
-    assert 0.07 < sum(many) / 1000 < 0.13
-    assert sum(validation_split(2, 0.001, 0)) == 1
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -79,7 +72,7 @@ def test_appended_records_change_no_split() -> None:
         ('{"text": "a"}\n{"text": " "}', r"r\.jsonl:2: field 'text' is blank"),
         ('{"text": "a"}\n{"text": 3}', r"r\.jsonl:2: field 'text' is not text"),
         ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', r"r\.jsonl:2: field 'answer' is missing"),
-        ('{"text": "a"}', r"has 1 record; training and validation need one each"),
+        ('{"prompt": "a", "answer": "b"}', r"has 1 document; training and validation need one each"),
     ],
 )
 def test_bad_records_are_refused(
@@ -94,3 +87,69 @@ def test_a_long_record_names_its_line_and_the_length(jsonl: Callable[..., JsonlD
     path = write(tmp_path / "qa.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "a" * 30, "answer": "b"}])
     with pytest.raises(ConfigError, match=r"qa\.jsonl:2: .* need 32 tokens, data\.seq_len=16 .* set data\.seq_len=32"):
         jsonl(path, seq_len=16).prepare_data()
+
+
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": f"Double {i}?"}, {"role": "assistant", "content": f"It is {2 * i}."}]}
+    for i in range(40)
+]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "changes", "end"),
+    [
+        ("bytes", {}, ""),
+        ("bpe", {"special_tokens": ["<|im_start|>", "<|im_end|>"], "chat_template": "chatml"}, "<|im_end|>"),
+    ],
+)
+def test_answers_of_conversations_are_learned_and_the_template_is_kept(
+    jsonl: Callable[..., JsonlDataModule],
+    tmp_path: Path,
+    tokenizer: str,
+    changes: dict[str, Any],
+    end: str,
+) -> None:
+    path = write(tmp_path / "chat.jsonl", CONVERSATIONS)
+    datamodule = jsonl(path, tokenizer=tokenizer, packing="none", val_fraction=0.1, **changes)
+    datamodule.prepare_data()
+    trained = documents(datamodule)
+    assert {target for _, target in trained} <= {f"{'' if end else ' '}It is {2 * i}." for i in range(40)}
+    assert len(trained) > 30
+    template = datamodule.tokenizer.chat_template
+    assert template is not None
+    # What `chat` of a run writes before an answer is what training has shown before it.
+    chat = ChatTemplate(template, datamodule.tokenizer, tmp_path)
+    asked = chat.encode([{"role": "user", "content": "Double 7?"}])
+    batches = [datamodule.splits.train.__getitems__([key]) for key in datamodule.splits.order.keys(0)[:]]
+    shown = [batch["input_ids"][0, : len(asked)].tolist() for batch in batches]
+    shown += [b["input_ids"][0, : len(asked)].tolist() for b in datamodule.val_dataloader()]
+    assert asked in shown
+    ends = [datamodule.tokenizer.encode_rendered(end)[0]] if end else [datamodule.tokenizer.eos_id]
+    assert chat.end_ids() == ends
+    assert all(set(ends) <= set(batch["labels"].flatten().tolist()) for batch in batches), "ends are learned"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chat_template": "chatlm"}, r"data\.chat_template='chatlm' is not known; .* Did you mean 'chatml'\?"),
+        ({"chat_template": "none.jinja"}, r"data\.chat_template=none\.jinja does not exist; give chatml, or the path"),
+        (
+            {"chat_template": "chatml"},
+            r"chatml: data\.tokenizer=bytes has no control token <\|im_start\|> or <",
+        ),
+        ({"test_fraction": 0.7}, r"data\.test_fraction=0\.7 is out of range"),
+        ({"test_fraction": 0.1, "test_path": "x"}, r"data\.test_fraction=0\.1 and data\.test_path=x: set one of them"),
+        ({"val_path": ""}, r"data\.val_path= names no files"),
+        (
+            {"packing": "windows"},
+            r"data\.packing=windows would cut the conversations of data\.path=.*; set data\.packing=",
+        ),
+        ({"packing": "tight"}, r"data\.packing='tight' is not known; allowed: windows, documents, none"),
+    ],
+)
+def test_bad_keys_are_refused(
+    jsonl: Callable[..., JsonlDataModule], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        jsonl(write(tmp_path / "chat.jsonl", CONVERSATIONS), **changes).prepare_data()

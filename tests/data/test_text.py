@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkm_lightning.data import NO_TARGET, TextDataModule
-from pkm_lightning.data.text import head, tail
+from pkm_lightning.data.documents import Piece, Segment
+from pkm_lightning.data.shards.mapped import TokenShards
+from pkm_lightning.data.shards.plan import Divider, Plan
+from pkm_lightning.data.split import Fractions
 from pkm_lightning.data.tokenizer import bytes_tokenizer
-from pkm_lightning.data.windows import Windows
 from pkm_lightning.errors import ConfigError, DataError
 
 STORY = "".join(f"Sentence number {i} of the story has its own number. " for i in range(200))
@@ -63,18 +66,21 @@ def test_what_was_read_and_left_out_is_said(
     datamodule = text(str(corpus), tokenizer="bytes", cache_dir=str(tmp_path_factory.mktemp("own")))
     datamodule.setup("fit")
     n_bytes = sum(file.stat().st_size for file in corpus.rglob("*") if file.suffix in (".txt", ".md"))
-    train, validation = datamodule.splits.train, datamodule.splits.validation
-    assert isinstance(train, Windows)
-    assert isinstance(validation, Windows)
-    assert [record.message for record in caplog.records] == [
-        f"data.path={corpus}: 21 documents; 2 are held out for validation",
-        f"data.path={corpus}: 21 files, {n_bytes:,} bytes; skipped 2 of other endings (1 .gz, 1 .py)",
-        f"{train.n_tokens:,} tokens in {len(train)} sequences for training, {validation.n_tokens} tokens in "
-        f"{len(validation)} sequences for validation",
+    train, validation = (TokenShards(datamodule.cache_folder(), part) for part in ("train", "validation"))
+    assert [
+        record.message
+        for record in caplog.records
+        if record.message.startswith(("read", "skip", f"{train.n_tokens:,}"))
+    ] == [
+        f"read: 21 files, 21 documents, {n_bytes:,} bytes",
+        f"{train.n_tokens:,} tokens in {train.n_documents} documents for training, {validation.n_tokens:,} tokens in "
+        f"{validation.n_documents} documents for validation",
+        "skipped: 1 files of other endings: .gz, 1 files of other endings: .py",
     ]
     assert train.n_tokens + validation.n_tokens == n_bytes + 21
+    n_lines = len(caplog.records)
     datamodule.setup("test")
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == n_lines
 
 
 def test_validation_holds_whole_documents(text: Callable[..., TextDataModule], corpus: Path) -> None:
@@ -105,6 +111,26 @@ def test_separator_lists_and_globs(text: Callable[..., TextDataModule], tmp_path
         datamodule.prepare_data()
         ids = torch.cat([batch["input_ids"][0] for batch in windows(datamodule)])
         assert (ids == datamodule.tokenizer.eos_id).sum() >= 25
+
+
+def test_parts_come_from_files_of_their_own_and_compressed_ones_count(
+    text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    for part in ("train", "val", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.txt.gz").write_bytes(gzip.compress(f"{part} text ".encode() * 30))
+    paths = {f"{part}_path": str(tmp_path / part) for part in ("val", "test")}
+    datamodule = text(str(tmp_path / "train"), tokenizer="bytes", packing="none", seq_len=512, **paths)
+    datamodule.prepare_data()
+    loaders = (datamodule.train_dataloader(), datamodule.val_dataloader(), datamodule.test_dataloader())
+    for part, loader in zip(("train", "val", "test"), loaders, strict=True):
+        ids = next(iter(loader))["input_ids"][0].tolist()
+        assert datamodule.tokenizer.decode(ids) == f"{part} text " * 30
+    (tmp_path / "val" / "a.txt.gz").write_bytes(gzip.compress(b"ab\xff"))
+    with pytest.raises(DataError, match=r"val/a\.txt\.gz is not UTF-8 at byte 2 of its text"):
+        text(str(tmp_path / "train"), tokenizer="bytes", **paths).prepare_data()
+    with pytest.raises(DataError, match=r"data\.test_path=nowhere does not exist"):
+        text(str(tmp_path / "train"), test_path="nowhere").prepare_data()
 
 
 def test_an_edited_file_is_read_again(text: Callable[..., TextDataModule], tmp_path: Path) -> None:
@@ -138,22 +164,28 @@ def test_a_tokenizer_that_truncates_makes_the_files_of_one_that_does_not(
     text: Callable[..., TextDataModule], tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text(STORY)
-    made = []
+    made: list[dict[str, bytes]] = []
     for name, setting in (("plain", None), ("cut", {"direction": "Right", "max_length": 16, "stride": 0})):
         content = json.loads(bytes_tokenizer()._backend.to_str())
         content["truncation"] = setting and {**setting, "strategy": "LongestFirst"}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         folder = text(str(tmp_path / "a.txt"), tokenizer=str(tmp_path / f"{name}.json")).cache_folder()
-        made.append({part: (folder / part).read_bytes() for part in ("train.bin", "validation.bin", "tokenizer.json")})
+        names = ("train-00000.tokens", "validation-00000.tokens", "tokenizer.json")
+        made.append({name: (folder / name).read_bytes() for name in names})
     assert made[0] == made[1]
-    assert len(made[0]["train.bin"]) + len(made[0]["validation.bin"]) == 2 * (len(STORY) + 2)
+    assert sum(len(content) for name, content in made[0].items() if "-" in name) == 2 * (len(STORY) + 2)
 
 
 @given(documents=st.lists(st.text(st.sampled_from("abc "), min_size=1), min_size=1), share=st.floats(0, 1))
-def test_head_and_tail_share_nothing_and_lose_no_letter(documents: list[str], share: float) -> None:
+def test_a_cut_shares_nothing_and_loses_no_letter(documents: list[str], share: float) -> None:
     cut = round(sum(map(len, documents)) * share)
-    both = "".join([*head(iter(documents), cut), *tail(iter(documents), cut)])
+    divider = Divider(Plan("train", Fractions(0.1, 0, 0), cuts=(("validation", cut),)))
+    pieces = (Piece(0, number, (Segment(text),)) for number, text in enumerate(documents))
+    portions = [portion for piece in pieces for portion in divider.divide(piece)]
+    both = "".join(portion.segments[0].text for portion in portions)
     assert both.replace(" ", "") == "".join(documents).replace(" ", "")
+    parts = [portion.part for portion in portions]
+    assert parts == sorted(parts, key=["train", "validation"].index)
 
 
 def test_a_user_without_a_home_is_asked_for_a_cache_when_it_is_needed(
@@ -175,7 +207,7 @@ def test_a_document_without_white_space_is_cut_within_its_only_word(
     datamodule = text(str(tmp_path / "a.txt"), tokenizer="bytes")
     datamodule.prepare_data()
     decoded = [
-        datamodule.tokenizer.decode(np.fromfile(datamodule.cache_folder() / f"{part}.bin", np.uint16).tolist())
+        datamodule.tokenizer.decode(np.fromfile(datamodule.cache_folder() / f"{part}-00000.tokens", np.uint16).tolist())
         for part in ("train", "validation")
     ]
     assert list(map(len, decoded)) == [18_000, 2_000]
@@ -186,7 +218,7 @@ def test_a_document_without_white_space_is_cut_within_its_only_word(
     [
         ({}, r"missing does not exist; give a file, a directory with \*\.txt, \*\.md, or a glob"),
         ({"missing/x.py": b"1"}, r"missing matches no file; directories are searched for \*\.txt"),
-        ({"missing/x.txt": b" \n"}, r"all 1 files are empty"),
+        ({"missing/x.txt": b" \n"}, r"no text in 1 file; give files that are not empty"),
         ({"missing/x.txt": b"ab\xff"}, r"x\.txt is not UTF-8 at byte 2"),
         ({"missing/x.txt": b"a b"}, r"the training part has \d+ tokens, a sequence of data\.seq_len=16 needs 17"),
         ({"missing/x.txt": b"many words " * 5}, r"the validation part has \d+ tokens.* raise data\.val_fraction"),
@@ -219,6 +251,14 @@ def test_bad_keys_are_refused(text: Callable[..., TextDataModule]) -> None:
         text("x", val_fraction=0.9)
     with pytest.raises(ConfigError, match=r"data\.document_separator=0 is out of range"):
         text("x", document_separator=0)
+    for endings, reason in (
+        ([], "is not a list of endings"),
+        ("txt", "is not a list of endings"),
+        (["txt"], "is not a list of endings"),
+        ([".txt", ".gz"], r"\.gz is found behind every ending by itself"),
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.endings=.*{reason}"):
+            text("x", endings=endings)
     with pytest.raises(ConfigError, match=r"data\.seq_len=1 is out of range"):
         text("x", seq_len=1)
     with pytest.raises(ConfigError, match="missing or unknown keys: wrong"):

@@ -13,9 +13,11 @@ from pkm_lightning.data.pretrained_files import read_json
 from pkm_lightning.data.readers.tables import TABLE_ENDINGS, table_kind
 from pkm_lightning.errors import ConfigError, DataError, nearest
 
-__all__ = ["dataset_files"]
+__all__ = ["OTHER_SPLITS", "dataset_files"]
 
-#: Words that name a split in the names of files and folders, as in `train-00000-of-00002.parquet`.
+#: The reason why a file was left out, before the name of its split.
+OTHER_SPLITS = "files of other splits:"
+#: Words for splits in the names of files and folders, as in `train-00000-of-00002.parquet`.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -78,7 +80,7 @@ def _of_folder(folder: Path, split: str, key: str) -> tuple[list[Path], Counter[
         raise ConfigError(
             f"data.split={split}: the files of {key}={folder} are of the splits {', '.join(named)}; set one of them."
         )
-    left_out += Counter(f"files of other splits: {splits[file] or 'none'}" for file in of_kind if file not in chosen)
+    left_out += Counter(f"{OTHER_SPLITS} {splits[file] or 'none'}" for file in of_kind if file not in chosen)
     return chosen, left_out
 
 

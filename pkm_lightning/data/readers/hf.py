@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pkm_lightning.data.documents import Piece
 from pkm_lightning.data.files import check_paths, expanded
-from pkm_lightning.data.readers.dataset_files import dataset_files
+from pkm_lightning.data.readers.dataset_files import OTHER_SPLITS, dataset_files
 from pkm_lightning.data.readers.fields import Fields
 from pkm_lightning.data.readers.record_reader import RecordReader
 from pkm_lightning.data.readers.tables import TABLE_ENDINGS, columns_of, rows_of, table_kind
 from pkm_lightning.data.template_renderer import TemplateRenderer
-from pkm_lightning.errors import DataError, missing_extra
+from pkm_lightning.errors import ConfigError, DataError, missing_extra
 
 __all__ = ["DatasetReader", "HubReader", "dataset_reader"]
 
@@ -41,6 +42,8 @@ class DatasetReader(RecordReader):
     Args:
         path: a file, a directory, a folder of `save_to_disk`, a glob, or a list of them.
         split: of a directory whose files name their splits.
+        elsewhere: splits of the directory that other readers read, so that nothing is skipped; None where another
+            reader of the same path counts what is.
         limit: documents that are read; None for all.
         fields: names of the columns.
         renderer: of conversations.
@@ -60,10 +63,11 @@ class DatasetReader(RecordReader):
         limit: int | None,
         fields: Fields,
         renderer: TemplateRenderer,
+        elsewhere: Collection[str] | None = (),
         key: str = "data.path",
     ) -> None:
         super().__init__(path, endings=TABLE_ENDINGS, key=key, fields=fields, renderer=renderer)
-        self.split, self.limit = split, limit
+        self.split, self.limit, self.elsewhere = split, limit, elsewhere
 
     @cached_property
     def _listing(self) -> tuple[list[Path], Counter[str]]:
@@ -77,7 +81,10 @@ class DatasetReader(RecordReader):
     @cached_property
     def other_files(self) -> Counter[str]:
         """How many files are left out, by reason."""
-        return self._listing[1]
+        if self.elsewhere is None:
+            return Counter()
+        read = {f"{OTHER_SPLITS} {split}" for split in self.elsewhere}
+        return Counter({reason: n for reason, n in self._listing[1].items() if reason not in read})
 
     def present(self, file: int) -> Collection[str] | None:
         """Returns the columns of a file; None where it has no row."""
@@ -124,22 +131,13 @@ class HubReader(DatasetReader):
         Raises:
             DataError: there is no such dataset, configuration or split, or the hub cannot be reached.
         """
+        for package in ("datasets", "huggingface_hub"):
+            if importlib.util.find_spec(package) is None:
+                raise missing_extra(f"{self.key}={self.path}", package, "data")
         try:
-            import datasets
-            import huggingface_hub
-        except ImportError:
-            raise missing_extra(f"{self.key}={self.path}", "datasets", "data") from None
-        revision = None
-        try:
-            if not huggingface_hub.constants.HF_HUB_OFFLINE:
-                # Asked first: `datasets` tries for half a minute to reach a hub that is out of reach.
-                revision = huggingface_hub.HfApi().dataset_info(str(self.path), timeout=TIMEOUT).sha
-            dataset = datasets.load_dataset(
-                self.path, self.name, split=self.split, streaming=self.streaming, revision=revision
-            )
+            return _hub_dataset(str(self.path), self.name, self.split, self.streaming)
         except Exception as error:  # of any kind, from the libraries of the network
             raise self._unreachable(error) from None
-        return dataset, str(revision or getattr(dataset, "_fingerprint", "cached"))
 
     def _unreachable(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -181,9 +179,36 @@ class HubReader(DatasetReader):
             raise self._unreachable(error) from None
 
 
+# Remembered: several readers of one dataset are made while it is prepared, and the hub is asked once.
+@lru_cache(maxsize=8)
+def _hub_dataset(path: str, name: str | None, split: str, streaming: bool) -> tuple[Any, str]:
+    import datasets
+    import huggingface_hub
+
+    revision = None
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        # Asked first: `datasets` tries for half a minute to reach a hub that is out of reach.
+        revision = huggingface_hub.HfApi().dataset_info(path, timeout=TIMEOUT).sha
+    dataset = datasets.load_dataset(path, name, split=split, streaming=streaming, revision=revision)
+    return dataset, str(revision or getattr(dataset, "_fingerprint", "cached"))
+
+
 def dataset_reader(path: str | Sequence[str], *, name: str | None, streaming: bool, **options: Any) -> DatasetReader:
-    """Returns the reader of local files, or of the hub where `path` can only be a name there."""
+    """Returns the reader of local files, or of the hub where `path` can only be a name there.
+
+    Args:
+        path, options: see `DatasetReader`.
+        name, streaming: see `HubReader`.
+
+    Raises:
+        ConfigError: `path` names no files, or files although `name` is one of the hub.
+    """
     check_paths(options["key"], path)
     if is_hub_name(path):
         return HubReader(str(path), name=name, streaming=streaming, **options)
+    if name is not None:
+        shown = path if isinstance(path, str) else ", ".join(path)
+        raise ConfigError(
+            f"data.name={name} is of a dataset on the hub, and {options['key']}={shown} are files; leave it out."
+        )
     return DatasetReader(path, **options)

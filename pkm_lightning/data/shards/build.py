@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
@@ -41,6 +42,9 @@ GROUP_BYTES = 4_000_000
 MAX_QUESTIONS = 10_000
 QUESTIONS = "questions.json"
 _ENDINGS = {".tokens", ".begins", ".places", ".learned", ".tmp"}
+
+#: Names such as <eos> and <|user|>.
+_CONTROL_TOKEN = re.compile(r"<\|?\w+\|?>")
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +103,10 @@ def _training_texts(reader: Reader, plan: Plan) -> Iterator[str]:
     divider = Divider(plan)
     portions = (portion for piece in reader.pieces() for portion in divider.divide(piece))
     segments = (s for portion in portions if portion.part == plan.main for s in portion.segments)
-    # The text of a chat template holds names of control tokens, which are no words.
-    return (chunk for segment in segments if not segment.rendered for chunk in chunks(segment.text))
+    for segment in segments:
+        # A chat template writes the names of control tokens, which are no words.
+        texts = _CONTROL_TOKEN.split(segment.text) if segment.rendered else [segment.text]
+        yield from (chunk for text in texts for chunk in chunks(text))
 
 
 class _Build:

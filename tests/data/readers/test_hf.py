@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pkm_lightning.data.conversations import DEFAULT_TEMPLATE
 from pkm_lightning.data.documents import Piece, Segment
-from pkm_lightning.data.readers import tables
+from pkm_lightning.data.readers import hf, tables
 from pkm_lightning.data.readers.fields import Fields
 from pkm_lightning.data.readers.hf import DatasetReader, HubReader, dataset_reader
 from pkm_lightning.data.template_renderer import TemplateRenderer
@@ -235,6 +235,7 @@ def test_rows_on_the_hub(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> No
     class Info:
         sha = "5ad0"
 
+    hf._hub_dataset.cache_clear()
     asked: list[tuple[Any, ...]] = []
 
     def load(path: str, name: str | None, **options: Any) -> Any:
@@ -247,6 +248,7 @@ def test_rows_on_the_hub(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> No
     made = reader("org/name", name="en", streaming=streaming)
     assert isinstance(made, HubReader)
     assert texts_of(made) == TEXTS
-    assert asked == [("org/name", "en", "train", streaming, "5ad0")]
+    assert texts_of(reader("org/name", name="en", streaming=streaming)) == TEXTS
+    assert asked == [("org/name", "en", "train", streaming, "5ad0")], "asked once for all readers"
     assert list(map(str, made.files)) == ["org/name-en-train@5ad0"], "the revision tells one state from another"
     assert made.where(0, 3) == "org/name, row 3"
