@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -26,7 +26,8 @@ from pkm_lightning.data.cache import CacheKey, Source, open_cache, read_manifest
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.order import Order, ShareBatchSampler, StepBatchSampler, micro_batch_size
 from pkm_lightning.data.prompts import PromptBatches, check_prompts, collect_prompts
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import ConfigError, DataError, check_range
 
 __all__ = ["LoaderOptions", "Splits", "TokenDataModule", "TokenOptions"]
@@ -63,12 +64,20 @@ class TokenOptions(LoaderOptions):
     """The configuration keys of a data source that turns text into tokens.
 
     Attributes:
-        tokenizer: `bpe`, `bytes`, or the path of a `tokenizer.json`.
+        tokenizer: `bpe`, `bytes`, or a path; for this and the other keys of the tokenizer see `TokenizerChoice`.
         vocab_size: tokens of a `bpe` vocabulary, 258 or more.
+        special_tokens: names of further control tokens.
+        normalization: what is done to texts before they are encoded, or None.
+        tokenizer_bytes: of text that a `bpe` vocabulary is learned from at most.
+        tokenizer_pattern: cuts texts for a .tiktoken file, or None.
     """
 
     tokenizer: str
     vocab_size: int
+    special_tokens: NotRequired[Sequence[str]]
+    normalization: NotRequired[str | None]
+    tokenizer_bytes: NotRequired[int]
+    tokenizer_pattern: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,12 @@ class TokenDataModule(LightningDataModule):
 
     #: Every rank can always make another training batch.
     endless = True
+    #: Whether `build` continues in a folder that a killed call of it has left.
+    resumes_build = False
 
     def __init__(self, **options: Unpack[TokenOptions]) -> None:
         super().__init__()
-        wrong = sorted(set(options) ^ TokenOptions.__required_keys__)
+        wrong = sorted((set(options) ^ TokenOptions.__required_keys__) - TokenOptions.__optional_keys__)
         if wrong:
             raise ConfigError(
                 f"data has missing or unknown keys: {', '.join(wrong)}; besides its own, every token data source has "
@@ -130,7 +141,7 @@ class TokenDataModule(LightningDataModule):
         check_prompts(options["prompts"])
         self._prompts = options["prompts"]
         self._prompts_file = options["prompts_file"]
-        self.tokenizer_choice = TokenizerChoice(options["tokenizer"], options["vocab_size"], self.cache_dir)
+        self.tokenizer_choice = TokenizerChoice.of(options, self.cache_dir)
         self._folder: Path | None = None
         self._splits: Splits | None = None
         self._loaded_samples = 0
@@ -162,7 +173,7 @@ class TokenDataModule(LightningDataModule):
         """Returns the complete cache folder, which is built if it is missing."""
         # Remembered, so that a source file edited during a run does not change the data under it.
         if self._folder is None:
-            self._folder = open_cache(self.usable_cache_dir(), self.cache_key(), self.build)
+            self._folder = open_cache(self.usable_cache_dir(), self.cache_key(), self.build, resumes=self.resumes_build)
         return self._folder
 
     def usable_cache_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""What readers of the user's files yield: documents, whose text may come in pieces so that memory never holds a file."""
+"""What readers of files yield: documents, in pieces where they are long, so that memory never holds a whole file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Piece(NamedTuple):
     Attributes:
         file: number of its file among `Reader.files`.
         record: number of the document within its file (line, row, or place between separators), from 0.
-        segments: of this piece. The tokens of a document are those of its segments, one after another, and the end token.
+        segments: of this piece. The tokens of a document are those of its segments, one after another, and the end
+            token.
         ends: whether the document ends with this piece; its next piece follows at once if not.
     """
 
@@ -40,7 +41,12 @@ class Piece(NamedTuple):
 
 
 class Reader(Protocol):
-    """Documents of some files, in an order that is always the same."""
+    """Documents of some files, in an order that is always the same.
+
+    Optional: `skipped` (Counter of str), which counts by reason what the constructor has left out (`files of other
+    endings: .py`) and the latest call of `pieces`; `consumed` (int), the bytes of the file under way, as it lies on
+    disk, that were read so far, for the progress of compressed files.
+    """
 
     @property
     def files(self) -> Sequence[Path]:

@@ -1,26 +1,31 @@
-"""Data modules over shards of tokenised text, and those among them that build the shards from files of the user's."""
+"""Data modules over shards of tokenised text: those that build them from the user's files, and those that read them."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, Unpack
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.batch import SequenceSource
-from pkm_lightning.data.cache import CacheKey, Source, open_cache
+from pkm_lightning.data.cache import VERIFIED_BYTES, CacheKey, Source, open_cache, sha256_file
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
 from pkm_lightning.data.documents import Reader
-from pkm_lightning.data.files import check_paths
+from pkm_lightning.data.files import check_paths, file_identities
 from pkm_lightning.data.order import Order, ShuffledOrder
 from pkm_lightning.data.packing import PieceOrder
 from pkm_lightning.data.pieces import ConsecutivePieces, Pieces, write_pieces
 from pkm_lightning.data.sequences import DocumentSequences, WindowSequences
-from pkm_lightning.data.shards.format import PARTS
-from pkm_lightning.data.shards.mapped import TokenShards
+from pkm_lightning.data.shards.build import build_shards
+from pkm_lightning.data.shards.content import content_lines
+from pkm_lightning.data.shards.format import INDEX, PARTS
+from pkm_lightning.data.shards.mapped import TokenShards, read_index
 from pkm_lightning.data.split import Fractions
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import ConfigError, DataError, check_choice, check_range
@@ -31,6 +36,8 @@ SHOWN = {"train": "training", "validation": "validation", "test": "test"}
 
 #: The sequences of a part, and their keys in their own order.
 Opened: TypeAlias = "tuple[SequenceSource, Sequence[Any]]"
+
+log = logging.getLogger(__name__)
 
 
 class ShardedDataModule(TokenDataModule):
@@ -51,6 +58,19 @@ class ShardedDataModule(TokenDataModule):
     def view(self) -> dict[str, Any]:
         """Returns sequence length and packing."""
         return {"seq_len": self.seq_len, "packing": self.packing}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the data; before training it also logs what they are."""
+        super().setup(stage)
+        if stage == "fit":
+            self._log_content()
+
+    @rank_zero_only
+    def _log_content(self) -> None:
+        folder = self.cache_folder()
+        # A source that mixes others has no index of its own.
+        for line in content_lines(read_index(folder)) if (folder / INDEX).exists() else ():
+            log.info(line)
 
     def load(self, folder: Path) -> Splits:
         """Opens the shards, and derives the pieces of documents that sequences are filled with.
@@ -158,8 +178,11 @@ class CorpusDataModule(ShardedDataModule):
         ConfigError: for a value out of range.
     """
 
+    #: The readable part of the name of the cache folder.
+    kind: ClassVar[str]
     #: Endings of the files that are read in a directory, without those of compression.
     suffixes: ClassVar[tuple[str, ...]]
+    resumes_build = True
 
     def __init__(
         self,
@@ -219,8 +242,54 @@ class CorpusDataModule(ShardedDataModule):
 
     def cache_key(self) -> CacheKey:
         """Returns the state of the files, how they are read and split, and the tokenizer."""
-        raise NotImplementedError
+        arguments = {
+            **{f"{part} files": _identities(reader.files) for part, reader in self._readers().items()},
+            **self.reading(),
+            **{name: value for name, value in self._fractions().items() if value},
+            "seed": self.fractions.seed,
+            "tokenizer": self.tokenizer_choice.identity(),
+        }
+        return CacheKey(self.kind, arguments)
 
     def build(self, folder: Path) -> list[Source]:
         """Tokenises the files into shards, after training the tokenizer on the training part where it is trained."""
-        raise NotImplementedError
+        readers = self._readers()
+        before = {part: _identities(reader.files) for part, reader in readers.items()}
+        build_shards(
+            folder,
+            readers=readers,
+            fractions=self.fractions,
+            choice=self.tokenizer_choice,
+            name=f"data.path={self.path}",
+        )
+        for part, reader in readers.items():
+            for earlier, now in zip(before[part], _identities(reader.files), strict=True):
+                if earlier != now:
+                    raise DataError(f"{now[0]} has changed while it was prepared; start again when it is complete.")
+        return [_source(reader.files, str(self._paths()[part])) for part, reader in readers.items()]
+
+    def _paths(self) -> dict[str, str | Sequence[str]]:
+        """Returns the paths of the parts that have files of their own."""
+        paths = {"train": self.path, "validation": self.val_path, "test": self.test_path}
+        return {part: path for part, path in paths.items() if path is not None}
+
+    def _readers(self) -> dict[str, Reader]:
+        return {part: self.reader(path) for part, path in self._paths().items()}
+
+    def _fractions(self) -> dict[str, float]:
+        """Returns the fractions that have an effect."""
+        fractions = {"val_fraction": self.fractions.validation, "test_fraction": self.fractions.test}
+        return {name: 0.0 if name == "val_fraction" and self.val_path else value for name, value in fractions.items()}
+
+
+def _identities(files: Sequence[Path]) -> list[list[Any]]:
+    """Returns the state of the files, and the name of what is no file."""
+    return [file_identities([file])[0] if file.exists() else [str(file)] for file in files]
+
+
+def _source(files: Sequence[Path], name: str) -> Source:
+    """Returns the manifest's entry of files, with their hashes unless these would take long to compute."""
+    real = [file for file in files if file.is_file()]
+    if sum(file.stat().st_size for file in real) > VERIFIED_BYTES:
+        return Source(name, files={str(f): f"{f.stat().st_size} bytes of {f.stat().st_mtime_ns}" for f in real})
+    return Source(name, files={str(file): sha256_file(file) for file in real})
