@@ -13,7 +13,6 @@ from small import Run
 
 from pkm_lightning.data import HeldOutDataModule, TokensDataModule
 from pkm_lightning.data.held_out import keep_held_out
-from pkm_lightning.data.shards import folder as folders
 from pkm_lightning.data.tokenizer import bytes_tokenizer, train_bpe
 from pkm_lightning.errors import DataError
 
@@ -127,13 +126,6 @@ def test_what_is_not_as_it_was_written_is_refused(tmp_path: Path, damage: str) -
     edit(folder)
     with pytest.raises(DataError, match=rf"data\.path={folder} .*{message}"):
         tokens(tmp_path, folder).prepare_data()
-
-
-def test_files_are_compared_with_their_hashes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_folder(tmp_path, PARTS)
-    tokens(tmp_path, folder).prepare_data()
-    monkeypatch.setattr(folders, "find_damage", lambda *_: pytest.fail("read again"))
-    tokens(tmp_path, folder).prepare_data()
 
 
 def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
