@@ -26,7 +26,8 @@ from pkm_lightning.data.shards.plan import Divider, Plan, Portion, survey
 from pkm_lightning.data.shards.read_ahead import Group, Position, file_sizes, read_ahead
 from pkm_lightning.data.shards.record import BuildRecord
 from pkm_lightning.data.split import Fractions
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import DataError
 from pkm_lightning.storage import written_beside
 
