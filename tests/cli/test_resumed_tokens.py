@@ -39,7 +39,8 @@ class Recorder(Callback):
 '''
 GLOBAL = 8
 OPTIONS = [
-    "data=tokens", "data.packing=documents", "data.seq_len=16", f"data.global_batch_size={GLOBAL}", "ffn=dense",
+    "data=tokens", "data.packing=documents", "data.order_seed=0", "data.seq_len=16",
+    f"data.global_batch_size={GLOBAL}", "ffn=dense",
     "model.dim=16", "model.n_layers=1", "trainer.log_every_n_steps=1", "trainer.val_check_interval=100",
     "callbacks.step_checkpoint.every_n_steps=2", "~callbacks.recall", "~callbacks.samples", "~callbacks.progress_bar",
     "logger=none", "+callbacks.recorder={_target_: recorder.Recorder, folder: seen}",
