@@ -151,9 +151,7 @@ def _entry(line: bytes, where: str) -> tuple[bytes, int]:
         whole = False
     if not whole:
         shown = line[:40].decode(errors="replace")
-        raise DataError(
-            f"{where} holds {shown!r}; a line of a rank file has a token in base64, a space and its rank."
-        )
+        raise DataError(f"{where} holds {shown!r}; a line of a rank file has a token in base64, a space and its rank.")
     return token, rank
 
 
