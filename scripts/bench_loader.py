@@ -104,7 +104,7 @@ class StepClock(L.Callback):
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Notes the time."""
+        """Appends the time."""
         self.ends.append(time.perf_counter())
 
 
