@@ -148,6 +148,7 @@ def written_beside(path: Path, *, over_folder: bool = False) -> Iterator[IO[byte
     path = Path(os.path.realpath(path))
     beside = path.with_name(path.name + ".tmp")
     try:
+        remove_leftover(beside)
         with beside.open("wb") as file:
             yield file
             file.flush()
@@ -174,7 +175,7 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     beside = path.with_name(path.name + ".tmp")
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a killed command
+        remove_leftover(beside)
         beside.mkdir()
         yield beside
         for entry in (*beside.iterdir(), beside):
@@ -184,6 +185,12 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def remove_leftover(beside: Path) -> None:
+    """Removes what a killed process has left at `beside`: a file or a folder, whichever is written there now."""
+    with contextlib.suppress(OSError):  # writing raises it
+        shutil.rmtree(beside) if beside.is_dir() and not beside.is_symlink() else beside.unlink(missing_ok=True)
 
 
 def _open_stream(path: Path) -> IO[bytes]:

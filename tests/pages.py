@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet
 from ngram_folders import write_folder
+from shard_folders import text
+from shard_folders import write_folder as write_tokens
 from small import SMALL_RUN
 from small_packages import write_packages
 from tree import ROOT
@@ -66,6 +68,9 @@ def furnish(folder: Path) -> None:
         rows = pyarrow.table({"body": [f"Row {i} has a text of its own. " * 4 for i in range(60)]})
         pyarrow.parquet.write_table(rows, folder / "my_rows" / f"{split}-00000-of-00001.parquet")
     (folder / "prompts.txt").write_text("The capital of France is\n")
+    for name in ("my_books", "my_code"):
+        documents = [text(f"{name} has document {i}") for i in range(40)]
+        write_tokens(folder, {"train": documents, "validation": documents[:4]}, name=name)
     write_packages(folder / "packages")
     # The vocabulary of a Qwen model is larger than that of its tokenizer too.
     write_folder(folder / "qwen", changes={"hidden_size": 64, "vocab_size": 320, "eos_token_id": 0})
@@ -95,6 +100,8 @@ def small_version(command: str, *, silent: bool) -> list[str]:
         sizes += [*_SHORT, *_SILENT]
     if {"data=text", "data=jsonl", "data=hf"} & set(arguments):
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES]
+    if {"data=tokens", "data=mix"} & set(arguments):
+        sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES[1:]]
     sizes = list({_key(size): size for size in sizes}.values())
     small = {_key(size) for size in sizes}
     flags = [argument for argument in arguments if argument.startswith("-")]

@@ -66,8 +66,12 @@ def write_folder(
     shard_tokens: int = 50,
     questions: Sequence[tuple[str, str]] = (),
     tokenizer: Tokenizer | None = None,
+    name: str = "",
 ) -> Path:
-    """Returns a folder below `root`, as `prepare` leaves it, with the parts and the byte tokenizer or another one."""
+    """Returns a folder below `root`, as `prepare` leaves it, with the parts and the byte tokenizer or another one.
+
+    Without a `name` equal content is written once.
+    """
 
     def build(folder: Path) -> list[Source]:
         (tokenizer or bytes_tokenizer()).save(folder / "tokenizer.json")
@@ -77,4 +81,5 @@ def write_folder(
 
     content = {part: [[list(map(int, tokens)), n] for tokens, n in documents] for part, documents in parts.items()}
     arguments = {"parts": content, "shard_tokens": shard_tokens, "other": tokenizer is not None}
-    return open_cache(root, CacheKey("shards", arguments), build)
+    folder = open_cache(root, CacheKey("shards", arguments), build)
+    return folder.rename(root / name) if name else folder

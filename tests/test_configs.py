@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from shard_folders import text, write_folder
 from tree import ROOT
 
 from pkm_lightning.build.run import resolve
@@ -57,6 +58,8 @@ GIVEN = {
     "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
     "callbacks=evaluate": ["callbacks.evaluate.tasks=[piqa]"],
     "strategy=ddp": ["trainer.devices=2"],
+    "data=tokens": ["data.path=somewhere/prepared"],
+    "data=mix": ["data.sources={books:{path:somewhere/prepared,weight:1}}"],
     "callbacks=slot_revival": [
         "+callbacks.slot_usage={_target_:pkm_lightning.callbacks.SlotUsage,path:usage.json,every_n_steps:null,window:2,"
         "dead_after:1,per_head:false,panels_every_n_steps:null}"
@@ -85,6 +88,8 @@ def test_every_option_is_in_a_command() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_option_composes_and_builds(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "somewhere").mkdir()
+    if {"data=tokens", "data=mix"} & set(command):
+        write_folder(tmp_path, {"train": [text("words")]}).rename(tmp_path / "somewhere" / "prepared")
     needed = [override for option in command for override in given(option)]
     overrides = [override.replace("somewhere", str(tmp_path / "somewhere")) for override in needed]
     # Sizes are solved in tests/build, and for every variant of an experiment in the slow test below.

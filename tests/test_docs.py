@@ -30,7 +30,7 @@ COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for 
 #: The quick test runs every verb that uses a run, and what reads files of the user; the others it composes.
 QUICK = re.compile(
     r"lightning ((test|predict|generate|chat|export) .*runs/mine|(predict|validate) .*mine\.safetensors|"
-    r"(fit|info) (--config-dir|data=text|data=hf .*val_split|table.trainable=false table.path))"
+    r"(fit|info) (--config-dir|data=text|data=mix|data=hf .*val_split|table.trainable=false table.path))"
 )
 
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+import torch
 from processes import held_elsewhere
 
 from pkm_lightning import storage
 from pkm_lightning.callbacks.recall import write_scores
+from pkm_lightning.checkpoints.sharded import save
 from pkm_lightning.compare.directory import held_directory
 from pkm_lightning.compare.run_files import read_answers
 from pkm_lightning.errors import DataError
 from pkm_lightning.inference.recall import ItemScore
-from pkm_lightning.storage import HeldFolder, csv_line
+from pkm_lightning.storage import HeldFolder, csv_line, folder_written_beside, written_beside
 
 TEXTS = ["plain", "", "a,b", 'say "x"', "one\rtwo", "one\ntwo", "one\r\ntwo", "\r", " \t", "ümlaut \u2028"]
 
@@ -74,3 +76,25 @@ def test_a_refused_comparison_leaves_no_directory(tmp_path: Path) -> None:
     with pytest.raises(DataError), held_directory(tmp_path / "deep" / "out"):
         raise DataError("no data")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", ["file", "folder"])
+@pytest.mark.parametrize("written", ["file", "folder", "parts of ranks"])
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path, left: str, written: str) -> None:
+    # One process writes a checkpoint as a file, several write a folder of the same name.
+    path, beside = tmp_path / "step.ckpt", tmp_path / "step.ckpt.tmp"
+    if left == "folder":
+        beside.mkdir()
+    (beside / "part" if left == "folder" else beside).write_bytes(b"half")
+    if written == "file":
+        with written_beside(path) as file:
+            file.write(b"whole")
+        assert path.read_bytes() == b"whole"
+    elif written == "folder":
+        with folder_written_beside(path) as folder:
+            (folder / "part").write_bytes(b"whole")
+        assert [part.name for part in path.iterdir()] == ["part"]
+    else:
+        save({}, {"weight": torch.zeros(2)}, path)
+        assert path.is_dir()
+    assert not beside.exists()

@@ -25,7 +25,7 @@ from pkm_lightning.checkpoints.folder import SKELETON, failure_reason, write_err
 from pkm_lightning.checkpoints.metadata import NAME as METADATA
 from pkm_lightning.checkpoints.sums import seal
 from pkm_lightning.ops.ranks import is_distributed
-from pkm_lightning.storage import flush, replace
+from pkm_lightning.storage import flush, remove_leftover, replace
 
 
 def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.ProcessGroup | None = None) -> None:
@@ -60,7 +60,7 @@ def save(skeleton: Any, tensors: dict[str, Tensor], path: Path, group: dist.Proc
 
 
 def _prepare(beside: Path) -> None:
-    shutil.rmtree(beside, ignore_errors=True)
+    remove_leftover(beside)
     # An error here would leave the other ranks at the barrier; writing into the folder raises it on all ranks.
     with contextlib.suppress(OSError):
         beside.mkdir(parents=True, exist_ok=True)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
 from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.datamodule import LoaderOptions, Splits, TokenDataModule
 from pkm_lightning.data.files import check_paths, expanded
 from pkm_lightning.data.mixture import BLOCK, MixedKey, MixedOrder, MixedSequences, places_per_block
+from pkm_lightning.data.shards.content import content_lines
 from pkm_lightning.data.shards.folder import check_same_tokenizer
+from pkm_lightning.data.shards.mapped import read_index
 from pkm_lightning.data.tokens import TokensDataModule
 from pkm_lightning.errors import ConfigError, check_range
 
 __all__ = ["MixDataModule", "MixedSource"]
+
+log = logging.getLogger(__name__)
 
 
 class MixedSource(TypedDict):
@@ -117,6 +123,18 @@ class MixDataModule(TokenDataModule):
             test=MixedSequences([source for source, _ in tests], pad_id) if len(tests) == len(opened) else None,
             test_keys=ProportionalKeys([keys for _, keys in tests], self.weights) if len(tests) == len(opened) else (),
         )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens all sources; before training it also logs what they are."""
+        super().setup(stage)
+        if stage == "fit":
+            self._log_content()
+
+    @rank_zero_only
+    def _log_content(self) -> None:
+        for part, places in zip(self.parts, self.places, strict=True):
+            content = content_lines(read_index(part.path))[1]
+            log.info("%s: %.1f%% of the sequences; %s", part.place("train"), 100 * places / BLOCK, content)
 
     def recall_items(self, limit: int | None = None) -> list[RecallItem]:
         """Returns at most `limit` validation questions, those of the first source first."""

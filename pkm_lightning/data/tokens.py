@@ -84,10 +84,9 @@ class TokensDataModule(ShardedDataModule):
             DataError: one is missing, foreign, damaged, or of another tokenizer.
         """
         if self._folder is None:
-            checked = self.usable_cache_dir() / "checked"
-            check_folder(self.path, self.key, checked)
+            check_folder(self.path, self.key)
             for part, folder in self.own_paths.items():
-                check_folder(folder, KEYS[part], checked)
+                check_folder(folder, KEYS[part])
                 check_same_tokenizer(self.path, self.key, folder, KEYS[part])
             self._folder = self.path
         return self._folder

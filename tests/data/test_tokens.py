@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from shard_folders import text, write_folder
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shard_folders import text, write_folder, write_shards
 from small import Run
 
 from pkm_lightning.data import HeldOutDataModule, TokensDataModule
 from pkm_lightning.data.held_out import keep_held_out
-from pkm_lightning.data.shards import folder as folders
+from pkm_lightning.data.shards.mapped import TokenShards
 from pkm_lightning.data.tokenizer import bytes_tokenizer, train_bpe
 from pkm_lightning.errors import DataError
 
@@ -129,11 +132,29 @@ def test_what_is_not_as_it_was_written_is_refused(tmp_path: Path, damage: str) -
         tokens(tmp_path, folder).prepare_data()
 
 
-def test_files_are_compared_with_their_hashes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_changed_bit_is_noticed(tmp_path: Path, data: st.DataObject) -> None:
     folder = write_folder(tmp_path, PARTS)
-    tokens(tmp_path, folder).prepare_data()
-    monkeypatch.setattr(folders, "find_damage", lambda *_: pytest.fail("read again"))
-    tokens(tmp_path, folder).prepare_data()
+    name = data.draw(st.sampled_from(sorted(f.name for f in folder.iterdir() if f.name != "manifest.json")))
+    content = (folder / name).read_bytes()
+    place, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    changed = bytearray(content)
+    changed[place] ^= 1 << bit
+    (folder / name).write_bytes(changed)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        tokens(tmp_path, folder).prepare_data()
+    (folder / name).write_bytes(content)
+
+
+def test_documents_out_of_order_are_refused_even_under_a_right_hash(tmp_path: Path) -> None:
+    write_shards(tmp_path, PARTS)
+    shards = TokenShards(tmp_path, "train")
+    assert shards.begins(0).tolist() == [0, len(PARTS["train"][0][0])]
+    for begins in ([5, 3], [-1, 3], [0, 10**9], [0, 0]):
+        np.asarray(begins, dtype=np.int64).tofile(tmp_path / "train-00000.begins")
+        with pytest.raises(DataError, match=r"train-00000\.begins is damaged: its documents are not in order"):
+            shards.begins(0)
 
 
 def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from pkm_lightning.data.cache import find_damage, sha256_file
+from pkm_lightning.data.cache import find_damage
 from pkm_lightning.data.shards.format import INDEX, PARTS, ShardInfo, token_type
 from pkm_lightning.data.shards.mapped import read_index
 from pkm_lightning.data.tokenizer import Tokenizer
@@ -37,31 +35,16 @@ def require_folder(folder: Path, key: str) -> None:
         raise DataError(f"{key}={folder} is damaged: {reason}; {_AGAIN}.")
 
 
-def check_folder(folder: Path, key: str, checked: Path) -> None:
+def check_folder(folder: Path, key: str) -> None:
     """Refuses what `prepare` has not written, or not in this state.
-
-    Reading all files takes about a second per GB, so the folders that passed are noted, with size and time of change of
-    each file, in the folder `checked`.
 
     Raises:
         DataError: it is missing, of other content, or damaged.
     """
     require_folder(folder, key)
-    note = checked / _state(folder)
-    if note.exists():
-        return
     damage = find_damage(folder, None)
     if damage:
         raise DataError(f"{key}={folder} is damaged: {damage}; {_AGAIN}.")
-    with contextlib.suppress(OSError):  # then it is read again next time
-        checked.mkdir(parents=True, exist_ok=True)
-        note.touch()
-
-
-def _state(folder: Path) -> str:
-    """Returns a hash of the folder's manifest, and of place, size and time of change of its files."""
-    states = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
-    return hashlib.sha256(f"{folder.resolve()} {sha256_file(folder / MANIFEST)} {states}".encode()).hexdigest()
 
 
 def check_same_tokenizer(first: Path, first_key: str, second: Path, second_key: str) -> None:

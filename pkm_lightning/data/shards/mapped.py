@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pkm_lightning.data.shards.format import INDEX, ShardInfo, token_type
+from pkm_lightning.errors import DataError
 
 __all__ = ["TokenShards", "read_index"]
 
@@ -100,8 +101,16 @@ class TokenShards:
         return self.learned_spans(*flat).reshape(np.shape(positions))
 
     def begins(self, shard: int) -> np.ndarray:
-        """Returns where the documents that begin in a shard begin, in tokens from the start of the part."""
-        return self._read(self.shards[shard], "begins", np.int64) + self._starts[shard]
+        """Returns where the documents that begin in a shard begin, in tokens from the start of the part.
+
+        Raises:
+            DataError: they are not in order, or not in the shard.
+        """
+        info = self.shards[shard]
+        begins = self._read(info, "begins", np.int64)
+        if len(begins) and not (begins[0] >= 0 and (np.diff(begins) > 0).all() and begins[-1] < info.tokens):
+            raise DataError(f"{self.folder / info.name}.begins is damaged: its documents are not in order.")
+        return begins + self._starts[shard]
 
     def places(self, shard: int) -> np.ndarray:
         """Returns file and record of these documents, int32 (documents, 2)."""
