@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -95,6 +95,8 @@ class TokenDataModule(LightningDataModule):
     endless = True
     #: Whether `build` continues in a folder that a killed call of it has left.
     resumes_build = False
+    #: Whether there is something to build; sources that read prepared data have nothing.
+    builds = True
 
     def __init__(self, **options: Unpack[TokenOptions]) -> None:
         super().__init__()
@@ -152,13 +154,26 @@ class TokenDataModule(LightningDataModule):
         """Returns the complete cache folder, which is built if it is missing."""
         # Remembered, so that a source file edited during a run does not change the data under it.
         if self._folder is None:
-            if self.cache_dir.parts[:1] == ("~",):
-                raise ConfigError(
-                    f"data.cache_dir={self.cache_dir}: this user has no home directory; set data.cache_dir or the "
-                    "environment variable PKM_LIGHTNING_CACHE to a directory."
-                )
-            self._folder = open_cache(self.cache_dir, self.cache_key(), self.build, resumes=self.resumes_build)
+            self._folder = self.open_cache(self.build)
         return self._folder
+
+    def open_cache(self, build: Callable[[Path], list[Source]], *, whole: bool = False) -> Path:
+        """Returns the complete cache folder, filled by `build` if it is missing or damaged.
+
+        Args:
+            build: the method of that name, or a function that calls it.
+            whole: compares all files with their hashes, however large they are.
+
+        Raises:
+            ConfigError: the directory is in the home of a user who has none.
+            DataError: as `build`; or the directory cannot be written.
+        """
+        if self.cache_dir.parts[:1] == ("~",):
+            raise ConfigError(
+                f"data.cache_dir={self.cache_dir}: this user has no home directory; set data.cache_dir or the "
+                "environment variable PKM_LIGHTNING_CACHE to a directory."
+            )
+        return open_cache(self.cache_dir, self.cache_key(), build, resumes=self.resumes_build, whole=whole)
 
     @property
     def fingerprint(self) -> str:
