@@ -60,8 +60,8 @@ class LineCorpus(CorpusDataModule):
     kind = "lines"
     suffixes = (".lines",)
 
-    def reader(self, path: str | Sequence[str]) -> LineReader:
-        return LineReader(find_files(path, self.suffixes))
+    def reader(self, path: str | Sequence[str], part: str = "train") -> LineReader:
+        return LineReader(find_files(path, [".lines"]))
 
     def reading(self) -> dict[str, Any]:
         return {"lines": 1}

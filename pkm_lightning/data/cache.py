@@ -162,11 +162,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_damage(folder: Path, key: CacheKey, *, whole: bool = False) -> str | None:
+def find_damage(folder: Path, key: CacheKey | None, *, whole: bool = False) -> str | None:
     """Returns what is wrong with a cache folder, such as `train.bin has changed since it was written`, or None.
 
     Reads all files; where that takes long, a line is logged now and then. Of files of more than 4 GB together only the
-    sizes are compared, unless `whole`.
+    sizes are compared, unless `whole`. A `key` of None stands for any.
     """
     if not folder.exists():
         return "it is missing"
@@ -174,9 +174,11 @@ def find_damage(folder: Path, key: CacheKey, *, whole: bool = False) -> str | No
         manifest = read_manifest(folder)
         seal = manifest.pop("sha256", None)
         # Folders of earlier versions have no seal.
-        whole = seal in (None, _seal(manifest)) and manifest["arguments"] == json.loads(json.dumps(key.arguments))
+        is_intact = seal in (None, _seal(manifest))
+        if key is not None:
+            is_intact &= manifest["arguments"] == json.loads(json.dumps(key.arguments))
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        read = whole and isinstance(manifest["sources"], list)
+        read = is_intact and isinstance(manifest["sources"], list)
     except OSError as error:
         return f"manifest.json cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pkm_lightning.data.cache import MANIFEST, CacheKey, Source, complete_folder, read_manifest
+from pkm_lightning.data.cache import MANIFEST, CacheKey, Source, complete_folder, open_cache, read_manifest
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.shards.format import INDEX
 from pkm_lightning.errors import ConfigError
@@ -36,7 +36,8 @@ def prepare_data(data: TokenDataModule, name: str, out: Path | None, *, overwrit
         return data.build(folder)
 
     if out is None:
-        return data.open_cache(build, whole=True), is_new
+        folder = open_cache(data.usable_cache_dir(), key, build, resumes=data.resumes_build, whole=True)
+        return folder, is_new
     if not data.resumes_build:
         raise ConfigError(f"data={name} is prepared into data.cache_dir alone; leave out=... away.")
     check_out(out, key, overwrite=overwrite)

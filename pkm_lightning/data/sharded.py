@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, TypeAlias, Unpack
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from pkm_lightning.data.cache import VERIFIED_BYTES, CacheKey, Source, sha256_file
+from pkm_lightning.data.base import RecallItem
+from pkm_lightning.data.batch import SequenceSource
+from pkm_lightning.data.cache import VERIFIED_BYTES, CacheKey, Source, open_cache, sha256_file
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
 from pkm_lightning.data.documents import Reader
 from pkm_lightning.data.files import check_paths, file_identities
+from pkm_lightning.data.order import Order, ShuffledOrder
+from pkm_lightning.data.packing import PieceOrder
+from pkm_lightning.data.pieces import ConsecutivePieces, Pieces, write_pieces
+from pkm_lightning.data.sequences import DocumentSequences, WindowSequences
 from pkm_lightning.data.shards.build import build_shards
 from pkm_lightning.data.shards.content import content_lines
-from pkm_lightning.data.shards.format import INDEX
-from pkm_lightning.data.shards.mapped import read_index
+from pkm_lightning.data.shards.format import INDEX, PARTS
+from pkm_lightning.data.shards.mapped import TokenShards, read_index
 from pkm_lightning.data.split import Fractions
+from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import ConfigError, DataError, check_choice, check_range
 
 PACKINGS = ["windows", "documents", "none"]
+#: What messages call the parts.
+SHOWN = {"train": "training", "validation": "validation", "test": "test"}
+
+#: The sequences of a part, and their keys in their own order.
+Opened: TypeAlias = "tuple[SequenceSource, Sequence[Any]]"
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +73,93 @@ class ShardedDataModule(TokenDataModule):
             log.info(line)
 
     def load(self, folder: Path) -> Splits:
-        """Opens the shards.
+        """Opens the shards, and derives the pieces of documents that sequences are filled with.
 
         Raises:
+            ConfigError: a prompt with its answer is longer than a sequence; names its place and the length needed.
             DataError: a part holds less than one sequence.
         """
-        raise NotImplementedError
+        return self.open_parts({part: TokenShards(folder, part) for part in PARTS}, folder)
+
+    def open_parts(self, parts: Mapping[str, TokenShards], folder: Path) -> Splits:
+        """Returns the sequences of the parts `train`, `validation` and `test`, whose tokenizer lies in `folder`.
+
+        Raises:
+            ConfigError, DataError: see `load`.
+        """
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        parts = {part: shards for part, shards in parts.items() if part != "test" or shards.n_tokens}
+        opened = self._windows(parts, tokenizer) if self.packing == "windows" else self._documents(parts, tokenizer)
+        for part, (_, keys) in opened.items():
+            if not len(keys):
+                raise DataError(
+                    f"{self.place(part)}: the {SHOWN[part]} part has {parts[part].n_tokens} tokens, a sequence of "
+                    f"data.seq_len={self.seq_len} needs {self.seq_len + 1 if self.packing == 'windows' else 2}; "
+                    f"{self.remedy(part)}."
+                )
+        (train, keys), (validation, validation_keys) = opened["train"], opened["validation"]
+        test, test_keys = opened.get("test", (None, ()))
+        return Splits(
+            tokenizer=tokenizer,
+            train=train,
+            order=self._order(train, len(keys)),
+            validation=validation,
+            validation_keys=validation_keys,
+            test=test,
+            test_keys=test_keys,
+            tokens=(parts["train"].n_tokens, parts["validation"].n_tokens),
+        )
+
+    def place(self, part: str) -> str:
+        """Returns the key and value that name the files of a part, for messages."""
+        return f"data.path={getattr(self, 'path', None)}"
+
+    def remedy(self, part: str) -> str:
+        """Returns what to do where a part holds less than one sequence."""
+        return "lower data.seq_len or add text"
+
+    def where(self, part: str, file: int, record: int) -> str:
+        """Returns the place of a document for messages; both numbers count from 0."""
+        return f"{self.place(part)}: record {record + 1} of file {file + 1}"
+
+    def recall_items(self, limit: int | None = None) -> list[RecallItem]:
+        """Returns at most `limit` validation prompts with answers, without options; plain text has none."""
+        file = self.questions_folder() / "questions.json"
+        questions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        return [
+            RecallItem(prompt, answer, (), "record", "validation", 0, 0, math.nan, False)
+            for prompt, answer in questions[:limit]
+        ]
+
+    def questions_folder(self) -> Path:
+        """Returns the folder of the shards whose validation part is asked about."""
+        return self.cache_folder()
+
+    def _windows(self, parts: Mapping[str, TokenShards], tokenizer: Tokenizer) -> dict[str, Opened]:
+        ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+        sources = {part: WindowSequences(shards, seq_len=self.seq_len, **ids) for part, shards in parts.items()}
+        return {part: (source, range(len(source))) for part, source in sources.items()}
+
+    def _documents(self, parts: Mapping[str, TokenShards], tokenizer: Tokenizer) -> dict[str, Opened]:
+        def build(folder: Path) -> list[Source]:
+            write_pieces(folder, parts, self.seq_len, self.where)
+            return []
+
+        arguments = {"parts": {part: shards.identity() for part, shards in parts.items()}, "seq_len": self.seq_len}
+        folder = open_cache(self.usable_cache_dir(), CacheKey("pieces", arguments), build)
+        capacity = self.seq_len if self.packing == "documents" else None
+        opened: dict[str, Opened] = {}
+        for part, shards in parts.items():
+            pieces = Pieces(folder, part)
+            source = DocumentSequences(shards, pieces, width=capacity, pad_id=tokenizer.pad_id)
+            opened[part] = (source, ConsecutivePieces.of(folder, part, pieces, capacity))
+        return opened
+
+    def _order(self, train: SequenceSource, windows: int) -> Order:
+        if isinstance(train, DocumentSequences):
+            capacity = self.seq_len if self.packing == "documents" else None
+            return PieceOrder(train.pieces.lengths, capacity=capacity, seed=self.order_seed)
+        return ShuffledOrder(windows, self.order_seed)
 
 
 class CorpusDataModule(ShardedDataModule):
@@ -114,6 +209,28 @@ class CorpusDataModule(ShardedDataModule):
         self.path = path if isinstance(path, str) else tuple(path)
         self.val_path, self.test_path = val_path, test_path
         self.fractions = Fractions(val_fraction, test_fraction, seed)
+
+    def place(self, part: str) -> str:
+        """Returns the key and value that name the files of a part."""
+        key, path = self._files_of(part)
+        return f"{key}={path}"
+
+    def remedy(self, part: str) -> str:
+        """Returns what to do where a part holds less than one sequence."""
+        key, _ = self._files_of(part)
+        if part == "train" or key != "data.path":
+            return f"lower data.seq_len or add text to {key}"
+        return f"raise data.{'val' if part == 'validation' else 'test'}_fraction, lower data.seq_len or add text"
+
+    def where(self, part: str, file: int, record: int) -> str:
+        """Returns the place of a document, such as `answers.jsonl:12`."""
+        return self.reader(self._files_of(part)[1]).where(file, record)
+
+    def _files_of(self, part: str) -> tuple[str, str | Sequence[str]]:
+        """Returns the key that names the files of a part, and its value."""
+        own = {"validation": ("data.val_path", self.val_path), "test": ("data.test_path", self.test_path)}
+        key, path = own.get(part, ("data.path", None))
+        return ("data.path", self.path) if path is None else (key, path)
 
     @abstractmethod
     def reader(self, path: str | Sequence[str]) -> Reader:

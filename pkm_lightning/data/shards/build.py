@@ -26,7 +26,8 @@ from pkm_lightning.data.shards.plan import Divider, Plan, Portion, survey
 from pkm_lightning.data.shards.read_ahead import Group, Position, file_sizes, read_ahead
 from pkm_lightning.data.shards.record import BuildRecord
 from pkm_lightning.data.split import Fractions
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import DataError
 from pkm_lightning.storage import written_beside
 
@@ -74,7 +75,8 @@ def build_shards(
     if record is None:
         first = readers()
         plan = survey(first["train"], _of_train(fractions, first), name)
-        choice.make(lambda: _training_texts(readers()["train"], plan)).save(folder / "tokenizer.json")
+        n_bytes = sum(file_sizes(first["train"]))
+        choice.make(lambda: _training_texts(readers()["train"], plan), n_bytes).save(folder / "tokenizer.json")
         record = BuildRecord(plan)
         record.save(folder)
     else:
@@ -232,7 +234,7 @@ def _state(divider: Divider) -> dict[str, Any]:
 
 def _encode(tokenizer: Tokenizer, segments: list[Segment]) -> Iterator[list[np.ndarray]]:
     """Yields the ids of each segment, in one array per chunk."""
-    texts = [chunks(segment.text) for segment in segments if not segment.rendered]
+    texts = [tokenizer.pieces(segment.text) for segment in segments if not segment.rendered]
     ids = tokenizer.encode_pieces(chunk for of_segment in texts for chunk in of_segment)
     counts = map(len, texts)
     for segment in segments:
