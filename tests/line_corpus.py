@@ -21,6 +21,10 @@ OPTIONS = {
     "prompts_file": None,
     "tokenizer": "bytes",
     "vocab_size": 300,
+    "special_tokens": [],
+    "normalization": None,
+    "tokenizer_pattern": None,
+    "tokenizer_bytes": 100_000_000,
 }
 SPLIT = {"val_path": None, "test_path": None, "val_fraction": 0.2, "test_fraction": 0.0, "seed": 0}
 

