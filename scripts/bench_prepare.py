@@ -1,0 +1,120 @@
+"""Megabytes of text per second that `prepare` turns into shards, and the memory that it takes.
+
+    python scripts/bench_prepare.py TEXT [--megabytes 1000] [--folder FOLDER] [--out FILE.csv]
+
+TEXT is a file or a folder of `.txt` files; it is repeated until there is enough. Beside it stands the library alone,
+which encodes the beginning of the same text with the tokenizer that `prepare` has learned, before and after it: other
+work on the machine slows down both. Learning the tokenizer is timed by a run on its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from benchmarks.report import conditions
+from tokenizers import Tokenizer
+
+from pkm_lightning.data.shards.content import part_totals
+from pkm_lightning.data.shards.mapped import read_index
+
+#: Characters per call of the library, and of each text in it.
+CALL, CHUNK = 1_000_000, 5_000
+
+
+def repeated(text: Path, megabytes: float, folder: Path) -> Path:
+    """Returns a folder with at least `megabytes` of the text, whose files differ in their first line."""
+    files = sorted(text.glob("*.txt")) if text.is_dir() else [text]
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    size = number = 0
+    while size < megabytes * 1e6:
+        content = files[number % len(files)].read_bytes()
+        (corpus / f"{number:05}.txt").write_bytes(f"{number}\n".encode() + content)
+        size, number = size + len(content), number + 1
+    return corpus
+
+
+def prepare(corpus: Path, out: Path, vocab_size: int, tokenizer: str) -> tuple[float, float]:
+    """Runs `prepare` in a process of its own; returns its seconds and its peak of resident memory in GB."""
+    keys = [f"data.path={corpus}", f"data.tokenizer={tokenizer}", f"data.vocab_size={vocab_size}", f"out={out}"]
+    command = [sys.executable, "-m", "pkm_lightning", "prepare", "data=text", "data.document_separator=2", *keys]
+    began = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return time.perf_counter() - began, usage.ru_maxrss / 1e6
+
+
+def library(corpus: Path, tokenizer: Path, megabytes: float) -> float:
+    """Returns the MB per second of the library alone on the beginning of the text."""
+    text = "".join(
+        file.read_text() for file, _ in zip(sorted(corpus.iterdir()), range(max(1, int(megabytes // 4))), strict=False)
+    )
+    backend = Tokenizer.from_file(str(tokenizer))
+    calls = [text[begin : begin + CALL] for begin in range(0, len(text), CALL)]
+    began = time.perf_counter()
+    for call in calls:
+        backend.encode_batch_fast([call[i : i + CHUNK] for i in range(0, len(call), CHUNK)], add_special_tokens=False)
+    return len(text.encode()) / 1e6 / (time.perf_counter() - began)
+
+
+def measure(text: Path, megabytes: float, vocab_size: int, folder: Path) -> dict[str, object]:
+    """Returns the line of one measurement."""
+    corpus = repeated(text, megabytes, folder)
+    load = os.getloadavg()[0]
+    # With a file that makes the next preparation a whole one of its own: learning is the same work whatever follows.
+    whole, peak_of_whole = prepare(corpus, folder / "learned", vocab_size, "bpe")
+    tokenizer = folder / "learned" / "tokenizer.json"
+    before = library(corpus, tokenizer, min(megabytes, 40))
+    seconds, peak = prepare(corpus, folder / "encoded", vocab_size, str(tokenizer))
+    after = library(corpus, tokenizer, min(megabytes, 40))
+    index = read_index(folder / "encoded")
+    totals = part_totals(index).values()
+    n_bytes = sum(total["bytes"] for total in totals) / 1e6
+    rate, alone = n_bytes / seconds, (before + after) / 2
+    return {
+        "cpus": os.cpu_count(), "load": f"{load:.1f}", "megabytes": f"{n_bytes:.0f}", "files": index["read"]["files"],
+        "tokens": sum(total["tokens"] for total in totals), "vocab_size": index["vocab_size"],
+        "learn_seconds": f"{whole - seconds:.0f}", "seconds": f"{seconds:.0f}", "mb_per_second": f"{rate:.2f}",
+        "library_before": f"{before:.2f}", "library_after": f"{after:.2f}", "share_of_library": f"{rate / alone:.2f}",
+        "peak_gb": f"{max(peak, peak_of_whole):.2f}",
+        "shards_mb": f"{sum(file.stat().st_size for file in (folder / 'encoded').iterdir()) / 1e6:.0f}",
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints the line, and appends it to `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--vocab-size", type=int, default=32_768)
+    parser.add_argument(
+        "--folder", type=Path, help="for the text and the shards, on a disk with room; default: temporary"
+    )
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        line = conditions(torch.device("cpu")) | measure(
+            arguments.text, arguments.megabytes, arguments.vocab_size, Path(folder)
+        )
+    print(", ".join(f"{name}={value}" for name, value in line.items()))
+    if arguments.out:
+        is_new = not arguments.out.exists()
+        with arguments.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(line))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(line)
+
+
+if __name__ == "__main__":
+    main()
