@@ -2,9 +2,9 @@
 
     python scripts/bench_prepare.py TEXT [--megabytes 1000] [--folder FOLDER] [--out FILE.csv]
 
-TEXT is a file or a folder of `.txt` files; it is repeated until there is enough. Beside it stands the library alone,
-which encodes the beginning of the same text with the tokenizer that `prepare` has learned, before and after it: other
-work on the machine slows down both. Learning the tokenizer is timed by a run on its own.
+TEXT is a file or a folder of `.txt` files; it is repeated until there is enough. `prepare` runs in a process of its own,
+from its start to its end, with a tokenizer that a run on the first 40 MB has learned. Before and after it the library
+alone encodes these 40 MB: other work on the machine slows down both.
 """
 
 from __future__ import annotations
@@ -54,11 +54,9 @@ def prepare(corpus: Path, out: Path, vocab_size: int, tokenizer: str) -> tuple[f
     return time.perf_counter() - began, usage.ru_maxrss / 1e6
 
 
-def library(corpus: Path, tokenizer: Path, megabytes: float) -> float:
-    """Returns the MB per second of the library alone on the beginning of the text."""
-    text = "".join(
-        file.read_text() for file, _ in zip(sorted(corpus.iterdir()), range(max(1, int(megabytes // 4))), strict=False)
-    )
+def library(corpus: Path, tokenizer: Path) -> float:
+    """Returns the MB per second of the library alone."""
+    text = "".join(file.read_text() for file in sorted(corpus.iterdir()))
     backend = Tokenizer.from_file(str(tokenizer))
     calls = [text[begin : begin + CALL] for begin in range(0, len(text), CALL)]
     began = time.perf_counter()
@@ -69,25 +67,26 @@ def library(corpus: Path, tokenizer: Path, megabytes: float) -> float:
 
 def measure(text: Path, megabytes: float, vocab_size: int, folder: Path) -> dict[str, object]:
     """Returns the line of one measurement."""
+    (folder / "small").mkdir()
+    beginning = repeated(text, min(megabytes, 40), folder / "small")
+    learn_seconds, learn_peak = prepare(beginning, folder / "learned", vocab_size, "bpe")
+    tokenizer = folder / "learned" / "tokenizer.json"
     corpus = repeated(text, megabytes, folder)
     load = os.getloadavg()[0]
-    # With a file that makes the next preparation a whole one of its own: learning is the same work whatever follows.
-    whole, peak_of_whole = prepare(corpus, folder / "learned", vocab_size, "bpe")
-    tokenizer = folder / "learned" / "tokenizer.json"
-    before = library(corpus, tokenizer, min(megabytes, 40))
-    seconds, peak = prepare(corpus, folder / "encoded", vocab_size, str(tokenizer))
-    after = library(corpus, tokenizer, min(megabytes, 40))
-    index = read_index(folder / "encoded")
+    before = library(beginning, tokenizer)
+    seconds, peak = prepare(corpus, folder / "prepared", vocab_size, str(tokenizer))
+    after = library(beginning, tokenizer)
+    index = read_index(folder / "prepared")
     totals = part_totals(index).values()
     n_bytes = sum(total["bytes"] for total in totals) / 1e6
-    rate, alone = n_bytes / seconds, (before + after) / 2
+    rate, alone = n_bytes / seconds, 2 / (1 / before + 1 / after)
     return {
         "cpus": os.cpu_count(), "load": f"{load:.1f}", "megabytes": f"{n_bytes:.0f}", "files": index["read"]["files"],
         "tokens": sum(total["tokens"] for total in totals), "vocab_size": index["vocab_size"],
-        "learn_seconds": f"{whole - seconds:.0f}", "seconds": f"{seconds:.0f}", "mb_per_second": f"{rate:.2f}",
-        "library_before": f"{before:.2f}", "library_after": f"{after:.2f}", "share_of_library": f"{rate / alone:.2f}",
-        "peak_gb": f"{max(peak, peak_of_whole):.2f}",
-        "shards_mb": f"{sum(file.stat().st_size for file in (folder / 'encoded').iterdir()) / 1e6:.0f}",
+        "seconds": f"{seconds:.0f}", "mb_per_second": f"{rate:.2f}", "library_before": f"{before:.2f}",
+        "library_after": f"{after:.2f}", "share_of_library": f"{rate / alone:.2f}", "peak_gb": f"{peak:.2f}",
+        "learn_seconds": f"{learn_seconds:.0f}", "learn_peak_gb": f"{learn_peak:.2f}",
+        "shards_mb": f"{sum(file.stat().st_size for file in (folder / 'prepared').iterdir()) / 1e6:.0f}",
     }  # fmt: skip
 
 
