@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -60,24 +60,32 @@ class LoaderOptions(TypedDict):
     prompts_file: str | None
 
 
-class TokenOptions(LoaderOptions):
-    """The configuration keys of a data source that turns text into tokens.
+class TokenizerOptions(TypedDict, total=False):
+    """The configuration keys of a tokenizer that may be absent; `TokenizerChoice` explains them.
 
     Attributes:
-        tokenizer: `bpe`, `bytes`, or a path; for this and the other keys of the tokenizer see `TokenizerChoice`.
-        vocab_size: tokens of a `bpe` vocabulary, 258 or more.
         special_tokens: names of further control tokens.
         normalization: what is done to texts before they are encoded, or None.
         tokenizer_bytes: of text that a `bpe` vocabulary is learned from at most.
         tokenizer_pattern: cuts texts for a .tiktoken file, or None.
     """
 
+    special_tokens: Sequence[str]
+    normalization: str | None
+    tokenizer_bytes: int
+    tokenizer_pattern: str | None
+
+
+class TokenOptions(LoaderOptions, TokenizerOptions):
+    """The configuration keys of a data source that turns text into tokens.
+
+    Attributes:
+        tokenizer: `bpe`, `bytes`, or a path; see `TokenizerChoice`.
+        vocab_size: tokens of a `bpe` vocabulary, 258 or more.
+    """
+
     tokenizer: str
     vocab_size: int
-    special_tokens: NotRequired[Sequence[str]]
-    normalization: NotRequired[str | None]
-    tokenizer_bytes: NotRequired[int]
-    tokenizer_pattern: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
