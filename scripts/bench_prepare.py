@@ -2,9 +2,9 @@
 
     python scripts/bench_prepare.py TEXT [--megabytes 1000] [--folder FOLDER] [--out FILE.csv]
 
-TEXT is a file or a folder of `.txt` files; it is repeated until there is enough. `prepare` is a process of its own, from
-start to end, with a tokenizer that a run on the first 40 MB has learned. Before and after it the library alone encodes
-these 40 MB: other work on the machine slows down both.
+TEXT is a file or a folder of `.txt` files, repeated until there is enough. `prepare` is a process of its own, timed
+from start to end, with a tokenizer that a run on the first 40 MB has learned. Before and after it the library alone
+encodes these 40 MB: other work on the machine slows down both.
 """
 
 from __future__ import annotations

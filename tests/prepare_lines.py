@@ -1,4 +1,4 @@
-"""Prepares lines in a process that tests kill: `prepare_lines.py FILES CACHE` prints when it begins, and the folder when it is complete."""
+"""Prepares lines in a process that tests kill; prints when it begins, and the folder when it is complete."""
 
 from __future__ import annotations
 
