@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from line_corpus import content, line_corpus
+from line_corpus import line_corpus
+from line_reader import content
 
 from pkm_lightning.data import cache
 from pkm_lightning.data.prepared import check_out, describe_difference, prepare_data

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from line_corpus import LineCorpus, LineReader, content, line_corpus, segments_of
+from line_corpus import LineCorpus, line_corpus
+from line_reader import LineReader, content, segments_of
 
 from pkm_lightning.data import sharded
 from pkm_lightning.data.shards import build as shard_build
