@@ -118,6 +118,8 @@ class TokenDataModule(LightningDataModule):
 
     Raises:
         ConfigError: for a missing or unknown key, or a value out of range.
+
+    Example: `tests/contributions/data/modular_arithmetic.py`.
     """
 
     #: Every rank can always make another training batch.
@@ -210,6 +212,11 @@ class TokenDataModule(LightningDataModule):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, after `prepare_data` or `setup`."""
         return self.splits.tokenizer
+
+    @property
+    def own_test(self) -> bool:
+        """Whether the test reads other sequences than validations, after `prepare_data` or `setup`."""
+        return self.splits.test is not None
 
     @property
     def splits(self) -> Splits:

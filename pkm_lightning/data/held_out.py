@@ -1,8 +1,8 @@
 """What a run keeps of its data, so that it can be validated and tested anywhere without them.
 
 A folder holds the validation sequences (`sequences.npz`), those of the test part if there are any (`test.npz`), the
-questions about the data (`questions.json`), and where they come from (`source.json`). It is made from any
-`TokenDataModule`; `HeldOutDataModule` reads it.
+questions about the data (`questions.json`), those of validations where they are others (`validation_questions.json`),
+and where they come from (`source.json`). It is made from any `TokenDataModule`; `HeldOutDataModule` reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, Unpack
 import numpy as np
 from torch.utils.data import DataLoader
 
-from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem, recall_items_of
+from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem, recall_items_of, validation_items_of
 from pkm_lightning.data.batch import SequenceSource, filler, to_batch, token_dtype
 from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
@@ -34,7 +34,8 @@ __all__ = ["HeldOutDataModule"]
 #: A run keeps no more validation tokens than these, at about 3 bytes each on disk and 12 in memory.
 MOST_TOKENS = 2**24
 _ARRAYS = ("inputs", "labels", "documents", "widths")
-_SEQUENCES, _TEST, _QUESTIONS, _SOURCE = _FILES = "sequences.npz", "test.npz", "questions.json", "source.json"
+_SEQUENCES, _TEST, _QUESTIONS, _SOURCE = "sequences.npz", "test.npz", "questions.json", "source.json"
+_VALIDATION_QUESTIONS = "validation_questions.json"
 #: Inputs, labels and documents of one sequence.
 _Columns: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -63,9 +64,17 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
     for name, sequences in parts.items():
         if sequences:
             _write_sequences(folder / name, sequences)
-    write_questions(folder / _QUESTIONS, recall_items_of(data, None))
+    items, validation_items = recall_items_of(data, None), validation_items_of(data, None)
+    write_questions(folder / _QUESTIONS, items)
+    if validation_items != items:
+        write_questions(folder / _VALIDATION_QUESTIONS, validation_items)
     # Last: a folder without it is not complete.
-    source = {"data": type(data).__name__, "fingerprint": data.fingerprint, "test": bool(parts.get(_TEST))}
+    source = {
+        "data": type(data).__name__,
+        "fingerprint": data.fingerprint,
+        "test": bool(parts.get(_TEST)),
+        "validation_questions": validation_items != items,
+    }
     write_beside(folder / _SOURCE, json.dumps(source, indent=1) + "\n")
 
 
@@ -100,9 +109,8 @@ def copy_files(source: Path, folder: Path) -> None:
         OSError: a file cannot be read, the disk is full, or the folder cannot be written.
     """
     folder.mkdir()
-    for name in _FILES:
-        if name == _TEST and not (source / name).exists():
-            continue
+    optional = [name for name in (_TEST, _VALIDATION_QUESTIONS) if (source / name).exists()]
+    for name in (_SEQUENCES, *optional, _QUESTIONS, _SOURCE):
         with open_regular(source / name, "rb") as file, (folder / name).open("wb") as copy:
             shutil.copyfileobj(file, copy)
 
@@ -198,6 +206,7 @@ class HeldOutDataModule(TokenDataModule):
         self.folder = None if folder is None else Path(folder)
         self._tokenizer = self.tokenizer_choice.read()
         self._questions: list[RecallItem] = []
+        self._validation_questions: list[RecallItem] = []
 
     def cache_key(self) -> CacheKey:
         """Raises NotImplementedError: there is no cache."""
@@ -237,7 +246,9 @@ class HeldOutDataModule(TokenDataModule):
         sequences = HeldOutSequences(folder / _SEQUENCES, *ids)
         # Not whether the file is there: without it the validation part would be tested.
         test = HeldOutSequences(folder / _TEST, *ids) if self._source().get("test") else None
-        self._questions = read_questions(folder / _QUESTIONS)
+        self._questions = self._validation_questions = read_questions(folder / _QUESTIONS)
+        if self._source().get("validation_questions"):
+            self._validation_questions = read_questions(folder / _VALIDATION_QUESTIONS)
         return Splits(
             tokenizer=self._tokenizer,
             train=sequences,
@@ -279,10 +290,18 @@ class HeldOutDataModule(TokenDataModule):
         return super().val_dataloader()
 
     def recall_items(self, limit: int | None = None) -> list[RecallItem]:
-        """Returns at most `limit` questions per form."""
-        counts, items = Counter[str](), list[RecallItem]()
-        for item in self._questions:
-            counts[item.form] += 1
-            if limit is None or counts[item.form] <= limit:
-                items.append(item)
-        return items
+        """Returns at most `limit` questions of the test per form."""
+        return _first_of_each_form(self._questions, limit)
+
+    def validation_items(self, limit: int | None = None) -> list[RecallItem]:
+        """Returns at most `limit` questions of validations per form."""
+        return _first_of_each_form(self._validation_questions, limit)
+
+
+def _first_of_each_form(questions: Sequence[RecallItem], limit: int | None) -> list[RecallItem]:
+    counts, items = Counter[str](), list[RecallItem]()
+    for item in questions:
+        counts[item.form] += 1
+        if limit is None or counts[item.form] <= limit:
+            items.append(item)
+    return items
