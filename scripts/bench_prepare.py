@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from benchmarks.report import conditions
@@ -43,49 +44,62 @@ def repeated(text: Path, megabytes: float, folder: Path) -> Path:
     return corpus
 
 
-def prepare(corpus: Path, out: Path, vocab_size: int, tokenizer: str) -> tuple[float, float]:
-    """Runs `prepare` in a process of its own; returns its seconds and its peak of resident memory in GB."""
+class Usage(NamedTuple):
+    """What a process took: seconds, seconds of all CPUs together, and its peak of resident memory in GB."""
+
+    seconds: float
+    cpu_seconds: float
+    peak: float
+
+
+def prepare(corpus: Path, out: Path, vocab_size: int, tokenizer: str) -> Usage:
+    """Runs `prepare` in a process of its own; returns what it took."""
     keys = [f"data.path={corpus}", f"data.tokenizer={tokenizer}", f"data.vocab_size={vocab_size}", f"out={out}"]
     command = [sys.executable, "-m", "pkm_lightning", "prepare", "data=text", "data.document_separator=2", *keys]
     began = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, command
-    return time.perf_counter() - began, usage.ru_maxrss / 1e6
+    return Usage(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6)
 
 
-def library(corpus: Path, tokenizer: Path) -> float:
-    """Returns the MB per second of the library alone."""
+def library(corpus: Path, tokenizer: Path) -> tuple[float, float]:
+    """Returns the MB of text that the library alone encodes per second, and per second of a CPU."""
     text = "".join(file.read_text() for file in sorted(corpus.iterdir()))
     backend = Tokenizer.from_file(str(tokenizer))
     calls = [text[begin : begin + CALL] for begin in range(0, len(text), CALL)]
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     for call in calls:
         backend.encode_batch_fast([call[i : i + CHUNK] for i in range(0, len(call), CHUNK)], add_special_tokens=False)
-    return len(text.encode()) / 1e6 / (time.perf_counter() - began)
+    megabytes = len(text.encode()) / 1e6
+    return megabytes / (time.perf_counter() - began), megabytes / (time.process_time() - cpu_began)
 
 
-def measure(text: Path, megabytes: float, vocab_size: int, folder: Path) -> dict[str, object]:
+def measure(text: Path, megabytes: float, vocab_size: int, folder: Path, tokenizer: Path | None) -> dict[str, object]:
     """Returns the line of one measurement."""
     (folder / "small").mkdir()
     beginning = repeated(text, min(megabytes, 40), folder / "small")
-    learn_seconds, learn_peak = prepare(beginning, folder / "learned", vocab_size, "bpe")
-    tokenizer = folder / "learned" / "tokenizer.json"
+    learning = None if tokenizer else prepare(beginning, folder / "learned", vocab_size, "bpe")
+    tokenizer = tokenizer or folder / "learned" / "tokenizer.json"
     corpus = repeated(text, megabytes, folder)
     load = os.getloadavg()[0]
-    before = library(beginning, tokenizer)
-    seconds, peak = prepare(corpus, folder / "prepared", vocab_size, str(tokenizer))
-    after = library(beginning, tokenizer)
+    (before, cpu_before) = library(beginning, tokenizer)
+    usage = prepare(corpus, folder / "prepared", vocab_size, str(tokenizer))
+    (after, cpu_after) = library(beginning, tokenizer)
     index = read_index(folder / "prepared")
     totals = part_totals(index).values()
     n_bytes = sum(total["bytes"] for total in totals) / 1e6
-    rate, alone = n_bytes / seconds, 2 / (1 / before + 1 / after)
+    alone, cpu_alone = (2 / (1 / one + 1 / other) for one, other in ((before, after), (cpu_before, cpu_after)))
+    rate, cpu_rate = n_bytes / usage.seconds, n_bytes / usage.cpu_seconds
     return {
         "cpus": os.cpu_count(), "load": f"{load:.1f}", "megabytes": f"{n_bytes:.0f}", "files": index["read"]["files"],
         "tokens": sum(total["tokens"] for total in totals), "vocab_size": index["vocab_size"],
-        "seconds": f"{seconds:.0f}", "mb_per_second": f"{rate:.2f}", "library_before": f"{before:.2f}",
-        "library_after": f"{after:.2f}", "share_of_library": f"{rate / alone:.2f}", "peak_gb": f"{peak:.2f}",
-        "learn_seconds": f"{learn_seconds:.0f}", "learn_peak_gb": f"{learn_peak:.2f}",
+        "seconds": f"{usage.seconds:.0f}", "mb_per_second": f"{rate:.2f}", "mb_per_cpu_second": f"{cpu_rate:.2f}",
+        "library_before": f"{before:.2f}", "library_after": f"{after:.2f}",
+        "library_per_cpu_second": f"{cpu_alone:.2f}", "share_of_library": f"{rate / alone:.2f}",
+        "cpu_share_of_library": f"{cpu_rate / cpu_alone:.2f}", "peak_gb": f"{usage.peak:.2f}",
+        "learn_seconds": f"{learning.seconds:.0f}" if learning else "",
+        "learn_peak_gb": f"{learning.peak:.2f}" if learning else "",
         "shards_mb": f"{sum(file.stat().st_size for file in (folder / 'prepared').iterdir()) / 1e6:.0f}",
     }  # fmt: skip
 
@@ -95,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json, in the place of one that is learned")
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument(
         "--folder", type=Path, help="for the text and the shards, on a disk with room; default: temporary"
@@ -103,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         line = conditions(torch.device("cpu")) | measure(
-            arguments.text, arguments.megabytes, arguments.vocab_size, Path(folder)
+            arguments.text, arguments.megabytes, arguments.vocab_size, Path(folder), arguments.tokenizer
         )
     print(", ".join(f"{name}={value}" for name, value in line.items()))
     if arguments.out:
