@@ -25,7 +25,7 @@ _ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate")
 VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
     "dir": ("export",),
-    "overwrite": ("export",),
+    "overwrite": ("export", "prepare"),
     "quantize": ("export",),
     "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
     "format": ("info", "export"),
@@ -47,7 +47,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
 KEYS_OF = {
     "export": ("run_dir", "ckpt", "model", "table", "format", "file", "dir", "overwrite", "quantize"),
     "report": ("runs", "out", "report", "experiment"),
-    "prepare": ("data", "packages", "sets", "out"),
+    "prepare": ("data", "packages", "sets", "out", "overwrite", "model", "experiment"),
 }
 #: Callbacks that an evaluation runs, and their keys that it does not read.
 _CALLBACKS_OF: dict[str, dict[str, tuple[str, ...]]] = {

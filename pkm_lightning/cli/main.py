@@ -30,7 +30,7 @@ VERBS = {
     "chat": "talk to a model in the terminal",
     "export": "write the weights of ckpt=PATH or run_dir=RUN: file=model.safetensors, or format=hf|ngram dir=FOLDER",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
-    "prepare": "data=benchmarks packages=DIR out=DIR: public question sets and their tasks, for evaluate",
+    "prepare": "tokenise data=text data.path=FILES ahead of fit, or into out=DIR; data=benchmarks: sets for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
     "info": "parameters, FLOPs, bytes and memory; of ffn=NAME,NAME,... and strategy=NAME,NAME,... side by side",
 }

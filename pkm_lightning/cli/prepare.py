@@ -1,72 +1,85 @@
-"""`prepare`: writes data that other verbs read into a folder; `data=` chooses which.
+"""`prepare`: writes data that other verbs read; `data=` chooses which.
 
-`data=benchmarks`: public question sets out of packages, with tasks for `evaluate`. Data that a run trains on are
-prepared by that run.
+`data=benchmarks`: public question sets out of packages, with tasks for `evaluate`. Any other data are those that a run
+trains on: tokenised into `data.cache_dir`, where `fit` with the same keys finds them, or into the folder `out`, which
+`data=tokens` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+import signal
+import time
 from pathlib import Path
 
+import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import ListConfig
 
-from pkm_lightning.cli.job import Job
-from pkm_lightning.data.benchmarks import SetReport, prepare_benchmarks
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.build.instantiate import check_kind, instantiate
+from pkm_lightning.cli import prepare_benchmarks
+from pkm_lightning.cli.job import Job, plain
+from pkm_lightning.data.datamodule import TokenDataModule
+from pkm_lightning.data.prepared import prepare_data
+from pkm_lightning.data.shards.content import content_table, counted
+from pkm_lightning.data.shards.format import INDEX
+from pkm_lightning.data.shards.mapped import read_index
+from pkm_lightning.errors import ConfigError, Interrupted, check_flag
+from pkm_lightning.supervision.signals import exit_code, handled_signals
 
 
 def run(job: Job) -> None:
     """Prepares `data`, and prints what was written, what was not, and why.
 
     Raises:
-        ConfigError: a key that is missing or unknown, or data that are not prepared for themselves.
-        DataError: a package that is missing or damaged.
-        RunDirectoryError: `out` cannot be used.
+        ConfigError: a key that is missing or unknown, or a folder that holds something else.
+        DataError: input that is missing or malformed.
+        Interrupted: a signal asked to stop; the same command continues.
+        RunDirectoryError: the folder of the question sets cannot be used.
     """
     choice = HydraConfig.get().runtime.choices.get("data")
     if choice is None:
-        raise ConfigError("~data leaves nothing to prepare; set data=benchmarks.")
-    if choice != "benchmarks":
-        raise ConfigError(
-            f"data={choice} is prepared by the run that reads it, once per data.cache_dir; prepare takes "
-            "data=benchmarks."
-        )
-    packages, out = job.config.packages, job.config.out
-    if packages is None:
-        raise ConfigError("packages is not set; give the folder with the files of the packages, packages=DIR.")
-    if out is None:
-        raise ConfigError("out is not set; set it to the folder to write to, out=DIR.")
-    sets = job.config.sets
-    names = None if sets is None else [str(name) for name in (sets if isinstance(sets, ListConfig) else [sets])]
-    folder = Path(str(out)).absolute()
-    reports = prepare_benchmarks(Path(str(packages)).absolute(), folder, names)
-    print_reports(reports, packages)
-    is_new = any(report.status == "written" for report in reports)
-    print(f"{folder}: {'written' if is_new else 'up to date'}; evaluate tasks_dir={folder} reads it")
+        raise ConfigError("~data leaves nothing to prepare; set data=benchmarks, or the data of a run.")
+    if choice == "benchmarks":
+        prepare_benchmarks.run(job)
+        return
+    for key in ("packages", "sets"):
+        if job.sets(key):
+            raise ConfigError(f"{key} is for data=benchmarks, not for data={choice}; leave it out.")
+    check_flag("overwrite", job.config.overwrite)
+    config = plain(job.config)
+    data = instantiate(config["data"], "data")
+    check_kind(data, L.LightningDataModule, config["data"], "data")
+    out = None if config["out"] is None else Path(config["out"]).absolute()
+    try:
+        with handled_signals(_interrupt):
+            _prepare(data, str(choice), out, overwrite=config["overwrite"])
+    except KeyboardInterrupt as stop:
+        raise Interrupted("interrupted; the same command continues with what was prepared", exit_code(stop)) from None
 
 
-def print_reports(reports: Sequence[SetReport], packages: str) -> None:
-    """Prints a table of the splits, and a line for each remark."""
-    rows = [("set", "split", "rows", "left out", "sha256", "package", "licence of the set")]
-    notes = []
-    for report in reports:
-        one = report.of
-        package = f"{one.package.name} {one.package.version} ({one.package.licence})"
-        for split in report.splits:
-            left_out = str(split.skipped.total())
-            rows.append((one.name, split.name, f"{split.rows:,}", left_out, split.sha256[:16], package, one.licence))
-            notes += [f"{one.name} {split.name}: {n:,} left out: {why}" for why, n in split.skipped.items()]
-        if report.status == "missing":
-            command = one.package.command(packages)
-            notes.append(f"{one.name}: not prepared, its package is missing; run: {command}")
-        notes += [f"{one.name}: {remark}" for remark in (*filter(None, [one.remark]), *report.remarks)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (
-            f"{text:>{w}}" if i in (2, 3) else f"{text:<{w}}"
-            for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
-    print("\n".join(notes))
+def _interrupt(number: int) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _prepare(data: L.LightningDataModule, choice: str, out: Path | None, *, overwrite: bool) -> None:
+    if not isinstance(data, TokenDataModule) or not data.builds:
+        print(f"data={choice}: nothing to prepare; {type(data).__name__} reads its data as they are.")
+        return
+    began = time.monotonic()
+    folder, is_new = prepare_data(data, choice, out, overwrite=overwrite)
+    seconds = time.monotonic() - began
+    index = read_index(folder) if (folder / INDEX).exists() else None
+    if index is not None:
+        print("\n".join(content_table(index)))
+        read = index["read"]
+        print("read: " + ", ".join(counted(read[f"{noun}s"], noun) for noun in ("file", "document", "byte")))
+        for reason, count in index["skipped"].items():
+            print(f"skipped: {count:,} {reason}")
+        if is_new:
+            rate = sum(index["text_bytes"].values()) / 1e6 / seconds
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            print(f"took {seconds:,.1f} s: {rate:.1f} MB of text per second, {memory:.2f} GB of memory at most")
+    reads = (
+        "fit with the same keys of data starts at once" if out is None else f"fit data=tokens data.path={out} reads it"
+    )
+    print(f"{folder}: {'written' if is_new else 'up to date'}; {reads}")

@@ -126,6 +126,8 @@ class TokenDataModule(LightningDataModule):
     endless = True
     #: Whether `build` continues in a folder that a killed call of it has left.
     resumes_build = False
+    #: Whether there is something to build; sources that read prepared data have nothing.
+    builds = True
 
     def __init__(self, **options: Unpack[TokenOptions]) -> None:
         super().__init__()

@@ -56,6 +56,8 @@ class MixDataModule(TokenDataModule):
         DataError: see `TokensDataModule`.
     """
 
+    builds = False
+
     def __init__(self, *, sources: Mapping[str, MixedSource], packing: str, **options: Unpack[LoaderOptions]) -> None:
         _check_sources(sources)
         self.weights = [float(source["weight"]) for source in sources.values()]

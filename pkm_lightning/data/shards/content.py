@@ -29,7 +29,7 @@ def content_lines(index: Mapping[str, Any]) -> list[str]:
 
 def content_table(index: Mapping[str, Any]) -> list[str]:
     """Returns the lines of a table with a row per part."""
-    rows = [("part", "documents", "bytes of text", "tokens", "targets", "shards")]
+    rows: list[tuple[str, ...]] = [("part", "documents", "bytes of text", "tokens", "targets", "shards")]
     for part, total in part_totals(index).items():
         rows.append((part, *(f"{total[name]:,}" for name in ("documents", "bytes", "tokens", "targets", "shards"))))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -77,7 +77,7 @@ class ShardWriter:
         self._runs = array("q", [0])
 
     def begin_document(self, file: int, record: int) -> None:
-        """Notes that a document begins with the next token."""
+        """Records that a document begins with the next token."""
         self._begins.append(self.tokens)
         self._places.extend((file, record))
 

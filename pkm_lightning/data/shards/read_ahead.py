@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -24,7 +24,7 @@ class Position:
     Attributes:
         file: number of the file among those of the reader.
         pieces: of this file that lie before the place.
-        skipped: counts of what was left out before the first piece of the file.
+        skipped: counts of what the reader has left out before it.
     """
 
     file: int = 0
@@ -37,29 +37,29 @@ class Group:
     """Consecutive pieces that are tokenised together.
 
     Attributes:
-        pieces: at least one, except in the last group of a reader.
+        pieces: in their order; none in the last group of a reader.
         n_bytes: of their text as UTF-8.
-        after: the place behind them.
-        skipped: counts of what was left out up to there.
         done: bytes of the reader's files, as they lie on disk, that were read up to there; about.
+        after: the place behind them, where a shard ends there or the reader does.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     n_bytes: int = 0
-    after: Position = field(default_factory=Position)
-    skipped: Mapping[str, int] = field(default_factory=dict)
     done: int = 0
+    after: Position | None = None
 
 
-def read_ahead(reader: Reader, start: Position, group_bytes: int) -> Iterator[Group]:
-    """Yields the pieces behind `start` in groups of at least `group_bytes`, then a group without pieces.
+def read_ahead(reader: Reader, start: Position, *, group_bytes: int, shard_bytes: int) -> Generator[Group, None, None]:
+    """Yields the pieces behind `start` in groups, then a group without pieces.
 
-    The groups depend on the pieces and on `start` alone: a build that resumes between two groups meets the same ones.
-    Close the iterator to end its thread.
+    A group has at least `group_bytes` and ends with a document, unless that makes it twice as large. A shard ends with
+    the group that fills it. Both depend on the pieces and on `start` alone: a build that resumes behind a shard meets
+    the same groups. Close the iterator to end its thread.
     """
     groups: queue.Queue[Group | BaseException] = queue.Queue(WAITING)
     stop = threading.Event()
-    thread = threading.Thread(target=_read, args=(reader, start, group_bytes, groups, stop), daemon=True)
+    source = _groups(reader, start, group_bytes, shard_bytes)
+    thread = threading.Thread(target=_read, args=(source, groups, stop), daemon=True)
     thread.start()
     try:
         while True:
@@ -74,15 +74,9 @@ def read_ahead(reader: Reader, start: Position, group_bytes: int) -> Iterator[Gr
         thread.join()
 
 
-def _read(
-    reader: Reader,
-    start: Position,
-    group_bytes: int,
-    groups: queue.Queue[Group | BaseException],
-    stop: threading.Event,
-) -> None:
+def _read(source: Iterator[Group], groups: queue.Queue[Group | BaseException], stop: threading.Event) -> None:
     try:
-        for group in _groups(reader, start, group_bytes):
+        for group in source:
             if not _put(group, groups, stop):
                 return
     except BaseException as error:
@@ -100,38 +94,35 @@ def _put(item: Any, groups: queue.Queue[Any], stop: threading.Event) -> bool:
     return False
 
 
-def _groups(reader: Reader, start: Position, group_bytes: int) -> Iterator[Group]:
+def _groups(reader: Reader, start: Position, group_bytes: int, shard_bytes: int) -> Iterator[Group]:
     before_file = [0, *accumulate(file_sizes(reader))]
-    position, group, in_file = start, Group(after=start), 0
-    number, file = 0, -1
-    # What was counted before `start` is known; what is read again up to there would be counted twice.
-    known: dict[str, int] = {}
+    group, in_shard = Group(), 0
+    file, number, in_file = start.file, 0, 0
+    # What was left out before `start` is known; what is read again up to there would be counted twice.
+    known: Mapping[str, int] = {}
     for piece in reader.pieces(start.file):
         if piece.file != file:
             file, number, in_file = piece.file, 0, 0
-            if file == start.file and start.pieces:
-                known = _difference(start.skipped, _skipped(reader))
-            position = Position(file, 0, _sum(known, _skipped(reader)))
-        number += 1
-        if file == start.file and number <= start.pieces:
-            continue
         n_bytes = sum(len(segment.text.encode()) for segment in piece.segments)
-        in_file += n_bytes
+        number, in_file = number + 1, in_file + n_bytes
+        if file == start.file and number <= start.pieces:
+            if number == start.pieces:
+                known = {reason: n - _skipped(reader).get(reason, 0) for reason, n in start.skipped.items()}
+            continue
         group.pieces.append(piece)
         group.n_bytes += n_bytes
-        if group.n_bytes >= group_bytes:
-            group.after = Position(file, number, position.skipped)
-            group.skipped = _sum(known, _skipped(reader))
+        if group.n_bytes >= group_bytes and (piece.ends or group.n_bytes >= 2 * group_bytes):
+            in_shard += group.n_bytes
+            if in_shard >= shard_bytes:
+                group.after, in_shard = Position(file, number, _sum(known, _skipped(reader))), 0
             consumed = getattr(reader, "consumed", in_file)
             group.done = before_file[file] + min(consumed, before_file[file + 1] - before_file[file])
             yield group
-            group = Group(after=group.after)
-    end = Position(file, number, position.skipped) if file >= 0 else start
-    skipped = _sum(known, _skipped(reader))
+            group = Group()
     if group.pieces:
-        group.after, group.skipped, group.done = end, skipped, before_file[-1]
+        group.done = before_file[-1]
         yield group
-    yield Group(after=end, skipped=skipped, done=before_file[-1])
+    yield Group(done=before_file[-1], after=Position(file, number, _sum(known, _skipped(reader))))
 
 
 def file_sizes(reader: Reader) -> list[int]:
@@ -146,7 +137,3 @@ def _skipped(reader: Reader) -> dict[str, int]:
 def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
     total = {reason: one.get(reason, 0) + other.get(reason, 0) for reason in {**one, **other}}
     return {reason: count for reason, count in sorted(total.items()) if count}
-
-
-def _difference(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return _sum(one, {reason: -count for reason, count in other.items()})
