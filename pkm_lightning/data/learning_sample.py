@@ -1,8 +1,8 @@
 """The text that a vocabulary is learned from: all of it, or a share spread evenly over a corpus of any size.
 
-Which pieces are read is a pure function of the seed, the sizes and the number of each piece. So the memory of the
-training is bounded, which grows with the number of different words: to learn 32,768 tokens from 100 MB took 0.2 GB where
-the text was source code and its documentation, and 2.0 GB where a third of the words occurred only once.
+Which pieces are read is a pure function of the seed, the sizes and the number of each piece. The memory of the
+training is bounded thereby; it grows with the number of different words. To learn 32,768 tokens from 100 MB took
+0.2 GB where the text was source code and its documentation, and 2.0 GB where a third of the words occurred only once.
 """
 
 from __future__ import annotations
