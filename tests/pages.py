@@ -11,6 +11,7 @@ from pathlib import Path
 from ngram_folders import write_folder
 from small import SMALL_RUN
 from small_packages import write_packages
+from tokenizer_makers import rank_file, sentencepiece_model
 from tree import ROOT
 
 from pkm_lightning.cli.main import PRIMARY_CONFIGURATIONS
@@ -59,6 +60,8 @@ def furnish(folder: Path) -> None:
     records = [{"prompt": f"{i} and one is", "answer": str(i + 1)} for i in range(60)]
     (folder / "my_answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "prompts.txt").write_text("The capital of France is\n")
+    (folder / "mine.tiktoken").write_bytes(rank_file({bytes([byte]): byte for byte in range(256)}))
+    (folder / "mine.model").write_bytes(sentencepiece_model("bpe"))
     write_packages(folder / "packages")
     # The vocabulary of a Qwen model is larger than that of its tokenizer too.
     write_folder(folder / "qwen", changes={"hidden_size": 64, "vocab_size": 320, "eos_token_id": 0})

@@ -197,7 +197,7 @@ def rank_backend(ranks: Mapping[bytes, int], encoding: Encoding, source: str) ->
     spelled_by_text = [name for name in encoding.control_tokens if len(backend.encode(name).ids) == 1]
     if spelled_by_text:
         raise ConfigError(
-            f"{source}: text could spell the control token {spelled_by_text[0]!r}, which is one word under the pattern; set "
+            f"{source}: text could spell the control token {spelled_by_text[0]!r}, a word under the pattern; set "
             "data.special_tokens to names of several parts, such as <|user|>."
         )
     _compare(backend, ranks, encoding, source)
