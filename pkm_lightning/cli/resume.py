@@ -32,6 +32,8 @@ _CHANGEABLE = (
     "table.path",
     "table.tensor",
 )
+#: Keys of the command, not of the run, which a continued run obeys.
+OF_COMMAND = ("resume", "trust_config", "objective", "objective_mode", "sweep_dir")
 #: Likewise of the tables of a further variant.
 _FILE_OF_EXTRA = re.compile(rf"{EXTRAS}\.\w+\.table\.(path|tensor)")
 _ABSENT = object()
@@ -122,14 +124,21 @@ def is_missing_tokenizer(named: object) -> bool:
 
 
 def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a saved configuration with the callback `vitals` of earlier versions under its name of today."""
-    callbacks = config.get("callbacks")
-    if not isinstance(callbacks, dict) or "vitals" not in callbacks:
-        return config
-    renamed = {"diagnostics" if key == "vitals" else key: value for key, value in callbacks.items()}
-    if isinstance(renamed["diagnostics"], dict):
-        renamed["diagnostics"] = {**renamed["diagnostics"], "_target_": "pkm_lightning.callbacks.Diagnostics"}
-    return {**config, "callbacks": renamed}
+    """Returns a saved configuration of an earlier version with the names of today.
+
+    Its callback `diagnostics` was `vitals`, and its TensorBoard logger Lightning's, with which the default one of today
+    has all keys in common.
+    """
+    callbacks, board = config.get("callbacks"), (config.get("logger") or {}).get("tensorboard")
+    if isinstance(callbacks, dict) and "vitals" in callbacks:
+        renamed = {"diagnostics" if key == "vitals" else key: value for key, value in callbacks.items()}
+        if isinstance(renamed["diagnostics"], dict):
+            renamed["diagnostics"] = {**renamed["diagnostics"], "_target_": "pkm_lightning.callbacks.Diagnostics"}
+        config = {**config, "callbacks": renamed}
+    if isinstance(board, dict) and board.get("_target_") == "lightning.pytorch.loggers.TensorBoardLogger":
+        own = {**board, "_target_": "pkm_lightning.loggers.TensorBoardLogger"}
+        config = {**config, "logger": {**config["logger"], "tensorboard": own}}
+    return config
 
 
 def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,10 +178,15 @@ def with_changes(saved: Mapping[str, Any], command: Mapping[str, Any], deleted: 
     own = {key: command[key] for key in saved if key in command and key not in COMMAND_KEYS}
     # A configuration without further variants does not have the key.
     own[EXTRAS] = command.get(EXTRAS)
-    own |= {key: command[key] for key in ("resume", "trust_config")}
+    own |= keys_of_command(command)
     # An empty group is written in two ways.
     changed = {**saved, **{key: value for key, value in own.items() if value or saved.get(key)}}
     return {key: value for key, value in changed.items() if key not in deleted or not saved.get(key)}
+
+
+def keys_of_command(command: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of a command that apply to a continued run, whatever it was started with."""
+    return {key: command.get(key) for key in OF_COMMAND}
 
 
 def unresolved(saved: Mapping[str, Any], changed: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
