@@ -22,7 +22,8 @@ def sampled(documents: Iterable[str], total_bytes: int, budget: int, seed: int =
 
     Args:
         documents: all of them, in an order that is always the same.
-        total_bytes: of their text, in UTF-8; an estimate makes the sample larger or smaller, never more than `budget`.
+        total_bytes: of their text, in UTF-8. Of an estimate that is too low (the sizes of compressed files) the sample
+            is one of the beginning, of one that is too high it is smaller.
         budget: bytes that are yielded at most.
         seed: of the choice.
     """

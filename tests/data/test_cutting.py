@@ -103,6 +103,14 @@ def test_pieces_have_the_ids_of_the_whole(name: str) -> None:
     assert cut > 100
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_a_text_that_follows_another_has_the_ids_that_it_has_there(name: str) -> None:
+    tokenizer = Tokenizer(EXACT[name](), "mine")
+    for before, after in (("the capital of Chile", " is Santiago de Chile"), ("number 12", " 34 is a number of it")):
+        pieces = [*tokenizer.pieces(before, 5), *tokenizer.pieces(after, 5, follows=True)]
+        assert [i for ids in tokenizer.encode_pieces(pieces) for i in ids] == tokenizer.encode(before + after)
+
+
 def test_our_own_vocabularies_are_cut_as_before() -> None:
     text = "a (b) ... \u00e9 -- " * 100
     for tokenizer in (train_bpe(PAGES[:1], 300), bytes_tokenizer()):
