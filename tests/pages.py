@@ -14,6 +14,7 @@ from shard_folders import text
 from shard_folders import write_folder as write_tokens
 from small import SMALL_RUN
 from small_packages import write_packages
+from tokenizer_makers import rank_file, sentencepiece_model
 from tree import ROOT
 
 from pkm_lightning.cli.main import PRIMARY_CONFIGURATIONS
@@ -71,6 +72,8 @@ def furnish(folder: Path) -> None:
     for name in ("my_books", "my_code"):
         documents = [text(f"{name} has document {i}") for i in range(40)]
         write_tokens(folder, {"train": documents, "validation": documents[:4]}, name=name)
+    (folder / "mine.tiktoken").write_bytes(rank_file({bytes([byte]): byte for byte in range(256)}))
+    (folder / "mine.model").write_bytes(sentencepiece_model("bpe"))
     write_packages(folder / "packages")
     # The vocabulary of a Qwen model is larger than that of its tokenizer too.
     write_folder(folder / "qwen", changes={"hidden_size": 64, "vocab_size": 320, "eos_token_id": 0})

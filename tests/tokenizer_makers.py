@@ -19,8 +19,9 @@ FILES = [*sorted((ROOT / "docs").glob("*.md"))[:8], *sorted((ROOT / "tests" / "d
 PAGES = [*(file.read_text(encoding="utf-8") for file in FILES), *ORDINARY * 3]
 #: Lines that hold nothing ordinary.
 ODD = [
-    "", " ", "\n", "  a", "a  ", "\t\tx\n", "a\n\n b \r\nc", "1234567 8", "don't DON'T we'LL I'm", "a" * 50, "ab" * 40 + "a",
-    "\U0001f600\u200d\u2764\ufe0f", "e\u0301\u0302", "\u6f22\u5b57\u3000x", "x\u00a0y", "\u2028\x85", "\x00\x7f", "<eos> </s> <|endoftext|>",
+    "", " ", "\n", "  a", "a  ", "\t\tx\n", "a\n\n b \r\nc", "1234567 8", "don't DON'T we'LL I'm", "a" * 50,
+    "ab" * 40 + "a", "\U0001f600\u200d\u2764\ufe0f", "e\u0301\u0302", "\u6f22\u5b57\u3000x", "x\u00a0y", "\u2028\x85",
+    "\x00\x7f", "<eos> </s> <|endoftext|>",
 ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ _CUT_AT_SPACES = {
 _LOCAL_NORMALIZERS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "BertNormalizer", "Precompiled", "ByteLevel"),
 }
-_LOCAL_PRE_TOKENIZERS = {"Digits", "Punctuation", "ByteLevel"}
+_LOCAL_PRE_TOKENIZERS = {"Digits", "Punctuation", "ByteLevel", "Metaspace"}
 _SPLIT_AT_SPACES = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
 _OUTER_SPACES = "^ +| +$"
 
@@ -91,8 +91,10 @@ def _is_local(part: Mapping[str, Any], adds_space: bool) -> bool:
 def _separates_words(described: Mapping[str, Any], normalizers: Iterable[Mapping[str, Any]]) -> bool:
     """Returns whether what stands before and after the place before a space is encoded each for itself."""
     parts = list(_parts(described["pre_tokenizer"], "pretokenizers"))
-    if any(_splits_at_space(part) for part in parts):
-        return all(_splits_at_space(part) or part["type"] in {*_LOCAL_PRE_TOKENIZERS, "Metaspace"} for part in parts)
+    first = next((i for i, part in enumerate(parts) if _splits_at_space(part)), None)
+    if first is not None:
+        # What comes after it sees single words.
+        return all(part["type"] in _LOCAL_PRE_TOKENIZERS for part in parts[:first])
     if not all(part["type"] == "Metaspace" for part in parts):
         return False
     # Merges of a BPE that runs over the whole text never meet where no token has a space after another character.

@@ -1,8 +1,8 @@
 """The text that a vocabulary is learned from: all of it, or a share spread evenly over a corpus of any size.
 
-Which pieces are read is a pure function of the seed, the sizes and the number of each piece. So the memory of the
-training is bounded, which grows with the number of different words: to learn 32,768 tokens from 100 MB took 0.2 GB where
-the text was source code and its documentation, and 2.0 GB where a third of the words occurred only once.
+Which pieces are read is a pure function of the seed, the sizes and the number of each piece. The memory of the
+training is bounded thereby; it grows with the number of different words. To learn 32,768 tokens from 100 MB took
+0.2 GB where the text was source code and its documentation, and 2.0 GB where a third of the words occurred only once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def sampled(documents: Iterable[str], total_bytes: int, budget: int, seed: int =
 
     Args:
         documents: all of them, in an order that is always the same.
-        total_bytes: of their text, in UTF-8; an estimate makes the sample larger or smaller, never more than `budget`.
+        total_bytes: of their text, in UTF-8. Of an estimate that is too low (the sizes of compressed files) the sample
+            is one of the beginning, of one that is too high it is smaller.
         budget: bytes that are yielded at most.
         seed: of the choice.
     """

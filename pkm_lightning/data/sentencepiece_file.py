@@ -38,28 +38,28 @@ def read_model(content: bytes, source: str) -> Backend:
     """
     if importlib.util.find_spec("sentencepiece") is None:
         raise missing_extra(source, "sentencepiece", "data")
-    model = _parsed(content, source)
-    backend = _unigram(model) if model.trainer_spec.model_type == _UNIGRAM else _bpe(model)
-    _set_spaces(backend, model)
-    pieces = list(model.pieces)
-    special = [AddedToken(p.piece, special=True, normalized=False) for p in pieces if p.type in (_UNKNOWN, _CONTROL)]
-    backend.add_special_tokens(special)
-    symbols = [p.piece for p in pieces if p.type == _USER_DEFINED]
-    # Looked for in the normalised text: what stands between two of them must not be normalised as a text of its own.
-    backend.add_tokens([AddedToken(symbol, normalized=True) for symbol in symbols])
     from sentencepiece import SentencePieceProcessor
 
-    check_conversion(backend, SentencePieceProcessor(model_proto=content).encode, source, "sentencepiece", symbols)
+    try:
+        reference = SentencePieceProcessor(model_proto=content)
+        model = _parsed(content, source)
+        backend = _converted(model)
+    except DataError:
+        raise
+    except Exception as error:  # of many kinds, from three libraries
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise DataError(
+            f"{source} is no SentencePiece model, or a damaged one ({reason:.200}); restore the file."
+        ) from None
+    symbols = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    check_conversion(backend, reference.encode, source, "sentencepiece", symbols)
     return backend
 
 
 def _parsed(content: bytes, source: str) -> Any:
     messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     model = messages.ModelProto()
-    try:
-        model.ParseFromString(content)
-    except Exception:  # the kind belongs to protobuf, of which there are several implementations
-        raise DataError(f"{source} is no SentencePiece model, or a damaged one; restore the file.") from None
+    model.ParseFromString(content)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     names = [piece.piece for piece in model.pieces]
     problem = (
@@ -80,6 +80,17 @@ def _parsed(content: bytes, source: str) -> Any:
     if problem:
         raise DataError(f"{source} is no SentencePiece model that can be used: {problem}; give another tokenizer.")
     return model
+
+
+def _converted(model: Any) -> Backend:
+    backend = _unigram(model) if model.trainer_spec.model_type == _UNIGRAM else _bpe(model)
+    _set_spaces(backend, model)
+    controls = [piece.piece for piece in model.pieces if piece.type in (_UNKNOWN, _CONTROL)]
+    symbols = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in controls])
+    # Looked for in the normalised text: what stands between two of them must not be normalised as a text of its own.
+    backend.add_tokens([AddedToken(name, normalized=True) for name in symbols])
+    return backend
 
 
 def _unigram(model: Any) -> Backend:

@@ -137,7 +137,7 @@ def read_ranks(content: bytes, source: str) -> dict[bytes, int]:
         )
     if max(lines) - len(lines) > MOST_GAPS:
         raise DataError(
-            f"{source} has ranks up to {max(lines)} for {len(lines)} tokens, so that lines are missing; restore the file."
+            f"{source} has ranks up to {max(lines)} for {len(lines)} tokens: lines are missing; restore the file."
         )
     return ranks
 
@@ -197,8 +197,8 @@ def rank_backend(ranks: Mapping[bytes, int], encoding: Encoding, source: str) ->
     spelled_by_text = [name for name in encoding.control_tokens if len(backend.encode(name).ids) == 1]
     if spelled_by_text:
         raise ConfigError(
-            f"data.special_tokens: {spelled_by_text[0]!r} is a word, which text may spell; give it a name of several "
-            "parts, such as <|user|>."
+            f"{source}: text could spell the control token {spelled_by_text[0]!r}, a word under the pattern; set "
+            "data.special_tokens to names of several parts, such as <|user|>."
         )
     _compare(backend, ranks, encoding, source)
     return backend

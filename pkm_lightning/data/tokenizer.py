@@ -162,13 +162,21 @@ class Tokenizer:
             for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False):
                 yield encoding.ids
 
-    def pieces(self, text: str, size: int = CHUNK_CHARACTERS) -> list[str]:
+    def pieces(self, text: str, size: int = CHUNK_CHARACTERS, *, follows: bool = False) -> list[str]:
         """Cuts `text` into pieces for `encode_pieces`, whose ids together are those of the whole.
 
         Where no cut is known to be exact, a text is one piece. Only beyond `MAX_WHOLE_CHARACTERS` it is cut all the
         same, since encoding takes 250 bytes of memory per character.
+
+        Args:
+            text: to be encoded.
+            size: characters per piece, 1 or more.
+            follows: whether other text comes before it, as a prompt before its answer. A space at its beginning is then
+                left to a tokenizer that puts one there itself.
         """
         cutting = self._cutting
+        if follows and cutting.adds_space:
+            text = text.removeprefix(" ")
         size = size if cutting.exact else MAX_WHOLE_CHARACTERS
         pieces = chunks(text, size, strict=cutting.strict, leave_out_space=cutting.adds_space)
         if len(pieces) > 1 and not cutting.exact and not self._has_warned:

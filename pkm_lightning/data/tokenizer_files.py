@@ -25,7 +25,7 @@ from pkm_lightning.data.cache import CacheKey, Source, open_cache, sha256_file
 from pkm_lightning.data.files import require_file
 from pkm_lightning.data.pretrained_files import convert_tokenizer, end_token_of, is_gguf, pretrained_folder
 from pkm_lightning.data.sentencepiece_file import read_model
-from pkm_lightning.data.tiktoken_file import chosen_encoding, is_rank_file, rank_backend, read_ranks
+from pkm_lightning.data.tiktoken_file import END, chosen_encoding, is_rank_file, rank_backend, read_ranks
 from pkm_lightning.data.tokenizer import END_NAMES, PAD_NAMES
 from pkm_lightning.errors import DataError
 
@@ -92,6 +92,8 @@ def _of_file(path: Path, cache_dir: Path, key: str, pattern: str | None, special
     require_file(f"{key}{path}", path, "give a tokenizer.json, or a .tiktoken, .model or .gguf file")
     beside = [file for name in _BESIDE if (file := path.with_name(name)).is_file()]
     end_token_of(path.parent)  # refuses a damaged tokenizer_config.json
+    if special_tokens and not set(special_tokens) & set(END_NAMES):
+        special_tokens = [*special_tokens, END]
     arguments = {"pattern": pattern, "special_tokens": list(special_tokens)}
 
     def convert(folder: Path) -> None:

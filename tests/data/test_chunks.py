@@ -27,6 +27,13 @@ def test_a_text_without_a_place_to_cut_is_cut_all_the_same(text: str, monkeypatc
     assert max(map(len, pieces)) <= 20
 
 
+def test_strict_cuts_are_made_between_letters_and_digits_only() -> None:
+    text = "(a) b \u200bc d. e 1 f" * 3
+    assert chunks(text, 1, strict=True)[:4] == ["(a) b \u200bc", " d. e", " 1", " f(a) b \u200bc"]
+    assert chunks(text, 1)[:3] == ["(a)", " b", " \u200bc"]
+    assert chunks(text, 1, strict=True, leave_out_space=True)[:3] == ["(a) b \u200bc", "d. e", "1"]
+
+
 def test_groups_hold_all_pieces_in_order() -> None:
     assert list(grouped(["a", "bb", "ccc", "d"], 3)) == [["a", "bb"], ["ccc"], ["d"]]
     assert list(grouped([], 3)) == []
