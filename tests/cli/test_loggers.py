@@ -177,7 +177,7 @@ def test_of_two_ranks_one_logs(text: None, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_runs_of_a_sweep_are_runs_of_their_own(text: None, tmp_path: Path) -> None:
-    finish(start(*COMMAND, "-m", *ALL, "trainer.max_steps=4", "seed=1,2", cwd=tmp_path))
+    finish(start("fit", "-m", *COMMAND[1:], *ALL, "trainer.max_steps=4", "seed=1,2", cwd=tmp_path))
     for job in ("0", "1"):
         check_histories(tmp_path / "run" / job, end=4)
     ids = [record(tmp_path / "run" / job)["loggers"] for job in ("0", "1")]
