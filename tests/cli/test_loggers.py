@@ -43,6 +43,8 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on a mat and saw the dog run under the old blue tree . " * 60)
     for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    # Its process may take longer to start than the usual 30 s where many tests run at once.
+    monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "300")
 
 
 def of_metrics_csv(run_dir: Path) -> History:
