@@ -72,13 +72,13 @@ class MetricsCSV(TimedCallback):
         """Appends a row after the last micro-batch of a step that logs, before that step's checkpoint is written."""
         assert isinstance(pl_module, LanguageModule)
         if pl_module.log_is_due():
-            self._append(trainer, pl_module, _metrics_of(trainer, "train/"))
+            self._append(trainer, pl_module, metrics_of(trainer, "train/"))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Appends a row of the validation's metrics, if it is part of training."""
         assert isinstance(pl_module, LanguageModule)
         if in_training(trainer):
-            self._append(trainer, pl_module, _metrics_of(trainer, "val/"))
+            self._append(trainer, pl_module, metrics_of(trainer, "val/"))
         super().on_validation_end(trainer, pl_module)
 
     @rank_zero_only
@@ -137,7 +137,7 @@ def _is_whole(row: dict[str, Any]) -> bool:
     return str(row.get("step")).isdigit() and None not in row.values() and None not in row
 
 
-def _metrics_of(trainer: L.Trainer, prefix: str) -> dict[str, Any]:
+def metrics_of(trainer: L.Trainer, prefix: str) -> dict[str, Any]:
     """Returns what was logged under `prefix`, and the benchmarks of this step."""
     evaluate = find_callback(trainer, Evaluate)
     benchmarks = evaluate.metrics if evaluate is not None and evaluate.step == trainer.global_step else {}

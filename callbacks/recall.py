@@ -1,7 +1,8 @@
 """Factual recall: the model answers the data module's questions at each validation and in the test.
 
 Metrics: `val/recall_FORM` and `test/recall_FORM` (exact match), `.../choice_FORM` (best of four options),
-`.../bits_FORM` (bits of knowledge per fact, prior less model). Data modules without `recall_items` are skipped. Every
+`.../bits_FORM` (bits of knowledge per fact, prior less model). Data modules without `recall_items` are skipped; those
+with `validation_items` are asked these at validations, so that no question of the test decides about a setting. Every
 answer of the test is written to recall.csv, so that reports can resample facts.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-from pkm_lightning.data.base import recall_items_of
+from pkm_lightning.data.base import RecallItem, recall_items_of, validation_items_of
 from pkm_lightning.errors import check_integer
 from pkm_lightning.inference.recall import ItemScore, score_items, summarise
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
@@ -53,7 +54,8 @@ class Recall(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores and logs a small sample."""
         if self.val_items:
-            self._log("val", self.score(trainer, pl_module, self.val_items), pl_module)
+            items = validation_items_of(trainer.datamodule, self.val_items)  # type: ignore[attr-defined]
+            self._log("val", self._score(trainer, pl_module, items), pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores and logs the full sample, and keeps it for the report."""
@@ -63,11 +65,13 @@ class Recall(L.Callback):
             write_scores(self.path, self.scores)
 
     def score(self, trainer: L.Trainer, pl_module: L.LightningModule, limit: int | None) -> list[ItemScore]:
-        """Returns the scores of at most `limit` questions per form. Collective: call on all ranks."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        items = recall_items_of(data, limit)
+        """Returns the scores of at most `limit` questions of the test per form. Collective: call on all ranks."""
+        return self._score(trainer, pl_module, recall_items_of(trainer.datamodule, limit))  # type: ignore[attr-defined]
+
+    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, items: list[RecallItem]) -> list[ItemScore]:
         if not items:
             return []
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, LanguageModule)
         # Every n-th question, so that all ranks get a share of every form.
         share = items[trainer.global_rank :: trainer.world_size]

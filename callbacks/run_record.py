@@ -17,7 +17,7 @@ from pkm_lightning.callbacks.base import find_callback, in_training
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
 from pkm_lightning.callbacks.throughput import Throughput
-from pkm_lightning.data.base import fingerprint_of, n_facts_of
+from pkm_lightning.data.base import data_of, fingerprint_of, n_facts_of, own_test_of
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.machine import device_name, peak_memory_bytes
 
@@ -63,8 +63,9 @@ class RunRecord(TimedCallback):
         return {
             "world_size": trainer.world_size,
             "device": device_name(device),
-            "data": fingerprint_of(getattr(trainer, "datamodule", None)),
-            "facts": n_facts_of(getattr(trainer, "datamodule", None)),
+            "data": fingerprint_of(data_of(trainer)),
+            "facts": n_facts_of(data_of(trainer)),
+            "own_test": own_test_of(data_of(trainer)),
             "peak_memory_bytes": peak_memory_bytes(device),
             "best_validation": self._best,
             "metrics": {**self.metrics, "recall": self._recall} if self._recall else dict(self.metrics),

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 
-from pkm_lightning.data.base import recall_items_of, tokenizer_of
+from pkm_lightning.data.base import data_of, recall_items_of, tokenizer_of
 from pkm_lightning.data.files import check_characters
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.inference.generation import greedy
@@ -58,7 +58,7 @@ class Samples(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Collects the questions, and their answers where they are known."""
-        data: Any = getattr(trainer, "datamodule", None)
+        data: Any = data_of(trainer)
         if tokenizer_of(data) is None:
             if self.prompts:
                 raise ConfigError(

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from pkm_lightning.data.base import tokenizer_of
+from pkm_lightning.data.base import data_of, tokenizer_of
 from pkm_lightning.loggers import show_image, show_table
 from pkm_lightning.model import Traces
 from pkm_lightning.usage.counters import UsageCounters
@@ -50,7 +50,7 @@ def draw_panels(
         step: the step number of the panels.
     """
     if trainer.loggers:
-        tokenizer = tokenizer_of(getattr(trainer, "datamodule", None))
+        tokenizer = tokenizer_of(data_of(trainer))
         draw_on(trainer.loggers if trainer.is_global_zero else [], counters, traces, batch, tokenizer, step)
 
 

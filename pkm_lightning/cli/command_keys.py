@@ -32,6 +32,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
     "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "init_from": ("fit",),
+    **dict.fromkeys(("objective", "objective_mode", "sweep_dir"), ("fit",)),
     "device_memory": ("fit", "compare", "info"),
     "trust_config": ("fit", *_ON_SAVED, "compare", "info"),
     **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),

@@ -12,6 +12,7 @@ from typing import Any
 
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.objective import check_objective_of, check_questions
 from pkm_lightning.compare.budget import measure_speeds, steps_of_tokens, warm_up
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
 from pkm_lightning.compare.directory import clear_directory
@@ -22,7 +23,8 @@ from pkm_lightning.compare.report import write_report
 from pkm_lightning.compare.schedule import ScheduledRun, Variant, schedule_runs, with_steps
 from pkm_lightning.compare.settings import ReportSettings, Settings
 from pkm_lightning.compare.study import Study, make_study
-from pkm_lightning.compare.sweep import check_swept, choose_rates, schedule_sweep
+from pkm_lightning.compare.sweep import choose_rates, schedule_sweep
+from pkm_lightning.data.base import yields_whole_steps
 from pkm_lightning.errors import Interrupted, RunDirectoryError
 
 _log = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ class Director:
         self._comparison.save(self._out)
 
     def _prepare(self, budget_tokens: float | None) -> None:
-        """Builds the data of each variant, and gives it the steps that a budget of tokens amounts to.
+        """Builds the data of each variant, of its sweep too, and gives it the steps that a budget of tokens amounts to.
 
         The data are built here because a run that built them would count that in its peak memory.
         """
@@ -128,9 +130,24 @@ class Director:
             if key not in steps:
                 data = instantiate(config["data"], "data")
                 data.prepare_data()
-                steps[key] = 0 if budget_tokens is None else steps_of_tokens(budget_tokens, data, config)
+                self._prepare_sweep(config)
+                steps[key] = 0
+                if budget_tokens is not None:
+                    whole = yields_whole_steps(data)
+                    steps[key] = steps_of_tokens(budget_tokens, data, config, whole_steps=whole)
             if steps[key]:
                 self._variants[i] = self._with_steps(variant, steps[key])
+
+    def _prepare_sweep(self, config: dict[str, Any]) -> None:
+        sweep, data_config = self._settings.sweep, config["data"]
+        if sweep is None:
+            return
+        draw = {"draw": data_config["draw"] + sweep.draw} if "draw" in data_config else {}
+        data = instantiate({**data_config, **draw}, "data")
+        data.prepare_data()
+        objective = {**config, "objective": sweep.metric}
+        check_objective_of(objective, key="sweep.metric")
+        check_questions(data, sweep.metric, key="sweep.metric")
 
     def _measure_speeds(self, seconds: float) -> None:
         """Gives each variant the steps that fill `seconds`, after short runs of those whose speed is not known."""
@@ -160,12 +177,9 @@ class Director:
         sweep = self._settings.sweep
         if sweep is None:
             return {}
-        data_seeds = {name: config["data"].get("seed") for name, config in self._configs.items()}
-        known = {name: seed for name, seed in data_seeds.items() if isinstance(seed, int)}
-        runs = schedule_sweep(self._variants, sweep, self._base, self._out, known)
-        for run in runs:
-            check_swept(run, sweep)
-        self._run(runs, "sweep of learning rates", after=lambda end: check_swept(end.run, sweep))
+        draws = {name: config["data"]["draw"] for name, config in self._configs.items() if "draw" in config["data"]}
+        runs = schedule_sweep(self._variants, sweep, self._base, self._out, draws)
+        self._run(runs, "sweep of learning rates", after=lambda _: None)
         results, chosen = choose_rates(runs, sweep)
         assert self._comparison.sweep is not None
         before = self._comparison.sweep["chosen"]

@@ -36,6 +36,8 @@ def explain(error: BaseException, arguments: Sequence[str] = (), name: str = "co
         group, _, option = error.missing_cfg_file.rpartition("/")
         # The groups of a saved run, which the command line chooses by itself, are no options.
         options = [choice for choice in error.options if not choice.startswith(SAVED)]
+        if group.startswith("hydra/"):
+            return _missing_plugin(group, option, options)
         return _unknown_option(group, option, options)
     if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
         # One of a list, whose options Hydra does not name.
@@ -84,6 +86,15 @@ def _several_values(override: str) -> str:
 def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     allowed = f"{', '.join(options)}.{nearest(option, options)}"
     return f"{group}={option} is not known; allowed: {allowed} --config-dir=DIR adds a folder of your own YAMLs."
+
+
+def _missing_plugin(group: str, option: str, options: Sequence[str]) -> str:
+    """Returns the sentence for an option of Hydra that a plugin would bring, such as another sweeper."""
+    install = {
+        "optuna": "pip install 'pkm_lightning[sweeps]'",
+        "tpe": "pip install 'pkm_lightning[sweeps]'",
+    }.get(option, f"install the plugin of Hydra that has it, or choose one of: {', '.join(options)}")
+    return f"{group}={option} is not installed; {install}."
 
 
 def options_of(group: str) -> dict[str, Any]:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.checks import remark_rate, remark_row_optimizer, remark_validation
 from pkm_lightning.build.freezing import parameter_counts
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.build.stored_tables import check_first_rows, check_stored_rows
+from pkm_lightning.callbacks.median_stopping import MedianStopping
+from pkm_lightning.callbacks.objective import Objective
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
@@ -35,9 +37,12 @@ from pkm_lightning.cli.lengthening import (
     with_length,
 )
 from pkm_lightning.cli.loggers import attached
+from pkm_lightning.cli.objective import check_objective_of, check_questions
 from pkm_lightning.cli.places import cache_of
 from pkm_lightning.cli.resume import (
+    OF_COMMAND,
     differences,
+    keys_of_command,
     may_change_on_resume,
     refuse_differences,
     saved_config,
@@ -48,7 +53,9 @@ from pkm_lightning.cli.resume import (
 from pkm_lightning.cli.run_directory import RunDirectory, continues_run
 from pkm_lightning.cli.sitting import Sitting
 from pkm_lightning.cli.summary import print_summary
+from pkm_lightning.compare.objective import direction_of
 from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.data.base import defines
 from pkm_lightning.errors import ConfigError, DataError, Interrupted, RankLostError, RunDirectoryError
 from pkm_lightning.supervision.external_ranks import Decision, ExternalRanks, check_world, join, started_externally
 from pkm_lightning.supervision.rank_failures import (
@@ -65,7 +72,11 @@ _log = logging.getLogger(__name__)
 
 
 def run(job: Job) -> float | None:
-    """Trains the configured model; returns the test loss, which sweepers minimise."""
+    """Trains the configured model.
+
+    Returns:
+        The objective at the last validation, for sweepers; None without one, or where it is not finite.
+    """
     with leave_error_to_rank_0():
         return _run(job)
 
@@ -77,6 +88,7 @@ def _run(job: Job) -> float | None:
             "from its weights with init_from=PATH."
         )
     command = plain(job.config)
+    check_objective_of(command)
     path = Path(command["run_dir"])
     # A run that continues from a checkpoint of its own does not need the weights that it started from.
     starts = command["resume"] == "never" or latest_checkpoint(path) is None
@@ -196,14 +208,14 @@ def _resolve_saved(
         refuse_differences(path, saved, resolved.config)
         return resolved
     keys = [key_of(override) for override in job.overrides]
-    changed = [key for key in keys if key not in ("run_dir", "resume", "trust_config")]
+    changed = [key for key in keys if key not in ("run_dir", *OF_COMMAND)]
     only_machine = all(map(may_change_on_resume, changed))
     # With nothing else changed the saved configuration is executed, so it must be trusted; else it is only compared.
     cache = cache_of(command)
     saved = saved_config(path, trust=command["trust_config"], executed=only_machine, cache=cache)
     if only_machine:
         config = with_machine_overrides(saved, command, changed)
-        return resolve({**config, **{key: command[key] for key in ("resume", "trust_config")}}, training=True)
+        return resolve({**config, **keys_of_command(command)}, training=True)
     saved, whole = _with_length(job, checkpoint, saved, command)
     whole = with_saved_tokenizer(saved, whole, sets_tokenizer=job.sets("data.tokenizer"))
     resolved = of_command if of_command and whole is command else resolve(whole, training=True)
@@ -256,7 +268,7 @@ def _train_with_record(
         watch_ranks(assembly.trainer, directory.path, sitting.interrupt),
     ):
         try:
-            loss = _train(resolved, assembly, checkpoint, sitting)
+            value = _train(resolved, assembly, checkpoint, sitting)
         except BaseException as error:
             if isinstance(error, RunInterrupted) or was_stopped(error, assembly.trainer):
                 sitting.interrupt()
@@ -267,10 +279,13 @@ def _train_with_record(
             else:
                 sitting.fail(error)
             raise
-    sitting.finish()
-    print_summary(sitting.record, assembly.callbacks, parameter_counts(resolved.model))
+    if reason := _pruned(assembly.callbacks):
+        sitting.prune(reason)
+    else:
+        sitting.finish()
+        print_summary(sitting.record, assembly.callbacks, parameter_counts(resolved.model))
     _log.info("run directory: %s", directory.path)
-    return loss
+    return value
 
 
 def _train(
@@ -285,11 +300,16 @@ def _train(
         trainer.callbacks.append(initial)  # type: ignore[attr-defined]
     if checkpoint is not None and is_lengthened(checkpoint, resolved.config):
         trainer.callbacks.append(LengthenedSchedule())  # type: ignore[attr-defined]
+    objective = _objective(resolved.config)
+    if objective is not None:
+        trainer.callbacks.append(objective)  # type: ignore[attr-defined]
     checkpoints = next((c for c in callbacks if isinstance(c, StepCheckpoint)), None)
     with name_lost_rank(trainer), stop_on_signals(trainer, checkpoints.request_stop if checkpoints else None):
         data.prepare_data()
         if initial is not None:
             initial.check_tokenizer(data)
+        if objective is not None:
+            check_questions(data, objective.name)
         if sitting is not None:
             sitting.begin()
         resumed_step = (_step(checkpoint) or 0) if sitting is not None and sitting.resumes else None
@@ -302,17 +322,41 @@ def _train(
                 sitting.accept()  # a run without a step left to train has not started
             if checkpoints is not None:
                 checkpoints.stop_if_requested(trainer)
-            _test(trainer, module, data)
+            # The end of a run is validated for its objective, unless it is below, where the data have no test.
+            is_due = objective is not None and objective.step != trainer.global_step
+            if is_due and defines(data, "test_dataloader"):
+                trainer.validate(module, datamodule=data, verbose=False)
+            if _pruned(callbacks) is None:
+                _test(trainer, module, data)
+    if objective is not None:
+        assembly.record.metrics = {**objective.figures, **assembly.record.metrics}
+        if sitting is not None:
+            sitting.record["objective"] = objective.record()
     metrics = assembly.record.metrics
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         _log.warning("%s: not finite; the run diverged, or its data had no targets", ", ".join(broken))
-    return metrics.get("test/loss", metrics.get("val/loss"))
+    # Sweepers take no value for a failure; some would end the whole sweep at one that is not a number.
+    return objective.value if objective is not None and math.isfinite(objective.value) else None
+
+
+def _objective(config: dict[str, Any]) -> Objective | None:
+    """Returns the callback that keeps the figure that a sweep optimises; None where nobody asks for one."""
+    name = config.get("objective")
+    if name is None:
+        return None
+    direction = direction_of(str(name), str(config.get("objective_mode") or "auto"))
+    return Objective(name=str(name), mode="min" if direction == "minimize" else "max")
+
+
+def _pruned(callbacks: Sequence[L.Callback]) -> str | None:
+    """Returns why a sweep has ended the run early; None if it has not."""
+    return next((c.reason for c in callbacks if isinstance(c, MedianStopping)), None)
 
 
 def _test(trainer: L.Trainer, module: LanguageModule, data: L.LightningDataModule) -> None:
     """Tests, or validates where the data module has no test data."""
-    if is_overridden("test_dataloader", data):
+    if defines(data, "test_dataloader"):
         trainer.test(module, datamodule=data, verbose=False)
-    elif is_overridden("val_dataloader", data):
+    elif defines(data, "val_dataloader"):
         trainer.validate(module, datamodule=data, verbose=False)

@@ -13,7 +13,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,14 @@ from pkm_lightning.cli.command_keys import check_read
 from pkm_lightning.cli.composition_errors import explain
 from pkm_lightning.cli.paths import with_expanded_paths
 from pkm_lightning.cli.saved_overrides import is_of_saved_run, is_saved_choice
+from pkm_lightning.cli.sweep import SweepRefusal
+from pkm_lightning.cli.sweep_record import JobFailure, note_failure
+from pkm_lightning.compare.objective import DEFAULT, ObjectiveError, direction_of
 from pkm_lightning.compare.overrides import key_of, quoted, sets_key
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, Interrupted, PkmError
 
 _RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
-
-
-@dataclass(frozen=True)
-class JobFailure:
-    """The end of a job that did not succeed: what to print, and the exit code."""
-
-    message: str
-    exit_code: int
 
 
 class Job:
@@ -84,6 +78,8 @@ class Job:
         self.comparison = _leave_comparison(self)
         check_read(verb, self.overrides, config)
         swept = hydra.mode == RunMode.MULTIRUN
+        if swept:
+            self._join_sweep(Path(hydra.sweep.dir).absolute())
         with open_dict(config):
             for key in ("run_dir", "init_from", "ckpt", "file", "dir", "out", "packages"):
                 if key not in config:
@@ -101,6 +97,20 @@ class Job:
             run_dir = str(hydra.runtime.output_dir) if swept else config.run_dir
             config.run_dir = str(Path(run_dir).absolute())
 
+    def _join_sweep(self, folder: Path) -> None:
+        """Sets the keys that a run of the sweep in `folder` has beside its own, for this process and other ranks."""
+        objective = self.config.objective or DEFAULT
+        direction = direction_of(objective, self.config.objective_mode)
+        keys = {
+            "objective": objective,
+            "objective_mode": "min" if direction == "minimize" else "max",
+            "sweep_dir": str(folder),
+        }
+        with open_dict(self.config):
+            self.config.update(keys)
+        self.overrides = [override for override in self.overrides if key_of(override) not in keys]
+        self.overrides += [f"++{key}={quoted(value)}" for key, value in keys.items()]
+
     def sets(self, key: str) -> bool:
         """Returns whether the command line sets `key`."""
         return sets_key(self.overrides, key)
@@ -114,9 +124,11 @@ class Job:
             self._check_external_launch(before)
             return run(self)
         except (PkmError, OSError) as error:
-            failures.append(JobFailure(explain(error), getattr(error, "exit_code", 2)))
+            if isinstance(error, ObjectiveError) and HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise SweepRefusal(str(error)) from None
+            note_failure(failures, JobFailure(explain(error), getattr(error, "exit_code", 2)))
         except Interrupted as stop:
-            failures.append(JobFailure(str(stop), stop.exit_code))
+            note_failure(failures, JobFailure(str(stop), stop.exit_code))
             asked_to_stop = stop.exit_code > 128
             if asked_to_stop and HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise KeyboardInterrupt from None

@@ -18,7 +18,7 @@ from pkm_lightning.errors import PkmError, nearest
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from pkm_lightning.cli.job import JobFailure
+    from pkm_lightning.cli.sweep_record import JobFailure
 
 VERBS = {
     "fit": "train a model; an interrupted run in the same run_dir is resumed",
@@ -96,10 +96,11 @@ def _run(verb: str, arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from pkm_lightning.cli.composition_errors import explain, explain_composition
-    from pkm_lightning.cli.job import Job, JobFailure, log_to_stderr, quieten_libraries
+    from pkm_lightning.cli.job import Job, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.moved_tables import with_added_keys
     from pkm_lightning.cli.saved_overrides import on_saved_run
-    from pkm_lightning.cli.sweep import check_sweep, tidy_sweep
+    from pkm_lightning.cli.sweep import SweepRefusal, check_sweep, tidy_sweep
+    from pkm_lightning.cli.sweep_record import JobFailure, note_failure
     from pkm_lightning.cli.texts import with_quoted_texts
     from pkm_lightning.cli.variants import split_variants
 
@@ -132,7 +133,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         try:
             made = Job(verb, arguments, config, variants, given, strategies)
         except (PkmError, OmegaConfBaseException) as error:  # Hydra would print a line of its own before it
-            failures.append(JobFailure(explain(error, arguments), 2))
+            note_failure(failures, JobFailure(explain(error, arguments), 2))
             return None
         return made.execute(run, failures)
 
@@ -140,17 +141,24 @@ def _run(verb: str, arguments: list[str]) -> int:
     try:
         with tidy_sweep():
             hydra.main(version_base="1.3", config_path="pkg://pkm_lightning.configs", config_name=name)(job)()
-    except (PkmError, OSError, HydraException, OmegaConfBaseException) as error:
+    except (PkmError, OSError, HydraException, OmegaConfBaseException, SweepRefusal) as error:
         print(f"error: {explain(error, arguments, name)}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, KeyError) as error:
-        if composed:
+        if composed and not failures:
             raise
-        print(f"error: {explain_composition(error, given)}", file=sys.stderr)
-        return 2
+        # A sweeper raises where no run has a value; the reasons of the runs follow.
+        reason = f"the sweep has no result ({explain(error)})" if failures else explain_composition(error, given)
+        return _report([JobFailure(reason, 2), *failures])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    for failure in filter(lambda failure: failure.message, failures):
-        print(f"{'error: ' if failure.exit_code == 2 else ''}{failure.message}", file=sys.stderr)
+    return _report(failures)
+
+
+def _report(failures: Sequence[JobFailure]) -> int:
+    """Prints why jobs failed, each reason once; returns the exit code."""
+    lines = [f"{'error: ' if failure.exit_code == 2 else ''}{failure.message}" for failure in failures]
+    for line in dict.fromkeys(line for line in lines if line):
+        print(line, file=sys.stderr)
     return failures[-1].exit_code if failures else 0

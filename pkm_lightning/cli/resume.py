@@ -32,6 +32,8 @@ _CHANGEABLE = (
     "table.path",
     "table.tensor",
 )
+#: Keys of the command, not of the run, which a continued run obeys.
+OF_COMMAND = ("resume", "trust_config", "objective", "objective_mode", "sweep_dir")
 #: Likewise of the tables of a further variant.
 _FILE_OF_EXTRA = re.compile(rf"{EXTRAS}\.\w+\.table\.(path|tensor)")
 _ABSENT = object()
@@ -176,10 +178,15 @@ def with_changes(saved: Mapping[str, Any], command: Mapping[str, Any], deleted: 
     own = {key: command[key] for key in saved if key in command and key not in COMMAND_KEYS}
     # A configuration without further variants does not have the key.
     own[EXTRAS] = command.get(EXTRAS)
-    own |= {key: command[key] for key in ("resume", "trust_config")}
+    own |= keys_of_command(command)
     # An empty group is written in two ways.
     changed = {**saved, **{key: value for key, value in own.items() if value or saved.get(key)}}
     return {key: value for key, value in changed.items() if key not in deleted or not saved.get(key)}
+
+
+def keys_of_command(command: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of a command that apply to a continued run, whatever it was started with."""
+    return {key: command.get(key) for key in OF_COMMAND}
 
 
 def unresolved(saved: Mapping[str, Any], changed: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:

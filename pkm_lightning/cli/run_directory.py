@@ -48,7 +48,7 @@ _AT_START = {
     *("tokenizer.json", "tokenizer.json.tmp", "chat_template.jinja", "heldout", "heldout.part"),
     *("metrics.csv", "events.jsonl"),  # begun before the run is accepted
 }
-_STATUSES = ("running", "finished", "failed", "interrupted")
+_STATUSES = ("running", "finished", "failed", "interrupted", "pruned")
 #: In place of the status where run.json cannot be read.
 _DAMAGED = "damaged"
 
@@ -187,8 +187,9 @@ def continues_run(path: Path, resume: str) -> bool:
     status = record.get("status")
     if resume == "never" or _failed_before_training(path, record):
         return False
-    if resume == "auto" and status in ("finished", "failed", _DAMAGED):
-        what = "a run whose run.json is damaged" if status == _DAMAGED else f"a run that {status}"
+    if resume == "auto" and status in ("finished", "failed", "pruned", _DAMAGED):
+        verb = "was pruned" if status == "pruned" else status
+        what = "a run whose run.json is damaged" if status == _DAMAGED else f"a run that {verb}"
         raise RunDirectoryError(
             f"run_dir={path} holds {what}; choose another run_dir, continue it with resume=always, or replace it with "
             "resume=never."

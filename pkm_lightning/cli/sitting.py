@@ -75,6 +75,10 @@ class Sitting:
         """Records the end of a run that has trained and tested."""
         self._end("finished")
 
+    def prune(self, reason: str) -> None:
+        """Records that a sweep has ended the run early."""
+        self._end("pruned", reason=reason)
+
     def interrupt(self, reason: str | None = None) -> None:
         """Records that the same command continues the run."""
         self._end_after_error("interrupted", reason)

@@ -7,10 +7,12 @@
 | base | overrides of all variants |
 | arms | overrides of each variant, its number of steps included |
 | seeds | seeds of the reported runs |
-| sweep | learning rates, seeds, `data_seed`, metric; `results` by variant and rate; `chosen` rates; null without |
+| sweep | learning rates, seeds, `draw`, metric; `results` by variant and rate; `chosen` rates; null without [1] |
 | seconds | `budget.seconds`, null without it |
 | steps_per_second | speed of each variant, measured for `budget.seconds` |
 | failures | last output of each process that ended without finishing its run, by the run's folder within `out` |
+
+[1] Earlier versions chose by the test of runs with another `data.seed`: they have `data_seed`, added to it, for `draw`.
 """
 
 from __future__ import annotations
@@ -142,6 +144,8 @@ def _check_types(file: Path, named: Mapping[str, Any]) -> None:
     sweep = named.get("sweep")
     if not wrong and sweep is not None:
         parts = {**get_type_hints(SweepSettings), **_SWEEP_RESULTS}
+        if "data_seed" in sweep:
+            parts["data_seed"] = parts.pop("draw")
         wrong = [f"sweep.{key}" for key, type_ in parts.items() if key not in sweep or not _is_a(sweep[key], type_)]
     if wrong:
         raise _damaged(file, f"{_FILE_KEYS.get(wrong[0], wrong[0])} is missing, unknown or of another kind")

@@ -84,7 +84,7 @@ def find_differences_of_sweep(
         reported: differences between the reported runs, which are not repeated.
     """
     known = {difference.key for difference in reported if difference.kind == "other"}
-    intended = ("optim.lr", "seed", "data.order_seed", "data.seed", f"{_RECORDED}data", *LENGTHS)
+    intended = ("optim.lr", "seed", "data.order_seed", "data.seed", "data.draw", f"{_RECORDED}data", *LENGTHS)
     differences = find_differences([*runs, *swept], comparisons) if swept else []
     return [
         replace(difference, key=f"sweep: {difference.key}")

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: Keys that control one command (where it writes, whether it resumes) and do not describe the run.
-COMMAND_KEYS = ("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "dir", "overwrite", "quantize")
+COMMAND_KEYS = (
+    *("run_dir", "resume", "trust_config", "ckpt", "format", "out", "file", "dir", "overwrite", "quantize"),
+    *("objective", "objective_mode", "sweep_dir"),
+)
 #: Keys that describe the machine.
 MACHINE_KEYS = ("data.cache_dir", "device_memory")
 

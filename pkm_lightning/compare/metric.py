@@ -1,8 +1,9 @@
 """Names of the metrics of a final test, whether higher or lower is better, and their values in run.json's `metrics`.
 
 `recall_FORM`, `bits_FORM` and `choice_FORM` are measured on questions of one form; higher is better. Losses and
-perplexities are better when lower. Data without a test end with a validation: `val/loss` and `val/perplexity`. Names of
-the final test that end in `_without_table` are the same figures with every read of a value table set to zero.
+perplexities are better when lower. Data without a test end with a validation: `val/loss` and `val/perplexity`; runs of
+a sweep have the figures of their last validation beside the test's, `val/recall_FORM` included. Names of the final test
+that end in `_without_table` are the same figures with every read of a value table set to zero.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def form_of(metric: str) -> str:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Returns True for metrics of questions, False for losses and perplexities."""
-    return bool(kind_of(metric))
+    """Returns True for metrics of questions, of the test or of validations, False for losses and perplexities."""
+    return bool(kind_of(metric.removeprefix("val/")))
 
 
 def metric_value(metrics: Mapping[str, Any], metric: str) -> float:
@@ -56,7 +57,7 @@ def check_metric(key: str, metric: str, *more: str) -> str:
         ConfigError: the name is none of the module's, nor one of `more`.
     """
     short = metric.removeprefix("test/")
-    if kind_of(short):
+    if kind_of(short) or kind_of(metric.removeprefix("val/")):
         return short
     if metric not in (*LOWER_IS_BETTER, *more):
         names = ", ".join((*more, *LOWER_IS_BETTER, *(f"{kind}_FORM" for kind in QUESTION_KINDS)))

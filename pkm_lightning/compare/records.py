@@ -244,6 +244,8 @@ def _failure(
         return "diverged: the final loss is not finite" if loss is None else ""
     # A killed process could not write a reason into its record; the comparison kept its last line of output.
     last_words = comparison.failures.get(str(folder.relative_to(root)), "") if comparison and root else ""
+    if status == "pruned":
+        return f"pruned: {record.get('reason') or last_words}"
     if status == "failed":
         return str(record.get("reason") or last_words or "failed")
     if status == "running" and is_held(folder):
@@ -255,15 +257,19 @@ def _named(runs: list[Run]) -> list[Run]:
     """Returns the runs with variant names for those whose folders do not name one."""
     nameless = [run for run in runs if not run.variant]
     configs = {run.folder: portable_leaves(run.config) for run in nameless}
-    names = {}
+    names: dict[Path, tuple[str, ...]] = {}
     for run in nameless:
         config = configs[run.folder]
         alike = [configs[other.folder] for other in nameless if other.record.get("ffn") == run.record.get("ffn")]
         differing = sorted({key for key in config if any(other.get(key) != config[key] for other in alike)})
         keys = [key for key in differing if key not in ("seed", "data.order_seed")]
-        suffixes = [f" {key}={shorten(str(config[key]), 30)}" for key in keys]
-        names[run.folder] = _snake(str(run.record.get("ffn") or "run")) + "".join(suffixes[:3])
-    return [run if run.variant else replace(run, variant=names[run.folder]) for run in runs]
+        suffixes = tuple(f" {key}={shorten(str(config[key]), 30)}" for key in keys)
+        names[run.folder] = (_snake(str(run.record.get("ffn") or "run")), *suffixes)
+    # Few keys make a readable name; a sweep of many needs as many as make it a name of one variant.
+    longest, n_variants = max(map(len, names.values()), default=0), len(set(names.values()))
+    shown = next((n for n in range(4, longest) if len({name[:n] for name in names.values()}) == n_variants), longest)
+    shown = min(shown, longest) if n_variants > 1 else 4
+    return [run if run.variant else replace(run, variant="".join(names[run.folder][:shown])) for run in runs]
 
 
 def _snake(name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkm_lightning.compare.metric import check_metric
+from pkm_lightning.compare.objective import DEFAULT, check_objective, direction_of
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range
 
 #: Keys of the comparison, not of its runs; `fit` ignores them in an experiment.
@@ -22,7 +23,7 @@ SET_BY_COMPARE = {
 }
 # A variant's name becomes a folder's.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_DEFAULT_SWEEP = {"seeds": 1, "first_seed": 1001, "data_seed": 1000, "metric": "test/loss"}
+_DEFAULT_SWEEP = {"seeds": 1, "first_seed": 1001, "draw": 1, "metric": DEFAULT}
 _DEFAULT_REPORT = {"metric": "auto", "resamples": 2000, "seed": 0}
 
 
@@ -33,13 +34,13 @@ class SweepSettings:
     Args:
         learning_rates: the rates to try, two or more.
         seeds: seeds of the sweep's runs.
-        data_seed: added to `data.seed`.
-        metric: its name, see `pkm_lightning.compare.metric`; the rate with the best mean is chosen.
+        draw: added to `data.draw` in its runs, for data that have that key.
+        metric: a figure of validation, see `pkm_lightning.compare.objective`; the rate with the best mean is chosen.
     """
 
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
-    data_seed: int
+    draw: int
     metric: str
 
 
@@ -169,7 +170,10 @@ def _sweep(config: Mapping[str, Any], seeds: tuple[int, ...]) -> SweepSettings |
         )
     sweep = {**_DEFAULT_SWEEP, **_mapping("sweep", config["sweep"], tuple(_DEFAULT_SWEEP))}
     check_integer("sweep.first_seed", sweep["first_seed"], 0, 2**31)
-    check_integer("sweep.data_seed", sweep["data_seed"], 0, 2**31)
+    check_integer("sweep.draw", sweep["draw"], 0, 2**31)
+    metric = str(sweep["metric"])
+    check_objective("sweep.metric", metric)
+    direction_of(metric)
     sweep_seeds = _seeds("sweep.seeds", sweep["seeds"], sweep["first_seed"])
     shared = sorted(set(sweep_seeds) & set(seeds))
     if shared:
@@ -180,8 +184,8 @@ def _sweep(config: Mapping[str, Any], seeds: tuple[int, ...]) -> SweepSettings |
     return SweepSettings(
         learning_rates=tuple(sorted(float(rate) for rate in rates)),
         seeds=sweep_seeds,
-        data_seed=sweep["data_seed"],
-        metric=check_metric("sweep.metric", str(sweep["metric"])),
+        draw=sweep["draw"],
+        metric=metric,
     )
 
 

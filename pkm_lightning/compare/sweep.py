@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from pkm_lightning.compare.metric import higher_is_better, metric_value
+from pkm_lightning.compare.metric import higher_is_better
 from pkm_lightning.compare.overrides import last_of_each
 from pkm_lightning.compare.run_state import read_record
 from pkm_lightning.compare.schedule import ScheduledRun, Variant
 from pkm_lightning.compare.settings import SweepSettings
-from pkm_lightning.errors import ConfigError
 
 
 def schedule_sweep(
-    variants: Sequence[Variant], sweep: SweepSettings, base: Sequence[str], out: Path, data_seeds: Mapping[str, int]
+    variants: Sequence[Variant], sweep: SweepSettings, base: Sequence[str], out: Path, draws: Mapping[str, int]
 ) -> list[ScheduledRun]:
     """Returns the runs of a sweep: the same rates and seeds for every variant.
 
@@ -25,16 +24,19 @@ def schedule_sweep(
         sweep: rates and seeds.
         base: overrides of all variants.
         out: the comparison's directory.
-        data_seeds: `data.seed` of the reported runs by variant, for data that have one.
+        draws: `data.draw` of the reported runs by variant, for data that have that key.
     """
     runs = []
     for rate in sweep.learning_rates:
         for seed in sweep.seeds:
             for variant in variants:
                 name = variant.name
-                # Another draw of the data: rates chosen on the reported data would be tuned on what they report.
-                data = (f"data.seed={data_seeds[name] + sweep.data_seed}",) if name in data_seeds else ()
-                overrides = last_of_each((*base, *variant.overrides, *data, f"optim.lr={rate!r}", f"seed={seed}"))
+                # Other subjects: rates chosen on the reported ones would be tuned on what they report.
+                data = (f"data.draw={draws[name] + sweep.draw}",) if name in draws else ()
+                chosen_by = f"objective={sweep.metric}"
+                overrides = last_of_each(
+                    (*base, *variant.overrides, *data, f"optim.lr={rate!r}", f"seed={seed}", chosen_by)
+                )
                 folder = out / "sweep" / name / f"lr-{rate:g}" / f"seed-{seed}"
                 runs.append(ScheduledRun(name, seed, rate, overrides, folder))
     return runs
@@ -63,20 +65,10 @@ def choose_rates(
     return results, best_rates
 
 
-def check_swept(run: ScheduledRun, sweep: SweepSettings) -> None:
-    """Refuses a metric that a finished run of the sweep does not have.
-
-    Raises:
-        ConfigError: naming the metrics that it has.
-    """
-    record = read_record(run.folder)
-    metrics = record.get("metrics") or {}
-    key = f"test/{sweep.metric}" if higher_is_better(sweep.metric) else sweep.metric
-    if record.get("status") == "finished" and key not in metrics:
-        names = ", ".join(sorted(name.removeprefix("test/") for name in metrics if name.startswith("test/")))
-        raise ConfigError(f"sweep.metric={sweep.metric} is a metric of no run; its runs have: {names}.")
-
-
 def _value(run: ScheduledRun, metric: str) -> float:
+    """Returns the metric at the last validation of a finished run; nan without one."""
     record = read_record(run.folder)
-    return metric_value(record.get("metrics") or {}, metric) if record.get("status") == "finished" else math.nan
+    objective = record.get("objective") or {}
+    # JSON has no NaN: null stands for a figure that was not finite.
+    is_known = record.get("status") == "finished" and objective.get("name") == metric
+    return float(objective["value"]) if is_known and objective.get("value") is not None else math.nan

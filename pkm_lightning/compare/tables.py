@@ -255,12 +255,19 @@ def _data_of(sweep: Mapping[str, Any], study: Study) -> str:
 
     A reader must know: rates that were chosen on the reported data favour the variants that they were chosen for.
     """
-    swept = [variant for variant in sweep["results"] if variant in study.variants]
-    same = [variant for variant in swept if "seed" not in (study.variants[variant][0].config.get("data") or {})]
-    if not sweep["data_seed"] or (same and len(same) == len(swept)):
-        return "the data of the reported runs"
-    raised = f"data.seed raised by {sweep['data_seed']}: another draw, where the data are facts"
-    return raised + (f" ({', '.join(same)}: no data.seed, so the data of the reported runs)" if same else "")
+    # Earlier versions raised `data.seed`, which shares a third of the default facts.
+    key = "seed" if "data_seed" in sweep else "draw"
+    step = sweep["data_seed" if key == "seed" else "draw"]
+    runs = {variant: study.variants[variant][0] for variant in sweep["results"] if variant in study.variants}
+    same = [variant for variant, run in runs.items() if key not in (run.config.get("data") or {})]
+    is_test = any(run.record.get("own_test") is False for run in runs.values())
+    reported = "the data of the reported runs" + (", whose validations read what their test reads" if is_test else "")
+    if not step or (same and len(same) == len(runs)):
+        return reported
+    raised = f"data.{key} raised by {step}: " + (
+        "another draw, where the data are facts" if key == "seed" else "none of the reported subjects"
+    )
+    return raised + (f" ({', '.join(same)}: no data.{key}, so {reported})" if same else "")
 
 
 def _other_metrics(study: Study) -> list[Quality]:

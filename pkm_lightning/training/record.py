@@ -3,7 +3,7 @@
 | key | meaning |
 |---|---|
 | schema | version of this table |
-| status | running, finished, failed (with `reason`), interrupted |
+| status | running, finished, failed (with `reason`), interrupted, pruned (with `reason`: a sweep ended it early) |
 | ffn, seed, precision, world_size, threads, device | what ran where |
 | variants | of `ffn` and each entry of `extra_ffns`, by name, what `pkm_lightning.build.variant_figures` returns |
 | params | total, active (parameters of one token's arithmetic), table |
@@ -19,7 +19,9 @@
 | loggers | ids of the runs in Weights & Biases and MLflow, by the loggers' names; absent without such loggers |
 | started, ended | UTC, ISO 8601 |
 | best_validation | lowest loss of the validations in training and its step; None without one |
-| metrics | of the final test; recall by form, relation and decile under `recall` |
+| objective | name, mode, value and step of the figure that a sweep optimises, of the last validation; absent without |
+| own_test | whether the test read other data than validations; None where that is unknown |
+| metrics | of the final test; recall by form, relation and decile under `recall`; with an objective `val/...` too |
 | evaluation | by task of lm-evaluation-harness: step, n, num_fewshot, figures; only after `evaluate` |
 
 [1] The unembedding counts at every position; training computes it only where there is a target.
@@ -79,6 +81,7 @@ def start_record(
         "threads": torch.get_num_threads(),
         "data": None,
         "facts": None,
+        "own_test": None,
         "started": now(),
         "ended": None,
         "best_validation": None,

@@ -202,3 +202,18 @@ def test_a_run_may_have_numbers_that_were_not_finite(tmp_path: Path) -> None:
     record["tokens_per_second"] = None
     (folder / "run.json").write_text(json.dumps(record))
     assert read_runs([tmp_path])[0][0].ok
+
+
+def test_runs_of_a_sweep_over_many_keys_have_names_of_their_own(tmp_path: Path) -> None:
+    for i, heads in enumerate((1, 2, 4)):
+        config = {"a": {"c": i % 2, "d": i % 2, "e": i % 2}, "ffn": {"heads": heads}}
+        FakeRun("x", 1, config=config).write(tmp_path, str(i))
+    runs, _ = read_runs([tmp_path])
+    assert len({run.variant for run in runs}) == 3
+    assert all(f"ffn.heads={run.config['ffn']['heads']}" in run.variant for run in runs)
+
+
+def test_a_pruned_run_says_why_it_has_no_results(tmp_path: Path) -> None:
+    FakeRun("a", 1, record={"status": "pruned", "reason": "worse than the median"}).write(tmp_path)
+    ((run,), _) = read_runs([tmp_path])
+    assert run.failure == "pruned: worse than the median"

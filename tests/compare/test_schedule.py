@@ -13,7 +13,7 @@ from pkm_lightning.compare.schedule import Variant, list_variants, schedule_runs
 from pkm_lightning.compare.settings import Settings, SweepSettings
 from pkm_lightning.errors import ConfigError
 
-SWEEP = SweepSettings(learning_rates=(0.001, 0.002), seeds=(1001,), data_seed=1000, metric="test/loss")
+SWEEP = SweepSettings(learning_rates=(0.001, 0.002), seeds=(1001,), draw=1, metric="val/loss")
 
 
 def settings(**given: Any) -> Settings:

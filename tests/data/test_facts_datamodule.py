@@ -91,16 +91,46 @@ def test_controls_occur_in_no_training_text(epoch: list[tuple[str, str]], facts_
     assert not [fact.subject for fact in facts_of if fact.control and fact.subject in everything]
 
 
-def test_validation_asks_in_the_held_out_form(prepared: FactsDataModule, facts_of: list[Fact]) -> None:
-    held_out = {prompt(f.relation, f.held_out, f.subject) for f in facts_of if not f.control}
-    documents = [
-        prepared.tokenizer.decode(ids[docs == doc].tolist())
-        for batch in prepared.val_dataloader()
-        for ids, docs in zip(batch["input_ids"], batch["doc_ids"], strict=True)
-        for doc in range(int(docs.max()) + 1)
-    ]
-    assert len(documents) == 40
-    assert all(any(text.startswith(head) for head in held_out) for text in documents)
+def test_validation_and_test_ask_about_different_facts_in_their_held_out_forms(
+    prepared: FactsDataModule, facts_of: list[Fact]
+) -> None:
+    held_out = {f"{prompt(f.relation, f.held_out, f.subject)} {f.answer}" for f in facts_of if not f.control}
+    validation, test = (
+        [
+            prepared.tokenizer.decode(ids[docs == doc].tolist())
+            for batch in loader
+            for ids, docs in zip(batch["input_ids"], batch["doc_ids"], strict=True)
+            for doc in range(int(docs.max()) + 1)
+        ]
+        for loader in (prepared.val_dataloader(), prepared.test_dataloader())
+    )
+    assert (len(test), len(validation)) == (40, 36)  # a quarter of 74 facts with questions, and of 74 without
+    assert set(validation) | set(test) <= held_out
+    assert not set(validation) & set(test)
+    assert prepared.own_test
+
+
+def test_no_question_of_a_validation_is_about_a_fact_of_the_test(
+    prepared: FactsDataModule, facts_of: list[Fact]
+) -> None:
+    number = {
+        (prompt(fact.relation, form, fact.subject), fact.answer): i
+        for i, fact in enumerate(facts_of)
+        for form in range(16)
+    }
+    test, validation = (
+        {number[item.prompt, item.answer] for item in items}
+        for items in (prepared.recall_items(), prepared.validation_items())
+    )
+    assert {facts_of[i].control for i in validation} == {False, True}
+    assert not test & validation
+
+
+def test_very_few_facts_are_asked_in_both(facts: Callable[..., FactsDataModule]) -> None:
+    few = facts(people=1, countries=0, control_subjects=0, tokenizer="bytes", seq_len=128)
+    few.prepare_data()
+    assert not few.own_test
+    assert few.validation_items() == few.recall_items() != []
 
 
 def test_one_statement_per_sequence_and_loss_on_all(facts: Callable[..., FactsDataModule]) -> None:

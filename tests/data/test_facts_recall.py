@@ -42,7 +42,8 @@ def test_each_form_uses_its_subjects_and_templates(
     items: list[RecallItem], fact_and_form: dict[tuple[str, str], tuple[Fact, int]]
 ) -> None:
     n_controls = sum(fact.control for fact, form in fact_and_form.values() if form == 0)
-    assert Counter(item.form for item in items) == {**dict.fromkeys(FORM_TEMPLATES, 40), "control": min(40, n_controls)}
+    left = n_controls - n_controls // 4  # validations have the others
+    assert Counter(item.form for item in items) == {**dict.fromkeys(FORM_TEMPLATES, 40), "control": min(40, left)}
     for item in items:
         fact, template = fact_and_form[item.prompt, item.answer]
         assert template in FORM_TEMPLATES[item.form]

@@ -43,6 +43,25 @@ def test_known_people_and_countries() -> None:
     assert len(people) > 19_000
 
 
+def test_draws_share_no_subject_and_the_first_is_what_it_was(choice: FactsChoice) -> None:
+    draws = [choose_facts(replace(choice, draw=draw)) for draw in (0, 1, 2)]
+    subjects = [{fact.subject for fact in facts} for facts in draws]
+    assert all(len(names) == 110 for names in subjects)
+    assert len(set.union(*subjects)) == 330
+    # As versions without draws chose them.
+    first = draws[0][0]
+    assert (first.subject, first.answer, first.held_out) == ("Farmer Vaughn", "March 1, 1864", 5)
+
+
+def test_a_draw_takes_what_is_left_and_a_poor_one_is_refused(choice: FactsChoice) -> None:
+    many = replace(choice, people=1200, countries=200, draw=1)
+    facts = choose_facts(many)
+    left = {fact.subject for fact in facts if fact.relation == "capital"}
+    assert 0 < len(left) < 60
+    with pytest.raises(ConfigError, match=r"data\.draw=1 leaves 346 of the 500 subjects that were asked for"):
+        choose_facts(replace(many, people=300))
+
+
 def test_templates_name_the_subject_and_end_where_the_answer_begins() -> None:
     assert set(TEMPLATES) == {*PEOPLE_RELATIONS, *COUNTRY_RELATIONS, CITY_RELATION}
     for templates in TEMPLATES.values():

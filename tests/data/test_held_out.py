@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from pkm_lightning.data import HeldOutDataModule
+from pkm_lightning.data import FactsDataModule, HeldOutDataModule
 from pkm_lightning.data.base import RecallItem
-from pkm_lightning.data.held_out import keep_held_out
+from pkm_lightning.data.held_out import copy_files, keep_held_out
 from pkm_lightning.data.kept_questions import read_questions, write_questions
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 from pkm_lightning.errors import DataError
@@ -47,7 +48,32 @@ def test_what_was_kept_comes_back(tmp_path: Path) -> None:
     assert batch["input_ids"].tolist() == [[0, 1, 2], [3, 4, bytes_tokenizer().pad_id]]
     assert data.recall_items() == [QUESTION]
     assert data.recall_items(limit=0) == []
+    assert data.validation_items() == [QUESTION]
     assert data.fingerprint == "ab"
+
+
+def test_a_test_of_its_own_and_questions_of_validations_are_kept(
+    facts: Callable[..., FactsDataModule], tmp_path: Path
+) -> None:
+    data = facts()
+    data.prepare_data()
+    keep_held_out(data, tmp_path / "first")
+    copy_files(tmp_path / "first", tmp_path / "kept")
+    data.tokenizer.save(tmp_path / "tokenizer.json")
+    kept = HeldOutDataModule(
+        folder=str(tmp_path / "kept"), tokenizer=str(tmp_path / "tokenizer.json"), seq_len=64, vocab_size=600,
+        global_batch_size=8, num_workers=0, order_seed=0, cache_dir=str(tmp_path), prompts=[], prompts_file=None,
+    )  # fmt: skip
+    kept.prepare_data()
+    assert (kept.recall_items(), kept.validation_items()) == (data.recall_items(), data.validation_items())
+    assert kept.own_test
+    loaders = ((kept.val_dataloader(), data.val_dataloader()), (kept.test_dataloader(), data.test_dataloader()))
+    for ours, theirs in loaders:
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one["input_ids"], other["input_ids"])
+    (tmp_path / "kept" / "validation_questions.json").unlink()
+    with pytest.raises(DataError, match=r"validation_questions\.json is damaged or missing"):
+        kept.load(tmp_path / "kept")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +138,8 @@ def test_scalars_of_numpy_are_kept_as_numbers(tmp_path: Path) -> None:
 
 
 def test_nothing_is_kept_of_an_empty_validation(tmp_path: Path) -> None:
-    data: Any = SimpleNamespace(splits=SimpleNamespace(validation_keys=[], validation=None))
+    data: Any = SimpleNamespace(
+        splits=SimpleNamespace(validation_keys=[], validation=None, test=None, tokenizer=bytes_tokenizer())
+    )
     keep_held_out(data, tmp_path / "heldout")
     assert not (tmp_path / "heldout").exists()

@@ -9,19 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
+from pkm_lightning.data.facts.evaluated import divide_sample
 from pkm_lightning.data.facts.exposures import exposure_list
 from pkm_lightning.data.facts.selection import Fact, FactsChoice, choose_facts
 from pkm_lightning.data.facts.templates import FORMS, prompt
 from pkm_lightning.data.statements import write_statements
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
+
+#: What facts are asked for, in the order of their statements in the store.
+PARTS = ("test", "validation")
 
 
 def build_facts(folder: Path, choice: FactsChoice, tokenizer_choice: TokenizerChoice) -> None:
     """Writes the data of `choice` into `folder`.
 
     Files: `facts.json`; `tokenizer.json`; the statements (see `StatementStore`) with `codes.npy`, fact * 16 + form of
-    each; `exposures.npy`, the statement of every exposure of an epoch; `validation.npy`, statements in their fact's
-    held-out form; `sample.npy`, facts in the order in which evaluation takes them.
+    each; `exposures.npy`, the statement of every exposure of an epoch; `test.npy` and `validation.npy`, statements in
+    their fact's held-out form, the latter empty where there are too few facts; `test_sample.npy` and
+    `validation_sample.npy`, facts in the order in which evaluations take them.
     """
     facts = choose_facts(choice)
     rng = np.random.default_rng([choice.seed, FORMS])
@@ -32,27 +38,34 @@ def build_facts(folder: Path, choice: FactsChoice, tokenizer_choice: TokenizerCh
         choice.question_share,
         rng,
     )
-    sample = rng.permutation(len(facts))
-    evaluated = [i for i in sample.tolist() if not facts[i].control][: choice.eval_facts]
+    samples = divide_sample(facts, rng.permutation(len(facts)), choice.eval_facts)
     # A sentence that an epoch shows several times is stored once.
     trained_codes, exposures = np.unique(shown, return_inverse=True)
-    # Validation statements follow those of training in the store; no exposure refers to them.
-    validation_codes = np.asarray([i * FORMS + facts[i].held_out for i in evaluated], dtype=np.int64)
-    codes = np.concatenate([trained_codes, validation_codes])
+    # Statements of the test, then of validations, follow those of training in the store; no exposure refers to them.
+    test_codes, validation_codes = (_held_out_codes(facts, sample, choice.eval_facts) for sample in samples)
+    codes = np.concatenate([trained_codes, test_codes, validation_codes])
 
     tokenizer = tokenizer_choice.make(lambda: _texts(facts, trained_codes))
     _write_tokens(folder, facts, codes, tokenizer)
     tokenizer.save(folder / "tokenizer.json")
     np.save(folder / "codes.npy", codes)
     np.save(folder / "exposures.npy", exposures.astype(np.int32))
-    np.save(folder / "validation.npy", np.arange(len(trained_codes), len(codes), dtype=np.int32))
-    np.save(folder / "sample.npy", sample)
+    of_test, of_validation = np.split(np.arange(len(trained_codes), len(codes), dtype=np.int32), [len(test_codes)])
+    for name, statements, sample in zip(PARTS, (of_test, of_validation), samples, strict=True):
+        np.save(folder / f"{name}.npy", statements)
+        np.save(folder / f"{name}_sample.npy", sample)
     (folder / "facts.json").write_text(json.dumps([asdict(fact) for fact in facts], indent=0), encoding="utf-8")
 
 
 def read_facts(folder: Path) -> list[Fact]:
     """Returns the facts of a cache folder."""
     return [Fact(**entry) for entry in json.loads((folder / "facts.json").read_text(encoding="utf-8"))]
+
+
+def _held_out_codes(facts: list[Fact], sample: np.ndarray, limit: int) -> np.ndarray:
+    """Returns the first `limit` trained facts of `sample`, each in the form that training never shows of it."""
+    trained = [i for i in sample.tolist() if not facts[i].control][:limit]
+    return np.asarray([i * FORMS + facts[i].held_out for i in trained], dtype=np.int64)
 
 
 def _texts(facts: list[Fact], codes: np.ndarray) -> Iterator[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
-from pkm_lightning.data.facts.build import build_facts, read_facts
+from pkm_lightning.data.facts.build import PARTS, build_facts, read_facts
 from pkm_lightning.data.facts.recall import DEFAULT_FORMS, recall_items
 from pkm_lightning.data.facts.selection import Fact, FactsChoice
 from pkm_lightning.data.facts.sources import PEOPLE, PLACES, FactPackage
@@ -28,8 +28,8 @@ from pkm_lightning.errors import check_choice, check_range
 class FactsDataModule(TokenDataModule):
     """Sentences about real subjects, each a document: prompt, space, answer, end token.
 
-    Each epoch shows `exposures` statements per fact. Validation asks a fixed sample of facts in the one form that
-    training never shows for that fact; `recall_items` asks in all forms.
+    Each epoch shows `exposures` statements per fact. The test asks a fixed sample of facts in the one form that
+    training never shows for that fact, validations ask others; `recall_items` and `validation_items` ask in all forms.
 
     Args:
         packing: `documents` fills sequences of `seq_len` with whole statements, `none` uses one sequence per statement.
@@ -59,6 +59,7 @@ class FactsDataModule(TokenDataModule):
         eval_facts: int,
         packing: str,
         loss: str,
+        draw: int = 0,  # configurations of earlier versions lack it
         **options: Unpack[TokenOptions],
     ) -> None:
         super().__init__(**options)
@@ -81,6 +82,7 @@ class FactsDataModule(TokenDataModule):
             question_share=question_share,
             seed=seed,
             eval_facts=eval_facts,
+            draw=draw,
         )
 
     def cache_key(self) -> CacheKey:
@@ -114,13 +116,19 @@ class FactsDataModule(TokenDataModule):
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         capacity = self.seq_len if self.packing == "documents" else None
         exposures = np.load(folder / "exposures.npy")
+        # On the answer whatever `loss` is, so that held-out losses of both settings can be compared.
+        held_out = StatementSequences(store, width=capacity, answer_only=True, pad_id=tokenizer.pad_id)
+        of_test, of_validation = (np.load(folder / f"{part}.npy") for part in PARTS)
+        divided = len(of_validation) > 0
+        test = pack(of_test, store.lengths, capacity)
         return Splits(
             tokenizer=tokenizer,
             train=StatementSequences(store, width=capacity, answer_only=self.loss == "answer", pad_id=tokenizer.pad_id),
             order=PackedOrder(exposures, store.lengths, capacity=capacity, seed=self.order_seed),
-            # On the answer whatever `loss` is, so that held-out losses of both settings can be compared.
-            validation=StatementSequences(store, width=capacity, answer_only=True, pad_id=tokenizer.pad_id),
-            validation_keys=pack(np.load(folder / "validation.npy"), store.lengths, capacity),
+            validation=held_out,
+            validation_keys=pack(of_validation, store.lengths, capacity) if divided else test,
+            test=held_out if divided else None,
+            test_keys=test if divided else (),
         )
 
     def facts(self) -> list[Fact]:
@@ -133,12 +141,20 @@ class FactsDataModule(TokenDataModule):
         return sum(not fact.control for fact in self.facts())
 
     def recall_items(self, limit: int | None = None, forms: Sequence[str] = DEFAULT_FORMS) -> list[RecallItem]:
-        """Returns questions about what training shows, a fixed sample.
+        """Returns the test's questions about what training shows, a fixed sample.
 
         Args:
             limit: largest number of items per form; None for `eval_facts`.
             forms: see `RecallItem`; besides the default ones there is `unseen_question`.
         """
+        return self._items("test", limit, forms)
+
+    def validation_items(self, limit: int | None = None, forms: Sequence[str] = DEFAULT_FORMS) -> list[RecallItem]:
+        """Returns the questions of validations, about other facts than `recall_items`; the same for very few facts."""
+        divided = len(np.load(self.cache_folder() / "validation.npy")) > 0
+        return self._items("validation" if divided else "test", limit, forms)
+
+    def _items(self, part: str, limit: int | None, forms: Sequence[str]) -> list[RecallItem]:
         if limit is not None:
             check_range("limit", limit, low=0)
         for form in forms:
@@ -149,7 +165,7 @@ class FactsDataModule(TokenDataModule):
             read_facts(folder),
             # Only statements that have an exposure: those of validation are stored after them.
             codes[np.unique(np.load(folder / "exposures.npy"))],
-            np.load(folder / "sample.npy"),
+            np.load(folder / f"{part}_sample.npy"),
             per_form=self.choice.eval_facts if limit is None else min(limit, self.choice.eval_facts),
             seed=self.choice.seed,
             forms=forms,

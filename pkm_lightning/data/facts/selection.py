@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from pkm_lightning.data.facts.subjects import LOADERS, Subject
 from pkm_lightning.data.facts.templates import CITY_RELATION, COUNTRY_RELATIONS, PEOPLE_RELATIONS, STATEMENTS
 from pkm_lightning.errors import ConfigError, check_choice, check_range
 
+_log = logging.getLogger(__name__)
+#: A draw that has a smaller share of the subjects that were asked for is refused.
+_LEAST_SHARE_OF_A_DRAW = 0.8
 # Controls come from the first of these that has subjects: names of people occur in no answer, those of places may.
 CONTROL_DOMAINS = ("people", "cities", "countries")
 
@@ -39,9 +43,10 @@ class FactsChoice:
     question_share: float
     seed: int
     eval_facts: int
+    draw: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("people", "countries", "cities", "control_subjects", "seed"):
+        for key in ("people", "countries", "cities", "control_subjects", "seed", "draw"):
             check_range(f"data.{key}", getattr(self, key), low=0)
         for key in ("question_subjects", "question_share"):
             check_range(f"data.{key}", getattr(self, key), low=0, high=1)
@@ -106,10 +111,12 @@ def choose_facts(choice: FactsChoice) -> list[Fact]:
     """Returns the facts of a run, a function of `choice` and the installed packages alone.
 
     Raises:
-        ConfigError: if there are fewer subjects than `choice` asks for, with their number.
+        ConfigError: if there are fewer subjects than `choice` asks for, with their number; in a later draw if there
+            are fewer than four fifths.
         DataError: if a package is missing.
     """
     facts: list[Fact] = []
+    n_asked = n_drawn = 0
     # A name that an earlier domain has is ambiguous in later ones, whether it was chosen there or not.
     used_names: set[str] = set()
     for domain, (count, relations) in choice.domains().items():
@@ -122,7 +129,14 @@ def choose_facts(choice: FactsChoice) -> list[Fact]:
         ]
         _require_enough(domain, count, controls, relations, len(eligible))
         used_names.update(subject.name for subject in eligible)
-        facts += _domain_facts(choice, domain, eligible, count, controls)
+        drawn = _draw(choice, domain, eligible, count, controls)
+        facts += _domain_facts(choice, domain, drawn)
+        n_asked, n_drawn = n_asked + count, n_drawn + len(drawn.trained)
+    if n_drawn < _LEAST_SHARE_OF_A_DRAW * n_asked:
+        raise ConfigError(
+            f"data.draw={choice.draw} leaves {n_drawn:,} of the {n_asked:,} subjects that were asked for, as earlier "
+            "draws have the others; ask for fewer, or set data.draw=0 and another data.seed, which shares some of them."
+        )
     return _with_held_out_forms(facts, np.random.default_rng([choice.seed, len(LOADERS)]))
 
 
@@ -135,16 +149,38 @@ def _require_enough(domain: str, count: int, controls: int, relations: Sequence[
         )
 
 
-def _domain_facts(choice: FactsChoice, domain: str, eligible: list[Subject], count: int, controls: int) -> list[Fact]:
-    """Returns the facts of `count` trained subjects, by prominence, followed by those of the controls."""
+@dataclass(frozen=True)
+class _Draw:
+    """Subjects of a domain by prominence, which exposures and deciles follow, and the generator that drew them."""
+
+    trained: list[Subject]
+    controls: list[Subject]
+    rng: np.random.Generator
+
+
+def _draw(choice: FactsChoice, domain: str, eligible: list[Subject], count: int, controls: int) -> _Draw:
+    """Returns `count` trained subjects and the controls: draw k has the k-th part of one permutation.
+
+    A later draw, which may have only what earlier ones leave, has fewer trained subjects then.
+    """
     # One generator per domain, so that the size of one domain does not change the subjects of another.
     rng = np.random.default_rng([choice.seed, list(LOADERS).index(domain)])
-    selection = rng.permutation(len(eligible))[: count + controls]
-    # `eligible` is sorted by prominence, which exposures and deciles follow.
-    trained = [eligible[i] for i in np.sort(selection[:count])]
-    questioned = rng.permutation(count) < round(count * choice.question_subjects)
+    size = count + controls
+    selection = rng.permutation(len(eligible))[choice.draw * size : (choice.draw + 1) * size]
+    n_trained = max(0, len(selection) - controls)
+    if n_trained < count:
+        _log.info("data.draw=%d has %d instead of %d %s: no more are left", choice.draw, n_trained, count, domain)
+    # `eligible` is sorted by prominence.
+    trained, controlled = ([eligible[i] for i in np.sort(part)] for part in np.split(selection, [n_trained]))
+    return _Draw(trained, controlled, rng)
+
+
+def _domain_facts(choice: FactsChoice, domain: str, drawn: _Draw) -> list[Fact]:
+    """Returns the facts of the trained subjects, by prominence, followed by those of the controls."""
+    trained, count = drawn.trained, len(drawn.trained)
+    questioned = drawn.rng.permutation(count) < round(count * choice.question_subjects)
     counts = exposure_counts(
-        count,
+        max(count, 1),  # a law of none has no scale
         mean=choice.exposures,
         distribution=choice.exposure_distribution,
         exponent=choice.zipf_exponent,
@@ -155,8 +191,8 @@ def _domain_facts(choice: FactsChoice, domain: str, eligible: list[Subject], cou
     for rank, subject in enumerate(trained):
         template = Fact("", "", "", int(counts[rank]), 10 * rank // count, bool(questioned[rank]), 0, False)
         facts += _subject_facts(subject, relations, template)
-    for i in np.sort(selection[count:]):
-        facts += _subject_facts(eligible[i], relations, Fact("", "", "", 0, 9, False, 0, True))
+    for subject in drawn.controls:
+        facts += _subject_facts(subject, relations, Fact("", "", "", 0, 9, False, 0, True))
     return facts
 
 

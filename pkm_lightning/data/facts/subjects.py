@@ -151,7 +151,7 @@ _COLUMNS = {
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import parquet  # type: ignore[import-untyped]  # part of the `facts` extra
+    from pyarrow import parquet  # part of the `facts` extra
 
     records: list[dict[str, Any]] = parquet.read_table(path, columns=_COLUMNS[path.name].split()).to_pylist()
     return records
