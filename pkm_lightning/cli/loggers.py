@@ -164,7 +164,8 @@ def _without_syncs(file: Path) -> Iterator[None]:
     killed process loses nothing, and after a loss of power metrics.csv has the figures.
     """
     try:
-        from sqlalchemy import Engine, event
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
     except ImportError:  # which stores on servers do not need
         yield
         return

@@ -43,6 +43,8 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on a mat and saw the dog run under the old blue tree . " * 60)
     for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    # Its process may take longer to start than the usual 30 s where many tests run at once.
+    monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "300")
 
 
 def of_metrics_csv(run_dir: Path) -> History:
@@ -177,7 +179,7 @@ def test_of_two_ranks_one_logs(text: None, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_runs_of_a_sweep_are_runs_of_their_own(text: None, tmp_path: Path) -> None:
-    finish(start(*COMMAND, "-m", *ALL, "trainer.max_steps=4", "seed=1,2", cwd=tmp_path))
+    finish(start("fit", "-m", *COMMAND[1:], *ALL, "trainer.max_steps=4", "seed=1,2", cwd=tmp_path))
     for job in ("0", "1"):
         check_histories(tmp_path / "run" / job, end=4)
     ids = [record(tmp_path / "run" / job)["loggers"] for job in ("0", "1")]
