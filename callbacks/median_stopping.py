@@ -49,8 +49,8 @@ class MedianStopping(L.Callback):
         self._best = math.inf
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Refuses a configuration whose runs write no metrics.csv, with a ConfigError."""
-        if not configured(config, MetricsCSV):
+        """Refuses a sweep whose runs write no metrics.csv, with a ConfigError."""
+        if config.get("sweep_dir") is not None and not configured(config, MetricsCSV):
             raise ConfigError(
                 "callbacks.median_stopping reads metrics.csv of the other runs, and callbacks.metrics_csv is off; add "
                 "that, or remove ~callbacks.median_stopping."

@@ -23,7 +23,7 @@ FFNS = {"dense": "Dense", "moe": "MoE", "memory_plus": "MemoryPlus"}
 _FIELDS: dict[Any, dict[str, Any]] = {
     "killed": {"status": "running"},
     "failed": {"status": "failed", "reason": "no luck", "throughput": None},
-    "diverged": {"metrics": {"test/loss": None}},
+    "diverged": {"metrics": {"test/loss": None}, "objective": {"value": None}},
 }
 
 
@@ -44,6 +44,8 @@ def _end(run: ScheduledRun) -> RunEnd:
     rate, steps = float(values.get("optim.lr", 0.006)), int(values.get("trainer.max_steps", 100))
     loss = fate if isinstance(fate, float) else 1 + abs(math.log(rate / 0.006))
     record = {"metrics": {"test/loss": loss}, "throughput": {"steps_per_sec": 50.0}, **_FIELDS.get(fate, {})}
+    objective = {"name": values.get("objective"), "mode": "min", "value": loss, "step": steps}
+    record["objective"] = {**objective, **record.get("objective", {})}
     shutil.rmtree(run.folder, ignore_errors=True)
     config = {"optim": {"lr": rate}, "trainer": {"max_steps": steps}}
     fake = FakeRun("", run.seed, ffn=FFNS[values["ffn"]], config=config, record=record, n_facts=10)

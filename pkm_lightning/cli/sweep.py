@@ -125,7 +125,9 @@ def _check(config: DictConfig) -> None:
         )
     if any(override.key_or_group in ("objective", "objective_mode") for override in swept):
         raise ConfigError("a sweep has one objective, by which its runs are compared; choose one.")
-    _check_storage(sweeper)
+    if "optuna" in str(sweeper.get("_target_")):
+        _check_storage(sweeper)
+        _silence_optuna()
     objective = str(config.objective or DEFAULT)
     check_objective("objective", objective)
     wanted = direction_of(objective, str(config.objective_mode))
@@ -150,6 +152,13 @@ def _check_storage(sweeper: Mapping[str, Any]) -> None:
                 f"hydra.sweeper.storage={sweeper['storage']}: Optuna {version('optuna')} makes no database with "
                 f"SQLAlchemy {version('sqlalchemy')}; pip install 'sqlalchemy<2', or leave it out."
             )
+
+
+def _silence_optuna() -> None:
+    """Leaves the log of Optuna to Hydra's sweeper, which says the same."""
+    import optuna  # an extra, which takes a second to import
+
+    optuna.logging.disable_default_handler()
 
 
 def check_sweep(verb: str, arguments: Sequence[str]) -> None:

@@ -155,7 +155,7 @@ def _print_table(trials: Sequence[Trial], folder: Path, keys: Sequence[str], bes
             "-" if math.isnan(trial.value) else f"{trial.value:.4f}" + " *" * (trial is best),
             str((trial.record.get("objective") or {}).get("step", "-")),
             "-" if seconds is None else f"{seconds:.1f}",
-            trial.status + (f": {shorten(trial.reason, 100)}" if trial.reason and trial.status != "pruned" else ""),
+_status(trial),
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
@@ -170,6 +170,12 @@ def _print_table(trials: Sequence[Trial], folder: Path, keys: Sequence[str], bes
     print(f"report: python -m pkm_lightning report {shlex.join(arguments)}")
     if best.record.get("own_test") is False:
         print("The test reads what validations read: test figures of the best run are those it was chosen by.")
+
+
+def _status(trial: Trial) -> str:
+    """Returns status and, where there is no more to see in the row, the reason."""
+    shows_reason = trial.reason and trial.status in ("refused", "failed")
+    return f"{trial.status}: {shorten(trial.reason, 100)}" if shows_reason else trial.status
 
 
 def _short(value: str) -> str:

@@ -96,4 +96,5 @@ def test_settings_that_cannot_work_are_refused() -> None:
         with pytest.raises(ConfigError, match=rf"callbacks\.median_stopping\.{next(iter(changes))}="):
             rule(**changes)
     with pytest.raises(ConfigError, match=r"callbacks\.metrics_csv is off; add that, or remove"):
-        rule().check({"callbacks": {}})
+        rule().check({"callbacks": {}, "sweep_dir": "runs/sweep"})
+    rule().check({"callbacks": {}})

@@ -67,7 +67,7 @@ def test_every_variant_is_swept_alike_and_trained_with_its_best_rate(tmp_path: P
     assert list(sweep["results"]) == variants
     for variant in variants:
         losses = {
-            rate: record(tmp_path / f"out/sweep/{variant}/lr-{rate}/seed-1001")["metrics"]["test/loss"]
+            rate: record(tmp_path / f"out/sweep/{variant}/lr-{rate}/seed-1001")["objective"]["value"]
             for rate in ("0.0001", "0.01")
         }
         assert sweep["results"][variant] == losses
