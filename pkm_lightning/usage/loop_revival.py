@@ -100,13 +100,21 @@ class LoopRevival:
         def observed(layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
             context = keywords.get("context", inputs[1] if len(inputs) > 1 else None)
             if context is None:
-                context = FFNContext(torch.zeros(inputs[0].shape[:2], dtype=torch.int64, device=inputs[0].device))
+                context = FFNContext(torch.zeros(0, dtype=torch.int64))
             return inputs[:1], {**keywords, "context": replaced(context, observe=layer.training or context.observe)}
 
         def count(layer: nn.Module, _: Any, keywords: dict[str, Any], output: FFNOutput) -> None:
+            if not layer.training:
+                return
+            # As one sequence, (1, T, ...): a layer may be called with (T, D) too.
+            tokens = output.y_BTD.shape[:-1]
+            trace = {
+                name: value.flatten(0, len(tokens) - 1)[None]
+                for name, value in output.trace.items()
+                if value.shape[: len(tokens)] == tokens
+            }
             valid_BT = keywords["context"].valid_BT
-            if layer.training:
-                self._counters.add_layer(number, output.trace, {} if valid_BT is None else {"valid": valid_BT})
+            self._counters.add_layer(number, trace, {} if valid_BT is None else {"valid": valid_BT.reshape(1, -1)})
 
         yield layer.register_forward_pre_hook(observed, with_kwargs=True)
         yield layer.register_forward_hook(count, with_kwargs=True)

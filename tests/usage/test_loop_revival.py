@@ -56,12 +56,13 @@ def train(model: nn.Module, optimizer: TableOptimizer, revival: LoopRevival, ste
         revival.step()
 
 
-def test_reads_in_training_are_counted_once_whatever_the_maps() -> None:
+def test_reads_in_training_are_counted_once_whatever_the_maps(caplog: pytest.LogCaptureFixture) -> None:
     model = TwoMaps()
     optimizer, revival = parts(model)
     train(model, optimizer, revival, 3)
     train(model, optimizer, revival, 2, both=False)
     model.eval()(torch.randn(1, 4, DIM))
+    assert not caplog.messages
     layers = revival.report()["layers"]
     # 4 positions and 2 of them, 2 heads that read 2 slots each.
     assert [layers[f"layer{n}.slot"]["reads"] for n in (0, 1)] == [5 * 4 * 4, 3 * 2 * 4]
@@ -77,6 +78,19 @@ def test_padding_is_not_counted() -> None:
     valid_BT = torch.tensor([[True, True, False, True]])
     train(model, optimizer, revival, 1, both=False, context=FFNContext(CONTEXT.input_ids_BT, valid_BT))
     assert revival.report()["layers"]["layer0.slot"]["reads"] == 3 * 4
+
+
+def test_tokens_without_a_batch_count_by_head_too() -> None:
+    model = TwoMaps()
+    optimizer, revival = parts(model, source="queries")
+    for _ in range(4):
+        model(torch.randn(6, DIM), both=False).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        revival.step()
+    assert revival.report()["layers"]["layer0.slot"]["reads"] == 4 * 6 * 4
+    assert revival._counters.heads["layer0.slot"].heads == 2
+    assert revival.revived["layer0.slot"] > 0
 
 
 @pytest.mark.parametrize("cls", [MemoryPlus, PKM])
