@@ -117,8 +117,7 @@ class Diagnostics(L.Callback):
             for name, value in values.items()
         }
         for logger in trainer.loggers:
-            # The step number under which Lightning writes its own logs.
-            logger.log_metrics(by_layer, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(by_layer, step=self.step)
 
 
 def _changing_tables(pl_module: LanguageModule) -> list[ValueTable]:

@@ -17,7 +17,7 @@ from pkm_lightning.callbacks.base import find_callback, in_training
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
 from pkm_lightning.callbacks.throughput import Throughput
-from pkm_lightning.data.base import fingerprint_of, n_facts_of
+from pkm_lightning.data.base import data_of, fingerprint_of, n_facts_of
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.machine import device_name, peak_memory_bytes
 
@@ -63,8 +63,8 @@ class RunRecord(TimedCallback):
         return {
             "world_size": trainer.world_size,
             "device": device_name(device),
-            "data": fingerprint_of(getattr(trainer, "datamodule", None)),
-            "facts": n_facts_of(getattr(trainer, "datamodule", None)),
+            "data": fingerprint_of(data_of(trainer)),
+            "facts": n_facts_of(data_of(trainer)),
             "peak_memory_bytes": peak_memory_bytes(device),
             "best_validation": self._best,
             "metrics": {**self.metrics, "recall": self._recall} if self._recall else dict(self.metrics),
@@ -118,7 +118,8 @@ class RunRecord(TimedCallback):
             _log.warning("run.json lacks the tokens and seconds since the run was started: %s", error)
 
     def _keep_metrics(self, trainer: L.Trainer) -> None:
-        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # `step` is the x axis of the loggers.
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "step"}
 
     def _count(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule)

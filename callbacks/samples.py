@@ -1,4 +1,5 @@
-"""Sample answers: what the model answers to a few prompts at each validation, in the log and in TensorBoard.
+"""Sample answers: what the model answers to a few prompts at each validation, in the log and in the
+loggers that show tables.
 
 No metric is logged. Decoding is greedy and the model in evaluation mode, so that no random number is drawn and training
 is the same as without this callback. Each token of an answer is one forward of all prompts of equal length.
@@ -11,13 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from pkm_lightning.data.base import recall_items_of, tokenizer_of
+from pkm_lightning.data.base import data_of, recall_items_of, tokenizer_of
 from pkm_lightning.data.files import check_characters
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inference.synchronized_forwards import synchronized_forwards
+from pkm_lightning.loggers import show_table
 from pkm_lightning.training import LanguageModule
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Samples(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Collects the questions, and their answers where they are known."""
-        data: Any = getattr(trainer, "datamodule", None)
+        data: Any = data_of(trainer)
         if tokenizer_of(data) is None:
             if self.prompts:
                 raise ConfigError(
@@ -88,16 +89,6 @@ class Samples(L.Callback):
         rows = [(prompt, answer, truth) for (prompt, truth), answer in zip(self._questions, answers, strict=True)]
         lines = [f"  {p} -> {a}" + ("" if truth is None else f" (right: {truth})") for p, a, truth in rows]
         _log.info("samples at step %d\n%s", trainer.global_step, "\n".join(lines))
+        shown = [(prompt, answer, truth or "") for prompt, answer, truth in rows]
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", as_table(rows), trainer.global_step)
-
-
-def as_table(rows: Sequence[tuple[str, str, str | None]]) -> str:
-    """Returns a Markdown table of prompt, answer and right answer."""
-    header = ["| prompt | answer | right |", "|---|---|---|"]
-    return "\n".join([*header, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)])
-
-
-def _cell(text: str | None) -> str:
-    return "" if text is None else " ".join(text.replace("|", "\\|").split())
+            show_table(logger, "samples", ("prompt", "answer", "right"), shown, trainer.global_step)

@@ -10,7 +10,7 @@ head, and with `per_head=full` `used_percent`, `kl_count`, `kl_weight` and `dead
 
 The window has two halves: it holds more than `window` / 2 and at most `window` of the last steps, all of them at every
 multiple of `window`. It and `dead` count steps that a rollback repeats again. Figures since the start are in usage.json
-(`pkm_lightning.usage.figures.report`), on the screen when training ends, and in TensorBoard (`slot_panels`).
+(`pkm_lightning.usage.figures.report`), on the screen when training ends, and in loggers (`slot_panels`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SlotUsage(L.Callback):
         window: optimizer steps of the window, 2 or more; an odd number counts as the next even one.
         dead_after: steps without a read after which a slot counts as dead, 1 or more.
         per_head: what is counted per head: nothing (False), its sub-keys (`halves`, or True) or its slots (`full`).
-        panels_every_n_steps: optimizer steps between panels in TensorBoard; None: at validations.
+        panels_every_n_steps: optimizer steps between panels in loggers; None: at validations.
         max_slots: tables with more rows are not counted, since the counters of a layer take 52 bytes per slot on every
             rank; None: all are counted.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pkm_lightning.callbacks.base import find_callback
 from pkm_lightning.callbacks.recall import Recall
-from pkm_lightning.data.base import recall_items_of
+from pkm_lightning.data.base import data_of, recall_items_of
 from pkm_lightning.inference.recall import summarise
 from pkm_lightning.memory import zero_reads
 from pkm_lightning.model.loss import token_nll
@@ -41,7 +41,7 @@ class WithoutTable(L.Callback):
         if not pl_module.model.value_tables:
             return
         recall = find_callback(trainer, Recall)
-        data = getattr(trainer, "datamodule", None)
+        data = data_of(trainer)
         if recall is not None and recall_items_of(data, recall.test_items):
             self._recall = recall
         else:

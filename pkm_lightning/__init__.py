@@ -20,12 +20,68 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-#: Names offered here, and the modules that define them.
-_OFFERED = {"load": "build.loading", "save": "build.saving"}
+
+#: Names offered here, and the modules that define them: what a program of your own needs, as `docs/python.md` shows.
+#: All else is in the sub-packages. Editors and type checkers read `__init__.pyi`, which a test holds equal to it.
+_OFFERED = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Dense": "ffn.dense",
+    "Engram": "ffn.engram",
+    "ExpertChoiceMoE": "ffn.moe_expert_choice",
+    "FFNContext": "ffn.base",
+    "FFNCost": "ffn.base",
+    "FFNOutput": "ffn.base",
+    "FFNReports": "build.replacement",
+    "LanguageModule": "training.module",
+    "LoadedModel": "build.loading",
+    "Memory": "ffn.memory",
+    "MemoryPlus": "ffn.memory_plus",
+    "MoE": "ffn.moe",
+    "ModelCost": "model.accounting",
+    "ModelOutput": "model.trunk",
+    "NO_TARGET": "data.base",
+    "PEER": "ffn.peer",
+    "PKM": "ffn.pkm",
+    "PLE": "ffn.ple",
+    "PkmError": "errors",
+    "Placement": "model.placement",
+    "PretrainedEngram": "ffn.pretrained_engram",
+    "QuantizedTable": "memory.quantized_table",
+    "RecallItem": "data.base",
+    "RowOptimizer": "memory.row_optimizer",
+    "RowRule": "ops.row_update.rules.base",
+    "STEM": "ffn.stem",
+    "Sampling": "inference.sampling",
+    "Slots": "ffn.base",
+    "TableOptimizer": "memory.table_optimizer",
+    "TableRead": "ffn.base",
+    "TableReference": "memory.table_reference",
+    "TableSpec": "ffn.base",
+    "TokenDataModule": "data.datamodule",
+    "Transformer": "model.transformer",
+    "UltraMem": "ffn.ultramem",
+    "UltraMemV2": "ffn.ultramem_v2",
+    "ValueTable": "memory.value_table",
+    "ffn_reports": "build.replacement",
+    "generate": "inference.generation",
+    "load": "build.loading",
+    "model_cost": "model.accounting",
+    "replace_ffn": "build.replacement",
+    "row_learning_tables": "memory.table_reference",
+    "save": "build.saving",
+}
+__all__ = ["__version__", *_OFFERED]
 
 
 def __getattr__(name: str) -> Any:
     # Imported at first use: they need torch, and a bare `import pkm_lightning` takes a hundredth of a second.
-    if name in _OFFERED:
-        return getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _OFFERED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OFFERED})

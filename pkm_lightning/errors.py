@@ -11,19 +11,43 @@ from collections.abc import Iterable
 
 
 class PkmError(Exception):
-    """Base class of the errors that a user can correct."""
+    """Base class of the errors that a user can correct.
+
+    Example:
+        >>> from pkm_lightning import PkmError
+        >>> issubclass(PkmError, PkmError)
+        True
+    """
 
 
 class ConfigError(PkmError, ValueError):
-    """A configuration value, key or combination that cannot work."""
+    """A configuration value, key or combination that cannot work.
+
+    Example:
+        >>> from pkm_lightning import ConfigError, PkmError
+        >>> issubclass(ConfigError, PkmError)
+        True
+    """
 
 
 class DataError(PkmError, ValueError):
-    """Missing, empty or unreadable data."""
+    """Missing, empty or unreadable data.
+
+    Example:
+        >>> from pkm_lightning import DataError, PkmError
+        >>> issubclass(DataError, PkmError)
+        True
+    """
 
 
 class CheckpointError(PkmError, RuntimeError):
-    """A checkpoint that is missing, damaged or not written by this package."""
+    """A checkpoint that is missing, damaged or not written by this package.
+
+    Example:
+        >>> from pkm_lightning import CheckpointError, PkmError
+        >>> issubclass(CheckpointError, PkmError)
+        True
+    """
 
 
 class CheckpointWriteError(CheckpointError, OSError):

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.cli.assembly import assemble
+from pkm_lightning.cli.loggers import attached
 from pkm_lightning.model.loss import token_nll
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.clipping import clip_by_norm
@@ -64,7 +65,8 @@ def bare_loop(run: ResolvedRun, data: Any) -> float:
 def through_trainer(run: ResolvedRun, data: Any) -> float:
     """Returns seconds per step of `trainer.fit`, from the first batch to the last."""
     assembly = assemble(run)
-    assembly.trainer.fit(LanguageModule(run.config), datamodule=data)
+    with attached(assembly.trainer, run, resumed_step=None, ids={}):
+        assembly.trainer.fit(LanguageModule(run.config), datamodule=data)
     # The throughput callback's clock starts at the first batch: building the Trainer's loops is no cost of a step.
     watches = [c.stopwatch.seconds for c in assembly.callbacks if hasattr(c, "stopwatch")]
     return watches[0] / run.config["trainer"]["max_steps"]

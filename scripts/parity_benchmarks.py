@@ -21,8 +21,9 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from parity_pretrained import configuration
 
+from pkm_lightning.data.base import begin_ids
 from pkm_lightning.huggingface.loading import load_pretrained
-from pkm_lightning.inference.harness import HarnessModel, begin_of
+from pkm_lightning.inference.harness import HarnessModel
 from pkm_lightning.inference.harness_results import run_tasks, scores_of
 from pkm_lightning.inference.harness_tasks import load_tasks
 
@@ -95,7 +96,7 @@ def package_model(path: Path) -> LM:
         context=loaded.context,
         device=loaded.device,
         batch_size=BATCH_SIZE,
-        **begin_of(codec),
+        **begin_ids(codec),
     )
 
 

@@ -165,7 +165,9 @@ def test_every_promise_is_held_by_a_test_that_exists() -> None:
         assert "tests/" in row or row == "| promise | test |", row
 
 
-@pytest.mark.parametrize("group", ["ffn", "placement", "table", "table/optimizer", "model", "data", "strategy"])
+@pytest.mark.parametrize(
+    "group", ["ffn", "placement", "table", "table/optimizer", "model", "data", "strategy", "logger"]
+)
 def test_every_option_of_a_group_is_listed(group: str) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     options = {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")} - {"pretrained"}  # that of model=hf

@@ -55,7 +55,8 @@ def keyword_annotations(cls: type) -> dict[str, Any]:
             annotation = _evaluate(parameter.annotation, scope)
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 keys = get_args(annotation)[0] if get_origin(annotation) is typing.Unpack else None
-                found = {**(_typed_keys(keys) if keys else {}), **found}
+                declared = _typed_keys(keys) if keys else {}
+                found = {**{name: _required(kind) for name, kind in declared.items()}, **found}
                 passes_on = keys is None
             elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
                 # Many write `size: int = None`.

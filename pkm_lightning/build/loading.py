@@ -57,6 +57,8 @@ class LoadedModel:
         context: tokens per sequence in training; None where the data module has no such key.
         chat_template: Jinja text that renders a conversation, as in a Hugging Face folder; None for most models.
         tokens_seen: tokens that it was trained on.
+
+    Example: `docs/trained-models.md`, "From a program".
     """
 
     model: Transformer
@@ -124,6 +126,8 @@ def load(
     Raises:
         CheckpointError: missing, damaged, not of this package, or beside a tokenizer of another model.
         ConfigError: an argument that is not known, or a class that is not trusted.
+
+    Example: `docs/trained-models.md`, "From a program".
     """
     _check_device(device)
     if _is_pretrained(Path(path)):

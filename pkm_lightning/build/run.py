@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.completion import complete_plugins
@@ -24,7 +23,7 @@ from pkm_lightning.build.stored_tables import check_table_keys, with_absolute_pa
 from pkm_lightning.build.variant_figures import variant_figures
 from pkm_lightning.build.variants import variants
 from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
-from pkm_lightning.data.base import vocab_size_of
+from pkm_lightning.data.base import defines, vocab_size_of
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.model import ModelCost, Transformer, model_cost
 
@@ -86,7 +85,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")
     check_kind(data, L.LightningDataModule, config["data"], "data")
-    if training and not is_overridden("train_dataloader", data):
+    if training and not defines(data, "train_dataloader"):
         raise ConfigError(f"data._target_={config['data']['_target_']} has no train_dataloader to train on; add it.")
     config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
     check_learning(config)

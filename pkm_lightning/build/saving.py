@@ -13,6 +13,7 @@ from torch import nn
 import pkm_lightning
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER
 from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, lay_out, with_sums
+from pkm_lightning.data.base import data_of, tokenizer_of
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.model import Transformer
@@ -44,6 +45,8 @@ def save(holder: HasModel, folder: str | Path, *, tokenizer: Tokenizer | None = 
     Raises:
         CheckpointError: a table is split over ranks; the folder holds something else, or cannot be written.
         ConfigError: there is no model, or no tokenizer of its ids that can be written.
+
+    Example: `docs/trained-models.md`, "From a program".
     """
     folder = Path(folder)
     if not isinstance(getattr(holder, "model", None), nn.Module):
@@ -114,5 +117,4 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _of_trainer(holder: HasModel) -> object:
-    trainer = getattr(holder, "_trainer", None)
-    return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    return tokenizer_of(data_of(getattr(holder, "_trainer", None)))

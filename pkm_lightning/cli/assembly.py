@@ -1,4 +1,4 @@
-"""From a resolved run to Lightning's Trainer, with its strategy, callbacks, loggers and writer of checkpoints."""
+"""From a resolved run to Lightning's Trainer, with its strategy, callbacks and writer of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from pkm_lightning.build.instantiate import check_kind, instantiate, target_class
+from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.callbacks.run_record import RunRecord
 from pkm_lightning.callbacks.step_checkpoint import StepCheckpoint
 from pkm_lightning.checkpoints.atomic import AtomicCheckpointIO
+from pkm_lightning.cli.loggers import check_loggers
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.strategies.portable import PortableCheckpoints
 
@@ -29,19 +30,20 @@ class Assembly:
     record: RunRecord
 
 
-def assemble(run: ResolvedRun, *, resumed_step: int | None = None) -> Assembly:
-    """Returns the Trainer of a training run with its callbacks and loggers; nothing is started or written yet.
+def assemble(run: ResolvedRun) -> Assembly:
+    """Returns the Trainer of a training run with its callbacks; nothing is started or written yet.
+
+    Its loggers come later (`pkm_lightning.cli.loggers.attached`), since some of them write as soon as they are made.
 
     Args:
         run: resolved with `training=True`.
-        resumed_step: step that the run continues after; TensorBoard drops what an earlier sitting logged later.
 
     Raises:
-        ConfigError: as `make_trainer`.
+        ConfigError: as `make_trainer`, or a logger's package is not installed.
     """
+    check_loggers(run.config)
     record = RunRecord()
-    loggers = make_loggers(run.config, resumed_step)
-    trainer = make_trainer(run.config, callbacks=[*run.callbacks, record], loggers=loggers)
+    trainer = make_trainer(run.config, callbacks=[*run.callbacks, record], loggers=[])
     return Assembly(trainer, run.callbacks, record)
 
 
@@ -82,16 +84,3 @@ def _checkpoint_io(callbacks: list[L.Callback], strategy: Any) -> CheckpointIO:
         strategy.asynchronous = asynchronous
         return AtomicCheckpointIO()
     return AsyncCheckpointIO(AtomicCheckpointIO()) if asynchronous else AtomicCheckpointIO()
-
-
-def make_loggers(config: dict[str, Any], resumed_step: int | None = None) -> list[Logger]:
-    """Returns the configured loggers."""
-    loggers = []
-    for name, logger in (config["logger"] or {}).items():
-        if logger:
-            key = f"logger.{name}"
-            board = issubclass(target_class(logger, key), TensorBoardLogger)
-            purge = {"purge_step": resumed_step + 1} if board and resumed_step is not None else {}
-            loggers.append(instantiate(logger, key, **purge))
-            check_kind(loggers[-1], Logger, logger, key)
-    return loggers

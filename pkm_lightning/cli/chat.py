@@ -16,9 +16,9 @@ from pkm_lightning.cli.generation import GenerationSettings, generation_settings
 from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.cli.loading import load_of_job
 from pkm_lightning.cli.streaming import Streamer
+from pkm_lightning.data.chat_template import ChatTemplate, Message
 from pkm_lightning.data.files import check_characters
 from pkm_lightning.errors import ConfigError, DataError
-from pkm_lightning.inference.chat_template import ChatTemplate, Message
 from pkm_lightning.inference.generation import Answer, Generation, Speed
 from pkm_lightning.inference.read_tokens import ReadTokens
 

@@ -23,6 +23,7 @@ from pkm_lightning.compare.schedule import ScheduledRun, Variant, schedule_runs,
 from pkm_lightning.compare.settings import ReportSettings, Settings
 from pkm_lightning.compare.study import Study, make_study
 from pkm_lightning.compare.sweep import check_swept, choose_rates, schedule_sweep
+from pkm_lightning.data.base import yields_whole_steps
 from pkm_lightning.errors import Interrupted, RunDirectoryError
 
 _log = logging.getLogger(__name__)
@@ -128,7 +129,10 @@ class Director:
             if key not in steps:
                 data = instantiate(config["data"], "data")
                 data.prepare_data()
-                steps[key] = 0 if budget_tokens is None else steps_of_tokens(budget_tokens, data, config)
+                steps[key] = 0
+                if budget_tokens is not None:
+                    whole = yields_whole_steps(data)
+                    steps[key] = steps_of_tokens(budget_tokens, data, config, whole_steps=whole)
             if steps[key]:
                 self._variants[i] = self._with_steps(variant, steps[key])
 

@@ -23,7 +23,8 @@ def run(job: Job) -> None:
     if is_stream(path):
         log_to_stderr()
     # An extra, which takes a second to import.
-    from pkm_lightning.inference.harness import HarnessModel, begin_of
+    from pkm_lightning.data.base import begin_ids
+    from pkm_lightning.inference.harness import HarnessModel
     from pkm_lightning.inference.harness_results import run_tasks, scores_of
     from pkm_lightning.inference.harness_tasks import load_tasks
 
@@ -37,7 +38,7 @@ def run(job: Job) -> None:
         device=loaded.device,
         batch_size=settings.batch_size,
         # Trainings here put no token before a text, whatever a tokenizer of the user's does elsewhere.
-        **(begin_of(codec) if names_pretrained(job) else {}),
+        **(begin_ids(codec) if names_pretrained(job) else {}),
     )
     results = run_tasks(model, tasks, limit=settings.limit)
     scores = scores_of(results)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import check_mappable, load_weights, saved_tokenizer, unread_tensors
@@ -25,7 +24,7 @@ from pkm_lightning.cli.kept_data import with_kept_data
 from pkm_lightning.cli.places import cache_of
 from pkm_lightning.cli.resume import saved_config, saved_config_of, without_fused
 from pkm_lightning.compare.overrides import key_of
-from pkm_lightning.data.base import tokenizer_digest
+from pkm_lightning.data.base import defines, tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.training import LanguageModule
 
@@ -153,7 +152,7 @@ def check_dataloader(verb: str, data: L.LightningDataModule) -> None:
         ConfigError: naming the missing method.
     """
     method = {"validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}[verb]
-    if not is_overridden(method, data):
+    if not defines(data, method):
         raise ConfigError(
             f"{verb} reads {method}(), which the data module {type(data).__name__} does not have; add it."
         )

@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
 from pkm_lightning.build.checks import remark_rate, remark_row_optimizer, remark_validation
@@ -34,6 +33,7 @@ from pkm_lightning.cli.lengthening import (
     is_lengthened,
     with_length,
 )
+from pkm_lightning.cli.loggers import attached
 from pkm_lightning.cli.places import cache_of
 from pkm_lightning.cli.resume import (
     differences,
@@ -48,6 +48,7 @@ from pkm_lightning.cli.run_directory import RunDirectory, continues_run
 from pkm_lightning.cli.sitting import Sitting
 from pkm_lightning.cli.summary import print_summary
 from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.data.base import defines
 from pkm_lightning.errors import ConfigError, DataError, Interrupted, RankLostError, RunDirectoryError
 from pkm_lightning.supervision.external_ranks import Decision, ExternalRanks, check_world, join, started_externally
 from pkm_lightning.supervision.rank_failures import (
@@ -117,7 +118,7 @@ def _run(job: Job) -> float | None:
                 _log.info(remark)
             if config["optim"].get("freeze"):
                 _log.info("parameters trained / frozen: %s / %s", *(f"{n:,}" for n in parameter_counts(resolved.model)))
-            assembly = assemble(resolved, resumed_step=_step(checkpoint))
+            assembly = assemble(resolved)
             if external:
                 check_world(assembly.trainer, external.world_size)
             else:
@@ -291,14 +292,17 @@ def _train(
             initial.check_tokenizer(data)
         if sitting is not None:
             sitting.begin()
-        trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
-        if trainer.global_step == 0:
-            raise DataError(f"{type(data).__name__}.train_dataloader gave no batch; no training step was taken.")
-        if sitting is not None:
-            sitting.accept()  # a run without a step left to train has not started
-        if checkpoints is not None:
-            checkpoints.stop_if_requested(trainer)
-        _test(trainer, module, data)
+        resumed_step = (_step(checkpoint) or 0) if sitting is not None and sitting.resumes else None
+        earlier = sitting.record.get("loggers") if sitting is not None else None
+        with attached(trainer, resolved, resumed_step=resumed_step, ids=earlier or {}):
+            trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
+            if trainer.global_step == 0:
+                raise DataError(f"{type(data).__name__}.train_dataloader gave no batch; no training step was taken.")
+            if sitting is not None:
+                sitting.accept()  # a run without a step left to train has not started
+            if checkpoints is not None:
+                checkpoints.stop_if_requested(trainer)
+            _test(trainer, module, data)
     metrics = assembly.record.metrics
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
@@ -308,7 +312,7 @@ def _train(
 
 def _test(trainer: L.Trainer, module: LanguageModule, data: L.LightningDataModule) -> None:
     """Tests, or validates where the data module has no test data."""
-    if is_overridden("test_dataloader", data):
+    if defines(data, "test_dataloader"):
         trainer.test(module, datamodule=data, verbose=False)
-    elif is_overridden("val_dataloader", data):
+    elif defines(data, "val_dataloader"):
         trainer.validate(module, datamodule=data, verbose=False)

@@ -216,8 +216,9 @@ def quieten_libraries() -> None:
     """Suppresses Lightning's tips, deprecations inside libraries, and warnings about the files of a resumed run."""
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # The one warns of every default in a task's YAML, the other repeats each attempt to reach the network.
-    for name in ("lm_eval", "huggingface_hub"):
+    # The first warns of every default in a task's YAML, the second repeats each attempt to reach the network, and the
+    # third warns that an experiment is new.
+    for name in ("lm_eval", "huggingface_hub", "lightning.pytorch.loggers.mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -12,7 +12,7 @@ from pkm_lightning.build.instantiate import target_class
 from pkm_lightning.checkpoints.companions import TOKENIZER, companion_place, find_companion
 from pkm_lightning.cli.run_contents import HELD_OUT
 from pkm_lightning.compare.overrides import key_of
-from pkm_lightning.data.datamodule import TokenDataModule, TokenOptions
+from pkm_lightning.data.datamodule import LoaderOptions, TokenDataModule
 from pkm_lightning.data.held_out import is_held_out_of
 from pkm_lightning.errors import ConfigError
 
@@ -36,7 +36,7 @@ def with_kept_data(
         overrides: those of the command; one that names other data is obeyed.
     """
     data, tokenizer = config.get("data", {}), find_companion(weights, TOKENIZER)
-    if tokenizer is None or not TokenOptions.__required_keys__ <= data.keys():
+    if tokenizer is None or not LoaderOptions.__required_keys__ <= data.keys():
         return config
     keys = [key_of(override) for override in overrides]
     if verb == "predict" and not _has_own_loaders(data):
@@ -45,16 +45,22 @@ def with_kept_data(
     folder = companion_place(weights, HELD_OUT)
     is_kept = is_held_out_of(folder, fingerprint)
     if not named and (is_kept or verb == "predict") and not _has_own_loaders(data):
-        options = {key: data[key] for key in TokenOptions.__required_keys__}
+        options = {key: data[key] for key in LoaderOptions.__required_keys__}
         held_out = {
             "_target_": "pkm_lightning.data.HeldOutDataModule",
             "folder": str(folder) if is_kept else None,
             **options,
             "tokenizer": str(tokenizer),
+            "vocab_size": data.get("vocab_size", 0),  # that of the tokenizer counts
         }
         return {**config, "data": held_out}
     # The same words must have the same ids: a vocabulary learned from other text would be another one.
-    return config if "data.tokenizer" in keys else {**config, "data": {**data, "tokenizer": str(tokenizer)}}
+    # Data that lie in shards have their own.
+    return (
+        config
+        if "data.tokenizer" in keys or "tokenizer" not in data
+        else {**config, "data": {**data, "tokenizer": str(tokenizer)}}
+    )
 
 
 def _check_prompts_only(keys: Iterable[str]) -> None:

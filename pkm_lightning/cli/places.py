@@ -20,6 +20,8 @@ from pkm_lightning.errors import ConfigError
 
 #: Keys whose value is a path even if it does not look like one, such as `notes.csv`.
 _PATH_KEY = re.compile(r"(^|_)(path|dir|dirpath|file|folder)$")
+#: What wandb (0.31) links in each of its folders, to the log of a process of its own; nothing is written through it.
+_LOG_OF_WANDB = re.compile(r"wandb/[\w-]+/logs/debug-core\.log")
 #: The package's own data modules, pretrained models, plugins and tables, by their group.
 _READERS = {
     "data": "pkm_lightning.data.",
@@ -43,7 +45,7 @@ def check_places(config: Mapping[str, Any], source: str, folder: Path | None, al
     """
     inside = None if folder is None else Path(os.path.realpath(folder))
     for key, value in _paths(config):
-        if value not in allowed and not (inside and Path(_real(value)).is_relative_to(inside) and "://" not in value):
+        if value not in allowed and not (inside and Path(_real(value)).is_relative_to(inside) and ":/" not in value):
             where = "" if folder is None else f", outside of {folder}"
             raise ConfigError(
                 f"{source} names {key}={value}{where}, where a saved configuration may not write unasked; if it is "
@@ -82,7 +84,8 @@ def check_links(folder: Path) -> None:
     inside = Path(os.path.realpath(folder))
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+            is_outside = path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside)
+            if is_outside and not _LOG_OF_WANDB.fullmatch(path.relative_to(folder).as_posix()):
                 raise ConfigError(
                     f"{path} is a link that leads out of the run's directory, to {os.path.realpath(path)}; if it is "
                     "yours, repeat the command with trust_config=true."
@@ -102,7 +105,7 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if key.startswith(own) and key != "data.cache_dir":
             continue
         is_prose = listed and name == "prompts"
-        looks_like_path = not is_prose and (value.startswith(("/", "~")) or "://" in value or ".." in Path(value).parts)
+        looks_like_path = not is_prose and (value.startswith(("/", "~")) or ":/" in value or ".." in Path(value).parts)
         if value and (_PATH_KEY.search(name) or looks_like_path):
             yield key, value
 

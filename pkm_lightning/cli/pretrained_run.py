@@ -55,5 +55,5 @@ def _with_prompts_only(config: dict[str, Any], job: Job) -> dict[str, Any]:
     named = any(override.startswith(("data=", "data@")) for override in job.overrides)
     if job.verb != "predict" or named or not TokenOptions.__required_keys__ <= config["data"].keys():
         return config
-    options = {key: config["data"][key] for key in TokenOptions.__required_keys__}
+    options = {key: value for key, value in config["data"].items() if key in TokenOptions.__annotations__}
     return {**config, "data": {"_target_": "pkm_lightning.data.HeldOutDataModule", "folder": None, **options}}

@@ -122,14 +122,21 @@ def is_missing_tokenizer(named: object) -> bool:
 
 
 def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a saved configuration with the callback `vitals` of earlier versions under its name of today."""
-    callbacks = config.get("callbacks")
-    if not isinstance(callbacks, dict) or "vitals" not in callbacks:
-        return config
-    renamed = {"diagnostics" if key == "vitals" else key: value for key, value in callbacks.items()}
-    if isinstance(renamed["diagnostics"], dict):
-        renamed["diagnostics"] = {**renamed["diagnostics"], "_target_": "pkm_lightning.callbacks.Diagnostics"}
-    return {**config, "callbacks": renamed}
+    """Returns a saved configuration of an earlier version with the names of today.
+
+    Its callback `diagnostics` was `vitals`, and its TensorBoard logger Lightning's, with which the default one of today
+    has all keys in common.
+    """
+    callbacks, board = config.get("callbacks"), (config.get("logger") or {}).get("tensorboard")
+    if isinstance(callbacks, dict) and "vitals" in callbacks:
+        renamed = {"diagnostics" if key == "vitals" else key: value for key, value in callbacks.items()}
+        if isinstance(renamed["diagnostics"], dict):
+            renamed["diagnostics"] = {**renamed["diagnostics"], "_target_": "pkm_lightning.callbacks.Diagnostics"}
+        config = {**config, "callbacks": renamed}
+    if isinstance(board, dict) and board.get("_target_") == "lightning.pytorch.loggers.TensorBoardLogger":
+        own = {**board, "_target_": "pkm_lightning.loggers.TensorBoardLogger"}
+        config = {**config, "logger": {**config["logger"], "tensorboard": own}}
+    return config
 
 
 def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning as L
 
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place
-from pkm_lightning.data.base import tokenizer_of
+from pkm_lightning.data.base import chat_template_of, tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.held_out import copy_files, holds_held_out, is_held_out_of, keep_held_out
 from pkm_lightning.data.tokenizer import Tokenizer
@@ -56,8 +56,7 @@ def keep_with_run(data: L.LightningDataModule, run_dir: Path) -> None:
         write_beside(run_dir / TOKENIZER, tokenizer.to_json())
     elif tokenizer is not None:
         _log.info("%s cannot be written as tokenizer.json: the run needs its data to be used", type(tokenizer).__name__)
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, str):
+    if (template := chat_template_of(tokenizer)) is not None:
         write_beside(run_dir / CHAT_TEMPLATE, template)
     folder, part = run_dir / HELD_OUT, run_dir / f"{HELD_OUT}.part"
     if isinstance(data, TokenDataModule) and not holds_held_out(folder):

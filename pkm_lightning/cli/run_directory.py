@@ -34,6 +34,8 @@ _FILES = (  # what a run writes, and a run in its place removes
     "events.jsonl",
     "checkpoints",
     "tensorboard",
+    "wandb",
+    "mlflow",
     # Of commands that evaluate it.
     "validate.json",
     "test.json",
@@ -42,7 +44,7 @@ _FILES = (  # what a run writes, and a run in its place removes
 )
 #: What a run leaves that was killed before its record was written.
 _AT_START = {
-    *(".lock", "config.yaml", "config.yaml.tmp", "run.json.tmp", "tensorboard"),
+    *(".lock", "config.yaml", "config.yaml.tmp", "run.json.tmp", "tensorboard", "wandb", "mlflow"),
     *("tokenizer.json", "tokenizer.json.tmp", "chat_template.jinja", "heldout", "heldout.part"),
     *("metrics.csv", "events.jsonl"),  # begun before the run is accepted
 }

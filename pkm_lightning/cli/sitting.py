@@ -12,6 +12,7 @@ from typing import Any
 
 from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.cli.assembly import Assembly
+from pkm_lightning.cli.loggers import ids_of
 from pkm_lightning.cli.run_contents import keep_with_run
 from pkm_lightning.cli.run_directory import RunDirectory
 from pkm_lightning.errors import RunDirectoryError
@@ -22,7 +23,7 @@ from pkm_lightning.training.record import start_record
 _log = logging.getLogger(__name__)
 
 #: What a continued run keeps from its record until this sitting has figures of its own.
-_KEPT = ("started", "tokens", "tokens_per_second", "throughput", "best_validation", "metrics", "init_from")
+_KEPT = ("started", "tokens", "tokens_per_second", "throughput", "best_validation", "metrics", "init_from", "loggers")
 
 
 class Sitting:
@@ -50,6 +51,11 @@ class Sitting:
         assembly.record.on_start = self.accept
         reset_peak_memory()
 
+    @property
+    def resumes(self) -> bool:
+        """Whether an earlier run is continued."""
+        return self._directory.resumes
+
     def begin(self) -> None:
         """Makes room for the run, whose data are prepared."""
         if self._directory.resumes:
@@ -60,6 +66,8 @@ class Sitting:
         """Writes the record of a run that starts to train; later calls have no effect."""
         if not self._is_accepted:
             keep_with_run(self._data, self._directory.path)
+            if ids := ids_of(self._config, self._assembly.trainer.loggers):
+                self.record["loggers"] = ids
             self._directory.accept(self._config, self.record)
             self._is_accepted = True
 

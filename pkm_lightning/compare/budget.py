@@ -31,23 +31,23 @@ STEPS, MEASURED = 150, 50
 REPEATS = 3
 
 
-def steps_of_tokens(budget: float, data: L.LightningDataModule, config: dict[str, Any]) -> int:
+def steps_of_tokens(budget: float, data: L.LightningDataModule, config: dict[str, Any], *, whole_steps: bool) -> int:
     """Returns the steps that come nearest to `budget` real input tokens, from the first `SAMPLE` steps of the data.
 
     Args:
         budget: tokens, without padding.
         data: the data module, prepared.
         config: the completed configuration.
+        whole_steps: whether a batch is that of a whole step without a Trainer, as of the package's own data modules;
+            else it is a micro-batch.
 
     Raises:
         ConfigError: the budget is less than half a step, or the data give no token.
     """
     data.setup("fit")
-    # Without a Trainer the package's own data modules yield batches of a whole step; others yield micro-batches.
-    is_whole_step = hasattr(data, "global_batch_size")
     trainer = config["trainer"]
     ranks = trainer["num_nodes"] * (trainer["devices"] if isinstance(trainer["devices"], int) else 1)
-    batches = 1 if is_whole_step else trainer["accumulate_grad_batches"] * ranks
+    batches = 1 if whole_steps else trainer["accumulate_grad_batches"] * ranks
     tokens = [_real_tokens(batch) for batch in islice(data.train_dataloader(), SAMPLE * batches)]
     if not sum(tokens):
         raise ConfigError(f"budget.tokens={budget:g}: the training data give no token to count; set trainer.max_steps.")

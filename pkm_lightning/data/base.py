@@ -18,6 +18,7 @@ what breaks this in any batch.
 | `recall_items(limit)` | questions for the callback `recall`, and for `samples` where it has no prompts |
 | `n_facts` | `facts` in run.json, from which `compare` derives costs per fact |
 | `fingerprint` | `data` in run.json, by which reports notice runs on different data |
+| `encode_prompt`, `begin_id`, `chat_template`, ... of `tokenizer` | beginnings of prompts, texts, conversations |
 | being a `TokenDataModule` | runs keep tokenizer and held-out data, and are evaluated without the data |
 | `endless = True` | no comparison among ranks at every step whether the training data end |
 | `state_dict()`, `load_state_dict()` | a resumed run continues with the next batch instead of the first |
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +73,8 @@ class RecallItem:
         decile: 0 (most shown tenth of the subjects) to 9.
         prior_bits: -log2 of the answer's share among the answers of its relation; nan where unknown.
         majority: whether the answer is the most frequent of its relation, so that guessing finds it.
+
+    Example: `recall_items` in `tests/contributions/data/modular_arithmetic.py`.
     """
 
     prompt: str
@@ -83,6 +86,24 @@ class RecallItem:
     decile: int
     prior_bits: float
     majority: bool
+
+
+def data_of(trainer: object) -> object:
+    """Returns the data module of a Trainer, or None: it has none, or there is no Trainer."""
+    return getattr(trainer, "datamodule", None)
+
+
+def defines(data: object, method: str) -> bool:
+    """Returns whether a data module defines a method for which Lightning's base class has a stand-in only.
+
+    These are `train_dataloader` and the other loaders, `state_dict` and `load_state_dict`.
+    """
+    from lightning import LightningDataModule
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if isinstance(data, LightningDataModule):
+        return is_overridden(method, data, parent=LightningDataModule)
+    return hasattr(data, method)
 
 
 # One accessor per optional member. They use `getattr` and no runtime-checkable Protocol: `isinstance` would evaluate a
@@ -123,3 +144,66 @@ def fingerprint_of(data: object) -> str | None:
 def is_endless(data: object) -> bool:
     """Returns whether every rank can always make another training batch."""
     return getattr(data, "endless", False)
+
+
+def keeps_position(holder: object) -> bool:
+    """Returns whether a data module, or a loader, has a state by which a resumed run continues with the next batch."""
+    return defines(holder, "state_dict") and defines(holder, "load_state_dict")
+
+
+def yields_whole_steps(data: object) -> bool:
+    """Returns whether a batch is that of a whole optimizer step where there is no Trainer."""
+    return hasattr(data, "global_batch_size")
+
+
+def prompt_ids(tokenizer: TextCodec, prompt: str) -> list[int]:
+    """Returns the ids of a prompt, at least one: an empty prompt still needs a token to continue from."""
+    encode = getattr(tokenizer, "encode_prompt", None)
+    ids: list[int] = tokenizer.encode(prompt) if encode is None else encode(prompt)
+    return ids or [tokenizer.eos_id]
+
+
+def begin_ids(tokenizer: TextCodec) -> dict[str, Any]:
+    """Returns `begin_id` and `prefix_id`: the ids with which texts of a pretrained model begin, each None for none."""
+    return {name: getattr(tokenizer, name, None) for name in ("begin_id", "prefix_id")}
+
+
+def chat_template_of(tokenizer: object) -> str | None:
+    """Returns the Jinja template of conversations that belongs to a tokenizer, or None."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template if isinstance(template, str) else None
+
+
+#: What a run lacks whose data module lacks a part, in the order in which users miss it.
+_BRINGS = {
+    "tokenizer": "no sample answers, recall, predict, generate or chat",
+    "val_dataloader": "no held-out loss while training",
+    "test_dataloader": "no test after training",
+    "state_dict and load_state_dict": "a run that is continued takes its first batch again",
+    "fingerprint": "reports do not notice runs on other data",
+}
+
+
+def missing_parts(data: object, loader: object = None) -> str | None:
+    """Returns a sentence that names the optional parts which prepared `data` lack, and what a run lacks without them.
+
+    Args:
+        data: the data module of a run that is about to train.
+        loader: of its training batches, which may keep the position in its place.
+
+    Returns:
+        None where there is no data module, or nothing to say.
+    """
+    if data is None:
+        return None
+    present = {
+        "tokenizer": tokenizer_of(data) is not None,
+        "val_dataloader": defines(data, "val_dataloader"),
+        "test_dataloader": defines(data, "test_dataloader"),
+        "state_dict and load_state_dict": keeps_position(data) or keeps_position(loader),
+        "fingerprint": fingerprint_of(data) is not None,
+    }
+    parts = [f"no {part} ({brings})" for part, brings in _BRINGS.items() if not present[part]]
+    if not parts:
+        return None
+    return f"{type(data).__name__} has {', '.join(parts)}: pkm_lightning/data/base.py lists what each part is."

@@ -11,7 +11,7 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import IO
 
@@ -30,8 +30,12 @@ WAIT = 1.0
 log = logging.getLogger(__name__)
 
 
-def learn_bpe(texts: Iterable[str], vocab_size: int) -> Backend:
+def learn_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (), normalization: str | None = None
+) -> Backend:
     """Returns a BPE trained on `texts`; equal texts in equal order give an equal one.
+
+    For the arguments see `bpe_process.learn`.
 
     Raises:
         DataError: the process that trains it was killed, or ran out of memory.
@@ -43,12 +47,13 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Backend:
         first.append(text)
         size += len(text)
         if size > MOMENT_CHARACTERS:
-            return _learn_in_process(chain(first, rest), vocab_size)
-    return bpe_process.learn(first, vocab_size)
+            options = {"special_tokens": list(special_tokens), "normalization": normalization}
+            return _learn_in_process(chain(first, rest), vocab_size, json.dumps(options))
+    return bpe_process.learn(first, vocab_size, special_tokens, normalization)
 
 
-def _learn_in_process(texts: Iterator[str], vocab_size: int) -> Backend:
-    command = [sys.executable, "-P", bpe_process.__file__, str(vocab_size)]
+def _learn_in_process(texts: Iterator[str], vocab_size: int, options: str) -> Backend:
+    command = [sys.executable, "-P", bpe_process.__file__, str(vocab_size), options]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         # A session of its own: Ctrl-C reaches this process alone, which ends the other in an orderly way.
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=errors, start_new_session=True)

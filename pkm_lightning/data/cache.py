@@ -1,12 +1,14 @@
 """Cache folders that are either complete or absent: built under a lock in a temporary folder, then renamed.
 
 The name is a hash of everything that determines the content. `manifest.json` records these arguments, the sources of
-the data, and size and sha256 of every file. Every file is read and compared when a folder is opened, about 1 s per GB,
-so that a flipped bit is noticed; a damaged folder is built again.
+the data, and size and sha256 of every file. Up to 4 GB are read and compared when a folder is opened, about 1 s per GB,
+so that a flipped bit is noticed; a damaged folder is built again. The temporary folder of a build that was killed is
+removed, or continued by a build that can.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -23,6 +25,11 @@ from pkm_lightning.storage import flush
 
 #: Raised by incompatible changes of the files in a cache folder: older folders are then never found.
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+#: How far a build that resumes has come; its `sha256` are hashes that were computed while the files were written.
+PROGRESS = "progress.json"
+#: Of more data than these only the sizes of the files are compared when a run starts.
+VERIFIED_BYTES = 4_000_000_000
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +65,15 @@ class CacheKey:
     kind: str
     arguments: Mapping[str, Any]
 
+    @property
+    def digest(self) -> str:
+        """The hash of the arguments."""
+        text = json.dumps({"format": FORMAT_VERSION, **self.arguments}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def folder_name(self) -> str:
         """Returns `kind` and 16 digits of the hash."""
-        text = json.dumps({"format": FORMAT_VERSION, **self.arguments}, sort_keys=True)
-        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"{self.kind}-{self.digest[:16]}"
 
 
 def sha256_file(path: Path) -> str:
@@ -70,36 +82,71 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_cache(root: Path, key: CacheKey, build: Callable[[Path], list[Source]]) -> Path:
+def open_cache(
+    root: Path, key: CacheKey, build: Callable[[Path], list[Source]], *, resumes: bool = False, whole: bool = False
+) -> Path:
     """Returns the folder for `key`, built if it is missing or damaged; any number of processes may call at once.
 
     Args:
         root: `data.cache_dir`.
         key: the arguments that determine the content.
         build: fills an empty folder and returns its sources.
+        resumes: whether `build` continues in a folder that a killed call of it has left.
+        whole: compares all files with their hashes, however large they are.
 
     Raises:
         DataError: if the cache directory cannot be written; names the damaged file if there is one.
     """
+    remedy = (
+        "free space there, or set data.cache_dir or the environment variable PKM_LIGHTNING_CACHE to another directory"
+    )
     folder = root / key.folder_name()
-    damage = find_damage(folder, key)
+    return complete_folder(
+        folder, key, build, place=f"data.cache_dir={root}", remedy=remedy, resumes=resumes, whole=whole
+    )
+
+
+def complete_folder(
+    folder: Path,
+    key: CacheKey,
+    build: Callable[[Path], list[Source]],
+    *,
+    place: str,
+    remedy: str,
+    resumes: bool,
+    whole: bool,
+) -> Path:
+    """Returns `folder` with the content for `key`, as `open_cache` does.
+
+    Args:
+        folder: what it holds otherwise is replaced.
+        key, build, resumes, whole: see `open_cache`.
+        place: the key and directory where it lies, for messages.
+        remedy: what to do where that cannot be written, for messages.
+
+    Raises:
+        DataError: the place cannot be written, or something that `build` reads cannot be read.
+    """
+    root = folder.parent
+    damage = find_damage(folder, key, whole=whole)
     if damage is None:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with cache_lock(root / f".{folder.name}.lock"):
             # Another process may have built it while this one waited.
-            damage = find_damage(folder, key)
+            damage = find_damage(folder, key, whole=whole)
             if damage is not None:
-                _build(folder, key, build, damage)
+                _build(folder, key, build, damage, resumes=resumes)
     except OSError as error:
         if error.filename and not _touches(Path(error.filename), root):
             raise DataError(f"{error.filename} cannot be read ({error.strerror}).") from error
         damaged = f" {folder} is damaged: {damage}." if damage and folder.exists() else ""
+        kept = (
+            " What was prepared is kept, and the same command continues with it." if _part(folder, key).exists() else ""
+        )
         raise DataError(
-            f"data.cache_dir={root} cannot be written ({error.strerror or error}: {error.filename or root}); free "
-            "space there, or set data.cache_dir or the environment variable PKM_LIGHTNING_CACHE to another directory."
-            f"{damaged}"
+            f"{place} cannot be written ({error.strerror or error}: {error.filename or root}); {remedy}.{kept}{damaged}"
         ) from error
     return folder
 
@@ -111,14 +158,15 @@ def _touches(path: Path, root: Path) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of a complete cache folder."""
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return manifest
 
 
-def find_damage(folder: Path, key: CacheKey) -> str | None:
+def find_damage(folder: Path, key: CacheKey | None, *, whole: bool = False) -> str | None:
     """Returns what is wrong with a cache folder, such as `train.bin has changed since it was written`, or None.
 
-    Reads all files; where that takes long, a line is logged now and then.
+    Reads all files; where that takes long, a line is logged now and then. Of files of more than 4 GB together only the
+    sizes are compared, unless `whole`. A `key` of None stands for any.
     """
     if not folder.exists():
         return "it is missing"
@@ -126,9 +174,11 @@ def find_damage(folder: Path, key: CacheKey) -> str | None:
         manifest = read_manifest(folder)
         seal = manifest.pop("sha256", None)
         # Folders of earlier versions have no seal.
-        whole = seal in (None, _seal(manifest)) and manifest["arguments"] == json.loads(json.dumps(key.arguments))
+        is_intact = seal in (None, _seal(manifest))
+        if key is not None:
+            is_intact &= manifest["arguments"] == json.loads(json.dumps(key.arguments))
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        read = whole and isinstance(manifest["sources"], list)
+        read = is_intact and isinstance(manifest["sources"], list)
     except OSError as error:
         return f"manifest.json cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -136,27 +186,38 @@ def find_damage(folder: Path, key: CacheKey) -> str | None:
     if not read:
         return "manifest.json has changed since it was written"
     heartbeat = Heartbeat()
+    total = sum(size for size, _ in entries.values())
+    by_content = whole or total <= VERIFIED_BYTES
+    if not by_content:
+        log.info("%s: %.1f GB, of which only the sizes are compared; prepare compares the content", folder, total / 1e9)
     for name, (size, sha256) in entries.items():
         if heartbeat.is_due():
             log.info("compares the prepared data in %s with their hashes, %.0f s so far", folder, heartbeat.seconds)
         try:
             if (folder / name).stat().st_size != size:
                 return f"{name} has another size than was written"
-            if sha256_file(folder / name) != sha256:
+            if by_content and sha256_file(folder / name) != sha256:
                 return f"{name} has changed since it was written"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 
 
-def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]], damage: str) -> None:
-    if folder.exists():
+def _part(folder: Path, key: CacheKey) -> Path:
+    """Returns the folder in which the content for `key` is built."""
+    return folder.with_name(f".{folder.name}.{key.digest[:8]}.part")
+
+
+def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]], damage: str, *, resumes: bool) -> None:
+    if folder.exists() and any(folder.iterdir()):
         log.warning("The cache folder %s is damaged (%s) and is built again.", folder, damage)
-    # The lock is held, so a folder of this name was left by a build that was killed.
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = _part(folder, key)
+    # The lock is held, so folders of such names were left by builds that were killed.
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        if not (resumes and left == part):
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        part.mkdir()
+        part.mkdir(exist_ok=True)
         sources = build(part)
         _write_manifest(part, key, sources)
         # On disk before the rename: after a loss of power the name must not stand for files without content.
@@ -165,8 +226,10 @@ def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]], d
         if folder.exists():
             shutil.rmtree(folder)
         part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+    except BaseException as error:
+        # What was interrupted, or filled the disk, goes on where it was; bad input fails again.
+        if not resumes or (isinstance(error, Exception) and not isinstance(error, OSError)):
+            shutil.rmtree(part, ignore_errors=True)
         raise
     flush(folder.parent)
     for source in sources:
@@ -175,8 +238,12 @@ def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]], d
 
 
 def _write_manifest(folder: Path, key: CacheKey, sources: list[Source]) -> None:
+    (folder / MANIFEST).unlink(missing_ok=True)  # of a build that was killed before its folder was renamed
+    known = _hashes_of_build(folder)
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or sha256_file(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != PROGRESS
     }
     manifest = {
         "format": FORMAT_VERSION,
@@ -186,7 +253,17 @@ def _write_manifest(folder: Path, key: CacheKey, sources: list[Source]) -> None:
         "files": files,
     }
     manifest["sha256"] = _seal(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _hashes_of_build(folder: Path) -> dict[str, str]:
+    """Returns the hashes that a build has computed while it wrote."""
+    try:
+        hashes: dict[str, str] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        return {}
+    return hashes
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

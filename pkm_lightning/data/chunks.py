@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 
-CHUNK_CHARACTERS = 20_000
+CHUNK_CHARACTERS = 5_000
 #: A piece that has no place for a cut is cut here all the same: encoding takes 250 bytes of memory per character.
 MAX_CHUNK_CHARACTERS = 1_000_000
 
@@ -34,26 +34,40 @@ _UNBROKEN = _runs([r"\S"], MAX_UNBROKEN_CHARACTERS)
 log = logging.getLogger(__name__)
 
 
-def chunks(text: str, size: int = CHUNK_CHARACTERS) -> list[str]:
+def chunks(
+    text: str, size: int = CHUNK_CHARACTERS, *, strict: bool = False, leave_out_space: bool = False
+) -> list[str]:
     """Cuts `text` into pieces of at least `size` characters whose tokens together are those of the whole.
 
     A cut is made only before a single space between two words, which no byte-level token spans; where there is none
     within `MAX_CHUNK_CHARACTERS`, after so many.
+
+    Args:
+        text: to be cut.
+        size: characters per piece, 1 or more.
+        strict: cut between letters or digits only, which no normalisation takes for spaces.
+        leave_out_space: at the beginning of a piece, for a tokenizer that puts one there itself.
     """
-    pieces, begin = [], 0
+    pieces, begin, start = [], 0, 0
     while len(text) - begin > size:
         end = begin + max(size, MAX_CHUNK_CHARACTERS)
         cut = text.find(" ", begin + size, end)
-        # Next to other white space a cut could change how that run of white space is tokenised.
-        while 0 < cut < len(text) - 1 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+        while cut >= 0 and not _is_between_words(text, cut, strict):
             cut = text.find(" ", cut + 1, end)
-        if cut <= 0 or cut == len(text) - 1:
-            if end >= len(text):
-                break
-            cut = end
-        pieces.append(text[begin:cut])
-        begin = cut
-    return [*pieces, text[begin:]]
+        if cut < 0 and end >= len(text):
+            break
+        begin = cut if cut >= 0 else end
+        pieces.append(text[start:begin])
+        start = begin + 1 if cut >= 0 and leave_out_space else begin
+    return [*pieces, text[start:]]
+
+
+def _is_between_words(text: str, space: int, strict: bool) -> bool:
+    before, after = text[space - 1], text[space + 1 : space + 2]
+    if strict:
+        return before.isalnum() and after.isalnum()
+    # Next to other white space a cut could change how that run of white space is tokenised.
+    return after != "" and not before.isspace() and not after.isspace()
 
 
 def grouped(pieces: Iterable[str], characters: int) -> Iterator[list[str]]:

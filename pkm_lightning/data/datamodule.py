@@ -17,18 +17,20 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from pkm_lightning.data.base import Batch
 from pkm_lightning.data.batch import SequenceSource, as_is
 from pkm_lightning.data.cache import CacheKey, Source, open_cache, read_manifest
 from pkm_lightning.data.files import expanded
-from pkm_lightning.data.order import EpochOrder, ShareBatchSampler, StepBatchSampler, micro_batch_size
+from pkm_lightning.data.order import Order, ShareBatchSampler, StepBatchSampler, micro_batch_size
 from pkm_lightning.data.prompts import PromptBatches, check_prompts, collect_prompts
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import ConfigError, DataError, check_range
 
-__all__ = ["Splits", "TokenDataModule", "TokenOptions"]
+__all__ = ["LoaderOptions", "Splits", "TokenDataModule", "TokenOptions"]
 
 #: Longer sequences fit in no memory: one of them has a quarter of a gigabyte of ids, labels and documents.
 MAX_SEQ_LEN = 2**24
@@ -36,12 +38,10 @@ MAX_SEQ_LEN = 2**24
 log = logging.getLogger(__name__)
 
 
-class TokenOptions(TypedDict):
+class LoaderOptions(TypedDict):
     """The configuration keys that every tokenised data source has.
 
     Attributes:
-        tokenizer: `bpe`, `bytes`, or the path of a `tokenizer.json`.
-        vocab_size: tokens of a `bpe` vocabulary, 258 or more.
         seq_len: tokens per sequence, T.
         global_batch_size: sequences per optimizer step, over all ranks and micro-batches.
         num_workers: loader processes per rank; 0 loads in the training process.
@@ -51,8 +51,6 @@ class TokenOptions(TypedDict):
         prompts_file: a file of further prompts, or None.
     """
 
-    tokenizer: str
-    vocab_size: int
     seq_len: int
     global_batch_size: int
     num_workers: int
@@ -60,6 +58,34 @@ class TokenOptions(TypedDict):
     cache_dir: str
     prompts: Sequence[str]
     prompts_file: str | None
+
+
+class TokenizerOptions(TypedDict, total=False):
+    """The configuration keys of a tokenizer that may be absent; `TokenizerChoice` explains them.
+
+    Attributes:
+        special_tokens: names of further control tokens.
+        normalization: what is done to texts before they are encoded, or None.
+        tokenizer_bytes: of text that a `bpe` vocabulary is learned from at most.
+        tokenizer_pattern: cuts texts for a .tiktoken file, or None.
+    """
+
+    special_tokens: Sequence[str]
+    normalization: str | None
+    tokenizer_bytes: int
+    tokenizer_pattern: str | None
+
+
+class TokenOptions(LoaderOptions, TokenizerOptions):
+    """The configuration keys of a data source that turns text into tokens.
+
+    Attributes:
+        tokenizer: `bpe`, `bytes`, or a path; see `TokenizerChoice`.
+        vocab_size: tokens of a `bpe` vocabulary, 258 or more.
+    """
+
+    tokenizer: str
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -71,14 +97,17 @@ class Splits:
         train: training sequences, and `order` the epochs over them.
         validation: validation sequences, and `validation_keys` all of their keys in a fixed order.
         tokens: of the training and the validation part, for display.
+        test: test sequences, and `test_keys` all of their keys; None where there are none of their own.
     """
 
     tokenizer: Tokenizer
     train: SequenceSource
-    order: EpochOrder
+    order: Order
     validation: SequenceSource
     validation_keys: Sequence[Any]
     tokens: tuple[int, int] | None = None
+    test: SequenceSource | None = None
+    test_keys: Sequence[Any] = ()
 
 
 class TokenDataModule(LightningDataModule):
@@ -89,14 +118,18 @@ class TokenDataModule(LightningDataModule):
 
     Raises:
         ConfigError: for a missing or unknown key, or a value out of range.
+
+    Example: `tests/contributions/data/modular_arithmetic.py`.
     """
 
     #: Every rank can always make another training batch.
     endless = True
+    #: Whether `build` continues in a folder that a killed call of it has left.
+    resumes_build = False
 
     def __init__(self, **options: Unpack[TokenOptions]) -> None:
         super().__init__()
-        wrong = sorted(set(options) ^ TokenOptions.__required_keys__)
+        wrong = sorted((set(options) ^ TokenOptions.__required_keys__) - TokenOptions.__optional_keys__)
         if wrong:
             raise ConfigError(
                 f"data has missing or unknown keys: {', '.join(wrong)}; besides its own, every token data source has "
@@ -118,7 +151,7 @@ class TokenDataModule(LightningDataModule):
         check_prompts(options["prompts"])
         self._prompts = options["prompts"]
         self._prompts_file = options["prompts_file"]
-        self.tokenizer_choice = TokenizerChoice(options["tokenizer"], options["vocab_size"], self.cache_dir)
+        self.tokenizer_choice = TokenizerChoice.of(options, self.cache_dir)
         self._folder: Path | None = None
         self._splits: Splits | None = None
         self._loaded_samples = 0
@@ -150,13 +183,21 @@ class TokenDataModule(LightningDataModule):
         """Returns the complete cache folder, which is built if it is missing."""
         # Remembered, so that a source file edited during a run does not change the data under it.
         if self._folder is None:
-            if self.cache_dir.parts[:1] == ("~",):
-                raise ConfigError(
-                    f"data.cache_dir={self.cache_dir}: this user has no home directory; set data.cache_dir or the "
-                    "environment variable PKM_LIGHTNING_CACHE to a directory."
-                )
-            self._folder = open_cache(self.cache_dir, self.cache_key(), self.build)
+            self._folder = open_cache(self.usable_cache_dir(), self.cache_key(), self.build, resumes=self.resumes_build)
         return self._folder
+
+    def usable_cache_dir(self) -> Path:
+        """Returns `cache_dir`.
+
+        Raises:
+            ConfigError: it lies in the home directory of a user who has none.
+        """
+        if self.cache_dir.parts[:1] == ("~",):
+            raise ConfigError(
+                f"data.cache_dir={self.cache_dir}: this user has no home directory; set data.cache_dir or the "
+                "environment variable PKM_LIGHTNING_CACHE to a directory."
+            )
+        return self.cache_dir
 
     @property
     def fingerprint(self) -> str:
@@ -206,15 +247,14 @@ class TokenDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns one pass over the validation sequences, shared out over the ranks."""
-        rank, world_size = self._rank_and_world_size()
-        sampler = ShareBatchSampler(
-            self.splits.validation_keys, rank=rank, world_size=world_size, batch_size=self._micro_batch_size()
-        )
-        return self._loader(self.splits.validation, sampler)
+        return self._one_pass(self.splits.validation, self.splits.validation_keys)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Returns the validation sequences."""
-        return self.val_dataloader()
+        """Returns one pass over the test sequences, or over those of validation where there are no others."""
+        if self.splits.test is None:
+            rank_zero_only(log.info)("the data have no test part: the validation part is tested")
+            return self.val_dataloader()
+        return self._one_pass(self.splits.test, self.splits.test_keys)
 
     def predict_dataloader(self) -> PromptBatches:
         """Returns the prompts of this rank; index -1 marks a filler.
@@ -257,6 +297,11 @@ class TokenDataModule(LightningDataModule):
             log.warning("The data differ from the checkpoint in order_seed; the resumed order is not exact.")
         self._loaded_samples = int(state_dict["samples"])
         self._loaded_batches = None
+
+    def _one_pass(self, source: SequenceSource, keys: Sequence[Any]) -> DataLoader[Batch]:
+        rank, world_size = self._rank_and_world_size()
+        batch_size = self._micro_batch_size()
+        return self._loader(source, ShareBatchSampler(keys, rank=rank, world_size=world_size, batch_size=batch_size))
 
     def _loader(self, source: SequenceSource, sampler: StepBatchSampler | ShareBatchSampler) -> DataLoader[Batch]:
         return DataLoader(

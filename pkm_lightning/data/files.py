@@ -1,13 +1,8 @@
-"""Finding and reading the user's files: every error names the file, and the line or byte where it can.
-
-Lines end with a line feed, with or without a carriage return before it, and with nothing else: texts hold U+2028,
-U+0085, form feeds and other characters that `str.splitlines` takes for ends of lines.
-"""
+"""Finding the user's files: every error names what was given, what it is, and what is allowed."""
 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import stat
@@ -17,6 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pkm_lightning.errors import ConfigError, DataError
+
+#: Endings of compressed files, which stand behind that of the content.
+COMPRESSED = (".gz", ".zst")
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -70,22 +68,23 @@ def require_file(name: str, file: Path, remedy: str) -> None:
         raise DataError(f"{name} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; {remedy}.")
 
 
-def find_files(path: str | Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+def find_files(path: str | Sequence[str], suffixes: Sequence[str], key: str = "data.path") -> list[Path]:
     """Returns the files that `data.path` names, sorted within each entry, none twice.
 
     Args:
         path: a file, a directory (searched to any depth for `suffixes`), a glob (`**` spans directories), or a list.
-        suffixes: such as ".txt".
+        suffixes: such as ".txt"; files whose names go on with an ending of `COMPRESSED` are of that kind too.
+        key: that `path` is the value of.
 
     Raises:
         ConfigError: if the list is empty.
         DataError: if an entry does not exist, cannot be read or matches nothing.
     """
-    check_paths("data.path", path)
+    check_paths(key, path)
     # A dict as an ordered set: a file may match several entries.
     files: dict[Path, None] = {}
     for entry in [path] if isinstance(path, str) else path:
-        files.update(dict.fromkeys(_matches(str(expanded(entry)), suffixes)))
+        files.update(dict.fromkeys(_matches(str(expanded(entry)), suffixes, key)))
     return list(files)
 
 
@@ -93,24 +92,34 @@ def skipped_files(path: str | Sequence[str], suffixes: Sequence[str]) -> Counter
     """Returns how many files with which other endings lie in the directories that `data.path` names."""
     folders = [expanded(entry) for entry in ([path] if isinstance(path, str) else path)]
     files = (file for folder in folders if os.path.isdir(folder) for file in _walk(folder))
-    return Counter(file.suffix or file.name for file in files if file.suffix not in suffixes)
+    return Counter(_ending(file) or file.name for file in files if not _has_ending(file, suffixes))
 
 
-def _matches(entry: str, suffixes: Sequence[str]) -> list[Path]:
+def _ending(file: Path) -> str:
+    """Returns the ending of a name, with that of the compressed content, such as `.csv.gz`."""
+    inner = Path(file.stem).suffix if file.suffix in COMPRESSED else ""
+    return inner + file.suffix
+
+
+def _has_ending(file: Path, suffixes: Sequence[str]) -> bool:
+    return _ending(file).removesuffix(file.suffix if file.suffix in COMPRESSED else "") in suffixes
+
+
+def _matches(entry: str, suffixes: Sequence[str], key: str) -> list[Path]:
     patterns = ", ".join(f"*{suffix}" for suffix in suffixes)
     # os.path and not Path, whose methods raise for names that are too long.
     if os.path.isdir(entry):
-        files = sorted(file for file in _walk(Path(entry)) if file.suffix in suffixes)
+        files = sorted(file for file in _walk(Path(entry)) if _has_ending(file, suffixes))
     # Before globs: the name of an existing file may hold brackets.
     elif os.path.exists(entry) or not glob.has_magic(entry):
-        require_file(f"data.path={entry}", Path(entry), f"give a file, a directory with {patterns}, or a glob")
+        require_file(f"{key}={entry}", Path(entry), f"give a file, a directory with {patterns}, or a glob")
         files = [Path(entry)]
     else:
         files = sorted(Path(file) for file in glob.glob(entry, recursive=True) if Path(file).is_file())
     if not files:
         others = shown_endings(skipped_files(entry, suffixes))
         raise DataError(
-            f"data.path={entry} matches no file; directories are searched for {patterns}"
+            f"{key}={entry} matches no file; directories are searched for {patterns}"
             f"{f', and this one holds {others}' if others else ''}."
         )
     return files
@@ -152,53 +161,9 @@ def read_text(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from error
 
 
-def read_documents(file: Path, document_separator: int | None) -> list[str]:
-    """Returns the documents of a text file that are not blank.
-
-    Args:
-        file: UTF-8 text.
-        document_separator: blank lines (or more) that end a document; None makes the file one document.
-    """
-    text = read_text(file)
-    parts = [text] if document_separator is None else re.split(rf"\n(?:[ \t\r]*\n){{{document_separator},}}", text)
-    return [part for part in parts if part.strip()]
-
-
 def split_lines(text: str) -> list[str]:
     """Returns the lines of a text without their ends, which are line feeds or carriage returns with line feeds."""
     return re.split(r"\r?\n", text)
-
-
-def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects of a .jsonl file with their place, as `file:line`; blank lines are skipped.
-
-    Numbers are floats, and objects within the fields are tuples of pairs: a record is read for its texts.
-
-    Raises:
-        DataError: naming file and line, if a line is not a JSON object, or has a field twice.
-    """
-    for number, line in enumerate(split_lines(read_text(file)), start=1):
-        if line.strip():
-            where = f"{file}:{number}"
-            yield where, _record(where, line)
-
-
-def _record(where: str, line: str) -> dict[str, Any]:
-    try:
-        # `parse_int`: Python refuses to convert more than 4,300 digits to an integer.
-        record = json.loads(line, parse_int=float, object_pairs_hook=tuple)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error.msg}); each line must be one object.") from error
-    except RecursionError:
-        raise DataError(f"{where} is nested too deeply; each line must be one object with fields.") from None
-    if not isinstance(record, tuple):
-        kind = {"float": "number", "str": "text", "NoneType": "null"}.get(type(record).__name__, type(record).__name__)
-        raise DataError(f"{where} is a JSON {kind}; each line must be one object with fields.")
-    fields = dict(record)
-    if len(fields) < len(record):
-        name = next(name for name, count in Counter(name for name, _ in record).items() if count > 1)
-        raise DataError(f"{where} has the field '{name}' more than once; leave one of them.")
-    return fields
 
 
 def check_characters(where: str, text: str) -> None:
@@ -215,20 +180,3 @@ def check_characters(where: str, text: str) -> None:
             f"{where} holds \\u{ord(text[error.start]):04x} after {before!r}, which is half of a character; correct "
             "it, or remove it."
         ) from None
-
-
-def text_field(where: str, record: dict[str, Any], field: str) -> str:
-    """Returns the text in `field`, without surrounding white space.
-
-    Raises:
-        DataError: naming file, line and the fields present, if it is missing, blank, not text, or half a character.
-    """
-    value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
-        problem = "is missing" if field not in record else "is blank" if isinstance(value, str) else "is not text"
-        raise DataError(
-            f"{where}: field '{field}' {problem} (fields present: {', '.join(record)}); correct the record or set "
-            "data.text_field, data.prompt_field and data.answer_field."
-        )
-    check_characters(f"{where}: field '{field}'", value)
-    return value.strip()

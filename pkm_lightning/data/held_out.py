@@ -1,7 +1,8 @@
 """What a run keeps of its data, so that it can be validated and tested anywhere without them.
 
-A folder holds the validation sequences (`sequences.npz`), the questions about the data (`questions.json`), and where
-they come from (`source.json`). It is made from any `TokenDataModule`; `HeldOutDataModule` reads it.
+A folder holds the validation sequences (`sequences.npz`), those of the test part if there are any (`test.npz`), the
+questions about the data (`questions.json`), and where they come from (`source.json`). It is made from any
+`TokenDataModule`; `HeldOutDataModule` reads it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import logging
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem, recall_items_of
-from pkm_lightning.data.batch import filler, to_batch, token_dtype
+from pkm_lightning.data.batch import SequenceSource, filler, to_batch, token_dtype
 from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
 from pkm_lightning.data.kept_questions import damaged, read_json, read_questions, write_questions
@@ -33,7 +34,9 @@ __all__ = ["HeldOutDataModule"]
 #: A run keeps no more validation tokens than these, at about 3 bytes each on disk and 12 in memory.
 MOST_TOKENS = 2**24
 _ARRAYS = ("inputs", "labels", "documents", "widths")
-_SEQUENCES, _QUESTIONS, _SOURCE = "sequences.npz", "questions.json", "source.json"
+_SEQUENCES, _TEST, _QUESTIONS, _SOURCE = _FILES = "sequences.npz", "test.npz", "questions.json", "source.json"
+#: Inputs, labels and documents of one sequence.
+_Columns: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 _log = logging.getLogger(__name__)
 
@@ -44,24 +47,34 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    sequences = list(_validation_sequences(data))
-    if sum(len(columns[0]) for columns in sequences) > MOST_TOKENS:
+    splits = data.splits
+    parts = {_SEQUENCES: _sequences(splits.validation, splits.validation_keys, splits.tokenizer)}
+    if splits.test is not None:
+        parts[_TEST] = _sequences(splits.test, splits.test_keys, splits.tokenizer)
+    if any(sequences is None for sequences in parts.values()):
+        # All or nothing: without the test part, `test` would show figures of the validation part.
         _log.info(
-            "validation has more than %s tokens, which the run does not keep: validate needs the data", MOST_TOKENS
+            "validation or test has more than %s tokens, which the run does not keep: both need the data", MOST_TOKENS
         )
         return
-    if not sequences:
+    if not parts[_SEQUENCES]:
         return
     folder.mkdir(exist_ok=True)
+    for name, sequences in parts.items():
+        if sequences:
+            _write_sequences(folder / name, sequences)
+    write_questions(folder / _QUESTIONS, recall_items_of(data, None))
+    # Last: a folder without it is not complete.
+    source = {"data": type(data).__name__, "fingerprint": data.fingerprint, "test": bool(parts.get(_TEST))}
+    write_beside(folder / _SOURCE, json.dumps(source, indent=1) + "\n")
+
+
+def _write_sequences(file: Path, sequences: list[_Columns]) -> None:
     columns = dict(zip(_ARRAYS[:3], map(np.concatenate, zip(*sequences, strict=True)), strict=True))
     columns["widths"] = np.asarray([len(inputs) for inputs, *_ in sequences], dtype=np.int64)
     # The names of the arrays are those of the parameters of savez; mypy takes them for its own.
-    np.savez_compressed(folder / _SEQUENCES, **columns)  # type: ignore[arg-type]
-    flush(folder / _SEQUENCES)
-    write_questions(folder / _QUESTIONS, recall_items_of(data, None))
-    # Last: a folder without it is not complete.
-    source = {"data": type(data).__name__, "fingerprint": data.fingerprint}
-    write_beside(folder / _SOURCE, json.dumps(source, indent=1) + "\n")
+    np.savez_compressed(file, **columns)  # type: ignore[arg-type]
+    flush(file)
 
 
 def holds_held_out(folder: Path) -> bool:
@@ -87,26 +100,29 @@ def copy_files(source: Path, folder: Path) -> None:
         OSError: a file cannot be read, the disk is full, or the folder cannot be written.
     """
     folder.mkdir()
-    for name in (_SEQUENCES, _QUESTIONS, _SOURCE):
+    for name in _FILES:
+        if name == _TEST and not (source / name).exists():
+            continue
         with open_regular(source / name, "rb") as file, (folder / name).open("wb") as copy:
             shutil.copyfileobj(file, copy)
 
 
-def _validation_sequences(data: TokenDataModule) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields inputs, labels and documents of each sequence, as narrow as they are stored."""
-    keys = data.splits.validation_keys
-    tokens = 0
+def _sequences(source: SequenceSource, keys: Sequence[Any], tokenizer: Tokenizer) -> list[_Columns] | None:
+    """Returns inputs, labels and documents of each sequence, as narrow as they are stored; None if too many."""
+    sequences, tokens = list[_Columns](), 0
     for key in (keys[i] for i in range(len(keys))):
-        batch = data.splits.validation.__getitems__([key])
+        batch = source.__getitems__([key])
         tokens += batch["input_ids"].numel()
-        inputs, labels, documents = (batch[name][0].numpy() for name in ("input_ids", "labels", "doc_ids"))
-        yield inputs.astype(token_dtype(data.tokenizer.vocab_size)), labels.astype(np.int32), documents.astype(np.int32)
         if tokens > MOST_TOKENS:
-            return
+            return None
+        inputs, labels, documents = (batch[name][0].numpy() for name in ("input_ids", "labels", "doc_ids"))
+        narrow = inputs.astype(token_dtype(tokenizer.vocab_size)), labels.astype(np.int32), documents.astype(np.int32)
+        sequences.append(narrow)
+    return sequences
 
 
 class HeldOutSequences:
-    """Source of the sequences in a folder; a key is the number of a sequence.
+    """Source of the sequences in a file; a key is the number of a sequence.
 
     A batch is as wide as its widest sequence, as it was where the data themselves were at hand.
 
@@ -114,9 +130,9 @@ class HeldOutSequences:
         DataError: the folder is damaged.
     """
 
-    def __init__(self, folder: Path, pad_id: int, vocab_size: int) -> None:
-        self._args, self._pad_id = (folder, pad_id, vocab_size), pad_id
-        arrays = _read_arrays(folder / _SEQUENCES, vocab_size)
+    def __init__(self, file: Path, pad_id: int, vocab_size: int) -> None:
+        self._args, self._pad_id = (file, pad_id, vocab_size), pad_id
+        arrays = _read_arrays(file, vocab_size)
         self._inputs, self._labels, self._documents, widths = (arrays[name] for name in _ARRAYS)
         self._bounds = np.concatenate([[0], np.cumsum(widths)])
 
@@ -217,7 +233,10 @@ class HeldOutDataModule(TokenDataModule):
         Raises:
             DataError: the folder is damaged.
         """
-        sequences = HeldOutSequences(folder, self._tokenizer.pad_id, self._tokenizer.vocab_size)
+        ids = self._tokenizer.pad_id, self._tokenizer.vocab_size
+        sequences = HeldOutSequences(folder / _SEQUENCES, *ids)
+        # Not whether the file is there: without it the validation part would be tested.
+        test = HeldOutSequences(folder / _TEST, *ids) if self._source().get("test") else None
         self._questions = read_questions(folder / _QUESTIONS)
         return Splits(
             tokenizer=self._tokenizer,
@@ -225,6 +244,8 @@ class HeldOutDataModule(TokenDataModule):
             order=ShuffledOrder(len(sequences), self.order_seed),
             validation=sequences,
             validation_keys=range(len(sequences)),
+            test=test,
+            test_keys=() if test is None else range(len(test)),
         )
 
     @property
@@ -235,11 +256,14 @@ class HeldOutDataModule(TokenDataModule):
     @property
     def fingerprint(self) -> str:
         """That of the data which the folder was made from."""
+        return str(self._source()["fingerprint"])
+
+    def _source(self) -> dict[str, Any]:
         file = self.cache_folder() / _SOURCE
         source = read_json(file)
         if not isinstance(source, dict) or not isinstance(source.get("fingerprint"), str):
             raise damaged(file)
-        return str(source["fingerprint"])
+        return source
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Raises DataError: what a run keeps is for evaluation."""

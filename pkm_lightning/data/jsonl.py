@@ -16,8 +16,9 @@ from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.corpus import CorpusDataModule
 from pkm_lightning.data.datamodule import Splits, TokenOptions
-from pkm_lightning.data.files import file_identities, read_records, text_field
+from pkm_lightning.data.files import file_identities
 from pkm_lightning.data.packing import PackedOrder, pack
+from pkm_lightning.data.readers.records import read_records, text_field
 from pkm_lightning.data.statements import StatementSequences, StatementStore, write_statements
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import ConfigError, DataError, check_choice
@@ -141,7 +142,7 @@ class JsonlDataModule(CorpusDataModule):
         ]
 
     def _records(self) -> list[Record]:
-        raw = [pair for file in self.files() for pair in read_records(file)]
+        raw = [(f"{file}:{line}", record) for file in self.files() for line, record in read_records(file)]
         if not raw:
             raise DataError(f"data.path={self.path} is empty; write one JSON object per line.")
         if self.prompt_field in raw[0][1] and self.answer_field in raw[0][1]:

@@ -12,21 +12,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pkm_lightning.data.permutation import Permutation
 from pkm_lightning.errors import ConfigError
 
 
-class EpochOrder(Protocol):
-    """Which sequences an epoch holds, in which order; both methods depend on the seed and the epoch alone."""
+class Order(Protocol):
+    """Sequences in training order, in sections: epochs, or blocks of an epoch that is too large to be laid out at once.
 
-    def size(self, epoch: int) -> int:
-        """Returns the number of sequences of this epoch, at least 1."""
+    Both methods depend on the seed and the number of the section alone; there is no last section.
+    """
 
-    def keys(self, epoch: int) -> Sequence[Any]:
-        """Returns the keys of this epoch's sequences in training order."""
+    def size(self, section: int) -> int:
+        """Returns the number of sequences of this section, at least 1."""
+
+    def keys(self, section: int) -> Sequence[Any]:
+        """Returns the keys of this section's sequences in training order."""
 
 
 class ShuffledOrder:
-    """Keys 0..n-1, shuffled anew in every epoch."""
+    """Keys 0..n-1, shuffled anew in every epoch; n may be any number, since no list of them is made."""
 
     def __init__(self, n: int, seed: int) -> None:
         self._n = n
@@ -36,10 +40,9 @@ class ShuffledOrder:
         """Returns n, for every epoch."""
         return self._n
 
-    def keys(self, epoch: int) -> Sequence[int]:
+    def keys(self, epoch: int) -> Permutation:
         """Returns the permutation of this epoch."""
-        permutation: Sequence[int] = epoch_generator(self._seed, epoch).permutation(self._n).tolist()
-        return permutation
+        return Permutation(self._n, self._seed, epoch)
 
 
 def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
@@ -49,29 +52,29 @@ def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
 
 
 class Timeline:
-    """All epochs of an order laid end to end, addressed by global position.
+    """All sections of an order laid end to end, addressed by global position.
 
-    Epochs may differ in size (packing), so the starts of the epochs are summed up as they are first needed.
+    Sections may differ in size (packing), so their starts are summed up as they are first needed.
     """
 
-    def __init__(self, order: EpochOrder) -> None:
+    def __init__(self, order: Order) -> None:
         self._order = order
         self._starts = [0]
-        self._epoch = -1
+        self._section = -1
         self._keys: Sequence[Any] = ()
 
     def keys(self, position: int, count: int) -> list[Any]:
-        """Returns the `count` keys from `position` on, across epochs where needed."""
+        """Returns the `count` keys from `position` on, across sections where needed."""
         keys: list[Any] = []
         while len(keys) < count:
-            epoch = self._find_epoch(position + len(keys))
-            if epoch != self._epoch:
-                self._keys, self._epoch = self._order.keys(epoch), epoch
-            begin = position + len(keys) - self._starts[epoch]
+            section = self._find_section(position + len(keys))
+            if section != self._section:
+                self._keys, self._section = self._order.keys(section), section
+            begin = position + len(keys) - self._starts[section]
             keys.extend(self._keys[begin : begin + count - len(keys)])
         return keys
 
-    def _find_epoch(self, position: int) -> int:
+    def _find_section(self, position: int) -> int:
         while self._starts[-1] <= position:
             self._starts.append(self._starts[-1] + self._order.size(len(self._starts) - 1))
         return bisect_right(self._starts, position) - 1
@@ -81,16 +84,14 @@ class StepBatchSampler:
     """Endless micro-batches of one rank: at position p, rank r of W takes the b sequences from p + r * b on.
 
     Args:
-        order: the sequences of every epoch.
+        order: the sequences.
         start: returns the global position; called whenever an iteration begins.
         rank: this rank, 0 to `world_size` - 1.
         world_size: number of ranks that read different data.
         micro_batch: b, sequences per rank and micro-batch.
     """
 
-    def __init__(
-        self, order: EpochOrder, start: Callable[[], int], *, rank: int, world_size: int, micro_batch: int
-    ) -> None:
+    def __init__(self, order: Order, start: Callable[[], int], *, rank: int, world_size: int, micro_batch: int) -> None:
         self._timeline = Timeline(order)
         self._start = start
         self._offset = rank * micro_batch
@@ -115,7 +116,7 @@ class ShareBatchSampler:
 
     def __init__(self, keys: Sequence[Any], *, rank: int, world_size: int, batch_size: int) -> None:
         # Interleaved shares differ by one key at most; divisions below round up.
-        self._share = [keys[i] for i in range(rank, len(keys), world_size)]
+        self._keys, self._share = keys, range(rank, len(keys), world_size)
         self._batch_size = batch_size
         largest_share = -(-len(keys) // world_size)
         self._n_batches = -(-largest_share // batch_size)
@@ -125,7 +126,7 @@ class ShareBatchSampler:
 
     def __iter__(self) -> Iterator[list[Any]]:
         for i in range(self._n_batches):
-            yield self._share[i * self._batch_size : (i + 1) * self._batch_size]
+            yield [self._keys[place] for place in self._share[i * self._batch_size : (i + 1) * self._batch_size]]
 
 
 def micro_batch_size(global_batch_size: int, world_size: int, accumulate: int) -> int:

@@ -1,5 +1,7 @@
 """Packing: a training sequence is filled with whole statements in shuffled order until the next one does not fit.
 
+A statement is a document, or a piece of one that is too long for a sequence.
+
 Next-fit never looks back, so the sequences are a function of the shuffle alone. One vectorised search finds where every
 possible sequence would end; a short loop follows those ends from sequence to sequence.
 """
@@ -12,6 +14,10 @@ from typing import overload
 import numpy as np
 
 from pkm_lightning.data.order import epoch_generator
+from pkm_lightning.data.permutation import Permutation
+
+#: Pieces that are laid out at a time: 20 MB, and a few tenths of a second.
+BLOCK = 2**20
 
 
 def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -98,4 +104,36 @@ class PackedOrder:
         if self._latest is None or self._latest[0] != epoch:
             shuffled = epoch_generator(self._seed, epoch).permutation(self._statement_ids)
             self._latest = (epoch, pack(shuffled, self._lengths, self._capacity))
+        return self._latest[1]
+
+
+class PieceOrder:
+    """The pieces of a part of any size: shuffled as a whole in every epoch, then packed block by block.
+
+    A section is a block of at most `BLOCK` pieces of the shuffled list, which alone is held in memory.
+
+    Args:
+        lengths: (pieces,) tokens of each piece; may be a mapped file.
+        capacity: tokens that a sequence can hold, or None for one piece per sequence.
+        seed: together with the epoch it decides the order.
+        block: pieces per section.
+    """
+
+    def __init__(self, lengths: np.ndarray, *, capacity: int | None, seed: int, block: int = BLOCK) -> None:
+        self._lengths, self._capacity, self._seed, self._block = lengths, capacity, seed, block
+        self._blocks = -(-len(lengths) // block)
+        self._latest: tuple[int, PackedKeys] | None = None
+
+    def size(self, section: int) -> int:
+        """Returns the number of sequences of a block."""
+        return len(self.keys(section))
+
+    def keys(self, section: int) -> PackedKeys:
+        """Returns the keys of a block, arrays of piece numbers, in training order."""
+        # `size` and then `keys` are called for the same section.
+        if self._latest is None or self._latest[0] != section:
+            epoch, block = divmod(section, self._blocks)
+            places = np.arange(block * self._block, min((block + 1) * self._block, len(self._lengths)))
+            pieces = Permutation(len(self._lengths), self._seed, epoch).at(places)
+            self._latest = (section, pack(pieces, self._lengths, self._capacity))
         return self._latest[1]

@@ -143,6 +143,30 @@ def _convert(gguf: Path, folder: Path, key: str) -> None:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(f"{key}{gguf} cannot be read as a GGUF file of a language model ({reason:.300}).") from None
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+    _write_tokenizer(tokenizer, folder)
+
+
+def convert_tokenizer(source: Path, folder: Path, key: str) -> None:
+    """Writes the tokenizer of the Hugging Face folder `source`, which has no tokenizer.json, into `folder`.
+
+    Raises:
+        ConfigError: transformers is not installed.
+        DataError: it cannot be converted.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise missing_extra(f"{key}{source}, which holds no tokenizer.json,", "transformers", "hf")
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        _write_tokenizer(tokenizer, folder)
+    except Exception as error:  # of any kind, from the readers of several libraries
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise DataError(f"{key}{source} holds no tokenizer that transformers converts ({reason:.300}).") from None
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     named = {name: getattr(tokenizer, name) for name in _NAMED}
     (folder / "tokenizer_config.json").write_text(json.dumps(named, indent=1), encoding="utf-8")

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from pkm_lightning.data.files import check_characters, expanded, read_records, read_text, require_file, split_lines
+from pkm_lightning.data.files import check_characters, expanded, read_text, require_file, split_lines
+from pkm_lightning.data.readers.records import read_records
 from pkm_lightning.errors import ConfigError, DataError
 
 
@@ -60,7 +61,7 @@ def read_prompts(path: Path, key: str = "data.prompts_file") -> list[str]:
     """
     require_file(f"{key}={path}", path, "set a text file with one prompt per line, or a .jsonl")
     if path.suffix == ".jsonl":
-        prompts = [_prompt_field(where, record) for where, record in read_records(path)]
+        prompts = [_prompt_field(f"{path}:{line}", record) for line, record in read_records(path)]
     else:
         prompts = [line for line in split_lines(read_text(path)) if line.strip()]
     if not prompts:

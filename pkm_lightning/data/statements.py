@@ -14,11 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pkm_lightning.data.base import NO_TARGET, Batch
-from pkm_lightning.data.batch import filler, to_batch, token_dtype
+from pkm_lightning.data.batch import WIDTH_STEP, filler, packed_batch, token_dtype
 from pkm_lightning.errors import ConfigError
-
-#: Sequences that are not packed are padded to a multiple of this, so that batches have few different shapes.
-WIDTH_STEP = 8
 
 
 class StatementStore:
@@ -98,27 +95,10 @@ class StatementSequences:
         store = self._store
         ids_P = np.concatenate(keys)
         len_P = store.lengths[ids_P]
-        count_B = np.asarray([len(key) for key in keys])
-        sequence_P = np.repeat(np.arange(len(keys)), count_B)
-        first_B = np.cumsum(count_B) - count_B
-        # Where a statement begins: in the batch laid end to end, then in its own sequence.
-        begin_P = np.cumsum(len_P) - len_P
-        column_P = begin_P - begin_P[first_B][sequence_P]
-        width = self._width or -(-int((column_P + len_P).max()) // WIDTH_STEP) * WIDTH_STEP
-
-        within_M = np.arange(int(len_P.sum())) - np.repeat(begin_P, len_P)
+        within_M = np.arange(int(len_P.sum())) - np.repeat(np.cumsum(len_P) - len_P, len_P)
         source_M = np.repeat(store.offsets[ids_P], len_P) + within_M
-        place = np.repeat(sequence_P, len_P), np.repeat(column_P, len_P) + within_M
         target_M = store.tokens[source_M + 1].astype(np.int64)
         if self._answer_only:
             target_M[within_M + 1 < np.repeat(store.answer_starts[ids_P], len_P)] = NO_TARGET
-
-        shape = (len(keys), width)
-        input_BT = np.full(shape, self._pad_id, dtype=np.int64)
-        labels_BT = np.full(shape, NO_TARGET, dtype=np.int64)
-        docs_BT = np.full(shape, -1, dtype=np.int64)
-        input_BT[place] = store.tokens[source_M]
-        labels_BT[place] = target_M
-        # Documents are numbered from 0 within their sequence.
-        docs_BT[place] = np.repeat(np.arange(len(ids_P)) - first_B[sequence_P], len_P)
-        return to_batch(input_BT, labels_BT, docs_BT)
+        count_B = np.asarray([len(key) for key in keys])
+        return packed_batch(count_B, len_P, store.tokens[source_M], target_M, width=self._width, pad_id=self._pad_id)

@@ -12,8 +12,10 @@ from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.chunks import MAX_WORD_CHARACTERS, chunks
 from pkm_lightning.data.corpus import CorpusDataModule
 from pkm_lightning.data.datamodule import Splits, TokenOptions
-from pkm_lightning.data.files import file_identities, read_documents
+from pkm_lightning.data.files import file_identities
 from pkm_lightning.data.order import ShuffledOrder
+from pkm_lightning.data.readers.decoding import text_blocks
+from pkm_lightning.data.readers.text import split_documents
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.data.windows import Windows, write_tokens
 from pkm_lightning.errors import DataError, check_range
@@ -105,7 +107,13 @@ class TextDataModule(CorpusDataModule):
 
     def _documents(self, files: list[Path]) -> Iterator[str]:
         for file in files:
-            yield from read_documents(file, self.document_separator)
+            document = ""
+            for text, ends in split_documents(text_blocks(file), self.document_separator):
+                document += text
+                if ends:
+                    if document.strip():
+                        yield document
+                    document = ""
 
     def _parts(self, files: list[Path]) -> tuple[Callable[[], Iterator[str]], Callable[[], Iterator[str]]]:
         """Returns two functions that read the training and the validation documents from the files.

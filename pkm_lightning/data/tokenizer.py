@@ -13,41 +13,34 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
+from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
 
 from pkm_lightning.data.bpe import learn_bpe
 from pkm_lightning.data.bpe_process import EOS, PAD, alphabet, byte_level
-from pkm_lightning.data.cache import sha256_file
 from pkm_lightning.data.chunks import CHUNK_CHARACTERS, MAX_CHUNK_CHARACTERS, chunks, grouped
+from pkm_lightning.data.cutting import Cutting, cutting_of
 from pkm_lightning.data.end_token import declared_end, with_declared_end
-from pkm_lightning.data.files import expanded, require_file
-from pkm_lightning.data.pretrained_files import (
-    begin_token_of,
-    chat_template_of,
-    default_cache,
-    end_token_of,
-    is_gguf,
-    pretrained_folder,
-)
-from pkm_lightning.errors import ConfigError, DataError, nearest
+from pkm_lightning.data.files import require_file
+from pkm_lightning.data.pretrained_files import begin_token_of, chat_template_of, end_token_of
+from pkm_lightning.errors import DataError
 
 __all__ = ["Tokenizer"]
 
-BYTES_VOCAB = 258
 # Names of control tokens in the vocabularies of common models, the preferred ones first.
 END_NAMES = (EOS, "<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 PAD_NAMES = (PAD, "<|pad|>", "[PAD]")
 
-#: Between calls of the library signals are answered: a call takes about a second.
-CALL_CHARACTERS = 64 * CHUNK_CHARACTERS
-#: Texts, and characters of each, with which a user's tokenizer is tried.
-TRIED_TEXTS, TRIED_CHARACTERS = 32, 1_000
+#: Between calls of the library signals are answered: a call takes a fraction of a second.
+CALL_CHARACTERS = 256 * CHUNK_CHARACTERS
+#: A text is encoded whole up to this length where it is not known that a cut is exact.
+MAX_WHOLE_CHARACTERS = MAX_CHUNK_CHARACTERS // 2
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +65,7 @@ class Tokenizer:
     chat_template: str | None = None
     begin_token: str | None = None
     begins_prompts: bool = False
+    _has_warned: bool = False
 
     def __init__(self, backend: Backend, source: str, end: str | None = None) -> None:
         usual = next((name for name in END_NAMES if backend.token_to_id(name) is not None), None)
@@ -89,6 +83,7 @@ class Tokenizer:
         backend.add_special_tokens(
             [name for name in names if set(_known_ids(backend, [name])) & set(_ids(backend, name))]
         )
+        _keep_names_apart(backend)
         backend.no_truncation()
         backend.no_padding()
         if getattr(backend.model, "dropout", None) is not None:
@@ -130,6 +125,10 @@ class Tokenizer:
         finally:
             self._backend.encode_special_tokens = True
 
+    @cached_property
+    def _cutting(self) -> Cutting:
+        return cutting_of(json.loads(self.to_json()))
+
     @property
     def control_tokens(self) -> dict[str, str]:
         """The names `bos_token`, which begins a text ("" for none), and `eos_token`, for chat templates."""
@@ -152,15 +151,33 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, computed in parallel where the machine allows."""
-        pieces = [chunks(text, MAX_CHUNK_CHARACTERS // 2) for text in texts]
+        pieces = [self.pieces(text, MAX_WHOLE_CHARACTERS) for text in texts]
         ids = self.encode_pieces(chain.from_iterable(pieces))
         return [list(chain.from_iterable(islice(ids, len(of_text)))) for of_text in pieces]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[list[int]]:
         """Yields the ids of each piece, a few pieces at a time."""
         for group in grouped(pieces, CALL_CHARACTERS):
-            for encoding in self._backend.encode_batch(group, add_special_tokens=False):
+            # Without offsets, which would take a quarter of the time.
+            for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False):
                 yield encoding.ids
+
+    def pieces(self, text: str, size: int = CHUNK_CHARACTERS) -> list[str]:
+        """Cuts `text` into pieces for `encode_pieces`, whose ids together are those of the whole.
+
+        Where no cut is known to be exact, a text is one piece. Only beyond `MAX_WHOLE_CHARACTERS` it is cut all the
+        same, since encoding takes 250 bytes of memory per character.
+        """
+        cutting = self._cutting
+        size = size if cutting.exact else MAX_WHOLE_CHARACTERS
+        pieces = chunks(text, size, strict=cutting.strict, leave_out_space=cutting.adds_space)
+        if len(pieces) > 1 and not cutting.exact and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "The tokenizer encodes texts whole; those of more than %d characters are cut, where ids may differ.",
+                MAX_WHOLE_CHARACTERS,
+            )
+        return pieces
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids` without pad and end tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -192,7 +209,7 @@ class Tokenizer:
             path.with_name("chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path, key: str = "") -> Tokenizer:
+    def load(cls, path: Path, key: str = "", source: str = "") -> Tokenizer:
         """Reads a `tokenizer.json`, ours or any of the `tokenizers` library.
 
         A `tokenizer_config.json` beside it, as in a Hugging Face folder, names the tokens that begin and end a text.
@@ -200,6 +217,7 @@ class Tokenizer:
         Args:
             path: of the file.
             key: what the path is called in messages, such as `data.tokenizer=`.
+            source: the file in messages, if it was converted from another one.
 
         Raises:
             DataError: if the file is missing, unreadable, or has no end token.
@@ -210,7 +228,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             reason = str(error).split("\n")[0]
             raise DataError(f"{key}{path} cannot be read ({reason}); it must be a tokenizer.json.") from error
-        tokenizer = cls(backend, f"{key}{path}", end_token_of(path.parent))
+        tokenizer = cls(backend, source or f"{key}{path}", end_token_of(path.parent))
         tokenizer.chat_template = chat_template_of(path.parent)
         begin = begin_token_of(path.parent)
         tokenizer.begin_token = begin if begin and backend.token_to_id(begin) is not None else None
@@ -231,111 +249,38 @@ def _known_ids(backend: Backend, names: Iterable[str]) -> list[int]:
     return [i for i in ids if i is not None]
 
 
+def _keep_names_apart(backend: Backend) -> None:
+    """Has the names of control tokens and bytes cut after their first character, where a model finds them in a text.
+
+    A unigram model takes every entry of its vocabulary for text.
+    """
+    if not isinstance(backend.model, models.Unigram):
+        return
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    names = [re.escape(name) for name in special if backend.token_to_id(name) in _ids(backend, name) and len(name) > 1]
+    if backend.token_to_id("<0x41>") in _ids(backend, "<0x41>"):
+        names.append("<0x[0-9A-F]{2}>")
+    if names:
+        apart = pre_tokenizers.Split(Regex("|".join(f"{name[0]}(?={name[1:]})" for name in names)), "isolated")
+        earlier = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*earlier, apart])
+
+
 def _from_json(text: str) -> Tokenizer:
     return Tokenizer(Backend.from_str(text), "the tokenizer")
 
 
-def bytes_tokenizer() -> Tokenizer:
-    """Returns a tokenizer with one token per byte: ids 0 `<pad>`, 1 `<eos>`, 2 to 257 the bytes."""
+def bytes_tokenizer(special_tokens: Sequence[str] = (), normalization: str | None = None) -> Tokenizer:
+    """Returns a tokenizer with one token per byte: ids 0 `<pad>`, 1 `<eos>`, 2 to 257 the bytes, then the others."""
     # Sorted, since the library returns the alphabet in an order that changes from call to call.
     vocab = {token: i for i, token in enumerate([PAD, EOS, *alphabet()])}
-    backend = byte_level(models.BPE(vocab=vocab, merges=[]))
-    backend.add_special_tokens([PAD, EOS])
+    backend = byte_level(models.BPE(vocab=vocab, merges=[]), normalization)
+    backend.add_special_tokens([PAD, EOS, *special_tokens])
     return Tokenizer(backend, "the byte tokenizer")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (), normalization: str | None = None
+) -> Tokenizer:
     """Trains a byte-level BPE on `texts`; equal texts in equal order give an equal tokenizer."""
-    return Tokenizer(learn_bpe(texts, vocab_size), "the trained tokenizer")
-
-
-@dataclass(frozen=True)
-class TokenizerChoice:
-    """The keys `data.tokenizer` and `data.vocab_size`.
-
-    Args:
-        kind: `bpe`, `bytes`, or the path of a `tokenizer.json`, of a Hugging Face folder that holds one, or of a GGUF
-            file.
-        size: tokens of a `bpe` vocabulary, at least 258; the other kinds have their own size.
-        cache_dir: where the tokenizers of GGUF files are kept.
-
-    Raises:
-        ConfigError: for an unknown kind or a vocabulary below the 256 bytes and 2 control tokens.
-        DataError: for a tokenizer file that cannot be read.
-    """
-
-    kind: str
-    size: int
-    cache_dir: Path = field(default_factory=default_cache)
-
-    def __post_init__(self) -> None:
-        if self.kind == "bpe" and self.size < BYTES_VOCAB:
-            raise ConfigError(
-                f"data.vocab_size={self.size} is too small for data.tokenizer=bpe; 256 bytes and 2 control tokens need "
-                f"{BYTES_VOCAB} or more."
-            )
-        named = self.kind in ("bpe", "bytes")
-        if not named and not str(self.kind).endswith(".json") and not is_gguf(self.kind) and not self._is_folder():
-            raise ConfigError(
-                f"data.tokenizer={self.kind!r} is not known; allowed: bpe, bytes, or the path of a tokenizer.json, of "
-                f"a folder that holds one, or of a .gguf file.{nearest(str(self.kind), ['bpe', 'bytes'])}"
-            )
-
-    def vocab_size(self) -> int:
-        """Returns the number of ids that a model must provide for; every id is below it."""
-        if self.kind == "bpe":
-            return self.size
-        return BYTES_VOCAB if self.kind == "bytes" else self.read().vocab_size
-
-    def identity(self) -> dict[str, object]:
-        """Returns what distinguishes this tokenizer from others: kind and size, or the hash of its file."""
-        if self.kind in ("bpe", "bytes"):
-            return {"kind": self.kind, "size": self.vocab_size()}
-        # "whole": folders that were made while truncation and padding were obeyed must not be found.
-        identity: dict[str, object] = {"kind": "file", "sha256": sha256_file(self._file()), "whole": True}
-        tokenizer = self.read()
-        if tokenizer.has_chosen_end:
-            identity["end"] = tokenizer.eos_id
-        return identity
-
-    def make(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Makes the tokenizer from `texts`; a tokenizer from a file is tried on the first of them."""
-        if self.kind == "bpe":
-            return train_bpe(texts(), self.size)
-        if self.kind == "bytes":
-            return bytes_tokenizer()
-        tokenizer = self.read()
-        change = find_change(tokenizer, (text[:TRIED_CHARACTERS] for text in islice(texts(), TRIED_TEXTS)))
-        if change:
-            log.warning("data.tokenizer=%s changes the text: %s; training sees the text so changed.", self.kind, change)
-        return tokenizer
-
-    def _is_folder(self) -> bool:
-        return expanded(self.kind).is_dir()
-
-    def _file(self) -> Path:
-        path = expanded(self.kind)
-        if is_gguf(path) or path.is_dir():
-            return pretrained_folder(path, self.cache_dir, "data.tokenizer=") / "tokenizer.json"
-        return path
-
-    def read(self) -> Tokenizer:
-        """Returns the tokenizer of a file.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        return Tokenizer.load(self._file(), "data.tokenizer=")
-
-
-def find_change(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
-    """Returns the first of `texts` that does not come back from its ids, as `'before' becomes 'after'`, or ""."""
-    for text in texts:
-        # Spaces at the ends are left out: decoders of word pieces drop them, and add them again between texts.
-        before, after = text.strip(), tokenizer.decode(tokenizer.encode(text)).strip()
-        if before != after:
-            pairs = zip(before, after, strict=False)
-            place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
-            begin = max(0, place - 10)
-            return f"{before[begin : place + 20]!r} becomes {after[begin : place + 20]!r}"
-    return ""
+    return Tokenizer(learn_bpe(texts, vocab_size, special_tokens, normalization), "the trained tokenizer")

@@ -13,7 +13,6 @@ import numpy as np
 
 from pkm_lightning.data.base import NO_TARGET, Batch
 from pkm_lightning.data.batch import filler, to_batch, token_dtype
-from pkm_lightning.data.chunks import chunks
 from pkm_lightning.data.heartbeat import Heartbeat
 from pkm_lightning.data.tokenizer import Tokenizer
 
@@ -72,7 +71,7 @@ def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> 
     written = 0
     with path.open("wb") as file:
         for document in documents:
-            for ids in tokenizer.encode_pieces(chunks(document)):
+            for ids in tokenizer.encode_pieces(tokenizer.pieces(document)):
                 written += file.write(np.asarray(ids, dtype=dtype).tobytes())
                 if heartbeat.is_due():
                     tokens = written / np.dtype(dtype).itemsize

@@ -10,6 +10,7 @@ from typing import Any
 
 from pkm_lightning.discovery import find_public
 from pkm_lightning.ffn.base import (
+    NO_CONTEXT,
     FFNContext,
     FFNCost,
     FFNOutput,
@@ -28,6 +29,7 @@ from pkm_lightning.ffn.base import (
 )
 
 __all__ = [
+    "NO_CONTEXT",
     "FFNContext",
     "FFNCost",
     "FFNOutput",

@@ -41,7 +41,7 @@ then from the inputs and the output of its forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,7 +69,13 @@ class Past(Protocol):
 
 
 class FFNContext(NamedTuple):
-    """Facts about the tokens of a forward that their hidden states do not hold."""
+    """Facts about the tokens of a forward that their hidden states do not hold.
+
+    Example:
+        >>> import torch
+        >>> FFNContext(torch.zeros(2, 5, dtype=torch.int64), valid_BT=torch.ones(2, 5, dtype=torch.bool)).observe
+        False
+    """
 
     #: Token ids, (B, T) int64, for memories that are addressed by token.
     input_ids_BT: Tensor
@@ -91,8 +97,16 @@ class FFNContext(NamedTuple):
         return table.ids_ahead(plugin, (self.input_ids_BT, self.valid_BT, self.doc_ids_BT))
 
 
+#: The context of a call without one, `layer(x)`: whole sequences without padding, of tokens whose ids are not known.
+#: Only plugins that are addressed by tokens read the ids, and they refuse it (`check_tokens`).
+NO_CONTEXT = FFNContext(cast("Tensor", None))
+
+
 class FFNOutput(NamedTuple):
-    """The output of a plugin; only `y_BTD` is required. Plain tensors and dicts, so that blocks compile."""
+    """The output of a plugin; only `y_BTD` is required. Plain tensors and dicts, so that blocks compile.
+
+    Example: `docs/python.md`.
+    """
 
     y_BTD: Tensor
     #: Named scalars, already weighted. Each is a mean over the real tokens of this rank's micro-batch (or of all ranks,
@@ -131,6 +145,8 @@ class TableSpec:
         std: standard deviation of the normal distribution of the initial rows; None takes dim**-0.5.
         trainable: False leaves the rows as they were drawn.
         slices: equal parts of a row that are read separately; see `ValueTable`.
+
+    Example: `examples/own_ffn.py`.
     """
 
     rows: int
@@ -153,6 +169,11 @@ class FFNCost:
         flops: forward FLOPs per token at evaluation.
         train_flops: forward FLOPs per token in training, where they are more; None: the same. Backward is twice that.
         lookup_bytes: bytes of table rows (or experts) that one token gathers in forward and shares with no other token.
+
+    Example:
+        >>> from pkm_lightning import Dense
+        >>> Dense(dim=8, hidden_dim=16).cost().flops
+        768
     """
 
     params: int
@@ -174,6 +195,11 @@ class TableRead:
         groups: sums per read where the table is called with groups, else 0 (one sum); for `gather` equal to `ids`.
         dot: the call is `table.dot`, else a weighted sum.
         gather: the call is `table.gather`, which exchanges and stages ids without weights.
+
+    Example:
+        >>> from pkm_lightning import MemoryPlus
+        >>> MemoryPlus(dim=8, n_keys=16, heads=2, knn=4).reads()[0].ids
+        8
     """
 
     table: ValueTable
@@ -194,6 +220,11 @@ class Slots:
         tables: the tables whose first N rows the slots are; layers with the same tables share their slots.
         padding: rows behind these, which no id reads and no figure counts.
         n_keys: sub-keys per half S where slot i * S + j has the sub-keys i and j, else None.
+
+    Example:
+        >>> from pkm_lightning import MemoryPlus
+        >>> MemoryPlus(dim=8, n_keys=16).slots()[0].count
+        256
     """
 
     name: str

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import check_choice, check_integer
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput
+from pkm_lightning.ffn.inputs import check_input
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +39,17 @@ class Dense(nn.Module):
 
     Raises:
         ConfigError: an unknown activation or no hidden dimension.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import Dense
+        >>> Dense(dim=8, hidden_dim=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     position_wise = True
 
-    def __init__(self, *, dim: int, n_layers: int, hidden_dim: int, activation: str = "swiglu") -> None:
+    def __init__(self, *, dim: int, n_layers: int = 1, hidden_dim: int, activation: str = "swiglu") -> None:
         super().__init__()
         check_integer("ffn.hidden_dim", hidden_dim, low=1)
         check_choice("ffn.activation", activation, ("swiglu", "gelu", "squared_relu"))
@@ -61,8 +68,9 @@ class Dense(nn.Module):
         # 2 n_layers branches add up in the residual stream; this scale (GPT-2's) keeps its variance.
         nn.init.normal_(self.out.weight, std=(hidden_dim * 2 * self.n_layers) ** -0.5)
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns the network's output for every token; `context` is unused."""
+        check_input(self, x_BTD, self.up.in_features, context)
         if self.gate is not None:
             hidden_BTF = functional.silu(self.gate(x_BTD)) * self.up(x_BTD)
         elif self.activation == "gelu":

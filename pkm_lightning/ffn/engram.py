@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_integer, check_range
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
-from pkm_lightning.memory import TableReference, ValueTable, check_table
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.ffn.held_tables import hold_tables
+from pkm_lightning.ffn.inputs import check_tokens
+from pkm_lightning.memory import TableReference, ValueTable, count_parameters
 from pkm_lightning.memory.canonical_tokens import canonical_ids
 from pkm_lightning.memory.causal_convolution import CausalConvolution
 from pkm_lightning.memory.grouped_norm import GroupedRMSNorm
@@ -64,7 +66,7 @@ class Engram(nn.Module):
         dim: model dimension D.
         n_layers: layers of the model, for the scale of the initial value.
         vocab_size: vocabulary of the model.
-        table: the value table, owned by the model.
+        table: the value table; None makes one, and the layer owns it.
         table_number: number of the table among those of the model, which decides primes and multipliers.
         orders: lengths of the n-grams, each 2 to 64.
         heads: hashes per order.
@@ -82,6 +84,13 @@ class Engram(nn.Module):
 
     Raises:
         ConfigError: a value out of range, sizes that do not divide, an unknown gate, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import FFNContext, Engram
+        >>> ids = torch.randint(50, (2, 5))
+        >>> Engram(dim=8, vocab_size=50, rows=64)(torch.randn(2, 5, 8), FFNContext(ids)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     uses_past = True
@@ -92,23 +101,23 @@ class Engram(nn.Module):
         self,
         *,
         dim: int,
-        n_layers: int,
         vocab_size: int,
-        table: ValueTable,
-        table_number: int,
-        orders: Sequence[int],
-        heads: int,
-        rows: int,
-        row_dim: int | None,
-        kernel: int,
-        dilation: int | None,
-        canonical: bool,
-        gate: str,
-        streams: int,
-        seed: int,
-        row_multiple: int,
-        norm_eps: float,
-        end_id: int | None,
+        n_layers: int = 1,
+        table: ValueTable | None = None,
+        table_number: int = 0,
+        orders: Sequence[int] = (2, 3),
+        heads: int = 2,
+        rows: int = 8192,
+        row_dim: int | None = None,
+        kernel: int = 4,
+        dilation: int | None = None,
+        canonical: bool = False,
+        gate: str = "sigmoid",
+        streams: int = 1,
+        seed: int = 1234,
+        row_multiple: int = 128,
+        norm_eps: float = 1e-6,
+        end_id: int | None = None,
     ) -> None:
         super().__init__()
         spec = self.table_spec(
@@ -130,7 +139,7 @@ class Engram(nn.Module):
         if dim % streams:
             raise ConfigError(f"ffn.streams={streams} does not divide model.dim={dim}; use a divisor.")
         named = f"ffn.rows={rows}, ffn.heads={heads}, ffn.orders={list(orders)} and ffn.row_dim={row_dim}"
-        check_table(table, spec.rows, spec.dim, named=named)
+        (held,) = hold_tables(self, table, spec, named=named)
         self.addressing = NGramAddressing(
             vocab_size=vocab_size,
             orders=orders,
@@ -141,7 +150,7 @@ class Engram(nn.Module):
             end_id=0 if end_id is None else end_id,
         )
         self.streams, self.canonical, self.takes_end_id, self.n_layers = streams, canonical, end_id is None, n_layers
-        self._table = TableReference(table)
+        self.dim, self._table = dim, TableReference(held)
         width, norm = self.addressing.reads * spec.dim, partial(GroupedRMSNorm, dim=dim, groups=streams, eps=norm_eps)
         self.takes_root = gate == "sigmoid"
         self.key = None if gate == "none" else nn.Linear(width, dim, bias=False)
@@ -220,8 +229,9 @@ class Engram(nn.Module):
             folded = torch.tensor(canonical_ids(tokenizer.decode([token]) for token in range(known)))
             self.addressing.canonical_ids[:known].copy_(folded)
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token's n-grams; the trace holds the rows, weighted by the mean gate of the streams."""
+        check_tokens(self, x_BTD, self.dim, context)
         ahead = context.ids_ahead(self, self._table.table)
         ids_BTK = self._ids(context) if ahead is None else ahead[0].unflatten(0, x_BTD.shape[:2])
         e_BTX = self._read(ids_BTK, x_BTD)
@@ -302,7 +312,7 @@ class Engram(nn.Module):
     def cost(self) -> FFNCost:
         """Counts W_K, W_V and the filters; a read adds nothing up."""
         table = self._table.table
-        params = sum(p.numel() for p in self.parameters())
+        params = count_parameters(self)
         matrices = [self.value.weight, self.conv.weight] + ([] if self.key is None else [self.key.weight])
         return FFNCost(
             params=params,

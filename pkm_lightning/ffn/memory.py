@@ -32,18 +32,24 @@ class Memory(MemoryLayer):
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim` or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import Memory
+        >>> Memory(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
         self,
         *,
         dim: int,
-        table: ValueTable,
-        n_keys: int,
-        heads: int,
-        knn: int,
-        key_dim: int,
-        qk_norm: bool,
+        table: ValueTable | None = None,
+        n_keys: int = 256,
+        heads: int = 2,
+        knn: int = 8,
+        key_dim: int = 32,
+        qk_norm: bool = True,
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_flag("ffn.qk_norm", qk_norm)

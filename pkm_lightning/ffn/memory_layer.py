@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pkm_lightning.errors import check_integer
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
-from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, check_table, product_slots
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.ffn.held_tables import hold_tables
+from pkm_lightning.ffn.inputs import check_input
+from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, count_parameters, product_slots
 from pkm_lightning.memory.batch_norm import MaskedBatchNorm
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class MemoryLayer(ProductKeyFFN):
 
     Args:
         dim: model dimension D.
-        table: the value table, owned by the model.
+        table: the value table, n_keys**2 rows of `value_dim` values; None makes one that the layer owns and that learns
+            densely. A given one is registered in the layer too, until a model takes it over.
         n_keys: sub-keys per half S; the table has n_keys**2 slots.
         heads: queries per token H.
         knn: slots read per head K, 1 to n_keys.
@@ -67,7 +70,7 @@ class MemoryLayer(ProductKeyFFN):
         self,
         *,
         dim: int,
-        table: ValueTable,
+        table: ValueTable | None,
         n_keys: int,
         heads: int,
         knn: int,
@@ -98,10 +101,10 @@ class MemoryLayer(ProductKeyFFN):
             cures=options,
         )
         width = f"model.dim={dim}" if value_dim is None else f"ffn.value_dim={value_dim}"
-        check_table(table, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and {width}")
+        (held,) = hold_tables(self, table, spec, named=f"ffn.n_keys={n_keys} and {width}")
         # SimVQ freezes the rows, so that only the map after the read can learn.
         mapped = value_projection or options.simvq
-        self.values = Values(table=table, out_dim=spec.dim if mapped else None)
+        self.dim, self.values = dim, Values(table=held, out_dim=spec.dim if mapped else None)
 
     @classmethod
     def table_spec(
@@ -124,8 +127,9 @@ class MemoryLayer(ProductKeyFFN):
         self.addressing.reset_parameters()
         self.values.reset_parameters()
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds the slots read and their weights."""
+        check_input(self, x_BTD, self.dim, context)
         x_TD = x_BTD.flatten(0, -2)
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
@@ -162,7 +166,7 @@ class MemoryLayer(ProductKeyFFN):
         """
         # Addressing and values count their FLOPs themselves; the remaining parameters are matrices of subclasses.
         counted = (*self.addressing.parameters(), *self.values.parameters())
-        params = sum(p.numel() for p in self.parameters())
+        params = count_parameters(self)
         matrices = params - sum(p.numel() for p in counted)
         table = self.values.table
         values_read = self.addressing.reads * table.dim

@@ -47,19 +47,25 @@ class MemoryPlus(MemoryLayer):
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import MemoryPlus
+        >>> MemoryPlus(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
         self,
         *,
         dim: int,
-        table: ValueTable,
-        n_keys: int,
-        heads: int,
-        knn: int,
-        key_dim: int,
-        value_dim: int | None,
-        qk_norm: bool,
+        table: ValueTable | None = None,
+        n_keys: int = 256,
+        heads: int = 2,
+        knn: int = 8,
+        key_dim: int = 32,
+        value_dim: int | None = None,
+        qk_norm: bool = True,
         gate: str = "swilu",
         activation: str = "softmax",
         temperature: bool = False,

@@ -20,8 +20,9 @@ from pkm_lightning.experts.balancing import (
     router_z_loss,
     sequence_wise_loss,
 )
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, replaced
 from pkm_lightning.ffn.dense import Dense
+from pkm_lightning.ffn.inputs import check_input
 from pkm_lightning.ops import ranked_topk, sum_over_ranks
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ class MoE(nn.Module):
 
     Raises:
         ConfigError: a size or a coefficient out of range, an unknown choice, or `select=after` with `score=sigmoid`.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import MoE
+        >>> MoE(dim=8, dense_hidden_dim=16, n_experts=4, top_k=2)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     position_wise = True
@@ -83,21 +90,21 @@ class MoE(nn.Module):
         self,
         *,
         dim: int,
-        n_layers: int,
-        n_experts: int,
-        top_k: int,
         dense_hidden_dim: int,
-        hidden_dim: int | None,
-        shared_experts: int,
-        score: str,
-        select: str,
-        renormalise: bool,
-        routed_scale: float,
-        balancing: str,
-        balance_loss: float,
-        z_loss: float,
-        sequence_balance_loss: float,
-        bias_rate: float,
+        n_layers: int = 1,
+        n_experts: int = 64,
+        top_k: int = 8,
+        hidden_dim: int | None = None,
+        shared_experts: int = 0,
+        score: str = "softmax",
+        select: str = "before",
+        renormalise: bool = False,
+        routed_scale: float = 1.0,
+        balancing: str = "loss",
+        balance_loss: float = 0.02,
+        z_loss: float = 0.001,
+        sequence_balance_loss: float = 0.0,
+        bias_rate: float = 0.001,
     ) -> None:
         super().__init__()
         _check_sizes(n_experts=n_experts, top_k=top_k, shared_experts=shared_experts)
@@ -132,8 +139,12 @@ class MoE(nn.Module):
         if self.balancing == "bias":
             self.bias_steps.zero_()
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Routes every token of `x_BTD`; the trace holds the experts chosen and their weights."""
+        check_input(self, x_BTD, self.router.weight.shape[-1], context)
+        if x_BTD.ndim == 2:  # the losses are over sequences
+            output = self.forward(x_BTD.unsqueeze(0), context)
+            return replaced(output, y_BTD=output.y_BTD.squeeze(0))
         logits_BTE = self.router(x_BTD.flatten(0, -2)).unflatten(0, x_BTD.shape[:-1])
         scores_BTE = logits_BTE.softmax(dim=-1) if self.score == "softmax" else logits_BTE.sigmoid()
         # Top-k has no gradient: the router learns through the weights of the experts that it selects.

@@ -12,7 +12,8 @@ from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.experts import Router, SwiGLUExperts, run_experts
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots
+from pkm_lightning.ffn.inputs import check_input
 from pkm_lightning.ops import ranked_topk
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ class ExpertChoiceMoE(nn.Module):
 
     Raises:
         ConfigError: a size out of range; in training also a micro-batch so small that an expert gets no token.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import ExpertChoiceMoE
+        >>> ExpertChoiceMoE(dim=8, dense_hidden_dim=16, n_experts=4)(torch.randn(2, 8, 8)).y_BTD.shape
+        torch.Size([2, 8, 8])
     """
 
     position_wise = True
@@ -69,12 +76,12 @@ class ExpertChoiceMoE(nn.Module):
         self,
         *,
         dim: int,
-        n_layers: int,
-        n_experts: int,
-        capacity_factor: float,
-        eval_top_k: int,
         dense_hidden_dim: int,
-        hidden_dim: int | None,
+        n_layers: int = 1,
+        n_experts: int = 16,
+        capacity_factor: float = 1.0,
+        eval_top_k: int = 1,
+        hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
         check_integer("ffn.n_experts", n_experts, low=1)
@@ -93,12 +100,13 @@ class ExpertChoiceMoE(nn.Module):
         self.router.reset_parameters()
         self.experts.reset_parameters()
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Routes by expert choice in training mode, else by token choice.
 
         The trace holds `expert_chosen` (bool) and `expert_weights`, both (B, T, E), in training; at evaluation
         `expert_ids` and `expert_weights`, both (B, T, K).
         """
+        check_input(self, x_BTD, self.router.weight.shape[-1], context)
         x_TD = x_BTD.flatten(0, -2)
         probs_TE = self.router(x_TD).softmax(dim=-1)
         choose = self._experts_choose if self.training else self._tokens_choose

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch.nn import functional
 
-from pkm_lightning.errors import ConfigError, check_choice, check_flag
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.errors import check_choice, check_flag
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.ffn.held_tables import hold_tables
+from pkm_lightning.ffn.inputs import check_input
 from pkm_lightning.ffn.memory_layer import ProductKeyFFN
-from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, check_table, product_slots
+from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, count_parameters, product_slots
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +42,7 @@ class PEER(ProductKeyFFN):
 
     Args:
         dim: model dimension D.
-        table: two value tables, or three with `glu`, owned by the model.
+        table: two value tables, or three with `glu`; None makes them, and the layer owns them.
         n_keys: sub-keys per half S; there are n_keys**2 experts.
         heads: queries per token H.
         knn: experts per head K, 1 to n_keys.
@@ -53,20 +55,26 @@ class PEER(ProductKeyFFN):
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or tables of another number or shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import PEER
+        >>> PEER(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
         self,
         *,
         dim: int,
-        table: list[ValueTable],
-        n_keys: int,
-        heads: int,
-        knn: int,
-        key_dim: int,
-        query_norm: str,
-        router: str,
-        glu: bool,
+        table: list[ValueTable] | None = None,
+        n_keys: int = 256,
+        heads: int = 2,
+        knn: int = 8,
+        key_dim: int = 32,
+        query_norm: str = "batch",
+        router: str = "softmax",
+        glu: bool = False,
         shared_keys: bool = True,
     ) -> None:
         super().__init__()
@@ -86,12 +94,8 @@ class PEER(ProductKeyFFN):
             shared_keys=shared_keys,
             cures=Cures(),
         )
-        if not isinstance(table, list) or len(table) != spec.count:
-            raise ConfigError(f"ffn.glu={glu} needs a list of {spec.count} tables.")
-        for one_table in table:
-            check_table(one_table, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and model.dim={dim}")
-        # The model owns the tables: registered here too, a shared table would appear in every layer's state dict.
-        self._tables = [TableReference(one_table) for one_table in table]
+        held = hold_tables(self, table, spec, named=f"ffn.glu={glu}, ffn.n_keys={n_keys} and model.dim={dim}")
+        self.dim, self._tables = dim, [TableReference(one_table) for one_table in held]
 
     @classmethod
     def table_spec(cls, *, dim: int, n_keys: int, glu: bool, **_: object) -> TableSpec:
@@ -106,8 +110,9 @@ class PEER(ProductKeyFFN):
         """Draws the query xavier-uniform with zero bias, and the sub-keys uniform in +-1/sqrt(key_dim)."""
         self.addressing.reset_parameters()
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Runs every token through its experts; the trace holds the experts and their weights."""
+        check_input(self, x_BTD, self.dim, context)
         x_TD = x_BTD.flatten(0, -2)
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
@@ -136,7 +141,7 @@ class PEER(ProductKeyFFN):
         tables = [reference.table for reference in self._tables]
         # Each value read is multiplied and added once, whether in an inner product or in the weighted sum.
         values_read = sum(self.addressing.reads * table.dim for table in tables)
-        params = sum(p.numel() for p in self.parameters())
+        params = count_parameters(self)
         return FFNCost(
             params=params,
             table_params=sum(table.size for table in tables),

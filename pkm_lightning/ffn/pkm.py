@@ -33,18 +33,24 @@ class PKM(MemoryLayer):
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import PKM
+        >>> PKM(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
         self,
         *,
         dim: int,
-        table: ValueTable,
-        n_keys: int,
-        heads: int,
-        knn: int,
-        key_dim: int,
-        query_norm: str,
+        table: ValueTable | None = None,
+        n_keys: int = 256,
+        heads: int = 2,
+        knn: int = 8,
+        key_dim: int = 32,
+        query_norm: str = "batch",
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_choice("ffn.query_norm", query_norm, ("batch", "layer", "none"))

@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_integer, check_range
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.ffn.held_tables import hold_tables
+from pkm_lightning.ffn.inputs import check_tokens
 from pkm_lightning.ffn.token_table import TokenTableFFN
-from pkm_lightning.memory import ValueTable, check_table
+from pkm_lightning.memory import ValueTable, count_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +47,8 @@ class PLE(TokenTableFFN):
         dim: model dimension D.
         n_layers: layers of the model, for the first gain of the output.
         vocab_size: vocabulary; the id of a token is the number of its row.
-        table: the value table, owned by the model.
+        table: the value table, a row of V values per layer for each token; None makes one for this layer alone, which
+            owns it.
         table_reader: number of this layer among those that read the table, from 0: its slice of a row.
         value_dim: values per token and layer V; None takes dim // 8, as Gemma 3n E2B has.
         context: add the projection of the token embedding.
@@ -54,6 +57,13 @@ class PLE(TokenTableFFN):
 
     Raises:
         ConfigError: a size out of range, an unknown activation, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import FFNContext, PLE
+        >>> x, context = torch.randn(2, 5, 8), FFNContext(torch.randint(50, (2, 5)), embedding_BTD=torch.randn(2, 5, 8))
+        >>> PLE(dim=8, vocab_size=50)(x, context).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     normalises_input = True
@@ -62,22 +72,26 @@ class PLE(TokenTableFFN):
         self,
         *,
         dim: int,
-        n_layers: int,
         vocab_size: int,
-        table: ValueTable,
-        table_reader: int,
-        value_dim: int | None,
-        context: bool,
-        activation: str,
-        norm_eps: float,
+        n_layers: int = 1,
+        table: ValueTable | None = None,
+        table_reader: int = 0,
+        value_dim: int | None = None,
+        context: bool = True,
+        activation: str = "gelu_tanh",
+        norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(table=table, reader=table_reader)
+        super().__init__()
         check_flag("ffn.context", context)
         check_choice("ffn.activation", activation, ("gelu_tanh", "gelu", "silu"))
         check_range("ffn.norm_eps", norm_eps, 0)
         width = _width(dim, value_dim)
-        named = f"model.vocab_size={vocab_size} and {table.slices} x ffn.value_dim={width}"
-        check_table(table, vocab_size, table.slices * width, named=named)
+        # A given table says how many layers read it.
+        readers = 1 if table is None else table.slices
+        spec = self.table_spec(dim=dim, vocab_size=vocab_size, table_readers=readers, value_dim=value_dim)
+        named = f"model.vocab_size={vocab_size} and {readers} x ffn.value_dim={width}"
+        (held,) = hold_tables(self, table, spec, named=named)
+        self.refer(held, table_reader)
         self.n_layers, self.activation = n_layers, activation
         self.projection = nn.Linear(dim, width, bias=False) if context else None
         self.projection_norm = nn.RMSNorm(width, eps=norm_eps) if context else None
@@ -104,12 +118,13 @@ class PLE(TokenTableFFN):
         # The norm makes the output as large as its gain: with 1 it would drown a stream of branches that start smaller.
         nn.init.constant_(self.norm.weight, (2 * self.n_layers) ** -0.5)
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns what is added to the residual stream `x_BTD`; the trace holds the rows read.
 
         Raises:
             ConfigError: `ffn.context=true`, and no token embeddings in `context`.
         """
+        check_tokens(self, x_BTD, self.gate.in_features, context)
         p_BTV = self.read(context).to(x_BTD.dtype) * self.read_dim**0.5
         if self.projection is not None and self.projection_norm is not None:
             if context.embedding_BTD is None:
@@ -122,7 +137,7 @@ class PLE(TokenTableFFN):
 
     def cost(self) -> FFNCost:
         """Counts the matrices and one line of the table per token; norms and products of elements count no FLOPs."""
-        params = sum(p.numel() for p in self.parameters())
+        params = count_parameters(self)
         matrices = sum(m.weight.numel() for m in (self.gate, self.up, self.projection) if m is not None)
         return FFNCost(
             params=params,

@@ -37,31 +37,33 @@ class PretrainedEngram(Engram):
 
     Raises:
         ConfigError: as `Engram`; a vocabulary of another size than the folder's.
+
+    Example: `docs/hugging-face.md`, "N-gram tables of Qwen models".
     """
 
     def __init__(
         self,
         *,
         dim: int,
-        n_layers: int,
         vocab_size: int,
-        table: ValueTable,
-        table_number: int,
         path: str,
-        layers: Sequence[int] | None,
-        stream: int | None,
-        ngram_vocab_size: int | None,
-        orders: Sequence[int] | None,
-        heads: int | None,
-        rows: int | None,
-        row_dim: int | None,
-        kernel: int | None,
-        dilation: int | None,
-        streams: int | None,
-        seed: int | None,
-        row_multiple: int | None,
-        norm_eps: float | None,
-        end_id: int | None,
+        n_layers: int = 1,
+        table: ValueTable | None = None,
+        table_number: int = 0,
+        layers: Sequence[int] | None = None,
+        stream: int | None = None,
+        ngram_vocab_size: int | None = None,
+        orders: Sequence[int] | None = None,
+        heads: int | None = None,
+        rows: int | None = None,
+        row_dim: int | None = None,
+        kernel: int | None = None,
+        dilation: int | None = None,
+        streams: int | None = None,
+        seed: int | None = None,
+        row_multiple: int | None = None,
+        norm_eps: float | None = None,
+        end_id: int | None = None,
     ) -> None:
         if layers is None or ngram_vocab_size is None:
             raise ConfigError("PretrainedEngram is made of a configuration that its `complete` has filled in.")

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import check_integer
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, TableSpec
+from pkm_lightning.ffn.held_tables import hold_tables
+from pkm_lightning.ffn.inputs import check_tokens
 from pkm_lightning.ffn.token_table import TokenTableFFN
-from pkm_lightning.memory import ValueTable, check_table
+from pkm_lightning.memory import ValueTable, count_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,18 +43,28 @@ class STEM(TokenTableFFN):
         dim: model dimension D.
         n_layers: layers of the model, for the residual scale of the output's initialisation.
         vocab_size: vocabulary; the id of a token is the number of its row.
-        table: the value table, owned by the model.
+        table: the value table, a row of F values per token; None makes one, and the layer owns it.
         hidden_dim: hidden dimension F.
 
     Raises:
         ConfigError: a size out of range, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import FFNContext, STEM
+        >>> ids = torch.randint(50, (2, 5))
+        >>> STEM(dim=8, vocab_size=50, hidden_dim=16)(torch.randn(2, 5, 8), FFNContext(ids)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
-    def __init__(self, *, dim: int, n_layers: int, vocab_size: int, table: ValueTable, hidden_dim: int) -> None:
-        super().__init__(table=table)
+    def __init__(
+        self, *, dim: int, vocab_size: int, hidden_dim: int, n_layers: int = 1, table: ValueTable | None = None
+    ) -> None:
+        super().__init__()
         spec = self.table_spec(vocab_size=vocab_size, hidden_dim=hidden_dim)
         named = f"model.vocab_size={vocab_size} and ffn.hidden_dim={hidden_dim}"
-        check_table(table, spec.rows, spec.dim, named=named)
+        (held,) = hold_tables(self, table, spec, named=named)
+        self.refer(held)
         self.n_layers = n_layers
         self.gate = nn.Linear(dim, hidden_dim, bias=False)
         self.out = nn.Linear(hidden_dim, dim, bias=False)
@@ -69,14 +81,15 @@ class STEM(TokenTableFFN):
         nn.init.normal_(self.gate.weight, std=self.gate.in_features**-0.5)
         nn.init.normal_(self.out.weight, std=(self.out.in_features * 2 * self.n_layers) ** -0.5)
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns the output for every token; the trace holds the rows read."""
+        check_tokens(self, x_BTD, self.gate.in_features, context)
         hidden_BTF = functional.silu(self.gate(x_BTD)) * self.read(context).to(x_BTD.dtype)
         return FFNOutput(self.out(hidden_BTF), trace=self.trace(context))
 
     def cost(self) -> FFNCost:
         """Counts two matrices and one row per token; products of elements count no FLOPs."""
-        params = sum(p.numel() for p in self.parameters())
+        params = count_parameters(self)
         return FFNCost(
             params=params,
             table_params=self.table.size,

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 class TokenTableFFN(nn.Module):
     """A plugin whose table has a row per token id, and a slice of it per layer that reads the table.
 
-    Args:
-        table: the value table, owned by the model.
-        reader: number of the slice that this layer reads, 0 to slices - 1.
+    A subclass calls `refer` in its constructor.
     """
 
     position_wise = True
 
-    def __init__(self, *, table: ValueTable, reader: int = 0) -> None:
-        super().__init__()
+    def refer(self, table: ValueTable, reader: int = 0) -> None:
+        """Sets the value table, and the number of the slice that this layer reads, 0 to slices - 1.
+
+        Raises:
+            ConfigError: there is no such slice.
+        """
         check_integer("table_reader", reader, low=0, high=table.slices - 1)
-        # The model owns the table: registered here too, a shared table would appear in every layer's state dict.
-        self._table = TableReference(table)
-        self.reader = reader
+        self._table, self.reader = TableReference(table), reader
 
     @property
     def table(self) -> ValueTable:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_integer, check_range
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
-from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.ffn.held_tables import hold_tables
+from pkm_lightning.ffn.inputs import check_input
+from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, count_parameters, half_key_dim, product_slots
 from pkm_lightning.memory.tucker_keys import check_slices, sliced_ids
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class UltraMem(nn.Module):
     Args:
         dim: model dimension D.
         n_layers: layers of the model, for the scale of the initial values.
-        table: the value table, owned by the model; all heads read it.
+        table: the value table, which all heads read; None makes one, and the layer owns it.
         n_keys: row keys, and column keys; n_keys**2 virtual slots.
         heads: queries per token H.
         knn: slots read per head K, 1 to n_keys.
@@ -69,6 +71,12 @@ class UltraMem(nn.Module):
 
     Raises:
         ConfigError: a size out of range, sizes that do not divide, or a table of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import UltraMem
+        >>> UltraMem(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     position_wise = True
@@ -79,18 +87,18 @@ class UltraMem(nn.Module):
         self,
         *,
         dim: int,
-        n_layers: int,
-        table: ValueTable,
-        n_keys: int,
-        heads: int,
-        knn: int,
-        key_dim: int,
-        value_dim: int | None,
-        rank: int,
-        cores: int,
-        expansion: int,
-        spectrum_loss: float,
-        spectrum_margin: float,
+        n_layers: int = 1,
+        table: ValueTable | None = None,
+        n_keys: int = 256,
+        heads: int = 2,
+        knn: int = 8,
+        key_dim: int = 32,
+        value_dim: int | None = None,
+        rank: int = 2,
+        cores: int = 2,
+        expansion: int = 4,
+        spectrum_loss: float = 0.001,
+        spectrum_margin: float = 0.15,
     ) -> None:
         super().__init__()
         self.keys = TuckerKeys(
@@ -115,12 +123,10 @@ class UltraMem(nn.Module):
         )
         check_range("ffn.spectrum_loss", spectrum_loss, 0)
         check_range("ffn.spectrum_margin", spectrum_margin, 0)
-        named = f"ffn.n_keys={n_keys}, ffn.expansion={expansion} and ffn.value_dim={value_dim}"
-        check_table(table, spec.rows, spec.dim, named=named)
-        if table.slices != cores:
-            raise ConfigError(f"table has {table.slices} slices per row, but ffn.cores={cores} needs {cores}.")
+        named = f"ffn.n_keys={n_keys}, ffn.expansion={expansion}, ffn.cores={cores} and ffn.value_dim={value_dim}"
+        (held,) = hold_tables(self, table, spec, named=named)
         self.expansion, self.spectrum_loss, self.spectrum_margin = expansion, spectrum_loss, spectrum_margin
-        self._table = TableReference(table)
+        self.dim, self._table = dim, TableReference(held)
         self.out = nn.Linear(expansion * spec.dim, dim, bias=False)
         # A buffer, since the learned rows mean nothing without the addresses that they were learned under.
         self.register_buffer("shuffle", torch.empty(n_keys**2, dtype=torch.int32))
@@ -166,8 +172,9 @@ class UltraMem(nn.Module):
         with torch.no_grad():
             self.shuffle.copy_(torch.randperm(len(self.shuffle), device=self.shuffle.device))
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds physical rows, virtual slots and summed scores."""
+        check_input(self, x_BTD, self.dim, context)
         x_TD = x_BTD.flatten(0, -2)
         read = self.keys(x_TD)
         address_THK = self.shuffle[read.ids_THK.long()]
@@ -227,7 +234,7 @@ class UltraMem(nn.Module):
         """Counts `TuckerKeys.flops`, all P projectors, and a product and a sum per value read."""
         table = self._table.table
         values_read = self.keys.heads * self.keys.knn * table.dim
-        params = sum(p.numel() for p in self.parameters())
+        params = count_parameters(self)
         return FFNCost(
             params=params,
             table_params=table.size,

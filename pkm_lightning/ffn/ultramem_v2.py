@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
-from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, check_table, half_key_dim, product_slots
+from pkm_lightning.errors import check_choice, check_integer, check_range
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.ffn.held_tables import hold_tables
+from pkm_lightning.ffn.inputs import check_input
+from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, count_parameters, half_key_dim, product_slots
 from pkm_lightning.memory.cures import balance_loss, mean_probabilities
 from pkm_lightning.memory.tucker_keys import TuckerRead, check_slices, selected_moments, sliced_ids
 
@@ -56,7 +58,7 @@ class UltraMemV2(nn.Module):
     Args:
         dim: model dimension D.
         n_layers: layers of the model, for the scale of the initial values.
-        table: pre-values and values, owned by the model.
+        table: pre-values and values; None makes both, and the layer owns them.
         n_keys: row keys, and column keys; n_keys**2 slots.
         heads: queries per token H; their outputs are added.
         knn: slots read per head K, 1 to n_keys.
@@ -71,6 +73,12 @@ class UltraMemV2(nn.Module):
 
     Raises:
         ConfigError: a size out of range, an unknown choice, or tables of another number or shape.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import UltraMemV2
+        >>> UltraMemV2(dim=8, n_keys=16)(torch.randn(2, 5, 8)).y_BTD.shape
+        torch.Size([2, 5, 8])
     """
 
     position_wise = True
@@ -79,15 +87,15 @@ class UltraMemV2(nn.Module):
         self,
         *,
         dim: int,
-        n_layers: int,
-        table: list[ValueTable],
-        n_keys: int,
-        heads: int,
-        knn: int,
-        key_dim: int,
-        value_dim: int | None,
-        rank: int,
-        balance_loss: float,
+        n_layers: int = 1,
+        table: list[ValueTable] | None = None,
+        n_keys: int = 256,
+        heads: int = 1,
+        knn: int = 8,
+        key_dim: int = 32,
+        value_dim: int | None = None,
+        rank: int = 2,
+        balance_loss: float = 0.0,
         cores: int = 1,
         balance_counts: str = "reads",
     ) -> None:
@@ -107,13 +115,11 @@ class UltraMemV2(nn.Module):
         )
         check_range("ffn.balance_loss", balance_loss, 0)
         check_choice("ffn.balance_counts", balance_counts, ("reads", "preselected"))
-        if not isinstance(table, list) or len(table) != spec.count:
-            raise ConfigError(f"ffn needs a list of {spec.count} tables, the pre-values and the values.")
-        for one_table in table:
-            check_table(one_table, spec.rows, spec.dim, named=f"ffn.n_keys={n_keys} and ffn.value_dim={value_dim}")
+        named = f"ffn.n_keys={n_keys}, ffn.cores={cores} and ffn.value_dim={value_dim}"
+        held = hold_tables(self, table, spec, named=named)
         assert spec.std is not None
         self.balance_loss, self.balance_counts, self.table_std = balance_loss, balance_counts, spec.std
-        self._pre_values, self._values = (TableReference(one_table) for one_table in table)
+        self._pre_values, self._values = (TableReference(one_table) for one_table in held)
         self.pre = nn.Linear(dim, spec.dim, bias=False)
         self.out = nn.Linear(spec.dim, dim, bias=False)
         self.reset_parameters()
@@ -160,8 +166,9 @@ class UltraMemV2(nn.Module):
         nn.init.normal_(self.out.weight, std=values**-0.5)
         nn.init.normal_(self.pre.weight, std=(dim * values) ** -0.5 / self.table_std)
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds the slots and their scores."""
+        check_input(self, x_BTD, self.pre.in_features, context)
         x_TD = x_BTD.flatten(0, -2)
         read = self.keys(x_TD)
         ids_TCK = sliced_ids(read.ids_THK.flatten(1), self.keys.n_cores)
@@ -213,7 +220,7 @@ class UltraMemV2(nn.Module):
         """Counts `TuckerKeys.flops`, W_pre and W, and a product and a sum per value read of both tables."""
         table = self._values.table
         values_read = 2 * self.keys.heads * self.keys.knn * table.dim
-        params = sum(p.numel() for p in self.parameters())
+        params = count_parameters(self)
         return FFNCost(
             params=params,
             table_params=2 * table.size,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
-from pkm_lightning.data.tokenizer import TokenizerChoice
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.huggingface.files import PretrainedFiles
 
@@ -81,7 +81,6 @@ def _is_same(path: Path, files: PretrainedFiles) -> bool:
 def _digest(chosen: str, data: Mapping[str, Any]) -> str | None:
     """Returns the digest of `data.tokenizer`; None for one that will be learned from the data."""
     cache_dir = data.get("cache_dir")
-    choice = TokenizerChoice(
-        chosen, int(data.get("vocab_size") or 0), expanded(cache_dir) if cache_dir else default_cache()
-    )
+    options = {**data, "tokenizer": chosen, "vocab_size": int(data.get("vocab_size") or 0)}
+    choice = TokenizerChoice.of(options, expanded(cache_dir) if cache_dir else default_cache())
     return None if chosen == "bpe" else choice.make(lambda: ()).digest

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pkm_lightning.data.base import prompt_ids
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.inference.sampling import NO_TOKEN, Sampling
 
@@ -114,7 +115,10 @@ def generate(
     context: int | None = None,
     watch: Callable[[Answer], None] | None = None,
 ) -> list[list[Answer]]:
-    """Returns `sampling.samples` answers to each prompt, in the order of the prompts; see `Generation`."""
+    """Returns `sampling.samples` answers to each prompt, in the order of the prompts; see `Generation`.
+
+    Example: `docs/trained-models.md`, "From a program": `loaded.generate` calls it.
+    """
     made = Generation(
         model, tokenizer, prompts, sampling, device=device, batch_size=batch_size, context=context, watch=watch
     )
@@ -128,9 +132,7 @@ def encode_prompts(tokenizer: TextCodec, prompts: Sequence[str], context: int | 
     Raises:
         ConfigError: a prompt has more tokens than `context`.
     """
-    # An empty prompt still needs a token to continue from.
-    encode = getattr(tokenizer, "encode_prompt", lambda prompt: tokenizer.encode(prompt) or [tokenizer.eos_id])
-    encoded = [encode(prompt) for prompt in prompts]
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     long = [number for number, ids in enumerate(encoded, 1) if context is not None and len(ids) > context]
     if long:
         others = f" ({len(long) - 1} more are too long)" if len(long) > 1 else ""

@@ -196,11 +196,6 @@ class HarnessModel(TemplateLM):
         return [gathered[number % n_ranks][number // n_ranks] for number in range(len(values))]
 
 
-def begin_of(tokenizer: TextCodec) -> dict[str, Any]:
-    """Returns the arguments of `HarnessModel` that say how texts of a pretrained model begin."""
-    return {name: getattr(tokenizer, name, None) for name in ("begin_id", "prefix_id")}
-
-
 class _LastTokens:
     """A tokenizer that puts `begin` before a text and keeps the last `length` tokens."""
 

@@ -39,6 +39,10 @@ class Sampling:
 
     Raises:
         ConfigError: a value of another kind or out of its range.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.9, samples=3).samples
+        3
     """
 
     max_new_tokens: int = 32

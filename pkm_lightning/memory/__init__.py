@@ -10,8 +10,16 @@ from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.memory.table_clipping import clip_tables
 from pkm_lightning.memory.table_optimizer import TableOptimizer
+from pkm_lightning.memory.table_reference import (
+    TableReference,
+    check_table,
+    count_parameters,
+    own_tables,
+    row_learning_tables,
+    take_over_tables,
+)
 from pkm_lightning.memory.tucker_keys import TuckerKeys
-from pkm_lightning.memory.value_table import TableReference, ValueTable, check_table
+from pkm_lightning.memory.value_table import ValueTable
 from pkm_lightning.memory.values import Values
 from pkm_lightning.memory.zero_reads import zero_reads
 
@@ -31,7 +39,11 @@ __all__ = [
     "Values",
     "check_table",
     "clip_tables",
+    "count_parameters",
     "half_key_dim",
+    "own_tables",
     "product_slots",
+    "row_learning_tables",
+    "take_over_tables",
     "zero_reads",
 ]

@@ -39,6 +39,8 @@ class QuantizedTable(ValueTable):
 
     Raises:
         ConfigError: an unknown choice, or `slices` that do not divide `dim`.
+
+    Example: `docs/tables.md`, "Smaller tables".
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {}

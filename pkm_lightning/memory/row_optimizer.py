@@ -25,6 +25,10 @@ class RowOptimizer:
 
     Raises:
         ConfigError: an unknown rule or constant, or a constant out of range.
+
+    Example:
+        >>> RowOptimizer(rule="lazy_adam", betas=(0.9, 0.99)).rule.name
+        'lazy_adam'
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, library
 
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory.replicas import StagedReads, mean_gradient, norm_over_members
 from pkm_lightning.ops.gathered_rows import default_backend
 from pkm_lightning.ops.gathered_rows.operator import copy_rows
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 _stages: weakref.WeakValueDictionary[int, RowStage] = weakref.WeakValueDictionary()
 _handles = itertools.count()
 
+# Backward passes whose reads nobody takes before the next one raises. Without an optimizer of the table nobody ever
+# will; with one, it is the number of micro-batches of a step, of which no sane loop has as many.
+_PASSES_WITHOUT_OPTIMIZER, _PASSES_WITH_OPTIMIZER = 10, 10_000
+
 
 class RowStage:
     """The staged reads of one table in one optimizer step.
@@ -41,11 +46,13 @@ class RowStage:
 
     Attributes:
         was_read: whether the table has ever been read with gradients enabled.
+        has_optimizer: whether a `TableOptimizer` steps the table.
         scale: factor on the gradient: a number, or a scalar tensor, which stays on its device.
     """
 
     def __init__(self, n_rows: int, mesh: TableMesh | None = None) -> None:
-        self.n_rows, self.mesh, self.was_read = n_rows, mesh, False
+        self.n_rows, self.mesh, self.was_read, self.has_optimizer = n_rows, mesh, False, False
+        self._passes, self._last_pass = 0, -1
         handle = next(_handles)
         _stages[handle] = self
         # A tensor, because torch.compile specialises on numbers and would compile a block once per table.
@@ -89,7 +96,11 @@ class RowStage:
         """Appends the factors of the gradient of one read to the buffers.
 
         Without coefficients and sources, each read has a source row of its own and the coefficient 1.
+
+        Raises:
+            ConfigError: the reads of earlier backward passes were never taken.
         """
+        self._count_pass()
         self._gradient = None
         if self.mesh is not None and self.mesh.shard == "row" and ids_L.device.type == "cpu":
             # On an accelerator the host would have to wait for the number of remaining reads.
@@ -125,6 +136,7 @@ class RowStage:
         Args:
             table_NV: the table, for width, dtype and device where this rank has read nothing.
         """
+        self._passes = 0
         if self._gradient is None:
             ids_L, rows_XV = self._ids.filled(table_NV[:0, 0].int()), self._rows.filled(table_NV[:0])
             staged = StagedReads(ids_L, *self._factors(ids_L, _sum_dtype(table_NV)), rows_XV)
@@ -154,6 +166,22 @@ class RowStage:
         for buffer in (self._ids, self._coefficients, self._sources, self._rows):
             buffer.length = 0
         self._gradient, self.scale = None, 1.0
+        self._passes = 0
+
+    def _count_pass(self) -> None:
+        """Counts backward passes since the reads were last taken: they would fill the memory, and teach nothing."""
+        # torch numbers the passes and has no public name for the number; layers that share a table stage in one pass.
+        current = torch._C._current_graph_task_id()
+        if current == self._last_pass:
+            return
+        self._last_pass = current
+        self._passes += 1
+        if self._passes > (_PASSES_WITH_OPTIMIZER if self.has_optimizer else _PASSES_WITHOUT_OPTIMIZER):
+            raise ConfigError(
+                f"a value table with learning='rows' was read in {self._passes - 1} backward passes, and no optimizer "
+                "has taken these reads, so nothing is learned: step a TableOptimizer(dense, "
+                "row_learning_tables(model), lr=...), or make the table with learning='dense'."
+            )
 
 
 class _Buffer:

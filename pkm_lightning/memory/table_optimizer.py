@@ -22,29 +22,40 @@ from pkm_lightning.memory.row_optimizer import RowOptimizer
 from pkm_lightning.memory.value_table import ValueTable
 from pkm_lightning.ops.row_update import RowGradient, UpdateStep, new_state, row_gradient_squares, row_update
 
-# Steps after which a table that was never read ends the run with an error; not 1, because a table may first be read in
-# a later step.
-_STEPS_UNREAD = 10
+# Steps after which a table that was never read ends the run with an error, and so do reads that were never cleared; not
+# 1, because a table may first be read in a later step, and a loop may step twice by one gradient.
+_STEPS_UNREAD = _STEPS_UNCLEARED = 10
 
 
 class TableOptimizer(Optimizer):
     """An optimizer that steps `dense`, and each table by the reads that were staged since `zero_grad`.
 
     A step without a read changes neither the table nor its number of updates. A custom training loop must clear the
-    gradients by the `zero_grad` of this optimizer, not of the model, because only the former clears staged reads. The
-    optimizer can neither be copied nor pickled; save its `state_dict`.
+    gradients by the `zero_grad` of this optimizer, not of the model, because only the former clears staged reads; a
+    loop that forgets it ends with an error. The optimizer can neither be copied nor pickled; save its `state_dict`.
 
     Args:
         dense: the optimizer of all other parameters, of any class; None if another engine steps them.
-        tables: the tables that learn by rows, by a name that stays the same between runs.
-        rows: the rule by which rows are updated.
+        tables: the tables that learn by rows, by a name that stays the same between runs; see `row_learning_tables`.
+        rows: the rule by which rows are updated, or its name: `catch_up_adam`, `factored_adam`, `lazy_adam`,
+            `row_adagrad` or `sgd`.
         lr: learning rate of the tables; schedulers change it as that of any group.
         weight_decay: decoupled decay of the rows that were read, at each update.
         seed: seed of the stochastic rounding of bf16 tables.
 
     Raises:
         ConfigError: as `RowOptimizer.check_decay`.
-        ValueError: a table that does not learn by rows.
+        ValueError: a table that does not learn by rows, or that `dense` has among its parameters.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import MemoryPlus, TableOptimizer, ValueTable, row_learning_tables
+        >>> layer = MemoryPlus(dim=8, n_keys=16, table=ValueTable(rows=16**2, dim=8, learning="rows"))
+        >>> dense = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+        >>> optimizer = TableOptimizer(dense, row_learning_tables(layer), lr=1e-2)
+        >>> layer(torch.randn(4, 8)).y_BTD.square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
     """
 
     def __init__(
@@ -52,17 +63,19 @@ class TableOptimizer(Optimizer):
         dense: Optimizer | None,
         tables: Mapping[str, ValueTable],
         *,
-        rows: RowOptimizer,
+        rows: RowOptimizer | str = "lazy_adam",
         lr: float,
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
+        rows = RowOptimizer(rule=rows) if isinstance(rows, str) else rows
         rows.check_decay(weight_decay)
         dense_tables = [name for name, table in tables.items() if table.stage is None]
         if dense_tables:
             raise ValueError(
                 f"{', '.join(dense_tables)} learns densely or not at all; pass it to the dense optimizer instead."
             )
+        _check_dense(dense, tables)
         self.dense, self.rows, self.seed = dense, rows, seed
         self.tables = dict(tables)
         weights = [table.weight for table in self.tables.values()]
@@ -73,7 +86,9 @@ class TableOptimizer(Optimizer):
         self._join()
         for table in self.tables.values():
             self.state[table.weight] = {"step": 0, **new_state(rows.rule, table.weight)}
-        self._steps_unread = 0
+            assert table.stage is not None
+            table.stage.has_optimizer = True
+        self._steps_unread = self._steps_uncleared = 0
 
     def _join(self) -> None:
         """Joins groups and states: those of `dense`, as the same objects, and those of the tables."""
@@ -100,6 +115,12 @@ class TableOptimizer(Optimizer):
                 )
             self.update(table)
         self._check_reads()
+        self._steps_uncleared += 1
+        if self._steps_uncleared > _STEPS_UNCLEARED:
+            raise ConfigError(
+                f"{_STEPS_UNCLEARED} steps were made without clearing the staged reads, so that each repeated those of "
+                "the steps before it: call zero_grad() of this optimizer, not of the model or the dense optimizer."
+            )
         return loss
 
     def _check_reads(self) -> None:
@@ -184,6 +205,7 @@ class TableOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, staged reads included."""
+        self._steps_uncleared = 0
         if self.dense is not None:
             self.dense.zero_grad(set_to_none)
         for table in self.tables.values():
@@ -232,6 +254,17 @@ class TableOptimizer(Optimizer):
                 f"the saved optimizer state of a table is {shapes(saved)}, but {self.rows.rule.name} keeps "
                 f"{shapes(present)}: it was written with another table/optimizer or table.learning."
             )
+
+
+def _check_dense(dense: Optimizer | None, tables: Mapping[str, ValueTable]) -> None:
+    """Refuses a dense optimizer that has tables too: states are saved by the place of a parameter among all groups."""
+    held = {id(parameter) for group in ([] if dense is None else dense.param_groups) for parameter in group["params"]}
+    both = [name for name, table in tables.items() if id(table.weight) in held]
+    if both:
+        raise ValueError(
+            f"{', '.join(both)} is also among the parameters of the dense optimizer; make that of "
+            "[p for p in model.parameters() if p.requires_grad]."
+        )
 
 
 def _column_sums(mesh: TableMesh, sums_V: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,12 @@ class ValueTable(ReadTable):
 
     Raises:
         ConfigError: an unknown choice, `slices` that do not divide `dim`, or sizes that the mesh cannot divide.
+
+    Example:
+        >>> import torch
+        >>> table = ValueTable(rows=100, dim=8, learning="rows")
+        >>> table(torch.tensor([[3, 7]]), torch.tensor([[0.25, 0.75]])).shape
+        torch.Size([1, 8])
     """
 
     #: Tables have a learning rate, a weight decay and a clipping norm of their own.
@@ -363,28 +369,3 @@ class ValueTable(ReadTable):
     def extra_repr(self) -> str:
         """Returns rows, values per row and `learning`, for `print(model)`."""
         return f"rows={self.rows}, dim={self.dim}, learning={self.learning}"
-
-
-class TableReference:
-    """A reference to a table that does not register it as a sub-module; deep copies of holders share one copy."""
-
-    def __init__(self, table: ValueTable) -> None:
-        self.table = table
-
-
-def check_table(table: ValueTable, rows: int, dim: int, *, named: str) -> None:
-    """Refuses a table whose shape is not (rows, dim).
-
-    Args:
-        table: the table that a plugin was given.
-        rows, dim: the shape that the plugin needs.
-        named: the configuration keys that determine that shape.
-
-    Raises:
-        ConfigError: with both shapes.
-    """
-    if (table.rows, table.dim) != (rows, dim):
-        raise ConfigError(
-            f"table has shape {(table.rows, table.dim)}, but {named} need {(rows, dim)}: layers that share a table "
-            "need the same sizes."
-        )

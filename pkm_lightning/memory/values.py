@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pkm_lightning.memory.value_table import TableReference, ValueTable
+from pkm_lightning.memory.table_reference import TableReference
+from pkm_lightning.memory.value_table import ValueTable
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -24,7 +25,7 @@ class Values(nn.Module):
     this is SimVQ on the values (Zhu et al. 2024, arXiv 2411.02038) without further reads.
 
     Args:
-        table: the value table, owned by the model.
+        table: the value table, which the layer around this module or its model registers.
         out_dim: output dimension O of the map; None: no map.
     """
 

@@ -40,6 +40,8 @@ class ModelCost:
             for the weights' gradient, row gradients written), without weights that the batch shares.
         decode_bytes: bytes of parameters read to decode one token at batch 1.
         unknown: class names of plugins without `cost`; only `params_total` includes them.
+
+    Example: that of `model_cost`.
     """
 
     params_total: int
@@ -62,7 +64,14 @@ class ModelCost:
 
 
 def model_cost(model: Trunk, context: int) -> ModelCost:
-    """Returns the cost of `model` with `context` tokens in attention; weights may be on the meta device."""
+    """Returns the cost of `model` with `context` tokens in attention; weights may be on the meta device.
+
+    Example:
+        >>> from pkm_lightning import Dense, Transformer, model_cost
+        >>> ffns = [Dense(dim=8, hidden_dim=16)]
+        >>> model_cost(Transformer(vocab_size=50, dim=8, n_heads=2, n_kv_heads=2, ffns=ffns), context=1).params_total
+        1464
+    """
     costs, unknown = _plugin_costs(model)
     own = model.own_cost(context)
     tables: list[ValueTable] = list(model.tables)  # type: ignore[arg-type]

@@ -25,6 +25,10 @@ class Placement:
 
     Raises:
         ConfigError: an unknown choice, a negative number, or `write_after` with another mode than `parallel`.
+
+    Example:
+        >>> Placement(layers="centred", count=3, stride=8, mode="replace", write_after=0).resolve(24)
+        [4, 12, 20]
     """
 
     def __init__(

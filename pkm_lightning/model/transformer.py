@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pkm_lightning.errors import check_flag, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
-from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory import ValueTable, take_over_tables
 from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.model.accounting import attention_flops
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         n_kv_heads: key-value heads; divides `n_heads`.
         ffns: one plugin per layer.
         before, after: plugins that add to the residual stream before or after a layer, by its number.
-        tables: the value tables that the plugins refer to, owned by the model.
+        tables: the value tables that the model registers; tables of a plugin that are not among them stay its own.
         write_after: layers between a plugin's read and the layer after which its deferred output is added.
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of the RMSNorms.
@@ -62,6 +62,14 @@ class Transformer(nn.Module):
         document_mask: attend within a document only, where the batch has `doc_ids`.
         reset_positions: positions start at 0 with every document, where the batch has `doc_ids`.
         activation_checkpointing: recompute each block in backward instead of keeping its activations.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import Dense, MemoryPlus, Transformer
+        >>> ffns = [Dense(dim=8, n_layers=2, hidden_dim=16), MemoryPlus(dim=8, n_keys=16)]
+        >>> model = Transformer(vocab_size=50, dim=8, n_heads=2, n_kv_heads=2, ffns=ffns)
+        >>> model.unembed(model(torch.randint(50, (2, 5))).hidden_BTD).shape
+        torch.Size([2, 5, 50])
     """
 
     def __init__(
@@ -76,12 +84,12 @@ class Transformer(nn.Module):
         after: Mapping[int, nn.Module] = MappingProxyType({}),
         tables: Iterable[ValueTable] = (),
         write_after: int = 0,
-        rope_theta: float,
-        norm_eps: float,
-        tied: bool,
-        document_mask: bool,
-        reset_positions: bool,
-        activation_checkpointing: bool,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-5,
+        tied: bool = False,
+        document_mask: bool = True,
+        reset_positions: bool = True,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_integer("model.vocab_size", vocab_size, low=2)
@@ -110,6 +118,7 @@ class Transformer(nn.Module):
             )
             for layer, ffn in enumerate(ffns)
         )
+        take_over_tables(self.blocks, self.tables)
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.unembedding = None if tied else nn.Linear(dim, vocab_size, bias=False)
         self.tied_unembedding = TiedUnembedding(self.embedding) if tied else None

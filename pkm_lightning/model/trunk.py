@@ -28,6 +28,8 @@ class ModelOutput:
     """The output of one forward: the last hidden state after the final norm, and the reports of the plugins.
 
     `aux_losses` are sums over layers, `metrics` means over layers; `step_stats` and `traces` are by layer number.
+
+    Example: that of `Transformer`; `hidden_BTD` goes through its `unembed`.
     """
 
     hidden_BTD: Tensor

@@ -7,6 +7,7 @@ from typing import Protocol
 import lightning as L
 from torch import Tensor
 
+from pkm_lightning.data.base import data_of
 from pkm_lightning.data.batch_check import check_batch, check_prompt_batch
 from pkm_lightning.errors import DataError
 from pkm_lightning.model import Transformer
@@ -96,6 +97,6 @@ def _stage(trainer: L.Trainer) -> str:
 
 
 def _name(module: TrainedModule, loader: str, batch_idx: int | None = None) -> str:
-    data = getattr(module._trainer, "datamodule", None)
+    data = data_of(module._trainer)
     name = loader if data is None else f"{type(data).__name__}.{loader}"
     return name if batch_idx is None else f"batch {batch_idx} of {name}"

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from pkm_lightning.data.base import is_endless
+from pkm_lightning.data.base import defines, is_endless, keeps_position
 from pkm_lightning.ffn import FFNContext, HasRowIds
 from pkm_lightning.memory.row_prefetch import Reads, RowPrefetcher, Tokens
 
@@ -141,10 +141,10 @@ class LoaderWrapping:
                 tokens = tuple(None if field is None else field.clone() for field in fields)
             prefetcher.submit(iteration, tables, lambda: _reads(plugins, tokens, device), tokens)
 
-        has_position = hasattr(processed, "state_dict")
+        has_position = defines(processed, "state_dict")
         data = self._strategy.lightning_module.trainer.datamodule  # type: ignore[union-attr]
-        ahead = sized_len(processed) is not None and not has_position and not _keeps_position(data)
-        kind = PositionedLookahead if has_position and hasattr(processed, "load_state_dict") else Lookahead
+        ahead = sized_len(processed) is not None and not has_position and not _may_count(data)
+        kind = PositionedLookahead if keeps_position(processed) else Lookahead
         return kind(processed, ahead=ahead, observe=observe, end=prefetcher.end)
 
     def batch_to_device(self, batch: Any, *arguments: Any, **named: Any) -> Any:
@@ -169,14 +169,14 @@ class LoaderWrapping:
         )
 
 
-def _keeps_position(data: LightningDataModule | None) -> bool:
+def _may_count(data: LightningDataModule | None) -> bool:
     """Returns whether a data module may count the micro-batches that its loaders give.
 
     One without end may not: Lightning pulls ahead from its training loader, which has no length.
     """
     if data is None or is_endless(data):
         return False
-    return is_overridden("state_dict", data, parent=LightningDataModule)
+    return defines(data, "state_dict")
 
 
 def wrap_loaders(trainer: L.Trainer | None) -> None:

@@ -7,6 +7,7 @@ It is built from a plain configuration dict, which every checkpoint holds. A ste
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from typing import Any
 
@@ -22,7 +23,7 @@ from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.data.base import fingerprint_of, tokenizer_digest, tokenizer_of
+from pkm_lightning.data.base import data_of, fingerprint_of, missing_parts, tokenizer_digest, tokenizer_of
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.prediction import Answering, answer_batch
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
@@ -39,9 +40,12 @@ from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.heldout import HeldoutSum
+from pkm_lightning.training.logged_step import log_step
 from pkm_lightning.training.lookahead import wrap_loaders
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
+
+_log = logging.getLogger(__name__)
 
 
 class LanguageModule(L.LightningModule):
@@ -58,6 +62,8 @@ class LanguageModule(L.LightningModule):
         tokens_seen: real input tokens trained on so far, over all ranks, a scalar tensor.
         watch: watchers of what plugins read, and judges of steps before they are made.
         answering: how `predict_step` answers prompts; greedily, unless it is replaced.
+
+    Example: `examples/train_from_python.py`.
     """
 
     model: Transformer
@@ -65,7 +71,7 @@ class LanguageModule(L.LightningModule):
 
     def __init__(self, config: dict[str, Any], *, weights_follow: bool = False) -> None:
         super().__init__()
-        self.save_hyperparameters("config")
+        self.save_hyperparameters("config", logger=False)  # loggers get few of them
         self.config = config
         self._weights_follow = weights_follow
         self.heldout_nll, self.heldout_targets = HeldoutSum(), HeldoutSum()
@@ -89,7 +95,7 @@ class LanguageModule(L.LightningModule):
             load_pretrained(self.model)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
-                bind_tokenizer(self.model, tokenizer_of(self._data()), self.config)
+                bind_tokenizer(self.model, tokenizer_of(data_of(self._trainer)), self.config)
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()
@@ -144,7 +150,10 @@ class LanguageModule(L.LightningModule):
         return output
 
     def on_train_start(self) -> None:
-        """Raises DataError if the ranks have different numbers of training batches."""
+        """Logs what the data lack; raises DataError if the ranks have different numbers of training batches."""
+        lack = missing_parts(data_of(self._trainer), self.trainer.train_dataloader)
+        if lack and self.trainer.is_global_zero:
+            _log.info(lack)
         needed = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         check_lengths(self.trainer, "train_dataloader", self.trainer.num_training_batches, needed)
 
@@ -223,6 +232,7 @@ class LanguageModule(L.LightningModule):
             loss = sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.watch.figures = {"loss": loss}
         if self.log_is_due():
+            log_step(self, self._step)
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             for name, value in self._reports.means().items():
@@ -370,6 +380,7 @@ class LanguageModule(L.LightningModule):
         loss = self.heldout_nll.compute() / targets
         self.heldout_nll.reset()
         self.heldout_targets.reset()
+        log_step(self, self.trainer.global_step)
         # The metric is already summed over ranks; without `sync_dist` Lightning would warn that it is not.
         self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val", sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)
@@ -380,17 +391,13 @@ class LanguageModule(L.LightningModule):
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         return answer_batch(self.model, tokenizer, batch, self.answering, device=self.device)
 
-    def _data(self) -> object:
-        """Returns the data module, if there is a Trainer that has one."""
-        return getattr(self._trainer, "datamodule", None)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the token counter, the digest of the tokenizer and the fingerprint of the data."""
         checkpoint["tokens_seen"] = int(self.tokens_seen)
-        checkpoint["tokenizer"] = tokenizer_digest(self._data())
-        checkpoint["data"] = fingerprint_of(self._data())
+        checkpoint["tokenizer"] = tokenizer_digest(data_of(self._trainer))
+        checkpoint["data"] = fingerprint_of(data_of(self._trainer))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the token counter; raises CheckpointError for data of another tokenizer than that of the weights."""
-        check_tokenizer(checkpoint, tokenizer_digest(self._data()))
+        check_tokenizer(checkpoint, tokenizer_digest(data_of(self._trainer)))
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)

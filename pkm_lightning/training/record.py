@@ -16,6 +16,7 @@
 | versions, commit | of the libraries; of the working directory, if it is this package's checkout |
 | data, facts | fingerprint of the data set; number of facts that training shows, where the data module has `n_facts` |
 | init_from | path and digest of the weights that the run started from; absent if they were random |
+| loggers | ids of the runs in Weights & Biases and MLflow, by the loggers' names; absent without such loggers |
 | started, ended | UTC, ISO 8601 |
 | best_validation | lowest loss of the validations in training and its step; None without one |
 | metrics | of the final test; recall by form, relation and decile under `recall` |

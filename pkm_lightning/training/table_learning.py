@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.optimizer import make_optimizer
-from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
+from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable, row_learning_tables
 from pkm_lightning.model.accounting import optimizer_bytes
 from pkm_lightning.ops.row_update import state_bytes
 from pkm_lightning.training.optimizer import parameter_groups
@@ -80,15 +80,6 @@ def _row_optimizer(
         weight_decay=optim["table_weight_decay"],
         seed=int(config["seed"]),
     )
-
-
-def row_learning_tables(model: nn.Module) -> dict[str, ValueTable]:
-    """Returns the model's tables that learn by rows, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, ValueTable) and module.stage is not None
-    }
 
 
 def optimizer_state_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:

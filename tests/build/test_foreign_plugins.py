@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from toys import config
 
 from pkm_lightning.build.run import resolve
-from pkm_lightning.cli.assembly import make_loggers, make_trainer
+from pkm_lightning.cli.assembly import make_trainer
+from pkm_lightning.cli.loggers import check_loggers
 from pkm_lightning.data import FactsDataModule
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import FFNCost, FFNOutput, TableSpec
@@ -180,4 +181,4 @@ def test_strategies_and_loggers_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"strategy._target_=torch.nn.Identity is not a lightning.*Strategy"):
         make_trainer({**given, "strategy": wrong}, callbacks=[], loggers=[])
     with pytest.raises(ConfigError, match=r"logger.mine._target_=torch.nn.Identity is not a lightning.*Logger"):
-        make_loggers({**given, "logger": {"mine": wrong}})
+        check_loggers({**given, "logger": {"mine": wrong}})

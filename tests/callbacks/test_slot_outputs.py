@@ -85,30 +85,25 @@ def test_panels_reach_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     for name in ("layer0.slot", "table0"):
         assert [event.step for event in events.Images(f"usage/{name}/heat_map")] == [2, 4]
-        assert events.Images(f"usage/{name}/heat_map")[0].width == 16
-        assert events.Images(f"usage/{name}/rank_frequency")[0].width == 360
+        assert events.Images(f"usage/{name}/heat_map")[0].width == 600
+        assert events.Images(f"usage/{name}/rank_frequency")[0].width == 600
     text = events.Tensors("usage/layer0.slot/most_read/text_summary")[-1].tensor_proto.string_val[0].decode()
     slot = int(watching.counters.total("layer0.slot", "window").counts_N.argmax())
     assert text.splitlines()[2].startswith(f"| {slot} |")
     assert events.Scalars("train/usage/table0/gini")
 
 
-def test_padding_reads_nothing_in_a_panel() -> None:
-    class Board:
-        def __init__(self) -> None:
-            self.texts: dict[str, str] = {}
-
-        def add_image(self, *_: Any) -> None: ...
-
-        def add_text(self, name: str, text: str, step: int) -> None:
-            self.texts[name] = text
-
-    made, board = counters(Tracer(Slots(name="slot", count=4))), Board()
+def test_padding_reads_nothing_in_a_panel(tmp_path: Path) -> None:
+    board = TensorBoardLogger(str(tmp_path), name="", version="board")
+    made = counters(Tracer(Slots(name="slot", count=4)))
     traces = {0: {"slot_ids": torch.tensor([[[1], [1], [1]]]), "slot_weights": torch.ones(1, 3, 1)}}
     batch = {"input_ids": torch.tensor([[2, 3, 3]]), "valid": torch.tensor([[True, True, False]])}
     made.add(traces, batch)
     draw_on([board], made, traces, batch, Letters(), 1)
-    assert board.texts["usage/layer0.slot/most_read"].splitlines()[2:] == ["| 1 | 2 | 100.00% | `a` (1), `b` (1) |"]
+    board.finalize("success")
+    (event,) = EventAccumulator(str(tmp_path / "board")).Reload().Tensors("usage/layer0.slot/most_read/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text.splitlines()[2:] == ["| 1 | 2 | 100.00% | `a` (1), `b` (1) |"]
 
 
 def test_what_stopped_the_run_is_told_even_if_the_report_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

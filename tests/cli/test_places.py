@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_rows_and_weights_that_a_model_reads_may_lie_anywhere(tmp_path: Path) ->
         ("logger.tensorboard.save_dir", "/srv"),
         ("logger.tensorboard.name", "../.."),
         ("logger.mlflow.tracking_uri", "http://example.org"),
+        ("logger.mlflow.artifact_location", "file:/srv"),
         ("trainer.default_root_dir", "/srv"),
         ("trainer.profiler", {"dirpath": "/srv"}),
         ("trainer.plugins", [{"save_dir": "/srv"}]),
@@ -116,4 +118,21 @@ def test_links_lead_out_at_any_depth(tmp_path: Path) -> None:
     check_links(run)
     (run / "checkpoints" / "step.ckpt").symlink_to("../../elsewhere")
     with pytest.raises(ConfigError, match=r"checkpoints/step\.ckpt is a link .*elsewhere.*trust_config=true"):
+        check_links(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_taken"),
+    [
+        ("wandb/offline-run-20261130_012738-4zwhwn1j/logs/debug-core.log", True),
+        ("wandb/offline-run-20261130_012738-4zwhwn1j/logs/debug.log", False),
+        ("wandb/logs/debug-core.log", False),
+        ("wandb", False),
+    ],
+)
+def test_the_log_that_wandb_links_in_its_folders_may_lie_elsewhere(tmp_path: Path, name: str, is_taken: bool) -> None:
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    (run / name).symlink_to(tmp_path)
+    with contextlib.nullcontext() if is_taken else pytest.raises(ConfigError, match="is a link that leads out"):
         check_links(run)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from pkm_lightning.compare.budget import steps_of_tokens, warm_up
 from pkm_lightning.compare.processes import Processes, RunEnd
 from pkm_lightning.compare.schedule import ScheduledRun, Variant
+from pkm_lightning.data.base import yields_whole_steps
 from pkm_lightning.errors import ConfigError
 
 
@@ -71,16 +72,16 @@ def config(**trainer: Any) -> dict[str, Any]:
 
 
 def test_only_real_tokens_count() -> None:
-    assert steps_of_tokens(1000, Micro(real=10), config()) == 100
+    assert steps_of_tokens(1000, Micro(real=10), config(), whole_steps=False) == 100
 
 
 def test_a_step_of_foreign_data_has_the_batches_of_all_ranks_and_micro_batches() -> None:
     spread = config(devices=2, num_nodes=2, accumulate_grad_batches=5)
-    assert steps_of_tokens(1000, Micro(real=10), spread) == 5
-    assert steps_of_tokens(1000, Whole(real=10), spread) == 100
+    for data, steps in ((Micro(real=10), 5), (Whole(real=10), 100)):
+        assert steps_of_tokens(1000, data, spread, whole_steps=yields_whole_steps(data)) == steps
 
 
 @pytest.mark.parametrize(("budget", "real", "message"), [(3, 10, "less than a step"), (99, 0, "give no token")])
 def test_a_budget_of_no_step_is_refused(budget: float, real: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        steps_of_tokens(budget, Micro(real), config())
+        steps_of_tokens(budget, Micro(real), config(), whole_steps=False)

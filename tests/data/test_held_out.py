@@ -112,6 +112,8 @@ def test_scalars_of_numpy_are_kept_as_numbers(tmp_path: Path) -> None:
 
 
 def test_nothing_is_kept_of_an_empty_validation(tmp_path: Path) -> None:
-    data: Any = SimpleNamespace(splits=SimpleNamespace(validation_keys=[], validation=None))
+    data: Any = SimpleNamespace(
+        splits=SimpleNamespace(validation_keys=[], validation=None, test=None, tokenizer=bytes_tokenizer())
+    )
     keep_held_out(data, tmp_path / "heldout")
     assert not (tmp_path / "heldout").exists()

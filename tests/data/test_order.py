@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkm_lightning.data.order import (
-    EpochOrder,
+    Order,
     ShareBatchSampler,
     ShuffledOrder,
     StepBatchSampler,
@@ -22,7 +22,7 @@ from pkm_lightning.data.packing import PackedOrder
 from pkm_lightning.errors import ConfigError
 
 GLOBAL = 8
-ORDERS: dict[str, Callable[[], EpochOrder]] = {
+ORDERS: dict[str, Callable[[], Order]] = {
     "shuffled": lambda: ShuffledOrder(13, seed=1),
     "packed": lambda: PackedOrder(np.arange(40), np.arange(40) % 7 + 1, capacity=10, seed=1),
 }

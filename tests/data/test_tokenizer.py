@@ -15,7 +15,8 @@ from tokenizers import models, normalizers, processors
 
 from pkm_lightning.data import tokenizer as tokenizer_module
 from pkm_lightning.data.bpe_process import EOS, PAD
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice, bytes_tokenizer, train_bpe
+from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import ConfigError, DataError
 
 CORPUS = ["Hank Aaron was born on February 5, 1934", "The capital of Chile is Santiago", "Sant Julià de Lòria"] * 3

@@ -39,7 +39,7 @@ def test_output_and_gradients_equal_brute_force(sizes: dict[str, Any], shape: tu
 
 def test_the_default_is_one_layer_with_nothing_after_the_read() -> None:
     layer = Memory(**SIZES[0], table=ValueTable(rows=25, dim=7), qk_norm=True)
-    assert {name.split(".")[1] for name, _ in layer.named_parameters()} == {"query", "keys"}
+    assert {name.split(".")[1] for name, _ in layer.addressing.named_parameters(prefix="a")} == {"query", "keys"}
 
 
 @pytest.mark.parametrize(

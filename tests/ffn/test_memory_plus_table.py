@@ -14,9 +14,11 @@ from pkm_lightning.ffn import FFNContext, MemoryPlus
 from pkm_lightning.memory import ValueTable
 
 
-def test_the_plugin_does_not_own_the_table() -> None:
+def test_a_model_takes_the_tables_over_from_its_layers() -> None:
     table = ValueTable(rows=49, dim=10)
     layer = memory_plus(table)
+    assert layer.state_dict()["own_tables.0.weight"].data_ptr() == table.weight.data_ptr()
+    transformer([layer], [table])
     assert not any(parameter is table.weight for parameter in layer.parameters())
     assert not any("table" in name for name in layer.state_dict())
     assert layer.cost().params == sum(p.numel() for p in layer.parameters())

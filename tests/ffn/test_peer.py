@@ -152,10 +152,10 @@ def test_peak_memory_is_at_most_half_of_gather_and_einsum() -> None:
         ({"router": "relu"}, r"ffn.router='relu' is not known; allowed: softmax, sigmoid\."),
         ({"query_norm": "bn"}, r"ffn.query_norm='bn' is not known; allowed: none, rms, batch, layer"),
         ({"knn": 6}, r"ffn.knn=6 is out of range; allowed: 1 to 5\."),
-        ({"glu": True}, r"ffn.glu=True needs a list of 3 tables\."),
+        ({"glu": True}, r"^PEER needs a list of 3 tables \(ffn.glu=True, "),
         ({"shared_keys": "no"}, r"ffn.shared_keys='no' is neither true nor false; set ffn.shared_keys=true"),
         ({"glu": "yes"}, r"ffn.glu='yes' is neither true nor false; set ffn.glu=true or ffn.glu=false\."),
-        ({"n_keys": 6}, r"table has shape \(25, 7\), but ffn.n_keys=6 and model.dim=7 need \(36, 7\)"),
+        ({"n_keys": 6}, r"table has shape \(25, 7\), but ffn.glu=False, ffn.n_keys=6 and model.dim=7 need \(36, 7\)"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:

@@ -159,7 +159,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
     cost = layer.cost()
     values_read = sizes["heads"] * sizes["knn"] * table.dim
     assert cost.flops * 10 == counter.get_total_flops()
-    assert cost.params == sum(p.numel() for p in layer.parameters())
+    assert cost.params == sum(p.numel() for name, p in layer.named_parameters() if "own_tables" not in name)
     assert cost.table_params == table.weight.numel()
     assert cost.active_params == cost.params + values_read
     assert cost.lookup_bytes == 4 * values_read
@@ -196,6 +196,8 @@ def test_refuses_wrong_sizes(changes: dict[str, Any], message: str) -> None:
 
 def test_refuses_a_table_of_another_shape() -> None:
     arguments = {"n_layers": 3, "spectrum_loss": 0.0, "spectrum_margin": 0.0, **SIZES[1]}
-    message = r"table has shape \(36, 8\), but ffn.n_keys=6, ffn.expansion=4 and ffn.value_dim=8 need \(9, 8\)"
+    message = (
+        r"table has shape \(36, 8\), but ffn.n_keys=6, ffn.expansion=4, ffn.cores=2 and ffn.value_dim=8 need \(9, 8\)"
+    )
     with pytest.raises(ConfigError, match=message):
         UltraMem(table=ValueTable(rows=36, dim=8), **arguments)

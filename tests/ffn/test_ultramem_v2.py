@@ -138,7 +138,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
     cost = layer.cost()
     values_read = 2 * sizes["heads"] * sizes["knn"] * tables[0].dim
     assert cost.flops * 10 == counter.get_total_flops()
-    assert cost.params == sum(p.numel() for p in layer.parameters())
+    assert cost.params == sum(p.numel() for name, p in layer.named_parameters() if "own_tables" not in name)
     assert cost.table_params == 2 * tables[0].weight.numel()
     assert cost.active_params == cost.params + values_read
     assert cost.lookup_bytes == 4 * values_read
@@ -210,9 +210,9 @@ def test_refuses_wrong_sizes(changes: dict[str, Any], message: str) -> None:
 def test_refuses_other_tables() -> None:
     good, bad = ValueTable(rows=36, dim=6), ValueTable(rows=36, dim=8)
     for table, message in (
-        (good, r"ffn needs a list of 2 tables, the pre-values and the values\."),
-        ([good], r"ffn needs a list of 2 tables"),
-        ([good, bad], r"table has shape \(36, 8\), but ffn.n_keys=6 and ffn.value_dim=6 need \(36, 6\)"),
+        (good, r"^UltraMemV2 needs a list of 2 tables \(ffn.n_keys=6"),
+        ([good], r"^UltraMemV2 needs a list of 2 tables"),
+        ([good, bad], r"table has shape \(36, 8\), but ffn.n_keys=6, ffn.cores=3 and ffn.value_dim=6 need \(36, 6\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             UltraMemV2(table=table, n_layers=3, balance_loss=0.0, **SIZES[1])  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_module
 from tree import ROOT
 
 from pkm_lightning.cli.job import plain
+from pkm_lightning.data.chat_template import ChatTemplate
 from pkm_lightning.data.pretrained_files import quiet_transformers
 from pkm_lightning.huggingface.loading import load_pretrained
-from pkm_lightning.inference.chat_template import ChatTemplate
 
 FILE = os.environ.get("PKM_LIGHTNING_SMOLLM2")
 #: Nats per token.

@@ -12,10 +12,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from pkm_lightning.checkpoints import open_checkpoint
+from pkm_lightning.data.chat_template import ChatTemplate
 from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from pkm_lightning.huggingface.export import write_folder
 from pkm_lightning.huggingface.tokenizer import write_tokenizer
-from pkm_lightning.inference.chat_template import ChatTemplate
 
 TEXTS = ["The capital of France is", " two  spaces ", "<eos> and <pad>", "naïve 東京 \u2028\n\t", ""]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 from toys import dense, transformer
 
+from pkm_lightning.data.base import begin_ids
 from pkm_lightning.data.tokenizer import Tokenizer, train_bpe
-from pkm_lightning.inference.harness import HarnessModel, begin_of
+from pkm_lightning.inference.harness import HarnessModel
 from pkm_lightning.inference.harness_results import run_tasks, scores_of
 from pkm_lightning.inference.harness_tasks import load_tasks
 from pkm_lightning.model import Transformer
@@ -142,7 +143,7 @@ def test_scores_are_those_of_the_harness_with_transformers(
         device=torch.device("cpu"),
         batch_size=7,
         progress=False,
-        **begin_of(tokenizer),
+        **begin_ids(tokenizer),
     )
     ours, our_figures = responses(adapter, folder)
 

@@ -13,7 +13,8 @@ from pkm_lightning.data.facts.exposures import exposure_list
 from pkm_lightning.data.facts.selection import Fact, FactsChoice, choose_facts
 from pkm_lightning.data.facts.templates import FORMS, prompt
 from pkm_lightning.data.statements import write_statements
-from pkm_lightning.data.tokenizer import Tokenizer, TokenizerChoice
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 
 
 def build_facts(folder: Path, choice: FactsChoice, tokenizer_choice: TokenizerChoice) -> None:

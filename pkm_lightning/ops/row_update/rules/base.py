@@ -86,6 +86,8 @@ class RowRule:
 
     Raises:
         ValueError: a constant out of range. The message opens with NAME=VALUE; users see `table.optimizer.` before it.
+
+    Example: `pkm_lightning/ops/row_update/rules/lazy_adam.py`; how to add one is in `CONTRIBUTING.md`.
     """
 
     #: The name in `table.optimizer.rule`, and that of the file.

@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import check_integer
-from pkm_lightning.ffn.base import FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
-from pkm_lightning.memory import TableReference, ValueTable, check_table
+from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
+from pkm_lightning.ffn.held_tables import hold_tables
+from pkm_lightning.ffn.inputs import check_input
+from pkm_lightning.memory import TableReference, ValueTable
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class HashedMemory(nn.Module):
 
     Args:
         dim: model dimension D, also the values per slot V.
-        table: the value table, owned by the model.
+        table: the value table; None makes one, and the layer owns it.
         n_slots: slots N, 1 to 2**bits.
         bits: bits of the hash Z, 1 to 30.
 
@@ -46,11 +48,11 @@ class HashedMemory(nn.Module):
 
     projection: Tensor
 
-    def __init__(self, *, dim: int, table: ValueTable, n_slots: int, bits: int) -> None:
+    def __init__(self, *, dim: int, table: ValueTable | None = None, n_slots: int = 1000, bits: int = 20) -> None:
         super().__init__()
         spec = self.table_spec(dim=dim, n_slots=n_slots, bits=bits)
-        check_table(table, spec.rows, spec.dim, named=f"ffn.n_slots={n_slots} and model.dim={dim}")
-        self._table = TableReference(table)
+        (held,) = hold_tables(self, table, spec, named=f"ffn.n_slots={n_slots} and model.dim={dim}")
+        self._table = TableReference(held)
         self.gate = nn.Linear(dim, 1, bias=False)
         self.register_buffer("projection", torch.empty(bits, dim))
         self.reset_parameters()
@@ -68,10 +70,11 @@ class HashedMemory(nn.Module):
         with torch.no_grad():
             self.projection.bernoulli_(0.5).mul_(2).sub_(1)
 
-    def forward(self, x_BTD: Tensor, context: FFNContext) -> FFNOutput:
+    def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Reads the slot of every token; the trace holds the slots and their weights."""
+        check_input(self, x_BTD, self.gate.in_features, context)
         ids_BT1, weights_BT1 = self._slots_and_weights(x_BTD)
-        y_TD = self._table.table(ids_BT1.flatten(0, 1), weights_BT1.flatten(0, 1)).to(x_BTD.dtype)
+        y_TD = self._table.table(ids_BT1.flatten(0, -2), weights_BT1.flatten(0, -2)).to(x_BTD.dtype)
         trace = {"slot_ids": ids_BT1, "slot_weights": weights_BT1.detach()} if context.observe else {}
         return FFNOutput(y_TD.view_as(x_BTD), trace=trace)
 

@@ -6,27 +6,19 @@ and in a process of its own with limits of time and memory (`template_process.py
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pkm_lightning.errors import ConfigError
-from pkm_lightning.inference import template_process
+from pkm_lightning.data.template_renderer import Message, TemplateRenderer
 
 if TYPE_CHECKING:
     from pkm_lightning.data.base import TextCodec
 
-#: A turn: its `role` (`system`, `user`, `assistant`) and `content`.
-Message = dict[str, str]
+__all__ = ["ChatTemplate", "Message"]
 
 #: Stands for an answer where only what follows it is of interest.
 _ANSWER = "ANSWER"
-#: Seconds that a template may compute, and on the clock, where its process waits for a processor.
-SECONDS, PATIENCE = 10, 60
 
 
 class ChatTemplate:
@@ -42,10 +34,13 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, tokenizer: TextCodec, source: Path) -> None:
-        self._text, self._tokenizer, self._source = text, tokenizer, source
+        self._tokenizer = tokenizer
         self._encode = getattr(tokenizer, "encode_rendered", tokenizer.encode)
+        names = getattr(tokenizer, "control_tokens", {"bos_token": "", "eos_token": ""})
+        self._renderer = TemplateRenderer(text, names, str(source))
         self._end_ids: list[int] | None = None
-        self._request(None, answer_follows=False)
+        self._renderer.compile()
+        self._renderer.close()
 
     def render(self, messages: Sequence[Message], *, answer_follows: bool = True) -> str:
         """Returns the text of a conversation, ending where the assistant's answer begins.
@@ -53,7 +48,15 @@ class ChatTemplate:
         Raises:
             ConfigError: the template refuses the conversation, such as two turns of one role, or does not end.
         """
-        return self._request(list(messages), answer_follows=answer_follows)
+        try:
+            answer = self._renderer.ask({"task": "text", "messages": list(messages), "answer_follows": answer_follows})
+        finally:
+            # A conversation waits for a person between its turns: no process is kept for so long.
+            self._renderer.close()
+        if "error" in answer:
+            raise self._renderer.error(answer["error"])
+        text: str = answer["text"]
+        return text
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of `render`."""
@@ -69,24 +72,3 @@ class ChatTemplate:
             # A control token is no text. What is text, such as a line break, may stand within an answer.
             self._end_ids = [] if not ids or self._tokenizer.decode(ids[:1]) else ids[:1]
         return self._end_ids
-
-    def _request(self, messages: list[Message] | None, *, answer_follows: bool) -> str:
-        names = getattr(self._tokenizer, "control_tokens", {"bos_token": "", "eos_token": ""})
-        request = {"template": self._text, "globals": names, "messages": messages, "answer_follows": answer_follows}
-        # -P: the folder of the program is no place to import from.
-        command = [sys.executable, "-P", template_process.__file__, str(SECONDS)]
-        try:
-            done = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise self._error(f"it has not ended after {PATIENCE} s") from None
-        if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
-            raise self._error(f"it has not ended after {SECONDS} s of computing")
-        if done.returncode:
-            raise self._error("it crashes Jinja")
-        answer: dict[str, str] = json.loads(done.stdout)
-        if "error" in answer:
-            raise self._error(answer["error"])
-        return answer["text"]
-
-    def _error(self, reason: str) -> ConfigError:
-        return ConfigError(f"{self._source}: the chat template cannot be used ({reason}).")

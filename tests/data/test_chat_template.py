@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pkm_lightning.data import template_renderer
+from pkm_lightning.data.chat_template import ChatTemplate
 from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.inference import chat_template
-from pkm_lightning.inference.chat_template import ChatTemplate
 
 #: Written as those of ChatML models, with what templates use of Jinja and of Hugging Face.
 TEMPLATE = """{%- for message in messages %}
@@ -81,7 +81,7 @@ def test_a_template_that_cannot_be_used_is_named_with_the_reason(text: str, reas
 
 
 def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    monkeypatch.setattr(template_renderer, "SECONDS", 1)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ConfigError, match="it has not ended after 1 s of computing"):
         template(endless).render(ROME)

@@ -1,0 +1,219 @@
+"""Documents into shards: read in one thread, tokenised by the threads of the tokenizers library, written in order.
+
+All parts close their shards at the same places, about every 256 MB of text. There all files are flushed to disk, then
+`progress.json` is renamed into place with the position in the files and all counts, so that a build that is killed
+continues with the shard that it was at, and leaves the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pkm_lightning.data.chunks import chunks
+from pkm_lightning.data.documents import Piece, Reader, Segment, question_of
+from pkm_lightning.data.progress import BuildProgress
+from pkm_lightning.data.shards.format import INDEX, PARTS, ShardWriter
+from pkm_lightning.data.shards.plan import Divider, Plan, Portion, survey
+from pkm_lightning.data.shards.read_ahead import Group, Position, file_sizes, read_ahead
+from pkm_lightning.data.shards.record import BuildRecord
+from pkm_lightning.data.split import Fractions
+from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer_choice import TokenizerChoice
+from pkm_lightning.errors import DataError
+from pkm_lightning.storage import written_beside
+
+__all__ = ["build_shards"]
+
+#: Text of one shard of all parts together, in bytes.
+SHARD_BYTES = 256_000_000
+#: Text that is tokenised in one go: enough to keep many threads busy, little beside the rest of the process.
+GROUP_BYTES = 4_000_000
+#: Validation questions that are kept as text.
+MAX_QUESTIONS = 10_000
+QUESTIONS = "questions.json"
+_ENDINGS = {".tokens", ".begins", ".places", ".learned", ".tmp"}
+
+log = logging.getLogger(__name__)
+
+
+def build_shards(
+    folder: Path,
+    *,
+    readers: Mapping[str, Reader],
+    fractions: Fractions,
+    choice: TokenizerChoice,
+    name: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Fills `folder` with tokenizer, shards, validation questions and `shards.json`, or continues to fill it.
+
+    Args:
+        folder: empty, or left by a killed call with the same arguments.
+        readers: of `train`, and of `validation` and `test` where these have files of their own.
+        fractions: of the training documents that are held out for parts without a reader.
+        choice: of the tokenizer; one that is trained sees training text only.
+        name: of the data in messages, such as `data.path=books`.
+        shard_bytes: text of one shard, in bytes.
+
+    Raises:
+        DataError: there is no text, or too little to be divided; whatever the readers raise.
+    """
+    fractions = Fractions(
+        0.0 if "validation" in readers else fractions.validation,
+        0.0 if "test" in readers else fractions.test,
+        fractions.seed,
+    )
+    record = BuildRecord.load(folder)
+    if record is None and (folder / INDEX).exists():
+        return  # killed between the end of the build and the renaming of the folder
+    if record is None:
+        _clear(folder, keep={})
+        plan = survey(readers["train"], fractions, name)
+        choice.make(lambda: _training_texts(readers["train"], plan)).save(folder / "tokenizer.json")
+        record = BuildRecord(plan)
+        record.save(folder)
+    else:
+        _clear(folder, keep=record.sha256)
+        shards = sum(map(len, record.shards.values()))
+        log.info("%s: continues a preparation that was interrupted, after %d shards", name, shards)
+    _Build(folder, record, name, shard_bytes).run(readers)
+
+
+def _clear(folder: Path, keep: Mapping[str, str]) -> None:
+    """Removes what a killed call has left behind its last record."""
+    for path in folder.iterdir():
+        if path.suffix in _ENDINGS and path.name not in keep:
+            path.unlink()
+
+
+def _training_texts(reader: Reader, plan: Plan) -> Iterator[str]:
+    divider = Divider(plan)
+    portions = (portion for piece in reader.pieces() for portion in divider.divide(piece))
+    segments = (s for portion in portions if portion.part == plan.main for s in portion.segments)
+    # The text of a chat template holds names of control tokens, which are no words.
+    return (chunk for segment in segments if not segment.rendered for chunk in chunks(segment.text))
+
+
+class _Build:
+    """A build under way: its record, and the shards that are open."""
+
+    def __init__(self, folder: Path, record: BuildRecord, name: str, shard_bytes: int) -> None:
+        self._folder, self._record, self._name, self._shard_bytes = folder, record, name, shard_bytes
+        self._tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        self._end = np.asarray([self._tokenizer.eos_id])
+        self._writers: dict[str, ShardWriter] = {}
+        self._text_bytes = 0
+        self._tokens = 0
+
+    def run(self, readers: Mapping[str, Reader]) -> None:
+        sizes = {part: sum(file_sizes(reader)) for part, reader in readers.items()}
+        before = 0
+        try:
+            with BuildProgress(f"{self._name}: tokenises", sum(sizes.values())) as progress:
+                for part, reader in readers.items():
+                    if part not in self._record.finished:
+                        self._read(part, reader, progress, before)
+                    before += sizes[part]
+        finally:
+            for writer in self._writers.values():
+                writer.abandon()
+        self._finish(readers, sum(sizes.values()))
+
+    def _read(self, part: str, reader: Reader, progress: BuildProgress, before: int) -> None:
+        record = self._record
+        plan = record.plan if part == "train" else Plan(part, Fractions(0.0, 0.0, 0))
+        divider = Divider(plan, **record.divider)
+        with closing(read_ahead(reader, record.position, min(GROUP_BYTES, self._shard_bytes))) as groups:
+            for group in groups:
+                tokens = self._tokens
+                self._write(group, divider)
+                progress.update(before + group.done, self._tokens - tokens)
+                if not group.pieces:
+                    break
+                if self._text_bytes >= self._shard_bytes:
+                    record.position, record.divider = group.after, _state(divider)
+                    self._checkpoint()
+        if divider.documents == 0:
+            raise DataError(f"{self._name}: the files of the {part} part hold no text; give files that are not empty.")
+        record.documents += divider.documents
+        record.add_skipped(group.skipped)
+        record.finished.append(part)
+        record.position, record.divider = Position(), {}
+        self._checkpoint()
+
+    def _write(self, group: Group, divider: Divider) -> None:
+        portions = [portion for piece in group.pieces for portion in divider.divide(piece)]
+        segments = [segment for portion in portions for segment in portion.segments]
+        ids = _encode(self._tokenizer, segments)
+        for portion in portions:
+            self._write_portion(portion, list(islice(ids, len(portion.segments))))
+        self._text_bytes += group.n_bytes
+
+    def _write_portion(self, portion: Portion, ids: list[list[np.ndarray]]) -> None:
+        record, part = self._record, portion.part
+        if part not in self._writers:
+            name = f"{part}-{len(record.shards.get(part, [])):05d}"
+            self._writers[part] = ShardWriter(self._folder, name, self._tokenizer.vocab_size)
+        writer = self._writers[part]
+        before = writer.tokens
+        if portion.begins:
+            writer.begin_document(portion.piece.file, portion.piece.record)
+        for segment, parts in zip(portion.segments, ids, strict=True):
+            for some in parts:
+                writer.write(some, learned=segment.learned)
+            record.learned = segment.learned
+            record.text_bytes[part] = record.text_bytes.get(part, 0) + len(segment.text.encode())
+        if portion.ends:
+            writer.write(self._end, learned=record.learned)
+        self._tokens += writer.tokens - before
+        if part == "validation" and portion.begins and len(record.questions) < MAX_QUESTIONS:
+            question = question_of(Piece(0, 0, portion.segments, portion.ends))
+            record.questions.extend([question] if question else [])
+
+    def _checkpoint(self) -> None:
+        """Closes the shards of all parts and records that the build has come so far."""
+        for part, writer in sorted(self._writers.items()):
+            self._record.shards.setdefault(part, []).append(writer.close())
+            self._record.sha256.update(writer.sha256)
+        self._writers, self._text_bytes = {}, 0
+        self._record.save(self._folder)
+
+    def _finish(self, readers: Mapping[str, Reader], n_bytes: int) -> None:
+        record = self._record
+        shards = {part: [asdict(info) for info in record.shards.get(part, [])] for part in PARTS}
+        files = sum(len(reader.files) for reader in readers.values())
+        index = {
+            "vocab_size": self._tokenizer.vocab_size,
+            "parts": shards,
+            "text_bytes": {part: record.text_bytes.get(part, 0) for part in PARTS},
+            "read": {"files": files, "documents": record.documents, "bytes": n_bytes},
+            "skipped": dict(sorted(record.skipped.items())),
+        }
+        for name, content in ((QUESTIONS, record.questions), (INDEX, index)):
+            with written_beside(self._folder / name) as file:
+                file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+def _state(divider: Divider) -> dict[str, Any]:
+    return {name: value for name, value in vars(divider).items() if name != "plan"}
+
+
+def _encode(tokenizer: Tokenizer, segments: list[Segment]) -> Iterator[list[np.ndarray]]:
+    """Yields the ids of each segment, in one array per chunk."""
+    texts = [chunks(segment.text) for segment in segments if not segment.rendered]
+    ids = tokenizer.encode_pieces(chunk for of_segment in texts for chunk in of_segment)
+    counts = map(len, texts)
+    for segment in segments:
+        if segment.rendered:
+            yield [np.asarray(tokenizer.encode_rendered(segment.text), dtype=np.int64)]
+        else:
+            yield [np.asarray(some, dtype=np.int64) for some in islice(ids, next(counts))]

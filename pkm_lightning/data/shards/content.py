@@ -1,0 +1,50 @@
+"""What prepared text holds, in words: files, documents, bytes and tokens per part, and what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pkm_lightning.data.shards.format import PARTS
+
+_NAMES = {"train": "training", "validation": "validation", "test": "testing"}
+
+
+def counted(n: int, noun: str) -> str:
+    """Returns a number with its noun, such as `1 file` or `1,000 files`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def content_lines(index: Mapping[str, Any]) -> list[str]:
+    """Returns what `shards.json` says about its text: what was read, the parts, and what was skipped."""
+    read = index["read"]
+    counts = ", ".join(counted(read[noun + "s"], noun) for noun in ("file", "document", "byte"))
+    parts = ", ".join(
+        f"{counted(total['tokens'], 'token')} in {counted(total['documents'], 'document')} for {_NAMES[part]}"
+        for part, total in part_totals(index).items()
+    )
+    skipped = ", ".join(f"{n:,} {reason}" for reason, n in index["skipped"].items())
+    return [f"read: {counts}", parts, *([f"skipped: {skipped}"] if skipped else [])]
+
+
+def content_table(index: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of a table with a row per part."""
+    rows = [("part", "documents", "bytes of text", "tokens", "targets", "shards")]
+    for part, total in part_totals(index).items():
+        rows.append((part, *(f"{total[name]:,}" for name in ("documents", "bytes", "tokens", "targets", "shards"))))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def part_totals(index: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Returns documents, tokens, targets, shards and bytes of text of each part that holds documents."""
+    totals = {}
+    for part in PARTS:
+        shards = index["parts"].get(part, [])
+        if shards:
+            sums = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "targets")}
+            totals[part] = {**sums, "shards": len(shards), "bytes": index.get("text_bytes", {}).get(part, 0)}
+    return totals

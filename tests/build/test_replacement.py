@@ -1,0 +1,96 @@
+"""`replace_ffn` in a model of this package: the table is the model's, sizes are found, mistakes are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toys import DIM, VOCAB, dense, token_ids, transformer
+
+from pkm_lightning import PEER, ConfigError, Engram, MemoryPlus, TableOptimizer, replace_ffn, row_learning_tables
+from pkm_lightning.build.replacement import LAYERS_OF
+from pkm_lightning.ffn import FFNContext, FFNOutput
+from pkm_lightning.huggingface.files import SUPPORTED
+from pkm_lightning.model import Transformer
+
+
+def model() -> Transformer:
+    return transformer([dense(3), dense(3), dense(3)])
+
+
+@pytest.mark.parametrize(("shared", "tables"), [(True, 1), (False, 2)])
+def test_the_model_owns_tables_that_learn(shared: bool, tables: int) -> None:
+    host = model()
+    plugins = replace_ffn(host, layers=[2, 0], ffn=MemoryPlus, n_keys=7, knn=3, shared=shared, learning="rows")
+    assert [host.blocks[layer].ffn for layer in (0, 2)] == plugins
+    assert [name for name in host.state_dict() if "table" in name] == [f"tables.{n}.weight" for n in range(tables)]
+    optimizer = TableOptimizer(
+        torch.optim.SGD([p for p in host.parameters() if p.requires_grad], lr=0.1), row_learning_tables(host), lr=1.0
+    )
+    before = [table.weight.detach().clone() for table in host.tables]
+    host.unembed(host(token_ids()).hidden_BTD).square().mean().backward()
+    optimizer.step()
+    for table, rows in zip(host.tables, before, strict=True):
+        assert not torch.equal(table.weight, rows)
+    other = model()
+    replace_ffn(other, layers=[0, 2], ffn=MemoryPlus, n_keys=7, knn=3, shared=shared, learning="rows")
+    other.load_state_dict(host.state_dict())
+    ids_BT = token_ids()
+    assert torch.equal(other(ids_BT).hidden_BTD, host(ids_BT).hidden_BTD)
+
+
+def test_plugins_of_several_tables_and_of_token_ids() -> None:
+    host = model().double()
+    (peer,) = replace_ffn(host, layers=[1], ffn=PEER, n_keys=5, knn=2, glu=True)
+    (engram,) = replace_ffn(host, layers=[2], ffn=Engram, rows=20)
+    assert len(host.tables) == 4
+    assert isinstance(engram, Engram)
+    assert len(engram.addressing.canonical_ids) == VOCAB
+    # As the layers were, without being told.
+    assert {p.dtype for plugin in (peer, engram) for p in plugin.parameters()} == {torch.float64}
+    assert host(token_ids()).hidden_BTD.dtype is torch.float64
+
+
+class OfTheUser(nn.Module):
+    def __init__(self, dim: int, scale: float = 2.0) -> None:
+        super().__init__()
+        self.dim, self.scale = dim, scale
+
+    def forward(self, x_BTD: torch.Tensor, context: FFNContext) -> FFNOutput:
+        return FFNOutput(x_BTD * self.scale)
+
+
+def test_a_class_of_the_user_without_tables() -> None:
+    host = model().eval()
+    (plugin,) = replace_ffn(host, layers=[1], ffn=OfTheUser, scale=3.0)
+    assert (plugin.dim, plugin.scale, plugin.training) == (DIM, 3.0, False)
+    host(token_ids())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": [3]}, r"^layers=3 is out of range; allowed: 0 to 2\.$"),
+        ({"layers": [-1]}, r"^layers=-1 is out of range"),
+        ({"layers": [1, 1]}, r"^layers=\[1, 1\] names a layer twice"),
+        ({"layers": []}, r"^layers=\[\] names no layer"),
+        ({"n_key": 7}, r"^MemoryPlus has no argument 'n_key'\. Did you mean 'n_keys'\?$"),
+        ({"ffn": MemoryPlus(dim=DIM, n_keys=4, knn=2)}, r"^ffn=an instance of MemoryPlus is no class of FFNs; give"),
+        ({"ffn": "memory_plus"}, r"^ffn='memory_plus' is no class of FFNs"),
+        ({"knn": 9}, r"^ffn.knn=9 is out of range; allowed: 1 to 7\.$"),
+        ({"learning": "row"}, r"^table.learning='row' is not known; allowed: dense, rows"),
+        ({"model": nn.Linear(3, 3)}, r"^replace_ffn knows no layers of a Linear; allowed: Transformer .* gpt2, llama"),
+    ],
+)
+def test_mistakes_are_refused_and_change_nothing(changes: dict[str, Any], message: str) -> None:
+    host = model()
+    before = list(host.state_dict())
+    with pytest.raises(ConfigError, match=message):
+        replace_ffn(**{"model": host, "layers": [1], "ffn": MemoryPlus, "n_keys": 7, "knn": 3, **changes})
+    assert list(host.state_dict()) == before
+
+
+def test_it_knows_the_models_that_the_trunk_drives() -> None:
+    assert tuple(LAYERS_OF) == SUPPORTED

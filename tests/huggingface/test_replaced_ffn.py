@@ -1,0 +1,100 @@
+"""A memory as the FFN of a model of transformers: every family, gradients, generation, files, what plugins report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pretrained_models
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from pkm_lightning import PKM, ConfigError, Engram, Memory, MemoryPlus, MoE, ffn_reports, replace_ffn
+
+FAMILIES = pytest.mark.parametrize("name", pretrained_models.NAMES)
+IDS = torch.arange(2, 26).view(2, 12)
+
+
+@FAMILIES
+def test_every_family_trains_saves_and_generates(name: str) -> None:
+    model = pretrained_models.tiny(name).train()
+    untouched = model.state_dict()
+    (memory,) = replace_ffn(model, layers=[1], ffn=MemoryPlus, n_keys=9, knn=3)
+    new = {key for key in model.state_dict() if key not in untouched}
+    assert "value_tables.0.weight" in new
+    assert all(key == "value_tables.0.weight" or ".mlp.plugin." in key for key in new)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in memory.parameters())
+    assert model.value_tables[0].weight.grad.any()
+
+    other = pretrained_models.tiny(name)
+    replace_ffn(other, layers=[1], ffn=MemoryPlus, n_keys=9, knn=3)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(IDS).logits, model.eval()(IDS).logits)
+    # With a cache the plugin sees one token at a time.
+    settings: dict[str, Any] = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
+    written = model.generate(IDS, **settings, use_cache=True)
+    assert torch.equal(written, model.generate(IDS, **settings, use_cache=False))
+
+
+def test_the_bare_decoder_and_the_dtype_of_the_layer() -> None:
+    model = pretrained_models.tiny("llama").bfloat16()
+    (memory,) = replace_ffn(model.model, layers=[0], ffn=Memory, n_keys=9, knn=3)
+    assert {parameter.dtype for parameter in memory.parameters()} == {torch.bfloat16}
+    assert model(IDS).logits.dtype is torch.bfloat16
+    assert "model.value_tables.0.weight" in model.state_dict()
+
+
+def test_losses_and_statistics_are_collected_or_named() -> None:
+    model = pretrained_models.tiny("qwen2").train()
+    (moe,) = replace_ffn(model, layers=[0], ffn=MoE, dense_hidden_dim=16, n_experts=4, top_k=2)
+    (pkm,) = replace_ffn(model, layers=[1], ffn=PKM, n_keys=9, knn=3)
+    assert isinstance(pkm, PKM)
+    mean = pkm.addressing.query.norm.running_mean
+    before = mean.clone()
+    with ffn_reports(model) as reports:
+        model(IDS)
+        model(IDS.flip(0))
+    assert [plugin for plugin, _ in reports.outputs] == [moe, pkm, moe, pkm]
+    loss = reports.aux_loss()
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    assert moe.router.weight.grad.any()  # type: ignore[union-attr, operator]
+    assert torch.equal(mean, before)
+    reports.after_step()
+    assert not torch.equal(mean, before)
+    unheard = r"^MoE reports losses or statistics \(balance, router_z\) that nobody collects"
+    with pytest.warns(UserWarning, match="^PKM reports"), pytest.warns(UserWarning, match=unheard):
+        model(IDS)
+    model.eval()(IDS)  # a warning of the package would be an error
+
+
+def test_a_folder_of_transformers_has_no_place_for_a_memory(tmp_path: Path) -> None:
+    """What the page warns of: weights are written, and the plain model that is read does not know them."""
+    model = pretrained_models.tiny("llama").eval()
+    replace_ffn(model, layers=[1], ffn=MemoryPlus, n_keys=9, knn=3)
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any("plugin" in name or "value_tables" in name for name in plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("ffn", "message"),
+    [
+        (Engram, r"^ffn=Engram reads rows by token id, and an mlp of transformers is given hidden states alone"),
+        (torch.nn.Identity, r"^ffn=Identity is not position_wise, and an mlp"),
+    ],
+)
+def test_plugins_that_need_more_are_refused(ffn: type[torch.nn.Module], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace_ffn(pretrained_models.tiny("llama"), layers=[0], ffn=ffn)
+
+
+def test_another_architecture_is_refused() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=9, **sizes))
+    with pytest.raises(
+        ConfigError, match=r"^replace_ffn knows no layers of a GPTNeoXForCausalLM \(model_type 'gpt_neox'"
+    ):
+        replace_ffn(model, layers=[0], ffn=MemoryPlus)
