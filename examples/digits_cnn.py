@@ -24,8 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
-from pkm_lightning.usage.loop_revival import LoopRevival
+from pkm_lightning import LoopRevival, TableOptimizer, row_learning_tables
 
 BATCH = 64
 TABLE_RATE = 4.0  # learning rate of the table over that of all other parameters
@@ -35,10 +34,8 @@ REVIVAL = {"every_n_steps": 50, "dead_after": 50, "max_share": 0.1}
 def optimizer_of(model: nn.Module, rate: float) -> Optimizer:
     """Returns AdamW, and where there is a table the optimizer that also updates the rows that were read."""
     dense = AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-    tables = {name: part for name, part in model.named_modules() if isinstance(part, ValueTable)}
-    if not tables:
-        return dense
-    return TableOptimizer(dense, tables, rows=RowOptimizer(rule="lazy_adam"), lr=TABLE_RATE * rate)
+    tables = row_learning_tables(model)
+    return TableOptimizer(dense, tables, rows="lazy_adam", lr=TABLE_RATE * rate) if tables else dense
 
 
 class Outcome(NamedTuple):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pkm_lightning.ffn import FFNContext, MemoryPlus
-from pkm_lightning.memory import ValueTable
+from pkm_lightning import MemoryPlus, ValueTable
 
 #: Without memory, and wider without memory; with memory, with queries and keys that are not normalised, which lets
 #: slots die, and that with revival.
@@ -29,16 +28,16 @@ class MemoryBlock(nn.Module):
     def __init__(self, dim: int, normalised: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.table = ValueTable(rows=N_KEYS**2, dim=dim, learning="rows")
+        table = ValueTable(rows=N_KEYS**2, dim=dim, learning="rows")  # one that the layer makes would learn densely
         self.memory = MemoryPlus(
-            dim=dim, table=self.table, n_keys=N_KEYS, heads=HEADS, knn=KNN, key_dim=KEY_DIM, value_dim=dim,
+            dim=dim, table=table, n_keys=N_KEYS, heads=HEADS, knn=KNN, key_dim=KEY_DIM, value_dim=dim,
             qk_norm=normalised,
         )  # fmt: skip
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
         """Lays the map out as tokens, (B, T, D), and back."""
         x_BTD = x_BDhw.flatten(2).transpose(1, 2)
-        read_BTD = self.memory(self.norm(x_BTD), FFNContext(torch.zeros(x_BTD.shape[:2], dtype=torch.int64))).y_BTD
+        read_BTD = self.memory(self.norm(x_BTD)).y_BTD
         return x_BDhw + read_BTD.transpose(1, 2).view_as(x_BDhw)
 
 

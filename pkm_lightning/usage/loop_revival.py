@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError, check_integer
-from pkm_lightning.ffn import FFNContext, FFNOutput, HasSlots, replaced
+from pkm_lightning.ffn import NO_CONTEXT, FFNOutput, HasSlots, replaced
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.figures import report
 from pkm_lightning.usage.query_recorder import QueryRecorder
@@ -24,14 +24,6 @@ from pkm_lightning.usage.slot_readers import find_tables
 
 class LoopRevival:
     """Slot usage and slot revival of a model in a loop of your own; forward hooks on its memory layers see the reads.
-
-        revival = LoopRevival(model, optimizer, every_n_steps=100, dead_after=100, source="queries")
-        for batch in batches:
-            loss_of(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            revival.step()
-        print(revival.report()["layers"]["layer0.slot"]["window"]["used_percent"])
 
     Forwards in training mode are counted. What changes in a revival is that of the callback `SlotRevival`. Layers are
     numbered in the order of `model.modules()`; make it when the model is on its device. With several ranks, call `step`
@@ -53,6 +45,20 @@ class LoopRevival:
 
     Raises:
         ConfigError: a value out of range, or a model without layers that could be revived.
+
+    Example:
+        >>> import torch
+        >>> from pkm_lightning import LoopRevival, MemoryPlus
+        >>> model = torch.nn.ModuleList([MemoryPlus(dim=8, n_keys=16, heads=1, knn=2)])
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> revival = LoopRevival(model, optimizer, every_n_steps=4, dead_after=2)
+        >>> for _ in range(4):
+        ...     optimizer.zero_grad()
+        ...     model[0](torch.randn(4, 8)).y_BTD.square().mean().backward()
+        ...     optimizer.step()
+        ...     revival.step()
+        >>> revival.report()["layers"]["layer0.slot"]["reads"], revival.revived["table0"]
+        (32, 3)
     """
 
     def __init__(
@@ -98,9 +104,7 @@ class LoopRevival:
 
     def _hooks_of(self, number: int, layer: nn.Module) -> Iterator[Any]:
         def observed(layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            context = keywords.get("context", inputs[1] if len(inputs) > 1 else None)
-            if context is None:
-                context = FFNContext(torch.zeros(0, dtype=torch.int64))
+            context = keywords.get("context", inputs[1] if len(inputs) > 1 else NO_CONTEXT)
             return inputs[:1], {**keywords, "context": replaced(context, observe=layer.training or context.observe)}
 
         def count(layer: nn.Module, _: Any, keywords: dict[str, Any], output: FFNOutput) -> None:

@@ -13,12 +13,11 @@ from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
 from pkm_lightning.errors import CheckpointError, ConfigError
-from pkm_lightning.ffn import PKM, FFNContext, MemoryPlus
-from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
+from pkm_lightning.ffn import NO_CONTEXT, PKM, FFNContext, MemoryPlus
+from pkm_lightning.memory import TableOptimizer, ValueTable, row_learning_tables
 from pkm_lightning.usage.loop_revival import LoopRevival
 
 DIM, S = 8, 16
-CONTEXT = FFNContext(torch.zeros(0, dtype=torch.int64))
 
 
 class TwoMaps(nn.Module):
@@ -29,20 +28,19 @@ class TwoMaps(nn.Module):
         arguments: dict[str, Any] = (
             {"qk_norm": True, "value_dim": None} if cls is MemoryPlus else {"query_norm": "none"}
         )
-        self.tables = nn.ModuleList(ValueTable(rows=n_keys**2, dim=DIM, learning="rows") for _ in range(2))
+        tables = [ValueTable(rows=n_keys**2, dim=DIM, learning="rows") for _ in range(2)]
         self.first, self.second = (
-            cls(dim=DIM, table=table, n_keys=n_keys, heads=2, knn=2, key_dim=8, **arguments) for table in self.tables
+            cls(dim=DIM, table=table, n_keys=n_keys, heads=2, knn=2, key_dim=8, **arguments) for table in tables
         )
 
-    def forward(self, x_BTD: Tensor, both: bool = True, context: FFNContext = CONTEXT) -> Tensor:
+    def forward(self, x_BTD: Tensor, both: bool = True, context: FFNContext = NO_CONTEXT) -> Tensor:
         x_BTD = x_BTD + self.first(x_BTD, context).y_BTD
-        return x_BTD[:, ::2] + self.second(x_BTD[:, ::2], context=CONTEXT).y_BTD if both else x_BTD
+        return x_BTD[:, ::2] + self.second(x_BTD[:, ::2]).y_BTD if both else x_BTD
 
 
 def parts(model: nn.Module, **changes: Any) -> tuple[TableOptimizer, LoopRevival]:
     dense = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, ValueTable)}
-    optimizer = TableOptimizer(dense, tables, rows=RowOptimizer(rule="lazy_adam"), lr=1e-3)
+    optimizer = TableOptimizer(dense, row_learning_tables(model), rows="lazy_adam", lr=1e-3)
     return optimizer, LoopRevival(
         model, optimizer, **{"every_n_steps": 4, "dead_after": 2, "max_share": 0.5, **changes}
     )
@@ -76,7 +74,7 @@ def test_padding_is_not_counted() -> None:
     model = TwoMaps()
     optimizer, revival = parts(model)
     valid_BT = torch.tensor([[True, True, False, True]])
-    train(model, optimizer, revival, 1, both=False, context=FFNContext(CONTEXT.input_ids_BT, valid_BT))
+    train(model, optimizer, revival, 1, both=False, context=FFNContext(NO_CONTEXT.input_ids_BT, valid_BT))
     assert revival.report()["layers"]["layer0.slot"]["reads"] == 3 * 4
 
 
@@ -121,7 +119,7 @@ def test_busy_changes_rows_only_and_nothing_changes_where_it_should_not() -> Non
         before = {name: value.clone() for name, value in model.state_dict().items()}
         revival.step(revive=revive)
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-        assert changed == ({"tables.0.weight", "tables.1.weight"} if revive else set())
+        assert changed == ({f"{name}.own_tables.0.weight" for name in ("first", "second")} if revive else set())
 
 
 def test_a_resumed_loop_revives_what_the_other_one_does() -> None:
