@@ -61,7 +61,7 @@ class Runs:
         print(self.rows[-1], flush=True)
         beside = self.path.with_suffix(".part")
         with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0])
+            writer = csv.DictWriter(file, self.rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(beside, self.path)
@@ -89,12 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", choices=NAMES, default="mnist")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rate", type=float, help="learning rate; without it, it is sought")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     runs = Runs(options.out, load_splits(options.data), options.data)
     for variant in options.variants:
-        rate = best_rate(runs, options.task, variant, options.steps)
+        rate = options.rate or best_rate(runs, options.task, variant, options.steps)
         for seed in options.seeds:
             runs.accuracy(options.task, variant, "result", seed, rate, options.steps)
 

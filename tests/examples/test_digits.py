@@ -88,6 +88,9 @@ def test_a_study_chooses_its_rate_by_validation_and_resumes(
     assert [row["purpose"] for row in rows] == ["tuning"] * 5 + ["result"] * 2
     assert [row["accuracy"] for row in rows[-2:]] == ["0.9000", "0.9000"]
     assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
+    calls.clear()
+    study.main([*arguments, "--seeds", "1", "3", "--rate", "0.0015"])
+    assert calls == [(0.0015, 3)]
 
 
 def test_labels_by_chance_differ_between_tuning_and_results(example: Any) -> None:
