@@ -28,11 +28,11 @@ from torch.optim import Optimizer
 
 from pkm_lightning.callbacks.base import configured, engine_owns_parameters, find_callback
 from pkm_lightning.callbacks.slot_usage import SlotUsage
-from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.training import LanguageModule
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.usage.query_recorder import QueryRecorder
-from pkm_lightning.usage.revival import Revival, addressing_of, check_revivable
+from pkm_lightning.usage.revival import Revival, addressing_by_reader, check_revivable, check_settings
 from pkm_lightning.usage.revival_history import RevivalHistory
 from pkm_lightning.usage.slot_readers import Reader, find_readers, find_tables
 
@@ -57,13 +57,9 @@ class SlotRevival(L.Callback):
     """
 
     def __init__(self, *, every_n_steps: int, dead_after: int, max_share: float, source: str, noise: float) -> None:
-        check_integer(f"{_KEY}.every_n_steps", every_n_steps, low=1)
-        check_integer(f"{_KEY}.dead_after", dead_after, low=1)
-        check_range(f"{_KEY}.max_share", max_share, 0, 1)
-        check_choice(f"{_KEY}.source", source, ("busy", "queries"))
-        check_range(f"{_KEY}.noise", noise, 0)
-        self.every_n_steps, self.source = every_n_steps, source
         self._limits: dict[str, Any] = {"dead_after": dead_after, "max_share": max_share, "noise": noise}
+        check_settings(f"{_KEY}.", every_n_steps=every_n_steps, source=source, **self._limits)
+        self.every_n_steps, self.source = every_n_steps, source
         self.history = RevivalHistory()
         self._names: list[str] = []
         self._last_step = 0
@@ -105,23 +101,16 @@ class SlotRevival(L.Callback):
                 engine_owns=engine_of(trainer) is not None,
                 compiled=pl_module.config["model"]["compile"],
             )
-            self._record_queries(trainer, pl_module, readers)
+            self._record_queries(trainer, readers)
         # The checkpoint of a rollback is written before `on_train_batch_start` could correct the history.
         self.history.go_back(trainer.global_step)
 
-    def _record_queries(self, trainer: L.Trainer, pl_module: LanguageModule, readers: Mapping[str, Reader]) -> None:
-        every = {name: addressing_of(reader.plugin) for name, reader in readers.items() if reader.slots.n_keys}
-        addressing = {name: part for name, part in every.items() if part is not None}
-        if not addressing:
-            raise ConfigError(
-                f"{_KEY}.source=queries moves the sub-keys of product keys (ffn=pkm, memory, memory_plus, peer), and "
-                "this model has none; set source=busy."
-            )
+    def _record_queries(self, trainer: L.Trainer, readers: Mapping[str, Reader]) -> None:
+        addressing = addressing_by_reader(f"{_KEY}.", readers)
         self._names += addressing
         self._recorder = QueryRecorder(addressing)
         # Queries are kept only where a revival follows: they take as much memory as an activation.
         self._recorder.begin(lambda: (trainer.global_step + 1) % self.every_n_steps == 0)
-        pl_module.watch.watchers.append(self._recorder.watch)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Removes revivals that a rollback has undone from the history."""
@@ -151,9 +140,7 @@ class SlotRevival(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ends the recording of queries."""
-        assert isinstance(pl_module, LanguageModule)
         self._recorder.end()
-        pl_module.watch.watchers[:] = [w for w in pl_module.watch.watchers if w != self._recorder.watch]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Ends the recording of queries."""

@@ -36,6 +36,7 @@ _OFFERED = {
     "FFNReports": "build.replacement",
     "LanguageModule": "training.module",
     "LoadedModel": "build.loading",
+    "LoopRevival": "usage.loop_revival",
     "Memory": "ffn.memory",
     "MemoryPlus": "ffn.memory_plus",
     "MoE": "ffn.moe",

@@ -45,5 +45,6 @@ from pkm_lightning.model.transformer import Transformer as Transformer
 from pkm_lightning.model.trunk import ModelOutput as ModelOutput
 from pkm_lightning.ops.row_update.rules.base import RowRule as RowRule
 from pkm_lightning.training.module import LanguageModule as LanguageModule
+from pkm_lightning.usage.loop_revival import LoopRevival as LoopRevival
 
 __version__: str

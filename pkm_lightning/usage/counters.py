@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.model import Traces, Transformer
+from pkm_lightning.model import Traces
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.usage.head_counts import HeadCounts, PerHead, counts_heads
 from pkm_lightning.usage.read_counts import Counted, ReadCounts
 from pkm_lightning.usage.slot_metrics import effective_slots
-from pkm_lightning.usage.slot_readers import Reader, Reads, find_readers, find_tables
+from pkm_lightning.usage.slot_readers import HasPlugins, Reader, Reads, find_readers, find_tables
 from pkm_lightning.usage.windowed_sums import WindowedSums
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class UsageCounters:
 
     def __init__(
         self,
-        model: Transformer,
+        model: HasPlugins,
         *,
         window: int,
         per_head: PerHead | None,
@@ -77,20 +77,41 @@ class UsageCounters:
 
     def add(self, traces: Traces, batch: dict[str, Tensor]) -> None:
         """Counts a micro-batch, the first one after `end_step` as part of a new step; never waits for the device."""
-        if not self._in_step:
-            self.clock, self._in_step = self.clock + 1, True
-        for name, reader in self.readers.items():
-            reads = reader.reads(traces, batch)
-            if reads is None:
-                self._warn_untraced(name)
-                # Without reads the window moves on all the same.
-                for counts in (self.counts[name], *([self.heads[name]] if name in self.heads else [])):
-                    counts.advance(self.clock)
-                continue
-            self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
-            self._add_heads(reader, reads)
-        for sums in self.effective.values():
+        self._begin_step()
+        for reader in self.readers.values():
+            self._add_reads(reader, traces, batch)
+
+    def add_layer(self, layer: int, trace: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        """Counts one forward of one layer, as `add` does where layers see other tokens or do not all run.
+
+        Args:
+            layer: its number.
+            trace: of its plugin.
+            batch: `valid` for its tokens, (B, T) bool, if there is padding.
+        """
+        self._begin_step()
+        for reader in self.readers.values():
+            if reader.layer == layer:
+                self._add_reads(reader, {layer: trace}, batch)
+
+    def _begin_step(self) -> None:
+        """Moves the clock and all windows on, unless the step has begun."""
+        if self._in_step:
+            return
+        self.clock, self._in_step = self.clock + 1, True
+        every: list[ReadCounts | WindowedSums] = [
+            *self.counts.values(), *self.heads.values(), *self.effective.values()
+        ]  # fmt: skip
+        for sums in every:
             sums.advance(self.clock)
+
+    def _add_reads(self, reader: Reader, traces: Traces, batch: dict[str, Tensor]) -> None:
+        name, reads = reader.name, reader.reads(traces, batch)
+        if reads is None:
+            self._warn_untraced(name)
+            return
+        self.counts[name].add(reads.ids_THK.flatten(1), reads.weights_THK.flatten(1), reads.valid_T, self.clock)
+        self._add_heads(reader, reads)
 
     def add_effective(self, traces: Traces, batch: dict[str, Tensor]) -> None:
         """Adds the effective slots of a micro-batch that `add` has counted; never waits for the device."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import ConfigError, check_choice, check_integer, check_range
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.revival import copy_rows, forget_rows, keys_for_worst_served, write_keys
 from pkm_lightning.ops.ranks import full_tensor, is_distributed
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pkm_lightning.memory import ValueTable
     from pkm_lightning.usage.query_recorder import QueryRecorder
-    from pkm_lightning.usage.slot_readers import TableSet
+    from pkm_lightning.usage.slot_readers import Reader, TableSet
 
 #: Queries per head from which new sub-keys are chosen.
 _MOST_QUERIES = 4096
@@ -61,8 +61,7 @@ class Revival:
         With layers in the recorder, rows change only where a moved sub-key leads to them; without, everywhere.
         """
         reached = {
-            name: self.keys(name, addressing, recorder.queries[name], recorder.valid_T)
-            for name, addressing in recorder.addressing.items()
+            name: self.keys(name, recorder.addressing[name], *queries) for name, queries in recorder.queries.items()
         }
         for name, tables in self.counters.tables.items():
             within = [reached[reader] for reader in tables.readers if reader in reached]
@@ -162,6 +161,25 @@ class Revival:
         return zlib.crc32(f"{self.seed}/revival/{self.step}/{what}".encode())
 
 
+def check_settings(
+    prefix: str, *, every_n_steps: int, dead_after: int, max_share: float, source: str, noise: float
+) -> None:
+    """Refuses settings of a revival out of range.
+
+    Args:
+        prefix: of the names, for the message: `callbacks.slot_revival.`, or empty for arguments of a function.
+        every_n_steps, dead_after, max_share, source, noise: as of `SlotRevival`.
+
+    Raises:
+        ConfigError: naming the setting and what is allowed.
+    """
+    check_integer(f"{prefix}every_n_steps", every_n_steps, low=1)
+    check_integer(f"{prefix}dead_after", dead_after, low=1)
+    check_range(f"{prefix}max_share", max_share, 0, 1)
+    check_choice(f"{prefix}source", source, ("busy", "queries"))
+    check_range(f"{prefix}noise", noise, 0)
+
+
 def check_revivable(key: str, tables: Iterable[TableSet]) -> None:
     """Refuses a model without rows that could be revived.
 
@@ -184,6 +202,26 @@ def check_revivable(key: str, tables: Iterable[TableSet]) -> None:
 
 def _revivable(tables: TableSet) -> list[ValueTable]:
     return [] if tables.by_tokens else [table for table in tables.tables if table.learns]
+
+
+def addressing_by_reader(prefix: str, readers: Mapping[str, Reader]) -> dict[str, Addressing]:
+    """Returns the product-key retrieval of the readers whose slots are pairs of sub-keys, by name.
+
+    Args:
+        prefix: as of `check_settings`.
+        readers: those of the model.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    every = {name: addressing_of(reader.plugin) for name, reader in readers.items() if reader.slots.n_keys}
+    addressing = {name: part for name, part in every.items() if part is not None}
+    if not addressing:
+        raise ConfigError(
+            f"{prefix}source=queries moves the sub-keys of product keys (ffn=pkm, memory, memory_plus, peer), and "
+            "this model has none; set source=busy."
+        )
+    return addressing
 
 
 def addressing_of(plugin: nn.Module) -> Addressing | None:

@@ -10,17 +10,25 @@ Letters: C reads per token over all heads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pkm_lightning.ffn import HasRowIds, HasSlots, Slots
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.model import Traces, Transformer
+from pkm_lightning.model import Traces
 from pkm_lightning.model.plugin_outputs import plugin_entries
 from pkm_lightning.usage.slot_checks import check_slots, check_trace
+
+
+class HasPlugins(Protocol):
+    """A model that lists its plugins: a `Transformer`, or the layers of any module (`usage.loop_revival`)."""
+
+    def plugins(self) -> Iterable[tuple[int, str, nn.Module]]:
+        """Returns layer, name within the layer and module of each plugin."""
 
 
 class Reads(NamedTuple):
@@ -99,7 +107,7 @@ class TableSet:
     by_tokens: bool = False
 
 
-def find_readers(model: Transformer, max_slots: int | None = None) -> dict[str, Reader]:
+def find_readers(model: HasPlugins, max_slots: int | None = None) -> dict[str, Reader]:
     """Returns all readers of `model` by name; a plugin that does not declare its slots has none.
 
     Args:
