@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import lightning as L
 from torch import Tensor
 
-from pkm_lightning.data.base import data_of
+from pkm_lightning.data.base import data_of, missing_parts
 from pkm_lightning.data.batch_check import check_batch, check_prompt_batch
 from pkm_lightning.errors import DataError
 from pkm_lightning.model import Transformer
+
+_log = logging.getLogger(__name__)
+
+
+def log_missing_parts(trainer: L.Trainer) -> None:
+    """Logs, on the first rank of a run that is about to train, what the run lacks because its data lack it."""
+    lack = missing_parts(data_of(trainer), trainer.train_dataloader)
+    if lack and trainer.is_global_zero:
+        _log.info(lack)
 
 
 class TrainedModule(Protocol):

@@ -7,7 +7,6 @@ It is built from a plain configuration dict, which every checkpoint holds. A ste
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 from typing import Any
 
@@ -23,7 +22,7 @@ from pkm_lightning.build.distribution import check_own_tables, table_mesh
 from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
-from pkm_lightning.data.base import data_of, fingerprint_of, missing_parts, tokenizer_digest, tokenizer_of
+from pkm_lightning.data.base import data_of, fingerprint_of, tokenizer_digest, tokenizer_of
 from pkm_lightning.ffn import HasAfterStep
 from pkm_lightning.inference.prediction import Answering, answer_batch
 from pkm_lightning.memory import TableMesh, ValueTable, clip_tables
@@ -35,7 +34,7 @@ from pkm_lightning.model.plugin_outputs import plugin_entries
 from pkm_lightning.model.sharding import shard_dense
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.ops.ranks import local_shard
-from pkm_lightning.training.batch_checks import BatchChecks
+from pkm_lightning.training.batch_checks import BatchChecks, log_missing_parts
 from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
@@ -44,8 +43,6 @@ from pkm_lightning.training.logged_step import log_step
 from pkm_lightning.training.lookahead import wrap_loaders
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
-
-_log = logging.getLogger(__name__)
 
 
 class LanguageModule(L.LightningModule):
@@ -151,9 +148,7 @@ class LanguageModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Logs what the data lack; raises DataError if the ranks have different numbers of training batches."""
-        lack = missing_parts(data_of(self._trainer), self.trainer.train_dataloader)
-        if lack and self.trainer.is_global_zero:
-            _log.info(lack)
+        log_missing_parts(self.trainer)
         needed = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         check_lengths(self.trainer, "train_dataloader", self.trainer.num_training_batches, needed)
 
