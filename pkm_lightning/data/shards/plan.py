@@ -91,7 +91,7 @@ def survey(reader: Reader, fractions: Fractions, name: str) -> Plan:
         count = f"{documents} document{'' if documents == 1 else 's'}"
         raise DataError(f"{name} has {count}; {names} need one each.")
     held_out = always_held_out(documents, fractions)
-    return Plan("train", fractions, {number: part for number, part in held_out.items() if part in parts})
+    return Plan("train", fractions, held_out)
 
 
 def _cuts(characters: int, fractions: Fractions, parts: list[str]) -> tuple[tuple[str, int], ...]:
