@@ -70,7 +70,7 @@ def cache_of(command: Mapping[str, Any]) -> str:
     """Returns the `data.cache_dir` of a command, by default that of all token data, which a data module may lack."""
     chosen = (command.get("data") or {}).get("cache_dir")
     if not chosen:
-        file = Path(str(pkm_lightning.configs.__file__)).parent / "data" / "loader" / "default.yaml"
+        file = Path(str(pkm_lightning.configs.__file__)).parent / "data" / "loader" / "batches.yaml"
         chosen = OmegaConf.select(OmegaConf.load(file), "cache_dir")
     return expanded("data.cache_dir", str(chosen))
 

@@ -27,7 +27,7 @@ class BuildProgress:
         self._tokens = 0
         self._first: int | None = None
         # On standard error: the standard output may be read by a program.
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False, emoji=False)
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (

@@ -19,7 +19,7 @@ from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.errors import PkmError
 from pkm_lightning.storage import open_regular
 
-#: As configs/data/loader/default.yaml has it.
+#: As configs/data/loader/batches.yaml has it.
 _CACHE = "${oc.env:PKM_LIGHTNING_CACHE,'~/.cache/pkm_lightning'}"
 
 

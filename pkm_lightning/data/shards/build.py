@@ -37,7 +37,7 @@ __all__ = ["build_shards"]
 #: Text of one shard of all parts together, in bytes.
 SHARD_BYTES = 256_000_000
 #: Text that is tokenised in one go: enough to keep many threads busy, little beside the rest of the process.
-GROUP_BYTES = 4_000_000
+GROUP_BYTES = 2_000_000
 #: Validation questions that are kept as text.
 MAX_QUESTIONS = 10_000
 QUESTIONS = "questions.json"

@@ -12,7 +12,7 @@ from typing import Any
 from pkm_lightning.data.documents import Piece, Reader
 
 #: Groups that wait to be tokenised.
-WAITING = 4
+WAITING = 2
 #: Seconds between looks at whether the tokens of a group are still wanted.
 LOOK = 0.1
 
