@@ -49,7 +49,8 @@ class TextCodec(Protocol):
     """The part of a tokenizer that generation and scoring call.
 
     Optional: `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
-    `encode_prompt` (str to ids) where prompts begin in a way of their own.
+    `encode_prompt` (str to ids) where prompts begin in a way of their own; `encode_answer` (str to ids) where a space and
+    an answer behind a prompt have other ids than they have alone.
     """
 
     eos_id: int
@@ -174,6 +175,13 @@ def prompt_ids(tokenizer: TextCodec, prompt: str) -> list[int]:
     encode = getattr(tokenizer, "encode_prompt", None)
     ids: list[int] = tokenizer.encode(prompt) if encode is None else encode(prompt)
     return ids or [tokenizer.eos_id]
+
+
+def answer_ids(tokenizer: TextCodec, answer: str) -> list[int]:
+    """Returns the ids of an answer behind a prompt, the space between them included and the end token not."""
+    encode = getattr(tokenizer, "encode_answer", None)
+    ids: list[int] = tokenizer.encode(f" {answer}") if encode is None else encode(answer)
+    return ids
 
 
 def begin_ids(tokenizer: TextCodec) -> dict[str, Any]:

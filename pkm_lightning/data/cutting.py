@@ -50,7 +50,7 @@ class Cutting:
 def cutting_of(described: Mapping[str, Any]) -> Cutting:
     """Returns how texts may be cut for the content of a `tokenizer.json`."""
     normalizers = list(_parts(described["normalizer"], "normalizers"))
-    adds_space = any(_is_prefix(part) for part in normalizers)
+    adds_space = any(is_prefix(part) for part in normalizers)
     exact = (
         all(_is_local(part, adds_space) for part in normalizers)
         and _separates_words(described, normalizers)
@@ -70,7 +70,7 @@ def _parts(described: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[st
         yield from _parts(part, key)
 
 
-def _is_prefix(part: Mapping[str, Any]) -> bool:
+def is_prefix(part: Mapping[str, Any]) -> bool:
     """Returns whether a normalizer puts a space before each text, as SentencePiece does."""
     if part["type"] == "Prepend":
         return bool(part["prepend"] == SPACE)
@@ -78,7 +78,7 @@ def _is_prefix(part: Mapping[str, Any]) -> bool:
 
 
 def _is_local(part: Mapping[str, Any], adds_space: bool) -> bool:
-    if _is_prefix(part):
+    if is_prefix(part):
         return True
     if part["type"] == "Strip":
         return not part["strip_left"]

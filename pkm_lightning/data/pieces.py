@@ -112,8 +112,9 @@ def write_pieces(
         _write_bounds(folder, part, seq_len)
     if too_long is not None:
         raise ConfigError(
-            f"{where(too_long.part, *too_long.place)}: prompt and answer need {too_long.inputs} tokens, "
-            f"data.seq_len={seq_len} is too short; set data.seq_len={too_long.longest} or more, or shorten the record."
+            f"{where(too_long.part, *too_long.place)} needs {too_long.inputs} tokens, data.seq_len={seq_len} is too "
+            "short, and a prompt or conversation is never cut from its answer; "
+            f"set data.seq_len={too_long.longest} or more, or shorten the record."
         )
 
 

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer as Backend
 from pkm_lightning.data.bpe import learn_bpe
 from pkm_lightning.data.bpe_process import EOS, PAD, alphabet, byte_level
 from pkm_lightning.data.chunks import CHUNK_CHARACTERS, MAX_CHUNK_CHARACTERS, chunks, grouped
+from pkm_lightning.data.continuation import rendered_ids, without_space
 from pkm_lightning.data.cutting import Cutting, cutting_of
 from pkm_lightning.data.end_token import declared_end, with_declared_end
 from pkm_lightning.data.files import require_file
@@ -107,9 +108,18 @@ class Tokenizer:
         """SHA-256 of all that decides how text becomes ids."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @property
+    def adds_space(self) -> bool:
+        """Whether a space is put before each text, whatever it begins with, as SentencePiece does."""
+        return self._cutting.adds_space
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without an end token."""
         return _ids(self._backend, text)
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Returns the ids of a space and `answer`, as they are behind a prompt."""
+        return self.encode_batch([f" {answer}"], follows=True)[0]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids that a model continues, at least one; see `begins_prompts`."""
@@ -117,13 +127,23 @@ class Tokenizer:
         ids = self.encode(text) if begin is None else [begin, *self.encode(text)]
         return ids or [self.prefix_id if self.begins_prompts else self.eos_id]
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Returns the ids of a text by a chat template, in which the names of control tokens mean these tokens."""
+    def encode_rendered(self, text: str, before: str = "") -> list[int]:
+        """Returns the ids of a text by a chat template, in which the names of control tokens mean these tokens.
+
+        Args:
+            text: the text.
+            before: what the template has written before it, of which the end decides whether `text` begins like a text
+                of its own.
+        """
         self._backend.encode_special_tokens = False
         try:
-            return _ids(self._backend, text)
+            return rendered_ids(self._backend, self._continuing, text, before)
         finally:
             self._backend.encode_special_tokens = True
+
+    @cached_property
+    def _continuing(self) -> Backend | None:
+        return without_space(self._backend)
 
     @cached_property
     def _cutting(self) -> Cutting:
@@ -149,9 +169,9 @@ class Tokenizer:
         named = _known_ids(self._backend, [name for name in [self.control_tokens["bos_token"]] if name])
         return (named or [self.eos_id])[0]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of several texts, computed in parallel where the machine allows."""
-        pieces = [self.pieces(text, MAX_WHOLE_CHARACTERS) for text in texts]
+    def encode_batch(self, texts: list[str], *, follows: bool = False) -> list[list[int]]:
+        """Returns the ids of several texts, computed in parallel where the machine allows; for `follows` see `pieces`."""
+        pieces = [self.pieces(text, MAX_WHOLE_CHARACTERS, follows=follows) for text in texts]
         ids = self.encode_pieces(chain.from_iterable(pieces))
         return [list(chain.from_iterable(islice(ids, len(of_text)))) for of_text in pieces]
 

@@ -149,17 +149,20 @@ class TokenizerChoice:
         tokenizer = self.read()
         if tokenizer.has_chosen_end:
             identity["end"] = tokenizer.eos_id
+        if tokenizer.adds_space:
+            # Of such a tokenizer earlier folders hold a second space before each answer.
+            identity["answers"] = "follow"
         return identity
 
-    def make(self, texts: Callable[[], Iterable[str]], total_bytes: int | None = None) -> Tokenizer:
+    def make(self, texts: Callable[[], Iterable[str]], *, bounded: bool = False) -> Tokenizer:
         """Makes the tokenizer from `texts`; one that may change texts is tried on the first of them.
 
         Args:
             texts: returns all texts, at each call from the first on.
-            total_bytes: of the texts; a `bpe` then learns from `sample_bytes` of them. None: from all.
+            bounded: whether a `bpe` learns from `sample_bytes` of them at most, else from all.
         """
         if self.kind == "bpe":
-            chosen = texts() if total_bytes is None else sampled(texts(), total_bytes, self.sample_bytes)
+            chosen = sampled(texts(), self.sample_bytes) if bounded else texts()
             tokenizer = train_bpe(chosen, self.size, self.special_tokens, self.normalization)
         elif self.kind == "bytes":
             tokenizer = bytes_tokenizer(self.special_tokens, self.normalization)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pkm_lightning.data.base import NO_TARGET, RecallItem, TextCodec
+from pkm_lightning.data.base import NO_TARGET, RecallItem, TextCodec, answer_ids
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.model.loss import token_nll
 
@@ -99,8 +99,8 @@ def _answer_nats(
     for prompt, answer in pairs:
         prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
         # The end token counts: a model that would continue the answer does not know it.
-        answer_ids = [*tokenizer.encode(" " + answer), tokenizer.eos_id]
-        sequences.append((prompt_ids + answer_ids, len(prompt_ids)))
+        ids = [*answer_ids(tokenizer, answer), tokenizer.eos_id]
+        sequences.append((prompt_ids + ids, len(prompt_ids)))
     # Sorted by length, so that a batch has little padding.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
     nats = [0.0] * len(sequences)

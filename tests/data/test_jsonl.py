@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizer_makers import sentencepiece_model
 
 from pkm_lightning.data import NO_TARGET, JsonlDataModule
+from pkm_lightning.data.base import answer_ids
 from pkm_lightning.data.chat_template import ChatTemplate
 from pkm_lightning.errors import ConfigError, DataError
 
@@ -85,8 +87,26 @@ def test_bad_records_are_refused(
 
 def test_a_long_record_names_its_line_and_the_length(jsonl: Callable[..., JsonlDataModule], tmp_path: Path) -> None:
     path = write(tmp_path / "qa.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "a" * 30, "answer": "b"}])
-    with pytest.raises(ConfigError, match=r"qa\.jsonl:2: .* need 32 tokens, data\.seq_len=16 .* set data\.seq_len=32"):
+    with pytest.raises(ConfigError, match=r"qa\.jsonl:2 needs 32 tokens, data\.seq_len=16 .* set data\.seq_len=32"):
         jsonl(path, seq_len=16).prepare_data()
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_one_space_stands_before_an_answer_with_tokenizers_that_add_one(
+    jsonl: Callable[..., JsonlDataModule], tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "t.model").write_bytes(sentencepiece_model(kind))
+    path = write(tmp_path / "qa.jsonl", [{"prompt": f"Double {i}?", "answer": str(2 * i)} for i in range(20)])
+    datamodule = jsonl(path, packing="none", tokenizer=str(tmp_path / "t.model"))
+    datamodule.prepare_data()
+    tokenizer = datamodule.tokenizer
+    whole = {tuple(tokenizer.encode(f"Double {i}? {2 * i}")) for i in range(20)}
+    batches = [datamodule.splits.train.__getitems__([key]) for key in datamodule.splits.order.keys(0)[:]]
+    assert {tuple(batch["input_ids"][0][batch["doc_ids"][0] >= 0].tolist()) for batch in batches} <= whole
+    for item in datamodule.recall_items():
+        ids = tokenizer.encode(item.prompt) + answer_ids(tokenizer, item.answer)
+        assert tuple(ids) in whole
+        assert tokenizer.decode(ids[len(tokenizer.encode(item.prompt)) :]) == item.answer
 
 
 CONVERSATIONS = [

@@ -131,7 +131,7 @@ def test_answers_alone_are_learned(tmp_path: Path) -> None:
 
 def test_a_prompt_is_not_cut_from_its_answer(tmp_path: Path) -> None:
     documents = [text("ask: yes", 4), text("ask: " + "a" * 20, 4), text("ask: " + "a" * 30, 4), text("t" * 90)]
-    message = r"record 2 of file 1: prompt and answer need 25 tokens, data\.seq_len=16 .*set data\.seq_len=35 or more"
+    message = r"record 2 of file 1 needs 25 tokens, data\.seq_len=16 is too short, .*set data\.seq_len=35 or more"
     with pytest.raises(ConfigError, match=message):
         opened(tmp_path, documents, packing="documents", seq_len=16)
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"] == [], "nothing half-written"

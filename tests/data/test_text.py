@@ -265,3 +265,17 @@ def test_bad_keys_are_refused(text: Callable[..., TextDataModule]) -> None:
         text("x", wrong=1)
     with pytest.raises(ConfigError, match="not prepared; call prepare_data"):
         _ = text("x").tokenizer
+
+
+def test_a_vocabulary_is_learned_from_all_of_a_compressed_corpus(
+    text: Callable[..., TextDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for i, word in enumerate(["alpha", "beta", "gamma", "delta"]):
+        # On disk a thousandth of its size, which says nothing about how much text there is.
+        (tmp_path / f"{i}.txt.gz").write_bytes(gzip.compress(f"{word} ".encode() * 40_000))
+    datamodule = text(str(tmp_path), tokenizer_bytes=100_000, document_separator=1)
+    datamodule.prepare_data()
+    assert "learns from 0.1 MB of 0.8 MB of text" in caplog.text
+    for word in ("alpha", "beta", "gamma", "delta"):
+        assert len(datamodule.tokenizer.encode(f" {word}")) == 1

@@ -89,10 +89,10 @@ def test_a_corpus_below_the_budget_is_read_whole() -> None:
     texts = ["some words of a text, number " + str(i) for i in range(5_000)]
     total = sum(map(len, texts))
     whole = train_bpe(texts, 400).to_json()
-    assert choice().make(lambda: texts, total).to_json() == choice().make(lambda: texts).to_json() == whole
+    assert choice().make(lambda: texts, bounded=True).to_json() == choice().make(lambda: texts).to_json() == whole
     smaller = choice(tokenizer_bytes=100_000)
     assert total > 100_000
-    assert smaller.make(lambda: texts, total).to_json() != whole
+    assert smaller.make(lambda: texts, bounded=True).to_json() != whole
     assert smaller.make(lambda: texts).to_json() == whole
 
 

@@ -15,6 +15,7 @@ from tokenizer_makers import PAGES, rank_file, ranks, sentencepiece_model
 
 from pkm_lightning.data import tokenizer_files
 from pkm_lightning.data.bpe_process import byte_letters
+from pkm_lightning.data.sentencepiece_file import read_model
 from pkm_lightning.data.tiktoken_file import ENCODINGS, Encoding
 from pkm_lightning.data.tokenizer import train_bpe
 from pkm_lightning.data.tokenizer_choice import TokenizerChoice
@@ -222,3 +223,10 @@ def test_letters_of_bytes_are_those_of_the_library() -> None:
         assert len(letter) == 1
         assert letter != chr(byte) or text[byte].isprintable()
     assert len(set(byte_letters())) == 256
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_warning_names_what_is_not_exact(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    read_model(sentencepiece_model(kind, user_defined_symbols="<|user|>,@@"), "mine")
+    (warning,) = (r.getMessage() for r in caplog.records if "unusual texts get other ids than by" in r.getMessage())
+    assert "sentencepiece ('<|user|>', '@@'" in warning

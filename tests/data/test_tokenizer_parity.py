@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def test_ids_are_those_of_sentencepiece(kind: str, options: dict[str, Any]) -> N
     lines = [line for page in PAGES for line in page.splitlines()]
     texts += ["one@@two @@ three <|user|>one @@<|user|> two"]
     differing = [text for text in [*texts, *lines[::7]] if tokenizer.encode(text) != reference.encode(text)]
-    # Divisions of equal probability are chosen between by rounding.
-    assert [t for t in differing if kind == "bpe" or not any(c * 6 in t for c in "-.=#ab")] in ([], STACKED_MARKS)
+    # Divisions of equal probability, as of 00000 or ababab, are chosen between by rounding.
+    assert [t for t in differing if kind == "bpe" or not re.search(r"(.{1,2})\1{2}", t)] in ([], STACKED_MARKS)
     if options.get("normalization_rule_name") == "identity" and options.get("byte_fallback"):
         for text in [*PAGES[:3], *ODD]:
             assert tokenizer.decode(tokenizer.encode(text)) == text

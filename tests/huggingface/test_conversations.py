@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import re
-from itertools import chain
+from collections.abc import Callable
+from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizer_makers import sentencepiece_model
 from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pkm_lightning.data.conversations import CHATML, DEFAULT_TEMPLATE, conversation_segments
+from pkm_lightning.data.sentencepiece_file import read_model
 from pkm_lightning.data.template_renderer import TemplateRenderer
 from pkm_lightning.data.tokenizer import Tokenizer, train_bpe
 
@@ -50,9 +55,32 @@ CONVERSATIONS: dict[str, list[tuple[str, str]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    backend = Backend.from_str(train_bpe(["the capital of the city of Paris is what, and now\n" * 20], 300).to_json())
+def _own() -> Backend:
+    return Backend.from_str(train_bpe(["the capital of the city of Paris is what, and now\n" * 20], 300).to_json())
+
+
+def _of_sentencepiece(**spaces: Any) -> Backend:
+    """A BPE that puts a space before texts, as the two kinds of files of Llama 2 do."""
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    backend = read_model(sentencepiece_model("bpe", **options), "mine")
+    backend.add_special_tokens(["<eos>"])
+    for name, part in spaces.items():
+        setattr(backend, name, part)
+    return backend
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "own": _own,
+    "a space before each text": lambda: _of_sentencepiece(),
+    "a space before the first text": lambda: _of_sentencepiece(
+        normalizer=None, pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    backend = BACKENDS[request.param]()
     backend.add_special_tokens(CONTROL)
     path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     backend.save(str(path))
@@ -83,7 +111,11 @@ def test_tokens_and_mask_are_those_of_transformers(tokenizer: Tokenizer, name: s
     end = len(mask) - mask[::-1].index(1)
     for template in (TEMPLATES[name], without_marks(TEMPLATES[name])):
         (segments,) = conversation_segments(renderer_of(template), [("a:1", messages)])
-        parts = [(tokenizer.encode_rendered(segment.text), segment.learned) for segment in segments]
+        before = accumulate((segment.text for segment in segments), initial="")
+        parts = [
+            (tokenizer.encode_rendered(segment.text, text), segment.learned)
+            for segment, text in zip(segments, before, strict=False)
+        ]
         ours = list(chain.from_iterable(part for part, _ in parts))
         learned = [int(is_learned) for part, is_learned in parts for _ in part]
         if name == "default":  # the end token of the last answer is that of the document

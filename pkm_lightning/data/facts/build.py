@@ -76,7 +76,7 @@ def _texts(facts: list[Fact], codes: np.ndarray) -> Iterator[str]:
 
 def _write_tokens(folder: Path, facts: list[Fact], codes: np.ndarray, tokenizer: Tokenizer) -> None:
     """Writes the statements; prompt and answer are tokenised separately, so an answer is the same in every form."""
-    answers = tokenizer.encode_batch([f" {fact.answer}" for fact in facts])
+    answers = tokenizer.encode_batch([f" {fact.answer}" for fact in facts], follows=True)
     prompts = tokenizer.encode_batch(
         [prompt(facts[code // FORMS].relation, code % FORMS, facts[code // FORMS].subject) for code in codes.tolist()]
     )

@@ -79,8 +79,8 @@ def build_shards(
     if record is None:
         first = readers()
         plan = survey(first["train"], _of_train(fractions, first), name)
-        n_bytes = sum(file_sizes(first["train"]))
-        choice.make(lambda: _training_texts(readers()["train"], plan), n_bytes).save(folder / "tokenizer.json")
+        tokenizer = choice.make(lambda: _training_texts(readers()["train"], plan), bounded=True)
+        tokenizer.save(folder / "tokenizer.json")
         record = BuildRecord(plan)
         record.save(folder)
     else:
@@ -161,8 +161,7 @@ class _Build:
 
     def _write(self, group: Group, divider: Divider) -> None:
         portions = list(_joined(portion for piece in group.pieces for portion in divider.divide(piece)))
-        segments = [segment for portion in portions for segment in portion.segments]
-        ids = _encode(self._tokenizer, segments)
+        ids = _encode(self._tokenizer, portions)
         for portion in portions:
             self._write_portion(portion, list(islice(ids, len(portion.segments))))
 
@@ -238,13 +237,21 @@ def _state(divider: Divider) -> dict[str, Any]:
     return {name: value for name, value in vars(divider).items() if name != "plan"}
 
 
-def _encode(tokenizer: Tokenizer, segments: list[Segment]) -> Iterator[list[np.ndarray]]:
+def _encode(tokenizer: Tokenizer, portions: list[Portion]) -> Iterator[list[np.ndarray]]:
     """Yields the ids of each segment, in one array per chunk."""
-    texts = [tokenizer.pieces(segment.text) for segment in segments if not segment.rendered]
+    texts = [
+        tokenizer.pieces(segment.text, follows=number > 0 or not portion.begins)
+        for portion in portions
+        for number, segment in enumerate(portion.segments)
+        if not segment.rendered
+    ]
     ids = tokenizer.encode_pieces(chunk for of_segment in texts for chunk in of_segment)
     counts = map(len, texts)
-    for segment in segments:
-        if segment.rendered:
-            yield [np.asarray(tokenizer.encode_rendered(segment.text), dtype=np.int64)]
-        else:
-            yield [np.asarray(some, dtype=np.int64) for some in islice(ids, next(counts))]
+    for portion in portions:
+        before = ""
+        for segment in portion.segments:
+            if segment.rendered:
+                yield [np.asarray(tokenizer.encode_rendered(segment.text, before), dtype=np.int64)]
+            else:
+                yield [np.asarray(some, dtype=np.int64) for some in islice(ids, next(counts))]
+            before += segment.text
