@@ -68,6 +68,7 @@ class MixDataModule(TokenDataModule):
         ]
         for name, part in zip(sources, self.parts, strict=True):
             part.key = f"data.sources.{name}.path"
+            part.without_validation = "prepare it again with data.val_fraction or data.val_path"
         self.places = places_per_block(self.weights)
         for name, weight, places in zip(sources, self.weights, self.places, strict=True):
             if not places:
@@ -113,10 +114,12 @@ class MixDataModule(TokenDataModule):
             ConfigError, DataError: see `TokensDataModule.load`.
         """
         opened = [part.load(part.cache_folder()) for part in self.parts]
-        pad_id = opened[0].tokenizer.pad_id
+        tokenizer = opened[0].tokenizer
+        tokenizer.chat_template = self._chat_template([split.tokenizer.chat_template for split in opened])
+        pad_id = tokenizer.pad_id
         tests = [(split.test, split.test_keys) for split in opened if split.test is not None]
         return Splits(
-            tokenizer=opened[0].tokenizer,
+            tokenizer=tokenizer,
             train=MixedSequences([split.train for split in opened], pad_id),
             order=MixedOrder([split.order for split in opened], self.places, self.order_seed),
             validation=MixedSequences([split.validation for split in opened], pad_id),
@@ -125,6 +128,14 @@ class MixDataModule(TokenDataModule):
             test=MixedSequences([source for source, _ in tests], pad_id) if len(tests) == len(opened) else None,
             test_keys=ProportionalKeys([keys for _, keys in tests], self.weights) if len(tests) == len(opened) else (),
         )
+
+    def _chat_template(self, templates: Sequence[str | None]) -> str | None:
+        """Returns the template of the first source that has one, since a model can be asked in one form only."""
+        named = [(part.key, template) for part, template in zip(self.parts, templates, strict=True) if template]
+        for key, template in named[1:]:
+            if template != named[0][1]:
+                log.warning("%s has another chat template than %s, which the run keeps for chat", key, named[0][0])
+        return named[0][1] if named else None
 
     def setup(self, stage: str | None = None) -> None:
         """Opens all sources; before training it also logs what they are."""

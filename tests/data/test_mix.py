@@ -165,3 +165,27 @@ def test_a_source_is_refused_by_its_name(tmp_path: Path) -> None:
         DataError, match=r"data\.sources\.new\.path=.* another tokenizer than data\.sources\.few\.path="
     ):
         mixture(tmp_path, {**sources, "new": {"path": str(other), "weight": 1}}).prepare_data()
+
+
+def test_a_source_without_validation_part_is_refused_by_its_name(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"train": [text("a")]})
+    with pytest.raises(
+        DataError, match=r"data\.sources\.new\.path=.* has no validation part; prepare it again with data\.val_fraction"
+    ):
+        mixture(tmp_path, {**folders(tmp_path), "new": {"path": str(folder), "weight": 1}}).prepare_data()
+
+
+def test_the_chat_template_is_that_of_the_first_source_that_has_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = folders(tmp_path)
+    for name, template in (("few", None), ("many", "{{ messages }}"), ("other", "{{ other }}")):
+        tokenizer = bytes_tokenizer()
+        tokenizer.chat_template = template
+        parts = {"train": [text(name)] * 9, "validation": [text(name)] * 9}
+        folder = write_folder(tmp_path, parts, tokenizer=tokenizer, name=name)
+        sources[name] = {"path": str(folder), "weight": 1}
+    data = mixture(tmp_path, sources)
+    data.prepare_data()
+    assert data.tokenizer.chat_template == "{{ messages }}"
+    assert "data.sources.other.path has another chat template than data.sources.many.path" in caplog.text
