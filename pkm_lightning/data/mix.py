@@ -25,6 +25,9 @@ from pkm_lightning.errors import ConfigError, check_range
 
 __all__ = ["MixDataModule", "MixedSource"]
 
+#: Sums of weights and their ratios are finite.
+MOST_WEIGHT = 1e9
+
 log = logging.getLogger(__name__)
 
 
@@ -189,6 +192,11 @@ def _check_sources(sources: Mapping[str, MixedSource]) -> None:
         if not isinstance(source, Mapping) or set(source) != set(MixedSource.__annotations__):
             raise ConfigError(f"{key}={source!r} must have the keys path and weight, and no others.")
         check_paths(f"{key}.path", source["path"])
-        check_range(f"{key}.weight", source["weight"], low=0)
-        if not source["weight"]:
-            raise ConfigError(f"{key}.weight=0 gives it no sequence; set a number above 0, or leave the source out.")
+        if not isinstance(source["path"], str):
+            raise ConfigError(f"{key}.path={source['path']!r} is no folder; give each folder a name and a weight.")
+        check_range(f"{key}.weight", source["weight"], low=0, high=MOST_WEIGHT)
+        if source["weight"] < 1 / MOST_WEIGHT:
+            raise ConfigError(
+                f"{key}.weight={source['weight']} gives it no sequence; set {1 / MOST_WEIGHT:g} or more, or leave the "
+                "source out."
+            )

@@ -143,7 +143,10 @@ def test_a_mixture_resumes_at_a_position(tmp_path: Path) -> None:
         ({"a": {"path": "x"}}, r"data\.sources\.a=.* must have the keys path and weight, and no others"),
         ({"a": {"path": "x", "weight": 1, "size": 2}}, r"data\.sources\.a=.* must have the keys path and weight"),
         ({"a": {"path": "x", "weight": -1}}, r"data\.sources\.a\.weight=-1 is out of range"),
-        ({"a": {"path": "x", "weight": 0}}, r"data\.sources\.a\.weight=0 gives it no sequence; set a number above 0"),
+        ({"a": {"path": "x", "weight": 1e308}}, r"data\.sources\.a\.weight=1e\+308 is out of range"),
+        ({"a": {"path": "x", "weight": 0}}, r"data\.sources\.a\.weight=0 gives it no sequence; set 1e-09 or more"),
+        ({"a": {"path": "x", "weight": 1e-308}}, r"data\.sources\.a\.weight=1e-308 gives it no sequence"),
+        ({"a": {"path": ["x"], "weight": 1}}, r"data\.sources\.a\.path=\['x'\] is no folder; give each folder a name"),
         ({"a": {"path": "", "weight": 1}}, r"data\.sources\.a\.path= names no files"),
         (
             {"a": {"path": "x", "weight": 1}, "b": {"path": "y", "weight": 0.0001}},
