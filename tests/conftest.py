@@ -14,7 +14,8 @@ import shape_checks
 shape_checks.install()
 compositions.keep_compositions()
 
-import pytest  # noqa: E402  the checks come before anything could import the package
+import hypothesis  # noqa: E402  the checks come before anything could import the package
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # Without a GPU the Triton kernels run in the interpreter. It must be chosen before Lightning imports Triton.
@@ -32,6 +33,9 @@ from pkm_lightning.cli.main import main  # noqa: E402
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 compile_in_turn()
 torch.set_num_threads(1)
+# How long an example takes depends on what else runs on the machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 # A shell without job control starts a suite in the background with SIGINT ignored, which all processes would inherit.

@@ -18,6 +18,6 @@ def check_tokenizer(checkpoint: Mapping[str, Any], digest: str | None) -> None:
     if trained is not None and digest is not None and trained != digest:
         raise CheckpointError(
             "the data's tokenizer is not the one that the checkpoint was trained with (a source or a data.* key has "
-            "changed since), so ids would mean other words; restore the data, or set data.tokenizer=FILE to the "
-            "tokenizer of the training."
+            "changed since), so ids would mean other words; restore the data, or tokenise them with the "
+            "tokenizer of the training, data.tokenizer=FILE (for data=tokens and data=mix a key of prepare)."
         )

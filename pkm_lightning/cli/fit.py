@@ -45,6 +45,7 @@ from pkm_lightning.cli.resume import (
     keys_of_command,
     may_change_on_resume,
     refuse_differences,
+    refuse_earlier_data,
     saved_config,
     unresolved,
     with_changes,
@@ -199,6 +200,7 @@ def _resolve_saved(
     """
     if job.is_on_saved:
         saved = saved_config(path, trust=command["trust_config"], cache=cache_of(command))
+        refuse_earlier_data(path, saved)
         saved, command = _with_length(job, checkpoint, saved, command)
         command = with_saved_tokenizer(saved, command, sets_tokenizer=job.sets("data.tokenizer"))
         config = with_changes(saved, command, {key_of(text) for text in job.overrides if text.startswith("~")})
@@ -214,6 +216,7 @@ def _resolve_saved(
     cache = cache_of(command)
     saved = saved_config(path, trust=command["trust_config"], executed=only_machine, cache=cache)
     if only_machine:
+        refuse_earlier_data(path, saved)
         config = with_machine_overrides(saved, command, changed)
         return resolve({**config, **keys_of_command(command)}, training=True)
     saved, whole = _with_length(job, checkpoint, saved, command)

@@ -20,7 +20,7 @@ from pkm_lightning.build.run import ResolvedRun
 from pkm_lightning.build.stored_tables import check_stored_rows
 from pkm_lightning.build.variants import variants
 from pkm_lightning.checkpoints import SavedCheckpoint, later_buffers, open_checkpoint
-from pkm_lightning.checkpoints.companions import TOKENIZER, find_companion
+from pkm_lightning.checkpoints.companions import TOKENIZER, companion_place, find_companion
 from pkm_lightning.cli.resume import check_groups, is_missing_tokenizer
 from pkm_lightning.data.base import tokenizer_digest
 from pkm_lightning.errors import CheckpointError, ConfigError
@@ -126,7 +126,8 @@ class InitialWeights(L.Callback):
         if trained is not None and digest is not None and trained != digest:
             raise CheckpointError(
                 f"the data's tokenizer is not the one that init_from={self._path} was trained with, so ids would mean "
-                f"other words; set data.tokenizer=FILE to its {TOKENIZER}."
+                f"other words; tokenise them with data.tokenizer={companion_place(self.checkpoint.path, TOKENIZER)} "
+                "(for data=tokens and data=mix a key of prepare)."
             )
 
     def record(self, earlier: Mapping[str, Any] | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pkm_lightning.build.instantiate import target_class
 from pkm_lightning.checkpoints.companions import TOKENIZER, companion_place, find_companion
+from pkm_lightning.cli.resume import missing_data_keys
 from pkm_lightning.cli.run_contents import HELD_OUT
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.datamodule import LoaderOptions, TokenDataModule
@@ -54,6 +55,12 @@ def with_kept_data(
             "vocab_size": data.get("vocab_size", 0),  # that of the tokenizer counts
         }
         return {**config, "data": held_out}
+    missing = missing_data_keys(data)
+    if missing:
+        raise ConfigError(
+            f"{missing[0]} is not set: the run was started by an earlier version, whose data did not have it; choose "
+            "the data anew, as in data=text data.path=FILE."
+        )
     # The same words must have the same ids: a vocabulary learned from other text would be another one.
     # Data that lie in shards have their own.
     return (

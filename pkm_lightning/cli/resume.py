@@ -141,6 +141,28 @@ def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def missing_data_keys(data: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of a saved group `data` that its class needs and a run of an earlier version does not have."""
+    parameters = inspect.signature(target_class(data, "data")).parameters.values()
+    needed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    return [f"data.{name}" for name in needed if name not in data]
+
+
+def refuse_earlier_data(run_dir: Path, saved: Mapping[str, Any]) -> None:
+    """Refuses to continue a run whose data were prepared otherwise by an earlier version.
+
+    Raises:
+        RunDirectoryError: naming a key that the run does not have, and what it can still be used for.
+    """
+    missing = missing_data_keys(saved["data"])
+    if missing:
+        raise RunDirectoryError(
+            f"run_dir={run_dir} was started by an earlier version, whose data had no {missing[0]} and another order: "
+            "it can be evaluated and exported, but not be continued; start a new run from its weights with "
+            f"init_from={run_dir}, or continue it with that version."
+        )
+
+
 def without_fused(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a saved configuration with `table.learning=fused`, which is no longer offered, changed to `rows`.
 

@@ -96,7 +96,6 @@ class Splits:
         tokenizer: the meaning of the ids.
         train: training sequences, and `order` the epochs over them.
         validation: validation sequences, and `validation_keys` all of their keys in a fixed order.
-        tokens: of the training and the validation part, for display.
         test: test sequences, and `test_keys` all of their keys; None where there are none of their own.
     """
 
@@ -105,7 +104,6 @@ class Splits:
     order: Order
     validation: SequenceSource
     validation_keys: Sequence[Any]
-    tokens: tuple[int, int] | None = None
     test: SequenceSource | None = None
     test_keys: Sequence[Any] = ()
 

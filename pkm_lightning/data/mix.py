@@ -25,6 +25,9 @@ from pkm_lightning.errors import ConfigError, check_range
 
 __all__ = ["MixDataModule", "MixedSource"]
 
+#: Sums of weights and their ratios are finite.
+MOST_WEIGHT = 1e9
+
 log = logging.getLogger(__name__)
 
 
@@ -68,6 +71,7 @@ class MixDataModule(TokenDataModule):
         ]
         for name, part in zip(sources, self.parts, strict=True):
             part.key = f"data.sources.{name}.path"
+            part.without_validation = "prepare it again with data.val_fraction or data.val_path"
         self.places = places_per_block(self.weights)
         for name, weight, places in zip(sources, self.weights, self.places, strict=True):
             if not places:
@@ -113,10 +117,12 @@ class MixDataModule(TokenDataModule):
             ConfigError, DataError: see `TokensDataModule.load`.
         """
         opened = [part.load(part.cache_folder()) for part in self.parts]
-        pad_id = opened[0].tokenizer.pad_id
+        tokenizer = opened[0].tokenizer
+        tokenizer.chat_template = self._chat_template([split.tokenizer.chat_template for split in opened])
+        pad_id = tokenizer.pad_id
         tests = [(split.test, split.test_keys) for split in opened if split.test is not None]
         return Splits(
-            tokenizer=opened[0].tokenizer,
+            tokenizer=tokenizer,
             train=MixedSequences([split.train for split in opened], pad_id),
             order=MixedOrder([split.order for split in opened], self.places, self.order_seed),
             validation=MixedSequences([split.validation for split in opened], pad_id),
@@ -125,6 +131,14 @@ class MixDataModule(TokenDataModule):
             test=MixedSequences([source for source, _ in tests], pad_id) if len(tests) == len(opened) else None,
             test_keys=ProportionalKeys([keys for _, keys in tests], self.weights) if len(tests) == len(opened) else (),
         )
+
+    def _chat_template(self, templates: Sequence[str | None]) -> str | None:
+        """Returns the template of the first source that has one, since a model can be asked in one form only."""
+        named = [(part.key, template) for part, template in zip(self.parts, templates, strict=True) if template]
+        for key, template in named[1:]:
+            if template != named[0][1]:
+                log.warning("%s has another chat template than %s, which the run keeps for chat", key, named[0][0])
+        return named[0][1] if named else None
 
     def setup(self, stage: str | None = None) -> None:
         """Opens all sources; before training it also logs what they are."""
@@ -178,6 +192,11 @@ def _check_sources(sources: Mapping[str, MixedSource]) -> None:
         if not isinstance(source, Mapping) or set(source) != set(MixedSource.__annotations__):
             raise ConfigError(f"{key}={source!r} must have the keys path and weight, and no others.")
         check_paths(f"{key}.path", source["path"])
-        check_range(f"{key}.weight", source["weight"], low=0)
-        if not source["weight"]:
-            raise ConfigError(f"{key}.weight=0 gives it no sequence; set a number above 0, or leave the source out.")
+        if not isinstance(source["path"], str):
+            raise ConfigError(f"{key}.path={source['path']!r} is no folder; give each folder a name and a weight.")
+        check_range(f"{key}.weight", source["weight"], low=0, high=MOST_WEIGHT)
+        if source["weight"] < 1 / MOST_WEIGHT:
+            raise ConfigError(
+                f"{key}.weight={source['weight']} gives it no sequence; set {1 / MOST_WEIGHT:g} or more, or leave the "
+                "source out."
+            )

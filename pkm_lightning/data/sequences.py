@@ -24,30 +24,29 @@ class WindowSequences:
     Args:
         shards: the tokens.
         seq_len: T.
-        eos_id: ends each document.
         pad_id: the token of fillers.
     """
 
-    def __init__(self, shards: TokenShards, *, seq_len: int, eos_id: int, pad_id: int) -> None:
-        self._shards, self._seq_len, self._eos_id, self._pad_id = shards, seq_len, eos_id, pad_id
+    def __init__(self, shards: TokenShards, *, seq_len: int, pad_id: int) -> None:
+        self._shards, self._seq_len, self._pad_id = shards, seq_len, pad_id
 
     def __len__(self) -> int:
         return max(0, self._shards.n_tokens - 1) // self._seq_len
 
     def __getitems__(self, keys: list[int]) -> Batch:
-        """Returns whole windows; the end token has no target, since the next document does not follow from it."""
+        """Returns whole windows; the first token of a document is no target: it does not follow from the one before."""
         if not keys:
             return filler(self._seq_len, self._pad_id)
         begin_B, length_B = np.asarray(keys) * self._seq_len, np.full(len(keys), self._seq_len + 1)
         tokens = self._shards.spans(begin_B, length_B).reshape(len(keys), -1)
         # Copies, since both are views of `tokens`: a NO_TARGET among the labels would change the inputs.
         input_BT, labels_BT = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        is_end_BT = input_BT == self._eos_id
-        labels_BT[is_end_BT] = NO_TARGET
+        # Not the end tokens, which also end the turns of a conversation.
+        is_last_BT = self._shards.begins_in(begin_B + 1, length_B - 1).reshape(labels_BT.shape)
+        labels_BT[is_last_BT] = NO_TARGET
         if not self._shards.all_learned:
             labels_BT[~self._shards.learned_spans(begin_B + 1, length_B - 1).reshape(labels_BT.shape)] = NO_TARGET
-        # An end token still belongs to the document that it ends.
-        docs_BT = np.cumsum(is_end_BT, axis=1) - is_end_BT
+        docs_BT = np.cumsum(is_last_BT, axis=1) - is_last_BT
         return to_batch(input_BT, labels_BT, docs_BT)
 
 

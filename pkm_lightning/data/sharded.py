@@ -110,7 +110,6 @@ class ShardedDataModule(TokenDataModule):
             validation_keys=validation_keys,
             test=test,
             test_keys=test_keys,
-            tokens=(parts["train"].n_tokens, parts["validation"].n_tokens),
         )
 
     def place(self, part: str) -> str:
@@ -139,8 +138,8 @@ class ShardedDataModule(TokenDataModule):
         return self.cache_folder()
 
     def _windows(self, parts: Mapping[str, TokenShards], tokenizer: Tokenizer) -> dict[str, Opened]:
-        ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-        sources = {part: WindowSequences(shards, seq_len=self.seq_len, **ids) for part, shards in parts.items()}
+        options = {"seq_len": self.seq_len, "pad_id": tokenizer.pad_id}
+        sources = {part: WindowSequences(shards, **options) for part, shards in parts.items()}
         return {part: (source, range(len(source))) for part, source in sources.items()}
 
     def _documents(self, parts: Mapping[str, TokenShards], tokenizer: Tokenizer) -> dict[str, Opened]:

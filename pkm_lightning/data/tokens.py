@@ -38,8 +38,9 @@ class TokensDataModule(ShardedDataModule):
             tokenizer.
     """
 
-    #: What names `path` in messages.
+    #: What names `path` in messages, and what to do where it has no validation part.
     key = "data.path"
+    without_validation = "set data.val_path to a prepared folder whose documents validate"
 
     builds = False
 
@@ -117,10 +118,7 @@ class TokensDataModule(ShardedDataModule):
         # Whoever prepared it has split it too; here all of it is held out.
         parts |= {part: TokenShards(other, *PARTS) for part, other in self.own_paths.items()}
         if not parts["validation"].n_tokens:
-            raise DataError(
-                f"{self.place('validation')} has no validation part; set data.val_path to a prepared folder whose "
-                "documents validate."
-            )
+            raise DataError(f"{self.place('validation')} has no validation part; {self.without_validation}.")
         return self.open_parts(parts, folder)
 
     def place(self, part: str) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from small import Run
 
 
@@ -18,6 +19,20 @@ def test_test_repeats_the_figures_of_the_run(cli: Run, trained: Path) -> None:
     recorded = json.loads((trained / "run.json").read_text())["metrics"]
     again = json.loads((trained / "test.json").read_text())
     assert again == {name: recorded[name] for name in again}
+
+
+def test_a_run_whose_data_an_earlier_version_prepared_is_evaluated_and_not_continued(cli: Run, trained: Path) -> None:
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    del config["data"]["cities"]
+    (trained / "config.yaml").write_text(yaml.safe_dump(config))
+    refused = cli("fit", "run_dir=run", "resume=always", "trainer.max_steps=16")
+    assert refused.code == 2
+    assert "earlier version, whose data had no data.cities and another order: it can be evaluated" in refused.err
+    assert f"start a new run from its weights with init_from={trained}" in refused.err
+    assert cli("test", "run_dir=run").code == 0
+    other = cli("test", "run_dir=run", "data.people=30")
+    assert other.code == 2
+    assert "data.cities is not set: the run was started by an earlier version" in other.err
 
 
 def test_validate_takes_a_bare_checkpoint(cli: Run, trained: Path) -> None:

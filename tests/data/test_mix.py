@@ -143,7 +143,10 @@ def test_a_mixture_resumes_at_a_position(tmp_path: Path) -> None:
         ({"a": {"path": "x"}}, r"data\.sources\.a=.* must have the keys path and weight, and no others"),
         ({"a": {"path": "x", "weight": 1, "size": 2}}, r"data\.sources\.a=.* must have the keys path and weight"),
         ({"a": {"path": "x", "weight": -1}}, r"data\.sources\.a\.weight=-1 is out of range"),
-        ({"a": {"path": "x", "weight": 0}}, r"data\.sources\.a\.weight=0 gives it no sequence; set a number above 0"),
+        ({"a": {"path": "x", "weight": 1e308}}, r"data\.sources\.a\.weight=1e\+308 is out of range"),
+        ({"a": {"path": "x", "weight": 0}}, r"data\.sources\.a\.weight=0 gives it no sequence; set 1e-09 or more"),
+        ({"a": {"path": "x", "weight": 1e-308}}, r"data\.sources\.a\.weight=1e-308 gives it no sequence"),
+        ({"a": {"path": ["x"], "weight": 1}}, r"data\.sources\.a\.path=\['x'\] is no folder; give each folder a name"),
         ({"a": {"path": "", "weight": 1}}, r"data\.sources\.a\.path= names no files"),
         (
             {"a": {"path": "x", "weight": 1}, "b": {"path": "y", "weight": 0.0001}},
@@ -165,3 +168,27 @@ def test_a_source_is_refused_by_its_name(tmp_path: Path) -> None:
         DataError, match=r"data\.sources\.new\.path=.* another tokenizer than data\.sources\.few\.path="
     ):
         mixture(tmp_path, {**sources, "new": {"path": str(other), "weight": 1}}).prepare_data()
+
+
+def test_a_source_without_validation_part_is_refused_by_its_name(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"train": [text("a")]})
+    with pytest.raises(
+        DataError, match=r"data\.sources\.new\.path=.* has no validation part; prepare it again with data\.val_fraction"
+    ):
+        mixture(tmp_path, {**folders(tmp_path), "new": {"path": str(folder), "weight": 1}}).prepare_data()
+
+
+def test_the_chat_template_is_that_of_the_first_source_that_has_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = folders(tmp_path)
+    for name, template in (("few", None), ("many", "{{ messages }}"), ("other", "{{ other }}")):
+        tokenizer = bytes_tokenizer()
+        tokenizer.chat_template = template
+        parts = {"train": [text(name)] * 9, "validation": [text(name)] * 9}
+        folder = write_folder(tmp_path, parts, tokenizer=tokenizer, name=name)
+        sources[name] = {"path": str(folder), "weight": 1}
+    data = mixture(tmp_path, sources)
+    data.prepare_data()
+    assert data.tokenizer.chat_template == "{{ messages }}"
+    assert "data.sources.other.path has another chat template than data.sources.many.path" in caplog.text

@@ -36,12 +36,15 @@ few = settings(max_examples=30, deadline=None, suppress_health_check=list(Health
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
-def numbered(sizes: Sequence[int], unlearned: bool = False) -> list[Document]:
-    """Returns documents whose tokens are their places in the part, modulo 256, so that each shows where it is from."""
+def numbered(sizes: Sequence[int], unlearned: bool = False, turns: int | None = None) -> list[Document]:
+    """Returns documents whose tokens are their places in the part, modulo 256, so that each shows where it is from.
+
+    With `turns` an end token stands at every such place, as behind the turns of a conversation.
+    """
     documents, place = list[Document](), 0
     for size in sizes:
         # 0 and 1 are control tokens.
-        tokens = [2 + (place + i) % 256 for i in range(size)]
+        tokens = [EOS if turns and i % turns == turns - 1 else 2 + (place + i) % 256 for i in range(size)]
         documents.append(([*tokens, EOS], size // 2 if unlearned else 0))
         place += size + 1
     return documents
@@ -72,17 +75,28 @@ def pairs_of(documents: Sequence[Document], limit: int | None = None) -> Counter
 
 
 @few
-@given(sizes=lengths, shard_tokens=st.integers(1, 60), seq_len=st.integers(2, 12), mask=st.booleans())
+@given(
+    sizes=lengths,
+    shard_tokens=st.integers(1, 60),
+    seq_len=st.integers(2, 12),
+    mask=st.booleans(),
+    turns=st.sampled_from([None, 1, 3]),
+)
 def test_windows_show_every_pair_of_neighbours_once(
-    sizes: list[int], shard_tokens: int, seq_len: int, mask: bool
+    sizes: list[int], shard_tokens: int, seq_len: int, mask: bool, turns: int | None
 ) -> None:
-    documents = numbered(sizes, mask)
+    documents = numbered(sizes, mask, turns)
     with TemporaryDirectory() as folder:
         write_shards(Path(folder), {"train": documents}, shard_tokens=shard_tokens)
-        windows = WindowSequences(TokenShards(Path(folder), "train"), seq_len=seq_len, eos_id=EOS, pad_id=0)
+        windows = WindowSequences(TokenShards(Path(folder), "train"), seq_len=seq_len, pad_id=0)
         assert len(windows) == (sum(len(tokens) for tokens, _ in documents) - 1) // seq_len
         shown = targets_of(windows, range(len(windows)))
         assert Counter(shown) == pairs_of(documents, len(windows) * seq_len)
+        document_of = np.repeat(np.arange(len(documents)), [len(tokens) for tokens, _ in documents])
+        if len(windows):
+            docs_BT = windows.__getitems__(list(range(len(windows))))["doc_ids"].numpy()
+            of_BT = document_of[: docs_BT.size].reshape(docs_BT.shape)
+            assert (docs_BT == of_BT - of_BT[:, :1]).all()
 
 
 @few
@@ -177,16 +191,18 @@ def test_a_worker_opens_the_files_again(tmp_path: Path) -> None:
         assert pickle.loads(sent).__getitems__(key)["input_ids"].equal(train.__getitems__(key)["input_ids"])
 
 
-def test_thousands_of_shards_keep_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped, "OPEN_SHARDS", 3)
+def test_thousands_of_shards_keep_no_file_open_and_few_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "MAPPED_SHARDS", 3)
     write_shards(tmp_path, {"train": numbered([9] * 40, unlearned=True)}, shard_tokens=10)
     shards = TokenShards(tmp_path, "train")
     assert len(shards.shards) == 40
     before = len(list(Path("/proc/self/fd").iterdir()))
-    everything = np.arange(shards.n_tokens)
-    assert shards.tokens(everything).tolist() == [t for tokens, _ in numbered([9] * 40) for t in tokens]
-    assert not shards.learned(everything).all()
-    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 2 * 3
+    everything = np.asarray([0]), np.asarray([shards.n_tokens])
+    assert shards.spans(*everything).tolist() == [t for tokens, _ in numbered([9] * 40) for t in tokens]
+    assert not shards.learned_spans(*everything).all()
+    assert shards.begins_in(*everything).sum() == 40
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path)) <= 3 * 3
 
 
 def test_pieces_of_one_part_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

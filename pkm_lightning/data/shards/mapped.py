@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pkm_lightning.data.shards.format import INDEX, ShardInfo, token_type
 from pkm_lightning.errors import DataError
 
 __all__ = ["TokenShards", "read_index"]
 
-#: Shards whose files are open at a time, per part and process: each has up to two file descriptors.
-OPEN_SHARDS = 64
+#: Shards that are mapped at a time, per part and process. Mapped files are not open, so their number is no matter.
+MAPPED_SHARDS = 1024
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -41,11 +42,12 @@ class TokenShards:
         self.folder, self.parts = folder, parts
         index = read_index(folder)
         self.shards = [ShardInfo(**shard) for part in parts for shard in index["parts"].get(part, [])]
-        self._type = token_type(index["vocab_size"])
+        self._type = {2: torch.uint16, 4: torch.uint32}[token_type(index["vocab_size"]).itemsize]
         self._starts = np.concatenate([[0], np.cumsum([s.tokens for s in self.shards], dtype=np.int64)])
         #: Whether every token is a target.
         self.all_learned = all(shard.targets == shard.tokens for shard in self.shards)
-        self._mapped = lru_cache(OPEN_SHARDS)(self._map)
+        self._mapped = lru_cache(MAPPED_SHARDS)(self._map)
+        self._mapped_begins = lru_cache(MAPPED_SHARDS)(self._map_begins)
 
     def __reduce__(self) -> tuple[type[TokenShards], tuple[Any, ...]]:
         # A worker started by spawn opens the files instead of receiving a copy of their content.
@@ -91,14 +93,14 @@ class TokenShards:
                 learned_M[place : place + end - begin] = bits[begin & 7 :][: end - begin]
         return learned_M
 
-    def tokens(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the tokens at some positions of the part, of any shape, as int64."""
-        return self.spans(np.ravel(positions), np.ones(np.size(positions), dtype=np.int64)).reshape(np.shape(positions))
-
-    def learned(self, positions: np.ndarray) -> np.ndarray:
-        """Returns whether the tokens at some positions are targets (bool)."""
-        flat = np.ravel(positions), np.ones(np.size(positions), dtype=np.int64)
-        return self.learned_spans(*flat).reshape(np.shape(positions))
+    def begins_in(self, begin_P: np.ndarray, length_P: np.ndarray) -> np.ndarray:
+        """Returns whether a document begins with each token of some spans, bool (M,); see `spans`."""
+        begins_M = np.zeros(int(length_P.sum()), dtype=np.bool_)
+        for shard, begin, end, place in self._slices(begin_P, length_P):
+            begins = self._mapped_begins(shard)
+            first, last = np.searchsorted(begins, (begin, end))
+            begins_M[place - begin + begins[first:last]] = True
+        return begins_M
 
     def begins(self, shard: int) -> np.ndarray:
         """Returns where the documents that begin in a shard begin, in tokens from the start of the part.
@@ -133,16 +135,21 @@ class TokenShards:
     def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray | None]:
         info = self.shards[shard]
         path = self.folder / info.name
-        # Views as plain arrays: slices of a memmap itself cost several times as much.
         tokens = _map_file(path.with_suffix(".tokens"), self._type, info.tokens)
         if info.targets == info.tokens:
             return tokens, None
-        return tokens, _map_file(path.with_suffix(".learned"), np.dtype(np.uint8), -(-info.tokens // 8))
+        return tokens, _map_file(path.with_suffix(".learned"), torch.uint8, -(-info.tokens // 8))
+
+    def _map_begins(self, shard: int) -> np.ndarray:
+        info = self.shards[shard]
+        return _map_file((self.folder / info.name).with_suffix(".begins"), torch.int64, info.documents)
 
     def _read(self, info: ShardInfo, ending: str, dtype: Any) -> np.ndarray:
         return np.fromfile((self.folder / info.name).with_suffix(f".{ending}"), dtype=dtype)
 
 
-def _map_file(path: Path, dtype: np.dtype[Any], size: int) -> np.ndarray:
-    # An empty file cannot be mapped.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(size,))) if size else np.empty(0, dtype=dtype)
+def _map_file(path: Path, dtype: torch.dtype, size: int) -> np.ndarray:
+    # NumPy and Python keep a descriptor per mapped file, and a mixture of many large sources has more files than a
+    # process may open. An empty file cannot be mapped.
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    return np.asarray(mapped.numpy())

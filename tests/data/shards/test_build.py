@@ -51,10 +51,11 @@ def documents(folder: Path, part: str) -> list[tuple[str, list[bool], list[int]]
     places = np.concatenate([shards.places(shard) for shard in range(len(shards.shards))])
     entries = []
     for begin, end, place in zip(begins, [*begins[1:], shards.n_tokens], places.tolist(), strict=True):
-        ids = shards.tokens(np.arange(begin, end))
+        span = np.asarray([begin]), np.asarray([end - begin])
+        ids = shards.spans(*span)
         assert ids[-1] == tokenizer.eos_id
         assert tokenizer.eos_id not in ids[:-1]
-        entries.append((tokenizer.decode(ids), shards.learned(np.arange(begin, end)).tolist(), place))
+        entries.append((tokenizer.decode(ids), shards.learned_spans(*span).tolist(), place))
     return entries
 
 
