@@ -99,6 +99,6 @@ def test_reads_that_are_never_cleared_end_a_loop() -> None:
 def test_a_dense_optimizer_of_the_table_is_refused() -> None:
     model = layers()
     with pytest.raises(
-        ValueError, match=r"^0\.own_tables\.0 is also among the parameters of the dense optimizer; make"
+        ValueError, match=r"^0\.values\.reference\.table is also among the parameters of the dense optimizer; make"
     ):
         TableOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), row_learning_tables(model), lr=0.01)
