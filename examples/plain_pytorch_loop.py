@@ -53,5 +53,5 @@ def train(steps: int = 500) -> tuple[Facts, float]:
 
 if __name__ == "__main__":
     model, known = train()
-    torch.save(model.state_dict(), "facts.pt")  # rows included: memory.own_tables.0.weight
+    torch.save(model.state_dict(), "facts.pt")  # rows included: memory.values.reference.table.weight
     print(f"{known:.1%} of the facts are known")

@@ -76,7 +76,7 @@ def test_a_name_has_an_example_that_works_or_a_pointer_to_one(name: str) -> None
 def test_the_programs_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     programs = blocks(ROOT / "docs" / "python.md", "python")
-    assert len(programs) == 6
+    assert len(programs) == 7
     names: dict[str, object] = {}
     for program in programs:
         exec(program, names)

@@ -8,22 +8,25 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from pkm_lightning.build.instantiate import accepted_keywords
-from pkm_lightning.errors import ConfigError, check_integer, nearest
+from pkm_lightning.errors import ConfigError, check_flag, check_integer, nearest
 from pkm_lightning.ffn import NO_CONTEXT, FFNOutput, HasAfterStep, HasRowIds
-from pkm_lightning.memory import ValueTable, take_over_tables
+from pkm_lightning.memory import TableReference, ValueTable, take_over_tables
 from pkm_lightning.model import Transformer
 
 #: By `model_type` of transformers, the name of the list of layers in the decoder. Each layer has its FFN as `mlp`.
 LAYERS_OF = {"gpt2": "h", "llama": "layers", "mistral": "layers", "qwen2": "layers", "qwen3": "layers"}
 #: Of the tables in a model of transformers.
 _TABLES = "value_tables"
+#: Arguments of plugins that the model and the layers decide.
+_DECIDED = ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader")
 
 
 @dataclass
@@ -40,7 +43,16 @@ class FFNReports:
 
     def aux_loss(self) -> Tensor | float:
         """Returns the sum of the losses of all plugins, such as that which balances experts; 0.0 if there are none."""
-        losses = [loss for _, output in self.outputs for loss in output.aux_losses.values()]
+        losses = []
+        for plugin, output in self.outputs:
+            losses += output.aux_losses.values()
+            is_lost = any(not loss.requires_grad for loss in output.aux_losses.values())
+            if is_lost and torch.is_grad_enabled() and any(p.requires_grad for p in plugin.parameters()):
+                warnings.warn(
+                    f"the losses of {type(plugin).__name__} ({', '.join(output.aux_losses)}) have no gradient, since "
+                    "its forward ran without one: checkpoint activations with use_reentrant=False.",
+                    stacklevel=2,
+                )
         return sum(losses[1:], start=losses[0]) if losses else 0.0
 
     def after_step(self) -> None:
@@ -75,7 +87,7 @@ class PluginMLP(nn.Module):
         output: FFNOutput = self.plugin(hidden_BTD, NO_CONTEXT)
         if self.reports is not None:
             self.reports.outputs.append((self.plugin, output))
-        elif self.training and (output.aux_losses or output.step_stats):
+        elif self.training and (output.aux_losses or output.step_stats) and not _is_in_backward():
             names = ", ".join((*output.aux_losses, *output.step_stats))
             warnings.warn(
                 f"{type(self.plugin).__name__} reports losses or statistics ({names}) that nobody collects: run the "
@@ -83,6 +95,11 @@ class PluginMLP(nn.Module):
                 stacklevel=2,
             )
         return output.y_BTD
+
+
+def _is_in_backward() -> bool:
+    # Activation checkpointing repeats the forward there. torch has no public name for the number of the pass.
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager
@@ -124,10 +141,10 @@ def replace_ffn(
     """Replaces the FFN of some layers by new plugins of one class, and returns the plugins, by ascending layer.
 
     Their weights are new: the model has to be trained. It owns the value tables (`value_tables` of a model of
-    transformers, `tables` of a `Transformer`, where those of replaced plugins stay), so that `state_dict` holds
-    everything. To load one, make the same model, call `replace_ffn` with the same arguments, then `load_state_dict`.
-    `save_pretrained` writes all weights, but a `config.json` that does not know of the plugins: `from_pretrained` would
-    leave them out, and draw dense FFNs.
+    transformers, `tables` of a `Transformer`), so that `state_dict` holds everything; those that only replaced plugins
+    have read are dropped. To load one, make the same model, call `replace_ffn` with the same arguments, then
+    `load_state_dict`. `save_pretrained` writes all weights, but a `config.json` that does not know of the plugins:
+    `from_pretrained` would leave them out, and draw dense FFNs.
 
     Args:
         model: a `Transformer`, or a model of transformers of type gpt2, llama, mistral, qwen2 or qwen3.
@@ -138,8 +155,8 @@ def replace_ffn(
         options: further arguments of the class; missing ones have its defaults.
 
     Raises:
-        ConfigError: a model of another kind, a layer that it does not have, an option that the class does not have,
-            or a plugin that needs more than the hidden states in a model of transformers.
+        ConfigError: a model of another kind, a layer that it does not have, an option that the class does not have or
+            that the model decides, or a plugin that needs more than the hidden states in a model of transformers.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -151,11 +168,12 @@ def replace_ffn(
         ValueTable(rows=256, dim=16, learning=dense)
     """
     host = _Host.of(model)
+    check_flag("shared", shared)
     chosen = _checked_layers(layers, len(host.blocks))
     _check_class(ffn, options, in_transformers=host.attribute == "mlp")
     sizes = {"dim": host.dim, "n_layers": len(host.blocks), "vocab_size": host.vocab_size}
     groups = _new_tables(ffn, options, sizes, 1 if shared else len(chosen), len(chosen), learning)
-    plugins = []
+    plugins: list[nn.Module] = []
     for place, layer in enumerate(chosen):
         keywords: dict[str, Any] = {**sizes, "layer": layer, "table_number": place, "table_reader": 0}
         if groups:
@@ -164,10 +182,8 @@ def replace_ffn(
             keywords |= {"table": group[0] if len(group) == 1 else group}
             keywords |= {"table_number": number, "table_reader": reader}
         plugins.append(ffn(**accepted_keywords(ffn, keywords), **options))
-    for layer, plugin in zip(chosen, plugins, strict=True):
-        host.put(layer, plugin)
     tables = [table for group in groups for table in group]
-    host.register(tables)
+    host.replace(dict(zip(chosen, plugins, strict=True)), tables)
     take_over_tables(model, tables)
     return plugins
 
@@ -199,28 +215,43 @@ class _Host:
         blocks = getattr(model.base_model, LAYERS_OF[kind])
         return cls(model, blocks, "mlp", _TABLES, config.hidden_size, config.vocab_size)
 
-    def put(self, layer: int, plugin: nn.Module) -> None:
-        """Puts a plugin in the place of the FFN of a layer, in its mode and on its device and dtype."""
+    def replace(self, plugins: dict[int, nn.Module], tables: Sequence[ValueTable]) -> None:
+        """Puts plugins in the place of the FFNs of layers, and registers their tables.
+
+        A table that nobody reads any more goes: a `TableOptimizer` would wait for its reads.
+        """
+        replaced = [self._put(layer, plugin) for layer, plugin in plugins.items()]
+        unread = set().union(*map(_tables_of, replaced)) - _tables_of(self.model)
+        present = getattr(self.model, self.tables, ())
+        if tables or unread:  # no list for none
+            kept = [table for table in present if table not in unread]
+            setattr(self.model, self.tables, nn.ModuleList([*kept, *tables]))
+
+    def _put(self, layer: int, plugin: nn.Module) -> nn.Module:
+        """Returns the FFN of a layer, after `plugin` has taken its place, mode, device and dtype."""
         before: nn.Module = getattr(self.blocks[layer], self.attribute)
         if (weight := next(before.parameters(), None)) is not None:
-            plugin.to(weight.device, weight.dtype)
+            # Quantised weights are integers.
+            floats = (p for p in (*before.parameters(), *self.model.parameters()) if p.is_floating_point())
+            plugin.to(weight.device, next(floats, weight).dtype)
         in_place = PluginMLP(plugin) if self.attribute == "mlp" else plugin
         setattr(self.blocks[layer], self.attribute, in_place.train(before.training))
+        return before
 
-    def register(self, tables: Sequence[ValueTable]) -> None:
-        """Adds tables to those of the model, which makes no list for none."""
-        if tables and not hasattr(self.model, self.tables):
-            setattr(self.model, self.tables, nn.ModuleList())
-        if tables:
-            getattr(self.model, self.tables).extend(tables)
+
+def _tables_of(module: nn.Module) -> set[ValueTable]:
+    return {part.table for part in module.modules() if isinstance(part, TableReference)}
 
 
 def _checked_layers(layers: Sequence[int], count: int) -> list[int]:
-    chosen = sorted(layers)
-    for layer in chosen:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise ConfigError(f"layers={layers!r:.60} is no list of layers; give their numbers, as in layers=[1].")
+    given = list(layers)
+    for layer in given:
         check_integer("layers", layer, low=0, high=count - 1)
+    chosen = sorted(given)
     if len(set(chosen)) != len(chosen) or not chosen:
-        raise ConfigError(f"layers={list(layers)} names {'a layer twice' if chosen else 'no layer'}; name each once.")
+        raise ConfigError(f"layers={given} names {'a layer twice' if chosen else 'no layer'}; name each once.")
     return chosen
 
 
@@ -234,6 +265,9 @@ def _check_class(ffn: Any, options: dict[str, Any], *, in_transformers: bool) ->
     unknown = [name for name in options if name not in known]
     if unknown and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
         raise ConfigError(f"{ffn.__name__} has no argument {unknown[0]!r}.{nearest(unknown[0], known)}")
+    if decided := [name for name in options if name in _DECIDED]:
+        advice = "set learning and shared for its tables" if decided[0] == "table" else "leave it out"
+        raise ConfigError(f"{decided[0]} is no option of replace_ffn, which takes it from the model; {advice}.")
     if in_transformers and (hasattr(ffn, "row_ids") or not getattr(ffn, "position_wise", False)):
         what = "reads rows by token id" if issubclass(ffn, HasRowIds) else "is not position_wise"
         raise ConfigError(

@@ -150,7 +150,7 @@ class Engram(nn.Module):
             end_id=0 if end_id is None else end_id,
         )
         self.streams, self.canonical, self.takes_end_id, self.n_layers = streams, canonical, end_id is None, n_layers
-        self.dim, self._table = dim, TableReference(held)
+        self.dim, self.reference = dim, TableReference(held)
         width, norm = self.addressing.reads * spec.dim, partial(GroupedRMSNorm, dim=dim, groups=streams, eps=norm_eps)
         self.takes_root = gate == "sigmoid"
         self.key = None if gate == "none" else nn.Linear(width, dim, bias=False)
@@ -232,7 +232,7 @@ class Engram(nn.Module):
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token's n-grams; the trace holds the rows, weighted by the mean gate of the streams."""
         check_tokens(self, x_BTD, self.dim, context)
-        ahead = context.ids_ahead(self, self._table.table)
+        ahead = context.ids_ahead(self, self.reference.table)
         ids_BTK = self._ids(context) if ahead is None else ahead[0].unflatten(0, x_BTD.shape[:2])
         e_BTX = self._read(ids_BTK, x_BTD)
         alpha_BTS1 = self._gate(e_BTX, x_BTD)
@@ -259,7 +259,7 @@ class Engram(nn.Module):
 
     def _read(self, ids_BTK: Tensor, x_BTD: Tensor) -> Tensor:
         """Returns the rows of each token side by side, (B, T, K * V)."""
-        rows_TKV = self._table.table.gather(ids_BTK.flatten(0, 1))
+        rows_TKV = self.reference.table.gather(ids_BTK.flatten(0, 1))
         return rows_TKV.flatten(1).to(x_BTD.dtype).unflatten(0, x_BTD.shape[:2])
 
     def _gate(self, e_BTX: Tensor, x_BTD: Tensor) -> Tensor:
@@ -296,22 +296,22 @@ class Engram(nn.Module):
 
     def row_ids(self, context: FFNContext) -> list[tuple[ValueTable, Tensor]]:
         """Returns the table and the rows that a training forward reads, (T, K)."""
-        return [(self._table.table, self._ids(context).flatten(0, 1))]
+        return [(self.reference.table, self._ids(context).flatten(0, 1))]
 
     def slots(self) -> list[Slots]:
         """Returns the rows of the table that belong to a head."""
-        table, count = self._table.table, self.addressing.readable_rows
+        table, count = self.reference.table, self.addressing.readable_rows
         return [Slots(name="slot", count=count, tables=(table,), padding=table.rows - count)]
 
     def reads(self) -> list[TableRead]:
         """Returns one gather of K rows per token."""
         return [
-            TableRead(table=self._table.table, ids=self.addressing.reads, groups=self.addressing.reads, gather=True)
+            TableRead(table=self.reference.table, ids=self.addressing.reads, groups=self.addressing.reads, gather=True)
         ]
 
     def cost(self) -> FFNCost:
         """Counts W_K, W_V and the filters; a read adds nothing up."""
-        table = self._table.table
+        table = self.reference.table
         params = count_parameters(self)
         matrices = [self.value.weight, self.conv.weight] + ([] if self.key is None else [self.key.weight])
         return FFNCost(

@@ -8,13 +8,13 @@ from torch import nn
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn.base import TableSpec
-from pkm_lightning.memory import ValueTable, check_table, own_tables
+from pkm_lightning.memory import ValueTable, check_table
 
 
 def hold_tables(
     plugin: nn.Module, given: ValueTable | Sequence[ValueTable] | None, spec: TableSpec, *, named: str
 ) -> list[ValueTable]:
-    """Returns the tables of `plugin`, registered in it until a model takes them over.
+    """Returns the tables of `plugin`, which keeps each in a `TableReference`.
 
     Args:
         plugin: that reads them.
@@ -46,7 +46,6 @@ def hold_tables(
                 f"table has {table.slices} slices per row, but {named} need {spec.slices}; make it with "
                 f"slices={spec.slices}."
             )
-    own_tables(plugin, tables)
     return tables
 
 

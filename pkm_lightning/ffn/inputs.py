@@ -10,6 +10,7 @@ from torch import nn
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext
+from pkm_lightning.memory import own_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,7 @@ def check_tokens(plugin: nn.Module, x_BTD: Tensor, dim: int, context: FFNContext
 
 def _check_kind(plugin: nn.Module, x_BTD: Tensor) -> None:
     # A table may stay in host memory or in another dtype; reads are cast to those of x.
-    weights = (p for name, p in plugin.named_parameters() if "own_tables." not in name)
-    weight = next((p for p in weights if p.is_floating_point()), None)
+    weight = next((p for p in own_parameters(plugin) if p.is_floating_point()), None)
     if weight is None:
         return
     # torch raises for a device that has no autocast, such as meta.

@@ -165,9 +165,8 @@ class MemoryLayer(ProductKeyFFN):
         K times as many in training.
         """
         # Addressing and values count their FLOPs themselves; the remaining parameters are matrices of subclasses.
-        counted = (*self.addressing.parameters(), *self.values.parameters())
         params = count_parameters(self)
-        matrices = params - sum(p.numel() for p in counted)
+        matrices = params - count_parameters(self.addressing) - count_parameters(self.values)
         table = self.values.table
         values_read = self.addressing.reads * table.dim
 

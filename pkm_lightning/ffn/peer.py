@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.errors import check_choice, check_flag
@@ -95,7 +96,7 @@ class PEER(ProductKeyFFN):
             cures=Cures(),
         )
         held = hold_tables(self, table, spec, named=f"ffn.glu={glu}, ffn.n_keys={n_keys} and model.dim={dim}")
-        self.dim, self._tables = dim, [TableReference(one_table) for one_table in held]
+        self.dim, self.references = dim, nn.ModuleList(map(TableReference, held))
 
     @classmethod
     def table_spec(cls, *, dim: int, n_keys: int, glu: bool, **_: object) -> TableSpec:
@@ -116,7 +117,7 @@ class PEER(ProductKeyFFN):
         x_TD = x_BTD.flatten(0, -2)
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
-        down, *gates, up = (reference.table for reference in self._tables)
+        down, *gates, up = (reference.table for reference in self.references)
         hidden_TC = functional.gelu(down.dot(x_TD, read.ids_TC))
         for gate in gates:
             hidden_TC = hidden_TC * gate.dot(x_TD, read.ids_TC)
@@ -127,18 +128,18 @@ class PEER(ProductKeyFFN):
 
     def slots(self) -> list[Slots]:
         """Returns the experts; expert n consists of row n of every table."""
-        tables = tuple(reference.table for reference in self._tables)
+        tables = tuple(reference.table for reference in self.references)
         return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.addressing.n_keys)]
 
     def reads(self) -> list[TableRead]:
         """Returns one inner product per table but the last, and a weighted sum over the last."""
-        *dots, up = (reference.table for reference in self._tables)
+        *dots, up = (reference.table for reference in self.references)
         ids = self.addressing.training_reads
         return [*(TableRead(table=table, ids=ids, dot=True) for table in dots), TableRead(table=up, ids=ids)]
 
     def cost(self) -> FFNCost:
         """Counts the query, all 2 S sub-key scores per head, and H * K experts of two (with GLU three) vectors."""
-        tables = [reference.table for reference in self._tables]
+        tables = [reference.table for reference in self.references]
         # Each value read is multiplied and added once, whether in an inner product or in the weighted sum.
         values_read = sum(self.addressing.reads * table.dim for table in tables)
         params = count_parameters(self)

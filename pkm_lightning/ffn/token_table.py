@@ -30,12 +30,12 @@ class TokenTableFFN(nn.Module):
             ConfigError: there is no such slice.
         """
         check_integer("table_reader", reader, low=0, high=table.slices - 1)
-        self._table, self.reader = TableReference(table), reader
+        self.reference, self.reader = TableReference(table), reader
 
     @property
     def table(self) -> ValueTable:
         """The table that is read."""
-        return self._table.table
+        return self.reference.table
 
     @property
     def read_dim(self) -> int:

@@ -126,7 +126,7 @@ class UltraMem(nn.Module):
         named = f"ffn.n_keys={n_keys}, ffn.expansion={expansion}, ffn.cores={cores} and ffn.value_dim={value_dim}"
         (held,) = hold_tables(self, table, spec, named=named)
         self.expansion, self.spectrum_loss, self.spectrum_margin = expansion, spectrum_loss, spectrum_margin
-        self.dim, self._table = dim, TableReference(held)
+        self.dim, self.reference = dim, TableReference(held)
         self.out = nn.Linear(expansion * spec.dim, dim, bias=False)
         # A buffer, since the learned rows mean nothing without the addresses that they were learned under.
         self.register_buffer("shuffle", torch.empty(n_keys**2, dtype=torch.int32))
@@ -179,7 +179,7 @@ class UltraMem(nn.Module):
         read = self.keys(x_TD)
         address_THK = self.shuffle[read.ids_THK.long()]
         # Each block of N addresses covers every physical row once, under one projector.
-        n_rows = self._table.table.rows
+        n_rows = self.reference.table.rows
         row_THK, projector_THK = address_THK % n_rows, address_THK // n_rows
         z_TX = self._expanded(read.scores_THCK, row_THK, projector_THK)
         y_TD = self.out(z_TX.to(x_TD.dtype))
@@ -201,7 +201,7 @@ class UltraMem(nn.Module):
         ids_TCK = sliced_ids(row_THK.flatten(1), cores)
         # The table sums by projector, which costs P accumulators per token instead of a virtual row per slot.
         groups_TCK = projector_THK.flatten(1).unsqueeze(1).expand_as(ids_TCK)
-        z_XPV = self._table.table(
+        z_XPV = self.reference.table(
             ids_TCK.flatten(0, 1),
             scores_THCK.transpose(1, 2).flatten(2).flatten(0, 1),
             groups_TK=groups_TCK.flatten(0, 1),
@@ -221,18 +221,18 @@ class UltraMem(nn.Module):
 
     def slots(self) -> list[Slots]:
         """Returns the rows of the table, and the virtual slots that the keys address, `expansion` per row."""
-        table, n_keys = self._table.table, self.keys.n_keys
+        table, n_keys = self.reference.table, self.keys.n_keys
         rows = Slots(name="slot", count=table.rows, tables=(table,))
         return [rows, Slots(name="virtual", count=n_keys**2, n_keys=n_keys)]
 
     def reads(self) -> list[TableRead]:
         """Returns one read per slice, with one sum per projector."""
-        table, ids = self._table.table, self.keys.heads * self.keys.knn
+        table, ids = self.reference.table, self.keys.heads * self.keys.knn
         return [TableRead(table=table, ids=ids, reads=table.slices, groups=self.expansion)]
 
     def cost(self) -> FFNCost:
         """Counts `TuckerKeys.flops`, all P projectors, and a product and a sum per value read."""
-        table = self._table.table
+        table = self.reference.table
         values_read = self.keys.heads * self.keys.knn * table.dim
         params = count_parameters(self)
         return FFNCost(

@@ -119,7 +119,7 @@ class UltraMemV2(nn.Module):
         held = hold_tables(self, table, spec, named=named)
         assert spec.std is not None
         self.balance_loss, self.balance_counts, self.table_std = balance_loss, balance_counts, spec.std
-        self._pre_values, self._values = (TableReference(one_table) for one_table in held)
+        self.pre_values, self.values = map(TableReference, held)
         self.pre = nn.Linear(dim, spec.dim, bias=False)
         self.out = nn.Linear(spec.dim, dim, bias=False)
         self.reset_parameters()
@@ -174,9 +174,9 @@ class UltraMemV2(nn.Module):
         ids_TCK = sliced_ids(read.ids_THK.flatten(1), self.keys.n_cores)
         # A slot is a neuron: its input weight is a row of the pre-values, its output weight a row of the values.
         pre_XV = self.pre(x_TD).unflatten(-1, (self.keys.n_cores, -1)).flatten(0, 1)
-        dots_TCK = self._pre_values.table.dot(pre_XV, ids_TCK.flatten(0, 1)).view(ids_TCK.shape)
+        dots_TCK = self.pre_values.table.dot(pre_XV, ids_TCK.flatten(0, 1)).view(ids_TCK.shape)
         weights_TCK = read.scores_THCK.transpose(1, 2).flatten(2) * dots_TCK.sum(1, keepdim=True)
-        y_XV = self._values.table(ids_TCK.flatten(0, 1), weights_TCK.flatten(0, 1))
+        y_XV = self.values.table(ids_TCK.flatten(0, 1), weights_TCK.flatten(0, 1))
         y_TD = self.out(y_XV.reshape(len(x_TD), -1).to(x_TD.dtype))
         trace = {}
         if context.observe:
@@ -207,18 +207,18 @@ class UltraMemV2(nn.Module):
 
     def slots(self) -> list[Slots]:
         """Returns the slots; slot n is row n of both tables."""
-        tables = (self._pre_values.table, self._values.table)
+        tables = (self.pre_values.table, self.values.table)
         return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.keys.n_keys)]
 
     def reads(self) -> list[TableRead]:
         """Returns the inner products with the pre-values and the weighted sum over the values, one read per slice."""
         ids, cores = self.keys.heads * self.keys.knn, self.keys.n_cores
-        pre = TableRead(table=self._pre_values.table, ids=ids, reads=cores, dot=True)
-        return [pre, TableRead(table=self._values.table, ids=ids, reads=cores)]
+        pre = TableRead(table=self.pre_values.table, ids=ids, reads=cores, dot=True)
+        return [pre, TableRead(table=self.values.table, ids=ids, reads=cores)]
 
     def cost(self) -> FFNCost:
         """Counts `TuckerKeys.flops`, W_pre and W, and a product and a sum per value read of both tables."""
-        table = self._values.table
+        table = self.values.table
         values_read = 2 * self.keys.heads * self.keys.knn * table.dim
         params = count_parameters(self)
         return FFNCost(

@@ -14,7 +14,7 @@ from pkm_lightning.memory.table_reference import (
     TableReference,
     check_table,
     count_parameters,
-    own_tables,
+    own_parameters,
     row_learning_tables,
     take_over_tables,
 )
@@ -41,7 +41,7 @@ __all__ = [
     "clip_tables",
     "count_parameters",
     "half_key_dim",
-    "own_tables",
+    "own_parameters",
     "product_slots",
     "row_learning_tables",
     "take_over_tables",

@@ -73,6 +73,19 @@ class RowStage:
         # Process groups cannot be pickled: the copy stands for a whole table.
         return RowStage, (self.n_rows,)
 
+    def note_read(self, device: torch.device) -> None:
+        """Notes a read with gradients enabled.
+
+        Raises:
+            ConfigError: under autocast to float16, whose loss a GradScaler scales.
+        """
+        self.was_read = True
+        if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) is torch.float16:
+            raise ConfigError(
+                "a value table with learning='rows' was read under autocast to float16, and a GradScaler does not "
+                "unscale its reads: use torch.autocast(..., torch.bfloat16), or make the table with learning='dense'."
+            )
+
     def stage_sum(self, y_XV: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
         """Returns `y_XV` and stages its gradient: row `sources[t, k]` of y (default t) has the term
         weights[t, k] * row ids[t, k]."""
@@ -180,7 +193,8 @@ class RowStage:
             raise ConfigError(
                 f"a value table with learning='rows' was read in {self._passes - 1} backward passes, and no optimizer "
                 "has taken these reads, so nothing is learned: step a TableOptimizer(dense, "
-                "row_learning_tables(model), lr=...), or make the table with learning='dense'."
+                "row_learning_tables(model), lr=...), make the table with learning='dense', or, for gradients of "
+                "inputs alone, set table.stage = None."
             )
 
 
@@ -233,21 +247,21 @@ def _stage(handle: Tensor) -> RowStage:
 def _stage_sum(
     y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, handle: Tensor
 ) -> Tensor:
-    _stage(handle).was_read = True
+    _stage(handle).note_read(y.device)
     # An operator's output must not alias its input.
     return y.clone()
 
 
 @library.custom_op("pkm_lightning::stage_dot", mutates_args=())
 def _stage_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Tensor) -> Tensor:
-    _stage(handle).was_read = True
+    _stage(handle).note_read(dots.device)
     # As in `_stage_sum`: no alias of the input.
     return dots.clone()
 
 
 @library.custom_op("pkm_lightning::stage_rows", mutates_args=())
 def _stage_rows(table: Tensor, ids: Tensor, staged: Tensor, anchor: Tensor, handle: Tensor, backend: str) -> Tensor:
-    _stage(handle).was_read = True
+    _stage(handle).note_read(table.device)
     return copy_rows(table, ids, backend)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError
@@ -44,7 +45,7 @@ class TableOptimizer(Optimizer):
         seed: seed of the stochastic rounding of bf16 tables.
 
     Raises:
-        ConfigError: as `RowOptimizer.check_decay`.
+        ConfigError: as `RowOptimizer.check_decay`, or a table that `fully_shard` has sharded.
         ValueError: a table that does not learn by rows, or that `dense` has among its parameters.
 
     Example:
@@ -76,6 +77,7 @@ class TableOptimizer(Optimizer):
                 f"{', '.join(dense_tables)} learns densely or not at all; pass it to the dense optimizer instead."
             )
         _check_dense(dense, tables)
+        _check_sharding(tables)
         self.dense, self.rows, self.seed = dense, rows, seed
         self.tables = dict(tables)
         weights = [table.weight for table in self.tables.values()]
@@ -119,7 +121,8 @@ class TableOptimizer(Optimizer):
         if self._steps_uncleared > _STEPS_UNCLEARED:
             raise ConfigError(
                 f"{_STEPS_UNCLEARED} steps were made without clearing the staged reads, so that each repeated those of "
-                "the steps before it: call zero_grad() of this optimizer, not of the model or the dense optimizer."
+                "the steps before it: call zero_grad() of this optimizer, not of the model or the dense optimizer; in "
+                "a loop that is not yours, optimizer.register_step_post_hook(lambda done, *_: done.zero_grad())."
             )
         return loss
 
@@ -264,6 +267,16 @@ def _check_dense(dense: Optimizer | None, tables: Mapping[str, ValueTable]) -> N
         raise ValueError(
             f"{', '.join(both)} is also among the parameters of the dense optimizer; make that of "
             "[p for p in model.parameters() if p.requires_grad]."
+        )
+
+
+def _check_sharding(tables: Mapping[str, ValueTable]) -> None:
+    """Refuses tables that FSDP has sharded: reads go by the rows of the whole table, or of the table's own mesh."""
+    sharded = [name for name, table in tables.items() if isinstance(table.weight, DTensor)]
+    if sharded:
+        raise ConfigError(
+            f"{', '.join(sharded)} is sharded by fully_shard, which a table that learns by rows cannot be: leave it "
+            "out, fully_shard(..., ignored_params={table.weight}), or make the table with learning='dense'."
         )
 
 

@@ -1,11 +1,11 @@
-"""Who holds a value table: the model, once for all layers that share it, or the layer that it was made for.
+"""Who registers a value table: the model, once for all layers that share it, or else each layer that reads it.
 
-A table that nobody registers would be in no `state_dict`: a layer registers its tables until a model takes them over.
+A table that nobody registers would be in no `state_dict`, and no `.to()` would move it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -14,38 +14,38 @@ from pkm_lightning.memory.row_prefetch import ReadTable
 from pkm_lightning.memory.value_table import ValueTable
 
 
-class TableReference:
-    """A reference to a table that does not register it as a sub-module; deep copies of holders share one copy.
+class TableReference(nn.Module):
+    """A reference of a layer to a table, which registers the table until a model takes it over.
 
-    The plugin that holds one relies on someone else to register the table, as a model of this package does; a plugin
-    for other models calls `own_tables` too.
+    From then on the model alone moves and saves the table, so that one shared by several layers is in its `state_dict`
+    once, and a layer that leaves its model leaves its values there. Deep copies of layers share one copy.
+
+    Attributes:
+        table: the table.
 
     Example: `examples/own_ffn.py`.
     """
 
+    table: ValueTable
+
     def __init__(self, table: ValueTable) -> None:
+        super().__init__()
         self.table = table
 
-
-class OwnTables(nn.ModuleList):
-    """The tables of a layer, registered in it since no model has taken them over."""
-
-
-def own_tables(layer: nn.Module, tables: Iterable[nn.Module]) -> None:
-    """Registers `tables` in `layer` as `own_tables.0`, `own_tables.1`, ..., until a model takes them over."""
-    layer.own_tables = OwnTables(tables)
+    def release(self) -> None:
+        """Keeps the table, but registers it no longer."""
+        table = self._modules.pop("table", None)
+        if table is not None:
+            # Past nn.Module.__setattr__, which would register it again.
+            self.__dict__["table"] = table
 
 
 def take_over_tables(model: nn.Module, tables: Iterable[nn.Module]) -> None:
-    """Removes from the layers of `model` the registration of those tables that `model` itself registers.
-
-    Otherwise a table shared by several layers would be in the `state_dict` once per layer.
-    """
+    """Removes from the layers of `model` the registration of those tables that `model` itself registers."""
     registered = {id(table) for table in tables}
-    for layer in list(model.modules()):
-        own = layer._modules.get("own_tables")
-        if isinstance(own, OwnTables) and all(id(table) in registered for table in own):
-            del layer._modules["own_tables"]
+    for reference in list(model.modules()):
+        if isinstance(reference, TableReference) and id(reference.table) in registered:
+            reference.release()
 
 
 def row_learning_tables(model: nn.Module) -> dict[str, ValueTable]:
@@ -56,7 +56,7 @@ def row_learning_tables(model: nn.Module) -> dict[str, ValueTable]:
         >>> from pkm_lightning import MemoryPlus, TableOptimizer, ValueTable, row_learning_tables
         >>> layer = MemoryPlus(dim=8, n_keys=16, table=ValueTable(rows=16**2, dim=8, learning="rows"))
         >>> list(row_learning_tables(layer))
-        ['own_tables.0']
+        ['values.reference.table']
     """
     return {
         name: module
@@ -65,11 +65,16 @@ def row_learning_tables(model: nn.Module) -> dict[str, ValueTable]:
     }
 
 
+def own_parameters(plugin: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the parameters of a plugin, without those of value tables."""
+    for module in plugin.modules():
+        if not isinstance(module, ReadTable):
+            yield from module.parameters(recurse=False)
+
+
 def count_parameters(plugin: nn.Module) -> int:
     """Returns the number of parameters of a plugin, without those of value tables."""
-    tables = [module for module in plugin.modules() if isinstance(module, ReadTable)]
-    in_tables = {id(parameter) for table in tables for parameter in table.parameters()}
-    return sum(parameter.numel() for parameter in plugin.parameters() if id(parameter) not in in_tables)
+    return sum(parameter.numel() for parameter in {id(p): p for p in own_parameters(plugin)}.values())
 
 
 def check_table(table: ValueTable, rows: int, dim: int, *, named: str) -> None:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class ValueTable(ReadTable):
     """A table of `rows` x `dim` values, read by ids and weights.
 
-    The model owns a table once. Layers that share it hold an unregistered reference (`TableReference`) instead of a
-    class attribute or a global, so that two models in one process never share a table.
+    The model owns a table once. Layers that share it hold a reference (`TableReference`) instead of a class attribute
+    or a global, so that two models in one process never share a table.
 
     Layers read a table by calling it, by `dot` or by `gather`; `weight` itself is for checkpoints. With
     `learning=rows`, `weight` requires no gradient: a read leaves its part of the gradient in `stage`, and a

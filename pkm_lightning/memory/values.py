@@ -25,13 +25,13 @@ class Values(nn.Module):
     this is SimVQ on the values (Zhu et al. 2024, arXiv 2411.02038) without further reads.
 
     Args:
-        table: the value table, which the layer around this module or its model registers.
+        table: the value table.
         out_dim: output dimension O of the map; None: no map.
     """
 
     def __init__(self, *, table: ValueTable, out_dim: int | None) -> None:
         super().__init__()
-        self._table = TableReference(table)
+        self.reference = TableReference(table)
         dim = table.dim
         self.projection = None if out_dim is None else nn.Linear(dim, out_dim, bias=False)
         self.reset_parameters()
@@ -39,7 +39,7 @@ class Values(nn.Module):
     @property
     def table(self) -> ValueTable:
         """The table that is read."""
-        return self._table.table
+        return self.reference.table
 
     def reset_parameters(self) -> None:
         """Draws the map from N(0, 1/V), so that it keeps the variance of a read."""

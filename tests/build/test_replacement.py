@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toys import DIM, VOCAB, dense, token_ids, transformer
 
-from pkm_lightning import PEER, ConfigError, Engram, MemoryPlus, TableOptimizer, replace_ffn, row_learning_tables
+from pkm_lightning import PEER, ConfigError, Dense, Engram, MemoryPlus, TableOptimizer, replace_ffn, row_learning_tables
 from pkm_lightning.build.replacement import LAYERS_OF
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.huggingface.files import SUPPORTED
@@ -53,6 +53,26 @@ def test_plugins_of_several_tables_and_of_token_ids() -> None:
     assert host(token_ids()).hidden_BTD.dtype is torch.float64
 
 
+def test_a_table_goes_with_the_last_plugin_that_reads_it() -> None:
+    host = model()
+    replace_ffn(host, layers=[0, 1], ffn=MemoryPlus, n_keys=7, knn=3, learning="rows")
+    (shared,) = host.tables
+    replace_ffn(host, layers=[1], ffn=MemoryPlus, n_keys=5, knn=3, learning="rows")
+    assert next(iter(host.tables)) is shared
+    assert len(host.tables) == 2
+    replace_ffn(host, layers=[0, 1], ffn=Dense, hidden_dim=8)
+    assert not host.tables
+    assert not any("table" in name for name in host.state_dict())
+
+
+def test_quantised_weights_do_not_decide_the_dtype() -> None:
+    host = model().bfloat16()
+    for parameter in host.blocks[1].ffn.parameters():  # type: ignore[union-attr]
+        parameter.requires_grad_(False).data = parameter.data.to(torch.int8)
+    (memory,) = replace_ffn(host, layers=[1], ffn=MemoryPlus, n_keys=7, knn=3)
+    assert {parameter.dtype for parameter in memory.parameters()} == {torch.bfloat16}
+
+
 class OfTheUser(nn.Module):
     def __init__(self, dim: int, scale: float = 2.0) -> None:
         super().__init__()
@@ -76,6 +96,11 @@ def test_a_class_of_the_user_without_tables() -> None:
         ({"layers": [-1]}, r"^layers=-1 is out of range"),
         ({"layers": [1, 1]}, r"^layers=\[1, 1\] names a layer twice"),
         ({"layers": []}, r"^layers=\[\] names no layer"),
+        ({"layers": 1}, r"^layers=1 is no list of layers; give their numbers, as in layers=\[1\]\.$"),
+        ({"layers": [0, "1"]}, r"^layers='1' is not a number"),
+        ({"shared": "no"}, r"^shared='no' is neither true nor false"),
+        ({"dim": 7}, r"^dim is no option of replace_ffn, which takes it from the model; leave it out\.$"),
+        ({"table": None}, r"^table is no option of replace_ffn, .*; set learning and shared for its tables\.$"),
         ({"n_key": 7}, r"^MemoryPlus has no argument 'n_key'\. Did you mean 'n_keys'\?$"),
         ({"ffn": MemoryPlus(dim=DIM, n_keys=4, knn=2)}, r"^ffn=an instance of MemoryPlus is no class of FFNs; give"),
         ({"ffn": "memory_plus"}, r"^ffn='memory_plus' is no class of FFNs"),

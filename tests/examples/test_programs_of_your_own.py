@@ -20,7 +20,7 @@ def in_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plain_loop_learns_facts() -> None:
     model, known = importlib.import_module("plain_pytorch_loop").train(steps=80)
     assert known > 0.2  # by chance 1/64
-    assert "memory.own_tables.0.weight" in model.state_dict()
+    assert "memory.values.reference.table.weight" in model.state_dict()
 
 
 def test_a_lightning_module_learns_and_comes_back_from_its_checkpoint(tmp_path: Path) -> None:

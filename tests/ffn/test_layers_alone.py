@@ -115,8 +115,8 @@ def test_two_layers_share_the_table_that_both_are_given() -> None:
     layers = nn.ModuleList(make("MemoryPlus", table=table) for _ in range(2))
     assert sum(p.numel() for p in layers.parameters() if p.shape == (81, DIM)) == 81 * DIM
     assert [name for name, value in layers.state_dict().items() if value.data_ptr() == table.weight.data_ptr()] == [
-        "0.own_tables.0.weight",
-        "1.own_tables.0.weight",
+        "0.values.reference.table.weight",
+        "1.values.reference.table.weight",
     ]
     other = copy.deepcopy(layers)
     other.load_state_dict(layers.state_dict())

@@ -17,7 +17,7 @@ from pkm_lightning.memory import ValueTable
 def test_a_model_takes_the_tables_over_from_its_layers() -> None:
     table = ValueTable(rows=49, dim=10)
     layer = memory_plus(table)
-    assert layer.state_dict()["own_tables.0.weight"].data_ptr() == table.weight.data_ptr()
+    assert layer.state_dict()["values.reference.table.weight"].data_ptr() == table.weight.data_ptr()
     transformer([layer], [table])
     assert not any(parameter is table.weight for parameter in layer.parameters())
     assert not any("table" in name for name in layer.state_dict())

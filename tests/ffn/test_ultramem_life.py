@@ -133,7 +133,7 @@ def test_layers_share_a_table_but_not_the_shuffle() -> None:
     )
     model = build_model(composed)
     first, second = (model.blocks[i].ffn.variant for i in (0, 1))
-    assert first._table.table is second._table.table
+    assert first.reference.table is second.reference.table
     assert not torch.equal(first.shuffle, second.shuffle)
 
 

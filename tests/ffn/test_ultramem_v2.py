@@ -138,7 +138,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
     cost = layer.cost()
     values_read = 2 * sizes["heads"] * sizes["knn"] * tables[0].dim
     assert cost.flops * 10 == counter.get_total_flops()
-    assert cost.params == sum(p.numel() for name, p in layer.named_parameters() if "own_tables" not in name)
+    assert cost.params == sum(p.numel() for name, p in layer.named_parameters() if "table" not in name)
     assert cost.table_params == 2 * tables[0].weight.numel()
     assert cost.active_params == cost.params + values_read
     assert cost.lookup_bytes == 4 * values_read

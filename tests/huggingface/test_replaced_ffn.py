@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pretrained_models
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
-from pkm_lightning import PKM, ConfigError, Engram, Memory, MemoryPlus, MoE, ffn_reports, replace_ffn
+from pkm_lightning import (
+    PKM,
+    ConfigError,
+    Engram,
+    Memory,
+    MemoryPlus,
+    MoE,
+    TableOptimizer,
+    ffn_reports,
+    replace_ffn,
+    row_learning_tables,
+)
 
 FAMILIES = pytest.mark.parametrize("name", pretrained_models.NAMES)
 IDS = torch.arange(2, 26).view(2, 12)
@@ -68,6 +80,40 @@ def test_losses_and_statistics_are_collected_or_named() -> None:
     with pytest.warns(UserWarning, match="^PKM reports"), pytest.warns(UserWarning, match=unheard):
         model(IDS)
     model.eval()(IDS)  # a warning of the package would be an error
+
+
+def test_activation_checkpointing_collects_losses_once_or_warns_that_they_are_lost() -> None:
+    model = pretrained_models.tiny("llama").train()
+    replace_ffn(model, layers=[1], ffn=MoE, dense_hidden_dim=16, n_experts=4, top_k=2)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with ffn_reports(model) as reports:
+        loss = model(IDS, labels=IDS).loss + reports.aux_loss()
+    loss.backward()  # the forward that it repeats warns of nothing
+    assert len(reports.outputs) == 1
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with ffn_reports(model) as reports:
+        model(IDS)
+    with pytest.warns(
+        UserWarning, match=r"^the losses of MoE \(balance, router_z\) have no gradient, .*use_reentrant=False"
+    ):
+        reports.aux_loss()
+
+
+def test_the_trainer_of_transformers_steps_rows_whose_reads_a_hook_clears(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 12, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path), save_strategy="no", **settings)
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    for cleared in (True, False):
+        model = pretrained_models.tiny("llama")
+        replace_ffn(model, layers=[1], ffn=MemoryPlus, n_keys=9, knn=3, learning="rows")
+        dense = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        optimizer = TableOptimizer(dense, row_learning_tables(model), lr=1e-2)
+        if cleared:
+            optimizer.register_step_post_hook(lambda done, *_: done.zero_grad())
+        trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))  # type: ignore[arg-type]
+        with contextlib.nullcontext() if cleared else pytest.raises(ConfigError, match="register_step_post_hook"):
+            trainer.train()
 
 
 def test_a_folder_of_transformers_has_no_place_for_a_memory(tmp_path: Path) -> None:

@@ -55,6 +55,28 @@ def test_a_few_gradients_of_a_model_that_nobody_trains_are_no_error() -> None:
             table.stage.clear()  # whoever takes the reads himself
 
 
+def test_gradients_of_inputs_alone_need_no_optimizer() -> None:
+    model = layers()
+    expected = None
+    for _ in range(2 * _PASSES_WITHOUT_OPTIMIZER):
+        x_TD = torch.linspace(-1, 1, 3 * DIM).view(3, DIM).requires_grad_()
+        (grad_TD,) = torch.autograd.grad(model[0](x_TD).y_BTD.sum(), x_TD)
+        expected = grad_TD if expected is None else expected
+        assert torch.equal(grad_TD, expected)
+        for table in row_learning_tables(model).values():
+            table.stage = None  # as the message advises
+
+
+def test_autocast_to_float16_is_refused() -> None:
+    model = layers()
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        loss(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(model)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ConfigError, match="a GradScaler does not unscale"):
+        loss(model)
+
+
 def test_a_step_may_have_many_micro_batches() -> None:
     model = layers()
     optimizer = TableOptimizer(dense(model), row_learning_tables(model), lr=0.01)
@@ -99,6 +121,6 @@ def test_reads_that_are_never_cleared_end_a_loop() -> None:
 def test_a_dense_optimizer_of_the_table_is_refused() -> None:
     model = layers()
     with pytest.raises(
-        ValueError, match=r"^0\.own_tables\.0 is also among the parameters of the dense optimizer; make"
+        ValueError, match=r"^0\.values\.reference\.table is also among the parameters of the dense optimizer; make"
     ):
         TableOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), row_learning_tables(model), lr=0.01)

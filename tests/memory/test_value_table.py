@@ -9,7 +9,7 @@ import torch
 from tolerances import assert_close
 from torch import nn
 
-from pkm_lightning.memory import TableReference, ValueTable
+from pkm_lightning.memory import TableReference, ValueTable, take_over_tables
 
 
 class Holder(nn.Module):
@@ -39,16 +39,27 @@ def test_is_a_parameter_with_the_role_of_a_table() -> None:
     assert repr(table) == "ValueTable(rows=6, dim=3, learning=dense)"
 
 
-def test_a_reference_registers_nothing() -> None:
-    holder = Holder(ValueTable(rows=6, dim=3))
-    assert not list(holder.parameters())
-    assert not list(holder.children())
-    assert not holder.state_dict()
+def test_a_reference_registers_the_table_until_a_model_takes_it_over() -> None:
+    table, other = ValueTable(rows=6, dim=3), ValueTable(rows=6, dim=3)
+    model = nn.ModuleList([Holder(table), Holder(table), Holder(other)])
+    names = [f"{holder}.reference.table.weight" for holder in range(3)]
+    assert list(model.state_dict()) == names
+    model.double()
+    assert table.weight.dtype is torch.float64
+    take_over_tables(model, [table])
+    assert list(model.state_dict()) == names[2:]
+    assert model[0].reference.table is table  # type: ignore[union-attr]
+    assert len(list(model.parameters())) == 1
+    take_over_tables(model, [table])
 
 
-def test_copies_of_holders_share_one_copy() -> None:
+@pytest.mark.parametrize("released", [True, False])
+def test_copies_of_holders_share_one_copy(released: bool) -> None:
     table = ValueTable(rows=6, dim=3)
-    copied_table, first, second = copy.deepcopy([table, Holder(table), Holder(table)])
+    holders = [Holder(table), Holder(table)]
+    if released:
+        take_over_tables(nn.ModuleList(holders), [table])
+    copied_table, first, second = copy.deepcopy([table, *holders])
     assert first.reference.table is second.reference.table is copied_table
     assert copied_table is not table
 

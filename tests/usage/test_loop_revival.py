@@ -119,7 +119,9 @@ def test_busy_changes_rows_only_and_nothing_changes_where_it_should_not() -> Non
         before = {name: value.clone() for name, value in model.state_dict().items()}
         revival.step(revive=revive)
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-        assert changed == ({f"{name}.own_tables.0.weight" for name in ("first", "second")} if revive else set())
+        assert changed == (
+            {f"{name}.values.reference.table.weight" for name in ("first", "second")} if revive else set()
+        )
 
 
 def test_a_resumed_loop_revives_what_the_other_one_does() -> None:

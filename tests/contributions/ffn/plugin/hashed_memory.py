@@ -52,7 +52,7 @@ class HashedMemory(nn.Module):
         super().__init__()
         spec = self.table_spec(dim=dim, n_slots=n_slots, bits=bits)
         (held,) = hold_tables(self, table, spec, named=f"ffn.n_slots={n_slots} and model.dim={dim}")
-        self._table = TableReference(held)
+        self.reference = TableReference(held)
         self.gate = nn.Linear(dim, 1, bias=False)
         self.register_buffer("projection", torch.empty(bits, dim))
         self.reset_parameters()
@@ -74,7 +74,7 @@ class HashedMemory(nn.Module):
         """Reads the slot of every token; the trace holds the slots and their weights."""
         check_input(self, x_BTD, self.gate.in_features, context)
         ids_BT1, weights_BT1 = self._slots_and_weights(x_BTD)
-        y_TD = self._table.table(ids_BT1.flatten(0, -2), weights_BT1.flatten(0, -2)).to(x_BTD.dtype)
+        y_TD = self.reference.table(ids_BT1.flatten(0, -2), weights_BT1.flatten(0, -2)).to(x_BTD.dtype)
         trace = {"slot_ids": ids_BT1, "slot_weights": weights_BT1.detach()} if context.observe else {}
         return FFNOutput(y_TD.view_as(x_BTD), trace=trace)
 
@@ -84,21 +84,21 @@ class HashedMemory(nn.Module):
             dtype = score_dtype(x_BTD)
             bits_BTZ = functional.linear(x_BTD.to(dtype), self.projection.to(dtype)) > 0
             places_Z = 2 ** torch.arange(bits_BTZ.shape[-1], dtype=torch.int32, device=x_BTD.device)
-            ids_BT1 = (bits_BTZ * places_Z).sum(-1, keepdim=True, dtype=torch.int32) % self._table.table.rows
+            ids_BT1 = (bits_BTZ * places_Z).sum(-1, keepdim=True, dtype=torch.int32) % self.reference.table.rows
             return ids_BT1, functional.linear(x_BTD.to(dtype), self.gate.weight.to(dtype)).sigmoid()
 
     def slots(self) -> list[Slots]:
         """Returns the rows of the table."""
-        table = self._table.table
+        table = self.reference.table
         return [Slots(name="slot", count=table.rows, tables=(table,))]
 
     def reads(self) -> list[TableRead]:
         """Returns the one read per token."""
-        return [TableRead(table=self._table.table, ids=1)]
+        return [TableRead(table=self.reference.table, ids=1)]
 
     def cost(self) -> FFNCost:
         """Counts the projections, the gate and one row."""
-        table, params = self._table.table, self.gate.weight.numel()
+        table, params = self.reference.table, self.gate.weight.numel()
         return FFNCost(
             params=params,
             table_params=table.size,
