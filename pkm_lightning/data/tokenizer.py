@@ -119,11 +119,7 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Returns the ids of a text by a chat template, in which the names of control tokens mean these tokens."""
-        self._backend.encode_special_tokens = False
-        try:
-            return _ids(self._backend, text)
-        finally:
-            self._backend.encode_special_tokens = True
+        return next(self.encode_pieces([text], rendered=True))
 
     @cached_property
     def _cutting(self) -> Cutting:
@@ -155,12 +151,16 @@ class Tokenizer:
         ids = self.encode_pieces(chain.from_iterable(pieces))
         return [list(chain.from_iterable(islice(ids, len(of_text)))) for of_text in pieces]
 
-    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[list[int]]:
-        """Yields the ids of each piece, a few pieces at a time."""
+    def encode_pieces(self, pieces: Iterable[str], *, rendered: bool = False) -> Iterator[list[int]]:
+        """Yields the ids of each piece, a few pieces at a time; for `rendered` ones see `encode_rendered`."""
         for group in grouped(pieces, CALL_CHARACTERS):
-            # Without offsets, which would take a quarter of the time.
-            for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False):
-                yield encoding.ids
+            self._backend.encode_special_tokens = not rendered
+            try:
+                # Without offsets, which would take a quarter of the time.
+                encodings = self._backend.encode_batch_fast(group, add_special_tokens=False)
+            finally:
+                self._backend.encode_special_tokens = True
+            yield from (encoding.ids for encoding in encodings)
 
     def pieces(self, text: str, size: int = CHUNK_CHARACTERS, *, follows: bool = False) -> list[str]:
         """Cuts `text` into pieces for `encode_pieces`, whose ids together are those of the whole.

@@ -242,9 +242,10 @@ def _encode(tokenizer: Tokenizer, segments: list[Segment]) -> Iterator[list[np.n
     """Yields the ids of each segment, in one array per chunk."""
     texts = [tokenizer.pieces(segment.text) for segment in segments if not segment.rendered]
     ids = tokenizer.encode_pieces(chunk for of_segment in texts for chunk in of_segment)
+    rendered = tokenizer.encode_pieces((s.text for s in segments if s.rendered), rendered=True)
     counts = map(len, texts)
     for segment in segments:
         if segment.rendered:
-            yield [np.asarray(tokenizer.encode_rendered(segment.text), dtype=np.int64)]
+            yield [np.asarray(next(rendered), dtype=np.int64)]
         else:
             yield [np.asarray(some, dtype=np.int64) for some in islice(ids, next(counts))]
