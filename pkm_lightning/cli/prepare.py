@@ -7,6 +7,7 @@ trains on: tokenised into `data.cache_dir`, where `fit` with the same keys finds
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import time
@@ -49,7 +50,8 @@ def run(job: Job) -> None:
     config = plain(job.config)
     data = instantiate(config["data"], "data")
     check_kind(data, L.LightningDataModule, config["data"], "data")
-    out = None if config["out"] is None else Path(config["out"]).absolute()
+    # The folder itself: what is complete is renamed into place, which a link cannot be replaced by.
+    out = None if config["out"] is None else Path(os.path.realpath(config["out"]))
     try:
         with handled_signals(_interrupt):
             _prepare(data, str(choice), out, overwrite=config["overwrite"])
@@ -63,7 +65,10 @@ def _interrupt(number: int) -> None:
 
 def _prepare(data: L.LightningDataModule, choice: str, out: Path | None, *, overwrite: bool) -> None:
     if not isinstance(data, TokenDataModule) or not data.builds:
-        print(f"data={choice}: nothing to prepare; {type(data).__name__} reads its data as they are.")
+        nothing = f"data={choice}: nothing to prepare; {type(data).__name__} reads its data as they are"
+        if out is not None:
+            raise ConfigError(f"{nothing}, and nothing would be written to out={out}: leave it out.")
+        print(f"{nothing}.")
         return
     began = time.monotonic()
     folder, is_new = prepare_data(data, choice, out, overwrite=overwrite)

@@ -3,16 +3,18 @@
 The name is a hash of everything that determines the content. `manifest.json` records these arguments, the sources of
 the data, and size and sha256 of every file. Up to 4 GB are read and compared when a folder is opened, about 1 s per GB,
 so that a flipped bit is noticed; a damaged folder is built again. The temporary folder of a build that was killed is
-removed, or continued by a build that can.
+removed, or continued by a build that can; one that nobody continues for two weeks is removed by the next build.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,8 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 #: Of more data than these only the sizes of the files are compared when a run starts.
 VERIFIED_BYTES = 4_000_000_000
+#: Until then a build that was interrupted can be continued, also where other data are prepared in between.
+ABANDONED_SECONDS = 14 * 24 * 3600
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +105,14 @@ def open_cache(
         "free space there, or set data.cache_dir or the environment variable PKM_LIGHTNING_CACHE to another directory"
     )
     folder = root / key.folder_name()
+
+    def build_and_tidy(part: Path) -> list[Source]:
+        sources = build(part)
+        _remove_abandoned(root)
+        return sources
+
     return complete_folder(
-        folder, key, build, place=f"data.cache_dir={root}", remedy=remedy, resumes=resumes, whole=whole
+        folder, key, build_and_tidy, place=f"data.cache_dir={root}", remedy=remedy, resumes=resumes, whole=whole
     )
 
 
@@ -235,6 +245,18 @@ def _build(folder: Path, key: CacheKey, build: Callable[[Path], list[Source]], d
     for source in sources:
         if source.attribution:
             log.info("Data: %s (%s).", source.attribution, source.licence)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Removes what killed builds of other data have left long ago: text that has been edited since, for example."""
+    for part in root.glob(".*.part"):
+        # `.NAME.DIGEST.part`, see `_part`
+        lock = part.with_name(f"{part.stem.rpartition('.')[0]}.lock")
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED_SECONDS and lock.exists():
+                with cache_lock(lock, waits=False):
+                    shutil.rmtree(part)
+                    log.info("removed %s, which no command has continued for a long time", part)
 
 
 def _write_manifest(folder: Path, key: CacheKey, sources: list[Source]) -> None:

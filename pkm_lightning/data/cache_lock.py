@@ -23,15 +23,22 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def cache_lock(path: Path) -> Iterator[None]:
+def cache_lock(path: Path, *, waits: bool = True) -> Iterator[None]:
     """Holds the lock file `path` within the block; a signal ends the waiting for it.
 
+    Args:
+        path: of the file.
+        waits: whether a lock that another process holds is waited for.
+
     Raises:
-        OSError: the file cannot be made, or its file system has no locks.
+        OSError: the file cannot be made, or its file system has no locks; or it is held, and not waited for.
     """
     # Not "w", which would erase who holds it.
     with path.open("a+") as file:
-        _acquire(file, path)
+        if waits:
+            _acquire(file, path)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.seek(0)
         file.truncate()
         now = datetime.now().astimezone().isoformat(" ", "seconds")

@@ -16,6 +16,9 @@ from pkm_lightning.errors import ConfigError, DataError
 #: Endings of compressed files, which stand behind that of the content.
 COMPRESSED = (".gz", ".zst")
 
+#: Names of the lock of prepared data, and of the folder in which they are built.
+_UNDER_WAY = re.compile(r"\..+\.(lock|part)")
+
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe, and is read more than once",
@@ -137,8 +140,18 @@ def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); check data.path and the permissions.")
 
-    for place, _, names in os.walk(folder, onerror=refuse):
-        yield from (file for name in names if (file := Path(place, name)).is_file())
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        # `out` and the cache may lie beside the text that they are made of.
+        folders[:] = [name for name in folders if not _is_prepared(Path(place, name))]
+        files = (Path(place, name) for name in names if not _UNDER_WAY.fullmatch(name))
+        yield from (file for file in files if file.is_file())
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Returns whether a folder was written by `prepare` or `fit`, or is being written."""
+    if _UNDER_WAY.fullmatch(folder.name):
+        return True
+    return (folder / "shards.json").is_file() and (folder / "manifest.json").is_file()
 
 
 def file_identities(files: Sequence[Path]) -> list[list[Any]]:

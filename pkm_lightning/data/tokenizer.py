@@ -141,6 +141,13 @@ class Tokenizer:
         finally:
             self._backend.encode_special_tokens = True
 
+    def encode_rendered_batch(self, texts: Iterable[tuple[str, str]]) -> Iterator[list[int]]:
+        """Yields the ids of several texts, each with what comes before it; see `encode_rendered`."""
+        if self._continuing is None:
+            yield from self.encode_pieces((text for text, _ in texts), rendered=True)
+        else:
+            yield from (self.encode_rendered(text, before) for text, before in texts)
+
     @cached_property
     def _continuing(self) -> Backend | None:
         return without_space(self._backend)
@@ -175,12 +182,16 @@ class Tokenizer:
         ids = self.encode_pieces(chain.from_iterable(pieces))
         return [list(chain.from_iterable(islice(ids, len(of_text)))) for of_text in pieces]
 
-    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[list[int]]:
-        """Yields the ids of each piece, a few pieces at a time."""
+    def encode_pieces(self, pieces: Iterable[str], *, rendered: bool = False) -> Iterator[list[int]]:
+        """Yields the ids of each piece, a few pieces at a time; for `rendered` ones see `encode_rendered`."""
         for group in grouped(pieces, CALL_CHARACTERS):
-            # Without offsets, which would take a quarter of the time.
-            for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False):
-                yield encoding.ids
+            self._backend.encode_special_tokens = not rendered
+            try:
+                # Without offsets, which would take a quarter of the time.
+                encodings = self._backend.encode_batch_fast(group, add_special_tokens=False)
+            finally:
+                self._backend.encode_special_tokens = True
+            yield from (encoding.ids for encoding in encodings)
 
     def pieces(self, text: str, size: int = CHUNK_CHARACTERS, *, follows: bool = False) -> list[str]:
         """Cuts `text` into pieces for `encode_pieces`, whose ids together are those of the whole.

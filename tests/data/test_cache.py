@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from pkm_lightning.data.cache import CacheKey, Source, open_cache, read_manifest
+from pkm_lightning.data.cache_lock import cache_lock
 from pkm_lightning.errors import DataError
 
 KEY = CacheKey("toy", {"a": 1})
@@ -128,6 +130,23 @@ def test_a_killed_build_leaves_nothing_behind_that_counts(tmp_path: Path) -> Non
     folder = open_cache(tmp_path, KEY, build)
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "one", "two"]
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_what_nobody_continues_is_removed_unless_it_is_held(tmp_path: Path) -> None:
+    """A build whose text was edited after a kill is one of another folder, which no command looks for."""
+    names = ["text-1.0123abcd", "text-2.0123abcd", "text-3.0123abcd", "mine"]
+    for name in names:
+        (tmp_path / f".{name}.part").mkdir()
+        os.utime(tmp_path / f".{name}.part", (1, 1))
+    for name in ("text-1", "text-2", "text-3"):
+        (tmp_path / f".{name}.lock").touch()
+    os.utime(tmp_path / ".text-2.0123abcd.part")
+    with cache_lock(tmp_path / ".text-3.lock"):
+        open_cache(tmp_path, KEY, build)
+    left = {path.name for path in tmp_path.glob(".*.part")}
+    assert left == {f".{name}.part" for name in names[1:]}
+    open_cache(tmp_path, CacheKey("toy", {"a": 2}), build)
+    assert {path.name for path in tmp_path.glob(".*.part")} == left - {".text-3.0123abcd.part"}
 
 
 def test_two_processes_build_once(tmp_path: Path) -> None:

@@ -79,6 +79,18 @@ def test_files_of_other_endings_are_counted(tmp_path: Path) -> None:
         find_files(str(tmp_path), [".jsonl"])
 
 
+def test_prepared_data_are_no_text(tmp_path: Path) -> None:
+    """`out` may lie in the folder that is read, and a later call must find the same files."""
+    names = ["a.json", "mine/a.json", ".mine.0123abcd.part/progress.json", ".mine.lock", "x.part/a.json", ".x/a.json"]
+    prepared = ["out/shards.json", "out/manifest.json", "out/tokenizer.json"]
+    for name in [*names, *prepared]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    found = [str(file.relative_to(tmp_path)) for file in find_files(str(tmp_path), [".json"])]
+    assert found == [".x/a.json", "a.json", "mine/a.json", "x.part/a.json"]
+    assert shown_endings(skipped_files(str(tmp_path), [".txt"])) == "4 .json"
+
+
 def test_home_and_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a")
     monkeypatch.setenv("HOME", str(tmp_path))

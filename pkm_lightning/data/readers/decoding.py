@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pkm_lightning.data.files import COMPRESSED
 from pkm_lightning.errors import DataError, missing_extra
 from pkm_lightning.storage import open_regular
 
-__all__ = ["text_blocks"]
+__all__ = ["Advance", "ignore", "text_blocks"]
 
 BLOCK_BYTES = 2**20
 #: Compressed bytes that zstandard takes at once: a malicious file makes 32,000 times as many of them.
@@ -35,8 +35,20 @@ _BEGINNINGS = {
 }
 
 
-def text_blocks(file: Path) -> Iterator[str]:
+#: Takes the bytes of a file, as it lies on disk, that have been read.
+Advance = Callable[[int], None]
+
+
+def ignore(position: int) -> None:
+    """Takes a position that nobody asked for."""
+
+
+def text_blocks(file: Path, advance: Advance = ignore) -> Iterator[str]:
     """Yields the text of a file in blocks of about a megabyte, without a byte order mark.
+
+    Args:
+        file: to be read.
+        advance: takes the position in the file before each block.
 
     Raises:
         DataError: it cannot be read or decompressed, or is not UTF-8; names the byte offset in the text.
@@ -45,7 +57,7 @@ def text_blocks(file: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     n_bytes = 0
     beginning, is_first = b"", True
-    for block in chain(_bytes_of(file), [b""]):
+    for block in chain(_bytes_of(file, advance), [b""]):
         waiting = len(decoder.getstate()[0])
         beginning = beginning or block[:8]
         try:
@@ -67,14 +79,15 @@ def _not_utf8(file: Path, place: int, beginning: bytes) -> DataError:
     )
 
 
-def _bytes_of(file: Path) -> Iterator[bytes]:
+def _bytes_of(file: Path, advance: Advance) -> Iterator[bytes]:
     """Yields the decompressed content of a file in blocks that are not empty."""
     try:
         if file.suffix == ".zst":
-            yield from _zstd(file)
+            yield from _zstd(file, advance)
             return
         with open_regular(file, "rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as stream:
             while block := stream.read(BLOCK_BYTES):
+                advance(raw.tell())
                 yield block
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         problem = "ends in the middle" if isinstance(error, EOFError) else f"is damaged ({error})"
@@ -83,7 +96,7 @@ def _bytes_of(file: Path) -> Iterator[bytes]:
         raise DataError(f"{file} cannot be read ({error.strerror}); check data.path and the permissions.") from error
 
 
-def _zstd(file: Path) -> Iterator[bytes]:
+def _zstd(file: Path, advance: Advance) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
@@ -99,6 +112,7 @@ def _zstd(file: Path) -> Iterator[bytes]:
                 except zstandard.ZstdError as error:
                     raise DataError(f"{file} is damaged ({error}); {remedy}.") from None
                 if block:
+                    advance(raw.tell())
                     yield block
                 is_open, data = not frame.eof, frame.unused_data if frame.eof else b""
                 if frame.eof:

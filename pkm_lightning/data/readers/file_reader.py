@@ -28,6 +28,8 @@ class FileReader(ABC):
 
     def __init__(self, path: str | Sequence[str], *, endings: Sequence[str], key: str) -> None:
         self.path, self.endings, self.key = path, tuple(endings), key
+        #: Bytes of the file under way, as it lies on disk, that have been read; about.
+        self.consumed = 0
         # By file, so that one that is read again is counted once.
         self._left_out: dict[int, Counter[str]] = {}
 
@@ -55,12 +57,16 @@ class FileReader(ABC):
         """
         for number in range(first_file, len(self.files)):
             left_out = self._left_out[number] = Counter()
-            is_empty = True
+            is_empty, self.consumed = True, 0
             for piece in self.read(number, left_out):
                 is_empty = False
                 yield piece
             if is_empty:
                 left_out["empty files"] += 1
+
+    def advance(self, position: int) -> None:
+        """Records that the file under way has been read up to there."""
+        self.consumed = position
 
     @abstractmethod
     def read(self, file: int, left_out: Counter[str]) -> Iterator[Piece]:

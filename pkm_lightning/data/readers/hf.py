@@ -92,7 +92,7 @@ class DatasetReader(RecordReader):
 
     def records(self, file: int, names: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Yields the rows of a file with their numbers, from 0."""
-        yield from enumerate(rows_of(self.files[file], names))
+        yield from enumerate(rows_of(self.files[file], names, self.advance))
 
     def where(self, file: int, record: int) -> str:
         """Returns the file and the row, counted from 0 as `datasets` and pandas do."""

@@ -44,7 +44,7 @@ class JsonlReader(RecordReader):
 
     def records(self, file: int, names: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Yields the records of a file with the numbers of their lines, from 0."""
-        for line, record in read_records(self.files[file]):
+        for line, record in read_records(self.files[file], self.advance):
             yield line - 1, record
 
     def where(self, file: int, record: int) -> str:

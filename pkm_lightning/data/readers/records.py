@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.data.files import check_characters
-from pkm_lightning.data.readers.decoding import text_blocks
+from pkm_lightning.data.readers.decoding import Advance, ignore, text_blocks
 from pkm_lightning.errors import DataError
 
 __all__ = ["kind_of", "parse_record", "read_lines", "read_records", "text_field"]
@@ -22,7 +22,7 @@ __all__ = ["kind_of", "parse_record", "read_lines", "read_records", "text_field"
 MAX_LINE_CHARACTERS = 2**26
 
 
-def read_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(file: Path, advance: Advance = ignore) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the objects of a .jsonl file with the numbers of their lines, from 1; blank lines are skipped.
 
     Numbers are floats, and objects within the fields are tuples of pairs: a record is read for its texts.
@@ -30,7 +30,7 @@ def read_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: naming file and line, if a line is not a JSON object, has a field twice, or is too long.
     """
-    for number, line in enumerate(read_lines(text_blocks(file), str(file)), start=1):
+    for number, line in enumerate(read_lines(text_blocks(file, advance), str(file)), start=1):
         if line.strip():
             yield number, parse_record(f"{file}:{number}", line)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.data.files import COMPRESSED
-from pkm_lightning.data.readers.decoding import text_blocks
+from pkm_lightning.data.readers.decoding import Advance, ignore, text_blocks
 from pkm_lightning.data.readers.records import MAX_LINE_CHARACTERS, kind_of, read_records, unique_fields
 from pkm_lightning.errors import DataError, missing_extra
 
@@ -41,41 +41,51 @@ def columns_of(file: Path) -> list[str] | None:
     Raises:
         DataError: it cannot be read.
     """
-    rows = _KINDS[table_kind(file)](file, None)
+    rows = _KINDS[table_kind(file)](file, None, ignore)
     try:
         return next((list(row) for row in rows), None)
     finally:
         rows.close()
 
 
-def rows_of(file: Path, names: Sequence[str]) -> Iterator[Row]:
-    """Yields the rows of a file, with the columns `names`.
+def rows_of(file: Path, names: Sequence[str], advance: Advance = ignore) -> Iterator[Row]:
+    """Yields the rows of a file, with the columns `names`; `advance` takes the position in the file now and then.
 
     Raises:
         DataError: it cannot be read, or lacks one of the columns; names those that it has.
     """
-    return _KINDS[table_kind(file)](file, names)
+    return _KINDS[table_kind(file)](file, names, advance)
 
 
-def _arrow(file: Path, names: Sequence[str] | None) -> Iterator[Row]:
-    return _batched(file, names, _arrow_batches)
+def _arrow(file: Path, names: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+    return _batched(file, names, advance, _arrow_batches)
 
 
-def _parquet(file: Path, names: Sequence[str] | None) -> Iterator[Row]:
-    return _batched(file, names, _parquet_batches)
+def _parquet(file: Path, names: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+    return _batched(file, names, advance, _parquet_batches)
 
 
 def _batched(
-    file: Path, names: Sequence[str] | None, batches: Callable[[Path, Sequence[str] | None], Iterator[Any]]
+    file: Path,
+    names: Sequence[str] | None,
+    advance: Advance,
+    batches: Callable[[Path, Sequence[str] | None], Iterator[tuple[Any, float]]],
 ) -> Iterator[Row]:
-    """Yields rows of record batches; errors name the file, and the row that was to come next."""
+    """Yields rows of record batches; errors name the file, and the row that was to come next.
+
+    Args:
+        file, names, advance: see `rows_of`.
+        batches: yields record batches, each with the share of the file that lies before its end.
+    """
     try:
         import pyarrow
     except ImportError:
         raise missing_extra(str(file), "pyarrow", "data") from None
     row = 0
     try:
-        for batch in batches(file, names):
+        size = file.stat().st_size
+        for batch, share in batches(file, names):
+            advance(int(share * size))
             # A damaged file may hold offsets that point outside of it.
             batch.validate(full=True)
             for fields in batch.to_pylist():
@@ -94,18 +104,19 @@ def _unreadable(file: Path, row: int, reason: str) -> DataError:
     )
 
 
-def _parquet_batches(file: Path, names: Sequence[str] | None) -> Iterator[Any]:
+def _parquet_batches(file: Path, names: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
     import pyarrow.parquet
 
     # `buffer_size` reads pages; without it the columns of a row group are read as a whole.
     with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_AHEAD) as table:
         _check_columns(file, table.schema_arrow.names, names)
-        yield from table.iter_batches(
-            batch_size=ROWS, columns=None if names is None else list(names), use_threads=False
-        )
+        columns, rows = None if names is None else list(names), 0
+        for batch in table.iter_batches(batch_size=ROWS, columns=columns, use_threads=False):
+            rows += batch.num_rows
+            yield batch, rows / max(rows, table.metadata.num_rows)
 
 
-def _arrow_batches(file: Path, names: Sequence[str] | None) -> Iterator[Any]:
+def _arrow_batches(file: Path, names: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as mapped:
@@ -113,16 +124,18 @@ def _arrow_batches(file: Path, names: Sequence[str] | None) -> Iterator[Any]:
         mapped.seek(0)
         if is_file:
             reader = pyarrow.ipc.open_file(mapped)
-            batches: Iterable[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            n = reader.num_record_batches
+            batches: Iterable[tuple[Any, float]] = ((reader.get_batch(i), (i + 1) / n) for i in range(n))
         else:
-            reader = batches = pyarrow.ipc.open_stream(mapped)
+            reader = pyarrow.ipc.open_stream(mapped)
+            batches = ((batch, mapped.tell() / mapped.size()) for batch in reader)
         _check_columns(file, reader.schema.names, names)
-        for batch in batches:
+        for batch, share in batches:
             chosen = batch if names is None else batch.select(list(names))
             # Checked before it is cut: a part of a column with damaged offsets may lie anywhere.
             chosen.validate(full=True)
             for begin in range(0, chosen.num_rows, ROWS):
-                yield chosen.slice(begin, ROWS)
+                yield chosen.slice(begin, ROWS), share
 
 
 def _check_columns(file: Path, present: Sequence[str], names: Sequence[str] | None) -> None:
@@ -136,13 +149,13 @@ def _check_columns(file: Path, present: Sequence[str], names: Sequence[str] | No
             raise DataError(f"{file} has the column '{name}' more than once; leave one of them.")
 
 
-def _csv(file: Path, names: Sequence[str] | None) -> Iterator[Row]:
+def _csv(file: Path, names: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
     """Yields the rows of a CSV file, whose first row names the columns."""
     limit = csv.field_size_limit(MAX_LINE_CHARACTERS)
     row = -1
     try:
         # `strict`: else a quote at a wrong place would join rows silently.
-        rows = csv.reader(_lines_with_ends(text_blocks(file)), strict=True)
+        rows = csv.reader(_lines_with_ends(text_blocks(file, advance)), strict=True)
         header = next(rows, [])
         if header:
             _check_columns(file, header, names)
@@ -175,12 +188,12 @@ def _lines_with_ends(blocks: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def _json(file: Path, names: Sequence[str] | None) -> Iterator[Row]:
+def _json(file: Path, names: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
     """Yields the records of JSON lines, or of a file that is one list of objects."""
-    blocks = text_blocks(file)
+    blocks = text_blocks(file, advance)
     first = next(blocks, "")
     if not first.lstrip().startswith("["):
-        yield from (record for _, record in read_records(file))
+        yield from (record for _, record in read_records(file, advance))
         return
     parts, size = [], 0
     for block in chain([first], blocks):
@@ -204,7 +217,7 @@ def _json(file: Path, names: Sequence[str] | None) -> Iterator[Row]:
         yield unique_fields(where, entry)
 
 
-_KINDS: dict[str, Callable[[Path, Sequence[str] | None], Any]] = {
+_KINDS: dict[str, Callable[[Path, Sequence[str] | None, Advance], Any]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".jsonl": _json,

@@ -46,7 +46,7 @@ class TextReader(FileReader):
     def read(self, file: int, left_out: Counter[str]) -> Iterator[Piece]:
         """Yields the pieces of a file's documents that are not blank."""
         parts = _Parts()
-        for text, ends in split_documents(text_blocks(self.files[file]), self.document_separator):
+        for text, ends in split_documents(text_blocks(self.files[file], self.advance), self.document_separator):
             for piece in parts.add(text, ends):
                 yield Piece(file, parts.number, (Segment(piece),), ends=False)
             if ends:

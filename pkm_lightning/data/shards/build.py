@@ -246,12 +246,20 @@ def _encode(tokenizer: Tokenizer, portions: list[Portion]) -> Iterator[list[np.n
         if not segment.rendered
     ]
     ids = tokenizer.encode_pieces(chunk for of_segment in texts for chunk in of_segment)
+    rendered = tokenizer.encode_rendered_batch(_rendered(portions))
     counts = map(len, texts)
+    for segment in (segment for portion in portions for segment in portion.segments):
+        if segment.rendered:
+            yield [np.asarray(next(rendered), dtype=np.int64)]
+        else:
+            yield [np.asarray(some, dtype=np.int64) for some in islice(ids, next(counts))]
+
+
+def _rendered(portions: Iterable[Portion]) -> Iterator[tuple[str, str]]:
+    """Yields each rendered segment with the text of its portion before it."""
     for portion in portions:
         before = ""
         for segment in portion.segments:
             if segment.rendered:
-                yield [np.asarray(tokenizer.encode_rendered(segment.text, before), dtype=np.int64)]
-            else:
-                yield [np.asarray(some, dtype=np.int64) for some in islice(ids, next(counts))]
+                yield segment.text, before
             before += segment.text

@@ -30,6 +30,8 @@ PARTS = ("train", "validation", "test")
 INDEX = "shards.json"
 #: Tokens whose bits are packed at a time, a multiple of 8.
 BLOCK = 2**20
+#: Places serve messages: one beyond this number is recorded as this number.
+MAX_PLACE = 2**31 - 1
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -79,7 +81,7 @@ class ShardWriter:
     def begin_document(self, file: int, record: int) -> None:
         """Records that a document begins with the next token."""
         self._begins.append(self.tokens)
-        self._places.extend((file, record))
+        self._places.extend((min(file, MAX_PLACE), min(record, MAX_PLACE)))
 
     def write(self, ids: np.ndarray, *, learned: bool) -> None:
         """Appends tokens of the current document."""

@@ -16,12 +16,14 @@ from line_corpus import LineCorpus, line_corpus
 from line_reader import LineReader, content, segments_of
 
 from pkm_lightning.data import sharded
+from pkm_lightning.data.documents import Piece, Segment
 from pkm_lightning.data.shards import build as shard_build
 from pkm_lightning.data.shards.build import build_shards
 from pkm_lightning.data.shards.format import PARTS, ShardWriter
 from pkm_lightning.data.shards.mapped import TokenShards, read_index
+from pkm_lightning.data.shards.plan import Portion
 from pkm_lightning.data.shards.record import BuildRecord
-from pkm_lightning.data.tokenizer import Tokenizer
+from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer
 from pkm_lightning.errors import DataError
 
 
@@ -123,6 +125,16 @@ def test_the_size_of_shards_changes_no_token(corpus: Path, tmp_path: Path, shard
         )
     for part in PARTS:
         assert documents(folders[0], part) == documents(folders[1], part)
+
+
+def test_names_of_control_tokens_mean_them_in_rendered_segments_alone() -> None:
+    tokenizer = bytes_tokenizer(["<|user|>"])
+    segments = [Segment("a<|user|>"), Segment("<|user|>b", True, True), Segment(""), Segment("<eos>", False, True)] * 3
+    name, (b,) = tokenizer.encode("<|user|>"), tokenizer.encode("b")
+    expected = [[*tokenizer.encode("a"), *name], [258, b], [], [tokenizer.eos_id]] * 3
+    portion = Portion("train", True, True, Piece(0, 0, ()), tuple(segments))
+    assert [np.concatenate(ids).tolist() for ids in shard_build._encode(tokenizer, [portion])] == expected
+    assert len(name) == 8
 
 
 class Interruptions:
