@@ -295,8 +295,8 @@ class TokenDataModule(LightningDataModule):
         """
         if state_dict.get("fingerprint") != self.fingerprint:
             raise DataError(
-                "The data are not those that the checkpoint was trained on: a source or a data.* key has changed "
-                "since; restore it, or start afresh in another run_dir."
+                "The data are not those that the checkpoint was trained on: a source, a data.* key or the version of "
+                "the package has changed since; restore it, or start a new run from the weights with init_from=RUN_DIR."
             )
         if state_dict.get("order_seed") != self.order_seed:
             log.warning("The data differ from the checkpoint in order_seed; the resumed order is not exact.")

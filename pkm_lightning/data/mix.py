@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -153,9 +154,9 @@ class MixDataModule(TokenDataModule):
             log.info("%s: %.1f%% of the sequences; %s", part.place("train"), 100 * places / BLOCK, content)
 
     def recall_items(self, limit: int | None = None) -> list[RecallItem]:
-        """Returns at most `limit` validation questions, those of the first source first."""
-        items = [item for part in self.parts for item in part.recall_items(limit)]
-        return items[:limit]
+        """Returns at most `limit` validation questions, of the sources in turn."""
+        rounds = zip_longest(*(part.recall_items(limit) for part in self.parts))
+        return [item for of_round in rounds for item in of_round if item is not None][:limit]
 
 
 class ProportionalKeys(Sequence[MixedKey]):

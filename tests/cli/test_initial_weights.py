@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[], str], list[str], str]] = {
     "other words": (
         lambda: _changed(lambda config: None, tokenizer="of other words"),
         ["data.tokenizer=bytes"],
-        r"the data's tokenizer is not the one that init_from=\S*source was trained with, .*set data\.tokenizer=FILE",
+        r"not the one that init_from=\S*source was trained with, .*data\.tokenizer=\S*tokenizer\.json \(for data=",
     ),
     "its own run": (lambda: "source", ["run_dir=source", "resume=never"], r"lies in run_dir=\S*source, whose files"),
     "quantised": (

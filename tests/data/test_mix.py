@@ -86,8 +86,11 @@ def mixture(root: Path, sources: dict[str, Any], **options: Any) -> MixDataModul
 
 
 def folders(root: Path, **options: Any) -> dict[str, Any]:
-    few = write_folder(root, {"train": [text("few")] * 6, "validation": [text("Few")] * 8}, questions=[("a", "b")])
-    many = write_folder(root, {"train": [text("many more")] * 50, "validation": [text("Many")] * 30})
+    few = write_folder(
+        root, {"train": [text("few")] * 6, "validation": [text("Few")] * 8}, questions=[("a", "1"), ("b", "2")]
+    )
+    parts = {"train": [text("many more")] * 50, "validation": [text("Many")] * 30}
+    many = write_folder(root, parts, questions=[(prompt, "3") for prompt in "cde"])
     return {"few": {"path": str(few), "weight": 0.25}, "many": {"path": str(many), "weight": 0.75}}
 
 
@@ -117,7 +120,8 @@ def test_validation_has_the_shares_of_training(tmp_path: Path) -> None:
     # 8 of `few` need 24 of the 30 of `many`.
     assert Counter(texts) == {"Few": 8, "Many": 24}
     assert data.splits.test is None
-    assert [item.prompt for item in data.recall_items()] == ["a"]
+    assert [item.prompt for item in data.recall_items()] == list("acbde")
+    assert [item.prompt for item in data.recall_items(2)] == list("ac")
 
 
 def test_a_mixture_resumes_at_a_position(tmp_path: Path) -> None:
