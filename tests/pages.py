@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -68,6 +69,8 @@ def furnish(folder: Path) -> None:
     for split in ("train", "validation"):
         rows = pyarrow.table({"body": [f"Row {i} has a text of its own. " * 4 for i in range(60)]})
         pyarrow.parquet.write_table(rows, folder / "my_rows" / f"{split}-00000-of-00001.parquet")
+    with contextlib.chdir(folder):
+        exec(blocks(ROOT / "docs" / "tokenizers.md", "python")[0], {})
     (folder / "prompts.txt").write_text("The capital of France is\n")
     for name in ("my_books", "my_code"):
         documents = [text(f"{name} has document {i}") for i in range(40)]

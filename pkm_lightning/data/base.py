@@ -49,8 +49,8 @@ class TextCodec(Protocol):
     """The part of a tokenizer that generation and scoring call.
 
     Optional: `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
-    `encode_prompt` (str to ids) where prompts begin in a way of their own; `encode_answer` (str to ids) where a space and
-    an answer behind a prompt have other ids than they have alone.
+    `encode_prompt` (str to ids) where prompts begin in a way of their own; `encode_answer` (str to ids) where a space
+    and an answer behind a prompt have other ids than they have alone.
     """
 
     eos_id: int

@@ -1,7 +1,7 @@
 """Text that continues another one, for tokenizers that put a space before each text, as SentencePiece does.
 
-The parts of a conversation are tokenised one by one, and together have to give the ids of the whole: a space before each
-text stands before the first part, and, with some tokenizers, behind each control token.
+The parts of a conversation are tokenised one by one, and together have to give the ids of the whole: the space stands
+before the first part alone, or, with some tokenizers, also behind each control token.
 """
 
 from __future__ import annotations

@@ -67,6 +67,8 @@ def require_file(name: str, file: Path, remedy: str) -> None:
         raise DataError(f"{name} does not exist; {remedy}.") from None
     except OSError as error:
         raise DataError(f"{name} cannot be read ({error.strerror}); {remedy}.") from None
+    except ValueError:
+        raise DataError(f"{name!r} holds a null character, which no path does; {remedy}.") from None
     if not stat.S_ISREG(mode):
         raise DataError(f"{name} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; {remedy}.")
 

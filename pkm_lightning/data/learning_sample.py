@@ -1,9 +1,9 @@
 """The text that a vocabulary is learned from: all of it, or a share spread evenly over a corpus of any size.
 
 Which pieces are read is a pure function of the seed, the budget and the corpus. The size of the corpus need not be
-known: those pieces are kept whose hashes are lowest, as many as the budget allows. They are held in memory; the training
-needs more. To learn 32,768 tokens from 100 MB took 0.2 GB where the text was source code and its documentation, and 2.0
-GB where a third of the words occurred only once.
+known: those pieces are kept whose hashes are lowest, as many as the budget allows. They are held in memory; the
+training needs more. To learn 32,768 tokens from 100 MB took 0.2 GB where the text was source code and its
+documentation, and 2.0 GB where a third of the words occurred only once.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Tokenizer:
         return (named or [self.eos_id])[0]
 
     def encode_batch(self, texts: list[str], *, follows: bool = False) -> list[list[int]]:
-        """Returns the ids of several texts, computed in parallel where the machine allows; for `follows` see `pieces`."""
+        """Returns the ids of several texts, in parallel where the machine allows; for `follows` see `pieces`."""
         pieces = [self.pieces(text, MAX_WHOLE_CHARACTERS, follows=follows) for text in texts]
         ids = self.encode_pieces(chain.from_iterable(pieces))
         return [list(chain.from_iterable(islice(ids, len(of_text)))) for of_text in pieces]

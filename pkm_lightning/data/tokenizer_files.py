@@ -63,6 +63,7 @@ def tokenizer_json(
             return path / "tokenizer.json"
         return _of_folder(path, cache_dir, key, pattern, special_tokens)
     if path.suffix == ".json":
+        require_file(f"{key}{path}", path, "set bpe, bytes or the path of a tokenizer.json")
         return path
     return _of_file(path, cache_dir, key, pattern, special_tokens)
 

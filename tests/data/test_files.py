@@ -96,3 +96,8 @@ def test_home_and_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("~/a.txt", "$HOME/a.txt", "${HOME}/*.txt"):
         assert find_files(path, [".txt"]) == [tmp_path / "a.txt"]
+
+
+def test_a_null_character_in_a_path_is_refused() -> None:
+    with pytest.raises(DataError, match=r"^'data\.path=a\\x00b' holds a null character, which no path does; give"):
+        find_files("a\0b", [".txt"])

@@ -72,3 +72,9 @@ def test_bad_keys_and_columns_are_refused(
     write(tmp_path / "rows.parquet", "text")
     with pytest.raises((ConfigError, DataError), match=message):
         hf(changes.pop("path", str(tmp_path)), **changes).prepare_data()
+
+
+def test_a_split_that_validates_is_refused_by_its_own_key(hf: Callable[..., HfDataModule], tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a text"}\n' * 20)
+    with pytest.raises(ConfigError, match=r"^data\.val_split=validation: the files of .* are of the splits train; set"):
+        hf(str(tmp_path), val_split="validation").prepare_data()

@@ -12,7 +12,7 @@ from tokenizer_makers import PAGES
 from pkm_lightning.data import bpe
 from pkm_lightning.data.tokenizer import Tokenizer, train_bpe
 from pkm_lightning.data.tokenizer_choice import SAMPLE_BYTES, TokenizerChoice
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import ConfigError, DataError
 
 NAMES = ("<|user|>", "[INST]")
 
@@ -132,3 +132,8 @@ def test_a_file_must_have_what_the_options_ask_for(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             choice(str(file), **wrong).read()
+
+
+def test_a_missing_file_is_named_before_it_is_hashed() -> None:
+    with pytest.raises(DataError, match=r"data\.tokenizer=none\.json does not exist; set bpe, bytes or the path"):
+        choice("none.json").identity()

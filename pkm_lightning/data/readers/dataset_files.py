@@ -78,10 +78,16 @@ def _of_folder(folder: Path, split: str, key: str) -> tuple[list[Path], Counter[
     chosen = [file for file in of_kind if splits[file] == _SPLITS.get(split, split)]
     if not chosen:
         raise ConfigError(
-            f"data.split={split}: the files of {key}={folder} are of the splits {', '.join(named)}; set one of them."
+            f"{_split_key(key)}={split}: the files of {key}={folder} are of the splits {', '.join(named)}; set one of "
+            "them."
         )
     left_out += Counter(f"{OTHER_SPLITS} {splits[file] or 'none'}" for file in of_kind if file not in chosen)
     return chosen, left_out
+
+
+def _split_key(key: str) -> str:
+    """Returns the key of the split of the files that `key` names, such as `data.val_split` of `data.val_path`."""
+    return key.replace("path", "split")
 
 
 def _split_of(file: Path) -> str | None:
@@ -98,7 +104,7 @@ def _saved_files(folder: Path, split: str, key: str) -> list[Path]:
         if not isinstance(splits, list) or split not in splits:
             shown = [str(name) for name in splits] if isinstance(splits, list) else []
             raise ConfigError(
-                f"data.split={split}: {key}={folder} holds the splits {', '.join(shown)}; set one of them."
+                f"{_split_key(key)}={split}: {key}={folder} holds the splits {', '.join(shown)}; set one of them."
                 f"{nearest(split, shown)}"
             )
         folder = folder / split
