@@ -52,6 +52,8 @@ class Trial:
     def status(self) -> str:
         """That of run.json, `diverged` for a last validation without a finite value, or `refused`."""
         status = str(self.record.get("status") or "refused")
+        if self.failure and status in ("finished", "pruned"):  # of an earlier command in the same folder
+            return "refused"
         if status == "finished" and not math.isfinite(self.value):
             return "diverged"
         return "interrupted" if status == "running" else status
@@ -100,7 +102,7 @@ def show_sweep(trials: Sequence[Trial], folder: Path) -> None:
     """Prints the table of a sweep and writes sweep.csv into its `folder`, unless all of its runs were refused."""
     for trial in trials:
         trial.record = read_record(trial.folder)
-    if not any(trial.record for trial in trials):
+    if all(trial.status == "refused" for trial in trials):
         return
     best = best_trial(trials)
     keys = varying_keys(trials)

@@ -85,6 +85,18 @@ def test_keys_that_do_not_vary_are_left_out_unless_there_is_one_trial(tmp_path: 
     assert varying_keys(trials[:1]) == ["optim.lr", "seed", "logger"]
 
 
+def test_a_run_of_an_earlier_command_is_neither_this_one_nor_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "0", "finished", 1.0)
+    write(tmp_path / "1", "finished", 2.0)
+    trials = swept(tmp_path, "1", "2")
+    trials[0].failure = "run_dir=0 holds a run with another configuration"
+    show_sweep(trials, tmp_path)
+    assert (trials[0].status, best_trial(trials)) == ("refused", trials[1])
+    assert "refused: run_dir=0 holds a run with another configuration" in capsys.readouterr().out
+
+
 def test_a_sweep_whose_runs_were_all_refused_shows_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
