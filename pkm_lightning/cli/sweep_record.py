@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from pkm_lightning.compare.metric import LOWER_IS_BETTER, higher_is_better
-from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.compare.overrides import key_of, quoted
 from pkm_lightning.compare.run_state import read_record
 from pkm_lightning.storage import csv_line, write_beside
 
@@ -167,11 +168,17 @@ _status(trial),
         print("no run finished with a finite value", file=sys.stderr)
         return
     is_known = name in LOWER_IS_BETTER or higher_is_better(name)
-    arguments = [f"runs=[{folder}]", f"out={folder / 'report'}", *([f"report.metric={name}"] if is_known else [])]
+    arguments = [f"runs=[{_path(folder)}]", f"out={_path(folder / 'report')}"]
+    arguments += [f"report.metric={name}"] if is_known else []
     print(f"best: run {_name(best, folder)}, {name} {best.value:.4f}")
     print(f"report: python -m pkm_lightning report {shlex.join(arguments)}")
     if best.record.get("own_test") is False:
         print("The test reads what validations read: test figures of the best run are those it was chosen by.")
+
+
+def _path(path: Path) -> str:
+    """Returns a path as Hydra reads it: other characters than these need quotes."""
+    return str(path) if re.fullmatch(r"[A-Za-z0-9_./-]+", str(path)) else quoted(str(path))
 
 
 def _status(trial: Trial) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pkm_lightning.cli.sweep_record import (
     JobFailure,
@@ -67,6 +69,17 @@ def test_the_table_shows_every_trial_and_marks_the_best(tmp_path: Path, capsys: 
     assert [row["best"] for row in rows] == ["0", "1", "0", "0", "0", "0", "0"]
     assert (rows[2]["reason"], rows[5]["reason"]) == ("worse than the median", "out of memory")
     assert [row["value"] for row in rows[:4]] == ["2.0", "1.5", "1.0", ""]
+
+
+@pytest.mark.parametrize("name", ["lr=3,6", "my runs", "ünï", "it's", "[x]", "$HOME", "(y)#"])
+def test_the_command_of_the_report_is_read_back(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / name / "0", "finished", 1.0)
+    show_sweep(swept(tmp_path / name, "1"), tmp_path / name)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("report: "))
+    runs, out, _ = OverridesParser.create().parse_overrides(shlex.split(line)[5:])
+    (folder,) = runs.value()
+    assert getattr(folder, "text", folder) == str(tmp_path / name)
+    assert getattr(out.value(), "text", out.value()) == str(tmp_path / name / "report")
 
 
 def test_more_is_better_where_the_record_says_so(tmp_path: Path) -> None:
