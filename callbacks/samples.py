@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 
-from pkm_lightning.data.base import data_of, recall_items_of, tokenizer_of
+from pkm_lightning.data.base import data_of, tokenizer_of, validation_items_of
 from pkm_lightning.data.files import check_characters
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.inference.generation import greedy
@@ -31,8 +31,8 @@ class Samples(L.Callback):
     """Display of sample answers, generated on the first rank; the others take part in its forwards.
 
     Args:
-        prompts: the prompts; None for questions of the data module, shown with the right answers, if it has any.
-        items: questions per form of the data module, 0 or more.
+        prompts: the prompts; None for the validation questions of the data module, if it has any, with their answers.
+        items: questions per form, 0 or more.
         max_new_tokens: tokens after which an answer is cut off, 1 or more.
 
     Raises:
@@ -68,7 +68,7 @@ class Samples(L.Callback):
         elif self.prompts is not None:
             self._questions = [(prompt, None) for prompt in self.prompts]
         elif self.items and stage in ("fit", "validate"):
-            self._questions = [(item.prompt, item.answer) for item in recall_items_of(data, self.items)]
+            self._questions = [(item.prompt, item.answer) for item in validation_items_of(data, self.items)]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generates and shows the answers, except in the validation that precedes training."""

@@ -108,6 +108,10 @@ def small_version(command: str, *, silent: bool) -> list[str]:
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES]
     if {"data=tokens", "data=mix"} & set(arguments):
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES[1:]]
+    # Callbacks that the command leaves out have no sizes.
+    chosen = next((a.partition("=")[2].strip("[]").split(",") for a in arguments if a.startswith("callbacks=")), [])
+    if chosen and "default" not in chosen:
+        sizes = [s for s in sizes if "callbacks." not in s or _key(s).split(".")[1] in chosen]
     sizes = list({_key(size): size for size in sizes}.values())
     small = {_key(size) for size in sizes}
     flags = [argument for argument in arguments if argument.startswith("-")]

@@ -39,6 +39,7 @@ from pkm_lightning.cli.lengthening import (
 from pkm_lightning.cli.loggers import attached
 from pkm_lightning.cli.objective import check_objective_of, check_questions
 from pkm_lightning.cli.places import cache_of
+from pkm_lightning.cli.repeated_sweep import has_ended_in_sweep, value_of_ended
 from pkm_lightning.cli.resume import (
     OF_COMMAND,
     differences,
@@ -102,6 +103,8 @@ def _run(job: Job) -> float | None:
         checkpoint = _checkpoint(job, path) if resumes else None
         resolved = _resolve_saved(job, path, command, checkpoint, None) if resumes else resolve(command, training=True)
         return _run_other_rank(path, resolved, assemble(resolved), checkpoint)
+    if not is_external and has_ended_in_sweep(path, command):
+        return value_of_ended(path, command, sets_tokenizer=job.sets("data.tokenizer"))
     of_command: ResolvedRun | None = None
     external: ExternalRanks | None = None
     if is_external:

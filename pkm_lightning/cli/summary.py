@@ -46,7 +46,9 @@ def _figures(record: dict[str, Any], counts: ParameterCounts) -> Table:
             table.add_row(_WITHOUT_TABLE, _recall(without_table, metrics.get(f"test/choice_{form}_without_table")))
     for key in ("test/perplexity", "val/perplexity"):
         if key in metrics:
-            table.add_row("perplexity of held-out text", f"{metrics[key]:.3f}")
+            # A run of a sweep has both.
+            of = "held-out text" if key == "test/perplexity" or "test/perplexity" not in metrics else "validations"
+            table.add_row(f"perplexity of {of}", f"{metrics[key]:.3f}")
     if "test/perplexity_without_table" in metrics:
         table.add_row(_WITHOUT_TABLE, f"{metrics['test/perplexity_without_table']:.3f}")
     if record.get("tokens_per_second"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from pkm_lightning.compare.metric import LOWER_IS_BETTER, higher_is_better
-from pkm_lightning.compare.overrides import key_of
+from pkm_lightning.compare.overrides import key_of, quoted
 from pkm_lightning.compare.run_state import read_record
 from pkm_lightning.storage import csv_line, write_beside
 
@@ -52,6 +53,8 @@ class Trial:
     def status(self) -> str:
         """That of run.json, `diverged` for a last validation without a finite value, or `refused`."""
         status = str(self.record.get("status") or "refused")
+        if self.failure and status in ("finished", "pruned"):  # of an earlier command in the same folder
+            return "refused"
         if status == "finished" and not math.isfinite(self.value):
             return "diverged"
         return "interrupted" if status == "running" else status
@@ -100,7 +103,7 @@ def show_sweep(trials: Sequence[Trial], folder: Path) -> None:
     """Prints the table of a sweep and writes sweep.csv into its `folder`, unless all of its runs were refused."""
     for trial in trials:
         trial.record = read_record(trial.folder)
-    if not any(trial.record for trial in trials):
+    if all(trial.status == "refused" for trial in trials):
         return
     best = best_trial(trials)
     keys = varying_keys(trials)
@@ -165,11 +168,17 @@ _status(trial),
         print("no run finished with a finite value", file=sys.stderr)
         return
     is_known = name in LOWER_IS_BETTER or higher_is_better(name)
-    arguments = [f"runs=[{folder}]", f"out={folder / 'report'}", *([f"report.metric={name}"] if is_known else [])]
+    arguments = [f"runs=[{_path(folder)}]", f"out={_path(folder / 'report')}"]
+    arguments += [f"report.metric={name}"] if is_known else []
     print(f"best: run {_name(best, folder)}, {name} {best.value:.4f}")
     print(f"report: python -m pkm_lightning report {shlex.join(arguments)}")
     if best.record.get("own_test") is False:
         print("The test reads what validations read: test figures of the best run are those it was chosen by.")
+
+
+def _path(path: Path) -> str:
+    """Returns a path as Hydra reads it: other characters than these need quotes."""
+    return str(path) if re.fullmatch(r"[A-Za-z0-9_./-]+", str(path)) else quoted(str(path))
 
 
 def _status(trial: Trial) -> str:

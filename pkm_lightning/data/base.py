@@ -16,7 +16,7 @@ what breaks this in any batch.
 | `tokenizer`, a `TextCodec` | `predict`, the callbacks `samples` and `recall`, words in the panels of `slot_usage` |
 | `tokenizer.digest` | a checkpoint of another tokenizer is refused |
 | `recall_items(limit)` | questions for the callback `recall`, and for `samples` where it has no prompts |
-| `validation_items(limit)` | other questions for validations, so that a choice by their figures is none by the test's |
+| `validation_items(limit)` | questions of validations and `samples`: a choice by them is none by those of the test |
 | `own_test` | in run.json: whether the test reads other data than validations, which reports of sweeps mention |
 | `n_facts` | `facts` in run.json, from which `compare` derives costs per fact |
 | `fingerprint` | `data` in run.json, by which reports notice runs on different data |

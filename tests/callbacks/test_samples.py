@@ -58,6 +58,13 @@ class Asking(Data):
         ]
 
 
+class AskingOthers(Asking):
+    """Asks other questions at validations than in the test."""
+
+    def validation_items(self, limit: int | None = None) -> list[RecallItem]:
+        return [RecallItem(f"other {i} is", "yes", (), "r", "seen", 1, 0, 0.0, False) for i in range(2)[:limit]]
+
+
 class Trace(L.Callback):
     """The losses of all steps, and the state of chance after each validation."""
 
@@ -112,6 +119,12 @@ def test_questions_of_the_data_are_shown_with_the_right_answers(caplog: pytest.L
     assert shown(caplog)[-1].splitlines()[1:] == [
         f"  {prompt} -> {answer} (right: truth 0)" for prompt, answer in zip(prompts, answers, strict=True)
     ]
+
+
+def test_no_question_of_the_test_is_shown_where_validations_have_others(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(AskingOthers(), [Samples(**USUAL)])
+    assert [line.split(" -> ")[0] for line in shown(caplog)[0].splitlines()[1:]] == ["  other 0 is"]
 
 
 def test_given_prompts_are_asked_instead(caplog: pytest.LogCaptureFixture) -> None:

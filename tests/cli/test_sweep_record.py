@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pkm_lightning.cli.sweep_record import (
     JobFailure,
@@ -69,6 +71,17 @@ def test_the_table_shows_every_trial_and_marks_the_best(tmp_path: Path, capsys: 
     assert [row["value"] for row in rows[:4]] == ["2.0", "1.5", "1.0", ""]
 
 
+@pytest.mark.parametrize("name", ["lr=3,6", "my runs", "ünï", "it's", "[x]", "$HOME", "(y)#"])
+def test_the_command_of_the_report_is_read_back(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / name / "0", "finished", 1.0)
+    show_sweep(swept(tmp_path / name, "1"), tmp_path / name)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("report: "))
+    runs, out, _ = OverridesParser.create().parse_overrides(shlex.split(line)[5:])
+    (folder,) = runs.value()
+    assert getattr(folder, "text", folder) == str(tmp_path / name)
+    assert getattr(out.value(), "text", out.value()) == str(tmp_path / name / "report")
+
+
 def test_more_is_better_where_the_record_says_so(tmp_path: Path) -> None:
     write(tmp_path / "0", "finished", 0.2, "max")
     write(tmp_path / "1", "finished", 0.4, "max")
@@ -83,6 +96,18 @@ def test_keys_that_do_not_vary_are_left_out_unless_there_is_one_trial(tmp_path: 
     trials = swept(tmp_path, "1", "2")
     assert varying_keys(trials) == ["optim.lr"]
     assert varying_keys(trials[:1]) == ["optim.lr", "seed", "logger"]
+
+
+def test_a_run_of_an_earlier_command_is_neither_this_one_nor_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "0", "finished", 1.0)
+    write(tmp_path / "1", "finished", 2.0)
+    trials = swept(tmp_path, "1", "2")
+    trials[0].failure = "run_dir=0 holds a run with another configuration"
+    show_sweep(trials, tmp_path)
+    assert (trials[0].status, best_trial(trials)) == ("refused", trials[1])
+    assert "refused: run_dir=0 holds a run with another configuration" in capsys.readouterr().out
 
 
 def test_a_sweep_whose_runs_were_all_refused_shows_and_writes_nothing(

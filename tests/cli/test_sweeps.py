@@ -41,6 +41,15 @@ def test_a_sweep_validates_the_last_step_and_a_refused_run_ends_only_itself(cli:
     assert made["metrics"]["test/bits_paraphrase"] != made["metrics"]["val/bits_paraphrase"]
     assert made["own_test"] is True
     assert not (tmp_path / "sweep" / "0").exists()
+    # The same command again: what has ended stays, and has its value.
+    command = ("fit", "-m", *QUICK, "optim.lr=-1,1e-2", "objective=val/bits_paraphrase", "run_dir=sweep")
+    repeated = cli(*command)
+    assert (repeated.code, record(tmp_path / "sweep" / "1")) == (2, made)
+    assert table(tmp_path / "sweep") == [refused, finished]
+    assert "sweep/1 is finished and keeps its val/bits_paraphrase" in repeated.err + repeated.out
+    changed = cli(*command, "optim.weight_decay=0.5")
+    assert "holds a run with another configuration (optim.weight_decay: " in changed.err
+    assert "best: run" not in changed.out
     # Continued or evaluated alone it is a run like others.
     again = cli("fit", "run_dir=sweep/1", "resume=always")
     assert again.code == 0, again.err

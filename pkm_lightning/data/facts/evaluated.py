@@ -27,7 +27,8 @@ def divide_sample(facts: Sequence[Fact], sample: np.ndarray, eval_facts: int) ->
         eval_facts: facts that an evaluation asks about.
 
     Returns:
-        Two arrays of fact numbers without a common one; the second is empty where there are too few facts to divide.
+        Two arrays of fact numbers without a common one; the second is empty where there are too few trained facts to
+        divide.
     """
     groups: defaultdict[tuple[bool, bool], list[int]] = defaultdict(list)
     for i in sample.tolist():
@@ -36,5 +37,7 @@ def divide_sample(facts: Sequence[Fact], sample: np.ndarray, eval_facts: int) ->
     for group in groups.values():
         n = min(eval_facts, len(group) // _FACTS_PER_VALIDATION_FACT)
         for_validation += group[len(group) - n :]
+    if all(facts[i].control for i in for_validation):  # validations ask what the test asks, which keeps the controls
+        for_validation = []
     is_for_validation = np.isin(sample, for_validation)
     return sample[~is_for_validation], sample[is_for_validation]
