@@ -30,7 +30,7 @@ class TokenTable(nn.Module):
 
     def __init__(self, *, dim: int, table: ValueTable, rows: int) -> None:
         super().__init__()
-        self.memory = TableReference(table)  # until a model takes it over, as `train` does, in the layer's state_dict
+        self.memory = TableReference(table)  # registered here until a model takes it over
         self.gate = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 

@@ -43,7 +43,7 @@ class FFNReports:
 
     def aux_loss(self) -> Tensor | float:
         """Returns the sum of the losses of all plugins, such as that which balances experts; 0.0 if there are none."""
-        losses = []
+        losses: list[Tensor] = []
         for plugin, output in self.outputs:
             losses += output.aux_losses.values()
             is_lost = any(not loss.requires_grad for loss in output.aux_losses.values())
@@ -243,7 +243,7 @@ def _tables_of(module: nn.Module) -> set[ValueTable]:
     return {part.table for part in module.modules() if isinstance(part, TableReference)}
 
 
-def _checked_layers(layers: Sequence[int], count: int) -> list[int]:
+def _checked_layers(layers: object, count: int) -> list[int]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise ConfigError(f"layers={layers!r:.60} is no list of layers; give their numbers, as in layers=[1].")
     given = list(layers)

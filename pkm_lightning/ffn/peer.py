@@ -5,7 +5,8 @@ Letters: C experts of a token, H heads times K experts per head.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from torch.nn import functional
@@ -111,13 +112,18 @@ class PEER(ProductKeyFFN):
         """Draws the query xavier-uniform with zero bias, and the sub-keys uniform in +-1/sqrt(key_dim)."""
         self.addressing.reset_parameters()
 
+    @property
+    def tables(self) -> list[ValueTable]:
+        """The input vectors of the experts, with GLU their gates, and the output vectors."""
+        return [reference.table for reference in cast("Iterable[TableReference]", self.references)]
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Runs every token through its experts; the trace holds the experts and their weights."""
         check_input(self, x_BTD, self.dim, context)
         x_TD = x_BTD.flatten(0, -2)
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
-        down, *gates, up = (reference.table for reference in self.references)
+        down, *gates, up = self.tables
         hidden_TC = functional.gelu(down.dot(x_TD, read.ids_TC))
         for gate in gates:
             hidden_TC = hidden_TC * gate.dot(x_TD, read.ids_TC)
@@ -128,18 +134,18 @@ class PEER(ProductKeyFFN):
 
     def slots(self) -> list[Slots]:
         """Returns the experts; expert n consists of row n of every table."""
-        tables = tuple(reference.table for reference in self.references)
-        return [Slots(name="slot", count=tables[0].rows, tables=tables, n_keys=self.addressing.n_keys)]
+        tables = self.tables
+        return [Slots(name="slot", count=tables[0].rows, tables=tuple(tables), n_keys=self.addressing.n_keys)]
 
     def reads(self) -> list[TableRead]:
         """Returns one inner product per table but the last, and a weighted sum over the last."""
-        *dots, up = (reference.table for reference in self.references)
+        *dots, up = self.tables
         ids = self.addressing.training_reads
         return [*(TableRead(table=table, ids=ids, dot=True) for table in dots), TableRead(table=up, ids=ids)]
 
     def cost(self) -> FFNCost:
         """Counts the query, all 2 S sub-key scores per head, and H * K experts of two (with GLU three) vectors."""
-        tables = [reference.table for reference in self.references]
+        tables = self.tables
         # Each value read is multiplied and added once, whether in an inner product or in the weighted sum.
         values_read = sum(self.addressing.reads * table.dim for table in tables)
         params = count_parameters(self)

@@ -73,8 +73,8 @@ class RowStage:
         # Process groups cannot be pickled: the copy stands for a whole table.
         return RowStage, (self.n_rows,)
 
-    def note_read(self, device: torch.device) -> None:
-        """Notes a read with gradients enabled.
+    def record_read(self, device: torch.device) -> None:
+        """Records a read with gradients enabled.
 
         Raises:
             ConfigError: under autocast to float16, whose loss a GradScaler scales.
@@ -247,21 +247,21 @@ def _stage(handle: Tensor) -> RowStage:
 def _stage_sum(
     y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, handle: Tensor
 ) -> Tensor:
-    _stage(handle).note_read(y.device)
+    _stage(handle).record_read(y.device)
     # An operator's output must not alias its input.
     return y.clone()
 
 
 @library.custom_op("pkm_lightning::stage_dot", mutates_args=())
 def _stage_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Tensor) -> Tensor:
-    _stage(handle).note_read(dots.device)
+    _stage(handle).record_read(dots.device)
     # As in `_stage_sum`: no alias of the input.
     return dots.clone()
 
 
 @library.custom_op("pkm_lightning::stage_rows", mutates_args=())
 def _stage_rows(table: Tensor, ids: Tensor, staged: Tensor, anchor: Tensor, handle: Tensor, backend: str) -> Tensor:
-    _stage(handle).note_read(table.device)
+    _stage(handle).record_read(table.device)
     return copy_rows(table, ids, backend)
 
 
