@@ -24,7 +24,7 @@ from pkm_lightning.data.packing import PieceOrder
 from pkm_lightning.data.pieces import ConsecutivePieces, Pieces, write_pieces
 from pkm_lightning.data.sequences import DocumentSequences, WindowSequences
 from pkm_lightning.data.shards.build import build_shards
-from pkm_lightning.data.shards.content import content_lines
+from pkm_lightning.data.shards.content import content_lines, counted
 from pkm_lightning.data.shards.format import INDEX, PARTS
 from pkm_lightning.data.shards.mapped import TokenShards, read_index
 from pkm_lightning.data.split import Fractions
@@ -255,6 +255,7 @@ class CorpusDataModule(ShardedDataModule):
         """Tokenises the files into shards, after training the tokenizer on the training part where it is trained."""
         readers = self._readers()
         before = {part: _identities(reader.files) for part, reader in readers.items()}
+        self._warn_of_shared_files(readers)
         build_shards(
             folder,
             readers=self._readers,
@@ -267,6 +268,20 @@ class CorpusDataModule(ShardedDataModule):
                 if earlier != now:
                     raise DataError(f"{now[0]} has changed while it was prepared; start again when it is complete.")
         return [_source(reader.files, str(self._paths()[part])) for part, reader in readers.items()]
+
+    def _warn_of_shared_files(self, readers: Mapping[str, Reader]) -> None:
+        training = set(readers["train"].files)
+        for part, reader in readers.items():
+            shared = [file for file in reader.files if file in training]
+            if part != "train" and shared:
+                log.warning(
+                    "%s: %s, %s among them, %s also in data.path: the %s part holds documents that were trained on.",
+                    self.place(part),
+                    counted(len(shared), "file"),
+                    shared[0],
+                    "is" if len(shared) == 1 else "are",
+                    SHOWN[part],
+                )
 
     def _paths(self) -> dict[str, str | Sequence[str]]:
         """Returns the paths of the parts that have files of their own."""

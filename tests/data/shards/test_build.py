@@ -92,10 +92,21 @@ def test_every_document_lies_in_one_part(corpus: Path, tmp_path: Path, small_sha
     ]
 
 
-def test_parts_have_files_of_their_own(corpus: Path, tmp_path: Path, small_shards: None) -> None:
+def test_parts_have_files_of_their_own(
+    corpus: Path, tmp_path: Path, small_shards: None, caplog: pytest.LogCaptureFixture
+) -> None:
     files = [str(corpus / f"{i}.lines") for i in range(4)]
     data = line_corpus(files[:2], tmp_path / "cache", val_path=files[2], test_path=files[3])
     folder = data.cache_folder()
+    assert "also in data.path" not in caplog.text
+    line_corpus(files[:2], tmp_path / "cache", val_path=files[0], test_path=files).cache_folder()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        f"data.val_path={files[0]}: 1 file, {files[0]} among them, is also in data.path: the validation part holds "
+        "documents that were trained on.",
+        f"data.test_path={tuple(files)}: 2 files, {files[0]} among them, are also in data.path: the test part holds "
+        "documents that were trained on.",
+    ]
     for part, own in (("train", files[:2]), ("validation", files[2:3]), ("test", files[3:])):
         assert documents(folder, part) == expected([Path(file) for file in own]), part
     assert (
