@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,11 +37,11 @@ class MixedSource(TypedDict):
 
     Attributes:
         path: a folder that `prepare` has written.
-        weight: its share, in proportion to the weights of the others.
+        weight: its share, in proportion to the weights of the others; 1 where it is absent.
     """
 
     path: str
-    weight: float
+    weight: NotRequired[float]
 
 
 class MixDataModule(TokenDataModule):
@@ -52,7 +52,7 @@ class MixDataModule(TokenDataModule):
 
     Args:
         sources: by name.
-        packing: see `ShardedDataModule`.
+        packing: see `ShardedDataModule`; None: of each source that of the data which it was prepared from.
         options: see `LoaderOptions`.
 
     Raises:
@@ -62,9 +62,11 @@ class MixDataModule(TokenDataModule):
 
     builds = False
 
-    def __init__(self, *, sources: Mapping[str, MixedSource], packing: str, **options: Unpack[LoaderOptions]) -> None:
+    def __init__(
+        self, *, sources: Mapping[str, MixedSource], packing: str | None, **options: Unpack[LoaderOptions]
+    ) -> None:
         _check_sources(sources)
-        self.weights = [float(source["weight"]) for source in sources.values()]
+        self.weights = [float(source.get("weight", 1)) for source in sources.values()]
         paths = [source["path"] for source in sources.values()]
         super().__init__(tokenizer=str(expanded(paths[0]) / "tokenizer.json"), vocab_size=0, **options)
         self.parts = [
@@ -190,14 +192,16 @@ def _check_sources(sources: Mapping[str, MixedSource]) -> None:
         )
     for name, source in sources.items():
         key = f"data.sources.{name}"
-        if not isinstance(source, Mapping) or set(source) != set(MixedSource.__annotations__):
-            raise ConfigError(f"{key}={source!r} must have the keys path and weight, and no others.")
+        if not isinstance(source, Mapping) or not {"path"} <= set(source) <= set(MixedSource.__annotations__):
+            raise ConfigError(
+                f"{key}={source!r} must have the key path and may have weight (1 if it is left out), and no others."
+            )
         check_paths(f"{key}.path", source["path"])
         if not isinstance(source["path"], str):
             raise ConfigError(f"{key}.path={source['path']!r} is no folder; give each folder a name and a weight.")
-        check_range(f"{key}.weight", source["weight"], low=0, high=MOST_WEIGHT)
-        if source["weight"] < 1 / MOST_WEIGHT:
+        weight = source.get("weight", 1)
+        check_range(f"{key}.weight", weight, low=0, high=MOST_WEIGHT)
+        if weight < 1 / MOST_WEIGHT:
             raise ConfigError(
-                f"{key}.weight={source['weight']} gives it no sequence; set {1 / MOST_WEIGHT:g} or more, or leave the "
-                "source out."
+                f"{key}.weight={weight} gives it no sequence; set {1 / MOST_WEIGHT:g} or more, or leave the source out."
             )

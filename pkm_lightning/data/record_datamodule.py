@@ -14,9 +14,8 @@ from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.chat_choice import check_chat_template, chosen_template
 from pkm_lightning.data.readers.fields import Fields, Kind
 from pkm_lightning.data.readers.record_reader import RecordReader
-from pkm_lightning.data.sharded import CorpusDataModule
+from pkm_lightning.data.sharded import CorpusDataModule, refuse_windows
 from pkm_lightning.data.template_renderer import TemplateRenderer
-from pkm_lightning.errors import ConfigError
 
 #: Of the folder with prepared data, as Hugging Face names it.
 TEMPLATE = "chat_template.jinja"
@@ -74,10 +73,7 @@ class RecordDataModule(CorpusDataModule):
             ConfigError: conversations would be cut anywhere.
         """
         if self.packing == "windows" and self.reader(self.path, "train").kind is Kind.CONVERSATION:
-            raise ConfigError(
-                f"data.packing=windows would cut the conversations of data.path={self.path} anywhere, and part answers "
-                "from their questions; set data.packing=documents or data.packing=none."
-            )
+            refuse_windows(f"data.path={self.path}")
         return super().cache_key()
 
     def build(self, folder: Path) -> list[Source]:

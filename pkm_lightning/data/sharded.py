@@ -49,13 +49,14 @@ class ShardedDataModule(TokenDataModule):
     Args:
         packing: `windows` cuts the documents, laid end to end, into sequences of `seq_len`; `documents` fills sequences
             with whole documents, of which only those longer than a sequence are cut; `none` makes each document a
-            sequence, padded to the longest of its batch.
+            sequence, padded to the longest of its batch. None only where prepared data decide.
         options: see `TokenOptions`.
     """
 
-    def __init__(self, *, packing: str, **options: Unpack[TokenOptions]) -> None:
+    def __init__(self, *, packing: str | None, **options: Unpack[TokenOptions]) -> None:
         super().__init__(**options)
-        check_choice("data.packing", packing, PACKINGS)
+        if packing is not None:
+            check_choice("data.packing", packing, PACKINGS)
         self.packing = packing
 
     def view(self) -> dict[str, Any]:
@@ -196,6 +197,7 @@ class CorpusDataModule(ShardedDataModule):
         packing: str,
         **options: Unpack[TokenOptions],
     ) -> None:
+        check_choice("data.packing", packing, PACKINGS)
         super().__init__(packing=packing, **options)
         check_paths("data.path", path)
         for part, other in (("validation", val_path), ("test", test_path)):
@@ -295,6 +297,18 @@ class CorpusDataModule(ShardedDataModule):
         """Returns the fractions that have an effect."""
         fractions = {"val_fraction": self.fractions.validation, "test_fraction": self.fractions.test}
         return {name: 0.0 if name == "val_fraction" and self.val_path else value for name, value in fractions.items()}
+
+
+def refuse_windows(place: str) -> None:
+    """Refuses windows over conversations; `place` is the key and value that name them.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        f"data.packing=windows would cut the conversations of {place} anywhere, and part answers from their questions; "
+        "set data.packing=documents or data.packing=none."
+    )
 
 
 def check_endings(endings: object) -> None:

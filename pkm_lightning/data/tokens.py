@@ -10,8 +10,14 @@ from typing import Any, Unpack
 from pkm_lightning.data.cache import CacheKey, Source, read_manifest
 from pkm_lightning.data.datamodule import LoaderOptions, Splits
 from pkm_lightning.data.files import check_paths, expanded
-from pkm_lightning.data.sharded import ShardedDataModule
-from pkm_lightning.data.shards.folder import check_folder, check_same_tokenizer, require_folder
+from pkm_lightning.data.sharded import ShardedDataModule, refuse_windows
+from pkm_lightning.data.shards.folder import (
+    check_folder,
+    check_same_tokenizer,
+    default_packing,
+    holds_conversations,
+    require_folder,
+)
 from pkm_lightning.data.shards.format import PARTS
 from pkm_lightning.data.shards.mapped import TokenShards, read_index
 from pkm_lightning.errors import DataError
@@ -29,7 +35,7 @@ class TokensDataModule(ShardedDataModule):
         path: the folder.
         val_path, test_path: further folders, of the same tokenizer, whose documents all validate or test; None: the
             parts of `path`.
-        packing: see `ShardedDataModule`.
+        packing: see `ShardedDataModule`; None: that of the data source which the folder was prepared from.
         options: see `LoaderOptions`.
 
     Raises:
@@ -50,7 +56,7 @@ class TokensDataModule(ShardedDataModule):
         path: str,
         val_path: str | None,
         test_path: str | None,
-        packing: str,
+        packing: str | None,
         **options: Unpack[LoaderOptions],
     ) -> None:
         for key, value in (("path", path), ("val_path", val_path), ("test_path", test_path)):
@@ -84,6 +90,7 @@ class TokensDataModule(ShardedDataModule):
         """Returns the folder that `path` names, once it and the others are checked.
 
         Raises:
+            ConfigError: conversations would be cut anywhere.
             DataError: one is missing, foreign, damaged, or of another tokenizer.
         """
         if self._folder is None:
@@ -91,6 +98,10 @@ class TokensDataModule(ShardedDataModule):
             for part, folder in self.own_paths.items():
                 check_folder(folder, KEYS[part])
                 check_same_tokenizer(self.path, self.key, folder, KEYS[part])
+            self.packing = self.packing or default_packing(self.path)
+            for part, folder in {"train": self.path, **self.own_paths}.items():
+                if self.packing == "windows" and holds_conversations(folder):
+                    refuse_windows(self.place(part))
             self._folder = self.path
         return self._folder
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from shard_folders import text, write_folder, write_shards
 from small import Run
 
-from pkm_lightning.data import HeldOutDataModule, TokensDataModule
+from pkm_lightning.data import HeldOutDataModule, JsonlDataModule, MixDataModule, TokensDataModule
 from pkm_lightning.data.held_out import keep_held_out
+from pkm_lightning.data.prepared import prepare_data
 from pkm_lightning.data.shards.mapped import TokenShards
 from pkm_lightning.data.tokenizer import bytes_tokenizer, train_bpe
-from pkm_lightning.errors import DataError
+from pkm_lightning.errors import ConfigError, DataError
 
 OPTIONS = {
     "val_path": None, "test_path": None, "packing": "windows", "seq_len": 8, "global_batch_size": 4, "num_workers": 0,
@@ -49,6 +50,49 @@ def test_the_parts_are_those_of_the_folder(tmp_path: Path) -> None:
     assert [words(batch) for batch in data.val_dataloader()] == ["held out to validate"]
     assert [words(batch) for batch in data.test_dataloader()] == ["held out to test"]
     assert [(item.prompt, item.answer) for item in data.recall_items()] == [("who", "me")]
+
+
+TEXTS = [{"text": f"text {i} and more of it"} for i in range(12)]
+ANSWERS = [{"prompt": f"number {i}", "answer": f"{i * 7}"} for i in range(12)]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(12)
+]
+
+
+@pytest.mark.parametrize("records", [TEXTS, ANSWERS, CHATS], ids=["texts", "answers", "chats"])
+def test_a_folder_is_packed_as_the_data_that_it_was_made_from(
+    jsonl: Callable[..., JsonlDataModule], tmp_path: Path, records: list[dict[str, Any]]
+) -> None:
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = jsonl(str(tmp_path / "r.jsonl"), seq_len=64)
+    folder, _ = prepare_data(source, "jsonl", tmp_path / "out", overwrite=False)
+    alone = tokens(tmp_path, folder, packing=None, seq_len=64)
+    alone.prepare_data()
+    assert alone.packing == "documents"
+    # Those of two builds differ in the sources alone, and these are the same.
+    assert alone.fingerprint == source.fingerprint
+    sources = {"one": {"path": str(folder)}, "two": {"path": str(folder), "weight": 3}}
+    cut = {**OPTIONS, "packing": "windows", "cache_dir": str(tmp_path)}
+    del cut["val_path"], cut["test_path"]
+    for module in (
+        tokens(tmp_path, folder, packing="windows", seq_len=8),
+        tokens(tmp_path, write_folder(tmp_path, PARTS), val_path=folder),
+        MixDataModule(sources=sources, **cut),
+    ):
+        if records is CHATS:
+            with pytest.raises(
+                ConfigError, match=r"data\.packing=windows would cut the conversations of data\..*path="
+            ):
+                module.prepare_data()
+        else:
+            module.prepare_data()
+
+
+def test_text_is_cut_into_windows_and_answers_of_earlier_folders_are_not(tmp_path: Path) -> None:
+    for parts, packing in ((PARTS, "windows"), ({**PARTS, "train": [text("asked answered", 6)] * 3}, "documents")):
+        data = tokens(tmp_path, write_folder(tmp_path, parts), packing=None)
+        data.cache_folder()
+        assert data.packing == packing
 
 
 def test_folders_of_their_own_are_held_out_as_a_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -205,6 +205,9 @@ class _Build:
             "read": {"files": files, "documents": record.documents, "bytes": n_bytes},
             "skipped": dict(sorted(record.skipped.items())),
         }
+        kind = getattr(readers["train"], "kind", None)
+        if kind is not None:
+            index["records"] = kind.value
         for name, content in ((QUESTIONS, record.questions), (INDEX, index)):
             with written_beside(self._folder / name) as file:
                 file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())

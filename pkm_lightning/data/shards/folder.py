@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.data.cache import find_damage
+from pkm_lightning.data.readers.fields import Kind
 from pkm_lightning.data.shards.format import INDEX, PARTS, ShardInfo, token_type
 from pkm_lightning.data.shards.mapped import read_index
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import DataError
 
-__all__ = ["check_folder", "check_same_tokenizer", "require_folder"]
+__all__ = ["check_folder", "check_same_tokenizer", "default_packing", "holds_conversations", "require_folder"]
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 _AGAIN = "prepare it again, or restore it from a copy"
@@ -45,6 +46,20 @@ def check_folder(folder: Path, key: str) -> None:
     damage = find_damage(folder, None)
     if damage:
         raise DataError(f"{key}={folder} is damaged: {damage}; {_AGAIN}.")
+
+
+def default_packing(folder: Path) -> str:
+    """Returns the packing that the data source has by default which a folder was prepared from."""
+    index = read_index(folder)
+    shards = (ShardInfo(**shard) for part in PARTS for shard in index["parts"].get(part, []))
+    # Windows would part answers from their questions.
+    whole = "records" in index or any(shard.targets < shard.tokens for shard in shards)
+    return "documents" if whole else "windows"
+
+
+def holds_conversations(folder: Path) -> bool:
+    """Returns whether the documents of a folder are conversations."""
+    return read_index(folder).get("records") == Kind.CONVERSATION.value
 
 
 def check_same_tokenizer(first: Path, first_key: str, second: Path, second_key: str) -> None:
