@@ -48,7 +48,8 @@ NO_TARGET = -100
 class TextCodec(Protocol):
     """The part of a tokenizer that generation and scoring call.
 
-    Optional: `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
+    Optional: `vocab_size` (int), one more than its highest id, added tokens included: no answer has an id beyond it.
+    `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
     `encode_prompt` (str to ids) where prompts begin in a way of their own; `encode_answer` (str to ids) where a space and
     an answer behind a prompt have other ids than they have alone.
     """
@@ -114,7 +115,7 @@ def defines(data: object, method: str) -> bool:
 
 
 def vocab_size_of(data: object) -> int | None:
-    """Returns the number of token ids that a model must provide for, or None."""
+    """Returns the number of token ids that a model must provide for, or that a tokenizer has; None if unknown."""
     return getattr(data, "vocab_size", None)
 
 

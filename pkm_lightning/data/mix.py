@@ -87,6 +87,14 @@ class MixDataModule(TokenDataModule):
         """Number of ids that a model must provide for."""
         return max(part.vocab_size for part in self.parts)
 
+    def passes(self, steps: int) -> float:
+        """Returns how often so many optimizer steps read the source that is read most often, after `prepare_data`."""
+        sequences = steps * self.global_batch_size / BLOCK
+        return max(
+            sequences * places / (order.sections * order.size(0))
+            for order, places in zip(self._orders, self.places, strict=True)
+        )
+
     def cache_key(self) -> CacheKey:
         """Raises NotImplementedError: nothing is built."""
         raise NotImplementedError
@@ -119,6 +127,7 @@ class MixDataModule(TokenDataModule):
             ConfigError, DataError: see `TokensDataModule.load`.
         """
         opened = [part.load(part.cache_folder()) for part in self.parts]
+        self._orders = [split.order for split in opened]
         tokenizer = opened[0].tokenizer
         tokenizer.chat_template = self._chat_template([split.tokenizer.chat_template for split in opened])
         pad_id = tokenizer.pad_id
@@ -126,7 +135,7 @@ class MixDataModule(TokenDataModule):
         return Splits(
             tokenizer=tokenizer,
             train=MixedSequences([split.train for split in opened], pad_id),
-            order=MixedOrder([split.order for split in opened], self.places, self.order_seed),
+            order=MixedOrder(self._orders, self.places, self.order_seed),
             validation=MixedSequences([split.validation for split in opened], pad_id),
             validation_keys=ProportionalKeys([split.validation_keys for split in opened], self.weights),
             # Without one of the sources it would be the test of another mixture.
