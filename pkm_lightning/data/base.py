@@ -50,8 +50,8 @@ class TextCodec(Protocol):
 
     Optional: `vocab_size` (int), one more than its highest id, added tokens included: no answer has an id beyond it.
     `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
-    `encode_prompt` (str to ids) where prompts begin in a way of their own; `encode_answer` (str to ids) where a space and
-    an answer behind a prompt have other ids than they have alone.
+    `encode_prompt` (str to ids) where prompts begin in a way of their own; `encode_answer` (str to ids) where a space
+    and an answer behind a prompt have other ids than they have alone.
     """
 
     eos_id: int

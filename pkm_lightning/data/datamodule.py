@@ -46,7 +46,7 @@ def remark_vocabulary(configured: int, learned: int) -> str | None:
     if learned >= configured:
         return None
     return (
-        f"data.vocab_size={configured}, but the text gave {learned} tokens: a model has rows for ids that nothing uses; "
+        f"data.vocab_size={configured}, but the text gave {learned} tokens: further rows of a model have no words; "
         f"set data.vocab_size={learned}"
     )
 

@@ -40,7 +40,7 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare", "out=x"], "packages is not set; give the folder"),
+        (["prepare", "out=x"], "packages is not set; to tokenise data for fit, choose them: data=text data.path=PATH"),
         (["prepare", "packages=.", "out=x", "~data"], "~data leaves nothing to prepare; set data=benchmarks"),
         (["prepare", "packages=."], "out is not set; set it to the folder"),
         (["prepare", "packages=2024", "out=x"], "packages=2024 is not text; quote it"),

@@ -283,7 +283,8 @@ def test_bad_keys_are_refused(text: Callable[..., TextDataModule]) -> None:
         text("x", document_separator=0)
     for endings, reason in (
         ([], "is not a list of endings"),
-        ("txt", "is not a list of endings"),
+        ("txt", r"is not a list of endings; write data\.endings=\[\.txt,\.md\]"),
+        (".py", r"is not a list of endings; write data\.endings=\[\.py\]"),
         (["txt"], "is not a list of endings"),
         ([".txt", ".gz"], r"\.gz is found behind every ending by itself"),
     ):
