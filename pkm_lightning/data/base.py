@@ -23,9 +23,12 @@ what breaks this in any batch.
 | `encode_prompt`, `begin_id`, `chat_template`, ... of `tokenizer` | beginnings of prompts, texts, conversations |
 | being a `TokenDataModule` | runs keep tokenizer and held-out data, and are evaluated without the data |
 | `endless = True` | no comparison among ranks at every step whether the training data end |
-| `state_dict()`, `load_state_dict()` | a resumed run continues with the next batch instead of the first |
+| `state_dict()`, `load_state_dict()` | a resumed run continues with the next batch, not the first (see below) |
 | `global_batch_size`, an attribute | `budget.tokens` takes a batch without a Trainer for a whole optimizer step |
 | `seq_len`, `global_batch_size` in its YAML | figures of attention cost, memory and traffic that depend on tokens |
+
+Lightning fetches batches ahead, so a position that counts the batches given is wrong in a checkpoint: derive it from the
+trainer's optimizer steps (`trainer.global_step`) and the global batch, as the example in `docs/extending.md` does.
 """
 
 from __future__ import annotations
