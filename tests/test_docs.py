@@ -30,11 +30,12 @@ COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for 
 #: The quick test runs every verb that uses a run, and what reads files of the user; the others it composes.
 QUICK = re.compile(
     r"lightning ((test|predict|generate|chat|export) .*runs/mine|(predict|validate) .*mine\.safetensors|"
+    r"prepare .* out=prep/|"
     r"(fit|info) (--config-dir|data=text|data=mix|data=hf .*val_split|table.trainable=false table.path))"
 )
 
 
-QUICK_VERBS = ("fit", "info", "test", "validate", "predict", "generate", "chat", "export")
+QUICK_VERBS = ("fit", "prepare", "info", "test", "validate", "predict", "generate", "chat", "export")
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:

@@ -139,6 +139,11 @@ def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
     where = f"{parent} has" if parent else "the configuration has"
     names = ", ".join(k.rpartition(".")[2] for k in siblings)
     allowed = f" {where}: {names}." if names else ""
+    if names == "_target_":
+        return (
+            f"{key} is not a key of the configuration; +{key}=VALUE would add one, for an argument of the class in "
+            f"{parent}._target_."
+        )
     chosen = NESTED_GROUPS.get(parent, parent)
     options = options_of(chosen.partition("@")[0]) if parent else {}
     if others := sorted(option for option, content in options.items() if leaf in content):

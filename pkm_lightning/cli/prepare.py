@@ -7,6 +7,7 @@ trains on: tokenised into `data.cache_dir`, where `fit` with the same keys finds
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
@@ -19,13 +20,15 @@ from hydra.core.hydra_config import HydraConfig
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.cli import prepare_benchmarks
 from pkm_lightning.cli.job import Job, plain
-from pkm_lightning.data.datamodule import TokenDataModule
+from pkm_lightning.data.datamodule import TokenDataModule, remark_vocabulary
 from pkm_lightning.data.prepared import prepare_data
-from pkm_lightning.data.shards.content import content_table, counted
+from pkm_lightning.data.shards.content import content_table, counted, skipped_texts
 from pkm_lightning.data.shards.format import INDEX
 from pkm_lightning.data.shards.mapped import read_index
 from pkm_lightning.errors import ConfigError, Interrupted, check_flag
 from pkm_lightning.supervision.signals import exit_code, handled_signals
+
+log = logging.getLogger(__name__)
 
 
 def run(job: Job) -> None:
@@ -78,12 +81,17 @@ def _prepare(data: L.LightningDataModule, choice: str, out: Path | None, *, over
         print("\n".join(content_table(index)))
         read = index["read"]
         print("read: " + ", ".join(counted(read[f"{noun}s"], noun) for noun in ("file", "document", "byte")))
-        for reason, count in index["skipped"].items():
-            print(f"skipped: {count:,} {reason}")
+        print(f"vocabulary: {counted(index['vocab_size'], 'token')}")
+        for text in skipped_texts(index):
+            print(f"skipped: {text}")
         if is_new:
-            rate = sum(index["text_bytes"].values()) / 1e6 / seconds
+            megabytes = sum(index["text_bytes"].values()) / 1e6
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            print(f"took {seconds:,.1f} s: {rate:.1f} MB of text per second, {memory:.2f} GB of memory at most")
+            # Little text takes no time beside the start.
+            rate = f"{megabytes / seconds:.1f} MB of text per second, " if megabytes >= 1 else ""
+            print(f"took {seconds:,.1f} s: {rate}{memory:.2f} GB of memory at most")
+        if remark := remark_vocabulary(data.vocab_size, index["vocab_size"]):
+            log.warning(remark)
     reads = (
         "fit with the same keys of data starts at once" if out is None else f"fit data=tokens data.path={out} reads it"
     )

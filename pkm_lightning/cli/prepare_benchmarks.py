@@ -24,7 +24,10 @@ def run(job: Job) -> None:
         raise ConfigError("overwrite is not for data=benchmarks, which renews what has changed; leave it out.")
     packages, out = job.config.packages, job.config.out
     if packages is None:
-        raise ConfigError("packages is not set; give the folder with the files of the packages, packages=DIR.")
+        raise ConfigError(
+            "packages is not set; to tokenise data for fit, choose them: data=text data.path=PATH (or jsonl, hf); for "
+            "the question sets of data=benchmarks give the folder with the files of the packages, packages=DIR."
+        )
     if out is None:
         raise ConfigError("out is not set; set it to the folder to write to, out=DIR.")
     sets = job.config.sets

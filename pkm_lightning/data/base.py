@@ -23,9 +23,12 @@ what breaks this in any batch.
 | `encode_prompt`, `begin_id`, `chat_template`, ... of `tokenizer` | beginnings of prompts, texts, conversations |
 | being a `TokenDataModule` | runs keep tokenizer and held-out data, and are evaluated without the data |
 | `endless = True` | no comparison among ranks at every step whether the training data end |
-| `state_dict()`, `load_state_dict()` | a resumed run continues with the next batch instead of the first |
+| `state_dict()`, `load_state_dict()` | a resumed run continues with the next batch, not the first (see below) |
 | `global_batch_size`, an attribute | `budget.tokens` takes a batch without a Trainer for a whole optimizer step |
 | `seq_len`, `global_batch_size` in its YAML | figures of attention cost, memory and traffic that depend on tokens |
+
+Lightning fetches batches ahead, so a position that counts the batches given is wrong in a checkpoint: derive it from
+the trainer's optimizer steps (`trainer.global_step`) and the global batch, as the example in `docs/extending.md` does.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ NO_TARGET = -100
 class TextCodec(Protocol):
     """The part of a tokenizer that generation and scoring call.
 
-    Optional: `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
+    Optional: `vocab_size` (int), one more than its highest id, added tokens included: no answer has an id beyond it.
+    `digest` (str) of its vocabulary; `encode_rendered` and `control_tokens` for `chat`, as in `Tokenizer`.
     `encode_prompt` (str to ids) where prompts begin in a way of their own; `encode_answer` (str to ids) where a space
     and an answer behind a prompt have other ids than they have alone.
     """
@@ -114,7 +118,7 @@ def defines(data: object, method: str) -> bool:
 
 
 def vocab_size_of(data: object) -> int | None:
-    """Returns the number of token ids that a model must provide for, or None."""
+    """Returns the number of token ids that a model must provide for, or that a tokenizer has; None if unknown."""
     return getattr(data, "vocab_size", None)
 
 

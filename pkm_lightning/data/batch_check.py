@@ -78,7 +78,8 @@ def _check_values(ids_BT: Tensor, labels_BT: Tensor, vocab_size: int, where: str
     if low < 0 or high >= vocab_size:
         raise DataError(
             f"{where}: token ids run from {low} to {high}, but model.vocab_size={vocab_size} allows 0 to "
-            f"{vocab_size - 1}: set model.vocab_size, or model.vocab_size=auto to take the data module's."
+            f"{vocab_size - 1}: correct the vocab_size of the data module, which model.vocab_size=auto takes, or set "
+            f"model.vocab_size={max(high + 1, 1)} or more."
         )
     if lowest_label < 0:
         wrong_M = labels_BT[(labels_BT < 0) & (labels_BT != NO_TARGET)]

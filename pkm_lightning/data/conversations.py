@@ -70,7 +70,10 @@ def _message(where: str, turn: Any) -> Message:
     for name in ("role", "content"):
         if not isinstance(fields.get(name), str):
             problem = "is not text" if name in fields else "is missing" if name not in turn else "is null"
-            raise DataError(f"{where}: '{name}' {problem} (fields present: {', '.join(turn)}); write a text.")
+            advice = "each message needs a role and a content, both texts"
+            if isinstance(fields.get(name), list):
+                problem, advice = "is a list of parts", "join the texts of its parts to one; images are not read"
+            raise DataError(f"{where}: '{name}' {problem} (fields present: {', '.join(turn)}); {advice}.")
     for name, value in fields.items():
         if not isinstance(value, str):
             raise DataError(f"{where}: '{name}' is a JSON {kind_of(value)}; only texts can be rendered, remove it.")

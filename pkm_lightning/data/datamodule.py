@@ -35,7 +35,20 @@ __all__ = ["LoaderOptions", "Splits", "TokenDataModule", "TokenOptions"]
 #: Longer sequences fit in no memory: one of them has a quarter of a gigabyte of ids, labels and documents.
 MAX_SEQ_LEN = 2**24
 
+#: Epochs beyond which a run remarks how often it reads its data.
+MANY_PASSES = 20
+
 log = logging.getLogger(__name__)
+
+
+def remark_vocabulary(configured: int, learned: int) -> str | None:
+    """Returns a remark if a vocabulary was learned from too little text to be as large as was asked; None if not."""
+    if learned >= configured:
+        return None
+    return (
+        f"data.vocab_size={configured}, but the text gave {learned} tokens: further rows of a model have no words; "
+        f"set data.vocab_size={learned}"
+    )
 
 
 class LoaderOptions(TypedDict):
@@ -158,13 +171,22 @@ class TokenDataModule(LightningDataModule):
         # The batch counter at which `_loaded_samples` was right; None until the trainer has restored its counters.
         self._loaded_batches: int | None = 0
 
-    @abstractmethod
     def cache_key(self) -> CacheKey:
-        """Returns what determines the content of the cache folder."""
+        """Returns what determines the content of the cache folder; not defined by a source that builds none."""
+        raise NotImplementedError
 
-    @abstractmethod
     def build(self, folder: Path) -> list[Source]:
-        """Fills the empty `folder` and returns where the data came from."""
+        """Fills the empty `folder` and returns where the data came from; likewise."""
+        raise NotImplementedError
+
+    def prepared_sources(self) -> list[dict[str, Any]]:
+        """Returns the names, versions and licences of what the prepared data were made from; builds nothing.
+
+        Raises:
+            OSError, ValueError, KeyError: nothing complete is prepared.
+        """
+        sources: list[dict[str, Any]] = read_manifest(self.cache_dir / self.cache_key().folder_name())["sources"]
+        return sources
 
     @abstractmethod
     def load(self, folder: Path) -> Splits:
@@ -234,6 +256,26 @@ class TokenDataModule(LightningDataModule):
             self._splits = self.load(self.cache_folder())
         # For its refusal, before a loader or a worker exists.
         self._micro_batch_size()
+        if stage == "fit":
+            self._log_remarks()
+
+    @rank_zero_only
+    def _log_remarks(self) -> None:
+        if remark := remark_vocabulary(self.vocab_size, self.tokenizer.vocab_size):
+            log.warning(remark)
+        steps = 0 if self.trainer is None else self.trainer.max_steps
+        if steps > 0 and (times := self.passes(steps)) > MANY_PASSES:
+            log.info(
+                "%s steps read the training data %s times; trainer.max_steps sets how many",
+                f"{steps:,}",
+                f"{times:,.0f}",
+            )
+
+    def passes(self, steps: int) -> float:
+        """Returns how often so many optimizer steps read the training data, after `prepare_data` or `setup`."""
+        order = self.splits.order
+        # The first section stands for all: they differ by little.
+        return steps * self.global_batch_size / (order.sections * order.size(0))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns endless micro-batches of this rank, from the position where training stands."""

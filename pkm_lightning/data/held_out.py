@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem, recall_items_of, validation_items_of
 from pkm_lightning.data.batch import SequenceSource, filler, to_batch, token_dtype
-from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
 from pkm_lightning.data.kept_questions import damaged, read_json, read_questions, write_questions
 from pkm_lightning.data.order import ShuffledOrder
@@ -208,13 +207,9 @@ class HeldOutDataModule(TokenDataModule):
         self._questions: list[RecallItem] = []
         self._validation_questions: list[RecallItem] = []
 
-    def cache_key(self) -> CacheKey:
-        """Raises NotImplementedError: there is no cache."""
-        raise NotImplementedError
-
-    def build(self, folder: Path) -> list[Source]:
-        """Raises NotImplementedError: there is no cache."""
-        raise NotImplementedError
+    def prepared_sources(self) -> list[dict[str, Any]]:
+        """Returns none: what a run keeps does not name them."""
+        return []
 
     def cache_folder(self) -> Path:
         """Returns the folder of the run.

@@ -14,7 +14,6 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from pkm_lightning.data.base import RecallItem
-from pkm_lightning.data.cache import CacheKey, Source
 from pkm_lightning.data.datamodule import LoaderOptions, Splits, TokenDataModule
 from pkm_lightning.data.files import check_paths, expanded
 from pkm_lightning.data.mixture import BLOCK, MixedKey, MixedOrder, MixedSequences, places_per_block
@@ -88,13 +87,17 @@ class MixDataModule(TokenDataModule):
         """Number of ids that a model must provide for."""
         return max(part.vocab_size for part in self.parts)
 
-    def cache_key(self) -> CacheKey:
-        """Raises NotImplementedError: nothing is built."""
-        raise NotImplementedError
+    def passes(self, steps: int) -> float:
+        """Returns how often so many optimizer steps read the source that is read most often, after `prepare_data`."""
+        sequences = steps * self.global_batch_size / BLOCK
+        return max(
+            sequences * places / (order.sections * order.size(0))
+            for order, places in zip(self._orders, self.places, strict=True)
+        )
 
-    def build(self, folder: Path) -> list[Source]:
-        """Raises NotImplementedError: nothing is built."""
-        raise NotImplementedError
+    def prepared_sources(self) -> list[dict[str, Any]]:
+        """Returns the names and licences of what the folders were made from."""
+        return [source for part in self.parts for source in part.prepared_sources()]
 
     def cache_folder(self) -> Path:
         """Returns the folder of the first source, once all are checked.
@@ -120,6 +123,7 @@ class MixDataModule(TokenDataModule):
             ConfigError, DataError: see `TokensDataModule.load`.
         """
         opened = [part.load(part.cache_folder()) for part in self.parts]
+        self._orders = [split.order for split in opened]
         tokenizer = opened[0].tokenizer
         tokenizer.chat_template = self._chat_template([split.tokenizer.chat_template for split in opened])
         pad_id = tokenizer.pad_id
@@ -127,7 +131,7 @@ class MixDataModule(TokenDataModule):
         return Splits(
             tokenizer=tokenizer,
             train=MixedSequences([split.train for split in opened], pad_id),
-            order=MixedOrder([split.order for split in opened], self.places, self.order_seed),
+            order=MixedOrder(self._orders, self.places, self.order_seed),
             validation=MixedSequences([split.validation for split in opened], pad_id),
             validation_keys=ProportionalKeys([split.validation_keys for split in opened], self.weights),
             # Without one of the sources it would be the test of another mixture.

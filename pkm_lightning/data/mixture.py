@@ -54,6 +54,8 @@ class MixedOrder:
         seed: decides their arrangement.
     """
 
+    sections = 1
+
     def __init__(self, orders: Sequence[Order], places: Sequence[int], seed: int) -> None:
         self._orders, self._places, self._seed = orders, places, seed
 

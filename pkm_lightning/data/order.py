@@ -20,7 +20,12 @@ class Order(Protocol):
     """Sequences in training order, in sections: epochs, or blocks of an epoch that is too large to be laid out at once.
 
     Both methods depend on the seed and the number of the section alone; there is no last section.
+
+    Attributes:
+        sections: of an epoch.
     """
+
+    sections: int
 
     def size(self, section: int) -> int:
         """Returns the number of sequences of this section, at least 1."""
@@ -31,6 +36,8 @@ class Order(Protocol):
 
 class ShuffledOrder:
     """Keys 0..n-1, shuffled anew in every epoch; n may be any number, since no list of them is made."""
+
+    sections = 1
 
     def __init__(self, n: int, seed: int) -> None:
         self._n = n

@@ -87,6 +87,8 @@ class PackedOrder:
         seed: together with the epoch it decides the order.
     """
 
+    sections = 1
+
     def __init__(self, statement_ids: np.ndarray, lengths: np.ndarray, *, capacity: int | None, seed: int) -> None:
         self._statement_ids = statement_ids
         self._lengths = lengths
@@ -121,7 +123,7 @@ class PieceOrder:
 
     def __init__(self, lengths: np.ndarray, *, capacity: int | None, seed: int, block: int = BLOCK) -> None:
         self._lengths, self._capacity, self._seed, self._block = lengths, capacity, seed, block
-        self._blocks = -(-len(lengths) // block)
+        self.sections = -(-len(lengths) // block)
         self._latest: tuple[int, PackedKeys] | None = None
 
     def size(self, section: int) -> int:
@@ -132,7 +134,7 @@ class PieceOrder:
         """Returns the keys of a block, arrays of piece numbers, in training order."""
         # `size` and then `keys` are called for the same section.
         if self._latest is None or self._latest[0] != section:
-            epoch, block = divmod(section, self._blocks)
+            epoch, block = divmod(section, self.sections)
             places = np.arange(block * self._block, min((block + 1) * self._block, len(self._lengths)))
             pieces = Permutation(len(self._lengths), self._seed, epoch).at(places)
             self._latest = (section, pack(pieces, self._lengths, self._capacity))

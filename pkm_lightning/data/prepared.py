@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def describe_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> st
         if before == now:
             continue
         if not name.endswith(" files"):
-            return f"{name} is {before} there, and {now} now"
+            return f"{name} is {_shown(before)} there, and {_shown(now)} now"
         states, states_now = ({entry[0]: entry[1:] for entry in entries or []} for entries in (before, now))
         for path in {**states, **states_now}:
             if states.get(path) != states_now.get(path):
@@ -90,3 +91,8 @@ def describe_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> st
                 return f"{path} {change}"
         return "the order of the files has changed"
     return ""
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -16,6 +16,7 @@ from pkm_lightning.data.readers.fields import Fields, Kind
 from pkm_lightning.data.readers.record_reader import RecordReader
 from pkm_lightning.data.sharded import CorpusDataModule, refuse_windows
 from pkm_lightning.data.template_renderer import TemplateRenderer
+from pkm_lightning.errors import check_flag
 
 #: Of the folder with prepared data, as Hugging Face names it.
 TEMPLATE = "chat_template.jinja"
@@ -30,6 +31,7 @@ class RecordDataModule(CorpusDataModule):
     Args:
         text_field, prompt_field, answer_field, messages_field: names of the fields or columns.
         chat_template: `chatml`, the path of a Jinja file, or None: see `chosen_template`.
+        skip_nulls: whether records are left out, and counted, in which a field that is read is null.
         options: see `CorpusDataModule`.
     """
 
@@ -41,11 +43,15 @@ class RecordDataModule(CorpusDataModule):
         answer_field: str,
         messages_field: str,
         chat_template: str | None,
+        skip_nulls: bool = False,  # runs of earlier versions have no such key
         **options: Any,
     ) -> None:
         super().__init__(**options)
         check_chat_template(chat_template)
-        self.fields = Fields(text=text_field, prompt=prompt_field, answer=answer_field, messages=messages_field)
+        check_flag("data.skip_nulls", skip_nulls)
+        self.fields = Fields(
+            text=text_field, prompt=prompt_field, answer=answer_field, messages=messages_field, skip_nulls=skip_nulls
+        )
         self.chat_template = chat_template
 
     @abstractmethod
@@ -64,7 +70,9 @@ class RecordDataModule(CorpusDataModule):
         """Returns the names of the fields, and the template."""
         fields = [self.fields.text, self.fields.prompt, self.fields.answer, self.fields.messages]
         template = json.dumps([self._template.template, self._template.names], sort_keys=True)
-        return {"fields": fields, "chat_template": hashlib.sha256(template.encode()).hexdigest()}
+        reading: dict[str, Any] = {"fields": fields, "chat_template": hashlib.sha256(template.encode()).hexdigest()}
+        # Left out where it is false, so that data of before there was such a key are found.
+        return reading | ({"skip_nulls": True} if self.fields.skip_nulls else {})
 
     def cache_key(self) -> CacheKey:
         """Returns what decides the prepared records.

@@ -322,7 +322,9 @@ def check_endings(endings: object) -> None:
     wrong = [value for value in values if not isinstance(value, str) or not re.fullmatch(r"\.[^./\s]+", value)]
     if wrong or not listed or not values:
         shown = f"[{', '.join(map(str, values))}]" if listed else values[0]
-        raise ConfigError(f"data.endings={shown} is not a list of endings; write data.endings=[.txt,.md].")
+        # One ending lacks only the brackets.
+        example = ".txt,.md" if wrong or listed else values[0]
+        raise ConfigError(f"data.endings={shown} is not a list of endings; write data.endings=[{example}].")
     packed = [value for value in values if value in COMPRESSED]
     if packed:
         raise ConfigError(

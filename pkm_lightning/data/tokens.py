@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Unpack
 
-from pkm_lightning.data.cache import CacheKey, Source, read_manifest
+from pkm_lightning.data.cache import read_manifest
 from pkm_lightning.data.datamodule import LoaderOptions, Splits
 from pkm_lightning.data.files import check_paths, expanded
 from pkm_lightning.data.sharded import ShardedDataModule, refuse_windows
@@ -78,13 +78,10 @@ class TokensDataModule(ShardedDataModule):
         require_folder(self.path, self.key)
         return int(read_index(self.path)["vocab_size"])
 
-    def cache_key(self) -> CacheKey:
-        """Raises NotImplementedError: nothing is built."""
-        raise NotImplementedError
-
-    def build(self, folder: Path) -> list[Source]:
-        """Raises NotImplementedError: nothing is built."""
-        raise NotImplementedError
+    def prepared_sources(self) -> list[dict[str, Any]]:
+        """Returns the names and licences of what the folder was made from."""
+        sources: list[dict[str, Any]] = read_manifest(self.path)["sources"]
+        return sources
 
     def cache_folder(self) -> Path:
         """Returns the folder that `path` names, once it and the others are checked.

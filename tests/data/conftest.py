@@ -57,6 +57,7 @@ RECORDS = {
     "answer_field": "answer",
     "messages_field": "messages",
     "chat_template": None,
+    "skip_nulls": False,
     "packing": "documents",
     "val_fraction": 0.2,
     "tokenizer": "bytes",

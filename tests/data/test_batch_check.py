@@ -51,7 +51,10 @@ WRONG: list[tuple[object, str]] = [
     ({"input_ids": IDS[:0], "labels": IDS[:0]}, r"has shape \(0, 10\); it must be"),
 ]
 WRONG_VALUES: list[tuple[object, str]] = [
-    (batch(input_ids=torch.full((2, 10), 50)), r"run from 50 to 50, but model.vocab_size=50 allows 0 to 49"),
+    (
+        batch(input_ids=torch.full((2, 10), 50)),
+        r"from 50 to 50, .* allows 0 to 49: correct the vocab_size of the data module, .*size=51",
+    ),
     (batch(labels=torch.full((2, 10), 77)), r"run from 0 to 77"),
     (batch(input_ids=IDS - 1), r"run from -1 to "),
     (batch(labels=torch.where(IDS == 3, -1, IDS)), r"labels hold -1; allowed: token ids, and -100"),

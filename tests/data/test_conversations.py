@@ -123,7 +123,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "a text": ({"messages": ["a"]}, r"message 1 of 'messages' is a JSON text; each must be an object"),
     "no role": ({"messages": [{"content": "a"}]}, r"message 1 of 'messages': 'role' is missing \(fields present: con"),
     "null": ({"messages": [{"role": "user", "content": None}]}, r"'content' is null"),
-    "parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"'content' is not text"),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        r"is a list of parts .*; join the texts of its",
+    ),
+    "a number": (
+        {"messages": [{"role": "user", "content": 3}]},
+        r"'content' is not text .*; each message needs a role",
+    ),
     "calls": ({"messages": [{"role": "a", "content": "b", "tool_calls": [1]}]}, r"'tool_calls' is a JSON list; only"),
     "half a character": ({"messages": [{"role": "user", "content": "a\ud83d"}]}, r"'content' holds \\ud83d after 'a'"),
     "no answer": ({"messages": TURNS[:2]}, r"holds no answer, and nothing else is learned"),

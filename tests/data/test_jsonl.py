@@ -14,6 +14,7 @@ from tokenizer_makers import sentencepiece_model
 from pkm_lightning.data import NO_TARGET, JsonlDataModule
 from pkm_lightning.data.base import answer_ids
 from pkm_lightning.data.chat_template import ChatTemplate
+from pkm_lightning.data.shards.mapped import read_index
 from pkm_lightning.errors import ConfigError, DataError
 
 
@@ -71,6 +72,10 @@ def test_texts_longer_than_a_sequence_are_continued(jsonl: Callable[..., JsonlDa
         ('{"text": "a"}\n{"text": }', r"r\.jsonl:2 is not JSON"),
         ('{"text": "a"}\n\n[1]', r"r\.jsonl:3 is a JSON list"),
         ('{"text": "a"}\n{"body": "b", "n": 1}', r"r\.jsonl:2: field 'text' is missing \(fields present: body, n\)"),
+        (
+            '{"conversations": []}',
+            r"field 'text' is missing .*; correct .* data\.answer_field, or data\.messages_field\.",
+        ),
         ('{"text": "a"}\n{"text": " "}', r"r\.jsonl:2: field 'text' is blank"),
         ('{"text": "a"}\n{"text": 3}', r"r\.jsonl:2: field 'text' is not text"),
         ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', r"r\.jsonl:2: field 'answer' is missing"),
@@ -173,3 +178,19 @@ def test_bad_keys_are_refused(
 ) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         jsonl(write(tmp_path / "chat.jsonl", CONVERSATIONS), **changes).prepare_data()
+
+
+def test_skipped_nulls_are_in_what_was_read_and_other_data_than_all(
+    jsonl: Callable[..., JsonlDataModule], tmp_path: Path
+) -> None:
+    records = [{"prompt": f"{i}?", "answer": None if i % 5 == 4 else f"{i}!"} for i in range(20)]
+    path = write(tmp_path / "r.jsonl", records)
+    with pytest.raises(DataError, match=r"r\.jsonl:5: field 'answer' is null .* or data\.skip_nulls=true"):
+        jsonl(path).prepare_data()
+    data = jsonl(path, skip_nulls=True)
+    data.prepare_data()
+    index = read_index(data.cache_folder())
+    assert index["skipped"] == {"records with null": 4}
+    assert index["read"]["documents"] == 16
+    with pytest.raises(ConfigError, match=r"data\.skip_nulls='maybe' is neither true nor false"):
+        jsonl(path, skip_nulls="maybe")

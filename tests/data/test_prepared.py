@@ -124,7 +124,7 @@ def test_an_empty_folder_is_filled(data: CorpusDataModule, tmp_path: Path, caplo
     [
         ({"a": 1}, {"a": 1}, ""),
         ({"seed": 0, "a": 1}, {"seed": 2, "a": 1}, "seed is 0 there, and 2 now"),
-        ({}, {"lines": 2}, "lines is None there, and 2 now"),
+        ({}, {"lines": 2}, "lines is null there, and 2 now"),
         ({"train files": [["/a", 3, 5]]}, {"train files": [["/a", 3, 6]]}, "/a has changed"),
         ({"train files": [["/a", 3, 5]]}, {"train files": [["/a", 3, 5], ["/b", 1, 1]]}, "/b is new"),
         ({"train files": [["/a", 3, 5], ["hub"]]}, {"train files": [["/a", 3, 5]]}, "hub is left out"),

@@ -72,6 +72,24 @@ def test_samples_depend_on_seed_and_prompt_and_not_on_the_batch(model: Transform
     assert other != answers
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_the_tokenizer_does_not_have_are_never_written(model: Transformer, temperature: float) -> None:
+    class Sized(Letters):
+        def __init__(self, vocab_size: int) -> None:
+            self.vocab_size = vocab_size
+
+    def answers(codec: Letters) -> list[list[int]]:
+        made = generate(model, codec, PROMPTS, sampling, device=CPU)
+        return [answer.ids for group in made for answer in group]
+
+    sampling = Sampling(max_new_tokens=10, temperature=temperature, samples=2)
+    whole = answers(Letters())
+    assert max(itertools.chain.from_iterable(whole)) >= 30
+    assert max(itertools.chain.from_iterable(answers(Sized(30)))) < 30
+    assert model.unembedding is not None
+    assert answers(Sized(len(model.unembedding.weight))) == whole
+
+
 def test_an_answer_ends_at_a_stop_text_at_the_end_of_text_or_at_its_length(model: Transformer) -> None:
     plain = generate(model, Letters(), PROMPTS, Sampling(max_new_tokens=12), device=CPU)
     letter = collections.Counter("".join(answer.text for (answer,) in plain)).most_common(1)[0][0]

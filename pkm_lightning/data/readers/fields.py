@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -34,12 +34,14 @@ class Fields:
     Attributes:
         text, prompt, answer: texts.
         messages: a list of objects with `role` and `content`.
+        skip_nulls: whether records are left out in which a field that is read is null.
     """
 
     text: str
     prompt: str
     answer: str
     messages: str
+    skip_nulls: bool = False
 
     def kind(self, present: Collection[str]) -> Kind:
         """Returns the kind of a corpus whose first record has the fields `present`."""
@@ -54,7 +56,11 @@ class Fields:
 
 
 def record_segments(
-    records: Iterator[tuple[int, str, Mapping[str, Any]]], kind: Kind, fields: Fields, renderer: TemplateRenderer
+    records: Iterator[tuple[int, str, Mapping[str, Any]]],
+    kind: Kind,
+    fields: Fields,
+    renderer: TemplateRenderer,
+    present: Callable[[], Collection[str] | None] = lambda: None,
 ) -> Iterator[tuple[int, tuple[Segment, ...]]]:
     """Yields the numbers of records and their segments.
 
@@ -63,13 +69,14 @@ def record_segments(
         kind: of all of them.
         fields: names.
         renderer: of conversations.
+        present: returns the names of all fields, for messages.
 
     Raises:
         DataError: a field is missing or cannot be read; names the place.
     """
     if kind is not Kind.CONVERSATION:
         for number, where, record in records:
-            texts = [text_field(where, record, name) for name in fields.of(kind)]
+            texts = [text_field(where, record, name, present) for name in fields.of(kind)]
             # An answer brings the space that stands before it.
             yield (
                 number,

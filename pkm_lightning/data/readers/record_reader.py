@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from pkm_lightning.data.documents import Piece
@@ -74,6 +74,17 @@ class RecordReader(FileReader):
 
     def read(self, file: int, left_out: Counter[str]) -> Iterator[Piece]:
         """Yields the records of a file."""
-        records = ((n, self.where(file, n), record) for n, record in self.records(file, self.fields.of(self.kind)))
-        for number, segments in record_segments(records, self.kind, self.fields, self.renderer):
+        kept = self._kept(file, left_out) if self.fields.skip_nulls else self.records(file, self.fields.of(self.kind))
+        records = ((n, self.where(file, n), record) for n, record in kept)
+        present = partial(self.present, file)
+        for number, segments in record_segments(records, self.kind, self.fields, self.renderer, present):
             yield Piece(file, number, segments)
+
+    def _kept(self, file: int, left_out: Counter[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yields the records of a file that have no null in a field that is read."""
+        names = self.fields.of(self.kind)
+        for number, record in self.records(file, names):
+            if any(name in record and record[name] is None for name in names):
+                left_out["records with null"] += 1
+            else:
+                yield number, record

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from pkm_lightning.errors import DataError
 
 __all__ = ["kind_of", "parse_record", "read_lines", "read_records", "text_field"]
 
+#: What names the fields, for messages.
+KEYS_OF_FIELDS = "data.text_field, data.prompt_field and data.answer_field, or data.messages_field"
 #: A record is held in memory, several times over while it is parsed.
 MAX_LINE_CHARACTERS = 2**26
 
@@ -98,19 +100,38 @@ def kind_of(value: object) -> str:
     return {"float": "number", "str": "text", "NoneType": "null", "tuple": "object", "dict": "object"}.get(name, name)
 
 
-def text_field(where: str, record: Mapping[str, Any], field: str) -> str:
+def text_field(
+    where: str, record: Mapping[str, Any], field: str, present: Callable[[], Collection[str] | None] = lambda: None
+) -> str:
     """Returns the text in `field`, without surrounding white space.
+
+    Args:
+        where: names the record in messages.
+        record: its fields, or those of them that are read.
+        field: the name.
+        present: returns the names of all fields where `record` has some of them; asked for messages only.
 
     Raises:
         DataError: naming the place and the fields present, if it is missing, blank, not text, or half a character.
     """
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        kind = "blank" if isinstance(value, str) else "null" if value is None else "not text"
-        problem = f"is {kind}" if field in record else "is missing"
+        names = present() if field in record else None
+        shown = ", ".join(names or record)
         raise DataError(
-            f"{where}: field '{field}' {problem} (fields present: {', '.join(record)}); correct the record or set "
-            "data.text_field, data.prompt_field and data.answer_field."
+            f"{where}: field '{field}' {_problem(record, field)} (fields present: {shown}); correct the record or set "
+            f"{KEYS_OF_FIELDS}{', or data.skip_nulls=true' if field in record and value is None else ''}."
         )
     check_characters(f"{where}: field '{field}'", value)
     return value.strip()
+
+
+def _problem(record: Mapping[str, Any], field: str) -> str:
+    if field not in record:
+        return "is missing"
+    value = record[field]
+    if value is None or isinstance(value, str):
+        return "is null" if value is None else "is blank"
+    kind = kind_of(value)
+    nested = f" but a {'struct' if kind == 'object' else 'list'}, and nothing nested is read"
+    return f"is not text{nested if kind in ('object', 'list') else ''}"

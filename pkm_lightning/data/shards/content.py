@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pkm_lightning.data.shards.format import PARTS
 
+#: What reasons to leave something out begin with, such as `empty files`.
+_NOUN = re.compile(r"\b(file|document|record)s\b")
 _NAMES = {"train": "training", "validation": "validation", "test": "testing"}
 
 
 def counted(n: int, noun: str) -> str:
     """Returns a number with its noun, such as `1 file` or `1,000 files`."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def skipped_texts(index: Mapping[str, Any]) -> list[str]:
+    """Returns what was left out, such as `1 empty file` or `2 files of other endings: .py`."""
+    return [
+        f"{n:,} {_NOUN.sub(_singular, reason, count=1) if n == 1 else reason}" for reason, n in index["skipped"].items()
+    ]
+
+
+def _singular(noun: re.Match[str]) -> str:
+    return noun[1]
 
 
 def content_lines(index: Mapping[str, Any]) -> list[str]:
@@ -23,7 +37,7 @@ def content_lines(index: Mapping[str, Any]) -> list[str]:
         f"{counted(total['tokens'], 'token')} in {counted(total['documents'], 'document')} for {_NAMES[part]}"
         for part, total in part_totals(index).items()
     )
-    skipped = ", ".join(f"{n:,} {reason}" for reason, n in index["skipped"].items())
+    skipped = ", ".join(skipped_texts(index))
     return [f"read: {counts}", parts, *([f"skipped: {skipped}"] if skipped else [])]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 import time
@@ -34,7 +35,7 @@ def reader(path: str | Path | list[str], **changes: Any) -> DatasetReader:
     options: dict[str, Any] = {"split": "train", "limit": None, "name": None, "streaming": True, "key": "data.path"}
     renderer = TemplateRenderer(DEFAULT_TEMPLATE, {"bos_token": "", "eos_token": "<eos>"}, "the default")
     given_path = str(path) if isinstance(path, Path) else path
-    return dataset_reader(given_path, fields=FIELDS, renderer=renderer, **{**options, **changes})
+    return dataset_reader(given_path, renderer=renderer, **{"fields": FIELDS, **options, **changes})
 
 
 def texts_of(made: DatasetReader, first_file: int = 0) -> list[str]:
@@ -136,11 +137,33 @@ def test_saved_datasets_are_read_without_files_that_were_cached_beside_them(tmp_
         texts_of(reader(tmp_path / "both" / "test"))
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "a.jsonl"])
+def test_nulls_are_left_out_and_counted_where_that_is_asked_for(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, ["one", None, "three", None])
+    made = reader(tmp_path / name, fields=dataclasses.replace(FIELDS, skip_nulls=True))
+    pieces = list(made.pieces())
+    assert [(piece.record, piece.segments[0].text) for piece in pieces] == [(0, "one"), (2, "three")]
+    assert made.skipped == {"records with null": 2}
+
+
 BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "null": ("a.parquet", lambda f: write_parquet(f, ["a", None]), r"row 1: field 'text' is null"),
+    "null": (
+        "a.parquet",
+        lambda f: write_parquet(f, ["a", None]),
+        r"row 1: field 'text' is null \(fields present: id, text\).*skip_nulls",
+    ),
     "blank": ("a.arrow", lambda f: write_arrow(f, ["a", " "]), r"row 1: field 'text' is blank"),
     "numbers": ("a.parquet", lambda f: write_parquet(f, [1, 2]), r"row 0: field 'text' is not text"),
-    "nested": ("a.parquet", lambda f: write_parquet(f, [["a"]]), r"row 0: field 'text' is not text"),
+    "a list": (
+        "a.parquet",
+        lambda f: write_parquet(f, [["a"]]),
+        r"'text' is not text but a list, and nothing nested is",
+    ),
+    "a struct": (
+        "a.parquet",
+        lambda f: write_parquet(f, [{"a": "b"}]),
+        r"'text' is not text but a struct, and nothing",
+    ),
     "no rows": ("a.parquet", lambda f: write_parquet(f, []), r"data\.path=.* is empty; give files with rows"),
     "no column": (
         "a.parquet",
