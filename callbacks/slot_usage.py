@@ -136,8 +136,7 @@ class SlotUsage(L.Callback):
         self._traces, self._batch = traces, batch
 
     def _step_logs_figures(self, trainer: L.Trainer) -> bool:
-        # Before the update `global_step` counts the steps before this one.
-        step = trainer.global_step + 1
+        step = trainer.global_step + 1  # before the update
         return logs_at(trainer, step) if self.every_n_steps is None else step % self.every_n_steps == 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:

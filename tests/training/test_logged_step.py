@@ -32,7 +32,7 @@ def test_checkpoints_are_named_by_their_step_whatever_was_logged_last(
         logger=CSVLogger(tmp_path, name="", version="of_lightning"),
         callbacks=[MetricsCSV(path=str(tmp_path / "metrics.csv")), own, latest],
     )  # fmt: skip
-    assert made.trainer is not None and "step" not in made.trainer.callback_metrics
+    assert "step" not in made.trainer.callback_metrics
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [f"step={step}.ckpt" for step in range(1, 6)]
     assert [path.name for path in latest_in(tmp_path)] == ["step-00000005.ckpt"]
     assert logged(tmp_path / "metrics.csv") == steps
