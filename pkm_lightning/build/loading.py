@@ -94,10 +94,15 @@ class LoadedModel:
             CheckpointError: there is none.
         """
         if self.tokenizer is None:
+            module = str(self.config["data"].get("_target_"))
+            way = (
+                " (fit with resume=always writes it into a run whose data are at hand)"
+                if module.startswith("pkm_lightning.")
+                else f", if {module} has one of this kind; one of its own is used by predict with the run's data"
+            )
             raise CheckpointError(
                 f"{self.path} has no {TOKENIZER} beside it, without which its ids mean no words; put that of the "
-                f"training at {companion_place(self.path, TOKENIZER)} (fit with resume=always writes it into a run "
-                "whose data are at hand)."
+                f"training at {companion_place(self.path, TOKENIZER)}{way}."
             )
         return self.tokenizer
 
