@@ -6,6 +6,7 @@ Hydra makes the folder of the sweep, `multirun.yaml` in it and a folder per job 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
@@ -156,6 +157,8 @@ def _check_storage(sweeper: Mapping[str, Any]) -> None:
 
 def _silence_optuna() -> None:
     """Leaves the log of Optuna to Hydra's sweeper, which says the same."""
+    # Its database library lists its plugins while it is imported.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     import optuna  # an extra, which takes a second to import
 
     optuna.logging.disable_default_handler()
