@@ -31,6 +31,7 @@ from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.model import Traces
 from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.training import LanguageModule
+from pkm_lightning.training.logged_step import logs_at
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.figures import window_figures
 from pkm_lightning.usage.head_counts import PerHead
@@ -135,9 +136,8 @@ class SlotUsage(L.Callback):
         self._traces, self._batch = traces, batch
 
     def _step_logs_figures(self, trainer: L.Trainer) -> bool:
-        # Before the update `global_step` counts the steps before this one.
-        every: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (trainer.global_step + 1) % every == 0
+        step = trainer.global_step + 1  # before the update
+        return logs_at(trainer, step) if self.every_n_steps is None else step % self.every_n_steps == 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Logs the figures when they are due, and draws the panels where they have an interval of their own."""

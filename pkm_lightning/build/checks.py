@@ -60,7 +60,7 @@ def remark_validation(trainer: Config) -> str | None:
         return None
     return (
         f"trainer.val_check_interval={interval} is beyond the {batches} micro-batches of the run, so that nothing is "
-        "validated before its end"
+        "validated while it trains"
     )
 
 

@@ -31,8 +31,11 @@ from pkm_lightning.checkpoints.companions import (
 from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import TextCodec
+from pkm_lightning.data.chat_template import ChatTemplate
+from pkm_lightning.data.conversations import messages_of
 from pkm_lightning.data.files import read_text
 from pkm_lightning.data.pretrained_files import is_gguf
+from pkm_lightning.data.prompts import Prompt
 from pkm_lightning.data.tokenizer import Tokenizer, bytes_tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError, check_choice
 from pkm_lightning.inference.generation import Answer, generate
@@ -70,22 +73,55 @@ class LoadedModel:
     chat_template: str | None = None
     tokens_seen: int = 0
 
-    def generate(self, prompts: Sequence[str], **sampling: Any) -> list[list[Answer]]:
-        """Returns the answers to each prompt; the keywords are those of `Sampling`.
+    def __repr__(self) -> str:
+        return f"LoadedModel({str(self.path)!r}, {self.tokens_seen:,} tokens seen, device={str(self.device)!r})"
+
+    def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[list[Answer]]:
+        """Returns the answers to each prompt, a text or a conversation; the keywords are those of `Sampling`.
 
         Raises:
             CheckpointError: there is no tokenizer.
-            ConfigError: `prompts` is no list of texts, or a keyword is out of its range.
+            ConfigError: `prompts` is no list of them, no template renders them, or a keyword is out of its range.
+            DataError: a message lacks `role` or `content`.
         """
         codec = self.codec()
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        if isinstance(prompts, str) or not all(isinstance(prompt, str | list) for prompt in prompts):
             raise ConfigError(f"prompts={prompts!r:.60} is no list of texts; give [TEXT, ...], or one TEXT to answer.")
-        return generate(self.model, codec, prompts, Sampling(**sampling), device=self.device)
+        rendered, end_ids = self.rendered(prompts)
+        return generate(self.model, codec, rendered, Sampling(**sampling), device=self.device, end_ids=end_ids)
 
-    def answer(self, prompt: str, **sampling: Any) -> str:
-        """Returns the first answer to one prompt; otherwise as `generate`."""
+    def answer(self, prompt: Prompt, **sampling: Any) -> str:
+        """Returns the first answer to one prompt, such as [{"role": "user", "content": TEXT}]; else as `generate`."""
         ((first, *_),) = self.generate([prompt], **sampling)
         return first.text.strip()
+
+    def rendered(
+        self, prompts: Sequence[Prompt], context: int | None = None
+    ) -> tuple[list[str | list[int]], list[int]]:
+        """Returns the prompts with the ids of conversations in the model's template, and the tokens that end answers.
+
+        Raises:
+            ConfigError: there is no template, it refuses a conversation, or one has more tokens than `context`.
+            DataError: a message lacks `role` or `content`.
+        """
+        if all(isinstance(prompt, str) for prompt in prompts):
+            return [prompt for prompt in prompts if isinstance(prompt, str)], []
+        if self.chat_template is None:
+            raise ConfigError(f"{self.path} has no chat template for messages; give texts.")
+        template = ChatTemplate(self.chat_template, self.codec(), self.path)
+        rendered: list[str | list[int]] = []
+        for number, prompt in enumerate(prompts, 1):
+            if isinstance(prompt, str):
+                rendered.append(prompt)
+                continue
+            ids = template.encode(messages_of(f"prompt {number}", {"messages": prompt}, "messages"))
+            if context is not None and len(ids) > context:
+                raise ConfigError(
+                    f"prompt {number} has {len(ids)} tokens, and the model was trained on sequences of {context}; "
+                    "shorten it, or set extrapolate=true to read on at positions beyond those of training."
+                )
+            rendered.append(ids)
+        return rendered, template.end_ids()
 
     def codec(self) -> TextCodec:
         """Returns the tokenizer.
@@ -94,10 +130,15 @@ class LoadedModel:
             CheckpointError: there is none.
         """
         if self.tokenizer is None:
+            module = str(self.config["data"].get("_target_"))
+            way = (
+                " (fit with resume=always writes it into a run whose data are at hand)"
+                if module.startswith("pkm_lightning.")
+                else f", if {module} has one of this kind; one of its own is used by predict with the run's data"
+            )
             raise CheckpointError(
                 f"{self.path} has no {TOKENIZER} beside it, without which its ids mean no words; put that of the "
-                f"training at {companion_place(self.path, TOKENIZER)} (fit with resume=always writes it into a run "
-                "whose data are at hand)."
+                f"training at {companion_place(self.path, TOKENIZER)}{way}."
             )
         return self.tokenizer
 

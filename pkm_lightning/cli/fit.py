@@ -204,6 +204,7 @@ def _resolve_saved(
     if job.is_on_saved:
         saved = saved_config(path, trust=command["trust_config"], cache=cache_of(command))
         refuse_earlier_data(path, saved)
+        command = _with_objective(job, saved, command)
         saved, command = _with_length(job, checkpoint, saved, command)
         command = with_saved_tokenizer(saved, command, sets_tokenizer=job.sets("data.tokenizer"))
         config = with_changes(saved, command, {key_of(text) for text in job.overrides if text.startswith("~")})
@@ -221,15 +222,23 @@ def _resolve_saved(
     if only_machine:
         refuse_earlier_data(path, saved)
         config = with_machine_overrides(saved, command, changed)
-        return resolve({**config, **keys_of_command(command)}, training=True)
+        return resolve({**config, **keys_of_command(_with_objective(job, saved, command))}, training=True)
     saved, whole = _with_length(job, checkpoint, saved, command)
     whole = with_saved_tokenizer(saved, whole, sets_tokenizer=job.sets("data.tokenizer"))
+    whole = _with_objective(job, saved, whole)
     resolved = of_command if of_command and whole is command else resolve(whole, training=True)
     if differences(saved, resolved.config):
         # One that is not trusted was compared with the defaults, from which it differs in what nobody has changed.
         saved_config(path, trust=command["trust_config"], cache=cache)
     refuse_differences(path, saved, resolved.config)
     return resolved
+
+
+def _with_objective(job: Job, saved: dict[str, Any], command: dict[str, Any]) -> dict[str, Any]:
+    """Returns the command with the objective of the sweep that the run is of, unless it has one itself."""
+    if job.sets("objective") or command.get("objective") is not None or saved.get("objective") is None:
+        return command
+    return {**command, **{key: saved.get(key) for key in ("objective", "objective_mode")}}
 
 
 def _with_length(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.paths import expanded
 from pkm_lightning.data.files import check_characters, split_lines
-from pkm_lightning.data.prompts import check_prompts, read_prompts
+from pkm_lightning.data.prompts import Prompt, check_prompts, read_conversations, read_prompts
 from pkm_lightning.errors import ConfigError, DataError, check_flag, check_integer
 from pkm_lightning.inference.generation import Answer, Speed
 from pkm_lightning.inference.sampling import Sampling
@@ -79,12 +79,21 @@ def generation_settings(job: Job) -> GenerationSettings:
 
 
 def prompts_of(job: Job) -> list[str] | None:
-    """Returns the prompts that `prompt` or `prompts_file` give; None if neither is set.
+    """Returns the texts that `prompt` or `prompts_file` give; None if neither is set. Errors as `conversations_of`."""
+    return _prompts_by(job, read_prompts)
+
+
+def conversations_of(job: Job) -> list[Prompt] | None:
+    """Returns the texts and conversations that `prompt` or `prompts_file` give; None if neither is set.
 
     Raises:
         ConfigError: both are set, or a prompt is no text.
         DataError: the file is missing, empty or not readable.
     """
+    return _prompts_by(job, read_conversations)
+
+
+def _prompts_by(job: Job, read: Callable[[Path, str], Any]) -> Any:
     prompt, file = _plain(job.config.prompt), job.config.prompts_file
     if prompt is not None and file is not None:
         raise ConfigError(f"prompt={prompt} and prompts_file={file} both give prompts; leave one of them out.")
@@ -100,7 +109,7 @@ def prompts_of(job: Job) -> list[str] | None:
         raise ConfigError(f"prompts_file={file} is not text; quote it: \"prompts_file='{file}'\".")
     if file == STANDARD_INPUT:
         return _lines_of_standard_input()
-    return read_prompts(Path(expanded("prompts_file", file)), "prompts_file")
+    return read(Path(expanded("prompts_file", file)), "prompts_file")
 
 
 def _lines_of_standard_input() -> list[str]:

@@ -23,6 +23,8 @@ _FORMS = (
     ("control", "recall, subjects never trained (chance)"),
     ("validation", "recall, validation prompts"),
 )
+#: As many questions place a share within 5 points (95% interval).
+_MANY = 400
 _WITHOUT_TABLE = "  the same, value tables read as zeros"
 
 
@@ -40,15 +42,16 @@ def _figures(record: dict[str, Any], counts: ParameterCounts) -> Table:
     metrics, recall = record["metrics"], record["metrics"].get("recall", {})
     for form, label in _FORMS:
         if form in recall:
-            table.add_row(label, _recall(recall[form]["recall"], recall[form].get("choice")))
+            table.add_row(label, _recall(recall[form]["recall"], recall[form].get("choice"), recall[form].get("n")))
         without_table = metrics.get(f"test/recall_{form}_without_table")
         if without_table is not None and form in ("paraphrase", "validation"):
             table.add_row(_WITHOUT_TABLE, _recall(without_table, metrics.get(f"test/choice_{form}_without_table")))
-    for key in ("test/perplexity", "val/perplexity"):
-        if key in metrics:
-            # A run of a sweep has both.
-            of = "held-out text" if key == "test/perplexity" or "test/perplexity" not in metrics else "validations"
-            table.add_row(f"perplexity of {of}", f"{metrics[key]:.3f}")
+    perplexities = [(key, metrics[key]) for key in ("test/perplexity", "val/perplexity") if key in metrics]
+    for key, perplexity in perplexities:
+        # Where the data have no test part, it is the same figure twice.
+        if (key, perplexity) == perplexities[0] or perplexity != perplexities[0][1]:
+            of = "validations" if key != perplexities[0][0] else "held-out text"
+            table.add_row(f"perplexity of {of}", f"{perplexity:.3f}")
     if "test/perplexity_without_table" in metrics:
         table.add_row(_WITHOUT_TABLE, f"{metrics['test/perplexity_without_table']:.3f}")
     if record.get("tokens_per_second"):
@@ -58,15 +61,17 @@ def _figures(record: dict[str, Any], counts: ParameterCounts) -> Table:
     return table
 
 
-def _recall(recall: float, choice: float | None) -> str:
-    return f"{recall:.1%}" + ("" if choice is None else f", {choice:.1%} of four options")
+def _recall(recall: float, choice: float | None, n: int | None = None) -> str:
+    # A share of few questions says little.
+    asked = f" ({n:,} questions)" if n is not None and n < _MANY else ""
+    return f"{recall:.1%}" + ("" if choice is None else f", {choice:.1%} of four options") + asked
 
 
 def cost_rows(record: dict[str, Any], counts: ParameterCounts) -> list[tuple[str, str]]:
     """Returns label and value of the cost figures, with the parameters that learn where others are frozen."""
     params, flops, moved = record["params"], record["flops_per_token"], record["bytes_per_token"]
     # Data without a length count as one token.
-    context = f"{flops['context']:,} tokens (data.seq_len)" if flops["context"] > 1 else "1 token: no data.seq_len"
+    context = f"{flops['context']:,} tokens (data.seq_len)" if flops["context"] > 1 else "1 token: no seq_len"
     rows = [
         ("parameters total / active", f"{params['total']:,} / {params['active']:,}"),
         ("FLOPs per token, training / decoding", f"{flops['train']:,} / {flops['decode']:,}"),

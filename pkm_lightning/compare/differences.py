@@ -4,16 +4,18 @@
 |---|---|
 | ffn | the FFN, those of `extra_ffns`, placements, shared tables, the size that `match=` solved: what is compared |
 | seed | the seed, and keys that follow it |
-| sweep | the learning rate that the same sweep has chosen for each variant |
+| sweep | keys that a sweep varies, or the learning rate that one sweep has chosen for each variant |
 | budget | the number of steps that fill the same seconds |
 | other | everything else, `match` included: the runs differ in more than the FFN and its size |
 """
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pkm_lightning.compare.comparison_file import Comparison, sweep_settings
@@ -52,8 +54,23 @@ class Difference:
     set_by: tuple[str, ...] = ()
 
 
-def find_differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Difference]:
-    """Finds all differences between runs that have a configuration, unfair ones first."""
+def varied_keys(folders: Sequence[Path]) -> tuple[str, ...]:
+    """Returns the keys that the sweeps in `folders` vary, which sweep.csv has after `reason`; none of other folders."""
+    keys: dict[str, None] = {}
+    for folder in folders:
+        try:
+            with (folder / "sweep.csv").open(newline="", encoding="utf-8") as file:
+                header = next(csv.reader(file), [])
+        except (OSError, ValueError, csv.Error):
+            return ()
+        keys |= dict.fromkeys(header[header.index("reason") + 1 :] if "reason" in header else [])
+    return tuple(keys)
+
+
+def find_differences(
+    runs: Sequence[Run], comparisons: Sequence[Comparison], varied: Collection[str] = ()
+) -> list[Difference]:
+    """Finds all differences between runs that have a configuration, unfair ones first; `varied` are keys of sweeps."""
     configured = [run for run in runs if run.config]
     content = {id(run): {**portable_leaves(run.config), **_circumstances(run)} for run in configured}
     differences = []
@@ -65,7 +82,8 @@ def find_differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> 
             value = _as_text(content[id(run)].get(key, _ABSENT))
             values[run.variant] = tuple(dict.fromkeys((*values.get(run.variant, ()), value)))
         if len({value for of_variant in values.values() for value in of_variant}) > 1:
-            kind = _kind(key, values, configured, comparisons)
+            of_sweep = any(_lies_in(key, one) for one in varied)
+            kind = "sweep" if of_sweep else _kind(key, values, configured, comparisons)
             differences.append(Difference(key, kind, values, _set_by(key, comparisons)))
     differences += _unequal_lengths(configured, comparisons)
     order = ("other", "sweep", "budget", "ffn", "seed")

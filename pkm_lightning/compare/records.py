@@ -263,13 +263,22 @@ def _named(runs: list[Run]) -> list[Run]:
         alike = [configs[other.folder] for other in nameless if other.record.get("ffn") == run.record.get("ffn")]
         differing = sorted({key for key in config if any(other.get(key) != config[key] for other in alike)})
         keys = [key for key in differing if key not in ("seed", "data.order_seed")]
-        suffixes = tuple(f" {key}={shorten(str(config[key]), 30)}" for key in keys)
+        suffixes = tuple(f" {key}={_shown(config[key], [other.get(key) for other in alike])}" for key in keys)
         names[run.folder] = (_snake(str(run.record.get("ffn") or "run")), *suffixes)
     # Few keys make a readable name; a sweep of many needs as many as make it a name of one variant.
     longest, n_variants = max(map(len, names.values()), default=0), len(set(names.values()))
     shown = next((n for n in range(4, longest) if len({name[:n] for name in names.values()}) == n_variants), longest)
     shown = min(shown, longest) if n_variants > 1 else 4
     return [run if run.variant else replace(run, variant="".join(names[run.folder][:shown])) for run in runs]
+
+
+def _shown(value: Any, among: Sequence[Any]) -> str:
+    """Returns a value for a name: a number with four digits where these tell it from others, as samplers draw 17."""
+    if isinstance(value, float):
+        short = f"{value:.4g}"
+        if not any(isinstance(other, float) and other != value and f"{other:.4g}" == short for other in among):
+            return short
+    return shorten(str(value), 30)
 
 
 def _snake(name: str) -> str:

@@ -16,6 +16,7 @@ from pkm_lightning.compare.differences import (
     equal_seconds,
     find_differences,
     find_differences_of_sweep,
+    varied_keys,
 )
 from pkm_lightning.compare.leaves import portable_leaves
 from pkm_lightning.compare.multiplier import Multiplier, multipliers
@@ -115,7 +116,7 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     resampled = resample(variants, quality, resamples=settings.resamples, seed=settings.seed) if variants else None
     # At equal seconds larger models train on fewer tokens: that is no ladder of compute.
     ladder = _ladder(variants) if equal_seconds(runs, comparisons) is None else []
-    differences = find_differences(runs, comparisons)
+    differences = find_differences(runs, comparisons, varied_keys(folders))
     by_basis: dict[str, dict[str, Multiplier]] = {}
     for basis in BASES if ladder else ():
         costs = {variant: _mean_training_cost(of_variant, basis) for variant, of_variant in variants.items()}

@@ -6,9 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pkm_lightning.data.conversations import messages_of
 from pkm_lightning.data.files import check_characters, expanded, read_text, require_file, split_lines
 from pkm_lightning.data.readers.records import read_records
+from pkm_lightning.data.template_renderer import Message
 from pkm_lightning.errors import ConfigError, DataError
+
+#: A text, or a conversation that a chat template renders.
+Prompt = str | list[Message]
 
 
 class PromptBatch(TypedDict):
@@ -69,8 +74,26 @@ def read_prompts(path: Path, key: str = "data.prompts_file") -> list[str]:
     return prompts
 
 
+def read_conversations(path: Path, key: str) -> list[Prompt]:
+    """Returns the prompts as `read_prompts` does, and those lines of a .jsonl that have `messages` as conversations.
+
+    Raises:
+        DataError: if the file is missing, empty or malformed.
+    """
+    if path.suffix != ".jsonl" or not path.is_file():
+        return list(read_prompts(path, key))
+    prompts: list[Prompt] = []
+    for line, record in read_records(path):
+        where = f"{path}:{line}"
+        has_messages = "messages" in record and "prompt" not in record
+        prompts.append(messages_of(where, record, "messages") if has_messages else _prompt_field(where, record))
+    return prompts or list(read_prompts(path, key))
+
+
 def _prompt_field(where: str, record: dict[str, Any]) -> str:
     prompt = record.get("prompt")
+    if "messages" in record and "prompt" not in record:
+        raise DataError(f"{where} has messages, which generate puts into the model's chat template; this takes texts.")
     if not isinstance(prompt, str):
         raise DataError(f"{where} has no text field 'prompt' (fields present: {', '.join(record)}); add it.")
     check_characters(f"{where}: field 'prompt'", prompt)

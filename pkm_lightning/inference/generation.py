@@ -107,12 +107,13 @@ def greedy(
 def generate(
     model: Transformer,
     tokenizer: TextCodec,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     sampling: Sampling,
     *,
     device: torch.device,
     batch_size: int = 64,
     context: int | None = None,
+    end_ids: Collection[int] = (),
     watch: Callable[[Answer], None] | None = None,
 ) -> list[list[Answer]]:
     """Returns `sampling.samples` answers to each prompt, in the order of the prompts; see `Generation`.
@@ -120,8 +121,9 @@ def generate(
     Example: `docs/trained-models.md`, "From a program": `loaded.generate` calls it.
     """
     made = Generation(
-        model, tokenizer, prompts, sampling, device=device, batch_size=batch_size, context=context, watch=watch
-    )
+        model, tokenizer, prompts, sampling,
+        device=device, batch_size=batch_size, context=context, end_ids=end_ids, watch=watch,
+    )  # fmt: skip
     made.run()
     return made.answers
 
@@ -171,7 +173,7 @@ class Generation:
         self,
         model: Transformer,
         tokenizer: TextCodec,
-        prompts: Sequence[str] | Sequence[list[int]],
+        prompts: Sequence[str | list[int]],
         sampling: Sampling,
         *,
         device: torch.device,

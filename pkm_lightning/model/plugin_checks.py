@@ -6,6 +6,7 @@ output are checked in every forward too, because a plugin need not run on the me
 
 from __future__ import annotations
 
+import inspect
 import logging
 import traceback
 from collections.abc import Callable, Iterable
@@ -74,6 +75,7 @@ def check_plugins(plugins: Iterable[nn.Module], dim: int) -> None:
         if type(plugin) in checked or is_own(type(plugin)):
             continue
         checked.add(type(plugin))
+        _check_signature(plugin)
         plugin_cost(plugin)
         _check_list(plugin, "slots", HasSlots, Slots)
         _check_list(plugin, "reads", HasReads, TableRead)
@@ -121,6 +123,14 @@ def describe_error(error: Exception) -> str:
 def is_own(cls: type) -> bool:
     """Returns whether a class is of this package, whose tests hold it to its contract."""
     return cls.__module__.partition(".")[0] == "pkm_lightning"
+
+
+def _check_signature(plugin: nn.Module) -> None:
+    signature = inspect.signature(plugin.forward)
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        _refuse(plugin, f"forward takes {signature}; it is called with two, forward(x_BTD, context)")
 
 
 def _check_forward(plugin: nn.Module, dim: int) -> None:

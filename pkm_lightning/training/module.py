@@ -39,7 +39,7 @@ from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.heldout import HeldoutSum
-from pkm_lightning.training.logged_step import log_step
+from pkm_lightning.training.logged_step import follow_steps, logs_at
 from pkm_lightning.training.lookahead import wrap_loaders
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
@@ -84,6 +84,7 @@ class LanguageModule(L.LightningModule):
     def configure_model(self) -> None:
         """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
         wrap_loaders(self._trainer)
+        follow_steps(self._trainer)
         if hasattr(self, "model"):
             return
         self.model = build_model(self.config, self._table_mesh())
@@ -227,7 +228,6 @@ class LanguageModule(L.LightningModule):
             loss = sum_over_ranks(self._step_nll) / self._normaliser.total().clamp(min=1)
             self.watch.figures = {"loss": loss}
         if self.log_is_due():
-            log_step(self, self._step)
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             for name, value in self._reports.means().items():
@@ -331,8 +331,7 @@ class LanguageModule(L.LightningModule):
 
     def log_is_due(self) -> bool:
         """Returns, within a micro-batch's hooks, whether it is the last of a step that logs."""
-        due: bool = self._step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        return due and not self.trainer.fit_loop._should_accumulate()
+        return logs_at(self.trainer, self._step) and not self.trainer.fit_loop._should_accumulate()
 
     def on_validation_start(self) -> None:
         """Raises DataError if the ranks have different numbers of validation batches."""
@@ -375,7 +374,6 @@ class LanguageModule(L.LightningModule):
         loss = self.heldout_nll.compute() / targets
         self.heldout_nll.reset()
         self.heldout_targets.reset()
-        log_step(self, self.trainer.global_step)
         # The metric is already summed over ranks; without `sync_dist` Lightning would warn that it is not.
         self.log(f"{prefix}/loss", loss, prog_bar=prefix == "val", sync_dist=True)
         self.log(f"{prefix}/perplexity", loss.exp(), sync_dist=True)

@@ -65,6 +65,16 @@ class Broken(nn.Module):
         return (MISTAKES | RIGHT)[self.does](self.linear(x_BTD))
 
 
+class OneArgument(Broken):
+    def forward(self, x_BTD: Tensor) -> Any:  # type: ignore[override]
+        return FFNOutput(self.linear(x_BTD))
+
+
+class ByName(Broken):
+    def forward(self, x_BTD: Tensor, *, context: Any) -> Any:  # type: ignore[override]
+        return FFNOutput(self.linear(x_BTD))
+
+
 class Reading(Broken):
     def __init__(self, dim: int, table: Any, spec: str) -> None:
         super().__init__(dim)
@@ -182,3 +192,10 @@ def test_strategies_and_loggers_are_checked() -> None:
         make_trainer({**given, "strategy": wrong}, callbacks=[], loggers=[])
     with pytest.raises(ConfigError, match=r"logger.mine._target_=torch.nn.Identity is not a lightning.*Logger"):
         check_loggers({**given, "logger": {"mine": wrong}})
+
+
+@pytest.mark.parametrize("cls", [OneArgument, ByName])
+def test_a_forward_that_cannot_be_called_is_refused_with_its_arguments(cls: type) -> None:
+    message = refusal("ffn", cls)
+    assert "breaks its contract: forward takes (x_BTD: " in message
+    assert "it is called with two, forward(x_BTD, context)" in message

@@ -6,14 +6,18 @@ import csv
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from local_tasks import write_tasks
 from processes import finish, held_elsewhere, start
 from small import SMALL_RUN, Run, record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pkm_lightning.build.loading import LoadedModel
 from pkm_lightning.compare.records import read_runs
+from pkm_lightning.errors import CheckpointError
 
 TASKS = "tasks=[options,answers,perplexity]"
 
@@ -101,6 +105,15 @@ def test_a_model_needs_its_tokenizer(cli: Run, trained: Path, tasks: Path) -> No
     shown = cli("evaluate", "run_dir=run", TASKS, "tasks_dir=tasks")
     assert shown.code == 2
     assert "has no tokenizer.json beside it" in shown.err
+    assert "fit with resume=always writes it" in shown.err
+
+
+def test_a_tokenizer_that_no_file_holds_is_not_promised() -> None:
+    config = {"data": {"_target_": "mine.Words"}}
+    of_module: Any = LoadedModel(Any, None, config, Path("run/a.ckpt"), torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"mine.Words has one of this kind; .* is used by predict") as caught:
+        of_module.codec()
+    assert "resume=always" not in str(caught.value)
 
 
 def test_a_missing_extra_names_its_command(cli: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

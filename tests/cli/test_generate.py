@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from small import Run
 
+from pkm_lightning import load
+
 Pipe = Callable[[str], None]
 KEYS = ("max_new_tokens=9", "temperature=1.5", "top_k=50", "top_p=0.9", "repetition_penalty=1.1", "samples=3")
 TEMPLATE = (
@@ -165,6 +167,29 @@ def test_chat_with_a_template_reads_each_turn_once(cli: Run, trained: Path, pipe
         alone.append(int(re.findall(r"prompts: (\d+) tokens", ended)[0]))
     # Of the second turn the answer's last token, the message and the frame are new, not the system's message.
     assert 0 < alone[1] - alone[0] < alone[0]
+
+
+def test_conversations_of_a_file_and_of_a_program_are_put_into_the_template(
+    cli: Run, trained: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "Who was she?"}]
+    bare = "user: Who was she?assistant:"
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"prompt": bare}) + "\n")
+    command = ("run_dir=run", "prompts_file=asked.jsonl", "max_new_tokens=5")
+    refused = cli("generate", *command)
+    assert (refused.code, "has no chat template for messages; give texts" in refused.err) == (2, True)
+    (trained / "chat_template.jinja").write_text(TEMPLATE.replace("{{ eos_token }}", ""))
+    made = cli("generate", *command, "out=made.jsonl")
+    assert made.code == 0, made.err
+    first, second = lines(tmp_path / "made.jsonl")
+    assert (first["messages"], second["prompt"], first["answer"]) == (turns, bare, second["answer"])
+    loaded = load(trained)
+    assert loaded.answer(turns, max_new_tokens=5) == str(first["answer"]).strip()  # type: ignore[arg-type]
+    assert len(repr(loaded)) < 200
+    assert "chat template" not in made.err
+    assert "the model has a chat template" in cli("generate", "run_dir=run", "prompt=Who", "max_new_tokens=1").err
+    told = cli("predict", *command)
+    assert (told.code, "asked.jsonl:1 has messages, which generate puts" in told.err) == (2, True)
 
 
 def test_answers_to_a_stream_have_nothing_between_them(cli: Run, trained: Path) -> None:

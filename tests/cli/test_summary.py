@@ -56,3 +56,19 @@ def test_one_layer_is_in_the_singular(layers: list[int], shown: str) -> None:
     figures |= {"flops_per_token": flops, "layers": layers}
     rows = dict(summary.variant_rows({"ffn": figures, "stem": figures}))
     assert rows["stem"] == f"STEM, after, {shown}, no table"
+
+
+def test_shares_of_few_questions_say_how_many_and_one_figure_is_shown_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = resolved("ffn=dense")
+    record = start_record(run.config, run.cost, run.of_variants)
+    recall = {"validation": {"recall": 0.25, "n": 12}, "seen": {"recall": 0.5, "choice": 0.75, "n": 400}}
+    for validation, lines in ((2.0, ["held-out text"]), (3.0, ["held-out text", "validation text"])):
+        metrics = {"recall": recall, "test/perplexity": 2.0, "val/perplexity": validation}
+        summary.print_summary({**record, "metrics": metrics}, [], parameter_counts(run.model))
+        shown = capsys.readouterr().out
+        assert "25.0% (12 questions)" in shown
+        assert "50.0%, 75.0% of four options " in shown
+        assert [line.split("perplexity of ")[1][: len(lines[0]) + 3].strip(" \u2502") for line in shown.splitlines()
+                if "perplexity" in line] == lines  # fmt: skip

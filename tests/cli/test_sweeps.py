@@ -50,9 +50,13 @@ def test_a_sweep_validates_the_last_step_and_a_refused_run_ends_only_itself(cli:
     changed = cli(*command, "optim.weight_decay=0.5")
     assert "holds a run with another configuration (optim.weight_decay: " in changed.err
     assert "best: run" not in changed.out
-    # Continued or evaluated alone it is a run like others.
-    again = cli("fit", "run_dir=sweep/1", "resume=always")
+    # Made longer alone it keeps the figure that the runs of the sweep are compared by.
+    again = cli("fit", "run_dir=sweep/1", "resume=always", "trainer.max_steps=6")
     assert again.code == 0, again.err
+    longer = record(tmp_path / "sweep" / "1")
+    assert longer["objective"].items() >= {"name": "val/bits_paraphrase", "mode": "max", "step": 6}.items()
+    assert longer["objective"]["value"] == longer["metrics"]["val/bits_paraphrase"]
+    assert "val/loss" in longer["metrics"]
 
 
 def test_optuna_is_told_the_direction_and_the_validation_figure(cli: Run, tmp_path: Path) -> None:

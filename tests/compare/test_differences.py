@@ -10,7 +10,7 @@ from run_folders import FakeRun, ladder
 from studies import SETTINGS
 
 from pkm_lightning.compare.comparison_file import Comparison
-from pkm_lightning.compare.differences import Difference, equal_seconds, find_differences
+from pkm_lightning.compare.differences import Difference, equal_seconds, find_differences, varied_keys
 from pkm_lightning.compare.records import read_runs
 from pkm_lightning.compare.study import make_study
 
@@ -206,3 +206,16 @@ def test_run_directories_may_lie_anywhere(tmp_path: Path) -> None:
     FakeRun("b", 1).write(tmp_path / "there" / "else")
     runs, _ = read_runs([tmp_path / "here", tmp_path / "there"])
     assert find_differences(runs, []) == []
+
+
+def test_what_a_sweep_varies_is_no_unfair_difference(tmp_path: Path) -> None:
+    for i, rate in enumerate((0.1, 0.2)):
+        FakeRun(str(i), 1, config={"optim": {"lr": rate}, "model": {"n_layers": i}}).write(tmp_path)
+    runs = read_runs([tmp_path])[0]
+    (tmp_path / "sweep.csv").write_text("run,status,reason,optim.lr\n0,finished,,0.1\n")
+    assert varied_keys([tmp_path]) == ("optim.lr",)
+    assert varied_keys([tmp_path, tmp_path / "0"]) == ()
+    kinds = {d.key: d.kind for d in find_differences(runs, [], varied_keys([tmp_path]))}
+    assert (kinds["optim.lr"], kinds["model.n_layers"]) == ("sweep", "other")
+    assert {d.key for d in make_study([tmp_path], SETTINGS).unfair} >= {"model.n_layers"}
+    assert "optim.lr" not in {d.key for d in make_study([tmp_path], SETTINGS).unfair}

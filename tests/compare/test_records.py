@@ -42,6 +42,22 @@ def test_loose_runs_are_named_by_their_ffn_and_their_differences(tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize(
+    ("rates", "shown"),
+    [
+        ((0.004130399570052626, 0.5), ("0.00413", "0.5")),
+        ((0.00413039, 0.00413041, 0.5), ("0.00413039", "0.00413041", "0.5")),
+    ],
+)
+def test_drawn_numbers_are_short_in_names_unless_they_would_be_one(
+    tmp_path: Path, rates: tuple[float, ...], shown: tuple[str, ...]
+) -> None:
+    for i, rate in enumerate(rates):
+        FakeRun("", 1, config={"optim": {"lr": rate}}).write(tmp_path, str(i))
+    names = {run.variant for run in read_runs([tmp_path])[0]}
+    assert names == {f"memory_plus optim.lr={rate}" for rate in shown}
+
+
 def test_sweeps_and_speed_tests_are_not_reported(tmp_path: Path) -> None:
     FakeRun("a", 1).write(tmp_path / "runs")
     FakeRun("a", 1001).write(tmp_path / "sweep")
