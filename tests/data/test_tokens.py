@@ -20,6 +20,7 @@ from pkm_lightning.data.prepared import prepare_data
 from pkm_lightning.data.shards.mapped import TokenShards
 from pkm_lightning.data.tokenizer import bytes_tokenizer, train_bpe
 from pkm_lightning.errors import ConfigError, DataError
+from pkm_lightning.huggingface.model_card import data_sources
 
 OPTIONS = {
     "val_path": None, "test_path": None, "packing": "windows", "seq_len": 8, "global_batch_size": 4, "num_workers": 0,
@@ -40,6 +41,15 @@ def tokens(root: Path, path: Path, **options: Any) -> TokensDataModule:
 def words(batch: dict[str, Any]) -> str:
     decoded: str = bytes_tokenizer().decode(batch["input_ids"][batch["valid"]].tolist())
     return decoded
+
+
+def test_the_sources_with_their_licences_are_those_of_the_folder(tmp_path: Path) -> None:
+    """Model cards of exports name them."""
+    folder = write_folder(tmp_path, PARTS)
+    config = {"_target_": "pkm_lightning.data.TokensDataModule", **OPTIONS, "path": str(folder)}
+    (source,) = data_sources({"data": {**config, "cache_dir": str(tmp_path)}})
+    assert (source["name"], source["files"]) == ("test", {"file": "0"})
+    assert data_sources({"data": {**config, "path": str(tmp_path / "gone"), "cache_dir": str(tmp_path)}}) == []
 
 
 def test_the_parts_are_those_of_the_folder(tmp_path: Path) -> None:
