@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from shard_folders import text as text_document
+from shard_folders import write_folder
 
-from pkm_lightning.data import TextDataModule
+from pkm_lightning.data import MixDataModule, TextDataModule
+from pkm_lightning.data.packing import PieceOrder
 
 
 def test_a_run_remarks_ids_without_words_and_how_often_it_reads_its_text(
@@ -39,3 +43,18 @@ def test_a_run_remarks_ids_without_words_and_how_often_it_reads_its_text(
     )
     assert learned is not None
     assert "but the text gave" not in remarks(1, int(learned[1]))
+
+
+def test_blocks_of_an_epoch_and_the_smallest_source_of_a_mixture_count(tmp_path: Path) -> None:
+    assert PieceOrder(np.full(10, 3), capacity=None, seed=0, block=4).sections == 3
+    documents = [text_document(f"document {i}") for i in range(30)]
+    folders = [
+        write_folder(tmp_path, {"train": documents[:n], "validation": documents[:2]}, name=str(n)) for n in (5, 30)
+    ]
+    data = MixDataModule(
+        sources={path.name: {"path": str(path)} for path in folders}, packing="none", seq_len=32, global_batch_size=4,
+        num_workers=0, order_seed=0, cache_dir=str(tmp_path), prompts=[], prompts_file=None,
+    )  # fmt: skip
+    data.prepare_data()
+    # Half of the 400 sequences are of the source with 5.
+    assert data.passes(100) == 40
