@@ -16,6 +16,7 @@ class JsonlDataModule(RecordDataModule):
     """Records of JSON lines, plain or compressed.
 
     Args:
+        path: see `CorpusDataModule`.
         endings: of the files that are read in a directory, without those of compression.
         options: see `RecordDataModule`.
 
@@ -26,8 +27,8 @@ class JsonlDataModule(RecordDataModule):
 
     kind = "jsonl"
 
-    def __init__(self, *, endings: Sequence[str], **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, path: str | Sequence[str], endings: Sequence[str], **options: Any) -> None:
+        super().__init__(path=path, **options)
         check_endings(endings)
         self.endings = tuple(endings)
 

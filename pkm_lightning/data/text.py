@@ -16,6 +16,7 @@ class TextDataModule(CorpusDataModule):
     """Documents of text files, plain or compressed.
 
     Args:
+        path: see `CorpusDataModule`.
         document_separator: blank lines (or more) that end a document; None makes each file one document.
         endings: of the files that are read in a directory, without those of compression.
         options: see `CorpusDataModule`.
@@ -27,8 +28,10 @@ class TextDataModule(CorpusDataModule):
 
     kind = "text"
 
-    def __init__(self, *, document_separator: int | None, endings: Sequence[str], **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self, *, path: str | Sequence[str], document_separator: int | None, endings: Sequence[str], **options: Any
+    ) -> None:
+        super().__init__(path=path, **options)
         if document_separator is not None:
             check_range("data.document_separator", document_separator, low=1)
         check_endings(endings)

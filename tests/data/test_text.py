@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,34 +81,6 @@ def test_what_was_read_and_left_out_is_said(
     n_lines = len(caplog.records)
     datamodule.setup("test")
     assert len(caplog.records) == n_lines
-
-
-def test_a_run_remarks_ids_without_words_and_how_often_it_reads_its_text(
-    text: Callable[..., TextDataModule], corpus: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def remarks(steps: int, vocab_size: int) -> str:
-        data = text(str(corpus), vocab_size=vocab_size)
-        data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            max_steps=steps, accumulate_grad_batches=1, distributed_sampler_kwargs=None
-        )
-        caplog.clear()
-        with caplog.at_level("INFO"):
-            data.setup("fit")
-        return "\n".join(record.message for record in caplog.records)
-
-    data = text(str(corpus))
-    data.prepare_data()
-    windows = data.splits.order.size(0)
-    steps = -(-20 * windows // data.global_batch_size)
-    assert "read the training data" not in remarks(steps - 1, 300)
-    times = round(1000 * data.global_batch_size / windows)
-    said = remarks(1000, 4096)
-    assert f"1,000 steps read the training data {times:,} times; trainer.max_steps sets how many" in said
-    learned = re.search(
-        r"data\.vocab_size=4096, but the text gave (\d+) tokens: .*; set data\.vocab_size=\1$", said, re.M
-    )
-    assert learned is not None
-    assert "but the text gave" not in remarks(1, int(learned[1]))
 
 
 def test_validation_holds_whole_documents(text: Callable[..., TextDataModule], corpus: Path) -> None:
