@@ -126,12 +126,28 @@ def _make(
         extra = {"purge_step": resumed_step + 1}
     elif issubclass(cls, WandbLogger) and continued and not (entry.get("id") or entry.get("version")):
         extra = {"version": continued}
+    if issubclass(cls, WandbLogger) and not entry.get("settings"):
+        extra["settings"] = _terse()
     logger: Logger = instantiate(entry, key, **extra)
     check_kind(logger, Logger, entry, key)
     if isinstance(logger, WandbLogger) and is_first:
+        if logger._wandb_init.get("anonymous") is None:
+            # Lightning 2.6 passes on what wandb has given up, and warns of.
+            logger._wandb_init.pop("anonymous", None)
         with _explained(key, f"log in with `wandb login`, or set {key}.offline=true"):
             _ = logger.experiment
     return logger
+
+
+def _terse() -> Any:
+    """Returns settings with which wandb names the run and how to send it, without every figure once more."""
+    import wandb
+
+    settings = wandb.Settings()
+    for name in ("max_end_of_run_history_metrics", "max_end_of_run_summary_metrics"):
+        if hasattr(settings, name):  # earlier versions had no such limit
+            setattr(settings, name, 0)
+    return settings
 
 
 def _mlflow(entry: dict[str, Any], key: str, config: Config, continued: str | None) -> MLFlowLogger:

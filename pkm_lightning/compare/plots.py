@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import matplotlib as mpl
@@ -53,6 +54,10 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "figure.constrained_layout.use": True,
 }
+
+
+#: Characters in one row of a legend below a figure of the usual width, and in a line of a label beside the axes.
+_LEGEND_WIDTH, _LABEL_WIDTH = 80, 36
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ def _bits(axes: Axes, study: Study, styles: _Styles) -> bool:
     colours = [styles.colour(variant) for variant in known]
     axes.barh(places - 0.2, [total for total, _ in known.values()], 0.36, color=colours)
     axes.barh(places + 0.2, [active for _, active in known.values()], 0.36, color=colours, alpha=0.45)
-    axes.set_yticks(places, list(known))
+    axes.set_yticks(places, _in_lines(known))
     axes.invert_yaxis()
     axes.set_xlabel("full: per parameter, pale: per active parameter")
     return True
@@ -275,7 +280,7 @@ def _bars(axes: Axes, study: Study, styles: _Styles, name: str, scale: float) ->
         return False
     places = np.arange(len(known))
     axes.barh(places, [value * scale for value in known.values()], color=[styles.colour(name) for name in known])
-    axes.set_yticks(places, list(known))
+    axes.set_yticks(places, _in_lines(known))
     axes.invert_yaxis()
     return True
 
@@ -291,4 +296,10 @@ def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         # Below the axes: inside it would cover curves, and many variants need several rows.
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        columns = _LEGEND_WIDTH // (max(map(len, labels)) + 6)
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(max(columns, 1), 3))
+
+
+def _in_lines(names: Iterable[str]) -> list[str]:
+    # Beside a name in one line nothing may be left for the axes.
+    return ["\n".join(wrap(name, _LABEL_WIDTH)) for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 import socket
 import threading
@@ -103,6 +104,8 @@ def test_trackers_keep_the_rows_of_metrics_csv_and_a_continued_run_goes_on_in_th
     shown = cli(*COMMAND, *ALL, "trainer.max_steps=4")
     assert shown.code == 0, shown.err
     check_histories(run, end=4)
+    assert "wandb sync" in shown.out + shown.err
+    assert not re.search("Run history|Run summary|anonymous", shown.out + shown.err)
     ids = record(run)["loggers"]
     assert not {"MLFLOW_TRACKING_URI", "WANDB_MODE"} & os.environ.keys()
 

@@ -83,6 +83,14 @@ def test_a_drawing_is_the_same_each_time_for_any_name_of_a_variant(tmp_path: Pat
     assert "ein Löwe &amp; &lt;b&gt;" in pages.render_pages(study, [first], report.MARK)["report.html"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_long_names_of_a_sweep_leave_room_for_the_axes(tmp_path: Path) -> None:
+    for i in range(4):
+        name = f"memory_plus ffn.heads={i} model.memory.heads={i} optim.lr=0.00{i}123 optim.table_lr_factor={i}"
+        FakeRun(name, 1, 0.1 * (i + 1)).write(tmp_path / "runs")
+    assert len(list(all_plots(make_study([tmp_path / "runs"], SETTINGS)))) > 3
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_unfair_differences_are_warned_of_in_red(tmp_path: Path) -> None:
     runs = ladder((1,))
