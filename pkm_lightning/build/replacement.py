@@ -246,12 +246,12 @@ def _tables_of(module: nn.Module) -> set[ValueTable]:
 def _checked_layers(layers: object, count: int) -> list[int]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise ConfigError(f"layers={layers!r:.60} is no list of layers; give their numbers, as in layers=[1].")
-    given = list(layers)
-    for layer in given:
+    layers = list(layers)
+    for layer in layers:
         check_integer("layers", layer, low=0, high=count - 1)
-    chosen = sorted(given)
+    chosen = sorted(layers)
     if len(set(chosen)) != len(chosen) or not chosen:
-        raise ConfigError(f"layers={given} names {'a layer twice' if chosen else 'no layer'}; name each once.")
+        raise ConfigError(f"layers={layers} names {'a layer twice' if chosen else 'no layer'}; name each once.")
     return chosen
 
 

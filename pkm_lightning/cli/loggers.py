@@ -59,9 +59,9 @@ def _check_wandb(name: str, entry: Config) -> None:
     # The constructor takes any keyword, and passes it on when the run starts.
     import wandb
 
-    own, passed_on = (inspect.signature(call).parameters for call in (WandbLogger, wandb.init))
+    of_logger, passed_on = (inspect.signature(call).parameters for call in (WandbLogger, wandb.init))
     for argument in entry:
-        if argument not in own and argument not in passed_on and not argument.startswith("_"):
+        if argument not in of_logger and argument not in passed_on and not argument.startswith("_"):
             raise ConfigError(
                 f"logger.{name}.{argument} is not an argument of wandb.init, which takes {', '.join(passed_on)}."
                 f"{nearest(argument, passed_on)}"
@@ -114,11 +114,18 @@ def attached(
 
 
 def _make(
-    name: str, cls: type, entry: dict[str, Any], config: Config, resumed_step: int | None, found: Any, *, is_first: bool
+    name: str,
+    cls: type,
+    entry: dict[str, Any],
+    config: Config,
+    resumed_step: int | None,
+    saved_id: Any,
+    *,
+    is_first: bool,
 ) -> Logger:
     """Returns a logger, on other ranks than the first a stand-in for one that would write at once."""
     key = f"logger.{name}"
-    continued = found if isinstance(found, str) and _ID.fullmatch(found) else None
+    continued = saved_id if isinstance(saved_id, str) and _ID.fullmatch(saved_id) else None
     if issubclass(cls, MLFlowLogger):
         return _mlflow(entry, key, config, continued) if is_first else DummyLogger()
     extra: dict[str, Any] = {}

@@ -52,14 +52,14 @@ def _all(first: deque[str], others: Iterator[str]) -> Iterator[str]:
 
 def _chosen(pieces: Iterable[str], budget: int, seed: int) -> Iterator[str]:
     # The highest hash of those that are kept comes first.
-    kept: list[tuple[int, int, int, list[str]]] = []
+    sample: list[tuple[int, int, int, list[str]]] = []
     total = size = 0
     for number, group in enumerate(grouped(pieces, GROUP_CHARACTERS)):
         n_bytes = sum(len(piece.encode()) for piece in group)
         total, size = total + n_bytes, size + n_bytes
-        heapq.heappush(kept, (-_hash(seed, number), number, n_bytes, group))
+        heapq.heappush(sample, (-_hash(seed, number), number, n_bytes, group))
         while size > budget:
-            size -= heapq.heappop(kept)[2]
+            size -= heapq.heappop(sample)[2]
     log.info(
         "data.tokenizer=bpe: learns from %.1f MB of %.1f MB of text (%.2g%%), spread evenly; "
         "data.tokenizer_bytes=%d allows no more.",
@@ -68,7 +68,7 @@ def _chosen(pieces: Iterable[str], budget: int, seed: int) -> Iterator[str]:
         100 * size / total,
         budget,
     )
-    for _, _, _, group in sorted(kept, key=lambda entry: entry[1]):
+    for _, _, _, group in sorted(sample, key=lambda entry: entry[1]):
         yield from group
 
 
