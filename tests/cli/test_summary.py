@@ -64,7 +64,7 @@ def test_shares_of_few_questions_say_how_many_and_one_figure_is_shown_once(
     run = resolved("ffn=dense")
     record = start_record(run.config, run.cost, run.of_variants)
     recall = {"validation": {"recall": 0.25, "n": 12}, "seen": {"recall": 0.5, "choice": 0.75, "n": 400}}
-    for validation, lines in ((2.0, ["held-out text"]), (3.0, ["held-out text", "validation text"])):
+    for validation, lines in ((2.0, ["held-out text"]), (3.0, ["held-out text", "validations"])):
         metrics = {"recall": recall, "test/perplexity": 2.0, "val/perplexity": validation}
         summary.print_summary({**record, "metrics": metrics}, [], parameter_counts(run.model))
         shown = capsys.readouterr().out
