@@ -62,7 +62,7 @@ def _figures(record: dict[str, Any], counts: ParameterCounts) -> Table:
 
 
 def _recall(recall: float, choice: float | None, n: int | None = None) -> str:
-    # A share of few questions says little.
+    # A share of few questions is uncertain.
     asked = f" ({n:,} questions)" if n is not None and n < _MANY else ""
     return f"{recall:.1%}" + ("" if choice is None else f", {choice:.1%} of four options") + asked
 

@@ -28,7 +28,7 @@ from pkm_lightning.errors import ConfigError
 #: Keys of a sweeper that name what it searches, in the sweepers that Hydra's authors maintain.
 _SEARCHED = ("params", "search_space", "custom_search_space", "ax_config", "parametrization")
 
-# In `configs/search`: the direction that a sweeper of its own configuration must be told.
+# In `configs/search`: the direction that a sweeper with its own configuration has to be given.
 OmegaConf.register_new_resolver("direction", direction_of, replace=True)
 
 

@@ -25,7 +25,7 @@ from pkm_lightning.data.pieces import ConsecutivePieces, Pieces, write_pieces
 from pkm_lightning.data.sequences import DocumentSequences, WindowSequences
 from pkm_lightning.data.shards.build import build_shards
 from pkm_lightning.data.shards.content import content_lines, counted
-from pkm_lightning.data.shards.format import INDEX, PARTS
+from pkm_lightning.data.shards.format import PARTS
 from pkm_lightning.data.shards.mapped import TokenShards, read_index
 from pkm_lightning.data.split import Fractions
 from pkm_lightning.data.tokenizer import Tokenizer
@@ -71,9 +71,7 @@ class ShardedDataModule(TokenDataModule):
 
     @rank_zero_only
     def _log_content(self) -> None:
-        folder = self.cache_folder()
-        # A source that mixes others has no index of its own.
-        for line in content_lines(read_index(folder)) if (folder / INDEX).exists() else ():
+        for line in content_lines(read_index(self.cache_folder())):
             log.info(line)
 
     def load(self, folder: Path) -> Splits:
