@@ -259,6 +259,10 @@ class TokenDataModule(LightningDataModule):
         if stage == "fit":
             self._log_remarks()
 
+    def content(self) -> list[str]:
+        """Returns lines about what the data are, which are logged before training."""
+        return []
+
     @rank_zero_only
     def _log_remarks(self) -> None:
         if remark := remark_vocabulary(self.vocab_size, self.tokenizer.vocab_size):
@@ -270,6 +274,8 @@ class TokenDataModule(LightningDataModule):
                 f"{steps:,}",
                 f"{times:,.0f}",
             )
+        for line in self.content():
+            log.info(line)
 
     def passes(self, steps: int) -> float:
         """Returns how often so many optimizer steps read the training data, after `prepare_data` or `setup`."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_only
 
 from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.datamodule import LoaderOptions, Splits, TokenDataModule
@@ -147,17 +146,11 @@ class MixDataModule(TokenDataModule):
                 log.warning("%s has another chat template than %s, which the run keeps for chat", key, named[0][0])
         return named[0][1] if named else None
 
-    def setup(self, stage: str | None = None) -> None:
-        """Opens all sources; before training it also logs what they are."""
-        super().setup(stage)
-        if stage == "fit":
-            self._log_content()
-
-    @rank_zero_only
-    def _log_content(self) -> None:
-        for part, places in zip(self.parts, self.places, strict=True):
-            content = content_lines(read_index(part.path))[1]
-            log.info("%s: %.1f%% of the sequences; %s", part.place("train"), 100 * places / BLOCK, content)
+    def content(self) -> list[str]:
+        """Returns the share and the tokens of each source."""
+        shares = {part: 100 * places / BLOCK for part, places in zip(self.parts, self.places, strict=True)}
+        tokens = {part: content_lines(read_index(part.path))[1] for part in self.parts}
+        return [f"{p.place('train')}: {share:.1f}% of the sequences; {tokens[p]}" for p, share in shares.items()]
 
     def recall_items(self, limit: int | None = None) -> list[RecallItem]:
         """Returns at most `limit` validation questions, of the sources in turn."""

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, Unpack
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.batch import SequenceSource
 from pkm_lightning.data.cache import VERIFIED_BYTES, CacheKey, Source, open_cache, sha256_file
@@ -63,16 +61,9 @@ class ShardedDataModule(TokenDataModule):
         """Returns sequence length and packing."""
         return {"seq_len": self.seq_len, "packing": self.packing}
 
-    def setup(self, stage: str | None = None) -> None:
-        """Opens the data; before training it also logs what they are."""
-        super().setup(stage)
-        if stage == "fit":
-            self._log_content()
-
-    @rank_zero_only
-    def _log_content(self) -> None:
-        for line in content_lines(read_index(self.cache_folder())):
-            log.info(line)
+    def content(self) -> list[str]:
+        """Returns what was read, the tokens of each part, and what was skipped."""
+        return content_lines(read_index(self.cache_folder()))
 
     def load(self, folder: Path) -> Splits:
         """Opens the shards, and derives the pieces of documents that sequences are filled with.
