@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -208,7 +208,7 @@ def decoder_call(
 def _plugged(layer: nn.Module, number: int) -> PluggedLayer:
     """Returns `layer` itself, after the exchange of its class."""
     if not isinstance(layer, PluggedLayer):
-        cls: Hashable = type(layer)
+        cls: Any = type(layer)
         layer.__class__ = _subclass(cls)
         assert isinstance(layer, PluggedLayer)
         layer.before = layer.after = layer.before_norm = layer.after_norm = None
