@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from small import resolved
 from toys import config, token_ids
 from tree import ROOT
