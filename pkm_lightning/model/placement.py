@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 
-_MODES = ("replace", "parallel", "before", "after")
+#: How a variant is combined with the base FFN of its layer.
+MODES = ("replace", "parallel", "before", "after")
 
 
 class Placement:
@@ -40,7 +41,7 @@ class Placement:
         mode: str,
         write_after: int | None,
     ) -> None:
-        check_choice("placement.mode", mode, _MODES)
+        check_choice("placement.mode", mode, MODES)
         if write_after is not None:
             check_integer("placement.write_after", write_after, low=0)
         elif layers != "spread":
