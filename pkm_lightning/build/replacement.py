@@ -79,6 +79,11 @@ def replace_ffn(
     if zero_start is not None:
         check_flag("zero_start", zero_start)
     check_choice("mode", mode, MODES)
+    if zero_start and mode == "replace":
+        raise ConfigError(
+            "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', which "
+            "keeps theirs, or zero_start=False."
+        )
     chosen = _checked_layers(layers, len(host.blocks))
     _check_class(ffn, options)
     placed = PlacedPlugins(ffn, tuple(chosen), mode, shared, learning, options=options)
@@ -159,11 +164,11 @@ class PlacedPlugins:
         for number in range(n_groups):
             counts = {"table_number": number, "table_readers": len(self.layers) // n_groups}
             spec = table_spec(**_accepted_by(table_spec, {**defaults, **sizes, **counts, **self.options}))
-            shape = {"rows": spec.rows, "dim": spec.dim, "slices": spec.slices}
+            shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "slices": spec.slices}
             groups.append([self._table(shape, std=spec.std, trainable=spec.trainable) for _ in range(spec.count)])
         return groups
 
-    def _table(self, shape: Mapping[str, int], *, std: float | None, trainable: bool) -> ValueTable:
+    def _table(self, shape: Mapping[str, Any], *, std: float | None, trainable: bool) -> ValueTable:
         if self.bits is not None:
             return QuantizedTable(**shape, bits=self.bits)
         return ValueTable(**shape, std=std, trainable=trainable, learning=self.learning)

@@ -88,10 +88,9 @@ def _cache(decoder: Any, given: dict[str, Any], plugins: Sequence[nn.Module]) ->
         ValueError: the cache cannot hold what a plugin needs of earlier tokens.
     """
     cache: Cache | None = given.get("cache")
-    wanted = given.get("use_cache")
-    if cache is None and _remember(plugins) and not decoder.training:
-        if decoder.config.use_cache if wanted is None else wanted:
-            cache = given["cache"] = DynamicCache(config=decoder.config)
+    wanted = decoder.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    if cache is None and wanted and not decoder.training and _remember(plugins):
+        cache = given["cache"] = DynamicCache(config=decoder.config)
     if cache is None:
         return None
     for plugin in plugins:
@@ -127,7 +126,7 @@ def _view(
     valid_BP = mask.bool() if is_plain else torch.ones(B, total, dtype=torch.bool, device=tokens.device)
     if valid_BP.shape != (B, total):
         raise ValueError(
-            f"attention_mask has the shape {tuple(valid_BP.shape)}; it must cover the {total - T} cached tokens and the "
-            f"{T} new ones: ({B}, {total})."
+            f"attention_mask has the shape {tuple(valid_BP.shape)}; it must cover the {total - T} cached tokens and "
+            f"the {T} new ones: ({B}, {total})."
         )
     return ForeignCache(cache, valid_BP, n_layers), valid_BT
