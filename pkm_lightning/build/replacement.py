@@ -81,8 +81,8 @@ def replace_ffn(
     check_choice("mode", mode, MODES)
     if zero_start and mode == "replace":
         raise ConfigError(
-            "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', which "
-            "keeps theirs, or zero_start=False."
+            "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', "
+            "which keeps theirs, or zero_start=False."
         )
     chosen = _checked_layers(layers, len(host.blocks))
     _check_class(ffn, options)
