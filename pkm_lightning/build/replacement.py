@@ -86,23 +86,23 @@ def replace_ffn(
         )
     chosen = _checked_layers(layers, len(host.blocks))
     _check_class(ffn, options)
-    placed = PlacedPlugins(ffn, tuple(chosen), mode, shared, learning, options=options)
-    plugins = placed.make(host)
+    request = PluginRequest(ffn, tuple(chosen), mode, shared, learning, options=options)
+    plugins = request.make(host)
     for plugin in plugins:
         _bind(plugin, host, tokenizer)
         if mode != "replace" if zero_start is None else zero_start:
             _zero(plugin)
     if freeze_trunk:
         host.freeze()
-    placed.put(host, plugins)
+    request.put(host, plugins)
     if isinstance(host, PretrainedHost):
         # A room above this one: it imports transformers, which the model has brought.
-        importlib.import_module("pkm_lightning.huggingface.plugged").record(model, placed)
+        importlib.import_module("pkm_lightning.huggingface.plugged").record(model, request)
     return plugins
 
 
 @dataclass(frozen=True)
-class PlacedPlugins:
+class PluginRequest:
     """Plugins of one class for some layers, as `replace_ffn` and the folder of a saved model describe them.
 
     Attributes:

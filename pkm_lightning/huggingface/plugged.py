@@ -33,7 +33,7 @@ from transformers import (
 
 from pkm_lightning.build.hosts import Host
 from pkm_lightning.build.instantiate import check_trusted, target_class
-from pkm_lightning.build.replacement import PlacedPlugins
+from pkm_lightning.build.replacement import PluginRequest
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.huggingface.folder_keys import PLUGGED_CLASS, PLUGGED_TYPE
 from pkm_lightning.huggingface.plugged_decoder import follow
@@ -46,8 +46,8 @@ class PluggedConfig:
 
     Attributes:
         trunk_type: the `model_type` of the model without plugins.
-        pkm_lightning: `placements`, one entry per call of `replace_ffn`, and `tables`, the name of the module that
-            registers the tables.
+        pkm_lightning: `placements`, an entry per call of `replace_ffn`, in which `tables` names what registers the
+            tables: `model`, or its `decoder`.
     """
 
     trunk_type: str
@@ -106,11 +106,9 @@ class PluggedModel:
             check_trusted(described, place, "load it with from_pretrained(folder, trust_config=True)")
         assert isinstance(self, nn.Module)
         decoder: Any = self.base_model
-        model = decoder if described.get("tables") == "decoder" else self
         for entry in described["placements"]:
-            placed = read(entry, place)
-            host = Host.of(model)
-            placed.put(host, placed.make(host))
+            request, host = read(entry, place), Host.of(decoder if entry.get("tables") == "decoder" else self)
+            request.put(host, request.make(host))
         follow(decoder)
 
     @classmethod
@@ -162,31 +160,25 @@ CAUSAL_MODELS = (
 DECODERS = (PluggedGPT2Model, PluggedLlamaModel, PluggedMistralModel, PluggedQwen2Model, PluggedQwen3Model)
 
 
-def record(model: Any, placed: PlacedPlugins) -> None:
+def record(model: Any, request: PluginRequest) -> None:
     """Makes the configuration of `model` name plugins that were put into it, and its decoder give them their tokens."""
-    follow(model.base_model)
-    is_decoder = model.base_model is model
-    plain = model.config
-    if isinstance(plain, PluggedConfig):
-        config = plain
-    elif is_decoder:
-        # A model around it, which is not known here, has the same object.
-        config = plain
-        config.__class__ = CONFIGS[plain.model_type]
-    else:
+    decoder, plain = model.base_model, model.config
+    follow(decoder)
+    if not isinstance(plain, PluggedConfig):
         # Other models may have been made of the same object.
-        config = copy.deepcopy(plain)
-        config.__class__ = CONFIGS[plain.model_type]
+        model.config = copy.deepcopy(plain)
+        model.config.__class__ = CONFIGS[plain.model_type]
         for module in model.modules():
             if vars(module).get("config") is plain:
-                module.config = config
-    described = getattr(config, _KEY, None) or {"tables": "decoder" if is_decoder else "model", "placements": []}
-    setattr(config, _KEY, {**described, "placements": [*described["placements"], write(placed)]})
+                module.config = model.config
+    described = getattr(model.config, _KEY, None) or {"placements": []}
+    entry = {**write(request), "tables": "decoder" if decoder is model else "model"}
+    setattr(model.config, _KEY, {**described, "placements": [*described["placements"], entry]})
 
 
-def write(placed: PlacedPlugins) -> dict[str, Any]:
+def write(request: PluginRequest) -> dict[str, Any]:
     """Returns the entry of config.json that describes plugins."""
-    cls, options = placed.ffn, dict(placed.options)
+    cls, options = request.ffn, dict(request.options)
     try:
         json.dumps(options)
     except TypeError as error:
@@ -197,14 +189,14 @@ def write(placed: PlacedPlugins) -> dict[str, Any]:
     module = "pkm_lightning.ffn" if public else cls.__module__
     return {
         "ffn": {"_target_": f"{module}.{cls.__qualname__}", **options},
-        "layers": list(placed.layers),
-        "mode": placed.mode,
-        "shared": placed.shared,
-        "bits": placed.bits,
+        "layers": list(request.layers),
+        "mode": request.mode,
+        "shared": request.shared,
+        "bits": request.bits,
     }
 
 
-def read(entry: Mapping[str, Any], place: str) -> PlacedPlugins:
+def read(entry: Mapping[str, Any], place: str) -> PluginRequest:
     """Returns the plugins that an entry of config.json describes.
 
     Args:
@@ -229,6 +221,6 @@ def read(entry: Mapping[str, Any], place: str) -> PlacedPlugins:
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
     bits = entry.get("bits")
-    return PlacedPlugins(
+    return PluginRequest(
         cls, tuple(layers), str(entry.get("mode")), bool(entry.get("shared")), bits=bits, options=options
     )

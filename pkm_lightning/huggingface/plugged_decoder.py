@@ -42,8 +42,14 @@ def _enter(
     cache = _cache(decoder, given, plugins)
     view, valid_BT = _view(given, cache, len(blocks), needed=cache is not None and _remember(plugins))
     stack = ExitStack()
-    context = _context(decoder, given, plugins, valid_BT)
-    stack.enter_context(decoder_call(layers, context, None if view is None else view.layers))
+    context = _context(given, plugins, valid_BT)
+    call = stack.enter_context(decoder_call(layers, context, None if view is None else view.layers))
+
+    def take_embedding(embedding: nn.Module, args: object, embedding_BTD: Tensor) -> None:
+        call.context = replaced(call.context, embedding_BTD=embedding_BTD)
+
+    # Not computed here: engines gather the matrix around the decoder's own forward.
+    stack.callback(decoder.get_input_embeddings().register_forward_hook(take_embedding).remove)
     setattr(decoder, _CALL, stack)
     return (), given
 
@@ -65,10 +71,10 @@ def _by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return given
 
 
-def _context(decoder: Any, given: dict[str, Any], plugins: Sequence[nn.Module], valid_BT: Tensor | None) -> FFNContext:
+def _context(given: dict[str, Any], plugins: Sequence[nn.Module], valid_BT: Tensor | None) -> FFNContext:
     input_ids_BT: Tensor | None = given.get("input_ids")
     if input_ids_BT is not None:
-        return FFNContext(input_ids_BT, valid_BT, embedding_BTD=decoder.get_input_embeddings()(input_ids_BT))
+        return FFNContext(input_ids_BT, valid_BT)
     by_token = next((plugin for plugin in plugins if isinstance(plugin, HasRowIds)), None)
     if by_token is not None:
         raise ValueError(
