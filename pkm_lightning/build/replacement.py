@@ -19,6 +19,7 @@ from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_in
 from pkm_lightning.ffn import HasZeroOutput, UsesTokenizer
 from pkm_lightning.memory import QuantizedTable, ValueTable
 from pkm_lightning.model.placement import MODES
+from pkm_lightning.model.plugin_checks import check_signature
 
 #: Arguments of plugins that the model and the layers decide.
 _DECIDED = ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader")
@@ -87,14 +88,14 @@ def replace_ffn(
     chosen = _checked_layers(layers, len(host.blocks))
     _check_class(ffn, options)
     request = PluginRequest(ffn, tuple(chosen), mode, shared, learning, options=options)
-    plugins = request.make(host)
+    plugins, tables = request.make(host)
     for plugin in plugins:
         _bind(plugin, host, tokenizer)
         if mode != "replace" if zero_start is None else zero_start:
             _zero(plugin)
     if freeze_trunk:
         host.freeze()
-    request.put(host, plugins)
+    host.replace(dict(zip(chosen, plugins, strict=True)), mode, tables)
     if isinstance(host, PretrainedHost):
         # A room above this one: it imports transformers, which the model has brought.
         importlib.import_module("pkm_lightning.huggingface.plugged").record(model, request)
@@ -118,8 +119,8 @@ class PluginRequest:
     bits: Literal[8, 4, 2] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def make(self, host: Host) -> list[nn.Module]:
-        """Returns new plugins on the device and in the dtype of their layers, and changes nothing in the model.
+    def make(self, host: Host) -> tuple[list[nn.Module], list[ValueTable]]:
+        """Returns new plugins and their tables, on the device and in the dtype of their layers.
 
         Raises:
             ConfigError: a place where another plugin stands, or arguments that do not fit.
@@ -132,7 +133,7 @@ class PluginRequest:
                 )
         sizes = {"dim": host.dim, "n_layers": len(host.blocks), "vocab_size": host.vocab_size}
         groups = self._tables(sizes)
-        plugins = []
+        plugins: list[nn.Module] = []
         for place, layer in enumerate(self.layers):
             keywords: dict[str, Any] = {**sizes, "layer": layer, "table_number": place, "table_reader": 0}
             if groups:
@@ -141,13 +142,9 @@ class PluginRequest:
                 keywords |= {"table": group[0] if len(group) == 1 else group}
                 keywords |= {"table_number": number, "table_reader": reader}
             plugins.append(self.ffn(**accepted_keywords(self.ffn, keywords), **self.options))
+            check_signature(plugins[-1])
             host.adapt(layer, plugins[-1])
-        return plugins
-
-    def put(self, host: Host, plugins: Sequence[nn.Module]) -> None:
-        """Puts plugins of `make` into the model, which takes over their tables."""
-        tables = [module for plugin in plugins for module in plugin.modules() if isinstance(module, ValueTable)]
-        host.replace(dict(zip(self.layers, plugins, strict=True)), self.mode, list(dict.fromkeys(tables)))
+        return plugins, [table for group in groups for table in group]
 
     def _tables(self, sizes: Mapping[str, int]) -> list[list[ValueTable]]:
         """Returns the tables that the class requests, one group for all layers or one per layer; none for none."""

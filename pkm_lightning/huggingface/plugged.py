@@ -108,7 +108,8 @@ class PluggedModel:
         decoder: Any = self.base_model
         for entry in described["placements"]:
             request, host = read(entry, place), Host.of(decoder if entry.get("tables") == "decoder" else self)
-            request.put(host, request.make(host))
+            plugins, tables = request.make(host)
+            host.replace(dict(zip(request.layers, plugins, strict=True)), request.mode, tables)
         follow(decoder)
 
     @classmethod
@@ -158,6 +159,12 @@ CAUSAL_MODELS = (
     PluggedQwen3ForCausalLM,
 )
 DECODERS = (PluggedGPT2Model, PluggedLlamaModel, PluggedMistralModel, PluggedQwen2Model, PluggedQwen3Model)
+
+
+def causal_class(kind: str) -> str:
+    """Returns the name of the class of a language model of this `model_type`, without plugins."""
+    (model,) = (model for model in CAUSAL_MODELS if model.config_class is CONFIGS[kind])
+    return str(model.__name__).removeprefix(PLUGGED_CLASS)
 
 
 def record(model: Any, request: PluginRequest) -> None:
