@@ -79,15 +79,12 @@ def replace_ffn(
     check_flag("freeze_trunk", freeze_trunk)
     if zero_start is not None:
         check_flag("zero_start", zero_start)
-    check_choice("mode", mode, MODES)
     if zero_start and mode == "replace":
         raise ConfigError(
             "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', "
             "which keeps theirs, or zero_start=False."
         )
-    chosen = _checked_layers(layers, len(host.blocks))
-    _check_class(ffn, options)
-    request = PluginRequest(ffn, tuple(chosen), mode, shared, learning, options=options)
+    request = PluginRequest.of(host, ffn, layers, mode, options, shared=shared, learning=learning)
     plugins, tables = request.make(host)
     for plugin in plugins:
         _bind(plugin, host, tokenizer)
@@ -95,7 +92,7 @@ def replace_ffn(
             _zero(plugin)
     if freeze_trunk:
         host.freeze()
-    host.replace(dict(zip(chosen, plugins, strict=True)), mode, tables)
+    host.replace(dict(zip(request.layers, plugins, strict=True)), mode, tables)
     if isinstance(host, PretrainedHost):
         # A room above this one: it imports transformers, which the model has brought.
         importlib.import_module("pkm_lightning.huggingface.plugged").record(model, request)
@@ -114,10 +111,24 @@ class PluginRequest:
     ffn: type[nn.Module]
     layers: tuple[int, ...]
     mode: str
-    shared: bool
+    shared: bool = True
     learning: str = "dense"
     bits: Literal[8, 4, 2] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, host: Host, ffn: Any, layers: object, mode: str, options: Mapping[str, Any], **further: Any
+    ) -> PluginRequest:
+        """Returns the request for plugins in `host`, with ascending layers.
+
+        Raises:
+            ConfigError: layers, a mode, a class or options that there are not.
+        """
+        check_choice("mode", mode, MODES)
+        chosen = _checked_layers(layers, len(host.blocks))
+        _check_class(ffn, options)
+        return cls(ffn, tuple(chosen), mode, options=options, **further)
 
     def make(self, host: Host) -> tuple[list[nn.Module], list[ValueTable]]:
         """Returns new plugins and their tables, on the device and in the dtype of their layers.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -107,7 +107,8 @@ class PluggedModel:
         assert isinstance(self, nn.Module)
         decoder: Any = self.base_model
         for entry in described["placements"]:
-            request, host = read(entry, place), Host.of(decoder if entry.get("tables") == "decoder" else self)
+            host = Host.of(decoder if entry.get("tables") == "decoder" else self)
+            request = read(entry, host, place)
             plugins, tables = request.make(host)
             host.replace(dict(zip(request.layers, plugins, strict=True)), request.mode, tables)
         follow(decoder)
@@ -203,19 +204,20 @@ def write(request: PluginRequest) -> dict[str, Any]:
     }
 
 
-def read(entry: Mapping[str, Any], place: str) -> PluginRequest:
+def read(entry: Mapping[str, Any], host: Host, place: str) -> PluginRequest:
     """Returns the plugins that an entry of config.json describes.
 
     Args:
         entry: as `write` returns it.
+        host: that receives them.
         place: where it was read, for errors.
 
     Raises:
-        ConfigError: a class that cannot be imported.
+        ConfigError: a class that cannot be imported, or what `host` does not have.
         CheckpointError: an entry of another form, or of plugins that could not be described.
     """
-    ffn, layers = entry.get("ffn"), entry.get("layers")
-    if not isinstance(ffn, Mapping) or not isinstance(layers, Sequence):
+    ffn = entry.get("ffn")
+    if not isinstance(ffn, Mapping) or "layers" not in entry:
         raise CheckpointError(f"{place} has a placement without ffn and layers ({entry!r:.60}); save the model again.")
     if "unsaved" in ffn:
         raise CheckpointError(
@@ -223,11 +225,9 @@ def read(entry: Mapping[str, Any], place: str) -> PluginRequest:
             "the weights of the folder."
         )
     options = {name: value for name, value in ffn.items() if not name.startswith("_")}
+    further = {"shared": bool(entry.get("shared")), "bits": entry.get("bits")}
     try:
         cls = target_class(ffn, "ffn")
+        return PluginRequest.of(host, cls, entry["layers"], entry.get("mode", "replace"), options, **further)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
-    bits = entry.get("bits")
-    return PluginRequest(
-        cls, tuple(layers), str(entry.get("mode")), bool(entry.get("shared")), bits=bits, options=options
-    )
