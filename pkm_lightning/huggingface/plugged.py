@@ -97,7 +97,7 @@ class PluggedModel:
     """
 
     def __init__(self, config: Any, *arguments: Any, trust_config: bool = False, **options: Any) -> None:
-        super().__init__(config, *arguments, **options)
+        super().__init__(config, *arguments, **options)  # type: ignore[call-arg]
         described = config.pkm_lightning
         place = f"{config.name_or_path}/config.json" if config.name_or_path else "the configuration"
         if not isinstance(described, dict) or not described.get("placements"):
