@@ -201,6 +201,12 @@ def test_a_run_leaves_as_a_folder_with_its_plugins(name: str, tmp_path: Path) ->
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), outputs(small))
 
 
+def test_a_run_does_not_start_from_such_a_folder(tmp_path: Path) -> None:
+    saved(tmp_path, MemoryPlus, mode="parallel", **KEYS)
+    with pytest.raises(ConfigError, match=r"is a pretrained model with plugins \(model_type='pkm_lightning_llama'\)"):
+        pkm_lightning.load(tmp_path)
+
+
 @pytest.mark.slow
 def test_transformers_alone_refuse_the_folder(tmp_path: Path) -> None:
     saved(tmp_path, MemoryPlus, mode="parallel", **KEYS)
