@@ -75,10 +75,9 @@ def replace_ffn(
         ValueTable(rows=256, dim=16, learning=dense)
     """
     host = Host.of(model)
-    check_flag("shared", shared)
-    check_flag("freeze_trunk", freeze_trunk)
-    if zero_start is not None:
-        check_flag("zero_start", zero_start)
+    flags = {"shared": shared, "freeze_trunk": freeze_trunk, "zero_start": zero_start is None or zero_start}
+    for name, flag in flags.items():
+        check_flag(name, flag)
     if zero_start and mode == "replace":
         raise ConfigError(
             "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', "
@@ -88,7 +87,7 @@ def replace_ffn(
     plugins, tables = request.make(host)
     for plugin in plugins:
         _bind(plugin, host, tokenizer)
-        if mode != "replace" if zero_start is None else zero_start:
+        if mode != "replace" and zero_start is not False:
             _zero(plugin)
     if freeze_trunk:
         host.freeze()

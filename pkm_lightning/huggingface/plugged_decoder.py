@@ -37,12 +37,12 @@ def _enter(
     layers = [block for block in blocks if isinstance(block, PluggedLayer)]
     if not layers:
         return None
-    given = _by_name(decoder, args, kwargs)
+    named = _by_name(decoder, args, kwargs)
     plugins = [plugin for layer in layers for _, plugin in layer.named_plugins()]
-    cache = _cache(decoder, given, plugins)
-    view, valid_BT = _view(given, cache, len(blocks), needed=cache is not None and _remember(plugins))
+    cache = _cache(decoder, named, plugins)
+    view, valid_BT = _view(named, cache, len(blocks), needed=cache is not None and _remember(plugins))
     stack = ExitStack()
-    context = _context(given, plugins, valid_BT)
+    context = _context(named, plugins, valid_BT)
     call = stack.enter_context(decoder_call(layers, context, None if view is None else view.layers))
 
     def take_embedding(embedding: nn.Module, args: object, embedding_BTD: Tensor) -> None:
@@ -51,7 +51,7 @@ def _enter(
     # Not computed here: engines gather the matrix around the decoder's own forward.
     stack.callback(decoder.get_input_embeddings().register_forward_hook(take_embedding).remove)
     setattr(decoder, _CALL, stack)
-    return (), given
+    return (), named
 
 
 def _leave(decoder: nn.Module, args: object, output: object) -> None:
@@ -63,16 +63,16 @@ def _leave(decoder: nn.Module, args: object, output: object) -> None:
 
 def _by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of the decoder's forward by name."""
-    given = dict(inspect.signature(type(decoder).forward).bind(decoder, *args, **kwargs).arguments)
-    del given["self"]
-    given |= given.pop("kwargs", {})
-    if "past_key_values" in given:  # the name before transformers 5.24
-        given["cache"] = given.pop("past_key_values")
-    return given
+    named = dict(inspect.signature(type(decoder).forward).bind(decoder, *args, **kwargs).arguments)
+    del named["self"]
+    named |= named.pop("kwargs", {})
+    if "past_key_values" in named:  # the name before transformers 5.24
+        named["cache"] = named.pop("past_key_values")
+    return named
 
 
-def _context(given: dict[str, Any], plugins: Sequence[nn.Module], valid_BT: Tensor | None) -> FFNContext:
-    input_ids_BT: Tensor | None = given.get("input_ids")
+def _context(named: dict[str, Any], plugins: Sequence[nn.Module], valid_BT: Tensor | None) -> FFNContext:
+    input_ids_BT: Tensor | None = named.get("input_ids")
     if input_ids_BT is not None:
         return FFNContext(input_ids_BT, valid_BT)
     by_token = next((plugin for plugin in plugins if isinstance(plugin, HasRowIds)), None)
@@ -87,16 +87,16 @@ def _remember(plugins: Sequence[nn.Module]) -> bool:
     return any(getattr(plugin, "uses_past", False) for plugin in plugins)
 
 
-def _cache(decoder: Any, given: dict[str, Any], plugins: Sequence[nn.Module]) -> Cache | None:
-    """Returns the cache of the forward, which it is given where plugins have to remember something in it.
+def _cache(decoder: Any, named: dict[str, Any], plugins: Sequence[nn.Module]) -> Cache | None:
+    """Returns the cache of the forward, which is a new one where plugins have to remember something in it.
 
     Raises:
         ValueError: the cache cannot hold what a plugin needs of earlier tokens.
     """
-    cache: Cache | None = given.get("cache")
-    wanted = decoder.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    cache: Cache | None = named.get("cache")
+    wanted = decoder.config.use_cache if named.get("use_cache") is None else named["use_cache"]
     if cache is None and wanted and not decoder.training and _remember(plugins):
-        cache = given["cache"] = DynamicCache(config=decoder.config)
+        cache = named["cache"] = DynamicCache(config=decoder.config)
     if cache is None:
         return None
     for plugin in plugins:
@@ -113,15 +113,15 @@ def _cache(decoder: Any, given: dict[str, Any], plugins: Sequence[nn.Module]) ->
 
 
 def _view(
-    given: dict[str, Any], cache: Cache | None, n_layers: int, *, needed: bool
+    named: dict[str, Any], cache: Cache | None, n_layers: int, *, needed: bool
 ) -> tuple[ForeignCache | None, Tensor | None]:
     """Returns the view on the cache for plugins that remember, if `needed`, and which new tokens are real, (B, T).
 
     None for the latter where all are.
     """
-    tokens: Tensor = given["inputs_embeds"][..., 0] if given.get("input_ids") is None else given["input_ids"]
+    tokens: Tensor = named["inputs_embeds"][..., 0] if named.get("input_ids") is None else named["input_ids"]
     B, T = tokens.shape
-    mask: Any = given.get("attention_mask")
+    mask: Any = named.get("attention_mask")
     is_plain = isinstance(mask, Tensor) and mask.ndim == 2
     valid_BT = mask[:, -T:].bool() if is_plain else None
     if valid_BT is not None and bool(valid_BT.all()):
