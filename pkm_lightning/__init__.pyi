@@ -1,7 +1,7 @@
+from pkm_lightning.build.ffn_reports import FFNReports as FFNReports
+from pkm_lightning.build.ffn_reports import ffn_reports as ffn_reports
 from pkm_lightning.build.loading import LoadedModel as LoadedModel
 from pkm_lightning.build.loading import load as load
-from pkm_lightning.build.replacement import FFNReports as FFNReports
-from pkm_lightning.build.replacement import ffn_reports as ffn_reports
 from pkm_lightning.build.replacement import replace_ffn as replace_ffn
 from pkm_lightning.build.saving import save as save
 from pkm_lightning.data.base import NO_TARGET as NO_TARGET

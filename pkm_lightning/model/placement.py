@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_integer
 
-_MODES = ("replace", "parallel", "before", "after")
+#: How a variant is combined with the base FFN of its layer.
+MODES = ("replace", "parallel", "before", "after")
 
 
 class Placement:
@@ -43,7 +44,7 @@ class Placement:
         write_after: int | None,
         zero_start: bool | None = None,
     ) -> None:
-        check_choice("placement.mode", mode, _MODES)
+        check_choice("placement.mode", mode, MODES)
         if zero_start is not None:
             check_flag("placement.zero_start", zero_start)
         if zero_start and mode == "replace":

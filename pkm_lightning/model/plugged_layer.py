@@ -101,7 +101,7 @@ class PluggedLayer(nn.Module):
             is normalised by `before_norm` and `after_norm` unless they do that themselves.
         number: of the layer.
         call: the forward that is under way, or None.
-        collector: takes the layer and the outputs of its plugins, by name, where no `call` does; or None.
+        collector: takes the layer and the outputs of its plugins, by name, after each forward; or None.
     """
 
     mlp: nn.Module
@@ -123,7 +123,7 @@ class PluggedLayer(nn.Module):
         hidden_BTD, outputs = super().__call__(*args, ffn_context=context, ffn_cache=cached, **kwargs)
         if call is not None:
             call.outputs[self.number] = outputs
-        elif self.collector is not None:
+        if self.collector is not None:
             self.collector(self, outputs)
         return cast("Tensor", hidden_BTD)
 
@@ -152,6 +152,13 @@ class PluggedLayer(nn.Module):
             outputs["after"] = run_plugin("after", self.after, self.after_norm, hidden_BTD, ffn_context, ffn_cache)
             hidden_BTD = hidden_BTD + outputs["after"].y_BTD
         return hidden_BTD, outputs
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # For pickle, which would look for the subclass by its name.
+        base: Any = type(self).__bases__[-1]
+        if type(self) is not _subclass(base):
+            return super().__reduce_ex__(protocol)
+        return _new, (base,), self.__getstate__()
 
     def named_plugins(self) -> Iterator[tuple[str, nn.Module]]:
         """Yields the plugins with their names within the layer, in the order in which they run."""
@@ -219,3 +226,8 @@ def _plugged(layer: nn.Module, number: int) -> PluggedLayer:
 @functools.cache
 def _subclass(cls: Any) -> type[nn.Module]:
     return type(f"Plugged{cls.__name__}", (PluggedLayer, cls), {"__module__": cls.__module__})
+
+
+def _new(cls: Any) -> nn.Module:
+    plugged = _subclass(cls)
+    return plugged.__new__(plugged)

@@ -10,7 +10,7 @@ from torch import nn
 from toys import DIM, VOCAB, dense, token_ids, transformer
 
 from pkm_lightning import PEER, ConfigError, Dense, Engram, MemoryPlus, TableOptimizer, replace_ffn, row_learning_tables
-from pkm_lightning.build.replacement import LAYERS_OF
+from pkm_lightning.build.hosts import LAYERS_OF
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.huggingface.files import SUPPORTED
 from pkm_lightning.model import Transformer
