@@ -1,0 +1,1 @@
+"""Looking into a trained model: which slots each token reads, what the reads add, and what is left without them."""
