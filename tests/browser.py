@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,15 @@ _FLAGS = (
 )
 _KEYS = {"Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39}
 _KEYS |= {"ArrowDown": 40, "Tab": 9, "/": 191}
+
+# Chromium knows the pipe by the numbers 3 and 4, which one of its ends may have already.
+_LAUNCHER = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def chromium() -> str | None:
@@ -153,8 +163,7 @@ def browser_page(program: str, *flags: str, size: tuple[int, int] = (1280, 800))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = ["--no-sandbox"] if os.geteuid() == 0 else []  # which Chromium asks of that user
         options = [*_FLAGS, *root, f"--user-data-dir={folder}", f"--window-size={size[0]},{size[1]}", *flags]
-        # The shell lends the pipe the numbers 3 and 4, by which the browser knows it.
-        command = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", program, *options]
+        command = [sys.executable, "-c", _LAUNCHER, str(to_browser), str(from_browser), program, *options]
         process = subprocess.Popen(
             command, pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL, start_new_session=True
         )

@@ -80,7 +80,7 @@ class _Packing:
 
     def pack(self, record: Record) -> str:
         """Returns the block, compressed, in base64."""
-        content = {
+        content: dict[str, Any] = {
             "model": record.model,
             "effects": record.effects,
             "data": record.data,
