@@ -1,0 +1,91 @@
+// The panel of a slot: the tokens of these texts and of the data that read it, and the facts that it serves.
+
+function slotPanel(record, state, go) {
+  const {slot, table} = state;
+  const layers = record.readers.filter((reader) => reader.table === table);
+  const kind = layers[0].kind === "expert" ? "expert" : "slot";
+  const here = readersOf(record, table, slot);
+  const known = record.slots[table]?.[String(slot)];
+  const title = kind === "slot" ? `Slot ${slot} of ${table}` : `Expert ${slot} of ${table}`;
+  const back = state.token === null ? "Back to the overview" : `Back to token ${state.token}`;
+  const nodes = [
+    element("button", {type: "button", class: "back", click: () => go({slot: null, table: null})}, `← ${back}`),
+    element("h2", {tabindex: "-1"}, title),
+    element("p", null, sentenceOf(record, layers, kind, here, known)),
+  ];
+  const masked = record.ablations.filter((a) => a.masked[table] === null || a.masked[table]?.includes(slot));
+  for (const ablation of masked) nodes.push(element("p", null, lossSentence(record, ablation, state.text)));
+  if (known?.facts.length) {
+    nodes.push(
+      element("h3", null, "Questions with known answers that read it"),
+      element("ul", {class: "readers"}, ...known.facts.map((fact) => element("li", null, factNode(fact)))),
+    );
+  }
+  nodes.push(element("h3", null, `Tokens of ${record.texts.length > 1 ? "these texts" : "this text"} that read it`));
+  if (here.length) {
+    nodes.push(growingList(here, (one) => readerButton(record, state, one, go), {class: "readers here"}));
+  } else nodes.push(element("p", {class: "note"}, "None."));
+  nodes.push(...dataReaders(record, state, known, go));
+  return nodes;
+}
+
+function sentenceOf(record, layers, kind, here, known) {
+  const names = layers.map((reader) => reader.layer).join(", ");
+  const what = kind === "slot" ? "A row of the value table" : "A part of the mixture";
+  const total = known ? ` Over the data and these texts it was read ${counted(known.reads, "time")}.` : "";
+  return `${what} that layer${layers.length > 1 ? "s" : ""} ${names} can read. ` +
+    `Here it is read ${counted(here.length, "time")}.${total}`;
+}
+
+function lossSentence(record, ablation, text) {
+  const change = ablation.loss_without[text] - ablation.loss[text];
+  const recall = ablation.recall === null ? "" :
+    ` Share of known answers: ${percent(ablation.recall)} with, ${percent(ablation.recall_without)} without.`;
+  const loss = ablation.loss[text] === null ? "" :
+    ` the loss of this text changes by ${signed(change)} nats per token, from ${figure(ablation.loss[text])}.`;
+  return `Without ${maskedName(ablation)}${loss ? "," : "."}${loss}${recall}`;
+}
+
+function factNode([prompt, answer, weight, reader]) {
+  return [
+    element("span", {class: "snippet", dir: "auto"}, ...tokenNodes(prompt), " ",
+      element("mark", null, ...tokenNodes(answer.trim()))),
+    element("small", null, `weight ${figure(weight)}, ${reader}`),
+  ];
+}
+
+function readerButton(record, state, one, go) {
+  const text = record.texts[one.text];
+  const current = one.text === state.text && one.position === state.token;
+  return element(
+    "button", {
+      type: "button", "data-token": one.position, "data-text": one.text, "data-weight": one.weight,
+      "data-effect": one.effect, "aria-current": current ? "true" : null,
+      click: () => go({text: one.text, token: one.position, slot: null, table: null}),
+    },
+    element("span", {class: "snippet", dir: "auto"}, ...snippet(record, text, one.position, true)),
+    element("small", null, readerFigures(record, one.text, one.position, one.weight, one.reader.name, one.effect)),
+  );
+}
+
+function readerFigures(record, text, position, weight, reader, effect) {
+  const place = typeof text === "string" ? text : record.texts.length > 1 ? record.texts[text].title : "";
+  const effects = Number.isNaN(effect) || effect === undefined ? "" : `, effect ${signed(effect)}`;
+  const figures = `token ${position}, weight ${figure(weight)}${effects}, ${reader}`;
+  return place ? [element("bdi", null, place), `, ${figures}`] : [figures];
+}
+
+/** Returns the readers of the data set; those of the texts of this page are listed above. */
+function dataReaders(record, state, known, go) {
+  const others = (known?.readers ?? []).filter(([text]) => typeof text === "string");
+  if (!others.length) return [];
+  const itemOf = ([text, position, token, weight, reader, before, after]) => element(
+    "div", null,
+    element("span", {class: "snippet", dir: "auto"}, ...tokenNodes(before),
+      element("mark", null, ...tokenNodes(token)), ...tokenNodes(after)),
+    element("small", null, readerFigures(record, text, position, weight, reader)),
+  );
+  const heading = element("h3", null, "Tokens of the data that read it with the largest weights");
+  const source = record.data ? [element("p", {class: "note"}, "Data: ", element("bdi", null, record.data))] : [];
+  return [heading, ...source, growingList(others, itemOf, {class: "readers data"})];
+}
