@@ -124,7 +124,7 @@ class FactReading(NamedTuple):
 
 @dataclass
 class SlotRecord:
-    """Who reads a slot.
+    """The readers of one slot.
 
     Attributes:
         reads: reads of the slot over the data that were passed through the model, and over the texts.
