@@ -28,6 +28,7 @@ VERBS = {
     "predict": "answer prompt=TEXT or prompts_file=FILE, written as JSON lines; also with several ranks",
     "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
     "chat": "talk to a model in the terminal",
+    "inspect": "the slots that text=TEXT reads, what they add, who else reads them; without mask=[SLOT,...]",
     "export": "write the weights of ckpt=PATH or run_dir=RUN: file=model.safetensors, or format=hf|ngram dir=FOLDER",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "prepare": "tokenise data=text data.path=FILES ahead of fit, or into out=DIR; data=benchmarks: sets for evaluate",
@@ -43,6 +44,7 @@ PRIMARY_CONFIGURATIONS = {
     "generate": "generate",
     "chat": "generate",
     "evaluate": "evaluate",
+    "inspect": "inspect",
     "export": "export",
     "prepare": "prepare",
 }
@@ -106,7 +108,9 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) == "generate" else arguments
+    arguments = (
+        with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) in ("generate", "inspect") else arguments
+    )
     given = arguments
     try:
         check_sweep(verb, arguments)

@@ -32,10 +32,18 @@ _QUESTIONS = 32
 
 
 class _Sequence(NamedTuple):
-    """A sequence of a batch, for the excerpts: its name or number, and its tokens without padding behind them."""
+    """A sequence of a batch, for the excerpts: its name or number, its tokens, and the document that each is of."""
 
     title: int | str
     ids: list[int]
+    documents: list[int]
+
+    def around(self, place: int) -> tuple[list[int], list[int]]:
+        """Returns the tokens up to `place` and those behind it, few and of its document alone."""
+        low, high = max(0, place - _AROUND), place + 1 + _AROUND
+        nearby = range(low, min(high, len(self.ids)))
+        same = [n for n in nearby if self.documents[n] == self.documents[place]]
+        return [self.ids[n] for n in same if n <= place], [self.ids[n] for n in same if n > place]
 
 
 @dataclass
@@ -129,7 +137,7 @@ def add_slot_readings(
     with torch.compiler.set_stance("force_eager"):
         for batch in batches:
             on_device = {name: value.to(device) for name, value in batch.items()}
-            sequences = [_Sequence(f"{data} {number + row + 1}", ids) for row, ids in enumerate(_rows(batch))]
+            sequences = _sequences(batch, data, number)
             _add_batch(model, readers, of_reader, tokens, on_device, sequences)
             number += len(sequences)
         for start in range(0, len(questions), _QUESTIONS):
@@ -162,19 +170,19 @@ def _add_texts(record: Record, tokens: Mapping[str, _Heaps], of_reader: Mapping[
             if reads.slots:
                 ids_TC, weights_TC = torch.tensor(reads.slots), torch.tensor(reads.weights)
                 is_real_T = torch.ones(len(ids), dtype=torch.bool)
-                make = _reading_maker([_Sequence(number, ids)], len(ids), weights_TC, name)
+                make = _reading_maker([_Sequence(number, ids, [0] * len(ids))], len(ids), weights_TC, name)
                 tokens[of_reader[name]].add(ids_TC, weights_TC, is_real_T, make)
 
 
 def _reading_maker(sequences: Sequence[_Sequence], width: int, weights_TC: Tensor, reader: str) -> Any:
     def make(t: int, c: int) -> tuple[int | str, int, list[int], list[int], float, str]:
         sequence, place = sequences[t // width], t % width
-        before = sequence.ids[max(0, place - _AROUND) : place + 1]
+        before, after = sequence.around(place)
         return (
             sequence.title,
             place,
             before,
-            sequence.ids[place + 1 : place + 1 + _AROUND],
+            after,
             float(weights_TC[t, c]),
             reader,
         )
@@ -190,13 +198,15 @@ def _reading(
     return SlotReading(title, place, texts[here], weight, reader, "".join(texts[:here]), "".join(texts[here + 1 :]))
 
 
-def _rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
-    """Returns the tokens of each sequence of a batch, without the padding behind them."""
-    lengths_B = (is_real(batch) * torch.arange(1, batch["input_ids"].shape[1] + 1)).amax(1).tolist()
-    return [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths_B, strict=True)]
+def _sequences(batch: Mapping[str, Tensor], data: str, number: int) -> list[_Sequence]:
+    """Returns the sequences of a batch, numbered on from `number`; padding is a document of its own."""
+    ids_BT = batch["input_ids"]
+    documents_BT = batch.get("doc_ids", torch.zeros_like(ids_BT)).where(_is_real(batch), -1)
+    rows = zip(ids_BT.tolist(), documents_BT.tolist(), strict=True)
+    return [_Sequence(f"{data} {number + row}", ids, documents) for row, (ids, documents) in enumerate(rows, 1)]
 
 
-def is_real(batch: Mapping[str, Tensor]) -> Tensor:
+def _is_real(batch: Mapping[str, Tensor]) -> Tensor:
     """Returns False at padding, (B, T)."""
     real_BT = torch.ones_like(batch["input_ids"], dtype=torch.bool)
     if "valid" in batch:
@@ -215,7 +225,7 @@ def _add_batch(
     traces = model(
         batch["input_ids"], doc_ids_BT=batch.get("doc_ids"), valid_BT=batch.get("valid"), observe=True
     ).traces
-    is_real_T, width = is_real(batch).flatten(), batch["input_ids"].shape[1]
+    is_real_T, width = _is_real(batch).flatten(), batch["input_ids"].shape[1]
     for name, reader in readers.items():
         reads = reader.reads(traces, batch)
         if reads is not None:

@@ -99,12 +99,13 @@ def test_readings_show_the_text_around_the_token() -> None:
     model = model_of(Case("stem"))  # slot n is token n
     record = trace(model, TOKENIZER, TEXT[:1], effects="none")
     (slot,) = TOKENIZER.encode(TEXT[:1])
-    ids = torch.tensor([[slot - 1, slot, slot + 2, slot + 1]])
-    add_slot_readings(record, model, TOKENIZER, [{"input_ids": ids}], most=9, data="d")
+    batch = {"input_ids": torch.tensor([[7, slot - 1, slot, slot + 2, slot + 1, 9, 7]])}
+    batch["doc_ids"] = torch.tensor([[0, 1, 1, 1, 1, 2, -1]])
+    add_slot_readings(record, model, TOKENIZER, [batch], most=9, data="d")
     of_text, of_data = record.slots["table0"][str(slot)].readers
     assert (of_text.text, of_text.before, of_text.token, of_text.after) == (0, "", TEXT[:1], "")
     shown = (of_data.text, of_data.position, of_data.before, of_data.token, of_data.after)
-    assert shown == ("d 1", 1, TOKENIZER.decode([slot - 1]), TEXT[:1], TOKENIZER.decode([slot + 2, slot + 1]))
+    assert shown == ("d 1", 2, TOKENIZER.decode([slot - 1]), TEXT[:1], TOKENIZER.decode([slot + 2, slot + 1]))
 
 
 def test_facts_are_the_questions_whose_answers_are_predicted_by_a_slot() -> None:
