@@ -86,8 +86,8 @@ def test_a_click_on_a_slot_shows_its_readers_which_lead_to_their_tokens(page: Pa
     page.click(f'section[data-reader="layer3.slot"] [data-slot="{slot}"]')
     expected = readers(RECORD, "table0", slot)
     assert attributes(page, ".here button", "text", "token", "weight", "effect") == expected
-    marked = {int(t) for (t,) in attributes(page, "#tokens .reader", "token")}
-    assert marked == {t for text, t, *_ in expected if text == 0}
+    marked = attributes(page, "#tokens .reader", "text", "token")
+    assert marked == sorted({(text, token) for text, token, *_ in expected})
     known = RECORD.slots["table0"][str(slot)]
     assert len(page.texts(".readers.data li")) == sum(isinstance(one.text, str) for one in known.readers)
     assert "Alice Smith was born in" in page.texts("#panel .readers")[0]
@@ -163,23 +163,30 @@ def test_the_search_leads_to_slots_tokens_and_facts(page: Page) -> None:
 
 
 def test_colours_follow_the_figures(page: Page) -> None:
-    text = RECORD.texts[0]
-    p, without = np.float64(float32(text.p)), np.float64(float32(text.p_without))
-    sums = sum(np.asarray(reads.effects, dtype=np.float32).sum(1, dtype=np.float64) for reads in text.reads.values())
-    figures = {"surprise": -np.log(p), "help": np.log(p) - np.log(without), "effect": sums}
-    one = text.reads["layer3.slot"].effects
-    figures["effect:layer3.slot"] = np.asarray(one, dtype=np.float32).sum(1, dtype=np.float64)
+    p, without = (
+        np.concatenate([np.float64(float32(getattr(text, name))) for text in RECORD.texts])
+        for name in ("p", "p_without")
+    )
+    of_reader = {
+        reader.name: np.concatenate(
+            [np.float64(float32(text.reads[reader.name].effects)).sum(1) for text in RECORD.texts]
+        )
+        for reader in RECORD.readers
+    }
+    figures = {"surprise": -np.log(p), "help": np.log(p) - np.log(without), "effect": sum(of_reader.values())}
+    figures["effect:layer3.slot"] = of_reader["layer3.slot"]
+    followed = np.array([target is not None for text in RECORD.texts for target in text.targets])
     for name, values in figures.items():
         page.evaluate(f"location.hash = 'colour={name}'")
         page.wait(f"document.getElementById('colour').value === {name!r}")
         shown = page.evaluate("[...document.querySelectorAll('#tokens [data-token]')].map((e) => e.className)")
-        classes = [names.split() for names in shown]
-        levels = [int(names[1].removeprefix("level")) for names in classes[:-1]]
-        order = np.argsort(np.abs(values[:-1]))
-        assert [levels[t] for t in order] == sorted(levels)
+        classes = [names.split() for names, follows in zip(shown, followed, strict=True) if follows]
+        levels = np.array([int(names[1].removeprefix("level")) for names in classes])
+        values = values[followed]
+        assert np.all(np.diff(levels[np.argsort(np.abs(values))]) >= 0)
         assert set(levels) >= {1, 8}
-        signs = ["amount" if name == "surprise" else "minus" if value < 0 else "plus" for value in values[:-1]]
-        assert [names[2] for names in classes[:-1]] == signs
+        signs = ["amount" if name == "surprise" else "minus" if value < 0 else "plus" for value in values]
+        assert [names[2] for names in classes] == signs
 
 
 def test_light_and_dark(page: Page) -> None:

@@ -30,7 +30,8 @@ from pkm_lightning.inspection.record import ReaderRecord, ReadsRecord, Record
     ],
 )
 def test_strange_texts_are_shown_as_what_they_are(tab: Page, tmp_path: Path, token: str, shown: str | None) -> None:
-    record = example_record()
+    record = example_record(texts=1)
+    record.ablations.clear()
     record.texts[0].tokens[0] = (0, token)
     record.model = record.data = record.texts[0].title = token
     file = tmp_path / "page.html"
@@ -80,7 +81,7 @@ def test_ten_thousand_tokens_open_at_once(tab: Page, tmp_path: Path) -> None:
     )
     assert box["top"] <= token["top"] <= token["bottom"] <= box["bottom"]
     tab.click("#panel [data-slot]")
-    assert len(tab.texts(".here button")) <= 40
+    assert 0 < len(tab.texts(".here button")) <= 40
     assert busy(tab) - start < 1.0
     assert (tab.errors, tab.requests) == ([], [])
 

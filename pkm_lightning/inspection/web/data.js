@@ -98,7 +98,7 @@ function readersOf(record, table, slot) {
       const width = readsPerToken(text, reader.name);
       for (let i = slots.indexOf(slot); i >= 0; i = slots.indexOf(slot, i + 1)) {
         const effect = effects ? effects[i] : NaN;
-        readers.push({text: index, position: Math.floor(i / width), reader, weight: weights[i], effect});
+        readers.push({text: index, token: Math.floor(i / width), reader, weight: weights[i], effect});
       }
     }
   });
@@ -119,14 +119,15 @@ function effectSums(record, text, name) {
   return sums;
 }
 
-/** Returns the slots of `table` that the tokens of `text` read most: [slot, number of reads], most read first. */
-function mostRead(record, text, table, count) {
-  const columns = record.readers.filter((r) => r.table === table && text.reads[r.name]);
-  const all = new Int32Array(columns.reduce((n, r) => n + text.reads[r.name].slots.length, 0));
+/** Returns the slots of `table` that the texts read most: [slot, number of reads], most read first. */
+function mostRead(record, table, count) {
+  const names = record.readers.filter((reader) => reader.table === table).map(({name}) => name);
+  const columns = record.texts.flatMap(({reads}) => names.map((name) => reads[name]?.slots ?? []));
+  const all = new Int32Array(columns.reduce((n, column) => n + column.length, 0));
   let end = 0;
-  for (const reader of columns) {
-    all.set(text.reads[reader.name].slots, end);
-    end += text.reads[reader.name].slots.length;
+  for (const column of columns) {
+    all.set(column, end);
+    end += column.length;
   }
   all.sort();
   const runs = [];

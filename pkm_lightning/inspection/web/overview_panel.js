@@ -3,9 +3,10 @@
 const SHOWN = 6;
 
 function overviewPanel(record, state, go) {
-  const text = record.texts[state.text];
   const tables = [...new Set(record.readers.map((reader) => reader.table))];
-  const help = colourings(record).find(({id}) => id === "help").values(text);
+  // By probability, not by its logarithm: from one in a billion to one in a million is no help that anybody would see.
+  const help = record.texts.flatMap((text, number) => Array.from(text.p, (p, token) => (
+    {text: number, token, value: isFollowed(text, token) ? p - text.p_without[token] : 0})));
   const nodes = [
     element("h2", {tabindex: "-1"}, "Click a token, then a slot"),
     element("p", null,
@@ -19,7 +20,7 @@ function overviewPanel(record, state, go) {
   nodes.push(...places("The tables helped most to predict", help, (a, b) => b - a, (x) => x > 0));
   nodes.push(...places("The tables harmed most", help, (a, b) => a - b, (x) => x < 0));
   for (const table of tables) {
-    const slots = mostRead(record, text, table, SHOWN);
+    const slots = mostRead(record, table, SHOWN);
     if (!slots.length) continue;
     nodes.push(element("h3", null, `Most read of ${table}`), element("p", {class: "chips"}, ...slots.map(([slot, n]) =>
       element("button", {type: "button", class: "slot", "data-slot": slot, click: () => go({slot, table})},
@@ -27,20 +28,21 @@ function overviewPanel(record, state, go) {
   }
   if (record.ablations.length) {
     nodes.push(element("h3", null, "What the model would be without"),
-      ...record.ablations.map((ablation) => element("p", null, lossSentence(record, ablation, state.text))));
+      ...record.ablations.map((ablation) => element("p", null, lossSentence(record, ablation))));
   }
   return nodes;
 
-  function places(title, values, order, wanted) {
-    const best = Array.from(values.keys()).filter((t) => wanted(values[t]))
-      .sort((a, b) => order(values[a], values[b])).slice(0, SHOWN);
-    return best.length ? [element("h3", null, title), element("ul", {class: "readers"}, ...best.map(place))] : [];
+  function places(title, all, order, wanted) {
+    const best = all.filter(({value}) => wanted(value)).sort((a, b) => order(a.value, b.value)).slice(0, SHOWN);
+    return best.length ? [element("h3", null, title), element("ul", {class: "readers"}, ...best.map(item))] : [];
   }
 
-  function place(t) {
-    const figures = `${percent(text.p_without[t])} without, ${percent(text.p[t])} with the tables`;
-    return element("li", null, element("button", {type: "button", "data-token": t, click: () => go({token: t})},
-      element("span", {class: "snippet", dir: "auto"}, ...snippet(record, text, t, true)),
+  function item({text: number, token}) {
+    const text = record.texts[number];
+    const figures = `${percent(text.p_without[token])} without, ${percent(text.p[token])} with the tables`;
+    const place = {"data-text": number, "data-token": token};
+    return element("li", null, element("button", {type: "button", ...place, click: () => go({text: number, token})},
+      element("span", {class: "snippet", dir: "auto"}, ...snippet(record, text, token, true)),
       element("small", null, figures)));
   }
 }

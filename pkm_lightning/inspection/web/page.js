@@ -32,8 +32,8 @@ function start(record) {
   const kinds = colourings(record);
   const panel = byId("panel");
   let state = {};
-  const view = new TextView(record, byId("tokens"), byId("readout"), (position, how) =>
-    go({token: position, slot: null, table: null}, how));
+  const view = new TextView(record, byId("tokens"), byId("readout"), (place, how) =>
+    go({...place, slot: null, table: null}, how));
 
   /** Changes what is chosen. Steps along the text replace the entry of the history instead of adding one. */
   function go(change, {step = false} = {}) {
@@ -50,29 +50,25 @@ function start(record) {
 
   function show(next) {
     const kind = kinds.find(({id}) => id === next.colour) ?? kinds[0];
-    const turned = next.text !== state.text;
-    const recoloured = turned || next.colour !== state.colour;
+    if (view.kind !== kind) byId("legend").replaceChildren(...legendOf(kind, view.colour(kind)));
     state = next;
-    const text = record.texts[state.text];
-    if (turned) view.show(text);
-    if (recoloured) byId("legend").replaceChildren(...legendOf(kind, view.colour(kind)));
     byId("text").value = String(state.text);
     byId("colour").value = kind.id;
     const readers = state.slot === null ? [] : readersOf(record, state.table, state.slot);
-    view.mark(state.token, readers.filter((one) => one.text === state.text).map((one) => one.position));
+    view.mark(state.token === null ? null : state, readers);
     if (state.token !== null) {
-      view.reveal(state.token);
-      view.describe(state.token);
-    } else byId("readout").textContent = `${counted(text.tokens.length, "token")}. Point at one for its figure.`;
+      view.reveal(state);
+      view.describe(state);
+    } else byId("readout").textContent = `${counted(view.tokens.length, "token")}. Point at one for its figure.`;
     const build = state.slot !== null ? slotPanel : state.token !== null ? tokenPanel : overviewPanel;
     panel.replaceChildren(...build(record, state, go));
     panel.scrollTop = 0;
   }
 
-  byId("text").append(...record.texts.map(({title}, i) => element("option", {value: i}, title)));
+  byId("text").append(...record.texts.map(({title}, i) => element("option", {value: i}, `${i + 1}: ${title}`)));
   byId("text").closest("label").hidden = record.texts.length < 2;
   byId("colour").append(...kinds.map(({id, name}) => element("option", {value: id}, name)));
-  byId("text").addEventListener("change", (event) => go({text: Number(event.target.value), token: null}));
+  byId("text").addEventListener("change", (event) => go({text: Number(event.target.value), token: 0}));
   byId("colour").addEventListener("change", (event) => go({colour: event.target.value}, {step: true}));
   connectSearch(record, byId("search"), byId("hits"), () => state, go);
   addEventListener("popstate", () => show(stateOf(record, location.hash)));
@@ -82,9 +78,9 @@ function start(record) {
       byId("search").focus();
     }
     if (event.key !== "Escape" || (state.slot === null && state.token === null)) return;
-    const left = state.token;
-    go(state.slot !== null ? {slot: null, table: null} : {token: null});
-    if (left !== null) view.tokens[left].focus({preventScroll: true});
+    const left = state.token === null ? null : view.element(state);
+    go(state.slot !== null ? {slot: null, table: null} : {token: null, text: 0});
+    left?.focus({preventScroll: true});
   });
   show(stateOf(record, location.hash));
 }

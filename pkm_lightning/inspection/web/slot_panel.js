@@ -14,7 +14,7 @@ function slotPanel(record, state, go) {
     element("p", null, sentenceOf(record, layers, kind, here, known)),
   ];
   const masked = record.ablations.filter((a) => a.masked[table] === null || a.masked[table]?.includes(slot));
-  for (const ablation of masked) nodes.push(element("p", null, lossSentence(record, ablation, state.text)));
+  for (const ablation of masked) nodes.push(element("p", null, lossSentence(record, ablation)));
   if (known?.facts.length) {
     nodes.push(
       element("h3", null, "Questions with known answers that read it"),
@@ -37,12 +37,20 @@ function sentenceOf(record, layers, kind, here, known) {
     `Here it is read ${counted(here.length, "time")}.${total}`;
 }
 
-function lossSentence(record, ablation, text) {
-  const change = ablation.loss_without[text] - ablation.loss[text];
+/** Returns what changes without the slots of an ablation, over the targets of all texts. */
+function lossSentence(record, ablation) {
+  const mean = (losses) => {
+    let sum = 0, count = 0;
+    record.texts.forEach(({targets}, i) => {
+      const n = targets.reduce((total, target) => total + (target !== NOTHING), 0);
+      if (n) [sum, count] = [sum + n * losses[i], count + n];
+    });
+    return sum / count;
+  };
+  const [before, after] = [mean(ablation.loss), mean(ablation.loss_without)];
+  const loss = Number.isNaN(before) ? "" : ` the loss goes from ${figure(before)} to ${figure(after)} nats per token.`;
   const recall = ablation.recall === null ? "" :
     ` Share of known answers: ${percent(ablation.recall)} with, ${percent(ablation.recall_without)} without.`;
-  const loss = ablation.loss[text] === null ? "" :
-    ` the loss of this text changes by ${signed(change)} nats per token, from ${figure(ablation.loss[text])}.`;
   return `Without ${maskedName(ablation)}${loss ? "," : "."}${loss}${recall}`;
 }
 
@@ -56,20 +64,20 @@ function factNode([prompt, answer, weight, reader]) {
 
 function readerButton(record, state, one, go) {
   const text = record.texts[one.text];
-  const current = one.text === state.text && one.position === state.token;
+  const current = one.text === state.text && one.token === state.token;
   return element(
     "button", {
-      type: "button", "data-token": one.position, "data-text": one.text, "data-weight": one.weight,
+      type: "button", "data-token": one.token, "data-text": one.text, "data-weight": one.weight,
       "data-effect": one.effect, "aria-current": current ? "true" : null,
-      click: () => go({text: one.text, token: one.position, slot: null, table: null}),
+      click: () => go({text: one.text, token: one.token, slot: null, table: null}),
     },
-    element("span", {class: "snippet", dir: "auto"}, ...snippet(record, text, one.position, true)),
-    element("small", null, readerFigures(record, one.text, one.position, one.weight, one.reader.name, one.effect)),
+    element("span", {class: "snippet", dir: "auto"}, ...snippet(record, text, one.token, true)),
+    element("small", null, readerFigures(record, one.text, one.token, one.weight, one.reader.name, one.effect)),
   );
 }
 
 function readerFigures(record, text, position, weight, reader, effect) {
-  const place = typeof text === "string" ? text : record.texts.length > 1 ? record.texts[text].title : "";
+  const place = typeof text === "string" ? text : record.texts.length > 1 ? `text ${text + 1}` : "";
   const effects = Number.isNaN(effect) || effect === undefined ? "" : `, effect ${signed(effect)}`;
   const figures = `token ${position}, weight ${figure(weight)}${effects}, ${reader}`;
   return place ? [element("bdi", null, place), `, ${figures}`] : [figures];

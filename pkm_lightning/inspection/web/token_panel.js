@@ -8,7 +8,9 @@ function snippet(record, text, position, next = false) {
   const start = Math.max(0, position - CONTEXT);
   if (start > 0) nodes.push("… ");
   for (let t = start; t < position; t++) nodes.push(...tokenNodes(tokenText(record, text, t)));
-  nodes.push(element("mark", null, ...tokenNodes(tokenText(record, text, position))));
+  const marked = tokenText(record, text, position);
+  const blank = /^ +(?=\S)/.exec(marked)?.[0] ?? ""; // a frame must not begin at the end of a line
+  nodes.push(blank, element("mark", null, ...tokenNodes(marked.slice(blank.length))));
   if (next && isFollowed(text, position)) {
     nodes.push(element("span", {class: "predicted"}, ...tokenNodes(scoredText(record, text, position))));
   }
