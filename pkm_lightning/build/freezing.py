@@ -1,8 +1,11 @@
-"""Frozen parameters: those that a pattern of `optim.freeze` names keep their values and have no optimizer state."""
+"""Frozen parameters: those that a pattern of `optim.freeze` names keep their values and have no optimizer state.
+
+Beside the patterns stands the word `trunk`, for all that is neither of a variant's plugin nor of a value table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -11,6 +14,7 @@ from torch import nn
 from pkm_lightning.build.instantiate import target_class
 from pkm_lightning.errors import ConfigError, nearest
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.model import Transformer
 
 #: Prefix of the transformer's parameters in a checkpoint, which a pattern may have or lack.
 _MODEL = "model."
@@ -23,13 +27,18 @@ class ParameterCounts(NamedTuple):
     frozen: int
 
 
-def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
+#: The word for all parameters that are not of a variant of the FFN.
+TRUNK = "trunk"
+
+
+def freeze_parameters(model: Transformer, patterns: Sequence[str], places: Collection[tuple[int, str]] = ()) -> None:
     """Excludes the parameters of `model` from training whose names match one of `patterns`.
 
     Args:
-        model: the transformer, before it is sharded and before an optimizer is made.
-        patterns: as `fnmatch` reads them, of names as in a checkpoint, with or without the leading `model.`:
-            `embedding*`, `blocks.0.*`, `*attention*`, `tables.*`.
+        model: the trunk, before it is sharded and before an optimizer is made.
+        patterns: `trunk`, or as `fnmatch` reads them, of names as in a checkpoint, with or without the leading
+            `model.`: `embedding*`, `blocks.0.*`, `*attention*`, `tables.*`.
+        places: layer and name of the variants' plugins, which are not of the trunk.
 
     Raises:
         ConfigError: a pattern matches no name, or nothing is left to train.
@@ -39,7 +48,10 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     frozen = set[str]()
     for pattern in patterns:
-        matches = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(_MODEL + name, pattern)}
+        if pattern == TRUNK:
+            matches = trunk_parameters(model, places)
+        else:
+            matches = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(_MODEL + name, pattern)}
         if not matches:
             raise ConfigError(
                 f"optim.freeze: {pattern!r} matches no parameter; patterns are of whole names, such as "
@@ -57,6 +69,20 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
             f"optim.freeze=[{','.join(patterns)}] freezes all {len(names)} parameters, so that nothing is trained; "
             "remove a pattern."
         )
+
+
+def trunk_parameters(model: Transformer, places: Collection[tuple[int, str]]) -> set[str]:
+    """Returns the names of the parameters that are neither of a plugin at one of `places` nor of a value table.
+
+    The norm in front of a plugin before or after a layer, which is as new as the plugin, counts as its part.
+    """
+    of_plugins: list[nn.Module] = list(model.value_tables)
+    for layer, name, plugin in model.plugins():
+        if (layer, name) in places:
+            norm = getattr(model.blocks[layer], f"{name}_norm", None) if name in ("before", "after") else None
+            of_plugins += [plugin] if norm is None else [plugin, norm]
+    others = {id(parameter) for module in of_plugins for parameter in module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in others}
 
 
 def check_frozen(model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -33,9 +33,9 @@ def show(record: Record, console: Console, rows: int = 20) -> None:
 
 
 def _headline(record: Record) -> str:
-    readers = ", ".join(f"{one.name} ({one.heads} x {one.reads} of {one.slots:,})" for one in record.readers)
-    over = f"; slots over {record.data}" if record.data else ""
-    return f"{record.model}: reads of {readers}; effects: {record.effects}{over}"
+    readers = [f"{one.name} ({one.table}: {one.heads} x {one.reads} of {one.slots:,})" for one in record.readers]
+    over = f"; readers of slots out of {record.data}" if record.data else ""
+    return f"{record.model}\nreads: {', '.join(readers)}\neffects: {record.effects}{over}"
 
 
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:

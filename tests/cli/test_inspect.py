@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,13 @@ def test_a_run_is_inspected(cli: Run, trained: Path, tmp_path: Path, monkeypatch
     screen = cli("inspect", "run_dir=run", TEXT, "show=5")
     assert screen.code == 0, screen.err
     assert "Who was born in Paris, France?" in screen.out
-    assert "effects: exact; slots over validation data" in screen.out
+    assert "effects: exact; readers of slots out of validation data" in screen.out
     assert "slots of table0, those of the largest effects first" in screen.out
     assert "more tokens: set show=" in screen.out
 
     masked = cli("inspect", "run_dir=run", TEXT, "mask=[3,7]", "mask_table=table0", "questions=4", "out=record.json")
     assert masked.code == 0, masked.err
-    assert masked.out == f"written to {tmp_path / 'record.json'}\n"
+    assert masked.out == "written to record.json\n"
     record = record_of(tmp_path / "record.json")
     assert [ablation.masked for ablation in record.ablations] == [{"table0": [3, 7]}, {"table0": None}]
     assert all(ablation.recall is not None for ablation in record.ablations)
@@ -65,7 +66,7 @@ def test_a_run_is_inspected(cli: Run, trained: Path, tmp_path: Path, monkeypatch
 
     page = cli("inspect", "run_dir=run", TEXT, "data_tokens=0", "out=page.html")
     assert page.code == 0, page.err
-    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_a_run_is_inspected(cli: Run, trained: Path, tmp_path: Path, monkeypatch
         ([], "nothing to inspect; give text=TEXT, or texts_file=FILE"),
         ([TEXT, "texts_file=x"], "both give texts"),
         (["texts_file=none.txt"], "texts_file=.*none.txt"),
-        (["text=007"], "text holds 7|nothing"),
+        (["texts_file=7"], "texts_file=7 is not text; quote it"),
         ([TEXT, "effects=all"], "effects=.?all"),
         ([TEXT, "format=yaml"], "format=.?yaml"),
         ([TEXT, "format=html"], "format=html writes a page; give out=FILE.html"),
@@ -88,11 +89,11 @@ def test_a_run_is_inspected(cli: Run, trained: Path, tmp_path: Path, monkeypatch
         ([TEXT, "mask=[]"], r"mask=\[\] names no slots"),
         ([TEXT, "mask={table0:3}"], "mask={'table0': 3} names no slots"),
         ([TEXT, "data_path=none.txt"], "data_path=.*none.txt"),
-        ([TEXT, "temperature=1"], "inspect does not read temperature"),
+        ([TEXT, "temperature=1"], "temperature is a key of generate, chat, predict only"),
     ],
 )
 def test_bad_keys_are_refused_before_a_model_is_read(cli: Run, arguments: list[str], message: str) -> None:
     refused = cli("inspect", "run_dir=run", *arguments)
     assert refused.code == 2
-    assert pytest.importorskip("re").search(message, refused.err), refused.err
+    assert re.search(message, refused.err), refused.err
     assert refused.err.count("\n") == 1

@@ -28,7 +28,7 @@ def test_the_screen_shows_tokens_with_their_main_reads_slots_and_masks() -> None
     best = max(range(8), key=lambda c: abs(reads.effects[0][c]))  # type: ignore[index]
     page = shown(record)
     assert f"layer1.slot: {reads.slots[0][best]} ({reads.weights[0][best]:.2f}) {reads.effects[0][best]:+.2f}" in page
-    assert "effects: exact; slots over validation" in page
+    assert "effects: exact; readers of slots out of validation" in page
     assert f"{text.p[0]:.3f}" in page
     assert "Alice Smith was born in -> " in page
     assert "without all slots of table1" in page

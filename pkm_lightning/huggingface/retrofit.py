@@ -1,0 +1,63 @@
+"""Plugins in the layers of a pretrained model: put there, and told apart from what the model had before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pkm_lightning.model.plugged_layer import PluggedLayer, PluginMLP, plug
+
+#: A replacement first: what stands in parallel then stands beside it.
+_MODES = ("replace", "parallel", "before", "after")
+
+#: In the names of what a model did not have before.
+_NEW = re.compile(r"\.(mlp\.(base\.)?plugin|before|after|before_norm|after_norm)\.")
+
+
+def put_plugins(blocks: nn.ModuleList, plugins: Mapping[int, Mapping[str, nn.Module]], settings: Any) -> None:
+    """Puts plugins into decoder layers of transformers.
+
+    Args:
+        blocks: the layers.
+        plugins: by the layer's number and `placement.mode`.
+        settings: the configuration of the model in transformers.
+    """
+    eps = getattr(settings, "rms_norm_eps", None) or settings.layer_norm_epsilon
+    for number, by_mode in plugins.items():
+        for mode in sorted(by_mode, key=_MODES.index):
+            plug(blocks[number], number, by_mode[mode], mode=mode, dim=settings.hidden_size, norm_eps=eps)
+
+
+def load_trunk(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads weights of the model without plugins into `network`, which may have some.
+
+    Those of an `mlp` that a plugin replaces are left out.
+    """
+    misfits = network.load_state_dict(_with_places(network, state), strict=False)
+    assert not misfits.unexpected_keys
+    assert all(_NEW.search(name) for name in misfits.missing_keys)
+
+
+def _with_places(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    places = {
+        f"{name}.mlp.": isinstance(layer.mlp.base, PluginMLP) or layer.mlp.base is None
+        for name, layer in network.named_modules()
+        if isinstance(layer, PluggedLayer) and isinstance(layer.mlp, PluginMLP)
+    }
+    renamed = {}
+    for name, weight in state.items():
+        place = next((prefix for prefix in places if name.startswith(prefix)), None)
+        if place is None:
+            renamed[name] = weight
+        elif not places[place]:
+            renamed[f"{place}base.{name.removeprefix(place)}"] = weight
+    return renamed
+
+
+def new_parameters(layers: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """Returns the parameters of the plugins in `layers`, without those of the norms in front of them."""
+    plugged = [layer for layer in layers if isinstance(layer, PluggedLayer)]
+    return {p for layer in plugged for _, plugin in layer.named_plugins() for p in plugin.parameters()}
