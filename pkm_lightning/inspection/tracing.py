@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Effects = Literal["exact", "gradient", "none"]
 EFFECTS = ("exact", "gradient", "none")
-#: Reads of all texts up to which effects are exact unless the caller chooses.
-_MOST_EXACT = 50_000
+#: FLOPs up to which effects are exact unless the caller chooses: minutes on two CPU cores.
+_MOST_FLOPS = 1e13
 #: Reads per token up to which a gradient would cost about as much as exact effects.
 _FEW_READS = 8
 
@@ -50,8 +50,8 @@ def trace(
         text: what to read.
         context: most tokens per forward, such as `loaded.context`; None: 1,024.
         effects: `exact` (a forward of one token per read), `gradient` (its first-order approximation, one forward and
-            backward per token), or `none`; None: exact for up to 50,000 reads or 8 per token, gradient for more, of
-            quantised tables none.
+            backward per token), or `none`; None: exact up to 1e13 FLOPs or 8 reads per token, else gradient, and none
+            of quantised tables, whose reads have no gradient.
         name: of the model, in the record.
 
     Raises:
@@ -91,7 +91,7 @@ def trace_ids(
         reader.heads, reader.reads = _shape_of_reads(model, readers[reader.name], texts[0])
         reads[reader.name] = reader.heads * reader.reads
     if effects is None:
-        record.effects = _affordable(readers, sum(map(len, texts)), sum(reads.values()))
+        record.effects = _affordable(model, readers, sum(map(len, texts)), sum(reads.values()))
     if record.effects != "none":
         for text, ids in zip(record.texts, texts, strict=True):
             _add_effects(model, readers, text, ids, length, reads, record.effects)
@@ -123,8 +123,10 @@ def _shape_of_reads(model: Transformer, reader: Reader, ids: Sequence[int]) -> t
     return (0, 0) if reads is None else (reads.ids_THK.shape[1], reads.ids_THK.shape[2])
 
 
-def _affordable(readers: Mapping[str, Reader], tokens: int, reads: int) -> str:
-    if tokens * reads <= _MOST_EXACT or reads <= _FEW_READS:
+def _affordable(model: Transformer, readers: Mapping[str, Reader], tokens: int, reads: int) -> str:
+    tables = {id(parameter) for table in model.value_tables for parameter in table.parameters()}
+    params = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
+    if 2 * params * tokens * reads <= _MOST_FLOPS or reads <= _FEW_READS:
         return "exact"
     return "none" if any(isinstance(m, QuantizedTable) for m in all_modules(readers)) else "gradient"
 

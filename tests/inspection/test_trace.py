@@ -15,7 +15,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.inspection import effects, trace, tracing
+from pkm_lightning.inspection import add_slot_readings, effects, trace, tracing
 from pkm_lightning.inspection.slot_sets import inspected_readers
 from pkm_lightning.inspection.windows import Window, windows
 from pkm_lightning.model import Transformer
@@ -164,10 +164,27 @@ def test_a_long_text_is_read_in_windows() -> None:
     assert long.p[16] == pytest.approx(short.p[7])
 
 
+def test_ten_thousand_tokens_are_traced_in_windows() -> None:
+    model, text = model_of(Case("memory")), letters(10_000)
+    record = trace(model, TOKENIZER, text, context=512, effects="none")
+    add_slot_readings(record, model, TOKENIZER)
+    (long,) = record.texts
+    (reads,) = long.reads.values()
+    assert len(long.p) == len(long.top) == len(long.p_without) == len(reads.slots) == len(reads.weights) == 10_000
+    assert sum(slot.reads for slot in record.slots["table0"].values()) == 10_000 * 15
+    # A window in the middle: its second half is what is reported of it.
+    ids = TOKENIZER.encode(text)[256 * 6 : 256 * 8]
+    p_T = probabilities(model, TOKENIZER.decode(ids))[256:511].gather(1, torch.tensor(ids[257:]).unsqueeze(1))
+    assert_close(torch.tensor(long.p[256 * 7 : 256 * 8 - 1]), p_T.flatten())
+
+
 def test_effects_are_exact_where_they_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(Case("memory"))
     assert trace(model, TOKENIZER, TEXT).effects == "exact"
-    monkeypatch.setattr(tracing, "_MOST_EXACT", 7 * 15 - 1)
+    params = sum(parameter.numel() for parameter in model.parameters()) - model.value_tables[0].weight.numel()
+    monkeypatch.setattr(tracing, "_MOST_FLOPS", 2 * params * 7 * 15)
+    assert trace(model, TOKENIZER, TEXT).effects == "exact"
+    monkeypatch.setattr(tracing, "_MOST_FLOPS", 2 * params * 7 * 15 - 1)
     assert trace(model, TOKENIZER, TEXT).effects == "gradient"
     assert trace(model_of(Case("stem")), TOKENIZER, letters(106)).effects == "exact"
 
