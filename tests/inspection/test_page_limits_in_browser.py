@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from browser import Page
 from inspection.example_record import example_record
 
 from pkm_lightning.inspection.page import render
-from pkm_lightning.inspection.record import ReaderRecord, ReadsRecord, Record
+from pkm_lightning.inspection.record import ReaderRecord, ReadsRecord, Record, TextRecord
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,34 @@ def test_strange_texts_are_shown_as_what_they_are(tab: Page, tmp_path: Path, tok
     assert tab.texts('#tokens [data-token="0"]') == [expected]
     assert tab.texts("#panel h2") == [f"Token 0 of 12: “{expected.strip(chr(10))}”"]
     assert tab.evaluate("document.querySelectorAll('img, script, style, iframe').length") == 2
+    assert (tab.errors, tab.requests) == ([], [])
+
+
+def bare(tokens: int, reads: int) -> Record:
+    """Returns a record of one text with nothing that a record may lack."""
+    readers = [ReaderRecord("layer1.slot", 1, "table0", "row", 10, 1, reads)] if reads else []
+    columns = {"layer1.slot": ReadsRecord([[3] * reads] * tokens, [[0.5] * reads] * tokens)}
+    unknown: list[Any] = [None] * tokens
+    texts = [TextRecord("", [(1, "a")] * tokens, unknown, [7] * tokens, unknown, [[]] * tokens, unknown, [], columns)]
+    return Record("", readers, texts if tokens else [], effects="none")
+
+
+@pytest.mark.parametrize(
+    ("record", "readout"),
+    [
+        (bare(2, 1), "Token 1 “a”: nothing follows, no figure"),
+        (bare(0, 1), "The record has no text, or the model no memory."),
+        (bare(2, 0), "The record has no text, or the model no memory."),
+    ],
+    ids=["no figures", "no text", "no memory"],
+)
+def test_what_a_record_lacks_is_left_out(tab: Page, tmp_path: Path, record: Record, readout: str) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(render(record), encoding="utf-8")
+    tab.open(f"{file.as_uri()}#token=1")
+    assert tab.texts("#readout") == [readout]
+    assert len(tab.texts("#panel [data-effect]")) == 0
+    assert len(tab.texts("#panel [data-weight]")) == (1 if "figure" in readout else 0)
     assert (tab.errors, tab.requests) == ([], [])
 
 

@@ -102,7 +102,7 @@ addEventListener("DOMContentLoaded", async () => {
   document.title = `Memory reads of ${record.model}`;
   byId("model").textContent = record.model;
   byId(`effects-${record.effects}`).hidden = false;
-  if (record.texts.length) start(record);
-  else byId("readout").textContent = "The record has no text.";
+  if (record.texts.length && record.readers.length) start(record);
+  else byId("readout").textContent = "The record has no text, or the model no memory.";
   document.documentElement.dataset.ready = "true";
 });

@@ -13,7 +13,8 @@ function findAll(record, state, query) {
       for (const [table, reader] of tables) {
         if (n < reader.slots) {
           const reads = readersOf(record, table, n).length;
-          hits.push({nodes: [`Slot ${n} of ${table}, ${counted(reads, "read")} here`], change: {slot: n, table}});
+          const kind = reader.kind === "expert" ? "Expert" : "Slot";
+          hits.push({nodes: [`${kind} ${n} of ${table}, ${counted(reads, "read")} here`], change: {slot: n, table}});
         }
       }
     }

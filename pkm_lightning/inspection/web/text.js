@@ -106,6 +106,7 @@ class TextView {
       this.tokens.push(token);
       block.append(token);
       const size = t + 1 - start;
+      block.style.containIntrinsicBlockSize = `auto ${(3 + size / 6).toFixed(1)}rem`; // until it is laid out
       if (size >= BLOCK || (size >= SHORT_BLOCK && content.includes("\n"))) block = null;
     }
     return group;
