@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", default="", help="what is chosen on the page, as its address has it")
     parser.add_argument("--size", default="1280x800", help="of the window, in pixels")
     options = parser.parse_args(arguments)
+    if not options.page.is_file():
+        parser.error(f"page={options.page} is no file: write it with `inspect ... format=html`")
     program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
         parser.error("no chromium on PATH: install one, or name it in the variable CHROMIUM")
-    if not options.page.is_file():
-        parser.error(f"page={options.page} is no file: write it with `inspect ... format=html`")
     width, height = options.size.split("x")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         picture = Path(folder) / "picture.png"

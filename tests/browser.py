@@ -75,7 +75,8 @@ class Page:
         """Waits until an expression is true."""
         end = time.monotonic() + TIMEOUT
         while not self.evaluate(f"Boolean({expression})"):
-            assert time.monotonic() < end, f"{expression} is never true; errors: {self.errors}"
+            assert self.errors == [], expression
+            assert time.monotonic() < end, f"{expression} is not true after {TIMEOUT} s"
             time.sleep(0.01)
 
     def texts(self, selector: str) -> list[str]:

@@ -16,7 +16,7 @@ from inspection.example_record import example_record
 
 from pkm_lightning.errors import DataError
 from pkm_lightning.inspection.page import render
-from pkm_lightning.inspection.record import ReadsRecord, Record, TextRecord
+from pkm_lightning.inspection.record import ReadsRecord, Record, SlotReading, SlotRecord, TextRecord
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -70,12 +70,44 @@ def same(figures: np.ndarray, expected: Any) -> bool:
     return np.array_equal(figures, np.asarray(expected, dtype=np.float32).ravel(), equal_nan=True)
 
 
+def listed(slot: SlotRecord) -> tuple[Any, ...]:
+    """Returns what a page lists of a slot: reads, readings by the data, and facts."""
+    data = [(*one[:3], float32(one.weight), *one[4:]) for one in slot.readers if isinstance(one.text, str)]
+    return slot.reads, data, [(one.prompt, one.answer, float32(one.weight), one.reader) for one in slot.facts]
+
+
+def readings(document: dict[str, Any], columns: bytes, table: str) -> dict[int, tuple[Any, ...]]:
+    """Returns, by slot, what a page lists of it, in the order of the record's fields."""
+    of_table = {name: column(columns, place).tolist() for name, place in document["slots"][table]["columns"].items()}
+    names = [reader["name"] for reader in document["readers"]]
+    rows: dict[str, list[tuple[Any, ...]]] = {}
+    for kind, texts in (("readings", document["excerpts"]), ("facts", document["questions"])):
+        parts = [of_table[f"{kind}_{part}"] for part in ("text", "weight", "reader")]
+        rows[kind] = []
+        for number, weight, reader in zip(*parts, strict=True):
+            split = 3 if kind == "readings" else 2
+            text = texts[number]
+            rows[kind].append((*text[:split], weight, names[reader], *text[split:]))
+    starts = [0, 0]
+    slots = {}
+    for slot, reads, *ends in zip(*(of_table[n] for n in ("ids", "reads", "readings_end", "facts_end")), strict=True):
+        cut = [rows[kind][a:b] for kind, a, b in zip(("readings", "facts"), starts, ends, strict=True)]
+        slots[slot] = (reads, *cut)
+        starts = ends
+    return slots
+
+
+def float32(x: float) -> float:
+    return float(np.float32(x))
+
+
 def test_the_page_holds_every_figure_of_the_record() -> None:
     record = example_record(tokens=40)
     document, columns = unpacked(render(record))
     content = json.loads(record.to_json())
     assert document["readers"] == content["readers"]
-    assert document["slots"] == content["slots"]
+    for table, slots in record.slots.items():
+        assert readings(document, columns, table) == {int(slot): listed(one) for slot, one in slots.items()}
     assert (document["model"], document["data"], document["effects"]) == (record.model, record.data, record.effects)
     vocabulary = [tuple(pair) for pair in document["vocabulary"]]
     for shown, text in zip(document["texts"], record.texts, strict=True):
@@ -118,7 +150,7 @@ def hostile(text: str) -> Record:
     record.texts[0] = text_of([text, "x"], title=text)
     record.ablations.clear()
     slot = next(iter(record.slots["table0"].values()))
-    slot.readers = [one._replace(before=text, token=text, after=text, text=text) for one in slot.readers[:1]]
+    slot.readers = [SlotReading(text, 7, text, 0.5, "layer1.slot", text, text)]
     return record
 
 
@@ -132,6 +164,7 @@ def test_no_text_of_the_record_is_markup(text: str) -> None:
     hostile_page.encode("utf-8")
     document, _ = unpacked(hostile_page)
     assert (document["model"], document["texts"][0]["title"], document["vocabulary"][0][1]) == (text, text, text)
+    assert [text, 7, text, text, text] in document["excerpts"]
 
 
 def test_the_policy_allows_the_style_and_the_program_of_the_page_and_no_network() -> None:

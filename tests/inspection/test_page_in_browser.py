@@ -89,7 +89,11 @@ def test_a_click_on_a_slot_shows_its_readers_which_lead_to_their_tokens(page: Pa
     marked = attributes(page, "#tokens .reader", "text", "token")
     assert marked == sorted({(text, token) for text, token, *_ in expected})
     known = RECORD.slots["table0"][str(slot)]
-    assert len(page.texts(".readers.data li")) == sum(isinstance(one.text, str) for one in known.readers)
+    others = [one for one in known.readers if isinstance(one.text, str)]
+    assert attributes(page, ".readers.data div", "weight") == [(one.weight,) for one in others]
+    assert [text.split(", weight")[0] for text in page.texts(".readers.data li")] == [
+        f"{one.before}{one.token}{one.after}{one.text}, token {one.position}" for one in others
+    ]
     assert "Alice Smith was born in" in page.texts("#panel .readers")[0]
     assert f"read {known.reads} time" in page.texts("#panel p")[0]
     number = next(i for i, read in enumerate(expected) if read[0] == 1)

@@ -39,6 +39,7 @@ async function unpack(base64) {
     Object.values(text.reads).forEach(fill);
   }
   for (const ablation of record.ablations) ablation.texts.forEach(fill);
+  Object.values(record.slots).forEach(fill);
   return record;
 }
 
@@ -103,6 +104,23 @@ function readersOf(record, table, slot) {
     }
   });
   return readers.sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
+}
+
+/** Returns who reads a slot in the data, {reads, readings, facts}, or null where the record does not list the slot. */
+function listedSlot(record, table, slot) {
+  const listed = record.slots[table];
+  const i = listed ? listed.ids.indexOf(slot) : -1;
+  if (i < 0) return null;
+  const rows = (name, texts) => {
+    const entries = [];
+    for (let row = i ? listed[`${name}_end`][i - 1] : 0; row < listed[`${name}_end`][i]; row++) {
+      const reader = record.readers[listed[`${name}_reader`][row]].name;
+      entries.push({texts: texts[listed[`${name}_text`][row]], weight: listed[`${name}_weight`][row], reader});
+    }
+    return entries;
+  };
+  const [readings, facts] = [rows("readings", record.excerpts), rows("facts", record.questions)];
+  return {reads: listed.reads[i], readings, facts};
 }
 
 /** Returns the sum of the effects of all reads of each token, of the reader `name` or (null) of all. */

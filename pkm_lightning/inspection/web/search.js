@@ -66,18 +66,23 @@ function lowered(record, text) {
   return {whole: parts.join(""), starts};
 }
 
+/** Returns the slots that are read where the answer to a question with `query` in it is predicted. */
 function inFacts(record, query) {
   const wanted = query.trim().toLowerCase();
+  if (wanted.length < 2) return [];
+  const matches = new Set();
+  record.questions.forEach(([prompt, answer], i) => {
+    if (`${prompt} ${answer}`.toLowerCase().includes(wanted)) matches.add(i);
+  });
   const hits = [];
-  if (wanted.length < 2) return hits;
-  for (const [table, slots] of Object.entries(record.slots)) {
-    for (const [slot, {facts}] of Object.entries(slots)) {
-      const fact = facts.find(([prompt, answer]) => `${prompt} ${answer}`.toLowerCase().includes(wanted));
-      if (fact) {
-        const nodes = [`Slot ${slot} of ${table}: `, ...tokenNodes(fact[0]), " ", ...tokenNodes(fact[1])];
-        hits.push({nodes, change: {slot: Number(slot), table}});
-      }
-      if (hits.length >= HITS) return hits;
+  for (const [table, listed] of Object.entries(record.slots)) {
+    for (let row = 0, i = 0; row < listed.facts_text.length && hits.length < HITS; row++) {
+      while (row >= listed.facts_end[i]) i++;
+      if (!matches.has(listed.facts_text[row])) continue;
+      const [prompt, answer] = record.questions[listed.facts_text[row]];
+      const slot = listed.ids[i];
+      const nodes = [`Slot ${slot} of ${table}: `, ...tokenNodes(prompt), " ", ...tokenNodes(answer)];
+      hits.push({nodes, change: {slot, table}});
     }
   }
   return hits;

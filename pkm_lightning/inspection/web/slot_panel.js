@@ -5,7 +5,7 @@ function slotPanel(record, state, go) {
   const layers = record.readers.filter((reader) => reader.table === table);
   const kind = layers[0].kind === "expert" ? "expert" : "slot";
   const here = readersOf(record, table, slot);
-  const known = record.slots[table]?.[String(slot)];
+  const known = listedSlot(record, table, slot);
   const title = kind === "slot" ? `Slot ${slot} of ${table}` : `Expert ${slot} of ${table}`;
   const back = state.token === null ? "Back to the overview" : `Back to token ${state.token}`;
   const nodes = [
@@ -25,7 +25,7 @@ function slotPanel(record, state, go) {
   if (here.length) {
     nodes.push(growingList(here, (one) => readerButton(record, state, one, go), {class: "readers here"}));
   } else nodes.push(element("p", {class: "note"}, "None."));
-  nodes.push(...dataReaders(record, state, known, go));
+  nodes.push(...dataReaders(record, known));
   return nodes;
 }
 
@@ -54,7 +54,7 @@ function lossSentence(record, ablation) {
   return `Without ${maskedName(ablation)}${loss ? "," : "."}${loss}${recall}`;
 }
 
-function factNode([prompt, answer, weight, reader]) {
+function factNode({texts: [prompt, answer], weight, reader}) {
   return [
     element("span", {class: "snippet", dir: "auto"}, ...tokenNodes(prompt), " ",
       element("mark", null, ...tokenNodes(answer.trim()))),
@@ -83,17 +83,16 @@ function readerFigures(record, text, position, weight, reader, effect) {
   return place ? [element("bdi", null, place), `, ${figures}`] : [figures];
 }
 
-/** Returns the readers of the data set; those of the texts of this page are listed above. */
-function dataReaders(record, state, known, go) {
-  const others = (known?.readers ?? []).filter(([text]) => typeof text === "string");
-  if (!others.length) return [];
-  const itemOf = ([text, position, token, weight, reader, before, after]) => element(
-    "div", null,
+/** Returns the readers of the data; those of the texts of this page are listed above. */
+function dataReaders(record, known) {
+  if (!known?.readings.length) return [];
+  const itemOf = ({texts: [name, position, token, before, after], weight, reader}) => element(
+    "div", {"data-weight": weight},
     element("span", {class: "snippet", dir: "auto"}, ...tokenNodes(before),
       element("mark", null, ...tokenNodes(token)), ...tokenNodes(after)),
-    element("small", null, readerFigures(record, text, position, weight, reader)),
+    element("small", null, readerFigures(record, name, position, weight, reader)),
   );
   const heading = element("h3", null, "Tokens of the data that read it with the largest weights");
   const source = record.data ? [element("p", {class: "note"}, "Data: ", element("bdi", null, record.data))] : [];
-  return [heading, ...source, growingList(others, itemOf, {class: "readers data"})];
+  return [heading, ...source, growingList(known.readings, itemOf, {class: "readers data"})];
 }
