@@ -85,7 +85,7 @@ def remark_replaced(config: Config) -> str | None:
         return None
     layers = ", ".join(map(str, sorted(set().union(*of_variants))))
     return (
-        f"placement.mode=replace removes the pretrained FFN of the layers {layers} and what the model knew in it, until "
+        f"placement.mode=replace removes the pretrained FFN of the layers {layers} and what it knew, until "
         "the new one has learned; placement.mode=parallel keeps both"
     )
 

@@ -17,7 +17,7 @@ class FinetuningMethod(Protocol):
     """The contract of a class that `finetune._target_` names."""
 
     def adapt(self, model: nn.Module) -> None:
-        """Changes a trunk before it gets its weights: parameters are frozen, or added for every later use of the run."""
+        """Changes a trunk before it gets its weights: freezes parameters, or adds some that all later uses have."""
 
     def callbacks(self) -> list[L.Callback]:
         """Returns what acts while the run is trained."""

@@ -27,7 +27,7 @@ Config = Mapping[str, Any]
 #: Keys of `model` that the transformer does not take as they stand.
 _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
 #: Facts about a trunk with a `_target_`, which `complete` found in its files.
-_FACTS = ("dim", "vocab_size", "tokenizer_digest")
+_FACTS = ("dim", "vocab_size", "norm_eps", "tokenizer_digest")
 #: Arguments of the transformer that are built here, and are not keys of `model`.
 _BUILT_ARGUMENTS = {"ffns", "before", "after", "tables", "write_after"}
 

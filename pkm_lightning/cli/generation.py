@@ -98,7 +98,7 @@ def texts_by(job: Job, read: Callable[[Path, str], Any], *, key: str = "prompt",
 
     Args:
         job: the command.
-        read: reads a file; its second argument is the key's name, for errors.
+        read: the reader of files; its second argument is the key's name, for errors.
         key: of a text or a list of texts.
         file_key: of a file; `-` stands for the standard input.
     """

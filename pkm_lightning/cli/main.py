@@ -49,6 +49,9 @@ PRIMARY_CONFIGURATIONS = {
     "prepare": "prepare",
 }
 
+#: Those with keys whose values are texts.
+_WITH_TEXTS = ("generate", "inspect")
+
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
 
 verbs:
@@ -108,9 +111,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    arguments = (
-        with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) in ("generate", "inspect") else arguments
-    )
+    arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) in _WITH_TEXTS else arguments
     given = arguments
     try:
         check_sweep(verb, arguments)

@@ -42,18 +42,21 @@ def check_ffn(config: Mapping[str, Any]) -> None:
         )
 
 
-def with_ffn_dim(config: dict[str, Any], ffn_dim: int) -> dict[str, Any]:
-    """Returns `config` with the size of the pretrained FFNs where a YAML takes `model.ffn_dim`, which is null so far.
+def with_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `config` with the pretrained model's sizes where a YAML takes them from `model`, which had none so far.
 
     Args:
-        config: the whole configuration.
-        ffn_dim: hidden dimension of the FFN of the pretrained layers.
+        config: the whole configuration, completed by what the model's files say.
     """
+    model = config["model"]
+    sizes = {"hidden_dim": model.get("ffn_dim"), "norm_eps": model.get("norm_eps")}
+    sizes["dense_hidden_dim"] = sizes["hidden_dim"]
 
     def completed(ffn: dict[str, Any]) -> dict[str, Any]:
         kinds = keyword_annotations(target_class(ffn, "ffn"))
-        sizes = [key for key in ffn if key.endswith("hidden_dim") and ffn[key] is None and kinds.get(key) is int]
-        return {**ffn, **dict.fromkeys(sizes, ffn_dim)}
+        # Where null is no value of the key itself.
+        absent = [key for key in sizes if key in ffn and ffn[key] is None and kinds.get(key) in (int, float)]
+        return {**ffn, **{key: sizes[key] for key in absent}}
 
     extras = {
         name: {**extra, "ffn": completed(extra["ffn"])} for name, extra in (config.get(EXTRAS) or {}).items() if extra

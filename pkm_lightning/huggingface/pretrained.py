@@ -20,10 +20,10 @@ from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
 from pkm_lightning.errors import ConfigError, DataError, check_flag
 from pkm_lightning.ffn import FFNContext
-from pkm_lightning.huggingface.checks import check_data, check_ffn, with_ffn_dim
+from pkm_lightning.huggingface.checks import check_data, check_ffn, with_sizes
 from pkm_lightning.huggingface.diagnostics import add_diagnostics
 from pkm_lightning.huggingface.files import PretrainedFiles, make_config, make_network, read_model
-from pkm_lightning.huggingface.retrofit import load_trunk, new_parameters, put_plugins
+from pkm_lightning.huggingface.retrofit import ffn_dim, load_trunk, new_parameters, norm_eps, put_plugins
 from pkm_lightning.memory import ValueTable, take_over_tables
 from pkm_lightning.model import ModelOutput, PartCost
 from pkm_lightning.model.attention import document_mask as mask_of_documents
@@ -101,20 +101,20 @@ class PretrainedTransformer(nn.Module):
         check_ffn(config)
         model = config["model"]
         if "architecture" in model:
-            return with_ffn_dim(config, model["ffn_dim"]) if model.get("ffn_dim") else config
+            return with_sizes(config)
         if not isinstance(model.get("path"), str):
             raise ConfigError(f"model.path={model.get('path')} is no path; give that of a folder or a .gguf file.")
         cache_dir = (config.get("data") or {}).get("cache_dir")
         files = PretrainedFiles.find(model["path"], expanded(cache_dir) if cache_dir else default_cache())
         settings = make_config(files.architecture, f"model.path={model['path']}")
-        ffn_dim = getattr(settings, "intermediate_size", None) or settings.n_inner or 4 * settings.hidden_size
         ends = files.stop_ids[0] if len(files.stop_ids) == 1 else files.stop_ids or None
         found = {
             "path": str(files.path),
             "architecture": {**files.architecture, "eos_token_id": ends},
             "dim": settings.hidden_size,
             "n_layers": settings.num_hidden_layers,
-            "ffn_dim": ffn_dim,
+            "ffn_dim": ffn_dim(settings),
+            "norm_eps": norm_eps(settings),
             "vocab_size": settings.vocab_size,
             "tokenizer_digest": None if files.tokenizer is None else files.tokenizer.digest,
         }
@@ -123,7 +123,7 @@ class PretrainedTransformer(nn.Module):
         with torch.device("meta"):
             arguments = {name: model[name] for name in ("document_mask", "reset_positions", "activation_checkpointing")}
             files.check_weights(cls(path=found["path"], architecture=files.architecture, **arguments).network)
-        return with_ffn_dim({**config, "model": {**model, **found}}, ffn_dim)
+        return with_sizes({**config, "model": {**model, **found}})
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -176,7 +176,7 @@ class PretrainedTransformer(nn.Module):
     @property
     def is_cacheable(self) -> bool:
         """Whether all FFN plugins state that they read no other token, or take earlier ones from a cache."""
-        return all_cacheable(self)
+        return all_cacheable(self.plugins())
 
     def plugins(self) -> Iterator[tuple[int, str, nn.Module]]:
         """Yields layer, name within the layer and module of each FFN plugin; FFNs that layers keep are none."""
@@ -269,7 +269,7 @@ class PretrainedTransformer(nn.Module):
         """
         from pkm_lightning.huggingface.trunk_cache import PretrainedCache
 
-        check_cacheable(self)
+        check_cacheable(self.plugins())
         limit = learned_positions(self.config)
         if limit is not None and capacity > limit:
             raise ConfigError(

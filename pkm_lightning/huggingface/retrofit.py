@@ -25,10 +25,23 @@ def put_plugins(blocks: nn.ModuleList, plugins: Mapping[int, Mapping[str, nn.Mod
         plugins: by the layer's number and `placement.mode`.
         settings: the configuration of the model in transformers.
     """
-    eps = getattr(settings, "rms_norm_eps", None) or settings.layer_norm_epsilon
     for number, by_mode in plugins.items():
         for mode in sorted(by_mode, key=_MODES.index):
-            plug(blocks[number], number, by_mode[mode], mode=mode, dim=settings.hidden_size, norm_eps=eps)
+            plug(
+                blocks[number], number, by_mode[mode], mode=mode, dim=settings.hidden_size, norm_eps=norm_eps(settings)
+            )
+
+
+def norm_eps(settings: Any) -> float:
+    """Returns the epsilon of the norms of a model, given its configuration in transformers."""
+    return float(settings.layer_norm_epsilon if settings.model_type == "gpt2" else settings.rms_norm_eps)
+
+
+def ffn_dim(settings: Any) -> int:
+    """Returns the hidden dimension of the FFNs of a model, given its configuration in transformers."""
+    if settings.model_type == "gpt2":
+        return int(settings.n_inner or 4 * settings.hidden_size)
+    return int(settings.intermediate_size)
 
 
 def load_trunk(network: nn.Module, state: Mapping[str, Tensor]) -> None:

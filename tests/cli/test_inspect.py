@@ -1,4 +1,4 @@
-"""`inspect` on a run: screen, JSON, page and masks; readers out of kept data and files; refusals before a model is read."""
+"""`inspect` on a run: screen, JSON, page, masks; readers of slots out of data; refusals before anything is read."""
 
 from __future__ import annotations
 
