@@ -65,13 +65,16 @@ _OFFERED = {
     "UltraMem": "ffn.ultramem",
     "UltraMemV2": "ffn.ultramem_v2",
     "ValueTable": "memory.value_table",
+    "ablate": "inspection.ablation",
     "ffn_reports": "build.ffn_reports",
     "generate": "inference.generation",
     "load": "build.loading",
+    "mask": "inspection.masking",
     "model_cost": "model.accounting",
     "replace_ffn": "build.replacement",
     "row_learning_tables": "memory.table_reference",
     "save": "build.saving",
+    "trace": "inspection.tracing",
 }
 __all__ = ["__version__", *_OFFERED]
 

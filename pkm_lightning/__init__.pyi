@@ -32,6 +32,9 @@ from pkm_lightning.ffn.ultramem import UltraMem as UltraMem
 from pkm_lightning.ffn.ultramem_v2 import UltraMemV2 as UltraMemV2
 from pkm_lightning.inference.generation import generate as generate
 from pkm_lightning.inference.sampling import Sampling as Sampling
+from pkm_lightning.inspection.ablation import ablate as ablate
+from pkm_lightning.inspection.masking import mask as mask
+from pkm_lightning.inspection.tracing import trace as trace
 from pkm_lightning.memory.quantized_table import QuantizedTable as QuantizedTable
 from pkm_lightning.memory.row_optimizer import RowOptimizer as RowOptimizer
 from pkm_lightning.memory.table_optimizer import TableOptimizer as TableOptimizer

@@ -20,15 +20,20 @@ GENERATION_KEYS = (
 )
 #: Keys of an evaluation, each an argument of `inference.harness_settings.read_settings`.
 EVALUATION_KEYS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size")
-_ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate")
+#: Keys of an inspection, besides `format` and `out`.
+INSPECTION_KEYS = (
+    *("text", "texts_file", "effects", "mask", "mask_table", "data_path", "data_tokens", "questions", "readers"),
+    "show",
+)
+_ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate", "inspect")
 #: Keys of a command and the verbs that read them; every verb reads the others.
 VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export",),
     "dir": ("export",),
     "overwrite": ("export", "prepare"),
     "quantize": ("export",),
-    "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
-    "format": ("info", "export"),
+    "out": ("predict", "generate", "evaluate", "inspect", "compare", "report", "prepare"),
+    "format": ("info", "inspect", "export"),
     "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
     "resume": ("fit", "compare", "info"),
     "init_from": ("fit",),
@@ -36,6 +41,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
     "device_memory": ("fit", "compare", "info"),
     "trust_config": ("fit", *_ON_SAVED, "compare", "info"),
     **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
+    **dict.fromkeys(INSPECTION_KEYS, ("inspect",)),
     **dict.fromkeys(PROMPT_KEYS, ("generate", "predict")),
     **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
     "batch_size": ("generate", "predict", "evaluate"),
@@ -62,7 +68,7 @@ _TRAINING_KEYS = (
     *("accumulate_grad_batches", "enable_model_summary", "overfit_batches", "limit_train_batches"),
 )
 #: Verbs that read a run, and compose no configuration of it.
-VERBS_WITHOUT_VARIANTS = ("generate", "chat", "evaluate", "export")
+VERBS_WITHOUT_VARIANTS = ("generate", "chat", "evaluate", "inspect", "export")
 #: The place of the table of a further variant.
 PATH_OF_EXTRA = re.compile(r"extra_ffns\.(\w+)\.table\.path")
 #: Groups in the order in which they stand in `configs/config.yaml`.

@@ -28,6 +28,7 @@ VERBS = {
     "predict": "answer prompt=TEXT or prompts_file=FILE, written as JSON lines; also with several ranks",
     "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
     "chat": "talk to a model in the terminal",
+    "inspect": "the slots that text=TEXT reads, what they add, who else reads them; without mask=[SLOT,...]",
     "export": "write the weights of ckpt=PATH or run_dir=RUN: file=model.safetensors, or format=hf|ngram dir=FOLDER",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "prepare": "tokenise data=text data.path=FILES ahead of fit, or into out=DIR; data=benchmarks: sets for evaluate",
@@ -43,9 +44,13 @@ PRIMARY_CONFIGURATIONS = {
     "generate": "generate",
     "chat": "generate",
     "evaluate": "evaluate",
+    "inspect": "inspect",
     "export": "export",
     "prepare": "prepare",
 }
+
+#: Those with keys whose values are texts.
+_WITH_TEXTS = ("generate", "inspect")
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
 
@@ -106,7 +111,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) == "generate" else arguments
+    arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) in _WITH_TEXTS else arguments
     given = arguments
     try:
         check_sweep(verb, arguments)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pkm_lightning.memory.masked_reads import MaskableReads
 from pkm_lightning.ops import grouped_linear
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SwiGLUExperts(nn.Module):
+class SwiGLUExperts(MaskableReads):
     """Experts `E_i(x) = (silu(x G_i) * x U_i) O_i` without biases (Shazeer 2020, arXiv 2002.05202, eq. 6).
 
     Args:

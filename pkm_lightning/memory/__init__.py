@@ -2,6 +2,7 @@
 
 from pkm_lightning.memory.addressing import Addressing
 from pkm_lightning.memory.cures import Cures
+from pkm_lightning.memory.masked_reads import MaskableReads, ReadMask, masked_reads, zero_reads
 from pkm_lightning.memory.mesh import TableMesh
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim, product_slots
 from pkm_lightning.memory.quantized_table import QuantizedTable
@@ -21,14 +22,15 @@ from pkm_lightning.memory.table_reference import (
 from pkm_lightning.memory.tucker_keys import TuckerKeys
 from pkm_lightning.memory.value_table import ValueTable
 from pkm_lightning.memory.values import Values
-from pkm_lightning.memory.zero_reads import zero_reads
 
 __all__ = [
     "Addressing",
     "Cures",
+    "MaskableReads",
     "ProductKeys",
     "QuantizedTable",
     "QueryNetwork",
+    "ReadMask",
     "RowOptimizer",
     "RowStage",
     "TableMesh",
@@ -41,6 +43,7 @@ __all__ = [
     "clip_tables",
     "count_parameters",
     "half_key_dim",
+    "masked_reads",
     "own_parameters",
     "product_slots",
     "row_learning_tables",

@@ -61,7 +61,6 @@ class ValueTable(ReadTable):
     Attributes:
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
-        reads_zeros: whether reads return zeros; set by `zero_reads`.
         first_rows: finds the file with the initial rows of a table that learns; None where they are drawn.
         prefetcher: has the rows of coming reads, in training and evaluation of some tables; else None.
 
@@ -102,7 +101,6 @@ class ValueTable(ReadTable):
         if dim % slices:
             raise ConfigError(f"slices={slices} does not divide the {dim} values of a row; choose a divisor of {dim}.")
         self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
-        self.reads_zeros = False
         self.stored, self.first_rows, self.prefetcher = stored, None, None
         self.std = dim**-0.5 if std is None else std
         self.learning, self.stays_on_cpu, self.is_mapped = learning, device == "cpu", device == "mmap"
@@ -205,6 +203,7 @@ class ValueTable(ReadTable):
         With a table sharded by `dim`, the sums are exchanged between ranks while other work is done in between, and so
         are their gradients in backward.
         """
+        weights_TK = self.masked(weights_TK, ids_TK)
         if self.is_split:
             read = functools.partial(self._sum, n_groups=n_groups)
             assert self.mesh is not None
@@ -222,7 +221,7 @@ class ValueTable(ReadTable):
             dots_TK = sharded_dot(self.mesh, self.n_lines, self._dot, x_TV.to(self.weight.dtype), ids_TK)
         else:
             dots_TK = self._dot(x_TV, ids_TK, ids_TK)
-        return torch.zeros_like(dots_TK) if self.reads_zeros else dots_TK
+        return self.masked(dots_TK, ids_TK)
 
     def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
         """Returns the lines `ids` one by one, in the table's dtype (float32 where the table is quantised)."""
@@ -231,7 +230,7 @@ class ValueTable(ReadTable):
             lines_TKV = sharded_rows(self.mesh, self.n_lines, self._gather, ids_TK)
         else:
             lines_TKV = self._gather(ids_TK, ids_TK)
-        return torch.zeros_like(lines_TKV) if self.reads_zeros else lines_TKV
+        return self.masked(lines_TKV, ids_TK)
 
     @property
     def size(self) -> int:
