@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -46,17 +46,26 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
                 f"{names[0]} and {names[-1]}.{_near(pattern, names)}"
             )
         frozen |= matches
-    tables = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, ValueTable)}
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-            if name in tables:
-                tables[name].stage = None  # a table that learns by rows requires no gradient: reads are staged
+    _freeze(model, frozen)
     if parameter_counts(model).trained == 0:
         raise ConfigError(
             f"optim.freeze=[{','.join(patterns)}] freezes all {len(names)} parameters, so that nothing is trained; "
             "remove a pattern."
         )
+
+
+def freeze_others(model: nn.Module, names: Collection[str]) -> None:
+    """Excludes all parameters of `model` from training but those with these names."""
+    _freeze(model, {name for name, _ in model.named_parameters()} - set(names))
+
+
+def _freeze(model: nn.Module, names: Collection[str]) -> None:
+    tables = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, ValueTable)}
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)
+            if name in tables:
+                tables[name].stage = None  # a table that learns by rows requires no gradient: reads are staged
 
 
 def check_frozen(model: nn.Module, config: Mapping[str, Any]) -> None:
