@@ -37,21 +37,31 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
     if not patterns:
         return
     names = [name for name, _ in model.named_parameters()]
-    frozen = set[str]()
-    for pattern in patterns:
-        matches = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(_MODEL + name, pattern)}
-        if not matches:
-            raise ConfigError(
-                f"optim.freeze: {pattern!r} matches no parameter; patterns are of whole names, such as "
-                f"{names[0]} and {names[-1]}.{_near(pattern, names)}"
-            )
-        frozen |= matches
+    frozen = matching_names(names, patterns, "optim.freeze")
     _freeze(model, frozen)
     if parameter_counts(model).trained == 0:
         raise ConfigError(
             f"optim.freeze=[{','.join(patterns)}] freezes all {len(names)} parameters, so that nothing is trained; "
             "remove a pattern."
         )
+
+
+def matching_names(names: Sequence[str], patterns: Sequence[str], key: str) -> set[str]:
+    """Returns those of the `names` of parameters that match one of `patterns`, which `key` holds.
+
+    Raises:
+        ConfigError: a pattern matches no name.
+    """
+    chosen = set[str]()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(_MODEL + name, pattern)}
+        if not matches:
+            raise ConfigError(
+                f"{key}: {pattern!r} matches no parameter; patterns are of whole names, such as "
+                f"{names[0]} and {names[-1]}.{_near(pattern, names)}"
+            )
+        chosen |= matches
+    return chosen
 
 
 def freeze_others(model: nn.Module, names: Collection[str]) -> None:

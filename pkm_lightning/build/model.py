@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pkm_lightning.build.adapters import add_adapters, has_adapters
+from pkm_lightning.build.finetuning import adapt
 from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import instantiate, target_class
 from pkm_lightning.build.plugins import build_plugins
@@ -44,15 +44,11 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
     model = config["model"]
     # A configuration of the model alone, as an exported folder holds it, has no keys of training.
     frozen = (config.get("optim") or {}).get("freeze") or ()
-    built = _build_trunk(model) if "_target_" in model else _build_transformer(config, table_mesh)
-    freeze_parameters(built, frozen)
-    if has_adapters(config):
-        add_adapters(built, config)
-    return built
-
-
-def _build_transformer(config: Config, table_mesh: TableMesh | None) -> Transformer:
-    model = config["model"]
+    if "_target_" in model:
+        trunk = _build_trunk(model)
+        freeze_parameters(trunk, frozen)
+        adapt(trunk, config)
+        return trunk
     check_integer("model.n_layers", model["n_layers"], low=1)
     check_integer("model.dim", model["dim"], low=1)
     if not isinstance(model["vocab_size"], int):
@@ -66,7 +62,10 @@ def _build_transformer(config: Config, table_mesh: TableMesh | None) -> Transfor
         raise ConfigError(
             f"model.{min(unknown)} is not a key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
         )
-    return Transformer(**arguments, **vars(plugins))
+    transformer = Transformer(**arguments, **vars(plugins))
+    freeze_parameters(transformer, frozen)
+    adapt(transformer, config)
+    return transformer
 
 
 def complete_trunk(config: dict[str, Any]) -> dict[str, Any]:
