@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pkm_lightning.build.instantiate import check_kind, instantiate
+from pkm_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     import lightning as L
@@ -17,7 +18,7 @@ class FinetuningMethod(Protocol):
     """The contract of a class that `finetune._target_` names."""
 
     def adapt(self, model: nn.Module) -> None:
-        """Changes a trunk before it gets its weights: parameters are frozen, or added for every later use of the run."""
+        """Changes a trunk before it gets its weights: freezes parameters, or adds some for every use of the run."""
 
     def callbacks(self) -> list[L.Callback]:
         """Returns what acts while the run is trained."""
@@ -35,6 +36,20 @@ def finetuning_method(config: Mapping[str, Any]) -> FinetuningMethod | None:
     method = instantiate(described, "finetune")
     check_kind(method, FinetuningMethod, described, "finetune")
     return method
+
+
+def check_starting_weights(config: Mapping[str, Any]) -> None:
+    """Refuses a method for a model whose weights are random.
+
+    Raises:
+        ConfigError: saying what gives a run trained weights.
+    """
+    described = config.get("finetune")
+    if described and not config.get("init_from") and "_target_" not in config["model"]:
+        raise ConfigError(
+            f"finetune._target_={described.get('_target_')} changes a trained model, and the weights of this run are "
+            "random; set init_from=RUN, or model=hf model.path=FOLDER_OR_GGUF."
+        )
 
 
 def adapt(model: nn.Module, config: Mapping[str, Any]) -> None:

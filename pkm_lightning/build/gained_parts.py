@@ -1,7 +1,7 @@
 """A model that has parts which the weights that it starts from lack: adapters, and FFN variants beside the others.
 
-The weights are renamed to what the model calls them: a layer's FFN is `ffn.base` where a variant runs in parallel to it,
-an adapted layer is `base_layer` of its adapter, and tables are numbered over all variants.
+The weights are renamed to what the model calls them: a layer's FFN is `ffn.base` where a variant runs in parallel, an
+adapted layer is `base_layer` of its adapter, and tables are numbered over all variants.
 """
 
 from __future__ import annotations

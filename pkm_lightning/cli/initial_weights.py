@@ -1,7 +1,7 @@
 """`fit init_from=PATH`: a new run from trained weights, with counters and optimizer at zero.
 
-The model may have gained parts: adapters, and variants that leave room for all that was trained. Adapters of the trained
-run are merged.
+The model may have gained parts: adapters, and variants beside all that was trained. Adapters of the trained run are
+merged.
 
 The groups of the architecture are those of the weights unless the command sets them (`cli/saved_overrides.py`), and so
 is the tokenizer. Each rank reads its part of the weights, as it does when a run resumes.

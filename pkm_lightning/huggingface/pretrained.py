@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pkm_lightning.build.adapters import load_base
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
 from pkm_lightning.errors import ConfigError, DataError, check_flag
@@ -186,7 +187,7 @@ class PretrainedTransformer(nn.Module):
         # On the CPU whatever the surrounding device context is, and from there into the parameters that there are.
         with torch.device("cpu"):
             read = read_model(path, self.config, embedding.dtype)
-        self.network.load_state_dict(read.state_dict())
+        load_base(self.network, read.state_dict())
 
     def compile_blocks(self) -> None:
         """Compiles each block in place, which leaves parameter names unchanged."""
