@@ -47,6 +47,10 @@ class SwiGLUExperts(nn.Module):
         nn.init.normal_(self.up, std=dim**-0.5)
         nn.init.normal_(self.out, std=(hidden_dim * 2 * self.n_layers) ** -0.5)
 
+    def zero_output(self) -> None:
+        """Sets every O_i to zero."""
+        nn.init.zeros_(self.out)
+
     def forward(self, x_MD: Float[Tensor, "M D"], counts_E: Int[Tensor, " E"]) -> Float[Tensor, "M D"]:
         """Runs the first `counts[0]` rows through expert 0, the next `counts[1]` through expert 1, and so on."""
         gate_MF = grouped_linear(x_MD, self.gate, counts_E)
