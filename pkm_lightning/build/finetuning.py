@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
+from pkm_lightning.build.finetuning_method import FinetuningMethod
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     import lightning as L
     from torch import nn
-
-
-@runtime_checkable
-class FinetuningMethod(Protocol):
-    """The contract of a class that `finetune._target_` names."""
-
-    def adapt(self, model: nn.Module) -> None:
-        """Changes a trunk before it gets its weights: freezes parameters, or adds some for every use of the run."""
-
-    def callbacks(self) -> list[L.Callback]:
-        """Returns what acts while the run is trained."""
 
 
 def finetuning_method(config: Mapping[str, Any]) -> FinetuningMethod | None:

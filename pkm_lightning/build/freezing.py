@@ -99,19 +99,25 @@ def check_frozen(model: nn.Module, config: Mapping[str, Any]) -> None:
 def parameter_counts(model: nn.Module) -> ParameterCounts:
     """Returns the numbers of trained and frozen parameters, those of a whole table where a rank holds a part."""
     trained = frozen = 0
-    for size, learns in _sizes(model):
+    for size, _, learns in _sizes(model):
         trained, frozen = (trained + size, frozen) if learns else (trained, frozen + size)
     return ParameterCounts(trained, frozen)
 
 
-def _sizes(model: nn.Module) -> Iterator[tuple[int, bool]]:
+def trained_bytes(model: nn.Module) -> int:
+    """Returns the bytes of the parameters that are trained, which is what a run changes; tables count whole."""
+    return sum(size * width for size, width, learns in _sizes(model) if learns)
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[int, int, bool]]:
+    """Yields number of values, bytes per value and whether they are trained, of each parameter."""
     tables = {id(module.weight): module for module in model.modules() if isinstance(module, ValueTable)}
     for parameter in model.parameters():
         table = tables.get(id(parameter))
         if table is None:
-            yield parameter.numel(), parameter.requires_grad
+            yield parameter.numel(), parameter.element_size(), parameter.requires_grad
         else:
-            yield table.size, table.stage is not None or parameter.requires_grad
+            yield table.size, parameter.element_size(), table.stage is not None or parameter.requires_grad
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ import lightning as L
 import torch
 
 from pkm_lightning.build.adapters import merge_adapters
-from pkm_lightning.build.gained_parts import rename_for
+from pkm_lightning.build.gained_parts import gained_variants, rename_for
 from pkm_lightning.build.instantiate import check_trusted, target_class
 from pkm_lightning.build.loading import find_weights, saved_tokenizer
 from pkm_lightning.build.run import ResolvedRun
@@ -153,6 +153,10 @@ class InitialWeights(L.Callback):
                 "its own yet; restore it, or start again with resume=never."
             )
         return made
+
+    def gained(self, config: Mapping[str, Any]) -> list[str]:
+        """Returns the names of the variants that a model of `config` has and the weights lack."""
+        return gained_variants(config, self.checkpoint.config)
 
     @torch.no_grad()
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
