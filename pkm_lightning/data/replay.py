@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 from pkm_lightning.data.mixture import BLOCK, MixedOrder, MixedSequences
 from pkm_lightning.data.order import Order
@@ -24,6 +24,9 @@ class OldData(Protocol):
 
     def opened(self) -> Splits:
         """Returns the sequences; builds what is missing."""
+
+    def prepared_sources(self) -> list[dict[str, Any]]:
+        """Returns the names and licences of what the data were made from."""
 
 
 class Replay:

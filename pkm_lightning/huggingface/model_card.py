@@ -112,7 +112,11 @@ def data_sources(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         check_trusted(config["data"], "data")
         data = instantiate(config["data"], "data")
-        return data.prepared_sources() if isinstance(data, TokenDataModule) else []
+        if not isinstance(data, TokenDataModule):
+            return []
+        add_replay(data, config)
+        replayed = [] if data.replay is None else data.replay.data.prepared_sources()
+        return [*data.prepared_sources(), *replayed]
     except (PkmError, OSError, ValueError, KeyError):
         return []
 
