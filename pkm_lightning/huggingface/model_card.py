@@ -12,6 +12,7 @@ import yaml
 
 import pkm_lightning
 from pkm_lightning.build.instantiate import check_trusted, instantiate
+from pkm_lightning.build.replay import add_replay
 from pkm_lightning.checkpoints.export import weight_shapes
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.data.datamodule import TokenDataModule
