@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from pkm_lightning.build.adapters import base_name
-from pkm_lightning.build.variant_figures import variant_figures
+from pkm_lightning.build.variant_figures import tables_of_variants
 from pkm_lightning.build.variants import names_by_place, variants
 from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.errors import ConfigError
@@ -39,8 +39,8 @@ def names_of_variants(model: Transformer, config: Config, chosen: Collection[str
     for layer, part, plugin in model.plugins():
         if by_place.get((layer, part)) in chosen:
             prefixes += [f"{names[id(plugin)]}.", f"{names[id(model.blocks[layer])]}.{part}_norm."]
-    figures = variant_figures(model, config)
-    prefixes += [f"tables.{number}." for name in chosen for number in figures[name]["tables"]]
+    tables = tables_of_variants(model, config)
+    prefixes += [f"tables.{number}." for name in chosen for number in tables[name]]
     return {name for name in model.state_dict() if name.startswith(tuple(prefixes))}
 
 
