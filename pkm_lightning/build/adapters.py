@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pkm_lightning.checkpoints import DerivedTensor, SavedCheckpoint
 
@@ -27,12 +26,6 @@ _TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 def base_name(name: str) -> str | None:
     """Returns the name that a weight has in a model without adapters; None for a weight of an adapter."""
     return None if ".lora_" in name else name.replace(f".{_BASE}", ".")
-
-
-def load_base(module: nn.Module, state: dict[str, Any]) -> None:
-    """Fills `module`, which may have adapters, with the state of one without; adapters keep their values."""
-    state = {name: state[base] for name in module.state_dict() if (base := base_name(name)) is not None}
-    module.load_state_dict(state, strict=False)
 
 
 def merge_adapters(checkpoint: SavedCheckpoint) -> None:

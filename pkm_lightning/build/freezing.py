@@ -1,4 +1,7 @@
-"""Frozen parameters: those that a pattern of `optim.freeze` names keep their values and have no optimizer state."""
+"""Frozen parameters: those that a pattern of `optim.freeze` names keep their values and have no optimizer state.
+
+Beside the patterns stands the word `trunk`, for all that is neither of a variant's plugin nor of a value table.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import nn
 from pkm_lightning.build.instantiate import target_class
 from pkm_lightning.errors import ConfigError, nearest
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.model import Transformer
 
 #: Prefix of the transformer's parameters in a checkpoint, which a pattern may have or lack.
 _MODEL = "model."
@@ -23,13 +27,18 @@ class ParameterCounts(NamedTuple):
     frozen: int
 
 
-def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
+#: The word for all parameters that are not of a variant of the FFN.
+TRUNK = "trunk"
+
+
+def freeze_parameters(model: Transformer, patterns: Sequence[str], places: Collection[tuple[int, str]] = ()) -> None:
     """Excludes the parameters of `model` from training whose names match one of `patterns`.
 
     Args:
-        model: the transformer, before it is sharded and before an optimizer is made.
-        patterns: as `fnmatch` reads them, of names as in a checkpoint, with or without the leading `model.`:
-            `embedding*`, `blocks.0.*`, `*attention*`, `tables.*`.
+        model: the trunk, before it is sharded and before an optimizer is made.
+        patterns: `trunk`, or as `fnmatch` reads them, of names as in a checkpoint, with or without the leading
+            `model.`: `embedding*`, `blocks.0.*`, `*attention*`, `tables.*`.
+        places: layer and name of the variants' plugins, which are not of the trunk.
 
     Raises:
         ConfigError: a pattern matches no name, or nothing is left to train.
@@ -37,7 +46,9 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
     if not patterns:
         return
     names = [name for name, _ in model.named_parameters()]
-    frozen = matching_names(names, patterns, "optim.freeze")
+    frozen = matching_names(names, [pattern for pattern in patterns if pattern != TRUNK], "optim.freeze")
+    if TRUNK in patterns:
+        frozen |= trunk_parameters(model, places)
     _freeze(model, frozen)
     if parameter_counts(model).trained == 0:
         raise ConfigError(
@@ -76,6 +87,20 @@ def _freeze(model: nn.Module, names: Collection[str]) -> None:
             parameter.requires_grad_(False)
             if name in tables:
                 tables[name].stage = None  # a table that learns by rows requires no gradient: reads are staged
+
+
+def trunk_parameters(model: Transformer, places: Collection[tuple[int, str]]) -> set[str]:
+    """Returns the names of the parameters that are neither of a plugin at one of `places` nor of a value table.
+
+    The norm in front of a plugin before or after a layer, which is as new as the plugin, counts as its part.
+    """
+    of_plugins: list[nn.Module] = list(model.value_tables)
+    for layer, name, plugin in model.plugins():
+        if (layer, name) in places:
+            norm = getattr(model.blocks[layer], f"{name}_norm", None) if name in ("before", "after") else None
+            of_plugins += [plugin] if norm is None else [plugin, norm]
+    others = {id(parameter) for module in of_plugins for parameter in module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in others}
 
 
 def check_frozen(model: nn.Module, config: Mapping[str, Any]) -> None:

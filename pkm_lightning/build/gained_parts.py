@@ -13,8 +13,6 @@ from pkm_lightning.build.adapters import base_name
 from pkm_lightning.build.variant_figures import tables_of_variants
 from pkm_lightning.build.variants import names_by_place, variants
 from pkm_lightning.checkpoints import SavedCheckpoint
-from pkm_lightning.errors import ConfigError
-from pkm_lightning.ffn import HasZeroOutput
 from pkm_lightning.model import Transformer
 
 Config = Mapping[str, Any]
@@ -42,25 +40,6 @@ def names_of_variants(model: Transformer, config: Config, chosen: Collection[str
     tables = tables_of_variants(model, config)
     prefixes += [f"tables.{number}." for name in chosen for number in tables[name]]
     return {name for name in model.state_dict() if name.startswith(tuple(prefixes))}
-
-
-def zero_outputs(model: Transformer, config: Config, chosen: Collection[str]) -> None:
-    """Makes the outputs of these variants zero where they are added to those of others, as they stand beside an FFN.
-
-    Raises:
-        ConfigError: a plugin has no such start.
-    """
-    by_place = names_by_place(config)
-    added = {variant.name for variant in variants(config) if variant.placement.mode != "replace"} & set(chosen)
-    for layer, part, plugin in model.plugins():
-        if by_place.get((layer, part)) not in added:
-            continue
-        if not isinstance(plugin, HasZeroOutput):
-            raise ConfigError(
-                f"{by_place[layer, part]}: {type(plugin).__name__} has no zero_output(), by which the trained model "
-                "would start as it is; add that method, or train the variant from the start."
-            )
-        plugin.zero_output()
 
 
 def rename_for(checkpoint: SavedCheckpoint, model: Transformer, config: Config) -> set[str]:

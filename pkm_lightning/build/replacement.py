@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from pkm_lightning.build.instantiate import accepted_keywords
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, nearest
-from pkm_lightning.ffn import NO_CONTEXT, FFNOutput, HasAfterStep, HasRowIds
+from pkm_lightning.ffn import FFNOutput, HasAfterStep, HasRowIds
 from pkm_lightning.memory import TableReference, ValueTable, take_over_tables
 from pkm_lightning.model import Transformer
+from pkm_lightning.model.plugged_layer import PluggedLayer, plug, plugged_layers
 
 #: By `model_type` of transformers, the name of the list of layers in the decoder. Each layer has its FFN as `mlp`.
 LAYERS_OF = {"gpt2": "h", "llama": "layers", "mistral": "layers", "qwen2": "layers", "qwen3": "layers"}
@@ -40,6 +41,11 @@ class FFNReports:
     """
 
     outputs: list[tuple[nn.Module, FFNOutput]] = field(default_factory=list)
+
+    def collect(self, layer: PluggedLayer, outputs: dict[str, FFNOutput]) -> None:
+        """Takes the outputs of one forward of a layer, by the names of its plugins."""
+        plugins = dict(layer.named_plugins())
+        self.outputs += [(plugins[name], output) for name, output in outputs.items()]
 
     def aux_loss(self) -> Tensor | float:
         """Returns the sum of the losses of all plugins, such as that which balances experts; 0.0 if there are none."""
@@ -67,39 +73,16 @@ class FFNReports:
                 plugin.after_step(stats)
 
 
-class PluginMLP(nn.Module):
-    """A plugin in the place of an `mlp` of transformers: hidden states in, hidden states out.
-
-    Args:
-        plugin: a position-wise FFN plugin. It sees no token ids and no mask: padding counts as tokens.
-
-    Attributes:
-        reports: takes the outputs while `ffn_reports` collects; else None.
-    """
-
-    def __init__(self, plugin: nn.Module) -> None:
-        super().__init__()
-        self.plugin = plugin
-        self.reports: FFNReports | None = None
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Returns the plugin's output; what else it reports goes to `reports`."""
-        output: FFNOutput = self.plugin(hidden_BTD, NO_CONTEXT)
-        if self.reports is not None:
-            self.reports.outputs.append((self.plugin, output))
-        elif self.training and (output.aux_losses or output.step_stats) and not _is_in_backward():
+def _warn_of_reports(layer: PluggedLayer, outputs: dict[str, FFNOutput]) -> None:
+    plugins = dict(layer.named_plugins())
+    for name, output in outputs.items():
+        if layer.training and (output.aux_losses or output.step_stats):
             names = ", ".join((*output.aux_losses, *output.step_stats))
             warnings.warn(
-                f"{type(self.plugin).__name__} reports losses or statistics ({names}) that nobody collects: run the "
+                f"{type(plugins[name]).__name__} reports losses or statistics ({names}) that nobody collects: run the "
                 "forward within pkm_lightning.ffn_reports(model).",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return output.y_BTD
-
-
-def _is_in_backward() -> bool:
-    # Activation checkpointing repeats the forward there. torch has no public name for the number of the pass.
-    return torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager
@@ -118,15 +101,14 @@ def ffn_reports(model: nn.Module) -> Iterator[FFNReports]:
         reports.after_step()
         ```
     """
-    reports = FFNReports()
-    places = [module for module in model.modules() if isinstance(module, PluginMLP)]
-    for place in places:
-        place.reports = reports
+    reports, layers = FFNReports(), plugged_layers(model)
+    for layer in layers:
+        layer.collector = reports.collect
     try:
         yield reports
     finally:
-        for place in places:
-            place.reports = None
+        for layer in layers:
+            layer.collector = _warn_of_reports
 
 
 def replace_ffn(
@@ -234,8 +216,12 @@ class _Host:
             # Quantised weights are integers.
             floats = (p for p in (*before.parameters(), *self.model.parameters()) if p.is_floating_point())
             plugin.to(weight.device, next(floats, weight).dtype)
-        in_place = PluginMLP(plugin) if self.attribute == "mlp" else plugin
-        setattr(self.blocks[layer], self.attribute, in_place.train(before.training))
+        plugin.train(before.training)
+        if self.attribute == "mlp":
+            plugged = plug(self.blocks[layer], layer, plugin, mode="replace", dim=self.dim, norm_eps=0.0)
+            plugged.collector = _warn_of_reports
+        else:
+            setattr(self.blocks[layer], self.attribute, plugin)
         return before
 
 

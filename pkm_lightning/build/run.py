@@ -17,7 +17,13 @@ from pkm_lightning.build.finetuning import check_starting_weights, finetuning_ca
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
-from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins, complete_trunk
+from pkm_lightning.build.model import (
+    attention_context,
+    build_meta_model,
+    check_foreign_plugins,
+    complete_trunk,
+    start_at_zero,
+)
 from pkm_lightning.build.replay import add_replay, with_absolute_replay
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
@@ -98,6 +104,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     model = build_meta_model(config)
     check_foreign_plugins(model, config)
     check_frozen(model, config)
+    start_at_zero(model, config)  # for its checks only
     check_setting(model, config)
     # For its checks only.
     configured_schedule(config["optim"], config["trainer"]["max_steps"])

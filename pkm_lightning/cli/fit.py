@@ -17,7 +17,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from pkm_lightning.build.checks import remark_rate, remark_row_optimizer, remark_validation
+from pkm_lightning.build.checks import remark_rate, remark_replaced, remark_row_optimizer, remark_validation
 from pkm_lightning.build.freezing import parameter_counts, trained_bytes
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.build.stored_tables import check_first_rows, check_stored_rows
@@ -129,8 +129,8 @@ def _run(job: Job) -> float | None:
                 resolved = of_command or resolve(command, training=True)
             check_allocatable(resolved.plan, resolved.config)
             config = resolved.config
-            remarks = (remark_validation(config["trainer"]), remark_rate(config), remark_row_optimizer(config))
-            for remark in filter(None, remarks):
+            remarks = (remark_rate(config), remark_replaced(config), remark_row_optimizer(config))
+            for remark in filter(None, (remark_validation(config["trainer"]), *remarks)):
                 _log.info(remark)
             if config["optim"].get("freeze") or config.get("finetune"):
                 _log.info("parameters trained / frozen: %s / %s", *(f"{n:,}" for n in parameter_counts(resolved.model)))

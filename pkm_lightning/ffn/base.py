@@ -37,7 +37,8 @@ Optional members:
   missing means False, and it gets the stream normalised, as it does in the place of an FFN.
 - `buffer_keys: tuple[str, ...]`, arguments of the YAML whose values lie in persistent buffers. Weights of a checkpoint
   decide them, and a new run from these refuses other values.
-- `parameter_roles: dict[str, str]`, from own parameters' names to `table`, `norm`, `bias`, `embedding` or `matrix`.
+- `parameter_roles: dict[str, str]`, from own parameters' names to `table`, `key`, `norm`, `bias`, `embedding` or
+  `matrix`.
 
 Any module within a plugin may have `diagnostics(output, *inputs) -> dict[str, Tensor]`: named scalars, computed now and
 then from the inputs and the output of its forward.

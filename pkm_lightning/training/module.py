@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
-from pkm_lightning.build.gained_parts import zero_outputs
 from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
@@ -93,11 +92,10 @@ class LanguageModule(L.LightningModule):
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         if not self._weights_follow or self._gained:
-            load_pretrained(self.model)
+            load_pretrained(self.model, self.config, self._gained)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
                 bind_tokenizer(self.model, tokenizer_of(data_of(self._trainer)), self.config)
-        zero_outputs(self.model, self.config, self._gained)
         self.cost = model_cost(self.model, attention_context(self.config))
         if self.config["model"]["compile"]:
             self.model.compile_blocks()

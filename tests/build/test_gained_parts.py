@@ -10,8 +10,8 @@ import torch
 from adaptation.test_lora import KEYS, SMALL, logits
 from toys import config, token_ids
 
-from pkm_lightning.build.gained_parts import gained_variants, names_of_variants, rename_for, zero_outputs
-from pkm_lightning.build.model import build_model
+from pkm_lightning.build.gained_parts import gained_variants, names_of_variants, rename_for
+from pkm_lightning.build.model import build_model, load_pretrained
 from pkm_lightning.checkpoints import open_checkpoint
 
 BEFORE = ("ffn=memory_plus", "placement.layers=[1]", "extra_ffns=stem", "extra_ffns.stem.placement.layers=[0]")
@@ -44,7 +44,7 @@ def test_all_that_was_trained_is_loaded_and_the_model_computes_the_same(case: st
     assert gained_variants(after, before) == new
     model = build_model(after)
     model.init_weights(4)
-    zero_outputs(model, after, new)
+    load_pretrained(model, after, new)
     checkpoint = open_checkpoint(tmp_path / "model.ckpt")
     gained = rename_for(checkpoint, model, after)
     targets = {f"state_dict.model.{name}": value for name, value in model.state_dict().items()}
