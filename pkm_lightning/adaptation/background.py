@@ -1,4 +1,4 @@
-"""The read background: how often each row of a model's tables is read in ordinary text, against which a choice compares.
+"""The read background: how often ordinary text reads each row of a model's tables, which a choice of rows compares with.
 
 A batch of the background is a sequence, or whatever the caller counts as one. The smaller the batches, the more they
 distinguish: a batch that reads every row of a small table would make all rows equal.
@@ -17,13 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pkm_lightning.adaptation.row_choice import BackgroundReads
 from pkm_lightning.adaptation.row_reads import RowIds, RowReads, count_into
+from pkm_lightning.adaptation.row_scores import BackgroundReads
 from pkm_lightning.checkpoints.tensor_file import read_tensor_file, write_tensor_file
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.model import Transformer
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.usage.layer_reads import LayerReads
+
+__all__ = ["ReadBackground", "measure_background"]
 
 _FORMAT = "read background 1"
 
@@ -69,6 +71,21 @@ class ReadBackground:
                 f"{_in_words(rows)}; measure it on this model, as with finetune.background_path=TEXT."
             )
 
+    def joined(self, other: ReadBackground) -> ReadBackground:
+        """Returns the background of the batches of both, which are of the same tables."""
+        return self._combined(other, 1)
+
+    def without(self, other: ReadBackground) -> ReadBackground:
+        """Returns the background of the batches that `other` lacks, whose batches are among these."""
+        return self._combined(other, -1)
+
+    def _combined(self, other: ReadBackground, sign: int) -> ReadBackground:
+        return ReadBackground(
+            self.n_batches + sign * other.n_batches,
+            {name: values + sign * other.batches[name] for name, values in self.batches.items()},
+            {name: values + sign * other.reads[name] for name, values in self.reads.items()},
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Returns plain values and tensors, for a checkpoint."""
         return {"n_batches": self.n_batches, "batches": dict(self.batches), "reads": dict(self.reads)}
@@ -98,7 +115,9 @@ class ReadBackground:
         """
         tensors, texts = read_tensor_file(Path(path), key)
         if texts.get("format") != _FORMAT:
-            raise CheckpointError(f"{key}{path} is no read background, as measure_background(...).save(PATH) writes it.")
+            raise CheckpointError(
+                f"{key}{path} is no read background, as measure_background(...).save(PATH) writes it."
+            )
         parts: dict[str, dict[str, Tensor]] = {"batches": {}, "reads": {}}
         for name, values in tensors.items():
             part, _, table = name.partition(".")
@@ -145,6 +164,12 @@ class BackgroundCounter:
         reads = {name: sum_over_ranks(values).to("cpu", copy=True) for name, values in self._reads.items()}
         return ReadBackground(int(n_batches), batches, reads)
 
+    def clear(self) -> None:
+        """Forgets all batches."""
+        self.n_batches = 0
+        for values in (*self._batches.values(), *self._reads.values()):
+            values.zero_()
+
     def load(self, background: ReadBackground) -> None:
         """Continues from a background, on one rank so that nothing counts twice."""
         self.n_batches = background.n_batches
@@ -190,14 +215,15 @@ def measure_background(
         with in_evaluation(model), torch.no_grad():
             for batch in batches:
                 ids.clear()
-                _call(model, batch) if forward is None else forward(batch)
+                call_model(model, batch) if forward is None else forward(batch)
                 counter.add(ids)
     finally:
         hooks.close()
     return counter.background()
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def call_model(model: nn.Module, batch: Any) -> None:
+    """Calls `model` with a mapping that has `input_ids`, or with token ids (B, T)."""
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if isinstance(model, Transformer):

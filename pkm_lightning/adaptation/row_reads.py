@@ -67,7 +67,8 @@ class RowReads:
             name: [
                 ids
                 for reader in readers
-                if reader.layer in traces and (ids := _ids(reader, traces, batch, sequences, self.rows[name])) is not None
+                if reader.layer in traces
+                and (ids := _ids(reader, traces, batch, sequences, self.rows[name])) is not None
             ]
             for name, readers in self._readers.items()
         }

@@ -1,4 +1,4 @@
-"""Small files of whole tensors and texts, in the safetensors format with sums: what belongs to a model but is no weight."""
+"""Small safetensors files of whole tensors and texts, with sums: what belongs to a model and is no weight."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _run(job: Job) -> float | None:
             remarks = (remark_validation(config["trainer"]), remark_rate(config), remark_row_optimizer(config))
             for remark in filter(None, remarks):
                 _log.info(remark)
-            if config["optim"].get("freeze"):
+            if config["optim"].get("freeze") or config.get("finetune"):
                 _log.info("parameters trained / frozen: %s / %s", *(f"{n:,}" for n in parameter_counts(resolved.model)))
             assembly = assemble(resolved)
             if external:

@@ -5,13 +5,15 @@ in all of them:
 
 | score | of row i |
 |---|---|
-| `tfidf` | p(i) log((B + 1) / (b(i) + 1)), with p(i) = c(i) / sum c: Sparse Memory Finetuning (Lin et al. 2025, |
-| | arXiv 2510.15103, section 3) |
-| `kl` | p(i) log(p(i) / q(i)), with q(i) = (r(i) + 1) / sum (r + 1): its part of the divergence KL(p, q) of the step's |
-| | reads from those of the background, which "Improving Sparse Memory Finetuning" (arXiv 2604.05248) ranks rows by. |
-| | The 1 added to each count is ours: rows that the background never reads have a finite score |
+| `tfidf` | p(i) log((B + 1) / (b(i) + 1)), where p(i) = c(i) / sum c |
+| `kl` | p(i) log(p(i) / q(i)), where q(i) = (r(i) + 1) / sum (r + 1) |
 | `tf` | p(i), which no background enters |
 | `random` | uniform from 0 to 1, by a seed |
+
+`tfidf` is the score of Sparse Memory Finetuning (Lin et al. 2025, arXiv 2510.15103, section 3). `kl` is the part of a row
+in the divergence KL(p, q) of the step's reads from those of the background, by which "Improving Sparse Memory
+Finetuning" (arXiv 2604.05248) ranks slots. The 1 added to each count is ours: a row that the background never reads
+then has a finite score.
 
 All in float64 from whole numbers, so that ranks that have summed these choose alike.
 
