@@ -1,4 +1,4 @@
-"""The read background: how often ordinary text reads each row of a model's tables, which a choice of rows compares with.
+"""The read background: how often ordinary text reads each row of a model's tables; choices of rows compare with it.
 
 A batch of the background is a sequence, or whatever the caller counts as one. The smaller the batches, the more they
 distinguish: a batch that reads every row of a small table would make all rows equal.
@@ -209,7 +209,7 @@ def measure_background(
     try:
         reads = RowReads(hooks)
         if not reads.sets:
-            raise ConfigError(f"{type(model).__name__} has no layer that reads a table, so that it has no background.")
+            raise ConfigError(f"{type(model).__name__} has no memory layer, so that it has no background.")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         counter = BackgroundCounter(reads.rows, device)
         with in_evaluation(model), torch.no_grad():

@@ -37,7 +37,7 @@ def text_sequences(reader: TextReader, tokenizer: TextCodec, seq_len: int, most:
         DataError: a file cannot be read.
     """
     ids = _ids(reader, tokenizer)
-    sequences = []
+    sequences: list[list[int]] = []
     while len(sequences) < most and (sequence := list(itertools.islice(ids, seq_len))):
         if len(sequence) == seq_len or not sequences:
             sequences.append(sequence)

@@ -79,7 +79,7 @@ class RowChooser:
                 count_into(self._counts[name], ids_SX)
 
     def choose(self, step: int) -> None:
-        """Lets the rows learn that the reads counted since the last step choose. Collective.
+        """Restricts the tables to the rows that the reads since the last step choose. Collective.
 
         Call it after the last backward of the step and before the norm of its gradients is taken. A choice that was
         fixed stays.
@@ -156,7 +156,7 @@ class RowChooser:
         return report
 
     def lift(self) -> None:
-        """Lets all rows learn again."""
+        """Removes the restriction: all rows learn again."""
         for tables in self.reads.sets.values():
             for table in tables.tables:
                 if table.stage is not None:

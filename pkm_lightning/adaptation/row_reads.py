@@ -1,4 +1,4 @@
-"""Which rows of which sets of tables a forward has read, as ids by sequence; `usage.slot_readers` names the sets.
+"""Which rows a forward has read in each set of tables, as ids by sequence; `usage.slot_readers` names the sets.
 
 A row of a set is one slot of each of its tables. Padding and what is no slot have the id N.
 

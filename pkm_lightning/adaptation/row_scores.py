@@ -10,8 +10,8 @@ in all of them:
 | `tf` | p(i), which no background enters |
 | `random` | uniform from 0 to 1, by a seed |
 
-`tfidf` is the score of Sparse Memory Finetuning (Lin et al. 2025, arXiv 2510.15103, section 3). `kl` is the part of a row
-in the divergence KL(p, q) of the step's reads from those of the background, by which "Improving Sparse Memory
+`tfidf` is the score of Sparse Memory Finetuning (Lin et al. 2025, arXiv 2510.15103, section 3). `kl` is the part of a
+row in the divergence KL(p, q) of the step's reads from those of the background, by which "Improving Sparse Memory
 Finetuning" (arXiv 2604.05248) ranks slots. The 1 added to each count is ours: a row that the background never reads
 then has a finite score.
 

@@ -62,7 +62,7 @@ class SparseFinetuning:
         )
 
     def adapt(self, model: nn.Module) -> None:
-        """Freezes all parameters but the tables that learn by rows.
+        """Excludes all parameters from training but the tables that learn by rows.
 
         Raises:
             ConfigError: there are none.

@@ -48,8 +48,8 @@ def read_tensor_file(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str,
     """
     try:
         file = MappedFile(path)
-        check_tensors(file)
         texts, tensors = map_tensors(file)
+        check_tensors(file)
         return {name: value.clone() for name, value in tensors.items()}, texts
     except OSError as error:
         raise CheckpointError(f"{key}{path} cannot be read ({error.strerror}).") from None

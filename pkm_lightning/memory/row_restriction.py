@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def restrict_rows(table: ValueTable, rows_U: Int[Tensor, " U"] | None) -> None:
-    """Lets only the rows `rows_U` of `table` learn, in the step under way and in all later ones; None: all rows.
+    """Restricts the learning of `table` to the rows `rows_U`, in the step under way and later ones; None: all learn.
 
     Call it before the norm of the gradient is taken. A deep copy of the table is not restricted.
 

@@ -269,8 +269,8 @@ def _only(staged: StagedReads, learns_M: Tensor) -> StagedReads:
     """Returns the staged reads of the lines whose flag is True."""
     keep_L = learns_M[staged.ids_L]
     if keep_L.device.type == "cpu":
-        factors = (staged.ids_L, staged.coefficients_L, staged.sources_L)
-        return StagedReads(*(factor[keep_L] for factor in factors), staged.source_rows_XV)
+        ids_L, coefficients_L, sources_L, source_rows_XV = staged
+        return StagedReads(ids_L[keep_L], coefficients_L[keep_L], sources_L[keep_L], source_rows_XV)
     # On an accelerator the host would wait for their number: the others count as lines of another rank.
     return staged._replace(ids_L=torch.where(keep_L, staged.ids_L, len(learns_M) - 1))
 
