@@ -1,7 +1,7 @@
 """The read background of `finetune=sparse`: in how many sequences of the training each row of the tables was read.
 
-Counted in a few sequences of every n-th step, so that the counts are of the last 1,000 to 2,000 of them: usage changes
-while a model is trained. They are in each checkpoint, where `fit finetune=sparse init_from=RUN` reads them.
+Counted in a few sequences of every n-th step from the first one on, and of the last 1,000 to 2,000 of them: usage
+changes while a model is trained. `fit finetune=sparse init_from=RUN` reads them in the checkpoint of the run;
 `pkm_lightning.adaptation.background` describes them. No metric is logged.
 """
 
@@ -79,7 +79,7 @@ class ReadBackgroundCounter(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Watches the first micro-batch of a step that is counted: plugins fill no traces for it in the others."""
         step = trainer.global_step + 1
-        if self._now is None or step % self.every_n_steps or step == self._last_step:
+        if self._now is None or (step - 1) % self.every_n_steps or step == self._last_step:
             return
         assert isinstance(pl_module, LanguageModule)
         self._last_step = step

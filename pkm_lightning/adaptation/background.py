@@ -197,6 +197,8 @@ def measure_background(
 
     Raises:
         ConfigError: the model has no memory layers.
+
+    Example: `docs/finetuning.md`, "In a loop of your own".
     """
     hooks: LayerReads
     ids: dict[str, list[Tensor]] = {}

@@ -25,7 +25,10 @@ def text_reader(path: str, key: str) -> TextReader:
     Raises:
         DataError: there is no such file.
     """
-    return TextReader(path, endings=_ENDINGS, document_separator=1, key=key)
+    reader = TextReader(path, endings=_ENDINGS, document_separator=1, key=key)
+    # Found now, not at the first read.
+    assert reader.files
+    return reader
 
 
 def text_sequences(reader: TextReader, tokenizer: TextCodec, seq_len: int, most: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Which rows a forward has read in each set of tables, as ids by sequence; `usage.slot_readers` names the sets.
+"""The rows that were read of each set of tables in a forward, as ids by sequence; `usage.slot_readers` names the sets.
 
 A row of a set is one slot of each of its tables. Padding and what is no slot have the id N.
 

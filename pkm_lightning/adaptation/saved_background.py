@@ -44,7 +44,8 @@ def saved_background(run: str | Path) -> ReadBackground:
 
 def _keeper(checkpoint: SavedCheckpoint) -> str | None:
     states = checkpoint.skeleton.get("callbacks") or {}
-    return next((name for name in _KEEPERS if (states.get(name) or {}).get("background")), None)
+    backgrounds = {name: (states.get(name) or {}).get("background") or {} for name in _KEEPERS}
+    return next((name for name, background in backgrounds.items() if background.get("n_batches")), None)
 
 
 def _copied(value: Any) -> Any:

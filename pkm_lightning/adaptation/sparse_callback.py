@@ -70,6 +70,12 @@ class SparseRows(L.Callback):
                 f"strategy._target_={strategy['_target_']}: its engine trains the parameters outside of tables, and "
                 "finetune=sparse leaves none of them; set strategy=ddp or strategy=fsdp."
             )
+        for name, entry in (config["callbacks"] or {}).items():
+            if entry and getattr(target_class(entry, f"callbacks.{name}"), "changes_rows", False):
+                raise ConfigError(
+                    f"callbacks.{name} changes rows of tables, of which finetune=sparse keeps all but the chosen ones "
+                    f"as they are; set ~callbacks.{name}."
+                )
         # A run that continues has the background in its checkpoint.
         continues = config.get("resume") != "never" and latest_checkpoint(Path(config["run_dir"])) is not None
         if self._compares and not continues:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pkm_lightning.build.instantiate import check_kind, instantiate
+from pkm_lightning.data.files import expanded
 
 if TYPE_CHECKING:
     import lightning as L
@@ -17,7 +18,7 @@ class FinetuningMethod(Protocol):
     """The contract of a class that `finetune._target_` names."""
 
     def adapt(self, model: nn.Module) -> None:
-        """Changes a trunk before it gets its weights: parameters are frozen, or added for every later use of the run."""
+        """Changes a trunk before it gets its weights: freezes parameters, or adds some for all later uses of the run."""
 
     def callbacks(self) -> list[L.Callback]:
         """Returns what acts while the run is trained."""
@@ -35,6 +36,17 @@ def finetuning_method(config: Mapping[str, Any]) -> FinetuningMethod | None:
     method = instantiate(described, "finetune")
     check_kind(method, FinetuningMethod, described, "finetune")
     return method
+
+
+def with_absolute_background(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `config` with absolute paths of a read background: a run may be continued from another directory."""
+    described = config.get("finetune") or {}
+    paths = {
+        key: str(expanded(described[key]).absolute())
+        for key in ("background", "background_path")
+        if isinstance(described.get(key), str) and described[key].strip()
+    }
+    return {**config, "finetune": {**described, **paths}} if paths else config
 
 
 def adapt(model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import lightning as L
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.completion import complete_plugins
-from pkm_lightning.build.finetuning import finetuning_callbacks
+from pkm_lightning.build.finetuning import finetuning_callbacks, with_absolute_background
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
@@ -82,7 +82,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     check_keys(config, training=training)
     config = complete_plugins(config)
     check_table_keys(config, training=training)
-    config = with_absolute_paths(config)
+    config = with_absolute_background(with_absolute_paths(config))
     check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")
     check_kind(data, L.LightningDataModule, config["data"], "data")

@@ -5,12 +5,15 @@ Letters: B sequences, T positions, D model dimension, S sub-keys per half, N row
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adaptation.plain_scores import plain_choice, plain_scores
+from pages import blocks
 from torch import Tensor, nn
+from tree import ROOT
 
 from pkm_lightning import MemoryPlus, ReadBackground, SparseUpdates, TableOptimizer, ValueTable, row_learning_tables
 from pkm_lightning.errors import CheckpointError, ConfigError
@@ -120,6 +123,15 @@ def test_rows_of_a_task_stay_chosen_and_a_state_restores_them() -> None:
     before_NV = model.table.weight.detach().clone()
     train([torch.randn(30, 9, D)], optimizer)
     assert len(changed(model.table, before_NV)) > ROWS
+
+
+def test_the_program_of_the_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (program,) = blocks(ROOT / "docs" / "finetuning.md", "python")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert 100 <= names["updates"].report()["table0"].rows <= 300
+    assert (tmp_path / "background.safetensors").exists()
 
 
 def test_refused() -> None:

@@ -44,12 +44,12 @@ def assert_equal(state: dict[str, Any], expected: ReadBackground) -> None:
 
 @pytest.mark.parametrize(
     ("window", "steps"),
-    # Six sequences fill a window of 5: the counts are of the windows that began last and last but one.
-    [(100, [2, 4, 6, 8, 10]), (5, [6, 8, 10]), (3, [10])],
+    # Two steps of three sequences fill a window of 5, and the last full window is still counted.
+    [(100, [1, 3, 5, 7, 9]), (5, [5, 7, 9]), (3, [9])],
 )
 def test_counts_are_of_the_last_windows(window: int, steps: list[int]) -> None:
     raw, watching = jobs.Raw(), counter(window=window)
-    jobs.fit([*MEMORY, "trainer.accumulate_grad_batches=2"], 11, [watching, raw])
+    jobs.fit([*MEMORY, "trainer.accumulate_grad_batches=2"], 10, [watching, raw])
     assert_equal(watching.state_dict(), recount(raw, steps))
 
 
@@ -61,7 +61,7 @@ def test_a_resumed_training_counts_on_and_trains_alike(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "5.ckpt")
     jobs.fit(constant, 9, [rest], done=5, ckpt_path=tmp_path / "5.ckpt")
     state, expected = rest.state_dict(), watching.state_dict()
-    assert state["counted_steps"] == expected["counted_steps"] == 4
+    assert state["counted_steps"] == expected["counted_steps"] == 5
     assert_equal(state, ReadBackground.from_state(expected["background"]))
     _, _, alone = jobs.fit(constant, 9, [])
     assert losses == alone
@@ -79,7 +79,7 @@ def test_ranks_add_up_and_their_checkpoint_continues_in_one_process(ranks: Group
     states = ranks(2).run(counts_of_rank, path)
     raw = jobs.Raw()
     jobs.fit(MEMORY, 4, [raw])
-    whole = recount(raw, [2, 4], sequences=6)
+    whole = recount(raw, [1, 3], sequences=6)
     for state in states:
         background = ReadBackground.from_state(state["background"])
         # Two sequences of each rank, that is the sequences 0, 1, 4 and 5 of the global batch.
