@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkm_lightning.build.finetuning_method import FinetuningMethod
 from pkm_lightning.build.instantiate import check_kind, instantiate
+from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +41,17 @@ def check_starting_weights(config: Mapping[str, Any]) -> None:
             f"finetune._target_={described.get('_target_')} changes a trained model, and the weights of this run are "
             "random; set init_from=RUN, or model=hf model.path=FOLDER_OR_GGUF."
         )
+
+
+def with_absolute_files(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `config` with absolute paths of what a method reads: a run may be continued from another directory."""
+    described = config.get("finetune") or {}
+    paths = {
+        key: str(expanded(described[key]).absolute())
+        for key in ("background", "background_path", "replay_path")
+        if isinstance(described.get(key), str) and described[key].strip()
+    }
+    return {**config, "finetune": {**described, **paths}} if paths else config
 
 
 def adapt(model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from pkm_lightning.build.instantiate import check_kind, check_trusted, instantiate
 from pkm_lightning.data.datamodule import LoaderOptions, TokenDataModule, TokenizerOptions
-from pkm_lightning.data.files import COMPRESSED, expanded
+from pkm_lightning.data.files import COMPRESSED
 from pkm_lightning.data.replay import Replay
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.storage import open_regular
@@ -24,15 +24,6 @@ _KEY = "finetune.replay_path"
 #: Files of other kinds than text, and the data source that reads them.
 _RECORDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "hf", ".arrow": "hf", ".csv": "hf"}
 _TEXT = ("text.yaml", "loader/default.yaml", "loader/batches.yaml")
-
-
-def with_absolute_replay(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns `config` with an absolute `finetune.replay_path`: a run may be continued from another directory."""
-    finetune = config.get("finetune") or {}
-    path = finetune.get("replay_path")
-    if not isinstance(path, str) or not path.strip():
-        return config
-    return {**config, "finetune": {**finetune, "replay_path": str(expanded(path).absolute())}}
 
 
 def add_replay(data: L.LightningDataModule, config: Config) -> None:

@@ -11,8 +11,9 @@ import yaml
 from shard_folders import text, write_folder
 from toys import config
 
+from pkm_lightning.build.finetuning import with_absolute_files
 from pkm_lightning.build.instantiate import instantiate
-from pkm_lightning.build.replay import add_replay, with_absolute_replay
+from pkm_lightning.build.replay import add_replay
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 from pkm_lightning.errors import ConfigError, DataError
@@ -129,6 +130,6 @@ def test_other_data_modules_take_no_replay() -> None:
 
 
 def test_the_path_is_saved_as_an_absolute_one(tmp_path: Path) -> None:
-    assert with_absolute_replay(settings("old.txt"))["finetune"]["replay_path"] == str(tmp_path / "old.txt")
-    assert with_absolute_replay({"finetune": {}}) == {"finetune": {}}
-    assert with_absolute_replay({}) == {}
+    assert with_absolute_files(settings("old.txt"))["finetune"]["replay_path"] == str(tmp_path / "old.txt")
+    assert with_absolute_files({"finetune": {}}) == {"finetune": {}}
+    assert with_absolute_files({}) == {}
