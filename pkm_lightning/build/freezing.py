@@ -121,6 +121,11 @@ def check_frozen(model: nn.Module, config: Mapping[str, Any]) -> None:
         )
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Returns whether no parameter of `module` is trained."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
 def parameter_counts(model: nn.Module) -> ParameterCounts:
     """Returns the numbers of trained and frozen parameters, those of a whole table where a rank holds a part."""
     trained = frozen = 0

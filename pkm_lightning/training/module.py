@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
+from pkm_lightning.build.freezing import is_frozen
 from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
@@ -323,7 +324,8 @@ class LanguageModule(L.LightningModule):
         for layer, plugins in itertools.groupby(self.model.plugins(), key=lambda entry: entry[0]):
             stats = {name: sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
             for _, name, plugin in plugins:
-                if isinstance(plugin, HasAfterStep):
+                stands_still = bool(self.config.get("finetune")) and is_frozen(plugin)
+                if isinstance(plugin, HasAfterStep) and not stands_still:
                     plugin.after_step(plugin_entries(name, stats))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:

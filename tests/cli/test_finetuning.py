@@ -20,8 +20,8 @@ COMMON = [
 ]  # fmt: skip
 SOURCE = [
     *COMMON, "data.path=a.txt", "data.tokenizer=bytes", "model.n_layers=2", "model.dim=16", "model.ffn_dim=16",
-    "model.n_heads=2", "model.n_kv_heads=2", "model.memory.n_keys=16", "placement.layers=[1]", "table.learning=rows",
-    "trainer.max_steps=3",
+    "model.n_heads=2", "model.n_kv_heads=2", "ffn=pkm", "model.memory.n_keys=16", "placement.layers=[1]",
+    "table.learning=rows", "trainer.max_steps=3",
 ]  # fmt: skip
 NEW = ["fit", *COMMON, "data.path=b.txt", "init_from=source", "trainer.max_steps=2"]
 LORA = [*NEW, "finetune=lora", "finetune.rank=2"]
@@ -77,8 +77,8 @@ def test_an_adapted_run_under_every_verb(run: Run, tmp_path: Path) -> None:
     again = run(*NEW, "init_from=lora", "finetune=full", "optim.lr=0", "run_dir=again")
     assert again.code == 0, again.err
     start = last_checkpoint(Path("again"))["state_dict"]
-    merged = pkm_lightning.load("merged").model.state_dict()
-    assert all(torch.equal(start[f"model.{name}"], value) for name, value in merged.items())
+    merged = pkm_lightning.load("merged").model.named_parameters()
+    assert all(torch.equal(start[f"model.{name}"], value) for name, value in merged)
 
 
 def test_a_dense_adapter_starts_at_zero_and_learns_alone(run: Run) -> None:
