@@ -35,7 +35,7 @@ class Adapter(Finetuning):
         self.learn = learn
 
     def adapt(self, model: nn.Module) -> None:
-        """Freezes all other parameters."""
+        """Excludes all other parameters from training."""
         names = [name for name, _ in model.named_parameters()]
         if self.learn is not None:
             chosen = matching_names(names, self.learn, "finetune.learn")
