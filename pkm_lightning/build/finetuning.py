@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
+from pkm_lightning.build.finetuning_method import FinetuningMethod
 from pkm_lightning.build.instantiate import check_kind, instantiate
-from pkm_lightning.data.files import expanded
 
 if TYPE_CHECKING:
     import lightning as L
     from torch import nn
-
-
-@runtime_checkable
-class FinetuningMethod(Protocol):
-    """The contract of a class that `finetune._target_` names."""
-
-    def adapt(self, model: nn.Module) -> None:
-        """Changes a trunk before it gets its weights: freezes parameters, or adds some for all later uses of the run."""
-
-    def callbacks(self) -> list[L.Callback]:
-        """Returns what acts while the run is trained."""
 
 
 def finetuning_method(config: Mapping[str, Any]) -> FinetuningMethod | None:
@@ -36,17 +25,6 @@ def finetuning_method(config: Mapping[str, Any]) -> FinetuningMethod | None:
     method = instantiate(described, "finetune")
     check_kind(method, FinetuningMethod, described, "finetune")
     return method
-
-
-def with_absolute_background(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns `config` with absolute paths of a read background: a run may be continued from another directory."""
-    described = config.get("finetune") or {}
-    paths = {
-        key: str(expanded(described[key]).absolute())
-        for key in ("background", "background_path")
-        if isinstance(described.get(key), str) and described[key].strip()
-    }
-    return {**config, "finetune": {**described, **paths}} if paths else config
 
 
 def adapt(model: nn.Module, config: Mapping[str, Any]) -> None:

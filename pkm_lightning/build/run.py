@@ -11,9 +11,10 @@ from typing import Any
 
 import lightning as L
 
+from pkm_lightning.build.background_paths import with_absolute_background
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.completion import complete_plugins
-from pkm_lightning.build.finetuning import finetuning_callbacks, with_absolute_background
+from pkm_lightning.build.finetuning import finetuning_callbacks
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
