@@ -108,6 +108,8 @@ def small_version(command: str, *, silent: bool) -> list[str]:
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES]
     if {"data=tokens", "data=mix"} & set(arguments):
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES[1:]]
+    if "model=hf" in arguments:  # whose memories read more slots than the small one has keys
+        sizes = [size for size in sizes if not size.startswith("model.")]
     # Callbacks that the command leaves out have no sizes.
     chosen = next((a.partition("=")[2].strip("[]").split(",") for a in arguments if a.startswith("callbacks=")), [])
     if chosen and "default" not in chosen:

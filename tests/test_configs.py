@@ -60,6 +60,8 @@ GIVEN = {
     "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
     "callbacks=evaluate": ["callbacks.evaluate.tasks=[piqa]"],
     "finetune=sparse": ["finetune.score=tf", "init_from=somewhere"],
+    **{f"finetune={method}": ["init_from=somewhere"] for method in ("full", "lora")},
+    "finetune=adapter": ["init_from=somewhere", "extra_ffns=dense"],
     "strategy=ddp": ["trainer.devices=2"],
     "data=tokens": ["data.path=somewhere/prepared"],
     "data=mix": ["data.sources={books:{path:somewhere/prepared,weight:1}}"],

@@ -176,7 +176,7 @@ class PretrainedTransformer(nn.Module):
     @property
     def is_cacheable(self) -> bool:
         """Whether all FFN plugins state that they read no other token, or take earlier ones from a cache."""
-        return all_cacheable(self)
+        return all_cacheable(self.plugins())
 
     def plugins(self) -> Iterator[tuple[int, str, nn.Module]]:
         """Yields layer, name within the layer and module of each FFN plugin; FFNs that layers keep are none."""
@@ -269,7 +269,7 @@ class PretrainedTransformer(nn.Module):
         """
         from pkm_lightning.huggingface.trunk_cache import PretrainedCache
 
-        check_cacheable(self)
+        check_cacheable(self.plugins())
         limit = learned_positions(self.config)
         if limit is not None and capacity > limit:
             raise ConfigError(

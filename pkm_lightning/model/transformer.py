@@ -206,7 +206,7 @@ class Transformer(nn.Module):
     @property
     def is_cacheable(self) -> bool:
         """Whether all FFN plugins state that they read no other token, or take earlier ones from a cache."""
-        return all_cacheable(self)
+        return all_cacheable(self.plugins())
 
     def new_cache(self, batch: int, capacity: int) -> DecodingCache:
         """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included.
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: an FFN plugin may read earlier tokens in other ways than from a cache.
         """
-        check_cacheable(self)
+        check_cacheable(self.plugins())
         device = self.embedding.weight.device
         return DecodingCache(n_layers=len(self.blocks), batch=batch, capacity=capacity, device=device)
 

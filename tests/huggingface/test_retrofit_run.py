@@ -1,4 +1,4 @@
-"""A memory in a pretrained model under every verb: trained with a frozen trunk, continued, healed, used and exported."""
+"""A memory in a pretrained model under every verb: trained, continued, healed, used and exported."""
 
 from __future__ import annotations
 
