@@ -135,7 +135,8 @@ def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
         kind = PRIMARY_CONFIGURATIONS.get(verb, "config")
         if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
             kind = "fit"
-        if "model=hf" in arguments:  # does not go with the FFNs and sizes of other commands
+        # These do not go with the FFNs and sizes of other commands.
+        if "model=hf" in arguments or "finetune=sparse" in arguments:
             alone.append((kind, arguments))
             continue
         for overrides in _expanded(arguments):

@@ -44,7 +44,7 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Transformer
 
 #: The groups of a configuration that a model is built from.
-_MODEL_GROUPS = ("model", "ffn", "extra_ffns", "placement", "table")
+_MODEL_GROUPS = ("model", "ffn", "extra_ffns", "placement", "table", "finetune")
 
 
 @dataclass(frozen=True)

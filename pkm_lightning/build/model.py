@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def bind_tokenizer(model: Transformer, tokenizer: Any, config: Config) -> None:
             called(f"layer {layer}, {name}: bind_tokenizer", plugin.bind_tokenizer, tokenizer=tokenizer)
 
 
-def load_pretrained(model: Transformer, config: Config) -> None:
+def load_pretrained(model: Transformer, config: Config, gained: Collection[str] = ()) -> None:
     """Gives the plugins and the tables of a new model what they take from files, and then a start at zero.
 
     Raises:
@@ -137,13 +137,14 @@ def load_pretrained(model: Transformer, config: Config) -> None:
     for _, _, plugin in model.plugins():
         if isinstance(plugin, HasPretrained):
             plugin.load_pretrained()
-    start_at_zero(model, config)
+    start_at_zero(model, config, gained)
 
 
-def start_at_zero(model: Transformer, config: Config) -> None:
+def start_at_zero(model: Transformer, config: Config, gained: Collection[str] = ()) -> None:
     """Sets the output of those plugins to zero for which `placement.zero_start` asks; the model may be on meta.
 
-    Where it asks for nothing these are the plugins of a pretrained trunk whose layers keep their FFN.
+    Where it asks for nothing these are the plugins that stand beside a trained FFN: in a pretrained trunk all of them,
+    else those of the variants `gained` since the training.
 
     Raises:
         ConfigError: a plugin cannot start so.
@@ -154,7 +155,8 @@ def start_at_zero(model: Transformer, config: Config) -> None:
         if variant is None:
             continue
         wanted = variant.placement.zero_start
-        stands_beside = "_target_" in config["model"] and variant.placement.mode != "replace"
+        is_trained = "_target_" in config["model"] or variant.name in gained
+        stands_beside = is_trained and variant.placement.mode != "replace"
         if not (stands_beside if wanted is None else wanted):
             continue
         with naming(variant.name):

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pkm_lightning.build.adapters import merge_adapters
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.saving import save
 from pkm_lightning.build.stored_tables import include_stored_rows
@@ -99,8 +100,9 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
 
 
 def _opened(job: Job, path: Path) -> SavedCheckpoint:
-    """Returns the checkpoint with the rows that lie in a file of their own."""
+    """Returns the checkpoint with the rows that lie in a file of their own, and adapters merged into their matrices."""
     checkpoint = open_checkpoint(path)
+    merge_adapters(checkpoint)
     include_stored_rows(checkpoint, moved_tables(job))
     return checkpoint
 

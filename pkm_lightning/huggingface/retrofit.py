@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pkm_lightning.build.adapters import base_name
 from pkm_lightning.model.plugged_layer import PluggedLayer, PluginMLP, plug
 
 #: A replacement first: what stands in parallel then stands beside it.
@@ -45,13 +46,16 @@ def ffn_dim(settings: Any) -> int:
 
 
 def load_trunk(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads weights of the model without plugins into `network`, which may have some.
+    """Loads weights of the model without plugins and adapters into `network`, which may have some.
 
     Those of an `mlp` that a plugin replaces are left out.
     """
-    misfits = network.load_state_dict(_with_places(network, state), strict=False)
-    assert not misfits.unexpected_keys
-    assert all(_NEW.search(name) for name in misfits.missing_keys)
+    placed = _with_places(network, state)
+    names = {name: base_name(name) for name in network.state_dict()}
+    assert placed.keys() <= set(names.values())
+    trained = {name: placed[base] for name, base in names.items() if base in placed}
+    misfits = network.load_state_dict(trained, strict=False)
+    assert all(names[name] is None or _NEW.search(name) for name in misfits.missing_keys)
 
 
 def _with_places(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

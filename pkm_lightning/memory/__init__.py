@@ -8,6 +8,7 @@ from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim, product
 from pkm_lightning.memory.quantized_table import QuantizedTable
 from pkm_lightning.memory.query import QueryNetwork
 from pkm_lightning.memory.row_optimizer import RowOptimizer
+from pkm_lightning.memory.row_restriction import restrict_rows
 from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.memory.table_clipping import clip_tables
 from pkm_lightning.memory.table_optimizer import TableOptimizer
@@ -46,6 +47,7 @@ __all__ = [
     "masked_reads",
     "own_parameters",
     "product_slots",
+    "restrict_rows",
     "row_learning_tables",
     "take_over_tables",
     "zero_reads",
