@@ -1,8 +1,8 @@
-from pkm_lightning.build.ffn_reports import FFNReports as FFNReports
-from pkm_lightning.build.ffn_reports import ffn_reports as ffn_reports
 from pkm_lightning.adaptation.background import ReadBackground as ReadBackground
 from pkm_lightning.adaptation.background import measure_background as measure_background
 from pkm_lightning.adaptation.row_updates import SparseUpdates as SparseUpdates
+from pkm_lightning.build.ffn_reports import FFNReports as FFNReports
+from pkm_lightning.build.ffn_reports import ffn_reports as ffn_reports
 from pkm_lightning.build.loading import LoadedModel as LoadedModel
 from pkm_lightning.build.loading import load as load
 from pkm_lightning.build.replacement import replace_ffn as replace_ffn
