@@ -64,11 +64,15 @@ class Host(ABC):
         if weights:
             plugin.to(weights[0].device, next(floats, weights[0]).dtype)
 
-    def replace(self, plugins: Mapping[int, nn.Module], mode: str, tables: Sequence[ValueTable]) -> None:
-        """Puts plugins into layers, and registers their tables.
+    def replace(
+        self, plugins: Mapping[int, nn.Module], mode: str, tables: Sequence[ValueTable], *, freeze: bool = False
+    ) -> None:
+        """Puts plugins into layers, and registers their tables; `freeze` is for all that the model has so far.
 
         A table that nobody reads any more goes: a `TableOptimizer` would wait for its reads.
         """
+        if freeze:
+            self._freeze()
         before = _tables_of(self.model)
         for layer, plugin in plugins.items():
             self.put(layer, plugin.train(self.blocks[layer].training), mode)
@@ -79,8 +83,7 @@ class Host(ABC):
             setattr(self.model, self.tables, nn.ModuleList([*kept, *tables]))
         take_over_tables(self.model, tables)
 
-    def freeze(self) -> None:
-        """Makes everything that the model has so far keep its values."""
+    def _freeze(self) -> None:
         self.model.requires_grad_(False)
         for module in self.model.modules():
             if isinstance(module, ValueTable):

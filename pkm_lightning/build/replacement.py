@@ -40,8 +40,8 @@ def replace_ffn(
 ) -> list[nn.Module]:
     """Puts new plugins of one class into some layers of a model, and returns the plugins, by ascending layer.
 
-    A plugin in the place of an FFN starts from random weights, so that the model has to be trained. One beside an FFN,
-    before or after a layer starts with an output of zero: the model computes what it computed before.
+    A plugin in the place of an FFN starts from random weights: the model has to be trained. In other modes it starts
+    with an output of zero: the model computes what it computed before.
 
     The model owns the value tables (`value_tables` of a model of transformers, `tables` of a `Transformer`), so that
     `state_dict` holds everything; those that only replaced plugins have read are dropped. The config.json that
@@ -57,13 +57,13 @@ def replace_ffn(
         learning: of the tables; `rows` needs a `TableOptimizer`.
         zero_start: start with an output of zero; None: in all modes but `replace`.
         freeze_trunk: what the model had before this call keeps its values; of several calls, set it in the first.
-        tokenizer: of the model, for a plugin that needs its texts (`canonical=True` of `Engram`): one of transformers,
-            or a `pkm_lightning.data.base.TextCodec`. None: the end-of-text token of the model's configuration is known.
+        tokenizer: of transformers, or a `pkm_lightning.data.base.TextCodec`, for a plugin that needs its texts
+            (`canonical=True` of `Engram`); None: only the end-of-text token in the model's configuration is known.
         options: further arguments of the class; missing ones have its defaults.
 
     Raises:
-        ConfigError: a model of another kind, a layer that it does not have or where another plugin stands, an option
-            that the class does not have or that the model decides, or a class that cannot start at zero.
+        ConfigError: a model of another kind, a layer that it lacks or where another plugin stands, an option that the
+            class lacks or the model decides, or a class that cannot start at zero.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -75,9 +75,9 @@ def replace_ffn(
         ValueTable(rows=256, dim=16, learning=dense)
     """
     host = Host.of(model)
-    flags = {"shared": shared, "freeze_trunk": freeze_trunk, "zero_start": zero_start is None or zero_start}
-    for name, flag in flags.items():
-        check_flag(name, flag)
+    check_flag("shared", shared)
+    check_flag("freeze_trunk", freeze_trunk)
+    check_flag("zero_start", zero_start is None or zero_start)
     if zero_start and mode == "replace":
         raise ConfigError(
             "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', "
@@ -89,11 +89,9 @@ def replace_ffn(
         _bind(plugin, host, tokenizer)
         if mode != "replace" and zero_start is not False:
             _zero(plugin)
-    if freeze_trunk:
-        host.freeze()
-    host.replace(dict(zip(request.layers, plugins, strict=True)), mode, tables)
+    host.replace(dict(zip(request.layers, plugins, strict=True)), mode, tables, freeze=freeze_trunk)
     if isinstance(host, PretrainedHost):
-        # A room above this one: it imports transformers, which the model has brought.
+        # A room above this one, which imports transformers.
         importlib.import_module("pkm_lightning.huggingface.plugged").record(model, request)
     return plugins
 
