@@ -115,6 +115,17 @@ def compare(
     assert chosen is None or set(changed_N.nonzero().flatten().tolist()) <= set(chosen)
 
 
+def read_one_part(kind: str) -> int:
+    """Returns the updates that this rank's part has had, after a step that read rows of the first rank only."""
+    mesh = TableMesh(shard="row", members=2, device_type="cpu")
+    table = make("rows", mesh)
+    optimizer = TableOptimizer(None, {"t": table}, rows=RowOptimizer(rule="factored_adam", betas=(0.0, 0.95)), lr=0.1)
+    ids_TK = torch.tensor([[0, 1]])
+    (table.gather(ids_TK) if kind == "rows" else table(ids_TK, torch.ones(1, 2).double())).square().sum().backward()
+    optimizer.step()
+    return int(optimizer.state[table.weight]["step"])
+
+
 def alone() -> Any:
     """Builds a mesh of this process only, whose mean is still over all ranks: one process has read for all of them."""
 

@@ -137,13 +137,18 @@ def test_an_interrupted_finetuning_ends_like_another(per: str, tmp_path: Path, m
     assert [row["train/loss"] for row in whole.losses[2:]] == [row["train/loss"] for row in rest.losses]
 
 
-@pytest.mark.parametrize("shard", ["dim", "row", "none"])
-def test_two_ranks_choose_and_learn_what_one_process_does(ranks: Groups, shard: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "shard"),
+    [("ddp", "dim"), ("ddp", "row"), ("ddp", "none"), pytest.param("fsdp", "dim", marks=pytest.mark.slow)],
+)
+def test_two_ranks_choose_and_learn_what_one_process_does(
+    ranks: Groups, strategy: str, shard: str, tmp_path: Path
+) -> None:
     path = tmp_path / "background.safetensors"
     overrides = [*MEMORY, "table/optimizer=sgd", f"table.shard={shard}"]
     jobs.background(overrides, path)
     losses, changed, norms = jobs.on_ranks(["strategy=single", *overrides], STEPS, str(path))
-    for of_rank in ranks(2).run(jobs.on_ranks, ["strategy=ddp", *overrides], STEPS, str(path)):
+    for of_rank in ranks(2).run(jobs.on_ranks, [f"strategy={strategy}", *overrides], STEPS, str(path)):
         assert of_rank[1] == changed
         assert of_rank[0] == pytest.approx(losses, rel=RANKS["loss"])
         assert of_rank[2] == pytest.approx(norms, rel=RANKS["norm"])

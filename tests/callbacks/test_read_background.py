@@ -53,9 +53,10 @@ def test_counts_are_of_the_last_windows(window: int, steps: list[int]) -> None:
     assert_equal(watching.state_dict(), recount(raw, steps))
 
 
-def test_a_resumed_training_counts_on_and_trains_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", [5, 7])
+def test_a_resumed_training_counts_on_and_trains_alike(window: int, tmp_path: Path) -> None:
     constant = [*MEMORY, "optim.schedule=linear", "optim.warmup_share=0", "optim.final_factor=1"]
-    watching, half, rest = (counter(window=5) for _ in range(3))
+    watching, half, rest = (counter(window=window) for _ in range(3))
     _, _, losses = jobs.fit(constant, 9, [watching])
     _, trainer, _ = jobs.fit(constant, 5, [half])
     trainer.save_checkpoint(tmp_path / "5.ckpt")
