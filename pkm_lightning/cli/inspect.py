@@ -62,9 +62,7 @@ def run(job: Job) -> None:
     else:
         name, about = ("validation data" if kept is not None and most_tokens else ""), questions
         batches = iter(()) if kept is None else _kept_batches(kept, most_tokens)
-    _log.info(
-        "looking for readers of slots in %s", name or "the texts alone: the model has no validation data beside it"
-    )
+    _log.info("looking for readers of slots in %s", name or "the texts alone")
     add_slot_readings(record, loaded.model, codec, batches, about, most=int(job.config.readers), data=name)
     for choice in masks:
         _log.info("leaving slots out")

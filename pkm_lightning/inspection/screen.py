@@ -74,7 +74,8 @@ def _reads(record: Record, text: TextRecord, name: str, place: int) -> str:
     sizes = weights if effects is None else effects
     order = sorted((c for c in range(len(slots)) if slots[c] >= 0), key=lambda c: -abs(sizes[c]))
     shown = [
-        f"{slots[c]} ({weights[c]:.2f})" + ("" if effects is None else f" {effects[c]:+.2f}") for c in order[:_READS]
+        f"{slots[c]} ({weights[c]:.2f})" + ("" if effects is None else f" {_effect(effects[c])}")
+        for c in order[:_READS]
     ]
     rest = f", {len(order) - _READS} more" if len(order) > _READS else ""
     label = f"{name}: " if len(record.readers) > 1 else ""
@@ -177,6 +178,10 @@ def _visible_characters(text: str) -> Iterable[str]:
     for character in text:
         is_plain = character.isprintable()
         yield character if is_plain else character.encode("unicode_escape").decode("ascii")
+
+
+def _effect(effect: float) -> str:
+    return f"{effect:+.2f}" if abs(effect) >= 0.005 or effect == 0 else f"{effect:+.0e}"
 
 
 def _share(p: float) -> str:

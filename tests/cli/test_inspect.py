@@ -64,6 +64,15 @@ def test_a_run_is_inspected(cli: Run, trained: Path, tmp_path: Path, monkeypatch
     assert facts == {("Paris is in", "France")}
     assert json.loads(piped.out)["version"] == 1
 
+    assert cli("export", "run_dir=run", "file=small.safetensors", "quantize=int8").code == 0
+    quantized = cli("inspect", "ckpt=small.safetensors", TEXT, "table.device=mmap", "out=small.json")
+    assert quantized.code == 0, quantized.err
+    small, whole = record_of(tmp_path / "small.json").texts[0], record.texts[0]
+    assert small.p == pytest.approx(whole.p, rel=0.05)
+    assert small.p_without == pytest.approx(whole.p_without, rel=1e-4)
+    refused = cli("inspect", "ckpt=small.safetensors", TEXT, "effects=gradient")
+    assert (refused.code, "reads of a quantised table have no gradient" in refused.err) == (2, True)
+
     page = cli("inspect", "run_dir=run", TEXT, "data_tokens=0", "out=page.html")
     assert page.code == 0, page.err
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
