@@ -28,6 +28,7 @@ import pkm_lightning
 from pkm_lightning.checkpoints.companions import MODEL_TYPE, model_type_of
 from pkm_lightning.checkpoints.folder import Chunk, FolderContent
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
+from pkm_lightning.checkpoints.replaced_rows import with_rows
 from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, check_tensors, looks_like_safetensors, map_tensors
 from pkm_lightning.checkpoints.sums import ALL, Share, check_archive, check_skeleton
 from pkm_lightning.checkpoints.tree import flatten, restore
@@ -96,6 +97,7 @@ class SavedCheckpoint:
         self.skeleton: Any = self._content.skeleton
         self.shapes = dict(self._content.shapes)
         self._included: dict[str, Sequence[tuple[MappedFile, Tensor]]] = {}
+        self._replaced: dict[str, tuple[Tensor, Tensor]] = {}
 
     def check_content(self) -> None:
         """Refuses a checkpoint of another package.
@@ -228,12 +230,24 @@ class SavedCheckpoint:
             self.shapes[name], self._included[name] = (shape, first.dtype), parts
         self.skeleton = {**self.skeleton, "hyper_parameters": {"config": dict(config)}}
 
+    def replace_rows(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Puts rows into the place of those that `chunks` returns, for an export.
+
+        Args:
+            rows: numbers of rows, ascending, (U,), and their values, (U, ...), by the name of the tensor.
+        """
+        self._replaced.update(rows)
+
     def chunks(self, name: str) -> list[Chunk]:
-        """Returns the mapped blocks of a tensor: one, or as many as ranks wrote.
+        """Returns the mapped blocks of a tensor: one, or as many as ranks wrote; more where rows are replaced.
 
         Raises:
             CheckpointError: a file is damaged.
         """
+        chunks = self._stored_chunks(name)
+        return with_rows(chunks, *self._replaced[name]) if name in self._replaced else chunks
+
+    def _stored_chunks(self, name: str) -> list[Chunk]:
         if name in self._included:
             values = [values for _, values in self._included[name]]
             starts = accumulate((len(part) for part in values), initial=0)

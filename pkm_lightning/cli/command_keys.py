@@ -30,6 +30,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
     "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
     "format": ("info", "export"),
     "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
+    "edits": (*_ON_SAVED, "export", "edit"),
     "resume": ("fit", "compare", "info"),
     "init_from": ("fit",),
     **dict.fromkeys(("objective", "objective_mode", "sweep_dir"), ("fit",)),
@@ -45,7 +46,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "model", "table", "format", "file", "dir", "overwrite", "quantize"),
+    "export": ("run_dir", "ckpt", "edits", "model", "table", "format", "file", "dir", "overwrite", "quantize"),
     "report": ("runs", "out", "report", "experiment"),
     "prepare": ("data", "packages", "sets", "out", "overwrite", "model", "experiment"),
 }
