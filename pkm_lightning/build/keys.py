@@ -179,6 +179,7 @@ class RunKeys(TypedDict):
     extra_ffns: NotRequired[dict[str, ExtraKeys] | None]
     data: dict[str, Any]
     optim: OptimKeys
+    finetune: NotRequired[dict[str, Any] | None]
     strategy: StrategyKeys | None
     trainer: TrainerKeys
     callbacks: dict[str, dict[str, Any] | None] | None
@@ -301,6 +302,7 @@ def _described_objects(config: Mapping[str, Any], *, training: bool) -> Iterator
         yield f"{EXTRAS}.{name}.placement", extra["placement"]
         yield f"{EXTRAS}.{name}.table", _without_builder_keys(table_of(config, extra))
     yield "optim.optimizer", config["optim"]["optimizer"]
+    yield "finetune", config.get("finetune")
     for group in ("callbacks", "logger") if training else ():
         for name, described in (config[group] or {}).items():
             yield f"{group}.{name}", described

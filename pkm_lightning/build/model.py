@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pkm_lightning.build.finetuning import adapt
 from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import instantiate, target_class
 from pkm_lightning.build.plugins import build_plugins
@@ -46,6 +47,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
     if "_target_" in model:
         trunk = _build_trunk(model)
         freeze_parameters(trunk, frozen)
+        adapt(trunk, config)
         return trunk
     check_integer("model.n_layers", model["n_layers"], low=1)
     check_integer("model.dim", model["dim"], low=1)
@@ -62,6 +64,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
         )
     transformer = Transformer(**arguments, **vars(plugins))
     freeze_parameters(transformer, frozen)
+    adapt(transformer, config)
     return transformer
 
 

@@ -13,6 +13,7 @@ import lightning as L
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.completion import complete_plugins
+from pkm_lightning.build.finetuning import finetuning_callbacks
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
@@ -114,6 +115,7 @@ def make_callbacks(config: dict[str, Any]) -> list[L.Callback]:
             check_kind(callback, L.Callback, entry, f"callbacks.{name}")
             check_range(f"callbacks.{name}: {type(callback).__name__}.hook_order", getattr(callback, "hook_order", 0))
             callbacks.append(callback)
+    callbacks += finetuning_callbacks(config)
     return sorted(callbacks, key=lambda callback: getattr(callback, "hook_order", 0))
 
 

@@ -68,7 +68,8 @@ VERBS_WITHOUT_VARIANTS = ("generate", "chat", "evaluate", "export")
 PATH_OF_EXTRA = re.compile(r"extra_ffns\.(\w+)\.table\.path")
 #: Groups in the order in which they stand in `configs/config.yaml`.
 GROUPS = (
-    *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "strategy", "trainer"),
+    *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "finetune", "strategy"),
+    "trainer",
     *("callbacks", "logger"),
 )
 #: The keys at the top of a configuration.

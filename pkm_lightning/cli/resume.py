@@ -103,7 +103,7 @@ def check_groups(config: Any, source: str) -> None:
     if not isinstance(config, dict) or not {"model", "ffn", "data"} <= config.keys():
         raise RunDirectoryError(f"{source} is not a configuration of this package.")
     # Most configurations have no further variants.
-    for group in (*_GROUPS, *_OPTIONAL_GROUPS, *({EXTRAS} & config.keys())):
+    for group in (*_GROUPS, *_OPTIONAL_GROUPS, *({EXTRAS, "finetune"} & config.keys())):
         value = config.get(group, _ABSENT)
         if not isinstance(value, dict) and (group in _GROUPS or value is not None):
             problem = "lacks the group" if value is _ABSENT else f"has a {type(value).__name__} in place of the group"
@@ -266,7 +266,7 @@ def _is_default(arguments: Mapping[str, Any], name: str) -> bool:
     So does one whose constructor would take the same value, and of a group without a constructor an empty value.
     """
     if "_target_" not in arguments:
-        return arguments[name] is None or arguments[name] == []
+        return arguments[name] in (None, [], {})
     if str(name).startswith("_") and name != "_target_":  # of `match=`, which has been solved
         return True
     parameter = inspect.signature(target_class(arguments, name)).parameters.get(name)
