@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pkm_lightning.adaptation.facts_file import Fact
-from pkm_lightning.data.base import NO_TARGET, TextCodec, answer_ids, prompt_ids
+from pkm_lightning.data.base import NO_TARGET, Batch, TextCodec, answer_ids, prompt_ids
 from pkm_lightning.memory.precision import score_dtype
 
 if TYPE_CHECKING:
@@ -69,6 +69,16 @@ def padded(sequences: Sequence[FactSequence], device: torch.device) -> tuple[Ten
     return ids_BT.to(device), labels_BT.to(device)
 
 
+def padded_batches(sequences: Sequence[FactSequence], most_tokens: int) -> list[Batch]:
+    """Returns batches of sequences of similar lengths, of at most `most_tokens` tokens where one sequence has fewer."""
+    if not sequences:
+        return []
+    size = max(1, most_tokens // max(len(sequence.ids) for sequence in sequences))
+    cpu = torch.device("cpu")
+    made = (padded([sequences[number] for number in numbers], cpu) for numbers in batches(sequences, size))
+    return [{"input_ids": ids_BT, "labels": labels_BT} for ids_BT, labels_BT in made]
+
+
 def batches(sequences: Sequence[FactSequence], size: int) -> Iterator[list[int]]:
     """Yields the numbers of the sequences in batches of similar lengths."""
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number].ids))
@@ -89,7 +99,7 @@ def margins(model: Trunk, sequences: Sequence[FactSequence], *, device: torch.de
     The margin of a token is its logit minus the highest other one, that of an answer its smallest: where it is above 0,
     the greedy continuation of the prompt is the answer.
     """
-    found = torch.empty(len(sequences))
+    least = torch.empty(len(sequences))
     for numbers in batches(sequences, batch_size):
         ids_BT, labels_BT = padded([sequences[number] for number in numbers], device)
         logits_MW = _logits(model, ids_BT, labels_BT)
@@ -99,8 +109,8 @@ def margins(model: Trunk, sequences: Sequence[FactSequence], *, device: torch.de
         margin_M = target_M - logits_MW.scatter(1, targets_M1, -torch.inf).amax(1)
         row_M = is_target_BT.nonzero()[:, 0]
         least_B = margin_M.new_full((len(numbers),), torch.inf).scatter_reduce_(0, row_M, margin_M, "amin")
-        found[numbers] = least_B.float().cpu()
-    return found
+        least[numbers] = least_B.float().cpu()
+    return least
 
 
 def _logits(model: Trunk, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:

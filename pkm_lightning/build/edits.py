@@ -107,13 +107,14 @@ class EditedTables:
 
     Attributes:
         applied: the edits by name, in the order in which they were applied.
+        by_name: the value tables by the names of their weights.
 
     Example: `docs/editing.md`, "From a program".
     """
 
     def __init__(self, model: nn.Module, weights: str | Callable[[], str] | None = None) -> None:
         self._model, self._weights = model, weights
-        self._tables = value_tables_by_name(model)
+        self.by_name = value_tables_by_name(model)
         self._lines: dict[str, EditedLines] = {}
         self.applied: dict[str, Edit] = {}
 
@@ -138,13 +139,13 @@ class EditedTables:
             raise ConfigError(f"edit {edit.name!r} is applied already; remove it first.")
         check_fits(edit, self.weights)
         for name, deltas in edit.tables.items():
-            if name not in self._tables:
+            if name not in self.by_name:
                 raise CheckpointError(f"edit {edit.name!r} changes {name}, which the model lacks; write it again.")
-            check_editable(name, self._tables[name])
-            lines, width = self._tables[name].weight.shape
+            check_editable(name, self.by_name[name])
+            lines, width = self.by_name[name].weight.shape
             check_shape(edit.name, name, deltas.lines_U, deltas.values_UV, (lines, width))
         for name, deltas in edit.tables.items():
-            lines_of_table = self._lines.setdefault(name, EditedLines(self._tables[name]))
+            lines_of_table = self._lines.setdefault(name, EditedLines(self.by_name[name]))
             lines_of_table.apply(edit.name, deltas.lines_U, deltas.values_UV)
         self.applied[edit.name] = edit
 

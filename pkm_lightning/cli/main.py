@@ -29,6 +29,7 @@ VERBS = {
     "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
     "chat": "talk to a model in the terminal",
     "export": "write the weights of ckpt=PATH or run_dir=RUN: file=model.safetensors, or format=hf|ngram dir=FOLDER",
+    "edit": "write facts=FILE into a run as a small file of deltas; edit list | show | remove | apply | merge",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "prepare": "tokenise data=text data.path=FILES ahead of fit, or into out=DIR; data=benchmarks: sets for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
@@ -44,6 +45,7 @@ PRIMARY_CONFIGURATIONS = {
     "chat": "generate",
     "evaluate": "evaluate",
     "export": "export",
+    "edit": "edit",
     "prepare": "prepare",
 }
 
@@ -96,6 +98,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from pkm_lightning.cli.composition_errors import explain, explain_composition
+    from pkm_lightning.cli.edit_words import with_action
     from pkm_lightning.cli.job import Job, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.moved_tables import with_added_keys
     from pkm_lightning.cli.saved_overrides import on_saved_run
@@ -109,6 +112,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) == "generate" else arguments
     given = arguments
     try:
+        arguments = with_action(verb, arguments)
         check_sweep(verb, arguments)
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
         arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])

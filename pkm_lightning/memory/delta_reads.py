@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pkm_lightning.memory.row_deltas import RowDeltas
 from pkm_lightning.memory.value_table import ValueTable
 
 
 @contextlib.contextmanager
-def deltas_added(deltas: Mapping[ValueTable, RowDeltas]) -> Iterator[None]:
-    """Adds deltas to all reads of their tables within the block, in which the tables themselves learn nothing.
+def deltas_added(deltas: Mapping[ValueTable, RowDeltas], tables: Iterable[ValueTable] = ()) -> Iterator[None]:
+    """Adds deltas to all reads of their tables within the block, in which these and `tables` themselves learn nothing.
 
     Nothing is staged and no table has a gradient, whatever its way of learning.
     """
-    before = {table: (table.stage, table.weight.requires_grad) for table in deltas}
-    for table, added in deltas.items():
-        table.deltas, table.stage = added, None
+    before = {table: (table.stage, table.weight.requires_grad) for table in {*deltas, *tables}}
+    for table in before:
+        table.deltas, table.stage = deltas.get(table), None
         table.weight.requires_grad_(False)
     try:
         yield
