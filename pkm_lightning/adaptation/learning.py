@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 #: Positions of other text that are compared per step.
 _POSITIONS = 512
-#: The multiplier at first, its change per look, and its limits.
-_FIRST, _FACTOR, _LEAST, _MOST = 30.0, 2.0, 0.1, 1e5
+#: The multiplier at first, over the bound; its change per look; its limits.
+_FIRST, _FACTOR, _LEAST, _MOST = 0.1, 2.0, 1e-3, 1e5
 #: Looks take at most this share of the time.
 _LOOKING = 0.25
 #: Steps between looks, at least.
@@ -124,7 +124,7 @@ class _Loop:
         self._seen, self._held_out, self._settings, self._context = seen, held_out, settings, context
         self._draw = random.Random(settings.seed)
         self._order: list[int] = []
-        self._multiplier, self.step = _FIRST, 0
+        self._multiplier, self.step = _FIRST / settings.kl_bound, 0
         self._started = time.perf_counter()
         self._looked, self._look_seconds = 0.0, 0.0
         self._best: tuple[float, dict[ValueTable, Tensor]] | None = None
@@ -211,8 +211,9 @@ class _Loop:
     @torch.no_grad()
     def best(self) -> dict[ValueTable, Tensor]:
         """Returns the best deltas within the bound."""
-        if self._last.divergence <= self._settings.kl_bound or self._last.right <= (self._best or (0.0,))[0]:
-            return self._values() if self._best is None else self._best[1]
+        bound, last_is_best = self._settings.kl_bound, self._best is None or self._last.right > self._best[0]
+        if self._best is not None and (self._last.divergence <= bound or not last_is_best):
+            return self._best[1]
         last = self._values()
         low, high = 0.0, 1.0
         for _ in range(_HALVINGS):

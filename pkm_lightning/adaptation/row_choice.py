@@ -1,6 +1,6 @@
 """Which rows may move: those that the facts read often and other text seldom reads (TF-IDF).
 
-    score(fact, row) = sum of |weight| of the fact's reads of the row * ln((1 + n) / (1 + n_row))
+    score(fact, row) = sum of |weight| of the fact's reads of the row * ln((2 + n) / (1 + n_row))
 
 where n sequences of other text were seen, n_row of which read the row. Of each fact the best rows are taken, from all
 tables together.
@@ -96,10 +96,10 @@ class ReadFrequencies:
                 self.by_set[name] = self.by_set.get(name, 0) + counts_N
 
     def rarity(self, name: str, slot_X: Tensor) -> Tensor:
-        """Returns ln((1 + n) / (1 + n_row)) of slots of a set, fp64."""
+        """Returns ln((2 + n) / (1 + n_row)) of slots of a set, fp64."""
         counts_N = self.by_set.get(name)
         read_X = torch.zeros_like(slot_X, dtype=torch.float64) if counts_N is None else counts_N[slot_X].double()
-        return math.log1p(self.n_sequences) - torch.log1p(read_X)
+        return math.log(2 + self.n_sequences) - torch.log1p(read_X)
 
 
 def choose_slots(

@@ -36,7 +36,7 @@ class WritingSettings:
     max_seconds: float = 90.0
     lr: float = 0.02
     batch_size: int = 64
-    drift_tokens: int = 32768
+    drift_tokens: int = 65536
     contexts: float = 0.0
     ends: bool = True
     seed: int = 0

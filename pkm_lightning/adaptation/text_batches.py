@@ -1,4 +1,4 @@
-"""Where other text comes from: the held-out data of a run, or a text file of the user's.
+"""Where other text comes from: the data of a run, or a text file of the user's.
 
 It is split in two. The learning of an edit is penalised for what it changes in one part; the other, which no penalty
 sees, decides whether the change stays within its bound.
@@ -18,6 +18,7 @@ from pkm_lightning.adaptation.fact_sequences import fact_sequences, padded_batch
 from pkm_lightning.adaptation.facts_file import Fact
 from pkm_lightning.data.base import Batch, RecallItem
 from pkm_lightning.data.files import find_files, read_text
+from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.held_out import HeldOutDataModule
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import DataError
@@ -74,6 +75,20 @@ def held_out_parts(folder: Path, tokenizer_file: Path, *, most_tokens: int, seed
         questions, items = questions[::2], questions[1::2]
     parts = ((sequences, questions), (tests, items))
     return TextParts(*(_mixed(texts, asked, data.tokenizer, most_tokens) for texts, asked in parts))
+
+
+def training_batches(data: TokenDataModule, most_tokens: int) -> list[Batch]:
+    """Returns the first sequences of a run's prepared training data, in their order of training."""
+    splits, batches = data.splits, list[Batch]()
+    keys = splits.order.keys(0)
+    read = 0
+    for start in range(0, len(keys), 16):
+        batch = splits.train.__getitems__([keys[place] for place in range(start, min(start + 16, len(keys)))])
+        if batches and read + batch["input_ids"].numel() > most_tokens:
+            break
+        batches.append(batch)
+        read += batch["input_ids"].numel()
+    return batches
 
 
 def _mixed(sequences: Sequence[Batch], questions: Sequence[RecallItem], tokenizer: Tokenizer, most: int) -> list[Batch]:

@@ -181,11 +181,6 @@ class _Writer:
                 within_U = lines_of(table, moved_U[moved_U < table.rows])
                 width, dtype = table.weight.shape[1], torch.promote_types(table.weight.dtype, torch.float32)
                 deltas[names[table]] = RowDeltas(within_U.to(table.weight.device), width, dtype=dtype)
-        if not any(len(added.lines_U) for added in deltas.values()):
-            raise ConfigError(
-                "every row that the prompts read is read by all other text too, so that none may move; give other "
-                "drift_path text, or a memory with more slots."
-            )
         return deltas
 
     def _colliding(self) -> dict[str, list[FactSequence]]:

@@ -19,6 +19,7 @@ from pkm_lightning.adaptation.settings import WritingSettings
 from pkm_lightning.build.edits import REMOVED, check_fits, edit_files, edits_folder, read_edits
 from pkm_lightning.build.loading import find_weights
 from pkm_lightning.checkpoints import open_checkpoint
+from pkm_lightning.checkpoints.companions import run_folder
 from pkm_lightning.checkpoints.edit_file import SUFFIX, Edit, weights_digest
 from pkm_lightning.cli import export
 from pkm_lightning.cli.edit_listing import edit_table, full_record, result_lines
@@ -85,7 +86,7 @@ def _write(job: Job, weights: Path) -> None:
         assert loaded.edits is not None
         if name in loaded.edits.applied:
             loaded.edits.remove(name)
-        text = other_text(drift, weights, loaded, settings)
+        text = other_text(drift, run_folder(loaded.path), loaded, settings, trust=bool(job.config.trust_config))
         edit = write_facts(
             loaded.model,
             loaded.codec(),
