@@ -80,28 +80,28 @@ def learn_deltas(
     tables: Sequence[ValueTable],
     sequences: Sequence[FactSequence],
     *,
-    seen: OtherText,
+    penalised: OtherText,
     held_out: OtherText,
     settings: WritingSettings,
     context: int | None,
     device: torch.device,
     watch: Callable[[Progress], None] | None,
 ) -> Learned:
-    """Learns deltas, which change in place, so that the model continues the prompts with their answers.
+    """Trains deltas, which change in place, so that the model continues the prompts with their answers.
 
     Args:
         model: in evaluation mode, none of whose parameters requires a gradient.
         deltas: by table, zero at first.
         tables: all tables of the model.
         sequences: the prompts with their answers.
-        seen: text on which the divergence is penalised.
+        penalised: text on which the divergence is penalised.
         held_out: text on which it is bounded.
         settings: see there.
         context: most tokens per sequence; None for any number.
         device: of the model.
         watch: called at each look.
     """
-    loop = _Loop(model, deltas, sequences, seen, held_out, settings, context, device)
+    loop = _Loop(model, deltas, sequences, penalised, held_out, settings, context, device)
     with deltas_added(deltas, tables):
         ended = loop.run(watch)
         values = loop.best()
@@ -114,14 +114,14 @@ class _Loop:
         model: Trunk,
         deltas: dict[ValueTable, RowDeltas],
         sequences: Sequence[FactSequence],
-        seen: OtherText,
+        penalised: OtherText,
         held_out: OtherText,
         settings: WritingSettings,
         context: int | None,
         device: torch.device,
     ) -> None:
         self._model, self._deltas, self._sequences, self._device = model, deltas, sequences, device
-        self._seen, self._held_out, self._settings, self._context = seen, held_out, settings, context
+        self._penalised, self._held_out, self._settings, self._context = penalised, held_out, settings, context
         self._draw = random.Random(settings.seed)
         self._order: list[int] = []
         self._multiplier, self.step = _FIRST / settings.kl_bound, 0
@@ -142,7 +142,7 @@ class _Loop:
         return time.perf_counter() - self._started
 
     def run(self, watch: Callable[[Progress], None] | None) -> str:
-        """Learns until everything is right by the margin within the bound, or a limit is reached; returns which."""
+        """Runs until everything is right by the margin within the bound, or a limit is reached; returns which."""
         while True:
             self._update()
             ended = ""
@@ -159,8 +159,8 @@ class _Loop:
     def _update(self) -> None:
         sequences = [self._placed(self._sequences[number]) for number in self._next()]
         loss = answer_nll(self._model, *padded(sequences, self._device)).mean()
-        if len(self._seen):
-            drift = self._seen.divergence(self._draw.randrange(len(self._seen)), _POSITIONS).mean()
+        if len(self._penalised):
+            drift = self._penalised.divergence(self._draw.randrange(len(self._penalised)), _POSITIONS).mean()
             loss = loss + self._multiplier * drift
         self._optimizer.zero_grad()
         loss.backward()
@@ -177,9 +177,9 @@ class _Loop:
 
     def _placed(self, sequence: FactSequence) -> FactSequence:
         """Returns a sequence as it is or, by the share `contexts`, behind a piece of other text."""
-        if not len(self._seen) or self._draw.random() >= self._settings.contexts:
+        if not len(self._penalised) or self._draw.random() >= self._settings.contexts:
             return sequence
-        ids_BT = self._draw.choice(self._seen.batches)["input_ids"]
+        ids_BT = self._draw.choice(self._penalised.batches)["input_ids"]
         text = ids_BT[self._draw.randrange(len(ids_BT))].tolist()
         room = len(text) if self._context is None else min(len(text), self._context - len(sequence.ids) + 1)
         length = self._draw.randint(0, max(0, room))

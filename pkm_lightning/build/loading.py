@@ -170,7 +170,8 @@ def load(
         edits: names of edits of these weights, or their files; None: those that are applied, [] none.
 
     Raises:
-        CheckpointError: missing, damaged, not of this package, with an edit of other weights, or beside a tokenizer of another model.
+        CheckpointError: missing, damaged, not of this package, with an edit of other weights, or beside a tokenizer of
+            another model.
         ConfigError: an argument that is not known, or a class that is not trusted.
 
     Example: `docs/trained-models.md`, "From a program".

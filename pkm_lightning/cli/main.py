@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pkm_lightning.cli.edit_words import with_action
 from pkm_lightning.cli.environment import check_rank_variables
 from pkm_lightning.errors import PkmError, nearest
 
@@ -98,7 +99,6 @@ def _run(verb: str, arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from pkm_lightning.cli.composition_errors import explain, explain_composition
-    from pkm_lightning.cli.edit_words import with_action
     from pkm_lightning.cli.job import Job, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.moved_tables import with_added_keys
     from pkm_lightning.cli.saved_overrides import on_saved_run
@@ -112,8 +112,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) == "generate" else arguments
     given = arguments
     try:
-        arguments = with_action(verb, arguments)
-        check_sweep(verb, arguments)
+        check_sweep(verb, arguments := with_action(verb, arguments))
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
         arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
         arguments = on_saved_run(verb, with_added_keys(verb, arguments))
