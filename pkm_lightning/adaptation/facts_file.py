@@ -21,7 +21,7 @@ from pkm_lightning.data.base import TextCodec, answer_ids, prompt_ids
 from pkm_lightning.data.files import check_characters, read_text, require_file, split_lines
 from pkm_lightning.errors import DataError, nearest
 
-_TEXTS, _LISTS = ("prompt", "answer", "question"), ("paraphrases", "test_prompts")
+_LISTS = ("paraphrases", "test_prompts")
 _FIELDS = ("prompt", "answer", "paraphrases", "test_prompts", "question")
 
 

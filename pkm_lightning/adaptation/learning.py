@@ -1,7 +1,7 @@
 """The loop that learns the deltas of an edit.
 
-The weight c of the divergence is a Lagrange multiplier: it is multiplied at each look at the held-out text, up while
-the divergence there is above its bound and down while it is below. Of all looks within the bound the one with the most
+The weight c of the divergence is a Lagrange multiplier: at each look at the held-out text it is multiplied by the ratio
+of the divergence there to its bound, within limits. Of all looks within the bound the one with the most
 right answers is taken; the last deltas, scaled down to the bound, are taken instead where they answer more.
 
 Letters: U lines with a delta, V values per line.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 #: Positions of other text that are compared per step.
 _POSITIONS = 512
-#: The multiplier at first, over the bound; its change per look; its limits.
-_FIRST, _FACTOR, _LEAST, _MOST = 0.1, 2.0, 1e-3, 1e5
+#: The multiplier at first, over the bound; the least and largest factor per look; its limits.
+_FIRST, _DOWN, _UP, _LEAST, _MOST = 0.1, 0.5, 4.0, 1e-3, 1e5
 #: Looks take at most this share of the time.
 _LOOKING = 0.25
 #: Steps between looks, at least.
@@ -199,7 +199,8 @@ class _Loop:
         self._last = Progress(self.step, began, float((margins_S > 0).float().mean()), divergence)
         if within and (self._best is None or self._last.right > self._best[0]):
             self._best = (self._last.right, self._values())
-        self._multiplier = min(_MOST, max(_LEAST, self._multiplier * (1 / _FACTOR if within else _FACTOR)))
+        change = min(_UP, max(_DOWN, divergence / self._settings.kl_bound))
+        self._multiplier = min(_MOST, max(_LEAST, self._multiplier * change))
         if watch is not None:
             watch(self._last)
         self._looked, self._look_seconds = self.seconds, self.seconds - began

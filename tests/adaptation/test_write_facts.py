@@ -128,7 +128,7 @@ def test_an_edit_goes_together_with_those_that_are_applied() -> None:
     model = memory_model()
     tables = EditedTables(model)
     first = write_facts(model, Letters(), FACTS[:1], other_text=other_text(), name="one", tables=tables, **QUICK)
-    assert first.figures["ended"] == "learned"
+    assert first.figures["learned"]["after"] == 1.0
     tables.apply(first)
     second = write_facts(model, Letters(), FACTS[1:], other_text=other_text(), name="two", tables=tables, **QUICK)
     assert second.weights == first.weights
