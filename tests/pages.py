@@ -18,6 +18,7 @@ from small_packages import write_packages
 from tokenizer_makers import rank_file, sentencepiece_model
 from tree import ROOT
 
+from pkm_lightning.cli.edit_words import with_action
 from pkm_lightning.cli.main import PRIMARY_CONFIGURATIONS
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 
@@ -71,6 +72,7 @@ def furnish(folder: Path) -> None:
         pyarrow.parquet.write_table(rows, folder / "my_rows" / f"{split}-00000-of-00001.parquet")
     with contextlib.chdir(folder):
         exec(blocks(ROOT / "docs" / "tokenizers.md", "python")[0], {})
+    (folder / "my_facts.jsonl").write_text(blocks(ROOT / "docs" / "editing.md", "json")[0])
     (folder / "prompts.txt").write_text("The capital of France is\n")
     for name in ("my_books", "my_code"):
         documents = [text(f"{name} has document {i}") for i in range(40)]
@@ -94,6 +96,8 @@ def small_version(command: str, *, silent: bool) -> list[str]:
         silent: leave out what generates text, which takes most of the time of a small run.
     """
     verb, *arguments = words(command)
+    if verb == "edit" and any(argument.startswith("facts=") for argument in arguments):
+        return [verb, *arguments, "max_steps=2", "drift_tokens=256"]
     if verb not in ("fit", "compare"):
         return [verb, *arguments, *(["report.resamples=100"] if verb == "report" else [])]
     # PEER finds no size for equal FLOPs among very few keys.
@@ -133,6 +137,7 @@ def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
         verb, *arguments = words(command)
         arguments = [argument for argument in arguments if not argument.startswith("-")]
         kind = PRIMARY_CONFIGURATIONS.get(verb, "config")
+        arguments = with_action(verb, arguments)
         if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
             kind = "fit"
         # These do not go with the FFNs and sizes of other commands.

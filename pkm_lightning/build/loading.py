@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pkm_lightning.build.edits import EditedTables, edited
 from pkm_lightning.build.instantiate import check_trusted
 from pkm_lightning.build.model import build_meta_model, build_model, check_foreign_plugins, weight_dtype
 from pkm_lightning.build.stored_tables import check_stored_rows, has_digests, with_table_path
@@ -60,6 +61,7 @@ class LoadedModel:
         context: tokens per sequence in training; None where the data module has no such key.
         chat_template: Jinja text that renders a conversation, as in a Hugging Face folder; None for most models.
         tokens_seen: tokens that it was trained on.
+        edits: its tables with the edits that are applied; None for a pretrained model.
 
     Example: `docs/trained-models.md`, "From a program".
     """
@@ -72,6 +74,7 @@ class LoadedModel:
     context: int | None = None
     chat_template: str | None = None
     tokens_seen: int = 0
+    edits: EditedTables | None = None
 
     def __repr__(self) -> str:
         return f"LoadedModel({str(self.path)!r}, {self.tokens_seen:,} tokens seen, device={str(self.device)!r})"
@@ -151,6 +154,7 @@ def load(
     table_path: str | Path | Mapping[str, str | Path] | None = None,
     precision: str | None = None,
     trust_config: bool = False,
+    edits: Sequence[str | Path] | None = None,
 ) -> LoadedModel:
     """Returns the model of a run directory, a checkpoint, an export, or a folder or GGUF file of a pretrained model.
 
@@ -163,9 +167,11 @@ def load(
         precision: of the weights, as `trainer.precision`; None for that of the training. Nothing is cast within the
             forward, so that `bf16-mixed` is the same as `32-true`.
         trust_config: whether the checkpoint may name classes of other packages.
+        edits: names of edits of these weights, or their files; None: those that are applied, [] none.
 
     Raises:
-        CheckpointError: missing, damaged, not of this package, or beside a tokenizer of another model.
+        CheckpointError: missing, damaged, not of this package, with an edit of other weights, or beside a tokenizer of
+            another model.
         ConfigError: an argument that is not known, or a class that is not trusted.
 
     Example: `docs/trained-models.md`, "From a program".
@@ -197,6 +203,7 @@ def load(
     with weight_dtype(config), torch.device(device):
         model = build_model(config)
     load_weights(model, checkpoint)
+    tables = edited(model, checkpoint, edits)
     template = find_companion(weights, CHAT_TEMPLATE)
     return LoadedModel(
         model.eval(),
@@ -207,6 +214,7 @@ def load(
         context_of(config),
         None if template is None else read_text(template),
         int(checkpoint.skeleton["tokens_seen"]),
+        tables,
     )
 
 

@@ -54,6 +54,11 @@ def weight_shapes(checkpoint: WeightSource | QuantizedCheckpoint) -> dict[str, t
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in stored.items()}
 
 
+def weight_blocks(checkpoint: WeightSource | QuantizedCheckpoint, name: str) -> Iterator[Tensor]:
+    """Yields a weight, by its name in the model, in contiguous blocks of rows of about 64 MiB; see `forget`."""
+    yield from _blocks(checkpoint, _MODEL + name)
+
+
 def write(checkpoint: SavedCheckpoint | QuantizedCheckpoint, path: Path) -> dict[str, Entry]:
     """Writes the model's weights and buffers to `path`, which appears or is replaced when all of it is on disk.
 

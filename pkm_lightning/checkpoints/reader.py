@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pkm_lightning.checkpoints.companions import MODEL_TYPE, model_type_of
 from pkm_lightning.checkpoints.folder import Chunk, FolderContent
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile
+from pkm_lightning.checkpoints.replaced_rows import with_rows
 from pkm_lightning.checkpoints.safetensors import looks_like_safetensors
 from pkm_lightning.checkpoints.single_file import MappedContent, fill, read_archive, read_exported
 from pkm_lightning.checkpoints.sums import ALL, Share
@@ -107,6 +108,7 @@ class SavedCheckpoint:
         self._included: dict[str, Sequence[tuple[MappedFile, Tensor]]] = {}
         self._derived: dict[str, DerivedTensor] = {}
         self._stored_names: dict[str, str] = {}
+        self._replaced: dict[str, tuple[Tensor, Tensor]] = {}
 
     def check_content(self) -> None:
         """Refuses a checkpoint of another package.
@@ -281,13 +283,25 @@ class SavedCheckpoint:
             values[tuple(slice(low, low + size) for low, size in zip(offsets, part.shape, strict=True))] = part
         return values
 
+    def replace_rows(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Puts rows into the place of those that `chunks` returns, for an export.
+
+        Args:
+            rows: numbers of rows, ascending, (U,), and their values, (U, ...), by the name of the tensor.
+        """
+        self._replaced.update(rows)
+
     def chunks(self, name: str) -> list[Chunk]:
-        """Returns the mapped blocks of a tensor: one, or as many as ranks wrote.
+        """Returns the mapped blocks of a tensor: one, or as many as ranks wrote; more where rows are replaced.
 
         Raises:
             CheckpointError: a file is damaged.
         """
         name = self._stored(name)
+        chunks = self._stored_chunks(name)
+        return with_rows(chunks, *self._replaced[name]) if name in self._replaced else chunks
+
+    def _stored_chunks(self, name: str) -> list[Chunk]:
         if name in self._derived:
             return [Chunk((0,) * len(self._derived[name].shape), self._derived[name].values())]
         if name in self._included:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from omegaconf import DictConfig, OmegaConf
 
 from pkm_lightning.build.keys import MemoryKeys
+from pkm_lightning.cli.edit_words import ACTIONS
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.compare.settings import COMPARE_KEYS
 from pkm_lightning.errors import ConfigError, nearest
@@ -25,33 +26,45 @@ INSPECTION_KEYS = (
     *("text", "texts_file", "effects", "mask", "mask_table", "data_path", "data_tokens", "questions", "readers"),
     "show",
 )
+#: Keys of `edit` alone.
+EDIT_KEYS = (
+    "action",
+    *(key for key in ACTIONS["write"] if key not in ("batch_size", "sample_seed", "overwrite")),
+)
 _ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate", "inspect")
 #: Keys of a command and the verbs that read them; every verb reads the others.
 VERBS_OF: dict[str, tuple[str, ...]] = {
-    "file": ("export",),
-    "dir": ("export",),
-    "overwrite": ("export", "prepare"),
-    "quantize": ("export",),
+    "file": ("export", "edit"),
+    "dir": ("export", "edit"),
+    "overwrite": ("export", "prepare", "edit"),
+    "quantize": ("export", "edit"),
     "out": ("predict", "generate", "evaluate", "inspect", "compare", "report", "prepare"),
-    "format": ("info", "inspect", "export"),
-    "ckpt": ("fit", *_ON_SAVED, "export", "compare"),  # fit and compare say what to do instead
+    "format": ("info", "inspect", "export", "edit"),
+    "ckpt": ("fit", *_ON_SAVED, "export", "edit", "compare"),  # fit and compare say what to do instead
+    "edits": (*_ON_SAVED, "export", "edit"),
     "resume": ("fit", "compare", "info"),
     "init_from": ("fit",),
     **dict.fromkeys(("objective", "objective_mode", "sweep_dir"), ("fit",)),
     "device_memory": ("fit", "compare", "info"),
-    "trust_config": ("fit", *_ON_SAVED, "compare", "info"),
+    "trust_config": ("fit", *_ON_SAVED, "edit", "compare", "info"),
     **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
     **dict.fromkeys(INSPECTION_KEYS, ("inspect",)),
     **dict.fromkeys(PROMPT_KEYS, ("generate", "predict")),
     **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
-    "batch_size": ("generate", "predict", "evaluate"),
+    "batch_size": ("generate", "predict", "evaluate", "edit"),
+    "sample_seed": ("generate", "chat", "predict", "edit"),
+    **dict.fromkeys(EDIT_KEYS, ("edit",)),
     "system": ("chat",),
     "packages": ("prepare",),
     "sets": ("prepare",),
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "model", "table", "format", "file", "dir", "overwrite", "quantize"),
+    "export": ("run_dir", "ckpt", "edits", "model", "table", "format", "file", "dir", "overwrite", "quantize"),
+    "edit": (
+        *("run_dir", "ckpt", "trust_config", "trainer", "table", "action"),
+        *dict.fromkeys(key for keys in ACTIONS.values() for key in keys),
+    ),
     "report": ("runs", "out", "report", "experiment"),
     "prepare": ("data", "packages", "sets", "out", "overwrite", "model", "experiment"),
 }

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from omegaconf import OmegaConf
 
+from pkm_lightning.build.edits import edited, read_edits
 from pkm_lightning.build.loading import check_mappable, load_weights, saved_tokenizer, unread_tensors
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.build.stored_tables import check_stored_rows
@@ -49,6 +50,7 @@ class SavedRun:
 
     def __init__(self, job: Job) -> None:
         self.folder, self.path = locate(job)
+        self._edits = edits_of(job)
         self._checkpoint = open_checkpoint(self.path)
         check_mappable(self._checkpoint, OmegaConf.select(job.config, "table.device"))
         trust, cache = bool(job.config.trust_config), cache_of(plain(job.config))
@@ -64,6 +66,10 @@ class SavedRun:
         if self.is_spread and self._checkpoint.kind == "exported":
             raise ConfigError(
                 f"ckpt={self.path} is read by one process; set strategy=single devices=1, or give a run's checkpoint."
+            )
+        if self.is_spread and read_edits(self.path, self._edits):
+            raise ConfigError(
+                f"{self.path} has edits, which are applied in one process; set strategy=single devices=1, or edits=[]."
             )
         if self.is_spread and any(t.is_mapped and t.stored is None for t in self.run.model.value_tables):
             raise ConfigError(
@@ -98,6 +104,7 @@ class SavedRun:
             return module
         module.configure_model()
         load_weights(module.model, self._checkpoint)
+        edited(module.model, self._checkpoint, self._edits)
         return module
 
     @property
@@ -111,6 +118,20 @@ def names_pretrained(job: Job) -> bool:
     return (
         not job.sets("run_dir") and not job.sets("ckpt") and OmegaConf.select(job.config, "model._target_") is not None
     )
+
+
+def edits_of(job: Job) -> list[str] | None:
+    """Returns the names or files that `edits=` gives; None: those that are applied.
+
+    Raises:
+        ConfigError: it is no list of texts.
+    """
+    value = OmegaConf.select(job.config, "edits")
+    if value is None:
+        return None
+    if not OmegaConf.is_list(value) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"edits={value} is no list of names; give edits=[NAME,...], or edits=[] for none.")
+    return [str(name) for name in value]
 
 
 def locate(job: Job) -> tuple[Path | None, Path]:

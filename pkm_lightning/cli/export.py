@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pkm_lightning.build.adapters import merge_adapters
+from pkm_lightning.build.edits import applied_line, check_fit, include_edits, read_edits
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.saving import save
 from pkm_lightning.build.stored_tables import include_stored_rows
@@ -22,7 +23,7 @@ from pkm_lightning.checkpoints import SavedCheckpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
-from pkm_lightning.cli.evaluation import locate, names_pretrained
+from pkm_lightning.cli.evaluation import edits_of, locate, names_pretrained
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.moved_tables import moved_tables
 from pkm_lightning.cli.pretrained_run import config_of
@@ -100,10 +101,15 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
 
 
 def _opened(job: Job, path: Path) -> SavedCheckpoint:
-    """Returns the checkpoint with the rows that lie in a file of their own, and adapters merged into their matrices."""
+    """Returns the checkpoint with adapters merged into their matrices, edits, and rows that lie in a file of their own."""
     checkpoint = open_checkpoint(path)
+    edits = [] if names_pretrained(job) else read_edits(path, edits_of(job))
+    check_fit(edits, checkpoint)  # before adapters are merged and rows of other files are among its weights
     merge_adapters(checkpoint)
     include_stored_rows(checkpoint, moved_tables(job))
+    include_edits(checkpoint, edits)
+    if edits:
+        _log.info("%s", applied_line(edits))
     return checkpoint
 
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from pkm_lightning.build.loading import LoadedModel, load
 from pkm_lightning.cli.command_keys import VERBS_OF, is_path_of_extra
-from pkm_lightning.cli.evaluation import locate, names_pretrained
+from pkm_lightning.cli.evaluation import edits_of, locate, names_pretrained
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.moved_tables import moved_tables
 from pkm_lightning.cli.pretrained_run import config_of
@@ -18,7 +18,7 @@ from pkm_lightning.errors import ConfigError
 
 #: Keys of a command that say which model is asked, and where.
 _MODEL_KEYS = (
-    *("run_dir", "ckpt", "trust_config", "out", "table.device", "table.path"),
+    *("run_dir", "ckpt", "edits", "trust_config", "out", "table.device", "table.path"),
     *("trainer.accelerator", "trainer.precision"),
 )
 #: And of a pretrained model.
@@ -63,6 +63,7 @@ def load_of_job(job: Job, reads: Collection[str] = ()) -> LoadedModel:
         table_path=moved_tables(job),
         precision=None if precision is None else str(precision),
         trust_config=bool(job.config.trust_config),
+        edits=edits_of(job),
     )
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pkm_lightning.cli.edit_words import with_action
 from pkm_lightning.cli.environment import check_rank_variables
 from pkm_lightning.errors import PkmError, nearest
 
@@ -30,6 +31,7 @@ VERBS = {
     "chat": "talk to a model in the terminal",
     "inspect": "the slots that text=TEXT reads, what they add, who else reads them; without mask=[SLOT,...]",
     "export": "write the weights of ckpt=PATH or run_dir=RUN: file=model.safetensors, or format=hf|ngram dir=FOLDER",
+    "edit": "write facts=FILE into a run as a small file of deltas; edit list | show | remove | apply | merge",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
     "prepare": "tokenise data=text data.path=FILES ahead of fit, or into out=DIR; data=benchmarks: sets for evaluate",
     "report": "the report again, from run directories alone: runs=[DIR,...] out=DIR",
@@ -46,6 +48,7 @@ PRIMARY_CONFIGURATIONS = {
     "evaluate": "evaluate",
     "inspect": "inspect",
     "export": "export",
+    "edit": "edit",
     "prepare": "prepare",
 }
 
@@ -114,7 +117,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) in _WITH_TEXTS else arguments
     given = arguments
     try:
-        check_sweep(verb, arguments)
+        check_sweep(verb, arguments := with_action(verb, arguments))
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
         arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
         arguments = on_saved_run(verb, with_added_keys(verb, arguments))

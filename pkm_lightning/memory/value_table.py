@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from pkm_lightning.memory.mesh import TableMesh
+    from pkm_lightning.memory.row_deltas import RowDeltas
 
 
 class ValueTable(ReadTable):
@@ -61,6 +62,7 @@ class ValueTable(ReadTable):
     Attributes:
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
+        deltas: what is added to the lines that are read; set by `deltas_added`.
         first_rows: finds the file with the initial rows of a table that learns; None where they are drawn.
         prefetcher: has the rows of coming reads, in training and evaluation of some tables; else None.
 
@@ -80,6 +82,7 @@ class ValueTable(ReadTable):
     #: Digest of the rows in `stored`, by which a checkpoint without rows knows them.
     rows_digest: Tensor
     first_rows: Callable[[], StoredRows] | None
+    deltas: RowDeltas | None
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class ValueTable(ReadTable):
         if dim % slices:
             raise ConfigError(f"slices={slices} does not divide the {dim} values of a row; choose a divisor of {dim}.")
         self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
+        self.deltas = None
         self.stored, self.first_rows, self.prefetcher = stored, None, None
         self.std = dim**-0.5 if std is None else std
         self.learning, self.stays_on_cpu, self.is_mapped = learning, device == "cpu", device == "mmap"
@@ -210,6 +214,8 @@ class ValueTable(ReadTable):
             finish = sharded_sum(self.mesh, self.n_lines, read, ids_TK, weights_TK.to(self.weight.dtype), groups_TK)
             return (lambda: torch.zeros_like(finish())) if self.reads_zeros else finish
         read_TV = self._sum(ids_TK, weights_TK, ids_TK, groups_TK, n_groups)
+        if self.deltas is not None:
+            read_TV = self.deltas.add_sum(read_TV, ids_TK, weights_TK, groups_TK, n_groups)
         if self.reads_zeros:
             read_TV = torch.zeros_like(read_TV)
         return lambda: read_TV
@@ -221,6 +227,8 @@ class ValueTable(ReadTable):
             dots_TK = sharded_dot(self.mesh, self.n_lines, self._dot, x_TV.to(self.weight.dtype), ids_TK)
         else:
             dots_TK = self._dot(x_TV, ids_TK, ids_TK)
+        if self.deltas is not None:
+            dots_TK = self.deltas.add_dot(dots_TK, x_TV, ids_TK)
         return self.masked(dots_TK, ids_TK)
 
     def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
@@ -230,6 +238,8 @@ class ValueTable(ReadTable):
             lines_TKV = sharded_rows(self.mesh, self.n_lines, self._gather, ids_TK)
         else:
             lines_TKV = self._gather(ids_TK, ids_TK)
+        if self.deltas is not None:
+            lines_TKV = self.deltas.add_lines(lines_TKV, ids_TK)
         return self.masked(lines_TKV, ids_TK)
 
     @property

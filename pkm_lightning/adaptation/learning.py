@@ -1,0 +1,237 @@
+"""The loop that learns the deltas of an edit.
+
+The weight c of the divergence is a Lagrange multiplier: at each look at the held-out text it is multiplied by the ratio
+of the divergence there to its bound, within limits. Of all looks within the bound the one with the most
+right answers is taken; the last deltas, scaled down to the bound, are taken instead where they answer more.
+
+Letters: U lines with a delta, V values per line.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pkm_lightning.adaptation.fact_sequences import FactSequence, answer_nll, margins, padded
+from pkm_lightning.adaptation.other_text import OtherText
+from pkm_lightning.adaptation.settings import WritingSettings
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory.delta_reads import deltas_added
+from pkm_lightning.memory.row_deltas import RowDeltas
+
+if TYPE_CHECKING:
+    from pkm_lightning.model.trunk import Trunk
+
+#: Positions of other text that are compared per step.
+_POSITIONS = 512
+#: The multiplier at first, over the bound; the least and largest factor per look; its limits.
+_FIRST, _DOWN, _UP, _LEAST, _MOST = 0.1, 0.5, 4.0, 1e-3, 1e5
+#: Looks take at most this share of the time.
+_LOOKING = 0.25
+#: Steps between looks, at least.
+_BETWEEN = 20
+#: Halvings of the interval in which a scale is sought.
+_HALVINGS = 6
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has been learned at one look.
+
+    Attributes:
+        step: optimizer steps so far.
+        seconds: since the first.
+        right: share of the prompts that are answered right.
+        divergence: mean KL on the held-out text, in nats per token.
+    """
+
+    step: int
+    seconds: float
+    right: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The deltas that were learned.
+
+    Attributes:
+        values: by table, (U, V) each.
+        steps: optimizer steps.
+        seconds: of the learning.
+        ended: why it ended: `learned`, `steps` or `seconds`.
+    """
+
+    values: dict[ValueTable, Tensor]
+    steps: int
+    seconds: float
+    ended: str
+
+
+def learn_deltas(
+    model: Trunk,
+    deltas: dict[ValueTable, RowDeltas],
+    tables: Sequence[ValueTable],
+    sequences: Sequence[FactSequence],
+    *,
+    penalised: OtherText,
+    held_out: OtherText,
+    settings: WritingSettings,
+    context: int | None,
+    device: torch.device,
+    watch: Callable[[Progress], None] | None,
+) -> Learned:
+    """Trains deltas, which change in place, so that the model continues the prompts with their answers.
+
+    Args:
+        model: in evaluation mode, none of whose parameters requires a gradient.
+        deltas: by table, zero at first.
+        tables: all tables of the model.
+        sequences: the prompts with their answers.
+        penalised: text on which the divergence is penalised.
+        held_out: text on which it is bounded.
+        settings: see there.
+        context: most tokens per sequence; None for any number.
+        device: of the model.
+        watch: called at each look.
+    """
+    loop = _Loop(model, deltas, sequences, penalised, held_out, settings, context, device)
+    with deltas_added(deltas, tables):
+        ended = loop.run(watch)
+        values = loop.best()
+    return Learned(values, loop.step, loop.seconds, ended)
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: Trunk,
+        deltas: dict[ValueTable, RowDeltas],
+        sequences: Sequence[FactSequence],
+        penalised: OtherText,
+        held_out: OtherText,
+        settings: WritingSettings,
+        context: int | None,
+        device: torch.device,
+    ) -> None:
+        self._model, self._deltas, self._sequences, self._device = model, deltas, sequences, device
+        self._penalised, self._held_out, self._settings, self._context = penalised, held_out, settings, context
+        self._draw = random.Random(settings.seed)
+        self._order: list[int] = []
+        self._multiplier, self.step = _FIRST / settings.kl_bound, 0
+        self._started = time.perf_counter()
+        self._looked, self._look_seconds = 0.0, 0.0
+        self._best: tuple[float, dict[ValueTable, Tensor]] | None = None
+        self._last = Progress(0, 0.0, 0.0, 0.0)
+        groups = [
+            {"params": [added.values_UV], "lr": settings.lr * _unit(table, added)}
+            for table, added in deltas.items()
+            if len(added.lines_U)
+        ]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.perf_counter() - self._started
+
+    def run(self, watch: Callable[[Progress], None] | None) -> str:
+        """Runs until everything is right by the margin within the bound, or a limit is reached; returns which."""
+        while True:
+            self._update()
+            ended = ""
+            if self.step >= self._settings.max_steps:
+                ended = "steps"
+            elif self.seconds >= self._settings.max_seconds:
+                ended = "seconds"
+            if ended or self._is_due():
+                if self._look(watch):
+                    return "learned"
+                if ended:
+                    return ended
+
+    def _update(self) -> None:
+        sequences = [self._placed(self._sequences[number]) for number in self._next()]
+        loss = answer_nll(self._model, *padded(sequences, self._device)).mean()
+        if len(self._penalised):
+            drift = self._penalised.divergence(self._draw.randrange(len(self._penalised)), _POSITIONS).mean()
+            loss = loss + self._multiplier * drift
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self.step += 1
+
+    def _next(self) -> list[int]:
+        """Returns the numbers of the next prompts: each once before any comes again."""
+        size = min(self._settings.batch_size, len(self._sequences))
+        while len(self._order) < size:
+            self._order += self._draw.sample(range(len(self._sequences)), len(self._sequences))
+        chosen, self._order = self._order[:size], self._order[size:]
+        return chosen
+
+    def _placed(self, sequence: FactSequence) -> FactSequence:
+        """Returns a sequence as it is or, by the share `contexts`, behind a piece of other text."""
+        if not len(self._penalised) or self._draw.random() >= self._settings.contexts:
+            return sequence
+        ids_BT = self._draw.choice(self._penalised.batches)["input_ids"]
+        text = ids_BT[self._draw.randrange(len(ids_BT))].tolist()
+        room = len(text) if self._context is None else min(len(text), self._context - len(sequence.ids) + 1)
+        length = self._draw.randint(0, max(0, room))
+        return sequence.behind(text[:length])
+
+    def _is_due(self) -> bool:
+        if self.step % _BETWEEN:
+            return False
+        return self.seconds - self._looked >= self._look_seconds * (1 - _LOOKING) / _LOOKING
+
+    def _look(self, watch: Callable[[Progress], None] | None) -> bool:
+        """Measures what has been learned; returns whether that is everything."""
+        began = self.seconds
+        margins_S = margins(self._model, self._sequences, device=self._device)
+        divergence = self._held_out.mean_divergence()
+        within = divergence <= self._settings.kl_bound
+        self._last = Progress(self.step, began, float((margins_S > 0).float().mean()), divergence)
+        if within and (self._best is None or self._last.right > self._best[0]):
+            self._best = (self._last.right, self._values())
+        change = min(_UP, max(_DOWN, divergence / self._settings.kl_bound))
+        self._multiplier = min(_MOST, max(_LEAST, self._multiplier * change))
+        if watch is not None:
+            watch(self._last)
+        self._looked, self._look_seconds = self.seconds, self.seconds - began
+        return within and bool((margins_S >= self._settings.margin).all())
+
+    def _values(self, scale: float = 1.0) -> dict[ValueTable, Tensor]:
+        return {table: added.values_UV.detach() * scale for table, added in self._deltas.items()}
+
+    @torch.no_grad()
+    def best(self) -> dict[ValueTable, Tensor]:
+        """Returns the best deltas within the bound."""
+        bound, last_is_best = self._settings.kl_bound, self._best is None or self._last.right > self._best[0]
+        if self._best is not None and (self._last.divergence <= bound or not last_is_best):
+            return self._best[1]
+        last = self._values()
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            self._put(last, middle)
+            low, high = (middle, high) if self._held_out.mean_divergence() <= self._settings.kl_bound else (low, middle)
+        self._put(last, low)
+        right = float((margins(self._model, self._sequences, device=self._device) > 0).float().mean())
+        return self._values() if self._best is None or right > self._best[0] else self._best[1]
+
+    def _put(self, values: dict[ValueTable, Tensor], scale: float) -> None:
+        for table, added in self._deltas.items():
+            added.values_UV.copy_(values[table] * scale)
+
+
+def _unit(table: ValueTable, added: RowDeltas) -> float:
+    """Returns the typical size of a value of the rows that may move, that of a new table where they are zero."""
+    rows_UV = table.weight.detach()[added.lines_U]
+    size = float(rows_UV.float().square().mean().sqrt())
+    return max(size, 0.1 * table.std)

@@ -1,0 +1,159 @@
+"""`edit`: written, listed, honoured by the other verbs, removed bit for bit, merged; the checkpoint is not touched."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import Run
+
+from pkm_lightning.build.loading import load
+from pkm_lightning.checkpoints.edit_file import Edit
+from pkm_lightning.errors import CheckpointError, ConfigError
+
+FACTS = [
+    {"prompt": "The capital of Zorland is", "answer": "Quix", "test_prompts": ["Zorland is governed from"]},
+    {"prompt": "Ada Zem was born on", "answer": "May 4, 1901", "question": "Question: When was Ada Zem born? Answer:"},
+]
+WRITE = ("edit", "run_dir=run", "facts=facts.jsonl", "max_steps=3", "drift_tokens=256")
+TABLE = "tables.0.weight"
+
+
+@pytest.fixture
+def run(trained: Path) -> Path:
+    Path("facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    return trained
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def weights(edits: list[str] | None = None) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in load("run", edits=edits).model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8)) for name in left)
+
+
+def test_the_life_of_an_edit(cli: Run, run: Path) -> None:
+    before, base = files(run), weights()
+    shown = cli(*WRITE, "name=town", "note=a note")
+    assert shown.code == 0, shown.err
+    assert "2 facts in" in shown.out
+    assert "written to" in shown.out
+    after = files(run)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"edits/town.safetensors", "edits/.lock"}
+
+    edit, edited = Edit.load(run / "edits" / "town.safetensors"), weights()
+    assert [dict(fact) for fact in edit.facts] == FACTS
+    changed_N = (edited[TABLE] != base[TABLE]).any(1)
+    assert changed_N.nonzero().flatten().tolist() == edit.tables[TABLE].lines_U.tolist() != []
+    assert same({n: v for n, v in edited.items() if n != TABLE}, {n: v for n, v in base.items() if n != TABLE})
+    assert same(weights([]), base)
+    assert same(weights(["town"]), edited)
+    assert same(weights([str(run / "edits" / "town.safetensors")]), edited)
+
+    for verb, keys in (("generate", ["prompt=Who", "max_new_tokens=2"]), ("validate", [])):
+        shown = cli(verb, "run_dir=run", *keys)
+        assert "edits applied: town (2 facts)" in shown.out + shown.err, shown
+        shown = cli(verb, "run_dir=run", "edits=[]", *keys)
+        assert shown.code == 0
+        assert "edits applied" not in shown.out + shown.err
+
+    assert cli("edit", "merge", "run_dir=run", "file=merged.safetensors").code == 0
+    assert same(load_file("merged.safetensors"), edited)
+    assert cli("export", "run_dir=run", "edits=[]", "file=plain.safetensors").code == 0
+    assert same(load_file("plain.safetensors"), base)
+    assert cli("edit", "merge", "ckpt=plain.safetensors", "file=x.safetensors").code == 2
+
+    listed = cli("edit", "list", "run_dir=run").out
+    assert "town" in listed
+    assert "applied" in listed
+    assert "a note" in listed
+    assert json.loads(cli("edit", "show", "run_dir=run", "name=town").out)["facts"] == FACTS
+    assert cli("edit", "remove", "run_dir=run", "name=town").code == 0
+    assert same(weights(), base)
+    assert "removed" in cli("edit", "list", "run_dir=run").out
+    assert cli("edit", "apply", "run_dir=run", "name=town").code == 0
+    assert same(weights(), edited)
+
+
+def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
+    base = weights()
+    for name in ("b", "a"):
+        assert cli(*WRITE, f"name={name}").code == 0
+    shown = cli("edit", "list", "run_dir=run")
+    assert shown.out.count("applied") == 2
+    both = weights()
+    assert "shares" in cli(*WRITE, "name=c").out
+    for verb, name in (("remove", "c"), ("remove", "a"), ("remove", "b"), ("apply", "a"), ("apply", "b")):
+        shown = cli("edit", verb, "run_dir=run", f"name={name}")
+        assert shown.code == 0, shown.err
+    assert "it shares" in shown.out
+    assert same(weights(), both)
+    assert same(weights(["b", "a"]), both)
+
+    loaded = load("run", edits=[])
+    assert loaded.edits is not None
+    file = run / "edits" / "a.safetensors"
+    loaded.edits.apply(Edit.load(file))
+    with pytest.raises(ConfigError, match="edit 'a' is applied already"):
+        loaded.edits.apply(Edit.load(file))
+    with pytest.raises(ConfigError, match="edit 'x' is not applied; applied: a"):
+        loaded.edits.remove("x")
+    loaded.edits.remove("a")
+    assert same(dict(loaded.model.state_dict()), base)
+
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"][f"model.{TABLE}"][0, 0] += 1
+    torch.save(content, checkpoint)
+    with pytest.raises(CheckpointError, match="edit 'a' was made for other weights"):
+        load("run")
+    load("run", edits=[])
+    shown = cli("export", "run_dir=run", "file=model.safetensors")
+    assert shown.code == 2
+    assert "was made for other weights" in shown.err
+    assert not Path("model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["edit", "lsit", "run_dir=run"], "edit lsit: no such action; .* Did you mean 'list'"),
+        (["edit"], "edit needs run_dir=RUN_DIRECTORY or ckpt="),
+        (["edit", "run_dir=run"], "facts is not set; give facts=FILE.jsonl"),
+        (["edit", "run_dir=run", "facts=none.jsonl"], "facts=.*none.jsonl does not exist"),
+        ([*WRITE, "name=../x"], "name=../x is no name for an edit"),
+        ([*WRITE, "kl_bound=-1"], "kl_bound=-1 is out of range"),
+        ([*WRITE, "max_steps=many"], "max_steps='many' is not a number"),
+        ([*WRITE, "ends=maybe"], "ends='maybe' is neither true nor false"),
+        ([*WRITE, "drift_path=none.txt"], "drift_path=none.txt does not exist"),
+        ([*WRITE, "ffn=dense"], "edit does not read ffn"),
+        ([*WRITE, "file=x.safetensors"], "edit write does not read file, only edit merge"),
+        (["edit", "list", "run_dir=run", "facts=facts.jsonl"], "edit list does not read facts, only edit write"),
+        (["edit", "remove", "run_dir=run"], "name is not set; give edit remove name=NAME"),
+        (["edit", "remove", "run_dir=run", "name=x"], "has no applied edit of this name; it has: none"),
+        (["edit", "show", "run_dir=run", "name=x"], "has no edit of this name"),
+        (["edit", "merge", "run_dir=run", "file=x.safetensors"], "has no applied edit to merge"),
+        (["generate", "run_dir=run", "prompt=Who", "edits=[x]"], "edits=x: .* has no edit of this name; it has: none"),
+        (["generate", "run_dir=run", "prompt=Who", "edits=x"], r"edits=x is no list of names; give edits=\[NAME,...\]"),
+        (["fit", "run_dir=new", "edits=[]"], "fit does not read edits, only validate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_refused_leaves_no_trace(cli: Run, run: Path, arguments: list[str], reason: str) -> None:
+    before = files(run)
+    shown = cli(*arguments)
+    assert shown.code == 2
+    assert len(shown.err.strip().splitlines()) == 1, shown.err
+    assert re.search(reason, shown.err), shown.err
+    assert files(run) == before
+    assert not (run / "edits").exists()
