@@ -104,14 +104,20 @@ def trunk_parameters(model: Transformer, places: Collection[tuple[int, str]]) ->
 
 
 def check_frozen(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Refuses a strategy whose engine would have nothing to train, where only tables are left.
+    """Refuses a strategy whose engine would have nothing to train, where only tables are left, or would fail.
 
     Raises:
-        ConfigError: naming the strategies that train tables alone.
+        ConfigError: naming the strategies that work.
     """
     strategy = config["strategy"]
     if not strategy or not config["optim"].get("freeze"):
         return
+    # DeepSpeed 0.19 gathers a module's weights for its backward only where an input of the module has a gradient.
+    if TRUNK in config["optim"]["freeze"] and strategy.get("stage") == 3:
+        raise ConfigError(
+            "optim.freeze=[trunk] fails with ZeRO stage 3, which does not gather the weights of the first plugin for "
+            "its backward; set strategy=deepspeed_2, fsdp or ddp."
+        )
     tables = {id(module.weight) for module in model.modules() if isinstance(module, ValueTable)}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
     if not dense and getattr(target_class(strategy, "strategy"), "owns_parameters", False):

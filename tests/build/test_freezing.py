@@ -85,5 +85,9 @@ def test_a_pattern_of_nothing_or_of_everything_is_refused(what: str) -> None:
 def test_an_engine_needs_something_to_train() -> None:
     but_tables = "optim.freeze=[embedding*,unembedding*,blocks.*,norm*]"
     resolved(*SIZES, but_tables, "strategy=ddp", training=True)
+    with pytest.raises(
+        ConfigError, match=r"^optim\.freeze=\[trunk\] fails with ZeRO stage 3, .*set strategy=deepspeed_2"
+    ):
+        resolved(*SIZES, "optim.freeze=[trunk]", "strategy=deepspeed_3", training=True)
     with pytest.raises(ConfigError, match=r"DeepSpeed: its engine trains .* leaves none of them; set strategy=ddp"):
         resolved(*SIZES, but_tables, "strategy=deepspeed_1", training=True)
