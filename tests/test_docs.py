@@ -31,7 +31,7 @@ COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for 
 QUICK = re.compile(
     r"lightning ((test|predict|generate|chat|export) .*runs/mine|(predict|validate) .*mine\.safetensors|"
     r"prepare .* out=prep/|"
-    r"fit finetune=sparse init_from|"
+    r"fit finetune=(sparse init_from|full finetune.replay)|"
     r"(fit|info) (--config-dir|data=text|data=mix|data=hf .*val_split|table.trainable=false table.path))"
 )
 
