@@ -32,7 +32,7 @@ QUICK = re.compile(
     r"lightning ((test|predict|generate|chat|export|edit) .*runs/mine|(predict|validate) .*mine\.safetensors|"
     r"inspect .*mask_table|"
     r"prepare .* out=prep/|"
-    r"fit finetune=sparse init_from|"
+    r"fit finetune=(sparse init_from|full finetune.replay)|"
     r"(fit|info) (--config-dir|data=text|data=mix|data=hf .*val_split|table.trainable=false table.path))"
 )
 
