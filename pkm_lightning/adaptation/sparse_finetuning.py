@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from pkm_lightning.adaptation.method import Finetuning, Share
 from pkm_lightning.adaptation.sparse_callback import SparseRows
 from pkm_lightning.build.kinds import Range
 from pkm_lightning.errors import ConfigError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["SparseFinetuning"]
 
 
-class SparseFinetuning:
+class SparseFinetuning(Finetuning):
     """Training of few rows of the value tables.
 
     Args:
@@ -30,7 +31,7 @@ class SparseFinetuning:
         background: a file that `ReadBackground.save` wrote; None: that of the checkpoint.
         background_path: text whose reads are the background instead, measured before training.
         background_batches: sequences of that text, at most.
-        replay_share, replay_path: keys that all methods of finetuning have; `pkm_lightning.build.replay` reads them.
+        replay_share, replay_path: as in `Finetuning`.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class SparseFinetuning:
         background: str | None,
         background_path: str | None,
         background_batches: Annotated[int, Range(1)],
-        replay_share: Annotated[float, Range(0, 0.999)] = 0.0,
-        replay_path: str | None = None,
+        replay_share: Share,
+        replay_path: str | None,
     ) -> None:
+        super().__init__(replay_share=replay_share, replay_path=replay_path)
         if background is not None and background_path is not None:
             raise ConfigError(
                 f"finetune.background={background} and finetune.background_path={background_path} are both set; "
