@@ -40,6 +40,7 @@ _FILES = (  # what a run writes, and a run in its place removes
     "validate.json",
     "test.json",
     "predictions.jsonl",
+    "edits",
     "evaluation.json",
 )
 #: What a run leaves that was killed before its record was written.
