@@ -101,7 +101,7 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
 
 
 def _opened(job: Job, path: Path) -> SavedCheckpoint:
-    """Returns the checkpoint with edits, adapters merged into their matrices, and rows that lie in a file of their own."""
+    """Returns the checkpoint with edits, with merged adapters, and with the rows that lie in a file of their own."""
     checkpoint = open_checkpoint(path)
     edits = [] if names_pretrained(job) else read_edits(path, edits_of(job))
     check_fit(edits, checkpoint)  # before adapters are merged and rows of other files are among its weights
