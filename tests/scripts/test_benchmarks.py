@@ -99,6 +99,7 @@ def test_other_packages_and_the_trainer_are_contenders(
     assert found[0]["times_faster_than"].endswith(": 1.000")
 
 
+@pytest.mark.slow
 def test_token_tables_are_compared_with_the_embeddings_of_torch(script: Any, tmp_path: Path) -> None:
     out = tmp_path / "token_tables.csv"
     script("bench_token_tables").main(["--smoke", "--only", "V=32", "--cpu-time", "--device", "cpu", "--out", str(out)])
@@ -123,6 +124,7 @@ def test_memory_is_that_of_a_way_alone(tmp_path: Path) -> None:
     assert all(line["date"] and line["torch"] == torch.__version__ and line["threads"] for line in found)
 
 
+@pytest.mark.slow
 def test_a_wrong_and_a_failing_way_are_not_timed(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
