@@ -7,7 +7,7 @@ Metrics of each validation, all by greedy answers, exact up to case, punctuation
 | `val/learned_FORM` | share of the facts answered; FORM: seen, paraphrase, question, or a file of `questions` |
 | `val/known_FORM`, `val/known_FORM_change` | the same of what was known before, and the difference to the start |
 | `val/known_loss`, `val/known_loss_change` | on other text, in nats per target |
-| `val/known_kl` | KL(starting model or model) on that text, in nats per target |
+| `val/known_kl` | KL divergence from the starting model on that text, in nats per target |
 | `val/bytes_changed` | of all rows of parameters that differ from the start; in one process alone |
 
 The seconds of training are a column of metrics.csv. The starting model's distributions and the hashes of its rows are

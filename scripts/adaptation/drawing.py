@@ -18,7 +18,7 @@ from pkm_lightning.compare.plots import COLOURS, MARKERS, STYLE
 #: Panels by name: figure across and up, factors, and their labels.
 PANELS = {
     "lost": ("lost", 100, "A lost, %", LEARNED, 100, "B, paraphrased, %"),
-    "kl": ("known_kl", 1, "KL(start or now) on other text, nats", LEARNED, 100, "B, paraphrased, %"),
+    "kl": ("known_kl", 1, "KL from the start on other text, nats", LEARNED, 100, "B, paraphrased, %"),
     "seconds": ("seconds", 1, "seconds of training", LEARNED, 100, "B, paraphrased, %"),
 }
 
@@ -44,6 +44,7 @@ def draw(name: str, model: str, chosen: Sequence[Variant], folder: Path) -> str 
             return None
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        axes.set_ylim(-2, 102)
         canvas.legend(loc="outside lower center", ncols=3)
         canvas.savefig(folder / file, dpi=130, facecolor="white")
     return file
