@@ -15,6 +15,8 @@ from plans import Plan
 #: Share of old data in the replayed variants.
 REPLAY = 0.05
 Setting = tuple[str, ...]
+#: Dimension of all queries of a memory of a pretrained model: 4 heads of 256.
+_QUERIES = 4 * 256
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def sizes(plan: Plan, lora_parameters: int, background: str) -> dict[str, str]:
     return {
         "layers": plan.layers,
         "hidden": str(max(1, round(lora_parameters / (3 * plan.dim * plan.n_layers)))),
-        # As many rows, the keys of which come on top; a head of a pretrained model's memory reads 32 of them.
-        "n_keys": str(max(32, round(rows**0.5))),
+        # Queries and gate of a memory take their share; a head of a pretrained model's memory reads 32 rows.
+        "n_keys": str(max(32, round(max(0, rows - _QUERIES - plan.dim) ** 0.5))),
         # Four reads per token, each of a quarter of the values.
         "rows": str(rows),
         "sparse_rows": str(plan.rows),

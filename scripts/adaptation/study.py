@@ -124,8 +124,8 @@ class Study:
             [
                 *("model=hf", f"model.path={self.plan.pretrained}", *(text.format(**values) for text in added)),
                 *("data=text", f"data.path={self._text_part('background')}", *self.plan.data, *self._cache()),
-                *("finetune=adapter", "optim.lr=1e-3", f"seed={seed}", f"trainer.max_steps={_RETROFIT_STEPS}"),
-                *(f"finetune.learn=['*engram*',{values['engram_table']}]", "callbacks=step_checkpoint", "logger=none"),
+                *("optim.freeze=[trunk]", "optim.lr=1e-3", f"seed={seed}", f"trainer.max_steps={_RETROFIT_STEPS}"),
+                *("callbacks=step_checkpoint", "logger=none"),
                 *("+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1"),
             ],
         )

@@ -75,8 +75,8 @@ def cell(values: Sequence[float], digits: int) -> str:
     mean, low, high = spread(values)
     if not math.isfinite(mean):
         return "-"
-    ends = f" ({low:.{digits}f} to {high:.{digits}f})" if math.isfinite(low) else ""
-    return f"{mean:.{digits}f}{ends}"
+    ends = f" ({low:z.{digits}f} to {high:z.{digits}f})" if math.isfinite(low) else ""
+    return f"{mean:z.{digits}f}{ends}"
 
 
 def equal_steps(study: Study, chosen: Sequence[Variant]) -> list[list[str]]:
