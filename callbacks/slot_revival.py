@@ -56,6 +56,9 @@ class SlotRevival(L.Callback):
         ConfigError: a value out of range; when training starts, a setting that it cannot work with.
     """
 
+    #: Methods of finetuning that restrict which rows change refuse callbacks that change others.
+    changes_rows = True
+
     def __init__(self, *, every_n_steps: int, dead_after: int, max_share: float, source: str, noise: float) -> None:
         self._limits: dict[str, Any] = {"dead_after": dead_after, "max_share": max_share, "noise": noise}
         check_settings(f"{_KEY}.", every_n_steps=every_n_steps, source=source, **self._limits)

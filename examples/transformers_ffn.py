@@ -1,4 +1,4 @@
-"""A memory as the FFN of one layer of a transformers model: trained, saved, loaded, asked (extra `hf`).
+"""A memory beside the FFN of a transformers model: taught alone, saved as a folder, loaded, asked (extra `hf`).
 
     python examples/transformers_ffn.py          # seconds on a laptop's CPU
 
@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import pkm_lightning.huggingface  # noqa: F401 - the Auto classes then know models with plugins
 from pkm_lightning import MemoryPlus, TableOptimizer, ffn_reports, replace_ffn, row_learning_tables
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-    bos_token_id=0, eos_token_id=None, pad_token_id=None,
+    bos_token_id=0, eos_token_id=None, pad_token_id=None, initializer_range=0.2,
 )  # fmt: skip
 
 
 def make() -> LlamaForCausalLM:
-    """Returns a small random Llama with a memory in its middle layer; the model owns the table."""
+    """Returns a small random Llama, as if pretrained, with a memory beside the FFN of its middle layer.
+
+    The memory starts with an output of zero, and everything else keeps its values.
+    """
     model = LlamaForCausalLM(CONFIG)
-    replace_ffn(model, layers=[1], ffn=MemoryPlus, n_keys=32, knn=4, learning="rows")
+    replace_ffn(
+        model, layers=[1], ffn=MemoryPlus, mode="parallel", freeze_trunk=True, n_keys=32, knn=4, learning="rows"
+    )
     return model
 
 
@@ -31,7 +37,7 @@ def train(steps: int = 200) -> tuple[LlamaForCausalLM, Tensor, float]:
     torch.manual_seed(0)
     model, ids_BT = make(), torch.randint(64, (32, 12))
     dense = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    optimizer = TableOptimizer(dense, row_learning_tables(model), lr=1e-2)
+    optimizer = TableOptimizer(dense, row_learning_tables(model), lr=3e-2)
     for _ in range(steps):
         with ffn_reports(model) as reports:  # losses and statistics of plugins that have some, such as MoE
             loss = model(input_ids=ids_BT, labels=ids_BT).loss + reports.aux_loss()
@@ -44,11 +50,9 @@ def train(steps: int = 200) -> tuple[LlamaForCausalLM, Tensor, float]:
 
 if __name__ == "__main__":
     model, ids_BT, loss = train()
-    # Not `save_pretrained`: `from_pretrained` makes a plain Llama, which has no place for a memory.
-    torch.save(model.state_dict(), "llama_with_memory.pt")
-    loaded = make()
-    loaded.load_state_dict(torch.load("llama_with_memory.pt"))
+    model.save_pretrained("llama_with_memory")
+    loaded = AutoModelForCausalLM.from_pretrained("llama_with_memory")
     prompts_BT = ids_BT[:, :4]
-    written_BT = loaded.eval().generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=8)
+    written_BT = loaded.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=8)
     right = (written_BT == ids_BT)[:, 4:].float().mean()
     print(f"loss {loss:.2f}; {right:.1%} of the tokens after four are those of the sequence")

@@ -1,7 +1,10 @@
+from pkm_lightning.adaptation.background import ReadBackground as ReadBackground
+from pkm_lightning.adaptation.background import measure_background as measure_background
+from pkm_lightning.adaptation.row_updates import SparseUpdates as SparseUpdates
+from pkm_lightning.build.ffn_reports import FFNReports as FFNReports
+from pkm_lightning.build.ffn_reports import ffn_reports as ffn_reports
 from pkm_lightning.build.loading import LoadedModel as LoadedModel
 from pkm_lightning.build.loading import load as load
-from pkm_lightning.build.replacement import FFNReports as FFNReports
-from pkm_lightning.build.replacement import ffn_reports as ffn_reports
 from pkm_lightning.build.replacement import replace_ffn as replace_ffn
 from pkm_lightning.build.saving import save as save
 from pkm_lightning.data.base import NO_TARGET as NO_TARGET
@@ -32,6 +35,9 @@ from pkm_lightning.ffn.ultramem import UltraMem as UltraMem
 from pkm_lightning.ffn.ultramem_v2 import UltraMemV2 as UltraMemV2
 from pkm_lightning.inference.generation import generate as generate
 from pkm_lightning.inference.sampling import Sampling as Sampling
+from pkm_lightning.inspection.ablation import ablate as ablate
+from pkm_lightning.inspection.masking import mask as mask
+from pkm_lightning.inspection.tracing import trace as trace
 from pkm_lightning.memory.quantized_table import QuantizedTable as QuantizedTable
 from pkm_lightning.memory.row_optimizer import RowOptimizer as RowOptimizer
 from pkm_lightning.memory.table_optimizer import TableOptimizer as TableOptimizer

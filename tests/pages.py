@@ -115,6 +115,8 @@ def small_version(command: str, *, silent: bool) -> list[str]:
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES]
     if {"data=tokens", "data=mix"} & set(arguments):
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES[1:]]
+    if "model=hf" in arguments:  # whose memories read more slots than the small one has keys
+        sizes = [size for size in sizes if not size.startswith("model.")]
     # Callbacks that the command leaves out have no sizes.
     chosen = next((a.partition("=")[2].strip("[]").split(",") for a in arguments if a.startswith("callbacks=")), [])
     if chosen and "default" not in chosen:
@@ -141,7 +143,8 @@ def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
         arguments = with_action(verb, arguments)
         if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
             kind = "fit"
-        if "model=hf" in arguments:  # does not go with the FFNs and sizes of other commands
+        # These do not go with the FFNs and sizes of other commands.
+        if "model=hf" in arguments or "finetune=sparse" in arguments:
             alone.append((kind, arguments))
             continue
         for overrides in _expanded(arguments):

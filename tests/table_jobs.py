@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pkm_lightning.memory import RowOptimizer, TableMesh, TableOptimizer, ValueTable, clip_tables
+from pkm_lightning.memory import RowOptimizer, TableMesh, TableOptimizer, ValueTable, clip_tables, restrict_rows
 from pkm_lightning.memory import replicas as replicas_module
 from pkm_lightning.memory.replicas import mean_over_replicas
 from pkm_lightning.ops.collectives import all_gather
@@ -65,8 +65,20 @@ def loss(table: ValueTable, part: slice, kind: str) -> Tensor:
     return torch.cat([weights_TK.grad, torch.zeros_like(x_TV) if x_TV.grad is None else x_TV.grad], 1)
 
 
-def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int], rule: str, slices: int = 1) -> None:
-    """Compares gradients of the inputs, the norm, and the table after a clipped update with those of one process."""
+def compare(
+    shard: str,
+    members: int,
+    learning: str,
+    kind: str,
+    sizes: list[int],
+    rule: str,
+    slices: int = 1,
+    chosen: list[int] | None = None,
+) -> None:
+    """Compares gradients of the inputs, the norm, and the table after a clipped update with those of one process.
+
+    With `chosen`, only these rows learn.
+    """
     mesh = TableMesh(shard=shard, members=members, device_type="cpu")
     world, rank = dist.get_world_size(), dist.get_rank()
     start = sum(sizes[:rank])
@@ -78,6 +90,8 @@ def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int]
     torch.testing.assert_close(inputs, expected)
     norms, states = [], []
     for table in (local, whole):
+        if chosen is not None:
+            restrict_rows(table, torch.tensor(chosen))
         if table.weight.grad is not None:
             if table is local:
                 mean_over_replicas(local.weight.grad, mesh)
@@ -96,7 +110,20 @@ def compare(shard: str, members: int, learning: str, kind: str, sizes: list[int]
     torch.testing.assert_close(local.weight.detach(), part(mesh, whole.weight.detach()))
     for name, expected in states[1].items() if states else ():
         torch.testing.assert_close(states[0][name], state_part(mesh, whole, name, expected))
-    assert not torch.equal(whole.weight, make(learning, None, slices).weight)
+    changed_N = (whole.weight != make(learning, None, slices).weight).any(-1).view(ROWS, slices).any(-1)
+    assert changed_N.any()
+    assert chosen is None or set(changed_N.nonzero().flatten().tolist()) <= set(chosen)
+
+
+def read_one_part(kind: str) -> int:
+    """Returns the updates that this rank's part has had, after a step that read rows of the first rank only."""
+    mesh = TableMesh(shard="row", members=2, device_type="cpu")
+    table = make("rows", mesh)
+    optimizer = TableOptimizer(None, {"t": table}, rows=RowOptimizer(rule="factored_adam", betas=(0.0, 0.95)), lr=0.1)
+    ids_TK = torch.tensor([[0, 1]])
+    (table.gather(ids_TK) if kind == "rows" else table(ids_TK, torch.ones(1, 2).double())).square().sum().backward()
+    optimizer.step()
+    return int(optimizer.state[table.weight]["step"])
 
 
 def alone() -> Any:

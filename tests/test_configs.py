@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from shard_folders import text, write_folder
 from tree import ROOT
 
+from pkm_lightning.build.finetuning import finetuning_callbacks
 from pkm_lightning.build.run import resolve
 from pkm_lightning.cli.assembly import assemble
 from pkm_lightning.compare.schedule import list_variants
@@ -35,8 +36,9 @@ OPTIONS = sorted(
     for path in CONFIGS.rglob("*.yaml")
     if path.parent not in (CONFIGS, *SHARED, PREPARED) and path not in PRETRAINED
 )
-#: FFNs and experiments bring settings of other groups with them, and layers: each stands alone.
-ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "extra_ffns=", "experiment="))]
+#: FFNs and experiments bring settings of other groups with them, and layers; methods of finetuning do not go with all
+#: strategies: each stands alone.
+ALONE = [(option,) for option in OPTIONS if option.startswith(("ffn=", "extra_ffns=", "experiment=", "finetune="))]
 #: The options of the other groups side by side, since composing is what takes the time.
 TOGETHER = itertools.zip_longest(
     *(
@@ -57,6 +59,9 @@ GIVEN = {
     ],
     "data=custom": ["data._target_=lightning.pytorch.demos.boring_classes.BoringDataModule", "model.vocab_size=50"],
     "callbacks=evaluate": ["callbacks.evaluate.tasks=[piqa]"],
+    "finetune=sparse": ["finetune.score=tf", "init_from=somewhere"],
+    **{f"finetune={method}": ["init_from=somewhere"] for method in ("full", "lora")},
+    "finetune=adapter": ["init_from=somewhere", "extra_ffns=dense"],
     "strategy=ddp": ["trainer.devices=2"],
     "data=tokens": ["data.path=somewhere/prepared"],
     "data=mix": ["data.sources={books:{path:somewhere/prepared,weight:1}}"],
@@ -98,7 +103,7 @@ def test_every_option_composes_and_builds(command: tuple[str, ...], tmp_path: Pa
     config = run.config
     assert isinstance(run.data, L.LightningDataModule)
     assert assembly.trainer.max_steps == config["trainer"]["max_steps"]
-    assert len(assembly.callbacks) == len(config["callbacks"])
+    assert len(assembly.callbacks) == len(config["callbacks"]) + len(finetuning_callbacks(config))
 
 
 @pytest.mark.parametrize("experiment", [pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS])

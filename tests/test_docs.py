@@ -30,12 +30,16 @@ COMMANDS = list({tuple(words(command)): command for shown in SHOWN.values() for 
 #: The quick test runs every verb that uses a run, and what reads files of the user; the others it composes.
 QUICK = re.compile(
     r"lightning ((test|predict|generate|chat|export|edit) .*runs/mine|(predict|validate) .*mine\.safetensors|"
+    r"inspect .*mask_table|"
     r"prepare .* out=prep/|"
+    r"fit finetune=sparse init_from|"
     r"(fit|info) (--config-dir|data=text|data=mix|data=hf .*val_split|table.trainable=false table.path))"
 )
 
 
-QUICK_VERBS = ("fit", "prepare", "info", "test", "validate", "predict", "generate", "chat", "export", "edit")
+QUICK_VERBS = (
+    *("fit", "prepare", "info", "test", "validate", "predict", "generate", "chat", "inspect", "export", "edit"),
+)
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
@@ -62,7 +66,7 @@ def test_commands_that_use_a_run_or_files_of_the_user_run(cli: Run, tmp_path: Pa
     for command in [MINE, *chosen]:
         run(cli, command, silent=True, cwd=tmp_path)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
-    for page in ("trained-models", "hugging-face", "editing"):
+    for page in ("trained-models", "hugging-face", "inspecting", "editing"):
         for program in blocks(ROOT / "docs" / f"{page}.md", "python"):
             exec(program, {})
 

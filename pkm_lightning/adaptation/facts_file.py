@@ -21,7 +21,7 @@ from pkm_lightning.data.base import TextCodec, answer_ids, prompt_ids
 from pkm_lightning.data.files import check_characters, read_text, require_file, split_lines
 from pkm_lightning.errors import DataError, nearest
 
-_TEXTS, _LISTS = ("prompt", "answer", "question"), ("paraphrases", "test_prompts")
+_LISTS = ("paraphrases", "test_prompts")
 _FIELDS = ("prompt", "answer", "paraphrases", "test_prompts", "question")
 
 
@@ -120,7 +120,9 @@ def parse_fact(where: str, record: Any) -> Fact:
         raise DataError(f'{where} is no JSON object; write {{"prompt": TEXT, "answer": TEXT}}.')
     for name in record:
         if name not in _FIELDS:
-            raise DataError(f"{where} has an unknown field {name!r}; allowed: {', '.join(_FIELDS)}.{nearest(name, _FIELDS)}")
+            raise DataError(
+                f"{where} has an unknown field {name!r}; allowed: {', '.join(_FIELDS)}.{nearest(name, _FIELDS)}"
+            )
     for name in ("prompt", "answer"):
         if name not in record:
             raise DataError(f"{where} has no field {name!r} (fields present: {', '.join(record) or 'none'}); add it.")
@@ -128,7 +130,8 @@ def parse_fact(where: str, record: Any) -> Fact:
     fact = Fact(
         _text(where, "prompt", record["prompt"]),
         _text(where, "answer", record["answer"]),
-        *(_texts(where, name, record.get(name, [])) for name in _LISTS),
+        _texts(where, "paraphrases", record.get("paraphrases", [])),
+        _texts(where, "test_prompts", record.get("test_prompts", [])),
         None if question is None else _text(where, "question", question),
     )
     if fact.answer != fact.answer.strip():
@@ -136,7 +139,9 @@ def parse_fact(where: str, record: Any) -> Fact:
     prompts = (*fact.learned, *fact.test_prompts, *(() if fact.question is None else (fact.question,)))
     for prompt in prompts:
         if prompt != prompt.rstrip():
-            raise DataError(f"{where}: prompt {prompt!r} ends with white space; leave it out: the model adds the space.")
+            raise DataError(
+                f"{where}: prompt {prompt!r} ends with white space; leave it out: the model adds the space."
+            )
         if prompts.count(prompt) > 1:
             raise DataError(f"{where} has the prompt {prompt!r} twice; leave one out.")
     return fact

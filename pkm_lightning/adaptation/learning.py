@@ -1,7 +1,7 @@
 """The loop that learns the deltas of an edit.
 
-The weight c of the divergence is a Lagrange multiplier: it is multiplied at each look at the held-out text, up while
-the divergence there is above its bound and down while it is below. Of all looks within the bound the one with the most
+The weight c of the divergence is a Lagrange multiplier: at each look at the held-out text it is multiplied by the ratio
+of the divergence there to its bound, within limits. Of all looks within the bound the one with the most
 right answers is taken; the last deltas, scaled down to the bound, are taken instead where they answer more.
 
 Letters: U lines with a delta, V values per line.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 #: Positions of other text that are compared per step.
 _POSITIONS = 512
-#: The multiplier at first, over the bound; its change per look; its limits.
-_FIRST, _FACTOR, _LEAST, _MOST = 0.1, 2.0, 1e-3, 1e5
+#: The multiplier at first, over the bound; the least and largest factor per look; its limits.
+_FIRST, _DOWN, _UP, _LEAST, _MOST = 0.1, 0.5, 4.0, 1e-3, 1e5
 #: Looks take at most this share of the time.
 _LOOKING = 0.25
 #: Steps between looks, at least.
@@ -80,28 +80,28 @@ def learn_deltas(
     tables: Sequence[ValueTable],
     sequences: Sequence[FactSequence],
     *,
-    seen: OtherText,
+    penalised: OtherText,
     held_out: OtherText,
     settings: WritingSettings,
     context: int | None,
     device: torch.device,
     watch: Callable[[Progress], None] | None,
 ) -> Learned:
-    """Learns deltas, which change in place, so that the model continues the prompts with their answers.
+    """Trains deltas, which change in place, so that the model continues the prompts with their answers.
 
     Args:
         model: in evaluation mode, none of whose parameters requires a gradient.
         deltas: by table, zero at first.
         tables: all tables of the model.
         sequences: the prompts with their answers.
-        seen: text on which the divergence is penalised.
+        penalised: text on which the divergence is penalised.
         held_out: text on which it is bounded.
         settings: see there.
         context: most tokens per sequence; None for any number.
         device: of the model.
         watch: called at each look.
     """
-    loop = _Loop(model, deltas, sequences, seen, held_out, settings, context, device)
+    loop = _Loop(model, deltas, sequences, penalised, held_out, settings, context, device)
     with deltas_added(deltas, tables):
         ended = loop.run(watch)
         values = loop.best()
@@ -114,14 +114,14 @@ class _Loop:
         model: Trunk,
         deltas: dict[ValueTable, RowDeltas],
         sequences: Sequence[FactSequence],
-        seen: OtherText,
+        penalised: OtherText,
         held_out: OtherText,
         settings: WritingSettings,
         context: int | None,
         device: torch.device,
     ) -> None:
         self._model, self._deltas, self._sequences, self._device = model, deltas, sequences, device
-        self._seen, self._held_out, self._settings, self._context = seen, held_out, settings, context
+        self._penalised, self._held_out, self._settings, self._context = penalised, held_out, settings, context
         self._draw = random.Random(settings.seed)
         self._order: list[int] = []
         self._multiplier, self.step = _FIRST / settings.kl_bound, 0
@@ -142,7 +142,7 @@ class _Loop:
         return time.perf_counter() - self._started
 
     def run(self, watch: Callable[[Progress], None] | None) -> str:
-        """Learns until everything is right by the margin within the bound, or a limit is reached; returns which."""
+        """Runs until everything is right by the margin within the bound, or a limit is reached; returns which."""
         while True:
             self._update()
             ended = ""
@@ -159,8 +159,8 @@ class _Loop:
     def _update(self) -> None:
         sequences = [self._placed(self._sequences[number]) for number in self._next()]
         loss = answer_nll(self._model, *padded(sequences, self._device)).mean()
-        if len(self._seen):
-            drift = self._seen.divergence(self._draw.randrange(len(self._seen)), _POSITIONS).mean()
+        if len(self._penalised):
+            drift = self._penalised.divergence(self._draw.randrange(len(self._penalised)), _POSITIONS).mean()
             loss = loss + self._multiplier * drift
         self._optimizer.zero_grad()
         loss.backward()
@@ -177,9 +177,9 @@ class _Loop:
 
     def _placed(self, sequence: FactSequence) -> FactSequence:
         """Returns a sequence as it is or, by the share `contexts`, behind a piece of other text."""
-        if not len(self._seen) or self._draw.random() >= self._settings.contexts:
+        if not len(self._penalised) or self._draw.random() >= self._settings.contexts:
             return sequence
-        ids_BT = self._draw.choice(self._seen.batches)["input_ids"]
+        ids_BT = self._draw.choice(self._penalised.batches)["input_ids"]
         text = ids_BT[self._draw.randrange(len(ids_BT))].tolist()
         room = len(text) if self._context is None else min(len(text), self._context - len(sequence.ids) + 1)
         length = self._draw.randint(0, max(0, room))
@@ -199,7 +199,8 @@ class _Loop:
         self._last = Progress(self.step, began, float((margins_S > 0).float().mean()), divergence)
         if within and (self._best is None or self._last.right > self._best[0]):
             self._best = (self._last.right, self._values())
-        self._multiplier = min(_MOST, max(_LEAST, self._multiplier * (1 / _FACTOR if within else _FACTOR)))
+        change = min(_UP, max(_DOWN, divergence / self._settings.kl_bound))
+        self._multiplier = min(_MOST, max(_LEAST, self._multiplier * change))
         if watch is not None:
             watch(self._last)
         self._looked, self._look_seconds = self.seconds, self.seconds - began

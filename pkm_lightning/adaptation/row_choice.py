@@ -2,7 +2,7 @@
 
     score(fact, row) = sum of |weight| of the fact's reads of the row * ln((2 + n) / (1 + n_row))
 
-where n sequences of other text were seen, n_row of which read the row. Of each fact the best rows are taken, from all
+where n sequences of other text were read, n_row of which read the row. Of each fact the best rows are taken, from all
 tables together.
 
 Letters: B sequences, T positions, H heads, K reads per head, X reads, N slots.
@@ -80,7 +80,7 @@ class ReadFrequencies:
     """In how many sequences of other text each slot is read.
 
     Attributes:
-        n_sequences: sequences that were seen.
+        n_sequences: sequences that were read.
         by_set: numbers of sequences by set of tables and slot, (N,) int64.
     """
 
@@ -119,7 +119,9 @@ def choose_slots(
         for name, (sequence_X, slot_X, weight_X) in reads.of(batch).items():
             n_slots = _slots(reads.readers, reads.sets[name])
             keys_U, place_X = torch.unique(fact_B[sequence_X] * n_slots + slot_X, return_inverse=True)
-            sums_U = torch.zeros(len(keys_U), dtype=torch.float64, device=keys_U.device).index_add_(0, place_X, weight_X)
+            sums_U = torch.zeros(len(keys_U), dtype=torch.float64, device=keys_U.device).index_add_(
+                0, place_X, weight_X
+            )
             sums_U *= frequencies.rarity(name, keys_U % n_slots)
             for key, score in zip(keys_U.tolist(), sums_U.tolist(), strict=True):
                 of_fact = scores.setdefault(key // n_slots, {})

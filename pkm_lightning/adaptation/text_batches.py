@@ -17,8 +17,8 @@ import torch
 from pkm_lightning.adaptation.fact_sequences import fact_sequences, padded_batches
 from pkm_lightning.adaptation.facts_file import Fact
 from pkm_lightning.data.base import Batch, RecallItem
-from pkm_lightning.data.files import find_files, read_text
 from pkm_lightning.data.datamodule import TokenDataModule
+from pkm_lightning.data.files import find_files, read_text
 from pkm_lightning.data.held_out import HeldOutDataModule
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import DataError
@@ -32,7 +32,7 @@ _SEQUENCE = 256
 class TextParts(NamedTuple):
     """Batches of other text: those that the learning sees, and those that bound what it may change."""
 
-    seen: list[Batch]
+    penalised: list[Batch]
     held_out: list[Batch]
 
 
@@ -55,8 +55,14 @@ def held_out_parts(folder: Path, tokenizer_file: Path, *, most_tokens: int, seed
         folder=str(folder),
         tokenizer=str(tokenizer_file),
         # What remains decides nothing here: no loader is made, and the vocabulary is that of the file.
-        **{"vocab_size": 0, "seq_len": 2, "global_batch_size": 1, "num_workers": 0, "order_seed": 0},
-        **{"cache_dir": str(folder), "prompts": (), "prompts_file": None},
+        vocab_size=0,
+        seq_len=2,
+        global_batch_size=1,
+        num_workers=0,
+        order_seed=0,
+        cache_dir=str(folder),
+        prompts=(),
+        prompts_file=None,
     )
     data.prepare_data()
     splits, draw = data.splits, random.Random(seed)
@@ -74,7 +80,7 @@ def held_out_parts(folder: Path, tokenizer_file: Path, *, most_tokens: int, seed
     else:
         questions, items = questions[::2], questions[1::2]
     parts = ((sequences, questions), (tests, items))
-    return TextParts(*(_mixed(texts, asked, data.tokenizer, most_tokens) for texts, asked in parts))
+    return TextParts(*(_mixed(texts, queries, data.tokenizer, most_tokens) for texts, queries in parts))
 
 
 def training_batches(data: TokenDataModule, most_tokens: int) -> list[Batch]:
@@ -94,11 +100,11 @@ def training_batches(data: TokenDataModule, most_tokens: int) -> list[Batch]:
 def _mixed(sequences: Sequence[Batch], questions: Sequence[RecallItem], tokenizer: Tokenizer, most: int) -> list[Batch]:
     """Returns batches of at most `most` tokens, half of them of questions where there are enough of both."""
     facts = [Fact(item.prompt, item.answer) for item in questions]
-    asked = padded_batches(fact_sequences(facts, tokenizer, lambda fact: fact.learned, ends=True), _BATCH_TOKENS)
+    queries = padded_batches(fact_sequences(facts, tokenizer, lambda fact: fact.learned, ends=True), _BATCH_TOKENS)
     texts = _joined(sequences)
-    random.Random(0).shuffle(asked)
-    short = min(most // 2, _tokens(texts)), min(most // 2, _tokens(asked))
-    return [*_first(texts, most - short[1]), *_first(asked, most - short[0])]
+    random.Random(0).shuffle(queries)
+    short = min(most // 2, _tokens(texts)), min(most // 2, _tokens(queries))
+    return [*_first(texts, most - short[1]), *_first(queries, most - short[0])]
 
 
 def _first(batches: Sequence[Batch], most: int) -> list[Batch]:
@@ -141,11 +147,16 @@ def text_file_parts(path: str, tokenizer: Tokenizer, *, context: int | None, mos
     Raises:
         DataError: a file is missing or unreadable, or there are fewer than two sequences.
     """
-    ids = list(chain.from_iterable(tokenizer.encode(read_text(file)) for file in find_files(path, (".txt", ".md"), "drift_path")))
+    ids = list(
+        chain.from_iterable(
+            tokenizer.encode(read_text(file)) for file in find_files(path, (".txt", ".md"), "drift_path")
+        )
+    )
     width = _SEQUENCE if context is None else min(_SEQUENCE, context)
     if len(ids) < 2 * (width + 1):
         raise DataError(
-            f"drift_path={path} has {len(ids)} tokens, too few to bound what an edit changes; give at least {2 * width + 2}."
+            f"drift_path={path} has {len(ids)} tokens, too few to bound what an edit changes; give at least "
+            f"{2 * width + 2}."
         )
     half = len(ids) // 2
     return TextParts(*(_sequences_of(part, width, most_tokens) for part in (ids[:half], ids[half:])))
@@ -158,4 +169,3 @@ def _sequences_of(ids: Sequence[int], width: int, most: int) -> list[Batch]:
     rows = torch.tensor([ids[start : start + width + 1] for start in starts])
     size = max(1, _BATCH_TOKENS // width)
     return [{"input_ids": part[:, :-1], "labels": part[:, 1:].contiguous()} for part in rows.split(size)]
-

@@ -147,13 +147,13 @@ class _Writer:
                 "the model has no value table whose reads are traced, so that no row can be edited; use one with a "
                 "memory, such as ffn=memory_plus."
             )
-        frequencies = ReadFrequencies(reads, self._on_device(other_text.seen))
+        frequencies = ReadFrequencies(reads, self._on_device(other_text.penalised))
         slots = choose_slots(reads, self._fact_batches(), frequencies, per_fact=settings.rows_per_fact)
         self.deltas = self._row_deltas(reads, slots)
         #: Facts of applied edits by edit, as sequences: those whose rows may move now.
         self._at_risk = self._colliding()
         protected = padded_batches([s for group in self._at_risk.values() for s in group], _BATCH_TOKENS)
-        self._seen = OtherText(model, [*other_text.seen, *protected], device=device)
+        self._penalised = OtherText(model, [*other_text.penalised, *protected], device=device)
         self._held_out = OtherText(model, other_text.held_out, device=device)
 
     def _sequences(self, facts: Sequence[Fact], prompts: Callable[[Fact], Sequence[str]]) -> list[FactSequence]:
@@ -184,7 +184,9 @@ class _Writer:
         return deltas
 
     def _colliding(self) -> dict[str, list[FactSequence]]:
-        planned = Edit("", "", {name: LineDeltas(d.lines_U.cpu(), d.values_UV.detach().cpu()) for name, d in self.deltas.items()})
+        planned = Edit(
+            "", "", {name: LineDeltas(d.lines_U.cpu(), d.values_UV.detach().cpu()) for name, d in self.deltas.items()}
+        )
         at_risk = {}
         for name in self._tables.collisions(planned):
             facts = [parse_fact(f"edit {name}", fact) for fact in self._tables.applied[name].facts]
@@ -192,7 +194,7 @@ class _Writer:
         return at_risk
 
     def learn(self, watch: Callable[[Progress], None] | None) -> Learned:
-        """Learns the deltas."""
+        """Trains the deltas."""
         every: list[ValueTable] = list(self._tables.by_name.values())
         by_table = {self._tables.by_name[name]: added for name, added in self.deltas.items()}
         return learn_deltas(
@@ -200,7 +202,7 @@ class _Writer:
             by_table,
             every,
             self._learned,
-            seen=self._seen,
+            penalised=self._penalised,
             held_out=self._held_out,
             settings=self._settings,
             context=self._context,
@@ -230,13 +232,13 @@ class _Writer:
         self._tables.apply(edit)
         try:
             after, divergence = self.recall(), self._held_out.mean_divergence()
-            seen = self._seen.mean_divergence()
+            penalised = self._penalised.mean_divergence()
         finally:
             self._tables.remove(edit.name)
         figures: dict[str, Any] = {
             "rows": edit.n_lines,
             "kl": divergence,
-            "kl_seen": seen,
+            "kl_penalised": penalised,
             "kl_tokens": self._held_out.n_tokens,
             "steps": learned.steps,
             "seconds": round(learned.seconds, 2),
@@ -244,7 +246,11 @@ class _Writer:
         }
         for name in ("learned", "test_prompts", "question"):
             if after[name]:
-                figures[name] = {"prompts": len(after[name]), "before": _share(before[name]), "after": _share(after[name])}
+                figures[name] = {
+                    "prompts": len(after[name]),
+                    "before": _share(before[name]),
+                    "after": _share(after[name]),
+                }
         collisions = {}
         for name, count in self._tables.collisions(edit).items():
             group = f"edit {name}"

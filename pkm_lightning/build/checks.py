@@ -11,8 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 import yaml
 
+from pkm_lightning.build.freezing import TRUNK
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.optimizer import check_optimizer
+from pkm_lightning.build.variants import plugin_variants
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_choice
 from pkm_lightning.memory import RowOptimizer
@@ -66,11 +68,26 @@ def remark_validation(trainer: Config) -> str | None:
 
 def remark_rate(config: Config) -> str | None:
     """Returns a remark if the learning rate would destroy pretrained weights within a few steps; None if not."""
-    rate = config["optim"]["lr"]
+    rate, is_frozen = config["optim"]["lr"], TRUNK in (config["optim"].get("freeze") or ())
     # Only a pretrained model names its class: the package's own is described by its sizes.
-    if config["model"].get("_target_") is None or rate <= 0.001:
+    if config["model"].get("_target_") is None or rate <= 0.001 or is_frozen:
         return None
     return f"optim.lr={rate} destroys pretrained weights within a few steps; try optim.lr=0.00002"
+
+
+def remark_replaced(config: Config) -> str | None:
+    """Returns a remark if variants replace the FFNs of pretrained layers; None if not."""
+    if config["model"].get("_target_") is None:
+        return None
+    n_layers = int(config["model"]["n_layers"])
+    of_variants = [v.layers(n_layers) for v in plugin_variants(config) if v.placement.mode == "replace"]
+    if not any(of_variants):
+        return None
+    layers = ", ".join(map(str, sorted(set().union(*of_variants))))
+    return (
+        f"placement.mode=replace removes the pretrained FFN of the layers {layers} and what it knew, until "
+        "the new one has learned; placement.mode=parallel keeps both"
+    )
 
 
 def remark_row_optimizer(config: Config) -> str | None:

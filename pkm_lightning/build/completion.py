@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pkm_lightning.build.instantiate import target_class
-from pkm_lightning.build.variants import EXTRAS, MAIN, naming, variants
+from pkm_lightning.build.variants import EXTRAS, MAIN, naming, plugin_variants
 
 
 def complete_plugins(config: dict[str, Any]) -> dict[str, Any]:
@@ -15,10 +15,8 @@ def complete_plugins(config: dict[str, Any]) -> dict[str, Any]:
         PkmError: files that are missing, damaged or contradict the configuration.
     """
     model = config["model"]
-    if "_target_" in model:  # a trunk with FFNs of its own
-        return config
     completed = dict(config)
-    for variant in variants(config):
+    for variant in plugin_variants(config):
         complete = getattr(target_class(variant.ffn, variant.key), "complete", None)
         if complete is None:
             continue

@@ -64,7 +64,9 @@ def read_edits(weights: Path, edits: Sequence[str | Path] | None) -> list[Edit]:
     for name in map(str, edits):
         if name not in known and not name.endswith(SUFFIX):
             listed = ", ".join(known) or "none"
-            raise ConfigError(f"edits={name}: {folder} has no edit of this name; it has: {listed}.{nearest(name, known)}")
+            raise ConfigError(
+                f"edits={name}: {folder} has no edit of this name; it has: {listed}.{nearest(name, known)}"
+            )
         chosen.append(Edit.load(known.get(name, Path(name))))
     names = [edit.name for edit in chosen]
     if len(set(names)) < len(names):
@@ -157,7 +159,8 @@ class EditedTables:
         """
         if name not in self.applied:
             raise ConfigError(
-                f"edit {name!r} is not applied; applied: {', '.join(self.applied) or 'none'}.{nearest(name, self.applied)}"
+                f"edit {name!r} is not applied; applied: {', '.join(self.applied) or 'none'}."
+                f"{nearest(name, self.applied)}"
             )
         for table in self.applied.pop(name).tables:
             self._lines[table].remove(name)
@@ -180,8 +183,9 @@ def check_fits(edit: Edit, weights: str) -> None:
     """
     if edit.weights != weights:
         raise CheckpointError(
-            f"edit {edit.name!r} was made for other weights (digest {edit.weights[:12]}, here {weights[:12]}): deltas of "
-            "rows mean nothing in another model; set edits=[], take it out with `edit remove`, or write its facts again."
+            f"edit {edit.name!r} was made for other weights (digest {edit.weights[:12]}, here {weights[:12]}), and "
+            "deltas of rows mean nothing in another model; set edits=[], take it out with `edit remove`, or write its "
+            "facts again."
         )
 
 
@@ -193,8 +197,8 @@ def check_shape(edit: str, table: str, lines_U: Tensor, values_UV: Tensor, shape
     """
     if values_UV.shape[1:] != tuple(shape[1:]) or (len(lines_U) and int(lines_U[-1]) >= shape[0]):
         raise CheckpointError(
-            f"edit {edit!r} changes lines up to {int(lines_U[-1]) if len(lines_U) else 0} of {tuple(values_UV.shape[1:])} "
-            f"values in {table}, whose shape is {tuple(shape)}; it is damaged: write the facts again."
+            f"edit {edit!r} changes lines up to {int(lines_U[-1]) if len(lines_U) else 0} of "
+            f"{tuple(values_UV.shape[1:])} values in {table}, whose shape is {tuple(shape)}; write the facts again."
         )
 
 

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
+from pkm_lightning.build.finetuning_method import FinetuningMethod
 from pkm_lightning.build.kinds import check_kinds
 from pkm_lightning.errors import ConfigError, PkmError
 from pkm_lightning.memory import RowOptimizer
@@ -41,6 +42,7 @@ _TRUSTED_KINDS = (
     Strategy,
     Profiler,
     RowOptimizer,
+    FinetuningMethod,
 )
 
 

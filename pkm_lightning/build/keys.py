@@ -96,6 +96,7 @@ class OptimKeys(TypedDict):
     lr: NotNegative
     weight_decay: NotNegative
     table_lr_factor: NotNegative
+    key_lr_factor: NotRequired[NotNegative]
     table_weight_decay: NotNegative
     clip_norm: NotNegative | None
     table_clip_norm: NotNegative | None

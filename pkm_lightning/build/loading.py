@@ -45,7 +45,7 @@ from pkm_lightning.memory import ValueTable
 from pkm_lightning.model import Transformer
 
 #: The groups of a configuration that a model is built from.
-_MODEL_GROUPS = ("model", "ffn", "extra_ffns", "placement", "table")
+_MODEL_GROUPS = ("model", "ffn", "extra_ffns", "placement", "table", "finetune")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def load(
         edits: names of edits of these weights, or their files; None: those that are applied, [] none.
 
     Raises:
-        CheckpointError: missing, damaged, not of this package, with an edit of other weights, or beside a tokenizer of another model.
+        CheckpointError: missing, damaged, not of this package, with an edit of other weights, or beside a tokenizer of
+            another model.
         ConfigError: an argument that is not known, or a class that is not trusted.
 
     Example: `docs/trained-models.md`, "From a program".

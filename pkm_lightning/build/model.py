@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,22 +12,22 @@ import torch
 from pkm_lightning.build.finetuning import adapt
 from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import instantiate, target_class
-from pkm_lightning.build.plugins import build_plugins
+from pkm_lightning.build.plugins import build_plugins, place_plugins
 from pkm_lightning.build.stored_tables import fill_first_rows
-from pkm_lightning.build.variants import MAIN, names_by_place, naming
+from pkm_lightning.build.variants import MAIN, by_place, names_by_place, naming
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_integer, nearest
-from pkm_lightning.ffn import HasPretrained, UsesTokenizer
+from pkm_lightning.ffn import HasPretrained, HasZeroOutput, UsesTokenizer
 from pkm_lightning.memory import TableMesh
 from pkm_lightning.model import Transformer
-from pkm_lightning.model.plugin_checks import called, check_plugins
+from pkm_lightning.model.plugin_checks import CONTRACT, called, check_plugins
 
 Config = Mapping[str, Any]
 
 #: Keys of `model` that the transformer does not take as they stand.
 _BUILDER_KEYS = ("n_layers", "base_ffn", "ffn_dim", "memory", "compile")
 #: Facts about a trunk with a `_target_`, which `complete` found in its files.
-_FACTS = ("dim", "vocab_size", "tokenizer_digest")
+_FACTS = ("dim", "vocab_size", "norm_eps", "tokenizer_digest")
 #: Arguments of the transformer that are built here, and are not keys of `model`.
 _BUILT_ARGUMENTS = {"ffns", "before", "after", "tables", "write_after"}
 
@@ -45,8 +45,8 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
     # A configuration of the model alone, as an exported folder holds it, has no keys of training.
     frozen = (config.get("optim") or {}).get("freeze") or ()
     if "_target_" in model:
-        trunk = _build_trunk(model)
-        freeze_parameters(trunk, frozen)
+        trunk = _build_trunk(config, table_mesh)
+        freeze_parameters(trunk, frozen, by_place(config))
         adapt(trunk, config)
         return trunk
     check_integer("model.n_layers", model["n_layers"], low=1)
@@ -63,7 +63,7 @@ def build_model(config: Config, table_mesh: TableMesh | None = None) -> Transfor
             f"model.{min(unknown)} is not a key of model; remove it.{nearest(min(unknown), model.keys() - unknown)}"
         )
     transformer = Transformer(**arguments, **vars(plugins))
-    freeze_parameters(transformer, frozen)
+    freeze_parameters(transformer, frozen, by_place(config))
     adapt(transformer, config)
     return transformer
 
@@ -81,10 +81,17 @@ def complete_trunk(config: dict[str, Any]) -> dict[str, Any]:
     return config if complete is None else complete(config)
 
 
-def _build_trunk(model: Config) -> Transformer:
-    """Builds the trunk that `model._target_` names, which has the interface of `pkm_lightning.model.Trunk`."""
+def _build_trunk(config: Config, table_mesh: TableMesh | None) -> Transformer:
+    """Builds the trunk that `model._target_` names, which has the interface of `pkm_lightning.model.Trunk`.
+
+    A class that takes `plugins` and `tables` gets those of its layers.
+    """
+    model = config["model"]
     # By keyword and not in the configuration, since Hydra would make objects of a `_target_` in a foreign file.
     built = {name: model[name] for name in ("architecture",) if name in model}
+    placed = place_plugins(config, table_mesh)
+    if any(placed.by_mode):
+        built |= {"plugins": dict(enumerate(placed.by_mode)), "tables": placed.tables}
     keys = {name: value for name, value in model.items() if name not in (*_FACTS, *_BUILDER_KEYS, *built)}
     trunk: Transformer = instantiate(keys, "model", **built)
     return trunk
@@ -120,16 +127,45 @@ def bind_tokenizer(model: Transformer, tokenizer: Any, config: Config) -> None:
             called(f"layer {layer}, {name}: bind_tokenizer", plugin.bind_tokenizer, tokenizer=tokenizer)
 
 
-def load_pretrained(model: Transformer) -> None:
-    """Gives the plugins and the tables of a new model what they take from files.
+def load_pretrained(model: Transformer, config: Config, gained: Collection[str] = ()) -> None:
+    """Gives the plugins and the tables of a new model what they take from files, and then a start at zero.
 
     Raises:
-        PkmError: files that are missing, damaged or of another model.
+        PkmError: files that are missing, damaged or of another model; or as `start_at_zero`.
     """
     fill_first_rows(model)
     for _, _, plugin in model.plugins():
         if isinstance(plugin, HasPretrained):
             plugin.load_pretrained()
+    start_at_zero(model, config, gained)
+
+
+def start_at_zero(model: Transformer, config: Config, gained: Collection[str] = ()) -> None:
+    """Sets the output of those plugins to zero for which `placement.zero_start` asks; the model may be on meta.
+
+    Where it asks for nothing these are the plugins that stand beside a trained FFN: in a pretrained trunk all of them,
+    else those of the variants `gained` since the training.
+
+    Raises:
+        ConfigError: a plugin cannot start so.
+    """
+    places = by_place(config)
+    for layer, name, plugin in model.plugins():
+        variant = places.get((layer, name))
+        if variant is None:
+            continue
+        wanted = variant.placement.zero_start
+        is_trained = "_target_" in config["model"] or variant.name in gained
+        stands_beside = is_trained and variant.placement.mode != "replace"
+        if not (stands_beside if wanted is None else wanted):
+            continue
+        with naming(variant.name):
+            if not isinstance(plugin, HasZeroOutput):
+                raise ConfigError(
+                    f"ffn._target_={variant.ffn['_target_']} has no zero_output(), by which its output starts at zero "
+                    f"({CONTRACT}); add the method, or set placement.zero_start=false."
+                )
+            called(f"layer {layer}, {name}: zero_output", plugin.zero_output)
 
 
 @contextlib.contextmanager

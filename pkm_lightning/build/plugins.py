@@ -11,7 +11,7 @@ from torch import nn
 
 from pkm_lightning.build.instantiate import accepted_keywords, instantiate, target_class
 from pkm_lightning.build.stored_tables import RowsOnFile
-from pkm_lightning.build.variants import MAIN, Variant, naming, variants
+from pkm_lightning.build.variants import MAIN, Variant, naming, plugin_variants, variants
 from pkm_lightning.errors import ConfigError, check_flag, check_integer, check_range
 from pkm_lightning.ffn import TableSpec
 from pkm_lightning.memory import TableMesh, ValueTable
@@ -42,22 +42,58 @@ class LayerPlugins:
     write_after: int = 0
 
 
+@dataclass
+class PlacedPlugins:
+    """The plugins of all layers, before they are combined with each other.
+
+    Attributes:
+        by_mode: of each layer, the plugins by `placement.mode`, and `base` for the base FFN where it runs.
+        tables: all value tables, each once.
+        main: of each layer, the mode of the variant `ffn`; None where it does not run.
+    """
+
+    by_mode: list[dict[str, nn.Module]]
+    tables: list[ValueTable]
+    main: list[str | None]
+
+
 def build_plugins(config: Config, mesh: TableMesh | None) -> LayerPlugins:
-    """Builds the plugins of all layers and their tables; see `pkm_lightning.build.model.build_model`.
+    """Builds what the layers of a `Transformer` run; see `pkm_lightning.build.model.build_model`.
+
+    Raises:
+        ConfigError: as `place_plugins`.
+    """
+    placed = place_plugins(config, mesh)
+    placement = variants(config)[0].placement
+    built = LayerPlugins(tables=placed.tables, write_after=placement.delay(len(placed.by_mode)))
+    for layer, plugins in enumerate(placed.by_mode):
+        ffn = plugins.get("replace", plugins.get("base"))
+        assert ffn is not None
+        if "parallel" in plugins:
+            defers = placed.main[layer] == "parallel" and built.write_after > 0
+            ffn = ParallelFFN(ffn, plugins["parallel"], defer=defers)
+        built.ffns.append(ffn)
+        for mode, of_layers in (("before", built.before), ("after", built.after)):
+            if mode in plugins:
+                of_layers[layer] = plugins[mode]
+    return built
+
+
+def place_plugins(config: Config, mesh: TableMesh | None) -> PlacedPlugins:
+    """Builds the plugins of all layers and their tables.
 
     Raises:
         ConfigError: sizes, layers or classes that do not fit, or two variants in one place.
     """
     model = config["model"]
     n_layers = int(model["n_layers"])
-    of_all = variants(config)
+    of_all = plugin_variants(config)
     places = _places(of_all, n_layers)
-    built = LayerPlugins(write_after=of_all[0].placement.delay(n_layers))
     groups = []
     for variant in of_all:
         with naming(variant.name):
             groups.append(_build_tables(variant, config, len(variant.layers(n_layers)), mesh))
-    built.tables = [table for of_variant in groups for group in of_variant for table in group]
+    placed = PlacedPlugins([], [table for of_variant in groups for group in of_variant for table in group], [])
     for layer in range(n_layers):
         common = {
             "dim": int(model["dim"]),
@@ -67,23 +103,16 @@ def build_plugins(config: Config, mesh: TableMesh | None) -> LayerPlugins:
         }
         plugins: dict[str, nn.Module] = {}
         # The base FFN is built where it runs, since its draws and its size count.
-        if "replace" not in places[layer]:
+        if "replace" not in places[layer] and model.get("base_ffn"):
             plugins["base"] = instantiate(model["base_ffn"], "model.base_ffn", **common)
         for mode, number in places[layer].items():
             variant, of_variant = of_all[number], groups[number]
             with naming(variant.name):
                 place = variant.layers(n_layers).index(layer)
                 plugins[mode] = instantiate(variant.ffn, "ffn", **common, **_tables_of(of_variant, place))
-        ffn = plugins.get("replace", plugins.get("base"))
-        assert ffn is not None
-        if "parallel" in plugins:
-            is_main = of_all[places[layer]["parallel"]].name == MAIN
-            ffn = ParallelFFN(ffn, plugins["parallel"], defer=is_main and built.write_after > 0)
-        built.ffns.append(ffn)
-        for mode, of_layers in (("before", built.before), ("after", built.after)):
-            if mode in plugins:
-                of_layers[layer] = plugins[mode]
-    return built
+        placed.by_mode.append(plugins)
+        placed.main.append(next((m for m, number in places[layer].items() if of_all[number].name == MAIN), None))
+    return placed
 
 
 def _places(of_all: list[Variant], n_layers: int) -> list[dict[str, int]]:

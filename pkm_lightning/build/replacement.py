@@ -1,132 +1,28 @@
-"""Plugins in the place of the FFNs of a model that exists already: one of this package, or one of transformers.
+"""Plugins in the layers of a model that exists already: one of this package, or one of transformers.
 
 Nothing of transformers is imported: a model that is given has brought it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import inspect
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pkm_lightning.build.hosts import Host, PretrainedHost
 from pkm_lightning.build.instantiate import accepted_keywords
-from pkm_lightning.errors import ConfigError, check_flag, check_integer, nearest
-from pkm_lightning.ffn import NO_CONTEXT, FFNOutput, HasAfterStep, HasRowIds
-from pkm_lightning.memory import TableReference, ValueTable, take_over_tables
-from pkm_lightning.model import Transformer
+from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_integer, nearest
+from pkm_lightning.ffn import HasZeroOutput, UsesTokenizer
+from pkm_lightning.memory import QuantizedTable, ValueTable
+from pkm_lightning.model.placement import MODES
+from pkm_lightning.model.plugin_checks import check_signature
 
-#: By `model_type` of transformers, the name of the list of layers in the decoder. Each layer has its FFN as `mlp`.
-LAYERS_OF = {"gpt2": "h", "llama": "layers", "mistral": "layers", "qwen2": "layers", "qwen3": "layers"}
-#: Of the tables in a model of transformers.
-_TABLES = "value_tables"
 #: Arguments of plugins that the model and the layers decide.
 _DECIDED = ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader")
-
-
-@dataclass
-class FFNReports:
-    """What plugins in a model of transformers report beside their outputs; `ffn_reports` collects it.
-
-    Attributes:
-        outputs: each plugin with its output, one entry per forward.
-
-    Example: that of `ffn_reports`.
-    """
-
-    outputs: list[tuple[nn.Module, FFNOutput]] = field(default_factory=list)
-
-    def aux_loss(self) -> Tensor | float:
-        """Returns the sum of the losses of all plugins, such as that which balances experts; 0.0 if there are none."""
-        losses: list[Tensor] = []
-        for plugin, output in self.outputs:
-            losses += output.aux_losses.values()
-            is_lost = any(not loss.requires_grad for loss in output.aux_losses.values())
-            if is_lost and torch.is_grad_enabled() and any(p.requires_grad for p in plugin.parameters()):
-                warnings.warn(
-                    f"the losses of {type(plugin).__name__} ({', '.join(output.aux_losses)}) have no gradient, since "
-                    "its forward ran without one: checkpoint activations with use_reentrant=False.",
-                    stacklevel=2,
-                )
-        return sum(losses[1:], start=losses[0]) if losses else 0.0
-
-    def after_step(self) -> None:
-        """Passes the summed statistics of the step to each plugin that keeps some, such as batch-normalised queries."""
-        sums: dict[nn.Module, dict[str, Tensor]] = {}
-        for plugin, output in self.outputs:
-            of_plugin = sums.setdefault(plugin, {})
-            for name, value in output.step_stats.items():
-                of_plugin[name] = of_plugin[name] + value if name in of_plugin else value
-        for plugin, stats in sums.items():
-            if isinstance(plugin, HasAfterStep):
-                plugin.after_step(stats)
-
-
-class PluginMLP(nn.Module):
-    """A plugin in the place of an `mlp` of transformers: hidden states in, hidden states out.
-
-    Args:
-        plugin: a position-wise FFN plugin. It sees no token ids and no mask: padding counts as tokens.
-
-    Attributes:
-        reports: takes the outputs while `ffn_reports` collects; else None.
-    """
-
-    def __init__(self, plugin: nn.Module) -> None:
-        super().__init__()
-        self.plugin = plugin
-        self.reports: FFNReports | None = None
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Returns the plugin's output; what else it reports goes to `reports`."""
-        output: FFNOutput = self.plugin(hidden_BTD, NO_CONTEXT)
-        if self.reports is not None:
-            self.reports.outputs.append((self.plugin, output))
-        elif self.training and (output.aux_losses or output.step_stats) and not _is_in_backward():
-            names = ", ".join((*output.aux_losses, *output.step_stats))
-            warnings.warn(
-                f"{type(self.plugin).__name__} reports losses or statistics ({names}) that nobody collects: run the "
-                "forward within pkm_lightning.ffn_reports(model).",
-                stacklevel=2,
-            )
-        return output.y_BTD
-
-
-def _is_in_backward() -> bool:
-    # Activation checkpointing repeats the forward there. torch has no public name for the number of the pass.
-    return torch._C._current_graph_task_id() != -1
-
-
-@contextlib.contextmanager
-def ffn_reports(model: nn.Module) -> Iterator[FFNReports]:
-    """Collects, within the block, the losses and statistics of plugins that `replace_ffn` put into `model`.
-
-    A model of this package returns them itself (`ModelOutput`). With activation checkpointing call `backward` after the
-    block, so that the repeated forwards are not collected.
-
-    Example:
-        ```python
-        with ffn_reports(model) as reports:
-            loss = model(input_ids, labels=input_ids).loss + reports.aux_loss()
-        loss.backward()
-        optimizer.step()
-        reports.after_step()
-        ```
-    """
-    reports = FFNReports()
-    places = [module for module in model.modules() if isinstance(module, PluginMLP)]
-    for place in places:
-        place.reports = reports
-    try:
-        yield reports
-    finally:
-        for place in places:
-            place.reports = None
 
 
 def replace_ffn(
@@ -134,113 +30,194 @@ def replace_ffn(
     *,
     layers: Sequence[int],
     ffn: type[nn.Module],
+    mode: Literal["replace", "parallel", "before", "after"] = "replace",
     shared: bool = True,
     learning: Literal["dense", "rows"] = "dense",
+    zero_start: bool | None = None,
+    freeze_trunk: bool = False,
+    tokenizer: Any = None,
     **options: Any,
 ) -> list[nn.Module]:
-    """Replaces the FFN of some layers by new plugins of one class, and returns the plugins, by ascending layer.
+    """Puts new plugins of one class into some layers of a model, and returns the plugins, by ascending layer.
 
-    Their weights are new: the model has to be trained. It owns the value tables (`value_tables` of a model of
-    transformers, `tables` of a `Transformer`), so that `state_dict` holds everything; those that only replaced plugins
-    have read are dropped. To load one, make the same model, call `replace_ffn` with the same arguments, then
-    `load_state_dict`. `save_pretrained` writes all weights, but a `config.json` that does not know of the plugins:
-    `from_pretrained` would leave them out, and draw dense FFNs.
+    A plugin in the place of an FFN starts from random weights: the model has to be trained. In other modes it starts
+    with an output of zero: the model computes what it computed before.
+
+    The model owns the value tables (`value_tables` of a model of transformers, `tables` of a `Transformer`), so that
+    `state_dict` holds everything; those that only replaced plugins have read are dropped. The config.json that
+    `save_pretrained` writes names the plugins, and `from_pretrained` builds them again: `docs/hugging-face.md`.
 
     Args:
         model: a `Transformer`, or a model of transformers of type gpt2, llama, mistral, qwen2 or qwen3.
         layers: numbers of layers, from 0.
         ffn: the class, such as `MemoryPlus`.
+        mode: `replace` the FFN; add the plugin's output to it (`parallel`); or add it to the residual stream `before`
+            or `after` the layer.
         shared: one value table for all these layers, instead of one per layer.
         learning: of the tables; `rows` needs a `TableOptimizer`.
+        zero_start: start with an output of zero; None: in all modes but `replace`.
+        freeze_trunk: what the model had before this call keeps its values; of several calls, set it in the first.
+        tokenizer: of transformers, or a `pkm_lightning.data.base.TextCodec`, for a plugin that needs its texts
+            (`canonical=True` of `Engram`); None: only the end-of-text token in the model's configuration is known.
         options: further arguments of the class; missing ones have its defaults.
 
     Raises:
-        ConfigError: a model of another kind, a layer that it does not have, an option that the class does not have or
-            that the model decides, or a plugin that needs more than the hidden states in a model of transformers.
+        ConfigError: a model of another kind, a layer that it lacks or where another plugin stands, an option that the
+            class lacks or the model decides, or a class that cannot start at zero.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from pkm_lightning import MemoryPlus, replace_ffn
         >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
-        >>> (memory,) = replace_ffn(model, layers=[1], ffn=MemoryPlus, n_keys=16)
+        >>> (memory,) = replace_ffn(model, layers=[1], ffn=MemoryPlus, mode="parallel", n_keys=16)
         >>> model.value_tables[0]
         ValueTable(rows=256, dim=16, learning=dense)
     """
-    host = _Host.of(model)
+    host = Host.of(model)
     check_flag("shared", shared)
-    chosen = _checked_layers(layers, len(host.blocks))
-    _check_class(ffn, options, in_transformers=host.attribute == "mlp")
-    sizes = {"dim": host.dim, "n_layers": len(host.blocks), "vocab_size": host.vocab_size}
-    groups = _new_tables(ffn, options, sizes, 1 if shared else len(chosen), len(chosen), learning)
-    plugins: list[nn.Module] = []
-    for place, layer in enumerate(chosen):
-        keywords: dict[str, Any] = {**sizes, "layer": layer, "table_number": place, "table_reader": 0}
-        if groups:
-            reader, number = divmod(place, len(groups))
-            group = groups[number]
-            keywords |= {"table": group[0] if len(group) == 1 else group}
-            keywords |= {"table_number": number, "table_reader": reader}
-        plugins.append(ffn(**accepted_keywords(ffn, keywords), **options))
-    tables = [table for group in groups for table in group]
-    host.replace(dict(zip(chosen, plugins, strict=True)), tables)
-    take_over_tables(model, tables)
+    check_flag("freeze_trunk", freeze_trunk)
+    check_flag("zero_start", zero_start is None or zero_start)
+    if zero_start and mode == "replace":
+        raise ConfigError(
+            "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', "
+            "which keeps theirs, or zero_start=False."
+        )
+    request = PluginRequest.of(host, ffn, layers, mode, options, shared=shared, learning=learning)
+    plugins, tables = request.make(host)
+    for plugin in plugins:
+        _bind(plugin, host, tokenizer)
+        if mode != "replace" and zero_start is not False:
+            _zero(plugin)
+    host.replace(dict(zip(request.layers, plugins, strict=True)), mode, tables, freeze=freeze_trunk)
+    if isinstance(host, PretrainedHost):
+        # A room above this one, which imports transformers.
+        importlib.import_module("pkm_lightning.huggingface.plugged").record(model, request)
     return plugins
 
 
-@dataclass
-class _Host:
-    """A model that receives plugins: `attribute` names the FFN of each of `blocks`, `tables` the list of its tables."""
+@dataclass(frozen=True)
+class PluginRequest:
+    """Plugins of one class for some layers, as `replace_ffn` and the folder of a saved model describe them.
 
-    model: nn.Module
-    blocks: nn.ModuleList
-    attribute: str
-    tables: str
-    dim: int
-    vocab_size: int
+    Attributes:
+        ffn, layers, mode, shared, learning, options: as of `replace_ffn`; layers ascend.
+        bits: per value of tables that are quantised; None: they are not.
+    """
+
+    ffn: type[nn.Module]
+    layers: tuple[int, ...]
+    mode: str
+    shared: bool = True
+    learning: str = "dense"
+    bits: Literal[8, 4, 2] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Host:
-        if isinstance(model, Transformer):
-            sizes = model.embedding.embedding_dim, model.embedding.num_embeddings
-            return cls(model, model.blocks, "ffn", "tables", *sizes)
-        config = getattr(model, "config", None)
-        kind = getattr(config, "model_type", None)
-        if config is None or kind not in LAYERS_OF:
-            raise ConfigError(
-                f"replace_ffn knows no layers of a {type(model).__name__}"
-                f"{'' if kind is None else f' (model_type {kind!r})'}; allowed: Transformer of this package, and of "
-                f"transformers the types {', '.join(LAYERS_OF)}."
-            )
-        blocks = getattr(model.base_model, LAYERS_OF[kind])
-        return cls(model, blocks, "mlp", _TABLES, config.hidden_size, config.vocab_size)
+    def of(
+        cls, host: Host, ffn: Any, layers: object, mode: str, options: Mapping[str, Any], **further: Any
+    ) -> PluginRequest:
+        """Returns the request for plugins in `host`, with ascending layers.
 
-    def replace(self, plugins: dict[int, nn.Module], tables: Sequence[ValueTable]) -> None:
-        """Puts plugins in the place of the FFNs of layers, and registers their tables.
-
-        A table that nobody reads any more goes: a `TableOptimizer` would wait for its reads.
+        Raises:
+            ConfigError: layers, a mode, a class or options that there are not.
         """
-        replaced = [self._put(layer, plugin) for layer, plugin in plugins.items()]
-        unread = set().union(*map(_tables_of, replaced)) - _tables_of(self.model)
-        present = getattr(self.model, self.tables, ())
-        if tables or unread:  # no list for none
-            kept = [table for table in present if table not in unread]
-            setattr(self.model, self.tables, nn.ModuleList([*kept, *tables]))
+        check_choice("mode", mode, MODES)
+        chosen = _checked_layers(layers, len(host.blocks))
+        _check_class(ffn, options)
+        return cls(ffn, tuple(chosen), mode, options=options, **further)
 
-    def _put(self, layer: int, plugin: nn.Module) -> nn.Module:
-        """Returns the FFN of a layer, after `plugin` has taken its place, mode, device and dtype."""
-        before: nn.Module = getattr(self.blocks[layer], self.attribute)
-        if (weight := next(before.parameters(), None)) is not None:
-            # Quantised weights are integers.
-            floats = (p for p in (*before.parameters(), *self.model.parameters()) if p.is_floating_point())
-            plugin.to(weight.device, next(floats, weight).dtype)
-        in_place = PluginMLP(plugin) if self.attribute == "mlp" else plugin
-        setattr(self.blocks[layer], self.attribute, in_place.train(before.training))
-        return before
+    def make(self, host: Host) -> tuple[list[nn.Module], list[ValueTable]]:
+        """Returns new plugins and their tables, on the device and in the dtype of their layers.
+
+        Raises:
+            ConfigError: a place where another plugin stands, or arguments that do not fit.
+        """
+        for layer in self.layers:
+            if (occupant := host.occupant(layer, self.mode)) is not None:
+                raise ConfigError(
+                    f"layer {layer} has a {type(occupant).__name__} with mode={self.mode} already; choose another "
+                    "layer, or another mode."
+                )
+        sizes = {"dim": host.dim, "n_layers": len(host.blocks), "vocab_size": host.vocab_size}
+        groups = self._tables(sizes)
+        plugins: list[nn.Module] = []
+        for place, layer in enumerate(self.layers):
+            keywords: dict[str, Any] = {**sizes, "layer": layer, "table_number": place, "table_reader": 0}
+            if groups:
+                reader, number = divmod(place, len(groups))
+                group = groups[number]
+                keywords |= {"table": group[0] if len(group) == 1 else group}
+                keywords |= {"table_number": number, "table_reader": reader}
+            plugins.append(self.ffn(**accepted_keywords(self.ffn, keywords), **self.options))
+            check_signature(plugins[-1])
+            host.adapt(layer, plugins[-1])
+        return plugins, [table for group in groups for table in group]
+
+    def _tables(self, sizes: Mapping[str, int]) -> list[list[ValueTable]]:
+        """Returns the tables that the class requests, one group for all layers or one per layer; none for none."""
+        table_spec = getattr(self.ffn, "table_spec", None)
+        if table_spec is None:
+            return []
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.ffn).parameters.items()
+            if parameter.default is not inspect.Parameter.empty and name != "table"
+        }
+        n_groups = 1 if self.shared else len(self.layers)
+        groups = []
+        for number in range(n_groups):
+            counts = {"table_number": number, "table_readers": len(self.layers) // n_groups}
+            spec = table_spec(**_accepted_by(table_spec, {**defaults, **sizes, **counts, **self.options}))
+            shape: dict[str, Any] = {"rows": spec.rows, "dim": spec.dim, "slices": spec.slices}
+            groups.append([self._table(shape, std=spec.std, trainable=spec.trainable) for _ in range(spec.count)])
+        return groups
+
+    def _table(self, shape: Mapping[str, Any], *, std: float | None, trainable: bool) -> ValueTable:
+        if self.bits is not None:
+            return QuantizedTable(**shape, bits=self.bits)
+        return ValueTable(**shape, std=std, trainable=trainable, learning=self.learning)
 
 
-def _tables_of(module: nn.Module) -> set[ValueTable]:
-    return {part.table for part in module.modules() if isinstance(part, TableReference)}
+@dataclass(frozen=True)
+class _EndToken:
+    """A tokenizer of which no more is known."""
+
+    eos_id: int | None
+
+
+@dataclass(frozen=True)
+class _Codec(_EndToken):
+    """What plugins need of a tokenizer of transformers."""
+
+    vocab_size: int
+    decode: Any
+
+
+def _bind(plugin: nn.Module, host: Host, tokenizer: Any) -> None:
+    """Gives a plugin what it needs of the tokenizer.
+
+    Raises:
+        ConfigError: it needs more than is known.
+    """
+    if not isinstance(plugin, UsesTokenizer) or (tokenizer is None and not isinstance(host, PretrainedHost)):
+        return
+    if tokenizer is None:
+        plugin.bind_tokenizer(_EndToken(host.end_id))
+    elif hasattr(tokenizer, "eos_id"):
+        plugin.bind_tokenizer(tokenizer)
+    else:
+        end_id = tokenizer.eos_token_id if host.end_id is None else host.end_id
+        plugin.bind_tokenizer(_Codec(end_id, len(tokenizer), tokenizer.decode))
+
+
+def _zero(plugin: nn.Module) -> None:
+    if not isinstance(plugin, HasZeroOutput):
+        raise ConfigError(
+            f"{type(plugin).__name__} has no zero_output(), by which the model would compute what it did before; give "
+            "the class one, or set zero_start=False."
+        )
+    plugin.zero_output()
 
 
 def _checked_layers(layers: object, count: int) -> list[int]:
@@ -255,7 +232,7 @@ def _checked_layers(layers: object, count: int) -> list[int]:
     return chosen
 
 
-def _check_class(ffn: Any, options: dict[str, Any], *, in_transformers: bool) -> None:
+def _check_class(ffn: Any, options: Mapping[str, Any]) -> None:
     if not (isinstance(ffn, type) and issubclass(ffn, nn.Module)):
         shown = f"an instance of {type(ffn).__name__}" if isinstance(ffn, nn.Module) else repr(ffn)
         raise ConfigError(
@@ -268,34 +245,6 @@ def _check_class(ffn: Any, options: dict[str, Any], *, in_transformers: bool) ->
     if decided := [name for name in options if name in _DECIDED]:
         advice = "set learning and shared for its tables" if decided[0] == "table" else "leave it out"
         raise ConfigError(f"{decided[0]} is no option of replace_ffn, which takes it from the model; {advice}.")
-    if in_transformers and (hasattr(ffn, "row_ids") or not getattr(ffn, "position_wise", False)):
-        what = "reads rows by token id" if issubclass(ffn, HasRowIds) else "is not position_wise"
-        raise ConfigError(
-            f"ffn={ffn.__name__} {what}, and an mlp of transformers is given hidden states alone; choose a "
-            "position-wise plugin, such as MemoryPlus."
-        )
-
-
-def _new_tables(
-    ffn: type[nn.Module], options: dict[str, Any], sizes: dict[str, int], groups: int, placed: int, learning: str
-) -> list[list[ValueTable]]:
-    """Returns `groups` groups of the tables that the class requests; none where it requests none."""
-    table_spec = getattr(ffn, "table_spec", None)
-    if table_spec is None:
-        return []
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(ffn).parameters.items()
-        if parameter.default is not inspect.Parameter.empty and name != "table"
-    }
-    made = []
-    for number in range(groups):
-        counts = {"table_number": number, "table_readers": placed // groups}
-        wanted = {**defaults, **sizes, **counts, **options}
-        spec = table_spec(**_accepted_by(table_spec, wanted))
-        shape = {"rows": spec.rows, "dim": spec.dim, "std": spec.std, "slices": spec.slices}
-        made.append([ValueTable(**shape, trainable=spec.trainable, learning=learning) for _ in range(spec.count)])
-    return made
 
 
 def _accepted_by(function: Any, keywords: dict[str, Any]) -> dict[str, Any]:

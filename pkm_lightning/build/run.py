@@ -13,11 +13,18 @@ import lightning as L
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.completion import complete_plugins
-from pkm_lightning.build.finetuning import finetuning_callbacks
+from pkm_lightning.build.finetuning import check_starting_weights, finetuning_callbacks, with_absolute_files
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
-from pkm_lightning.build.model import attention_context, build_meta_model, check_foreign_plugins, complete_trunk
+from pkm_lightning.build.model import (
+    attention_context,
+    build_meta_model,
+    check_foreign_plugins,
+    complete_trunk,
+    start_at_zero,
+)
+from pkm_lightning.build.replay import add_replay
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
 from pkm_lightning.build.stored_tables import check_table_keys, with_absolute_paths
@@ -82,18 +89,22 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     check_keys(config, training=training)
     config = complete_plugins(config)
     check_table_keys(config, training=training)
-    config = with_absolute_paths(config)
+    config = with_absolute_files(with_absolute_paths(config))
     check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")
     check_kind(data, L.LightningDataModule, config["data"], "data")
     if training and not defines(data, "train_dataloader"):
         raise ConfigError(f"data._target_={config['data']['_target_']} has no train_dataloader to train on; add it.")
+    if training:
+        check_starting_weights(config)
+        add_replay(data, config)
     config = {**config, "model": {**config["model"], "vocab_size": _vocab_size(config, data)}}
     check_learning(config)
     config = solve_size(config)
     model = build_meta_model(config)
     check_foreign_plugins(model, config)
     check_frozen(model, config)
+    start_at_zero(model, config)  # for its checks only
     check_setting(model, config)
     # For its checks only.
     configured_schedule(config["optim"], config["trainer"]["max_steps"])

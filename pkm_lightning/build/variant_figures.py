@@ -27,14 +27,30 @@ def variant_figures(model: Transformer, config: Config) -> dict[str, dict[str, A
 
     Figures that the plugin's `cost()` computes are None where it has none.
     """
-    names, tables, n_layers = names_by_place(config), list(model.tables), int(config["model"]["n_layers"])
-    plugins: dict[str, list[nn.Module]] = {}
-    for layer, part, plugin in model.plugins():
-        plugins.setdefault(names.get((layer, part), ""), []).append(plugin)
+    plugins, tables, n_layers = _plugins(model, config), list(model.tables), int(config["model"]["n_layers"])
     return {
         variant.name: _figures(variant, variant.layers(n_layers), plugins.get(variant.name, []), tables)
         for variant in variants(config)
     }
+
+
+def tables_of_variants(model: Transformer, config: Config) -> dict[str, list[int]]:
+    """Returns, by the name of each variant, the numbers N of the tables `tables.N` that it reads."""
+    plugins, tables = _plugins(model, config), list(model.tables)
+    read = {name: {id(table) for plugin in of_name for table in _tables(plugin)} for name, of_name in plugins.items()}
+    return {
+        variant.name: [n for n, table in enumerate(tables) if id(table) in read.get(variant.name, ())]
+        for variant in variants(config)
+    }
+
+
+def _plugins(model: Transformer, config: Config) -> dict[str, list[nn.Module]]:
+    """Returns the plugins of each variant by its name."""
+    names = names_by_place(config)
+    plugins: dict[str, list[nn.Module]] = {}
+    for layer, part, plugin in model.plugins():
+        plugins.setdefault(names.get((layer, part), ""), []).append(plugin)
+    return plugins
 
 
 def _figures(variant: Variant, layers: list[int], plugins: list[nn.Module], tables: list[nn.Module]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ Config = Mapping[str, Any]
 
 #: The name of the variant `ffn`, and the key that holds the others.
 MAIN, EXTRAS = "ffn", "extra_ffns"
+#: The class by which a configuration says that the layers of a pretrained model keep the FFN that they have.
+OWN_FFN = "pkm_lightning.huggingface.PretrainedFFN"
 #: Keys of `table` about the rows of `ffn` alone.
 _KEYS_OF_ROWS = ("trainable", "path", "tensor")
 
@@ -86,15 +88,30 @@ def variants(config: Config) -> list[Variant]:
     return of_config
 
 
-def names_by_place(config: Config) -> dict[tuple[int, str], str]:
-    """Returns the names of variants by layer and name of the plugin within it."""
+def plugin_variants(config: Config) -> list[Variant]:
+    """Returns the variants of which plugins are made: all but the FFN that pretrained layers have anyway.
+
+    Raises:
+        ConfigError: as `variants`.
+    """
+    is_pretrained = "_target_" in config["model"]
+    return [v for v in variants(config) if not (is_pretrained and v.ffn.get("_target_") == OWN_FFN)]
+
+
+def by_place(config: Config) -> dict[tuple[int, str], Variant]:
+    """Returns the variants by layer and name of the plugin within it."""
     n_layers = int(config["model"]["n_layers"])
     return {
-        (layer, part): variant.name
-        for variant in variants(config)
+        (layer, part): variant
+        for variant in plugin_variants(config)
         for layer in variant.layers(n_layers)
         for part in _PARTS[variant.placement.mode]
     }
+
+
+def names_by_place(config: Config) -> dict[tuple[int, str], str]:
+    """Returns the names of variants by layer and name of the plugin within it."""
+    return {place: variant.name for place, variant in by_place(config).items()}
 
 
 def table_of(config: Config, extra: Config) -> dict[str, Any]:

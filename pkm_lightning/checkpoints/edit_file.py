@@ -12,7 +12,7 @@ A safetensors file that any reader of the format opens. `TABLE` is the name of a
 | `pkm_lightning_edit` | version of this table |
 | `created`, `note` | ISO 8601 in UTC; what it is for |
 | `weights` | digest of the weights that it was made for, without edits |
-| `facts`, `settings`, `figures` | JSON: the facts as `adaptation/facts_file.py` reads them, how and how well they were written |
+| `facts`, `settings`, `figures` | JSON: facts as `adaptation/facts_file.py` reads them, how and how well written |
 """
 
 from __future__ import annotations

@@ -12,29 +12,24 @@ Opening reads no tensor; `SavedCheckpoint.check_sums` reads all of them: 0.15 s 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-import pkm_lightning
 from pkm_lightning.checkpoints.companions import MODEL_TYPE, model_type_of
 from pkm_lightning.checkpoints.folder import Chunk, FolderContent
-from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
+from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile
 from pkm_lightning.checkpoints.replaced_rows import with_rows
-from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, check_tensors, looks_like_safetensors, map_tensors
-from pkm_lightning.checkpoints.sums import ALL, Share, check_archive, check_skeleton
-from pkm_lightning.checkpoints.tree import flatten, restore
+from pkm_lightning.checkpoints.safetensors import looks_like_safetensors
+from pkm_lightning.checkpoints.single_file import MappedContent, fill, read_archive, read_exported
+from pkm_lightning.checkpoints.sums import ALL, Share
+from pkm_lightning.checkpoints.tree import restore
 from pkm_lightning.errors import CheckpointError
-
-_log = logging.getLogger(__name__)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -68,6 +63,20 @@ def open_checkpoint(path: str | Path) -> SavedCheckpoint:
     return checkpoint
 
 
+@dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor that is computed from stored ones whenever it is read, such as a sum of two.
+
+    Attributes:
+        shape, dtype: of the values.
+        values: computes them.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    values: Callable[[], Tensor]
+
+
 class SavedCheckpoint:
     """A checkpoint on disk, of any LightningModule; `open_checkpoint` accepts those of this package only.
 
@@ -86,17 +95,19 @@ class SavedCheckpoint:
         if not self.path.exists():
             raise CheckpointError(f"ckpt={path} does not exist.")
         self.kind: Literal["file", "folder", "exported"] = "file"
-        self._content: FolderContent | _MappedContent
+        self._content: FolderContent | MappedContent
         with self._damage_reported():
             if self.path.is_dir():
                 self.kind, self._content = "folder", FolderContent(self.path)
             elif looks_like_safetensors(self.path):
-                self.kind, self._content = "exported", _exported(self.path)
+                self.kind, self._content = "exported", read_exported(self.path)
             else:
-                self._content = _archive(self.path)
+                self._content = read_archive(self.path)
         self.skeleton: Any = self._content.skeleton
         self.shapes = dict(self._content.shapes)
         self._included: dict[str, Sequence[tuple[MappedFile, Tensor]]] = {}
+        self._derived: dict[str, DerivedTensor] = {}
+        self._stored_names: dict[str, str] = {}
         self._replaced: dict[str, tuple[Tensor, Tensor]] = {}
 
     def check_content(self) -> None:
@@ -193,7 +204,12 @@ class SavedCheckpoint:
                     f"{self.path}: {name} has the shape {tuple(self.shapes[name][0])}, here it is "
                     f"{tuple(target.shape)}: it was written with another configuration."
                 )
-        self._content.read_into(targets)
+        self._content.read_into(
+            {self._stored(n): t for n, t in targets.items() if self._stored(n) not in self._derived}
+        )
+        for name, target in targets.items():
+            if (derived := self._derived.get(self._stored(name))) is not None:
+                fill(target, derived.values())
 
     def read(self, without: Sequence[str] = ()) -> dict[str, Any]:
         """Returns everything but the top-level keys `without`, whole on every rank, in memory that may be written to.
@@ -230,6 +246,43 @@ class SavedCheckpoint:
             self.shapes[name], self._included[name] = (shape, first.dtype), parts
         self.skeleton = {**self.skeleton, "hyper_parameters": {"config": dict(config)}}
 
+    def derive(
+        self, tensors: Mapping[str, DerivedTensor], *, without: Collection[str], config: Mapping[str, Any]
+    ) -> None:
+        """Replaces stored tensors by computed ones in what `read_into` and `chunks` return.
+
+        Args:
+            tensors: by name.
+            without: names of the tensors that they are computed from.
+            config: in which they are weights like the others.
+        """
+        for name in without:
+            del self.shapes[name]
+        self.shapes |= {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        self._derived |= tensors
+        self.skeleton = {**self.skeleton, "hyper_parameters": {"config": dict(config)}}
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Renames tensors, for a model whose modules have other names: `names` maps new ones to those of before."""
+        renamed = {new: self.shapes[old] for new, old in names.items()}
+        stored = {new: self._stored(old) for new, old in names.items()}
+        for old in names.values():
+            self.shapes.pop(old, None)
+        self.shapes |= renamed
+        self._stored_names |= stored
+
+    def whole(self, name: str) -> Tensor:
+        """Returns a stored tensor whole: a view of the file, or put together from the parts that ranks wrote."""
+        with self._damage_reported():
+            chunks = self._content.chunks(name)
+        shape, dtype = self._content.shapes[name]
+        if len(chunks) == 1:
+            return chunks[0].values
+        values = torch.empty(shape, dtype=dtype)
+        for offsets, part in chunks:
+            values[tuple(slice(low, low + size) for low, size in zip(offsets, part.shape, strict=True))] = part
+        return values
+
     def replace_rows(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Puts rows into the place of those that `chunks` returns, for an export.
 
@@ -244,10 +297,13 @@ class SavedCheckpoint:
         Raises:
             CheckpointError: a file is damaged.
         """
+        name = self._stored(name)
         chunks = self._stored_chunks(name)
         return with_rows(chunks, *self._replaced[name]) if name in self._replaced else chunks
 
     def _stored_chunks(self, name: str) -> list[Chunk]:
+        if name in self._derived:
+            return [Chunk((0,) * len(self._derived[name].shape), self._derived[name].values())]
         if name in self._included:
             values = [values for _, values in self._included[name]]
             starts = accumulate((len(part) for part in values), initial=0)
@@ -261,6 +317,9 @@ class SavedCheckpoint:
         for parts in self._included.values():
             for file, _ in parts:
                 file.forget()
+
+    def _stored(self, name: str) -> str:
+        return self._stored_names.get(name, name)
 
     def _part(self, without: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         skeleton = {key: value for key, value in self.skeleton.items() if key not in without}
@@ -290,94 +349,3 @@ def _better(path: Path) -> str:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-class _MappedContent:
-    """The tensors of one file, mapped read-only."""
-
-    def __init__(
-        self,
-        file: MappedFile,
-        skeleton: Any,
-        tensors: Mapping[str, Tensor],
-        check_sums: Callable[[Collection[str], Share], None],
-    ) -> None:
-        self._file, self.skeleton, self._tensors, self.check_sums = file, skeleton, tensors, check_sums
-        self.shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-    @torch.no_grad()
-    def read_into(self, targets: dict[str, Tensor]) -> None:
-        for name, target in targets.items():
-            whole = self._tensors[name]
-            if isinstance(target, DTensor):
-                # Every rank has the file, so none need send a part: src_data_rank=None.
-                part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-                target.to_local().copy_(part.to_local())
-            else:
-                target.copy_(whole)
-
-    def mapped(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: self._tensors[name] for name in names}
-
-    def chunks(self, name: str) -> list[Chunk]:
-        return [Chunk((0,) * self._tensors[name].ndim, self._tensors[name])]
-
-    def forget(self) -> None:
-        self._file.forget()
-
-
-def _archive(path: Path) -> _MappedContent:
-    file = MappedFile(path)
-    if zipfile.is_zipfile(path):  # else it is no checkpoint, which torch will say
-        check_skeleton(file)
-    skeleton, tensors, records = map_archive(file)
-
-    def check_sums(without: Collection[str], share: Share) -> None:
-        # A record may hold several tensors, such as tied weights; an empty name stands for one that is not read.
-        names = {first: "" for name, first in records.items() if name in without}
-        names |= {first: name for name, first in records.items() if name not in without}
-        check_archive(file, 0, len(file), names, share)
-
-    return _MappedContent(file, skeleton, tensors, check_sums)
-
-
-def _instead_of(path: Path) -> str:
-    """Returns what to do with safetensors of another package."""
-    kind = model_type_of(path.absolute().parent)
-    if kind is None:
-        return f"make one with: export ckpt=CHECKPOINT file={path.name}"
-    if kind == MODEL_TYPE:
-        return "transformers saved it, and reads it: AutoModelForCausalLM.from_pretrained(FOLDER)"
-    return f"give its folder as a pretrained model: model=hf model.path={path.parent}"
-
-
-def _exported(path: Path) -> _MappedContent:
-    """Returns an exported model with the keys of a checkpoint."""
-    file = MappedFile(path)
-    texts, tensors = map_tensors(file)
-    if "pkm_lightning_format" not in texts:
-        raise CheckpointError(f"{path} was not written by this package; {_instead_of(path)}.")
-    if texts["pkm_lightning_format"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has the format version {texts['pkm_lightning_format']}, this package "
-            f"({pkm_lightning.__version__}) reads {FORMAT_VERSION}; export it again with this one."
-        )
-    try:
-        config, tokens_seen = json.loads(texts["config"]), int(texts["tokens_seen"])
-    except (KeyError, ValueError):
-        raise DamagedFileError("its metadata is unreadable") from None
-    content = {
-        "state_dict": {f"model.{name}": tensor for name, tensor in tensors.items()},
-        "hyper_parameters": {"config": config},
-        "tokens_seen": tokens_seen,
-        "tokenizer": texts.get("tokenizer"),
-        "data": texts.get("data"),
-    }
-    skeleton, named = flatten(content)
-
-    def check_sums(without: Collection[str], share: Share) -> None:
-        skipped = {name.removeprefix("state_dict.model.") for name in without}
-        if not check_tensors(file, skipped, share):
-            _log.info("%s holds no checksums, by which damage would be noticed; export it again to add them", path)
-
-    return _MappedContent(file, skeleton, named, check_sums)

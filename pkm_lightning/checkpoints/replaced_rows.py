@@ -24,12 +24,12 @@ def with_rows(chunks: Iterable[Chunk], rows_U: Tensor, values: Tensor) -> list[C
     numbers = rows_U.tolist()
     columns = (0,) * (values.ndim - 1)
     replaced = [Chunk((row, *columns), values[place : place + 1]) for place, row in enumerate(numbers)]
-    kept = []
+    parts = []
     for offsets, block in chunks:
         first, end = offsets[0], offsets[0] + len(block)
         bounds = [first - 1, *(row for row in numbers if first <= row < end), end]
         for before, after in pairwise(bounds):
             if before + 1 < after:
                 part = block[before + 1 - first : after - first]
-                kept.append(Chunk((before + 1, *offsets[1:]), part))
-    return kept + replaced
+                parts.append(Chunk((before + 1, *offsets[1:]), part))
+    return parts + replaced

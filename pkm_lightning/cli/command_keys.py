@@ -21,20 +21,25 @@ GENERATION_KEYS = (
 )
 #: Keys of an evaluation, each an argument of `inference.harness_settings.read_settings`.
 EVALUATION_KEYS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size")
+#: Keys of an inspection, besides `format` and `out`.
+INSPECTION_KEYS = (
+    *("text", "texts_file", "effects", "mask", "mask_table", "data_path", "data_tokens", "questions", "readers"),
+    "show",
+)
 #: Keys of `edit` alone.
 EDIT_KEYS = (
     "action",
     *(key for key in ACTIONS["write"] if key not in ("batch_size", "sample_seed", "overwrite")),
 )
-_ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate")
+_ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate", "inspect")
 #: Keys of a command and the verbs that read them; every verb reads the others.
 VERBS_OF: dict[str, tuple[str, ...]] = {
     "file": ("export", "edit"),
     "dir": ("export", "edit"),
     "overwrite": ("export", "prepare", "edit"),
     "quantize": ("export", "edit"),
-    "out": ("predict", "generate", "evaluate", "compare", "report", "prepare"),
-    "format": ("info", "export", "edit"),
+    "out": ("predict", "generate", "evaluate", "inspect", "compare", "report", "prepare"),
+    "format": ("info", "inspect", "export", "edit"),
     "ckpt": ("fit", *_ON_SAVED, "export", "edit", "compare"),  # fit and compare say what to do instead
     "edits": (*_ON_SAVED, "export", "edit"),
     "resume": ("fit", "compare", "info"),
@@ -43,6 +48,7 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
     "device_memory": ("fit", "compare", "info"),
     "trust_config": ("fit", *_ON_SAVED, "edit", "compare", "info"),
     **dict.fromkeys(EVALUATION_KEYS, ("evaluate",)),
+    **dict.fromkeys(INSPECTION_KEYS, ("inspect",)),
     **dict.fromkeys(PROMPT_KEYS, ("generate", "predict")),
     **dict.fromkeys(GENERATION_KEYS, ("generate", "chat", "predict")),
     "batch_size": ("generate", "predict", "evaluate", "edit"),
@@ -75,12 +81,12 @@ _TRAINING_KEYS = (
     *("accumulate_grad_batches", "enable_model_summary", "overfit_batches", "limit_train_batches"),
 )
 #: Verbs that read a run, and compose no configuration of it.
-VERBS_WITHOUT_VARIANTS = ("generate", "chat", "evaluate", "export")
+VERBS_WITHOUT_VARIANTS = ("generate", "chat", "evaluate", "inspect", "export")
 #: The place of the table of a further variant.
 PATH_OF_EXTRA = re.compile(r"extra_ffns\.(\w+)\.table\.path")
 #: Groups in the order in which they stand in `configs/config.yaml`.
 GROUPS = (
-    *("placement", "table", "extra_ffns", "ffn", "model", "data", "optim", "finetune", "strategy"),
+    *("placement", "table", "extra_ffns", "ffn", "optim", "model", "data", "finetune", "strategy"),
     "trainer",
     *("callbacks", "logger"),
 )

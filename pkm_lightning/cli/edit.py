@@ -49,7 +49,9 @@ def run(job: Job) -> None:
             others = ", ".join(verb for verb, keys in ACTIONS.items() if top in keys)
             raise ConfigError(f"{override}: edit {action} does not read {top}, only edit {others}; leave it out.")
     if names_pretrained(job):
-        raise ConfigError("model=hf has no value table to edit; retrofit it with a memory: fit model=hf ffn=memory_plus.")
+        raise ConfigError(
+            "model=hf has no value table to edit; retrofit it with a memory: fit model=hf ffn=memory_plus."
+        )
     _, weights = locate(job)
     actions: dict[str, Callable[[Job, Path], None]] = {
         "write": _write,
@@ -97,12 +99,12 @@ def _write(job: Job, weights: Path) -> None:
             device=loaded.device,
             context=loaded.context,
             note=str(job.config.note),
-            watch=lambda seen: _log.info(
+            watch=lambda progress: _log.info(
                 "step %d, %.0f s: %.1f%% of the prompts right, KL %.5f",
-                seen.step,
-                seen.seconds,
-                100 * seen.right,
-                seen.divergence,
+                progress.step,
+                progress.seconds,
+                100 * progress.right,
+                progress.divergence,
             ),
             **settings.record(),
         )
@@ -179,7 +181,9 @@ def _remove(job: Job, weights: Path) -> None:
     with _held(folder):
         name, file = _known(job, folder, removed=False)
         _move(file, folder / REMOVED / file.name)
-    print(f"{name} is removed: the model answers as without it. It lies at {folder / REMOVED / file.name}; `edit apply`")
+    print(
+        f"{name} is removed: the model answers as without it. It lies at {folder / REMOVED / file.name}; `edit apply`"
+    )
     print("brings it back.")
 
 
@@ -216,12 +220,15 @@ def _show(job: Job, weights: Path) -> None:
     known = {**edit_files(folder, removed=True), **edit_files(folder)}
     if name not in known:
         raise ConfigError(
-            f"name={name}: {folder} has no edit of this name; it has: {', '.join(known) or 'none'}.{nearest(name, known)}"
+            f"name={name}: {folder} has no edit of this name; it has: {', '.join(known) or 'none'}."
+            f"{nearest(name, known)}"
         )
     print(full_record(Edit.load(known[name])))
 
 
 def _merge(job: Job, weights: Path) -> None:
     if not read_edits(weights, None) and not job.config.edits:
-        raise ConfigError(f"{edits_folder(weights)} has no applied edit to merge; export writes the weights as they are.")
+        raise ConfigError(
+            f"{edits_folder(weights)} has no applied edit to merge; export writes the weights as they are."
+        )
     export.run(job)

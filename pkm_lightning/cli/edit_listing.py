@@ -34,8 +34,8 @@ def result_lines(edit: Edit, file: Path) -> list[str]:
     bound = edit.settings["kl_bound"]
     within = "within" if figures["kl"] <= bound else "ABOVE"
     lines.append(
-        f"  KL on {figures['kl_tokens']:,} tokens of other text: {figures['kl']:.5f} nats per token, {within} the bound "
-        f"of {bound:g}"
+        f"  KL on {figures['kl_tokens']:,} tokens of other text: {figures['kl']:.5f} nats per token, {within} the "
+        f"bound of {bound:g}"
     )
     if figures["kl"] > bound:
         lines.append("  lower rows_per_fact, give more drift_path text, or write fewer facts at a time")

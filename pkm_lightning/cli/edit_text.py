@@ -49,12 +49,12 @@ def other_text(
     held_out = companion_place(loaded.path, HELD_OUT)
     if not holds_held_out(held_out):
         raise ConfigError(
-            f"{held_out} has no held-out data, by which `edit` bounds what else it changes; give drift_path=FILE of other "
-            "text."
+            f"{held_out} has no held-out data, by which `edit` bounds what else it changes; give drift_path=FILE of "
+            "other text."
         )
     parts = held_out_parts(held_out, companion_place(loaded.path, TOKENIZER), most_tokens=most, seed=settings.seed)
     training = [] if folder is None else _training(folder, loaded, most, trust=trust)
-    return parts._replace(seen=training) if training else parts
+    return parts._replace(penalised=training) if training else parts
 
 
 def _training(folder: Path, loaded: LoadedModel, most_tokens: int, *, trust: bool) -> list[Batch]:

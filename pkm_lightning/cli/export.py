@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pkm_lightning.build.adapters import merge_adapters
 from pkm_lightning.build.edits import applied_line, check_fit, include_edits, read_edits
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.saving import save
@@ -100,10 +101,11 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
 
 
 def _opened(job: Job, path: Path) -> SavedCheckpoint:
-    """Returns the checkpoint with edits, and with the rows that lie in a file of their own."""
+    """Returns the checkpoint with adapters merged into their matrices, edits, and rows that lie in a file of their own."""
     checkpoint = open_checkpoint(path)
     edits = [] if names_pretrained(job) else read_edits(path, edits_of(job))
-    check_fit(edits, checkpoint)  # before rows of other files are among its weights
+    check_fit(edits, checkpoint)  # before adapters are merged and rows of other files are among its weights
+    merge_adapters(checkpoint)
     include_stored_rows(checkpoint, moved_tables(job))
     include_edits(checkpoint, edits)
     if edits:

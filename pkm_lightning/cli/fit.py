@@ -17,8 +17,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from pkm_lightning.build.checks import remark_rate, remark_row_optimizer, remark_validation
-from pkm_lightning.build.freezing import parameter_counts
+from pkm_lightning.build.checks import remark_rate, remark_replaced, remark_row_optimizer, remark_validation
+from pkm_lightning.build.freezing import parameter_counts, trained_bytes
 from pkm_lightning.build.run import ResolvedRun, resolve
 from pkm_lightning.build.stored_tables import check_first_rows, check_stored_rows
 from pkm_lightning.callbacks.median_stopping import MedianStopping
@@ -129,10 +129,10 @@ def _run(job: Job) -> float | None:
                 resolved = of_command or resolve(command, training=True)
             check_allocatable(resolved.plan, resolved.config)
             config = resolved.config
-            remarks = (remark_validation(config["trainer"]), remark_rate(config), remark_row_optimizer(config))
-            for remark in filter(None, remarks):
+            remarks = (remark_rate(config), remark_replaced(config), remark_row_optimizer(config))
+            for remark in filter(None, (remark_validation(config["trainer"]), *remarks)):
                 _log.info(remark)
-            if config["optim"].get("freeze"):
+            if config["optim"].get("freeze") or config.get("finetune"):
                 _log.info("parameters trained / frozen: %s / %s", *(f"{n:,}" for n in parameter_counts(resolved.model)))
             assembly = assemble(resolved)
             if external:
@@ -276,6 +276,7 @@ def _train_with_record(
 ) -> float | None:
     """Trains, and keeps run.json up to date from the start of training, whatever happens."""
     sitting = Sitting(directory, resolved, assembly)
+    sitting.record["trained_bytes"] = trained_bytes(resolved.model)
     if initial := initial_weights(resolved.config, checkpoint):
         sitting.record["init_from"] = initial.record(directory.record.get("init_from") if directory.resumes else None)
     with (
@@ -310,7 +311,10 @@ def _train(
     trainer, callbacks, data = assembly.trainer, assembly.callbacks, resolved.data
     L.seed_everything(resolved.config["seed"], workers=True, verbose=False)
     initial = initial_weights(resolved.config, checkpoint)
-    module = LanguageModule(resolved.config, weights_follow=checkpoint is not None or initial is not None)
+    gained = [] if initial is None else initial.gained(resolved.config)
+    module = LanguageModule(
+        resolved.config, weights_follow=checkpoint is not None or initial is not None, gained=gained
+    )
     if initial is not None:
         trainer.callbacks.append(initial)  # type: ignore[attr-defined]
     if checkpoint is not None and is_lengthened(checkpoint, resolved.config):

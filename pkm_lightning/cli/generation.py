@@ -80,7 +80,7 @@ def generation_settings(job: Job) -> GenerationSettings:
 
 def prompts_of(job: Job) -> list[str] | None:
     """Returns the texts that `prompt` or `prompts_file` give; None if neither is set. Errors as `conversations_of`."""
-    return _prompts_by(job, read_prompts)
+    return texts_by(job, read_prompts)
 
 
 def conversations_of(job: Job) -> list[Prompt] | None:
@@ -90,36 +90,44 @@ def conversations_of(job: Job) -> list[Prompt] | None:
         ConfigError: both are set, or a prompt is no text.
         DataError: the file is missing, empty or not readable.
     """
-    return _prompts_by(job, read_conversations)
+    return texts_by(job, read_conversations)
 
 
-def _prompts_by(job: Job, read: Callable[[Path, str], Any]) -> Any:
-    prompt, file = _plain(job.config.prompt), job.config.prompts_file
-    if prompt is not None and file is not None:
-        raise ConfigError(f"prompt={prompt} and prompts_file={file} both give prompts; leave one of them out.")
-    if prompt is not None:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        check_prompts(prompts, "prompt")
-        if not prompts:
-            raise ConfigError("prompt=[] holds no text; give prompt=TEXT or prompt=[TEXT,...].")
-        return list(prompts)
+def texts_by(job: Job, read: Callable[[Path, str], Any], *, key: str = "prompt", file_key: str = "prompts_file") -> Any:
+    """Returns the texts that one of two keys gives; None if neither is set. Errors as `conversations_of`.
+
+    Args:
+        job: the command.
+        read: the reader of files; its second argument is the key's name, for errors.
+        key: of a text or a list of texts.
+        file_key: of a file; `-` stands for the standard input.
+    """
+    text, file = _plain(job.config[key]), job.config[file_key]
+    if text is not None and file is not None:
+        raise ConfigError(f"{key}={text} and {file_key}={file} both give {key}s; leave one of them out.")
+    if text is not None:
+        texts = [text] if isinstance(text, str) else text
+        check_prompts(texts, key)
+        if not texts:
+            raise ConfigError(f"{key}=[] holds no text; give {key}=TEXT or {key}=[TEXT,...].")
+        return list(texts)
     if file is None:
         return None
     if not isinstance(file, str):
-        raise ConfigError(f"prompts_file={file} is not text; quote it: \"prompts_file='{file}'\".")
+        raise ConfigError(f"{file_key}={file} is not text; quote it: \"{file_key}='{file}'\".")
     if file == STANDARD_INPUT:
-        return _lines_of_standard_input()
-    return read(Path(expanded("prompts_file", file)), "prompts_file")
+        return _lines_of_standard_input(file_key)
+    return read(Path(expanded(file_key, file)), file_key)
 
 
-def _lines_of_standard_input() -> list[str]:
+def _lines_of_standard_input(key: str) -> list[str]:
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin is not None else ""
     except UnicodeDecodeError as error:
-        raise DataError(f"prompts_file=-: byte {error.start} of the standard input is not UTF-8; convert it.") from None
+        raise DataError(f"{key}=-: byte {error.start} of the standard input is not UTF-8; convert it.") from None
     prompts = [line for line in split_lines(text) if line.strip()]
     if not prompts:
-        raise DataError("prompts_file=-: the standard input is empty; write one prompt per line.")
+        raise DataError(f"{key}=-: the standard input is empty; write one {key.removesuffix('s_file')} per line.")
     for number, prompt in enumerate(prompts, 1):
         check_characters(f"line {number} of the standard input", prompt)
     return prompts

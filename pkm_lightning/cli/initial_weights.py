@@ -1,5 +1,8 @@
 """`fit init_from=PATH`: a new run from trained weights, with counters and optimizer at zero.
 
+The model may have gained parts: adapters, and variants beside all that was trained. Adapters of the trained run are
+merged.
+
 The groups of the architecture are those of the weights unless the command sets them (`cli/saved_overrides.py`), and so
 is the tokenizer. Each rank reads its part of the weights, as it does when a run resumes.
 """
@@ -14,6 +17,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from pkm_lightning.build.adapters import merge_adapters
+from pkm_lightning.build.gained_parts import gained_variants, rename_for
 from pkm_lightning.build.instantiate import check_trusted, target_class
 from pkm_lightning.build.loading import find_weights, saved_tokenizer
 from pkm_lightning.build.run import ResolvedRun
@@ -49,6 +54,7 @@ class InitialWeights(L.Callback):
     def __init__(self, path: str | Path, *, trust: bool) -> None:
         self._path = Path(path)
         self.checkpoint = open_checkpoint(find_weights(self._path, "init_from="))
+        merge_adapters(self.checkpoint)
         config = self.checkpoint.config
         check_groups(config, str(self.checkpoint.path))
         if "bits" in config["table"]:
@@ -92,7 +98,8 @@ class InitialWeights(L.Callback):
                 f"init_from={self._path} lies in run_dir={run_dir}, whose files the new run replaces; choose another "
                 "run_dir."
             )
-        misfits = self.checkpoint.misfits(run.weight_shapes, later_buffers(run.model, "model."))
+        gained = rename_for(self.checkpoint, run.model, run.config)
+        misfits = self.checkpoint.misfits(run.weight_shapes, later_buffers(run.model, "model.") | gained)
         if misfits:
             raise CheckpointError(
                 f"init_from={self._path} does not fit the model of this command ({misfits}); leave out its overrides "
@@ -147,9 +154,14 @@ class InitialWeights(L.Callback):
             )
         return made
 
+    def gained(self, config: Mapping[str, Any]) -> list[str]:
+        """Returns the names of the variants that a model of `config` has and the weights lack."""
+        return gained_variants(config, self.checkpoint.config)
+
     @torch.no_grad()
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fills the model. Collective: call on all ranks."""
+        """Fills all of the model that was trained. Collective: call on all ranks."""
+        rename_for(self.checkpoint, pl_module.model, pl_module.config)  # type: ignore[arg-type]
         if isinstance(trainer.strategy, PortableCheckpoints):
             trainer.strategy.load_model(self.checkpoint)
             return

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pkm_lightning.cli.edit_words import with_action
 from pkm_lightning.cli.environment import check_rank_variables
 from pkm_lightning.errors import PkmError, nearest
 
@@ -28,6 +29,7 @@ VERBS = {
     "predict": "answer prompt=TEXT or prompts_file=FILE, written as JSON lines; also with several ranks",
     "generate": "continue prompt=TEXT or prompts_file=FILE: greedy or sampled, streamed to the terminal",
     "chat": "talk to a model in the terminal",
+    "inspect": "the slots that text=TEXT reads, what they add, who else reads them; without mask=[SLOT,...]",
     "export": "write the weights of ckpt=PATH or run_dir=RUN: file=model.safetensors, or format=hf|ngram dir=FOLDER",
     "edit": "write facts=FILE into a run as a small file of deltas; edit list | show | remove | apply | merge",
     "compare": "train ffn=NAME,NAME,... x seeds=N, one process per run, into out=DIR with one report",
@@ -44,10 +46,14 @@ PRIMARY_CONFIGURATIONS = {
     "generate": "generate",
     "chat": "generate",
     "evaluate": "evaluate",
+    "inspect": "inspect",
     "export": "export",
     "edit": "edit",
     "prepare": "prepare",
 }
+
+#: Those with keys whose values are texts.
+_WITH_TEXTS = ("generate", "inspect")
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
 
@@ -98,7 +104,6 @@ def _run(verb: str, arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from pkm_lightning.cli.composition_errors import explain, explain_composition
-    from pkm_lightning.cli.edit_words import with_action
     from pkm_lightning.cli.job import Job, log_to_stderr, quieten_libraries
     from pkm_lightning.cli.moved_tables import with_added_keys
     from pkm_lightning.cli.saved_overrides import on_saved_run
@@ -109,11 +114,10 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     # Hydra would print its own abridged traceback; with this it hands exceptions on to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) == "generate" else arguments
+    arguments = with_quoted_texts(arguments) if PRIMARY_CONFIGURATIONS.get(verb) in _WITH_TEXTS else arguments
     given = arguments
     try:
-        arguments = with_action(verb, arguments)
-        check_sweep(verb, arguments)
+        check_sweep(verb, arguments := with_action(verb, arguments))
         arguments, variants = split_variants(arguments) if verb in ("info", "compare") else (arguments, [])
         arguments, strategies = split_variants(arguments, "strategy") if verb == "info" else (arguments, [])
         arguments = on_saved_run(verb, with_added_keys(verb, arguments))

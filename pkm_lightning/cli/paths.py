@@ -25,7 +25,7 @@ PATH_KEYS = frozenset(
             "save_dir",
             "cache_dir",
         ),
-        *("prompts_file", "tokenizer", "tasks_dir", "val_path", "test_path"),
+        *("prompts_file", "tokenizer", "tasks_dir", "val_path", "test_path", "replay_path"),
     )
 )
 

@@ -22,12 +22,13 @@ from pkm_lightning.errors import ConfigError
 _PATH_KEY = re.compile(r"(^|_)(path|dir|dirpath|file|folder)$")
 #: What wandb (0.31) links in each of its folders, to the log of a process of its own; nothing is written through it.
 _LOG_OF_WANDB = re.compile(r"wandb/[\w-]+/logs/debug-core\.log")
-#: The package's own data modules, pretrained models, plugins and tables, by their group.
+#: The package's own data modules, pretrained models, plugins, tables and finetuning methods, by their group.
 _READERS = {
     "data": "pkm_lightning.data.",
     "model": "pkm_lightning.huggingface.",
     "ffn": "pkm_lightning.ffn.",
     "table": "pkm_lightning.memory.",
+    "finetune": "pkm_lightning.adaptation.",
 }
 #: Arguments of callbacks that name files which are only read.
 _READ_BY_CALLBACKS = {"pkm_lightning.callbacks.Retention": ("facts", "questions", "known", "text")}

@@ -134,8 +134,10 @@ def _choices(saved: Mapping[str, Any], chosen: set[str], groups: Sequence[str]) 
         if _BASE in chosen:
             nodes["model"].pop("base_ffn", None)
         else:
-            without = {"override /ffn@_global_.model.base_ffn": None}
-            nodes["model"] = {"defaults": ["_self_", without], **nodes["model"]}
+            defaults: list[Any] = ["_self_", {"override /ffn@_global_.model.base_ffn": None}]
+            if "_target_" in nodes["model"] and "optim" not in nodes:  # as configs/model/hf.yaml does
+                defaults.append({"override /optim@_global_.optim": "pretrained"})
+            nodes["model"] = {"defaults": defaults, **nodes["model"]}
     if isinstance(nodes.get("table", {}).get("optimizer"), dict):
         # A group within a group, so that `table/optimizer=NAME` has something to override.
         store.store(name, nodes["table"].pop("optimizer"), group="table/optimizer")

@@ -83,6 +83,8 @@ def cost_rows(record: dict[str, Any], counts: ParameterCounts) -> list[tuple[str
         rows.append(("without the cost of", ", ".join(record["unknown_cost"])))
     if counts.frozen:
         rows.append(("parameters trained / frozen", f"{counts.trained:,} / {counts.frozen:,}"))
+        if "trained_bytes" in record:
+            rows.append(("bytes of those trained", f"{record['trained_bytes']:,}"))
     return rows
 
 

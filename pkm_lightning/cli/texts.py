@@ -10,8 +10,8 @@ from hydra.errors import HydraException
 
 from pkm_lightning.compare.overrides import key_of, quoted
 
-#: Keys whose value is a text; the first and the last of them also take a list of texts.
-TEXT_KEYS = ("prompt", "system", "stop")
+#: Keys whose value is a text; all but `system` also take a list of texts.
+TEXT_KEYS = ("prompt", "text", "system", "stop")
 
 
 def with_quoted_texts(arguments: Sequence[str]) -> list[str]:

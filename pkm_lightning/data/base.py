@@ -33,6 +33,8 @@ the trainer's optimizer steps (`trainer.global_step`) and the global batch, as t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -155,8 +157,12 @@ def n_facts_of(data: object) -> int | None:
 
 
 def fingerprint_of(data: object) -> str | None:
-    """Returns the hash of the data, or None."""
-    return getattr(data, "fingerprint", None)
+    """Returns the hash of the data and of what is replayed beside them, or None."""
+    fingerprint, replay = getattr(data, "fingerprint", None), getattr(data, "replay", None)
+    if fingerprint is None or replay is None:
+        return fingerprint
+    content = [fingerprint, replay.places, fingerprint_of(replay.data)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def is_endless(data: object) -> bool:

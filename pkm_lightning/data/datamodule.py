@@ -11,7 +11,6 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -20,12 +19,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from pkm_lightning.data.base import Batch
+from pkm_lightning.data.base import Batch, fingerprint_of
 from pkm_lightning.data.batch import SequenceSource, as_is
 from pkm_lightning.data.cache import CacheKey, Source, open_cache, read_manifest
 from pkm_lightning.data.files import expanded
-from pkm_lightning.data.order import Order, ShareBatchSampler, StepBatchSampler, micro_batch_size
+from pkm_lightning.data.order import ShareBatchSampler, StepBatchSampler, micro_batch_size
 from pkm_lightning.data.prompts import PromptBatches, check_prompts, collect_prompts
+from pkm_lightning.data.replay import Replay
+from pkm_lightning.data.splits import Splits
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import ConfigError, DataError, check_range
@@ -101,26 +102,6 @@ class TokenOptions(LoaderOptions, TokenizerOptions):
     vocab_size: int
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The sequences of a prepared data source.
-
-    Attributes:
-        tokenizer: the meaning of the ids.
-        train: training sequences, and `order` the epochs over them.
-        validation: validation sequences, and `validation_keys` all of their keys in a fixed order.
-        test: test sequences, and `test_keys` all of their keys; None where there are none of their own.
-    """
-
-    tokenizer: Tokenizer
-    train: SequenceSource
-    order: Order
-    validation: SequenceSource
-    validation_keys: Sequence[Any]
-    test: SequenceSource | None = None
-    test_keys: Sequence[Any] = ()
-
-
 class TokenDataModule(LightningDataModule):
     """Base of tokenised data sources; a subclass defines `cache_key`, `build` and `load`.
 
@@ -167,6 +148,8 @@ class TokenDataModule(LightningDataModule):
         self.tokenizer_choice = TokenizerChoice.of(options, self.cache_dir)
         self._folder: Path | None = None
         self._splits: Splits | None = None
+        #: Old data among the training sequences; see `pkm_lightning.data.replay`.
+        self.replay: Replay | None = None
         self._loaded_samples = 0
         # The batch counter at which `_loaded_samples` was right; None until the trainer has restored its counters.
         self._loaded_batches: int | None = 0
@@ -247,13 +230,18 @@ class TokenDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Builds the cache folder if it is missing; several processes may do so at once."""
-        self._splits = self.load(self.cache_folder())
+        self._splits = self.opened()
+
+    def opened(self) -> Splits:
+        """Returns the sequences, among those of training the replayed ones; builds what is missing."""
+        splits = self.load(self.cache_folder())
+        return splits if self.replay is None else self.replay.mixed_into(splits, self.order_seed)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the cache folder, and refuses a global batch that does not divide over the ranks."""
         # Lightning calls `prepare_data` on one rank per node only.
         if self._splits is None:
-            self._splits = self.load(self.cache_folder())
+            self._splits = self.opened()
         # For its refusal, before a loader or a worker exists.
         self._micro_batch_size()
         if stage == "fit":
@@ -274,14 +262,16 @@ class TokenDataModule(LightningDataModule):
                 f"{steps:,}",
                 f"{times:,.0f}",
             )
-        for line in self.content():
+        for line in [*self.content(), *([] if self.replay is None else self.replay.content())]:
             log.info(line)
 
     def passes(self, steps: int) -> float:
         """Returns how often so many optimizer steps read the training data, after `prepare_data` or `setup`."""
-        order = self.splits.order
+        order, share = self.splits.order, 1.0
+        if self.replay is not None:
+            order, share = self.replay.new_order, 1 - self.replay.share
         # The first section stands for all: they differ by little.
-        return steps * self.global_batch_size / (order.sections * order.size(0))
+        return steps * self.global_batch_size * share / (order.sections * order.size(0))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns endless micro-batches of this rank, from the position where training stands."""
@@ -333,7 +323,7 @@ class TokenDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in sequences, and the order and data that it is a position in."""
-        return {"samples": self.position, "order_seed": self.order_seed, "fingerprint": self.fingerprint}
+        return {"samples": self.position, "order_seed": self.order_seed, "fingerprint": fingerprint_of(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues at a saved position, also with other ranks and micro-batches than before.
@@ -341,7 +331,7 @@ class TokenDataModule(LightningDataModule):
         Raises:
             DataError: the position is one in other data.
         """
-        if state_dict.get("fingerprint") != self.fingerprint:
+        if state_dict.get("fingerprint") != fingerprint_of(self):
             raise DataError(
                 "The data are not those that the checkpoint was trained on: a source, a data.* key or the version of "
                 "the package has changed since; restore it, or start a new run from the weights with init_from=RUN_DIR."

@@ -19,7 +19,14 @@ from typing import Any, TypeAlias, Unpack
 import numpy as np
 from torch.utils.data import DataLoader
 
-from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem, recall_items_of, validation_items_of
+from pkm_lightning.data.base import (
+    NO_TARGET,
+    Batch,
+    RecallItem,
+    fingerprint_of,
+    recall_items_of,
+    validation_items_of,
+)
 from pkm_lightning.data.batch import SequenceSource, filler, to_batch, token_dtype
 from pkm_lightning.data.datamodule import Splits, TokenDataModule, TokenOptions
 from pkm_lightning.data.kept_questions import damaged, read_json, read_questions, write_questions
@@ -72,7 +79,7 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
     # Last: a folder without it is not complete.
     source = {
         "data": type(data).__name__,
-        "fingerprint": data.fingerprint,
+        "fingerprint": fingerprint_of(data),
         "test": bool(parts.get(_TEST)),
         "validation_questions": validation_items != items,
     }

@@ -27,7 +27,9 @@ def run_experts(
     """Returns `y[t] = sum_k weights[t, k] * E_ids[t, k](x[t])` in the dtype of the experts' output.
 
     Differentiable in the tokens, the weights and the experts. All choices are computed, whatever the load per expert.
+    A masked expert has weight 0, and the others keep theirs.
     """
+    weights_TK = experts.masked(weights_TK, ids_TK)
     n_experts, choices = len(experts.gate), ids_TK.shape[1]
     # Stable, so that the tokens of an expert stay in order and its rows are the same on every device.
     sorted_M, order_M = torch.sort(ids_TK.flatten(), stable=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pkm_lightning.memory.masked_reads import MaskableReads
 from pkm_lightning.ops import grouped_linear
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SwiGLUExperts(nn.Module):
+class SwiGLUExperts(MaskableReads):
     """Experts `E_i(x) = (silu(x G_i) * x U_i) O_i` without biases (Shazeer 2020, arXiv 2002.05202, eq. 6).
 
     Args:
@@ -46,6 +47,10 @@ class SwiGLUExperts(nn.Module):
         nn.init.normal_(self.gate, std=dim**-0.5)
         nn.init.normal_(self.up, std=dim**-0.5)
         nn.init.normal_(self.out, std=(hidden_dim * 2 * self.n_layers) ** -0.5)
+
+    def zero_output(self) -> None:
+        """Sets every O_i to zero."""
+        nn.init.zeros_(self.out)
 
     def forward(self, x_MD: Float[Tensor, "M D"], counts_E: Int[Tensor, " E"]) -> Float[Tensor, "M D"]:
         """Runs the first `counts[0]` rows through expert 0, the next `counts[1]` through expert 1, and so on."""

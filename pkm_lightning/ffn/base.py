@@ -12,6 +12,11 @@ Optional members:
   layers that will read this table) and the arguments of the YAML.
 - `reset_parameters()` draws the plugin's own parameters and buffers anew.
 - `cost() -> FFNCost`; reports mark the cost of a plugin without it as unknown.
+- `zero_output()` makes the output exactly zero for every input, with gradients that teach it: where the plugin sums
+  rows of a table that learns, those rows are set to zero, so that rows alone can be taught afterwards; elsewhere (rows
+  that are frozen, mapped or begin with those of a file, and plugins without a table) the last matrix is. A plugin that
+  stands beside a pretrained FFN starts so. It is called after weights and initial rows are loaded, and each rank
+  changes its part of a table.
 - `reads() -> list[TableRead]`, for figures of traffic and for the staging of reads.
 - `slots() -> list[Slots]`, for figures of usage.
 - `after_step(stats)` acts once per optimizer step.
@@ -32,7 +37,8 @@ Optional members:
   missing means False, and it gets the stream normalised, as it does in the place of an FFN.
 - `buffer_keys: tuple[str, ...]`, arguments of the YAML whose values lie in persistent buffers. Weights of a checkpoint
   decide them, and a new run from these refuses other values.
-- `parameter_roles: dict[str, str]`, from own parameters' names to `table`, `norm`, `bias`, `embedding` or `matrix`.
+- `parameter_roles: dict[str, str]`, from own parameters' names to `table`, `key`, `norm`, `bias`, `embedding` or
+  `matrix`.
 
 Any module within a plugin may have `diagnostics(output, *inputs) -> dict[str, Tensor]`: named scalars, computed now and
 then from the inputs and the output of its forward.
@@ -280,6 +286,18 @@ class HasPretrained(Protocol):
 
     def load_pretrained(self) -> None:
         """Reads them. Called on every rank, once on a new model, and not where weights of a checkpoint follow."""
+
+
+@runtime_checkable
+class HasZeroOutput(Protocol):
+    """A plugin whose output can start at zero, so that a model which gets it computes what it computed before."""
+
+    def zero_output(self) -> None:
+        """Makes the output zero for every input; `zero_rows` does it for a plugin that sums rows.
+
+        Raises:
+            ConfigError: this plugin, with these options, cannot learn from there.
+        """
 
 
 @runtime_checkable

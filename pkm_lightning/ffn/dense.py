@@ -68,6 +68,10 @@ class Dense(nn.Module):
         # 2 n_layers branches add up in the residual stream; this scale (GPT-2's) keeps its variance.
         nn.init.normal_(self.out.weight, std=(hidden_dim * 2 * self.n_layers) ** -0.5)
 
+    def zero_output(self) -> None:
+        """Sets W_out to zero."""
+        nn.init.zeros_(self.out.weight)
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns the network's output for every token; `context` is unused."""
         check_input(self, x_BTD, self.up.in_features, context)

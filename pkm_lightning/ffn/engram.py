@@ -18,6 +18,7 @@ from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_in
 from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.ffn.held_tables import hold_tables
 from pkm_lightning.ffn.inputs import check_tokens
+from pkm_lightning.ffn.zero_start import zero_rows
 from pkm_lightning.memory import TableReference, ValueTable, count_parameters
 from pkm_lightning.memory.canonical_tokens import canonical_ids
 from pkm_lightning.memory.causal_convolution import CausalConvolution
@@ -203,6 +204,16 @@ class Engram(nn.Module):
             nn.init.normal_(self.key.weight, std=std)
         nn.init.normal_(self.value.weight, std=std * (2 * self.n_layers) ** -0.5)
         self.conv.reset_parameters()
+
+    def zero_output(self) -> None:
+        """Sets the rows to zero, or where they must stay W_V.
+
+        Raises:
+            ConfigError: `norm_eps` is 0, and the norm in front of the convolution divides a value of zero by zero.
+        """
+        if self.conv_norm.eps == 0:
+            raise ConfigError("ffn.norm_eps=0 normalises an output of zero to NaN; set 1e-6 to start with one.")
+        zero_rows(self, self.reference.table, self.value.weight)
 
     def bind_tokenizer(self, tokenizer: Any) -> None:
         """Takes the end-of-text token from the tokenizer of the data, and with `canonical` its folded vocabulary.

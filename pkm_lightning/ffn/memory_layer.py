@@ -14,6 +14,7 @@ from pkm_lightning.errors import check_integer
 from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.ffn.held_tables import hold_tables
 from pkm_lightning.ffn.inputs import check_input
+from pkm_lightning.ffn.zero_start import zero_rows
 from pkm_lightning.memory import Addressing, Cures, Values, ValueTable, count_parameters, product_slots
 from pkm_lightning.memory.batch_norm import MaskedBatchNorm
 
@@ -126,6 +127,11 @@ class MemoryLayer(ProductKeyFFN):
         """Draws queries and sub-keys as `Addressing` does, and the map of the values as `Values` does."""
         self.addressing.reset_parameters()
         self.values.reset_parameters()
+
+    def zero_output(self) -> None:
+        """Sets the rows to zero, or where they must stay the map of the values."""
+        projection = self.values.projection
+        zero_rows(self, self.values.table, None if projection is None else projection.weight)
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds the slots read and their weights."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pkm_lightning.errors import check_choice, check_flag
 from pkm_lightning.ffn.memory_layer import MemoryLayer
+from pkm_lightning.ffn.zero_start import zero_rows
 from pkm_lightning.memory import ValueTable
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ class MemoryPlus(MemoryLayer):
             fan = self.gate.out_features if self.gate_kind == "swilu" else self.gate.in_features
             nn.init.normal_(self.gate.weight, std=fan**-0.5)
         nn.init.normal_(self.out.weight, std=self.out.out_features**-0.5)
+
+    def zero_output(self) -> None:
+        """Sets the rows to zero, or where they must stay W2."""
+        zero_rows(self, self.values.table, self.out.weight)
 
     def during_read(self, x_TD: Tensor) -> Tensor | None:
         """Computes the gate, (T, V) or (T, 1), or None without one."""

@@ -139,6 +139,12 @@ class MoE(nn.Module):
         if self.balancing == "bias":
             self.bias_steps.zero_()
 
+    def zero_output(self) -> None:
+        """Sets the output matrices of all experts to zero."""
+        self.experts.zero_output()
+        if self.shared is not None:
+            self.shared.zero_output()
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Routes every token of `x_BTD`; the trace holds the experts chosen and their weights."""
         check_input(self, x_BTD, self.router.weight.shape[-1], context)

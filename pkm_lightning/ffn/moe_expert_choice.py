@@ -100,6 +100,10 @@ class ExpertChoiceMoE(nn.Module):
         self.router.reset_parameters()
         self.experts.reset_parameters()
 
+    def zero_output(self) -> None:
+        """Sets the output matrices of all experts to zero."""
+        self.experts.zero_output()
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Routes by expert choice in training mode, else by token choice.
 

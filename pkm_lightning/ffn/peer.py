@@ -16,6 +16,7 @@ from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, S
 from pkm_lightning.ffn.held_tables import hold_tables
 from pkm_lightning.ffn.inputs import check_input
 from pkm_lightning.ffn.memory_layer import ProductKeyFFN
+from pkm_lightning.ffn.zero_start import zero_rows
 from pkm_lightning.memory import Addressing, Cures, TableReference, ValueTable, count_parameters, product_slots
 
 if TYPE_CHECKING:
@@ -111,6 +112,10 @@ class PEER(ProductKeyFFN):
     def reset_parameters(self) -> None:
         """Draws the query xavier-uniform with zero bias, and the sub-keys uniform in +-1/sqrt(key_dim)."""
         self.addressing.reset_parameters()
+
+    def zero_output(self) -> None:
+        """Sets the output vectors of the experts to zero."""
+        zero_rows(self, self.tables[-1], None)
 
     @property
     def tables(self) -> list[ValueTable]:

@@ -118,6 +118,13 @@ class PLE(TokenTableFFN):
         # The norm makes the output as large as its gain: with 1 it would drown a stream of branches that start smaller.
         nn.init.constant_(self.norm.weight, (2 * self.n_layers) ** -0.5)
 
+    def zero_output(self) -> None:
+        """Sets the gain of the output to zero, since rows do not bound an output that is normalised after them.
+
+        The gain has to learn before the rows can.
+        """
+        nn.init.zeros_(self.norm.weight)
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns what is added to the residual stream `x_BTD`; the trace holds the rows read.
 

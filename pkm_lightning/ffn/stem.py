@@ -15,6 +15,7 @@ from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, T
 from pkm_lightning.ffn.held_tables import hold_tables
 from pkm_lightning.ffn.inputs import check_tokens
 from pkm_lightning.ffn.token_table import TokenTableFFN
+from pkm_lightning.ffn.zero_start import zero_rows
 from pkm_lightning.memory import ValueTable, count_parameters
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class STEM(TokenTableFFN):
         """Draws both matrices from N(0, 1/fan_in), and the output's divided by sqrt(2 n_layers)."""
         nn.init.normal_(self.gate.weight, std=self.gate.in_features**-0.5)
         nn.init.normal_(self.out.weight, std=(self.out.in_features * 2 * self.n_layers) ** -0.5)
+
+    def zero_output(self) -> None:
+        """Sets the rows to zero, or where they must stay W_d."""
+        zero_rows(self, self.table, self.out.weight)
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns the output for every token; the trace holds the rows read."""

@@ -15,6 +15,7 @@ from pkm_lightning.errors import ConfigError, check_integer, check_range
 from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.ffn.held_tables import hold_tables
 from pkm_lightning.ffn.inputs import check_input
+from pkm_lightning.ffn.zero_start import zero_rows
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, count_parameters, half_key_dim, product_slots
 from pkm_lightning.memory.tucker_keys import check_slices, sliced_ids
 
@@ -171,6 +172,10 @@ class UltraMem(nn.Module):
         nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
         with torch.no_grad():
             self.shuffle.copy_(torch.randperm(len(self.shuffle), device=self.shuffle.device))
+
+    def zero_output(self) -> None:
+        """Sets the rows to zero, or where they must stay every W_p."""
+        zero_rows(self, self.reference.table, self.out.weight)
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds physical rows, virtual slots and summed scores."""

@@ -10,6 +10,7 @@ from pkm_lightning.errors import check_choice, check_integer, check_range
 from pkm_lightning.ffn.base import NO_CONTEXT, FFNContext, FFNCost, FFNOutput, Slots, TableRead, TableSpec
 from pkm_lightning.ffn.held_tables import hold_tables
 from pkm_lightning.ffn.inputs import check_input
+from pkm_lightning.ffn.zero_start import zero_rows
 from pkm_lightning.memory import TableReference, TuckerKeys, ValueTable, count_parameters, half_key_dim, product_slots
 from pkm_lightning.memory.cures import balance_loss, mean_probabilities
 from pkm_lightning.memory.tucker_keys import TuckerRead, check_slices, selected_moments, sliced_ids
@@ -165,6 +166,10 @@ class UltraMemV2(nn.Module):
         dim, values = self.out.weight.shape
         nn.init.normal_(self.out.weight, std=values**-0.5)
         nn.init.normal_(self.pre.weight, std=(dim * values) ** -0.5 / self.table_std)
+
+    def zero_output(self) -> None:
+        """Sets the values to zero, or where they must stay W; pre-values keep theirs."""
+        zero_rows(self, self.values.table, self.out.weight)
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds the slots and their scores."""

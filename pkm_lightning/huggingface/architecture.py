@@ -1,7 +1,8 @@
-"""What a folder describes: plain Llama, the pretrained architecture that was trained, or the class of this package."""
+"""What a folder describes: plain Llama, the pretrained model that was trained, with its plugins, or our own class."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,11 @@ from pkm_lightning.checkpoints.reader import SavedCheckpoint, later_buffers
 from pkm_lightning.errors import CheckpointError, ConfigError
 from pkm_lightning.huggingface.folder_keys import CLASS, GROUPS, OPTIONAL_GROUP
 from pkm_lightning.huggingface.llama import is_llama, llama_config, llama_names
+from pkm_lightning.huggingface.plugged_folder import NETWORK, check_rows_at_hand, plugged_config, plugged_names
 from pkm_lightning.model import Transformer
 
-#: Before the names of transformers in the weights of a pretrained trunk.
-_NETWORK = "network."
+#: Before the names of weights in a checkpoint.
+_WEIGHTS = "state_dict.model."
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,12 @@ class Architecture:
     Attributes:
         config: content of config.json.
         names: name in the folder of each weight; None where the folder is this package's and keeps the names.
+        needs_package: whether transformers knows the class from this package only.
     """
 
     config: dict[str, Any]
     names: dict[str, str] | None
+    needs_package: bool = False
 
     @property
     def loaded_by(self) -> str:
@@ -55,8 +59,15 @@ def describe(saved: SavedCheckpoint, content: SavedCheckpoint | QuantizedCheckpo
     if model is not None and isinstance(pretrained, dict):
         # `auto_map` is for code in the folder that the model came from, which was not run.
         known = {key: value for key, value in pretrained.items() if key != "auto_map"}
-        return Architecture(known, {name: name.removeprefix(_NETWORK) for name in model.state_dict()})
-    return Architecture({**_class_config(config), **length}, None)
+        weights = [name.removeprefix(_WEIGHTS) for name in content.shapes if name.startswith(_WEIGHTS)]
+        if any(True for _ in model.plugins()):
+            check_rows_at_hand(model, f"ckpt={saved.path}")
+            # In this module transformers is imported, which a pretrained model has needed already.
+            causal_class = importlib.import_module("pkm_lightning.huggingface.plugged").causal_class
+            described = plugged_config(config, known, causal_class(known["model_type"]))
+            return Architecture(described, plugged_names(config, model, weights), needs_package=True)
+        return Architecture(known, {name: name.removeprefix(NETWORK) for name in weights})
+    return Architecture({**_class_config(config), **length}, None, needs_package=True)
 
 
 def _shapes(checkpoint: SavedCheckpoint) -> Any:

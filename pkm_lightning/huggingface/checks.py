@@ -6,38 +6,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pkm_lightning.build.instantiate import target_class
+from pkm_lightning.build.kinds import keyword_annotations
+from pkm_lightning.build.variants import EXTRAS, OWN_FFN
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
 from pkm_lightning.data.tokenizer_choice import TokenizerChoice
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.huggingface.files import PretrainedFiles
 
-_OWN_FFN = "pkm_lightning.huggingface.PretrainedFFN"
-
 
 def check_ffn(config: Mapping[str, Any]) -> None:
-    """Refuses plugins: a pretrained model keeps the FFN that it has.
+    """Refuses what plugins in a pretrained model cannot do.
 
     Raises:
-        ConfigError: naming the FFN that was chosen.
+        ConfigError: naming the key, its value and what to set instead.
     """
-    extras, base = config.get("extra_ffns") or {}, (config.get("model") or {}).get("base_ffn")
-    if extras:
-        raise ConfigError(
-            f"extra_ffns={','.join(map(str, extras))} cannot be put into a pretrained model, which keeps its own FFN; "
-            "leave extra_ffns out of the command."
-        )
+    base = (config.get("model") or {}).get("base_ffn")
     if base:
         raise ConfigError(
             f"model.base_ffn={str(base.get('_target_')).rpartition('.')[2]} cannot be put into a pretrained model, "
-            "which keeps its own FFN; leave ffn@model.base_ffn out of the command."
+            "whose layers keep their own FFN; leave ffn@model.base_ffn out of the command."
         )
-    chosen = (config.get("ffn") or {}).get("_target_")
-    if chosen != _OWN_FFN:
+    if config.get("match", "none") != "none":
         raise ConfigError(
-            f"ffn={str(chosen).rpartition('.')[2]} cannot be put into a pretrained model, which keeps its own FFN; "
-            "leave ffn out of the command, or set ffn=pretrained."
+            f"match={config['match']} sizes an FFN by that of the package's own model, which a pretrained model does "
+            "not have; leave match out, and set the sizes of ffn, such as ffn.n_keys."
         )
+    of_main = config.get("placement") or {}
+    if (config.get("ffn") or {}).get("_target_") != OWN_FFN and of_main.get("write_after", 0) != 0:
+        delay = "null" if of_main["write_after"] is None else of_main["write_after"]
+        raise ConfigError(
+            f"placement.write_after={delay} is not offered in a pretrained model, whose layers add an output where it "
+            "is computed; set placement.layers=[LAYER,...] placement.mode=parallel placement.write_after=0."
+        )
+
+
+def with_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `config` with the pretrained model's sizes where a YAML takes them from `model`, which had none so far.
+
+    Args:
+        config: the whole configuration, completed by what the model's files say.
+    """
+    model = config["model"]
+    sizes = {"hidden_dim": model.get("ffn_dim"), "norm_eps": model.get("norm_eps")}
+    sizes["dense_hidden_dim"] = sizes["hidden_dim"]
+
+    def completed(ffn: dict[str, Any]) -> dict[str, Any]:
+        kinds = keyword_annotations(target_class(ffn, "ffn"))
+        # Where null is no value of the key itself.
+        absent = [key for key in sizes if key in ffn and ffn[key] is None and kinds.get(key) in (int, float)]
+        return {**ffn, **{key: sizes[key] for key in absent}}
+
+    extras = {
+        name: {**extra, "ffn": completed(extra["ffn"])} for name, extra in (config.get(EXTRAS) or {}).items() if extra
+    }
+    return {**config, "ffn": completed(config["ffn"]), **({EXTRAS: extras} if extras else {})}
 
 
 def check_data(config: Mapping[str, Any], files: PretrainedFiles, settings: Any) -> None:

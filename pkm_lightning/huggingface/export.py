@@ -87,7 +87,7 @@ def write_folder(checkpoint: SavedCheckpoint, folder: Path, quantize: str | None
             _write_json(beside / "generation_config.json", ids)
             if tokenizer is not None:
                 write_tokenizer(tokenizer, beside, context, find_companion(checkpoint.path, CHAT_TEMPLATE))
-            card = model_card(checkpoint, run_folder(checkpoint.path), needs_package=architecture.names is None)
+            card = model_card(checkpoint, run_folder(checkpoint.path), needs_package=architecture.needs_package)
             (beside / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(

@@ -25,6 +25,7 @@ from pkm_lightning.data.pretrained_files import (
 )
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError, DataError, missing_extra, nearest
+from pkm_lightning.huggingface.folder_keys import PLUGGED_TYPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -178,6 +179,11 @@ def check_architecture(architecture: Mapping[str, Any], source: str) -> None:
         ConfigError: naming what is supported.
     """
     kind = architecture.get("model_type")
+    if str(kind).startswith(PLUGGED_TYPE):
+        raise ConfigError(
+            f"{source} is a pretrained model with plugins (model_type={kind!r}), whose folders are for transformers: "
+            "load it by AutoModelForCausalLM after import pkm_lightning.huggingface, or use the run that it comes from."
+        )
     if kind not in SUPPORTED:
         raise ConfigError(
             f"{source} is of model_type={kind!r}; supported: {', '.join(SUPPORTED)}.{nearest(str(kind), SUPPORTED)}"

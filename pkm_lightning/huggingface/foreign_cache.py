@@ -76,6 +76,9 @@ class ForeignCache(DecodingCache):
         """Appends T positions to what the call of the same number in earlier forwards appended; returns all, (B, P, C).
 
         A model makes the same calls in the same order in every forward.
+
+        Raises:
+            ValueError: earlier tokens of the keeper come from a forward without this call.
         """
         if self.keeper is None:
             return new_BTC
@@ -86,6 +89,12 @@ class ForeignCache(DecodingCache):
         # In the place of keys; a cache reorders and crops values along with them.
         keys_B1PC, _ = self.keeper.layers[number].update(new_BTC.unsqueeze(1), new_BTC[:, None, :, :0])
         whole_BPC: Tensor = keys_B1PC.squeeze(1)
+        before = whole_BPC.shape[1] - new_BTC.shape[1]
+        if before != self.length:
+            raise ValueError(
+                f"cache: it holds {self.length} tokens, and a plugin has seen {before} of them; give the one that this "
+                "model has returned, or begin with an empty one."
+            )
         return whole_BPC
 
     def begin(self, input_ids_BT: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:

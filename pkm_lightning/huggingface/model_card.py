@@ -12,6 +12,7 @@ import yaml
 
 import pkm_lightning
 from pkm_lightning.build.instantiate import check_trusted, instantiate
+from pkm_lightning.build.replay import add_replay
 from pkm_lightning.checkpoints.export import weight_shapes
 from pkm_lightning.checkpoints.reader import SavedCheckpoint
 from pkm_lightning.data.datamodule import TokenDataModule
@@ -112,7 +113,11 @@ def data_sources(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         check_trusted(config["data"], "data")
         data = instantiate(config["data"], "data")
-        return data.prepared_sources() if isinstance(data, TokenDataModule) else []
+        if not isinstance(data, TokenDataModule):
+            return []
+        add_replay(data, config)
+        replayed = [] if data.replay is None else data.replay.data.prepared_sources()
+        return [*data.prepared_sources(), *replayed]
     except (PkmError, OSError, ValueError, KeyError):
         return []
 

@@ -8,8 +8,9 @@ Letters: M selected positions, W vocabulary, P keys: T, and what is cached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +19,18 @@ from torch import Tensor, nn
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
 from pkm_lightning.errors import ConfigError, DataError, check_flag
-from pkm_lightning.huggingface.checks import check_data, check_ffn
+from pkm_lightning.ffn import FFNContext
+from pkm_lightning.huggingface.checks import check_data, check_ffn, with_sizes
 from pkm_lightning.huggingface.diagnostics import add_diagnostics
 from pkm_lightning.huggingface.files import PretrainedFiles, make_config, make_network, read_model
-from pkm_lightning.memory import ValueTable
+from pkm_lightning.huggingface.retrofit import ffn_dim, load_trunk, new_parameters, norm_eps, put_plugins
+from pkm_lightning.memory import ValueTable, take_over_tables
 from pkm_lightning.model import ModelOutput, PartCost
 from pkm_lightning.model.attention import document_mask as mask_of_documents
+from pkm_lightning.model.cache import all_cacheable, check_cacheable
+from pkm_lightning.model.initialisation import initialise_plugins
+from pkm_lightning.model.plugged_layer import PluggedLayer, decoder_call
+from pkm_lightning.model.plugin_outputs import ModelReports, merged_outputs
 from pkm_lightning.model.rope import document_positions
 
 if TYPE_CHECKING:
@@ -42,6 +49,8 @@ class PretrainedTransformer(nn.Module):
         document_mask: attend within a document only, where the batch has `doc_ids`.
         reset_positions: positions start at 0 with every document, where the batch has `doc_ids`.
         activation_checkpointing: recompute each block in backward instead of keeping its activations.
+        plugins: FFN plugins by the number of their layer and `placement.mode`.
+        tables: the value tables that the plugins read, each once.
 
     Attributes:
         network: the model of transformers, `LlamaForCausalLM` for example.
@@ -58,6 +67,8 @@ class PretrainedTransformer(nn.Module):
         document_mask: bool,
         reset_positions: bool,
         activation_checkpointing: bool,
+        plugins: Mapping[int, Mapping[str, nn.Module]] = MappingProxyType({}),
+        tables: Iterable[ValueTable] = (),
     ) -> None:
         super().__init__()
         for name, value in (("document_mask", document_mask), ("reset_positions", reset_positions)):
@@ -68,7 +79,9 @@ class PretrainedTransformer(nn.Module):
         self.network: Any = make_network(self.config, f"model.path={path}", torch.get_default_dtype())
         attention = "attn" if self.config.model_type == "gpt2" else "self_attn"
         add_diagnostics(block.get_submodule(attention) for block in self.blocks)
-        self.tables = nn.ModuleList()
+        self.tables = nn.ModuleList(tables)
+        put_plugins(self.blocks, plugins, self.config)
+        take_over_tables(self.network, self.tables)
         self.activation_checkpointing = activation_checkpointing
         self.register_state_dict_post_hook(_without_tied)
         self.register_load_state_dict_pre_hook(_with_tied)
@@ -81,14 +94,14 @@ class PretrainedTransformer(nn.Module):
         That of a saved run holds them already, and no file is read.
 
         Raises:
-            ConfigError: another FFN, a tokenizer of another model, or an architecture that is not supported.
+            ConfigError: an FFN or an architecture that is not offered, or a tokenizer of another model.
             DataError: files that are missing or damaged.
             CheckpointError: weights of another architecture.
         """
         check_ffn(config)
         model = config["model"]
         if "architecture" in model:
-            return config
+            return with_sizes(config)
         if not isinstance(model.get("path"), str):
             raise ConfigError(f"model.path={model.get('path')} is no path; give that of a folder or a .gguf file.")
         cache_dir = (config.get("data") or {}).get("cache_dir")
@@ -100,6 +113,8 @@ class PretrainedTransformer(nn.Module):
             "architecture": {**files.architecture, "eos_token_id": ends},
             "dim": settings.hidden_size,
             "n_layers": settings.num_hidden_layers,
+            "ffn_dim": ffn_dim(settings),
+            "norm_eps": norm_eps(settings),
             "vocab_size": settings.vocab_size,
             "tokenizer_digest": None if files.tokenizer is None else files.tokenizer.digest,
         }
@@ -108,7 +123,7 @@ class PretrainedTransformer(nn.Module):
         with torch.device("meta"):
             arguments = {name: model[name] for name in ("document_mask", "reset_positions", "activation_checkpointing")}
             files.check_weights(cls(path=found["path"], architecture=files.architecture, **arguments).network)
-        return {**config, "model": {**model, **found}}
+        return with_sizes({**config, "model": {**model, **found}})
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -149,8 +164,8 @@ class PretrainedTransformer(nn.Module):
 
     @property
     def value_tables(self) -> list[ValueTable]:
-        """None: a pretrained model has no value table."""
-        return []
+        """All value tables: those that the model owns and those that a plugin owns itself."""
+        return [module for module in self.modules() if isinstance(module, ValueTable)]
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -160,20 +175,23 @@ class PretrainedTransformer(nn.Module):
 
     @property
     def is_cacheable(self) -> bool:
-        """True: only attention reads other tokens."""
-        return True
+        """Whether all FFN plugins state that they read no other token, or take earlier ones from a cache."""
+        return all_cacheable(self.plugins())
 
     def plugins(self) -> Iterator[tuple[int, str, nn.Module]]:
-        """Yields nothing: every layer keeps the FFN that it has."""
-        yield from ()
+        """Yields layer, name within the layer and module of each FFN plugin; FFNs that layers keep are none."""
+        for layer in self._plugged_layers():
+            for name, plugin in layer.named_plugins():
+                yield layer.number, name, plugin
 
     def init_weights(self, seed: int, *, replaced: bool = False) -> None:
-        """Reads the pretrained weights; `seed` has no effect.
+        """Reads the pretrained weights, and draws those of plugins and tables from `seed`.
 
         Raises:
             DataError: the model's files are not there any more.
             CheckpointError: they have changed.
         """
+        initialise_plugins(self, seed)
         if replaced:
             return
         path = Path(self.path)
@@ -186,7 +204,7 @@ class PretrainedTransformer(nn.Module):
         # On the CPU whatever the surrounding device context is, and from there into the parameters that there are.
         with torch.device("cpu"):
             read = read_model(path, self.config, embedding.dtype)
-        self.network.load_state_dict(read.state_dict())
+        load_trunk(self.network, read.state_dict())
 
     def compile_blocks(self) -> None:
         """Compiles each block in place, which leaves parameter names unchanged."""
@@ -216,16 +234,26 @@ class PretrainedTransformer(nn.Module):
             # Whole masks: from positions alone transformers would guess where documents begin.
             mask_B1TP = mask_of_documents(doc_ids_BT if self.document_mask else torch.zeros_like(doc_ids_BT))
             positions_BT = document_positions(doc_ids_BT) if self.reset_positions else None
-        output = self.network.base_model(
-            input_ids=input_ids_BT,
-            attention_mask=self._masks(mask_B1TP, input_ids_BT, cache),
-            position_ids=positions_BT,
-            cache=None if cache is None else cache.states,  # type: ignore[attr-defined]
-            use_cache=cache is not None,
-        )
+        plugged = self._plugged_layers()
+        # Outside of the decoder only where plugins may ask for it: otherwise transformers embeds the ids.
+        embedding_BTD = self.embedding(input_ids_BT) if plugged else None
+        context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe, embedding_BTD=embedding_BTD)
+        with decoder_call(plugged, context, None if cache is None else cache.layers) as call:
+            decoded = self.network.base_model(
+                **({"input_ids": input_ids_BT} if embedding_BTD is None else {"inputs_embeds": embedding_BTD}),
+                attention_mask=self._masks(mask_B1TP, input_ids_BT, cache),
+                position_ids=positions_BT,
+                cache=None if cache is None else cache.states,  # type: ignore[attr-defined]
+                use_cache=cache is not None,
+            )
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
-        return ModelOutput(output.last_hidden_state)
+        output = ModelOutput(decoded.last_hidden_state)
+        reports = ModelReports(output)
+        for layer, outputs in call.outputs.items():
+            reports.add(layer, merged_outputs(output.hidden_BTD, outputs))
+        reports.finish()
+        return output
 
     def unembed(self, hidden_MD: Tensor) -> Tensor:
         """Returns logits over the vocabulary for any selection of hidden states, (..., D) -> (..., W)."""
@@ -237,9 +265,11 @@ class PretrainedTransformer(nn.Module):
 
         Raises:
             ConfigError: more tokens than a model with learned positions has.
+            ValueError: an FFN plugin may read earlier tokens in other ways than from a cache.
         """
         from pkm_lightning.huggingface.trunk_cache import PretrainedCache
 
+        check_cacheable(self.plugins())
         limit = learned_positions(self.config)
         if limit is not None and capacity > limit:
             raise ConfigError(
@@ -253,19 +283,23 @@ class PretrainedTransformer(nn.Module):
     def own_cost(self, context: int) -> PartCost:
         """Returns the cost of the layers and norms, with `context` tokens in attention.
 
-        Every matrix of a layer multiplies every token; biases and gains count no FLOPs. Of learned positions one row is
-        active.
+        An `mlp` that a plugin stands beside is counted here, as are the norms in front of plugins. Every matrix of a
+        layer multiplies every token; biases and gains count no FLOPs. Of learned positions one row is active.
         """
         settings, embedding = self.config, self.embedding.weight
-        inside = [p for block in self.blocks for p in block.parameters()]
+        new = new_parameters(self.blocks)
+        inside = [p for block in self.blocks for p in block.parameters() if p not in new]
         head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
         attention = 4 * context * settings.num_attention_heads * head_dim * settings.num_hidden_layers
-        decoder = sum(p.numel() for p in self.network.base_model.parameters() if p is not embedding)
+        decoder = sum(p.numel() for p in self.network.base_model.parameters() if p is not embedding and p not in new)
         limit = learned_positions(settings)
         return PartCost(
             active_params=decoder - (0 if limit is None else (limit - 1) * settings.hidden_size),
             flops=2 * sum(p.numel() for p in inside if p.ndim >= 2) + attention,
         )
+
+    def _plugged_layers(self) -> list[PluggedLayer]:
+        return [block for block in self.blocks if isinstance(block, PluggedLayer)]
 
     def _masks(
         self, mask_B1TP: Tensor | None, input_ids_BT: Tensor, cache: DecodingCache | None

@@ -74,7 +74,9 @@ class EditedLines:
 
     def shared(self, lines_U: Int64[Tensor, " U"]) -> dict[str, int]:
         """Returns how many of these lines each of the present deltas touches, without those that touch none."""
-        counts = {name: int(torch.isin(lines_U.cpu(), present_U).sum()) for name, (present_U, _) in self._deltas.items()}
+        counts = {
+            name: int(torch.isin(lines_U.cpu(), present_U).sum()) for name, (present_U, _) in self._deltas.items()
+        }
         return {name: count for name, count in counts.items() if count}
 
     @torch.no_grad()

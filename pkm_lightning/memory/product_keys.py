@@ -6,7 +6,7 @@ where the heads share one; 2 is the two halves.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -55,6 +55,9 @@ class ProductKeys(nn.Module):
         shared: all heads use one set of sub-keys (PEER), instead of one set per head.
         bound: sub-keys are initialised uniform in +-bound; None takes 1/sqrt(key_dim).
     """
+
+    #: See `pkm_lightning.training.optimizer`.
+    parameter_roles: ClassVar[dict[str, str]] = {"keys": "key"}
 
     def __init__(
         self, *, heads: int, n_keys: int, key_dim: int, norm: bool, shared: bool = False, bound: float | None = None

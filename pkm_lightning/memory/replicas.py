@@ -40,8 +40,10 @@ class StagedReads(NamedTuple):
     source_rows_XV: Tensor
 
 
-def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> RowGradient | None:
+def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None, *, reads: int) -> RowGradient | None:
     """Returns the gradient of all ranks' reads, averaged over ranks as in data parallelism; None if no rank has read.
+
+    A rank whose rows nobody has read has an empty gradient, since the update of a table is collective.
 
     Collective: call on all ranks. With several replicas the host synchronises, to exchange the numbers of reads.
 
@@ -49,11 +51,13 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
         n_rows: rows of this rank's part.
         staged: the reads of this rank, or of all members of its group where the table is sharded.
         mesh: None: every rank of the default process group, if there is one, holds a copy.
+        reads: number of reads of the whole table, by this rank or all members of its group, of which `staged` are
+            those of rows that this rank holds and that learn.
     """
     world = dist.get_world_size() if is_distributed() else 1
     replicas = world if mesh is None else mesh.replicas
     if replicas == 1:
-        if not len(staged.source_rows_XV):
+        if not reads:
             return None
         mean = staged if world == 1 else staged._replace(coefficients_L=staged.coefficients_L / world)
         return row_gradient(n_rows, *mean)
@@ -61,14 +65,16 @@ def mean_gradient(n_rows: int, staged: StagedReads, mesh: TableMesh | None) -> R
     assert group is not None
     # Sorted before the exchange: the number of rows decides the scheme, and `rows` and `dense` need the sums.
     local = row_gradient(n_rows, *staged)
-    numbers = torch.tensor([len(staged.ids_L), len(staged.source_rows_XV), len(local.segments.rows_U)])
-    numbers_R3 = all_gather(numbers.to(staged.ids_L.device).unsqueeze(0), [1] * replicas, group).cpu()
-    reads, sources, rows = numbers_R3.T.tolist()
-    if not max(reads):
+    numbers = torch.tensor([reads, len(staged.ids_L), len(staged.source_rows_XV), len(local.segments.rows_U)])
+    numbers_R4 = all_gather(numbers.to(staged.ids_L.device).unsqueeze(0), [1] * replicas, group).cpu()
+    total, lengths, sources, rows = numbers_R4.T.tolist()
+    if not max(total):
         return None
-    scheme = cheapest_scheme(max(reads), max(sources), max(rows), n_rows, staged.source_rows_XV, replicas)
+    if not max(lengths):
+        return local
+    scheme = cheapest_scheme(max(lengths), max(sources), max(rows), n_rows, staged.source_rows_XV, replicas)
     if scheme == "reads":
-        merged = _gather_reads(staged, reads, sources, group)
+        merged = _gather_reads(staged, lengths, sources, group)
     elif scheme == "rows":
         merged = _gather_rows(local, rows, n_rows, group)
     else:

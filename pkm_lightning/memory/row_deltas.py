@@ -71,6 +71,7 @@ class RowDeltas(nn.Module):
         """Returns the places of ids among the deltas, U for a line without one."""
         U, ids_TK = len(self.lines_U), ids_TK.to(self.lines_U)
         places_TK = torch.searchsorted(self.lines_U, ids_TK)
-        is_among = self.lines_U[places_TK.clamp(max=U - 1)] == ids_TK if U else torch.zeros_like(ids_TK, dtype=bool)
+        is_among = (
+            self.lines_U[places_TK.clamp(max=U - 1)] == ids_TK if U else torch.zeros_like(ids_TK, dtype=torch.bool)
+        )
         return places_TK.where(is_among, U)
-

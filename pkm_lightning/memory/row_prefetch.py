@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pkm_lightning.memory.masked_reads import MaskableReads
+
 if TYPE_CHECKING:
     from jaxtyping import Int
 
@@ -36,7 +38,7 @@ _KEPT = 2
 _UPDATES = 4
 
 
-class ReadTable(nn.Module):
+class ReadTable(MaskableReads):
     """What is read of a `ValueTable`, which imports this module.
 
     It is a base class and no Protocol: from Python 3.12 on, `isinstance` sees no parameter of a module as a member.

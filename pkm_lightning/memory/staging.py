@@ -5,7 +5,8 @@ copy of them. Its backward copies the factors of the table's gradient into buffe
 are reused. The optimizer merges the reads of all layers and micro-batches of a step into one
 gradient per row. Forward and backward are custom operators, so that compiled blocks can call them.
 
-Letters: T tokens, or reads where a plugin reads several times per token, K lines per read, L = T * K, X source rows.
+Letters: T tokens, or reads where a plugin reads several times per token, K lines per read, L = T * K, X source rows,
+U lines that learn, M = N + 1 flags of the N lines of this rank.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pkm_lightning.memory.replicas import StagedReads, mean_gradient, norm_over_
 from pkm_lightning.ops.gathered_rows import default_backend
 from pkm_lightning.ops.gathered_rows.operator import copy_rows
 from pkm_lightning.ops.row_update import RowGradient, row_gradient_norm
-from pkm_lightning.ops.segments import read_sources
+from pkm_lightning.ops.segments import check_indices, read_sources
 
 if TYPE_CHECKING:
     from pkm_lightning.memory.mesh import TableMesh
@@ -52,7 +53,10 @@ class RowStage:
 
     def __init__(self, n_rows: int, mesh: TableMesh | None = None) -> None:
         self.n_rows, self.mesh, self.was_read, self.has_optimizer = n_rows, mesh, False, False
-        self._passes, self._last_pass = 0, -1
+        self._passes, self._last_pass, self._reads = 0, -1, 0
+        # A flag per line and one more, always False, for lines of other ranks; None: all lines learn.
+        self._learns_M: Tensor | None = None
+        self._learning_U: Tensor | None = None
         handle = next(_handles)
         _stages[handle] = self
         # A tensor, because torch.compile specialises on numbers and would compile a block once per table.
@@ -115,6 +119,7 @@ class RowStage:
         """
         self._count_pass()
         self._gradient = None
+        self._reads += len(ids_L)
         if self.mesh is not None and self.mesh.shard == "row" and ids_L.device.type == "cpu":
             # On an accelerator the host would have to wait for the number of remaining reads.
             is_local_L = ids_L < self.n_rows
@@ -153,8 +158,32 @@ class RowStage:
         if self._gradient is None:
             ids_L, rows_XV = self._ids.filled(table_NV[:0, 0].int()), self._rows.filled(table_NV[:0])
             staged = StagedReads(ids_L, *self._factors(ids_L, _sum_dtype(table_NV)), rows_XV)
-            self._gradient = mean_gradient(self.n_rows, staged, self.mesh)
+            if self._learns_M is not None:
+                staged = _only(staged, self._learns_M)
+            self._gradient = mean_gradient(self.n_rows, staged, self.mesh, reads=self._reads)
         return self._gradient
+
+    def restrict(self, lines_U: Tensor | None) -> None:
+        """Cuts the gradient to some lines, in this and all later steps: others keep values and optimizer states.
+
+        Norm and update are then those of a step that has read these lines only.
+
+        Args:
+            lines_U: numbers of lines within this rank's part, on the device of the table; `n_rows` stands for a line
+                of another rank. None: all lines learn.
+        """
+        self._gradient = None
+        if lines_U is None:
+            self._learns_M = self._learning_U = None
+            return
+        check_indices("RowStage.restrict", "lines", lines_U, self.n_rows + 1)
+        if self._learns_M is None or self._learns_M.device != lines_U.device:
+            self._learns_M = torch.zeros(self.n_rows + 1, dtype=torch.bool, device=lines_U.device)
+        elif self._learning_U is not None:
+            self._learns_M[self._learning_U] = False  # few flags instead of all: a table may have 1e8 lines
+        self._learns_M[lines_U] = True
+        self._learns_M[-1] = False
+        self._learning_U = lines_U
 
     def _factors(self, ids_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns coefficients and sources of all reads; those that are implied are kept from step to step."""
@@ -179,7 +208,7 @@ class RowStage:
         for buffer in (self._ids, self._coefficients, self._sources, self._rows):
             buffer.length = 0
         self._gradient, self.scale = None, 1.0
-        self._passes = 0
+        self._passes = self._reads = 0
 
     def _count_pass(self) -> None:
         """Counts backward passes since the reads were last taken: they would fill the memory, and teach nothing."""
@@ -234,6 +263,16 @@ def _unit_factors(ids_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns coefficients and sources of reads that have a source row each: ones, and 0, 1, 2, ..."""
     numbers_L = torch.arange(len(ids_L), dtype=torch.int32, device=ids_L.device)
     return torch.ones(len(ids_L), dtype=dtype, device=ids_L.device), numbers_L
+
+
+def _only(staged: StagedReads, learns_M: Tensor) -> StagedReads:
+    """Returns the staged reads of the lines whose flag is True."""
+    keep_L = learns_M[staged.ids_L]
+    if keep_L.device.type == "cpu":
+        ids_L, coefficients_L, sources_L, source_rows_XV = staged
+        return StagedReads(ids_L[keep_L], coefficients_L[keep_L], sources_L[keep_L], source_rows_XV)
+    # On an accelerator the host would wait for their number: the others count as lines of another rank.
+    return staged._replace(ids_L=torch.where(keep_L, staged.ids_L, len(learns_M) - 1))
 
 
 def _stage(handle: Tensor) -> RowStage:

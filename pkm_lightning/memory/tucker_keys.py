@@ -92,7 +92,7 @@ class TuckerKeys(nn.Module):
     """
 
     #: A core is a few numbers near a known value, like a gain: weight decay would only shrink the scores.
-    parameter_roles: ClassVar[dict[str, str]] = {"cores": "norm"}
+    parameter_roles: ClassVar[dict[str, str]] = {"cores": "norm", "keys": "key"}
     #: Buffers that checkpoints of version 0.1 lack; they then keep their initial values.
     later_buffers: ClassVar[tuple[str, ...]] = ("pair",)
 

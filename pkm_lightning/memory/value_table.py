@@ -62,7 +62,6 @@ class ValueTable(ReadTable):
     Attributes:
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
-        reads_zeros: whether reads return zeros; set by `zero_reads`.
         deltas: what is added to the lines that are read; set by `deltas_added`.
         first_rows: finds the file with the initial rows of a table that learns; None where they are drawn.
         prefetcher: has the rows of coming reads, in training and evaluation of some tables; else None.
@@ -105,7 +104,7 @@ class ValueTable(ReadTable):
         if dim % slices:
             raise ConfigError(f"slices={slices} does not divide the {dim} values of a row; choose a divisor of {dim}.")
         self.rows, self.dim, self.slices, self.mesh = rows, dim, slices, mesh
-        self.reads_zeros, self.deltas = False, None
+        self.deltas = None
         self.stored, self.first_rows, self.prefetcher = stored, None, None
         self.std = dim**-0.5 if std is None else std
         self.learning, self.stays_on_cpu, self.is_mapped = learning, device == "cpu", device == "mmap"
@@ -208,6 +207,7 @@ class ValueTable(ReadTable):
         With a table sharded by `dim`, the sums are exchanged between ranks while other work is done in between, and so
         are their gradients in backward.
         """
+        weights_TK = self.masked(weights_TK, ids_TK)
         if self.is_split:
             read = functools.partial(self._sum, n_groups=n_groups)
             assert self.mesh is not None
@@ -229,7 +229,7 @@ class ValueTable(ReadTable):
             dots_TK = self._dot(x_TV, ids_TK, ids_TK)
         if self.deltas is not None:
             dots_TK = self.deltas.add_dot(dots_TK, x_TV, ids_TK)
-        return torch.zeros_like(dots_TK) if self.reads_zeros else dots_TK
+        return self.masked(dots_TK, ids_TK)
 
     def gather(self, ids_TK: Int[Tensor, "T K"]) -> Float[Tensor, "T K V"]:
         """Returns the lines `ids` one by one, in the table's dtype (float32 where the table is quantised)."""
@@ -240,7 +240,7 @@ class ValueTable(ReadTable):
             lines_TKV = self._gather(ids_TK, ids_TK)
         if self.deltas is not None:
             lines_TKV = self.deltas.add_lines(lines_TKV, ids_TK)
-        return torch.zeros_like(lines_TKV) if self.reads_zeros else lines_TKV
+        return self.masked(lines_TKV, ids_TK)
 
     @property
     def size(self) -> int:

@@ -38,16 +38,12 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
 
-        def norm_of(plugin: nn.Module | None) -> nn.RMSNorm | None:
-            needs_none = plugin is None or getattr(plugin, "normalises_input", False)
-            return None if needs_none else nn.RMSNorm(dim, eps=norm_eps)
-
-        self.before_norm, self.before = norm_of(before), before
+        self.before_norm, self.before = stream_norm(before, dim, norm_eps), before
         self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.attention = attention
         self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.ffn = ffn
-        self.after_norm, self.after = norm_of(after), after
+        self.after_norm, self.after = stream_norm(after, dim, norm_eps), after
 
     def norms(self) -> list[nn.RMSNorm]:
         """Returns the norms of the block itself, not those within plugins."""
@@ -60,23 +56,29 @@ class Block(nn.Module):
         """Returns the plugins' output with `y_BTD` replaced by the new residual stream."""
         outputs: dict[str, FFNOutput] = {}
         if self.before is not None:
-            outputs["before"] = _run("before", self.before, self.before_norm, x_BTD, context, cached)
+            outputs["before"] = run_plugin("before", self.before, self.before_norm, x_BTD, context, cached)
             x_BTD = x_BTD + outputs["before"].y_BTD
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), shared, cached)
-        outputs["ffn"] = _run("ffn", self.ffn, self.ffn_norm, x_BTD, context, cached)
+        outputs["ffn"] = run_plugin("ffn", self.ffn, self.ffn_norm, x_BTD, context, cached)
         x_BTD = x_BTD + outputs["ffn"].y_BTD
         if self.after is not None:
-            outputs["after"] = _run("after", self.after, self.after_norm, x_BTD, context, cached)
+            outputs["after"] = run_plugin("after", self.after, self.after_norm, x_BTD, context, cached)
             x_BTD = x_BTD + outputs["after"].y_BTD
         if len(outputs) == 1:
             return replaced(outputs["ffn"], y_BTD=x_BTD)
         return merged_outputs(x_BTD, outputs)
 
 
-def _run(
+def stream_norm(plugin: nn.Module | None, dim: int, eps: float) -> nn.RMSNorm | None:
+    """Returns the norm of the residual stream in front of `plugin`; None where it normalises its input itself."""
+    needs_none = plugin is None or getattr(plugin, "normalises_input", False)
+    return None if needs_none else nn.RMSNorm(dim, eps=eps)
+
+
+def run_plugin(
     name: str,
     plugin: nn.Module,
-    norm: nn.RMSNorm | None,
+    norm: nn.Module | None,
     x_BTD: Tensor,
     context: FFNContext,
     cached: LayerCache | None,

@@ -6,8 +6,10 @@ Letters: G key-value heads, L tokens that the buffers have room for, P tokens ca
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Tokens by which buffers grow at least. They double otherwise, so that each token is copied about once.
 _BLOCK = 128
@@ -33,6 +35,25 @@ def positions_and_mask(valid_BP: Tensor, start: int, *, is_padded: bool) -> tupl
     # Padding attends to itself: a row of the mask that allows nothing would give NaN.
     own_TP = columns_P == columns_P[start:, None]
     return positions_BT, ((causal_TP & valid_BP[:, None]) | own_TP).unsqueeze(1)
+
+
+def all_cacheable(plugins: Iterable[tuple[int, str, nn.Module]]) -> bool:
+    """Returns whether all plugins state that they read no other token, or take earlier ones from a cache."""
+    return all(
+        getattr(plugin, "position_wise", False) or getattr(plugin, "uses_past", False) for _, _, plugin in plugins
+    )
+
+
+def check_cacheable(plugins: Iterable[tuple[int, str, nn.Module]]) -> None:
+    """Refuses a cache for plugins that need more of earlier tokens than a cache holds.
+
+    Raises:
+        ValueError: as it says.
+    """
+    if not all_cacheable(plugins):
+        raise ValueError(
+            "cache: an FFN plugin of the model is neither position_wise nor uses_past; run the whole forward."
+        )
 
 
 class PluginPast:

@@ -15,15 +15,19 @@ the weights of their constructor.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from pkm_lightning.model.block import named_plugins
+
+if TYPE_CHECKING:
+    from pkm_lightning.model.trunk import Trunk
 
 _PLUGIN = re.compile(r"blocks\.\d+\.(ffn|ffn\.base|ffn\.variant|before|after)")
 
@@ -44,10 +48,7 @@ class TransformerParts(Protocol):
 def initialise(model: TransformerParts, seed: int) -> None:
     """Applies the table above to `model` in place; the global random state stays unchanged."""
     std = model.embedding.embedding_dim**-0.5
-    # `fork_rng` saves only the CPU's generator and those of the devices it is given.
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    on_cpu = all(p.device.type in ("cpu", "meta") for p in model.parameters())
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with _unchanged_random_state(model.parameters()) as on_cpu:
         for name, module in _named_parts(model):
             seed_torch(f"{seed}/{name}", on_cpu=on_cpu)
             if name.endswith("attention.out"):
@@ -59,6 +60,26 @@ def initialise(model: TransformerParts, seed: int) -> None:
                     module.reset_parameters()  # type: ignore[operator]
             else:
                 nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
+
+
+def initialise_plugins(model: Trunk, seed: int) -> None:
+    """Draws the tables and plugins of a trunk whose other weights come from files, each from (seed, its name)."""
+    parts = [(f"tables.{number}", table) for number, table in enumerate(model.tables)]
+    parts += [(f"blocks.{layer}.{name}", plugin) for layer, name, plugin in model.plugins()]
+    with _unchanged_random_state(model.parameters()) as on_cpu:
+        for name, module in parts:
+            if hasattr(module, "reset_parameters"):
+                seed_torch(f"{seed}/{name}", on_cpu=on_cpu)
+                module.reset_parameters()  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _unchanged_random_state(parameters: Iterator[nn.Parameter]) -> Iterator[bool]:
+    """Restores the global random state after the block, which gets whether all parameters are on the CPU or on meta."""
+    devices = {parameter.device for parameter in parameters}
+    # `fork_rng` saves only the CPU's generator and those of the devices it is given.
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices if device.type == "cuda")):
+        yield all(device.type in ("cpu", "meta") for device in devices)
 
 
 def seed_torch(stream: str, *, on_cpu: bool) -> int:

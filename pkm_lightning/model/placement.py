@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pkm_lightning.errors import ConfigError, check_choice, check_integer
+from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_integer
 
-_MODES = ("replace", "parallel", "before", "after")
+#: How a variant is combined with the base FFN of its layer.
+MODES = ("replace", "parallel", "before", "after")
 
 
 class Placement:
@@ -22,9 +23,11 @@ class Placement:
             or `after` it (per-layer embeddings of Gemma 3n).
         write_after: add the variant's output this many layers later (UltraMem, arXiv 2411.12364, section 3); needs
             `mode=parallel`. None needs `spread` and takes stride - 1: just before the next variant reads.
+        zero_start: the variant's output starts at zero; None: where it stands beside a pretrained FFN.
 
     Raises:
-        ConfigError: an unknown choice, a negative number, or `write_after` with another mode than `parallel`.
+        ConfigError: an unknown choice, a negative number, `write_after` with another mode than `parallel`, or
+            `zero_start` where the variant is the only FFN of its layers.
 
     Example:
         >>> Placement(layers="centred", count=3, stride=8, mode="replace", write_after=0).resolve(24)
@@ -39,8 +42,16 @@ class Placement:
         stride: int | None,
         mode: str,
         write_after: int | None,
+        zero_start: bool | None = None,
     ) -> None:
-        check_choice("placement.mode", mode, _MODES)
+        check_choice("placement.mode", mode, MODES)
+        if zero_start is not None:
+            check_flag("placement.zero_start", zero_start)
+        if zero_start and mode == "replace":
+            raise ConfigError(
+                "placement.zero_start=true under placement.mode=replace leaves the layers without an FFN at first; "
+                "set placement.mode=parallel, which keeps theirs, or placement.zero_start=false."
+            )
         if write_after is not None:
             check_integer("placement.write_after", write_after, low=0)
         elif layers != "spread":
@@ -62,7 +73,7 @@ class Placement:
                 f"placement.mode={mode}; use placement.mode=parallel."
             )
         self.layers, self.count, self.stride = layers, count, stride
-        self.mode, self.write_after = mode, write_after
+        self.mode, self.write_after, self.zero_start = mode, write_after, zero_start
 
     def resolve(self, n_layers: int) -> list[int]:
         """Returns the numbers of the layers that run the variant, ascending.

@@ -75,7 +75,7 @@ def check_plugins(plugins: Iterable[nn.Module], dim: int) -> None:
         if type(plugin) in checked or is_own(type(plugin)):
             continue
         checked.add(type(plugin))
-        _check_signature(plugin)
+        check_signature(plugin)
         plugin_cost(plugin)
         _check_list(plugin, "slots", HasSlots, Slots)
         _check_list(plugin, "reads", HasReads, TableRead)
@@ -125,7 +125,12 @@ def is_own(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "pkm_lightning"
 
 
-def _check_signature(plugin: nn.Module) -> None:
+def check_signature(plugin: nn.Module) -> None:
+    """Refuses a plugin whose forward does not take what it will be called with.
+
+    Raises:
+        ConfigError: naming the plugin and its signature.
+    """
     signature = inspect.signature(plugin.forward)
     try:
         signature.bind(None, None)

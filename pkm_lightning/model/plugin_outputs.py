@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pkm_lightning.ffn import FFNContext, FFNOutput, replaced
 from pkm_lightning.model.plugin_checks import checked_output
+from pkm_lightning.model.trunk import ModelOutput
 
 #: What the names of statistics and traces begin with, by the name of their plugin.
 _PREFIXES = {"ffn": "", "ffn.base": "base.", "ffn.variant": "variant.", "before": "before.", "after": "after."}
@@ -72,6 +73,30 @@ def merged_outputs(y_BTD: Tensor, outputs: Mapping[str, FFNOutput]) -> FFNOutput
 
 def _prefixed(entries: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {_PREFIXES[plugin] + name: value for plugin, of_one in entries.items() for name, value in of_one.items()}
+
+
+class ModelReports:
+    """What the layers of one forward report, entered into the model's output layer by layer."""
+
+    def __init__(self, output: ModelOutput) -> None:
+        self._output = output
+        self._metrics: dict[str, list[Tensor]] = {}
+
+    def add(self, layer: int, result: FFNOutput) -> None:
+        """Adds the losses, statistics, trace and metrics of one layer."""
+        output = self._output
+        for name, loss in result.aux_losses.items():
+            output.aux_losses[name] = output.aux_losses[name] + loss if name in output.aux_losses else loss
+        if result.step_stats:
+            output.step_stats[layer] = result.step_stats
+        if result.trace:
+            output.traces[layer] = result.trace
+        for name, value in result.metrics.items():
+            self._metrics.setdefault(name, []).append(value)
+
+    def finish(self) -> None:
+        """Sets the metrics to their means over layers."""
+        self._output.metrics = {name: torch.stack(values).mean() for name, values in self._metrics.items()}
 
 
 def plugin_entries(plugin: str, entries: dict[str, Tensor]) -> dict[str, Tensor]:

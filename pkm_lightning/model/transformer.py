@@ -20,8 +20,9 @@ from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.model.accounting import attention_flops
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
 from pkm_lightning.model.block import Block, named_plugins
-from pkm_lightning.model.cache import DecodingCache
+from pkm_lightning.model.cache import DecodingCache, all_cacheable, check_cacheable
 from pkm_lightning.model.initialisation import initialise
+from pkm_lightning.model.plugin_outputs import ModelReports
 from pkm_lightning.model.rope import document_positions, rope_table
 from pkm_lightning.model.trunk import ModelOutput, PartCost
 
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
             raise ValueError("cache: a cached sequence is one document; do not pass doc_ids_BT.")
         context = FFNContext(input_ids_BT, valid_BT, doc_ids_BT, observe, embedding_BTD=output.hidden_BTD)
         deferred: dict[int, Tensor] = {}
-        metrics: dict[str, list[Tensor]] = {}
+        reports = ModelReports(output)
         for layer, block in enumerate(self.blocks):
             if cache is None:
                 result = self._run_block(block, output.hidden_BTD, shared, context)
@@ -190,12 +191,10 @@ class Transformer(nn.Module):
             # A plugin defers to this very layer with write_after=0, hence after the entry above.
             if layer in deferred:
                 output.hidden_BTD = output.hidden_BTD + deferred.pop(layer)
-            _collect(output, layer, result)
-            for name, value in result.metrics.items():
-                metrics.setdefault(name, []).append(value)
+            reports.add(layer, result)
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
-        output.metrics = {name: torch.stack(values).mean() for name, values in metrics.items()}
+        reports.finish()
         output.hidden_BTD = self.norm(output.hidden_BTD)
         return output
 
@@ -207,10 +206,7 @@ class Transformer(nn.Module):
     @property
     def is_cacheable(self) -> bool:
         """Whether all FFN plugins state that they read no other token, or take earlier ones from a cache."""
-        return all(
-            getattr(plugin, "position_wise", False) or getattr(plugin, "uses_past", False)
-            for _, _, plugin in self.plugins()
-        )
+        return all_cacheable(self.plugins())
 
     def new_cache(self, batch: int, capacity: int) -> DecodingCache:
         """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included.
@@ -218,10 +214,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: an FFN plugin may read earlier tokens in other ways than from a cache.
         """
-        if not self.is_cacheable:
-            raise ValueError(
-                "cache: an FFN plugin of the model is neither position_wise nor uses_past; run the whole forward."
-            )
+        check_cacheable(self.plugins())
         device = self.embedding.weight.device
         return DecodingCache(n_layers=len(self.blocks), batch=batch, capacity=capacity, device=device)
 
@@ -257,13 +250,3 @@ class Transformer(nn.Module):
             return result
         result = block(x_BTD, shared, context)
         return result
-
-
-def _collect(output: ModelOutput, layer: int, result: FFNOutput) -> None:
-    """Adds the losses, statistics and trace of one layer to the model's output."""
-    for name, loss in result.aux_losses.items():
-        output.aux_losses[name] = output.aux_losses[name] + loss if name in output.aux_losses else loss
-    if result.step_stats:
-        output.step_stats[layer] = result.step_stats
-    if result.trace:
-        output.traces[layer] = result.trace

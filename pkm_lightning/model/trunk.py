@@ -4,7 +4,8 @@
 generation and reports call nothing but the members below.
 
 A trunk with a `_target_` may have a class method `complete(config)`. It returns the whole configuration with what the
-trunk's files say under `model` (`dim`, `n_layers` and `vocab_size` at least), before anything else is checked.
+trunk's files say under `model` (`dim`, `n_layers` and `vocab_size` at least), before anything else is checked. If its
+layers take plugins, its constructor takes `plugins`, by layer and `placement.mode`, and `tables`, where there are any.
 """
 
 from __future__ import annotations

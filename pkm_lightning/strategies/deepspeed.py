@@ -208,8 +208,11 @@ class DeepSpeed(PortableCheckpoints, WatchedRanks, DeepSpeedStrategy):
         """Fills tables and buffers in place, and the engine's parameters one by one. Collective: call on all ranks."""
         parameters = dict(self._language_module.named_parameters())
         rest = {n: v for n, v in PortableCheckpoints.lightning_module_state_dict(self).items() if n not in parameters}
-        saved.read_into({f"state_dict.{name}": value for name, value in rest.items()})
+        targets = {f"state_dict.{name}": value for name, value in rest.items()}
+        saved.read_into({name: value for name, value in targets.items() if name in saved.shapes})
         for name, parameter in parameters.items():
+            if f"state_dict.{name}" not in saved.shapes:
+                continue  # the model has gained it since
             dtype = saved.shapes[f"state_dict.{name}"][1]
             # ZeRO-3 leaves an empty tensor in the place of a parameter, with the shape as an attribute.
             value = torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=dtype)

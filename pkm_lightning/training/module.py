@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Collection
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from pkm_lightning.build.checks import check_clipping
 from pkm_lightning.build.distribution import check_own_tables, table_mesh
+from pkm_lightning.build.freezing import is_frozen
 from pkm_lightning.build.model import attention_context, bind_tokenizer, build_model, load_pretrained
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
@@ -50,7 +52,8 @@ class LanguageModule(L.LightningModule):
 
     Args:
         config: the resolved configuration as plain dicts, lists and numbers; `model.vocab_size` is a number.
-        weights_follow: a checkpoint is about to give all weights, so that those of a pretrained model are not read.
+        weights_follow: a checkpoint is about to give the weights, so that those of a pretrained model are not read.
+        gained: names of the variants that this checkpoint lacks; their outputs start at zero.
 
     Attributes:
         model: the transformer, after `configure_model`.
@@ -66,11 +69,11 @@ class LanguageModule(L.LightningModule):
     model: Transformer
     cost: ModelCost
 
-    def __init__(self, config: dict[str, Any], *, weights_follow: bool = False) -> None:
+    def __init__(self, config: dict[str, Any], *, weights_follow: bool = False, gained: Collection[str] = ()) -> None:
         super().__init__()
         self.save_hyperparameters("config", logger=False)  # loggers get few of them
         self.config = config
-        self._weights_follow = weights_follow
+        self._weights_follow, self._gained = weights_follow, tuple(gained)
         self.heldout_nll, self.heldout_targets = HeldoutSum(), HeldoutSum()
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         self._normaliser = StepNormaliser()
@@ -89,8 +92,8 @@ class LanguageModule(L.LightningModule):
             return
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
-        if not self._weights_follow:
-            load_pretrained(self.model)
+        if not self._weights_follow or self._gained:
+            load_pretrained(self.model, self.config, self._gained)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
                 bind_tokenizer(self.model, tokenizer_of(data_of(self._trainer)), self.config)
@@ -321,7 +324,8 @@ class LanguageModule(L.LightningModule):
         for layer, plugins in itertools.groupby(self.model.plugins(), key=lambda entry: entry[0]):
             stats = {name: sum_over_ranks(value) for name, value in self._reports.statistics(layer).items()}
             for _, name, plugin in plugins:
-                if isinstance(plugin, HasAfterStep):
+                stands_still = bool(self.config.get("finetune")) and is_frozen(plugin)
+                if isinstance(plugin, HasAfterStep) and not stands_still:
                     plugin.after_step(plugin_entries(name, stats))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:

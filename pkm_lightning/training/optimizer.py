@@ -4,7 +4,10 @@
 |-----------|----------------------|----------------------|
 | matrix    | lr                   | weight_decay         |
 | norm, bias, embedding | lr       | 0                    |
+| key       | lr * key_lr_factor   | weight_decay         |
 | table     | lr * table_lr_factor | table_weight_decay   |
+
+Keys are the sub-keys of product-key and Tucker memories. With a factor of 1 they are in the group of the matrices.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import nn
 
 from pkm_lightning.errors import ConfigError, check_choice, nearest
 
-ROLES = ("matrix", "norm", "bias", "embedding", "table")
+ROLES = ("matrix", "norm", "bias", "embedding", "key", "table")
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -61,11 +64,14 @@ def _usual_role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 def parameter_groups(model: nn.Module, optim: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns AdamW groups with `lr`, `weight_decay`, and `name` for loggers; empty groups are left out."""
-    decayed = {"matrix": optim["weight_decay"], "table": optim["table_weight_decay"]}
-    rates = {"table": optim["lr"] * optim["table_lr_factor"]}
+    decayed = dict.fromkeys(("matrix", "key"), optim["weight_decay"]) | {"table": optim["table_weight_decay"]}
+    key_factor = optim.get("key_lr_factor", 1.0)  # absent in runs of earlier versions
+    rates = {"table": optim["lr"] * optim["table_lr_factor"], "key": optim["lr"] * key_factor}
     # `gain` also holds biases and embeddings; logs and saved optimizer states know the group by this name.
-    grouped: dict[str, list[nn.Parameter]] = {"matrix": [], "gain": [], "table": []}
+    grouped: dict[str, list[nn.Parameter]] = {"matrix": [], "gain": [], "table": [], "key": []}
     for _, parameter, role in parameter_roles(model):
+        if role == "key" and key_factor == 1:
+            role = "matrix"
         grouped[role if role in grouped else "gain"].append(parameter)
     return [
         {"name": name, "params": params, "lr": rates.get(name, optim["lr"]), "weight_decay": decayed.get(name, 0.0)}

@@ -5,17 +5,17 @@ In the package's own training the callbacks `slot_usage` and `slot_revival` do t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pkm_lightning.errors import ConfigError, check_integer
-from pkm_lightning.ffn import NO_CONTEXT, FFNOutput, HasSlots, replaced
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.figures import report
+from pkm_lightning.usage.layer_reads import LayerReads
 from pkm_lightning.usage.query_recorder import QueryRecorder
 from pkm_lightning.usage.revival import Revival, addressing_by_reader, check_revivable, check_settings
 from pkm_lightning.usage.revival_history import RevivalHistory
@@ -79,11 +79,12 @@ class LoopRevival:
         check_integer("window", window, low=2)
         self._every, self._seed, self._step = every_n_steps, seed, 0
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        layers = _Layers(model)
+        self._layers = layers = LayerReads(model, self._count, observes=lambda layer: layer.training)
         device = next((p.device for layer in layers for p in layer.parameters()), torch.device("cpu"))
         per_head: Literal["halves"] | None = "halves" if source == "queries" else None
         self._counters = UsageCounters(layers, window=window, per_head=per_head, device=device, step=0)
         if not self._counters.readers:
+            layers.close()
             raise ConfigError(
                 f"{type(model).__name__} has no memory layer whose slots could be revived: none of its modules has "
                 "slots(), as pkm, memory, memory_plus and peer have."
@@ -95,33 +96,14 @@ class LoopRevival:
             check_revivable("source=busy", find_tables(self._counters.readers).values())
         self._recorder.begin(lambda: (self._step + 1) % self._every == 0)
         self._history = RevivalHistory()
-        self._hooks = [hook for number, layer in enumerate(layers) for hook in self._hooks_of(number, layer)]
 
     @property
     def revived(self) -> dict[str, int]:
         """Numbers of rows (`table0`) and sub-keys (`layer0.slot`) revived so far, by name."""
         return self._history.counts
 
-    def _hooks_of(self, number: int, layer: nn.Module) -> Iterator[Any]:
-        def observed(layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            context = keywords.get("context", inputs[1] if len(inputs) > 1 else NO_CONTEXT)
-            return inputs[:1], {**keywords, "context": replaced(context, observe=layer.training or context.observe)}
-
-        def count(layer: nn.Module, _: Any, keywords: dict[str, Any], output: FFNOutput) -> None:
-            if not layer.training:
-                return
-            # As one sequence, (1, T, ...): a layer may be called with (T, D) too.
-            tokens = output.y_BTD.shape[:-1]
-            trace = {
-                name: value.flatten(0, len(tokens) - 1)[None]
-                for name, value in output.trace.items()
-                if value.shape[: len(tokens)] == tokens
-            }
-            valid_BT = keywords["context"].valid_BT
-            self._counters.add_layer(number, trace, {} if valid_BT is None else {"valid": valid_BT.reshape(1, -1)})
-
-        yield layer.register_forward_pre_hook(observed, with_kwargs=True)
-        yield layer.register_forward_hook(count, with_kwargs=True)
+    def _count(self, number: int, trace: dict[str, Tensor], batch: dict[str, Tensor], _: int) -> None:
+        self._counters.add_layer(number, trace, batch)
 
     def step(self, *, revive: bool = True) -> None:
         """Ends a step: call it after `optimizer.step()`, once. Every `every_n_steps` steps it revives dead slots.
@@ -160,20 +142,4 @@ class LoopRevival:
     def close(self) -> None:
         """Removes the hooks: reads are no longer counted."""
         self._recorder.end()
-        while self._hooks:
-            self._hooks.pop().remove()
-
-
-class _Layers:
-    """The memory layers of any module, listed as `Transformer.plugins` lists those of a transformer."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = [module for module in model.modules() if isinstance(module, HasSlots)]
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._layers)
-
-    def plugins(self) -> Iterator[tuple[int, str, nn.Module]]:
-        """Yields number, name within the layer and module of each."""
-        for number, layer in enumerate(self._layers):
-            yield number, "ffn", layer
+        self._layers.close()

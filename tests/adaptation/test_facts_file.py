@@ -82,5 +82,5 @@ def test_prompts_longer_than_the_context() -> None:
     fact = Fact("abc", "de", test_prompts=("abcdef",))
     check_lengths([fact], Letters(), None)
     check_lengths([fact], Letters(), 9)  # "abcdef", " de": the end token is predicted, not read
-    with pytest.raises(DataError, match="fact 1: abcdef has 10 tokens with its answer, .* sequences of 8"):
+    with pytest.raises(DataError, match=r"fact 1: abcdef has 10 tokens with its answer, .* sequences of 8"):
         check_lengths([fact], Letters(), 8)

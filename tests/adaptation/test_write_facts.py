@@ -21,14 +21,21 @@ from pkm_lightning.model import Transformer
 
 FACTS = [Fact("zob is", "7", ("a zob,",), ("so zob",)), Fact("vex is", "b", ("a vex,",), question="vex?")]
 CPU = torch.device("cpu")
-QUICK: dict[str, Any] = {"max_steps": 120, "lr": 1.0, "kl_bound": 10.0, "margin": 0.1, "max_seconds": 60.0, "ends": False}
+QUICK: dict[str, Any] = {
+    "max_steps": 120,
+    "lr": 1.0,
+    "kl_bound": 10.0,
+    "margin": 0.1,
+    "max_seconds": 60.0,
+    "ends": False,
+}
 
 
 def other_text(seed: int = 1) -> TextParts:
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(VOCAB, (4, 13), generator=generator) for _ in range(2)]
-    seen, held_out = ({"input_ids": part[:, :-1], "labels": part[:, 1:].contiguous()} for part in ids)
-    return TextParts([seen], [held_out])
+    penalised, held_out = ({"input_ids": part[:, :-1], "labels": part[:, 1:].contiguous()} for part in ids)
+    return TextParts([penalised], [held_out])
 
 
 def memory_model(learning: str = "rows") -> Transformer:
@@ -67,14 +74,14 @@ def test_writing_leaves_the_model_as_it_was_and_reports_what_an_edit_does(learni
     model = memory_model(learning).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     learns = [parameter.requires_grad for parameter in model.parameters()]
-    tables, seen = EditedTables(model), []
-    edit = write_facts(model, Letters(), FACTS, other_text=other_text(), tables=tables, watch=seen.append, **QUICK)
+    tables, looks = EditedTables(model), []
+    edit = write_facts(model, Letters(), FACTS, other_text=other_text(), tables=tables, watch=looks.append, **QUICK)
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == learns
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert tables.applied == {}
-    assert edit.figures["learned"]["after"] >= seen[-1].right >= 0.75
+    assert edit.figures["learned"]["after"] >= looks[-1].right >= 0.75
     assert edit.facts == tuple(fact.record() for fact in FACTS)
     assert {name: edit.figures[name]["prompts"] for name in ("test_prompts", "question")} == {
         "test_prompts": 1,
@@ -121,7 +128,7 @@ def test_an_edit_goes_together_with_those_that_are_applied() -> None:
     model = memory_model()
     tables = EditedTables(model)
     first = write_facts(model, Letters(), FACTS[:1], other_text=other_text(), name="one", tables=tables, **QUICK)
-    assert first.figures["ended"] == "learned"
+    assert first.figures["learned"]["after"] == 1.0
     tables.apply(first)
     second = write_facts(model, Letters(), FACTS[1:], other_text=other_text(), name="two", tables=tables, **QUICK)
     assert second.weights == first.weights
@@ -150,9 +157,9 @@ def test_what_cannot_be_edited_is_refused() -> None:
     quantised = QuantizedTable(rows=49, dim=16, bits=8)
     reader = MemoryPlus(dim=DIM, n_keys=7, heads=2, knn=3, key_dim=6, table=quantised)
     model = transformer([reader], [quantised])
-    with pytest.raises(ConfigError, match="is quantised, .* edit the run or file that it was exported from"):
+    with pytest.raises(ConfigError, match=r"is quantised, .* edit the run or file that it was exported from"):
         write_facts(model, Letters(), FACTS, other_text=text)
     with pytest.raises(ConfigError, match=r"kl_bound=0 is out of range"):
         write_facts(memory_model(), Letters(), FACTS, other_text=text, kl_bound=0)
-    with pytest.raises(DataError, match="fact 1: .* sequences of 5"):
+    with pytest.raises(DataError, match=r"fact 1: .* sequences of 5"):
         write_facts(memory_model(), Letters(), FACTS, other_text=text, context=5)

@@ -23,6 +23,17 @@ PATTERNS: dict[str, tuple[list[str], set[str]]] = {
 }
 
 
+@pytest.mark.parametrize("mode", ["replace", "parallel", "before"])
+def test_the_trunk_is_all_but_the_variants_their_norms_and_tables(mode: str) -> None:
+    run = resolved(*SIZES, f"placement.mode={mode}", "optim.freeze=[trunk]")
+    place = {"replace": "blocks.1.ffn.", "parallel": "blocks.1.ffn.variant.", "before": "blocks.1.before"}[mode]
+    for name, parameter in run.model.named_parameters():
+        if not name.startswith("tables."):  # which learns by rows
+            assert parameter.requires_grad == name.startswith(place), name
+    assert run.model.value_tables[0].learns
+    assert not resolved(*SIZES, f"placement.mode={mode}", "optim.freeze=[trunk,tables.*]").model.value_tables[0].learns
+
+
 @pytest.mark.parametrize("what", PATTERNS)
 @pytest.mark.parametrize("learning", ["rows", "dense"])
 def test_a_pattern_names_parameters(what: str, learning: str) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch import nn
 from toys import DIM, VOCAB, dense, token_ids, transformer
 
 from pkm_lightning import PEER, ConfigError, Dense, Engram, MemoryPlus, TableOptimizer, replace_ffn, row_learning_tables
-from pkm_lightning.build.replacement import LAYERS_OF
+from pkm_lightning.build.hosts import LAYERS_OF
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.huggingface.files import SUPPORTED
 from pkm_lightning.model import Transformer
@@ -73,6 +74,36 @@ def test_quantised_weights_do_not_decide_the_dtype() -> None:
     assert {parameter.dtype for parameter in memory.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("mode", ["parallel", "before", "after"])
+@pytest.mark.parametrize(("ffn", "options"), [(MemoryPlus, {"n_keys": 7, "knn": 3}), (Engram, {"rows": 20})])
+def test_a_plugin_beside_an_ffn_starts_at_zero_and_learns_alone(
+    mode: Any, ffn: type[nn.Module], options: dict[str, Any]
+) -> None:
+    host, ids_BT = model().train(), token_ids()
+    before = {name: value.clone() for name, value in host.state_dict().items()}
+    expected_BTD = host(ids_BT).hidden_BTD
+    keywords: dict[str, Any] = {"layers": [0, 2], "ffn": ffn, "mode": mode, **options}
+    plugins = replace_ffn(host, freeze_trunk=True, learning="rows", **keywords)
+    assert torch.equal(host(ids_BT).hidden_BTD, expected_BTD)
+    assert {id(plugin) for _, _, plugin in host.plugins()} >= {id(plugin) for plugin in plugins}
+    dense_part = torch.optim.SGD([p for p in host.parameters() if p.requires_grad], lr=1.0)
+    optimizer = TableOptimizer(dense_part, row_learning_tables(host), lr=0.1)
+    for _ in range(2):
+        (host(ids_BT).hidden_BTD * torch.randn(host.embedding.embedding_dim)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(host(ids_BT).hidden_BTD, expected_BTD)
+    after = host.state_dict()
+    for name, value in before.items():
+        name = name.replace(".ffn.", ".ffn.base.") if mode == "parallel" and name not in after else name
+        assert torch.equal(after[name], value), name
+    with pytest.raises(ConfigError, match=rf"^layer 2 has a {ffn.__name__} with mode={mode} already; choose another"):
+        replace_ffn(host, **{**keywords, "layers": [1, 2]})
+    cache = host.eval().new_cache(len(ids_BT), ids_BT.shape[1])
+    parts = [host(part_BT, cache=cache).hidden_BTD for part_BT in (ids_BT[:, :2], ids_BT[:, 2:])]
+    assert_close(torch.cat(parts, 1), host(ids_BT).hidden_BTD)
+
+
 class OfTheUser(nn.Module):
     def __init__(self, dim: int, scale: float = 2.0) -> None:
         super().__init__()
@@ -105,6 +136,8 @@ def test_a_class_of_the_user_without_tables() -> None:
         ({"ffn": MemoryPlus(dim=DIM, n_keys=4, knn=2)}, r"^ffn=an instance of MemoryPlus is no class of FFNs; give"),
         ({"ffn": "memory_plus"}, r"^ffn='memory_plus' is no class of FFNs"),
         ({"knn": 9}, r"^ffn.knn=9 is out of range; allowed: 1 to 7\.$"),
+        ({"mode": "beside"}, r"^mode='beside' is not known; allowed: replace, parallel, before, after"),
+        ({"zero_start": True}, r"^zero_start=True under mode='replace' leaves the layers without an FFN"),
         ({"learning": "row"}, r"^table.learning='row' is not known; allowed: dense, rows"),
         ({"model": nn.Linear(3, 3)}, r"^replace_ffn knows no layers of a Linear; allowed: Transformer .* gpt2, llama"),
     ],

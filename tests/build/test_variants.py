@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from small import resolved
 from toys import config, token_ids
 from tree import ROOT
@@ -21,7 +19,6 @@ from pkm_lightning.build.variant_figures import variant_figures
 from pkm_lightning.build.variants import variants
 from pkm_lightning.capacity import make_plan
 from pkm_lightning.errors import ConfigError
-from pkm_lightning.huggingface.checks import check_ffn
 from pkm_lightning.huggingface.llama import is_llama
 from pkm_lightning.model import model_cost
 from pkm_lightning.usage.slot_readers import find_readers, find_tables
@@ -262,21 +259,6 @@ def test_a_mixture_of_dense_ffns_is_no_llama() -> None:
     assert is_llama(build_meta_model(plain))
     extra = {"ffn": plain["ffn"], "placement": {**plain["placement"], "mode": "after", "layers": [1]}}
     assert not is_llama(build_meta_model({**plain, "extra_ffns": {"second": extra}}))
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"extra_ffns": {"pkm": {}}}, r"^extra_ffns=pkm cannot be put into a pretrained model"),
-        ({"model": {"base_ffn": {"_target_": "pkm_lightning.ffn.MoE"}}}, r"^model\.base_ffn=MoE cannot be put into"),
-    ],
-)
-def test_a_pretrained_model_has_no_further_ffns(more: dict[str, Any], message: str) -> None:
-    with initialize_config_module("pkm_lightning.configs", version_base="1.3"):
-        composed: Any = OmegaConf.to_container(compose("config", overrides=["model=hf"]), resolve=False)
-    check_ffn(composed)
-    with pytest.raises(ConfigError, match=message):
-        check_ffn({**composed, **more})
 
 
 def test_a_table_in_a_file_that_would_learn_names_the_variant() -> None:

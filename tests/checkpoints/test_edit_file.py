@@ -75,7 +75,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
             Edit.load(path)
     for shortened in (content[:-1], content[:10], b""):
         path.write_bytes(shortened)
-        with pytest.raises(CheckpointError, match="is damaged|cannot be read"):
+        with pytest.raises(CheckpointError, match=r"is damaged|cannot be read"):
             Edit.load(path)
     with pytest.raises(CheckpointError, match="is no file of an edit"):
         Edit.load(tmp_path / "none.safetensors")

@@ -1,4 +1,4 @@
-"""`edit`: written, listed, honoured by the other verbs, removed bit for bit, merged; the checkpoint is never touched."""
+"""`edit`: written, listed, honoured by the other verbs, removed bit for bit, merged; the checkpoint is not touched."""
 
 from __future__ import annotations
 

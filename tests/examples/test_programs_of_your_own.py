@@ -38,4 +38,4 @@ def test_a_llama_with_a_memory_learns() -> None:
     example: Any = importlib.import_module("transformers_ffn")
     _, _, before = example.train(steps=1)
     _, _, after = example.train(steps=15)
-    assert after < before - 0.2
+    assert after < before - 0.3

@@ -13,6 +13,7 @@ import torch
 from ngram_folders import CONFIG, LAYERS, hash_of, rows_of, write_folder
 from small import SMALL_DATA, resolved
 
+from pkm_lightning.build.model import load_pretrained
 from pkm_lightning.build.run import resolve
 from pkm_lightning.checkpoints.ngram_layout import HEAD_OFFSETS, HEAD_SIZES, MULTIPLIERS, TABLE, find_ngrams
 from pkm_lightning.data.tokenizer import bytes_tokenizer
@@ -63,6 +64,18 @@ def stored(folder: Path, layer: int, name: str, stream: int | None) -> torch.Ten
     value = find_ngrams(folder).tensor(layer, name)
     whole = stream is None or name == "value_proj.weight"
     return value if whole else value[stream * C : (stream + 1) * C]
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_an_output_of_zero_leaves_the_rows_of_the_folder(qwen: Path, trainable: bool) -> None:
+    module = module_of(run(qwen, **{"table.trainable": trainable}).config)
+    load_pretrained(module.model)
+    before = [table.weight.clone() for table in module.model.value_tables]
+    for plugin in engrams(module):
+        plugin.zero_output()
+        assert not plugin.value.weight.any()
+    assert all(torch.equal(table.weight, was) for table, was in zip(module.model.value_tables, before, strict=True))
+    assert all(was.any() for was in before)
 
 
 @pytest.mark.parametrize(

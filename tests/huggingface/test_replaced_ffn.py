@@ -9,12 +9,11 @@ from typing import Any
 import pretrained_models
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
 from pkm_lightning import (
     PKM,
     ConfigError,
-    Engram,
     Memory,
     MemoryPlus,
     MoE,
@@ -116,25 +115,11 @@ def test_the_trainer_of_transformers_steps_rows_whose_reads_a_hook_clears(tmp_pa
             trainer.train()
 
 
-def test_a_folder_of_transformers_has_no_place_for_a_memory(tmp_path: Path) -> None:
-    """What the page warns of: weights are written, and the plain model that is read does not know them."""
-    model = pretrained_models.tiny("llama").eval()
-    replace_ffn(model, layers=[1], ffn=MemoryPlus, n_keys=9, knn=3)
-    model.save_pretrained(tmp_path)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not any("plugin" in name or "value_tables" in name for name in plain.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("ffn", "message"),
-    [
-        (Engram, r"^ffn=Engram reads rows by token id, and an mlp of transformers is given hidden states alone"),
-        (torch.nn.Identity, r"^ffn=Identity is not position_wise, and an mlp"),
-    ],
-)
-def test_plugins_that_need_more_are_refused(ffn: type[torch.nn.Module], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace_ffn(pretrained_models.tiny("llama"), layers=[0], ffn=ffn)
+def test_a_module_of_another_kind_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^the FFN torch.nn.modules.linear.Identity breaks its contract: forward takes"
+    ):
+        replace_ffn(pretrained_models.tiny("llama"), layers=[0], ffn=torch.nn.Identity)
 
 
 def test_another_architecture_is_refused() -> None:

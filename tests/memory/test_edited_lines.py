@@ -30,7 +30,9 @@ def drawn(dtype: torch.dtype) -> tuple[ValueTable, dict[str, tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @given(toggles=st.lists(st.sampled_from(NAMES), max_size=12))
-def test_any_sequence_of_changes_leaves_the_bits_of_the_set_that_remains(dtype: torch.dtype, toggles: list[str]) -> None:
+def test_any_sequence_of_changes_leaves_the_bits_of_the_set_that_remains(
+    dtype: torch.dtype, toggles: list[str]
+) -> None:
     table, deltas = drawn(dtype)
     base_NV, edited, present = table.weight.detach().clone(), EditedLines(table), set[str]()
     for name in toggles:

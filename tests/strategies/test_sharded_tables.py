@@ -48,6 +48,11 @@ def test_reads_gradients_norm_and_update_are_those_of_the_whole_table(
     ranks(size).run(jobs.compare, shard, members, learning, kind, sizes, rule)
 
 
+@pytest.mark.parametrize("kind", ["rows", "sum"])
+def test_a_rank_whose_rows_nobody_reads_takes_part_in_the_update(ranks: Groups, kind: str) -> None:
+    assert ranks(2).run(jobs.read_one_part, kind, timeout=30.0) == [1, 1]
+
+
 def test_slices_are_split_each_for_itself(ranks: Groups) -> None:
     ranks(2).run(jobs.compare, "dim", 2, "rows", "groups", [13, 27], "row_adagrad", 2)
 

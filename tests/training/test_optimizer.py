@@ -31,7 +31,7 @@ def test_roles_of_a_memory_model() -> None:
     assert found["norm.weight"] == "norm"
     assert found["blocks.0.attention_norm.weight"] == "norm"
     assert found["blocks.0.attention.query.weight"] == "matrix"
-    assert found["blocks.1.ffn.addressing.keys.keys"] == "matrix"
+    assert found["blocks.1.ffn.addressing.keys.keys"] == "key"
     assert found["blocks.1.ffn.addressing.keys.norm.weight"] == "norm"
     assert found["blocks.1.ffn.addressing.query.projection.bias"] == "bias"
     assert list(found.values()).count("table") == 1
@@ -155,12 +155,26 @@ def test_the_shipped_configuration_makes_a_schedule_and_groups() -> None:
     assert rates == [optim["lr"], optim["lr"], optim["lr"] * optim["table_lr_factor"]]
 
 
+def test_sub_keys_have_a_rate_of_their_own_or_are_matrices_like_others() -> None:
+    model = transformer(*memory_ffns())
+    keys = [p for _, p, role in parameter_roles(model) if role == "key"]
+    before = parameter_groups(model, OPTIM)
+    assert [group["name"] for group in before] == ["matrix", "gain", "table"]
+    assert [len(group["params"]) for group in parameter_groups(model, {**OPTIM, "key_lr_factor": 1.0})] == [
+        len(group["params"]) for group in before
+    ]
+    *_, of_keys = parameter_groups(model, {**OPTIM, "key_lr_factor": 0.5})
+    assert (of_keys["name"], of_keys["lr"], of_keys["weight_decay"]) == ("key", 0.005, 0.1)
+    assert [id(p) for p in of_keys["params"]] == [id(p) for p in keys]
+    assert len(keys) == 2
+
+
 #: A value for every key of `optim` that differs from all others.
 WIRED: dict[str, Any] = {
     "optimizer": {"_target_": "torch.optim.AdamW", "betas": [0.61, 0.62], "eps": 0.063, "fused": False},
-    "lr": 0.64, "weight_decay": 0.065, "table_lr_factor": 6.6, "table_weight_decay": 0.067, "clip_norm": 0.68,
-    "table_clip_norm": 0.069, "schedule": "wsd", "warmup_share": 0.3, "warmup_steps": 10, "final_factor": 0.25,
-    "decay_share": 0.4, "freeze": ["embedding*"],
+    "lr": 0.64, "weight_decay": 0.065, "table_lr_factor": 6.6, "key_lr_factor": 0.5, "table_weight_decay": 0.067,
+    "clip_norm": 0.68, "table_clip_norm": 0.069, "schedule": "wsd", "warmup_share": 0.3, "warmup_steps": 10,
+    "final_factor": 0.25, "decay_share": 0.4, "freeze": ["embedding*"],
 }  # fmt: skip
 
 
@@ -182,6 +196,7 @@ def test_every_key_of_optim_reaches_its_place(learning: str, monkeypatch: pytest
     assert scheduled == {
         "matrix": (0.64, 0.065),
         "gain": (0.64, 0.0),
+        "key": (0.32, 0.065),
         "table": (pytest.approx(0.64 * 6.6), 0.067),
     }
     own = [group for group in optimizer.param_groups if learning == "dense" or group["name"] != "table"]

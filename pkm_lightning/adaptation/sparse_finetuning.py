@@ -1,0 +1,88 @@
+"""`finetune=sparse`: all but the tables is frozen, and of these only rows learn that the new data read unusually often.
+
+Sparse Memory Finetuning (Lin et al. 2025, arXiv 2510.15103, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pkm_lightning.adaptation.sparse_callback import SparseRows
+from pkm_lightning.build.kinds import Range
+from pkm_lightning.errors import ConfigError
+from pkm_lightning.memory import ValueTable
+
+if TYPE_CHECKING:
+    import lightning as L
+    from torch import nn
+
+__all__ = ["SparseFinetuning"]
+
+
+class SparseFinetuning:
+    """Training of few rows of the value tables.
+
+    Args:
+        rows: rows that learn per choice and set of tables, t; None: all that are read.
+        score: by which they are chosen: `tfidf`, `kl`, `tf`, `random`; see `row_scores`.
+        per: `step`: chosen anew from the reads of each step. `task`: once, from a pass over the training data.
+        task_steps: optimizer steps of that pass; None: one epoch, at most `trainer.max_steps`.
+        background: a file that `ReadBackground.save` wrote; None: that of the checkpoint.
+        background_path: text whose reads are the background instead, measured before training.
+        background_batches: sequences of that text, at most.
+        replay_share, replay_path: keys that all methods of finetuning have; `pkm_lightning.build.replay` reads them.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Annotated[int, Range(1)] | None,
+        score: Literal["tfidf", "kl", "tf", "random"],
+        per: Literal["step", "task"],
+        task_steps: Annotated[int, Range(1)] | None,
+        background: str | None,
+        background_path: str | None,
+        background_batches: Annotated[int, Range(1)],
+        replay_share: Annotated[float, Range(0, 0.999)] = 0.0,
+        replay_path: str | None = None,
+    ) -> None:
+        if background is not None and background_path is not None:
+            raise ConfigError(
+                f"finetune.background={background} and finetune.background_path={background_path} are both set; "
+                "keep the file of counts, or the text to count in."
+            )
+        self._callback = SparseRows(
+            rows=rows,
+            score=score,
+            per=per,
+            task_steps=task_steps,
+            background=background,
+            background_path=background_path,
+            background_batches=background_batches,
+        )
+
+    def adapt(self, model: nn.Module) -> None:
+        """Excludes all parameters from training but the tables that learn by rows.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        tables = [module for module in model.modules() if isinstance(module, ValueTable)]
+        dense = [table for table in tables if table.weight.requires_grad]
+        if dense:
+            raise ConfigError(
+                "finetune=sparse updates tables by rows, and table.learning=dense moves all of them at every step; "
+                "set table.learning=rows."
+            )
+        if not any(table.stage is not None for table in tables):
+            problem = "has no value table" if not tables else "has no table that learns"
+            raise ConfigError(
+                f"finetune=sparse trains rows of value tables, and this model {problem}; set ffn=memory_plus for a "
+                "new memory (with model=hf beside the pretrained weights), table.trainable=true, or finetune=full."
+            )
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    def callbacks(self) -> list[L.Callback]:
+        """Returns the callback that chooses the rows."""
+        return [self._callback]

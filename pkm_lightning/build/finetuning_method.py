@@ -1,0 +1,20 @@
+"""The contract between the builder and a method of `finetune`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import lightning as L
+    from torch import nn
+
+
+@runtime_checkable
+class FinetuningMethod(Protocol):
+    """The contract of a class that `finetune._target_` names."""
+
+    def adapt(self, model: nn.Module) -> None:
+        """Changes a trunk before it gets its weights: freezes parameters, or adds some for every use of the run."""
+
+    def callbacks(self) -> list[L.Callback]:
+        """Returns what acts while the run is trained."""
