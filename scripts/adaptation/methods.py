@@ -111,6 +111,18 @@ METHODS: tuple[Method, ...] = (
 )
 
 
+def settings(method: Method, plan: Plan) -> list[Setting]:
+    """Returns the settings of a method that are tried on a model, its rates those of the model."""
+    return [_scaled(setting, plan.rate_factor) for setting in method.settings[: plan.tries]]
+
+
+def _scaled(setting: Setting, factor: float) -> Setting:
+    if "table/optimizer=sgd" in setting:
+        return setting
+    rates = (text.partition("optim.lr=")[2] for text in setting)
+    return tuple(f"optim.lr={float(r) * factor:g}" if r else text for text, r in zip(setting, rates, strict=True))
+
+
 def sizes(plan: Plan, lora_parameters: int, background: str) -> dict[str, str]:
     """Returns the values that overrides refer to, of as many parameters as LoRA trains.
 

@@ -24,6 +24,7 @@ class Plan:
         questions: per form at each evaluation.
         positions: of other text, for loss and KL.
         tries: settings of each method, of which one is chosen on other facts.
+        rate_factor: of the rates of all methods that are tried, but those of SGD: small models take larger steps.
         layers: where memories and Engrams are added.
         rows: rows that learn per step in sparse finetuning.
     """
@@ -42,6 +43,7 @@ class Plan:
     questions: int
     positions: int
     tries: int
+    rate_factor: float
     layers: str
     rows: int
 
@@ -63,6 +65,7 @@ FACTS = Plan(
     questions=200,
     positions=1000,
     tries=6,
+    rate_factor=10,
     layers="[1]",
     rows=1000,
 )
@@ -81,6 +84,7 @@ SMOLLM2 = Plan(
     questions=50,
     positions=512,
     tries=3,
+    rate_factor=1,
     layers="[20]",
     rows=200,
 )

@@ -17,7 +17,7 @@ from commands import CommandFailed, fit, status
 from curves import LEARNED, Point, read_curve, start_point
 from edits import measure_edit
 from measure import Benchmarks, measure_start
-from methods import METHODS, Method, Setting, overrides, replay, sizes
+from methods import METHODS, Method, Setting, overrides, replay, settings, sizes
 from plans import Plan
 from tasks import further_questions, task_folder
 
@@ -79,8 +79,8 @@ class Study:
             measure_start(self.plan, self.start(seed), task, seed, self.folder / f"start-{seed}.json")
         if self.benchmarks is not None:
             self.benchmarks.scores(self.start(self.seeds[0]), self.folder / "benchmarks.json")
-        settings = {method.name: self._setting(method) for method in self.chosen_methods()}
-        write_beside(self.folder / "settings.json", json.dumps(settings, indent=1) + "\n")
+        chosen = {method.name: self._setting(method) for method in self.chosen_methods()}
+        write_beside(self.folder / "settings.json", json.dumps(chosen, indent=1) + "\n")
         for seed in self.seeds:
             for method in self.chosen_methods():
                 for replayed in self.replays:
@@ -218,7 +218,7 @@ class Study:
         return best
 
     def _settings(self, method: Method) -> Iterator[tuple[int, Setting]]:
-        yield from enumerate(tuple(setting) for setting in method.settings[: self.plan.tries])
+        yield from enumerate(settings(method, self.plan))
 
     def _score(self, method: Method, number: int) -> float:
         """Returns what a setting learns of other facts, less what it loses; 0 for one that is the only one."""
