@@ -45,7 +45,7 @@ def _rates(*rates: float) -> tuple[Setting, ...]:
 def _row_rates() -> tuple[Setting, ...]:
     """Returns rates of rows: of lazy Adam, and of SGD, which the paper of sparse finetuning recommends."""
     adam = [("table/optimizer=lazy_adam", f"optim.lr={rate:g}") for rate in (1e-3, 3e-3, 3e-4)]
-    sgd = [("table/optimizer=sgd", f"optim.lr={rate:g}") for rate in (0.5, 2.0, 8.0)]
+    sgd = [("table/optimizer=sgd", f"optim.lr={rate:g}") for rate in (8.0, 2.0, 30.0)]
     return tuple(itertools.chain.from_iterable(zip(adam, sgd, strict=True)))
 
 

@@ -65,7 +65,7 @@ FACTS = Plan(
     questions=200,
     positions=1000,
     tries=6,
-    rate_factor=10,
+    rate_factor=3,
     layers="[1]",
     rows=1000,
 )

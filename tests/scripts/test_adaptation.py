@@ -115,7 +115,7 @@ def finished(folder: Path, rows: list[dict[str, float]]) -> None:
 def test_the_report_of_constructed_runs(script: Any, tmp_path: Path) -> None:
     curves, study_of, report, plans = (script(name) for name in ("curves", "study", "report", "plans"))
     folder = tmp_path / "facts"
-    plan = replace(plans.FACTS, n_facts=6, steps=20, evaluations=2)
+    plan = replace(plans.FACTS, n_facts=6, steps=20, evaluations=2, rate_factor=1)
     study = study_of.Study(plan, folder, range(1, 3), None, ["lora", "full"])
     finished(folder / "tuning" / "lora-1", [{"step": 0}])
     for name, setting in {"lora": ["finetune.rank=4", "optim.lr=0.001"], "full": ["optim.lr=0.0001"]}.items():
