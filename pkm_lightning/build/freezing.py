@@ -46,19 +46,31 @@ def freeze_parameters(model: Transformer, patterns: Sequence[str], places: Colle
     if not patterns:
         return
     names = [name for name, _ in model.named_parameters()]
-    frozen = matching_names(names, [pattern for pattern in patterns if pattern != TRUNK], "optim.freeze")
+    others = [pattern for pattern in patterns if pattern != TRUNK]
+    frozen = matching_names(names, others, "optim.freeze", words=(TRUNK,))
     if TRUNK in patterns:
         frozen |= trunk_parameters(model, places)
     _freeze(model, frozen)
     if parameter_counts(model).trained == 0:
+        if TRUNK in patterns and not places:
+            raise ConfigError(
+                "optim.freeze=[trunk] leaves nothing to train, since no layer has an FFN variant; choose one, as in "
+                "ffn=memory_plus placement.layers=[LAYER] placement.mode=parallel, or leave trunk out."
+            )
         raise ConfigError(
             f"optim.freeze=[{','.join(patterns)}] freezes all {len(names)} parameters, so that nothing is trained; "
             "remove a pattern."
         )
 
 
-def matching_names(names: Sequence[str], patterns: Sequence[str], key: str) -> set[str]:
+def matching_names(names: Sequence[str], patterns: Sequence[str], key: str, *, words: Sequence[str] = ()) -> set[str]:
     """Returns those of the `names` of parameters that match one of `patterns`, which `key` holds.
+
+    Args:
+        names: of all parameters.
+        patterns: as `fnmatch` reads them.
+        key: for errors.
+        words: what `key` allows besides, for errors.
 
     Raises:
         ConfigError: a pattern matches no name.
@@ -69,7 +81,8 @@ def matching_names(names: Sequence[str], patterns: Sequence[str], key: str) -> s
         if not matches:
             raise ConfigError(
                 f"{key}: {pattern!r} matches no parameter; patterns are of whole names, such as "
-                f"{names[0]} and {names[-1]}.{_near(pattern, names)}"
+                f"{names[0]} and {names[-1]}{''.join(f', beside the word {word}' for word in words)}."
+                f"{_near(pattern, names, words)}"
             )
         chosen |= matches
     return chosen
@@ -156,7 +169,8 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, int, bool]]:
             yield table.size, parameter.element_size(), table.stage is not None or parameter.requires_grad
 
 
-def _near(pattern: str, names: Sequence[str]) -> str:
-    """Returns the parts of names that are nearest to the longest text in `pattern`."""
-    text = max(pattern.replace("?", "*").split("*"), key=len).strip(".")
-    return nearest(text, sorted({part for name in names for part in (name, *name.split(".")) if not part.isdigit()}))
+def _near(pattern: str, names: Sequence[str], words: Sequence[str]) -> str:
+    """Returns the words and the parts of names that are nearest to the longest text in `pattern`."""
+    text = max(pattern.replace("?", "*").split("*"), key=len).strip(". ")
+    parts = {part for name in names for part in (name, *name.split(".")) if not part.isdigit()}
+    return nearest(text, sorted({*parts, *words}))

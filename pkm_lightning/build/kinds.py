@@ -225,6 +225,10 @@ def _advice(key: str, value: Any, alternatives: list[Any]) -> str:
     advice = ""
     if isinstance(value, str) and any(_words(kind) == "a mapping {KEY: VALUE}" for kind, _ in bare):
         advice = f"; set its keys, as in {key}.NAME=VALUE"
+    elif (
+        isinstance(value, str) and value and any(_words(kind) == "a list" and str in get_args(kind) for kind, _ in bare)
+    ):
+        advice = f"; write {key}=[{value}]"
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and integers:
         low = min(-_LARGEST_INTEGER if limits.low is None else limits.low for limits in integers)
         high = max(_LARGEST_INTEGER if limits.high is None else limits.high for limits in integers)

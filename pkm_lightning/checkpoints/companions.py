@@ -12,6 +12,8 @@ from pkm_lightning.storage import open_regular
 
 #: `model_type` of a folder for transformers whose class is of this package.
 MODEL_TYPE = "pkm_lightning"
+#: In front of the `model_type` of a model of transformers that has plugins.
+PLUGGED_TYPE = "pkm_lightning_"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -41,3 +43,13 @@ def model_type_of(folder: Path) -> str | None:
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
     return named if isinstance(named, str) else None
+
+
+def advice_for_folder(folder: Path) -> str | None:
+    """Returns what to do with a folder of a class of transformers in the place of a checkpoint, None for any other."""
+    kind = model_type_of(folder)
+    if kind is None or kind == MODEL_TYPE:
+        return None
+    if kind.startswith(PLUGGED_TYPE):
+        return f"{folder} is a pretrained model with plugins, whose folders are for transformers: give its run"
+    return f"give its folder as a pretrained model: model=hf model.path={folder}"

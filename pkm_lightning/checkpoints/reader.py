@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pkm_lightning.checkpoints.companions import MODEL_TYPE, model_type_of
+from pkm_lightning.checkpoints.companions import advice_for_folder
 from pkm_lightning.checkpoints.folder import Chunk, FolderContent
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile
 from pkm_lightning.checkpoints.replaced_rows import with_rows
@@ -341,8 +341,8 @@ class SavedCheckpoint:
 
 def _better(path: Path) -> str:
     """Returns what to give in the place of `path`: of a folder with weights these, or the folder as a model."""
-    if model_type_of(path) not in (None, MODEL_TYPE):
-        return f"it is a pretrained model: model=hf model.path={path}"
+    if advice := advice_for_folder(path):
+        return advice
     inside = next(iter(sorted(path.glob("*.safetensors"))), None)
     return "use another one" if inside is None else f"give its file: ckpt={inside}"
 

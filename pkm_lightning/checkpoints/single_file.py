@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import pkm_lightning
-from pkm_lightning.checkpoints.companions import MODEL_TYPE, model_type_of
+from pkm_lightning.checkpoints.companions import MODEL_TYPE, advice_for_folder, model_type_of
 from pkm_lightning.checkpoints.folder import Chunk
 from pkm_lightning.checkpoints.mapped import DamagedFileError, MappedFile, map_archive
 from pkm_lightning.checkpoints.safetensors import FORMAT_VERSION, check_tensors, map_tensors
@@ -80,12 +80,10 @@ def read_archive(path: Path) -> MappedContent:
 
 def _instead_of(path: Path) -> str:
     """Returns what to do with safetensors of another package."""
-    kind = model_type_of(path.absolute().parent)
-    if kind is None:
-        return f"make one with: export ckpt=CHECKPOINT file={path.name}"
-    if kind == MODEL_TYPE:
+    folder = path.absolute().parent
+    if model_type_of(folder) == MODEL_TYPE:
         return "transformers saved it, and reads it: AutoModelForCausalLM.from_pretrained(FOLDER)"
-    return f"give its folder as a pretrained model: model=hf model.path={path.parent}"
+    return advice_for_folder(folder) or f"make one with: export ckpt=CHECKPOINT file={path.name}"
 
 
 def read_exported(path: Path) -> MappedContent:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pkm_lightning.checkpoints.companions import PLUGGED_TYPE
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import (
     chat_template_of,
@@ -25,7 +26,6 @@ from pkm_lightning.data.pretrained_files import (
 )
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError, DataError, missing_extra, nearest
-from pkm_lightning.huggingface.folder_keys import PLUGGED_TYPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -7,5 +7,5 @@ CLASS = "PkmLightningForCausalLM"
 GROUPS = ("model", "ffn", "placement", "table")
 #: One that a model without further variants lacks.
 OPTIONAL_GROUP = "extra_ffns"
-#: In front of the `model_type`, and of the class, of a model of transformers that has plugins.
-PLUGGED_TYPE, PLUGGED_CLASS = "pkm_lightning_", "Plugged"
+#: In front of the class of a model of transformers that has plugins.
+PLUGGED_CLASS = "Plugged"

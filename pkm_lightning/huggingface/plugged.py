@@ -34,8 +34,9 @@ from transformers import (
 from pkm_lightning.build.hosts import Host
 from pkm_lightning.build.instantiate import check_trusted, target_class
 from pkm_lightning.build.replacement import PluginRequest
+from pkm_lightning.checkpoints.companions import PLUGGED_TYPE
 from pkm_lightning.errors import CheckpointError, ConfigError
-from pkm_lightning.huggingface.folder_keys import PLUGGED_CLASS, PLUGGED_TYPE
+from pkm_lightning.huggingface.folder_keys import PLUGGED_CLASS
 from pkm_lightning.huggingface.plugged_decoder import follow
 
 _KEY = "pkm_lightning"
@@ -100,7 +101,8 @@ class PluggedModel:
         super().__init__(config, *arguments, **options)  # type: ignore[call-arg]
         described = config.pkm_lightning
         place = f"{config.name_or_path}/config.json" if config.name_or_path else "the configuration"
-        if not isinstance(described, dict) or not described.get("placements"):
+        entries = described.get("placements") if isinstance(described, dict) else None
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
             raise CheckpointError(f"{place} names no plugins (pkm_lightning.placements); save the model again.")
         if not trust_config:
             check_trusted(described, place, "load it with from_pretrained(folder, trust_config=True)")
@@ -109,7 +111,10 @@ class PluggedModel:
         for entry in described["placements"]:
             host = Host.of(decoder if entry.get("tables") == "decoder" else self)
             request = read(entry, host, place)
-            plugins, tables = request.make(host)
+            try:
+                plugins, tables = request.make(host)
+            except ConfigError as error:
+                raise ConfigError(f"{place}: {error}") from None
             host.replace(dict(zip(request.layers, plugins, strict=True)), request.mode, tables)
         follow(decoder)
 

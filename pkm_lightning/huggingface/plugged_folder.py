@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pkm_lightning.build.variants import Variant, by_place, plugin_variants
+from pkm_lightning.checkpoints.companions import PLUGGED_TYPE
 from pkm_lightning.errors import CheckpointError
-from pkm_lightning.huggingface.folder_keys import PLUGGED_CLASS, PLUGGED_TYPE
+from pkm_lightning.huggingface.folder_keys import PLUGGED_CLASS
 from pkm_lightning.memory import TableReference
 from pkm_lightning.model import Transformer
 

@@ -69,7 +69,9 @@ REFUSED = {
         ["embeding*"],
         r"'embeding\*' matches no parameter; patterns are of whole names, .* Did you mean 'embedding'",
     ),
-    "a number": (["h.0.*"], r"'h\.0\.\*' matches no parameter; .*\.weight\.$"),
+    "a number": (["h.0.*"], r"'h\.0\.\*' matches no parameter; .*\.weight, beside the word trunk\.$"),
+    "the word": (["Trunk"], r"'Trunk' matches no parameter; .* beside the word trunk\. Did you mean 'trunk'\?$"),
+    "no variant": (["trunk", "*"], r"^optim\.freeze=\[trunk\] leaves nothing to train, since no layer has an FFN vari"),
     "one of two": (["embedding*", "block.*"], r"'block\.\*' matches no parameter.* Did you mean 'blocks"),
     "all": (["*"], r"optim\.freeze=\[\*\] freezes all \d+ parameters, so that nothing is trained; remove a pattern"),
 }

@@ -28,6 +28,8 @@ from pkm_lightning.huggingface.export import write_folder
 from pkm_lightning.training import LanguageModule
 
 KEYS = {"n_keys": 9, "knn": 3}
+#: An entry of config.json.
+PLACED = {"layers": [1], "mode": "parallel", "ffn": {"_target_": "pkm_lightning.ffn.MemoryPlus", **KEYS}}
 
 
 def draw(model: nn.Module) -> None:
@@ -129,6 +131,9 @@ def test_classes_of_others_are_loaded_where_they_are_trusted(tmp_path: Path) -> 
             "MoE has no argument",
         ),
         ({"placements": [{"layers": [0], "ffn": {"_target_": "pkm_lightning.ffn.Nothing"}}]}, "Nothing"),
+        *(({"placements": value}, r"config.json names no plugins") for value in ("text", {"a": 1}, [3])),
+        ({"placements": [PLACED | {"bits": 3}]}, r"config\.json: table\.bits=3"),
+        ({"placements": [PLACED, PLACED]}, r"config\.json: layer 1 has a MemoryPlus with mode=parallel already"),
     ],
 )
 def test_a_damaged_description_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

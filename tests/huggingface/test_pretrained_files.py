@@ -236,7 +236,10 @@ def test_a_program_loads_a_pretrained_folder_and_saves_it(saved: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("kind", "remedy"),
-    [("llama", "model=hf model.path=.*foreign"), ("pkm_lightning", "AutoModelForCausalLM"), (None, "export ckpt=")],
+    [
+        *(("llama", "model=hf model.path=.*foreign"), ("pkm_lightning_llama", "with plugins, .*: give its run")),
+        *(("pkm_lightning", "AutoModelForCausalLM"), (None, "export ckpt=")),
+    ],
 )
 def test_weights_of_transformers_given_as_a_checkpoint_say_how_to_load_them(
     kind: str | None, remedy: str, saved: Path, tmp_path: Path
@@ -249,7 +252,10 @@ def test_weights_of_transformers_given_as_a_checkpoint_say_how_to_load_them(
 
 @pytest.mark.parametrize(
     ("kind", "remedy"),
-    [("llama", "model=hf model.path=.*foreign"), ("pkm_lightning", "ckpt=.*foreign/model.safetensors")],
+    [
+        *(("llama", "model=hf model.path=.*foreign"), ("pkm_lightning_llama", "with plugins, .*: give its run")),
+        ("pkm_lightning", "ckpt=.*foreign/model.safetensors"),
+    ],
 )
 def test_a_folder_given_as_a_checkpoint_says_what_to_give(kind: str, remedy: str, saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved, tmp_path / "foreign")
