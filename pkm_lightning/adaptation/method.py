@@ -8,6 +8,7 @@ from pkm_lightning.build.kinds import Range
 
 if TYPE_CHECKING:
     import lightning as L
+    from torch import nn
 
 #: Of the sequences of each step.
 Share = Annotated[float, Range(0, 0.999)]
@@ -23,6 +24,9 @@ class Finetuning:
 
     def __init__(self, *, replay_share: Share, replay_path: str | None) -> None:
         self.replay_share, self.replay_path = replay_share, replay_path
+
+    def check(self, model: nn.Module) -> None:
+        """Refuses none."""
 
     def callbacks(self) -> list[L.Callback]:
         """Returns none."""

@@ -64,14 +64,20 @@ class SparseFinetuning(Finetuning):
         )
 
     def adapt(self, model: nn.Module) -> None:
-        """Excludes all parameters from training but the tables that learn by rows.
+        """Excludes all parameters from training but value tables."""
+        tables = {id(table.weight) for table in _tables(model)}
+        for parameter in model.parameters():
+            if id(parameter) not in tables:
+                parameter.requires_grad_(False)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuses a model without tables that learn by rows, and one with tables that learn otherwise.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: saying which keys make tables that learn by rows.
         """
-        tables = [module for module in model.modules() if isinstance(module, ValueTable)]
-        dense = [table for table in tables if table.weight.requires_grad]
-        if dense:
+        tables = _tables(model)
+        if any(table.weight.requires_grad for table in tables):
             raise ConfigError(
                 "finetune=sparse updates tables by rows, and table.learning=dense moves all of them at every step; "
                 "set table.learning=rows."
@@ -82,9 +88,11 @@ class SparseFinetuning(Finetuning):
                 f"finetune=sparse trains rows of value tables, and this model {problem}; set ffn=memory_plus for a "
                 "new memory (with model=hf beside the pretrained weights), table.trainable=true, or finetune=full."
             )
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
 
     def callbacks(self) -> list[L.Callback]:
         """Returns the callback that chooses the rows."""
         return [self._callback]
+
+
+def _tables(model: nn.Module) -> list[ValueTable]:
+    return [module for module in model.modules() if isinstance(module, ValueTable)]

@@ -16,5 +16,8 @@ class FinetuningMethod(Protocol):
     def adapt(self, model: nn.Module) -> None:
         """Changes a trunk before it gets its weights: freezes parameters, or adds some for every use of the run."""
 
+    def check(self, model: nn.Module) -> None:
+        """Refuses an adapted trunk that it cannot train, which may be of use all the same, with a ConfigError."""
+
     def callbacks(self) -> list[L.Callback]:
         """Returns what acts while the run is trained."""

@@ -64,6 +64,8 @@ def test_few_rows_learn_from_the_background_of_the_run(run: Run) -> None:
     assert float(logged[0]["train/sparse/table0/rows_changed"]) < number
     assert float(logged[0]["train/sparse/table0/threshold"]) > 0
     assert float(logged[-1]["train/loss"]) < float(logged[0]["train/loss"])
+    shown = run("generate", "run_dir=learned", "prompt=QUICK", "max_new_tokens=2", "table.device=mmap")
+    assert shown.code == 0, shown.err
     # A second finetuning compares with the same background.
     again = run("fit", *SPARSE, "init_from=learned", "run_dir=again", "trainer.max_steps=1", "finetune.score=kl")
     assert again.code == 0, again.err
