@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pkm_lightning.build.kinds import Range
 
@@ -25,7 +26,7 @@ class Finetuning:
     def __init__(self, *, replay_share: Share, replay_path: str | None) -> None:
         self.replay_share, self.replay_path = replay_share, replay_path
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
         """Refuses none."""
 
     def callbacks(self) -> list[L.Callback]:

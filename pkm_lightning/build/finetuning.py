@@ -69,7 +69,7 @@ def check_adapted(model: nn.Module, config: Mapping[str, Any]) -> None:
     """
     method = finetuning_method(config)
     if method is not None:
-        method.check(model)
+        method.check(model, config)
 
 
 def finetuning_callbacks(config: Mapping[str, Any]) -> list[L.Callback]:
