@@ -30,10 +30,12 @@ A callback appends its watchers and judges in `on_train_start` and removes them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import lightning as L
+from torch import nn
 
 from pkm_lightning.build.checks import ChecksConfig as ChecksConfig
 from pkm_lightning.build.instantiate import target_class
@@ -64,3 +66,15 @@ def engine_owns_parameters(config: Mapping[str, Any]) -> bool:
 def in_training(trainer: L.Trainer) -> bool:
     """Returns whether a fit runs, its validations included but for the one that precedes training."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switches to evaluation, and back for those parts that were in training: a frozen one may not have been."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

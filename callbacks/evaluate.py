@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
-from torch import nn
 
 from pkm_lightning.build.loading import context_of
-from pkm_lightning.callbacks.base import in_training
+from pkm_lightning.callbacks.base import evaluation_mode, in_training
 from pkm_lightning.callbacks.stopwatch import TimedCallback
 from pkm_lightning.data.base import tokenizer_of
 from pkm_lightning.errors import ConfigError, check_integer
@@ -111,7 +110,7 @@ class Evaluate(L.Callback):
         assert isinstance(pl_module, LanguageModule)
         if self.every_n_steps is None or not pl_module.log_is_due() or trainer.global_step % self.every_n_steps:
             return
-        with _evaluation_mode(pl_module), _stopped_clocks(trainer):
+        with evaluation_mode(pl_module), _stopped_clocks(trainer):
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -137,18 +136,6 @@ class Evaluate(L.Callback):
         if trainer.is_global_zero:
             shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in self.metrics.items())
             _log.info("benchmarks at step %d: %s", self.step, shown)
-
-
-@contextlib.contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switches to evaluation, and back for those parts that were in training: a frozen one may not have been."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from tree import ROOT
 
 from pkm_lightning.cli.edit_words import with_action
 from pkm_lightning.cli.main import PRIMARY_CONFIGURATIONS
+from pkm_lightning.data.facts.invented import InventedChoice
+from pkm_lightning.data.facts.invented_files import write_invented
 from pkm_lightning.data.tokenizer import bytes_tokenizer
 
 README = ROOT / "README.md"
@@ -80,6 +82,7 @@ def furnish(folder: Path) -> None:
     (folder / "mine.tiktoken").write_bytes(rank_file({bytes([byte]): byte for byte in range(256)}))
     (folder / "mine.model").write_bytes(sentencepiece_model("bpe"))
     write_packages(folder / "packages")
+    write_invented(InventedChoice(100, 4, 50, 0, 0), folder / "invented")  # as docs/changing-knowledge.md prepares them
     # The vocabulary of a Qwen model is larger than that of its tokenizer too.
     write_folder(folder / "qwen", changes={"hidden_size": 64, "vocab_size": 320, "eos_token_id": 0})
     bytes_tokenizer().save(folder / "qwen" / "tokenizer.json")

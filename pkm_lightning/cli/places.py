@@ -30,6 +30,8 @@ _READERS = {
     "table": "pkm_lightning.memory.",
     "finetune": "pkm_lightning.adaptation.",
 }
+#: Arguments of callbacks that name files which are only read.
+_READ_BY_CALLBACKS = {"pkm_lightning.callbacks.Retention": ("facts", "questions", "known", "text")}
 
 
 def check_places(config: Mapping[str, Any], source: str, folder: Path | None, allowed: Collection[str] = ()) -> None:
@@ -100,10 +102,15 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the keys and values that may name a place to write."""
     # These write nowhere else; what they read may lie anywhere.
     own = tuple(f"{key}." for key, group, node in _groups(config) if _target(node).startswith(_READERS[group]))
+    read = {
+        f"callbacks.{name}.{argument}"
+        for name, entry in (config.get("callbacks") or {}).items()
+        for argument in _READ_BY_CALLBACKS.get(_target(entry), ())
+    }
     # `init_from` is only read.
     for key, value, listed in _texts({k: v for k, v in config.items() if k not in (*COMMAND_KEYS, "init_from")}, ""):
         name = key.rsplit(".", 1)[-1]
-        if key.startswith(own) and key != "data.cache_dir":
+        if key in read or (key.startswith(own) and key != "data.cache_dir"):
             continue
         is_prose = listed and name == "prompts"
         looks_like_path = not is_prose and (value.startswith(("/", "~")) or ":/" in value or ".." in Path(value).parts)

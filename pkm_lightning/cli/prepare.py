@@ -1,8 +1,8 @@
 """`prepare`: writes data that other verbs read; `data=` chooses which.
 
-`data=benchmarks`: public question sets out of packages, with tasks for `evaluate`. Any other data are those that a run
-trains on: tokenised into `data.cache_dir`, where `fit` with the same keys finds them, or into the folder `out`, which
-`data=tokens` reads.
+`data=benchmarks`: public question sets out of packages, with tasks for `evaluate`. `data=invented`: facts that no model
+knows, as JSON lines. Any other data are those that a run trains on: tokenised into `data.cache_dir`, where `fit` with
+the same keys finds them, or into the folder `out`, which `data=tokens` reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 
 from pkm_lightning.build.instantiate import check_kind, instantiate
-from pkm_lightning.cli import prepare_benchmarks
+from pkm_lightning.cli import prepare_benchmarks, prepare_invented
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.data.datamodule import TokenDataModule, remark_vocabulary
 from pkm_lightning.data.prepared import prepare_data
@@ -50,6 +50,9 @@ def run(job: Job) -> None:
         if job.sets(key):
             raise ConfigError(f"{key} is for data=benchmarks, not for data={choice}; leave it out.")
     check_flag("overwrite", job.config.overwrite)
+    if choice == "invented":
+        prepare_invented.run(job)
+        return
     config = plain(job.config)
     data = instantiate(config["data"], "data")
     check_kind(data, L.LightningDataModule, config["data"], "data")

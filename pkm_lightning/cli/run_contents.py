@@ -13,12 +13,12 @@ import lightning as L
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place
 from pkm_lightning.data.base import chat_template_of, tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
-from pkm_lightning.data.held_out import copy_files, holds_held_out, is_held_out_of, keep_held_out
+from pkm_lightning.data.held_out import HELD_OUT, copy_files, holds_held_out, is_held_out_of, keep_held_out
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import RunDirectoryError
 from pkm_lightning.storage import write_beside
 
-HELD_OUT = "heldout"
+__all__ = ["HELD_OUT", "copy_held_out", "keep_with_run"]
 _log = logging.getLogger(__name__)
 
 

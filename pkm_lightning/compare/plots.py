@@ -26,13 +26,13 @@ from pkm_lightning.compare.tables import recall_by_decile
 
 INK = "#1b1f24"
 # Okabe and Ito's colours for colour-blind readers, without black and yellow: distinguishable on white and on dark grey.
-_COLOURS = ("#d55e00", "#0084c8", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7fd6", "#b3a100")
+COLOURS = ("#d55e00", "#0084c8", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7fd6", "#b3a100")
 _DENSE = "#8c959f"
-_MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*"
 # Solid, dashed, dash-dotted, dotted; then as (offset, (on, off, ...)) in points.
 _DASHES: Any = ("-", "--", "-.", ":", (0, (9, 3)), (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)), (0, (3, 5)))
 _AXES = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "training FLOPs, trunk"}
-_STYLE: Any = {
+STYLE: Any = {
     "figure.figsize": (5.0, 3.9),
     "font.size": 10,
     "axes.edgecolor": INK,
@@ -97,7 +97,7 @@ def all_plots(study: Study) -> Iterator[Plot]:
     if study.resampled is None:
         return
     styles = _Styles(study)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for panel in _panels(study, styles):
             figure = Figure()
             axes = figure.subplots()
@@ -122,10 +122,10 @@ class _Styles:
         for variant, runs in study.variants.items():
             is_dense = runs[0].is_dense
             i = next(dense if is_dense else others)
-            colour = _DENSE if is_dense else _COLOURS[i % len(_COLOURS)]
+            colour = _DENSE if is_dense else COLOURS[i % len(COLOURS)]
             # Dashes distinguish the grey lines, and variants whose colour repeats.
-            dash = _DASHES[(i if is_dense else i // len(_COLOURS)) % len(_DASHES)]
-            self._by_variant[variant] = (colour, dash, _MARKERS[i % len(_MARKERS)])
+            dash = _DASHES[(i if is_dense else i // len(COLOURS)) % len(_DASHES)]
+            self._by_variant[variant] = (colour, dash, MARKERS[i % len(MARKERS)])
 
     def line(self, variant: str) -> dict[str, Any]:
         colour, dash, _ = self._by_variant[variant]

@@ -12,7 +12,7 @@ import logging
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, Unpack
 
@@ -37,6 +37,8 @@ from pkm_lightning.storage import flush, open_regular, write_beside
 
 __all__ = ["HeldOutDataModule"]
 
+#: The folder in a run directory.
+HELD_OUT = "heldout"
 #: A run keeps no more validation tokens than these, at about 3 bytes each on disk and 12 in memory.
 MOST_TOKENS = 2**24
 _ARRAYS = ("inputs", "labels", "documents", "widths")
@@ -106,6 +108,31 @@ def is_held_out_of(folder: Path, fingerprint: str | None) -> bool:
             return bool(json.load(file)["fingerprint"] == fingerprint)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return True  # damaged, which the data module refuses by name
+
+
+def held_out_questions(folder: Path) -> list[RecallItem]:
+    """Returns the questions of validations in a complete folder: those of the test where there are no others.
+
+    Raises:
+        DataError: the folder is damaged.
+    """
+    separate = folder / _VALIDATION_QUESTIONS
+    return read_questions(separate if separate.exists() else folder / _QUESTIONS)
+
+
+def held_out_batches(folder: Path, pad_id: int, vocab_size: int) -> Iterator[Batch]:
+    """Yields the validation sequences of a complete folder, one per batch.
+
+    Args:
+        folder: complete.
+        pad_id, vocab_size: of the tokenizer of the run.
+
+    Raises:
+        DataError: the folder is damaged.
+    """
+    sequences = HeldOutSequences(folder / _SEQUENCES, pad_id, vocab_size)
+    for key in range(len(sequences)):
+        yield sequences.__getitems__([key])
 
 
 def copy_files(source: Path, folder: Path) -> None:

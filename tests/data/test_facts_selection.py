@@ -53,6 +53,20 @@ def test_draws_share_no_subject_and_the_first_is_what_it_was(choice: FactsChoice
     assert (first.subject, first.answer, first.held_out) == ("Farmer Vaughn", "March 1, 1864", 5)
 
 
+def test_other_subjects_than_those_of_a_run_of_another_size(choice: FactsChoice) -> None:
+    run = choose_facts(choice)
+    n_people = len({fact.subject for fact in run if fact.relation in PEOPLE_RELATIONS})
+    new = replace(choice, people=33, countries=0, cities=0, control_subjects=3, skip=n_people)
+    others = {fact.subject for fact in choose_facts(new)}
+    assert len(others) == 36
+    assert not others & {fact.subject for fact in run}
+    assert others & {fact.subject for fact in choose_facts(replace(new, skip=n_people - 1, control_subjects=0))}
+    with pytest.raises(
+        ConfigError, match=r"data\.people=33 plus data\.control_subjects=3 plus data\.skip=19990 exceeds"
+    ):
+        choose_facts(replace(new, skip=19_990))
+
+
 def test_a_draw_takes_what_is_left_and_a_poor_one_is_refused(choice: FactsChoice) -> None:
     many = replace(choice, people=1200, countries=200, draw=1)
     facts = choose_facts(many)

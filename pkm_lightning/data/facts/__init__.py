@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pkm_lightning.data.facts.datamodule import FactsDataModule
+from pkm_lightning.data.facts.invented import InventedChoice
 from pkm_lightning.data.facts.selection import Fact
 
-__all__ = ["Fact", "FactsDataModule"]
+__all__ = ["Fact", "FactsDataModule", "InventedChoice"]

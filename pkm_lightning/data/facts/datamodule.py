@@ -59,7 +59,8 @@ class FactsDataModule(TokenDataModule):
         eval_facts: int,
         packing: str,
         loss: str,
-        draw: int = 0,  # configurations of earlier versions lack it
+        draw: int = 0,  # configurations of earlier versions lack it, and skip
+        skip: int = 0,
         **options: Unpack[TokenOptions],
     ) -> None:
         super().__init__(**options)
@@ -83,13 +84,17 @@ class FactsDataModule(TokenDataModule):
             seed=seed,
             eval_facts=eval_facts,
             draw=draw,
+            skip=skip,
         )
 
     def cache_key(self) -> CacheKey:
         """Returns choice of facts, tokenizer, wording of the templates, and the installed packages."""
         # Another release of a package, or other wording of the templates, is other data.
+        facts = asdict(self.choice)
+        if not facts["skip"]:  # so that data of before there was such a key are found
+            del facts["skip"]
         arguments = {
-            "facts": asdict(self.choice),
+            "facts": facts,
             "tokenizer": self.tokenizer_choice.identity(),
             "templates": hashlib.sha256(json.dumps(TEMPLATES).encode()).hexdigest(),
             "packages": {package.name: package.identity() for package in self._packages()},

@@ -44,9 +44,10 @@ class FactsChoice:
     seed: int
     eval_facts: int
     draw: int = 0
+    skip: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("people", "countries", "cities", "control_subjects", "seed", "draw"):
+        for key in ("people", "countries", "cities", "control_subjects", "seed", "draw", "skip"):
             check_range(f"data.{key}", getattr(self, key), low=0)
         for key in ("question_subjects", "question_share"):
             check_range(f"data.{key}", getattr(self, key), low=0, high=1)
@@ -127,7 +128,7 @@ def choose_facts(choice: FactsChoice) -> list[Fact]:
             for subject in LOADERS[domain]()
             if subject.name not in used_names and any(relation in subject.answers for relation in relations)
         ]
-        _require_enough(domain, count, controls, relations, len(eligible))
+        _require_enough(choice, domain, controls, len(eligible))
         used_names.update(subject.name for subject in eligible)
         drawn = _draw(choice, domain, eligible, count, controls)
         facts += _domain_facts(choice, domain, drawn)
@@ -140,12 +141,14 @@ def choose_facts(choice: FactsChoice) -> list[Fact]:
     return _with_held_out_forms(facts, np.random.default_rng([choice.seed, len(LOADERS)]))
 
 
-def _require_enough(domain: str, count: int, controls: int, relations: Sequence[str], available: int) -> None:
-    if count + controls > available:
-        control_text = f" plus data.control_subjects={controls}" if controls else ""
+def _require_enough(choice: FactsChoice, domain: str, controls: int, available: int) -> None:
+    count, relations = choice.domains()[domain]
+    others = f" plus data.control_subjects={controls}" if controls else ""
+    others += f" plus data.skip={choice.skip}" if choice.skip else ""
+    if count + controls + choice.skip > available:
         raise ConfigError(
-            f"data.{domain}={count}{control_text} exceeds the {available} {domain} with a unique name and one of "
-            f"{', '.join(relations)}; set data.{domain}={max(available - controls, 0)} or less."
+            f"data.{domain}={count}{others} exceeds the {available} {domain} with a unique name and one of "
+            f"{', '.join(relations)}; set data.{domain}={max(available - controls - choice.skip, 0)} or less."
         )
 
 
@@ -159,14 +162,14 @@ class _Draw:
 
 
 def _draw(choice: FactsChoice, domain: str, eligible: list[Subject], count: int, controls: int) -> _Draw:
-    """Returns `count` trained subjects and the controls: draw k has the k-th part of one permutation.
+    """Returns `count` trained subjects and the controls: draw k has the k-th part of what one permutation has left.
 
     A later draw, which may have only what earlier ones leave, has fewer trained subjects then.
     """
     # One generator per domain, so that the size of one domain does not change the subjects of another.
     rng = np.random.default_rng([choice.seed, list(LOADERS).index(domain)])
     size = count + controls
-    selection = rng.permutation(len(eligible))[choice.draw * size : (choice.draw + 1) * size]
+    selection = rng.permutation(len(eligible))[choice.skip :][choice.draw * size : (choice.draw + 1) * size]
     n_trained = max(0, len(selection) - controls)
     if n_trained < count:
         _log.info("data.draw=%d has %d instead of %d %s: no more are left", choice.draw, n_trained, count, domain)

@@ -1,0 +1,118 @@
+"""What is compared on which model: sizes, lengths and tries, for the comparison and for a smoke run of a minute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A starting model, the facts that it is taught, and how long.
+
+    Args:
+        name: of the folder of its runs and in the report.
+        pretrained: path of a pretrained model; None for one that `start` trains.
+        start: overrides of `fit` that train the starting model.
+        task: `ballplayers`, real ones that the starting model has not seen, or `invented` facts.
+        dim, n_layers: of the model.
+        n_facts: facts that are taught.
+        edited_facts: the first of them, which `edit` writes.
+        steps: optimizer steps of each run.
+        evaluations: during them.
+        data: overrides of what a step reads.
+        questions: per form at each evaluation.
+        positions: of other text, for loss and KL.
+        tries: settings of each method, of which one is chosen on other facts.
+        rate_factor: of the rates of all methods that are tried, but those of SGD: small models take larger steps.
+        layers: where memories and Engrams are added.
+        rows: rows that learn per step in sparse finetuning.
+    """
+
+    name: str
+    pretrained: str | None
+    start: tuple[str, ...]
+    task: str
+    dim: int
+    n_layers: int
+    n_facts: int
+    edited_facts: int
+    steps: int
+    evaluations: int
+    data: tuple[str, ...]
+    questions: int
+    positions: int
+    tries: int
+    rate_factor: float
+    layers: str
+    rows: int
+
+
+#: People of the default data with their controls, which the starting model of facts has seen.
+SEEN_PEOPLE = 3600 + 250
+FACTS = Plan(
+    name="facts",
+    pretrained=None,
+    start=(),
+    task="ballplayers",
+    dim=64,
+    n_layers=2,
+    n_facts=2000,
+    edited_facts=100,
+    steps=400,
+    evaluations=10,
+    data=("data.seq_len=64", "data.global_batch_size=48"),
+    questions=200,
+    positions=1000,
+    tries=6,
+    rate_factor=3,
+    layers="[1]",
+    rows=1000,
+)
+SMOLLM2 = Plan(
+    name="smollm2",
+    pretrained="",
+    start=(),
+    task="invented",
+    dim=576,
+    n_layers=30,
+    n_facts=100,
+    edited_facts=100,
+    steps=120,
+    evaluations=6,
+    data=("data.seq_len=128", "data.global_batch_size=4"),
+    questions=50,
+    positions=512,
+    tries=3,
+    rate_factor=1,
+    layers="[20]",
+    rows=200,
+)
+
+
+def plans(names: list[str], model: Path | None) -> list[Plan]:
+    """Returns the plans of these names; `model` is the pretrained one of `smollm2`."""
+    chosen = []
+    for name in names:
+        if name == "smollm2":
+            if model is None:
+                raise SystemExit("--models smollm2 needs --model FILE, the .gguf file or folder of SmolLM2-135M.")
+            chosen.append(replace(SMOLLM2, pretrained=str(model)))
+        else:
+            chosen.append(FACTS)
+    return chosen
+
+
+def smoke(plan: Plan) -> Plan:
+    """Returns the same comparison of a tiny model, a few steps per run: a test of the machinery, without meaning."""
+    small = replace(
+        plan, n_facts=12, edited_facts=4, steps=4, evaluations=2, questions=4, positions=20, tries=1, rows=8
+    )
+    if plan.pretrained is not None:
+        return replace(small, dim=24, n_layers=2, layers="[0]", data=("data.seq_len=160", "data.global_batch_size=2"))
+    start = (
+        *("data.people=60", "data.countries=10", "data.cities=20", "data.control_subjects=5", "data.eval_facts=20"),
+        *("data.vocab_size=600", "data.seq_len=96", "data.global_batch_size=12", "model.memory.n_keys=16"),
+        *("trainer.max_steps=12", "trainer.val_check_interval=12", "callbacks.recall.test_items=8"),
+    )
+    return replace(small, start=start, data=("data.seq_len=96", "data.global_batch_size=4"))

@@ -1,0 +1,155 @@
+"""The report of a comparison: report.md with tables, plots and commands; curves.csv with every point."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from commands import shown
+from curves import BENCHMARK, FIGURES
+from drawing import PANELS, draw
+from study import Study
+from tables import (
+    COLUMNS,
+    SHARE_LEARNED,
+    Variant,
+    cell,
+    curve_rows,
+    equal_learning,
+    equal_seconds,
+    equal_steps,
+    shortest,
+    variants,
+)
+
+from pkm_lightning.storage import write_beside
+from pkm_lightning.training.machine import commit, device_name, versions
+
+_FIELDS = ("model", "method", "replay", "seed", "step", "seconds", "lost", *FIGURES)
+
+
+def write_report(studies: Sequence[Study], out: Path) -> Path:
+    """Writes DATE-adaptation/ into `out` and returns the report in it."""
+    folder = out / f"{datetime.date.today().isoformat()}-adaptation"
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [_section(study, folder) for study in studies]
+    rows = [row for study in studies for row in curve_rows(study, variants(study))]
+    text = io.StringIO(newline="")
+    benchmarks = dict.fromkeys(name for row in rows for name in row if name.startswith(BENCHMARK))
+    writer = csv.DictWriter(text, [*_FIELDS, *benchmarks])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_beside(folder / "curves.csv", text.getvalue())
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
+    report = templates.get_template("report.md.jinja").render(
+        sections=sections,
+        columns=list(COLUMNS),
+        share=round(100 * SHARE_LEARNED),
+        date=datetime.date.today().isoformat(),
+        device=device_name(torch.device("cpu")),
+        threads=torch.get_num_threads(),
+        commit=commit() or "unknown",
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+    )
+    write_beside(folder / "report.md", report)
+    return folder / "report.md"
+
+
+def _section(study: Study, folder: Path) -> dict[str, Any]:
+    chosen = variants(study)
+    first = study.seeds[0]
+    starts = [json.loads((study.folder / f"start-{seed}.json").read_text()) for seed in study.seeds]
+    settings = json.loads((study.folder / "settings.json").read_text())
+    return {
+        "plan": study.plan,
+        "seeds": len(study.seeds),
+        "starts": _start_rows(starts),
+        "methods": [
+            (variant.label, variant.method.learns, " ".join(settings[variant.method.name]), _trained(study, variant))
+            for variant in chosen
+            if not variant.replayed
+        ],
+        "steps": equal_steps(study, chosen),
+        "seconds": equal_seconds(chosen),
+        "shortest": shortest(chosen),
+        "learning": equal_learning(chosen),
+        "plots": [file for name in PANELS if (file := draw(name, study.plan.name, chosen, folder))],
+        "common": shown(["fit", "run_dir=RUN", *study.common(first, first)]),
+        "commands": [(v.label, " ".join(study.specific(v.method, first, v.replayed))) for v in chosen],
+        "benchmarks": _benchmark_rows(study, chosen),
+        "edits": _edit_rows(study),
+        "edit_command": shown(
+            ["edit", f"run_dir={study.editable_dir(first)}", f"facts={study.edit_file(first).with_suffix('.jsonl')}"]
+        ),
+        "failures": study.failures,
+    }
+
+
+def _benchmark_rows(study: Study, chosen: Sequence[Variant]) -> list[list[str]]:
+    """Returns the names of the scores, then those of the starting model and of each variant at its end; or nothing."""
+    file = study.folder / "benchmarks.json"
+    if not file.exists():
+        return []
+    start = json.loads(file.read_text())
+    rows = [
+        ["", *(name.removeprefix(BENCHMARK) for name in start)],
+        ["starting model", *(f"{v:.3f}" for v in start.values())],
+    ]
+    for variant in chosen:
+        cells = (cell([curve[-1].value(name) for curve in variant.present], 3) for name in start)
+        rows.append([variant.label, *cells])
+    return rows
+
+
+def _edit_rows(study: Study) -> list[tuple[str, str]]:
+    """Returns figures of the edits by their names, means over seeds; none where there is no edit."""
+    files = [study.edit_file(seed) for seed in study.seeds]
+    edits = [json.loads(file.read_text()) for file in files if file.exists()]
+    if not edits:
+        return []
+
+    def row(name: str, values: Sequence[float], digits: int) -> tuple[str, str]:
+        return name, cell(values, digits)
+
+    forms = list(dict.fromkeys(form for edit in edits for form in edit["learned"]))
+    lost_of = [(edit["known_before"], edit["known"]) for edit in edits]
+    shares = [1 - now["paraphrase"] / before["paraphrase"] for before, now in lost_of if before.get("paraphrase")]
+    return [
+        row("facts", [edit["facts"] for edit in edits], 0),
+        *(row(f"{form}, %", [100 * e["learned"][form] for e in edits if form in e["learned"]], 1) for form in forms),
+        row("A lost, %", [100 * share for share in shares], 1),
+        row("KL", [edit["kl"] for edit in edits], 5),
+        row("perplexity, %", [100 * math.expm1(edit["loss_change"]) for edit in edits], 2),
+        row("seconds of the command", [edit["seconds"] for edit in edits], 1),
+        row("kB of the file", [edit["bytes"] / 1e3 for edit in edits], 1),
+        row("removed to the last bit, %", [100 * edit["removed_exactly"] for edit in edits], 0),
+    ]
+
+
+def _trained(study: Study, variant: Variant) -> str:
+    """Returns the parameters that learn, in thousands; of rows that are chosen those of the whole table."""
+    seed = next((seed for seed, curve in variant.curves.items() if curve), None)
+    if seed is None:
+        return "-"
+    return f"{study.record(variant.method, seed, variant.replayed)['trained_bytes'] / 4e3:,.0f}"
+
+
+def _start_rows(starts: Sequence[dict[str, dict[str, float]]]) -> list[tuple[str, str, str]]:
+    """Returns form, share answered by the starting model alone and with the facts in its prompt, in per cent."""
+    forms = list(dict.fromkeys(form for start in starts for form in start["alone"]))
+
+    def mean(kind: str, form: str) -> str:
+        values = [start[kind][form] for start in starts if form in start[kind]]
+        return f"{100 * sum(values) / len(values):.1f}" if values else "-"
+
+    return [(form, mean("alone", form), mean("in_context", form)) for form in forms]
