@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pkm_lightning.data.base import TextCodec
 from pkm_lightning.data.readers.text import TextReader
+from pkm_lightning.errors import DataError
 
 #: Sequences per forward: the background counts them one by one.
 _PER_BATCH = 8
@@ -23,11 +24,11 @@ def text_reader(path: str, key: str) -> TextReader:
     """Returns a reader of a text file, a folder of .txt files, or a glob.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or no text in it.
     """
     reader = TextReader(path, endings=_ENDINGS, document_separator=1, key=key)
-    # Found now, not at the first read.
-    assert reader.files
+    if next(reader.pieces(), None) is None:
+        raise DataError(f"{key}={path} holds no text; give a file with some.")
     return reader
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
@@ -92,6 +92,28 @@ class LoRA(Finetuning):
                 del model.peft_config  # a record for PEFT's own class of models
         _draw(model, self.seed)
         freeze_others(model, {name for name, _ in model.named_parameters() if base_name(name) is None})
+
+    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        """Refuses a rank that no change of an adapted matrix has.
+
+        Raises:
+            ConfigError: saying the highest rank.
+        """
+        sides = [min(down.in_features, up.out_features) for down, up in _adapters(model)]
+        if self.rank > max(sides):
+            raise ConfigError(
+                f"finetune.rank={self.rank} is higher than the rank of any adapted matrix, which is {max(sides)} at "
+                f"most; allowed: 1 to {max(sides)}."
+            )
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[nn.Linear, nn.Linear]]:
+    """Yields A and B of each adapted layer."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            yield module.lora_A[ADAPTER], module.lora_B[ADAPTER]
 
 
 def _linear_layers(model: Any) -> dict[str, nn.Module]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pkm_lightning.build.kinds import Range
 
 if TYPE_CHECKING:
     import lightning as L
+    from torch import nn
 
 #: Of the sequences of each step.
 Share = Annotated[float, Range(0, 0.999)]
@@ -23,6 +25,9 @@ class Finetuning:
 
     def __init__(self, *, replay_share: Share, replay_path: str | None) -> None:
         self.replay_share, self.replay_path = replay_share, replay_path
+
+    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        """Refuses none."""
 
     def callbacks(self) -> list[L.Callback]:
         """Returns none."""

@@ -1,4 +1,4 @@
-"""The read background in the checkpoint of a run: counted in its training, or taken over when it was finetuned."""
+"""The read background in a file, or in the checkpoint of a run, counted in its training or taken over in finetuning."""
 
 from __future__ import annotations
 
@@ -26,20 +26,31 @@ def has_background(run: str | Path) -> bool:
     return _keeper(open_checkpoint(find_weights(Path(run), "init_from="))) is not None
 
 
-def saved_background(run: str | Path) -> ReadBackground:
-    """Returns the background in the checkpoint of a run.
+def saved_background(run: str | Path, key: str = "init_from=") -> ReadBackground:
+    """Returns the background in the checkpoint of a run; `key` stands before its path in messages.
 
     Raises:
         CheckpointError: there is no checkpoint, or it holds none.
     """
-    checkpoint = open_checkpoint(find_weights(Path(run), "init_from="))
+    checkpoint = open_checkpoint(find_weights(Path(run), key))
     keeper = _keeper(checkpoint)
     if keeper is None:
-        raise CheckpointError(f"{checkpoint.path} holds no read background; count one with measure_background.")
+        raise CheckpointError(
+            f"{key}{run} holds no read background; count one in a text with finetune.background_path=TEXT."
+        )
     others = [key for key in checkpoint.skeleton if key != "callbacks"]
     state = checkpoint.map(without=others)["callbacks"][keeper]["background"]
     # Copies: the tensors of a file stay in it.
     return ReadBackground.from_state(_copied(state))
+
+
+def named_background(path: str | Path, key: str) -> ReadBackground:
+    """Returns the background of a run, or of a file that `ReadBackground.save` wrote.
+
+    Raises:
+        CheckpointError: as `saved_background` and `ReadBackground.load`.
+    """
+    return saved_background(path, key) if Path(path).is_dir() else ReadBackground.load(path, key)
 
 
 def _keeper(checkpoint: SavedCheckpoint) -> str | None:

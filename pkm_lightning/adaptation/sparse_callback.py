@@ -26,7 +26,7 @@ from pkm_lightning.adaptation.background_text import share_of_rank, text_reader,
 from pkm_lightning.adaptation.row_chooser import RowChooser
 from pkm_lightning.adaptation.row_reads import RowReads
 from pkm_lightning.adaptation.row_scores import WITH_BACKGROUND, Score
-from pkm_lightning.adaptation.saved_background import has_background, saved_background
+from pkm_lightning.adaptation.saved_background import has_background, named_background, saved_background
 from pkm_lightning.build.instantiate import target_class
 from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.data.base import data_of, tokenizer_of
@@ -63,7 +63,7 @@ class SparseRows(L.Callback):
         self._modes: list[tuple[torch.nn.Module, bool]] = []
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Refuses strategies that own all parameters, and a background that is missing, with a ConfigError."""
+        """Refuses strategies that own all parameters, and callbacks that change rows, with a ConfigError."""
         strategy = config["strategy"]
         if strategy and getattr(target_class(strategy, "strategy"), "owns_parameters", False):
             raise ConfigError(
@@ -76,26 +76,39 @@ class SparseRows(L.Callback):
                     f"callbacks.{name} changes rows of tables, of which finetune=sparse keeps all but the chosen ones "
                     f"as they are; set ~callbacks.{name}."
                 )
-        # A run that continues has the background in its checkpoint.
-        continues = config.get("resume") != "never" and latest_checkpoint(Path(config["run_dir"])) is not None
-        if self._compares and not continues:
-            self._check_background(config.get("init_from"))
 
     @property
     def _compares(self) -> bool:
         return self.score in WITH_BACKGROUND and self.rows is not None
 
-    def _check_background(self, init_from: str | None) -> None:
+    def check_background(self, config: Mapping[str, Any], rows: Mapping[str, int]) -> None:
+        """Refuses a background that is missing, or of other tables.
+
+        Args:
+            config: of a run that is to be trained.
+            rows: number of rows of each set of tables.
+
+        Raises:
+            PkmError: saying where a background can come from.
+        """
+        # A run that continues has the background in its checkpoint.
+        continues = config.get("resume") != "never" and latest_checkpoint(Path(config["run_dir"])) is not None
+        if not self._compares or continues:
+            return
+        init_from = config.get("init_from")
         if self.background_path is not None:
             text_reader(self.background_path, "finetune.background_path")
         elif self.background is not None:
-            ReadBackground.load(self.background, "finetune.background=")
-        elif init_from is None or not has_background(init_from):
+            background = named_background(self.background, "finetune.background=")
+            background.check(rows, f"finetune.background={self.background}")
+        elif init_from is not None and has_background(init_from):
+            saved_background(init_from).check(rows, f"init_from={init_from}")
+        else:
             where = "no init_from=RUN is given" if init_from is None else f"init_from={init_from} holds none"
             raise ConfigError(
                 f"finetune.score={self.score} compares reads with those of ordinary text, and {where}: set "
-                "finetune.background_path=TEXT to count them in a text before training, finetune.background=FILE, or "
-                "finetune.score=tf, which needs no background."
+                "finetune.background_path=TEXT to count them in a text before training, "
+                "finetune.background=RUN_OR_FILE, or finetune.score=tf, which needs no background."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,8 +118,6 @@ class SparseRows(L.Callback):
         pl_module.model.eval()
         reads = RowReads(pl_module.model, learning=True)
         background = self._background(trainer, pl_module) if self._compares or self._saved else None
-        if background is not None:
-            background.check(reads.rows, "the background")
         self.chooser = RowChooser(
             reads,
             rows=self.rows,
@@ -129,7 +140,7 @@ class SparseRows(L.Callback):
         if self.background_path is not None:
             return self._measured(trainer, module)
         if self.background is not None:
-            return ReadBackground.load(self.background, "finetune.background=")
+            return named_background(self.background, "finetune.background=")
         background = saved_background(module.config["init_from"])
         _info("read background: %s sequences, counted in the training of init_from", f"{background.n_batches:,}")
         return background
@@ -147,7 +158,10 @@ class SparseRows(L.Callback):
         sequences = text_sequences(reader, tokenizer, getattr(data, "seq_len", 512), self.background_batches)
         batches = share_of_rank(sequences, trainer.global_rank, trainer.world_size)
         if not batches:
-            raise DataError(f"finetune.background_path={path} holds fewer sequences than there are ranks.")
+            number, of = len(sequences), f"of {trainer.world_size} ranks"
+            raise DataError(
+                f"finetune.background_path={path} holds {number} sequences, and each {of} reads one or more."
+            )
         _info("read background: %s sequences of %s", f"{len(sequences):,}", path)
 
         def forward(ids_BT: Tensor) -> None:

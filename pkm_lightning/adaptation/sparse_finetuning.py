@@ -5,9 +5,11 @@ Sparse Memory Finetuning (Lin et al. 2025, arXiv 2510.15103, section 3).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pkm_lightning.adaptation.method import Finetuning, Share
+from pkm_lightning.adaptation.row_reads import RowReads
 from pkm_lightning.adaptation.sparse_callback import SparseRows
 from pkm_lightning.build.kinds import Range
 from pkm_lightning.errors import ConfigError
@@ -28,7 +30,7 @@ class SparseFinetuning(Finetuning):
         score: by which they are chosen: `tfidf`, `kl`, `tf`, `random`; see `row_scores`.
         per: `step`: chosen anew from the reads of each step. `task`: once, from a pass over the training data.
         task_steps: optimizer steps of that pass; None: one epoch, at most `trainer.max_steps`.
-        background: a file that `ReadBackground.save` wrote; None: that of the checkpoint.
+        background: a run, or a file that `ReadBackground.save` wrote; None: the checkpoint of `init_from`.
         background_path: text whose reads are the background instead, measured before training.
         background_batches: sequences of that text, at most.
         replay_share, replay_path: as in `Finetuning`.
@@ -64,14 +66,20 @@ class SparseFinetuning(Finetuning):
         )
 
     def adapt(self, model: nn.Module) -> None:
-        """Excludes all parameters from training but the tables that learn by rows.
+        """Excludes all parameters from training but value tables."""
+        tables = {id(table.weight) for table in _tables(model)}
+        for parameter in model.parameters():
+            if id(parameter) not in tables:
+                parameter.requires_grad_(False)
+
+    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        """Refuses a model without tables that learn by rows, with tables that learn otherwise, or without a background.
 
         Raises:
-            ConfigError: there are none.
+            PkmError: saying which keys help.
         """
-        tables = [module for module in model.modules() if isinstance(module, ValueTable)]
-        dense = [table for table in tables if table.weight.requires_grad]
-        if dense:
+        tables = _tables(model)
+        if any(table.weight.requires_grad for table in tables):
             raise ConfigError(
                 "finetune=sparse updates tables by rows, and table.learning=dense moves all of them at every step; "
                 "set table.learning=rows."
@@ -82,9 +90,12 @@ class SparseFinetuning(Finetuning):
                 f"finetune=sparse trains rows of value tables, and this model {problem}; set ffn=memory_plus for a "
                 "new memory (with model=hf beside the pretrained weights), table.trainable=true, or finetune=full."
             )
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        self._callback.check_background(config, RowReads(model, learning=True).rows)
 
     def callbacks(self) -> list[L.Callback]:
         """Returns the callback that chooses the rows."""
         return [self._callback]
+
+
+def _tables(model: nn.Module) -> list[ValueTable]:
+    return [module for module in model.modules() if isinstance(module, ValueTable)]

@@ -19,8 +19,8 @@ from pkm_lightning.checkpoints import DerivedTensor, SavedCheckpoint
 ADAPTER = "default"
 _BASE = "base_layer."
 _MODEL = "state_dict.model."
-#: Matrices of GPT-2, which transformers stores as (in, out).
-_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
+#: Matrices that transformers stores as (in, out), in models of these types; others have linear layers of such names.
+_TRANSPOSED, _TRANSPOSED_TYPES = ("c_attn", "c_proj", "c_fc"), ("gpt2", "openai-gpt")
 
 
 def base_name(name: str) -> str | None:
@@ -40,6 +40,8 @@ def merge_adapters(checkpoint: SavedCheckpoint) -> None:
         return
     keys = checkpoint.config["finetune"]
     scale = float(keys["alpha"]) / int(keys["rank"])
+    architecture = checkpoint.config["model"].get("architecture") or {}
+    transposed = _TRANSPOSED if architecture.get("model_type") in _TRANSPOSED_TYPES else ()
     merged: dict[str, DerivedTensor] = {}
     for name in replaced:
         base = base_name(name)
@@ -49,7 +51,7 @@ def merge_adapters(checkpoint: SavedCheckpoint) -> None:
         layer, part = name.split(f".{_BASE}")
         if part == "weight":
             names = (name, f"{layer}.lora_A.{ADAPTER}.weight", f"{layer}.lora_B.{ADAPTER}.weight")
-            is_transposed = layer.rpartition(".")[2] in _TRANSPOSED
+            is_transposed = layer.rpartition(".")[2] in transposed
             values = functools.partial(_sum, checkpoint, names, scale, is_transposed)
         else:
             values = functools.partial(checkpoint.whole, name)

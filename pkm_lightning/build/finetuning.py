@@ -61,6 +61,17 @@ def adapt(model: nn.Module, config: Mapping[str, Any]) -> None:
         method.adapt(model)
 
 
+def check_adapted(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuses a model that the method of `config`, if any, cannot train.
+
+    Raises:
+        ConfigError: as the method's `check`.
+    """
+    method = finetuning_method(config)
+    if method is not None:
+        method.check(model, config)
+
+
 def finetuning_callbacks(config: Mapping[str, Any]) -> list[L.Callback]:
     """Returns the callbacks of the method of `config`; none without one."""
     method = finetuning_method(config)

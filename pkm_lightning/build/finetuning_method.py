@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import lightning as L
@@ -15,6 +16,9 @@ class FinetuningMethod(Protocol):
 
     def adapt(self, model: nn.Module) -> None:
         """Changes a trunk before it gets its weights: freezes parameters, or adds some for every use of the run."""
+
+    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        """Refuses an adapted trunk that it cannot train by `config`, with a PkmError; for other uses it may serve."""
 
     def callbacks(self) -> list[L.Callback]:
         """Returns what acts while the run is trained."""

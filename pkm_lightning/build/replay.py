@@ -48,6 +48,10 @@ def add_replay(data: L.LightningDataModule, config: Config) -> None:
             f"finetune.replay_share={share}: {type(data).__name__} is no TokenDataModule, and takes no further "
             "sequences; set it to 0 and mix them in yourself."
         )
+    if Path(path).resolve() == Path(config["run_dir"]).resolve():
+        raise ConfigError(
+            f"{_KEY}={path} is run_dir, whose files this run replaces; give the directory of another run."
+        )
     described = _described(str(path), data, config)
     old = instantiate(described, "data")
     check_kind(old, TokenDataModule, described, "data")

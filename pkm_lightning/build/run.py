@@ -13,7 +13,12 @@ import lightning as L
 
 from pkm_lightning.build.checks import check_learning, check_trainer, check_training
 from pkm_lightning.build.completion import complete_plugins
-from pkm_lightning.build.finetuning import check_starting_weights, finetuning_callbacks, with_absolute_files
+from pkm_lightning.build.finetuning import (
+    check_adapted,
+    check_starting_weights,
+    finetuning_callbacks,
+    with_absolute_files,
+)
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
@@ -104,6 +109,8 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     model = build_meta_model(config)
     check_foreign_plugins(model, config)
     check_frozen(model, config)
+    if training:
+        check_adapted(model, config)
     start_at_zero(model, config)  # for its checks only
     check_setting(model, config)
     # For its checks only.

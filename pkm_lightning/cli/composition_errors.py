@@ -100,7 +100,9 @@ def _missing_plugin(group: str, option: str, options: Sequence[str]) -> str:
 def options_of(group: str) -> dict[str, Any]:
     """Returns the content of the package's YAMLs of a group, by their names."""
     files = (Path(pkm_lightning.configs.__file__).parent / group).glob("*.yaml")
-    return {file.stem: OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files}
+    contents = {file.stem: OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files}
+    # A file of the package _global_ has the group as a key, beside those of other groups.
+    return {name: content.get(group, content) for name, content in contents.items() if isinstance(content, dict)}
 
 
 def _unreadable(override: str) -> str:

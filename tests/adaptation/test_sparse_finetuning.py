@@ -19,6 +19,7 @@ from sparse_jobs import Finetuned
 from tolerances import RANKS
 
 from pkm_lightning.adaptation import ReadBackground
+from pkm_lightning.build.finetuning import check_adapted
 from pkm_lightning.build.model import build_meta_model
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.usage.slot_readers import find_readers, find_tables
@@ -162,10 +163,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_models_without_rows_that_learn_are_refused(what: str) -> None:
+def test_models_without_rows_that_learn_are_refused_in_training_alone(what: str) -> None:
     overrides, message = REFUSED[what]
+    settings = distributed_jobs.settings(*jobs.BASE, *overrides)
+    model = build_meta_model(settings)
     with pytest.raises(ConfigError, match=message):
-        build_meta_model(distributed_jobs.settings(*jobs.BASE, *overrides))
+        check_adapted(model, settings)
 
 
 def test_all_rows_that_are_read_learn_without_a_number() -> None:

@@ -111,3 +111,23 @@ def test_a_checkpoint_without_adapters_stays_as_it_is(tmp_path: Path) -> None:
     before = dict(checkpoint.shapes)
     merge_adapters(checkpoint)
     assert checkpoint.shapes == before
+
+
+@pytest.mark.parametrize(("model_type", "is_transposed"), [("gpt2", True), ("starcoder2", False), ("gpt_neo", False)])
+def test_a_square_matrix_is_transposed_in_gpt2_alone(model_type: str, is_transposed: bool, tmp_path: Path) -> None:
+    layer, (up_XR, down_RX) = "state_dict.model.network.h.0.c_proj", (torch.randn(4, 1), torch.randn(1, 4))
+    weights = {"base_layer": torch.zeros(4, 4), "lora_A.default": down_RX, "lora_B.default": up_XR}
+    settings = config(*SMALL)
+    settings["model"]["architecture"] = {"model_type": model_type}
+    settings["finetune"] = {"alpha": 1, "rank": 1}
+    content = {
+        "state_dict": {f"{layer.removeprefix('state_dict.')}.{part}.weight": w for part, w in weights.items()},
+        "hyper_parameters": {"config": settings},
+        "tokens_seen": 5,
+    }
+    torch.save(content, tmp_path / "model.ckpt")
+    checkpoint = open_checkpoint(tmp_path / "model.ckpt")
+    merge_adapters(checkpoint)
+    change_XX = up_XR @ down_RX
+    (chunk,) = checkpoint.chunks(f"{layer}.weight")
+    assert torch.equal(chunk.values, change_XX.T if is_transposed else change_XX)

@@ -34,7 +34,7 @@ def settings(path: str | None, share: float = 0.5, *overrides: str) -> dict[str,
 
 
 def replaying(path: str | None, share: float = 0.5, *overrides: str) -> TokenDataModule:
-    described = settings(path, share, *overrides)
+    described = settings(path, share, "run_dir=.", *overrides)
     data: TokenDataModule = instantiate(described["data"], "data")
     add_replay(data, described)
     return data
@@ -103,6 +103,7 @@ def test_none_by_default() -> None:
         ("nowhere", 0.5, "finetune.replay_path=nowhere does not exist"),
         ("old.jsonl", 0.5, "prepare data=jsonl data.path=old.jsonl data.tokenizer=bytes out=FOLDER"),
         ("old.jsonl.gz", 0.5, "prepare data=jsonl"),
+        (".", 0.5, "finetune.replay_path=. is run_dir"),
         ("broken", 0.5, "finetune.replay_path=broken: its config.yaml holds no data"),
         ("foreign", 0.5, "config.yaml names data._target_=subprocess.Popen.*trust_config=true"),
     ],

@@ -101,6 +101,8 @@ REFUSED = [
         "info table/optimizer=factored_adam table.optimizer.bias_correction=row",
         "not a key of the configuration, but of table/optimizer=lazy_adam; choose that, or leave it out.",
     ),
+    ("fit finetune.rank=3", "not a key of the configuration, but of finetune=lora; choose that"),
+    ("fit finetune.replay_share=0.1", "but of finetune=adapter or full or lora or sparse; choose that"),
     (
         "info model.base_ffn.n_experts=4",
         ", but of ffn@model.base_ffn=moe or moe_expert_choice; choose that, or leave it out.",

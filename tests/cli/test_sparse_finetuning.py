@@ -32,6 +32,7 @@ TABLE = "model.tables.0.weight"
 def of_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sparse")
     (folder / "a.txt").write_text("a cat sat on the mat and saw a dog run by . " * 60)
+    (folder / "empty.txt").write_text("\n \n")
     (folder / "b.txt").write_text("QUICK ZEBRAS JUMP OVER 77 LAZY FOXES ! " * 60)
     return folder
 
@@ -64,6 +65,8 @@ def test_few_rows_learn_from_the_background_of_the_run(run: Run) -> None:
     assert float(logged[0]["train/sparse/table0/rows_changed"]) < number
     assert float(logged[0]["train/sparse/table0/threshold"]) > 0
     assert float(logged[-1]["train/loss"]) < float(logged[0]["train/loss"])
+    shown = run("generate", "run_dir=learned", "prompt=QUICK", "max_new_tokens=2", "table.device=mmap")
+    assert shown.code == 0, shown.err
     # A second finetuning compares with the same background.
     again = run("fit", *SPARSE, "init_from=learned", "run_dir=again", "trainer.max_steps=1", "finetune.score=kl")
     assert again.code == 0, again.err
@@ -96,6 +99,12 @@ REFUSED = {
     "an export": (["init_from=bare.safetensors"], "/bare.safetensors holds none"),
     "no text": (["finetune.background_path=no.txt"], "no.txt does not exist; give a file"),
     "no file": (["finetune.background=no.safetensors"], "no.safetensors cannot be read"),
+    "no text in it": (["finetune.background_path=empty.txt"], "empty.txt holds no text"),
+    "another run": (["finetune.background=bare"], "/bare holds no read background"),
+    "other tables": (
+        ["extra_ffns=engram"],
+        "/base counts the reads of table0 (256 rows), but the tables of this model",
+    ),
     "both": (["finetune.background=x", "finetune.background_path=a.txt"], "are both set; keep the file of counts"),
     "rows": (["finetune.rows=0"], "error: finetune.rows=0 is out of range; allowed: 1 or more"),
     "score": (["finetune.score=idf"], "error: finetune.score='idf' is not known"),

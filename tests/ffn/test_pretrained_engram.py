@@ -69,7 +69,7 @@ def stored(folder: Path, layer: int, name: str, stream: int | None) -> torch.Ten
 @pytest.mark.parametrize("trainable", [True, False])
 def test_an_output_of_zero_leaves_the_rows_of_the_folder(qwen: Path, trainable: bool) -> None:
     module = module_of(run(qwen, **{"table.trainable": trainable}).config)
-    load_pretrained(module.model)
+    load_pretrained(module.model, module.config)
     before = [table.weight.clone() for table in module.model.value_tables]
     for plugin in engrams(module):
         plugin.zero_output()
