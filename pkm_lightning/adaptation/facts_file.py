@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.data.base import TextCodec, answer_ids, prompt_ids
-from pkm_lightning.data.files import check_characters, read_text, require_file, split_lines
+from pkm_lightning.data.files import COMPRESSED, check_characters, read_text, require_file, split_lines
 from pkm_lightning.errors import DataError, nearest
 
 _LISTS = ("paraphrases", "test_prompts")
@@ -75,6 +75,8 @@ def read_facts(path: Path, key: str = "facts") -> list[Fact]:
     """
     remedy = 'give a .jsonl with one object per line: {"prompt": TEXT, "answer": TEXT}'
     require_file(f"{key}={path}", path, remedy)
+    if path.suffix in COMPRESSED:
+        raise DataError(f"{key}={path} is compressed; unpack it.")
     lines = [(number, line) for number, line in enumerate(split_lines(read_text(path)), 1) if line.strip()]
     if not lines:
         raise DataError(f"{key}={path} is empty; {remedy}.")
@@ -95,7 +97,9 @@ def _parsed(where: str, line: str) -> Any:
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f'{where} is no JSON ({error}); write {{"prompt": TEXT, "answer": TEXT}}.') from None
+        # The line in the message of a JSONDecodeError is always 1, and other errors name settings of Python.
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "a huge number"
+        raise DataError(f'{where} is no JSON ({reason}); write {{"prompt": TEXT, "answer": TEXT}}.') from None
 
 
 def _without_repeats(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""Edits of a model: those that belong to its weights, applied when it is loaded, and applied or removed in a program.
-
-The edits of a run lie in `RUN/edits`, those of an exported file `NAME.safetensors` in `NAME.edits` beside it. A file in
-that folder is applied by every command that loads the model; `removed/` in it holds those that are not. A change of
-either kind is one renaming, so that a kill leaves it done or not done. The weights themselves are never written.
-"""
+"""Edits of a model: applied when it is loaded, applied or removed in a program, and put into what an export reads."""
 
 from __future__ import annotations
 
@@ -16,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pkm_lightning.checkpoints import SavedCheckpoint
-from pkm_lightning.checkpoints.companions import run_folder
-from pkm_lightning.checkpoints.edit_file import SUFFIX, Edit, state_digest, weights_digest
+from pkm_lightning.checkpoints.edit_file import Edit, state_digest, weights_digest
+from pkm_lightning.checkpoints.edit_folder import read_edits
 from pkm_lightning.errors import CheckpointError, ConfigError, nearest
 from pkm_lightning.memory import QuantizedTable, ValueTable
 from pkm_lightning.memory.edited_lines import EditedLines, with_deltas
@@ -25,53 +20,7 @@ from pkm_lightning.memory.edited_lines import EditedLines, with_deltas
 if TYPE_CHECKING:
     from pkm_lightning.checkpoints.export import WeightSource
 
-#: Within a folder of edits: those that are not applied.
-REMOVED = "removed"
 _log = logging.getLogger(__name__)
-
-
-def edits_folder(weights: Path) -> Path:
-    """Returns where the edits of a checkpoint or an exported file lie, if there are any."""
-    run = run_folder(weights)
-    return weights.absolute().with_suffix(".edits") if run is None else run / "edits"
-
-
-def edit_files(folder: Path, *, removed: bool = False) -> dict[str, Path]:
-    """Returns the files of the edits that are applied, or of those that are `removed`, by name."""
-    place = folder / REMOVED if removed else folder
-    return {file.stem: file for file in sorted(place.glob(f"*{SUFFIX}"))}
-
-
-def read_edits(weights: Path, edits: Sequence[str | Path] | None) -> list[Edit]:
-    """Returns the edits with which weights are to be used.
-
-    Args:
-        weights: the checkpoint or exported file.
-        edits: names of edits of these weights, applied or removed, or files; None: the applied ones.
-
-    Raises:
-        ConfigError: `edits` is no list of names, or no edit has a name.
-        CheckpointError: a file is damaged.
-    """
-    folder = edits_folder(weights)
-    applied = edit_files(folder)
-    if edits is None:
-        return [Edit.load(file) for file in applied.values()]
-    if isinstance(edits, str | Path) or not all(isinstance(name, str | Path) and str(name) for name in edits):
-        raise ConfigError(f"edits={edits} is no list of names; give edits=[NAME,...], or edits=[] for none.")
-    known = {**edit_files(folder, removed=True), **applied}
-    chosen = []
-    for name in map(str, edits):
-        if name not in known and not name.endswith(SUFFIX):
-            listed = ", ".join(known) or "none"
-            raise ConfigError(
-                f"edits={name}: {folder} has no edit of this name; it has: {listed}.{nearest(name, known)}"
-            )
-        chosen.append(Edit.load(known.get(name, Path(name))))
-    names = [edit.name for edit in chosen]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"edits={','.join(names)}: a name occurs twice; give each edit once.")
-    return chosen
 
 
 def value_tables_by_name(model: nn.Module) -> dict[str, ValueTable]:

@@ -29,6 +29,7 @@ from pkm_lightning.checkpoints.companions import (
     find_companion,
     model_type_of,
 )
+from pkm_lightning.checkpoints.edit_folder import check_names
 from pkm_lightning.checkpoints.mapped import expect_scattered_reads
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.data.base import TextCodec
@@ -177,7 +178,12 @@ def load(
     Example: `docs/trained-models.md`, "From a program".
     """
     _check_device(device)
-    if _is_pretrained(Path(path)):
+    if is_pretrained(Path(path)):
+        if edits:
+            check_names(edits)
+            raise ConfigError(
+                f"edits={','.join(map(str, edits))}: {path} is pretrained and has no rows to edit; leave edits out."
+            )
         # A room above this one, reached when it is needed: it imports transformers.
         room = importlib.import_module("pkm_lightning.huggingface.loading")
         pretrained: LoadedModel = room.load_path(Path(path), device=device, precision=precision)
@@ -230,7 +236,7 @@ def with_table_device(config: Mapping[str, Any], device: str) -> dict[str, Any]:
     return {**moved, EXTRAS: extras} if extras else moved
 
 
-def _is_pretrained(path: Path) -> bool:
+def is_pretrained(path: Path) -> bool:
     """Returns whether `path` is a model for `model=hf`: a GGUF file, or a folder of a class of transformers."""
     return is_gguf(path) or model_type_of(path) not in (None, MODEL_TYPE)
 

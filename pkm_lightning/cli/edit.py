@@ -7,6 +7,7 @@ the folder, out of it, or back.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -16,15 +17,16 @@ from typing import Any
 
 from pkm_lightning.adaptation.facts_file import read_facts
 from pkm_lightning.adaptation.settings import WritingSettings
-from pkm_lightning.build.edits import REMOVED, check_fits, edit_files, edits_folder, read_edits
-from pkm_lightning.build.loading import find_weights
+from pkm_lightning.build.edits import check_fits
+from pkm_lightning.build.loading import find_weights, is_pretrained
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import run_folder
 from pkm_lightning.checkpoints.edit_file import SUFFIX, Edit, weights_digest
+from pkm_lightning.checkpoints.edit_folder import REMOVED, edit_files, edits_folder, listed, read_edits
 from pkm_lightning.cli import export
-from pkm_lightning.cli.edit_listing import edit_table, full_record, result_lines
+from pkm_lightning.cli.edit_listing import edit_table, full_record, list_edits, result_lines
 from pkm_lightning.cli.edit_words import ACTIONS
-from pkm_lightning.cli.evaluation import locate, names_pretrained
+from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.loading import load_of_job
 from pkm_lightning.cli.paths import expanded
@@ -36,7 +38,8 @@ from pkm_lightning.storage import HeldFolder, flush
 _log = logging.getLogger(__name__)
 #: Keys that name the model, and where it is computed.
 _OF_MODEL = ("run_dir", "ckpt", "trust_config", "trainer", "table", "action")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+#: Short, since a character may be four bytes and a file name has at most 255.
+_NAME = re.compile(r"[^\W_][\w.-]{0,49}")
 
 
 def run(job: Job) -> None:
@@ -48,11 +51,13 @@ def run(job: Job) -> None:
         if top not in (*_OF_MODEL, *ACTIONS[action]):
             others = ", ".join(verb for verb, keys in ACTIONS.items() if top in keys)
             raise ConfigError(f"{override}: edit {action} does not read {top}, only edit {others}; leave it out.")
-    if names_pretrained(job):
+    _, path = locate(job)
+    if is_pretrained(path):
         raise ConfigError(
-            "model=hf has no value table to edit; retrofit it with a memory: fit model=hf ffn=memory_plus."
+            f"ckpt={path} is a pretrained model, which has no value table to edit; give it a memory: fit model=hf "
+            f"model.path={path} ffn=memory_plus, and edit that run."
         )
-    _, weights = locate(job)
+    weights = find_weights(path, "ckpt=")
     actions: dict[str, Callable[[Job, Path], None]] = {
         "write": _write,
         "list": _list,
@@ -70,21 +75,25 @@ def _write(job: Job, weights: Path) -> None:
         raise ConfigError('facts is not set; give facts=FILE.jsonl, one {"prompt": TEXT, "answer": TEXT} per line.')
     path = Path(expanded("facts", str(job.config.facts)))
     facts = read_facts(path)
-    name = _name(job, default=path.stem)
+    name = _name(job, facts=path)
     check_flag("overwrite", job.config.overwrite)
     drift = None if job.config.drift_path is None else str(job.config.drift_path)
     if drift is not None:
         find_files(drift, (".txt", ".md"), "drift_path")  # before the model is read
     folder = edits_folder(weights)
     known = {**edit_files(folder), **edit_files(folder, removed=True)}
-    if name in known and not job.config.overwrite:
-        raise ConfigError(f"name={name}: {known[name]} exists; choose another name, or replace it with overwrite=true.")
+    for other in known:
+        # On some disks a file of the other name would be the same file.
+        if other.casefold() == name.casefold() and not (other == name and job.config.overwrite):
+            way = ", or replace it with overwrite=true" if other == name else ""
+            raise ConfigError(f"name={name}: {known[other]} exists; choose another name{way}.")
+    _refuse_training(weights)
     with _held(folder):
         # torch and the model come after everything that can be refused without them.
         from pkm_lightning.adaptation.write_facts import write_facts
         from pkm_lightning.cli.edit_text import other_text
 
-        loaded = load_of_job(job, reads=ACTIONS["write"])
+        loaded = load_of_job(job, reads=("action", *ACTIONS["write"]))
         assert loaded.edits is not None
         if name in loaded.edits.applied:
             loaded.edits.remove(name)
@@ -124,15 +133,37 @@ def settings_of(job: Job) -> WritingSettings:
     return WritingSettings(seed=job.config.sample_seed, **values)
 
 
-def _name(job: Job, default: str | None = None) -> str:
-    name = default if job.config.name is None else str(job.config.name)
+def _name(job: Job, facts: Path | None = None) -> str:
+    """Returns the name of the edit, that of the file of facts where the command has none."""
+    name, source = job.config.name, "name="
+    if name is None and facts is not None:
+        name, source = facts.stem, f"facts={facts}: "
     if name is None:
         raise ConfigError(f"name is not set; give edit {job.config.action} name=NAME; `edit list` shows the names.")
-    if not _NAME.fullmatch(name) or name.endswith(SUFFIX):
+    name = str(name)
+    if not _NAME.fullmatch(name) or name.lower().endswith(SUFFIX):
         raise ConfigError(
-            f"name={name} is no name for an edit; use letters, digits, _, - and ., without {SUFFIX} at the end."
+            f"{source}{name} is no name for an edit; give name=NAME of at most 50 letters, digits, _, - and ., without "
+            f"{SUFFIX} at the end."
         )
     return name
+
+
+def _refuse_training(weights: Path) -> None:
+    """Refuses a run that is being trained: the next checkpoint would have weights that the edit does not fit."""
+    run = run_folder(weights)
+    if run is None:
+        return
+    try:
+        HeldFolder(run).withdraw()
+    except BlockingIOError:
+        raise RunDirectoryError(
+            f"run_dir={run} is being trained, and an edit fits one checkpoint; wait until it ends."
+        ) from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run_dir={run} cannot be written ({error.strerror}); copy the run to another place."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -145,6 +176,8 @@ def _held(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise RunDirectoryError(f"{folder} cannot be written ({error.strerror}); choose another place.") from None
     try:
+        for leftover in folder.glob("*.tmp"):  # of an `edit` that was killed
+            leftover.unlink(missing_ok=True)
         yield
     except BaseException:
         held.withdraw()
@@ -160,8 +193,7 @@ def _known(job: Job, folder: Path, *, removed: bool) -> tuple[str, Path]:
         if name in others:
             raise ConfigError(f"name={name}: this edit is {'applied' if removed else 'removed'} already.")
         raise ConfigError(
-            f"name={name}: {folder} has no {state} edit of this name; it has: {', '.join(known) or 'none'}."
-            f"{nearest(name, known)}"
+            f"name={name}: {folder} has no {state} edit of this name; it has: {listed(known)}.{nearest(name, known)}"
         )
     return name, known[name]
 
@@ -192,7 +224,7 @@ def _apply(job: Job, weights: Path) -> None:
     with _held(folder):
         name, file = _known(job, folder, removed=True)
         edit, others = Edit.load(file), read_edits(weights, None)
-        check_fits(edit, weights_digest(open_checkpoint(find_weights(weights))))
+        check_fits(edit, weights_digest(open_checkpoint(weights)))
         _move(file, folder / file.name)
     print(f"{name} is applied: {len(edit.facts)} facts, {edit.n_lines:,} rows")
     for other in others:
@@ -209,10 +241,16 @@ def _shared(edit: Edit, other: Edit, table: str) -> int:
 
 
 def _list(job: Job, weights: Path) -> None:
+    output = "text" if job.config.format is None else str(job.config.format)
+    check_choice("format", output, ("text", "json"))
     folder = edits_folder(weights)
-    files = [(True, file) for file in edit_files(folder).values()]
-    files += [(False, file) for file in edit_files(folder, removed=True).values()]
-    print(edit_table(files) if files else f"{folder}: no edits; write one with: edit run_dir=RUN facts=FILE.jsonl")
+    files = [*edit_files(folder).values(), *edit_files(folder, removed=True).values()]
+    listings = list_edits(files, weights_digest(open_checkpoint(weights))) if files else []
+    if output == "json":
+        print(json.dumps([listing.record() for listing in listings], ensure_ascii=False, indent=1))
+        return
+    empty = f"{folder}: no edits; write one with: edit run_dir=RUN facts=FILE.jsonl"
+    print(edit_table(listings) if listings else empty)
 
 
 def _show(job: Job, weights: Path) -> None:
@@ -220,8 +258,7 @@ def _show(job: Job, weights: Path) -> None:
     known = {**edit_files(folder, removed=True), **edit_files(folder)}
     if name not in known:
         raise ConfigError(
-            f"name={name}: {folder} has no edit of this name; it has: {', '.join(known) or 'none'}."
-            f"{nearest(name, known)}"
+            f"name={name}: {folder} has no edit of this name; it has: {listed(known)}.{nearest(name, known)}"
         )
     print(full_record(Edit.load(known[name])))
 

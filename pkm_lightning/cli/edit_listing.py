@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pkm_lightning.checkpoints.edit_file import Edit
+from pkm_lightning.checkpoints.edit_folder import REMOVED
 from pkm_lightning.errors import CheckpointError
 
 _LABELS = (
@@ -60,29 +62,73 @@ def _collision(name: str, collision: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def edit_table(files: Sequence[tuple[bool, Path]]) -> str:
-    """Returns a table of edits.
+@dataclass(frozen=True)
+class Listing:
+    """One edit of a list.
+
+    Attributes:
+        file: of the edit.
+        state: `applied`, `removed`, `misfit` (made for other weights, which refuse it), or `damaged`.
+        edit: None where the file is damaged.
+    """
+
+    file: Path
+    state: str
+    edit: Edit | None
+
+    def record(self) -> dict[str, Any]:
+        """Returns it for programs."""
+        record: dict[str, Any] = {"name": self.file.stem, "state": self.state, "file": str(self.file)}
+        if self.edit is None:
+            return record
+        return {
+            **record,
+            "facts": len(self.edit.facts),
+            "rows": self.edit.n_lines,
+            "bytes": self.file.stat().st_size,
+            "created": self.edit.created,
+            "note": self.edit.note,
+            "weights": self.edit.weights,
+            "figures": self.edit.figures,
+        }
+
+
+def list_edits(files: Sequence[Path], weights: str) -> list[Listing]:
+    """Returns the edits in files.
 
     Args:
-        files: whether each is applied, and its file.
+        files: of one folder of edits; those that are not applied lie in its folder of removed ones.
+        weights: digest of the weights that the folder belongs to.
     """
-    table = Table(title=None)
-    for heading in ("edit", "state", "facts", "rows", "bytes", "learned", "test prompts", "KL", "created", "note"):
-        table.add_column(heading, justify="right" if heading in ("facts", "rows", "bytes") else "left")
-    for applied, file in files:
-        state = "applied" if applied else "removed"
+    listings = []
+    for file in files:
+        state = "removed" if file.parent.name == REMOVED else "applied"
         try:
             edit = Edit.load(file)
         except CheckpointError:
-            table.add_row(file.stem, "damaged", *[""] * 8)
+            listings.append(Listing(file, "damaged", None))
+            continue
+        listings.append(Listing(file, state if edit.weights == weights else "misfit", edit))
+    return listings
+
+
+def edit_table(listings: Sequence[Listing]) -> str:
+    """Returns a table of edits."""
+    table = Table(title=None)
+    for heading in ("edit", "state", "facts", "rows", "bytes", "learned", "test prompts", "KL", "created", "note"):
+        table.add_column(heading, justify="right" if heading in ("facts", "rows", "bytes") else "left")
+    for listing in listings:
+        edit = listing.edit
+        if edit is None:
+            table.add_row(listing.file.stem, listing.state, *[""] * 8)
             continue
         figures = edit.figures
         table.add_row(
-            file.stem,
-            state,
+            listing.file.stem,
+            listing.state,
             str(len(edit.facts)),
             f"{edit.n_lines:,}",
-            f"{file.stat().st_size:,}",
+            f"{listing.file.stat().st_size:,}",
             *(_after(figures, name) for name in ("learned", "test_prompts")),
             f"{figures['kl']:.5f}" if "kl" in figures else "",
             edit.created[:10],

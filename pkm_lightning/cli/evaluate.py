@@ -44,7 +44,7 @@ def run(job: Job) -> None:
     scores = scores_of(results)
     write_json(path, results, loaded, settings)
     if folder is not None:
-        keep_in_run(folder, loaded.path, scores, results)
+        keep_in_run(folder, loaded, scores, results)
     if not is_stream(path):  # who reads it reads the JSON and nothing else
         print(f"evaluate {loaded.path}")
         show(scores)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from omegaconf import OmegaConf
 
-from pkm_lightning.build.edits import edited, read_edits
+from pkm_lightning.build.edits import edited
 from pkm_lightning.build.loading import check_mappable, load_weights, saved_tokenizer, unread_tensors
 from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.build.stored_tables import check_stored_rows
@@ -17,11 +18,13 @@ from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
 from pkm_lightning.callbacks.without_table import WithoutTable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints.edit_folder import check_names, read_edits
 from pkm_lightning.checkpoints.tokenizer_check import check_tokenizer
 from pkm_lightning.cli.assembly import make_trainer
 from pkm_lightning.cli.command_keys import VERBS_OF
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.kept_data import with_kept_data
+from pkm_lightning.cli.paths import expanded
 from pkm_lightning.cli.places import cache_of
 from pkm_lightning.cli.resume import saved_config, saved_config_of, without_fused
 from pkm_lightning.compare.overrides import key_of
@@ -42,11 +45,14 @@ class SavedRun:
     Attributes:
         run: the saved configuration, with the command's `data`, `trainer`, `strategy` and `callbacks` on top, resolved.
         folder: the run's directory, or None for a bare checkpoint.
+        applied: the edits of the model that `module` has made.
 
     Raises:
         ConfigError: neither is given, or the command tries to change what the run is.
         CheckpointError: no readable checkpoint.
     """
+
+    applied: Sequence[str] = ()
 
     def __init__(self, job: Job) -> None:
         self.folder, self.path = locate(job)
@@ -104,7 +110,7 @@ class SavedRun:
             return module
         module.configure_model()
         load_weights(module.model, self._checkpoint)
-        edited(module.model, self._checkpoint, self._edits)
+        self.applied = list(edited(module.model, self._checkpoint, self._edits).applied)
         return module
 
     @property
@@ -129,9 +135,9 @@ def edits_of(job: Job) -> list[str] | None:
     value = OmegaConf.select(job.config, "edits")
     if value is None:
         return None
-    if not OmegaConf.is_list(value) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"edits={value} is no list of names; give edits=[NAME,...], or edits=[] for none.")
-    return [str(name) for name in value]
+    edits = plain(OmegaConf.create({"edits": value}))["edits"]
+    check_names(edits)
+    return [expanded("edits", name) for name in edits]
 
 
 def locate(job: Job) -> tuple[Path | None, Path]:

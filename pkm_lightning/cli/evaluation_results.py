@@ -32,7 +32,7 @@ def write_json(path: Path, results: Mapping[str, Any], loaded: LoadedModel, sett
 
     config = {
         "model": "pkm_lightning",
-        "model_args": {"path": str(loaded.path), "context": loaded.context},
+        "model_args": {"path": str(loaded.path), "context": loaded.context, "edits": _edits(loaded)},
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
         "batch_size": settings.batch_size,
@@ -44,13 +44,19 @@ def write_json(path: Path, results: Mapping[str, Any], loaded: LoadedModel, sett
     write_beside(path, text + "\n")
 
 
-def keep_in_run(folder: Path, checkpoint: Path, scores: Sequence[Score], results: Mapping[str, Any]) -> None:
-    """Adds the scores to the record and the TensorBoard folder of the run that `checkpoint` belongs to."""
-    step = int(checkpoint.stem.removeprefix("step-"))
+def _edits(loaded: LoadedModel) -> list[str]:
+    return [] if loaded.edits is None else list(loaded.edits.applied)
+
+
+def keep_in_run(folder: Path, loaded: LoadedModel, scores: Sequence[Score], results: Mapping[str, Any]) -> None:
+    """Adds the scores to the record and the TensorBoard folder of the run that `loaded` belongs to."""
+    step = int(loaded.path.stem.removeprefix("step-"))
     by_task: dict[str, dict[str, Any]] = {}
     for score in scores:
         shots = results.get("n-shot", {}).get(score.task)
         kept = by_task.setdefault(score.task, {"step": step, "n": score.n, "num_fewshot": shots})
+        if edits := _edits(loaded):
+            kept["edits"] = edits
         kept[score.metric], kept[f"{score.metric}_stderr"] = score.value, score.stderr
     try:
         add_to_record(folder, "evaluation", by_task)

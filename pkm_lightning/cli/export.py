@@ -15,16 +15,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pkm_lightning.build.adapters import merge_adapters
-from pkm_lightning.build.edits import applied_line, check_fit, include_edits, read_edits
+from pkm_lightning.build.edits import applied_line, check_fit, include_edits
 from pkm_lightning.build.loading import saved_tokenizer
 from pkm_lightning.build.saving import save
 from pkm_lightning.build.stored_tables import include_stored_rows
 from pkm_lightning.checkpoints import SavedCheckpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
+from pkm_lightning.checkpoints.edit_file import Edit
+from pkm_lightning.checkpoints.edit_folder import read_edits
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
 from pkm_lightning.cli.evaluation import edits_of, locate, names_pretrained
-from pkm_lightning.cli.job import Job
+from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.cli.moved_tables import moved_tables
 from pkm_lightning.cli.pretrained_run import config_of
 from pkm_lightning.cli.run_contents import copy_held_out
@@ -70,15 +72,21 @@ def _weights(job: Job, folder: Path) -> Iterator[Path]:
 
 def _write_file(job: Job) -> None:
     file = _target(job)
+    if is_stream(file):
+        log_to_stderr()
     with _weights(job, Path(tempfile.gettempdir()) if is_stream(file) else file.parent) as path:
         _write_checkpoint(job, path, file)
 
 
 def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
-    checkpoint = _opened(job, path)
+    checkpoint, edits = _opened(job, path)
     width = job.config.quantize
-    if checkpoint.kind == "exported" and width is None and not names_pretrained(job):
+    if checkpoint.kind == "exported" and width is None and not edits and not names_pretrained(job):
         raise CheckpointError(f"ckpt={path} is an exported file already; copy it, or give a run's checkpoint.")
+    if edits and file.exists() and file.samefile(path):
+        raise ConfigError(
+            f"file={file} is the file that the edits are of, and they fit no other weights; give another name."
+        )
     companions = {name: _companion(name, path, file, bool(job.config.overwrite)) for name in (TOKENIZER, CHAT_TEMPLATE)}
     saved_tokenizer(checkpoint)  # that of another model is refused, as it would be beside the exported file
     content = checkpoint if width is None else QuantizedCheckpoint(checkpoint, str(width))
@@ -100,8 +108,11 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
         print(f"value tables as {width}: {after:,} bytes, before {before:,}", file=output)
 
 
-def _opened(job: Job, path: Path) -> SavedCheckpoint:
-    """Returns the checkpoint with edits, with merged adapters, and with the rows that lie in a file of their own."""
+def _opened(job: Job, path: Path) -> tuple[SavedCheckpoint, list[Edit]]:
+    """Returns the checkpoint with edits, with merged adapters, and with the rows that lie in a file of their own.
+
+    Second are the edits.
+    """
     checkpoint = open_checkpoint(path)
     edits = [] if names_pretrained(job) else read_edits(path, edits_of(job))
     check_fit(edits, checkpoint)  # before adapters are merged and rows of other files are among its weights
@@ -110,14 +121,14 @@ def _opened(job: Job, path: Path) -> SavedCheckpoint:
     include_edits(checkpoint, edits)
     if edits:
         _log.info("%s", applied_line(edits))
-    return checkpoint
+    return checkpoint, edits
 
 
 def _write_folder(job: Job) -> None:
     # Importing the room costs the seconds that transformers takes, where it is installed.
     folder = _folder(job)
     with _weights(job, folder.parent) as path:
-        checkpoint = _opened(job, path)
+        checkpoint, _ = _opened(job, path)
         checkpoint.check_sums()
         from pkm_lightning.huggingface.export import check_replaceable, write_folder
 
@@ -135,7 +146,7 @@ def _write_ngrams(job: Job) -> None:
     if job.config.quantize is not None or names_pretrained(job):
         key = f"quantize={job.config.quantize}" if job.config.quantize is not None else "model=hf"
         raise ConfigError(f"{key} is not for format=ngram, which writes the n-gram tables of a run as trained.")
-    checkpoint = _opened(job, locate(job)[1])
+    checkpoint, _ = _opened(job, locate(job)[1])
     checkpoint.check_sums()
     from pkm_lightning.huggingface.export import check_replaceable
     from pkm_lightning.huggingface.ngram_export import write_ngrams

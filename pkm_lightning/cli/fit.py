@@ -26,6 +26,7 @@ from pkm_lightning.callbacks.objective import Objective
 from pkm_lightning.callbacks.step_checkpoint import RunInterrupted, StepCheckpoint
 from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
+from pkm_lightning.checkpoints.edit_folder import remark_edits
 from pkm_lightning.cli.assembly import Assembly, assemble
 from pkm_lightning.cli.initial_weights import initial_weights, start_from_weights, with_saved_tokenizer
 from pkm_lightning.cli.job import Job, plain
@@ -146,8 +147,10 @@ def _run(job: Job) -> float | None:
             if checkpoint is not None:
                 _check_checkpoint(checkpoint, resolved)  # refuses one before anything starts
                 _remark_length(checkpoint, latest, resolved.config)
+                _warn_of_edits(checkpoint, f"run_dir={path} goes on")
             elif initial := initial_weights(resolved.config, checkpoint):
                 initial.check(resolved)
+                _warn_of_edits(initial.checkpoint.path, f"init_from={resolved.config['init_from']} starts")
             else:
                 check_first_rows(resolved.model)
         if external:
@@ -257,6 +260,11 @@ def _remark_length(checkpoint: Path, latest: Path | None, config: dict[str, Any]
     step, last = _step(checkpoint) or 0, _step(latest) or 0
     if remark := describe_length(open_checkpoint(checkpoint).config, config, step=step, undone=last - step):
         _log.info(remark)
+
+
+def _warn_of_edits(weights: Path, use: str) -> None:
+    if remark := remark_edits(weights, use):
+        _log.warning(remark)
 
 
 def _check_checkpoint(path: Path, run: ResolvedRun) -> None:

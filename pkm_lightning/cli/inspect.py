@@ -50,9 +50,9 @@ def run(job: Job) -> None:
     loaded = load_of_job(job, (*INSPECTION_KEYS, "format"))
     codec = loaded.codec()
     _log.info("reading %d text(s)", len(texts))
-    record = trace(
-        loaded.model, codec, texts, context=loaded.context, effects=job.config.effects, name=str(loaded.path)
-    )
+    edits = [] if loaded.edits is None else loaded.edits.applied
+    shown = str(loaded.path) + (f" with edits {', '.join(edits)}" if edits else "")
+    record = trace(loaded.model, codec, texts, context=loaded.context, effects=job.config.effects, name=shown)
     kept, most_tokens = _kept_data(loaded), int(job.config.data_tokens)
     questions = [] if kept is None else _some(kept.validation_items(None), int(job.config.questions))
     if statements is not None:

@@ -53,7 +53,7 @@ PRIMARY_CONFIGURATIONS = {
 }
 
 #: Those with keys whose values are texts.
-_WITH_TEXTS = ("generate", "inspect")
+_WITH_TEXTS = ("generate", "inspect", "edit")
 
 USAGE = """usage: python -m pkm_lightning VERB [KEY=VALUE ...] [-m] [--config-dir=DIR] [--cfg job]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from pkm_lightning.build.run import resolve
 from pkm_lightning.cli.command_keys import TOP_KEYS
-from pkm_lightning.cli.evaluation import SavedRun, check_dataloader, locate, names_pretrained
+from pkm_lightning.cli.evaluation import SavedRun, check_dataloader, edits_of, locate, names_pretrained
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.data.datamodule import TokenOptions
+from pkm_lightning.errors import ConfigError
 from pkm_lightning.training import LanguageModule
 
 
@@ -42,7 +43,13 @@ def evaluated_run(job: Job) -> SavedRun:
     Raises:
         PkmError: as `SavedRun` and `PretrainedRun`.
     """
-    return PretrainedRun(job) if names_pretrained(job) else SavedRun(job)
+    if not names_pretrained(job):
+        return SavedRun(job)
+    if edits := edits_of(job):
+        raise ConfigError(
+            f"edits={','.join(edits)}: edits are of runs and exported files, not of model=hf; leave them out."
+        )
+    return PretrainedRun(job)
 
 
 def config_of(job: Job) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from hydra.errors import HydraException
 
 from pkm_lightning.compare.overrides import key_of, quoted
 
-#: Keys whose value is a text; all but `system` also take a list of texts.
-TEXT_KEYS = ("prompt", "text", "system", "stop")
+#: Keys whose value is a text; `prompt`, `text` and `stop` also take a list of texts.
+TEXT_KEYS = ("prompt", "text", "system", "stop", "name", "note")
 
 
 def with_quoted_texts(arguments: Sequence[str]) -> list[str]:

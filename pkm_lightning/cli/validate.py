@@ -31,5 +31,6 @@ def run(job: Job) -> float | None:
             table.add_row(name, f"{value:.4f}")
         Console(markup=False, emoji=False).print(table)
         if saved.folder is not None:
-            write_beside(saved.folder / f"{job.verb}.json", json.dumps(metrics, indent=2) + "\n")
+            content = {**metrics, "edits": saved.applied} if saved.applied else metrics
+            write_beside(saved.folder / f"{job.verb}.json", json.dumps(content, indent=2) + "\n")
     return next((v for k, v in metrics.items() if k.endswith("/loss")), None)

@@ -39,7 +39,8 @@ def test_facts_are_read_and_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "is no JSON"),
+        ("{", r"facts.jsonl:2 is no JSON \(Expecting property name enclosed in double quotes at column 2\)"),
+        ('{"prompt": ' + "9" * 5000 + "}", r"is no JSON \(a huge number\)"),
         ("[1]", "is no JSON object"),
         ("[" * 100_000, "nested too deeply|no JSON"),
         ('{"prompt": "A", "prompt": "B", "answer": "C"}', "has the field 'prompt' twice"),
@@ -76,6 +77,9 @@ def test_a_missing_or_empty_file(tmp_path: Path) -> None:
         read_facts(tmp_path)
     with pytest.raises(DataError, match="is empty"):
         read_facts(written(tmp_path, " "))
+    (tmp_path / "facts.jsonl.gz").touch()
+    with pytest.raises(DataError, match=r"facts.jsonl.gz is compressed; unpack it"):
+        read_facts(tmp_path / "facts.jsonl.gz")
 
 
 def test_prompts_longer_than_the_context() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from processes import held_elsewhere
 from safetensors.torch import load_file
 from small import Run
 
 from pkm_lightning.build.loading import load
 from pkm_lightning.checkpoints.edit_file import Edit
+from pkm_lightning.checkpoints.edit_folder import edit_files, remark_edits
 from pkm_lightning.errors import CheckpointError, ConfigError
 
 FACTS = [
@@ -63,6 +66,8 @@ def test_the_life_of_an_edit(cli: Run, run: Path) -> None:
     for verb, keys in (("generate", ["prompt=Who", "max_new_tokens=2"]), ("validate", [])):
         shown = cli(verb, "run_dir=run", *keys)
         assert "edits applied: town (2 facts)" in shown.out + shown.err, shown
+        if verb == "validate":
+            assert json.loads((run / "validate.json").read_text())["edits"] == ["town"]
         shown = cli(verb, "run_dir=run", "edits=[]", *keys)
         assert shown.code == 0
         assert "edits applied" not in shown.out + shown.err
@@ -72,8 +77,24 @@ def test_the_life_of_an_edit(cli: Run, run: Path) -> None:
     assert cli("export", "run_dir=run", "edits=[]", "file=plain.safetensors").code == 0
     assert same(load_file("plain.safetensors"), base)
     assert cli("edit", "merge", "ckpt=plain.safetensors", "file=x.safetensors").code == 2
+    piped = cli("edit", "merge", "run_dir=run", "file=/dev/stdout")
+    assert "edits applied" in piped.err
+    assert "edits applied" not in piped.out
 
-    listed = cli("edit", "list", "run_dir=run").out
+    # The edit fits an exported file of the same weights, and a folder of one.
+    for folder in (Path("plain.edits"), Path("folder/model.edits")):
+        folder.mkdir(parents=True)
+        shutil.copy(run / "edits" / "town.safetensors", folder)
+    shutil.copy("plain.safetensors", "folder/model.safetensors")
+    assert [edit["state"] for edit in json.loads(cli("edit", "list", "ckpt=folder", "format=json").out)] == ["applied"]
+    shown = cli("edit", "merge", "ckpt=plain.safetensors", "file=plain.safetensors", "overwrite=true")
+    assert "is the file that the edits are of" in shown.err
+    assert cli("edit", "merge", "ckpt=plain.safetensors", "file=again.safetensors").code == 0
+    assert same(load_file("again.safetensors"), edited)
+    assert "fit no other weights" in str(remark_edits(Path("plain.safetensors"), "fit starts"))
+    assert remark_edits(Path("again.safetensors"), "fit starts") is None
+
+    listed = cli("edit", "run_dir=run", "list").out
     assert "town" in listed
     assert "applied" in listed
     assert "a note" in listed
@@ -117,6 +138,7 @@ def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
     torch.save(content, checkpoint)
     with pytest.raises(CheckpointError, match="edit 'a' was made for other weights"):
         load("run")
+    assert "misfit" in cli("edit", "list", "run_dir=run").out
     load("run", edits=[])
     shown = cli("export", "run_dir=run", "file=model.safetensors")
     assert shown.code == 2
@@ -128,10 +150,21 @@ def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
     ("arguments", "reason"),
     [
         (["edit", "lsit", "run_dir=run"], "edit lsit: no such action; .* Did you mean 'list'"),
+        (["edit", "run_dir=run", "LIST"], "edit LIST: no such action; .* Did you mean 'list'"),
+        (["edit", "list", "show", "run_dir=run"], "edit list show: one action per command"),
+        (["edit", "list", "run_dir=run", "action=remove"], "edit list action=remove: one action per command"),
+        (["edit", "list", "run_dir=run", "format=yaml"], "format='yaml' is not known; allowed: text, json"),
         (["edit"], "edit needs run_dir=RUN_DIRECTORY or ckpt="),
         (["edit", "run_dir=run"], "facts is not set; give facts=FILE.jsonl"),
         (["edit", "run_dir=run", "facts=none.jsonl"], "facts=.*none.jsonl does not exist"),
         ([*WRITE, "name=../x"], "name=../x is no name for an edit"),
+        ([*WRITE, f"name={'x' * 51}"], "is no name for an edit; give name=NAME of at most 50 letters"),
+        ([*WRITE, "name=x.SafeTensors"], "is no name for an edit"),
+        (
+            ["edit", "write", "run_dir=run", "facts=b c.jsonl"],
+            "facts=.*b c.jsonl: b c is no name for an edit; give name",
+        ),
+        (["edit", "ckpt=other", "facts=facts.jsonl"], "ckpt=other is a pretrained model, which has no value table"),
         ([*WRITE, "kl_bound=-1"], "kl_bound=-1 is out of range"),
         ([*WRITE, "max_steps=many"], "max_steps='many' is not a number"),
         ([*WRITE, "ends=maybe"], "ends='maybe' is neither true nor false"),
@@ -145,11 +178,15 @@ def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
         (["edit", "merge", "run_dir=run", "file=x.safetensors"], "has no applied edit to merge"),
         (["generate", "run_dir=run", "prompt=Who", "edits=[x]"], "edits=x: .* has no edit of this name; it has: none"),
         (["generate", "run_dir=run", "prompt=Who", "edits=x"], r"edits=x is no list of names; give edits=\[NAME,...\]"),
+        (["generate", "run_dir=run", "prompt=Who", "edits=[7]"], r"edits=\[7\]: 7 is no name; give texts"),
         (["fit", "run_dir=new", "edits=[]"], "fit does not read edits, only validate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_refused_leaves_no_trace(cli: Run, run: Path, arguments: list[str], reason: str) -> None:
+    shutil.copy("facts.jsonl", "b c.jsonl")
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"model_type": "llama"}')
     before = files(run)
     shown = cli(*arguments)
     assert shown.code == 2
@@ -157,3 +194,33 @@ def test_what_is_refused_leaves_no_trace(cli: Run, run: Path, arguments: list[st
     assert re.search(reason, shown.err), shown.err
     assert files(run) == before
     assert not (run / "edits").exists()
+
+
+def test_names_are_texts_as_they_are_typed(cli: Run, run: Path) -> None:
+    for name in ("1e3", "städte"):
+        shown = cli("edit", "write", *WRITE[1:], f"name={name}", "note=one, two (three)")
+        assert shown.code == 0, shown.err
+    assert list(edit_files(run / "edits")) == ["1e3", "städte"]
+    assert Edit.load(run / "edits" / "1e3.safetensors").note == "one, two (three)"
+    shown = cli(*WRITE, "name=STÄDTE", "overwrite=true")
+    assert "name=STÄDTE: " in shown.err  # one file on a disk that knows no case
+    with held_elsewhere(run):
+        assert "is being trained" in cli(*WRITE, "name=c").err
+    with held_elsewhere(run / "edits"):
+        assert "is being changed by another `edit`" in cli("edit", "remove", "run_dir=run", "name=1e3").err
+    assert "with edits 1e3, städte" in cli("inspect", "run_dir=run", "text=Who", "format=json", "data_tokens=0").out
+
+
+def test_a_removed_edit_gives_way_to_an_applied_one_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "removed").mkdir()
+    for file in ("a", "removed/a", "removed/b"):
+        (tmp_path / f"{file}.safetensors").touch()
+    assert list(edit_files(tmp_path)) == ["a"]
+    assert list(edit_files(tmp_path, removed=True)) == ["b"]
+
+
+def test_edits_of_a_pretrained_model_are_refused_in_a_program(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for edits, reason in ((["a"], "is pretrained and has no rows to edit"), (5, "edits=5 is no list of names")):
+        with pytest.raises(ConfigError, match=reason):
+            load(tmp_path, edits=edits)  # type: ignore[arg-type]
