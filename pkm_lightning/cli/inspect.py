@@ -26,8 +26,10 @@ from pkm_lightning.data.held_out import HeldOutDataModule, holds_held_out
 from pkm_lightning.data.prompts import read_prompts
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.inspection import Record, add_ablation, add_slot_readings, trace
+from pkm_lightning.inspection.masking import checked_choice
 from pkm_lightning.inspection.page import render
 from pkm_lightning.inspection.screen import show
+from pkm_lightning.inspection.slot_sets import inspected_readers, slot_sets
 from pkm_lightning.inspection.text_batches import read_statements, text_batches
 from pkm_lightning.inspection.tracing import EFFECTS
 from pkm_lightning.storage import check_target, is_stream, write_beside
@@ -46,13 +48,12 @@ def run(job: Job) -> None:
     if texts is None:
         raise ConfigError("nothing to inspect; give text=TEXT, or texts_file=FILE (- for the standard input).")
     statements = None if job.config.data_path is None else read_statements(_path(job, "data_path"), "data_path")
-    masks = _masks(job)
+    choices = _masks(job)
     loaded = load_of_job(job, (*INSPECTION_KEYS, "format"))
-    codec = loaded.codec()
+    codec, sets = loaded.codec(), slot_sets(inspected_readers(loaded.model))
+    masks = [checked_choice(sets, choice, key) for key, choice in choices]
     _log.info("reading %d text(s)", len(texts))
-    edits = [] if loaded.edits is None else loaded.edits.applied
-    shown = str(loaded.path) + (f" with edits {', '.join(edits)}" if edits else "")
-    record = trace(loaded.model, codec, texts, context=loaded.context, effects=job.config.effects, name=shown)
+    record = trace(loaded.model, codec, texts, context=loaded.context, effects=job.config.effects, name=_name(loaded))
     kept, most_tokens = _kept_data(loaded), int(job.config.data_tokens)
     questions = [] if kept is None else _some(kept.validation_items(None), int(job.config.questions))
     if statements is not None:
@@ -106,26 +107,34 @@ def _path(job: Job, key: str) -> Path:
     return Path(expanded(key, value))
 
 
-def _masks(job: Job) -> list[Any]:
-    """Returns what is left out: that of `mask` together, and each set of `mask_table`.
+def _masks(job: Job) -> list[tuple[str, Any]]:
+    """Returns key and choice of what is left out: that of `mask` together, and each set of `mask_table`.
 
     Raises:
         ConfigError: values that name no slots.
     """
     config = plain(job.config)
     mask, sets = config["mask"], config["mask_table"]
-    masks: list[Any] = []
+    choices: list[tuple[str, Any]] = []
     if mask is not None:
-        mask = [mask] if isinstance(mask, int) else mask
-        is_choice = isinstance(mask, list) or (
-            isinstance(mask, dict) and all(isinstance(ids, list) for ids in mask.values())
-        )
-        if not is_choice or not mask:
-            raise ConfigError(f"mask={mask} names no slots; give mask=[17,42] or mask={{table0:[17,42]}}.")
-        masks.append(mask)
-    for name in [sets] if isinstance(sets, str) else sets or []:
-        masks.append({str(name): None})
-    return masks
+        ids = [mask] if isinstance(mask, int) and not isinstance(mask, bool) else mask
+        lists = list(ids.values()) if isinstance(ids, dict) else [ids]
+        if not lists or not all(isinstance(one, list) and one for one in lists):
+            raise ConfigError(
+                f"mask={mask} names no slots; give mask=[17,42] or mask={{table0:[17,42]}}, and mask_table=table0 for "
+                "a whole set."
+            )
+        choices.append(("mask", ids))
+    names = [sets] if isinstance(sets, str) else [] if sets is None else sets
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"mask_table={sets} names no sets of slots; give mask_table=table0, or a list of names.")
+    return choices + [("mask_table", {name: None}) for name in dict.fromkeys(names)]
+
+
+def _name(loaded: LoadedModel) -> str:
+    """Returns the path of the weights, and the edits that they were looked at with."""
+    edits = [] if loaded.edits is None else list(loaded.edits.applied)
+    return f"{loaded.path}{' with the edits ' if edits else ''}{', '.join(edits)}"
 
 
 def _kept_data(loaded: LoadedModel) -> HeldOutDataModule | None:

@@ -35,7 +35,7 @@ def _enter(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     blocks = getattr(decoder, LAYERS_OF[getattr(decoder.config, "trunk_type", decoder.config.model_type)])
     layers = [block for block in blocks if isinstance(block, PluggedLayer)]
-    if not layers:
+    if not layers or layers[0].call is not None:  # a trunk around the model gives the context itself
         return None
     named = _by_name(decoder, args, kwargs)
     plugins = [plugin for layer in layers for _, plugin in layer.named_plugins()]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pkm_lightning.build.hosts import LAYERS_OF
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
 from pkm_lightning.errors import ConfigError, DataError, check_flag
@@ -86,6 +87,30 @@ class PretrainedTransformer(nn.Module):
         self.register_state_dict_post_hook(_without_tied)
         self.register_load_state_dict_pre_hook(_with_tied)
         self.register_load_state_dict_post_hook(lambda module, _: module.network.tie_weights())
+
+    @classmethod
+    def around(cls, network: Any) -> PretrainedTransformer:
+        """Returns the trunk of a model of transformers that is there already, whose modules it shares.
+
+        Args:
+            network: a model with its unembedding, such as one that `replace_ffn` has put plugins into.
+
+        Raises:
+            ConfigError: a decoder alone, or a wrapper around a model.
+        """
+        from transformers import PreTrainedModel
+
+        if not isinstance(network, PreTrainedModel) or network.get_output_embeddings() is None:
+            raise ConfigError(
+                f"a {type(network).__name__} has no unembedding; give the model of transformers itself, with its head, "
+                "such as a LlamaForCausalLM."
+            )
+        trunk = cls.__new__(cls)
+        nn.Module.__init__(trunk)
+        trunk.path, trunk.document_mask, trunk.reset_positions = network.name_or_path, True, True
+        trunk.config, trunk.network, trunk.tables = network.config, network, nn.ModuleList()
+        trunk._activation_checkpointing = network.is_activation_checkpointing
+        return trunk
 
     @classmethod
     def complete(cls, config: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +184,7 @@ class PretrainedTransformer(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The decoder layers of transformers."""
         decoder = self.network.base_model
-        blocks: nn.ModuleList = decoder.h if self.config.model_type == "gpt2" else decoder.layers
+        blocks: nn.ModuleList = getattr(decoder, LAYERS_OF[_kind(self.config)])
         return blocks
 
     @property
@@ -336,7 +361,12 @@ class PretrainedTransformer(nn.Module):
 
 def learned_positions(config: Any) -> int | None:
     """Returns the number of positions that a model with a table of them has, None for rotary positions."""
-    return int(config.max_position_embeddings) if config.model_type == "gpt2" else None
+    return int(config.max_position_embeddings) if _kind(config) == "gpt2" else None
+
+
+def _kind(config: Any) -> str:
+    """Returns the `model_type` of the decoder; a model that `replace_ffn` has changed has one of its own besides."""
+    return str(getattr(config, "trunk_type", config.model_type))
 
 
 def _without_tied(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from pkm_lightning.data.base import RecallItem, TextCodec, prompt_ids
 from pkm_lightning.inference.recall import score_items
 from pkm_lightning.inspection.expectations import expectations
+from pkm_lightning.inspection.foreign import codec_of, trunk_of
 from pkm_lightning.inspection.masking import SlotChoice, checked_choice, mask
 from pkm_lightning.inspection.record import AblationRecord, Record
 from pkm_lightning.inspection.slot_sets import inspected_readers, slot_sets
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def ablate(
-    model: Transformer,
-    tokenizer: TextCodec,
+    model: Transformer | nn.Module,
+    tokenizer: TextCodec | Any,
     text: str | Sequence[str],
     slots: SlotChoice,
     *,
@@ -29,8 +32,7 @@ def ablate(
     """Returns losses and next tokens of texts with all reads and without those of some slots.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: of the model.
+        model, tokenizer: as for `trace`.
         text: what to read.
         slots: as `mask` takes them.
         context: as in `trace`.
@@ -41,6 +43,7 @@ def ablate(
 
     Example: `docs/inspecting.md`.
     """
+    model, tokenizer = trunk_of(model), codec_of(tokenizer)
     texts = [text] if isinstance(text, str) else list(text)
     encoded = [prompt_ids(tokenizer, one) for one in texts]
     return _ablated(model, tokenizer, encoded, slots, context, questions)
@@ -48,14 +51,15 @@ def ablate(
 
 def add_ablation(
     record: Record,
-    model: Transformer,
-    tokenizer: TextCodec,
+    model: Transformer | nn.Module,
+    tokenizer: TextCodec | Any,
     slots: SlotChoice,
     *,
     context: int | None = None,
     questions: Sequence[RecallItem] = (),
 ) -> None:
     """Appends to `record.ablations` what the record's texts would be without some slots; else as `ablate`."""
+    model, tokenizer = trunk_of(model), codec_of(tokenizer)
     texts = [[token for token, _ in text.tokens] for text in record.texts]
     record.ablations.append(_ablated(model, tokenizer, texts, slots, context, questions))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pkm_lightning.errors import ConfigError
+from pkm_lightning.inspection.foreign import trunk_of
 from pkm_lightning.inspection.slot_sets import SlotSet, find_set, inspected_readers, maskable_modules, slot_sets
 from pkm_lightning.memory import MaskableReads, ReadMask, ValueTable, masked_reads, zero_reads
 from pkm_lightning.usage.slot_readers import HasPlugins, Reader
@@ -23,14 +24,14 @@ SlotChoice = Mapping[str, Iterable[int] | None] | Iterable[int]
 
 
 @contextlib.contextmanager
-def mask(model: HasPlugins, slots: SlotChoice) -> Iterator[None]:
+def mask(model: HasPlugins | nn.Module, slots: SlotChoice) -> Iterator[None]:
     """Computes, within the block, what the model would compute if these slots held zeros.
 
     A masked row of a value table reads as zeros, in every layer that shares the table; a masked expert has weight 0,
     and the other experts of the token keep theirs. Nothing of the model is changed.
 
     Args:
-        model: a `Transformer`, or another trunk of this package.
+        model: a `Transformer`, another trunk of this package, or a model of transformers after `replace_ffn`.
         slots: `[17, 42]` where the model has one set of slots; `{"table0": [17, 42], "layer2.expert": [3]}`; None for
             all slots of a set. `docs/inspecting.md` lists how sets are named.
 
@@ -44,7 +45,7 @@ def mask(model: HasPlugins, slots: SlotChoice) -> Iterator[None]:
         >>> with mask(model, [17, 42]):
         ...     hidden_BTD = model(torch.tensor([[1, 2, 3]])).hidden_BTD
     """
-    sets = slot_sets(inspected_readers(model))
+    sets = slot_sets(inspected_readers(trunk_of(model)))
     with contextlib.ExitStack() as stack:
         for name, ids in checked_choice(sets, slots).items():
             modules = {module: None for reader in sets[name].readers for module in maskable_modules(reader)}
@@ -63,19 +64,27 @@ def checked_choice(sets: Mapping[str, SlotSet], slots: SlotChoice, key: str = "s
         ConfigError: as `mask`.
     """
     if not isinstance(slots, Mapping):
-        if len(sets) != 1:
+        if slots is None or len(sets) != 1:
             names = ", ".join(list(sets)[:8])
-            raise ConfigError(f"{key}={slots!r:.60} is no choice among {names}; give {{NAME: IDS}}.")
+            raise ConfigError(f"{key}={slots!r:.60} is no choice among {names}; give {{NAME: [ID, ...]}}.")
         slots = {next(iter(sets)): slots}
-    choice: dict[str, list[int] | None] = {}
-    for name, ids in slots.items():
-        one = find_set(sets, name, key)
-        listed = None if ids is None else list(ids)
-        for slot in listed or ():
-            if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < one.count:
-                raise ConfigError(f"{key}={slot!r:.60}: {name} has the slots 0 to {one.count - 1}.")
-        choice[name] = None if listed is None else sorted(set(listed))
-    return choice
+    named = {name: (find_set(sets, name, key), ids) for name, ids in slots.items()}
+    return {name: None if ids is None else _checked_ids(one, ids, key) for name, (one, ids) in named.items()}
+
+
+def _checked_ids(one: SlotSet, ids: Iterable[int], key: str) -> list[int]:
+    """Returns the slots, which may be numbers of numpy or torch, ascending and each once."""
+    try:
+        listed = list(ids) if not isinstance(ids, str | bytes) else None
+    except TypeError:
+        listed = None
+    if listed is None:
+        raise ConfigError(f"{key}={ids!r:.60} is no list of slots of {one.name}; give their numbers, as in [17, 42].")
+    for slot in listed:
+        is_number = hasattr(slot, "__index__") and not isinstance(slot, bool)
+        if not is_number or not 0 <= int(slot) < one.count:
+            raise ConfigError(f"{key}={slot!r:.60}: {one.name} has the slots 0 to {one.count - 1}.")
+    return sorted({int(slot) for slot in listed})
 
 
 def _without(ids: Sequence[int], module: MaskableReads) -> ReadMask:

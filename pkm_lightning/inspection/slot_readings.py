@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pkm_lightning.data.base import RecallItem, TextCodec, answer_ids, prompt_ids
+from pkm_lightning.inspection.foreign import codec_of, trunk_of
 from pkm_lightning.inspection.record import FactReading, Record, SlotReading, SlotRecord
 from pkm_lightning.inspection.slot_sets import inspected_readers, set_of_readers, slot_sets
 from pkm_lightning.inspection.windows import Pieces
@@ -105,8 +106,8 @@ class _Heaps:
 @torch.no_grad()
 def add_slot_readings(
     record: Record,
-    model: Transformer,
-    tokenizer: TextCodec,
+    model: Transformer | nn.Module,
+    tokenizer: TextCodec | Any,
     batches: Iterable[Mapping[str, Tensor]] = (),
     questions: Sequence[RecallItem] = (),
     *,
@@ -116,9 +117,9 @@ def add_slot_readings(
     """Fills `record.slots` with the readers of every slot that the record's texts read.
 
     Args:
-        record: of `trace`, for the same model.
-        model: in evaluation mode.
-        tokenizer: of the model.
+        record: of `trace`.
+        model: that of the record.
+        tokenizer: as for `trace`.
         batches: batches of data, as a data module yields them; `slots` counts their reads.
         questions: whose reads count where a token of the answer is predicted; they are not counted in `reads`.
         most: readings per slot that are held, 1 or more.
@@ -126,6 +127,7 @@ def add_slot_readings(
 
     Example: `docs/inspecting.md`.
     """
+    model, tokenizer = trunk_of(model), codec_of(tokenizer)
     readers = inspected_readers(model)
     of_reader = {name: one.name for name, one in set_of_readers(slot_sets(readers)).items()}
     tokens = {name: _Heaps(slots_U, most) for name, slots_U in _slots_of(record).items()}

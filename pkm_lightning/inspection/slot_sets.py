@@ -39,13 +39,8 @@ def inspected_readers(model: HasPlugins) -> dict[str, Reader]:
     Slots that are neither, such as the virtual ones of UltraMem, are other names for reads that are there already.
 
     Raises:
-        ConfigError: the model has no such readers, or is none of this package.
+        ConfigError: the model has no such readers.
     """
-    if not hasattr(model, "plugins"):
-        raise ConfigError(
-            f"a {type(model).__name__} does not list its plugins; give a trunk of this package, such as the model of "
-            "pkm_lightning.load(PATH)."
-        )
     readers = {name: reader for name, reader in find_readers(model).items() if maskable_modules(reader)}
     if not readers:
         raise ConfigError(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pkm_lightning.data.base import TextCodec, prompt_ids
 from pkm_lightning.errors import ConfigError, check_choice, check_integer
 from pkm_lightning.inspection.effects import exact_effects, gradient_effects
 from pkm_lightning.inspection.expectations import Expectations, expectations
+from pkm_lightning.inspection.foreign import codec_of, trunk_of
 from pkm_lightning.inspection.masking import all_modules
 from pkm_lightning.inspection.record import ReaderRecord, ReadsRecord, Record, TextRecord
 from pkm_lightning.inspection.slot_sets import inspected_readers, set_of_readers, slot_sets
@@ -31,8 +32,8 @@ _FEW_READS = 8
 
 
 def trace(
-    model: Transformer,
-    tokenizer: TextCodec,
+    model: Transformer | nn.Module,
+    tokenizer: TextCodec | Any,
     text: str | Sequence[str],
     *,
     context: int | None = None,
@@ -45,8 +46,9 @@ def trace(
     half, so that memory does not grow with its length.
 
     Args:
-        model: a `Transformer`, or another trunk of this package, in evaluation mode.
-        tokenizer: of the model, such as `loaded.codec()`.
+        model: a `Transformer`, another trunk of this package, or a model of transformers after `replace_ffn`; in
+            evaluation mode.
+        tokenizer: of the model, such as `loaded.codec()` or one of transformers.
         text: what to read.
         context: most tokens per forward, such as `loaded.context`; None: 1,024.
         effects: `exact` (a forward of one token per read), `gradient` (its first-order approximation, one forward and
@@ -62,6 +64,7 @@ def trace(
     texts = [text] if isinstance(text, str) else list(text)
     if not texts or not all(isinstance(one, str) for one in texts):
         raise ConfigError(f"text={text!r:.60} is no text; give TEXT or [TEXT, ...].")
+    model, tokenizer = trunk_of(model), codec_of(tokenizer)
     encoded = [prompt_ids(tokenizer, one) for one in texts]
     titles = [_title(one) for one in texts]
     return trace_ids(model, tokenizer, encoded, titles, context=context, effects=effects, name=name)

@@ -84,8 +84,8 @@ def test_each_extra_is_the_ffn_of_its_name_with_tables_as_its_paper_and_works_al
         # No other value of the FFN; a dense one beside another has a size of its own.
         assert of_option.keys() <= {"placement", "table"} | ({"ffn"} if name == "dense" else set())
         has_own = {"override /table@_global_.table": "own"} in defaults
-        assert extra["table"].get("shared", True) is not has_own or name == "stem"
-        assert extra["placement"]["write_after"] == 0
+        assert extra.get("table", {}).get("shared", True) is not has_own or name == "stem"
+        assert extra["placement"].get("write_after", 0) == 0
         build_meta_model({**settings, "extra_ffns": {name: extra}})
 
 

@@ -22,14 +22,15 @@ def record_of(path: Path) -> Record:
 
 def test_a_run_is_inspected(cli: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One function: each command loads the run again."""
-    screen = cli("inspect", "run_dir=run", TEXT, "show=5")
+    screen = cli("inspect", "run_dir=run", TEXT, "show=5", "data_tokens=500", "questions=20")
     assert screen.code == 0, screen.err
     assert "Who was born in Paris, France?" in screen.out
     assert "effects: exact; readers of slots out of validation data" in screen.out
     assert "slots of table0, those of the largest effects first" in screen.out
     assert "more tokens: set show=" in screen.out
 
-    masked = cli("inspect", "run_dir=run", TEXT, "mask=[3,7]", "mask_table=table0", "questions=4", "out=record.json")
+    few = ("data_tokens=500", "questions=4", "out=record.json")
+    masked = cli("inspect", "run_dir=run", TEXT, "mask=[3,7]", "mask_table=table0", *few)
     assert masked.code == 0, masked.err
     assert masked.out == "written to record.json\n"
     record = record_of(tmp_path / "record.json")
@@ -64,18 +65,30 @@ def test_a_run_is_inspected(cli: Run, trained: Path, tmp_path: Path, monkeypatch
     assert facts == {("Paris is in", "France")}
     assert json.loads(piped.out)["version"] == 1
 
-    assert cli("export", "run_dir=run", "file=small.safetensors", "quantize=int8").code == 0
-    quantized = cli("inspect", "ckpt=small.safetensors", TEXT, "table.device=mmap", "out=small.json")
-    assert quantized.code == 0, quantized.err
-    small, whole = record_of(tmp_path / "small.json").texts[0], record.texts[0]
-    assert small.p == pytest.approx(whole.p, rel=0.05)
-    assert small.p_without == pytest.approx(whole.p_without, rel=1e-4)
-    refused = cli("inspect", "ckpt=small.safetensors", TEXT, "effects=gradient")
-    assert (refused.code, "reads of a quantised table have no gradient" in refused.err) == (2, True)
+    for choice, message in (
+        ("mask=[99999]", "error: mask=99999: table0 has the slots 0 to "),
+        ("mask_table=tabel0", "error: mask_table=tabel0 is no set of slots of this model; allowed: table0"),
+    ):
+        refused = cli("inspect", "run_dir=run", TEXT, choice)
+        assert (refused.code, message in refused.err) == (2, True), refused.err
+        assert "reading" not in refused.err, "refused before the texts are read"
 
     page = cli("inspect", "run_dir=run", TEXT, "data_tokens=0", "out=page.html")
     assert page.code == 0, page.err
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.slow
+def test_a_quantised_export_is_inspected_out_of_its_file(cli: Run, trained: Path, tmp_path: Path) -> None:
+    assert cli("export", "run_dir=run", "file=small.safetensors", "quantize=int8").code == 0
+    quantized = cli("inspect", "ckpt=small.safetensors", TEXT, "table.device=mmap", "out=small.json")
+    assert quantized.code == 0, quantized.err
+    assert cli("inspect", "run_dir=run", TEXT, "out=whole.json").code == 0
+    small, whole = (record_of(tmp_path / f"{name}.json").texts[0] for name in ("small", "whole"))
+    assert small.p == pytest.approx(whole.p, rel=0.05)
+    assert small.p_without == pytest.approx(whole.p_without, rel=1e-4)
+    refused = cli("inspect", "ckpt=small.safetensors", TEXT, "effects=gradient")
+    assert (refused.code, "reads of a quantised table have no gradient" in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +110,12 @@ def test_a_run_is_inspected(cli: Run, trained: Path, tmp_path: Path, monkeypatch
         ([TEXT, "mask=table0"], "mask=table0 names no slots"),
         ([TEXT, "mask=[]"], r"mask=\[\] names no slots"),
         ([TEXT, "mask={table0:3}"], "mask={'table0': 3} names no slots"),
+        ([TEXT, "mask={table0:[]}"], "names no slots"),
+        ([TEXT, "mask={table0:null}"], "names no slots; .* mask_table=table0 for a whole set"),
+        ([TEXT, "mask=true"], "mask=True names no slots"),
+        ([TEXT, "mask_table=7"], "mask_table=7 names no sets of slots"),
+        ([TEXT, "mask_table={table0:1}"], "names no sets of slots"),
+        ([TEXT, "mask_table=[null]"], "names no sets of slots"),
         ([TEXT, "data_path=none.txt"], "data_path=.*none.txt"),
         ([TEXT, "temperature=1"], "temperature is a key of generate, chat, predict only"),
     ],

@@ -13,6 +13,6 @@ def tab() -> Iterator[Page]:
     """Yields an empty tab; without a browser the test is skipped."""
     program = chromium()
     if program is None:
-        pytest.skip("no Chromium on PATH or in the variable CHROMIUM")
+        pytest.skip("no browser: install Chromium (Debian: chromium), or name one in the variable CHROMIUM")
     with browser_page(program) as page:
         yield page

@@ -14,6 +14,8 @@ from PIL import Image
 
 from pkm_lightning.inspection.page import render
 
+pytestmark = pytest.mark.slow  # seconds of a browser
+
 #: Of the text on its ground: level AA of the Web Content Accessibility Guidelines 2.2, section 1.4.3.
 CONTRAST = 4.5
 #: Of two colours in sRGB, 0 to 442: neighbours on the scale of a colouring are 10 apart.

@@ -105,6 +105,7 @@ def test_a_click_on_a_slot_shows_its_readers_which_lead_to_their_tokens(page: Pa
         page.wait(f"document.querySelector('#panel h2').textContent.startsWith({heading!r})")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("address", "heading", "n_marked"),
     [
@@ -121,6 +122,7 @@ def test_an_address_leads_to_what_it_names(page: Page, address: str, heading: st
     assert len(page.texts("#tokens .selected")) == n_marked
 
 
+@pytest.mark.slow
 def test_the_keyboard_goes_from_tokens_to_slots_and_back(page: Page) -> None:
     page.click('#tokens [data-token="0"]')
     for key, position in [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 39), ("Home", 0)]:
@@ -142,6 +144,7 @@ def test_the_keyboard_goes_from_tokens_to_slots_and_back(page: Page) -> None:
         assert page.evaluate("location.hash") == address
 
 
+@pytest.mark.slow
 def test_the_search_leads_to_slots_tokens_and_facts(page: Page) -> None:
     text = RECORD.texts[0]
     word = next(token for _, token in text.tokens if token.strip().isalpha() and token.isascii())
@@ -166,6 +169,7 @@ def test_the_search_leads_to_slots_tokens_and_facts(page: Page) -> None:
     assert page.evaluate("document.getElementById('hits').hidden")
 
 
+@pytest.mark.slow
 def test_colours_follow_the_figures(page: Page) -> None:
     p, without = (
         np.concatenate([np.float64(float32(getattr(text, name))) for text in RECORD.texts])
@@ -193,6 +197,7 @@ def test_colours_follow_the_figures(page: Page) -> None:
         assert [names[2] for names in classes] == signs
 
 
+@pytest.mark.slow
 def test_light_and_dark(page: Page) -> None:
     grounds = []
     for _ in range(2):
@@ -205,6 +210,7 @@ def test_light_and_dark(page: Page) -> None:
     page.call("Emulation.setEmulatedMedia", features=[])
 
 
+@pytest.mark.slow
 def test_on_a_small_screen_nothing_lies_beside_the_screen(page: Page) -> None:
     page.call("Emulation.setDeviceMetricsOverride", width=360, height=640, deviceScaleFactor=1, mobile=True)
     page.click(f'#tokens [data-token="{TOKEN}"]')

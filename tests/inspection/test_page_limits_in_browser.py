@@ -14,6 +14,8 @@ from inspection.example_record import example_record
 from pkm_lightning.inspection.page import render
 from pkm_lightning.inspection.record import ReaderRecord, ReadsRecord, Record, TextRecord
 
+pytestmark = pytest.mark.slow  # seconds of a browser
+
 
 @pytest.mark.parametrize(
     ("token", "shown"),
@@ -87,7 +89,6 @@ def large_record(tokens: int) -> Record:
     return record
 
 
-@pytest.mark.slow
 def test_ten_thousand_tokens_open_at_once(tab: Page, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(render(large_record(10_000)), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from ffn.plugin_contract import Case
@@ -17,6 +18,7 @@ from pkm_lightning.errors import ConfigError
 from pkm_lightning.experts import SwiGLUExperts
 from pkm_lightning.inference.generation import greedy
 from pkm_lightning.inspection import ablate, add_ablation, add_slot_readings, mask, trace
+from pkm_lightning.inspection.masking import checked_choice
 from pkm_lightning.inspection.slot_sets import inspected_readers, set_of_readers, slot_sets
 from pkm_lightning.model import Transformer
 
@@ -187,8 +189,14 @@ def test_a_mask_names_sets_and_slots_that_there_are() -> None:
         (one, [-1], "slots=-1"),
         (one, {"table0": [True]}, "slots=True"),
         (one, {"tabel0": [1]}, "slots=tabel0 is no set .* table0 .36 slots.*table0"),
+        (one, 3, "slots=3 is no list of slots of table0; give their numbers"),
+        (one, {"table0": "3"}, "slots='3' is no list of slots of table0"),
+        (one, [1.0], "slots=1.0: table0 has the slots 0 to 35"),
+        (one, None, "slots=None is no choice among table0; give"),
         (two, [1], "is no choice among table0, table1"),
     ):
         with pytest.raises(ConfigError, match=message), mask(model, slots):
             pass
     assert all(table.masks == () for table in one.value_tables)
+    for slots in ((1, 3), torch.tensor([3, 1, 3]), np.array([1, 3])):
+        assert checked_choice(slot_sets(inspected_readers(one)), slots) == {"table0": [1, 3]}

@@ -164,6 +164,7 @@ def test_a_long_text_is_read_in_windows() -> None:
     assert long.p[16] == pytest.approx(short.p[7])
 
 
+@pytest.mark.slow
 def test_ten_thousand_tokens_are_traced_in_windows() -> None:
     model, text = model_of(Case("memory")), letters(10_000)
     record = trace(model, TOKENIZER, text, context=512, effects="none")
