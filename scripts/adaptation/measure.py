@@ -16,8 +16,8 @@ from tasks import chains, further_questions
 import pkm_lightning
 from pkm_lightning.adaptation.facts_file import Fact, read_facts
 from pkm_lightning.adaptation.questions import first_of_each_form, questions_about, recall_by_form
-from pkm_lightning.build.loading import LoadedModel
 from pkm_lightning.adaptation.retention import parameter_digests
+from pkm_lightning.build.loading import LoadedModel
 from pkm_lightning.data.base import RecallItem, answer_ids
 from pkm_lightning.data.facts.invented_files import FACTS
 from pkm_lightning.inference.generation import greedy

@@ -93,12 +93,13 @@ class FitJob:
                 "device": content["device"],
                 **{name: round(value, 1) for name, value in cost.items()},
                 "peak_memory_bytes": content.get("peak_memory_bytes"),
-                "curve": [_plain(point) for point in read_curve(self.run / "metrics.csv")],
+                "curve": [plain(point) for point in read_curve(self.run / "metrics.csv")],
             },
         )
 
 
-def _plain(point: Point) -> dict[str, float]:
+def plain(point: Point) -> dict[str, float]:
+    """Returns a point as it is in a record, without what is unknown."""
     values: Mapping[str, float] = {"step": point.step, "seconds": point.seconds, "wall": point.wall, **point.figures}
     return {name: float(f"{value:.{_DIGITS}g}") for name, value in values.items() if math.isfinite(value)}
 
