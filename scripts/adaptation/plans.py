@@ -119,7 +119,16 @@ def plans(names: list[str], model: Path | None) -> list[Plan]:
 def smoke(plan: Plan) -> Plan:
     """Returns the same comparison of a tiny model, a few steps per run: a test of the machinery, without meaning."""
     small = replace(
-        plan, n_facts=12, edited_facts=4, steps=4, evaluations=2, questions=4, positions=20, tries=1, rows=8
+        plan,
+        n_facts=12,
+        edited_facts=4,
+        steps=4,
+        evaluations=2,
+        questions=4,
+        positions=20,
+        tries=1,
+        rows=8,
+        edit=("drift_tokens=64", "max_steps=4"),
     )
     if plan.pretrained is not None:
         return replace(small, dim=24, n_layers=2, layers="[0]", data=("data.seq_len=160", "data.global_batch_size=2"))

@@ -191,6 +191,7 @@ class Study:
         """Returns a part of the text: the last tenth is `measured`, what precedes it is `background`."""
         part = self.folder / f"{name}.txt"
         if not part.exists() and self.text is not None:
+            part.parent.mkdir(parents=True, exist_ok=True)
             content = self.text.read_text(encoding="utf-8")
             cut = content.rfind("\n", 0, len(content) * 9 // 10) + 1
             write_beside(part, content[cut:] if name == "measured" else content[:cut])
