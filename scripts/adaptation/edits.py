@@ -52,7 +52,7 @@ def edit_start(
     if overrides is not None:
         fit(run, log, overrides)
     facts = (task / FACTS).read_text(encoding="utf-8").splitlines(keepends=True)[: plan.edited_facts]
-    file = task / "edited.jsonl"
+    file = edited_facts(task)
     write_beside(file, "".join(facts))
     before = pkm_lightning.load(run, edits=[])
     sample = _sample(plan, before, run, text)
@@ -83,6 +83,11 @@ def edit_start(
     again, _ = drift(after.model, sample, start_MW, device=after.device)
     figures["removed_exactly"] = changed == 0 and again == loss_before
     write(record, figures)
+
+
+def edited_facts(task: Path) -> Path:
+    """Returns the file of the facts of `task` that are edited; beside its folder, which holds nothing else."""
+    return task.with_name(f"{task.name}-edited.jsonl")
 
 
 def _recall(loaded: LoadedModel, items: Sequence[RecallItem]) -> dict[str, float]:

@@ -49,7 +49,10 @@ def _row_rates() -> tuple[Setting, ...]:
     return tuple(itertools.chain.from_iterable(zip(adam, sgd, strict=True)))
 
 
-_LORA = tuple((f"finetune.rank={rank}", f"optim.lr={rate:g}") for rate in (1e-3, 3e-3) for rank in (16, 4, 64))
+_LORA = tuple(
+    (f"finetune.rank={rank}", f"optim.lr={rate:g}")
+    for rank, rate in ((16, 1e-3), (16, 3e-3), (64, 1e-3), (64, 3e-3), (4, 3e-3), (4, 1e-3))
+)
 _SPARSE = ("finetune=sparse",)
 # The memory that a pretrained model gets beside an FFN.
 _MEMORY = ("extra_ffns=memory_plus", "extra_ffns.memory_plus.placement.layers={layers}")

@@ -15,6 +15,7 @@ import torch
 from commands import shown
 from curves import BENCHMARK, FIGURES, LEARNED
 from drawing import PANELS, draw
+from edits import edited_facts
 from records import curve_of
 from study import Study
 from tables import (
@@ -67,7 +68,7 @@ def _section(study: Study, folder: Path) -> dict[str, Any]:
     first = study.seeds[0]
     starts = [start for seed in study.seeds if (start := study.record(f"start-{seed}")) is not None]
     edited, _ = study.editable(first) if study.includes("edit") else (Path(), None)
-    edit = ["edit", f"run_dir={edited}", f"facts={study.task(first) / 'edited.jsonl'}", *study.plan.edit]
+    edit = ["edit", f"run_dir={edited}", f"facts={edited_facts(study.task(first))}", *study.plan.edit]
     return {
         "plan": study.plan,
         "seeds": len(study.seeds),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curves import LEARNED, Point, start_point
+from curves import LEARNED, SHARE_LEARNED, Point, first_at, start_point
 from measure import Benchmarks
 from methods import METHODS, Method, Setting, overrides, replay, settings, sizes
 from plans import Plan
@@ -111,29 +111,36 @@ class Study:
         return [start_point(start["alone"], points[0]), *points]
 
     def setting(self, method: Method) -> Setting:
-        """Returns the setting that has learned most and lost least of those that were tried, else the first."""
+        """Returns the best of the settings that were tried; the only one where there is no choice."""
         tried = self.tries(method)
         if not tried:
             return settings(method, self.plan)[0]
         return tried[max(tried, key=self.score)]
 
-    def score(self, name: str) -> float:
-        """Returns the share of other facts that a try has learned, less the share of A that it has lost."""
+    def score(self, name: str) -> tuple[float, float]:
+        """Returns the order of a try: by what is lost of A where `SHARE_LEARNED` is reached, else by what is learned.
+
+        The least harmful setting of all would be one that teaches nothing.
+        """
         record = self.record(name)
         if record is None:
-            return -math.inf
-        last = curve_of(record)[-1]
-        loss = last.value("lost")
-        return last.value(LEARNED) - (min(max(loss, 0.0), 1.0) if math.isfinite(loss) else 1.0)
+            return -1.0, 0.0
+        points = curve_of(record)
+        # Of other facts too the starting model knows none.
+        reached = first_at([start_point({"paraphrase": 0.0}, points[0]), *points], LEARNED, SHARE_LEARNED)
+        if reached is None:
+            return 0.0, max(point.value(LEARNED) for point in points)
+        loss = reached.value("lost")
+        return 1.0, -loss if math.isfinite(loss) else -math.inf
 
     def command(self, method: Method, seed: int, replayed: bool) -> list[str]:
         """Returns the overrides of a run."""
         return [*self.common(seed, seed), *self.specific(method, seed, replayed)]
 
     def command_of_try(self, method: Method, setting: Setting) -> list[str]:
-        """Returns the overrides of a try: one evaluation, at its end, and no benchmarks."""
+        """Returns the overrides of a try, which is evaluated half as often as a run, and on no benchmarks."""
         specific = overrides(method, self.plan, setting, self.sizes(method))
-        return [*self.common(self.seeds[0], _OTHER_FACTS, evaluations=1), *specific]
+        return [*self.common(self.seeds[0], _OTHER_FACTS, max(1, self.plan.evaluations // 2)), *specific]
 
     def specific(self, method: Method, seed: int, replayed: bool) -> list[str]:
         """Returns the overrides of a method, in the setting that was chosen for it."""

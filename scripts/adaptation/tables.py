@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from curves import LEARNED, Point, first_at, spread
+from curves import LEARNED, SHARE_LEARNED, Point, first_at, spread
 from methods import Method
 from study import Study
 
-#: Learning at which forgetting is compared.
-SHARES_LEARNED = (0.8, 0.5)
+#: Also the share that methods reach which learn less.
+SHARES_LEARNED = (SHARE_LEARNED, 0.5)
 #: Figures of a table by their heading: name, factor, digits after the point.
 COLUMNS: dict[str, tuple[str, float, int]] = {
     "B seen %": ("learned_seen", 100, 1),

@@ -156,6 +156,20 @@ def test_the_report_of_constructed_records(script: Any, study: Any) -> None:
         assert len(list(csv.DictReader(file))) == 9
 
 
+def test_a_setting_is_chosen_by_what_is_lost_where_enough_is_learned(script: Any, study: Any) -> None:
+    lora = study.chosen_methods()[0]
+    names = list(study.tries(lora))
+    for values, best in (
+        # Harmless, but without learning; the same learned with less lost; nothing learned enough: the most.
+        (([(20, 0.1, 0.8)], [(20, 0.9, 0.1)]), 1),
+        (([(10, 0.8, 0.6), (20, 0.9, 0.2)], [(10, 0.8, 0.5), (20, 1.0, 0.5)]), 0),
+        (([(10, 0.3, 0.8), (20, 0.4, 0.8)], [(10, 0.5, 0.2), (20, 0.2, 0.2)]), 1),
+    ):
+        for name, of_try in zip(names, values, strict=True):
+            record(script, study, name, of_try)
+        assert study.setting(lora) == study.tries(lora)[names[best]]
+
+
 class Inline:
     """Workers that note the names of the jobs and do none, or fail."""
 
