@@ -49,7 +49,8 @@ def prepare_start(
     """
     if overrides is not None:
         fit(Path(start), log, overrides)
-    loaded = pkm_lightning.load(start)
+    # An edit that was interrupted may have been left in it.
+    loaded = pkm_lightning.load(start, edits=[])
     digest, content = _digest(loaded), read(record)
     if content is None:
         content = {**_answers(plan, loaded, task, seed), "digests": [digest]}
