@@ -51,7 +51,7 @@ def _row_rates() -> tuple[Setting, ...]:
 
 _LORA = tuple(
     (f"finetune.rank={rank}", f"optim.lr={rate:g}")
-    for rank, rate in ((16, 1e-3), (16, 3e-3), (64, 1e-3), (64, 3e-3), (4, 3e-3), (4, 1e-3))
+    for rank, rate in ((16, 1e-3), (16, 3e-3), (64, 1e-3), (64, 3e-3), (4, 3e-3), (16, 1e-2))
 )
 _SPARSE = ("finetune=sparse",)
 # The memory that a pretrained model gets beside an FFN.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from commands import shown
 from curves import BENCHMARK, FIGURES, LEARNED
 from drawing import PANELS, draw
@@ -32,7 +31,7 @@ from tables import (
 )
 
 from pkm_lightning.storage import write_beside
-from pkm_lightning.training.machine import commit, device_name, versions
+from pkm_lightning.training.machine import versions
 
 _FIELDS = ("model", "method", "replay", "seed", "step", "seconds", "wall", "lost", *FIGURES)
 
@@ -55,12 +54,24 @@ def write_report(studies: Sequence[Study], folder: Path) -> Path:
         sections=sections,
         columns=list(COLUMNS),
         date=datetime.date.today().isoformat(),
-        device=device_name(torch.device("cpu")),
-        commit=commit() or "unknown",
+        devices=_distinct(studies, "device"),
+        commits=_distinct(studies, "commit"),
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )
     write_beside(folder / "report.md", report)
     return folder / "report.md"
+
+
+def _distinct(studies: Sequence[Study], name: str) -> str:
+    """Returns the values of an entry in the records of all runs: a comparison may have been continued elsewhere."""
+    runs = (
+        (study, study.run_name(method, seed, replayed))
+        for study in studies
+        for seed in study.seeds
+        for method, replayed in study.variants()
+    )
+    records = (study.record(run) or {} for study, run in runs)
+    return "; ".join(dict.fromkeys(str(record[name]) for record in records if record.get(name))) or "unknown"
 
 
 def _section(study: Study, folder: Path) -> dict[str, Any]:

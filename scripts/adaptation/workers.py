@@ -13,6 +13,8 @@ from types import TracebackType
 import torch
 from commands import CommandFailed
 
+from pkm_lightning.errors import PkmError
+
 Job = Callable[[], None]
 
 
@@ -66,7 +68,7 @@ def _end_with_parent() -> None:
 def _message_of(job: Job) -> str | None:
     try:
         job()
-    except CommandFailed as error:
+    except (CommandFailed, PkmError) as error:
         return str(error)
     finally:
         gc.collect()

@@ -121,7 +121,7 @@ def record(script: Any, study: Any, name: str, values: list[tuple[float, float, 
     """Writes the record of a run with these steps, shares learned and recalls of A."""
     curves, records = script("curves"), script("records")
     curve = [records.plain(point(curves, *of_step)) for of_step in values]
-    content = {"command": [], "trained_bytes": 8000, "cpu_seconds": 70.0, "curve": curve}
+    content = {"command": [], "trained_bytes": 8000, "cpu_seconds": 70.0, "curve": curve, "device": "abacus"}
     records.write(study.record_file(name), content)
 
 
@@ -151,6 +151,7 @@ def test_the_report_of_constructed_records(script: Any, study: Any) -> None:
     assert "finetune.rank=16" in cells["Commands"]["LoRA"][1]
     assert "| LoRA (chosen) | `finetune.rank=16" in text
     assert str(study.folder) not in text
+    assert "Runs: abacus, one thread each, at commit unknown." in text
     assert (path.parent / "facts-lost.png").stat().st_size > 5000
     with (path.parent / "curves.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 9
