@@ -24,7 +24,7 @@ class Stopwatch:
     def start(self) -> None:
         """Starts the clock; has no effect while it runs."""
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = self._now()
 
     def stop(self) -> None:
         """Stops the clock; has no effect while it is stopped."""
@@ -33,7 +33,11 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         """The running time so far."""
-        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
+        return self._before + (0.0 if self._started is None else self._now() - self._started)
+
+    @staticmethod
+    def _now() -> float:
+        return time.perf_counter()
 
 
 class TimedCallback(L.Callback):

@@ -23,20 +23,30 @@ FIGURES = (
 BENCHMARK = "eval/"
 #: By which learning is measured: prompts that were never learned.
 LEARNED = "learned_paraphrase"
+#: Share of B at which forgetting is compared.
+SHARE_LEARNED = 0.8
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of a run: optimizer steps, seconds of training, and figures by name, nan where unknown."""
+    """One evaluation of a run.
+
+    Args:
+        step: optimizer steps.
+        seconds: that the processors have trained.
+        wall: the same by the clock, which depends on what else the machine did.
+        figures: by name; those that are missing are unknown.
+    """
 
     step: float
     seconds: float
+    wall: float
     figures: Mapping[str, float]
 
     def value(self, name: str) -> float:
-        """Returns `step`, `seconds`, `lost` or a figure."""
-        if name in ("step", "seconds"):
+        """Returns `step`, `seconds`, `wall`, `lost` or a figure."""
+        if name in ("step", "seconds", "wall"):
             return float(getattr(self, name))
         return lost(self.figures) if name == "lost" else self.figures.get(name, math.nan)
 
@@ -61,14 +71,16 @@ def start_point(learned: Mapping[str, float], first: Point) -> Point:
     for name in ("known_paraphrase", "known_loss"):
         figures[name] = first.value(name) - first.value(f"{name}_change")
         figures[f"{name}_change"] = 0.0
-    return Point(0, 0.0, figures | {"known_kl": 0.0, "bytes_changed": 0.0})
+    return Point(0, 0.0, 0.0, figures | {"known_kl": 0.0, "bytes_changed": 0.0})
 
 
 def read_curve(metrics: Path) -> list[Point]:
     """Returns the evaluations of a run, from its metrics.csv."""
     with metrics.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("val/bytes_changed")]
-    return [Point(float(row["step"]), float(row["seconds"]), _figures(row)) for row in rows]
+    return [
+        Point(float(row["step"]), float(row["val/cpu_seconds"]), float(row["seconds"]), _figures(row)) for row in rows
+    ]
 
 
 def _figures(row: Mapping[str, str]) -> dict[str, float]:
@@ -99,7 +111,7 @@ def _between(before: Point, after: Point, share: float) -> Point:
         return (1 - share) * before.value(name) + share * after.value(name)
 
     # Not the benchmarks, which the earlier evaluation lacks.
-    return Point(mixed("step"), mixed("seconds"), {name: mixed(name) for name in FIGURES})
+    return Point(mixed("step"), mixed("seconds"), mixed("wall"), {name: mixed(name) for name in FIGURES})
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from pkm_lightning.compare.plots import COLOURS, MARKERS, STYLE
 PANELS = {
     "lost": ("lost", 100, "A lost, %", LEARNED, 100, "B, paraphrased, %"),
     "kl": ("known_kl", 1, "KL from the start on other text, nats", LEARNED, 100, "B, paraphrased, %"),
-    "seconds": ("seconds", 1, "seconds of training", LEARNED, 100, "B, paraphrased, %"),
+    "seconds": ("seconds", 1, "processor seconds of training", LEARNED, 100, "B, paraphrased, %"),
 }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from commands import run_command
+from commands import fit, run_command
 from plans import Plan
+from records import write
 from tasks import further_questions
 
 import pkm_lightning
@@ -32,25 +32,27 @@ from pkm_lightning.storage import write_beside
 _NAME = "study"
 
 
-def measure_edit(plan: Plan, run: Path, task: Path, text: Path | None, log: Path, out: Path) -> dict[str, Any]:
-    """Returns the figures of an edit of `plan.edited_facts` facts; from `out`, if they are there.
+def edit_start(
+    plan: Plan, run: Path, overrides: Sequence[str] | None, task: Path, text: Path | None, log: Path, record: Path
+) -> None:
+    """Writes the figures of an edit of `plan.edited_facts` facts; the run is as before afterwards.
 
     Args:
         plan: the model.
-        run: a run with a value table, which is as before afterwards.
+        run: one with a value table.
+        overrides: of `fit`, which trains it if it is missing; None for one that is there.
         task: folder of the facts.
         text: other text for loss and KL; None for the held-out data of `run`.
         log: for the output of the commands.
-        out: file of the figures.
+        record: file of the figures.
 
     Raises:
         CommandFailed: a command ended with an error.
     """
-    if out.exists():
-        content: dict[str, Any] = json.loads(out.read_text())
-        return content
+    if overrides is not None:
+        fit(run, log, overrides)
     facts = (task / FACTS).read_text(encoding="utf-8").splitlines(keepends=True)[: plan.edited_facts]
-    file = out.with_suffix(".jsonl")
+    file = edited_facts(task)
     write_beside(file, "".join(facts))
     before = pkm_lightning.load(run, edits=[])
     sample = _sample(plan, before, run, text)
@@ -60,11 +62,16 @@ def measure_edit(plan: Plan, run: Path, task: Path, text: Path | None, log: Path
     learned = questions_about(read_facts(file))
     further = [item for path in further_questions(task) for item in questions_about(read_facts(path), path.stem)]
     items = [*learned, *first_of_each_form(further, plan.questions)]
-    figures = {"facts": len(facts), "before": _recall(before, items), "known_before": _recall(before, known)}
+    figures: dict[str, Any] = {
+        "facts": len(facts),
+        "before": _recall(before, items),
+        "known_before": _recall(before, known),
+    }
     loss_before, _ = drift(before.model, sample, start_MW, device=before.device)
-    began = time.monotonic()
-    run_command(log, "edit", f"run_dir={run}", f"facts={file}", f"name={_NAME}", "overwrite=true")
-    figures["seconds"] = round(time.monotonic() - began, 1)
+    wall, processor = time.monotonic(), time.process_time()
+    run_command(log, "edit", f"run_dir={run}", f"facts={file}", f"name={_NAME}", "overwrite=true", *plan.edit)
+    figures["seconds"] = round(time.process_time() - processor, 1)
+    figures["wall"] = round(time.monotonic() - wall, 1)
     figures["bytes"] = (run / "edits" / f"{_NAME}.safetensors").stat().st_size
     edited = pkm_lightning.load(run)
     loss, kl = drift(edited.model, sample, start_MW, device=edited.device)
@@ -75,8 +82,12 @@ def measure_edit(plan: Plan, run: Path, task: Path, text: Path | None, log: Path
     changed = bytes_changed(dict(after.model.named_parameters()), digests)
     again, _ = drift(after.model, sample, start_MW, device=after.device)
     figures["removed_exactly"] = changed == 0 and again == loss_before
-    write_beside(out, json.dumps(figures, indent=1) + "\n")
-    return figures
+    write(record, figures)
+
+
+def edited_facts(task: Path) -> Path:
+    """Returns the file of the facts of `task` that are edited; beside its folder, which holds nothing else."""
+    return task.with_name(f"{task.name}-edited.jsonl")
 
 
 def _recall(loaded: LoadedModel, items: Sequence[RecallItem]) -> dict[str, float]:

@@ -27,6 +27,9 @@ class Plan:
         rate_factor: of the rates of all methods that are tried, but those of SGD: small models take larger steps.
         layers: where memories and Engrams are added.
         rows: rows that learn per step in sparse finetuning.
+        methods: by name; `edit` is one.
+        replayed: those that run with old data as well.
+        edit: further overrides of `edit`.
     """
 
     name: str
@@ -46,8 +49,12 @@ class Plan:
     rate_factor: float
     layers: str
     rows: int
+    methods: tuple[str, ...]
+    replayed: tuple[str, ...]
+    edit: tuple[str, ...]
 
 
+_ROWS = ("sparse-tfidf", "sparse-kl", "sparse-random")
 #: People of the default data with their controls, which the starting model of facts has seen.
 SEEN_PEOPLE = 3600 + 250
 FACTS = Plan(
@@ -68,6 +75,9 @@ FACTS = Plan(
     rate_factor=3,
     layers="[1]",
     rows=1000,
+    methods=("lora", "full", "dense", "memory", *_ROWS, "engram", "edit"),
+    replayed=("lora", "full", "memory", "sparse-tfidf"),
+    edit=(),
 )
 SMOLLM2 = Plan(
     name="smollm2",
@@ -87,6 +97,9 @@ SMOLLM2 = Plan(
     rate_factor=1,
     layers="[20]",
     rows=200,
+    methods=("lora", "full", "dense", "memory", "sparse-tfidf", "engram", "edit"),
+    replayed=(),
+    edit=("drift_tokens=8192",),
 )
 
 
@@ -106,7 +119,16 @@ def plans(names: list[str], model: Path | None) -> list[Plan]:
 def smoke(plan: Plan) -> Plan:
     """Returns the same comparison of a tiny model, a few steps per run: a test of the machinery, without meaning."""
     small = replace(
-        plan, n_facts=12, edited_facts=4, steps=4, evaluations=2, questions=4, positions=20, tries=1, rows=8
+        plan,
+        n_facts=12,
+        edited_facts=4,
+        steps=4,
+        evaluations=2,
+        questions=4,
+        positions=20,
+        tries=1,
+        rows=8,
+        edit=("drift_tokens=64", "max_steps=4"),
     )
     if plan.pretrained is not None:
         return replace(small, dim=24, n_layers=2, layers="[0]", data=("data.seq_len=160", "data.global_batch_size=2"))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from commands import shown
-from curves import BENCHMARK, FIGURES
+from curves import BENCHMARK, FIGURES, LEARNED
 from drawing import PANELS, draw
+from edits import edited_facts
+from records import curve_of
 from study import Study
 from tables import (
     COLUMNS,
-    SHARE_LEARNED,
+    SHARES_LEARNED,
     Variant,
     cell,
     curve_rows,
@@ -31,14 +31,13 @@ from tables import (
 )
 
 from pkm_lightning.storage import write_beside
-from pkm_lightning.training.machine import commit, device_name, versions
+from pkm_lightning.training.machine import versions
 
-_FIELDS = ("model", "method", "replay", "seed", "step", "seconds", "lost", *FIGURES)
+_FIELDS = ("model", "method", "replay", "seed", "step", "seconds", "wall", "lost", *FIGURES)
 
 
-def write_report(studies: Sequence[Study], out: Path) -> Path:
-    """Writes DATE-adaptation/ into `out` and returns the report in it."""
-    folder = out / f"{datetime.date.today().isoformat()}-adaptation"
+def write_report(studies: Sequence[Study], folder: Path) -> Path:
+    """Writes the report into `folder` and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = [_section(study, folder) for study in studies]
     rows = [row for study in studies for row in curve_rows(study, variants(study))]
@@ -54,53 +53,90 @@ def write_report(studies: Sequence[Study], out: Path) -> Path:
     report = templates.get_template("report.md.jinja").render(
         sections=sections,
         columns=list(COLUMNS),
-        share=round(100 * SHARE_LEARNED),
         date=datetime.date.today().isoformat(),
-        device=device_name(torch.device("cpu")),
-        threads=torch.get_num_threads(),
-        commit=commit() or "unknown",
+        devices=_distinct(studies, "device"),
+        commits=_distinct(studies, "commit"),
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )
     write_beside(folder / "report.md", report)
     return folder / "report.md"
 
 
+def _distinct(studies: Sequence[Study], name: str) -> str:
+    """Returns the values of an entry in the records of all runs: a comparison may have been continued elsewhere."""
+    runs = (
+        (study, study.run_name(method, seed, replayed))
+        for study in studies
+        for seed in study.seeds
+        for method, replayed in study.variants()
+    )
+    records = (study.record(run) or {} for study, run in runs)
+    return "; ".join(dict.fromkeys(str(record[name]) for record in records if record.get(name))) or "unknown"
+
+
 def _section(study: Study, folder: Path) -> dict[str, Any]:
     chosen = variants(study)
     first = study.seeds[0]
-    starts = [json.loads((study.folder / f"start-{seed}.json").read_text()) for seed in study.seeds]
-    settings = json.loads((study.folder / "settings.json").read_text())
+    starts = [start for seed in study.seeds if (start := study.record(f"start-{seed}")) is not None]
+    edited, _ = study.editable(first) if study.includes("edit") else (Path(), None)
+    edit = ["edit", f"run_dir={edited}", f"facts={edited_facts(study.task(first))}", *study.plan.edit]
     return {
         "plan": study.plan,
         "seeds": len(study.seeds),
         "starts": _start_rows(starts),
+        "changed_starts": any(len(start["digests"]) > 1 for start in starts),
         "methods": [
-            (variant.label, variant.method.learns, " ".join(settings[variant.method.name]), _trained(study, variant))
+            (
+                variant.label,
+                variant.method.learns,
+                " ".join(study.setting(variant.method)),
+                *_costs(study, variant),
+            )
             for variant in chosen
-            if not variant.replayed
         ],
+        "tries": _try_rows(study),
         "steps": equal_steps(study, chosen),
         "seconds": equal_seconds(chosen),
         "shortest": shortest(chosen),
-        "learning": equal_learning(chosen),
+        "learning": {round(100 * share): equal_learning(chosen, share) for share in SHARES_LEARNED},
         "plots": [file for name in PANELS if (file := draw(name, study.plan.name, chosen, folder))],
-        "common": shown(["fit", "run_dir=RUN", *study.common(first, first)]),
-        "commands": [(v.label, " ".join(study.specific(v.method, first, v.replayed))) for v in chosen],
+        "common": shown(["fit", "run_dir=RUN", *study.shown(study.common(first, first))]),
+        "commands": [(v.label, " ".join(study.shown(study.specific(v.method, first, v.replayed)))) for v in chosen],
         "benchmarks": _benchmark_rows(study, chosen),
         "edits": _edit_rows(study),
-        "edit_command": shown(
-            ["edit", f"run_dir={study.editable_dir(first)}", f"facts={study.edit_file(first).with_suffix('.jsonl')}"]
-        ),
-        "failures": study.failures,
+        "edit_command": shown(study.shown(edit)),
+        "failures": study.failures(),
     }
+
+
+def _costs(study: Study, variant: Variant) -> tuple[str, str]:
+    """Returns thousands of parameters that learn, of chosen rows the whole table; seconds of a run with evaluations."""
+    names = (study.run_name(variant.method, seed, variant.replayed) for seed in study.seeds)
+    records = [record for name in names if (record := study.record(name)) is not None]
+    if not records:
+        return "-", "-"
+    seconds = sum(record["cpu_seconds"] for record in records) / len(records)
+    return f"{records[0]['trained_bytes'] / 4e3:,.0f}", f"{seconds:,.0f}"
+
+
+def _try_rows(study: Study) -> list[tuple[str, str, str, str]]:
+    """Returns method, setting, recall of paraphrases and share of A lost of each try."""
+    rows = []
+    for method in study.chosen_methods():
+        for name, setting in study.tries(method).items():
+            record = study.record(name)
+            last = None if record is None else curve_of(record)[-1]
+            figures = ("-", "-") if last is None else (f"{100 * last.value(n):.1f}" for n in (LEARNED, "lost"))
+            mark = " (chosen)" if setting == study.setting(method) else ""
+            rows.append((f"{method.label}{mark}", " ".join(setting), *figures))
+    return rows
 
 
 def _benchmark_rows(study: Study, chosen: Sequence[Variant]) -> list[list[str]]:
     """Returns the names of the scores, then those of the starting model and of each variant at its end; or nothing."""
-    file = study.folder / "benchmarks.json"
-    if not file.exists():
+    start = study.record("benchmarks")
+    if start is None:
         return []
-    start = json.loads(file.read_text())
     rows = [
         ["", *(name.removeprefix(BENCHMARK) for name in start)],
         ["starting model", *(f"{v:.3f}" for v in start.values())],
@@ -113,8 +149,7 @@ def _benchmark_rows(study: Study, chosen: Sequence[Variant]) -> list[list[str]]:
 
 def _edit_rows(study: Study) -> list[tuple[str, str]]:
     """Returns figures of the edits by their names, means over seeds; none where there is no edit."""
-    files = [study.edit_file(seed) for seed in study.seeds]
-    edits = [json.loads(file.read_text()) for file in files if file.exists()]
+    edits = [edit for seed in study.seeds if (edit := study.record(f"edit-{seed}")) is not None]
     if not edits:
         return []
 
@@ -130,18 +165,11 @@ def _edit_rows(study: Study) -> list[tuple[str, str]]:
         row("A lost, %", [100 * share for share in shares], 1),
         row("KL", [edit["kl"] for edit in edits], 5),
         row("perplexity, %", [100 * math.expm1(edit["loss_change"]) for edit in edits], 2),
-        row("seconds of the command", [edit["seconds"] for edit in edits], 1),
+        row("CPU seconds of the command", [edit["seconds"] for edit in edits], 1),
+        row("wall seconds of the command", [edit["wall"] for edit in edits], 1),
         row("kB of the file", [edit["bytes"] / 1e3 for edit in edits], 1),
         row("removed to the last bit, %", [100 * edit["removed_exactly"] for edit in edits], 0),
     ]
-
-
-def _trained(study: Study, variant: Variant) -> str:
-    """Returns the parameters that learn, in thousands; of rows that are chosen those of the whole table."""
-    seed = next((seed for seed, curve in variant.curves.items() if curve), None)
-    if seed is None:
-        return "-"
-    return f"{study.record(variant.method, seed, variant.replayed)['trained_bytes'] / 4e3:,.0f}"
 
 
 def _start_rows(starts: Sequence[dict[str, dict[str, float]]]) -> list[tuple[str, str, str]]:

@@ -1,21 +1,25 @@
 """Teaching a trained model new facts: what each method learns, what it forgets, in one report.
 
-    python scripts/adaptation/run.py [--models facts,smollm2] [--model SmolLM2.gguf] [--text wiki.txt] [--out]
+    python scripts/adaptation/run.py [--models facts,smollm2] [--model SmolLM2.gguf] [--text wiki.txt] [--out FOLDER]
 
 Needs: pip install 'pkm_lightning[facts,hf,lora]'. `--models facts` trains and teaches the default model of facts alone.
-The same command continues what was stopped; `--smoke` runs everything on tiny models in about a minute.
+The same command continues what was stopped, also in another clone that has the folder of records alone; `--smoke` runs
+everything on tiny models in few minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from measure import Benchmarks
 from plans import Plan, plans, smoke
 from report import write_report
+from schedule import run_all
 from study import Study
+from workers import Workers
 
 #: Of `prepare data=benchmarks`.
 _TASKS = ("pkm_nq_open", "pkm_triviaqa", "pkm_openbookqa")
@@ -30,32 +34,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", type=Path, help="folder of prepare data=benchmarks, for smollm2")
     parser.add_argument("--limit", type=int, default=50, help="questions per benchmark")
     parser.add_argument("--methods", help="names, separated by commas; default: all")
-    parser.add_argument("--no-replay", action="store_true", help="without the variants that mix in old data")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("runs/adaptation"), help="for runs and files")
-    parser.add_argument("--out", type=Path, nargs="?", const=Path("scripts/results"), help="for the report")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, with one thread each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/adaptation"), help="for runs, which may be lost")
+    parser.add_argument("--out", type=Path, help="for records and report; default: results in --folder")
     parser.add_argument("--smoke", action="store_true", help="tiny models, a few steps")
     parser.add_argument("--report", action="store_true", help="the report alone, of what has run")
     parsed = parser.parse_args(arguments)
+    out = parsed.out or parsed.folder / "results"
     studies = []
     for plan in plans(parsed.models.split(","), parsed.model):
         if plan.pretrained is not None and parsed.text is None:
             parser.error("--models smollm2 needs --text FILE, a plain text.")
-        folder = parsed.folder / (f"{plan.name}-smoke" if parsed.smoke else plan.name)
+        name = f"{plan.name}-smoke" if parsed.smoke else plan.name
         study = Study(
             smoke(plan) if parsed.smoke else plan,
-            folder,
+            parsed.folder / name,
+            out / name,
             range(1, parsed.seeds + 1),
             parsed.text,
             parsed.methods.split(",") if parsed.methods else None,
-            (False,) if parsed.no_replay else (False, True),
             _benchmarks(parsed.sets, parsed.limit, plan),
         )
         studies.append(study)
-        if not parsed.report:
-            study.run_all()
-    place = write_report(studies, parsed.out or parsed.folder)
-    print(f"report: {place}")
+    if not parsed.report:
+        with Workers(parsed.jobs) as workers:
+            for study in studies:
+                run_all(study, workers)
+    print(f"report: {write_report(studies, out)}")
 
 
 def _benchmarks(sets: Path | None, limit: int, plan: Plan) -> Benchmarks | None:

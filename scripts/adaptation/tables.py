@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from curves import LEARNED, Point, first_at, spread
+from curves import LEARNED, SHARE_LEARNED, Point, first_at, spread
 from methods import Method
 from study import Study
 
-#: Learning at which forgetting is compared.
-SHARE_LEARNED = 0.8
+#: Also the share that methods reach which learn less.
+SHARES_LEARNED = (SHARE_LEARNED, 0.5)
 #: Figures of a table by their heading: name, factor, digits after the point.
 COLUMNS: dict[str, tuple[str, float, int]] = {
     "B seen %": ("learned_seen", 100, 1),
@@ -22,7 +22,8 @@ COLUMNS: dict[str, tuple[str, float, int]] = {
     "perplexity %": ("perplexity", 100, 2),
     "KL": ("known_kl", 1, 4),
     "steps": ("step", 1, 0),
-    "seconds": ("seconds", 1, 0),
+    "CPU s": ("seconds", 1, 0),
+    "wall s": ("wall", 1, 0),
     "MB changed": ("bytes_changed", 1e-6, 2),
 }
 
@@ -50,8 +51,7 @@ def variants(study: Study) -> list[Variant]:
     """Returns all variants of a study with the runs that are finished."""
     return [
         Variant(method, replayed, {seed: study.curve(method, seed, replayed) for seed in study.seeds})
-        for method in study.chosen_methods()
-        for replayed in study.replays
+        for method, replayed in study.variants()
     ]
 
 
@@ -85,7 +85,7 @@ def equal_steps(study: Study, chosen: Sequence[Variant]) -> list[list[str]]:
 
 
 def shortest(chosen: Sequence[Variant]) -> float:
-    """Returns the seconds that the fastest run took; nan without a run."""
+    """Returns the processor seconds of the fastest run; nan without a run."""
     return min((curve[-1].seconds for variant in chosen for curve in variant.present), default=math.nan)
 
 
@@ -95,9 +95,9 @@ def equal_seconds(chosen: Sequence[Variant]) -> list[list[str]]:
     return table(chosen, lambda curve: first_at(curve, "seconds", seconds))
 
 
-def equal_learning(chosen: Sequence[Variant]) -> list[list[str]]:
-    """Returns the figures when a run first answered `SHARE_LEARNED` of the paraphrases, where it ever did."""
-    return table(chosen, lambda curve: first_at(curve, LEARNED, SHARE_LEARNED))
+def equal_learning(chosen: Sequence[Variant], share: float) -> list[list[str]]:
+    """Returns the figures when a run first answered `share` of the paraphrases, where it ever did."""
+    return table(chosen, lambda curve: first_at(curve, LEARNED, share))
 
 
 def curve_rows(study: Study, chosen: Sequence[Variant]) -> Iterator[dict[str, object]]:
@@ -110,6 +110,7 @@ def curve_rows(study: Study, chosen: Sequence[Variant]) -> Iterator[dict[str, ob
                 shown = {
                     "step": f"{point.step:g}",
                     "seconds": f"{point.seconds:.3f}",
+                    "wall": f"{point.wall:.3f}",
                     "lost": f"{point.value('lost'):.6g}",
                 }
                 yield {**names, "seed": seed, **shown, **figures}
