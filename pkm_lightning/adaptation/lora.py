@@ -18,6 +18,7 @@ from pkm_lightning.build.freezing import freeze_others
 from pkm_lightning.build.kinds import Range
 from pkm_lightning.errors import ConfigError, check_integer, check_range, missing_extra, nearest
 from pkm_lightning.ffn import Dense
+from pkm_lightning.model import Transformer
 from pkm_lightning.model.initialisation import seed_torch
 
 __all__ = ["LoRA"]
@@ -93,7 +94,7 @@ class LoRA(Finetuning):
         _draw(model, self.seed)
         freeze_others(model, {name for name, _ in model.named_parameters() if base_name(name) is None})
 
-    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+    def check(self, model: Transformer, config: Mapping[str, Any]) -> None:
         """Refuses a rank that no change of an adapted matrix has.
 
         Raises:
@@ -107,7 +108,7 @@ class LoRA(Finetuning):
             )
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[nn.Linear, nn.Linear]]:
+def _adapters(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Yields A and B of each adapted layer."""
     from peft.tuners.lora import LoraLayer
 

@@ -9,7 +9,8 @@ from pkm_lightning.build.kinds import Range
 
 if TYPE_CHECKING:
     import lightning as L
-    from torch import nn
+
+    from pkm_lightning.model import Transformer
 
 #: Of the sequences of each step.
 Share = Annotated[float, Range(0, 0.999)]
@@ -26,7 +27,7 @@ class Finetuning:
     def __init__(self, *, replay_share: Share, replay_path: str | None) -> None:
         self.replay_share, self.replay_path = replay_share, replay_path
 
-    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+    def check(self, model: Transformer, config: Mapping[str, Any]) -> None:
         """Refuses none."""
 
     def callbacks(self) -> list[L.Callback]:

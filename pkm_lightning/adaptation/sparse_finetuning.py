@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import nn
 
+    from pkm_lightning.model import Transformer
+
 __all__ = ["SparseFinetuning"]
 
 
@@ -72,7 +74,7 @@ class SparseFinetuning(Finetuning):
             if id(parameter) not in tables:
                 parameter.requires_grad_(False)
 
-    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+    def check(self, model: Transformer, config: Mapping[str, Any]) -> None:
         """Refuses a model without tables that learn by rows, with tables that learn otherwise, or without a background.
 
         Raises:

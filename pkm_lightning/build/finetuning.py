@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import nn
 
+    from pkm_lightning.model import Transformer
+
 
 def finetuning_method(config: Mapping[str, Any]) -> FinetuningMethod | None:
     """Returns the method that `finetune` names; None for none, and for runs of versions without this group.
@@ -61,7 +63,7 @@ def adapt(model: nn.Module, config: Mapping[str, Any]) -> None:
         method.adapt(model)
 
 
-def check_adapted(model: nn.Module, config: Mapping[str, Any]) -> None:
+def check_adapted(model: Transformer, config: Mapping[str, Any]) -> None:
     """Refuses a model that the method of `config`, if any, cannot train.
 
     Raises:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import nn
 
+    from pkm_lightning.model import Transformer
+
 
 @runtime_checkable
 class FinetuningMethod(Protocol):
@@ -17,7 +19,7 @@ class FinetuningMethod(Protocol):
     def adapt(self, model: nn.Module) -> None:
         """Changes a trunk before it gets its weights: freezes parameters, or adds some for every use of the run."""
 
-    def check(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+    def check(self, model: Transformer, config: Mapping[str, Any]) -> None:
         """Refuses an adapted trunk that it cannot train by `config`, with a PkmError; for other uses it may serve."""
 
     def callbacks(self) -> list[L.Callback]:

@@ -208,7 +208,7 @@ def test_names_are_texts_as_they_are_typed(cli: Run, run: Path) -> None:
         assert "is being trained" in cli(*WRITE, "name=c").err
     with held_elsewhere(run / "edits"):
         assert "is being changed by another `edit`" in cli("edit", "remove", "run_dir=run", "name=1e3").err
-    assert "with edits 1e3, städte" in cli("inspect", "run_dir=run", "text=Who", "format=json", "data_tokens=0").out
+    assert "with the edits 1e3, städte" in cli("inspect", "run_dir=run", "text=Who", "format=json", "data_tokens=0").out
 
 
 def test_a_removed_edit_gives_way_to_an_applied_one_of_its_name(tmp_path: Path) -> None:
