@@ -107,7 +107,7 @@ class LoRA(Finetuning):
             )
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[nn.Linear, nn.Linear]]:
+def _adapters(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Yields A and B of each adapted layer."""
     from peft.tuners.lora import LoraLayer
 
