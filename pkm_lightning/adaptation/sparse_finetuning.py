@@ -92,7 +92,7 @@ class SparseFinetuning(Finetuning):
                 f"finetune=sparse trains rows of value tables, and this model {problem}; set ffn=memory_plus for a "
                 "new memory (with model=hf beside the pretrained weights), table.trainable=true, or finetune=full."
             )
-        reads = RowReads(model, learning=True)  # type: ignore[arg-type]
+        reads = RowReads(model, learning=True)
         self._callback.check_background(config, reads.rows)
 
     def callbacks(self) -> list[L.Callback]:
