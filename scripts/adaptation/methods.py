@@ -61,6 +61,8 @@ _MEMORY_SIZE = ("extra_ffns.memory_plus.placement.mode=parallel", "extra_ffns.me
 _DENSE = ("extra_ffns=dense", "finetune=adapter", "extra_ffns.dense.ffn.hidden_dim={hidden}")
 _ENGRAM = ("extra_ffns=engram", "extra_ffns.engram.placement.layers={layers}", "extra_ffns.engram.ffn.rows={rows}")
 _ENGRAM_ROWS = ("finetune=adapter", "finetune.learn=[{engram_table}]")
+# Counted anew in every run, at the price of a forward of a pretrained model.
+_BACKGROUND = ("finetune.background_path={background}", "finetune.background_batches=100")
 _ADDED = (*_MEMORY, *_MEMORY_SIZE)
 
 
@@ -68,7 +70,7 @@ def _sparse(score: str, name: str, label: str) -> Method:
     chosen = (f"finetune.score={score}", "finetune.rows={sparse_rows}")
     overrides = {
         "facts": (*_SPARSE, *chosen),
-        "smollm2": (*_ADDED, *_SPARSE, *chosen, "finetune.background_path={background}"),
+        "smollm2": (*_ADDED, *_SPARSE, *chosen, *_BACKGROUND),
     }
     return Method(name, label, f"rows that the facts read, chosen by {score}", overrides, _row_rates())
 

@@ -77,7 +77,8 @@ FACTS = Plan(
     rows=1000,
     methods=("lora", "full", "dense", "memory", *_ROWS, "engram", "edit"),
     replayed=("lora", "full", "memory", "sparse-tfidf"),
-    edit=(),
+    # One thread: the default limit is meant for two.
+    edit=("max_seconds=180",),
 )
 SMOLLM2 = Plan(
     name="smollm2",
@@ -88,8 +89,8 @@ SMOLLM2 = Plan(
     n_layers=30,
     n_facts=100,
     edited_facts=100,
-    steps=120,
-    evaluations=6,
+    steps=80,
+    evaluations=5,
     data=("data.seq_len=128", "data.global_batch_size=4"),
     questions=50,
     positions=512,
@@ -99,7 +100,7 @@ SMOLLM2 = Plan(
     rows=200,
     methods=("lora", "full", "dense", "memory", "sparse-tfidf", "engram", "edit"),
     replayed=(),
-    edit=("drift_tokens=8192",),
+    edit=("drift_tokens=8192", "max_seconds=240"),
 )
 
 
