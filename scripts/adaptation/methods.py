@@ -54,7 +54,7 @@ def _sparse_settings() -> tuple[Setting, ...]:
     """Returns rates and numbers of rows, of which `settings` fills in those of the model."""
     adam, sgd = "table/optimizer=lazy_adam", "table/optimizer=sgd"
     tried = (
-        *(("many", adam, 3e-3), ("few", sgd, 30), ("many", adam, 1e-2)),
+        *(("many", adam, 3e-3), ("few", sgd, 30), ("many", adam, 1e-3)),
         *(("few", adam, 1e-2), ("many", sgd, 30), ("few", sgd, 100)),
     )
     return tuple((f"finetune.rows={rows}", optimizer, f"optim.lr={rate:g}") for rows, optimizer, rate in tried)
