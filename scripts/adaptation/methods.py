@@ -50,6 +50,16 @@ def _row_rates() -> tuple[Setting, ...]:
     return tuple(itertools.chain.from_iterable(zip(adam, sgd, strict=True)))
 
 
+def _sparse_settings() -> tuple[Setting, ...]:
+    """Returns rates and numbers of rows, of which `settings` fills in those of the model."""
+    adam, sgd = "table/optimizer=lazy_adam", "table/optimizer=sgd"
+    tried = (
+        *(("many", adam, 3e-3), ("few", sgd, 30), ("many", adam, 1e-3)),
+        *(("few", adam, 1e-2), ("many", sgd, 30), ("few", sgd, 100)),
+    )
+    return tuple((f"finetune.rows={rows}", optimizer, f"optim.lr={rate:g}") for rows, optimizer, rate in tried)
+
+
 _LORA = tuple(
     (f"finetune.rank={rank}", f"optim.lr={rate:g}")
     for rank, rate in ((16, 1e-3), (16, 3e-3), (64, 1e-3), (64, 3e-3), (4, 3e-3), (16, 1e-2))
@@ -61,16 +71,18 @@ _MEMORY_SIZE = ("extra_ffns.memory_plus.placement.mode=parallel", "extra_ffns.me
 _DENSE = ("extra_ffns=dense", "finetune=adapter", "extra_ffns.dense.ffn.hidden_dim={hidden}")
 _ENGRAM = ("extra_ffns=engram", "extra_ffns.engram.placement.layers={layers}", "extra_ffns.engram.ffn.rows={rows}")
 _ENGRAM_ROWS = ("finetune=adapter", "finetune.learn=[{engram_table}]")
+# Counted anew in every run, at the price of a forward of a pretrained model.
+_BACKGROUND = ("finetune.background_path={background}", "finetune.background_batches=100")
 _ADDED = (*_MEMORY, *_MEMORY_SIZE)
 
 
 def _sparse(score: str, name: str, label: str) -> Method:
-    chosen = (f"finetune.score={score}", "finetune.rows={sparse_rows}")
+    chosen = (f"finetune.score={score}",)
     overrides = {
         "facts": (*_SPARSE, *chosen),
-        "smollm2": (*_ADDED, *_SPARSE, *chosen, "finetune.background_path={background}"),
+        "smollm2": (*_ADDED, *_SPARSE, *chosen, *_BACKGROUND),
     }
-    return Method(name, label, f"rows that the facts read, chosen by {score}", overrides, _row_rates())
+    return Method(name, label, f"rows that the facts read, chosen by {score}", overrides, _sparse_settings())
 
 
 METHODS: tuple[Method, ...] = (
@@ -116,8 +128,10 @@ METHODS: tuple[Method, ...] = (
 
 
 def settings(method: Method, plan: Plan) -> list[Setting]:
-    """Returns the settings of a method that are tried on a model, its rates those of the model."""
-    return [_scaled(setting, plan.rate_factor) for setting in method.settings[: plan.tries]]
+    """Returns the settings of a method that are tried on a model, with the rates and rows of the model."""
+    rows = {f"finetune.rows={name}": f"finetune.rows={n}" for name, n in zip(("many", "few"), plan.rows, strict=True)}
+    named = (tuple(rows.get(text, text) for text in setting) for setting in method.settings[: plan.tries])
+    return [_scaled(setting, plan.rate_factor) for setting in named]
 
 
 def _scaled(setting: Setting, factor: float) -> Setting:
@@ -143,7 +157,6 @@ def sizes(plan: Plan, lora_parameters: int, background: str) -> dict[str, str]:
         "n_keys": str(max(32, round(max(0, rows - _QUERIES - plan.dim) ** 0.5))),
         # Four reads per token, each of a quarter of the values.
         "rows": str(rows),
-        "sparse_rows": str(plan.rows),
         "background": background,
         # The facts model has a table of its own memory before it.
         "engram_table": "tables.0.weight" if plan.pretrained is not None else "tables.1.weight",

@@ -26,7 +26,7 @@ class Plan:
         tries: settings of each method, of which one is chosen on other facts.
         rate_factor: of the rates of all methods that are tried, but those of SGD: small models take larger steps.
         layers: where memories and Engrams are added.
-        rows: rows that learn per step in sparse finetuning.
+        rows: that learn per step in sparse finetuning, many and few.
         methods: by name; `edit` is one.
         replayed: those that run with old data as well.
         edit: further overrides of `edit`.
@@ -48,7 +48,7 @@ class Plan:
     tries: int
     rate_factor: float
     layers: str
-    rows: int
+    rows: tuple[int, int]
     methods: tuple[str, ...]
     replayed: tuple[str, ...]
     edit: tuple[str, ...]
@@ -74,10 +74,11 @@ FACTS = Plan(
     tries=6,
     rate_factor=3,
     layers="[1]",
-    rows=1000,
+    rows=(8000, 1000),
     methods=("lora", "full", "dense", "memory", *_ROWS, "engram", "edit"),
     replayed=("lora", "full", "memory", "sparse-tfidf"),
-    edit=(),
+    # One thread: the default limit is meant for two.
+    edit=("max_seconds=180",),
 )
 SMOLLM2 = Plan(
     name="smollm2",
@@ -88,18 +89,18 @@ SMOLLM2 = Plan(
     n_layers=30,
     n_facts=100,
     edited_facts=100,
-    steps=120,
-    evaluations=6,
+    steps=80,
+    evaluations=5,
     data=("data.seq_len=128", "data.global_batch_size=4"),
     questions=50,
     positions=512,
     tries=3,
     rate_factor=1,
     layers="[20]",
-    rows=200,
+    rows=(2000, 200),
     methods=("lora", "full", "dense", "memory", "sparse-tfidf", "engram", "edit"),
     replayed=(),
-    edit=("drift_tokens=8192",),
+    edit=("drift_tokens=8192", "max_seconds=240"),
 )
 
 
@@ -127,7 +128,7 @@ def smoke(plan: Plan) -> Plan:
         questions=4,
         positions=20,
         tries=1,
-        rows=8,
+        rows=(16, 8),
         edit=("drift_tokens=64", "max_steps=4"),
     )
     if plan.pretrained is not None:
