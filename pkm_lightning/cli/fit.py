@@ -28,7 +28,7 @@ from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.edit_folder import remark_edits
 from pkm_lightning.cli.assembly import Assembly, assemble
-from pkm_lightning.cli.initial_weights import initial_weights, start_from_weights, with_saved_tokenizer
+from pkm_lightning.cli.initial_weights import initial_weights, refuse_replaced, start_from_weights, with_saved_tokenizer
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.lengthening import (
     LengthenedSchedule,
@@ -92,6 +92,8 @@ def _run(job: Job) -> float | None:
         )
     command = plain(job.config)
     check_objective_of(command)
+    if command["init_from"] and job.sets("init_from"):
+        refuse_replaced(command["init_from"], command["run_dir"], f"init_from={command['init_from']}")
     path = Path(command["run_dir"])
     # A run that continues from a checkpoint of its own does not need the weights that it started from.
     starts = command["resume"] == "never" or latest_checkpoint(path) is None

@@ -17,6 +17,8 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     """Returns a configuration with one key."""
     for name in reversed(key.split(".")):
         value = {name: value}
+    if "extra_ffns" in value:
+        value["table"] = {"path": None}
     if "callbacks" in value:
         value["callbacks"]["retention"]["_target_"] = RETENTION
     return dict(value)
