@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,17 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def test_figures_are_those_of_the_models_also_after_a_resume_and_training_is_the_same(cli: Run, tmp_path: Path) -> None:
-    def fit(*overrides: str) -> None:
+    def fit(*overrides: str) -> str:
         shown = cli("fit", *overrides)
         assert shown.code == 0, shown.err
+        return shown.out
 
     start, taught = tmp_path / "start", tmp_path / "taught"
     fit(*SMALL_RUN, "run_dir=start", "data.seq_len=96", "trainer.max_steps=4", "~callbacks.samples")
     write_invented(InventedChoice(12, 4, 4, 0, 0), tmp_path / "facts")
     facts = "callbacks.retention.facts=facts/facts.jsonl"
     asked = [facts, "callbacks.retention.questions=[facts/controls.jsonl]"]
-    fit(*STEPS, *asked, "run_dir=taught")
+    assert re.search(r"learned .* seen \d.*% -> ", fit(*STEPS, *asked, "run_dir=taught"))
     before, after = (pkm_lightning.load(path) for path in (start, taught))
     last = rows(taught)[-1]
     _check_recall(after, last, tmp_path / "facts" / "facts.jsonl")
