@@ -92,7 +92,8 @@ class SparseFinetuning(Finetuning):
                 f"finetune=sparse trains rows of value tables, and this model {problem}; set ffn=memory_plus for a "
                 "new memory (with model=hf beside the pretrained weights), table.trainable=true, or finetune=full."
             )
-        self._callback.check_background(config, RowReads(model, learning=True).rows)
+        reads = RowReads(model, learning=True)
+        self._callback.check_background(config, reads.rows)
 
     def callbacks(self) -> list[L.Callback]:
         """Returns the callback that chooses the rows."""

@@ -179,11 +179,7 @@ def load(
     """
     _check_device(device)
     if is_pretrained(Path(path)):
-        if edits:
-            check_names(edits)
-            raise ConfigError(
-                f"edits={','.join(map(str, edits))}: {path} is pretrained and has no rows to edit; leave edits out."
-            )
+        _refuse_edits(path, edits)
         # A room above this one, reached when it is needed: it imports transformers.
         room = importlib.import_module("pkm_lightning.huggingface.loading")
         pretrained: LoadedModel = room.load_path(Path(path), device=device, precision=precision)
@@ -209,7 +205,6 @@ def load(
     with weight_dtype(config), torch.device(device):
         model = build_model(config)
     load_weights(model, checkpoint)
-    tables = edited(model, checkpoint, edits)
     template = find_companion(weights, CHAT_TEMPLATE)
     return LoadedModel(
         model.eval(),
@@ -220,8 +215,17 @@ def load(
         context_of(config),
         None if template is None else read_text(template),
         int(checkpoint.skeleton["tokens_seen"]),
-        tables,
+        edited(model, checkpoint, edits),
     )
+
+
+def _refuse_edits(path: str | Path, edits: Sequence[str | Path] | None) -> None:
+    """Refuses edits of a pretrained model."""
+    if edits:
+        check_names(edits)
+        raise ConfigError(
+            f"edits={','.join(map(str, edits))}: {path} is pretrained and has no rows to edit; leave edits out."
+        )
 
 
 def with_table_device(config: Mapping[str, Any], device: str) -> dict[str, Any]:

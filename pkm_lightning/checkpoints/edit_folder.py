@@ -87,18 +87,13 @@ def check_names(edits: object) -> None:
             )
 
 
-def remark_edits(weights: Path, use: str) -> str | None:
-    """Returns a remark on the applied edits of weights from which training starts; None where there are none.
-
-    Args:
-        weights: the checkpoint or exported file.
-        use: what is done with them, such as `run_dir=RUN goes on`.
-    """
+def remark_edits(weights: Path) -> str | None:
+    """Returns a remark on the applied edits of weights from which training starts; None where there are none."""
     folder = edits_folder(weights)
     names = edit_files(folder)
     if not names:
         return None
     return (
-        f"{use} from the weights without the edits in {folder} ({listed(names)}), which fit no other weights: to train "
-        "what they hold, write a file with `edit merge` and start a new run from it, init_from=FILE"
+        f"training starts from {weights} without the edits in {folder} ({listed(names)}), which fit no other weights: "
+        "to train on with them, write a file with `edit merge` and start a new run from it, init_from=FILE"
     )

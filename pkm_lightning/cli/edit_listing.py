@@ -68,7 +68,7 @@ class Listing:
 
     Attributes:
         file: of the edit.
-        state: `applied`, `removed`, `misfit` (made for other weights, which refuse it), or `damaged`.
+        state: `applied`, `removed`, `misfit` (of other weights, and refused), or `damaged`.
         edit: None where the file is damaged.
     """
 

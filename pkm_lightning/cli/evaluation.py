@@ -45,7 +45,7 @@ class SavedRun:
     Attributes:
         run: the saved configuration, with the command's `data`, `trainer`, `strategy` and `callbacks` on top, resolved.
         folder: the run's directory, or None for a bare checkpoint.
-        applied: the edits of the model that `module` has made.
+        applied: names of the edits that `module` has applied.
 
     Raises:
         ConfigError: neither is given, or the command tries to change what the run is.

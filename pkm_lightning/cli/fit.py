@@ -149,10 +149,8 @@ def _run(job: Job) -> float | None:
             if checkpoint is not None:
                 _check_checkpoint(checkpoint, resolved)  # refuses one before anything starts
                 _remark_length(checkpoint, latest, resolved.config)
-                _warn_of_edits(checkpoint, f"run_dir={path} goes on")
             elif initial := initial_weights(resolved.config, checkpoint):
                 initial.check(resolved)
-                _warn_of_edits(initial.checkpoint.path, f"init_from={resolved.config['init_from']} starts")
             else:
                 check_first_rows(resolved.model)
         if external:
@@ -264,11 +262,6 @@ def _remark_length(checkpoint: Path, latest: Path | None, config: dict[str, Any]
         _log.info(remark)
 
 
-def _warn_of_edits(weights: Path, use: str) -> None:
-    if remark := remark_edits(weights, use):
-        _log.warning(remark)
-
-
 def _check_checkpoint(path: Path, run: ResolvedRun) -> None:
     checkpoint = open_checkpoint(path)
     checkpoint.check_training()
@@ -287,7 +280,11 @@ def _train_with_record(
     """Trains, and keeps run.json up to date from the start of training, whatever happens."""
     sitting = Sitting(directory, resolved, assembly)
     sitting.record["trained_bytes"] = trained_bytes(resolved.model)
-    if initial := initial_weights(resolved.config, checkpoint):
+    initial = initial_weights(resolved.config, checkpoint)
+    weights = initial.checkpoint.path if initial else checkpoint
+    if weights is not None and (remark := remark_edits(weights)):
+        _log.warning(remark)
+    if initial:
         sitting.record["init_from"] = initial.record(directory.record.get("init_from") if directory.resumes else None)
     with (
         end_on_lost_rank(assembly.trainer, directory.path),

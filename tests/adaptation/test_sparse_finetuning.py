@@ -138,9 +138,12 @@ def test_an_interrupted_finetuning_ends_like_another(per: str, tmp_path: Path, m
     assert [row["train/loss"] for row in whole.losses[2:]] == [row["train/loss"] for row in rest.losses]
 
 
+MORE_RANKS = (("ddp", "dim"), ("ddp", "none"), ("fsdp", "dim"))
+
+
 @pytest.mark.parametrize(
     ("strategy", "shard"),
-    [("ddp", "dim"), ("ddp", "row"), ("ddp", "none"), pytest.param("fsdp", "dim", marks=pytest.mark.slow)],
+    [("ddp", "row"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_RANKS)],
 )
 def test_two_ranks_choose_and_learn_what_one_process_does(
     ranks: Groups, strategy: str, shard: str, tmp_path: Path

@@ -41,32 +41,43 @@ def rows(run: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["val/loss"]]
 
 
-def test_figures_are_those_of_the_models_also_after_a_resume_and_training_is_the_same(cli: Run, tmp_path: Path) -> None:
-    def fit(*overrides: str) -> str:
-        shown = cli("fit", *overrides)
-        assert shown.code == 0, shown.err
-        return shown.out
+def fit(cli: Run, *overrides: str) -> str:
+    shown = cli("fit", *overrides)
+    assert shown.code == 0, shown.err
+    return shown.out
 
-    start, taught = tmp_path / "start", tmp_path / "taught"
-    fit(*SMALL_RUN, "run_dir=start", "data.seq_len=96", "trainer.max_steps=4", "~callbacks.samples")
-    write_invented(InventedChoice(12, 4, 4, 0, 0), tmp_path / "facts")
+
+def start(cli: Run, folder: Path) -> list[str]:
+    """Trains a starting run, and returns the overrides of a run that is asked what it learns."""
+    fit(cli, *SMALL_RUN, "run_dir=start", "data.seq_len=96", "trainer.max_steps=4", "~callbacks.samples")
+    write_invented(InventedChoice(12, 4, 4, 0, 0), folder / "facts")
     facts = "callbacks.retention.facts=facts/facts.jsonl"
-    asked = [facts, "callbacks.retention.questions=[facts/controls.jsonl]"]
-    assert re.search(r"learned .* seen \d.*% -> ", fit(*STEPS, *asked, "run_dir=taught"))
-    before, after = (pkm_lightning.load(path) for path in (start, taught))
-    last = rows(taught)[-1]
+    return [*STEPS, facts, "callbacks.retention.questions=[facts/controls.jsonl]"]
+
+
+def test_figures_are_those_of_the_models(cli: Run, tmp_path: Path) -> None:
+    assert re.search(r"learned .* seen \d.*% -> ", fit(cli, *start(cli, tmp_path), "run_dir=taught"))
+    before, after = (pkm_lightning.load(tmp_path / name) for name in ("start", "taught"))
+    last = rows(tmp_path / "taught")[-1]
     _check_recall(after, last, tmp_path / "facts" / "facts.jsonl")
-    _check_loss_and_kl(start, before, after, last)
+    _check_loss_and_kl(tmp_path / "start", before, after, last)
     _check_bytes(before, after, last)
-    fit(*STEPS, *asked, "run_dir=parts", "trainer.max_steps=2")
-    fit("run_dir=parts", "trainer.max_steps=4", "resume=always")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_compares_with_the_same_start_and_training_is_the_same(cli: Run, tmp_path: Path) -> None:
+    asked = start(cli, tmp_path)
+    fit(cli, *asked, "run_dir=taught")
+    last = rows(tmp_path / "taught")[-1]
+    fit(cli, *asked, "run_dir=parts", "trainer.max_steps=2")
+    fit(cli, "run_dir=parts", "trainer.max_steps=4", "resume=always")
     resumed = rows(tmp_path / "parts")[-1]
     for name in ("known_loss", "known_seen"):
         of_start, of_resumed = (float(row[f"val/{name}"]) - float(row[f"val/{name}_change"]) for row in (last, resumed))
         assert of_start == pytest.approx(of_resumed)
     assert float(resumed["val/known_kl"]) > 0
     assert float(resumed["val/bytes_changed"]) > 0
-    fit(*[entry for entry in STEPS if "retention" not in entry], "run_dir=plain")
+    fit(cli, *[entry for entry in STEPS if "retention" not in entry], "run_dir=plain")
     assert rows(tmp_path / "plain")[-1]["val/loss"] == last["val/loss"]
     (tmp_path / "parts" / "retention.safetensors").unlink()
     lost = cli("fit", "run_dir=parts", "trainer.max_steps=6", "resume=always")

@@ -176,8 +176,8 @@ def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("verb", "override", "message"),
     [
-        ("fit", "format=json", "format=json: fit does not read format, only info, export"),
-        ("fit", "out=x", "fit does not read out, only predict, generate, evaluate, compare, report, prepare"),
+        ("fit", "format=json", "format=json: fit does not read format, only info, inspect, export, edit"),
+        ("fit", "out=x", "fit does not read out, only predict, generate, evaluate, inspect, compare, report, prepare"),
         ("fit", "file=x.safetensors", "only export"),
         ("info", "ckpt=x", "info does not read ckpt"),
         ("predict", "dir=x", "predict does not read dir, only export"),
@@ -187,7 +187,11 @@ def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.M
         ("test", "device_memory=8", "test does not read device_memory"),
         ("predict", "resume=never", "predict does not read resume"),
         ("compare", "format=json", "compare does not read format"),
-        ("export", "optim.lr=1", "It reads: run_dir, ckpt, model, table, format, file, dir, overwrite, quantize"),
+        (
+            "export",
+            "optim.lr=1",
+            "It reads: run_dir, ckpt, edits, model, table, format, file, dir, overwrite, quantize",
+        ),
         ("export", "data=text", "export does not read data"),
         ("export", "data/loader@data=default", "export does not read data"),
         ("export", "~callbacks.recall", "export does not read callbacks"),

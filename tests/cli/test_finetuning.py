@@ -113,7 +113,7 @@ def test_an_interrupted_run_ends_like_an_untouched_one(run: Run, tmp_path: Path,
         (["init_from=source", "finetune=lora", "finetune.rank=0"], "finetune.rank=0 is out of range"),
         (
             ["init_from=source", "finetune=lora", "finetune.targets=query"],
-            "finetune.targets='query' is not a list; write finetune.targets=[query].",
+            "finetune.targets='query' is not a list or null; write finetune.targets=[query].",
         ),
         (["init_from=source", "finetune=lora", "finetune.rank=17"], "finetune.rank=17 is higher than the rank of any"),
         (["init_from=source", "finetune=lora", "finetune.targets=[qury]"], "Did you mean 'query'?"),
