@@ -84,16 +84,25 @@ def run(job: Job) -> float | None:
         return _run(job)
 
 
-def _run(job: Job) -> float | None:
+def _check_start(job: Job) -> None:
+    """Refuses weights to start from that cannot be those of a new run.
+
+    Raises:
+        ConfigError: a checkpoint, or weights in the directory of the run.
+    """
     if job.config.ckpt is not None:
         raise ConfigError(
             f"ckpt={job.config.ckpt}: fit takes no checkpoint; continue a run with run_dir=ITS_DIRECTORY, or start one "
             "from its weights with init_from=PATH."
         )
+    if job.config.init_from is not None and job.sets("init_from"):
+        refuse_replaced(job.config.init_from, job.config.run_dir, f"init_from={job.config.init_from}")
+
+
+def _run(job: Job) -> float | None:
+    _check_start(job)
     command = plain(job.config)
     check_objective_of(command)
-    if command["init_from"] and job.sets("init_from"):
-        refuse_replaced(command["init_from"], command["run_dir"], f"init_from={command['init_from']}")
     path = Path(command["run_dir"])
     # A run that continues from a checkpoint of its own does not need the weights that it started from.
     starts = command["resume"] == "never" or latest_checkpoint(path) is None
