@@ -10,8 +10,8 @@ Metrics of each validation, all by greedy answers, exact up to case, punctuation
 | `val/known_kl` | KL divergence from the starting model on that text, in nats per target |
 | `val/bytes_changed` | of all rows of parameters that differ from the start; in one process alone |
 
-The seconds of training are a column of metrics.csv. The starting model's distributions and the hashes of its rows are
-computed once and stored in the run directory, so that a continued run measures against the same start.
+The starting model's distributions and the hashes of its rows are computed once and stored in the run directory, so that
+a continued run measures against the same start.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Retention(L.Callback):
     """Scorer of what is learned and forgotten; see configs/callbacks/retention.yaml for the arguments.
 
     Attributes:
-        before: figures of the starting model by their names in the metrics; empty before training.
+        before, after: figures of the start and of the last validation by their names in the metrics; at first empty.
 
     Raises:
         ConfigError: a value out of range.
@@ -92,9 +92,8 @@ class Retention(L.Callback):
         if text is not None:
             require_file(f"{_KEY}.text={text}", Path(text), "give a file of plain text")
         self._text = None if text is None else read_text(Path(text))
-        self.before, self._is_measured = dict[str, float](), False
-        self._sample: list[Batch] = []
-        self._start: dict[str, Tensor] = {}
+        self.before, self.after, self._is_measured = dict[str, float](), dict[str, float](), False
+        self._sample, self._start = list[Batch](), dict[str, Tensor]()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Reads what was known: not before, since the run may not be there when a configuration is checked.
@@ -133,7 +132,8 @@ class Retention(L.Callback):
                 log_probs_MW = start_log_probabilities(pl_module.model, self._sample, device=pl_module.device)
             self._start[_LOG_PROBS] = log_probs_MW
         self._start |= parameter_digests(_counted(trainer, pl_module))
-        self.before, self._is_measured = self._known_figures(trainer, pl_module), True
+        learned = self._recall(trainer, pl_module, "learned", self._learned)
+        self.before, self._is_measured = learned | self._known_figures(trainer, pl_module), True
         if trainer.is_global_zero:
             write_beside(self.path, save(self._start))
 
@@ -143,8 +143,7 @@ class Retention(L.Callback):
             return
         assert isinstance(pl_module, LanguageModule)
         known = self._known_figures(trainer, pl_module)
-        learned = self._recall(trainer, pl_module, self._learned)
-        figures = known | {f"learned_{form}": value for form, value in learned.items()}
+        self.after = figures = known | self._recall(trainer, pl_module, "learned", self._learned)
         # The KL is from the start as it is.
         figures |= {f"{name}_change": known[name] - self.before[name] for name in known if name != "known_kl"}
         if counted := _counted(trainer, pl_module):
@@ -154,18 +153,19 @@ class Retention(L.Callback):
             pl_module.log(f"val/{name}", float(value), sync_dist=True)
 
     def _known_figures(self, trainer: L.Trainer, pl_module: LanguageModule) -> dict[str, float]:
-        figures = {f"known_{form}": value for form, value in self._recall(trainer, pl_module, self._known).items()}
+        figures = self._recall(trainer, pl_module, "known", self._known)
         if self._sample:
             with _forwards(trainer, pl_module):
                 loss, kl = drift(pl_module.model, self._sample, self._start[_LOG_PROBS], device=pl_module.device)
             figures |= {"known_loss": loss, "known_kl": kl}
         return figures
 
-    def _recall(self, trainer: L.Trainer, pl_module: LanguageModule, items: list[RecallItem]) -> dict[str, float]:
+    def _recall(self, trainer: L.Trainer, module: LanguageModule, of: str, items: list[RecallItem]) -> dict[str, float]:
         tokenizer = tokenizer_of(trainer.datamodule)  # type: ignore[attr-defined]
         assert tokenizer is not None
-        with _forwards(trainer, pl_module):
-            return recall_by_form(pl_module.model, tokenizer, items, device=pl_module.device)
+        with _forwards(trainer, module):
+            by_form = recall_by_form(module.model, tokenizer, items, device=module.device)
+        return {f"{of}_{form}": value for form, value in by_form.items()}
 
     def _sample_of(self, trainer: L.Trainer, pl_module: LanguageModule) -> list[Batch]:
         """Returns the text, or the held-out sequences; none where there is neither."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pkm_lightning.build.finetuning_method import FinetuningMethod
 from pkm_lightning.build.instantiate import check_kind, instantiate
-from pkm_lightning.data.files import expanded
 from pkm_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pkm_lightning.model import Transformer
+
+_OF_PACKAGE = ("Adapter", "Full", "LoRA", "SparseFinetuning")
 
 
 def finetuning_method(config: Mapping[str, Any]) -> FinetuningMethod | None:
@@ -40,20 +41,16 @@ def check_starting_weights(config: Mapping[str, Any]) -> None:
     described = config.get("finetune")
     if described and not config.get("init_from") and "_target_" not in config["model"]:
         raise ConfigError(
-            f"finetune._target_={described.get('_target_')} changes a trained model, and the weights of this run are "
+            f"{_shown(str(described.get('_target_')))} changes a trained model, and the weights of this run are "
             "random; set init_from=RUN, or model=hf model.path=FOLDER_OR_GGUF."
         )
 
 
-def with_absolute_files(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns `config` with absolute paths of what a method reads: a run may be continued from another directory."""
-    described = config.get("finetune") or {}
-    paths = {
-        key: str(expanded(described[key]).absolute())
-        for key in ("background", "background_path", "replay_path")
-        if isinstance(described.get(key), str) and described[key].strip()
-    }
-    return {**config, "finetune": {**described, **paths}} if paths else config
+def _shown(target: str) -> str:
+    """Returns the override that chooses a method: that of its group, or of a class of the user's."""
+    name = target.removeprefix("pkm_lightning.adaptation.")
+    option = "sparse" if name == "SparseFinetuning" else name.lower()
+    return f"finetune={option}" if name in _OF_PACKAGE else f"finetune._target_={target}"
 
 
 def adapt(model: nn.Module, config: Mapping[str, Any]) -> None:

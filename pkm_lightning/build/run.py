@@ -17,7 +17,6 @@ from pkm_lightning.build.finetuning import (
     check_adapted,
     check_starting_weights,
     finetuning_callbacks,
-    with_absolute_files,
 )
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
@@ -29,10 +28,11 @@ from pkm_lightning.build.model import (
     complete_trunk,
     start_at_zero,
 )
+from pkm_lightning.build.read_files import with_absolute_files
 from pkm_lightning.build.replay import add_replay
 from pkm_lightning.build.schedule import configured_schedule
 from pkm_lightning.build.sizing import solve_size
-from pkm_lightning.build.stored_tables import check_table_keys, with_absolute_paths
+from pkm_lightning.build.stored_tables import check_table_keys
 from pkm_lightning.build.variant_figures import variant_figures
 from pkm_lightning.build.variants import variants
 from pkm_lightning.capacity import Plan, check_memory, check_setting, make_plan
@@ -94,7 +94,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     check_keys(config, training=training)
     config = complete_plugins(config)
     check_table_keys(config, training=training)
-    config = with_absolute_files(with_absolute_paths(config))
+    config = with_absolute_files(config)
     check_trainer(config["trainer"])
     data = instantiate(config["data"], "data")
     check_kind(data, L.LightningDataModule, config["data"], "data")

@@ -27,6 +27,26 @@ SAVED = "saved_"
 _NOT_OVERRIDDEN = re.compile(r"Could not override '([^']+)'")
 #: Groups of which a command may choose several options.
 _GROUPS_OF_LISTS = ("callbacks", "logger", EXTRAS)
+#: Last parts of keys as PEFT and other verbs name them.
+_OTHER_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "prompt": "text",
+    "prompts_file": "texts_file",
+    "text": "prompt",
+    "texts_file": "prompts_file",
+}
+#: What `data=` of `prepare` alone writes is used in other ways.
+_PREPARED = {
+    "invented": (
+        "`prepare data=invented out=FOLDER` writes it, and data=jsonl data.path=FOLDER/train.jsonl trains on it."
+    ),
+    "benchmarks": "`prepare data=benchmarks out=FOLDER` writes it, and `evaluate tasks_dir=FOLDER` asks it.",
+}
+#: As many keys are listed where one of them is probably meant.
+_FEW = 12
 _SWEEP = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'")
 
 
@@ -84,6 +104,8 @@ def _several_values(override: str) -> str:
 
 
 def _unknown_option(group: str, option: str, options: Sequence[str]) -> str:
+    if group == "data" and option in _PREPARED:
+        return f"data={option} is for prepare: {_PREPARED[option]}"
     allowed = f"{', '.join(options)}.{nearest(option, options)}"
     return f"{group}={option} is not known; allowed: {allowed} --config-dir=DIR adds a folder of your own YAMLs."
 
@@ -125,6 +147,9 @@ def _unreadable(override: str) -> str:
 
 
 def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
+    other = _OTHER_NAMES.get(key)
+    if other and name in VERBS_OF.get(other, ()):
+        return f"{key} is a key of {', '.join(VERBS_OF[key])} only; write {other}=VALUE."
     if key in VERBS_OF:
         return f"{key} is a key of {', '.join(VERBS_OF[key])} only; leave it out."
     known = sorted({*_keys(config_of_groups(arguments, name), ""), *NESTED_GROUPS.values()})
@@ -137,10 +162,15 @@ def _unknown_key(key: str, arguments: Sequence[str], name: str) -> str:
     if "/" in key and key.replace("/", ".") in known:
         return f"{key} is not a group; write {key.replace('/', '.')}=VALUE."
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
-    hint = nearest(leaf, [k.rpartition(".")[2] for k in siblings]) or nearest(key, known)
+    leaves = [k.rpartition(".")[2] for k in siblings]
+    if parent and _OTHER_NAMES.get(leaf) in leaves:
+        return f"{key} is not a key of the configuration; write {parent}.{_OTHER_NAMES[leaf]}=VALUE."
+    # Keys of the same group begin alike, and would be near to any.
+    elsewhere = [k for k in known if parent not in known or k.rpartition(".")[2] == leaf]
+    hint = nearest(leaf, leaves) or nearest(key, elsewhere)
     where = f"{parent} has" if parent else "the configuration has"
-    names = ", ".join(k.rpartition(".")[2] for k in siblings)
-    allowed = f" {where}: {names}." if names else ""
+    names = ", ".join(leaves)
+    allowed = f" {where}: {names}." if names and not (hint and len(leaves) > _FEW) else ""
     if names == "_target_":
         return (
             f"{key} is not a key of the configuration; +{key}=VALUE would add one, for an argument of the class in "

@@ -70,6 +70,6 @@ def _training(folder: Path, loaded: LoadedModel, most_tokens: int, *, trust: boo
             return []
         batches = training_batches(data, most_tokens)
     except (PkmError, OSError, ValueError, KeyError, ImportError) as reason:
-        _log.info("the training data are not at hand (%.80s): held-out validation data are the other text", reason)
+        _log.info("the training data are not at hand (%s): held-out validation data are the other text", reason)
         return []
     return batches

@@ -28,7 +28,7 @@ from pkm_lightning.capacity import check_allocatable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.edit_folder import remark_edits
 from pkm_lightning.cli.assembly import Assembly, assemble
-from pkm_lightning.cli.initial_weights import initial_weights, start_from_weights, with_saved_tokenizer
+from pkm_lightning.cli.initial_weights import initial_weights, refuse_replaced, start_from_weights, with_saved_tokenizer
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.cli.lengthening import (
     LengthenedSchedule,
@@ -84,12 +84,23 @@ def run(job: Job) -> float | None:
         return _run(job)
 
 
-def _run(job: Job) -> float | None:
+def _check_start(job: Job) -> None:
+    """Refuses weights to start from that cannot be those of a new run.
+
+    Raises:
+        ConfigError: a checkpoint, or weights in the directory of the run.
+    """
     if job.config.ckpt is not None:
         raise ConfigError(
             f"ckpt={job.config.ckpt}: fit takes no checkpoint; continue a run with run_dir=ITS_DIRECTORY, or start one "
             "from its weights with init_from=PATH."
         )
+    if job.config.init_from is not None and job.sets("init_from"):
+        refuse_replaced(job.config.init_from, job.config.run_dir, f"init_from={job.config.init_from}")
+
+
+def _run(job: Job) -> float | None:
+    _check_start(job)
     command = plain(job.config)
     check_objective_of(command)
     path = Path(command["run_dir"])

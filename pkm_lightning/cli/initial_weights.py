@@ -92,12 +92,7 @@ class InitialWeights(L.Callback):
             CheckpointError: naming the first weights or keys that do not fit, or what is damaged.
             ConfigError: they lie in the directory of the run.
         """
-        run_dir = Path(run.config["run_dir"])
-        if self.checkpoint.path.resolve().is_relative_to(run_dir.resolve()):
-            raise ConfigError(
-                f"init_from={self._path} lies in run_dir={run_dir}, whose files the new run replaces; choose another "
-                "run_dir."
-            )
+        refuse_replaced(self.checkpoint.path, run.config["run_dir"], f"init_from={self._path}")
         gained = rename_for(self.checkpoint, run.model, run.config)
         misfits = self.checkpoint.misfits(run.weight_shapes, later_buffers(run.model, "model.") | gained)
         if misfits:
@@ -167,6 +162,18 @@ class InitialWeights(L.Callback):
             return
         state = {f"{_WEIGHTS}{name}": value for name, value in pl_module.state_dict().items()}
         self.checkpoint.read_into({name: state[name] for name in state if name in self.checkpoint.shapes})
+
+
+def refuse_replaced(path: str | Path, run_dir: str, name: str) -> None:
+    """Refuses weights at `path`, called `name`, that lie in the directory of the run.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if Path(path).resolve().is_relative_to(Path(run_dir).resolve()):
+        raise ConfigError(
+            f"{name} lies in run_dir={run_dir}, whose files the new run replaces; choose another run_dir."
+        )
 
 
 def start_from_weights(command: dict[str, Any], *, sets_tokenizer: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import pkm_lightning.configs
+from pkm_lightning.build.read_files import READ_BY_CALLBACKS
 from pkm_lightning.cli.paths import expanded
 from pkm_lightning.compare.leaves import COMMAND_KEYS
 from pkm_lightning.errors import ConfigError
@@ -30,8 +31,6 @@ _READERS = {
     "table": "pkm_lightning.memory.",
     "finetune": "pkm_lightning.adaptation.",
 }
-#: Arguments of callbacks that name files which are only read.
-_READ_BY_CALLBACKS = {"pkm_lightning.callbacks.Retention": ("facts", "questions", "known", "text")}
 
 
 def check_places(config: Mapping[str, Any], source: str, folder: Path | None, allowed: Collection[str] = ()) -> None:
@@ -105,7 +104,7 @@ def _paths(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     read = {
         f"callbacks.{name}.{argument}"
         for name, entry in (config.get("callbacks") or {}).items()
-        for argument in _READ_BY_CALLBACKS.get(_target(entry), ())
+        for argument in READ_BY_CALLBACKS.get(_target(entry), ())
     }
     # `init_from` is only read.
     for key, value, listed in _texts({k: v for k, v in config.items() if k not in (*COMMAND_KEYS, "init_from")}, ""):

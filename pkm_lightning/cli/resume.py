@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pkm_lightning.build.instantiate import check_trusted, target_class
+from pkm_lightning.build.read_files import with_absolute_files
 from pkm_lightning.build.variants import EXTRAS
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER
@@ -241,7 +242,9 @@ def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     A group that one side lacks, such as a removed callback, is one difference.
     """
-    return [f"{key}: {_shown(left)} -> {_shown(right)}" for key, left, right in _differing(saved, new, "")]
+    # A path is saved as an absolute one, and may be repeated as it was typed.
+    sides = with_absolute_files(dict(saved)), with_absolute_files(dict(new))
+    return [f"{key}: {_shown(left)} -> {_shown(right)}" for key, left, right in _differing(*sides, "")]
 
 
 def _differing(saved: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pkm_lightning.build.freezing import ParameterCounts
 from pkm_lightning.callbacks.recall import Recall
+from pkm_lightning.callbacks.retention import Retention
 from pkm_lightning.inference.recall import ItemScore
 
 #: Form, and its label.
@@ -35,6 +36,8 @@ def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback], count
     for callback in callbacks:
         if isinstance(callback, Recall) and callback.scores:
             console.print(_answers(callback.scores))
+        if isinstance(callback, Retention) and (rows := retention_rows(callback.before, callback.after)):
+            console.print(_retained(rows))
 
 
 def _figures(record: dict[str, Any], counts: ParameterCounts) -> Table:
@@ -106,6 +109,38 @@ def variant_rows(of_variants: Mapping[str, Mapping[str, Any]]) -> list[tuple[str
             (f"  {name}: FLOPs", _pair(figures["flops_per_token"], "train", "decode")),
         ]
     return rows
+
+
+def retention_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Returns label and value of what was learned and what of the known is left, each before and after training.
+
+    Args:
+        before, after: figures of the callback `retention`; a run of an earlier version may lack some of those before.
+    """
+    rows = []
+    for label, prefix in (("learned", "learned_"), ("known before", "known_")):
+        figures = {name.removeprefix(prefix): name for name in after if name.startswith(prefix)}
+        parts = [
+            f"{form} {_before(before.get(name), '.1%')}{after[name]:.1%}"
+            for form, name in figures.items()
+            if form not in ("loss", "kl") and not form.endswith("_change")
+        ]
+        if "loss" in figures:
+            parts.append(f"loss {_before(before.get('known_loss'), '.3f')}{after['known_loss']:.3f}")
+        if parts:
+            rows.append((label, ", ".join(parts)))
+    return rows
+
+
+def _before(figure: float | None, form: str) -> str:
+    return "" if figure is None else f"{figure:{form}} -> "
+
+
+def _retained(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(title="before -> after training, by the callback retention", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _pair(figures: Mapping[str, int | None], one: str, other: str) -> str:

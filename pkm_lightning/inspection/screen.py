@@ -116,13 +116,13 @@ def _sizes(record: Record, name: str) -> dict[int, float]:
 
 def _reader(reading: SlotReading) -> str:
     where = f"text {reading.text + 1}" if isinstance(reading.text, int) else reading.text
-    before, after = visible(reading.before)[-30:], visible(reading.after)[:20]
+    before, after = end_of(visible(reading.before), 30), start_of(visible(reading.after), 20)
     return f"{reading.weight:.2f} {before}[{visible(reading.token)}]{after} ({where})"
 
 
 def _facts(slot: SlotRecord) -> str:
     return "\n".join(
-        f"{fact.weight:.2f} {visible(fact.prompt)[-40:]} -> {fact.answer}" for fact in slot.facts[:_READERS]
+        f"{fact.weight:.2f} {end_of(visible(fact.prompt), 40)} -> {fact.answer}" for fact in slot.facts[:_READERS]
     )
 
 
@@ -178,6 +178,16 @@ def _visible_characters(text: str) -> Iterable[str]:
     for character in text:
         is_plain = character.isprintable()
         yield character if is_plain else character.encode("unicode_escape").decode("ascii")
+
+
+def start_of(text: str, most: int) -> str:
+    """Returns `text`, or where it is longer its first `most` characters with an ellipsis behind them."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def end_of(text: str, most: int) -> str:
+    """Returns `text`, or where it is longer its last `most` characters with an ellipsis before them."""
+    return text if len(text) <= most else f"...{text[-most:]}"
 
 
 def _effect(effect: float) -> str:

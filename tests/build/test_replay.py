@@ -11,7 +11,6 @@ import yaml
 from shard_folders import text, write_folder
 from toys import config
 
-from pkm_lightning.build.finetuning import with_absolute_files
 from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.replay import add_replay
 from pkm_lightning.data.datamodule import TokenDataModule
@@ -128,9 +127,3 @@ def test_errors_of_the_old_data_name_the_key() -> None:
 def test_other_data_modules_take_no_replay() -> None:
     with pytest.raises(ConfigError, match="LightningDataModule is no TokenDataModule"):
         add_replay(L.LightningDataModule(), settings("old.txt"))
-
-
-def test_the_path_is_saved_as_an_absolute_one(tmp_path: Path) -> None:
-    assert with_absolute_files(settings("old.txt"))["finetune"]["replay_path"] == str(tmp_path / "old.txt")
-    assert with_absolute_files({"finetune": {}}) == {"finetune": {}}
-    assert with_absolute_files({}) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ def rows(run: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["val/loss"]]
 
 
-def fit(cli: Run, *overrides: str) -> None:
+def fit(cli: Run, *overrides: str) -> str:
     shown = cli("fit", *overrides)
     assert shown.code == 0, shown.err
+    return shown.out
 
 
 def start(cli: Run, folder: Path) -> list[str]:
@@ -54,7 +56,7 @@ def start(cli: Run, folder: Path) -> list[str]:
 
 
 def test_figures_are_those_of_the_models(cli: Run, tmp_path: Path) -> None:
-    fit(cli, *start(cli, tmp_path), "run_dir=taught")
+    assert re.search(r"learned .* seen \d.*% -> ", fit(cli, *start(cli, tmp_path), "run_dir=taught"))
     before, after = (pkm_lightning.load(tmp_path / name) for name in ("start", "taught"))
     last = rows(tmp_path / "taught")[-1]
     _check_recall(after, last, tmp_path / "facts" / "facts.jsonl")

@@ -108,7 +108,7 @@ def test_an_interrupted_run_ends_like_an_untouched_one(run: Run, tmp_path: Path,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["finetune=lora"], "finetune._target_=pkm_lightning.adaptation.LoRA changes a trained model, and the weights"),
+        (["finetune=lora"], "finetune=lora changes a trained model, and the weights"),
         (["finetune=full"], "set init_from=RUN, or model=hf"),
         (["init_from=source", "finetune=lora", "finetune.rank=0"], "finetune.rank=0 is out of range"),
         (

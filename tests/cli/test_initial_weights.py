@@ -131,6 +131,7 @@ REFUSED: dict[str, tuple[Callable[[], str], list[str], str]] = {
         r"not the one that init_from=\S*source was trained with, .*data\.tokenizer=\S*tokenizer\.json \(for data=",
     ),
     "its own run": (lambda: "source", ["run_dir=source", "resume=never"], r"lies in run_dir=\S*source, whose files"),
+    "its own run, which has ended": (lambda: "source", ["run_dir=source"], r"lies in run_dir=\S*source, whose files"),
     "quantised": (
         lambda: _changed(lambda config: config["table"].update(bits=4)),
         [],

@@ -72,3 +72,23 @@ def test_shares_of_few_questions_say_how_many_and_one_figure_is_shown_once(
         assert "50.0%, 75.0% of four options " in shown
         assert [line.split("perplexity of ")[1][: len(lines[0]) + 3].strip(" \u2502") for line in shown.splitlines()
                 if "perplexity" in line] == lines  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        (
+            {"learned_seen": 0.02, "known_question": 0.97, "known_loss": 1.5, "known_kl": 0.0},
+            {"learned_seen": 0.84, "known_question": 0.5, "known_loss": 2.25, "known_kl": 0.3, "bytes_changed": 4.0}
+            | {"known_question_change": -0.47, "known_loss_change": 0.75},
+            [("learned", "seen 2.0% -> 84.0%"), ("known before", "question 97.0% -> 50.0%, loss 1.500 -> 2.250")],
+        ),
+        ({}, {"learned_seen": 1.0}, [("learned", "seen 100.0%")]),
+        ({"known_loss": 1.0}, {"known_loss": 1.0}, [("known before", "loss 1.000 -> 1.000")]),
+        ({}, {"bytes_changed": 4.0}, []),
+    ],
+)
+def test_learned_and_known_are_shown_before_and_after(
+    before: dict[str, float], after: dict[str, float], shown: list[tuple[str, str]]
+) -> None:
+    assert summary.retention_rows(before, after) == shown

@@ -10,7 +10,7 @@ from inspection.example_record import example_record
 from rich.console import Console
 
 from pkm_lightning.inspection.record import Record
-from pkm_lightning.inspection.screen import show, visible
+from pkm_lightning.inspection.screen import end_of, show, start_of, visible
 
 
 def shown(record: Record, rows: int = 20, width: int = 160) -> str:
@@ -71,3 +71,12 @@ def test_without_effects_the_largest_weights_come_first() -> None:
 )
 def test_characters_that_a_terminal_acts_on_are_escaped(text: str, expected: str) -> None:
     assert visible(text) == expected
+
+
+def test_what_is_cut_has_an_ellipsis() -> None:
+    assert (start_of("abc", 3), end_of("abc", 3)) == ("abc", "abc")
+    assert (start_of("abcd", 3), end_of("abcd", 3)) == ("abc...", "...bcd")
+    record = example_record()
+    facts = next(one.facts for one in record.slots["table1"].values() if one.facts)
+    facts[0] = facts[0]._replace(prompt="long " * 20)
+    assert f" ...{'long ' * 8} -> {facts[0].answer}" in shown(record, rows=1000, width=400)
