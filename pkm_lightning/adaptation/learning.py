@@ -6,9 +6,9 @@ KL is exact, and sees few tokens per step: alone, it is met on the text that it 
 drift (`drift.py`) is an approximation, and sees all of the text in every step. Adam moves each line by a step that is
 the smaller the more often other text reads the line.
 
-The weight c of the divergence is a Lagrange multiplier: at each look at the held-out text it is multiplied by the ratio
-of the divergence there to its bound, within limits. Of all looks within the bound the one with the most
-right answers is taken; the last deltas, scaled down to the bound, are taken instead where they answer more.
+The weight c of the divergence is a Lagrange multiplier: at each look at the held-out text it is multiplied by a
+power of the ratio of the divergence there to its bound, within limits. Of all looks within the bound the one with the
+most right answers is taken; the last deltas, scaled down to the bound, are taken instead where they answer more.
 
 Letters: U lines with a delta, V values per line.
 """
@@ -40,7 +40,10 @@ _DRIFT = 4.0
 #: Positions of other text that are compared per step.
 _POSITIONS = 512
 #: The multiplier at first, over the bound; the least and largest factor per look; its limits.
-_FIRST, _DOWN, _UP, _LEAST, _MOST = 0.1, 0.5, 4.0, 1e-3, 1e5
+_FIRST, _DOWN, _UP, _LEAST, _MOST = 1.0, 0.5, 4.0, 1e-3, 1e5
+#: Of the ratio of the divergence to its bound, by which the multiplier changes: the divergence follows it slowly, and
+#: deltas that are scaled down to the bound in the end answer far less than those that were learned within it.
+_POWER = 1.5
 #: Looks take at most this share of the time.
 _LOOKING = 0.25
 #: Steps between looks, at least.
@@ -237,7 +240,7 @@ class _Loop:
         self._last = Progress(self.step, began, float((margins_S > 0).float().mean()), divergence)
         if within and (self._best is None or self._last.right > self._best[0]):
             self._best = (self._last.right, self._values())
-        change = min(_UP, max(_DOWN, divergence / self._settings.kl_bound))
+        change = min(_UP, max(_DOWN, (divergence / self._settings.kl_bound) ** _POWER))
         self._multiplier = min(_MOST, max(_LEAST, self._multiplier * change))
         if watch is not None:
             watch(self._last)

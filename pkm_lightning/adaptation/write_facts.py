@@ -2,8 +2,8 @@
 
     minimise  -ln p(answer | prompt) per answer token  +  c * (KL(before || now) + 4 drift) per token of other text
 
-over the prompts of all facts. KL is exact on a sample of the text, the drift approximates it on all of it. c rises while
-the divergence on further text, which the penalty never sees, is above its bound, and falls while it is below.
+over the prompts of all facts. KL is exact on a sample of the text, the drift approximates it on all of it. c rises
+while the divergence on further text, which the penalty never sees, is above its bound, and falls while it is below.
 `learning.py` has the loop, `drift.py` the drift.
 """
 

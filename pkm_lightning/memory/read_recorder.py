@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -27,10 +27,11 @@ class ReadUnits(NamedTuple):
     gradients_XV: Tensor
 
 
-class ReadRecorder:
+class ReadRecorder(nn.Module):
     """Records the reads of one `ValueTable` within `deltas_added`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._sums: list[tuple[Tensor, Tensor, Tensor]] = []
         self._dots: list[tuple[Tensor, Tensor, Tensor]] = []
         self._lines: list[tuple[Tensor, Tensor]] = []
