@@ -1,8 +1,14 @@
 """The loop that learns the deltas of an edit.
 
-The weight c of the divergence is a Lagrange multiplier: at each look at the held-out text it is multiplied by the ratio
-of the divergence there to its bound, within limits. Of all looks within the bound the one with the most
-right answers is taken; the last deltas, scaled down to the bound, are taken instead where they answer more.
+    minimise  -ln p(answer) per answer token  +  c (KL on a batch of other text  +  4 drift(D)  per token)
+
+KL is exact, and sees few tokens per step: alone, it is met on the text that it has seen and not on further text. The
+drift (`drift.py`) is an approximation, and sees all of the text in every step. Adam moves each line by a step that is
+the smaller the more often other text reads the line.
+
+The weight c of the divergence is a Lagrange multiplier: at each look at the held-out text it is multiplied by a
+power of the ratio of the divergence there to its bound, within limits. Of all looks within the bound the one with the
+most right answers is taken; the last deltas, scaled down to the bound, are taken instead where they answer more.
 
 Letters: U lines with a delta, V values per line.
 """
@@ -11,13 +17,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pkm_lightning.adaptation.drift import Penalty, TableDrift
 from pkm_lightning.adaptation.fact_sequences import FactSequence, answer_nll, margins, padded
 from pkm_lightning.adaptation.other_text import OtherText
 from pkm_lightning.adaptation.settings import WritingSettings
@@ -28,10 +35,15 @@ from pkm_lightning.memory.row_deltas import RowDeltas
 if TYPE_CHECKING:
     from pkm_lightning.model.trunk import Trunk
 
+#: Weight of the drift beside the exact divergence.
+_DRIFT = 4.0
 #: Positions of other text that are compared per step.
 _POSITIONS = 512
 #: The multiplier at first, over the bound; the least and largest factor per look; its limits.
-_FIRST, _DOWN, _UP, _LEAST, _MOST = 0.1, 0.5, 4.0, 1e-3, 1e5
+_FIRST, _DOWN, _UP, _LEAST, _MOST = 1.0, 0.5, 4.0, 1e-3, 1e5
+#: Of the ratio of the divergence to its bound, by which the multiplier changes: the divergence follows it slowly, and
+#: deltas that are scaled down to the bound in the end answer far less than those that were learned within it.
+_POWER = 1.5
 #: Looks take at most this share of the time.
 _LOOKING = 0.25
 #: Steps between looks, at least.
@@ -80,6 +92,7 @@ def learn_deltas(
     tables: Sequence[ValueTable],
     sequences: Sequence[FactSequence],
     *,
+    drifts: Mapping[ValueTable, TableDrift],
     penalised: OtherText,
     held_out: OtherText,
     settings: WritingSettings,
@@ -94,6 +107,7 @@ def learn_deltas(
         deltas: by table, zero at first.
         tables: all tables of the model.
         sequences: the prompts with their answers.
+        drifts: the reads of the tables in the penalised text.
         penalised: text on which the divergence is penalised.
         held_out: text on which it is bounded.
         settings: see there.
@@ -101,7 +115,7 @@ def learn_deltas(
         device: of the model.
         watch: called at each look.
     """
-    loop = _Loop(model, deltas, sequences, penalised, held_out, settings, context, device)
+    loop = _Loop(model, deltas, drifts, sequences, penalised, held_out, settings, context, device)
     with deltas_added(deltas, tables):
         ended = loop.run(watch)
         values = loop.best()
@@ -113,6 +127,7 @@ class _Loop:
         self,
         model: Trunk,
         deltas: dict[ValueTable, RowDeltas],
+        drifts: Mapping[ValueTable, TableDrift],
         sequences: Sequence[FactSequence],
         penalised: OtherText,
         held_out: OtherText,
@@ -129,12 +144,18 @@ class _Loop:
         self._looked, self._look_seconds = 0.0, 0.0
         self._best: tuple[float, dict[ValueTable, Tensor]] | None = None
         self._last = Progress(0, 0.0, 0.0, 0.0)
+        moving = {table: added for table, added in deltas.items() if len(added.lines_U)}
+        self._penalties = {
+            table: Penalty(drifts[table], added.lines_U, device=added.lines_U.device) for table, added in moving.items()
+        }
+        #: What Adam moves: the deltas over the step of their line.
+        self._scaled = {table: added.values_UV.detach().clone() for table, added in moving.items()}
         groups = [
-            {"params": [added.values_UV], "lr": settings.lr * _unit(table, added)}
-            for table, added in deltas.items()
-            if len(added.lines_U)
+            {"params": [self._scaled[table]], "lr": settings.lr * _unit(table, added)}
+            for table, added in moving.items()
         ]
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+        self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
 
     @property
     def seconds(self) -> float:
@@ -162,10 +183,30 @@ class _Loop:
         if len(self._penalised):
             drift = self._penalised.divergence(self._draw.randrange(len(self._penalised)), _POSITIONS).mean()
             loss = loss + self._multiplier * drift
-        self._optimizer.zero_grad()
         loss.backward()
-        self._optimizer.step()
+        self._move()
         self.step += 1
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        """Adds the gradient of the drift, and moves the deltas by one step of Adam."""
+        for table, penalty in self._penalties.items():
+            values_UV = self._deltas[table].values_UV
+            gradient_UV = penalty.gradient(values_UV) * (self._multiplier * _DRIFT)
+            if values_UV.grad is not None:
+                gradient_UV += values_UV.grad
+            self._scaled[table].grad = gradient_UV * penalty.steps_U1
+            values_UV.grad = None
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * min(1.0, 2 * (1 - self._progress))
+        self._optimizer.step()
+        for table, penalty in self._penalties.items():
+            self._deltas[table].values_UV.copy_(self._scaled[table] * penalty.steps_U1)
+
+    @property
+    def _progress(self) -> float:
+        """The share of the steps, or of the time, that has passed."""
+        return min(1.0, max(self.step / self._settings.max_steps, self.seconds / self._settings.max_seconds))
 
     def _next(self) -> list[int]:
         """Returns the numbers of the next prompts: each once before any comes again."""
@@ -199,7 +240,7 @@ class _Loop:
         self._last = Progress(self.step, began, float((margins_S > 0).float().mean()), divergence)
         if within and (self._best is None or self._last.right > self._best[0]):
             self._best = (self._last.right, self._values())
-        change = min(_UP, max(_DOWN, divergence / self._settings.kl_bound))
+        change = min(_UP, max(_DOWN, (divergence / self._settings.kl_bound) ** _POWER))
         self._multiplier = min(_MOST, max(_LEAST, self._multiplier * change))
         if watch is not None:
             watch(self._last)

@@ -32,8 +32,8 @@ class WritingSettings:
     rows_per_fact: int = 64
     kl_bound: float = 0.0033
     margin: float = 1.0
-    max_steps: int = 600
-    max_seconds: float = 90.0
+    max_steps: int = 300
+    max_seconds: float = 120.0
     lr: float = 0.02
     batch_size: int = 64
     drift_tokens: int = 65536

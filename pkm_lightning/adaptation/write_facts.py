@@ -1,9 +1,10 @@
 """Writes facts into a model: deltas of a few rows of its value tables are learned, and nothing else moves.
 
-    minimise  -ln p(answer | prompt) per answer token  +  c * KL(before || now) per token of other text
+    minimise  -ln p(answer | prompt) per answer token  +  c * (KL(before || now) + 4 drift) per token of other text
 
-over the prompts of all facts. c rises while the divergence on further text, which the penalty never sees, is above its
-bound, and falls while it is below. `learning.py` has the loop.
+over the prompts of all facts. KL is exact on a sample of the text, the drift approximates it on all of it. c rises
+while the divergence on further text, which the penalty never sees, is above its bound, and falls while it is below.
+`learning.py` has the loop, `drift.py` the drift.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pkm_lightning.adaptation.drift import measure_drift
 from pkm_lightning.adaptation.fact_sequences import (
     FactSequence,
     batches,
@@ -155,6 +157,8 @@ class _Writer:
         protected = padded_batches([s for group in self._at_risk.values() for s in group], _BATCH_TOKENS)
         self._penalised = OtherText(model, [*other_text.penalised, *protected], device=device)
         self._held_out = OtherText(model, other_text.held_out, device=device)
+        moving = [self._tables.by_name[name] for name in self.deltas]
+        self._drifts = measure_drift(model, moving, self._penalised.batches, device=device)
 
     def _sequences(self, facts: Sequence[Fact], prompts: Callable[[Fact], Sequence[str]]) -> list[FactSequence]:
         return fact_sequences(facts, self._tokenizer, prompts, ends=self._settings.ends)
@@ -202,6 +206,7 @@ class _Writer:
             by_table,
             every,
             self._learned,
+            drifts=self._drifts,
             penalised=self._penalised,
             held_out=self._held_out,
             settings=self._settings,

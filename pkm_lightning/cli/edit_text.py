@@ -30,7 +30,7 @@ def other_text(
 
     Args:
         drift_path: text files; None: the held-out data of the run and, where they are prepared in the cache still, its
-            training data, which the learning then sees in their place.
+            training data, which the learning then sees as well.
         folder: the run's directory; None for a bare checkpoint.
         loaded: the model.
         settings: how much is read.
@@ -54,7 +54,7 @@ def other_text(
         )
     parts = held_out_parts(held_out, companion_place(loaded.path, TOKENIZER), most_tokens=most, seed=settings.seed)
     training = [] if folder is None else _training(folder, loaded, most, trust=trust)
-    return parts._replace(penalised=training) if training else parts
+    return parts._replace(penalised=[*training, *parts.penalised])
 
 
 def _training(folder: Path, loaded: LoadedModel, most_tokens: int, *, trust: bool) -> list[Batch]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from pkm_lightning.memory.mesh import TableMesh
+    from pkm_lightning.memory.read_recorder import ReadRecorder
     from pkm_lightning.memory.row_deltas import RowDeltas
 
 
@@ -62,7 +63,7 @@ class ValueTable(ReadTable):
     Attributes:
         weight: this rank's part of the lines, (rows * slices, dim / slices) where it holds the whole table.
         stage: the staged reads of a table that learns by rows, else None.
-        deltas: what is added to the lines that are read; set by `deltas_added`.
+        deltas: what is added to the lines that are read; or what records the reads; set by `deltas_added`.
         first_rows: finds the file with the initial rows of a table that learns; None where they are drawn.
         prefetcher: has the rows of coming reads, in training and evaluation of some tables; else None.
 
@@ -82,7 +83,7 @@ class ValueTable(ReadTable):
     #: Digest of the rows in `stored`, by which a checkpoint without rows knows them.
     rows_digest: Tensor
     first_rows: Callable[[], StoredRows] | None
-    deltas: RowDeltas | None
+    deltas: RowDeltas | ReadRecorder | None
 
     def __init__(
         self,

@@ -19,12 +19,13 @@ from pkm_lightning.ffn import PEER, PKM, Engram, MemoryPlus, UltraMem
 from pkm_lightning.memory import QuantizedTable, ValueTable
 from pkm_lightning.model import Transformer
 
-FACTS = [Fact("zob is", "7", ("a zob,",), ("so zob",)), Fact("vex is", "b", ("a vex,",), question="vex?")]
+FACTS = [Fact("is zob", "7", ("a zob",), ("so zob",)), Fact("is vex", "b", ("a vex",), question="vex?")]
 CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {
-    "max_steps": 120,
+    "max_steps": 60,
     "lr": 1.0,
-    "kl_bound": 10.0,
+    # The drift of large deltas outgrows the divergence, which hardly counts here.
+    "kl_bound": 1e4,
     "margin": 0.1,
     "max_seconds": 60.0,
     "ends": False,
@@ -39,6 +40,7 @@ def other_text(seed: int = 1) -> TextParts:
 
 
 def memory_model(learning: str = "rows") -> Transformer:
+    torch.manual_seed(0)
     table = ValueTable(rows=49, dim=10, learning=learning)
     return transformer([memory_plus(table), dense(2)], [table]).eval()
 
@@ -141,7 +143,7 @@ def test_an_edit_goes_together_with_those_that_are_applied() -> None:
     now = answered(model, FACTS[:1])
     assert collision["after"] == sum(now) / len(now)
     assert collision["before"] == 1.0
-    assert collision["lost"] == ([] if all(now) else ["zob is"])
+    assert collision["lost"] == ([] if all(now) else ["is zob"])
     assert all(answered(model, FACTS[1:]))
     # In another order the same bits.
     both = model.tables[0].weight.clone()  # type: ignore[operator]
