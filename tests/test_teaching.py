@@ -55,6 +55,7 @@ def follow(cli: Run, folder: Path, changes: dict[str, str]) -> Edit:
     return Edit.load(Path("memory.edits/staff.safetensors"))
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_works_on_a_tiny_model(
     cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

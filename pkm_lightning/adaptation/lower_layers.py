@@ -85,7 +85,7 @@ class _LowerLayers:
                 raise _Computed(output)
             return output
 
-        layer.forward = forward  # type: ignore[method-assign]
+        layer.forward = forward
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_filling:
