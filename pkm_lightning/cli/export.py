@@ -49,7 +49,9 @@ def run(job: Job) -> None:
 
 def _check_model_keys(job: Job) -> None:
     """Refuses keys of a model where a run or checkpoint is named, which has its own."""
-    for override in () if names_pretrained(job) else job.overrides:
+    for override in job.overrides:
+        if names_pretrained(job):
+            return
         key = key_of(override)
         group = key.partition(".")[0].partition("/")[0].partition("@")[0]
         if key == "table.path" or is_path_of_extra(job.verb, key):
