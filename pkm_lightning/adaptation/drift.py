@@ -141,7 +141,7 @@ def measure_drift(
             log_p_MW = logits_MW.to(score_dtype(logits_MW)).log_softmax(1)
             drawn_M1 = torch.multinomial(log_p_MW.detach().exp(), 1)
             if log_p_MW.requires_grad:
-                log_p_MW.gather(1, drawn_M1).sum().backward()  # type: ignore[no-untyped-call]
+                log_p_MW.gather(1, drawn_M1).sum().backward()
             for table, recorder in recorders.items():
                 drifts[table].add(recorder.take(), len(drawn_M1))
     return drifts

@@ -28,6 +28,7 @@ from pkm_lightning.adaptation.drift import Penalty, TableDrift
 from pkm_lightning.adaptation.fact_sequences import FactSequence, answer_nll, margins, padded
 from pkm_lightning.adaptation.other_text import OtherText
 from pkm_lightning.adaptation.settings import WritingSettings
+from pkm_lightning.data.base import NO_TARGET
 from pkm_lightning.memory import ValueTable
 from pkm_lightning.memory.delta_reads import deltas_added
 from pkm_lightning.memory.row_deltas import RowDeltas
@@ -48,6 +49,8 @@ _POWER = 1.5
 _LOOKING = 0.25
 #: Steps between looks, at least.
 _BETWEEN = 20
+#: By what share of their size random rows of the unit change the last hidden states; smaller changes are noise.
+_CHANGE, _LEAST_CHANGE = 1.0, 1e-5
 #: Halvings of the interval in which a scale is sought.
 _HALVINGS = 6
 
@@ -115,8 +118,8 @@ def learn_deltas(
         device: of the model.
         watch: called at each look.
     """
-    loop = _Loop(model, deltas, drifts, sequences, penalised, held_out, settings, context, device)
     with deltas_added(deltas, tables):
+        loop = _Loop(model, deltas, drifts, sequences, penalised, held_out, settings, context, device)
         ended = loop.run(watch)
         values = loop.best()
     return Learned(values, loop.step, loop.seconds, ended)
@@ -151,11 +154,33 @@ class _Loop:
         #: What Adam moves: the deltas over the step of their line.
         self._scaled = {table: added.values_UV.detach().clone() for table, added in moving.items()}
         groups = [
-            {"params": [self._scaled[table]], "lr": settings.lr * _unit(table, added)}
+            {"params": [self._scaled[table]], "lr": settings.lr * self._unit(table, added)}
             for table, added in moving.items()
         ]
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+
+    @torch.no_grad()
+    def _unit(self, table: ValueTable, added: RowDeltas) -> float:
+        """Returns the typical size of a value of the rows that may move.
+
+        Rows of a new memory that starts at zero have none, and what size a pretrained model needs differs by orders
+        of magnitude: there it is the size at which random rows change the last hidden states by a share.
+        """
+        rows_UV = table.weight.detach()[added.lines_U].float()
+        if rows_UV.any(1).float().mean() >= 0.5:
+            return max(float(rows_UV.square().mean().sqrt()), 0.1 * table.std)
+        ids_BT, labels_BT = padded(self._sequences[: self._settings.batch_size], self._device)
+        zero_MD = self._answer_states(ids_BT, labels_BT)
+        added.values_UV.normal_(std=table.std)
+        drawn_MD = self._answer_states(ids_BT, labels_BT)
+        added.values_UV.zero_()
+        change = float((drawn_MD - zero_MD).norm() / zero_MD.norm())
+        return table.std * _CHANGE / max(change, _LEAST_CHANGE)
+
+    def _answer_states(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        hidden_MD: Tensor = self._model(ids_BT).hidden_BTD[labels_BT != NO_TARGET]  # type: ignore[operator]
+        return hidden_MD.double()
 
     @property
     def seconds(self) -> float:
@@ -269,10 +294,3 @@ class _Loop:
     def _put(self, values: dict[ValueTable, Tensor], scale: float) -> None:
         for table, added in self._deltas.items():
             added.values_UV.copy_(values[table] * scale)
-
-
-def _unit(table: ValueTable, added: RowDeltas) -> float:
-    """Returns the typical size of a value of the rows that may move, that of a new table where they are zero."""
-    rows_UV = table.weight.detach()[added.lines_U]
-    size = float(rows_UV.float().square().mean().sqrt())
-    return max(size, 0.1 * table.std)

@@ -28,6 +28,7 @@ from pkm_lightning.adaptation.fact_sequences import (
 )
 from pkm_lightning.adaptation.facts_file import Fact, check_lengths, parse_fact
 from pkm_lightning.adaptation.learning import Learned, Progress, learn_deltas
+from pkm_lightning.adaptation.lower_layers import lower_layers_once
 from pkm_lightning.adaptation.other_text import OtherText
 from pkm_lightning.adaptation.row_choice import ReadFrequencies, SlotReads, choose_slots, lines_of
 from pkm_lightning.adaptation.settings import WritingSettings
@@ -87,7 +88,7 @@ def write_facts(
     check_lengths(facts, tokenizer, context)
     tables = EditedTables(model) if tables is None else tables  # type: ignore[arg-type]
     weights = tables.weights
-    with _frozen(model):  # type: ignore[arg-type]
+    with _frozen(model), lower_layers_once(model):  # type: ignore[arg-type]
         writer = _Writer(model, tokenizer, facts, other_text, tables, device, context, chosen)
         before = writer.recall()
         learned = writer.learn(watch)

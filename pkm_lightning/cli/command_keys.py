@@ -60,7 +60,10 @@ VERBS_OF: dict[str, tuple[str, ...]] = {
 }
 #: Verbs that read nothing but these keys.
 KEYS_OF = {
-    "export": ("run_dir", "ckpt", "edits", "model", "table", "format", "file", "dir", "overwrite", "quantize"),
+    "export": (
+        *("run_dir", "ckpt", "edits", "model", "ffn", "extra_ffns", "placement", "table", "seed"),
+        *("format", "file", "dir", "overwrite", "quantize"),
+    ),
     "edit": (
         *("run_dir", "ckpt", "trust_config", "trainer", "table", "action"),
         *dict.fromkeys(key for keys in ACTIONS.values() for key in keys),

@@ -1,7 +1,7 @@
 """`export`: a model's weights as one safetensors file, or as a folder that Hugging Face transformers loads: all of the
 model, or its n-gram tables in the layout of Qwen's models.
 
-From a file or a folder of any number of ranks, or from a pretrained model (`model=hf`).
+From a file or a folder of any number of ranks, or from a pretrained model (`model=hf`), as it is or with plugins.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pkm_lightning.checkpoints.edit_file import Edit
 from pkm_lightning.checkpoints.edit_folder import read_edits
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
+from pkm_lightning.cli.command_keys import is_path_of_extra
 from pkm_lightning.cli.evaluation import edits_of, locate, names_pretrained
 from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.cli.moved_tables import moved_tables
@@ -35,6 +36,8 @@ from pkm_lightning.errors import CheckpointError, ConfigError, check_choice, che
 from pkm_lightning.storage import check_target, is_stream, write_beside
 
 _log = logging.getLogger(__name__)
+#: What is put into a pretrained model.
+_PLUGIN_KEYS = ("ffn", "extra_ffns", "placement", "seed")
 
 
 def run(job: Job) -> None:
@@ -42,18 +45,28 @@ def run(job: Job) -> None:
     kind = "safetensors" if job.config.format is None else str(job.config.format)
     check_choice("format", kind, ("safetensors", "hf", "ngram"))
     check_flag("overwrite", job.config.overwrite)
-    model_keys = [override for override in job.overrides if key_of(override).partition(".")[0] == "model"]
-    if model_keys and not names_pretrained(job):
-        raise ConfigError(
-            f"{model_keys[0]}: export does not read model of a run or checkpoint, only model=hf model.path=PATH alone; "
-            "leave it out."
-        )
-    unread = [o for o in job.overrides if key_of(o).partition(".")[0] == "table" and key_of(o) != "table.path"]
-    if unread:
-        raise ConfigError(
-            f"{unread[0]}: export reads no key of table but table.path, where the rows of a frozen table lie."
-        )
+    _check_model_keys(job)
     {"safetensors": _write_file, "hf": _write_folder, "ngram": _write_ngrams}[kind](job)
+
+
+def _check_model_keys(job: Job) -> None:
+    """Refuses keys of a model where a run or checkpoint is named, which has its own."""
+    for override in job.overrides:
+        if names_pretrained(job):
+            return
+        key = key_of(override)
+        group = key.partition(".")[0].partition("/")[0].partition("@")[0]
+        if key == "table.path" or is_path_of_extra(job.verb, key):
+            continue
+        if group == "table":
+            raise ConfigError(
+                f"{override}: export reads no key of table but table.path, where the rows of a frozen table lie."
+            )
+        if group in _PLUGIN_KEYS or group == "model":
+            raise ConfigError(
+                f"{override}: export does not read {group} of a run or checkpoint, only of a pretrained model: "
+                "model=hf model.path=PATH; leave it out."
+            )
 
 
 @contextlib.contextmanager

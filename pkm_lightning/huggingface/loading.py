@@ -12,8 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import OmegaConf
 
+from pkm_lightning.build.completion import complete_plugins
 from pkm_lightning.build.loading import LoadedModel, context_of
-from pkm_lightning.build.model import build_model, complete_trunk, weight_dtype
+from pkm_lightning.build.model import bind_tokenizer, build_model, complete_trunk, weight_dtype
+from pkm_lightning.build.model import load_pretrained as start_plugins
 from pkm_lightning.capacity.setting import PRECISIONS
 from pkm_lightning.data.files import expanded
 from pkm_lightning.data.pretrained_files import default_cache
@@ -56,10 +58,11 @@ def _defaults() -> Any:
 
 
 def load_pretrained(config: Mapping[str, Any], *, device: str | torch.device = "cpu") -> LoadedModel:
-    """Returns the pretrained model of `config`, whose `model` is that of `model=hf`.
+    """Returns the pretrained model of `config`, whose `model` is that of `model=hf`, with the plugins of `ffn`.
 
     Args:
-        config: a composed configuration as plain dicts and lists. The weights are in the dtype of `trainer.precision`.
+        config: a composed configuration as plain dicts and lists. The weights are in the dtype of `trainer.precision`;
+            those of plugins are as before a training.
         device: where the model goes.
 
     Raises:
@@ -70,7 +73,7 @@ def load_pretrained(config: Mapping[str, Any], *, device: str | torch.device = "
     if not isinstance(path, str):
         raise ConfigError(f"model.path={path} is no path; give that of a folder or a .gguf file.")
     # No data are read: the length of their sequences, which may be a default, is no limit of the model.
-    whole = complete_trunk({**config, "data": {**config["data"], "seq_len": None}})
+    whole = complete_plugins(complete_trunk({**config, "data": {**config["data"], "seq_len": None}}))
     with weight_dtype(whole), torch.device(device):
         model = build_model(whole)
     model.init_weights(int(whole["seed"]))
@@ -79,6 +82,8 @@ def load_pretrained(config: Mapping[str, Any], *, device: str | torch.device = "
     tokenizer = files.tokenizer
     if tokenizer is not None:
         tokenizer.begins_prompts = True
+    bind_tokenizer(model, tokenizer, whole)
+    start_plugins(model, whole)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,

@@ -71,6 +71,18 @@ def test_every_kind_of_table_learns_facts(name: str) -> None:
     assert sum(now) >= 3, edit.figures
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_rows_that_start_at_zero_move_as_far_as_the_model_needs(size: float) -> None:
+    """A pretrained stream may be thousands of times larger than what rows of the usual size add to it."""
+    model = memory_model()
+    with torch.no_grad():
+        model.tables[0].weight.zero_()  # type: ignore[union-attr, operator]
+        model.blocks[0].ffn.out.weight.mul_(size)  # type: ignore[union-attr, operator]
+    tables = EditedTables(model)
+    edit = write_facts(model, Letters(), FACTS, other_text=other_text(), tables=tables, **QUICK)
+    assert edit.figures["learned"]["after"] >= 0.75, edit.figures
+
+
 @pytest.mark.parametrize("learning", ["rows", "dense"])
 def test_writing_leaves_the_model_as_it_was_and_reports_what_an_edit_does(learning: str) -> None:
     model = memory_model(learning).train()

@@ -179,4 +179,4 @@ def test_a_template_of_another_model_is_removed_only_on_request(cli: Run, traine
 def test_keys_of_the_model_are_for_a_pretrained_one(cli: Run, trained: Path) -> None:
     shown = cli("export", "run_dir=run", "model.dim=64", "file=model.safetensors")
     assert shown.code == 2
-    assert "export does not read model of a run or checkpoint, only model=hf model.path=PATH" in shown.err
+    assert "export does not read model of a run or checkpoint, only of a pretrained model: model=hf" in shown.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 from huggingface.test_pretrained_run import TEXT, TRAINING, accepted, loss
 from huggingface.test_pretrained_run import __name__ as stops
 from small import Run
+from transformers import AutoModelForCausalLM
 
 import pkm_lightning
+import pkm_lightning.huggingface  # makes the Auto classes know the folder
 from pkm_lightning.checkpoints import open_checkpoint
 
 MEMORY = (
@@ -56,6 +59,50 @@ def test_a_memory_is_taught_healed_and_used_without_the_folder(cli: Run, tmp_pat
     config = open_checkpoint(Path("healed/checkpoints/step-00000004.ckpt")).config
     assert (config["optim"]["lr"], config["optim"]["freeze"]) == (2e-05, [])
     assert config["ffn"] == open_checkpoint(Path("whole/checkpoints/step-00000004.ckpt")).config["ffn"]
+
+
+RETROFIT = ("model=hf", "model.path=model", "ffn=memory_plus", "placement.layers=[1]", "placement.mode=parallel")
+
+
+def test_facts_are_taught_without_a_training(cli: Run, tmp_path: Path) -> None:
+    """From a pretrained model to a folder of transformers that knows them."""
+    pretrained_models.save("llama_tied", tmp_path / "model")
+    accepted(cli("export", *RETROFIT, MEMORY[-1], "file=memory.safetensors"))
+    ids_BT = torch.tensor([list(b"The lock keeper")])
+    model = pkm_lightning.load("memory.safetensors").model
+    assert torch.equal(model.unembed(model(ids_BT).hidden_BTD), pretrained_models.tiny("llama_tied")(ids_BT).logits)
+    Path("text.txt").write_text("".join(f"{TEXT}{number}. " for number in range(20)))
+    Path("facts.jsonl").write_text(json.dumps({"prompt": "The lock keeper is", "answer": "Max"}))
+    options = ("drift_path=text.txt", "drift_tokens=256", "max_steps=3", "kl_bound=50", "lr=5")
+    accepted(cli("edit", "ckpt=memory.safetensors", "facts=facts.jsonl", *options))
+    edited = pkm_lightning.load("memory.safetensors").model
+    accepted(cli("edit", "remove", "ckpt=memory.safetensors", "name=facts"))
+    removed = pkm_lightning.load("memory.safetensors").model
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in removed.state_dict().items())
+    accepted(cli("edit", "apply", "ckpt=memory.safetensors", "name=facts"))
+    accepted(cli("edit", "merge", "ckpt=memory.safetensors", "format=hf", "dir=taught"))
+    taught = AutoModelForCausalLM.from_pretrained("taught")
+    assert torch.equal(taught(ids_BT).logits, edited.unembed(edited(ids_BT).hidden_BTD))
+    assert not torch.equal(taught(ids_BT).logits, model.unembed(model(ids_BT).hidden_BTD))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("run_dir=run", "ffn=memory_plus"), "export does not read ffn of a run or checkpoint, only of a pretrained"),
+        (("ckpt=a.ckpt", "placement.layers=[1]"), "export does not read placement of a run or checkpoint"),
+        ((*RETROFIT, "placement.layers=[9]"), "placement puts a layer at 9; allowed: 0 to 1"),
+        ((*RETROFIT, "match=flops"), "export does not read match"),
+    ],
+)
+def test_an_export_of_plugins_that_cannot_be_placed_is_refused(
+    overrides: tuple[str, ...], message: str, cli: Run, tmp_path: Path
+) -> None:
+    pretrained_models.save("llama_tied", tmp_path / "model")
+    outcome = cli("export", *overrides, "file=memory.safetensors")
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not Path("memory.safetensors").exists()
 
 
 def test_other_verbs_take_no_plugins(cli: Run) -> None:
