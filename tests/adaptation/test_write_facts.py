@@ -22,8 +22,8 @@ from pkm_lightning.model import Transformer
 FACTS = [Fact("is zob", "7", ("a zob",), ("so zob",)), Fact("is vex", "b", ("a vex",), question="vex?")]
 CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {
-    "max_steps": 60,
-    "lr": 1.0,
+    "max_steps": 200,
+    "lr": 3.0,
     # The drift of large deltas outgrows the divergence, which hardly counts here.
     "kl_bound": 1e4,
     "margin": 0.1,
