@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a base, evaluated": (["predict", "run_dir=run", "ffn@model.base_ffn=dense"], "ffn cannot be changed here"),
     "an export": (["export", "run_dir=run", "file=x", "extra_ffns=pkm"], "export does not read extra_ffns"),
     "a report": (["report", "runs=[run]", "out=x", "extra_ffns=pkm"], "report does not read extra_ffns"),
-    "an unknown name": (["info", "extra_ffns=engrm"], "allowed: custom, engram, "),
+    "an unknown name": (["info", "extra_ffns=engrm"], "allowed: custom, dense, engram, "),
     "no option of it": (["info", "extra_ffns.pkm.ffn.knn=2"], "the command has no variant pkm; extra_ffns=pkm chooses"),
     "a list without brackets": (["info", "extra_ffns=pkm,engram"], "write extra_ffns=[pkm,engram] if a list"),
     "nothing of an entry": (["info", "+extra_ffns.mine.table.shared=true"], "extra_ffns.mine.ffn is missing"),

@@ -55,7 +55,7 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
         (["prepare", "packages=.", "out=x", "overwrite=true"], "overwrite is not for data=benchmarks"),
         (["prepare", "data=facts", "out=x"], "data=facts is prepared into data.cache_dir alone; leave out=... away"),
         (["prepare", "data=tokens", "data.path=t", "out=x"], "TokensDataModule reads its data as they are, and no"),
-        (["fit", "+overwrite=true"], "fit does not read overwrite, only export, prepare; leave it out."),
+        (["fit", "+overwrite=true"], "fit does not read overwrite, only export, prepare, edit; leave it out."),
         (["prepare", "packages=.", "out=x", "data=nope"], "data=nope is not known; allowed: benchmarks, custom, facts"),
         (["prepare", "packages=.", "out=x", "seed=3"], "seed=3: prepare does not read seed; leave it out."),
         (["fit", "data=benchmarks"], "data=benchmarks is not known; allowed: custom, facts, "),

@@ -142,7 +142,7 @@ def test_rows_that_stay_in_their_files_leave_from_there(tmp_path: Path, device: 
     overrides = ["table.trainable=false", f"table.device={device}", "trainer.precision=bf16-true"]
     module = module_of(f"ffn.path={tmp_path / 'qwen'}", *ALL_STREAMS, *overrides)
     assert all(table.stored is not None for table in module.model.value_tables)
-    load_pretrained(module.model)
+    load_pretrained(module.model, module.config)
     save_ngram_layers(module, tmp_path / "out")
     assert_equal(exported(tmp_path / "out"), whole)
     for file in (tmp_path / "qwen").glob("*.safetensors"):

@@ -116,8 +116,6 @@ def test_a_damaged_folder_gets_one_sentence(damage: Callable[[Path], object], me
     ("overrides", "message"),
     [
         (["model.path=/nowhere"], "model.path=/nowhere does not exist; give a folder with config.json"),
-        (["model.path=PATH", "ffn=memory_plus"], "ffn=MemoryPlus cannot be put into a pretrained model"),
-        (["model.path=PATH", "ffn=dense"], "ffn=Dense cannot be put into a pretrained model"),
         (["model.path=PATH", "data.tokenizer=bpe"], "data.tokenizer=bpe is the tokenizer of another model"),
         (["model.path=PATH", "data.tokenizer=OTHER"], "other.json is the tokenizer of another model"),
         (["model.path=PATH", "data.tokenizer=nonsense"], "data.tokenizer='nonsense' is not known"),
