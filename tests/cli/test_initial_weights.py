@@ -124,7 +124,11 @@ REFUSED: dict[str, tuple[Callable[[], str], list[str], str]] = {
     "an empty folder": (lambda: str(Path("empty").mkdir() or "empty"), [], r"empty is no run directory and holds no"),
     "a text": (lambda: "a.txt", [], r"a\.txt is damaged or no checkpoint"),
     "another model": (lambda: "source", ["model.dim=32"], r"does not fit .*of another shape: model\.blocks\.0\.att"),
-    "another plugin": (lambda: "source", ["ffn=moe"], r"does not fit the model of this command \(unexpected: model\.blo"),
+    "another plugin": (
+        lambda: "source",
+        ["ffn=moe"],
+        r"does not fit the model of this command \(unexpected: model\.blo",
+    ),
     "other words": (
         lambda: _changed(lambda config: None, tokenizer="of other words"),
         ["data.tokenizer=bytes"],
