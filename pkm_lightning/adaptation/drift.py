@@ -11,8 +11,8 @@ directions alike. With the matrix A of the weights of these reads (reads x lines
 
     drift(D)  =  tr(D' G D),        G = mean |g|^2 / (2 n V) A'A,
 
-so that the drift costs one product with G per step, and no forward. Sharper estimates of F_x were worse: weights
-|g_x|^2 per read invite deltas where a draw happened to be small.
+so that the drift costs one product with G per step, and no forward. Weights |g_x|^2 per read did worse in the one run
+that tried them (scripts/results/2026-11-30-editing).
 
 Letters: N lines of a table, U lines with a delta, V values per line, X reads, K lines per read, M targets.
 """
