@@ -109,6 +109,7 @@ def test_wheel_and_sdist_carry_metadata_and_licences(wheel: Path, built: Path) -
     assert {"LICENSE", "NOTICE", "README.md"} <= names
 
 
+@pytest.mark.slow
 def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     # A wheel of pure Python is installed by unpacking it, which costs less than pip.
     site = tmp_path / "site"

@@ -75,6 +75,7 @@ def counts_of_rank(save: str) -> dict[str, Any]:
     return watching.state_dict()
 
 
+@pytest.mark.slow
 def test_ranks_add_up_and_their_checkpoint_continues_in_one_process(ranks: Groups, tmp_path: Path) -> None:
     path = str(tmp_path / "4.ckpt")
     states = ranks(2).run(counts_of_rank, path)

@@ -190,7 +190,7 @@ def test_a_user_without_a_home_is_told_which_key_needs_one(monkeypatch: pytest.M
         (
             "export",
             "optim.lr=1",
-            "It reads: run_dir, ckpt, edits, model, table, format, file, dir, overwrite, quantize",
+            "It reads: run_dir, ckpt, edits, model, ffn, extra_ffns, placement, table, seed, format, file, dir",
         ),
         ("export", "data=text", "export does not read data"),
         ("export", "data/loader@data=default", "export does not read data"),

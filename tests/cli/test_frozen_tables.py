@@ -110,6 +110,7 @@ def test_an_export_holds_the_rows_and_answers_as_the_run(run: Run) -> None:
     assert "rows.safetensors cannot be read (No such file or directory)" in gone.err
 
 
+@pytest.mark.slow
 def test_a_file_that_has_moved_is_named_and_one_that_has_changed_refused(run: Run, of_module: Path) -> None:
     start = ["fit", "init_from=run", "run_dir=new", *RUN[len(MODEL) :], "trainer.max_steps=1", "trust_config=true"]
     trust = "trust_config=true"

@@ -203,6 +203,7 @@ def test_an_argument_that_wandb_does_not_take_is_refused() -> None:
         loggers.check_loggers(config)
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_opened_is_named_and_nothing_stays(cli: Run, text: None, tmp_path: Path) -> None:
     shown = cli(
         *COMMAND,

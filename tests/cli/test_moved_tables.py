@@ -25,6 +25,7 @@ RUN = [
 MOVED = "extra_ffns.engram.table.path=moved.safetensors"
 
 
+@pytest.mark.slow
 def test_every_verb_takes_the_key_of_a_further_variant(cli: Run, tmp_path: Path) -> None:
     Path("a.txt").write_text("a cat sat on the mat and saw a dog run by . " * 60)
     (table,) = resolved(*MODEL).model.tables
