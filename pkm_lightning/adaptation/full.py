@@ -10,7 +10,7 @@ __all__ = ["Full"]
 
 
 class Full(Finetuning):
-    """Finetuning of all parameters but those of `optim.freeze`; tables learn as `table` says."""
+    """Finetuning of all parameters but those of `optim.freeze`; tables learn by `table.learning`."""
 
     def adapt(self, model: nn.Module) -> None:
         """Leaves the model as it is."""

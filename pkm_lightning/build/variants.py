@@ -18,7 +18,7 @@ Config = Mapping[str, Any]
 
 #: The name of the variant `ffn`, and the key that holds the others.
 MAIN, EXTRAS = "ffn", "extra_ffns"
-#: The class by which a configuration says that the layers of a pretrained model keep the FFN that they have.
+#: The class that a configuration names where the layers of a pretrained model keep their FFNs.
 OWN_FFN = "pkm_lightning.huggingface.PretrainedFFN"
 #: Keys of `table` about the rows of `ffn` alone.
 _KEYS_OF_ROWS = ("trainable", "path", "tensor")

@@ -156,7 +156,7 @@ def _check_storage(sweeper: Mapping[str, Any]) -> None:
 
 
 def _silence_optuna() -> None:
-    """Leaves the log of Optuna to Hydra's sweeper, which says the same, and that of the database to its warnings."""
+    """Leaves the log of Optuna to Hydra's sweeper, which logs the same, and that of the database to its warnings."""
     import optuna  # an extra, which takes a second to import
 
     optuna.logging.disable_default_handler()

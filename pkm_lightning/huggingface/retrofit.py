@@ -1,4 +1,4 @@
-"""Plugins in the layers of a pretrained model: put there, and told apart from what the model had before."""
+"""Plugins in the layers of a pretrained model: put there, and distinguished from its pretrained parts."""
 
 from __future__ import annotations
 

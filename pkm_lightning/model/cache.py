@@ -48,7 +48,7 @@ def check_cacheable(plugins: Iterable[tuple[int, str, nn.Module]]) -> None:
     """Refuses a cache for plugins that need more of earlier tokens than a cache holds.
 
     Raises:
-        ValueError: as it says.
+        ValueError: naming what the plugin lacks.
     """
     if not all_cacheable(plugins):
         raise ValueError(

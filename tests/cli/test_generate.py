@@ -188,8 +188,8 @@ def test_conversations_of_a_file_and_of_a_program_are_put_into_the_template(
     assert len(repr(loaded)) < 200
     assert "chat template" not in made.err
     assert "the model has a chat template" in cli("generate", "run_dir=run", "prompt=Who", "max_new_tokens=1").err
-    told = cli("predict", *command)
-    assert (told.code, "asked.jsonl:1 has messages, which generate puts" in told.err) == (2, True)
+    shown = cli("predict", *command)
+    assert (shown.code, "asked.jsonl:1 has messages, which generate puts" in shown.err) == (2, True)
 
 
 def test_answers_to_a_stream_have_nothing_between_them(cli: Run, trained: Path) -> None:
