@@ -7,6 +7,7 @@ is then one new file, and a plugin that lacks a package which it needs fails onl
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import pkgutil
 import sys
@@ -53,18 +54,21 @@ def public_names(module: str, mentioning: str = "__all__") -> list[str]:
     spec = importlib.util.find_spec(module)
     loader = None if spec is None else spec.loader
     source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
-    if source is None or mentioning not in source:
-        return []
+    return [] if source is None or mentioning not in source else list(_names_in(source, module))
+
+
+@functools.lru_cache(maxsize=1024)  # of sources, so that a file that changes is read anew
+def _names_in(source: str, module: str) -> tuple[str, ...]:
     for statement in ast.parse(source, filename=module).body:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
             try:
-                return [str(name) for name in ast.literal_eval(statement.value)]  # type: ignore[attr-defined]
+                return tuple(map(str, ast.literal_eval(statement.value)))  # type: ignore[attr-defined]
             except ValueError:
                 raise ImportError(
                     f"__all__ of {module} is no literal list of names, which is read unimported"
                 ) from None
-    return []
+    return ()
 
 
 def _modules(package: str) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Keeps what Hydra composes of the package's own YAML files for each choice of groups.
+"""Keeps what Hydra reads and composes of the package's own YAML files.
 
-Hydra takes 0.1 s of CPU per composition, most of it for finding and merging the files of the chosen groups, and
-composes twice per command: once to learn the mode, once to run. The tests choose the same groups again and again, and
-only values differ. Compositions that read other files are not kept: tests write those.
+Hydra takes 0.1 s of CPU per composition, most of it for finding, parsing and merging the files of the chosen groups,
+and composes twice per command: once to learn the mode, which none of the package's files sets, once to run. The tests
+choose the same groups again and again, and only values differ. Files that tests write are read anew each time.
 """
 
 from __future__ import annotations
@@ -13,18 +13,28 @@ import pickle
 from typing import Any
 
 from hydra._internal import config_loader_impl as loader
-from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
 _lists: dict[tuple[Any, ...], DefaultsList] = {}
 _merged: dict[tuple[Any, ...], bytes] = {}
+_read: dict[tuple[str, ...], bytes] = {}
 
 
 def keep_compositions() -> None:
-    """Replaces the two functions of Hydra that take the time by ones that remember, for the rest of the process."""
+    """Replaces the functions of Hydra that take the time by ones that remember, for the rest of the process."""
+    _keep_lists()
+    _keep_files()
+    _skip_modes()
+
+
+def _keep_lists() -> None:
     list_files, merge_files = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
 
     @functools.wraps(list_files)
@@ -35,7 +45,8 @@ def keep_compositions() -> None:
             return list_files(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
         values = Overrides(repo, overrides_list).config_overrides
         groups = (override.input_line for override in overrides_list if override not in values)
-        key = (config_name, *groups, *options.items())
+        # No list of the package has a missing group, so that `skip_missing` makes no difference.
+        key = (config_name, *groups, options.get("prepend_hydra"))
         if key not in _lists:
             _lists[key] = list_files(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
         return dataclasses.replace(_lists[key], config_overrides=values)
@@ -52,6 +63,36 @@ def keep_compositions() -> None:
 
     loader.create_defaults_list = listed
     loader.ConfigLoaderImpl._compose_config_from_defaults_list = merged
+
+
+def _keep_files() -> None:
+    read_file = ConfigRepository.load_config
+
+    @functools.wraps(read_file)
+    def read(self: ConfigRepository, config_path: str) -> ConfigResult | None:
+        if not _reads_own_files(self):
+            return read_file(self, config_path)
+        key = config_path, *(source.path for source in self.get_sources())
+        if key not in _read:
+            _read[key] = pickle.dumps(read_file(self, config_path))
+        result: ConfigResult | None = pickle.loads(_read[key])
+        return result
+
+    ConfigRepository.load_config = read
+    # Hydra copies its sources for each composition, and with them all structured configurations, which do not change.
+    ConfigStore.__deepcopy__ = lambda self, memo: self
+
+
+def _skip_modes() -> None:
+    get_mode = Hydra.get_mode
+
+    @functools.wraps(get_mode)
+    def mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        if any("hydra" in override for override in overrides) or not _reads_own_files(self.config_loader.repository):
+            return get_mode(self, config_name, overrides)
+        return None
+
+    Hydra.get_mode = mode
 
 
 def _reads_own_files(repo: IConfigRepository) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -33,6 +34,8 @@ from pkm_lightning.cli.main import main  # noqa: E402
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 compile_in_turn()
 torch.set_num_threads(1)
+# What tests write need not survive a power cut.
+os.fsync = lambda descriptor: None
 # How long an example takes depends on what else runs on the machine.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -81,12 +84,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what imports and collection have made stays, and need not be searched again and again
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     """Provides `cli("fit", "seed=1")`, which runs a command in this process and in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     argv, handlers = list(sys.argv), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    imported = set(sys.modules)
 
     def run(*arguments: str) -> Outcome:
         capfd.readouterr()  # drop what was printed before
@@ -98,8 +110,8 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
     yield run
     sys.argv = argv
     # Plugins that the test has written to its directory must not be visible to the next test.
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+    for name in sys.modules.keys() - imported:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
     GlobalHydra.instance().clear()
     assert {s: signal.getsignal(s) for s in handlers} == handlers, "the command must restore the signal handlers"
