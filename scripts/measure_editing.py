@@ -24,6 +24,7 @@ import torch
 
 from pkm_lightning import load
 from pkm_lightning.adaptation.facts_file import Fact
+from pkm_lightning.adaptation.other_text import OtherText
 from pkm_lightning.adaptation.settings import WritingSettings
 from pkm_lightning.adaptation.write_facts import write_facts
 from pkm_lightning.cli.edit_text import other_text
@@ -69,6 +70,9 @@ def measure(run: Path, draw: int, count: int, settings: WritingSettings, *, trus
     """Writes the facts of one draw, and returns a line of the CSV file."""
     loaded = load(run, edits=[], trust_config=trust)
     text = other_text(None, run, loaded, settings, trust=trust)
+    # Every second batch of the text that bounds the edit is set aside: no decision sees it.
+    untouched = OtherText(loaded.model, text.held_out[1::2], device=torch.device("cpu"))
+    text = text._replace(held_out=text.held_out[::2])
     began = time.process_time()
     edit = write_facts(
         loaded.model,
@@ -80,6 +84,9 @@ def measure(run: Path, draw: int, count: int, settings: WritingSettings, *, trus
         **settings.record(),
     )
     cpu_seconds = time.process_time() - began
+    loaded.edits.apply(edit)
+    divergence = untouched.mean_divergence()
+    loaded.edits.remove(edit.name)
     with tempfile.TemporaryDirectory() as folder:
         edit.save(Path(folder) / "edit.safetensors")
         size = (Path(folder) / "edit.safetensors").stat().st_size
@@ -98,6 +105,7 @@ def measure(run: Path, draw: int, count: int, settings: WritingSettings, *, trus
         "wall_seconds": figures["seconds"],
         **{name: f"{figures[name]['after']:.3f}" for name in _FIELDS},
         "kl": f"{figures['kl']:.5f}",
+        "kl_untouched": f"{divergence:.5f}",
         "kl_penalised": f"{figures['kl_penalised']:.5f}",
         "bytes": size,
         "settings": " ".join(f"{name}={value}" for name, value in settings.record().items()),

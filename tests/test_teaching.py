@@ -41,18 +41,18 @@ def follow(cli: Run, folder: Path, changes: dict[str, str]) -> Edit:
     write_facts, load = blocks(PAGE, "python")
     commands(cli, 0, changes)
     exec(write_facts, {})
-    assert len(Path("staff.jsonl").read_text().splitlines()) == 100
-    untaught = pkm_lightning.load("memory.safetensors").answer("Leila Farrow works as a", max_new_tokens=5)
+    assert len(Path("towns.jsonl").read_text().splitlines()) == 100
+    untaught = pkm_lightning.load("memory.safetensors").answer("Leifarrow is twinned with", max_new_tokens=5)
     _, answer, removed, applied = commands(cli, 1, changes)
-    assert "staff is removed" in removed
-    assert "staff is applied: 100 facts" in applied
+    assert "towns is removed" in removed
+    assert "towns is applied: 100 facts" in applied
     taught = pkm_lightning.load("memory.safetensors")
-    assert taught.answer("Leila Farrow works as a", max_new_tokens=1)[:1] == answer.strip()[:1]
+    assert taught.answer("Leifarrow is twinned with", max_new_tokens=1)[:1] == answer.strip()[:1]
     removed_again = pkm_lightning.load("memory.safetensors", edits=[])
-    assert removed_again.answer("Leila Farrow works as a", max_new_tokens=5) == untaught
+    assert removed_again.answer("Leifarrow is twinned with", max_new_tokens=5) == untaught
     commands(cli, 2, changes)
     exec(load, {})
-    return Edit.load(Path("memory.edits/staff.safetensors"))
+    return Edit.load(Path("memory.edits/towns.safetensors"))
 
 
 @pytest.mark.slow

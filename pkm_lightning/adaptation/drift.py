@@ -9,10 +9,13 @@ model itself (the Fisher information); terms between two reads are left out. A m
 from a draw or two. All reads that matter, those with g_x != 0, share one instead, the mean of |g_x|^2 in all V
 directions alike. With the matrix A of the weights of these reads (reads x lines)
 
-    drift(D)  =  tr(D' G D),        G = mean |g|^2 / (2 n V) A'A,
+    drift(D)  =  tr(D' G D),        G = mean |g|^2 / (2 n V) (A'A + 2 u I),
 
-so that the drift costs one product with G per step, and no forward. Weights |g_x|^2 per read did worse in the one run
-that tried them (scripts/results/2026-11-30-editing).
+so that the drift costs one product with G per step, and no forward. u stands for what further text reads and this one
+does not: without it, lines that the text never reads would move for nothing, and the divergence on further text would
+rise with every step. It is the deleted estimate of Jelinek and Mercer (1985): the mean squared weight with which one
+half of the text reads a line, over the lines with a delta that the other half never reads. Weights |g_x|^2 per read
+did worse in the one run that tried them (scripts/results/2026-11-30-editing).
 
 Letters: N lines of a table, U lines with a delta, V values per line, X reads, K lines per read, M targets.
 """
@@ -20,6 +23,7 @@ Letters: N lines of a table, U lines with a delta, V values per line, X reads, K
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,27 +53,40 @@ class TableDrift:
 
     def __init__(self, table: ValueTable) -> None:
         self._n_lines, self._width = table.n_lines, table.weight.shape[1]
-        self._reads: list[tuple[Tensor, Tensor]] = []
+        # Neighbouring batches are of one kind of text: each half has every second one.
+        self._halves: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
         self._n_targets, self._n_units, self._strength = 0, 0, 0.0
 
     def add(self, units: Sequence[ReadUnits], n_targets: int) -> None:
         """Counts the reads of a batch with `n_targets` targets."""
         self._n_targets += n_targets
+        self._halves = self._halves[::-1]
         for ids_XK, weights_XK, gradients_XV in units:
             self._strength += float(gradients_XV.double().square().sum())
             self._n_units += len(ids_XK)
-            self._reads.append((ids_XK, weights_XK))
+            self._halves[0].append((ids_XK, weights_XK))
 
     @property
     def _scale(self) -> float:
         return self._strength / max(1, self._n_units) / (2 * max(1, self._n_targets) * self._width)
 
+    def _use(self, lines_U: Tensor, reads: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Returns the sum of the squared weights with which lines are read, (U,) float64."""
+        use_N = torch.zeros(self._n_lines, dtype=torch.float64)
+        for ids_XK, weights_XK in reads:
+            use_N.index_add_(0, ids_XK.flatten(), weights_XK.double().square().flatten())
+        return use_N[lines_U]
+
+    def _unseen(self, lines_U: Tensor) -> float:
+        """Returns 2 u, the squared weights with which as much further text reads a line that this one never reads."""
+        first_U, second_U = (self._use(lines_U, half) for half in self._halves)
+        unread = torch.cat([second_U[first_U == 0], first_U[second_U == 0]])
+        return 2 * float(unread.mean()) if len(unread) else 0.0
+
     def diagonal(self, lines_U: Tensor) -> Tensor:
         """Returns the diagonal of G, the drift of a unit delta of each line alone, (U,) float32."""
-        use_N = torch.zeros(self._n_lines, dtype=torch.float64)
-        for ids_XK, weights_XK in self._reads:
-            use_N.index_add_(0, ids_XK.flatten(), weights_XK.double().square().flatten())
-        return (use_N[lines_U] * self._scale).float()
+        use_U = self._use(lines_U, list(chain(*self._halves)))
+        return ((use_U + self._unseen(lines_U)) * self._scale).float()
 
     def gram(self, lines_U: Tensor) -> Tensor:
         """Returns G of some lines, (U, U) float32, or its diagonal, (U,), of more than 8,192.
@@ -84,13 +101,15 @@ class TableDrift:
         place_N[lines_U] = torch.arange(U)
         # Lines without a delta share one row and one column behind the others.
         gram = torch.zeros((U + 1) * (U + 1))
-        for ids_XK, weights_XK in self._reads:
+        for ids_XK, weights_XK in chain(*self._halves):
             for ids, weights in zip(ids_XK.split(_AT_ONCE), weights_XK.split(_AT_ONCE), strict=True):
                 places_XK = place_N[ids]
                 pairs_XKK = places_XK.unsqueeze(2) * (U + 1) + places_XK.unsqueeze(1)
                 products_XKK = weights.unsqueeze(2) * weights.unsqueeze(1)
                 gram.index_add_(0, pairs_XKK.flatten(), products_XKK.flatten())
-        return gram.view(U + 1, U + 1)[:U, :U] * self._scale
+        gram = gram.view(U + 1, U + 1)[:U, :U]
+        gram.diagonal().add_(self._unseen(lines_U))
+        return gram * self._scale
 
 
 class Penalty:

@@ -21,8 +21,8 @@ LINES_U = torch.tensor([1, 2, 5, 6])
 def reads() -> tuple[TableDrift, list[ReadUnits]]:
     generator = torch.Generator().manual_seed(0)
     drift, batches = TableDrift(ValueTable(rows=8, dim=3)), []
-    for _ in range(2):
-        ids_XK = torch.randint(8, (5, 4), generator=generator)
+    for first in (0, 2):  # of six lines that the batch reads
+        ids_XK = first + torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(5)])
         weights_XK, gradients_XV = torch.randn(5, 4, generator=generator), torch.randn(5, 3, generator=generator)
         batches.append(ReadUnits(ids_XK, weights_XK, gradients_XV))
         drift.add([batches[-1]], n_targets=7)
@@ -30,10 +30,19 @@ def reads() -> tuple[TableDrift, list[ReadUnits]]:
 
 
 def brute_force(batches: list[ReadUnits], values_NV: torch.Tensor) -> torch.Tensor:
-    """Returns the drift: half the mean squared change of a read along its gradients, per target."""
+    """Returns the drift: half the mean squared change of a read along its gradients, per target.
+
+    For a line that one batch does not read, the other stands for further text.
+    """
     units = [unit for batch in batches for unit in zip(*batch, strict=True)]
     strength = sum(float(gradient_V.square().sum()) for _, _, gradient_V in units) / len(units)
     total = sum(((weights_K.unsqueeze(1) * values_NV[ids_K]).sum(0)).square().sum() for ids_K, weights_K, _ in units)
+    use = [
+        [float(b.weights_XK[b.ids_XK == line].double().square().sum()) for line in LINES_U.tolist()] for b in batches
+    ]
+    unread = [there for here, there in [*zip(*use, strict=True), *zip(*use[::-1], strict=True)] if here == 0]
+    assert unread
+    total = total + 2 * sum(unread) / len(unread) * values_NV[LINES_U].square().sum()
     return strength * total / (2 * 14 * 3)
 
 
@@ -74,9 +83,10 @@ def test_small_deltas_diverge_as_much_as_the_drift_estimates(kind: str) -> None:
     ids = torch.randint(VOCAB, (64, 17), generator=torch.Generator().manual_seed(2))
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].clone()}
     batch["labels"][0] = -100
+    batches = [{name: part[first : first + 16] for name, part in batch.items()} for first in range(0, 64, 16)]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     (table,) = model.value_tables
-    drift = measure_drift(model, [table], [batch], device=CPU)[table]
+    drift = measure_drift(model, [table], batches, device=CPU)[table]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert table.deltas is None
     other_text = OtherText(model, [batch], device=CPU)
