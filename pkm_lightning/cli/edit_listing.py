@@ -22,6 +22,9 @@ _LABELS = (
     ("question", "questions, never learned"),
 )
 
+#: Share of the learned prompts below which, and share of the bound above which, the bound is what limits an edit.
+_MOST_LEARNED, _NEAR = 0.9, 0.75
+
 
 def result_lines(edit: Edit, file: Path) -> list[str]:
     """Returns the lines that a new edit is shown by."""
@@ -41,6 +44,8 @@ def result_lines(edit: Edit, file: Path) -> list[str]:
     )
     if figures["kl"] > bound:
         lines.append("  lower rows_per_fact, give more drift_path text, or write fewer facts at a time")
+    elif figures["learned"]["after"] < _MOST_LEARNED and figures["kl"] > _NEAR * bound:
+        lines.append("  the bound leaves no room for the rest: a higher kl_bound= writes more, and changes more of the rest")
     for name, collision in figures.get("collisions", {}).items():
         lines += _collision(name, collision)
     return [*lines, f"written to {file} and applied"]
