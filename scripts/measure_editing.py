@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(line, flush=True)
         is_new = not options.out.exists()
         with options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, line)
+            writer = csv.DictWriter(file, line, lineterminator="\n")
             if is_new:
                 writer.writeheader()
             writer.writerow(line)
