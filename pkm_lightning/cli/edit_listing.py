@@ -45,7 +45,9 @@ def result_lines(edit: Edit, file: Path) -> list[str]:
     if figures["kl"] > bound:
         lines.append("  lower rows_per_fact, give more drift_path text, or write fewer facts at a time")
     elif figures["learned"]["after"] < _MOST_LEARNED and figures["kl"] > _NEAR * bound:
-        lines.append("  the bound leaves no room for the rest: a higher kl_bound= writes more, and changes more of the rest")
+        lines.append(
+            "  the bound leaves no room for the rest: a higher kl_bound= writes more, and changes more of the rest"
+        )
     for name, collision in figures.get("collisions", {}).items():
         lines += _collision(name, collision)
     return [*lines, f"written to {file} and applied"]
