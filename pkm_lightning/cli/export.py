@@ -197,7 +197,7 @@ def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> byte
     if beside.exists() and not overwrite and beside.read_bytes() != content:
         others = ", ".join(sorted(other.name for other in file.parent.glob("*.safetensors") if other.name != file.name))
         remedy = (
-            f". overwrite=true would replace it, and leave {others} beside the {name} of this model"
+            f". overwrite=true would replace it, and leave {others} in this folder with the {name} of another model"
             if others
             else ", or replace it with overwrite=true"
         )

@@ -93,7 +93,9 @@ def test_an_export_does_not_overwrite_the_tokenizer_of_another_model(cli: Run, t
     assert not (tmp_path / "model.safetensors").exists()
     (tmp_path / "other.safetensors").touch()
     shown = cli("export", "run_dir=run", "file=model.safetensors")
-    assert "would replace it, and leave other.safetensors beside the tokenizer.json of this model." in shown.err
+    assert (
+        "would replace it, and leave other.safetensors in this folder with the tokenizer.json of another" in shown.err
+    )
     shown = cli("export", "run_dir=run", "file=model.safetensors", "overwrite=true")
     assert shown.out.splitlines()[1:] == ["beside it: tokenizer.json, heldout/"]
     assert (tmp_path / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
