@@ -43,7 +43,7 @@ def write_report(studies: Sequence[Study], folder: Path) -> Path:
     rows = [row for study in studies for row in curve_rows(study, variants(study))]
     text = io.StringIO(newline="")
     benchmarks = dict.fromkeys(name for row in rows for name in row if name.startswith(BENCHMARK))
-    writer = csv.DictWriter(text, [*_FIELDS, *benchmarks])
+    writer = csv.DictWriter(text, [*_FIELDS, *benchmarks], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_beside(folder / "curves.csv", text.getvalue())
