@@ -179,8 +179,8 @@ def text_file_parts(path: str, tokenizer: Tokenizer, *, context: int | None, mos
     width = _SEQUENCE if context is None else min(_SEQUENCE, context)
     if len(ids) < 2 * (width + 1):
         raise DataError(
-            f"drift_path={path} has {len(ids)} tokens, too few to bound what an edit changes; give at least "
-            f"{2 * width + 2}."
+            f"drift_path={path} has {counted(len(ids), 'token')}, too few to bound what an edit changes; give at "
+            f"least {2 * width + 2}."
         )
     half = len(ids) // 2
     return TextParts(*(_sequences_of(part, width, most_tokens) for part in (ids[:half], ids[half:])))

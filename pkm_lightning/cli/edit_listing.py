@@ -56,11 +56,8 @@ def result_lines(edit: Edit, file: Path) -> list[str]:
         if name in figures:
             lines.append(f"  {label:<28} {_change(figures[name])}")
     bound = edit.settings["kl_bound"]
-    within = "within" if figures["kl"] <= bound else "ABOVE"
-    lines.append(
-        f"  KL on {figures['kl_tokens']:,} tokens of other text: {figures['kl']:.5f} nats per token, {within} the "
-        f"bound of {bound:g}"
-    )
+    tokens, within = counted(figures["kl_tokens"], "token"), "within" if figures["kl"] <= bound else "ABOVE"
+    lines.append(f"  KL on {tokens} of other text: {figures['kl']:.5f} nats per token, {within} the bound of {bound:g}")
     learned = figures["learned"]
     nothing = learned["after"] <= learned["before"]
     if not nothing and (figures["kl"] > bound or learned["after"] < _MOST_LEARNED):
