@@ -189,11 +189,12 @@ def check_fit(edits: Sequence[Edit], weights: str, *, are_named: bool) -> None:
     """
     for edit in edits:
         remedy = (
-            "leave it out of edits="
+            "leave it out of edits=, or write its facts again"
             if are_named
-            else f"take it out with `edit remove name={edit.name}`, or set edits=[] where a command reads that"
+            else f"set edits=[] where a command reads that, or take it out with `edit remove name={edit.name}`, after "
+            "which its facts can be written again"
         )
-        check_fits(edit, weights, f"{remedy}, or write its facts again")
+        check_fits(edit, weights, remedy)
 
 
 def include_edits(checkpoint: SavedCheckpoint, chosen: Sequence[Edit]) -> None:
