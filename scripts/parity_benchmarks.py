@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from parity_pretrained import configuration
 
 from pkm_lightning.data.base import begin_ids
+from pkm_lightning.data.pretrained_files import weights_alone
 from pkm_lightning.huggingface.loading import load_pretrained
 from pkm_lightning.inference.harness import HarnessModel
 from pkm_lightning.inference.harness_results import run_tasks, scores_of
@@ -102,8 +103,13 @@ def package_model(path: Path) -> LM:
 
 def reference_model(path: Path) -> LM:
     """Returns the model as the harness reads it with transformers."""
-    where = {"pretrained": str(path.parent), "gguf_file": path.name} if path.is_file() else {"pretrained": str(path)}
-    return keeping(HFLM)(**where, dtype="float32", device="cpu", batch_size=BATCH_SIZE)
+    settings = {"dtype": "float32", "device": "cpu", "batch_size": BATCH_SIZE}
+    if path.is_dir():
+        return keeping(HFLM)(pretrained=str(path), **settings)
+    # Its tokenizer too is that of the GGUF file, whatever lies beside that.
+    with weights_alone(path) as arguments:
+        place, name = arguments["pretrained_model_name_or_path"], arguments["gguf_file"]
+        return keeping(HFLM)(pretrained=place, gguf_file=name, **settings)
 
 
 def keeping(cls: type) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pkm_lightning.cli.job import plain
-from pkm_lightning.data.pretrained_files import quiet_transformers
+from pkm_lightning.data.pretrained_files import quiet_transformers, weights_alone
 from pkm_lightning.huggingface.loading import load_pretrained
 
 
@@ -67,11 +67,8 @@ def configuration(path: Path) -> dict[str, Any]:
 
 def reference(path: Path) -> Any:
     """Returns the model as transformers alone reads it."""
-    where = {"pretrained_model_name_or_path": path}
-    if path.is_file():
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(**where, local_files_only=True).eval()
+    with quiet_transformers(), weights_alone(path) as arguments:
+        return AutoModelForCausalLM.from_pretrained(**arguments).eval()
 
 
 def ours(model: Any, ids_BT: Tensor) -> list[tuple[str, Tensor]]:

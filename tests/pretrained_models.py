@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def save(name: str, folder: Path) -> Path:
     return folder
 
 
-def save_gguf(name: str, file: Path) -> Path:
+def save_gguf(name: str, file: Path, further_tokens: Sequence[str] = ()) -> Path:
     """Writes the weights of `tiny(name)`, a Llama, and a tokenizer of bytes as a GGUF file."""
     from gguf import GGUFWriter, TokenType
 
@@ -95,7 +96,7 @@ def save_gguf(name: str, file: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(VOCAB)
-    tokens = [END, "<|endoftext|>", *sorted(alphabet()), "th", "in"]
+    tokens = [END, "<|endoftext|>", *sorted(alphabet()), "th", "in", *further_tokens]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)

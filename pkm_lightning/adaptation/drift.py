@@ -13,9 +13,9 @@ directions alike. With the matrix A of the weights of these reads (reads x lines
 
 so that the drift costs one product with G per step, and no forward. u stands for what further text reads and this one
 does not: without it, lines that the text never reads would move for nothing, and the divergence on further text would
-rise with every step. It is the deleted estimate of Jelinek and Mercer (1985): the mean squared weight of a line's reads
-in one half of the text, over the lines with a delta that the other half never reads. Weights |g_x|^2 per read
-did worse in the one run that tried them (scripts/results/2026-11-30-editing).
+rise with every step. It is the deleted estimate of Jelinek and Mercer (1985): the mean squared weight with which one
+half of the text reads those lines with a delta that the other half never reads. Weights |g_x|^2 per read did
+worse in the one run that tried them (scripts/results/2026-11-30-editing).
 
 Letters: N lines of a table, U lines with a delta, V values per line, X reads, K lines per read, M targets.
 """
@@ -78,7 +78,7 @@ class TableDrift:
         return use_N[lines_U]
 
     def _unseen(self, lines_U: Tensor) -> float:
-        """Returns 2 u, the squared weights in as much further text of a line that this one never reads."""
+        """Returns 2 u, the squared weights of the reads of a line in further text where this text never reads it."""
         first_U, second_U = (self._use(lines_U, half) for half in self._halves)
         unread = torch.cat([second_U[first_U == 0], first_U[second_U == 0]])
         return 2 * float(unread.mean()) if len(unread) else 0.0

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pkm_lightning.build.adapters import merge_adapters
@@ -30,7 +30,7 @@ from pkm_lightning.cli.evaluation import edits_of, locate, names_pretrained
 from pkm_lightning.cli.job import Job, log_to_stderr
 from pkm_lightning.cli.moved_tables import moved_tables
 from pkm_lightning.cli.pretrained_run import config_of
-from pkm_lightning.cli.run_contents import copy_held_out
+from pkm_lightning.cli.run_contents import HELD_OUT, copy_held_out
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.errors import CheckpointError, ConfigError, check_choice, check_flag
 from pkm_lightning.storage import check_target, is_stream, write_beside
@@ -105,20 +105,29 @@ def _write_checkpoint(job: Job, path: Path, file: Path) -> None:
     content = checkpoint if width is None else QuantizedCheckpoint(checkpoint, str(width))
     checkpoint.check_sums()
     entries = write(content, file)
-    for name, companion in companions.items():
-        if companion is not None:
-            write_beside(file.parent / name, companion)
-        elif name == CHAT_TEMPLATE and not is_stream(file):
-            (file.parent / name).unlink(missing_ok=True)  # of the model that was replaced
-    if not is_stream(file):
-        copy_held_out(path, checkpoint.skeleton.get("data"), file.parent)
+    beside = [] if is_stream(file) else _write_beside(file.parent, companions, path, checkpoint.skeleton.get("data"))
     size = sum(entry.n_bytes for entry in entries.values())
     # What is piped on is the file alone.
     output = sys.stderr if is_stream(file) else sys.stdout
     print(f"{file}: {len(entries)} tensors, {size:,} bytes, from {_source(job)}", file=output)
+    if beside:
+        print(f"beside it: {', '.join(beside)}")
     if isinstance(content, QuantizedCheckpoint):
         before, after = content.table_bytes
         print(f"value tables as {width}: {after:,} bytes, before {before:,}", file=output)
+
+
+def _write_beside(
+    folder: Path, companions: Mapping[str, bytes | None], weights: Path, fingerprint: str | None
+) -> list[str]:
+    """Writes what an exported file of `weights` needs besides into its folder; returns the names."""
+    for name, companion in companions.items():
+        if companion is not None:
+            write_beside(folder / name, companion)
+        elif name == CHAT_TEMPLATE:
+            (folder / name).unlink(missing_ok=True)  # of the model that was replaced
+    names = [name for name, companion in companions.items() if companion is not None]
+    return [*names, f"{HELD_OUT}/"] if copy_held_out(weights, fingerprint, folder) else names
 
 
 def _opened(job: Job, path: Path) -> tuple[SavedCheckpoint, list[Edit]]:
@@ -188,9 +197,14 @@ def _companion(name: str, checkpoint: Path, file: Path, overwrite: bool) -> byte
         return None
     content = None if source is None else source.read_bytes()
     if beside.exists() and not overwrite and beside.read_bytes() != content:
+        others = ", ".join(sorted(other.name for other in file.parent.glob("*.safetensors") if other.name != file.name))
+        remedy = (
+            f". overwrite=true would replace it, and leave {others} in this folder with the {name} of another model"
+            if others
+            else ", or replace it with overwrite=true"
+        )
         raise ConfigError(
-            f"file={file}: the folder holds the {name} of another model; give a file in a folder of its own, or "
-            "replace it with overwrite=true."
+            f"file={file}: the folder holds the {name} of another model; give a file in a folder of its own{remedy}."
         )
     return content
 

@@ -22,22 +22,27 @@ __all__ = ["HELD_OUT", "copy_held_out", "keep_with_run"]
 _log = logging.getLogger(__name__)
 
 
-def copy_held_out(weights: Path, fingerprint: str | None, folder: Path) -> None:
+def copy_held_out(weights: Path, fingerprint: str | None, folder: Path) -> bool:
     """Copies the held-out data of the run that `weights` lie in into `folder`, unless it holds others.
+
+    Returns whether `folder` holds those of the run now.
 
     Raises:
         RunDirectoryError: the disk is full or the folder cannot be written.
     """
     source, target, part = companion_place(weights, HELD_OUT), folder / HELD_OUT, folder / f"{HELD_OUT}.part"
-    if not is_held_out_of(source, fingerprint) or is_held_out_of(target, fingerprint):
-        return
+    if not is_held_out_of(source, fingerprint):
+        return False
+    if is_held_out_of(target, fingerprint):
+        return True
     if target.exists():
         _log.info("%s is of other data: validate and test of this model need theirs, or a folder of its own", target)
-        return
+        return False
     try:
         shutil.rmtree(part, ignore_errors=True)
         copy_files(source, part)
         os.replace(part, target)
+        return True
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunDirectoryError(

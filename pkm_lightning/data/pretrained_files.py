@@ -20,6 +20,7 @@ import importlib.util
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from pkm_lightning.errors import DataError, missing_extra
 from pkm_lightning.storage import open_regular
 
 _MAGIC = b"GGUF"
+#: Raised when a conversion changes: those of earlier versions are then not read.
+CONVERSION_VERSION = 1
 #: Tokens that the metadata of a GGUF file name.
 _NAMED = ("bos_token", "eos_token")
 
@@ -68,6 +71,7 @@ def pretrained_folder(path: Path, cache_dir: Path, key: str) -> Path:
             raise missing_extra(f"{key}{path}", package, "hf")
     arguments = {
         "file": file_identities([path]),
+        "version": CONVERSION_VERSION,
         "transformers": importlib.metadata.version("transformers"),
         "named": list(_NAMED),
     }
@@ -132,16 +136,25 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 def _convert(gguf: Path, folder: Path, key: str) -> None:
     """Writes the files of a GGUF file into `folder`."""
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoTokenizer
 
-    arguments = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(gguf.parent, **arguments)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
+        with quiet_transformers(), weights_alone(gguf) as arguments:
+            config = AutoConfig.from_pretrained(**arguments)
+            tokenizer = AutoTokenizer.from_pretrained(**arguments)
+            config.name_or_path = str(gguf.parent)  # the folder of the block is gone behind it
+            shapes = {tensor.name: tensor.shape for tensor in GGUFReader(gguf).tensors}
     except Exception as error:  # of any kind, from the readers of several libraries
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(f"{key}{gguf} cannot be read as a GGUF file of a language model ({reason:.300}).") from None
+    # The last is that of rows. A file may hold a tokenizer alone.
+    rows = int(shapes["token_embd.weight"][-1]) if "token_embd.weight" in shapes else None
+    if rows is not None and len(tokenizer) > rows:
+        raise DataError(
+            f"{key}{gguf} has a tokenizer of {len(tokenizer)} tokens for an embedding of {rows} rows, so that some ids "
+            "have none; the file is damaged: fetch it again."
+        )
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
     _write_tokenizer(tokenizer, folder)
 
@@ -172,6 +185,28 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(named, indent=1), encoding="utf-8")
     if isinstance(tokenizer.chat_template, str):
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def weights_alone(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the arguments by which `from_pretrained` of transformers reads the model at `path`, as links in a folder.
+
+    Whatever else lies beside weights transformers takes for theirs: a tokenizer.json goes before the tokenizer that a
+    GGUF file holds, and an adapter_config.json adds the weights of an adapter.
+
+    Args:
+        path: a GGUF file, or a folder with config.json and safetensors files.
+    """
+    with tempfile.TemporaryDirectory(prefix="pkm_lightning-") as folder:
+        arguments = {"pretrained_model_name_or_path": folder, "local_files_only": True, "trust_remote_code": False}
+        if is_gguf(path):
+            # A fixed name: of others, such as tokenizer.model.gguf, transformers derives what they hold.
+            Path(folder, "model.gguf").symlink_to(path.absolute())
+            yield {**arguments, "gguf_file": "model.gguf"}
+            return
+        for file in (path / "config.json", *path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")):
+            Path(folder, file.name).symlink_to(file.absolute())
+        yield {**arguments, "use_safetensors": True}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pkm_lightning.data.pretrained_files import (
     pretrained_folder,
     quiet_transformers,
     read_json,
+    weights_alone,
 )
 from pkm_lightning.data.tokenizer import Tokenizer
 from pkm_lightning.errors import CheckpointError, ConfigError, DataError, missing_extra, nearest
@@ -33,10 +35,13 @@ if TYPE_CHECKING:
 #: Values of `model_type` whose decoders are those that `PretrainedTransformer` drives.
 SUPPORTED = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _KEY = "model.path="
+_ADAPTER = "adapter_config.json"
 #: Beginnings of the names in files of a bare decoder, as GPT-2 was published.
 _PREFIXES = ("", "model.", "transformer.")
 #: The number of a layer in the name of a weight, `model.layers.0.mlp.up_proj.weight` or `h.0.attn.c_attn.bias`.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -257,17 +262,12 @@ def read_model(path: Path, config: PreTrainedConfig, dtype: Any) -> PreTrainedMo
     """
     from transformers import AutoModelForCausalLM
 
-    folder, form = (path.parent, {"gguf_file": path.name}) if is_gguf(path) else (path, {"use_safetensors": True})
+    if (path / _ADAPTER).is_file():
+        _log.warning("%s holds an adapter (%s), which is not read: merge it into the weights to use it", path, _ADAPTER)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), weights_alone(path) as arguments:
             read: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **form,
+                **arguments, config=config, dtype=dtype, output_loading_info=True
             )
     except Exception as error:  # from the readers of several libraries
         reason = " ".join(str(error).split()).rstrip(".")

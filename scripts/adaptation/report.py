@@ -19,7 +19,7 @@ from records import curve_of
 from study import Study
 from tables import (
     COLUMNS,
-    SHARES_LEARNED,
+    LEVELS,
     Variant,
     cell,
     curve_rows,
@@ -43,7 +43,7 @@ def write_report(studies: Sequence[Study], folder: Path) -> Path:
     rows = [row for study in studies for row in curve_rows(study, variants(study))]
     text = io.StringIO(newline="")
     benchmarks = dict.fromkeys(name for row in rows for name in row if name.startswith(BENCHMARK))
-    writer = csv.DictWriter(text, [*_FIELDS, *benchmarks])
+    writer = csv.DictWriter(text, [*_FIELDS, *benchmarks], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_beside(folder / "curves.csv", text.getvalue())
@@ -98,7 +98,7 @@ def _section(study: Study, folder: Path) -> dict[str, Any]:
         "steps": equal_steps(study, chosen),
         "seconds": equal_seconds(chosen),
         "shortest": shortest(chosen),
-        "learning": {round(100 * share): equal_learning(chosen, share) for share in SHARES_LEARNED},
+        "learning": {words: equal_learning(chosen, figure, share) for figure, share, words in LEVELS},
         "plots": [file for name in PANELS if (file := draw(name, study.plan.name, chosen, folder))],
         "common": shown(["fit", "run_dir=RUN", *study.shown(study.common(first, first))]),
         "commands": [(v.label, " ".join(study.shown(study.specific(v.method, first, v.replayed)))) for v in chosen],

@@ -77,7 +77,7 @@ def _runs(study: Study, seed: int) -> dict[str, Job]:
     jobs: dict[str, Job] = {}
     for method, replayed in study.variants():
         name = study.run_name(method, seed, replayed)
-        if study.record(name) is None:
+        if study.run_record(method, seed, replayed) is None:
             jobs[name] = _fit(study, name, study.command(method, seed, replayed))
     name = f"edit-{seed}"
     if study.includes("edit") and study.record(name) is None:

@@ -90,6 +90,11 @@ class Study:
         content: dict[str, Any] | None = read(self.record_file(name))
         return content
 
+    def run_record(self, method: Method, seed: int, replayed: bool) -> dict[str, Any] | None:
+        """Returns the record of a run; None also where that is of another setting than the one that is chosen now."""
+        record = self.record(self.run_name(method, seed, replayed))
+        return record if record and record["command"] == self.shown(self.command(method, seed, replayed)) else None
+
     def record_file(self, name: str) -> Path:
         """Returns the file of a record."""
         return self.records / f"{name}.json"
@@ -104,7 +109,7 @@ class Study:
 
     def curve(self, method: Method, seed: int, replayed: bool) -> list[Point]:
         """Returns the evaluations of a run from its start on; none of one that is missing."""
-        record, start = self.record(self.run_name(method, seed, replayed)), self.record(f"start-{seed}")
+        record, start = self.run_record(method, seed, replayed), self.record(f"start-{seed}")
         if record is None or start is None:
             return []
         points = curve_of(record)
@@ -120,7 +125,8 @@ class Study:
     def score(self, name: str) -> tuple[float, float]:
         """Returns the order of a try: by what is lost of A where `SHARE_LEARNED` is reached, else by what is learned.
 
-        The least harmful setting of all would be one that teaches nothing.
+        The least harmful setting of all would be one that teaches nothing. At a share that few methods reach, most
+        would be represented by a setting that learns at any price.
         """
         record = self.record(name)
         if record is None:

@@ -10,8 +10,12 @@ from curves import LEARNED, SHARE_LEARNED, Point, first_at, spread
 from methods import Method
 from study import Study
 
-#: Also the share that methods reach which learn less.
-SHARES_LEARNED = (SHARE_LEARNED, 0.5)
+#: What counts as equal learning: a figure, its share, and both in words.
+LEVELS = (
+    (LEARNED, SHARE_LEARNED, "50% of the paraphrases of B, which are never shown,"),
+    (LEARNED, 0.8, "80% of the paraphrases of B, which are never shown,"),
+    ("learned_seen", 0.8, "80% of the prompts of B that are shown"),
+)
 #: Figures of a table by their heading: name, factor, digits after the point.
 COLUMNS: dict[str, tuple[str, float, int]] = {
     "B seen %": ("learned_seen", 100, 1),
@@ -95,9 +99,9 @@ def equal_seconds(chosen: Sequence[Variant]) -> list[list[str]]:
     return table(chosen, lambda curve: first_at(curve, "seconds", seconds))
 
 
-def equal_learning(chosen: Sequence[Variant], share: float) -> list[list[str]]:
-    """Returns the figures when a run first answered `share` of the paraphrases, where it ever did."""
-    return table(chosen, lambda curve: first_at(curve, LEARNED, share))
+def equal_learning(chosen: Sequence[Variant], figure: str, share: float) -> list[list[str]]:
+    """Returns the figures when a run first answered `share` of the prompts of `figure`, where it ever did."""
+    return table(chosen, lambda curve: first_at(curve, figure, share))
 
 
 def curve_rows(study: Study, chosen: Sequence[Variant]) -> Iterator[dict[str, object]]:

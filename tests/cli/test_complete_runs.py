@@ -89,6 +89,13 @@ def test_an_export_does_not_overwrite_the_tokenizer_of_another_model(cli: Run, t
     shown = cli("export", "run_dir=run", "file=model.safetensors")
     assert shown.code == 2
     assert "the folder holds the tokenizer.json of another model" in shown.err
+    assert "; give a file in a folder of its own, or replace it with overwrite=true." in shown.err
     assert not (tmp_path / "model.safetensors").exists()
-    assert cli("export", "run_dir=run", "file=model.safetensors", "overwrite=true").code == 0
+    (tmp_path / "other.safetensors").touch()
+    shown = cli("export", "run_dir=run", "file=model.safetensors")
+    assert (
+        "would replace it, and leave other.safetensors in this folder with the tokenizer.json of another" in shown.err
+    )
+    shown = cli("export", "run_dir=run", "file=model.safetensors", "overwrite=true")
+    assert shown.out.splitlines()[1:] == ["beside it: tokenizer.json, heldout/"]
     assert (tmp_path / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()

@@ -72,7 +72,8 @@ def test_the_life_of_an_edit(cli: Run, run: Path) -> None:
         assert shown.code == 0
         assert "edits applied" not in shown.out + shown.err
 
-    assert cli("edit", "merge", "run_dir=run", "file=merged.safetensors").code == 0
+    merged = cli("edit", "merge", "run_dir=run", "file=merged.safetensors")
+    assert "beside it: tokenizer.json, heldout/" in merged.out
     assert same(load_file("merged.safetensors"), edited)
     assert cli("export", "run_dir=run", "edits=[]", "file=plain.safetensors").code == 0
     assert same(load_file("plain.safetensors"), base)
