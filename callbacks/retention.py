@@ -31,7 +31,9 @@ from pkm_lightning.adaptation.retention import (
     bytes_changed,
     drift,
     parameter_digests,
+    parameters_in_memory,
     read_start,
+    report_unmeasured,
     sample_of_run,
     sample_of_text,
     start_log_probabilities,
@@ -123,14 +125,14 @@ class Retention(L.Callback):
             RunDirectoryError: the file of the starting model is missing or damaged.
         """
         assert isinstance(pl_module, LanguageModule)
-        self._sample = self._sample_of(trainer, pl_module)
+        model, self._sample = pl_module.model, self._sample_of(trainer, pl_module)
         if self._is_measured:
             self._start = read_start(self.path)
             return
+        report_unmeasured(_KEY, self._learned, self._known, self._sample)
         if self._sample:
             with _forwards(trainer, pl_module):
-                log_probs_MW = start_log_probabilities(pl_module.model, self._sample, device=pl_module.device)
-            self._start[_LOG_PROBS] = log_probs_MW
+                self._start[_LOG_PROBS] = start_log_probabilities(model, self._sample, device=pl_module.device)
         self._start |= parameter_digests(_counted(trainer, pl_module))
         learned = self._recall(trainer, pl_module, "learned", self._learned)
         self.before, self._is_measured = learned | self._known_figures(trainer, pl_module), True
@@ -194,7 +196,5 @@ def _forwards(trainer: L.Trainer, pl_module: LanguageModule) -> Iterator[None]:
 
 def _counted(trainer: L.Trainer, pl_module: LanguageModule) -> dict[str, Tensor]:
     """Returns the parameters whose changes are counted, by name: those in memory, in one process."""
-    if trainer.world_size > 1 or engine_of(trainer) is not None:
-        return {}
-    mapped = {id(table.weight) for table in pl_module.model.value_tables if table.is_mapped}
-    return {name: p.detach() for name, p in pl_module.model.named_parameters() if id(p) not in mapped}
+    is_whole = trainer.world_size == 1 and engine_of(trainer) is None
+    return parameters_in_memory(pl_module.model) if is_whole else {}

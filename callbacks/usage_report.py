@@ -14,6 +14,7 @@ from rich import box, get_console
 from rich.table import Table
 from rich.text import Text
 
+from pkm_lightning.errors import counted
 from pkm_lightning.storage import write_beside
 from pkm_lightning.usage.counters import UsageCounters
 from pkm_lightning.usage.figures import report
@@ -49,7 +50,7 @@ def _print(content: dict[str, Any]) -> None:
     for name, entry in {**content["layers"], **tables}.items():
         table.add_row(Text(name), f"{entry['slots']:,}", *_cells(entry["since_start"]), f"{entry['dead']:,}")
         if not is_whole:
-            table.add_row(f"  last {steps:,} steps", "", *_cells(entry["window"]), "")
+            table.add_row(f"  last {counted(steps, 'step')}", "", *_cells(entry["window"]), "")
     # The console of the progress bar, so that neither overwrites the other.
     get_console().print(table)
 

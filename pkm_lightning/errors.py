@@ -89,6 +89,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def counted(n: int, noun: str) -> str:
+    """Returns a number with its noun, such as `1 file` or `1,000 files`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
     """Refuses a `value` of `key` that is not among `allowed`.
 

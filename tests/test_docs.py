@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_module
 from launches import end, free_port, torchrun
 from pages import OURS, PAGES, README, blocks, commands, compositions, furnish, of_the_package, small_version, words
@@ -18,6 +19,7 @@ from small import SMALL_RUN, Run
 from tree import ROOT, listed_files
 
 from pkm_lightning.build.run import resolve
+from pkm_lightning.cli.edit_words import ACTIONS
 from pkm_lightning.cli.job import plain
 
 NODES = ROOT / "docs" / "many-nodes.md"
@@ -188,3 +190,14 @@ def test_every_option_of_a_group_is_listed(group: str) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     options = {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")} - {"pretrained"}  # that of model=hf
     assert sorted(option for option in options if f"`{option}`" not in page) == []
+
+
+def test_the_keys_of_edit_are_listed_with_their_defaults() -> None:
+    defaults = yaml.safe_load((ROOT / "configs" / "edit.yaml").read_text())
+    page = (ROOT / "docs" / "editing.md").read_text()
+    cells = re.findall(r"^\| (`.+?`) \|", page, re.M)
+    listed = dict(re.findall(r"`(\w+)=?([^`]*)`", " ".join(cells)))
+    assert listed.keys() == set(ACTIONS["write"])
+    for name, default in defaults.items():
+        if isinstance(default, int | float) and name in listed:
+            assert yaml.safe_load(listed[name]) == default, name

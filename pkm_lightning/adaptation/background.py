@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pkm_lightning.adaptation.row_reads import RowIds, RowReads, count_into
 from pkm_lightning.adaptation.row_scores import BackgroundReads
 from pkm_lightning.checkpoints.tensor_file import read_tensor_file, write_tensor_file
-from pkm_lightning.errors import CheckpointError, ConfigError
+from pkm_lightning.errors import CheckpointError, ConfigError, counted
 from pkm_lightning.model import Transformer
 from pkm_lightning.ops import sum_over_ranks
 from pkm_lightning.usage.layer_reads import LayerReads
@@ -247,4 +247,4 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _in_words(rows: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} ({number} rows)" for name, number in rows.items()) or "no table"
+    return ", ".join(f"{name} ({counted(number, 'row')})" for name, number in rows.items()) or "no table"

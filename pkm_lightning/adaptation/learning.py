@@ -8,7 +8,8 @@ the smaller the more often other text reads the line.
 
 The weight c of the divergence is a Lagrange multiplier: at each look at the held-out text it is multiplied by a
 power of the ratio of the divergence there to its bound, within limits. Of all looks within the bound the one with the
-most right answers is taken; the last deltas, scaled down to the bound, are taken instead where they answer more.
+most right answers is taken, and of those the one with the largest mean margin, of which each prompt counts up to the
+margin that ends the learning. The last deltas, scaled down to the bound, are taken instead where they answer more.
 
 Letters: U lines with a delta, V values per line.
 """
@@ -63,13 +64,21 @@ class Progress:
         step: optimizer steps so far.
         seconds: since the first.
         right: share of the prompts that are answered right.
+        margin: by how many logits the answers lead, the mean over the prompts; more than the setting `margin` counts
+            as that.
         divergence: mean KL on the held-out text, in nats per token.
     """
 
     step: int
     seconds: float
     right: float
+    margin: float
     divergence: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What decides between two looks within the bound."""
+        return self.right, self.margin
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Learned:
         values: by table, (U, V) each.
         steps: optimizer steps.
         seconds: of the learning.
-        ended: why it ended: `learned`, `steps` or `seconds`.
+        ended: why it ended: `learned`, `steps` or `seconds`; `known` where there was nothing to learn.
     """
 
     values: dict[ValueTable, Tensor]
@@ -145,8 +154,8 @@ class _Loop:
         self._multiplier, self.step = _FIRST / settings.kl_bound, 0
         self._started = time.perf_counter()
         self._looked, self._look_seconds = 0.0, 0.0
-        self._best: tuple[float, dict[ValueTable, Tensor]] | None = None
-        self._last = Progress(0, 0.0, 0.0, 0.0)
+        self._best: tuple[Progress, dict[ValueTable, Tensor]] | None = None
+        self._last = Progress(0, 0.0, 0.0, 0.0, 0.0)
         moving = {table: added for table, added in deltas.items() if len(added.lines_U)}
         self._penalties = {
             table: Penalty(drifts[table], added.lines_U, device=added.lines_U.device) for table, added in moving.items()
@@ -262,9 +271,9 @@ class _Loop:
         margins_S = margins(self._model, self._sequences, device=self._device)
         divergence = self._held_out.mean_divergence()
         within = divergence <= self._settings.kl_bound
-        self._last = Progress(self.step, began, float((margins_S > 0).float().mean()), divergence)
-        if within and (self._best is None or self._last.right > self._best[0]):
-            self._best = (self._last.right, self._values())
+        self._last = self._progress_at(began, margins_S, divergence)
+        if within and (self._best is None or self._last.rank > self._best[0].rank):
+            self._best = (self._last, self._values())
         change = min(_UP, max(_DOWN, (divergence / self._settings.kl_bound) ** _POWER))
         self._multiplier = min(_MOST, max(_LEAST, self._multiplier * change))
         if watch is not None:
@@ -272,24 +281,30 @@ class _Loop:
         self._looked, self._look_seconds = self.seconds, self.seconds - began
         return within and bool((margins_S >= self._settings.margin).all())
 
+    def _progress_at(self, seconds: float, margins_S: Tensor, divergence: float) -> Progress:
+        right, margin = (margins_S > 0).float().mean(), margins_S.clamp(max=self._settings.margin).mean()
+        return Progress(self.step, seconds, float(right), float(margin), divergence)
+
     def _values(self, scale: float = 1.0) -> dict[ValueTable, Tensor]:
         return {table: added.values_UV.detach() * scale for table, added in self._deltas.items()}
 
     @torch.no_grad()
     def best(self) -> dict[ValueTable, Tensor]:
         """Returns the best deltas within the bound."""
-        bound, last_is_best = self._settings.kl_bound, self._best is None or self._last.right > self._best[0]
-        if self._best is not None and (self._last.divergence <= bound or not last_is_best):
-            return self._best[1]
+        bound, best = self._settings.kl_bound, self._best
+        # The search takes as long as some looks: for more right answers, not for a larger margin.
+        if best is not None and (self._last.divergence <= bound or self._last.right <= best[0].right):
+            return best[1]
         last = self._values()
         low, high = 0.0, 1.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             self._put(last, middle)
-            low, high = (middle, high) if self._held_out.mean_divergence() <= self._settings.kl_bound else (low, middle)
+            low, high = (middle, high) if self._held_out.mean_divergence() <= bound else (low, middle)
         self._put(last, low)
-        right = float((margins(self._model, self._sequences, device=self._device) > 0).float().mean())
-        return self._values() if self._best is None or right > self._best[0] else self._best[1]
+        margins_S = margins(self._model, self._sequences, device=self._device)
+        scaled = self._progress_at(self.seconds, margins_S, bound)
+        return self._values() if best is None or scaled.rank > best[0].rank else best[1]
 
     def _put(self, values: dict[ValueTable, Tensor], scale: float) -> None:
         for table, added in self._deltas.items():

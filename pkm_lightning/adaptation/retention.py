@@ -8,11 +8,13 @@ Letters: M positions with a target, W vocabulary, R rows of a parameter.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +23,8 @@ from torch.nn import functional
 from pkm_lightning.data.base import NO_TARGET, Batch, TextCodec
 from pkm_lightning.data.held_out import held_out_batches
 from pkm_lightning.errors import RunDirectoryError
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pkm_lightning.data.tokenizer import Tokenizer
@@ -42,6 +46,28 @@ class Drift(NamedTuple):
 
     loss: float
     kl: float
+
+
+@rank_zero_only
+def report_unmeasured(key: str, learned: Sequence[Any], known: Sequence[Any], sample: Sequence[Any]) -> None:
+    """Logs what is not measured for want of questions or text, and the keys below `key` that name some."""
+    missing = [
+        text
+        for text, content in (
+            (f"what is learned (set {key}.facts=FACTS.jsonl)", learned),
+            (f"answers to what was known (set {key}.known=RUN or FACTS.jsonl)", known),
+            (f"loss and KL on other text (set {key}.text=FILE)", sample),
+        )
+        if not content
+    ]
+    if missing:
+        _log.warning("%s does not measure %s", key, ", ".join(missing))
+
+
+def parameters_in_memory(model: Transformer) -> dict[str, Tensor]:
+    """Returns the parameters by name, without tables that stay in their file."""
+    mapped = {id(table.weight) for table in model.value_tables if table.is_mapped}
+    return {name: p.detach() for name, p in model.named_parameters() if id(p) not in mapped}
 
 
 def sample_of_text(tokenizer: TextCodec, text: str, *, positions: int, seq_len: int) -> list[Batch]:

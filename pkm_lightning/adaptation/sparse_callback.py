@@ -30,7 +30,7 @@ from pkm_lightning.adaptation.saved_background import has_background, named_back
 from pkm_lightning.build.instantiate import target_class
 from pkm_lightning.checkpoints import latest_checkpoint
 from pkm_lightning.data.base import data_of, tokenizer_of
-from pkm_lightning.errors import ConfigError, DataError
+from pkm_lightning.errors import ConfigError, DataError, counted
 from pkm_lightning.model import Traces
 from pkm_lightning.training import LanguageModule
 
@@ -142,7 +142,7 @@ class SparseRows(L.Callback):
         if self.background is not None:
             return named_background(self.background, "finetune.background=")
         background = saved_background(module.config["init_from"])
-        _info("read background: %s sequences, counted in the training of init_from", f"{background.n_batches:,}")
+        _info("read background: %s, counted in the training of init_from", counted(background.n_batches, "sequence"))
         return background
 
     def _measured(self, trainer: L.Trainer, module: LanguageModule) -> ReadBackground:
@@ -158,11 +158,12 @@ class SparseRows(L.Callback):
         sequences = text_sequences(reader, tokenizer, getattr(data, "seq_len", 512), self.background_batches)
         batches = share_of_rank(sequences, trainer.global_rank, trainer.world_size)
         if not batches:
-            number, of = len(sequences), f"of {trainer.world_size} ranks"
+            of = f"of {trainer.world_size} ranks"
             raise DataError(
-                f"finetune.background_path={path} holds {number} sequences, and each {of} reads one or more."
+                f"finetune.background_path={path} holds {counted(len(sequences), 'sequence')}, and each {of} reads one "
+                "or more."
             )
-        _info("read background: %s sequences of %s", f"{len(sequences):,}", path)
+        _info("read background: %s of %s", counted(len(sequences), "sequence"), path)
 
         def forward(ids_BT: Tensor) -> None:
             _forward(trainer, module, {"input_ids": ids_BT})
@@ -199,12 +200,17 @@ class SparseRows(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reports what has changed."""
         if self.chooser is not None:
-            for name, changed in self.chooser.report().items():
-                _info(
-                    "%s: %s of %s rows have changed (%s bytes)",
-                    *(name, f"{changed.rows:,}", f"{changed.of_rows:,}", f"{changed.n_bytes:,}"),
-                )
+            for name, changed in self.changed_rows().items():
+                _info("%s: changed %s", name, changed)
         self._stop(pl_module)
+
+    def changed_rows(self) -> dict[str, str]:
+        """Returns by set of tables which rows have changed so far, in words."""
+        report = {} if self.chooser is None else self.chooser.report()
+        return {
+            name: f"{of_set.rows:,} of {counted(of_set.of_rows, 'row')} ({counted(of_set.n_bytes, 'byte')})"
+            for name, of_set in report.items()
+        }
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Stops watching."""
@@ -251,5 +257,5 @@ def _task_batches(trainer: L.Trainer, steps: int | None) -> Iterator[dict[str, T
         steps = (
             trainer.max_steps if passes is None else math.ceil(trainer.max_steps / max(1.0, passes(trainer.max_steps)))
         )
-    _info("reads of %s steps choose the rows of the task", f"{steps:,}")
+    _info("the rows of the task are chosen by the reads of %s", counted(steps, "step"))
     yield from islice(data.train_dataloader(), steps * trainer.accumulate_grad_batches)

@@ -6,6 +6,7 @@ sees, decides whether the change stays within its bound.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from itertools import chain
@@ -16,17 +17,20 @@ import torch
 
 from pkm_lightning.adaptation.fact_sequences import fact_sequences, padded_batches
 from pkm_lightning.adaptation.facts_file import Fact
-from pkm_lightning.data.base import Batch, RecallItem
+from pkm_lightning.data.base import NO_TARGET, Batch, RecallItem
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.files import find_files, read_text
 from pkm_lightning.data.held_out import HeldOutDataModule
 from pkm_lightning.data.tokenizer import Tokenizer
-from pkm_lightning.errors import DataError
+from pkm_lightning.errors import DataError, counted
 
+_log = logging.getLogger(__name__)
 #: Tokens per batch, padding included.
 _BATCH_TOKENS = 1024
 #: Tokens per sequence of a text file, at most.
 _SEQUENCE = 256
+#: Tokens to predict below which a bound is measured on little.
+_FEW = 2000
 
 
 class TextParts(NamedTuple):
@@ -34,6 +38,26 @@ class TextParts(NamedTuple):
 
     penalised: list[Batch]
     held_out: list[Batch]
+
+
+def check_bounding(text: TextParts) -> None:
+    """Refuses text that leaves nothing to measure a bound on, and warns where that is little.
+
+    Raises:
+        DataError: the held-out part has no token to predict.
+    """
+    count = sum(int((batch["labels"] != NO_TARGET).sum()) for batch in text.held_out)
+    if not count:
+        raise DataError(
+            "the other text has no token to measure kl_bound on: what the edit changes besides the facts would be "
+            "unknown; give drift_path=FILE of other text (in a program: TextParts.held_out)."
+        )
+    if count < _FEW:
+        _log.warning(
+            "kl_bound is measured on %s of other text, fewer than %s: how much else changes is uncertain; give more "
+            "with drift_path=FILE or a higher drift_tokens",
+            *(counted(count, "token"), f"{_FEW:,}"),
+        )
 
 
 def held_out_parts(folder: Path, tokenizer_file: Path, *, most_tokens: int, seed: int) -> TextParts:
@@ -155,8 +179,8 @@ def text_file_parts(path: str, tokenizer: Tokenizer, *, context: int | None, mos
     width = _SEQUENCE if context is None else min(_SEQUENCE, context)
     if len(ids) < 2 * (width + 1):
         raise DataError(
-            f"drift_path={path} has {len(ids)} tokens, too few to bound what an edit changes; give at least "
-            f"{2 * width + 2}."
+            f"drift_path={path} has {counted(len(ids), 'token')}, too few to bound what an edit changes; give at "
+            f"least {2 * width + 2}."
         )
     half = len(ids) // 2
     return TextParts(*(_sequences_of(part, width, most_tokens) for part in (ids[:half], ids[half:])))

@@ -32,7 +32,7 @@ from pkm_lightning.adaptation.lower_layers import lower_layers_once
 from pkm_lightning.adaptation.other_text import OtherText
 from pkm_lightning.adaptation.row_choice import ReadFrequencies, SlotReads, choose_slots, lines_of
 from pkm_lightning.adaptation.settings import WritingSettings
-from pkm_lightning.adaptation.text_batches import TextParts
+from pkm_lightning.adaptation.text_batches import TextParts, check_bounding
 from pkm_lightning.build.edits import EditedTables, check_editable
 from pkm_lightning.checkpoints.edit_file import Edit, LineDeltas
 from pkm_lightning.data.base import Batch, TextCodec
@@ -63,6 +63,8 @@ def write_facts(
 ) -> Edit:
     """Returns an edit that makes a model continue the prompts of facts with their answers; it is not applied.
 
+    Where the model answers all of them already, the edit has no rows, and `figures["ended"]` is `known`.
+
     Args:
         model: whose trunk and tables stay as they are.
         tokenizer: of the model.
@@ -79,19 +81,20 @@ def write_facts(
 
     Raises:
         ConfigError: a setting is out of range, or the model has no table whose rows can be edited.
-        DataError: there is no fact, or a prompt is too long.
+        DataError: there is no fact, a prompt is too long, or the other text has nothing to measure the bound on.
 
     Example: `docs/editing.md`, "From a program".
     """
     chosen = WritingSettings(**settings)
     device = torch.device(device)
     check_lengths(facts, tokenizer, context)
+    check_bounding(other_text)
     tables = EditedTables(model) if tables is None else tables  # type: ignore[arg-type]
     weights = tables.weights
     with _frozen(model), lower_layers_once(model):  # type: ignore[arg-type]
         writer = _Writer(model, tokenizer, facts, other_text, tables, device, context, chosen)
         before = writer.recall()
-        learned = writer.learn(watch)
+        learned = writer.nothing() if all(before["learned"]) else writer.learn(watch)
         edit = Edit(
             name=name,
             weights=weights,
@@ -197,6 +200,15 @@ class _Writer:
             facts = [parse_fact(f"edit {name}", fact) for fact in self._tables.applied[name].facts]
             at_risk[name] = self._sequences(facts, lambda fact: fact.learned)
         return at_risk
+
+    def nothing(self) -> Learned:
+        """Returns deltas that are all zero."""
+        return Learned(
+            {self._tables.by_name[name]: added.values_UV.detach() for name, added in self.deltas.items()},
+            0,
+            0.0,
+            "known",
+        )
 
     def learn(self, watch: Callable[[Progress], None] | None) -> Learned:
         """Trains the deltas."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pkm_lightning.checkpoints import SavedCheckpoint
 from pkm_lightning.checkpoints.edit_file import Edit, state_digest, weights_digest
 from pkm_lightning.checkpoints.edit_folder import read_edits
-from pkm_lightning.errors import CheckpointError, ConfigError, nearest
+from pkm_lightning.errors import CheckpointError, ConfigError, counted, nearest
 from pkm_lightning.memory import QuantizedTable, ValueTable
 from pkm_lightning.memory.edited_lines import EditedLines, with_deltas
 
@@ -124,8 +124,13 @@ class EditedTables:
         return counts
 
 
-def check_fits(edit: Edit, weights: str) -> None:
+def check_fits(edit: Edit, weights: str, remedy: str = "write its facts again") -> None:
     """Refuses an edit that was made for other weights.
+
+    Args:
+        edit: to be applied.
+        weights: digest of the weights.
+        remedy: what to do, for the message.
 
     Raises:
         CheckpointError: naming it and what to do.
@@ -133,8 +138,7 @@ def check_fits(edit: Edit, weights: str) -> None:
     if edit.weights != weights:
         raise CheckpointError(
             f"edit {edit.name!r} was made for other weights (digest {edit.weights[:12]}, here {weights[:12]}), and "
-            "deltas of rows mean nothing in another model; set edits=[], take it out with `edit remove`, or write its "
-            "facts again."
+            f"deltas of rows mean nothing in another model; {remedy}."
         )
 
 
@@ -153,7 +157,7 @@ def check_shape(edit: str, table: str, lines_U: Tensor, values_UV: Tensor, shape
 
 def applied_line(edits: Sequence[Edit]) -> str:
     """Returns which edits are applied, as one line."""
-    return "edits applied: " + ", ".join(f"{edit.name} ({len(edit.facts)} facts)" for edit in edits)
+    return "edits applied: " + ", ".join(f"{edit.name} ({counted(len(edit.facts), 'fact')})" for edit in edits)
 
 
 def edited(model: nn.Module, checkpoint: SavedCheckpoint, edits: Sequence[str | Path] | None) -> EditedTables:
@@ -164,22 +168,33 @@ def edited(model: nn.Module, checkpoint: SavedCheckpoint, edits: Sequence[str | 
     """
     tables = EditedTables(model, lambda: weights_digest(checkpoint))
     chosen = read_edits(checkpoint.path, edits)
-    for edit in chosen:
-        tables.apply(edit)
     if chosen:
+        check_fit(chosen, tables.weights, are_named=edits is not None)
+        for edit in chosen:
+            tables.apply(edit)
         _log.info("%s", applied_line(chosen))
     return tables
 
 
-def check_fit(edits: Sequence[Edit], checkpoint: SavedCheckpoint) -> None:
-    """Refuses edits that were made for other weights than those of `checkpoint`.
+def check_fit(edits: Sequence[Edit], weights: str, *, are_named: bool) -> None:
+    """Refuses edits that were made for other weights than those that are loaded.
+
+    Args:
+        edits: with which the weights are to be used.
+        weights: digest of the weights.
+        are_named: whether the command names them; they are the applied ones if not.
 
     Raises:
         CheckpointError: naming the edit and what to do.
     """
-    digest = weights_digest(checkpoint) if edits else ""
     for edit in edits:
-        check_fits(edit, digest)
+        remedy = (
+            "leave it out of edits=, or write its facts again"
+            if are_named
+            else f"set edits=[] where a command reads that, or take it out with `edit remove name={edit.name}`, after "
+            "which its facts can be written again"
+        )
+        check_fits(edit, weights, remedy)
 
 
 def include_edits(checkpoint: SavedCheckpoint, chosen: Sequence[Edit]) -> None:

@@ -154,7 +154,7 @@ def parameter_counts(model: nn.Module) -> ParameterCounts:
 
 
 def trained_bytes(model: nn.Module) -> int:
-    """Returns the bytes of the parameters that are trained, which is what a run changes; tables count whole."""
+    """Returns the bytes of the parameters that may learn, all rows of a table that learns included."""
     return sum(size * width for size, width, learns in _sizes(model) if learns)
 
 

@@ -24,7 +24,7 @@ from pkm_lightning.checkpoints.companions import run_folder
 from pkm_lightning.checkpoints.edit_file import SUFFIX, Edit, weights_digest
 from pkm_lightning.checkpoints.edit_folder import REMOVED, edit_files, edits_folder, listed, read_edits
 from pkm_lightning.cli import export
-from pkm_lightning.cli.edit_listing import edit_table, full_record, list_edits, result_lines
+from pkm_lightning.cli.edit_listing import KNOWN, edit_table, full_record, list_edits, repeats, result_lines
 from pkm_lightning.cli.edit_words import ACTIONS
 from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
@@ -32,12 +32,14 @@ from pkm_lightning.cli.loading import load_of_job
 from pkm_lightning.cli.paths import expanded
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.files import find_files
-from pkm_lightning.errors import ConfigError, RunDirectoryError, check_choice, check_flag, nearest
+from pkm_lightning.errors import ConfigError, RunDirectoryError, check_choice, check_flag, counted, nearest
 from pkm_lightning.storage import HeldFolder, flush
 
 _log = logging.getLogger(__name__)
 #: Keys that name the model, and where it is computed.
 _OF_MODEL = ("run_dir", "ckpt", "trust_config", "trainer", "table", "action")
+#: What to do with an edit that stays removed since it fits other weights.
+_MISFIT = "it stays removed; write its facts again, which `edit show` prints"
 #: Short, since a character may be four bytes and a file name has at most 255.
 _NAME = re.compile(r"[^\W_][\w.-]{0,49}")
 
@@ -97,6 +99,8 @@ def _write(job: Job, weights: Path) -> None:
         assert loaded.edits is not None
         if name in loaded.edits.applied:
             loaded.edits.remove(name)
+        for line in repeats(facts, loaded.edits.applied.values()):
+            _log.warning("%s", line)
         text = other_text(drift, run_folder(loaded.path), loaded, settings, trust=bool(job.config.trust_config))
         edit = write_facts(
             loaded.model,
@@ -109,14 +113,14 @@ def _write(job: Job, weights: Path) -> None:
             context=loaded.context,
             note=str(job.config.note),
             watch=lambda progress: _log.info(
-                "step %d, %.0f s: %.1f%% of the prompts right, KL %.5f",
-                progress.step,
-                progress.seconds,
-                100 * progress.right,
-                progress.divergence,
+                "step %d, %.0f s: %.1f%% of the prompts right, margin %+.2f, KL %.5f",
+                *(progress.step, progress.seconds, 100 * progress.right, progress.margin, progress.divergence),
             ),
             **settings.record(),
         )
+        if not edit.n_lines:
+            print(KNOWN)
+            return
         edit.save(folder / f"{name}{SUFFIX}")
         (folder / REMOVED / f"{name}{SUFFIX}").unlink(missing_ok=True)
     print("\n".join(result_lines(edit, folder / f"{name}{SUFFIX}")))
@@ -224,13 +228,13 @@ def _apply(job: Job, weights: Path) -> None:
     with _held(folder):
         name, file = _known(job, folder, removed=True)
         edit, others = Edit.load(file), read_edits(weights, None)
-        check_fits(edit, weights_digest(open_checkpoint(weights)))
+        check_fits(edit, weights_digest(open_checkpoint(weights)), _MISFIT)
         _move(file, folder / file.name)
-    print(f"{name} is applied: {len(edit.facts)} facts, {edit.n_lines:,} rows")
+    print(f"{name} is applied: {counted(len(edit.facts), 'fact')}, {counted(edit.n_lines, 'row')}")
     for other in others:
         shared = sum(_shared(edit, other, table) for table in edit.tables)
         if shared:
-            print(f"it shares {shared:,} rows with {other.name}: the answers of both may change")
+            print(f"it shares {counted(shared, 'row')} with {other.name}: the answers of both may change")
 
 
 def _shared(edit: Edit, other: Edit, table: str) -> int:

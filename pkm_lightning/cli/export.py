@@ -21,7 +21,7 @@ from pkm_lightning.build.saving import save
 from pkm_lightning.build.stored_tables import include_stored_rows
 from pkm_lightning.checkpoints import SavedCheckpoint, open_checkpoint
 from pkm_lightning.checkpoints.companions import CHAT_TEMPLATE, TOKENIZER, companion_place, find_companion
-from pkm_lightning.checkpoints.edit_file import Edit
+from pkm_lightning.checkpoints.edit_file import Edit, weights_digest
 from pkm_lightning.checkpoints.edit_folder import read_edits
 from pkm_lightning.checkpoints.export import write
 from pkm_lightning.checkpoints.quantized import QuantizedCheckpoint
@@ -137,7 +137,9 @@ def _opened(job: Job, path: Path) -> tuple[SavedCheckpoint, list[Edit]]:
     """
     checkpoint = open_checkpoint(path)
     edits = [] if names_pretrained(job) else read_edits(path, edits_of(job))
-    check_fit(edits, checkpoint)  # before adapters are merged and rows of other files are among its weights
+    # Before adapters are merged and rows of other files are among its weights.
+    digest = weights_digest(checkpoint) if edits else ""
+    check_fit(edits, digest, are_named=edits_of(job) is not None)
     merge_adapters(checkpoint)
     include_stored_rows(checkpoint, moved_tables(job))
     include_edits(checkpoint, edits)

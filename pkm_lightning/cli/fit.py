@@ -145,7 +145,9 @@ def _run(job: Job) -> float | None:
             for remark in filter(None, (remark_validation(config["trainer"]), *remarks)):
                 _log.info(remark)
             if config["optim"].get("freeze") or config.get("finetune"):
-                _log.info("parameters trained / frozen: %s / %s", *(f"{n:,}" for n in parameter_counts(resolved.model)))
+                _log.info(
+                    "parameters that may learn / frozen: %s / %s", *map("{:,}".format, parameter_counts(resolved.model))
+                )
             assembly = assemble(resolved)
             if external:
                 check_world(assembly.trainer, external.world_size)

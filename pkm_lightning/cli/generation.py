@@ -14,7 +14,7 @@ from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.paths import expanded
 from pkm_lightning.data.files import check_characters, split_lines
 from pkm_lightning.data.prompts import Prompt, check_prompts, read_conversations, read_prompts
-from pkm_lightning.errors import ConfigError, DataError, check_flag, check_integer
+from pkm_lightning.errors import ConfigError, DataError, check_flag, check_integer, counted
 from pkm_lightning.inference.generation import Answer, Speed
 from pkm_lightning.inference.sampling import Sampling
 
@@ -144,9 +144,9 @@ def speed_line(speed: Speed, answers: Sequence[Answer]) -> str:
     ended = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     written = sum(len(answer.ids) for answer in answers)
     return (
-        f"prompts: {speed.prompt_tokens:,} tokens{_rate(speed.prompt_tokens, speed.prompt_seconds)}; "
+        f"prompts: {counted(speed.prompt_tokens, 'token')}{_rate(speed.prompt_tokens, speed.prompt_seconds)}; "
         # The first token of an answer comes with the prompt, and is not timed.
-        f"answers: {written:,} tokens{_rate(speed.new_tokens, speed.new_seconds)}; ended: {ended or 'none'}"
+        f"answers: {counted(written, 'token')}{_rate(speed.new_tokens, speed.new_seconds)}; ended: {ended or 'none'}"
     )
 
 

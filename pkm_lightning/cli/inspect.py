@@ -24,7 +24,7 @@ from pkm_lightning.cli.run_contents import HELD_OUT
 from pkm_lightning.data.base import RecallItem
 from pkm_lightning.data.held_out import HeldOutDataModule, holds_held_out
 from pkm_lightning.data.prompts import read_prompts
-from pkm_lightning.errors import ConfigError, check_choice, check_integer
+from pkm_lightning.errors import ConfigError, check_choice, check_integer, counted
 from pkm_lightning.inspection import Record, add_ablation, add_slot_readings, trace
 from pkm_lightning.inspection.masking import checked_choice
 from pkm_lightning.inspection.page import render
@@ -52,7 +52,7 @@ def run(job: Job) -> None:
     loaded = load_of_job(job, (*INSPECTION_KEYS, "format"))
     codec, sets = loaded.codec(), slot_sets(inspected_readers(loaded.model))
     masks = [checked_choice(sets, choice, key) for key, choice in choices]
-    _log.info("reading %d text(s)", len(texts))
+    _log.info("reading %s", counted(len(texts), "text"))
     record = trace(loaded.model, codec, texts, context=loaded.context, effects=job.config.effects, name=_name(loaded))
     kept, most_tokens = _kept_data(loaded), int(job.config.data_tokens)
     questions = [] if kept is None else _some(kept.validation_items(None), int(job.config.questions))

@@ -21,7 +21,7 @@ from pkm_lightning.data.base import TextCodec, tokenizer_of
 from pkm_lightning.data.datamodule import TokenDataModule
 from pkm_lightning.data.prompts import PromptBatches, collect_prompts
 from pkm_lightning.data.tokenizer import Tokenizer
-from pkm_lightning.errors import ConfigError
+from pkm_lightning.errors import ConfigError, counted
 from pkm_lightning.inference.generation import encode_prompts
 from pkm_lightning.inference.prediction import Answering
 from pkm_lightning.storage import check_target, is_stream, write_beside
@@ -58,7 +58,7 @@ def run(job: Job) -> None:
             return
         for line in lines[:20]:
             print(line)
-        print(f"{len(lines)} answer{'' if len(lines) == 1 else 's'} in {path}")
+        print(f"{counted(len(lines), 'answer')} in {path}")
 
 
 class PromptData(L.LightningDataModule):

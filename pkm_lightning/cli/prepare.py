@@ -22,10 +22,10 @@ from pkm_lightning.cli import prepare_benchmarks, prepare_invented
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.data.datamodule import TokenDataModule, remark_vocabulary
 from pkm_lightning.data.prepared import prepare_data
-from pkm_lightning.data.shards.content import content_table, counted, skipped_texts
+from pkm_lightning.data.shards.content import content_table, skipped_texts
 from pkm_lightning.data.shards.format import INDEX
 from pkm_lightning.data.shards.mapped import read_index
-from pkm_lightning.errors import ConfigError, Interrupted, check_flag
+from pkm_lightning.errors import ConfigError, Interrupted, check_flag, counted
 from pkm_lightning.supervision.signals import exit_code, handled_signals
 
 log = logging.getLogger(__name__)

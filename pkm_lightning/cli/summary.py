@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pkm_lightning.adaptation.sparse_callback import SparseRows
 from pkm_lightning.build.freezing import ParameterCounts
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.retention import Retention
+from pkm_lightning.errors import counted
 from pkm_lightning.inference.recall import ItemScore
 
 #: Form, and its label.
@@ -32,7 +34,7 @@ _WITHOUT_TABLE = "  the same, value tables read as zeros"
 def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback], counts: ParameterCounts) -> None:
     """Prints the table of `record` with the parameters of its model and, if questions were asked, six of them."""
     console = Console(markup=False, emoji=False)  # data and paths may hold brackets
-    console.print(_figures(record, counts))
+    console.print(_figures(record, counts, callbacks))
     for callback in callbacks:
         if isinstance(callback, Recall) and callback.scores:
             console.print(_answers(callback.scores))
@@ -40,7 +42,7 @@ def print_summary(record: dict[str, Any], callbacks: Sequence[L.Callback], count
             console.print(_retained(rows))
 
 
-def _figures(record: dict[str, Any], counts: ParameterCounts) -> Table:
+def _figures(record: dict[str, Any], counts: ParameterCounts, callbacks: Sequence[L.Callback]) -> Table:
     table = Table(title=f"{record['ffn']}, seed {record['seed']}", show_header=False)
     metrics, recall = record["metrics"], record["metrics"].get("recall", {})
     for form, label in _FORMS:
@@ -59,14 +61,15 @@ def _figures(record: dict[str, Any], counts: ParameterCounts) -> Table:
         table.add_row(_WITHOUT_TABLE, f"{metrics['test/perplexity_without_table']:.3f}")
     if record.get("tokens_per_second"):
         table.add_row("training tokens/s", f"{record['tokens_per_second']:,.0f}")
-    for label, value in [*cost_rows(record, counts), *variant_rows(record.get("variants") or {})]:
+    changed = [row for callback in callbacks if isinstance(callback, SparseRows) for row in changed_rows(callback)]
+    for label, value in [*cost_rows(record, counts), *changed, *variant_rows(record.get("variants") or {})]:
         table.add_row(label, value)
     return table
 
 
 def _recall(recall: float, choice: float | None, n: int | None = None) -> str:
     # A share of few questions is uncertain.
-    asked = f" ({n:,} questions)" if n is not None and n < _MANY else ""
+    asked = f" ({counted(n, 'question')})" if n is not None and n < _MANY else ""
     return f"{recall:.1%}" + ("" if choice is None else f", {choice:.1%} of four options") + asked
 
 
@@ -85,10 +88,15 @@ def cost_rows(record: dict[str, Any], counts: ParameterCounts) -> list[tuple[str
     if record["unknown_cost"]:
         rows.append(("without the cost of", ", ".join(record["unknown_cost"])))
     if counts.frozen:
-        rows.append(("parameters trained / frozen", f"{counts.trained:,} / {counts.frozen:,}"))
+        rows.append(("parameters that may learn / frozen", f"{counts.trained:,} / {counts.frozen:,}"))
         if "trained_bytes" in record:
-            rows.append(("bytes of those trained", f"{record['trained_bytes']:,}"))
+            rows.append(("bytes of those that may learn", f"{record['trained_bytes']:,}"))
     return rows
+
+
+def changed_rows(callback: SparseRows) -> list[tuple[str, str]]:
+    """Returns label and value of the rows that sparse finetuning has changed, by set of tables."""
+    return [(f"  of which changed in {name}", changed) for name, changed in callback.changed_rows().items()]
 
 
 def variant_rows(of_variants: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -22,12 +22,12 @@ from pkm_lightning.data.packing import PieceOrder
 from pkm_lightning.data.pieces import ConsecutivePieces, Pieces, write_pieces
 from pkm_lightning.data.sequences import DocumentSequences, WindowSequences
 from pkm_lightning.data.shards.build import build_shards
-from pkm_lightning.data.shards.content import content_lines, counted
+from pkm_lightning.data.shards.content import content_lines
 from pkm_lightning.data.shards.format import PARTS
 from pkm_lightning.data.shards.mapped import TokenShards, read_index
 from pkm_lightning.data.split import Fractions
 from pkm_lightning.data.tokenizer import Tokenizer
-from pkm_lightning.errors import ConfigError, DataError, check_choice, check_range
+from pkm_lightning.errors import ConfigError, DataError, check_choice, check_range, counted
 
 PACKINGS = ["windows", "documents", "none"]
 #: The keys of the files of parts.

@@ -92,7 +92,7 @@ class SlotReading(NamedTuple):
     Attributes:
         text: an index of `Record.texts`, or the name of a sequence of the data.
         position: of the token in that text.
-        token: its text.
+        token: its text, that of the whole character where it is a part of one.
         weight: of the read, signed.
         reader: the reader's name.
         before, after: some text on both sides of the token.

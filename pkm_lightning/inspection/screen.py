@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pkm_lightning.errors import counted
 from pkm_lightning.inspection.record import AblationRecord, Record, SlotReading, SlotRecord, TextRecord
 
 #: Reads per token, readers and facts per slot that are shown.
@@ -61,7 +62,7 @@ def _text(record: Record, text: TextRecord, rows: int) -> RenderableType:
             Text(likely),
             Text("\n".join(read for read in reads if read)),
         )
-    return _with_rest(table, len(text.tokens), rows, "tokens")
+    return _with_rest(table, len(text.tokens), rows, "more token")
 
 
 def _reads(record: Record, text: TextRecord, name: str, place: int) -> str:
@@ -99,7 +100,7 @@ def _slots(record: Record, name: str, rows: int) -> RenderableType:
             Text("\n".join(map(_reader, one.readers[:_READERS]))),
             Text(_facts(one)),
         )
-    return _with_rest(table, len(order), rows, "slots")
+    return _with_rest(table, len(order), rows, "more slot")
 
 
 def _sizes(record: Record, name: str) -> dict[int, float]:
@@ -150,23 +151,24 @@ def _ablation(record: Record, ablation: AblationRecord, rows: int) -> Renderable
     ]
     if ablation.recall is not None and ablation.recall_without is not None:
         lines.append(f"questions answered: {_share(ablation.recall)} -> {_share(ablation.recall_without)}")
-    return Group(_with_rest(table, len(changes), rows, "tokens that change less"), Text("\n".join(lines)))
+    return Group(_with_rest(table, len(changes), rows, "more token", " of smaller change"), Text("\n".join(lines)))
 
 
 def masked_slots(ablation: AblationRecord) -> str:
     """Returns the slots that an ablation leaves out, in words."""
     parts = []
     for name, ids in ablation.masked.items():
-        shown = "all slots" if ids is None else f"slots {', '.join(map(str, ids[:8]))}"
+        slots = "slot" if ids is not None and len(ids) == 1 else "slots"
+        shown = "all slots" if ids is None else f"{slots} {', '.join(map(str, ids[:8]))}"
         more = f" and {len(ids) - 8} more" if ids is not None and len(ids) > 8 else ""
         parts.append(f"{shown}{more} of {name}")
     return " and ".join(parts)
 
 
-def _with_rest(table: Table, count: int, rows: int, what: str) -> RenderableType:
+def _with_rest(table: Table, count: int, rows: int, noun: str, how: str = "") -> RenderableType:
     if count <= rows:
         return table
-    return Group(table, Text(f"{count - rows:,} more {what}: set show={count}, or format=json or html"))
+    return Group(table, Text(f"{counted(count - rows, noun)}{how}: set show={count}, or format=json or html"))
 
 
 def visible(text: str) -> str:

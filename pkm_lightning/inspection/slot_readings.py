@@ -195,9 +195,8 @@ def _reading_maker(sequences: Sequence[_Sequence], width: int, weights_TC: Tenso
 def _reading(
     pieces: Pieces, title: int | str, place: int, before: list[int], after: list[int], weight: float, reader: str
 ) -> SlotReading:
-    texts = pieces.of_text([*before, *after])
-    here = len(before) - 1
-    return SlotReading(title, place, texts[here], weight, reader, "".join(texts[:here]), "".join(texts[here + 1 :]))
+    text_before, token, text_after = pieces.excerpt([*before, *after], len(before) - 1)
+    return SlotReading(title, place, token, weight, reader, text_before, text_after)
 
 
 def _sequences(batch: Mapping[str, Tensor], data: str, number: int) -> list[_Sequence]:

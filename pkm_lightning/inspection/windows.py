@@ -9,6 +9,10 @@ from pkm_lightning.data.base import TextCodec
 
 #: Tokens per window where the context of a model is not known.
 DEFAULT_CONTEXT = 1024
+#: What bytes that are no whole character are decoded as.
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+#: Tokens that are tried together, at most: a character has up to four bytes, and tokens may end in the next one.
+_TOGETHER = 8
 
 
 class Window(NamedTuple):
@@ -54,6 +58,31 @@ class Pieces:
     def of_text(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of each token."""
         return [self(token, before) for token, before in zip(ids, (None, *ids[:-1]), strict=True)]
+
+    def excerpt(self, ids: Sequence[int], place: int) -> tuple[str, str, str]:
+        """Returns the text before a token, its own, and that behind it.
+
+        Tokens that are parts of one character are shown as the character; parts of characters that the excerpt cuts are
+        left out.
+        """
+        texts, spans = self.of_text(ids), list[tuple[range, str]]()
+        start = 0
+        while start < len(ids):
+            spans.append(self._span(ids, texts, start))
+            start = spans[-1][0].stop
+        before = "".join(text for span, text in spans if span.stop <= place)
+        token = next(text for span, text in spans if place in span)
+        return before, token or texts[place], "".join(text for span, text in spans if span.start > place)
+
+    def _span(self, ids: Sequence[int], texts: Sequence[str], start: int) -> tuple[range, str]:
+        """Returns the fewest tokens from `start` on that are whole characters, and their text."""
+        if _BROKEN not in texts[start]:
+            return range(start, start + 1), texts[start]
+        for end in range(start + 1, min(len(ids), start + _TOGETHER) + 1):
+            text = self._tokenizer.decode(list(ids[start:end]))
+            if _BROKEN not in text:
+                return range(start, end), text
+        return range(start, start + 1), texts[start].replace(_BROKEN, "")
 
     def _decoded(self, token: int, before: int | None) -> str:
         text = self._tokenizer.decode([token])

@@ -15,7 +15,7 @@
 | peak_memory_bytes | of the process, or of the device where it is a GPU |
 | versions, commit | of the libraries; of the working directory, if it is this package's checkout |
 | data, facts | fingerprint of the data set; number of facts that training shows, where the data module has `n_facts` |
-| trained_bytes | of the parameters that learn, in the dtype in which they are trained |
+| trained_bytes | of the parameters that may learn, in the dtype in which they are trained |
 | init_from | path and digest of the weights that the run started from; absent if they were random |
 | loggers | ids of the runs in Weights & Biases and MLflow, by the loggers' names; absent without such loggers |
 | started, ended | UTC, ISO 8601 |

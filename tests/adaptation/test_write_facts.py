@@ -11,7 +11,7 @@ from toys import DIM, VOCAB, Letters, dense, memory_plus, transformer
 from pkm_lightning.adaptation.fact_sequences import fact_sequences, margins
 from pkm_lightning.adaptation.facts_file import Fact
 from pkm_lightning.adaptation.other_text import OtherText
-from pkm_lightning.adaptation.text_batches import TextParts
+from pkm_lightning.adaptation.text_batches import TextParts, check_bounding
 from pkm_lightning.adaptation.write_facts import write_facts
 from pkm_lightning.build.edits import EditedTables
 from pkm_lightning.errors import ConfigError, DataError
@@ -124,6 +124,44 @@ def test_the_divergence_stays_within_its_bound_and_fewer_rows_move_where_few_may
     assert 0 < edit.figures["kl"] <= 1e-4 * 1.01
     assert edit.n_lines <= 6
     assert edit.figures["ended"] == "steps"
+
+
+def test_of_looks_with_as_many_right_answers_the_largest_margin_counts() -> None:
+    model, looks = memory_model(), []
+    settings = {**QUICK, "lr": 1e-3, "margin": 50.0, "max_steps": 100}
+    tables = EditedTables(model)
+    edit = write_facts(model, Letters(), FACTS, other_text=other_text(), tables=tables, watch=looks.append, **settings)
+    assert [look.right for look in looks] == [looks[0].right] * len(looks)
+    assert looks[0].margin < looks[-1].margin
+    tables.apply(edit)
+    sequences = fact_sequences(FACTS, Letters(), lambda fact: fact.learned, ends=False)
+    assert margins(model, sequences, device=CPU).mean().item() == pytest.approx(max(look.margin for look in looks))
+    assert edit.figures["kl"] == pytest.approx(looks[-1].divergence, rel=1e-3)
+
+
+def test_facts_that_are_known_make_an_edit_without_rows() -> None:
+    model = memory_model()
+    tables = EditedTables(model)
+    first = write_facts(model, Letters(), FACTS, other_text=other_text(), name="one", tables=tables, **QUICK)
+    tables.apply(first)
+    known = [fact for fact in FACTS if all(answered(model, [fact]))]
+    assert known
+    again = write_facts(model, Letters(), known, other_text=other_text(), name="two", tables=tables, **QUICK)
+    assert (again.n_lines, again.figures["ended"], again.figures["steps"]) == (0, "known", 0)
+
+
+def test_text_that_leaves_nothing_to_measure_the_bound_on_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    penalised, held_out = other_text()
+    without = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in held_out]
+    for empty in ([], without):
+        with pytest.raises(DataError, match=r"no token to measure kl_bound on: .*; give drift_path=FILE"):
+            write_facts(memory_model(), Letters(), FACTS, other_text=TextParts(penalised, empty))
+    assert not caplog.records
+    check_bounding(TextParts(penalised, held_out * 41))
+    assert "kl_bound is measured on 1,968 tokens of other text, fewer than 2,000" in caplog.text
+    caplog.clear()
+    check_bounding(TextParts([], held_out * 42))
+    assert not caplog.records
 
 
 def test_the_divergence_is_the_formula_written_out() -> None:

@@ -18,6 +18,7 @@ from pkm_lightning.adaptation.questions import exact_answers, questions_about
 from pkm_lightning.adaptation.retention import (
     bytes_changed,
     parameter_digests,
+    report_unmeasured,
     row_digests,
 )
 from pkm_lightning.callbacks import Retention
@@ -44,7 +45,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 def fit(cli: Run, *overrides: str) -> str:
     shown = cli("fit", *overrides)
     assert shown.code == 0, shown.err
-    return shown.out
+    return shown.out + shown.err
 
 
 def start(cli: Run, folder: Path) -> list[str]:
@@ -56,7 +57,9 @@ def start(cli: Run, folder: Path) -> list[str]:
 
 
 def test_figures_are_those_of_the_models(cli: Run, tmp_path: Path) -> None:
-    assert re.search(r"learned .* seen \d.*% -> ", fit(cli, *start(cli, tmp_path), "run_dir=taught"))
+    shown = fit(cli, *start(cli, tmp_path), "run_dir=taught")
+    assert re.search(r"learned .* seen \d.*% -> ", shown)
+    assert "does not measure" not in shown
     before, after = (pkm_lightning.load(tmp_path / name) for name in ("start", "taught"))
     last = rows(tmp_path / "taught")[-1]
     _check_recall(after, last, tmp_path / "facts" / "facts.jsonl")
@@ -77,6 +80,8 @@ def test_a_resumed_run_compares_with_the_same_start_and_training_is_the_same(cli
         assert of_start == pytest.approx(of_resumed)
     assert float(resumed["val/known_kl"]) > 0
     assert float(resumed["val/bytes_changed"]) > 0
+    unasked = fit(cli, *STEPS, "run_dir=unasked", "trainer.max_steps=1", "trainer.val_check_interval=1")
+    assert "callbacks.retention does not measure what is learned (set callbacks.retention.facts=FACTS" in unasked
     fit(cli, *[entry for entry in STEPS if "retention" not in entry], "run_dir=plain")
     assert rows(tmp_path / "plain")[-1]["val/loss"] == last["val/loss"]
     (tmp_path / "parts" / "retention.safetensors").unlink()
@@ -140,6 +145,24 @@ def test_a_hash_notices_every_bit_and_counts_the_bytes_of_its_row() -> None:
     assert bytes_changed({"w": changed, "b": bias}, before) == 12
     assert bytes_changed({"w": weight, "b": bias + 1, "new": torch.zeros(2, 2)}, before) == 8 + 16
     assert bytes_changed({"w": weight.clone(), "b": bias}, before) == 0
+
+
+@pytest.mark.parametrize(
+    ("contents", "missing"),
+    [
+        (([], [1], [1]), ["what is learned (set callbacks.retention.facts="]),
+        (([1], [], [1]), ["answers to what was known (set callbacks.retention.known="]),
+        (([], [1], []), ["what is learned", "loss and KL on other text (set callbacks.retention.text=FILE)"]),
+        (([1], [1], [1]), []),
+    ],
+)
+def test_what_is_not_measured_is_logged(
+    contents: tuple[list[int], ...], missing: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    report_unmeasured("callbacks.retention", *contents)
+    assert len(caplog.messages) == bool(missing)
+    assert all(text in caplog.messages[0] for text in missing)
+    assert not missing or caplog.messages[0].count("(set ") == len(missing)
 
 
 def arguments(**changes: Any) -> dict[str, Any]:

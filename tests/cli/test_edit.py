@@ -107,6 +107,16 @@ def test_the_life_of_an_edit(cli: Run, run: Path) -> None:
     assert same(weights(), edited)
 
 
+def test_facts_that_are_known_are_not_written_again(cli: Run, run: Path) -> None:
+    eager = ("max_steps=300", "lr=1", "kl_bound=1e4", "ends=false", "margin=0")
+    assert cli(*WRITE, "name=once", *eager).code == 0
+    shown = cli(*WRITE, "name=twice", *eager)
+    assert shown.code == 0
+    assert "2 of the facts (same prompt) are already written by edit once" in shown.out + shown.err
+    assert shown.out.splitlines()[-1].startswith("nothing to learn: every prompt is answered already")
+    assert list(edit_files(run / "edits")) == ["once"]
+
+
 def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
     base = weights()
     for name in ("b", "a"):
@@ -139,8 +149,16 @@ def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
     torch.save(content, checkpoint)
     with pytest.raises(CheckpointError, match="edit 'a' was made for other weights"):
         load("run")
-    assert "misfit" in cli("edit", "list", "run_dir=run").out
+    with pytest.raises(CheckpointError, match=r"set edits=\[\] where .* `edit remove name=a`, after"):
+        load("run")
+    with pytest.raises(CheckpointError, match="leave it out of edits=, or write its facts again"):
+        load("run", edits=["b"])
     load("run", edits=[])
+    assert cli("edit", "list", "run_dir=run").out.count("applied, misfit") == 2
+    refused = cli("edit", "apply", "run_dir=run", "name=c")
+    assert refused.code == 2
+    assert "it stays removed; write its facts again, which `edit show` prints" in refused.err
+    assert "edits=[]" not in refused.err
     shown = cli("export", "run_dir=run", "file=model.safetensors")
     assert shown.code == 2
     assert "was made for other weights" in shown.err

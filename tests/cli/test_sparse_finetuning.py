@@ -59,7 +59,9 @@ def test_few_rows_learn_from_the_background_of_the_run(run: Run) -> None:
     number = int(changed_N.sum())
     assert torch.equal(state["chooser"]["changed"]["table0"], changed_N)
     assert 6 <= number <= 54
-    assert f"table0: {number} of 256 rows have changed ({number * 64:,} bytes)" in shown.out + shown.err
+    assert f"table0: changed {number} of 256 rows ({number * 64:,} bytes)" in shown.out + shown.err
+    row = next(line for line in shown.out.splitlines() if "of which changed in table0" in line)
+    assert f" {number} of 256 rows ({number * 64:,} bytes) " in row
     logged = rows(Path("learned"))
     assert float(logged[0]["train/sparse/table0/chosen_share"]) == 6 / 256
     assert float(logged[0]["train/sparse/table0/rows_changed"]) < number

@@ -22,7 +22,7 @@ def test_brackets_in_data_are_no_markup(
     fields |= {"prompt": text, "answer": text, "truth": text, "form": "validation", "relation": "x", "exact": True}
     recall = Recall(val_items=0, test_items=0)
     recall.scores = [ItemScore(**fields)]
-    monkeypatch.setattr(summary, "_figures", lambda record, counts: text)
+    monkeypatch.setattr(summary, "_figures", lambda *_: text)
     summary.print_summary({}, [recall], ParameterCounts(trained=1, frozen=0))
     figures, *lines = capsys.readouterr().out.splitlines()
     assert figures == text
@@ -33,8 +33,8 @@ def test_brackets_in_data_are_no_markup(
     ("overrides", "shown"),
     [
         ([], None),
-        (["table.trainable=false"], "parameters trained / frozen"),
-        (["optim.freeze=[embedding*]"], "parameters trained / frozen"),
+        (["table.trainable=false"], "parameters that may learn / frozen"),
+        (["optim.freeze=[embedding*]"], "parameters that may learn / frozen"),
     ],
 )
 def test_parameters_that_do_not_learn_are_shown(

@@ -9,8 +9,8 @@ import pytest
 from inspection.example_record import example_record
 from rich.console import Console
 
-from pkm_lightning.inspection.record import Record
-from pkm_lightning.inspection.screen import end_of, show, start_of, visible
+from pkm_lightning.inspection.record import AblationRecord, Record
+from pkm_lightning.inspection.screen import end_of, masked_slots, show, start_of, visible
 
 
 def shown(record: Record, rows: int = 20, width: int = 160) -> str:
@@ -36,12 +36,21 @@ def test_the_screen_shows_tokens_with_their_main_reads_slots_and_masks() -> None
     assert "questions answered: 0.750 -> 0.500" in page
 
 
+@pytest.mark.parametrize(
+    ("masked", "words"),
+    [({"a": [3]}, "slot 3 of a"), ({"a": [3, 4], "b": None}, "slots 3, 4 of a and all slots of b")],
+)
+def test_masked_slots_are_in_singular_and_plural(masked: dict[str, list[int] | None], words: str) -> None:
+    assert masked_slots(AblationRecord(masked, [], [], [], [])) == words
+
+
 def test_what_does_not_fit_is_counted() -> None:
     record = example_record(tokens=30)
     page = shown(record, rows=4)
     assert "26 more tokens: set show=30, or format=json or html" in page
     count = len(record.slots["table1"])
     assert f"{count - 4} more slots: set show={count}" in page
+    assert "1 more token: set show=30," in shown(record, rows=29)
     assert max(map(len, page.splitlines())) <= 160
 
 

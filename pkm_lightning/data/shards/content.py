@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pkm_lightning.data.shards.format import PARTS
+from pkm_lightning.errors import counted
 
 #: What reasons to leave something out begin with, such as `empty files`.
 _NOUN = re.compile(r"\b(file|document|record)s\b")
 _NAMES = {"train": "training", "validation": "validation", "test": "testing"}
-
-
-def counted(n: int, noun: str) -> str:
-    """Returns a number with its noun, such as `1 file` or `1,000 files`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def skipped_texts(index: Mapping[str, Any]) -> list[str]:

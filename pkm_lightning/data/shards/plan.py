@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pkm_lightning.data.chunks import MAX_WORD_CHARACTERS
 from pkm_lightning.data.documents import Piece, Reader, Segment
 from pkm_lightning.data.split import ENOUGH_DOCUMENTS, FIRST_DOCUMENTS, Fractions, always_held_out, part_of
-from pkm_lightning.errors import DataError
+from pkm_lightning.errors import DataError, counted
 
 __all__ = ["Divider", "Plan", "Portion", "survey"]
 
@@ -82,14 +82,13 @@ def survey(reader: Reader, fractions: Fractions, name: str) -> Plan:
             break
     parts = [part for part in ("validation", "test") if getattr(fractions, part)]
     if documents == 0:
-        n = len(reader.files)
-        raise DataError(f"{name}: no text in {n} file{'' if n == 1 else 's'}; give files that are not empty.")
+        count = counted(len(reader.files), "file")
+        raise DataError(f"{name}: no text in {count}; give files that are not empty.")
     if documents < ENOUGH_DOCUMENTS and is_plain and parts:
         return Plan("train", fractions, cuts=_cuts(characters, fractions, parts))
     if documents <= len(parts):
         names = " and ".join(["training", *parts] if len(parts) == 1 else ["training, validation", "testing"])
-        count = f"{documents} document{'' if documents == 1 else 's'}"
-        raise DataError(f"{name} has {count}; {names} need one each.")
+        raise DataError(f"{name} has {counted(documents, 'document')}; {names} need one each.")
     held_out = always_held_out(documents, fractions)
     return Plan("train", fractions, held_out)
 
