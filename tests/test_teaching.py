@@ -34,7 +34,6 @@ def commands(cli: Run, number: int, changes: dict[str, str]) -> list[str]:
         shown = cli(*filter(None, arguments))
         assert shown.code == 0, f"{command}\n{shown.err}"
         printed.append(shown.out)
-        print(f"$ {command}\n{shown.out}")  # for the page
     return printed
 
 
@@ -70,13 +69,15 @@ def test_every_command_of_the_page_works_on_a_tiny_model(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(FILE is None, reason="set PKM_LIGHTNING_SMOLLM2, as huggingface/test_smollm2.py says")
+@pytest.mark.skipif(FILE is None, reason="set PKM_LIGHTNING_SMOLLM2, see huggingface/test_smollm2.py")
 def test_smollm2_learns_the_facts_of_the_page_in_half_an_hour(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "smollm2.gguf").symlink_to(Path(str(FILE)).resolve())
     began = time.perf_counter()
     torch.set_num_threads(os.cpu_count() or 1)
-    figures = follow(cli, tmp_path, {}).figures
-    torch.set_num_threads(1)
+    try:
+        figures = follow(cli, tmp_path, {}).figures
+    finally:
+        torch.set_num_threads(1)
     print(json.dumps(figures), f"{time.perf_counter() - began:.0f} s")
     assert time.perf_counter() - began < WITHIN_S
     assert figures["learned"]["before"] < 0.05

@@ -15,7 +15,7 @@ so that the drift costs one product with G per step, and no forward. u stands fo
 does not: without it, lines that the text never reads would move for nothing, and the divergence on further text would
 rise with every step. It is the deleted estimate of Jelinek and Mercer (1985): the mean squared weight with which one
 half of the text reads those lines with a delta that the other half never reads. Weights |g_x|^2 per read did
-worse in the one run that tried them (scripts/results/2026-11-30-editing).
+no better in the runs that tried them (scripts/results/2026-11-30-editing).
 
 Letters: N lines of a table, U lines with a delta, V values per line, X reads, K lines per read, M targets.
 """
@@ -70,23 +70,22 @@ class TableDrift:
     def _scale(self) -> float:
         return self._strength / max(1, self._n_units) / (2 * max(1, self._n_targets) * self._width)
 
-    def _use(self, lines_U: Tensor, reads: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Returns the sum of the squared weights with which lines are read, (U,) float64."""
-        use_N = torch.zeros(self._n_lines, dtype=torch.float64)
-        for ids_XK, weights_XK in reads:
-            use_N.index_add_(0, ids_XK.flatten(), weights_XK.double().square().flatten())
-        return use_N[lines_U]
-
-    def _unseen(self, lines_U: Tensor) -> float:
-        """Returns 2 u, the squared weights of the reads of a line in further text where this text never reads it."""
-        first_U, second_U = (self._use(lines_U, half) for half in self._halves)
+    def _use(self, lines_U: Tensor) -> tuple[Tensor, float]:
+        """Returns the sum of the squared weights with which the text reads each line, (U,) float64, and 2 u."""
+        halves = []
+        for reads in self._halves:
+            use_N = torch.zeros(self._n_lines, dtype=torch.float64)
+            for ids_XK, weights_XK in reads:
+                use_N.index_add_(0, ids_XK.flatten(), weights_XK.double().square().flatten())
+            halves.append(use_N[lines_U])
+        first_U, second_U = halves
         unread = torch.cat([second_U[first_U == 0], first_U[second_U == 0]])
-        return 2 * float(unread.mean()) if len(unread) else 0.0
+        return first_U + second_U, 2 * float(unread.mean()) if len(unread) else 0.0
 
     def diagonal(self, lines_U: Tensor) -> Tensor:
         """Returns the diagonal of G, the drift of a unit delta of each line alone, (U,) float32."""
-        use_U = self._use(lines_U, list(chain(*self._halves)))
-        return ((use_U + self._unseen(lines_U)) * self._scale).float()
+        use_U, unseen = self._use(lines_U)
+        return ((use_U + unseen) * self._scale).float()
 
     def gram(self, lines_U: Tensor) -> Tensor:
         """Returns G of some lines, (U, U) float32, or its diagonal, (U,), of more than 8,192.
@@ -108,7 +107,7 @@ class TableDrift:
                 products_XKK = weights.unsqueeze(2) * weights.unsqueeze(1)
                 gram.index_add_(0, pairs_XKK.flatten(), products_XKK.flatten())
         gram = gram.view(U + 1, U + 1)[:U, :U]
-        gram.diagonal().add_(self._unseen(lines_U))
+        gram.diagonal().add_(self._use(lines_U)[1])
         return gram * self._scale
 
 

@@ -64,13 +64,12 @@ def write_report(studies: Sequence[Study], folder: Path) -> Path:
 
 def _distinct(studies: Sequence[Study], name: str) -> str:
     """Returns the values of an entry in the records of all runs: a comparison may have been continued elsewhere."""
-    runs = (
-        (study, study.run_name(method, seed, replayed))
+    records = (
+        study.run_record(method, seed, replayed) or {}
         for study in studies
         for seed in study.seeds
         for method, replayed in study.variants()
     )
-    records = (study.record(run) or {} for study, run in runs)
     return "; ".join(dict.fromkeys(str(record[name]) for record in records if record.get(name))) or "unknown"
 
 
@@ -111,8 +110,8 @@ def _section(study: Study, folder: Path) -> dict[str, Any]:
 
 def _costs(study: Study, variant: Variant) -> tuple[str, str]:
     """Returns thousands of parameters that learn, of chosen rows the whole table; seconds of a run with evaluations."""
-    names = (study.run_name(variant.method, seed, variant.replayed) for seed in study.seeds)
-    records = [record for name in names if (record := study.record(name)) is not None]
+    found = (study.run_record(variant.method, seed, variant.replayed) for seed in study.seeds)
+    records = [record for record in found if record is not None]
     if not records:
         return "-", "-"
     seconds = sum(record["cpu_seconds"] for record in records) / len(records)

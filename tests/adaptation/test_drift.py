@@ -25,7 +25,9 @@ def reads() -> tuple[TableDrift, list[ReadUnits]]:
         ids_XK = first + torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(5)])
         weights_XK, gradients_XV = torch.randn(5, 4, generator=generator), torch.randn(5, 3, generator=generator)
         batches.append(ReadUnits(ids_XK, weights_XK, gradients_XV))
-        drift.add([batches[-1]], n_targets=7)
+        # Two readers of one table: both are of the same batch.
+        readers = [ReadUnits(*(part[place] for part in batches[-1])) for place in (slice(2), slice(2, None))]
+        drift.add(readers, n_targets=7)
     return drift, batches
 
 

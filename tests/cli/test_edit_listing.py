@@ -1,4 +1,4 @@
-"""What `edit` says about a new edit, about facts that others have written, and about edits of other weights."""
+"""What `edit` prints about a new edit, about facts that others have written, and about edits of other weights."""
 
 from __future__ import annotations
 

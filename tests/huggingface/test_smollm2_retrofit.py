@@ -27,7 +27,7 @@ def in_transformers(name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(FILE is None, reason="set PKM_LIGHTNING_SMOLLM2, as test_smollm2.py says")
+@pytest.mark.skipif(FILE is None, reason="set PKM_LIGHTNING_SMOLLM2, see test_smollm2.py")
 def test_plugins_in_smollm2_start_at_zero_and_learn_while_the_trunk_stays() -> None:
     from transformers import AutoModelForCausalLM
 
