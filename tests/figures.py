@@ -9,7 +9,7 @@ rows           conditions that rows fulfil, `column=value;column!=value`
 column, how    the value: of the only such row, or the mean, median, min, max or spread (max - min) of several
 against        `/ CONDITIONS` or `- CONDITIONS`: divided by, or less, the value of the rows that differ in these
                conditions, of which one may be the name of another column; `each / ...`: row by row, in their order
-factor         what the value is multiplied by
+factor         what the value is multiplied by, such as 100, 1e-6 or 1/60
 
 A text without measured figures has no `{}` and may be a heading, which stands for its whole section.
 
@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from operator import sub, truediv
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def value_of(source: Source, results: Path) -> tuple[float, bool]:
         if not source.against.startswith("each "):
             values, others = [one(values)], [one(others)]
         values = [{"/": truediv, "-": sub}[operator](a, b) for a, b in zip(values, others, strict=True)]
-    return one(values) * float(source.factor or 1), any(cell.startswith(">=") for cell in cells)
+    return one(values) * float(Fraction(source.factor or 1)), any(cell.startswith(">=") for cell in cells)
 
 
 def place(passage: Passage, page: str) -> re.Match[str]:

@@ -69,7 +69,7 @@ ENTRIES = (
     ("takes {} times", "", "seconds", "mean", "/ variant=dense", ""),
     ("{} to {},", "", "", "min", "each / variant=dense", ""),
     ("", "", "", "max", "each / variant=dense", ""),
-    ("for {} minute", "", "", "mean", "", str(1 / 60)),
+    ("for {} minute", "", "", "mean", "", "1/60"),
     ("wins {}x", "variant!=dense;seed=1", "limit", "", "", ""),
     ("| {} / {} |", "variant=dense;seed=1", "seconds", "", "/ recall", "0.01"),
     ("", "variant=dense", "recall", "spread", "", ""),
