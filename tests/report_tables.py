@@ -1,7 +1,8 @@
 """The tables of a report as rows of a CSV, so that figures of pages can name one.
 
 `python tests/report_tables.py FOLDER ...` writes summary.csv beside the report.md of each folder: one row per cell that
-holds numbers, under the heading of its table, the first cell of its row and the head of its column. `+17.6 pp (+15.5 pp
+holds numbers, under the heading of its table (after that of its section, where another one has such a table), the first
+cell of its row and the head of its column. `+17.6 pp (+15.5 pp
 to +19.6 pp)` is a value with its interval from `low` to `high`; an interval in its own column goes to the one before.
 """
 
@@ -21,10 +22,14 @@ HEADER = ("table", "row", "column", "value", "low", "high")
 def cells(report: str) -> list[list[str]]:
     """Returns the rows of the CSV, for the tables of `report` whose rows are variants, methods or figures."""
     rows: list[list[str]] = []
-    heading, heads = "", [""]
+    section, heading, heads = "", "", [""]
+    seen = set()
     for line in report.splitlines():
         if line.startswith("#"):
             heading = line.lstrip("# ")
+            section = heading if line.startswith("## ") else section
+            heading = f"{section}: {heading}" if heading in seen else heading
+            seen.add(heading)
         if not line.startswith("|"):
             heads = []
             continue
@@ -32,7 +37,7 @@ def cells(report: str) -> list[list[str]]:
         heads = heads or [first, *others]
         for head, cell in zip(heads[1:], others, strict=False):
             match = _CELL.fullmatch(cell)
-            if heads[0] not in ("variant", "method", "figure") or not match or not cell:
+            if heads[0] not in ("variant", "method", "figure", "form") or not match or not cell:
                 continue
             value, *interval = (re.sub(r"[ ,+]", "", number or "") for number in match.groups())
             if head.endswith("interval") and not value:
