@@ -53,11 +53,8 @@ bench: setup ## time the package beside its peers on the CPU, about 22 minutes; 
 	$(BIN)/python scripts/bench_trainer_overhead.py --steps 40 --rounds 3
 	$(BIN)/python scripts/bench_callbacks.py --steps 100 --rounds 3
 
-bench-gpu: ## the same on a GPU by the system's PYTHON, which needs torch and triton only
-	PYTHONPATH=. $(PYTHON) scripts/bench_ops.py --device cuda $(BENCH)
-	PYTHONPATH=. $(PYTHON) scripts/bench_train.py --device cuda $(BENCH)
-	PYTHONPATH=. $(PYTHON) scripts/bench_token_tables.py --device cuda $(BENCH)
-	PYTHONPATH=. $(PYTHON) scripts/bench_decode.py --device cuda $(BENCH)
+bench-gpu: ## R1 to R8 on a GPU in at most 8 minutes, by the system's PYTHON, which needs torch and triton only
+	PYTHONPATH=. $(PYTHON) scripts/bench_gpu.py --device cuda $(BENCH)
 
 build: setup ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation

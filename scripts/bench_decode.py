@@ -114,7 +114,7 @@ def plan(options: Options) -> Iterator[Row]:
     block = SMOKE if options.smoke else GPU if device.type == "cuda" else CPU
     for batch in (1, 8, 64):
         make = functools.partial(decode_case, block, batch, device, dtype)
-        yield Row("R8 decode", make, make)
+        yield Row("R8 decode", make, make, sizes=f"B={batch} D={block.dim}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

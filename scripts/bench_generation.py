@@ -82,7 +82,7 @@ class Codec:
 class Uncached:
     """A model whose every token repeats the whole forward."""
 
-    is_position_wise, end_ids = False, ()
+    is_cacheable, end_ids = False, ()
 
     def __init__(self, model: Transformer) -> None:
         self._model, self.unembed = model, model.unembed

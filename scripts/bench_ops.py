@@ -94,6 +94,7 @@ def combine_case(sizes: Retrieval, device: torch.device) -> Case:
         error=error,
         tolerance=TOLERANCE[torch.float32],
         baselines=["textbook"],
+        peers=["textbook"],
     )
 
 
@@ -137,6 +138,7 @@ def retrieval_case(sizes: Retrieval, device: torch.device, backward: bool) -> Ca
         error=error,
         tolerance=TIES if backward else TOLERANCE[torch.float32],
         baselines=["textbook"],
+        peers=["textbook"],
     )
 
 
@@ -164,6 +166,7 @@ def lookup_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, memory:
         error=lambda run: relative_error([run()[0][reads.tokens_R]], [expected_RV()]),
         tolerance=TOLERANCE[dtype],
         baselines=["embedding_bag", "gather + einsum"],
+        peers=["embedding_bag", "gather + einsum"],
         # Each read moves a row, an int32 id and a weight; each token writes a sum.
         moved=sizes.tokens * (sizes.reads * (row_bytes + 4 + dtype.itemsize) + row_bytes),
         memory=memory,
@@ -207,15 +210,18 @@ def lookup_backward_case(sizes: Lookup, device: torch.device, dtype: torch.dtype
             result_RV = table_grad[reads.rows_R]
         return relative_error([result_RV, weights_grad[reads.tokens_R]], expected())
 
+    peers = [
+        way("embedding_bag", bag),
+        way("embedding_bag sparse", functools.partial(bag, sparse=True)),
+        way("embedding_bag sparse, coalesced", functools.partial(bag, sparse=True), coalesce=True),
+        way("gather + einsum", gather_einsum),
+    ]
     # Rows are read for the weights' gradient and added to for their own, which also has to be zeroed once.
     gathered = sizes.tokens * sizes.reads * sizes.dim * dtype.itemsize
     return Case(
         sizes=f"{sizes} {dtype}".replace("torch.", ""),
         ways=[
-            way("embedding_bag", bag),
-            way("embedding_bag sparse", functools.partial(bag, sparse=True)),
-            way("embedding_bag sparse, coalesced", functools.partial(bag, sparse=True), coalesce=True),
-            way("gather + einsum", gather_einsum),
+            *peers,
             way("auto", weighted_gather),
             way("eager", functools.partial(weighted_gather, backend="eager")),
             Way("auto, touched rows only", lambda: touched),
@@ -223,6 +229,7 @@ def lookup_backward_case(sizes: Lookup, device: torch.device, dtype: torch.dtype
         error=error,
         tolerance=TOLERANCE[dtype],
         baselines=["embedding_bag", "gather + einsum"],
+        peers=[peer.name for peer in peers],
         moved=2 * gathered + sizes.rows * sizes.dim * dtype.itemsize,
         memory=memory,
     )
@@ -265,6 +272,7 @@ def dot_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, backward: 
         error=error,
         tolerance=TOLERANCE[dtype],
         baselines=["gather + einsum"],
+        peers=["gather + einsum"],
         moved=3 * gathered + sizes.rows * sizes.dim * dtype.itemsize if backward else gathered,
     )
 
@@ -292,14 +300,14 @@ CPU = Plan(
     [Lookup(1024, 128, 2**18, 256, "uniform")],
 )
 GPU = Plan(
-    [Retrieval(tokens, 4, n_keys, 256, 32) for tokens in (4096, 16384) for n_keys in (1024, 4096)],
+    [Retrieval(tokens, 4, n_keys, 256, 32) for tokens in (16384, 4096) for n_keys in (1024, 4096)],
     [
-        Lookup(16384, 128, 2**18, 1024, "uniform"),
         Lookup(16384, 128, 2**20, 1024, "uniform"),
+        Lookup(16384, 128, 2**24, 1024, "uniform"),
+        Lookup(16384, 128, 2**18, 1024, "uniform"),
         Lookup(16384, 128, 2**20, 1024, "zipf"),
         Lookup(16384, 128, 2**20, 1536, "uniform"),
         Lookup(4096, 128, 2**22, 1024, "uniform"),
-        Lookup(16384, 128, 2**24, 1024, "uniform"),
     ],
     [Lookup(16384, 128, 2**20, 1024, "uniform")],
 )
@@ -313,7 +321,8 @@ def plan(options: Options) -> Iterator[Row]:
 
     def row(name: str, make: Callable[..., Case], full: Retrieval | Lookup, *rest: object) -> Row:
         tiny = SMOKE.retrievals[0] if isinstance(full, Retrieval) else SMOKE.lookups[0]
-        return Row(name, functools.partial(make, full, device, *rest), functools.partial(make, tiny, device, *rest))
+        make_full, make_tiny = (functools.partial(make, one, device, *rest) for one in (full, tiny))
+        return Row(name, make_full, make_tiny, sizes=str(full))
 
     for retrieval in sizes.retrievals:
         yield row("R1 combine", combine_case, retrieval)

@@ -153,6 +153,7 @@ def step_case(sizes: Lookup, device: torch.device, dtype: torch.dtype, *, parts:
         error=checked,
         tolerance=TOLERANCE[dtype],
         baselines=[] if parts else [EMBEDDING],
+        peers=[name for name in makers if "Embedding" in name],
         rebuild=device.type != "cpu",
         memory=False,
         tokens=sizes.tokens,
@@ -165,8 +166,9 @@ def plan(options: Options) -> Iterator[Row]:
     tokens, rows = (16, 256) if options.smoke else (16384, 2**22) if device.type == "cuda" else (1024, 2**20)
     for name, parts in (("token table step", False), ("parts of a step", True)):
         for dim in WIDTHS:
-            make = functools.partial(step_case, Lookup(tokens, 16, rows, dim, "uniform"), device, dtype, parts=parts)
-            yield Row(f"{name}, V={dim}", make, make)
+            sizes = Lookup(tokens, 16, rows, dim, "uniform")
+            make = functools.partial(step_case, sizes, device, dtype, parts=parts)
+            yield Row(f"{name}, V={dim}", make, make, sizes=str(sizes))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,7 +27,8 @@ class Memory(MemoryLayer):
     | q(x) | `addressing.query.projection` |
 
     Args:
-        dim, table, n_keys, heads, knn, key_dim, cures: see `MemoryLayer`; a slot has `dim` values.
+        dim, table, n_keys, heads, knn, key_dim, score_precision, cures: see `MemoryLayer`; a slot has `dim`
+            values.
         qk_norm: RMSNorm on half queries and sub-keys (fig. 3).
 
     Raises:
@@ -50,6 +51,7 @@ class Memory(MemoryLayer):
         knn: int = 8,
         key_dim: int = 32,
         qk_norm: bool = True,
+        score_precision: str = "tf32x3",
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_flag("ffn.qk_norm", qk_norm)
@@ -62,5 +64,6 @@ class Memory(MemoryLayer):
             key_dim=key_dim,
             query_norm="rms" if qk_norm else "none",
             key_norm=qk_norm,
+            score_precision=score_precision,
             cures=cures,
         )

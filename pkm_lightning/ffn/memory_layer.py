@@ -61,6 +61,7 @@ class MemoryLayer(ProductKeyFFN):
         temperature: scores are divided by one learned number per head, initially 1.
         key_bound: initial sub-keys are uniform in +-key_bound; None takes 1/sqrt(key_dim).
         value_projection: a learned V x V map of the read.
+        score_precision: `ieee` or `tf32x3`, how a GPU may multiply scores; see `pkm_lightning.ops.half_topk`.
         cures: measures against unread slots; see `pkm_lightning.memory.Cures`. None switches all off.
 
     Raises:
@@ -83,6 +84,7 @@ class MemoryLayer(ProductKeyFFN):
         temperature: bool = False,
         key_bound: float | None = None,
         value_projection: bool = False,
+        score_precision: str = "tf32x3",
         cures: Mapping[str, object] | None,
     ) -> None:
         super().__init__()
@@ -99,6 +101,7 @@ class MemoryLayer(ProductKeyFFN):
             activation=activation,
             temperature=temperature,
             key_bound=key_bound,
+            score_precision=score_precision,
             cures=options,
         )
         width = f"model.dim={dim}" if value_dim is None else f"ffn.value_dim={value_dim}"

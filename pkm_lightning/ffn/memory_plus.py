@@ -41,7 +41,8 @@ class MemoryPlus(MemoryLayer):
     | W1, W2 | `gate`, `out` |
 
     Args:
-        dim, table, n_keys, heads, knn, key_dim, value_dim, activation, temperature, cures: see `MemoryLayer`.
+        dim, table, n_keys, heads, knn, key_dim, value_dim, activation, temperature, score_precision, cures: see
+            `MemoryLayer`.
         qk_norm: RMSNorm on half queries and sub-keys.
         gate: `swilu`, the paper's name for silu(W1 x) (table 3), `sigmoid` (one number per token) or `none`.
         value_projection: a learned V x V map before the gate.
@@ -71,6 +72,7 @@ class MemoryPlus(MemoryLayer):
         activation: str = "softmax",
         temperature: bool = False,
         value_projection: bool = False,
+        score_precision: str = "tf32x3",
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_choice("ffn.gate", gate, ("swilu", "sigmoid", "none"))
@@ -89,6 +91,7 @@ class MemoryPlus(MemoryLayer):
             activation=activation,
             temperature=temperature,
             value_projection=value_projection,
+            score_precision=score_precision,
             cures=cures,
         )
         values = self.values.table.dim

@@ -55,6 +55,7 @@ class PEER(ProductKeyFFN):
         glu: gated experts, with a second input vector.
         shared_keys: all heads use one set of sub-keys, as in the paper. The baseline of Berges et al. 2024 (arXiv
             2412.09764) has one set per head.
+        score_precision: `ieee` or `tf32x3`, how a GPU may multiply scores; see `pkm_lightning.ops.half_topk`.
 
     Raises:
         ConfigError: a size out of range, an odd `key_dim`, an unknown choice, or tables of another number or shape.
@@ -79,6 +80,7 @@ class PEER(ProductKeyFFN):
         router: str = "softmax",
         glu: bool = False,
         shared_keys: bool = True,
+        score_precision: str = "tf32x3",
     ) -> None:
         super().__init__()
         check_flag("ffn.shared_keys", shared_keys)
@@ -95,6 +97,7 @@ class PEER(ProductKeyFFN):
             activation=router,
             temperature=False,
             shared_keys=shared_keys,
+            score_precision=score_precision,
             cures=Cures(),
         )
         held = hold_tables(self, table, spec, named=f"ffn.glu={glu}, ffn.n_keys={n_keys} and model.dim={dim}")

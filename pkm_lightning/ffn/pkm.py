@@ -28,7 +28,8 @@ class PKM(MemoryLayer):
     | query network | `addressing.query.projection`, `addressing.query.norm` |
 
     Args:
-        dim, table, n_keys, heads, knn, key_dim, cures: see `MemoryLayer`; a slot has `dim` values.
+        dim, table, n_keys, heads, knn, key_dim, score_precision, cures: see `MemoryLayer`; a slot has `dim`
+            values.
         query_norm: `batch`, `layer` or `none`.
 
     Raises:
@@ -51,6 +52,7 @@ class PKM(MemoryLayer):
         knn: int = 8,
         key_dim: int = 32,
         query_norm: str = "batch",
+        score_precision: str = "tf32x3",
         cures: Mapping[str, object] | None = None,
     ) -> None:
         check_choice("ffn.query_norm", query_norm, ("batch", "layer", "none"))
@@ -65,5 +67,6 @@ class PKM(MemoryLayer):
             key_norm=False,
             # A half query is scored against keys of half the dimension, which sets their scale.
             key_bound=half_key_dim(key_dim) ** -0.5,
+            score_precision=score_precision,
             cures=cures,
         )

@@ -18,7 +18,7 @@ from pkm_lightning.memory.cures import balance_loss, candidate_grid, entropy_los
 from pkm_lightning.memory.precision import ieee_scores
 from pkm_lightning.memory.product_keys import ProductKeys, half_key_dim
 from pkm_lightning.memory.query import QueryNetwork
-from pkm_lightning.ops import MAX_SUB_KEYS, product_topk
+from pkm_lightning.ops import MAX_SUB_KEYS, SCORE_PRECISIONS, product_topk
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -64,6 +64,7 @@ class Addressing(nn.Module):
             (Csordas et al. 2023, arXiv 2310.10837).
         temperature: whether scores are divided by a learned number per head, initially 1.
         shared_keys: whether all heads use one set of sub-keys.
+        score_precision: `ieee` or `tf32x3`, see `ProductKeys`.
         key_bound: sub-keys are initialised uniform in +-key_bound; None takes 1/sqrt(key_dim).
         cures: measures against slots that are never read.
 
@@ -86,6 +87,7 @@ class Addressing(nn.Module):
         cures: Cures,
         shared_keys: bool = False,
         key_bound: float | None = None,
+        score_precision: str = "tf32x3",
     ) -> None:
         super().__init__()
         check_integer("ffn.heads", heads, low=1)
@@ -93,11 +95,18 @@ class Addressing(nn.Module):
         check_integer("ffn.knn", knn, low=1, high=n_keys)
         half_key_dim(key_dim)
         check_choice("ffn.activation", activation, ACTIVATIONS)
+        check_choice("ffn.score_precision", score_precision, SCORE_PRECISIONS)
         check_flag("ffn.temperature", temperature)
         self.knn, self.activation, self.cures = knn, activation, cures
         self.query = QueryNetwork(dim=dim, heads=heads, key_dim=key_dim, norm=query_norm)
         self.keys = ProductKeys(
-            heads=heads, n_keys=n_keys, key_dim=key_dim, norm=key_norm, shared=shared_keys, bound=key_bound
+            heads=heads,
+            n_keys=n_keys,
+            key_dim=key_dim,
+            norm=key_norm,
+            shared=shared_keys,
+            bound=key_bound,
+            score_precision=score_precision,
         )
         self.log_temperature = nn.Parameter(torch.empty(heads)) if temperature else None
         self.reset_parameters()

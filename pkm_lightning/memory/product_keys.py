@@ -54,15 +54,25 @@ class ProductKeys(nn.Module):
             dimension, so it is then divided by sqrt(key_dim / 2); the gains learn the temperature.
         shared: all heads use one set of sub-keys (PEER), instead of one set per head.
         bound: sub-keys are initialised uniform in +-bound; None takes 1/sqrt(key_dim).
+        score_precision: how `search` may multiply on a GPU: `ieee` or `tf32x3`, see `pkm_lightning.ops.half_topk`.
     """
 
     #: See `pkm_lightning.training.optimizer`.
     parameter_roles: ClassVar[dict[str, str]] = {"keys": "key"}
 
     def __init__(
-        self, *, heads: int, n_keys: int, key_dim: int, norm: bool, shared: bool = False, bound: float | None = None
+        self,
+        *,
+        heads: int,
+        n_keys: int,
+        key_dim: int,
+        norm: bool,
+        shared: bool = False,
+        bound: float | None = None,
+        score_precision: str = "tf32x3",
     ) -> None:
         super().__init__()
+        self.score_precision = score_precision
         # Sizes are stored, because under ZeRO-3 the parameter is empty between forwards.
         self.heads, self.n_keys = heads, n_keys
         self.bound = key_dim**-0.5 if bound is None else bound
@@ -97,7 +107,8 @@ class ProductKeys(nn.Module):
             # Heads that share sub-keys are treated as further queries of one head.
             query_shape = (*keys_2HSP.shape[:2], -1, q_2HTP.shape[-1])
             per_half = min(knn, keys_2HSP.shape[2])
-            scores_2XTJ, keys_2XTJ = half_topk(q_2HTP.reshape(query_shape), keys_2HSP, per_half)
+            q_2XTP = q_2HTP.reshape(query_shape)
+            scores_2XTJ, keys_2XTJ = half_topk(q_2XTP, keys_2HSP, per_half, precision=self.score_precision)
             result_shape = (self.heads, -1, per_half)
             first, second = (
                 (scores_2XTJ[half].reshape(result_shape), keys_2XTJ[half].reshape(result_shape)) for half in (0, 1)

@@ -10,7 +10,7 @@ from pkm_lightning.ops.count_reads import count_reads
 from pkm_lightning.ops.gathered_dot import gathered_dot
 from pkm_lightning.ops.gathered_rows import gathered_rows
 from pkm_lightning.ops.grouped_linear import grouped_linear
-from pkm_lightning.ops.half_topk import half_topk
+from pkm_lightning.ops.half_topk import SCORE_PRECISIONS, half_topk
 from pkm_lightning.ops.product_topk import MAX_SUB_KEYS, product_combine, product_topk
 from pkm_lightning.ops.quantized_rows import (
     QuantizedRows,
@@ -26,6 +26,7 @@ from pkm_lightning.ops.weighted_gather import weighted_gather
 
 __all__ = [
     "MAX_SUB_KEYS",
+    "SCORE_PRECISIONS",
     "QuantizedRows",
     "causal_convolution",
     "count_reads",

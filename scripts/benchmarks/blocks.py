@@ -20,7 +20,7 @@ from pkm_lightning.ffn import FFNContext
 from pkm_lightning.ffn.dense import Dense
 from pkm_lightning.ffn.memory_plus import MemoryPlus
 from pkm_lightning.ffn.moe import MoE
-from pkm_lightning.memory import RowOptimizer, TableOptimizer
+from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 
 LR = 1e-4
 CHECKED = 256
@@ -53,15 +53,42 @@ class Block(NamedTuple):
 
 def memory_plus(block: Block, weight_NV: Tensor, learning: str, device: str = "auto") -> MemoryPlus:
     """Builds the layer around existing rows."""
+    return memory_on(block, value_table(weight_NV, learning, device))
+
+
+def memory_on(block: Block, table: ValueTable) -> MemoryPlus:
+    """Builds the layer on a table, which several layers may share."""
     return MemoryPlus(
         dim=block.dim,
-        table=value_table(weight_NV, learning, device),
+        table=table,
         n_keys=block.n_keys,
         heads=4,
         knn=32 if block.n_keys >= 32 else 4,
         key_dim=block.key_dim,
-        value_dim=weight_NV.shape[1],
+        value_dim=table.dim,
         qk_norm=True,
+    )
+
+
+def mixture(block: Block, n_layers: int, n_experts: int, top_k: int) -> MoE:
+    """Builds a mixture of SwiGLUs of the block's width, balanced by a loss."""
+    return MoE(
+        dim=block.dim,
+        n_layers=n_layers,
+        dense_hidden_dim=block.hidden,
+        hidden_dim=None,
+        n_experts=n_experts,
+        top_k=top_k,
+        shared_experts=0,
+        score="softmax",
+        select="before",
+        renormalise=False,
+        routed_scale=1.0,
+        balancing="loss",
+        balance_loss=0.01,
+        bias_rate=0.0,
+        z_loss=0.001,
+        sequence_balance_loss=0.0,
     )
 
 
@@ -103,26 +130,6 @@ def block_case(block: Block, device: torch.device, dtype: torch.dtype) -> Case:
     weight_NV = table(block.n_keys**2, value_dim(block), dtype, device)
     x_BTD, upstream_BTD = (torch.randn(8, block.tokens // 8, block.dim, device=device).to(dtype) for _ in range(2))
 
-    def moe() -> MoE:
-        return MoE(
-            dim=block.dim,
-            n_layers=2,
-            dense_hidden_dim=block.hidden,
-            hidden_dim=None,
-            n_experts=8,
-            top_k=2,
-            shared_experts=0,
-            score="softmax",
-            select="before",
-            renormalise=False,
-            routed_scale=1.0,
-            balancing="loss",
-            balance_loss=0.01,
-            bias_rate=0.0,
-            z_loss=0.001,
-            sequence_balance_loss=0.0,
-        )
-
     def way(name: str, make: Callable[[], nn.Module], rule: str | None = None) -> Way:
         def build() -> BlockStep:
             module = make().to(device, dtype)
@@ -135,7 +142,7 @@ def block_case(block: Block, device: torch.device, dtype: torch.dtype) -> Case:
         sizes=f"{block} N={len(weight_NV)} V={weight_NV.shape[1]} {dtype}".replace("torch.", ""),
         ways=[
             way("SwiGLU", functools.partial(Dense, dim=block.dim, n_layers=2, hidden_dim=block.hidden)),
-            way("MoE, 2 of 8 experts", moe),
+            way("MoE, 2 of 8 experts", functools.partial(mixture, block, n_layers=2, n_experts=8, top_k=2)),
             way("Memory+, lazy_adam", memory, "lazy_adam"),
             way("Memory+, row_adagrad", memory, "row_adagrad"),
         ],
@@ -148,8 +155,8 @@ def block_case(block: Block, device: torch.device, dtype: torch.dtype) -> Case:
 
 
 def _optimizer(module: nn.Module, rule: str | None) -> Optimizer:
-    # The table is no registered parameter of the layer: a row rule moves it.
-    dense = AdamW(module.parameters(), lr=LR, fused=True)
+    # A table that learns by rows requires no gradient: a row rule moves it.
+    dense = AdamW([p for p in module.parameters() if p.requires_grad], lr=LR, fused=True)
     if rule is None:
         return dense
     assert isinstance(module, MemoryPlus)
@@ -168,8 +175,6 @@ def forward_error(y_BTD: Tensor, module: nn.Module, x_BTD: Tensor) -> float:
     The median ignores single tokens for which float64 decides a near tie otherwise.
     """
     wide = copy.deepcopy(module).double()
-    if isinstance(wide, MemoryPlus):
-        wide.values.table.double()  # deepcopy copied the table, but it is no registered submodule
     expected_BTD = wide(x_BTD.double(), context_of(x_BTD)).y_BTD
     error_BT = (y_BTD - expected_BTD).norm(dim=-1) / expected_BTD.norm(dim=-1)
     return error_BT.median().item()

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.deadline import Deadline
+
 Run = Callable[[], Any]
 
 
@@ -32,6 +34,7 @@ class Case:
         error: runs what a way built and returns its relative error against float64.
         tolerance: a larger error disqualifies the way.
         baselines: ways whose medians and memory the others' are divided by.
+        peers: ways that are not this package's: that one cannot run here is shown, and is no failure.
         moved: bytes that any way must move, 0 where bandwidth is no useful measure.
         tokens: tokens of one call, for the time per token.
         calls: calls per measurement; short ones need several.
@@ -48,6 +51,7 @@ class Case:
     error: Callable[[Any], float]
     tolerance: float
     baselines: Sequence[str] = ()
+    peers: Sequence[str] = ()
     moved: float = 0.0
     tokens: int = 0
     calls: int = 1
@@ -77,12 +81,19 @@ class Row(NamedTuple):
         make: makes the case.
         make_tiny: makes a tiny case of the same ways.
         make_half: makes the case with half the table, whose difference in memory gives the bytes per value.
+        sizes: the size in words, known before the case is made.
     """
 
     name: str
     make: Factory
     make_tiny: Factory
     make_half: Factory | None = None
+    sizes: str = ""
+
+    @property
+    def title(self) -> str:
+        """What is done and at which size."""
+        return f"{self.name}: {self.sizes}" if self.sizes else self.name
 
 
 class Options(NamedTuple):
@@ -94,6 +105,7 @@ class Options(NamedTuple):
     memory: bool
     #: Measure CPU time instead of the time that passes.
     cpu_time: bool = False
+    deadline: Deadline = Deadline()
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -115,6 +115,7 @@ def _case(
         error=error,
         tolerance=TOLERANCE,
         baselines=[name],
+        peers=[name],
     )
 
 

@@ -3,6 +3,9 @@
 A way that is wrong, fails or runs out of memory is reported as such and not timed. Rounds are interleaved and start
 with another way each time; caches are overwritten before every measurement. GB/s are bytes that any way must move,
 whatever it moves, over the median; next to them stands a copy measured in the same rounds.
+
+A row that fails is reported, and the others go on. A benchmark of which a row or a way of this package has failed ends
+with exit code 1.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.case import Case, Options, Row, Run, Skipped, Way
+from benchmarks.deadline import Deadline
 from benchmarks.memory import peak_memory
-from benchmarks.report import Result, conditions, print_case, print_head, write_csv
+from benchmarks.report import NOT_RUN, Result, conditions, print_case, print_end, print_head, write_csv
 from benchmarks.stopwatch import Stopwatch, free_memory
 
 #: More bytes than any cache holds.
@@ -38,6 +42,7 @@ def command_line(doc: str | None, arguments: Sequence[str] | None) -> tuple[Opti
         "--cpu-time", action="store_true", help="CPU time of the process, where other work shares the machine"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--seconds", type=float, help="begin nothing after so many seconds, and name what was left out")
     parser.add_argument(
         "--out", type=Path, nargs="?", const=Path("scripts/results"), help="write FOLDER/DATE-NAME.csv, or FILE.csv"
     )
@@ -48,7 +53,8 @@ def command_line(doc: str | None, arguments: Sequence[str] | None) -> tuple[Opti
     if device.type == "cuda" and parsed.cpu_time:
         parser.error("--cpu-time measures no kernels of a GPU; use --device cpu, or leave it out")
     rounds = 1 if parsed.smoke else parsed.rounds
-    return Options(device, parsed.smoke, rounds, not parsed.no_memory, parsed.cpu_time), parsed
+    deadline = Deadline(parsed.seconds)
+    return Options(device, parsed.smoke, rounds, not parsed.no_memory, parsed.cpu_time, deadline), parsed
 
 
 def benchmark(
@@ -64,37 +70,64 @@ def benchmark(
         doc: the script's docstring, whose first paragraph becomes the help text.
         plan: yields the rows for the command line's options.
         arguments: the command line; None for the process's own.
+
+    Raises:
+        SystemExit: with code 1, after the last row, if one has failed.
     """
     options, parsed = command_line(doc, arguments)
-    sweep_bytes = 2**16 if options.smoke else SWEEP_BYTES
-    stopwatch = Stopwatch(options.device, sweep_bytes, cpu_time=options.cpu_time)
+    stopwatch = stopwatch_of(options)
     facts = conditions(options.device) | {"clock": "CPU time" if options.cpu_time else "wall"}
     print_head(name, facts)
     results: list[Result] = []
     for row in plan(options):
         if parsed.only not in row.name:
             continue
-        results += _results_of(row, options, stopwatch)
+        results += results_of(row, options, stopwatch)
         if parsed.out:
             # After every row: a benchmark that is stopped keeps what it has measured.
             path = write_csv(parsed.out, f"{name}-{options.device.type}", facts, results)
     if parsed.out and results:
         print(f"\nwritten: {path}")
+    if print_end(results):
+        raise SystemExit(1)
     return results
 
 
-def _results_of(row: Row, options: Options, stopwatch: Stopwatch) -> list[Result]:
+def stopwatch_of(options: Options) -> Stopwatch:
+    """Builds the clock of a benchmark."""
+    return Stopwatch(options.device, 2**16 if options.smoke else SWEEP_BYTES, cpu_time=options.cpu_time)
+
+
+def results_of(row: Row, options: Options, stopwatch: Stopwatch) -> list[Result]:
+    """Runs and prints a row; one that cannot run is one result, whose status says why."""
+    if options.deadline.has_passed:
+        return [Result(row=row.name, sizes=row.sizes, status=NOT_RUN)]
     torch.manual_seed(0)
-    case = row.make()
-    if isinstance(case, Skipped):
-        print(f"\n{row.name}: skipped: {case.reason}", flush=True)
-        return [Result(row=row.name, status=f"skipped: {case.reason}")]
     started = time.perf_counter()
-    results = measure(row, case, options, stopwatch)
-    print_case(f"{row.name} ({time.perf_counter() - started:.0f} s)", case.sizes, results)
-    del case
+    try:
+        results = _measured(row, options, stopwatch)
+    except Exception as error:
+        results = [Result(row=row.name, sizes=row.sizes, status=_reason(error))]
+    if results[0].way:
+        print_case(f"{row.name} ({time.perf_counter() - started:.0f} s)", results[0].sizes, results)
+    else:
+        print(f"\n{row.title}: {results[0].status}", flush=True)
     free_memory(options.device)
     return results
+
+
+def _measured(row: Row, options: Options, stopwatch: Stopwatch) -> list[Result]:
+    """Makes and measures the case of a row, which nothing refers to afterwards."""
+    case = row.make()
+    if isinstance(case, Skipped):
+        return [Result(row=row.name, sizes=row.sizes, status=f"skipped: {case.reason}")]
+    return measure(row, case, options, stopwatch)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @dataclass
@@ -107,19 +140,22 @@ class _Entry:
 
 def measure(row: Row, case: Case, options: Options, stopwatch: Stopwatch) -> list[Result]:
     """Checks, warms up and times the ways of one case, and measures their memory."""
-    entries = [_Entry(way, Result(row=row.name, sizes=case.sizes, way=way.name)) for way in case.ways]
+    entries = [
+        _Entry(way, Result(row=row.name, sizes=case.sizes, way=way.name, is_peer=way.name in case.peers))
+        for way in case.ways
+    ]
     copies = [stopwatch.copy_bandwidth()]
     for entry in entries if case.timed else ():
-        _attempt(entry, lambda entry: _check(case, entry))
+        _attempt(entry, options.deadline, lambda entry: _check(case, entry))
     for number in range(options.rounds if case.timed else 0):
         copies.append(stopwatch.copy_bandwidth())
         # The way that comes first in a round would otherwise always meet the same state of the machine.
         shift = number % len(entries)
         for entry in entries[shift:] + entries[:shift]:
-            _attempt(entry, lambda entry: _time(case, entry, stopwatch))
+            _attempt(entry, options.deadline, lambda entry: _time(case, entry, stopwatch))
     for entry in entries:
         if options.memory and case.memory and entry.result.status == "ok":
-            _attempt(entry, lambda entry: _measure_memory(row, case, entry, options))
+            _attempt(entry, options.deadline, lambda entry: _measure_memory(row, case, entry, options))
         entry.result.summarise(entry.seconds, case.moved, case.tokens, statistics.median(copies))
     results = [entry.result for entry in entries]
     for result in results:
@@ -127,18 +163,20 @@ def measure(row: Row, case: Case, options: Options, stopwatch: Stopwatch) -> lis
     return results
 
 
-def _attempt(entry: _Entry, step: Callable[[_Entry], None]) -> None:
+def _attempt(entry: _Entry, deadline: Deadline, step: Callable[[_Entry], None]) -> None:
     """Runs one step; a way that raises anything is out, and the others go on."""
     if entry.result.status != "ok":
         return
+    if deadline.has_passed:
+        # A way that was timed in some rounds keeps them.
+        entry.result.status, entry.run = "ok" if entry.seconds else NOT_RUN, None
+        return
     try:
         step(entry)
-    except torch.cuda.OutOfMemoryError:
-        entry.result.status, entry.run = "out of memory", None
-        free_memory(torch.device("cuda"))
     except Exception as error:
-        message = " ".join(str(error).split())
-        entry.result.status, entry.run = f"{type(error).__name__}: {message[:200]}", None
+        entry.result.status, entry.run = _reason(error), None
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            free_memory(torch.device("cuda"))
 
 
 def _check(case: Case, entry: _Entry) -> None:

@@ -16,6 +16,11 @@ import torch
 
 from pkm_lightning.training.machine import cpu_name
 
+#: Status of what the time did not suffice for.
+NOT_RUN = "not run: out of time"
+#: Beginnings of a status that is no failure.
+_NO_FAILURE = ("ok", "skipped: ", NOT_RUN, "out of memory")
+
 
 @dataclass
 class Result:
@@ -45,6 +50,13 @@ class Result:
     #: By baseline: how many times faster, and how many times fewer bytes per value.
     faster: dict[str, float] = field(default_factory=dict)
     leaner: dict[str, float] = field(default_factory=dict)
+    #: Whether the way is not this package's.
+    is_peer: bool = False
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a row, or a way of this package, raised an error or is wrong."""
+        return not self.is_peer and not self.status.startswith(_NO_FAILURE)
 
     def summarise(self, seconds: list[float], moved: float, tokens: int, copy_bandwidth: float) -> None:
         """Computes quantiles of the rounds, if none of them failed.
@@ -122,6 +134,21 @@ def print_case(row: str, sizes: str, results: list[Result]) -> None:
             for name in shown
         )
         print("  ".join(cells).rstrip(), flush=True)
+
+
+def print_end(results: list[Result]) -> bool:
+    """Prints what was not run and what has failed; returns whether anything has failed."""
+    left_out = list(dict.fromkeys(_title(result) for result in results if result.status == NOT_RUN))
+    failed = [result for result in results if result.has_failed]
+    if left_out:
+        print(f"\n{NOT_RUN}:", *left_out, sep="\n  ", flush=True)
+    if failed:
+        print("\nfailed:", *(f"{_title(result)}: {result.status}" for result in failed), sep="\n  ", flush=True)
+    return bool(failed)
+
+
+def _title(result: Result) -> str:
+    return ", ".join(part for part in (result.row, result.sizes, result.way) if part)
 
 
 def _cells(result: Result, baselines: list[str]) -> dict[str, str]:

@@ -167,6 +167,7 @@ def step_case(
         error=error,
         tolerance=TOLERANCE[dtype],
         baselines=[DENSE, DENSE_UNCLIPPED] if timed else [DENSE],
+        peers=[way.name for way in ways if way.learning == "peer"],
         rebuild=device.type != "cpu",
         timed=timed,
         memory=not timed,

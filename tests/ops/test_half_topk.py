@@ -186,7 +186,7 @@ def test_with_product_combine_it_equals_the_product_topk_of_all_scores() -> None
 
 def test_the_operator_is_registered_completely_and_traced_without_a_break() -> None:
     q_XTF, keys_XSF = inputs(((2,), 5, 7, 11, 3), "cpu")
-    library.opcheck(torch.ops.pkm_lightning.half_topk.default, (q_XTF, keys_XSF, 3, "cpu"))
+    library.opcheck(torch.ops.pkm_lightning.half_topk.default, (q_XTF, keys_XSF, 3, "cpu", "ieee"))
     values_XTK, _ = torch.compile(half_topk, backend="aot_eager", fullgraph=True)(q_XTF, keys_XSF, 3)
     expected_XTK, _ = half_topk(q_XTF, keys_XSF, 3, backend="cpu")
     assert torch.equal(values_XTK, expected_XTK)
@@ -220,8 +220,10 @@ def test_refuses_sizes_that_do_not_fit(q: tuple[int, ...], keys: tuple[int, ...]
         half_topk(torch.zeros(q), torch.zeros(keys), k)
 
 
-def test_refuses_dtypes_that_it_would_have_to_round() -> None:
+def test_refuses_precisions_and_dtypes_that_it_would_have_to_round() -> None:
     q_XTF, keys_XSF = torch.zeros(1, 2, 3), torch.zeros(1, 4, 3)
+    with pytest.raises(ValueError, match=r"half_topk: precision='tf32'; allowed: ieee, tf32x3\."):
+        half_topk(q_XTF, keys_XSF, 2, precision="tf32")
     with pytest.raises(
         ValueError, match=r"queries are torch.bfloat16 and keys torch.bfloat16; both need torch.float32"
     ):

@@ -5,6 +5,7 @@ Letters: G groups per token, X = T * G, L = T * K reads.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import NamedTuple
 
@@ -18,12 +19,12 @@ from pkm_lightning.ops import weighted_gather
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Rows, values per row, tokens, reads per token, groups (None: no groups): odd sizes, one row, one token, one value per
-# row, several blocks of columns, one group, more groups than reads per token.
+# row, narrow rows of many tokens and of many reads, several blocks of columns, one group, more groups than reads.
 SIZES = [
     (8, 257, 3, 9, None),
     (31, 100, 1, 6, 3),
     (1, 3, 4, 5, None),
-    (9, 1, 1, 1, None),
+    (9, 16, 70, 11, None),
     (50, 64, 9, 7, None),
     (50, 16, 3, 70, None),
     (40, 24, 5, 40, 2),
@@ -87,6 +88,19 @@ def test_output_and_gradients_equal_the_definition(sizes: Sizes, dtype: torch.dt
     for grad, expected_grad in zip(grads, expected, strict=True):
         assert grad.dtype is dtype
         assert_close(grad, expected_grad.to(dtype), kind="grad")
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_tokens_that_share_a_program_read_what_each_reads_alone(
+    groups: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = read(9, 20, 35, 6, groups, torch.bfloat16, "triton")
+    shared_X = case.run("triton")
+    monkeypatch.setattr(importlib.import_module("pkm_lightning.ops.weighted_gather.triton"), "_SHARED_VALUES", 0)
+    alone_X = case.run("triton")
+    # The threads of a GPU add up the reads of a token in another order; the interpreter has one.
+    assert torch.equal(shared_X, alone_X) or shared_X.is_cuda
+    assert_close(shared_X, alone_X)
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])

@@ -34,9 +34,9 @@ class Bare:
 
 sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
 import pkm_lightning.memory, pkm_lightning.ops
-import bench_decode, bench_ops, bench_token_tables, bench_train
-for script in (bench_ops, bench_train, bench_token_tables, bench_decode):
-    script.main(["--device", "cpu", "--smoke", "--no-memory", "--out", f"{script.__name__}.csv"])
+from benchmarks.important_rows import measure_rows
+options = ["--device", "cpu", "--smoke", "--no-memory", "--out", "gpu.csv"]
+assert measure_rows("", Path("records.jsonl"), 600, options) == 0
 print("imported:", *sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "numba", "lightning", "hydra"}))
 """
 
@@ -70,12 +70,10 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 def test_they_need_torch_and_triton_only(tmp_path: Path) -> None:
     assert run("-c", BARE, str(SCRIPTS), cwd=tmp_path).splitlines()[-1] == "imported:"
-    skipped = set()
-    for name in ("bench_ops", "bench_train", "bench_token_tables", "bench_decode"):
-        found = lines(tmp_path / f"{name}.csv")
-        assert all(float(line["median_s"]) > 0 for line in found if line["status"] == "ok" and line["rounds"] != "0")
-        assert len({line["row"] for line in found}) >= 1
-        skipped |= {line["row"] for line in found if line["status"] != "ok"}
+    results = lines(tmp_path / "gpu.csv")
+    assert all(float(line["median_s"]) > 0 for line in results if line["status"] == "ok" and line["rounds"] != "0")
+    assert {line["row"][:2] for line in results} > {f"R{number}" for number in range(1, 10)}
+    skipped = {line["row"] for line in results if line["status"] != "ok"}
     assert skipped == {"layer, PKM", "layer, PEER", "R7 model in the Trainer"}
 
 
@@ -83,7 +81,7 @@ def test_they_need_torch_and_triton_only(tmp_path: Path) -> None:
     ("name", "row", "ways"),
     [
         pytest.param("bench_ops", "layer", 6, marks=pytest.mark.slow),
-        pytest.param("bench_train", "R7", 5, marks=pytest.mark.slow),
+        pytest.param("bench_train", "R7 model", 5, marks=pytest.mark.slow),
     ],
 )
 def test_other_packages_and_the_trainer_are_contenders(
@@ -146,15 +144,15 @@ def test_a_wrong_and_a_failing_way_are_not_timed(
         baselines=["right"],
         memory=False,
     )
-    rows = [parts.Row("row", lambda: case, lambda: case)]
-    right, wrong, infinite, failed = protocol.benchmark(
-        "test", "", lambda _: rows, ["--device", "cpu", "--rounds", "2"]
-    )
+    row = parts.Row("row", lambda: case, lambda: case)
+    options, _ = protocol.command_line("", ["--device", "cpu", "--rounds", "2"])
+    right, wrong, infinite, failed = protocol.results_of(row, options, protocol.stopwatch_of(options))
     assert (right.status, right.rounds, right.same_bits, right.faster) == ("ok", 2, True, {"right": 1.0})
     assert wrong.status == "wrong: relative error 1.0e+00, allowed 1e-06"
     assert infinite.status.startswith("wrong: relative error inf")
     assert failed.status == "RuntimeError: no such kernel"
     assert wrong.median is infinite.median is failed.median is None
+    assert [result.has_failed for result in (right, wrong, infinite, failed)] == [False, True, True, True]
     assert "no such kernel" in capsys.readouterr().out
 
 

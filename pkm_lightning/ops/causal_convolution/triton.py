@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pkm_lightning.ops.example_tables import TOKENS
+
 #: Values of a tile, most tokens of it, and values per warp. A tile of many tokens has 64 channels, which fill the cache
 #: lines of half-precision rows: the more tokens it has, the fewer tokens are read by two tiles. Where a sequence has
 #: few, a tile is wider. Two loads of 128 bits per thread and tap in half precision.
@@ -155,22 +157,17 @@ def _gradients(  # type: ignore[no-untyped-def]
     tl.store(x_grad + place_RC, x_grad_RC.to(x_grad.dtype.element_ty), mask=mask_RC)
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Lists kernels with types of arguments and constants, to compile them ahead of time without a GPU."""
-    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
+def launch_examples() -> None:
+    """Launches every kernel: see `pkm_lightning.ops.example_tables`."""
     # Training, decoding one token, many taps, and a width that is no power of two.
-    for element, tokens, dim, taps, documents in (
-        ("fp32", 4096, 1024, 4, True),
-        ("bf16", 4096, 1024, 4, True),
-        ("bf16", 4096, 1024, 4, False),
-        ("bf16", 1, 1024, 4, False),
-        ("bf16", 4096, 64, 64, True),
-        ("bf16", 4096, 100, 3, True),
-    ):
-        names = ("x", "weight", "y", "grad", "x_grad")
-        types = dict.fromkeys(names, f"*{element}") | {"parts": "*fp32", "docs": "*i64"}
-        types |= dict.fromkeys(("tokens", "length", "dilation"), "i32")
-        for kernel, tile in ((_convolve, _FORWARD), (_gradients, _BACKWARD)):
-            sizes = _sizes(tokens, torch.empty(dim, taps, device="meta"), tile, documents=documents)
-            cases.append((kernel, types, sizes))
-    return cases
+    for dtype, length, dim, taps, documents in (
+        (torch.float32, TOKENS, 1024, 4, True), (torch.bfloat16, TOKENS, 1024, 4, True),
+        (torch.bfloat16, TOKENS, 1024, 4, False), (torch.bfloat16, 1, 1024, 4, False),
+        (torch.bfloat16, TOKENS, 64, 64, True), (torch.bfloat16, TOKENS, 100, 3, True),
+    ):  # fmt: skip
+        # Decoding reads the tokens before the one that it writes.
+        x_BPD = torch.empty(8, max(length, taps), dim, dtype=dtype)
+        weight_DL = torch.empty(dim, taps, dtype=dtype)
+        doc_ids_BP = torch.empty(x_BPD.shape[:2], dtype=torch.int64) if documents else None
+        y_BTD = convolve(x_BPD, weight_DL, doc_ids_BP, length, 1)
+        gradients(y_BTD, x_BPD, weight_DL, doc_ids_BP, 1)

@@ -5,17 +5,16 @@ Letters: L reads; suffixes in the kernel: R reads and C columns of a tile.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pkm_lightning.ops.example_tables import ROWS, TABLES, TOKENS, ids
 from pkm_lightning.ops.gathered_rows import eager
 from pkm_lightning.ops.row_gradients.triton import table_gradient
 
-__all__ = ["aot_signatures", "gather", "table_gradient"]
+__all__ = ["gather", "launch_examples", "table_gradient"]
 
 #: Values of a tile, 16 per thread: each thread has several 128-bit loads of random rows under way.
 _TILE = 2048
@@ -61,10 +60,7 @@ def _copy_rows(  # type: ignore[no-untyped-def]
     tl.store(rows + read_R[:, None] * V + v_C[None, :], values_RC, mask=mask_RC)
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Lists the kernel with types of arguments and constants, to compile it ahead of time without a GPU."""
-    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-    for element, dim in (("fp32", 160), ("bf16", 160), ("fp32", 16), ("bf16", 100)):
-        types = {"table": f"*{element}", "ids": "*i32", "rows": f"*{element}", "reads": "i32"}
-        cases.append((_copy_rows, types, _sizes(dim)))
-    return cases
+def launch_examples() -> None:
+    """Launches the kernel: see `pkm_lightning.ops.example_tables`."""
+    for dim, dtype in TABLES:
+        gather(torch.empty(ROWS, dim, dtype=dtype), ids(TOKENS * 16))

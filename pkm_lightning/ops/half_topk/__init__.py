@@ -22,17 +22,30 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int32
     from torch import Tensor
 
-_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    **{name: functools.partial(half_topk_kernels, backend=name) for name in ("cpu", "triton")},
-    "eager": half_topk_eager,
-    "reference": half_topk_reference,
+#: How float32 scores may be multiplied on a GPU: in float32, or as three products of TF32 parts.
+SCORE_PRECISIONS = ("ieee", "tf32x3")
+
+_BACKENDS: dict[str, dict[str, Callable[..., tuple[Tensor, Tensor]]]] = {
+    precision: {
+        # Only GPUs have TF32.
+        "cpu": functools.partial(half_topk_kernels, backend="cpu", precision="ieee"),
+        "triton": functools.partial(half_topk_kernels, backend="triton", precision=precision),
+        "eager": half_topk_eager,
+        "reference": half_topk_reference,
+    }
+    for precision in SCORE_PRECISIONS
 }
 
-__all__ = ["half_topk"]
+__all__ = ["SCORE_PRECISIONS", "half_topk"]
 
 
 def half_topk(
-    q_XTF: Float[Tensor, "*X T F"], keys_XSF: Float[Tensor, "*X S F"], k: int, *, backend: str = "auto"
+    q_XTF: Float[Tensor, "*X T F"],
+    keys_XSF: Float[Tensor, "*X S F"],
+    k: int,
+    *,
+    precision: str = "tf32x3",
+    backend: str = "auto",
 ) -> tuple[Float[Tensor, "*X T K"], Int32[Tensor, "*X T K"]]:
     """Finds the `k` largest `<q[x, t], keys[x, s]>` of every query, best first, equal scores by lower key index.
 
@@ -40,17 +53,19 @@ def half_topk(
     eq. 2-5). NaN ranks above infinity. Scores are computed in the queries' dtype; callers must switch autocast off.
 
     Args:
-        q_XTF: queries of any leading shape, float32 or float64; scores are IEEE, never TF32.
+        q_XTF: queries of any leading shape, float32 or float64.
         keys_XSF: sub-keys of the same leading shape and dtype.
         k: sub-keys to keep per query, 1 to S.
+        precision: how the GPU kernel multiplies: `ieee` in float32, `tf32x3` as three products of TF32 parts where the
+            GPU has TF32, which is as exact as the sums of float32 and faster. All else is IEEE either way.
         backend: `auto`, `cpu` (numba), `triton` (float32), `eager` (all scores at once, any device) or `reference`.
 
     Returns:
         The scores, differentiable in queries and keys, and the int32 indices of the keys.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, `k` is out of range, or the backend is unknown or cannot run here or
-            in this dtype.
+        ValueError: shapes or dtypes do not fit, `k` is out of range, the precision is unknown, or the backend is
+            unknown or cannot run here or in this dtype.
     """
     fit = (q_XTF.shape[:-2], q_XTF.shape[-1:]) == (keys_XSF.shape[:-2], keys_XSF.shape[-1:])
     if min(q_XTF.ndim, keys_XSF.ndim) < 2 or not fit:
@@ -64,9 +79,11 @@ def half_topk(
         )
     if not 1 <= k <= keys_XSF.shape[-2]:
         raise ValueError(f"half_topk: k={k} is out of range; allowed: 1 to {keys_XSF.shape[-2]} (keys).")
+    if precision not in SCORE_PRECISIONS:
+        raise ValueError(f"half_topk: precision={precision!r}; allowed: {', '.join(SCORE_PRECISIONS)}.")
     check_limits("half_topk", backend, q_XTF, k, EXACT)
     default = default_backend(q_XTF, k, EXACT)
-    implementation = choose_backend("half_topk", backend, default, _BACKENDS, q_XTF)
+    implementation = choose_backend("half_topk", backend, default, _BACKENDS[precision], q_XTF)
     # Backends take one leading dimension: an entry is one half of one head.
     (tokens, dim), n_keys = q_XTF.shape[-2:], keys_XSF.shape[-2]
     entries = q_XTF.shape[:-2].numel()

@@ -25,8 +25,8 @@ _CHUNK_SCORES = 2**19
 _COLUMNS = 32
 
 
-def best_keys(q_XTF: Tensor, keys_XSF: Tensor, values_XTK: Tensor, indices_XTK: Tensor) -> None:
-    """Writes the K best scores of every query and the indices of their keys; all tensors contiguous."""
+def best_keys(q_XTF: Tensor, keys_XSF: Tensor, values_XTK: Tensor, indices_XTK: Tensor, precision: str) -> None:
+    """Writes the K best scores of every query and the indices of their keys; all tensors contiguous, always IEEE."""
     entries, tokens, n_keys = len(q_XTF), q_XTF.shape[1], keys_XSF.shape[1]
     t_step = max(1, min(tokens, _CHUNK_SCORES // n_keys))
     # Few tokens (decoding) do not fill a chunk, so several entries share one.

@@ -16,17 +16,19 @@ from torch.utils.flop_counter import register_flop_formula
 from pkm_lightning.ops.backends import load_kernels
 
 
-def half_topk_kernels(q_XTF: Tensor, keys_XSF: Tensor, k: int, *, backend: str) -> tuple[Tensor, Tensor]:
+def half_topk_kernels(
+    q_XTF: Tensor, keys_XSF: Tensor, k: int, *, backend: str, precision: str
+) -> tuple[Tensor, Tensor]:
     """Computes `pkm_lightning.ops.half_topk` by the kernels of `backend`, `cpu` or `triton`."""
-    values_XTK, indices_XTK = _half_topk(q_XTF, keys_XSF, k, backend)
+    values_XTK, indices_XTK = _half_topk(q_XTF, keys_XSF, k, backend, precision)
     return values_XTK, indices_XTK
 
 
 @library.custom_op("pkm_lightning::half_topk", mutates_args=())
-def _half_topk(q: Tensor, keys: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+def _half_topk(q: Tensor, keys: Tensor, k: int, backend: str, precision: str) -> tuple[Tensor, Tensor]:
     values_XTK = q.new_empty(*q.shape[:2], k)
     indices_XTK = values_XTK.new_empty(values_XTK.shape, dtype=torch.int32)
-    load_kernels("half_topk", backend).best_keys(q.contiguous(), keys.contiguous(), values_XTK, indices_XTK)
+    load_kernels("half_topk", backend).best_keys(q.contiguous(), keys.contiguous(), values_XTK, indices_XTK, precision)
     return values_XTK, indices_XTK
 
 
@@ -41,7 +43,7 @@ def _half_topk_backward(grad: Tensor, indices: Tensor, q: Tensor, keys: Tensor, 
 
 
 @_half_topk.register_fake
-def _(q: Tensor, keys: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, keys: Tensor, k: int, backend: str, precision: str) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:2], k)
     return q.new_empty(shape), q.new_empty(shape, dtype=torch.int32)
 
@@ -51,16 +53,16 @@ def _(grad: Tensor, indices: Tensor, q: Tensor, keys: Tensor, backend: str) -> t
     return q.new_empty(q.shape), keys.new_empty(keys.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, str], output: tuple[Tensor, Tensor]) -> None:
-    q_XTF, keys_XSF, _, ctx.backend = inputs
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, str, str], output: tuple[Tensor, Tensor]) -> None:
+    q_XTF, keys_XSF, _, ctx.backend, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], q_XTF, keys_XSF)
 
 
-def _backward(ctx: Any, grad_XTK: Tensor, _indices: Any) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Any, grad_XTK: Tensor, _indices: Any) -> tuple[Tensor, Tensor, None, None, None]:
     # An operator of its own: AOTAutograd traces this function and cannot trace kernels; the FLOP counter sees it too.
     q_grad_XTF, keys_grad_XSF = _half_topk_backward(grad_XTK, *ctx.saved_tensors, ctx.backend)
-    return q_grad_XTF, keys_grad_XSF, None, None
+    return q_grad_XTF, keys_grad_XSF, None, None, None
 
 
 _half_topk.register_autograd(_backward, setup_context=_setup_context)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pkm_lightning.ops.example_tables import TOKENS, ids
 from pkm_lightning.ops.ranked_topk.triton import below_all, merge_best, pack, packed_places, packed_scores
 from pkm_lightning.ops.segments import read_segments
 
@@ -95,11 +96,12 @@ def _key_gradient(  # type: ignore[no-untyped-def]
     tl.store(keys_grad_XSF + row * F + f_C, sum_C, mask=f_C < F)
 
 
-def best_keys(q_XTF: Tensor, keys_XSF: Tensor, values_XTK: Tensor, indices_XTK: Tensor) -> None:
+def best_keys(q_XTF: Tensor, keys_XSF: Tensor, values_XTK: Tensor, indices_XTK: Tensor, precision: str) -> None:
     """Writes the K best scores of every query and the indices of their keys; all tensors contiguous, float32."""
     entries, tokens, dim = q_XTF.shape
     if entries and tokens:
-        sizes = _forward_sizes(tokens, keys_XSF.shape[1], dim, values_XTK.shape[-1], _precision(q_XTF.device))
+        precision = precision if _has_tf32(q_XTF.device) else "ieee"
+        sizes = _forward_sizes(tokens, keys_XSF.shape[1], dim, values_XTK.shape[-1], precision)
         grid = (triton.cdiv(tokens, sizes["BLOCK_T"]), entries)
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device_of(q_XTF):
@@ -123,13 +125,8 @@ def add_gradients(
         _key_gradient[(len(segments.rows_U), columns)](grad_XTK, q_XTF, keys_grad_XSF, *segments, **sizes)
 
 
-def _precision(device: torch.device) -> str:
-    """Returns how scores are multiplied: three products of TF32 halves, as exact as fp32, where the GPU has TF32.
-
-    A single product of TF32, with 10 bits of mantissa, would exchange keys with close scores.
-    """
-    has_tf32 = torch.version.hip is None and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8)
-    return "tf32x3" if has_tf32 else "ieee"
+def _has_tf32(device: torch.device) -> bool:
+    return torch.version.hip is None and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8)
 
 
 def _forward_sizes(tokens: int, n_keys: int, dim: int, k: int, precision: str) -> dict[str, Any]:
@@ -152,21 +149,19 @@ def _backward_sizes(dim: int, k: int) -> dict[str, int]:
     return {"F": dim, "K": k, "BLOCK_F": min(128, triton.next_power_of_2(dim)), "BLOCK_K": _READS}
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Lists kernels with types of arguments and constants, to compile them ahead of time without a GPU."""
-    floats = ("q_XTF", "keys_XSF", "values_XTK", "grad_XTK", "grad_L", "q_grad_XTF", "keys_grad_XSF")
-    types = dict.fromkeys(floats, "*fp32") | {"indices_XTK": "*i32", "rows_U": "*i32", "tokens": "i32"}
-    types |= {"order_L": "*i64", "starts_Z": "*i64"}
-    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-    # A usual size, a long list, one token, and odd sizes that need every mask.
+def launch_examples() -> None:
+    """Launches every kernel: see `pkm_lightning.ops.example_tables`."""
+    # A usual size, wide keys, a long list, one token, and odd sizes.
     for tokens, n_keys, dim, k in (
-        (4096, 1024, 128, 32),
-        (4096, 1024, 128, 128),
+        (TOKENS, 1024, 128, 32),
+        (TOKENS, 1024, 256, 32),
+        (TOKENS, 1024, 128, 128),
         (1, 1024, 64, 32),
-        (4096, 100, 24, 7),
+        (TOKENS, 100, 25, 7),
     ):
-        backward = _backward_sizes(dim, k)
-        cases += [(_best_keys, types, _forward_sizes(tokens, n_keys, dim, k, way)) for way in ("tf32x3", "ieee")]
-        cases.append((_query_gradient, types, backward | {"S": n_keys}))
-        cases.append((_key_gradient, types, backward))
-    return cases
+        q_XTF, keys_XSF = torch.empty(8, tokens, dim), torch.empty(8, n_keys, dim)
+        values_XTK, indices_XTK = torch.empty(8, tokens, k), ids(8, tokens, k)
+        for precision in ("tf32x3", "ieee"):
+            best_keys(q_XTF, keys_XSF, values_XTK, indices_XTK, precision)
+        gradients = torch.empty_like(q_XTF), torch.empty_like(keys_XSF)
+        add_gradients(torch.empty(8, tokens, k), indices_XTK, q_XTF, keys_XSF, *gradients)

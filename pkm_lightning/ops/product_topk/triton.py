@@ -6,13 +6,12 @@ two; M rows of a program, G pairs of a block.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pkm_lightning.ops.example_tables import ids
 from pkm_lightning.ops.ranked_topk.triton import below_all, pack, packed_places, packed_scores
 
 #: Sums per program of the forward. With few candidates a program takes several rows, which keeps its threads busy.
@@ -114,14 +113,11 @@ def _backward_sizes(per_half: int, k: int) -> dict[str, int]:
     return {"J": per_half, "K": k, "A": triton.next_power_of_2(per_half), "G": _PAIRS}
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, int]]]:
-    """Lists kernels with types of arguments and constants, to compile them ahead of time without a GPU."""
-    floats = ("values1_RJ", "values2_RJ", "sums_RK", "grad_RK", "grad1_RJ", "grad2_RJ")
-    integers = ("indices1_RJ", "indices2_RJ", "rank1_C", "rank2_C", "ids_RK", "chosen_RK")
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(integers, "*i32") | {"n_keys": "i32", "rows": "i32"}
-    cases = []
-    # A usual size, and odd sizes that need every mask.
-    for per_half, candidates, k in ((32, 119, 32), (5, 14, 7)):
-        cases.append((_combine_rows, types, _forward_sizes(per_half, candidates, k)))
-        cases.append((_add_to_halves, types, _backward_sizes(per_half, k)))
-    return cases
+def launch_examples() -> None:
+    """Launches every kernel: see `pkm_lightning.ops.example_tables`."""
+    for rows, per_half, candidates, k in ((65536, 32, 119, 32), (65536, 8, 20, 8), (9, 5, 14, 7)):
+        halves = torch.empty(rows, per_half), ids(rows, per_half), torch.empty(rows, per_half), ids(rows, per_half)
+        ranks, sums_RK = (ids(candidates), ids(candidates)), torch.empty(rows, k)
+        combine_rows(*halves, *ranks, 1024, sums_RK, ids(rows, k), ids(rows, k))
+        gradients = torch.empty(rows, per_half), torch.empty(rows, per_half)
+        add_to_halves(torch.empty(rows, k), sums_RK, ids(rows, k), *ranks, *gradients)

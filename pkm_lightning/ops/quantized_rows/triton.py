@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pkm_lightning.ops.quantized_rows.format import VALUES_PER_SCALE, QuantizedRows
+from pkm_lightning.ops.example_tables import ROWS, TOKENS, ids
+from pkm_lightning.ops.quantized_rows.format import VALUES_PER_SCALE, QuantizedRows, stored_shapes
 
-__all__ = ["aot_signatures", "gather_dot", "gather_sum"]
+__all__ = ["gather_dot", "gather_sum", "launch_examples"]
 
 #: Most columns of a block, over all planes; see `pkm_lightning.ops.weighted_gather.triton`.
 _COLUMNS = 256
@@ -125,13 +126,13 @@ def _gather_dot(  # type: ignore[no-untyped-def]
     tl.store(dots + t * K + k_R, tl.sum(tl.sum(total_RLY, axis=2), axis=1), mask=is_read_R)
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Lists kernels with types of arguments and constants, to compile them ahead of time without a GPU."""
-    floats = dict.fromkeys(("weights", "y", "x", "dots"), "*fp32")
-    types = floats | {"codes": "*u8", "scales": "*bf16", "ids": "*i32", "groups": "*i64"}
-    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-    # Every width; a width that is no power of two, with groups.
-    for bits, dim, grouped in ((8, 1024, False), (4, 1024, False), (2, 1024, False), (2, 100, True)):
-        sizes = _sizes(128, dim, bits)
-        cases += [(_gather_sum, types, sizes | {"GROUPED": grouped}), (_gather_dot, types, sizes)]
-    return cases
+def launch_examples() -> None:
+    """Launches every kernel: see `pkm_lightning.ops.example_tables`."""
+    # Every width; then one that is no power of two, with groups.
+    for bits, dim, n_groups in ((8, 32, 1), (8, 1024, 1), (4, 1024, 1), (2, 1024, 1), (2, 100, 2)):
+        code_shape, scale_shape = stored_shapes(ROWS, dim, bits)
+        codes_NC, scales_NQ = torch.empty(code_shape, dtype=torch.uint8), torch.empty(scale_shape, dtype=torch.bfloat16)
+        rows, weights_TK = QuantizedRows(codes_NC, scales_NQ, bits, dim), torch.empty(TOKENS, 128)
+        groups_TK = None if n_groups == 1 else ids(TOKENS, 128)
+        gather_sum(rows, ids(TOKENS, 128), weights_TK, groups_TK, n_groups)
+        gather_dot(rows, torch.empty(TOKENS, dim), ids(TOKENS, 128))

@@ -8,12 +8,12 @@ block.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pkm_lightning.ops.example_tables import ids
 
 _ROWS = 4  # per program: with the smallest block, 512 scores for its 128 threads
 _SMALLEST_BLOCK = 128  # scores
@@ -99,8 +99,7 @@ def _sizes(n_scores: int, k: int) -> dict[str, int]:
     return {"K": k, "P": padded, "M": _ROWS, "Q": block, "BLOCKS": blocks}
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, int]]]:
-    """Lists the kernel with types of arguments and constants, to compile it ahead of time without a GPU."""
-    types = {"scores_RL": "*fp32", "values_RK": "*fp32", "indices_RK": "*i32", "rows": "i32", "n_scores": "i32"}
-    # A usual size, and odd sizes that need every mask.
-    return [(_rank_rows, types, _sizes(n_scores, k)) for n_scores, k in ((1024, 32), (1000, 7))]
+def launch_examples() -> None:
+    """Launches the kernel: see `pkm_lightning.ops.example_tables`."""
+    for rows, n_scores, k in ((16384, 1024, 32), (16384, 1024, 128), (9, 1000, 7)):
+        rank_rows(torch.empty(rows, n_scores), torch.empty(rows, k), ids(rows, k))

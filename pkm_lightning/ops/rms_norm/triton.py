@@ -9,12 +9,12 @@ C columns of a tile.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pkm_lightning.ops.example_tables import TOKENS
 
 #: Values of a tile, 16 per thread: two or four loads of 128 bits per input are under way at once.
 _TILE = 2048
@@ -203,17 +203,16 @@ def _dot_gradients(  # type: ignore[no-untyped-def]
     tl.store(sums + program * C + c_C, tl.sum(sum_RC, axis=0), mask=c_C < C)
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Lists kernels with types of arguments and constants, to compile them ahead of time without a GPU."""
-    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-    numbers = dict.fromkeys(("roots", "x_roots", "y_roots", "dots", "sums", "gain"), "*fp32")
-    numbers |= {"tokens": "i32", "per_chunk": "i32", "eps": "fp32"}
+def launch_examples() -> None:
+    """Launches every kernel: see `pkm_lightning.ops.example_tables`."""
     # One and several parts, the widest tiles, narrow parts, and a width that needs every mask.
-    for element, groups, values in (
-        ("bf16", 4, 1024), ("fp32", 1, 4096), ("bf16", 1, 8192), ("fp32", 1, 8192), ("bf16", 4, 16), ("fp32", 3, 100),
+    for dtype, groups, values in (
+        (torch.bfloat16, 4, 1024), (torch.float32, 1, 4096), (torch.bfloat16, 1, 8192), (torch.float32, 1, 8192),
+        (torch.bfloat16, 4, 16), (torch.float32, 3, 100),
     ):  # fmt: skip
-        types = dict.fromkeys(("x", "y", "x_grad", "y_grad"), f"*{element}") | numbers
-        sizes = _sizes(torch.empty(groups, values))
-        cases += [(kernel, types | {"grad": f"*{element}"}, sizes) for kernel in (_norm, _norm_gradients)]
-        cases += [(kernel, types | {"grad": "*fp32"}, sizes) for kernel in (_dot, _dot_gradients)]
-    return cases
+        x_TGC, y_TGC = (torch.empty(TOKENS, groups, values, dtype=dtype) for _ in range(2))
+        gain_GC = torch.empty(groups, values)
+        _, roots_TG = norm(x_TGC, gain_GC, 1e-6)
+        norm_gradients(y_TGC, x_TGC, gain_GC, roots_TG)
+        dots_TG, roots_2TG = dot(x_TGC, y_TGC, gain_GC, 1e-6)
+        dot_gradients(dots_TG, x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG)

@@ -13,15 +13,16 @@ pieces; suffixes in kernels: R segments and C columns of a tile.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pkm_lightning.ops.example_tables import ROWS, TABLES, TOKENS, ids
 from pkm_lightning.ops.row_gradients import eager
-from pkm_lightning.ops.segments import Segments
+from pkm_lightning.ops.segments import Segments, read_segments
 
 #: Reads of a piece, the most that a program waits for.
 _PIECE = 64
@@ -251,21 +252,14 @@ def _sum_segments(  # type: ignore[no-untyped-def]
     tl.store(out + at_RC, total_RC.to(out.dtype.element_ty), mask=mask_RC)
 
 
-def read_types(element: str) -> dict[str, str]:
-    """Returns the types of the arguments that every kernel over segments takes."""
-    types = {"coefficients": "*fp32", "sources": "*i32", "source_rows": f"*{element}", "starts": "*i64"}
-    return types | {"partial": "*fp32", "n_segments": "i32"}
-
-
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Returns kernels with argument types and constants, for compilation ahead of time without a GPU."""
-    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-    for element, dim in (("fp32", 16), ("fp32", 1024), ("bf16", 1024), ("bf16", 160), ("fp32", 160), ("bf16", 100)):
-        types, sizes = read_types(element), block_sizes(dim)
-        if dim > 16:
-            cases.append((_sum_pieces, types | {"after": "*i64"}, _piece_sizes(dim)))
-            cases.append((_join_pieces, types | {"after": "*i64"}, _piece_sizes(dim)))
-        for is_compact, out in ((True, "*fp32"), (False, f"*{element}")):
-            constants = {"COMPACT": is_compact, "BY_SLICES": is_compact}
-            cases.append((_sum_segments, types | {"rows": "*i32", "out": out}, sizes | constants))
-    return cases
+def launch_examples() -> None:
+    """Launches every kernel: see `pkm_lightning.ops.example_tables`."""
+    segments, sources_L = read_segments(ids(TOKENS * 16), ROWS), ids(TOKENS * 16)
+    for dim, dtype in TABLES:
+        # Several reads share the gradient of a token, or each has one of its own.
+        for sources in (TOKENS, TOKENS * 16):
+            source_rows_XV, coefficients_L = torch.empty(sources, dim, dtype=dtype), torch.empty(TOKENS * 16)
+            if sources == TOKENS:
+                row_sums(segments, coefficients_L, sources_L, source_rows_XV)
+            else:
+                table_gradient(segments, coefficients_L, sources_L, source_rows_XV, ROWS)

@@ -10,28 +10,25 @@ Letters: N rows, V values per row, U segments; suffixes in kernels: R segments a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pkm_lightning.ops.example_tables import ODD, ROWS, TABLES, TOKENS, ids
 from pkm_lightning.ops.row_gradients.triton import (
     SortedReads,
     block_sizes,
     by_slices,
-    read_types,
     segment_totals,
     sort_reads,
     tile_at,
     tile_grid,
 )
+from pkm_lightning.ops.row_update import RowGradient, row_gradient
 from pkm_lightning.ops.row_update.factors import row_factors
-from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
-
-if TYPE_CHECKING:
-    from pkm_lightning.ops.row_update import RowGradient
+from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep, find_rule, new_state, rule_names
 
 _SGD, _ROW_ADAGRAD, _LAZY_ADAM, _CATCH_UP_ADAM, _FACTORED_ADAM = (tl.constexpr(kind) for kind in range(5))
 # The rules that `_update_rows` knows.
@@ -237,24 +234,20 @@ def _update_rows(  # type: ignore[no-untyped-def]
     tl.store(table + at, _stored(values, row, d, table, seed, V), mask=live)
 
 
-def aot_signatures() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Returns kernels with argument types and constants, for compilation ahead of time without a GPU."""
-    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-    for kind, element, dim in (("lazy_adam", "fp32", 1024), ("lazy_adam", "bf16", 1024), ("row_adagrad", "bf16", 100),
-                               ("catch_up_adam", "fp32", 100), ("factored_adam", "fp32", 160),
-                               ("lazy_adam", "fp32", 160), ("lazy_adam", "fp32", 16), ("lazy_adam", "bf16", 32),
-                               ("sgd", "bf16", 257)):  # fmt: skip
-        reads, sizes = read_types(element), block_sizes(dim)
-        arrays = {"rows": "*i32", "table": f"*{element}", "exp_avg": "*fp32", "exp_avg_sq": "*fp32"}
-        arrays |= {"factors": "*fp32", "more_factors": "*fp32", "roots": "*fp32", "scale": "*fp32"}
-        names = ("lr", "decay", "beta1", "new1", "beta2", "new2", "eps", "over1", "over_root2")
-        numbers = dict.fromkeys(names, "fp32") | {"seed": "i32"}
-        constants = sizes | {"KIND": _KINDS[kind], "PER_ROW": kind == "lazy_adam" and element == "bf16"}
-        constants["BY_SLICES"] = dim == 1024
-        cases.append((_update_rows, reads | arrays | numbers, constants))
-        is_weighted = kind == "factored_adam"
-        cases.append((_squares, reads | {"squares": "*fp32", "weights": "*fp32"}, sizes | {"WEIGHTED": is_weighted}))
-        if is_weighted:
-            sums = {"per_square": "*fp32", "scale": "*fp32", "sums": "*fp32"}
-            cases.append((_sum_columns, reads | sums, sizes | {"TILES": _SUMMED_TILES}))
-    return cases
+def launch_examples() -> None:
+    """Launches every kernel: see `pkm_lightning.ops.example_tables`."""
+    for dim, dtype in TABLES:
+        _launch(find_rule("lazy_adam")(), dim, dtype)
+    for name in rule_names():
+        for dim, dtype in ((160, torch.float32), (ODD, torch.bfloat16)):
+            _launch(find_rule(name)(betas=(0.0, 0.9)), dim, dtype)
+    _launch(find_rule("lazy_adam")(bias_correction="row"), ODD, torch.bfloat16)  # type: ignore[call-arg]
+
+
+def _launch(rule: RowRule, dim: int, dtype: torch.dtype) -> None:
+    table_NV, reads = torch.empty(ROWS, dim, dtype=dtype), TOKENS * 16
+    # Each read has a source row of its own, as where rows are read one by one.
+    gradient = row_gradient(ROWS, ids(reads), torch.empty(reads), ids(reads), torch.empty(reads, dim, dtype=dtype))
+    row_gradient_norm(gradient)
+    state, step = new_state(rule, table_NV), UpdateStep(lr=0.1, number=3)
+    row_update(table_NV, gradient, rule, step, state, 1.0, None)
