@@ -115,6 +115,8 @@ def small_version(command: str, *, silent: bool) -> list[str]:
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES]
     if {"data=tokens", "data=mix"} & set(arguments):
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES[1:]]
+    if {"experiment=capacity", "data=biographies"} & set(arguments):
+        sizes = [*(size for size in sizes if not size.startswith("data.")), "data.exposures=2"]
     if "model=hf" in arguments:  # whose memories read more slots than the small one has keys
         sizes = [size for size in sizes if not size.startswith("model.")]
     # Callbacks that the command leaves out have no sizes.

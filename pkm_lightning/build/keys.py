@@ -30,6 +30,8 @@ _LARGEST_WORLD = 2**20
 NONE_OF = {"callbacks": "none", "logger": "none", "strategy": "single"}
 #: Groups within another one: the key of what they choose, and the name by which a command line chooses it.
 NESTED_GROUPS = {"table.optimizer": "table/optimizer", "model.base_ffn": "ffn@model.base_ffn"}
+#: Keys of the trainer whose values may follow from the data.
+_AUTO = (("max_steps", "auto"), ("val_check_interval", "auto"))
 #: Arguments that the builder passes.
 _BUILT = {
     "ffn": ("dim", "layer", "n_layers", "vocab_size", "table", "table_number", "table_reader"),
@@ -118,7 +120,7 @@ class TrainerKeys(TypedDict):
         Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "16-true"]
         | Literal["32", "16", "bf16", "64", 32, 16, 64]
     )
-    max_steps: Count
+    max_steps: Count | Literal["auto"]
     max_epochs: NotRequired[Literal[-1] | Count | None]
     min_steps: NotRequired[Annotated[int, Range(0)] | None]
     min_epochs: NotRequired[Annotated[int, Range(0)] | None]
@@ -292,8 +294,10 @@ def _check_extra(name: object, extra: Mapping[str, Any]) -> None:
 
 def _described_objects(config: Mapping[str, Any], *, training: bool) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
     """Yields each part of `config` that a class is made from, with its key."""
-    for key in ("data", "ffn", "placement", "strategy", "trainer"):
+    for key in ("data", "ffn", "placement", "strategy"):
         yield key, config[key]
+    # Numbers that are not known yet; see `complete_length`.
+    yield "trainer", {name: value for name, value in config["trainer"].items() if (name, value) not in _AUTO}
     yield "model.base_ffn", config["model"].get("base_ffn")
     table = config["table"]
     yield "table", _without_builder_keys(table)

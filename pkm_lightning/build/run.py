@@ -21,6 +21,7 @@ from pkm_lightning.build.finetuning import (
 from pkm_lightning.build.freezing import check_frozen
 from pkm_lightning.build.instantiate import check_kind, instantiate
 from pkm_lightning.build.keys import check_keys
+from pkm_lightning.build.length import complete_length
 from pkm_lightning.build.model import (
     attention_context,
     build_meta_model,
@@ -100,6 +101,7 @@ def resolve(config: dict[str, Any], *, training: bool = False) -> ResolvedRun:
     check_kind(data, L.LightningDataModule, config["data"], "data")
     if training and not defines(data, "train_dataloader"):
         raise ConfigError(f"data._target_={config['data']['_target_']} has no train_dataloader to train on; add it.")
+    config = complete_length(config, data)
     if training:
         check_starting_weights(config)
         add_replay(data, config)

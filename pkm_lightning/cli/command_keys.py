@@ -73,8 +73,8 @@ KEYS_OF = {
 }
 #: Callbacks that an evaluation runs, and their keys that it does not read.
 _CALLBACKS_OF: dict[str, dict[str, tuple[str, ...]]] = {
-    "validate": {"progress_bar": (), "recall": ("test_items", "path")},
-    "test": {"progress_bar": (), "recall": ("val_items", "path"), "without_table": ()},
+    "validate": {"progress_bar": (), "recall": ("test_items", "path"), "stored_bits": ("widths",)},
+    "test": {"progress_bar": (), "recall": ("val_items", "path"), "without_table": (), "stored_bits": ()},
     "predict": {"progress_bar": ()},
 }
 #: Keys of the Trainer that an evaluation does not read.

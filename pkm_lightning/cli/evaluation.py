@@ -16,6 +16,7 @@ from pkm_lightning.build.run import make_callbacks, resolve
 from pkm_lightning.build.stored_tables import check_stored_rows
 from pkm_lightning.callbacks.recall import Recall
 from pkm_lightning.callbacks.step_progress_bar import StepProgressBar
+from pkm_lightning.callbacks.stored_bits import StoredBits
 from pkm_lightning.callbacks.without_table import WithoutTable
 from pkm_lightning.checkpoints import later_buffers, latest_checkpoint, open_checkpoint
 from pkm_lightning.checkpoints.edit_folder import check_names, read_edits
@@ -92,7 +93,7 @@ class SavedRun:
 
     def trainer(self, *, progress: bool = True) -> L.Trainer:
         """Makes a Trainer with the callbacks that score and, if wanted, show progress, without loggers."""
-        scorers = Recall | WithoutTable | StepProgressBar if progress else Recall | WithoutTable
+        scorers = (Recall, WithoutTable, StoredBits, *([StepProgressBar] if progress else []))
         callbacks: list[L.Callback] = [c for c in make_callbacks(self.run.config) if isinstance(c, scorers)]
         for recall in (c for c in callbacks if isinstance(c, Recall)):
             recall.path = None  # recall.csv belongs to the test at the end of training

@@ -39,13 +39,15 @@ def with_length(saved: Mapping[str, Any], max_steps: Any, *, step: int) -> dict[
 
     Args:
         saved: the saved configuration.
-        max_steps: the new length, in optimizer steps; the saved one changes nothing.
+        max_steps: the new length, in optimizer steps; the saved one and `auto` change nothing.
         step: optimizer steps that the run has made.
 
     Raises:
         RunDirectoryError: the run has made more steps already.
         ConfigError: no number of steps.
     """
+    if max_steps == "auto":
+        return dict(saved)
     check_integer("trainer.max_steps", max_steps, low=1)
     before = int(saved["trainer"]["max_steps"])
     if max_steps == before:

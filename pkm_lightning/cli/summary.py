@@ -59,12 +59,32 @@ def _figures(record: dict[str, Any], counts: ParameterCounts, callbacks: Sequenc
             table.add_row(f"perplexity of {of}", f"{perplexity:.3f}")
     if "test/perplexity_without_table" in metrics:
         table.add_row(_WITHOUT_TABLE, f"{metrics['test/perplexity_without_table']:.3f}")
+    for label, value in stored_rows(metrics):
+        table.add_row(label, value)
     if record.get("tokens_per_second"):
         table.add_row("training tokens/s", f"{record['tokens_per_second']:,.0f}")
     changed = [row for callback in callbacks if isinstance(callback, SparseRows) for row in changed_rows(callback)]
     for label, value in [*cost_rows(record, counts), *changed, *variant_rows(record.get("variants") or {})]:
         table.add_row(label, value)
     return table
+
+
+def stored_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns label and value of the bits stored, which runs on data of known entropy have; see `StoredBits`."""
+    figures = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
+    if "stored_bits" not in figures:
+        return []
+    ratios = [f"{figures[f'bits_per_{what}']:.3f}" for what in ("parameter", "active_parameter", "byte")]
+    rows = [
+        ("bits stored, of all there are", f"{figures['stored_bits']:,.0f}, {figures['stored_share']:.1%}"),
+        ("  per parameter / active parameter / byte", " / ".join(ratios)),
+    ]
+    begin = "bits_per_byte_"
+    for width in (name.removeprefix(begin) for name in figures if name.startswith(begin)):
+        what = f"all matrices {width.removesuffix('_all')}" if width.endswith("_all") else f"tables {width}"
+        per_parameter, per_byte = figures[f"bits_per_parameter_{width}"], figures[begin + width]
+        rows.append((f"  {what}: per parameter / byte", f"{per_parameter:.3f} / {per_byte:.3f}"))
+    return rows
 
 
 def _recall(recall: float, choice: float | None, n: int | None = None) -> str:

@@ -28,6 +28,14 @@ _FORMS = {
     "control": "never trained",
     "unseen_template": "unseen wordings",
 }
+#: Figures of `callbacks.stored_bits` in words.
+_STORED = {
+    "bits_person": "bits per person",
+    "bits_person_clipped": "bits per person, clipped",
+    "bits_per_parameter": "bits per parameter",
+    "bits_per_active_parameter": "bits per active parameter",
+    "bits_per_byte": "bits per byte",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Quality:
         """The metric in words."""
         metric = self.metric.removesuffix(WITHOUT_TABLE)
         form = _FORMS.get(form_of(metric), form_of(metric).replace("_", " "))
+        if metric in _STORED:
+            return _STORED[metric]
         words = {"recall": f"recall, {form}", "bits": f"bits per fact, {form}", "choice": f"best of four, {form}"}
         return words.get(kind_of(metric), metric) + (", without table" if metric != self.metric else "")
 

@@ -12,6 +12,7 @@ from pkm_lightning.compare.curves import quality_at
 from pkm_lightning.compare.metric import WITHOUT_TABLE
 from pkm_lightning.compare.quality import Quality
 from pkm_lightning.compare.records import Run
+from pkm_lightning.compare.storage import known_entropy
 from pkm_lightning.compare.study import Study
 
 _ZERO_READS = (
@@ -41,6 +42,7 @@ def all_tables(study: Study) -> list[Table]:
     if study.resampled is None:
         return []
     tables = [quality_table(study), multiplier_table(study), cost_table(study), storage_table(study)]
+    tables += [Table("Storage of facts of known entropy", *known_entropy(study))]
     tables += [decile_table(study), relation_table(study), sweep_table(study)]
     return [table for table in tables if table is not None and table.rows]
 

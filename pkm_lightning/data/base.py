@@ -19,6 +19,8 @@ what breaks this in any batch.
 | `validation_items(limit)` | questions of validations and `samples`: a choice by them is none by those of the test |
 | `own_test` | in run.json: whether the test reads other data than validations, which reports of sweeps mention |
 | `n_facts` | `facts` in run.json, from which `compare` derives costs per fact |
+| `fact_space`, a `FactSpace` | the bits that a model stores about held-out targets, by the callback `stored_bits` |
+| `steps` | optimizer steps that `trainer.max_steps=auto` stands for; known before `prepare_data()` |
 | `fingerprint` | `data` in run.json, by which reports notice runs on different data |
 | `encode_prompt`, `begin_id`, `chat_template`, ... of `tokenizer` | beginnings of prompts, texts, conversations |
 | being a `TokenDataModule` | runs keep tokenizer and held-out data, and are evaluated without the data |
@@ -35,6 +37,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -42,7 +45,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NO_TARGET", "Batch", "RecallItem", "TextCodec"]
+__all__ = ["NO_TARGET", "Batch", "FactSpace", "RecallItem", "TextCodec"]
 
 Batch: TypeAlias = "dict[str, Tensor]"
 
@@ -95,6 +98,44 @@ class RecallItem:
     decile: int
     prior_bits: float
     majority: bool
+
+
+@dataclass(frozen=True)
+class FactSpace:
+    """The sets that names and values of facts were drawn from, uniformly and independently, names without repetition.
+
+    Data that have one give validation and test sequences whose targets are names and values alone: of each document the
+    first run of targets is the name, and every further one, behind a position without a target, is a value.
+
+    Attributes:
+        people: N, names in the data.
+        names: N0, size of the set of names.
+        attributes: values per person K.
+        values: size of the set that each value was drawn from.
+    """
+
+    people: int
+    names: int
+    attributes: int
+    values: int
+
+    @property
+    def name_bits(self) -> float:
+        """Bits of a name of which nothing is known, log2 N0."""
+        return math.log2(self.names)
+
+    @property
+    def value_bits(self) -> float:
+        """Bits of a value."""
+        return math.log2(self.values)
+
+    @property
+    def bits(self) -> float:
+        """Most bits that a model can store, N (log2(N0 / N) + K log2 S): those of knowing every name and value.
+
+        The order of the names is not part of it, and the set of names has up to 1.44 bits per name more (Stirling).
+        """
+        return self.people * (math.log2(self.names / self.people) + self.attributes * self.value_bits)
 
 
 def data_of(trainer: object) -> object:
@@ -154,6 +195,16 @@ def own_test_of(data: object) -> bool | None:
 def n_facts_of(data: object) -> int | None:
     """Returns the number of facts that training shows, or None."""
     return getattr(data, "n_facts", None)
+
+
+def fact_space_of(data: object) -> FactSpace | None:
+    """Returns what the names and values of held-out sequences were drawn from, or None."""
+    return getattr(data, "fact_space", None)
+
+
+def steps_of(data: object) -> int | None:
+    """Returns the optimizer steps that the data are made for, or None."""
+    return getattr(data, "steps", None)
 
 
 def fingerprint_of(data: object) -> str | None:

@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeAlias, Unpack
 
@@ -22,7 +23,9 @@ from torch.utils.data import DataLoader
 from pkm_lightning.data.base import (
     NO_TARGET,
     Batch,
+    FactSpace,
     RecallItem,
+    fact_space_of,
     fingerprint_of,
     recall_items_of,
     validation_items_of,
@@ -83,6 +86,8 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
         "test": bool(parts.get(_TEST)),
         "validation_questions": validation_items != items,
     }
+    if (space := fact_space_of(data)) is not None:
+        source["fact_space"] = asdict(space)
     write_beside(folder / _SOURCE, json.dumps(source, indent=1) + "\n")
 
 
@@ -298,6 +303,20 @@ class HeldOutDataModule(TokenDataModule):
         """That of the data which the folder was made from."""
         return str(self._source()["fingerprint"])
 
+    @property
+    def fact_space(self) -> FactSpace | None:
+        """What the names and values of the sequences were drawn from; None where they are no such facts.
+
+        Raises:
+            DataError: the folder is damaged.
+        """
+        if self.folder is None or (sizes := self._source().get("fact_space")) is None:
+            return None
+        names = {field.name for field in fields(FactSpace)}
+        if not isinstance(sizes, dict) or sizes.keys() != names or not all(map(_is_size, sizes.values())):
+            raise damaged(self.folder / _SOURCE)
+        return FactSpace(**sizes)
+
     def _source(self) -> dict[str, Any]:
         file = self.cache_folder() / _SOURCE
         source = read_json(file)
@@ -325,6 +344,10 @@ class HeldOutDataModule(TokenDataModule):
     def validation_items(self, limit: int | None = None) -> list[RecallItem]:
         """Returns at most `limit` questions of validations per form."""
         return _first_of_each_form(self._validation_questions, limit)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value < 2**62
 
 
 def _first_of_each_form(questions: Sequence[RecallItem], limit: int | None) -> list[RecallItem]:

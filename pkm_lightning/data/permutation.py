@@ -16,7 +16,7 @@ from typing import overload
 
 import numpy as np
 
-__all__ = ["Permutation"]
+__all__ = ["Permutation", "mixed_bits"]
 
 #: Four are enough for long lists (Luby and Rackoff, 1988). For a list of five a hash has two or three values: after 8
 #: rounds some of its 120 orders are still rarer than others, after 12 none is.
@@ -72,13 +72,14 @@ class Permutation(Sequence[int]):
         y_M: np.ndarray = pair_M // a
         for i, key in enumerate(self._keys):
             if i % 2:
-                y_M = (y_M + _hash(x_M ^ key) % b) % b
+                y_M = (y_M + mixed_bits(x_M ^ key) % b) % b
             else:
-                x_M = (x_M + _hash(y_M ^ key) % a) % a
+                x_M = (x_M + mixed_bits(y_M ^ key) % a) % a
         return x_M + a * y_M
 
 
-def _hash(bits_M: np.ndarray) -> np.ndarray:
+def mixed_bits(bits_M: np.ndarray) -> np.ndarray:
+    """Returns a hash of each 64-bit number, which no other number has: the finaliser of SplitMix64."""
     for shift, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
         bits_M = (bits_M ^ (bits_M >> shift)) * multiplier
     return bits_M ^ (bits_M >> SHIFTS[-1])

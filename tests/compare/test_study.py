@@ -118,6 +118,28 @@ def test_bits_per_fact_of_training_and_per_parameter(tmp_path: Path) -> None:
     }
 
 
+def test_bits_stored_of_known_entropy(tmp_path: Path) -> None:
+    figures = {"bits_person": 60.0, "bits_person_clipped": 61.25, "stored_bits": 6e5, "stored_share": 0.5}
+    figures |= {"bits_per_parameter": 2.0, "bits_per_active_parameter": 4.0, "bits_per_byte": 0.5}
+    of_tables = {"bits_per_byte_int8": 1.5}
+    runs = [
+        FakeRun(variant, seed, forms=(), record={"metrics": {f"test/{k}": seed * v for k, v in of_run.items()}})
+        for variant, of_run in (("dense", figures), ("memory_plus", figures | of_tables))
+        for seed in (1, 2)
+    ]
+    study = study_of(tmp_path, *runs, metric="bits_per_parameter")
+    assert study.quality.label == "bits per parameter"
+    # Means over both seeds; a width that no run has is no column, and a run without tables has none of theirs.
+    expected = {
+        "variant": "dense", "bits per person": "90.0", "clipped": "91.9", "kbit stored": "900.0",
+        "of all there are": "75.0%", "bits per parameter": "3.000", "per active parameter": "6.000",
+        "per byte": "0.750", "per byte, tables int8": "-",
+    }  # fmt: skip
+    shown = table(study, "Storage")
+    assert shown["dense"] == expected
+    assert shown["memory_plus"] == {**expected, "variant": "memory_plus", "per byte, tables int8": "2.250"}
+
+
 def test_runs_without_questions_are_compared_by_their_loss(tmp_path: Path) -> None:
     study = study_of(tmp_path, *(FakeRun(variant, seed, forms=()) for variant in ("a", "b") for seed in (1, 2)))
     assert study.quality.metric == "test/loss"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pkm_lightning.data import FactsDataModule, HeldOutDataModule
-from pkm_lightning.data.base import RecallItem
+from pkm_lightning.data.base import FactSpace, RecallItem
 from pkm_lightning.data.held_out import copy_files, keep_held_out
 from pkm_lightning.data.kept_questions import read_questions, write_questions
 from pkm_lightning.data.tokenizer import bytes_tokenizer
@@ -50,6 +50,19 @@ def test_what_was_kept_comes_back(tmp_path: Path) -> None:
     assert data.recall_items(limit=0) == []
     assert data.validation_items() == [QUESTION]
     assert data.fingerprint == "ab"
+
+
+def test_the_sets_that_facts_were_drawn_from_are_kept_whole(tmp_path: Path) -> None:
+    data, space = written(tmp_path), {"people": 4, "names": 512, "attributes": 3, "values": 64}
+    assert data.fact_space is None
+    source = tmp_path / "source.json"
+    for change, fits in (({}, True), ({"people": 0}, False), ({"values": "64"}, False), ({"more": 1}, False)):
+        source.write_text(json.dumps({"fingerprint": "ab", "fact_space": {**space, **change}}))
+        if fits:
+            assert data.fact_space == FactSpace(**space)
+            continue
+        with pytest.raises(DataError, match=r"source\.json is damaged"):
+            _ = data.fact_space
 
 
 def test_a_test_of_its_own_and_questions_of_validations_are_kept(
