@@ -146,7 +146,7 @@ def compositions(shown: Iterable[str]) -> list[tuple[str, list[str]]]:
         if verb == "fit" and not any(argument.startswith("strategy=") for argument in arguments):
             kind = "fit"
         # These do not go with the FFNs and sizes of other commands.
-        if "model=hf" in arguments or "finetune=sparse" in arguments:
+        if {"model=hf", "finetune=sparse", "experiment=capacity"} & set(arguments):
             alone.append((kind, arguments))
             continue
         for overrides in _expanded(arguments):
