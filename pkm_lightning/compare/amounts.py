@@ -32,4 +32,5 @@ def seconds(value: float) -> str:
 
 def plain(value: float) -> str:
     """Returns a number without an exponent, for the ticks of an axis: `0.25`, `1,500`."""
-    return f"{value:,.10f}".rstrip("0").rstrip(".")
+    # Adding 0 makes a negative zero positive.
+    return f"{round(value, 10) + 0.0:,.10f}".rstrip("0").rstrip(".")

@@ -8,13 +8,15 @@ from textwrap import wrap
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from pkm_lightning.compare.amounts import LETTERS, plain
 from pkm_lightning.compare.quality import Quality
 
 #: Characters in one row of a legend below a figure of the usual width, and in a line of a label beside the axes.
 _LEGEND_WIDTH, _LABEL_WIDTH = 80, 36
+# Inches: of a figure without its legend, and of a row of that.
+_HEIGHT, _ROW = 3.6, 0.19
 # Ticks of a logarithmic axis within each power of ten; the first that gives enough of them.
 _STEPS = ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 _FEWEST, _MOST = 3, 7
@@ -22,7 +24,7 @@ _FEWEST, _MOST = 3, 7
 
 def percent_axis(axis: Axis, whole: float = 1.0) -> None:
     """Labels an axis of shares, of which `whole` is all, in percent."""
-    axis.set_major_formatter(PercentFormatter(whole))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{plain(100 * value / whole)}%"))
 
 
 def plain_axis(axis: Axis) -> None:
@@ -90,8 +92,12 @@ def add_legend(axes: Axes) -> None:
     """Puts the legend below the axes: inside it would cover curves, and many variants need several rows."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        columns = _LEGEND_WIDTH // (max(map(len, labels)) + 6)
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(max(columns, 1), 3))
+        columns = min(max(_LEGEND_WIDTH // (max(map(len, labels)) + 6), 1), 3)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        # The legend must not take its rows from the axes.
+        figure.set_figheight(_HEIGHT + _ROW * math.ceil(len(labels) / columns))
 
 
 def in_lines(names: Iterable[str]) -> list[str]:

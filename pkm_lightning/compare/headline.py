@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from pkm_lightning.compare.amounts import compact, seconds
-from pkm_lightning.compare.answer import answer, in_words, ordered_candidates
+from pkm_lightning.compare.answer import answer, ordered_candidates
 from pkm_lightning.compare.conditions import in_a_row, meeting
 from pkm_lightning.compare.leaves import leaves
 from pkm_lightning.compare.limits import CEILING
@@ -99,7 +99,10 @@ def _model(study: Study, configs: Sequence[Mapping[str, Any]]) -> str:
 
 def _data(study: Study, configs: Sequence[Mapping[str, Any]]) -> str:
     names = [name.rsplit(".", 1)[-1] for name in _values(configs, "data._target_")]
-    settings = [f"{key}={','.join(values)}" for key in _DATA_KEYS if (values := _values(configs, f"data.{key}"))]
+    values = {key: _values(configs, f"data.{key}") for key in _DATA_KEYS}
+    # A path's folders are those of somebody's machine.
+    values["path"] = [PurePath(path).name for path in values["path"]]
+    settings = [f"{key}={','.join(of_key)}" for key, of_key in values.items() if of_key]
     facts = [study.mean_cost(variant, "facts") for variant in study.variants]
     asked = [len(study.quality.prompts(run)) for runs in study.variants.values() for run in runs]
     parts = [in_a_row(names) + (f" with {' '.join(settings)}" if settings else "")] if names else []
@@ -172,9 +175,9 @@ def _side_by_side(study: Study) -> Table | None:
     moment = f"{compact(met.moment)} tokens" if study.is_equal_time else f"{seconds(met.moment)} s"
     rows = [
         [f"{finals}: the final test", *(quality.format(study.resampled.mean[v]) for v in (one, other)),
-         in_words(study, difference)],
+         _with_unit(study, difference)],
         [f"equal {met.axis} ({moment}): by validations", *(quality.format(value) for value in at),
-         in_words(study, Pair(at[0] - at[1], math.nan, math.nan)) if is_known else "not known"],
+         _with_unit(study, Pair(at[0] - at[1], math.nan, math.nan)) if is_known else "not known"],
     ]  # fmt: skip
     for label, name in (
         ("parameters", "params_total"),
@@ -193,6 +196,12 @@ def _side_by_side(study: Study) -> Table | None:
         columns(quality.label, one, other, f"{one} against {other}"),
         rows,
     )
+
+
+def _with_unit(study: Study, difference: Pair) -> str:
+    """Returns `+34.6 points (+32.5 to +36.5)`."""
+    size, *ends = study.quality.format_difference(difference.difference, difference.low, difference.high).split(" (")
+    return " (".join([f"{size} {study.quality.unit}".rstrip(), *ends])
 
 
 def _of_limits(study: Study) -> Iterable[str]:

@@ -141,8 +141,9 @@ def _cell_of_html(text: str, table: Table, row: int, column: int) -> Markup:
 
 
 def _is_start(column: Column, table: Table) -> bool:
-    """Returns whether a column is the first of its group."""
-    return any(column is columns[0] for group, columns in table.groups if group)
+    """Returns whether a line parts a column from the one before: it opens a group, or follows one."""
+    place = next(i for i, other in enumerate(table.columns) if other is column)
+    return place > 0 and table.columns[place - 1].group != column.group
 
 
 def _breakable(name: str) -> Markup:

@@ -72,7 +72,7 @@ def draw_by_cost(axes: Axes, study: Study, styles: VariantStyles, name: str, lab
     log_axis(axes.xaxis, is_count=True)
     quality_axis(axes.yaxis, study.quality)
     axes.set_xlabel(label)
-    axes.set_ylabel(study.quality.label)
+    axes.set_ylabel(study.quality.short_label)
     add_legend(axes)
     return True
 
@@ -86,7 +86,7 @@ def draw_deciles(axes: Axes, study: Study, styles: VariantStyles) -> bool:
             axes.plot(list(recall), list(recall.values()), **styles.line(variant))
             is_drawn = True
     axes.set_xlabel("decile of subjects, 0 the most shown")
-    axes.set_ylabel("recall, paraphrase")
+    axes.set_ylabel("recall")
     axes.set_ylim(0, 1.02)
     percent_axis(axes.yaxis)
     add_legend(axes)
@@ -109,7 +109,7 @@ def draw_bits(axes: Axes, study: Study, styles: VariantStyles) -> bool:
     axes.set_yticks(places, in_lines(known))
     axes.invert_yaxis()
     plain_axis(axes.xaxis)
-    axes.set_xlabel("bits; full: per parameter, pale: per active parameter")
+    axes.set_xlabel("bits per parameter; pale: per active one")
     return True
 
 

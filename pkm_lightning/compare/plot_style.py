@@ -54,7 +54,9 @@ class VariantStyles:
             colour = DENSE if is_dense else COLOURS[i % len(COLOURS)]
             # Dashes distinguish the grey lines, and variants whose colour repeats.
             dash = DASHES[(i if is_dense else i // len(COLOURS)) % len(DASHES)]
-            self._by_variant[variant] = (colour, dash, MARKERS[i % len(MARKERS)])
+            # A colour that repeats comes with another marker.
+            marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
+            self._by_variant[variant] = (colour, dash, marker)
 
     def line(self, variant: str) -> dict[str, Any]:
         """Returns the keywords of a line."""

@@ -97,12 +97,12 @@ def _panels(study: Study, styles: VariantStyles) -> Iterator[_Panel]:
 
     if study.ladder:
         yield panel("quality_by_compute", f"{quality.label} by compute", draw_by_compute)
-    curves = [("quality", quality.curve, quality.label)]
-    curves += [("loss", "val/loss", "validation loss")] if quality.curve != "val/loss" else []
+    curves = [("quality", quality.curve, quality.label, quality.short_label)]
+    curves += [("loss", "val/loss", "validation loss", "loss")] if quality.curve != "val/loss" else []
     axes_of_curves = [axis for axis in AXES if axis != "active_flops" or study.varies("trunk_flops_forward")]
-    for (name, column, label), axis in itertools.product(curves, axes_of_curves):
+    for (name, column, label, beside), axis in itertools.product(curves, axes_of_curves):
         title = f"{label} by {AXES[axis].removeprefix('training ')}"
-        yield panel(f"{name}_by_{axis}", title, draw_curves, column, axis, label)
+        yield panel(f"{name}_by_{axis}", title, draw_curves, column, axis, beside)
     for axis, label in (("params_total", "parameters, total"), ("bytes_decode", "bytes per token, decoding")):
         yield panel(f"quality_by_{axis}", f"{quality.label} by {label}", draw_by_cost, axis, label)
     if not has_uniform_exposures(study):

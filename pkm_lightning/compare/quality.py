@@ -57,6 +57,13 @@ class Quality:
         return words.get(kind_of(metric), metric) + (", without table" if metric != self.metric else "")
 
     @property
+    def short_label(self) -> str:
+        """The kind of metric in words, for the side of a plot whose title has the rest."""
+        return {"recall": "recall", "bits": "bits per fact", "choice": "best of four"}.get(
+            kind_of(self.metric), self.label
+        )
+
+    @property
     def is_share(self) -> bool:
         """The metric is a share, which reports write in percent."""
         return kind_of(self.metric) in ("recall", "choice")
@@ -77,7 +84,7 @@ class Quality:
         metric, shown = self.metric.removesuffix(WITHOUT_TABLE), self.format(value)
         words = {
             "recall": f"recalls {shown} of {self._asked}",
-            "bits": f"knows {shown} bits per fact, {self._asked},",
+            "bits": f"knows {shown} bits per fact ({self._asked})",
             "choice": f"ranks the right one of four options first for {shown} of {self._asked}",
         }
         without = " without its table" if metric != self.metric else ""

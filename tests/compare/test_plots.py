@@ -72,6 +72,7 @@ def test_ticks_are_plain_and_alike(of_a_ladder: dict[str, Axes]) -> None:
             assert not [label for label in shown if not NUMBER.fullmatch(label)], (name, axis, shown)
     for name in ("quality_by_compute", "quality_by_seconds", "quality_by_params_total", "usage_used_percent"):
         assert all(label.endswith("%") for label in labels(of_a_ladder[name], "y"))
+    assert labels(of_a_ladder["usage_used_percent"], "y")[:2] == ["55%", "60%"]
     assert labels(of_a_ladder["quality_by_tokens"], "x")[:2] == ["0.2 M", "0.4 M"]
     assert labels(of_a_ladder["quality_by_compute"], "x") == ["0.5 k", "1 k", "2 k"]
 
