@@ -22,4 +22,4 @@ def study_of(root: Path, *runs: FakeRun, metric: str = "auto") -> Study:
 def table(study: Study, title: str) -> dict[str, dict[str, str]]:
     """Returns the cells of a table by variant and column."""
     named = next(t for t in all_tables(study) if t.title.startswith(title))
-    return {row[0]: dict(zip(named.columns, row, strict=True)) for row in named.rows}
+    return {row[0]: dict(zip(map(str, named.columns), row, strict=True)) for row in named.rows}

@@ -14,7 +14,7 @@ from pkm_lightning.storage import HeldFolder
 
 # Earlier versions wrote `hparams`.
 _FOLDERS = ("runs", "sweep", "speed", "logs", "plots", "hparams")
-_FILES = ("report.html", "report.md", "runs.csv")
+_FILES = ("report.html", "report.md", "runs.csv", "differences.csv")
 
 
 @contextlib.contextmanager

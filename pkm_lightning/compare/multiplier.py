@@ -40,6 +40,11 @@ class Multiplier:
     low: Bound
     high: Bound
 
+    @property
+    def has_interval(self) -> bool:
+        """The resamples give an interval."""
+        return not math.isnan(self.low.value)
+
 
 def multiplier(ladder: Sequence[tuple[float, float]], quality: float, compute: float) -> Bound:
     """Returns the dense compute for `quality`, divided by `compute`.

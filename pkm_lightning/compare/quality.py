@@ -24,8 +24,8 @@ from pkm_lightning.errors import ConfigError, nearest
 _FORMS = {
     "paraphrase": "held-out paraphrases",
     "question": "questions",
-    "seen": "as seen in training",
-    "control": "never trained",
+    "seen": "statements as seen in training",
+    "control": "facts never trained",
     "unseen_template": "unseen wordings",
 }
 #: Figures of `callbacks.stored_bits` in words.
@@ -56,12 +56,49 @@ class Quality:
     @property
     def label(self) -> str:
         """The metric in words."""
+        words = {
+            "recall": f"recall of {self._asked}",
+            "bits": f"bits per fact, {self._asked}",
+            "choice": f"best of four, {self._asked}",
+        }
         metric = self.metric.removesuffix(WITHOUT_TABLE)
-        form = _FORMS.get(form_of(metric), form_of(metric).replace("_", " "))
         if metric in _STORED:
             return _STORED[metric]
-        words = {"recall": f"recall, {form}", "bits": f"bits per fact, {form}", "choice": f"best of four, {form}"}
         return words.get(kind_of(metric), metric) + (", without table" if metric != self.metric else "")
+
+    @property
+    def short_label(self) -> str:
+        """The kind of metric in words, for the side of a plot whose title has the rest."""
+        return {"recall": "recall", "bits": "bits per fact", "choice": "best of four"}.get(
+            kind_of(self.metric), self.label
+        )
+
+    @property
+    def is_share(self) -> bool:
+        """The metric is a share, which reports write in percent."""
+        return kind_of(self.metric) in ("recall", "choice")
+
+    @property
+    def unit(self) -> str:
+        """Unit of a difference between two values, `points` being percentage points; may be empty."""
+        return "points" if self.is_share else "bits" if kind_of(self.metric) == "bits" else ""
+
+    @property
+    def control(self) -> Quality | None:
+        """The same metric on subjects that training never showed: chance; None for losses and for itself."""
+        kind, form = kind_of(self.metric), form_of(self.metric)
+        return Quality(f"{kind}_control") if kind and form not in ("control", f"control{WITHOUT_TABLE}") else None
+
+    def predicate(self, value: float) -> str:
+        """Returns what a variant does in words: `recalls 79.2% of held-out paraphrases`."""
+        metric, shown = self.metric.removesuffix(WITHOUT_TABLE), self.format(value)
+        words = {
+            "recall": f"recalls {shown} of {self._asked}",
+            "bits": f"knows {shown} bits per fact ({self._asked})",
+            "choice": f"ranks the right one of four options first for {shown} of {self._asked}",
+        }
+        without = " without its table" if metric != self.metric else ""
+        return words.get(kind_of(metric), f"has a {metric} of {shown}") + without
 
     @property
     def curve(self) -> str:
@@ -89,7 +126,27 @@ class Quality:
         """Formats a value for a table."""
         if not math.isfinite(value):
             return "-"
-        return f"{value:.1%}" if kind_of(self.metric) in ("recall", "choice") else f"{value:.3f}"
+        return f"{value:.1%}" if self.is_share else f"{value:.3f}"
+
+    def format_interval(self, low: float, high: float) -> str:
+        """Formats the ends of an interval; empty where they are not known."""
+        return f"{self.format(low)} to {self.format(high)}" if math.isfinite(low) and math.isfinite(high) else ""
+
+    def format_difference(self, value: float, low: float = math.nan, high: float = math.nan) -> str:
+        """Formats a difference in its `unit`, and the ends of its interval in brackets where they are known."""
+
+        def signed(number: float) -> str:
+            return f"{100 * number:+.1f}" if self.is_share else f"{number:+.3f}"
+
+        if not math.isfinite(value):
+            return "-"
+        is_known = math.isfinite(low) and math.isfinite(high)
+        return signed(value) + (f" ({signed(low)} to {signed(high)})" if is_known else "")
+
+    @property
+    def _asked(self) -> str:
+        form = form_of(self.metric.removesuffix(WITHOUT_TABLE))
+        return _FORMS.get(form, form.replace("_", " "))
 
     def _answers(self, run: Run) -> Answers | None:
         # recall.csv has no column for `choice`.

@@ -1,4 +1,4 @@
-"""Writes a study into a directory: report.html, report.md, runs.csv and plots.
+"""Writes a study into a directory: report.html, report.md, runs.csv, differences.csv and plots.
 
 Each file is written next to its old version and renamed, so a report that is open while runs go on is always whole.
 """
@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from pkm_lightning.compare.comparison_file import NAME as COMPARISON_FILE
+from pkm_lightning.compare.pairs import pairs_csv
 from pkm_lightning.compare.runs_csv import runs_csv
 from pkm_lightning.compare.study import Study
 from pkm_lightning.errors import RunDirectoryError
@@ -42,6 +43,7 @@ def write_report(study: Study, out: Path) -> None:
         for suffix in (".svg", ".png"):
             (out / "plots" / f"{stale}{suffix}").unlink(missing_ok=True)
     write_beside(out / "runs.csv", runs_csv(study))
+    write_beside(out / "differences.csv", pairs_csv(study))
     # Earlier versions wrote TensorBoard files here, which would now be out of date.
     shutil.rmtree(out / "hparams", ignore_errors=True)
 

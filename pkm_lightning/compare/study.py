@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +19,14 @@ from pkm_lightning.compare.differences import (
     varied_keys,
 )
 from pkm_lightning.compare.leaves import portable_leaves
+from pkm_lightning.compare.limits import Limits, find_limits
 from pkm_lightning.compare.multiplier import Multiplier, multipliers
 from pkm_lightning.compare.quality import Quality, choose_quality
 from pkm_lightning.compare.records import Run, read_runs, read_swept
 from pkm_lightning.compare.settings import ReportSettings
+
+# Share by which costs may differ that count as equal: `match=` solves for a whole number.
+_EQUAL_COST = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class Study:
         reference: the variant that others are compared with.
         ladder: dense variants of one shape, by compute; empty if there are fewer than two, or all had equal seconds.
         multipliers: by basis and variant; empty without a ladder.
+        limits: variants at the ceiling or the floor of the metric.
         differences: keys in which the runs differ.
         settings: settings of the report.
     """
@@ -50,6 +55,7 @@ class Study:
     reference: str | None
     ladder: list[str]
     multipliers: dict[str, dict[str, Multiplier]]
+    limits: Limits
     differences: list[Difference]
     settings: ReportSettings
 
@@ -84,6 +90,30 @@ class Study:
         """The runs had a budget of seconds, not of tokens."""
         return equal_seconds(self.runs, self.comparisons) is not None
 
+    @property
+    def candidates(self) -> list[str]:
+        """The variants that the comparison is between: without the larger and smaller dense models of the ladder."""
+        outside = [variant for variant in self.variants if variant not in self.ladder or variant == self.reference]
+        return outside if len(outside) > 1 else list(self.variants)
+
+    def is_equal(self, name: str, variants: Iterable[str] | None = None) -> bool | None:
+        """Returns whether the variants agree in one of `costs.FIGURES`; None where one of them has no such figure.
+
+        Args:
+            name: of the figure.
+            variants: all by default.
+        """
+        values = [self.mean_cost(variant, name) for variant in (self.variants if variants is None else variants)]
+        if not values or not all(map(math.isfinite, values)):
+            return None
+        return max(values) <= (1 + _EQUAL_COST) * min(values)
+
+    def varies(self, name: str) -> bool:
+        """Returns whether one of `costs.FIGURES` differs between the variants that have it."""
+        values = [self.mean_cost(variant, name) for variant in self.variants]
+        known = [value for value in values if math.isfinite(value) and value > 0]
+        return bool(known) and max(known) > (1 + _EQUAL_COST) * min(known)
+
     def mean_cost(self, variant: str, name: str) -> float:
         """Returns the mean of one of `costs.FIGURES` over the variant's runs."""
         return finite_mean([cost(run, name) for run in self.variants[variant]])
@@ -113,7 +143,8 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     for run in runs:
         if run.ok:
             variants.setdefault(run.variant, []).append(run)
-    resampled = resample(variants, quality, resamples=settings.resamples, seed=settings.seed) if variants else None
+    draws = {"resamples": settings.resamples, "seed": settings.seed}
+    resampled = resample(variants, quality, **draws) if variants else None
     # At equal seconds larger models train on fewer tokens: that is no ladder of compute.
     ladder = _ladder(variants) if equal_seconds(runs, comparisons) is None else []
     differences = find_differences(runs, comparisons, varied_keys(folders))
@@ -132,6 +163,7 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
         reference=_reference(variants, ladder),
         ladder=ladder,
         multipliers=by_basis,
+        limits=find_limits(variants, quality, resampled, **draws) if resampled else Limits(),
         differences=[*differences, *find_differences_of_sweep(runs, read_swept(folders), comparisons, differences)],
         settings=settings,
     )

@@ -13,7 +13,7 @@ from curves import LEARNED
 from matplotlib.figure import Figure
 from tables import Variant, figure
 
-from pkm_lightning.compare.plots import COLOURS, MARKERS, STYLE
+from pkm_lightning.compare.plot_style import COLOURS, MARKERS, STYLE
 
 #: Panels by name: figure across and up, factors, and their labels.
 PANELS = {

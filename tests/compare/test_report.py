@@ -69,7 +69,9 @@ def test_a_whole_report_is_one_page_that_loads_nothing_and_warns_of_nothing(tmp_
     assert 'name="viewport"' in text
     assert page.warnings == ""
     assert "Warning" not in (out / "report.md").read_text()
-    assert {entry.name for entry in out.iterdir()} == {"plots", "report.html", "report.md", "runs.csv"}
+    assert {entry.name for entry in out.iterdir()} == {
+        *("plots", "report.html", "report.md", "runs.csv", "differences.csv"),
+    }
 
 
 def test_a_drawing_is_the_same_each_time_for_any_name_of_a_variant(tmp_path: Path) -> None:
@@ -115,8 +117,8 @@ def test_failed_runs_are_shown_with_their_reason_and_the_rest_is_reported(tmp_pa
     # Texts of runs must not become markup.
     assert "<script" not in (tmp_path / "report" / "report.html").read_text()
     assert r"</script> \| x |" in (tmp_path / "report" / "report.md").read_text()
-    quality = table(study, "Recall")
-    assert quality["moe"]["seed 2"] == "-"
+    quality = table(study, "Recall of held-out paraphrases of each run")
+    assert quality["moe"]["seed: 2"] == "-"
     assert "peer" not in quality
     with (tmp_path / "report" / "runs.csv").open() as file:
         rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(file)}
@@ -135,7 +137,7 @@ def test_a_plugin_without_a_cost_is_reported_without_it(tmp_path: Path) -> None:
     strange = FakeRun("mine", 1, 0.5, ffn="Mine", record={"unknown_cost": ["Mine"]})
     study = study_of(tmp_path / "runs", *ladder((1,)), strange)
     write_report(study, tmp_path / "report")
-    assert table(study, "Cost")["mine"]["FLOPs per token, trunk forward"] == "-"
+    assert table(study, "Cost")["mine"]["FLOPs per token: trunk, forward"] == "-"
     assert "mine" not in study.multipliers["trunk"]
 
 

@@ -88,7 +88,7 @@ def test_a_report_shows_the_rates_the_data_and_where_an_edge_won(tmp_path: Path)
         Comparison(command=[], base=[], variants={"a": [], "b": []}, seeds=[1], sweep=content).save(tmp_path)
         table = sweep_table(make_study([tmp_path], SETTINGS))
         assert table is not None
-        assert table.columns == ["variant", "0.001", "0.002", "0.004"]
+        assert [column.name for column in table.columns] == ["variant", "0.001", "0.002", "0.004"]
         assert table.rows == [["a", "3.0000", "2.5000 *", "failed"], ["b", "1.0000 * (edge)", "2.0000", "3.0000"]]
         return table.note
 
