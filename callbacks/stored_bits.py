@@ -20,7 +20,8 @@ The cost is a further forward over the held-out sequences, in the test one more 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -70,7 +71,7 @@ class StoredBits(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Tensor | None,
+        outputs: Tensor | Mapping[str, Any] | None,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -83,7 +84,7 @@ class StoredBits(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Tensor | None,
+        outputs: Tensor | Mapping[str, Any] | None,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -101,9 +102,10 @@ class StoredBits(L.Callback):
         """Logs the figures, and those of rounded weights."""
         assert isinstance(pl_module, LanguageModule)
         self._log("test", pl_module)
-        for width in self.widths if self._losses is not None and self._batches else ():
-            for suffix, tables_only in ((width, True), (f"{width}_all", False)):
-                self._log_rounded(trainer, pl_module, self._losses.space, width, suffix, tables_only)
+        if self._losses is not None and self._batches:
+            for width in self.widths:
+                for suffix, tables_only in ((width, True), (f"{width}_all", False)):
+                    self._log_rounded(trainer, pl_module, self._losses.space, width, suffix, tables_only)
         self._batches = []
 
     def _log(self, prefix: str, pl_module: L.LightningModule) -> None:

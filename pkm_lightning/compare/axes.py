@@ -50,8 +50,10 @@ def log_axis(axis: Axis, *, is_count: bool) -> None:
         axis: of a plot whose values on it are positive.
         is_count: whether thousands get a letter.
     """
-    axis._set_axes_scale("log")
-    axis.axes.autoscale_view()
+    axes = axis.axes
+    set_scale = axes.set_xscale if axis is axes.xaxis else axes.set_yscale
+    set_scale("log")
+    axes.autoscale_view()
     low, high = axis.get_view_interval()
     ticks = _log_ticks(low, high)
     axis.set_major_locator(FixedLocator(ticks))

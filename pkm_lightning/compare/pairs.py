@@ -64,7 +64,9 @@ def pair_table(study: Study) -> Table | None:
     if study.reference in ordered[_SHOWN:]:
         shown[-1] = str(study.reference)
     is_named = max(map(len, shown)) <= _LONGEST_NAME
-    rows, strong, pale = [], set(), set()
+    rows: list[list[str]] = []
+    strong: set[tuple[int, int]] = set()
+    pale: set[tuple[int, int]] = set()
     for i, variant in enumerate(shown):
         cells = []
         for j, other in enumerate(shown):

@@ -80,7 +80,7 @@ def keep_held_out(data: TokenDataModule, folder: Path) -> None:
     if validation_items != items:
         write_questions(folder / _VALIDATION_QUESTIONS, validation_items)
     # Last: a folder without it is not complete.
-    source = {
+    source: dict[str, Any] = {
         "data": type(data).__name__,
         "fingerprint": fingerprint_of(data),
         "test": bool(parts.get(_TEST)),

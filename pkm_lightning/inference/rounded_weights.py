@@ -38,7 +38,7 @@ def _rounded(weight: nn.Parameter, bits: int) -> tuple[torch.Tensor, int]:
     """Returns the values as they were, and the bytes that are saved; rounds the parameter in place."""
     before, rows = weight.detach().clone(), weight.detach().reshape(-1, weight.shape[-1])
     weight.copy_(dequantize_rows(quantize_rows(rows, bits)).view_as(weight))
-    codes, scales = stored_shapes(*rows.shape, bits)
+    codes, scales = stored_shapes(rows.shape[0], rows.shape[1], bits)
     return before, weight.numel() * weight.element_size() - math.prod(codes) - 2 * math.prod(scales)
 
 
