@@ -24,7 +24,7 @@ from pkm_lightning.memory import ValueTable
 SIZES: list[dict[str, Any]] = [
     {"dim": 7, "n_keys": 5, "heads": 3, "knn": 5, "key_dim": 6},
     {"dim": 10, "n_keys": 9, "heads": 8, "knn": 4, "key_dim": 4},
-    {"dim": 4, "n_keys": 6, "heads": 1, "knn": 2, "key_dim": 2},
+    {"dim": 4, "n_keys": 6, "heads": 1, "knn": 2, "key_dim": 4},
 ]
 
 
