@@ -30,7 +30,8 @@ COMMON = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}", "
 def compare(overrides: list[str], seeds: int, out: Path, checkout: Path) -> tuple[float, float, int]:
     """Runs a comparison; returns the processor seconds of all its processes, those of its steps, and its runs."""
     command = [sys.executable, "-m", "pkm_lightning", "compare", *overrides, *COMMON, f"seeds={seeds}", f"out={out}"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(checkout)})
+    # `python -m` prefers the working directory to PYTHONPATH.
+    process = subprocess.Popen(command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)})
     # Every process waits for those that it has started, so that the usage of the last one contains all.
     _, status, usage = os.wait4(process.pid, 0)
     if status:
