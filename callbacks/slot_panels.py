@@ -29,6 +29,7 @@ from pkm_lightning.model import Traces
 from pkm_lightning.usage.counters import UsageCounters
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
@@ -112,8 +113,8 @@ def heat_map(counts_N: Tensor, title: str, n_keys: int | None) -> Figure:
     side = math.isqrt(len(counts_N) - 1) + 1
     # One pixel per cell or more.
     inches = max(4.6, len(reads_CC) / _DPI)
-    figure = _figure(inches + 1.4, inches + 0.8)
-    axes = figure.subplots()
+    figure = _figure(inches + 2.0, inches + 1.0)
+    axes = _axes(figure, 0.8, 0.6, inches, inches)
     norm = LogNorm(1, max(float(reads_CC.max()), 2.0))
     never_black = np.ma.masked_equal(reads_CC, 0)
     axes.set_facecolor("black")
@@ -123,7 +124,8 @@ def heat_map(counts_N: Tensor, title: str, n_keys: int | None) -> Figure:
     axes.set_xlabel("sub-key of the second half" if pair else f"slot, modulo {side:,}")
     axes.set_ylabel("sub-key of the first half" if pair else f"slot, divided by {side:,}")
     per = "slot" if len(reads_CC) == side else "block of slots"
-    figure.colorbar(image, ax=axes, label=f"reads per {per} (black: never read)")
+    scale = _axes(figure, inches + 0.95, 0.6, 0.2, inches)
+    figure.colorbar(image, cax=scale, label=f"reads per {per} (black: never read)")
     return figure
 
 
@@ -134,7 +136,7 @@ def rank_frequency(counts_N: Tensor, title: str) -> Figure:
     ranks = np.unique(np.geomspace(1, len(falling_N), 600).round().astype(np.int64))
     reads = falling_N.numpy()[ranks - 1]
     figure = _figure(6.0, 4.2)
-    axes = figure.subplots()
+    axes = _axes(figure, 0.8, 0.6, 5.0, 3.2)
     axes.loglog(ranks[reads > 0], reads[reads > 0], drawstyle="steps-post", color="tab:blue")
     axes.set_xlim(1, max(len(falling_N), 2))
     axes.set_ylim(bottom=0.8)
@@ -149,7 +151,13 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     # Not of pyplot, which would keep the figure and might open a window.
-    return Figure((width, height), dpi=_DPI, layout="constrained")
+    return Figure((width, height), dpi=_DPI)
+
+
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Returns axes at a place in inches: a layout that matplotlib finds takes longer than all that is drawn."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:

@@ -8,10 +8,11 @@ from typing import Any
 import lightning as L
 
 from pkm_lightning.callbacks.base import in_training
+from pkm_lightning.ops.compile_clock import compile_seconds
 
 
 class Stopwatch:
-    """A clock that is stopped at first; `seconds` may be read at any time.
+    """A clock that is stopped at first and leaves out the compilation of CPU kernels; `seconds` is read at any time.
 
     Args:
         seconds: the reading to start from, as of the run that is resumed.
@@ -37,7 +38,7 @@ class Stopwatch:
 
     @staticmethod
     def _now() -> float:
-        return time.perf_counter()
+        return time.perf_counter() - compile_seconds()
 
 
 class TimedCallback(L.Callback):

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from small import SMALL_RUN, Run
 from pkm_lightning.checkpoints import SavedCheckpoint
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Starts `python -m pkm_lightning ...` with its output in one pipe."""
+def start(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Starts `python -m pkm_lightning ...` with its output in one pipe, by default in this environment."""
     command = [sys.executable, "-m", "pkm_lightning", *arguments]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 def fit(*overrides: str, cwd: Path) -> subprocess.Popen[str]:

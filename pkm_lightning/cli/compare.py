@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pkm_lightning.cli.comparison_director import Director
-from pkm_lightning.cli.comparison_variants import base_overrides, make_variants, resolve_variant
+from pkm_lightning.cli.comparison_variants import base_overrides, make_variants, resolve_variant, step_weight
 from pkm_lightning.cli.job import Job, plain
 from pkm_lightning.compare.directory import held_directory
 from pkm_lightning.compare.overrides import sets_key
@@ -39,12 +39,14 @@ def run(job: Job) -> None:
     base = base_overrides(job)
     variants = make_variants(job, settings, base)
     _check_conflicts(job, settings, variants)
-    configs = {variant.name: resolve_variant(variant, base).config for variant in variants}
+    resolved = {variant.name: resolve_variant(variant, base) for variant in variants}
+    configs = {name: run.config for name, run in resolved.items()}
+    weights = {name: step_weight(run) for name, run in resolved.items()}
     # The comparison shows progress itself; a run's bar would only fill its log.
     if all("progress_bar" in (config["callbacks"] or {}) for config in configs.values()):
         base = [*base, "~callbacks.progress_bar"]
     with held_directory(out), handled_signals(_interrupt):
-        Director(job, settings, report_settings, out, base, variants, configs).direct()
+        Director(job, settings, report_settings, out, base, variants, configs, weights).direct()
 
 
 def _check_conflicts(job: Job, settings: Settings, variants: Sequence[Variant]) -> None:

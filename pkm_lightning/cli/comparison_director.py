@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pkm_lightning.build.instantiate import instantiate
+from pkm_lightning.cli.comparison_variants import PRELOADED, compiled_shape, is_one_process
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.objective import check_objective_of, check_questions
 from pkm_lightning.compare.budget import measure_speeds, steps_of_tokens, warm_up
 from pkm_lightning.compare.comparison_file import Comparison, read_comparison
 from pkm_lightning.compare.directory import clear_directory
-from pkm_lightning.compare.live_table import LiveTable
+from pkm_lightning.compare.live_table import shown_runs
 from pkm_lightning.compare.overrides import sets_key
 from pkm_lightning.compare.processes import Processes, RunEnd
 from pkm_lightning.compare.report import write_report
@@ -24,12 +26,15 @@ from pkm_lightning.compare.schedule import ScheduledRun, Variant, schedule_runs,
 from pkm_lightning.compare.settings import ReportSettings, Settings
 from pkm_lightning.compare.study import Study, make_study
 from pkm_lightning.compare.sweep import choose_rates, schedule_sweep
+from pkm_lightning.compare.time_left import TimeLeft
 from pkm_lightning.data.base import yields_whole_steps
 from pkm_lightning.errors import Interrupted, RunDirectoryError
 
 _log = logging.getLogger(__name__)
 # Validations over a run whose length follows from a budget.
 _VALIDATIONS = 10
+# Seconds before the first report, and those between two in units of the seconds that one takes to write.
+_FIRST_REPORT, _REPORT_EVERY = 60.0, 20
 
 
 class Director:
@@ -43,6 +48,7 @@ class Director:
         base: overrides of all variants.
         variants: what is compared.
         configs: the completed configuration of each variant.
+        weights: expected seconds per step by variant, in any unit.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Director:
         base: Sequence[str],
         variants: list[Variant],
         configs: dict[str, dict[str, Any]],
+        weights: Mapping[str, float],
     ) -> None:
         self._job, self._settings, self._report_settings, self._out = job, settings, report_settings, out
         self._base, self._variants, self._configs = list(base), variants, configs
@@ -72,7 +79,10 @@ class Director:
             jobs=settings.jobs,
             ranks=max(_ranks(config) for config in configs.values()),
             resume=str(job.config.resume),
+            preload=PRELOADED if all(map(is_one_process, configs.values())) else (),
         )
+        self._time_left = TimeLeft(jobs=settings.jobs, weights=weights)
+        self._next_report = time.monotonic() + _FIRST_REPORT
 
     def direct(self) -> None:
         """Runs the comparison.
@@ -87,19 +97,39 @@ class Director:
             clear_directory(self._out)
         elif (earlier := read_comparison(self._out)) is not None:
             self._comparison.continue_from(earlier, self._out)
-        if settings.budget_seconds is not None:
-            self._measure_speeds(settings.budget_seconds)
-        else:
-            self._add(self._variants)
-            if settings.sweep is None and settings.warm_up:
-                warm_up(self._variants, self._configs, self._base, self._out, self._processes)
-        rates = self._sweep()
-        runs = schedule_runs(self._variants, settings, self._base, self._out, rates)
-        self._run(runs, "runs", after=lambda _: self._try_report())
+        with self._processes:
+            self._run_all()
         study = self._write_report()
         if study is not None:
             self._refuse_failures(study)
         print(f"report: {self._out / 'report.html'}")
+
+    def _run_all(self) -> None:
+        """Runs what is missing: short runs, the sweep, the reported runs."""
+        settings = self._settings
+        if settings.budget_seconds is not None:
+            self._measure_speeds(settings.budget_seconds)
+        else:
+            self._add(self._variants)
+        self._plan()
+        if settings.budget_seconds is None and settings.sweep is None and settings.warm_up:
+            self._warm_up()
+        rates = self._sweep()
+        runs = schedule_runs(self._variants, settings, self._base, self._out, rates)
+        self._run(runs, "runs", after=self._report_in_between)
+
+    def _warm_up(self) -> None:
+        """Runs two steps per set of compiled kernels that depend on shapes, so that no timed run compiles them."""
+        alike: dict[str, list[Variant]] = {}
+        for variant in self._variants:
+            shape = compiled_shape(self._configs[variant.name])
+            if shape is not None:
+                alike.setdefault(shape, []).append(variant)
+        cold = [group[0] for group in alike.values() if not any(map(self._has_run, group))]
+        warm_up(cold, self._configs, self._base, self._out, self._processes, self._time_left)
+
+    def _has_run(self, variant: Variant) -> bool:
+        return (self._out / "runs" / variant.name).exists()
 
     def _refuse_failures(self, study: Study) -> None:
         """Ends the command with an error if a run that it asked for failed; earlier commands' runs do not count."""
@@ -154,7 +184,11 @@ class Director:
         speeds = self._comparison.steps_per_second
         self._add(self._filling(seconds))
         unknown = [variant for variant in self._variants if variant.name not in speeds]
-        measured, failed = measure_speeds(unknown, self._configs, self._base, self._out, self._processes)
+        self._time_left.later = seconds * len(self._variants) * (len(self._settings.seeds) + self._n_swept())
+        measured, failed = measure_speeds(
+            unknown, self._configs, self._base, self._out, self._processes, self._time_left
+        )
+        self._time_left.later = 0.0
         speeds.update(measured)
         self._leave_out(failed)
         self._variants = self._filling(seconds)
@@ -172,14 +206,36 @@ class Director:
         accumulate = self._configs[variant.name]["trainer"]["accumulate_grad_batches"]
         return with_steps(variant, steps, validations, accumulate)
 
-    def _sweep(self) -> dict[str, float]:
-        """Returns the learning rate of each variant after the sweep's runs; empty without a sweep."""
+    def _n_swept(self) -> int:
+        """Returns the number of runs of the sweep per variant."""
+        sweep = self._settings.sweep
+        return 0 if sweep is None else len(sweep.learning_rates) * len(sweep.seeds)
+
+    def _plan(self) -> None:
+        """Tells the estimate of the time left which runs will be started: those of the sweep and the reported ones."""
+        # A run's folder does not depend on the learning rate that the sweep will choose.
+        reported = schedule_runs(self._variants, self._settings, self._base, self._out, {})
+        for runs in (self._swept_runs(), reported):
+            to_start = self._processes.to_start(runs)
+            self._time_left.plan(to_start, self._steps())
+            self._time_left.learn([run for run in runs if run not in to_start], self._steps())
+
+    def _steps(self) -> dict[str, int]:
+        return {variant.name: _steps(variant, self._configs[variant.name]) for variant in self._variants}
+
+    def _swept_runs(self) -> list[ScheduledRun]:
         sweep = self._settings.sweep
         if sweep is None:
-            return {}
+            return []
         draws = {name: config["data"]["draw"] for name, config in self._configs.items() if "draw" in config["data"]}
-        runs = schedule_sweep(self._variants, sweep, self._base, self._out, draws)
-        self._run(runs, "sweep of learning rates", after=lambda _: None)
+        return schedule_sweep(self._variants, sweep, self._base, self._out, draws)
+
+    def _sweep(self) -> dict[str, float]:
+        """Returns the learning rate of each variant after the sweep's runs; empty without a sweep."""
+        sweep, runs = self._settings.sweep, self._swept_runs()
+        if sweep is None:
+            return {}
+        self._run(runs, "sweep of learning rates")
         results, chosen = choose_rates(runs, sweep)
         assert self._comparison.sweep is not None
         before = self._comparison.sweep["chosen"]
@@ -198,19 +254,19 @@ class Director:
             for seed in self._settings.seeds:
                 self._comparison.failures[f"runs/{name}/seed-{seed}"] = reason
         self._variants = [variant for variant in self._variants if variant.name not in failed]
+        self._time_left.drop(list(failed))
         self._comparison.save(self._out)
 
-    def _run(self, runs: Sequence[ScheduledRun], title: str, after: Callable[[RunEnd], None]) -> None:
-        to_start = self._processes.to_start(runs)
-        steps = {variant.name: _steps(variant, self._configs[variant.name]) for variant in self._variants}
-        with (
-            LiveTable(runs, steps, title) as table,
-            contextlib.closing(self._processes.run(to_start, table.show_running)) as ends,
-        ):
+    def _run(self, runs: Sequence[ScheduledRun], title: str, after: Callable[[], None] = lambda: None) -> None:
+        """Runs what `resume` starts of `runs`, and calls `after` at each end."""
+        to_start, steps = self._processes.to_start(runs), self._steps()
+        self._time_left.plan(to_start, steps)
+        shown = shown_runs(runs, to_start, steps, title, self._processes, self._time_left)
+        # An interruption in `after` must stop the running runs before it goes on.
+        with contextlib.closing(shown) as ends:
             for end in ends:
-                table.show_end(end)
                 self._record_end(end)
-                after(end)
+                after()
 
     def _record_end(self, end: RunEnd) -> None:
         """Keeps the reason of a run that did not finish: a killed process cannot write it into its own record."""
@@ -220,14 +276,20 @@ class Director:
             self._comparison.failures[path] = end.reason
         self._comparison.save(self._out)
 
-    def _try_report(self) -> None:
-        """Writes the report; an error in it must not end the runs."""
+    def _report_in_between(self) -> None:
+        """Writes the report if that takes little beside the runs; an error in it must not end them."""
+        started = time.monotonic()
+        is_last = self._time_left.seconds() == 0.0  # `direct` writes that one
+        if is_last or started < self._next_report:
+            return
         try:
             self._write_report()
         except Interrupted:
             raise
         except Exception as error:
             _log.warning("the report was not written: %s", error)
+        ended = time.monotonic()
+        self._next_report = ended + _REPORT_EVERY * (ended - started)
 
     def _write_report(self) -> Study | None:
         """Writes the report and returns its study; None as long as there is no run."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import open_dict
@@ -18,7 +21,15 @@ from pkm_lightning.compare.overrides import key_of, last_of_each
 from pkm_lightning.compare.schedule import Variant, dense_variant, list_variants, with_ladder
 from pkm_lightning.compare.settings import COMPARE_KEYS, SET_BY_COMPARE, Settings
 from pkm_lightning.errors import ConfigError, PkmError
+from pkm_lightning.supervision.external_ranks import started_externally
 
+#: Imported by the process that forks runs: what every run imports that shows its figures in TensorBoard.
+PRELOADED = ("pkm_lightning.cli.fit", "torch.utils.tensorboard")
+#: Seconds per FLOP of a step with a sparse FFN over those of a dense model: 1.3 to 2.3 among the variants of
+#: scripts/results/2026-11-22-facts-ladder; counts until a run of a variant has shown its speed.
+_SPARSE = 1.75
+# Keys of a configuration on which no compiled kernel depends.
+_OF_NO_SHAPE = ("seed", "optim", "callbacks", "logger", "objective", "run_dir", "resume")
 # Keys of this command that are not passed on to runs.
 _COMMAND_KEYS = (*COMPARE_KEYS, "out", "resume", "format", "ffn", "trust_config")
 
@@ -82,3 +93,33 @@ def resolve_variant(variant: Variant, base: Sequence[str]) -> ResolvedRun:
     except (PkmError, HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"variant {variant.name}: {explain(error)}") from None
     return resolved
+
+
+def is_one_process(config: dict[str, Any]) -> bool:
+    """Returns whether a run is a single process on a CPU, and so can be forked: no GPU and no other rank."""
+    trainer = config["trainer"]
+    is_alone = trainer["devices"] == 1 and trainer["num_nodes"] == 1 and not config["strategy"]
+    return is_alone and not started_externally() and _is_on_cpu(config)
+
+
+def compiled_shape(config: dict[str, Any]) -> str | None:
+    """Returns a text that is equal for runs with the same compiled kernels; None where none depends on shapes.
+
+    On CPUs numba's kernels take any size, and training seconds leave out the time of compiling them.
+    """
+    if _is_on_cpu(config) and not config["model"].get("compile"):
+        return None
+    parts = {key: value for key, value in config.items() if key not in _OF_NO_SHAPE}
+    parts["data"] = {key: value for key, value in config["data"].items() if key not in ("seed", "draw")}
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def step_weight(run: ResolvedRun) -> float:
+    """Returns the expected seconds per token, relative to other variants: FLOPs, more for a sparse FFN."""
+    is_dense = run.config["ffn"]["_target_"].endswith(".Dense") and not run.config.get("extra_ffns")
+    return run.cost.train_flops * (1.0 if is_dense else _SPARSE)
+
+
+def _is_on_cpu(config: dict[str, Any]) -> bool:
+    accelerator = config["trainer"]["accelerator"]
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())

@@ -5,18 +5,18 @@ A learning-rate schedule spans the whole run, so the number of steps must be kno
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from pkm_lightning.compare.live_table import LiveTable
+from pkm_lightning.compare.live_table import shown_runs
 from pkm_lightning.compare.overrides import last_of_each
 from pkm_lightning.compare.processes import Processes, RunEnd
 from pkm_lightning.compare.run_state import read_record
 from pkm_lightning.compare.schedule import ScheduledRun, Variant, with_steps
+from pkm_lightning.compare.time_left import TimeLeft
 from pkm_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def measure_speeds(
     base: Sequence[str],
     out: Path,
     processes: Processes,
+    time_left: TimeLeft,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Measures optimizer steps per second of each variant in `REPEATS` short runs.
 
@@ -81,11 +82,15 @@ def measure_speeds(
     failures: dict[str, str] = {}
     # The variants take turns, so that a slow minute of the machine does not hit one variant alone. The first run of
     # each compiles kernels, which the later ones find cached; the median leaves it out.
-    for repeat in range(REPEATS):
-        remaining = [variant for variant in variants if variant.name not in failures]
-        runs = [_short_run(v, configs[v.name], base, out, f"try-{repeat + 1}", STEPS) for v in remaining]
-        title = f"short runs that measure the speed, {repeat + 1} of {REPEATS}"
-        ends = {end.run.variant: end.reason for end in _shown(runs, STEPS, title, processes)}
+    tries = [
+        [_short_run(v, configs[v.name], base, out, f"try-{n + 1}", STEPS) for v in variants] for n in range(REPEATS)
+    ]
+    for planned in tries:
+        time_left.plan(processes.to_start(planned), dict.fromkeys(speeds, STEPS), is_short=True)
+    for number, planned in enumerate(tries, 1):
+        runs = [run for run in planned if run.variant not in failures]
+        title = f"short runs that measure the speed, {number} of {REPEATS}"
+        ends = {end.run.variant: end.reason for end in _shown(runs, STEPS, title, processes, time_left)}
         for run in runs:
             record = read_record(run.folder)
             rate = (record.get("throughput") or {}).get("steps_per_sec")
@@ -94,6 +99,7 @@ def measure_speeds(
             else:
                 reason = record.get("reason") or ends.get(run.variant, "")
                 failures[run.variant] = f"its speed is not known, callbacks.throughput may be off: {reason}"
+        time_left.drop(list(failures))
     return {name: median(rates) for name, rates in speeds.items() if name not in failures}, failures
 
 
@@ -103,28 +109,25 @@ def warm_up(
     base: Sequence[str],
     out: Path,
     processes: Processes,
+    time_left: TimeLeft,
 ) -> None:
     """Runs two steps of each variant that has not been run, to compile its kernels."""
     new = [variant for variant in variants if not (out / "runs" / variant.name).exists()]
     runs = [_short_run(variant, configs[variant.name], base, out, "warm-up", 2) for variant in new]
     # How these runs end does not matter: a variant that fails here fails again in its reported run, with a reason.
-    _shown(runs, 2, "warm-up, which compiles kernels", processes)
+    _shown(runs, 2, "warm-up, which compiles kernels", processes, time_left)
 
 
-def _shown(runs: Sequence[ScheduledRun], steps: int, title: str, processes: Processes) -> list[RunEnd]:
+def _shown(
+    runs: Sequence[ScheduledRun], steps: int, title: str, processes: Processes, time_left: TimeLeft
+) -> list[RunEnd]:
     """Runs those that are missing, and shows their progress."""
     to_start = processes.to_start(runs)
     if not to_start:
         return []
-    ends = []
-    with (
-        LiveTable(to_start, {run.variant: steps for run in to_start}, title) as table,
-        contextlib.closing(processes.run(to_start, table.show_running)) as running,
-    ):
-        for end in running:
-            table.show_end(end)
-            ends.append(end)
-    return ends
+    by_variant = {run.variant: steps for run in to_start}
+    time_left.plan(to_start, by_variant, is_short=True)
+    return list(shown_runs(to_start, to_start, by_variant, title, processes, time_left))
 
 
 def _short_run(

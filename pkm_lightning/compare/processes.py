@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pkm_lightning.compare.fork_server import CAN_FORK, ForkedRun, ForkServer, stop_with_parent
 from pkm_lightning.compare.overrides import quoted
 from pkm_lightning.compare.run_state import run_state
 from pkm_lightning.compare.schedule import ScheduledRun
@@ -27,8 +28,8 @@ STARTED = {
 POLL = 0.5
 #: Seconds that runs have to write their checkpoints after they were asked to stop.
 GRACE = 60.0
-# From linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,16 @@ class RunEnd:
         return self.last_line.removeprefix("error: ") or f"exit code {self.exit_code}"
 
 
+class StartedRun(subprocess.Popen[bytes]):
+    """A run that was started as a command of its own."""
+
+    def kill_session(self) -> None:
+        """Sends SIGKILL to it and all that it has started."""
+        os.killpg(self.pid, signal.SIGKILL)
+
+
 class Processes:
-    """Pool of processes, one per run.
+    """Pool of processes, one per run; a context manager that ends the server of forked runs.
 
     Args:
         flags: Hydra's flags of the command line (`--config-dir=...`), passed on to every run.
@@ -65,13 +74,25 @@ class Processes:
         jobs: runs at a time.
         ranks: processes of one run on this machine.
         resume: passed on to every run.
+        preload: modules that a server imports, which then forks the runs; empty: each run is a command of its own.
     """
 
-    def __init__(self, *, flags: Sequence[str], logs: Path, jobs: int, ranks: int, resume: str) -> None:
+    def __init__(
+        self, *, flags: Sequence[str], logs: Path, jobs: int, ranks: int, resume: str, preload: Sequence[str] = ()
+    ) -> None:
         self._flags, self._logs, self._jobs, self._resume = list(flags), logs, jobs, resume
         self._threads = threads_per_process(jobs * ranks)
-        self._running: dict[subprocess.Popen[bytes], ScheduledRun] = {}
+        self._preload = list(preload) if CAN_FORK else []
+        self._server: ForkServer | None = None
+        self._running: dict[StartedRun | ForkedRun, ScheduledRun] = {}
         self._log_starts: dict[ScheduledRun, int] = {}
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._server.close()
 
     def run(
         self, runs: Sequence[ScheduledRun], tick: Callable[[list[ScheduledRun]], None]
@@ -88,9 +109,11 @@ class Processes:
                     self._running[self._start(run)] = run
                 tick(list(self._running.values()))
                 time.sleep(POLL)
-                for process in [process for process in self._running if process.poll() is not None]:
-                    run = self._running.pop(process)
-                    yield RunEnd(run, process.returncode, last_line(self.log(run), self._log_starts.pop(run)))
+                codes = {process: process.poll() for process in self._running}
+                for process, code in codes.items():
+                    if code is not None:
+                        run = self._running.pop(process)
+                        yield RunEnd(run, code, last_line(self.log(run), self._log_starts.pop(run)))
         finally:
             self._stop()
 
@@ -115,21 +138,36 @@ class Processes:
         overrides = [*run.overrides, f"run_dir={quoted(str(run.folder))}", f"resume={self._resume}"]
         return [sys.executable, "-m", "pkm_lightning", "fit", *self._flags, *overrides]
 
-    def _start(self, run: ScheduledRun) -> subprocess.Popen[bytes]:
+    def _start(self, run: ScheduledRun) -> StartedRun | ForkedRun:
         self._logs.mkdir(parents=True, exist_ok=True)
         with self.log(run).open("ab") as log:
             # Where this start's output begins: an earlier start's last line must not explain this one's end.
             self._log_starts[run] = os.fstat(log.fileno()).st_size
+            if (server := self._fork_server()) is not None:
+                _, _, module, *arguments = self.command(run)
+                return server.start(module, arguments, self.log(run))
             # With a session of its own Ctrl-C reaches only the comparison, which then asks each run to stop, once.
-            return subprocess.Popen(
+            return StartedRun(
                 self.command(run),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(self._threads), **os.environ},
+                env=self._environment(),
                 start_new_session=True,
-                preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
+                preexec_fn=stop_with_parent if sys.platform == "linux" else None,
             )
+
+    def _environment(self) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(self._threads), **os.environ}
+
+    def _fork_server(self) -> ForkServer | None:
+        """Returns the server, started with the first run; None without one, or where it has ended."""
+        if self._server is None and self._preload:
+            self._server = ForkServer(self._preload, self._environment(), self._logs / "fork-server.log")
+        if self._server is not None and not self._server.is_alive:
+            _log.warning("the process that forks runs has ended (see %s/fork-server.log); runs are started", self._logs)
+            self._server, self._preload = None, []
+        return self._server
 
     def _stop(self) -> None:
         for process in self._running:
@@ -139,7 +177,7 @@ class Processes:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill_session()
                 process.wait()
         self._running.clear()
 
@@ -158,8 +196,3 @@ def last_line(log: Path, start: int = 0) -> str:
     except OSError:
         return ""
     return next((line for line in reversed(lines) if line), "")
-
-
-def _stop_with_parent() -> None:
-    """Asks the kernel, in the new process, to send SIGTERM when the comparison dies: runs must not go on unseen."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

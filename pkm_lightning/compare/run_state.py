@@ -19,11 +19,13 @@ class Progress:
     Args:
         step: optimizer steps that are done.
         loss: training loss, nan if the last two lines have none.
+        seconds: of training so far.
         tokens_per_second: mean since the start.
     """
 
     step: int
     loss: float
+    seconds: float
     tokens_per_second: float
 
 
@@ -78,6 +80,7 @@ def read_progress(folder: Path) -> Progress | None:
         return Progress(
             step=int(last["step"]),
             loss=float(losses[-1]) if losses else math.nan,  # type: ignore[arg-type]
+            seconds=seconds,
             tokens_per_second=int(last["tokens"]) / seconds if seconds else math.nan,
         )
     except (KeyError, TypeError, ValueError):

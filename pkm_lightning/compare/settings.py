@@ -55,7 +55,7 @@ class Settings:
         dense_ladder: whether to add dense models of several sizes.
         budget_tokens, budget_seconds: at most one of them is set.
         sweep: None without a sweep of learning rates.
-        warm_up: whether each variant first runs two steps, unless a sweep or a budget of seconds runs it anyway.
+        warm_up: whether two steps first compile kernels that depend on shapes, unless a sweep or a budget does.
     """
 
     seeds: tuple[int, ...]

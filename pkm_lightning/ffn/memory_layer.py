@@ -140,6 +140,9 @@ class MemoryLayer(ProductKeyFFN):
         """Looks up every token of `x_BTD`; the trace holds the slots read and their weights."""
         check_input(self, x_BTD, self.dim, context)
         x_TD = x_BTD.flatten(0, -2)
+        if self._reads_zeros(context):
+            zeros_TV = self.values.finish(lambda: x_TD.new_zeros(len(x_TD), self.values.table.dim)).to(x_TD.dtype)
+            return FFNOutput(self.after_read(zeros_TV, self.during_read(x_TD)).view_as(x_BTD))
         valid_T = None if context.valid_BT is None else context.valid_BT.flatten()
         read = self.addressing(x_TD, valid_T)
         # Where ranks hold parts of the table, their sums travel while `during_read` computes.
@@ -149,6 +152,15 @@ class MemoryLayer(ProductKeyFFN):
         trace = read.trace(x_BTD.shape[:-1]) if context.observe else {}
         y_TD = self.after_read(y_TV, precomputed)
         return FFNOutput(y_TD.view_as(x_BTD), read.aux_losses, trace, read.step_stats)
+
+    def _reads_zeros(self, context: FFNContext) -> bool:
+        """Returns whether reads return zeros and nobody sees which: the search for slots is most of the layer's cost.
+
+        Ranks that share a table read it all the same, since they may enter and leave `zero_reads` at different times.
+        """
+        table = self.values.table
+        is_unseen = not (self.training or context.observe) and table.deltas is None and len(table.masks) == 1
+        return is_unseen and table.reads_zeros and not table.is_split
 
     def during_read(self, x_TD: Tensor) -> Tensor | None:
         """Computes what depends on the input only, while the sums of a sharded table travel."""

@@ -44,7 +44,8 @@ class Answer:
         ids: tokens written so far, without the token that ended it.
         text: their text, up to the stop text that ended it.
         ended: why it ended: `eos`, `stop`, `length` (`max_new_tokens`), `context` (the model reads no more tokens) or
-            `interrupted`, or `nan` (the logits are no numbers); empty while it is written.
+            `interrupted`, `hopeless` (its caller had seen enough), or `nan` (the logits are no numbers); empty while it
+            is written.
     """
 
     prompt: int
@@ -88,6 +89,8 @@ def greedy(
     device: torch.device,
     max_new_tokens: int = 32,
     batch_size: int = 512,
+    hopeless: Callable[[Answer], bool] | None = None,
+    prompts_read: Callable[[list[Answer], Tensor, DecodingCache | None], None] | None = None,
 ) -> list[str]:
     """Returns the most likely continuation of each prompt up to the end-of-text token, as stripped text.
 
@@ -98,10 +101,14 @@ def greedy(
         device: the device that the model is on.
         max_new_tokens: tokens after which an answer is cut.
         batch_size: largest number of prompts per forward.
+        hopeless, prompts_read: see `Generation`.
     """
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    answers = generate(model, tokenizer, prompts, sampling, device=device, batch_size=batch_size)
-    return [answer.text.strip() for (answer,) in answers]
+    made = Generation(
+        model, tokenizer, prompts, Sampling(max_new_tokens=max_new_tokens),
+        device=device, batch_size=batch_size, hopeless=hopeless, prompts_read=prompts_read,
+    )  # fmt: skip
+    made.run()
+    return [answer.text.strip() for (answer,) in made.answers]
 
 
 def generate(
@@ -160,6 +167,9 @@ class Generation:
         end_ids: tokens that end an answer, besides those that end a text.
         past: what was read before, where there is one prompt and one sample.
         watch: called with an answer whenever it has a new token or has ended.
+        hopeless: called with an answer that has a new token and goes on; True ends it.
+        prompts_read: called once per batch, with its answers, the logits of their first tokens, and the cache, which
+            holds their prompts then; None for a model without one.
 
     Attributes:
         answers: `sampling.samples` answers to each prompt, in the order of the prompts.
@@ -183,9 +193,12 @@ class Generation:
         end_ids: Collection[int] = (),
         past: ReadTokens | None = None,
         watch: Callable[[Answer], None] | None = None,
+        hopeless: Callable[[Answer], bool] | None = None,
+        prompts_read: Callable[[list[Answer], Tensor, DecodingCache | None], None] | None = None,
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._device = model, tokenizer, sampling, device
         self._batch_size, self._context, self._past, self._watch = batch_size, context, past, watch
+        self._hopeless, self._prompts_read = hopeless, prompts_read
         self._end_ids = {tokenizer.eos_id, *model.end_ids, *end_ids}
         n_ids = vocab_size_of(tokenizer)
         self._n_ids = None if n_ids is None else max(n_ids, *(end + 1 for end in self._end_ids))
@@ -248,7 +261,10 @@ class Generation:
             started = time.perf_counter()
             hidden_BTD = self._model(inputs_BT, valid_BT=valid_BT, cache=cache).hidden_BTD
             uniform_B = draws.at(step).to(self._device)
-            logits_BW = self._known(self._model.unembed(hidden_BTD[:, -1]))
+            logits_BW = self._model.unembed(hidden_BTD[:, -1])
+            if step == 0 and self._prompts_read is not None:
+                self._prompts_read(answers, logits_BW, cache)
+            logits_BW = self._known(logits_BW)
             next_B = self._sampling.choose(logits_BW, seen_BP, uniform_B)
             tokens = next_B.tolist()  # waits for an accelerator, so that the clock is right
             self._count(step, inputs_BT.numel() if valid_BT is None else int(valid_BT.sum()), answers, started)
@@ -299,6 +315,8 @@ class Generation:
                 answer.ended = "length"
             elif len(answer.ids) == self._limit(answer):
                 answer.ended = "context"
+            elif self._hopeless is not None and self._hopeless(answer):
+                answer.ended = "hopeless"
         # Decoding is slow beside a step of a small model, and needed at the end only unless somebody reads along.
         if self._watch is not None or self._sampling.stop or answer.ended:
             answer.text = self._tokenizer.decode(answer.ids)

@@ -1,26 +1,26 @@
-"""Factual recall of a model: exact match of its answers, choice among four options, and bits stored.
-
-Letters: M answer tokens of a batch.
-"""
+"""Factual recall of a model: exact match of its answers, choice among four options, and bits stored."""
 
 from __future__ import annotations
 
 import math
+import operator
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from pkm_lightning.data.base import NO_TARGET, RecallItem, TextCodec, answer_ids
-from pkm_lightning.inference.generation import greedy
-from pkm_lightning.model.loss import token_nll
+from pkm_lightning.data.base import RecallItem, TextCodec, answer_ids, prompt_ids
+from pkm_lightning.inference.answer_nats import nats_behind, nats_of_whole
+from pkm_lightning.inference.generation import Answer, greedy
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from pkm_lightning.model import Transformer
+    from pkm_lightning.model.cache import DecodingCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +45,49 @@ class ItemScore:
 
 def normalise(text: str) -> str:
     """Returns lower case without punctuation and English articles, single spaces: the rule of SQuAD's metric."""
-    text = "".join(" " if c in string.punctuation else c for c in text.lower())
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", _spaced(text)).split())
+
+
+def _spaced(text: str) -> str:
+    return "".join(" " if c in string.punctuation else c for c in text.lower())
+
+
+def can_become(text: str, truth: str) -> bool:
+    """Returns whether a text that begins with `text` can equal `truth` once both are normalised."""
+    spaced = _spaced(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # which stands for the half of a character
+    # What stands at the end may be the beginning of an article, and then it does not count.
+    certain = re.sub(r"\b(a|an|the)\b(?!\Z)", " ", spaced)
+    beginnings = certain, re.sub(r"\b(a|an|t|th|the)\Z", "", certain)
+    # Without spaces: some tokenizers write " n't" when the apostrophe comes, and " n" before.
+    return any(_squeezed(normalise(truth)).startswith(_squeezed(beginning)) for beginning in beginnings)
+
+
+def _squeezed(text: str) -> str:
+    # The lower case of a Greek sigma depends on what follows it.
+    sigmas = "\N{GREEK SMALL LETTER FINAL SIGMA}", "\N{GREEK SMALL LETTER SIGMA}"
+    return "".join(text.split()).replace(*sigmas)
 
 
 def score_items(
     model: Transformer, tokenizer: TextCodec, items: Sequence[RecallItem], *, device: torch.device
 ) -> list[ItemScore]:
-    """Scores every item by greedy decoding and by the likelihood of its options; `model` is in evaluation mode."""
-    answers = greedy(model, tokenizer, [item.prompt for item in items], device=device)
-    # The options of all items are scored together, so that batches are full.
-    candidates = [(item.prompt, option) for item in items for option in _candidates(item)]
-    nats = iter(_answer_nats(model, tokenizer, candidates, device=device))
+    """Scores every item by greedy decoding and by the likelihood of its options; `model` is in evaluation mode.
+
+    An answer that is as long as any of its relation, and cannot become the truth, is cut: a model that has not learned
+    to end its answers would fill 32 tokens with each.
+    """
+    scoring = _Scoring(model, tokenizer, items)
+    answers = greedy(
+        model,
+        tokenizer,
+        [item.prompt for item in items],
+        device=device,
+        hopeless=scoring.is_hopeless,
+        prompts_read=scoring.score_options if scoring.shares_prompts else None,
+    )
     scores = []
-    for item, answer in zip(items, answers, strict=True):
-        options = _candidates(item)
-        by_option = dict(zip(options, [next(nats) for _ in options], strict=True))
+    for item, answer, nats in zip(items, answers, scoring.nats(device), strict=True):
+        by_option = dict(zip(_candidates(item), nats, strict=True))
         best = min(by_option, key=lambda option: by_option[option])
         scores.append(
             ItemScore(
@@ -79,53 +106,47 @@ def score_items(
     return scores
 
 
+class _Scoring:
+    """What `score_items` computes of its items while their answers are generated."""
+
+    def __init__(self, model: Transformer, tokenizer: TextCodec, items: Sequence[RecallItem]) -> None:
+        self._model, self._tokenizer, self._items = model, tokenizer, items
+        encode, ends = cache(partial(answer_ids, tokenizer)), [tokenizer.eos_id]
+        # The end token counts: a model that would continue the answer does not know it.
+        self._options = [[[*encode(option), *ends] for option in _candidates(item)] for item in items]
+        self._prompts = [tokenizer.encode(item.prompt) or ends for item in items]
+        self._nats: dict[int, list[float]] = {}
+        self._longest: dict[str, int] = {}
+        for item in items:
+            self._longest[item.relation] = max(self._longest.get(item.relation, 1), len(encode(item.answer)))
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether answers are scored behind the ids that they are generated from, so that one read serves both."""
+        generated = (prompt_ids(self._tokenizer, item.prompt) for item in self._items)
+        return self._model.is_cacheable and all(map(operator.eq, self._prompts, generated))
+
+    def is_hopeless(self, answer: Answer) -> bool:
+        item = self._items[answer.prompt]
+        is_long = len(answer.ids) >= self._longest[item.relation]
+        return is_long and not can_become(self._tokenizer.decode(answer.ids), item.answer)
+
+    def score_options(self, answers: Sequence[Answer], logits_BW: Tensor, read: DecodingCache | None) -> None:
+        """Scores the options behind the prompts that the cache `read` holds."""
+        assert read is not None
+        numbers = [answer.prompt for answer in answers]
+        nats = nats_behind(self._model, read, logits_BW, [self._options[number] for number in numbers])
+        self._nats.update(zip(numbers, nats, strict=True))
+
+    def nats(self, device: torch.device) -> list[list[float]]:
+        """Returns -ln p(option, end of text | prompt) of the options of all items."""
+        if not self._nats:
+            return nats_of_whole(self._model, self._prompts, self._options, device=device)
+        return [self._nats[number] for number in range(len(self._items))]
+
+
 def _candidates(item: RecallItem) -> tuple[str, ...]:
     return item.options or (item.answer,)
-
-
-# Uncompiled, as in `greedy`: every batch has another length.
-@torch.compiler.set_stance("force_eager")
-@torch.no_grad()
-def _answer_nats(
-    model: Transformer,
-    tokenizer: TextCodec,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    device: torch.device,
-    batch_size: int = 1024,
-) -> list[float]:
-    """Returns -ln p(answer, end of text | prompt) of each (prompt, answer)."""
-    sequences = []
-    for prompt, answer in pairs:
-        prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-        # The end token counts: a model that would continue the answer does not know it.
-        ids = [*answer_ids(tokenizer, answer), tokenizer.eos_id]
-        sequences.append((prompt_ids + ids, len(prompt_ids)))
-    # Sorted by length, so that a batch has little padding.
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    nats = [0.0] * len(sequences)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        ids_BT, labels_BT = _padded([sequences[i] for i in batch], tokenizer.eos_id, device)
-        nll_M = token_nll(model, model(ids_BT).hidden_BTD, labels_BT)
-        sequence_M = torch.nonzero(labels_BT != NO_TARGET)[:, 0]
-        # In the dtype of the losses: inside a forward context of Lightning torch's default is that of the weights.
-        sums_B = nll_M.new_zeros(len(batch)).index_add_(0, sequence_M, nll_M)
-        for i, value in zip(batch, sums_B.tolist(), strict=True):
-            nats[i] = value
-    return nats
-
-
-def _padded(sequences: Sequence[tuple[list[int], int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns inputs and shifted labels of (ids, length of the prompt), padded on the right with `filler`."""
-    width = max(len(ids) for ids, _ in sequences) - 1
-    # No mask is needed: attention is causal, and padding follows the last token that has a target.
-    ids_BT = torch.full((len(sequences), width), filler)
-    labels_BT = torch.full((len(sequences), width), NO_TARGET)
-    for b, (ids, prompt_length) in enumerate(sequences):
-        ids_BT[b, : len(ids) - 1] = torch.tensor(ids[:-1])
-        labels_BT[b, prompt_length - 1 : len(ids) - 1] = torch.tensor(ids[prompt_length:])
-    return ids_BT.to(device), labels_BT.to(device)
 
 
 def summarise(scores: Iterable[ItemScore]) -> dict[str, Any]:

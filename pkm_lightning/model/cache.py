@@ -6,7 +6,9 @@ Letters: G key-value heads, L tokens that the buffers have room for, P tokens ca
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -209,3 +211,10 @@ class DecodingCache:
         self._valid_BL = self._valid_BL[rows_B]
         for layer in self.layers:
             layer.select(rows_B)
+
+    def branch(self, rows_B: Tensor, tokens: int) -> Self:
+        """Returns a copy with the sequences `rows_B`, of which each may be repeated, and room for `tokens` more."""
+        branch = copy.deepcopy(self)
+        branch.capacity = max(branch.capacity, branch.length + tokens)
+        branch.select(rows_B)
+        return branch

@@ -11,6 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pkm_lightning.ops.numba_compilations import time_compilations
+
+# Every kernel's module imports this one or numba_threads.
+time_compilations()
+
 
 def numpy_view(tensor: Tensor) -> Any:
     """Returns a NumPy array that shares the memory of a CPU tensor.

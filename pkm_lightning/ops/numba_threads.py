@@ -8,6 +8,11 @@ from __future__ import annotations
 import numba
 import torch
 
+from pkm_lightning.ops.numba_compilations import time_compilations
+
+# Every kernel's module imports this one or numba_arrays.
+time_compilations()
+
 
 def use_torch_threads() -> None:
     """Sets the number of threads of numba kernels started by this thread to torch's, or to numba's maximum if lower."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
+from pkm_lightning.ops import compile_clock
 
 
 @pytest.fixture
@@ -39,6 +41,31 @@ def test_running_time_adds_up_and_pauses_do_not(clock: list[float]) -> None:
     watch.start()
     clock[0] += 4
     assert watch.seconds == 7.0
+
+
+def test_the_compilation_of_kernels_is_left_out(clock: list[float]) -> None:
+    """Compiles a kernel and, within it, one that it calls; the clock is read in between."""
+    watch = Stopwatch()
+    watch.start()
+    clock[0] += 2
+    compile_clock.begin()
+    clock[0] += 30
+    compile_clock.begin()
+    clock[0] += 5
+    assert watch.seconds == 2.0
+    compile_clock.end()
+    clock[0] += 5
+    compile_clock.end()
+    clock[0] += 1
+    assert watch.seconds == 3.0
+
+
+def test_numba_reports_its_compilations() -> None:
+    numba = pytest.importorskip("numba")
+    importlib.import_module("pkm_lightning.ops.numba_threads")
+    before = compile_clock.compile_seconds()
+    numba.njit(lambda x: x + 1)(1)
+    assert compile_clock.compile_seconds() > before
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,10 @@ import yaml
 from fake_jobs import run_job, stand_in_for_fit
 from processes import held_elsewhere
 from small import Outcome, Run
+from toys import config
+
+from pkm_lightning.cli import comparison_director
+from pkm_lightning.cli.comparison_variants import compiled_shape, is_one_process
 
 LENGTH = "trainer.max_steps=10"
 
@@ -39,22 +43,43 @@ def set_fates(folder: Path, **fates: Any) -> None:
 
 
 @pytest.mark.parametrize("length", [LENGTH, "budget.tokens=4e3"])
-def test_variants_warm_up_once(compare: Run, tmp_path: Path, length: str) -> None:
+def test_one_variant_per_compiled_shape_warms_up_once(
+    compare: Run, tmp_path: Path, length: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     warm = tmp_path / "out" / "speed" / "dense" / "warm-up" / "run.json"
-    command = ["ffn=dense", length, "warm_up=true"]
-    set_fates(tmp_path, **{"warm-up": "killed"})
-    assert compare("ffn=dense", "seeds=1", length).code == 0
+    command = ["ffn=dense,moe", length, "warm_up=true"]
+    assert compare(*command, "seeds=1").code == 0
+    assert not warm.parent.parent.exists(), "on a CPU no kernel depends on shapes"
+    monkeypatch.setattr(comparison_director, "compiled_shape", lambda config: "the same")
     assert compare(*command, "seeds=1").code == 0
     assert not warm.exists(), "a variant that has been run is warm"
+    set_fates(tmp_path, **{"warm-up": "killed"})
     assert compare(*command, "seeds=1", "resume=never").code == 0
     assert json.loads(warm.read_text())["status"] == "running"
+    assert not (warm.parents[2] / "moe").exists(), "a variant of the same shape is warm"
     set_fates(tmp_path)
-    (tmp_path / "out" / "runs" / "dense").rename(tmp_path / "elsewhere")
+    for name in ("dense", "moe"):
+        (tmp_path / "out" / "runs" / name).rename(tmp_path / name)
     assert compare(*command, "seeds=1").code == 0
     assert json.loads(warm.read_text())["status"] == "finished", "one that was killed is not warm"
     before = warm.stat().st_mtime_ns
     assert compare(*command, "seeds=2").code == 0
     assert warm.stat().st_mtime_ns == before
+
+
+def test_which_runs_are_forked_and_which_share_their_kernels() -> None:
+    on_cpu = "trainer.accelerator=cpu"
+    base = config("model.compile=true", on_cpu)
+    faster = {**base, "optim": {**base["optim"], "lr": 1.0}, "data": {**base["data"], "draw": 3}}
+    wider = {**base, "model": {**base["model"], "dim": 128}}
+    on_gpu = {**base, "trainer": {**base["trainer"], "accelerator": "gpu"}}
+    assert compiled_shape(config(on_cpu)) is None
+    assert compiled_shape(faster) == compiled_shape(base) is not None
+    assert len({compiled_shape(variant) for variant in (base, wider, on_gpu)}) == 3
+    assert is_one_process(config(on_cpu))
+    others = (["devices=2"], ["strategy=ddp"], ["trainer.num_nodes=2"])
+    assert not any(is_one_process(config(on_cpu, *other)) for other in others)
+    assert not is_one_process(config("trainer.accelerator=gpu"))
 
 
 def test_a_variant_keeps_the_rate_that_its_runs_started_with(compare: Run, tmp_path: Path) -> None:

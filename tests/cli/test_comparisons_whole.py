@@ -7,13 +7,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from processes import start
+from processes import assert_equal_runs, start
 from small import SMALL_RUN, Run, record
 
 from pkm_lightning.compare.run_state import run_state
@@ -54,6 +55,28 @@ def test_the_same_command_twice_gives_the_same_table(tmp_path: Path) -> None:
     tokens = {float(row["tokens"]) for row in rows(tmp_path / "one")}
     steps = int(content(tmp_path / "one")["arms"]["dense"][1].removeprefix("trainer.max_steps="))
     assert all(abs(value - 4e3) <= value / steps for value in tokens)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runs are forked on Linux only")
+def test_a_forked_run_is_to_the_bit_what_fit_makes_alone(tmp_path: Path) -> None:
+    """Forks two runs at a time, each of which draws numbers, and starts one of them once more."""
+    code, output = compare(
+        tmp_path, "ffn=dense,memory_plus", "seeds=1", "out=out", "trainer.max_steps=8", "jobs=2", *SHORT
+    )
+    assert code == 0, output
+    assert (tmp_path / "out" / "logs" / "fork-server.log").read_text() == ""
+    stored = content(tmp_path / "out")
+    overrides = [*stored["base"], *stored["arms"]["memory_plus"], "seed=1", "run_dir=alone"]
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    alone = start("fit", *overrides, cwd=tmp_path, env=environment)
+    assert ended(alone)[0] == 0
+    forked = tmp_path / "out" / "runs" / "memory_plus" / "seed-1"
+    assert_equal_runs(forked, tmp_path / "alone")
+    assert (forked / "recall.csv").read_text() == (tmp_path / "alone" / "recall.csv").read_text()
+    records = [record(folder) for folder in (forked, tmp_path / "alone")]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert records[0]["threads"] == records[1]["threads"]
 
 
 def test_every_variant_is_swept_alike_and_trained_with_its_best_rate(tmp_path: Path) -> None:
@@ -112,6 +135,7 @@ def test_a_signal_while_the_report_is_written_stops_too(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("pkm_lightning.cli.comparison_director.write_report", interrupted)
+    monkeypatch.setattr("pkm_lightning.cli.comparison_director._FIRST_REPORT", 0.0)
     shown = cli("compare", "ffn=dense", "seeds=2", "out=out", "trainer.max_steps=4", *SHORT)
     assert shown.code == 130
     assert "seed 2: started" not in shown.out

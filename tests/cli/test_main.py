@@ -56,12 +56,27 @@ def test_info_ends_its_process_with_all_it_printed_and_imports_what_it_uses() ->
 def test_info_hands_on_the_exit_code_of_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(sys, "argv", ["pkm-lightning", "info", "ffn=dense,"])
-    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr("pkm_lightning.__main__._leave", codes.append)
     try:
         run()
     finally:
         gc.enable()
     assert codes == [2]
+
+
+def test_a_process_ends_with_its_threads_its_handlers_and_its_output() -> None:
+    code = (
+        "import atexit, sys, threading, time\nfrom pkm_lightning import __main__ as command\n"
+        "sys.modules['torch'] = sys  # stands for it: what imports nothing large ends as always\n"
+        "def main():\n"
+        "    atexit.register(print, 'handler')\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "    print('verb')\n    sys.exit(3)\n"
+        "command.main = main\ncommand.run()\nprint('not reached')"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=buffered)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "verb\nthread\nhandler\n", "")
 
 
 def test_cfg_job_prints_the_composed_configuration(cli: Run) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from pkm_lightning.compare.budget import steps_of_tokens, warm_up
 from pkm_lightning.compare.processes import Processes, RunEnd
 from pkm_lightning.compare.schedule import ScheduledRun, Variant
+from pkm_lightning.compare.time_left import TimeLeft
 from pkm_lightning.data.base import yields_whole_steps
 from pkm_lightning.errors import ConfigError
 
@@ -36,9 +37,8 @@ def test_a_variant_is_warmed_up_without_a_long_test(
     tmp_path: Path, callbacks: dict[str, Any] | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     processes, config = Recorder(), {"trainer": {"accumulate_grad_batches": 1}, "callbacks": callbacks}
-    warm_up(
-        [Variant("a", ("ffn=dense", "trainer.max_steps=900"))], {"a": config}, ["data.people=60"], tmp_path, processes
-    )
+    variants = [Variant("a", ("ffn=dense", "trainer.max_steps=900"))]
+    warm_up(variants, {"a": config}, ["data.people=60"], tmp_path, processes, TimeLeft(jobs=1))
     (run,) = processes.runs
     assert {"data.people=60", "ffn=dense", "trainer.max_steps=2", "++trainer.limit_test_batches=1"} <= set(
         run.overrides

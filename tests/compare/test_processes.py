@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,65 +19,63 @@ from pkm_lightning.compare import processes as module
 from pkm_lightning.compare.processes import Processes, RunEnd, last_line, threads_per_process
 from pkm_lightning.compare.schedule import ScheduledRun
 
-#: Stands for `fit`: does what the run's first override names.
-PROGRAM = {
-    "fine": "print('all good')",
-    "threads": "import os; print(os.environ['OMP_NUM_THREADS'])",
-    "wrong": "import sys; print('error: no such thing'); sys.exit(2)",
-    "crash": "import os, signal; print('on it', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
-    "silent": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    "slow": "import signal, sys, time\n"
-    "signal.signal(signal.SIGTERM, lambda *_: (print('stopped in order', flush=True), sys.exit(143)))\n"
-    "print('started', flush=True)\ntime.sleep(60)",
-}
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can signal a process when its parent dies")
+#: How runs become processes: each as a command, or forked by a server.
+BOTH = pytest.mark.parametrize(
+    "preload", [(), pytest.param(("stand_in_run",), marks=ON_LINUX)], ids=["started", "forked"]
+)
 
 
 @pytest.fixture(autouse=True)
 def _short_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL", 0.02)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "compare")]))
 
 
 class Fakes(Processes):
-    """Processes that run small programs."""
+    """Processes that run `stand_in_run`."""
 
     def command(self, run: ScheduledRun) -> list[str]:
-        # Without site packages the interpreter starts several times faster.
-        return [sys.executable, "-I", "-S", "-c", PROGRAM[run.overrides[0]]]
+        return [sys.executable, "-m", "stand_in_run", run.overrides[0]]
 
 
 def scheduled(out: Path, *names: str) -> list[ScheduledRun]:
     return [ScheduledRun(f"{name}-{i}", i, None, (name,), out / "runs" / f"{name}-{i}") for i, name in enumerate(names)]
 
 
-def fakes(out: Path, jobs: int = 1, ranks: int = 1) -> Fakes:
-    return Fakes(flags=[], logs=out / "logs", jobs=jobs, ranks=ranks, resume="auto")
+def fakes(out: Path, jobs: int = 1, ranks: int = 1, preload: Sequence[str] = ()) -> Fakes:
+    return Fakes(flags=[], logs=out / "logs", jobs=jobs, ranks=ranks, resume="auto", preload=preload)
 
 
 def ends(processes: Processes, runs: list[ScheduledRun]) -> dict[str, RunEnd]:
-    return {end.run.overrides[0]: end for end in processes.run(runs, lambda _: None)}
+    with processes:
+        return {end.run.overrides[0]: end for end in processes.run(runs, lambda _: None)}
 
 
-def test_a_run_that_fails_affects_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH
+def test_a_run_that_fails_affects_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: Sequence[str]
+) -> None:
     """Checks one pool of two jobs: the end of each run, how many ran at a time, and the threads of each."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     counts: list[int] = []
-    runs = scheduled(tmp_path, "wrong", "crash", "fine", "threads")
-    ended = {
-        end.run.overrides[0]: end
-        for end in fakes(tmp_path, jobs=2, ranks=2).run(runs, lambda running: counts.append(len(running)))
-    }
-    assert {name: end.exit_code for name, end in ended.items()} == {
-        "wrong": 2,
-        "crash": -signal.SIGKILL,
-        "fine": 0,
-        "threads": 0,
-    }
+    runs = scheduled(tmp_path, "wrong", "crash", "fine", "threads", "raises", "place")
+    with fakes(tmp_path, jobs=2, ranks=2, preload=preload) as processes:
+        ended = {end.run.overrides[0]: end for end in processes.run(runs, lambda running: counts.append(len(running)))}
+    codes = {"wrong": 2, "crash": -signal.SIGKILL, "fine": 0, "threads": 0, "raises": 1, "place": 0}
+    assert {name: end.exit_code for name, end in ended.items()} == codes
     assert ended["wrong"].reason == "no such thing"
     assert ended["crash"].reason == "killed by SIGKILL (out of memory?): on it"
     assert ended["fine"].last_line == "all good"
     assert ended["threads"].last_line == "2"
+    assert ended["raises"].last_line == "ValueError: no such value"
+    assert ended["place"].last_line == "True True False ['place'] __main__ 0"
+    if sys.platform == "linux":
+        assert "['-m', 'stand_in_run', 'place']" in fakes(tmp_path).log(ended["place"].run).read_text()
     assert max(counts) == 2
+    servers = [log.read_text() for log in (tmp_path / "logs").glob("fork-server.log")]
+    assert servers == [""] * len(preload), "a server prints nothing"
 
 
 def test_cores_are_shared_unless_the_user_sets_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,26 +97,34 @@ def test_runs_of_one_variant_and_seed_in_two_folders_have_logs_of_their_own(tmp_
     assert len(logs) == 2
 
 
-def test_a_caller_that_leaves_early_has_running_runs_stopped_in_order(tmp_path: Path) -> None:
-    processes, runs = fakes(tmp_path, jobs=2), scheduled(tmp_path, "slow", "slow", "fine")
+@BOTH
+def test_a_caller_that_leaves_early_has_running_runs_stopped_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: Sequence[str]
+) -> None:
+    """Stops two that stop when asked, one that has to be killed after a while, and none that waits."""
+    monkeypatch.setattr(module, "GRACE", 2.0)
+    processes = fakes(tmp_path, jobs=3, preload=preload)
+    runs = scheduled(tmp_path, "slow", "slow", "stubborn", "fine")
 
     def interrupt(running: list[ScheduledRun]) -> None:
-        if all(last_line(processes.log(run)) == "started" for run in running):
+        if len(running) == 3 and all(last_line(processes.log(run)) == "started" for run in running):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), contextlib.closing(processes.run(runs, interrupt)) as ended:
+    with processes, pytest.raises(KeyboardInterrupt), contextlib.closing(processes.run(runs, interrupt)) as ended:
         list(ended)
-    assert [last_line(processes.log(run)) for run in runs] == ["stopped in order", "stopped in order", ""]
+    lines = [last_line(processes.log(run)) for run in runs]
+    assert lines == ["stopped in order", "stopped in order", "started", ""]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can signal a process when its parent dies")
-def test_a_killed_comparison_takes_its_runs_with_it(tmp_path: Path) -> None:
+@ON_LINUX
+@BOTH
+def test_a_killed_comparison_takes_its_runs_with_it(tmp_path: Path, preload: Sequence[str]) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom test_processes import fakes, scheduled\n"
-        f"out = Path({str(tmp_path)!r})\nlist(fakes(out).run(scheduled(out, 'slow'), lambda _: None))"
+        f"out = Path({str(tmp_path)!r})\n"
+        f"list(fakes(out, preload={preload!r}).run(scheduled(out, 'slow'), lambda _: None))"
     )
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "compare")])
-    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths})
+    parent = subprocess.Popen([sys.executable, "-c", program])
     log = fakes(tmp_path).log(scheduled(tmp_path, "slow")[0])
     try:
         _wait_for(log, "started")
@@ -125,6 +132,22 @@ def test_a_killed_comparison_takes_its_runs_with_it(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
     _wait_for(log, "stopped in order")
+
+
+@ON_LINUX
+def test_runs_go_on_as_commands_where_the_server_was_killed(tmp_path: Path) -> None:
+    """Kills the server during the first run: that one ends with it, and the next one is started."""
+    processes, runs = fakes(tmp_path, preload=("stand_in_run",)), scheduled(tmp_path, "slow", "fine")
+
+    def kill(running: list[ScheduledRun]) -> None:
+        server = processes._server
+        if server is not None and last_line(processes.log(running[0])) == "started":
+            server._process.kill()
+
+    with processes:
+        slow, fine = processes.run(runs, kill)
+    assert (slow.exit_code, fine.exit_code) == (-signal.SIGKILL, 0)
+    _wait_for(processes.log(runs[0]), "stopped in order")
 
 
 def _wait_for(log: Path, line: str) -> None:

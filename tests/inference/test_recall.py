@@ -13,12 +13,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
-from toys import Letters, memory_ffns, transformer
+from toys import Constant, Letters, memory_ffns, transformer
 
 from pkm_lightning.data import RecallItem
 from pkm_lightning.inference.generation import greedy
-from pkm_lightning.inference.recall import ItemScore, normalise, score_items, summarise
+from pkm_lightning.inference.recall import ItemScore, can_become, normalise, score_items, summarise
 from pkm_lightning.model import Transformer
 
 CPU = torch.device("cpu")
@@ -64,8 +66,12 @@ def test_normalise(text: str, normalised: str) -> None:
     assert normalise(text) == normalised
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_bits_and_choice_equal_a_direct_computation(model: Transformer, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "cached"), [("32-true", True), ("bf16-true", True), ("32-true", False)])
+def test_bits_and_choice_equal_a_direct_computation(model: Transformer, precision: str, cached: bool) -> None:
+    """Also for a model with a plugin that may read any token, whose prompts are read with each option."""
+    if not cached:
+        model = transformer([Constant(0.1), *memory_ffns()[0][:1]]).eval()
+    assert model.is_cacheable is cached
     options = ("cat", "a dog", "b", "elephants")
     items = [
         *(item("what is it?", option, options) for option in options),
@@ -86,12 +92,69 @@ def test_bits_and_choice_equal_a_direct_computation(model: Transformer, precisio
 
 
 def test_exact_compares_normalised_greedy_answers(model: Transformer) -> None:
+    """A wrong answer is cut where it is as long as any of its relation, a right one is not."""
     prompts = ["ab", "what is it?"]
     answers = greedy(model, Letters(), prompts, device=CPU)
-    items = [item(prompts[0], answers[0]), item(prompts[0], f"the {answers[0]}!"), item(prompts[1], "cat")]
+    assert min(map(len, answers)) > 8
+    questions = [(prompts[0], answers[0]), (prompts[0], f"the {answers[0]}!"), (prompts[1], "cat"), (prompts[1], "??")]
+    of_relations = ["one", "one", "other", "third"]
+    items = [item(*question, relation=name) for question, name in zip(questions, of_relations, strict=True)]
     scores = score_items(model, Letters(), items, device=CPU)
-    assert [score.exact for score in scores] == [True, True, False]
-    assert [score.answer for score in scores] == [answers[0], answers[0], answers[1]]
+    assert [score.exact for score in scores] == [True, True, False, False]
+    assert [score.answer for score in scores[:2]] == [answers[0], answers[0]]
+    # Of the 4 and 3 tokens of " cat" and " ??".
+    assert [score.answer for score in scores[2:]] == [answers[1][: len(scores[2].answer)], answers[1][:3].strip()]
+    assert len(scores[2].answer) <= 4
+
+
+_PIECES = st.sampled_from(
+    [
+        "a",
+        "an",
+        "the",
+        "t",
+        "th",
+        "n",
+        "x",
+        "Paris",
+        "theme",
+        " ",
+        "-",
+        "\N{EN DASH}",
+        ".",
+        " n't",
+        "\u03a3",
+        "\u0130",
+        "é",
+    ]
+)
+
+
+@given(st.lists(_PIECES, max_size=7).map("".join), st.data())
+def test_no_answer_that_can_become_the_truth_is_given_up(text: str, data: st.DataObject) -> None:
+    beginning = text[: data.draw(st.integers(0, len(text)))]
+    assert can_become(beginning, text)
+    assert can_become(beginning, normalise(text)) or normalise(normalise(text)) != normalise(text)
+    assert can_become(f"{beginning}\N{REPLACEMENT CHARACTER}", text)
+
+
+@pytest.mark.parametrize(
+    ("beginning", "truth", "possible"),
+    [
+        ("Par", "Paris", True),
+        ("par", "The  Paris!", True),
+        ("the", "Paris", True),
+        ("th", "Paris", True),
+        ("than", "Paris", False),
+        ("the P", "Paris", True),
+        ("Paris in", "Paris", False),
+        ("Paris.", "Paris", True),
+        ("", "Paris", True),
+        ("London", "Paris", False),
+    ],
+)
+def test_what_an_answer_can_become(beginning: str, truth: str, possible: bool) -> None:
+    assert can_become(beginning, truth) is possible
 
 
 def score(**changes: Any) -> ItemScore:

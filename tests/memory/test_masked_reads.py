@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pkm_lightning.experts import SwiGLUExperts
-from pkm_lightning.memory import QuantizedTable, TableMesh, ValueTable, masked_reads, zero_reads
+from pkm_lightning.memory import Addressing, QuantizedTable, TableMesh, ValueTable, masked_reads, zero_reads
 from pkm_lightning.memory.row_prefetch import RowPrefetcher
 from pkm_lightning.model import Transformer
 from pkm_lightning.ops import quantize_rows
@@ -59,6 +59,27 @@ def test_a_model_without_reads_is_one_with_empty_tables(case: Case) -> None:
     assert torch.equal(again, whole)
     assert not torch.allclose(read, whole)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_slots_are_searched_only_for_reads_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of zeros need no slots, unless another mask or an observer asks for their ids."""
+    model = copy.deepcopy(built(Case("memory_plus"))).eval()
+    searches: list[int] = []
+    search = Addressing.forward
+
+    def counted(self: Addressing, *arguments: Any) -> Any:
+        searches.append(1)
+        return search(self, *arguments)
+
+    monkeypatch.setattr(Addressing, "forward", counted)
+    with torch.no_grad(), zero_reads(model.value_tables):
+        quiet = run(model, ids()).hidden_BTD
+        assert not searches
+        with masked_reads(model.value_tables, keep_odd):
+            assert torch.equal(run(model, ids()).hidden_BTD, quiet)
+        per_forward = len(searches)
+        assert torch.equal(run(model, ids(), observe=True).hidden_BTD, quiet)
+    assert len(searches) == 2 * per_forward > 0
 
 
 def keep_odd(ids_TK: Tensor) -> Tensor:

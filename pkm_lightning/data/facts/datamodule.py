@@ -68,6 +68,8 @@ class FactsDataModule(TokenDataModule):
         check_choice("data.loss", loss, ["answer", "all"])
         self.packing = packing
         self.loss = loss
+        # Questions by what was asked for: a run asks for the same at each validation, and drawing them takes a second.
+        self._asked: dict[tuple[Path, str, int, tuple[str, ...]], list[RecallItem]] = {}
         self.choice = FactsChoice(
             people=people,
             people_relations=tuple(people_relations),
@@ -165,16 +167,20 @@ class FactsDataModule(TokenDataModule):
         for form in forms:
             check_choice("forms", form, [*DEFAULT_FORMS, "unseen_question"])
         folder = self.cache_folder()
-        codes = np.load(folder / "codes.npy")
-        return recall_items(
-            read_facts(folder),
-            # Only statements that have an exposure: those of validation are stored after them.
-            codes[np.unique(np.load(folder / "exposures.npy"))],
-            np.load(folder / f"{part}_sample.npy"),
-            per_form=self.choice.eval_facts if limit is None else min(limit, self.choice.eval_facts),
-            seed=self.choice.seed,
-            forms=forms,
-        )
+        per_form = self.choice.eval_facts if limit is None else min(limit, self.choice.eval_facts)
+        asked = (folder, part, per_form, tuple(forms))
+        if asked not in self._asked:
+            codes = np.load(folder / "codes.npy")
+            self._asked[asked] = recall_items(
+                read_facts(folder),
+                # Only statements that have an exposure: those of validation are stored after them.
+                codes[np.unique(np.load(folder / "exposures.npy"))],
+                np.load(folder / f"{part}_sample.npy"),
+                per_form=per_form,
+                seed=self.choice.seed,
+                forms=forms,
+            )
+        return list(self._asked[asked])
 
     def _packages(self) -> list[FactPackage]:
         places = self.choice.countries + self.choice.cities > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -31,6 +32,10 @@ class Marginals:
         for fact in facts:
             counters[fact.relation][fact.answer] += 1
         self._answers = {relation: sorted(counter) for relation, counter in counters.items()}
+        self._numbers = {
+            relation: {answer: number for number, answer in enumerate(answers)}
+            for relation, answers in self._answers.items()
+        }
         self._counts = {
             relation: np.asarray([counters[relation][answer] for answer in answers], dtype=np.float64)
             for relation, answers in self._answers.items()
@@ -39,7 +44,7 @@ class Marginals:
     def prior_bits(self, fact: Fact) -> float:
         """Returns -log2 of the share of this answer in its relation."""
         counts = self._counts[fact.relation]
-        return -math.log2(counts[self._answers[fact.relation].index(fact.answer)] / counts.sum())
+        return -math.log2(counts[self._numbers[fact.relation][fact.answer]] / counts.sum())
 
     def is_majority(self, fact: Fact) -> bool:
         """Returns whether no answer of the relation is more frequent (the first in the alphabet on a tie)."""
@@ -52,7 +57,7 @@ class Marginals:
             return ()
         # Drawn by frequency: a rare option among common ones would be recognised as the answer without any knowledge.
         weights = self._counts[fact.relation].copy()
-        weights[answers.index(fact.answer)] = 0
+        weights[self._numbers[fact.relation][fact.answer]] = 0
         others = rng.choice(len(answers), size=N_OPTIONS - 1, replace=False, p=weights / weights.sum())
         options = [fact.answer, *(answers[i] for i in others)]
         return tuple(options[i] for i in rng.permutation(N_OPTIONS))
@@ -89,8 +94,7 @@ def recall_items(
     items: list[RecallItem] = []
     for form in forms:
         number = list(candidates).index(form)
-        usable = [i for i in sample.tolist() if candidates[form](i)][:per_form]
-        for i in usable:
+        for i in islice(filter(candidates[form], sample.tolist()), per_form):
             # One generator per item, so that an item does not depend on the others that are asked for.
             rng = np.random.default_rng([seed, number, i])
             template = int(rng.choice(candidates[form](i)))
