@@ -13,6 +13,7 @@ from pkm_lightning.ffn.held_tables import hold_tables
 from pkm_lightning.ffn.inputs import check_tokens
 from pkm_lightning.ffn.token_table import TokenTableFFN
 from pkm_lightning.memory import ValueTable, count_parameters
+from pkm_lightning.memory.norm import RMSNorm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,10 +95,10 @@ class PLE(TokenTableFFN):
         self.refer(held, table_reader)
         self.n_layers, self.activation = n_layers, activation
         self.projection = nn.Linear(dim, width, bias=False) if context else None
-        self.projection_norm = nn.RMSNorm(width, eps=norm_eps) if context else None
+        self.projection_norm = RMSNorm(width, eps=norm_eps) if context else None
         self.gate = nn.Linear(dim, width, bias=False)
         self.up = nn.Linear(width, dim, bias=False)
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.norm = RMSNorm(dim, eps=norm_eps)
         self.reset_parameters()
 
     @classmethod

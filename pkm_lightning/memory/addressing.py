@@ -132,15 +132,15 @@ class Addressing(nn.Module):
                     ids_HTK, weights_HTK = self._select(halves_2HTS, selection_2HTS)
                     ids_HTJ, weights_HTJ = ids_HTK, weights_HTK
                 losses = self._losses(halves_2HTS, ids_HTK, valid_T)
+            by_head = (ids_HTJ, weights_HTJ, ids_HTK, weights_HTK)
+            ids_THJ, weights_THJ, ids_THK, weights_THK = (part.transpose(0, 1) for part in by_head)
         else:
             # Without cures the scores of all sub-keys, (H, T, S) per half, are never written to memory.
-            scores_HTK, ids_HTK = self.keys.search(q_TH2P, self.knn)
-            with ieee_scores(scores_HTK):
-                weights_HTK = self._activate(scores_HTK)
-            ids_HTJ, weights_HTJ = ids_HTK, weights_HTK
-        ids_THK, weights_THK = ids_HTK.transpose(0, 1), weights_HTK.transpose(0, 1)
-        ids_TC, weights_TC = ids_HTJ.transpose(0, 1).flatten(1), weights_HTJ.transpose(0, 1).flatten(1)
-        return Addresses(ids_TC, weights_TC, ids_THK, weights_THK, losses, stats)
+            scores_THK, ids_THK = self.keys.search(q_TH2P, self.knn)
+            with ieee_scores(scores_THK):
+                weights_THK = self._activate(scores_THK, head_dim=1)
+            ids_THJ, weights_THJ = ids_THK, weights_THK
+        return Addresses(ids_THJ.flatten(1), weights_THJ.flatten(1), ids_THK, weights_THK, losses, stats)
 
     @property
     def _noisy(self) -> bool:
@@ -180,13 +180,15 @@ class Addressing(nn.Module):
         # The difference is 0 in forward; in backward it has the gradient of `soft`.
         return ids_HTJ, hard_HTJ + (soft_HTJ - soft_HTJ.detach()), ids_HTJ.gather(-1, best_HTK), weights_HTK
 
-    def _activate(self, scores_HTK: Tensor) -> Tensor:
+    def _activate(self, scores: Tensor, *, head_dim: int = 0) -> Tensor:
+        """Returns the weights of scores (H, T, K), or (T, H, K) with `head_dim=1`."""
         if self.log_temperature is not None:
             # The logarithm is the parameter, so that the temperature stays positive.
-            scores_HTK = scores_HTK * torch.exp(-self.log_temperature.to(scores_HTK.dtype))[:, None, None]
+            factor_H = torch.exp(-self.log_temperature.to(scores.dtype))
+            scores = scores * factor_H.view(-1, *(1,) * (scores.ndim - 1 - head_dim))
         if self.activation == "softmax":
-            return torch.softmax(scores_HTK, dim=-1)
-        return torch.relu(scores_HTK) if self.activation == "relu" else torch.sigmoid(scores_HTK)
+            return torch.softmax(scores, dim=-1)
+        return torch.relu(scores) if self.activation == "relu" else torch.sigmoid(scores)
 
     def _losses(self, halves_2HTS: tuple[Tensor, Tensor], ids_HTK: Tensor, valid_T: Tensor | None) -> dict[str, Tensor]:
         balance_weight, entropy_weight = self.cures.balance_loss, self.cures.entropy_loss
@@ -210,14 +212,14 @@ class Addressing(nn.Module):
         `weight_top`: mean share of the largest weight in the sum of the weights of a head.
         """
         q_TH2P, _ = self.query(x_TD, valid_T)
-        scores_HTK, _ = self.keys.search(q_TH2P, self.knn)
+        scores_THK, _ = self.keys.search(q_TH2P, self.knn)
         weights_THK = output.weights_THK.abs()
         shares_TH = weights_THK.amax(-1) / weights_THK.sum(-1).clamp(min=1e-20)
         return {
             "query_norm": q_TH2P.norm(dim=-1).mean(),
             "key_norm": self.keys.score_keys(q_TH2P).norm(dim=-1).mean(),
-            "score_max": scores_HTK.amax(),
-            "score_min": scores_HTK.amin(),
+            "score_max": scores_THK.amax(),
+            "score_min": scores_THK.amin(),
             "weight_top": shares_TH.mean(),
         }
 

@@ -25,8 +25,10 @@ def ieee_scores(x: Tensor) -> Iterator[None]:
     if tf32:
         torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        # torch has no autocast for the meta device, on which the cost of models is computed.
-        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        # torch has no autocast for the meta device, on which the cost of models is computed. Where autocast is off,
+        # as in every fp32 model, switching it off would take longer than what small layers compute under it.
+        is_off = x.is_meta or not torch.is_autocast_enabled(x.device.type)
+        with contextlib.nullcontext() if is_off else torch.autocast(x.device.type, enabled=False):
             yield
     finally:
         if tf32:

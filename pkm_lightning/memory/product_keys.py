@@ -1,7 +1,6 @@
 """Two sets of sub-keys per head; their products address S * S slots with 2 * S comparisons (Lample et al. 2019).
 
-Letters: P values of a half key, K slots selected per head, J sub-keys selected per half, X sets of sub-keys: H, or 1
-where the heads share one; 2 is the two halves.
+Letters: P values of a half key, K slots selected per head; 2 is the two halves.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import nn
 from pkm_lightning.errors import ConfigError, check_integer
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
 from pkm_lightning.memory.query import half_norm
-from pkm_lightning.ops import MAX_SUB_KEYS, half_topk, product_combine
+from pkm_lightning.ops import MAX_SUB_KEYS, product_search
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int32
@@ -95,25 +94,14 @@ class ProductKeys(nn.Module):
 
     def search(
         self, q_TH2P: Float[Tensor, "T H 2 P"], knn: int
-    ) -> tuple[Float[Tensor, "H T K"], Int32[Tensor, "H T K"]]:
+    ) -> tuple[Float[Tensor, "T H K"], Int32[Tensor, "T H K"]]:
         """Returns scores and ids of the best `knn` slots of every head, best first.
 
         The result is `product_topk` of `forward`, up to the rounding of the inner products, but only the scores of
         selected sub-keys are written to memory.
         """
         with ieee_scores(q_TH2P):
-            q_2HTP = q_TH2P.permute(2, 1, 0, 3)
-            keys_2HSP = self.score_keys(q_TH2P).transpose(0, 1)
-            # Heads that share sub-keys are treated as further queries of one head.
-            query_shape = (*keys_2HSP.shape[:2], -1, q_2HTP.shape[-1])
-            per_half = min(knn, keys_2HSP.shape[2])
-            q_2XTP = q_2HTP.reshape(query_shape)
-            scores_2XTJ, keys_2XTJ = half_topk(q_2XTP, keys_2HSP, per_half, precision=self.score_precision)
-            result_shape = (self.heads, -1, per_half)
-            first, second = (
-                (scores_2XTJ[half].reshape(result_shape), keys_2XTJ[half].reshape(result_shape)) for half in (0, 1)
-            )
-            return product_combine(*first, *second, keys_2HSP.shape[2], knn)
+            return product_search(q_TH2P, self.score_keys(q_TH2P), knn, precision=self.score_precision)
 
     def score_keys(self, q_TH2P: Tensor) -> Tensor:
         """Returns the sub-keys as the scores use them, (H or 1, 2, S, P): normalised and scaled if so configured."""

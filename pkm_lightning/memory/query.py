@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from pkm_lightning.errors import check_choice
 from pkm_lightning.memory.batch_norm import MaskedBatchNorm
+from pkm_lightning.memory.norm import normalised
 from pkm_lightning.memory.precision import ieee_scores, score_dtype
 
 if TYPE_CHECKING:
@@ -85,4 +86,4 @@ class QueryNetwork(nn.Module):
 def half_norm(norm: nn.RMSNorm, x_XP: Float[Tensor, "*X P"]) -> Float[Tensor, "*X P"]:
     """Applies `norm` in the dtype of `x`, so that a gain in bf16 does not reduce fp32 half keys to bf16."""
     assert norm.weight is not None
-    return functional.rms_norm(x_XP, (x_XP.shape[-1],), norm.weight.to(x_XP.dtype), norm.eps)
+    return normalised(x_XP, norm.weight.to(x_XP.dtype), norm.eps)

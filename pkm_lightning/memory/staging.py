@@ -16,12 +16,13 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory.replicas import StagedReads, mean_gradient, norm_over_members
 from pkm_lightning.ops.gathered_rows import default_backend
 from pkm_lightning.ops.gathered_rows.operator import copy_rows
+from pkm_lightning.ops.operators import operator
 from pkm_lightning.ops.row_update import RowGradient, row_gradient_norm
 from pkm_lightning.ops.segments import check_indices, read_sources
 
@@ -282,7 +283,7 @@ def _stage(handle: Tensor) -> RowStage:
     return stage
 
 
-@library.custom_op("pkm_lightning::stage_sum", mutates_args=())
+@operator("pkm_lightning::stage_sum")
 def _stage_sum(
     y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, handle: Tensor
 ) -> Tensor:
@@ -291,20 +292,20 @@ def _stage_sum(
     return y.clone()
 
 
-@library.custom_op("pkm_lightning::stage_dot", mutates_args=())
+@operator("pkm_lightning::stage_dot")
 def _stage_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Tensor) -> Tensor:
     _stage(handle).record_read(dots.device)
     # As in `_stage_sum`: no alias of the input.
     return dots.clone()
 
 
-@library.custom_op("pkm_lightning::stage_rows", mutates_args=())
+@operator("pkm_lightning::stage_rows")
 def _stage_rows(table: Tensor, ids: Tensor, staged: Tensor, anchor: Tensor, handle: Tensor, backend: str) -> Tensor:
     _stage(handle).record_read(table.device)
     return copy_rows(table, ids, backend)
 
 
-@library.custom_op("pkm_lightning::stage_reads", mutates_args=())
+@operator("pkm_lightning::stage_reads")
 def _stage_reads(
     ids: Tensor, coefficients: Tensor | None, sources: Tensor | None, rows: Tensor, handle: Tensor
 ) -> Tensor:
@@ -370,10 +371,10 @@ def _backward_rows(ctx: Any, grad_TKV: Tensor) -> tuple[None, None, None, Tensor
 
 
 # Two reads of a table by the same ids and weights stage twice: a compiler must not merge them as common subexpressions.
-if hasattr(_stage_reads, "register_effect"):  # torch 2.13 has it, older versions do not
+if hasattr(_stage_reads.registered, "register_effect"):  # torch 2.13 has it, older versions do not
     from torch._library.effects import EffectType
 
-    _stage_reads.register_effect(EffectType.ORDERED)
+    _stage_reads.registered.register_effect(EffectType.ORDERED)
 _stage_sum.register_autograd(_backward_sum, setup_context=_save_sum)
 _stage_dot.register_autograd(_backward_dot, setup_context=_save_dot)
 _stage_rows.register_autograd(_backward_rows, setup_context=_save_rows)

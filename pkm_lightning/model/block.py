@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from pkm_lightning.ffn import FFNContext, FFNOutput, replaced
+from pkm_lightning.memory.norm import RMSNorm
 from pkm_lightning.model.attention import Attention, AttentionInputs
 from pkm_lightning.model.plugin_checks import checked_output
 from pkm_lightning.model.plugin_outputs import ParallelFFN, merged_outputs
@@ -39,9 +40,9 @@ class Block(nn.Module):
         super().__init__()
 
         self.before_norm, self.before = stream_norm(before, dim, norm_eps), before
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention_norm = RMSNorm(dim, eps=norm_eps)
         self.attention = attention
-        self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.ffn_norm = RMSNorm(dim, eps=norm_eps)
         self.ffn = ffn
         self.after_norm, self.after = stream_norm(after, dim, norm_eps), after
 
@@ -72,7 +73,7 @@ class Block(nn.Module):
 def stream_norm(plugin: nn.Module | None, dim: int, eps: float) -> nn.RMSNorm | None:
     """Returns the norm of the residual stream in front of `plugin`; None where it normalises its input itself."""
     needs_none = plugin is None or getattr(plugin, "normalises_input", False)
-    return None if needs_none else nn.RMSNorm(dim, eps=eps)
+    return None if needs_none else RMSNorm(dim, eps=eps)
 
 
 def run_plugin(

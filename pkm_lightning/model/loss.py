@@ -5,9 +5,11 @@ Letters: M positions with a target, W vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pkm_lightning.data.base import NO_TARGET
@@ -16,6 +18,9 @@ from pkm_lightning.memory.precision import score_dtype
 if TYPE_CHECKING:
     from pkm_lightning.model.transformer import Transformer
 
+#: Probabilities that the backward computes and scales while they are in the cache: 512 KiB of float32.
+_CACHED = 2**17
+
 
 def token_nll(model: Transformer, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
     """Returns the negative log-likelihoods of the targets in nats, in row-major order, (M,); fp32, or fp64 in fp64."""
@@ -23,4 +28,33 @@ def token_nll(model: Transformer, hidden_BTD: Tensor, labels_BT: Tensor) -> Tens
     target_BT = labels_BT != NO_TARGET
     logits_MW = model.unembed(hidden_BTD[target_BT])
     logits_MW = logits_MW.to(score_dtype(logits_MW))
-    return functional.cross_entropy(logits_MW, labels_BT[target_BT], reduction="none")
+    targets_M = labels_BT[target_BT]
+    if type(logits_MW) is Tensor and logits_MW.is_cpu and not torch.compiler.is_compiling():
+        nll_M: Tensor = _NegativeLogLikelihood.apply(logits_MW, targets_M)
+        return nll_M
+    return functional.cross_entropy(logits_MW, targets_M, reduction="none")
+
+
+class _NegativeLogLikelihood(torch.autograd.Function):
+    """Cross-entropy whose gradient is written once.
+
+    torch's own takes two matrices of the size of the logits: that of the likelihoods, which has one number per row, and
+    from it that of the logits. Here it is p * g, and at the target p * g - g, whose last bit may differ from torch's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_MW: Tensor, targets_M: Tensor) -> Tensor:
+        log_p_MW = torch.log_softmax(logits_MW, -1)
+        ctx.save_for_backward(log_p_MW, targets_M)
+        return functional.nll_loss(log_p_MW, targets_M, reduction="none")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None]:
+        log_p_MW, targets_M = ctx.saved_tensors
+        grad_MW = torch.empty_like(log_p_MW)
+        grad_M1 = grad_M.unsqueeze(1)
+        rows = max(1, _CACHED // log_p_MW.shape[1])
+        for part in (slice(start, start + rows) for start in range(0, len(log_p_MW), rows)):
+            torch.exp(log_p_MW[part], out=grad_MW[part]).mul_(grad_M1[part])
+        return grad_MW.scatter_add_(1, targets_M.unsqueeze(1), -grad_M1), None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pkm_lightning.memory.precision import score_dtype
+from pkm_lightning.ops import rotary
 
 
 def rope_table(
@@ -23,10 +23,8 @@ def rope_table(
 
 def apply_rope(x_BHTC: Tensor, cos_B1TF: Tensor, sin_B1TF: Tensor) -> Tensor:
     """Rotates the pairs (x[f], x[f + C/2]); the result has the dtype of `x`."""
-    # In fp32 at least: bf16 would round the small rotations between neighbouring positions away.
-    first, second = x_BHTC.to(score_dtype(x_BHTC)).chunk(2, dim=-1)
-    rotated = torch.cat([first * cos_B1TF - second * sin_B1TF, second * cos_B1TF + first * sin_B1TF], dim=-1)
-    return rotated.type_as(x_BHTC)
+    # In the dtype of the angles, fp32 at least: bf16 would round away the small rotations between neighbours.
+    return rotary(x_BHTC.transpose(1, 2), cos_B1TF.squeeze(1), sin_B1TF.squeeze(1)).transpose(1, 2)
 
 
 def document_positions(doc_ids_BT: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pkm_lightning.errors import check_flag, check_integer
 from pkm_lightning.ffn import FFNContext, FFNOutput
 from pkm_lightning.memory import ValueTable, take_over_tables
+from pkm_lightning.memory.norm import RMSNorm
 from pkm_lightning.memory.precision import score_dtype
 from pkm_lightning.model.accounting import attention_flops
 from pkm_lightning.model.attention import Attention, AttentionInputs, document_mask
@@ -120,7 +121,7 @@ class Transformer(nn.Module):
             for layer, ffn in enumerate(ffns)
         )
         take_over_tables(self.blocks, self.tables)
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.norm: nn.RMSNorm = RMSNorm(dim, eps=norm_eps)
         self.unembedding = None if tied else nn.Linear(dim, vocab_size, bias=False)
         self.tied_unembedding = TiedUnembedding(self.embedding) if tied else None
 

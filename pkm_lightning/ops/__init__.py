@@ -11,6 +11,7 @@ from pkm_lightning.ops.gathered_dot import gathered_dot
 from pkm_lightning.ops.gathered_rows import gathered_rows
 from pkm_lightning.ops.grouped_linear import grouped_linear
 from pkm_lightning.ops.half_topk import SCORE_PRECISIONS, half_topk
+from pkm_lightning.ops.product_search import product_search
 from pkm_lightning.ops.product_topk import MAX_SUB_KEYS, product_combine, product_topk
 from pkm_lightning.ops.quantized_rows import (
     QuantizedRows,
@@ -22,6 +23,7 @@ from pkm_lightning.ops.quantized_rows import (
 from pkm_lightning.ops.ranked_topk import ranked_topk
 from pkm_lightning.ops.ranks import sum_over_ranks
 from pkm_lightning.ops.rms_norm import rms_norm, rms_norm_dot
+from pkm_lightning.ops.rotary import rotary
 from pkm_lightning.ops.weighted_gather import weighted_gather
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "grouped_linear",
     "half_topk",
     "product_combine",
+    "product_search",
     "product_topk",
     "quantize_rows",
     "quantized_dot",
@@ -43,6 +46,7 @@ __all__ = [
     "ranked_topk",
     "rms_norm",
     "rms_norm_dot",
+    "rotary",
     "sum_over_ranks",
     "weighted_gather",
 ]

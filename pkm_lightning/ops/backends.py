@@ -66,6 +66,7 @@ def choose_backend(
     return available[name]
 
 
+@functools.cache
 def load_kernels(op: str, backend: str) -> ModuleType:
     """Imports and returns the module `pkm_lightning.ops.<op>.<backend>`.
 

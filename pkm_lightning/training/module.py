@@ -41,8 +41,8 @@ from pkm_lightning.training.clipping import clip_by_norm, norm_limit
 from pkm_lightning.training.engine import engine_of
 from pkm_lightning.training.even_batches import check_last, check_lengths
 from pkm_lightning.training.heldout import HeldoutSum
-from pkm_lightning.training.logged_step import follow_steps, logs_at
-from pkm_lightning.training.lookahead import wrap_loaders
+from pkm_lightning.training.logged_step import logs_at
+from pkm_lightning.training.preparation import prepare
 from pkm_lightning.training.step import StepNormaliser, StepRefused, StepReports, StepWatch, drop_gradients
 from pkm_lightning.training.table_learning import table_only_optimizer, trainer_optimizer
 
@@ -86,8 +86,7 @@ class LanguageModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Builds and initialises the model once; Lightning calls this before every fit, validate, test and predict."""
-        wrap_loaders(self._trainer)
-        follow_steps(self._trainer)
+        prepare(self._trainer)
         if hasattr(self, "model"):
             return
         self.model = build_model(self.config, self._table_mesh())

@@ -40,12 +40,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "grouped_linear": lambda: ops.grouped_linear(floats(6, 8).bfloat16(), floats(3, 8, 8).bfloat16(), ids(3)),
     "half_topk": lambda: ops.half_topk(floats(5, 8), floats(9, 8), 2),
     "product_combine": lambda: ops.product_combine(floats(5, 2), ids(5, 2), floats(5, 2), ids(5, 2), 9, 2),
+    "product_search": lambda: ops.product_search(floats(5, 2, 2, 8), floats(2, 2, 9, 8), 2),
     "product_topk": lambda: ops.product_topk(floats(5, 9), floats(5, 9), 2),
     "quantized_dot": lambda: ops.quantized_dot(quantized(), floats(5, 8), ids(5, 2)),
     "quantized_gather": lambda: ops.quantized_gather(quantized(), ids(5, 2), floats(5, 2)),
     "ranked_topk": lambda: ops.ranked_topk(floats(5, 9), 2),
     "rms_norm": lambda: ops.rms_norm(floats(5, 8), floats(8), groups=2, eps=1e-6),
     "rms_norm_dot": lambda: ops.rms_norm_dot(floats(5, 8), floats(5, 8), floats(8), groups=2, eps=1e-6),
+    "rotary": lambda: ops.rotary(floats(2, 5, 3, 8), floats(2, 5, 4), floats(2, 5, 4)),
     "weighted_gather": lambda: ops.weighted_gather(floats(9, 8), ids(5, 2), floats(5, 2)),
 }
 

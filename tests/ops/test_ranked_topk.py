@@ -18,7 +18,7 @@ from torch import Tensor, library
 from pkm_lightning.ops import ranked_topk
 
 # Rows, scores, kept: one score, k = L, k = 1, sizes at and beside multiples of 64 and 16, bounds from blocks or scores.
-SIZES = [(3, 1, 1), (5, 7, 7), (2, 64, 1), (9, 65, 13), (4, 128, 64), (3, 1000, 32), (2, 1024, 5)]
+SIZES = [(3, 1, 1), (5, 7, 7), (2, 64, 1), (9, 65, 13), (4, 128, 64), (3, 1000, 32), (2, 1024, 5), (2, 300, 40)]
 # Sizes and numbers of levels (None: all scores differ). The interpreter of the GPU kernel is slow: two programs of one
 # block, and one program of two blocks, with ties.
 CASES = [

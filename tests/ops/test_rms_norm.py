@@ -129,16 +129,17 @@ def test_one_graph_gives_the_same_bits(backend: str, op: Any) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_operators_are_registered_completely(backend: str) -> None:
-    drawn = [torch.randn(shape, device=device_of(backend)) for shape in ((5, 2, 3), (5, 2, 3), (2, 3))]
-    x_TGC, y_TGC, gain_GC = drawn[0].bfloat16(), drawn[1].bfloat16(), drawn[2]
+    drawn = [torch.randn(shape, device=device_of(backend)) for shape in ((5, 1, 6), (5, 1, 6), (6,))]
+    x_TD, y_TD, gain_D, how = drawn[0].bfloat16(), drawn[1].bfloat16(), drawn[2], (2, EPS, backend)
     ops = torch.ops.pkm_lightning
-    roots_TG = ops.rms_norm(x_TGC, gain_GC, EPS, backend)[1]
-    dots_TG, roots_2TG = ops.rms_norm_dot(x_TGC, y_TGC, gain_GC, EPS, backend)
-    learned = [one.clone().requires_grad_() for one in (x_TGC, y_TGC, gain_GC)]
-    library.opcheck(ops.rms_norm.default, (learned[0], learned[2], EPS, backend))
-    library.opcheck(ops.rms_norm_dot.default, (*learned, EPS, backend))
-    library.opcheck(ops.rms_norm_backward.default, (y_TGC, x_TGC, gain_GC, roots_TG, backend))
-    library.opcheck(ops.rms_norm_dot_backward.default, (dots_TG, x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, backend))
+    roots_TG = ops.rms_norm(x_TD, gain_D, *how)[1]
+    dots_TG, roots_2TG = ops.rms_norm_dot(x_TD, y_TD, gain_D, *how)
+    learned = [one.clone().requires_grad_() for one in (x_TD, y_TD, gain_D)]
+    library.opcheck(ops.rms_norm.default, (learned[0], learned[2], *how))
+    library.opcheck(ops.rms_norm_dot.default, (*learned, *how))
+    library.opcheck(ops.rms_norm_backward.default, (y_TD, x_TD, gain_D, roots_TG, 2, backend))
+    saved = (x_TD, y_TD, gain_D, dots_TG, roots_2TG)
+    library.opcheck(ops.rms_norm_dot_backward.default, (dots_TG, *saved, 2, backend))
 
 
 def test_runs_on_meta_tensors_and_without_vectors() -> None:

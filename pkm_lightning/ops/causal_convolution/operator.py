@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pkm_lightning.ops.backends import load_kernels
 from pkm_lightning.ops.causal_convolution.eager import convolve
+from pkm_lightning.ops.operators import operator
 
 
 def convolve_in_one_pass(
@@ -29,7 +30,7 @@ def convolve_in_one_pass(
     return y_BTD
 
 
-@library.custom_op("pkm_lightning::causal_convolution", mutates_args=())
+@operator("pkm_lightning::causal_convolution")
 def _convolve(x: Tensor, weight: Tensor, doc_ids: Tensor | None, length: int, dilation: int, backend: str) -> Tensor:
     docs_BP = None if doc_ids is None else doc_ids.contiguous()
     kernels = load_kernels("causal_convolution", backend)
@@ -37,7 +38,7 @@ def _convolve(x: Tensor, weight: Tensor, doc_ids: Tensor | None, length: int, di
     return y_BTD
 
 
-@library.custom_op("pkm_lightning::causal_convolution_backward", mutates_args=())
+@operator("pkm_lightning::causal_convolution_backward")
 def _convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, doc_ids: Tensor | None, dilation: int, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pkm_lightning.ops.backends import load_kernels
+from pkm_lightning.ops.operators import operator
 from pkm_lightning.ops.segments import check_indices
 from pkm_lightning.ops.weighted_gather.operator import table_gradient
 
@@ -26,7 +27,7 @@ def dot(table_NV: Tensor, x_TV: Tensor, ids_TK: Tensor, *, backend: str) -> Tens
     return result
 
 
-@library.custom_op("pkm_lightning::gathered_dot", mutates_args=())
+@operator("pkm_lightning::gathered_dot")
 def _dot(table: Tensor, x: Tensor, ids: Tensor, backend: str) -> Tensor:
     check_indices("gathered_dot", "ids", ids, len(table))
     if ids.numel() == 0:
@@ -36,7 +37,7 @@ def _dot(table: Tensor, x: Tensor, ids: Tensor, backend: str) -> Tensor:
     return a_TK
 
 
-@library.custom_op("pkm_lightning::gathered_dot_backward", mutates_args=())
+@operator("pkm_lightning::gathered_dot_backward")
 def _dot_backward(
     table: Tensor, x: Tensor, ids: Tensor, grad: Tensor, backend: str, needs_table: bool, needs_x: bool
 ) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from pkm_lightning.ops.backends import load_kernels
+from pkm_lightning.ops.operators import operator
 from pkm_lightning.ops.segments import check_indices, read_segments
 
 
@@ -34,12 +35,12 @@ def copy_rows(table_NV: Tensor, ids_TK: Tensor, backend: str) -> Tensor:
     return rows_LV.view(*ids_TK.shape, table_NV.shape[1])
 
 
-@library.custom_op("pkm_lightning::gathered_rows", mutates_args=())
+@operator("pkm_lightning::gathered_rows")
 def _gather(table: Tensor, ids: Tensor, backend: str) -> Tensor:
     return copy_rows(table, ids, backend)
 
 
-@library.custom_op("pkm_lightning::gathered_rows_backward", mutates_args=())
+@operator("pkm_lightning::gathered_rows_backward")
 def _gather_backward(ids: Tensor, grad: Tensor, n_rows: int, backend: str) -> Tensor:
     """Returns the gradient of the table (N, V): each row adds up the gradients of its reads, in their order."""
     ids_L, grad_LV = ids.flatten(), grad.flatten(0, 1).contiguous()

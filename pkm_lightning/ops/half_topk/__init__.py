@@ -79,8 +79,7 @@ def half_topk(
         )
     if not 1 <= k <= keys_XSF.shape[-2]:
         raise ValueError(f"half_topk: k={k} is out of range; allowed: 1 to {keys_XSF.shape[-2]} (keys).")
-    if precision not in SCORE_PRECISIONS:
-        raise ValueError(f"half_topk: precision={precision!r}; allowed: {', '.join(SCORE_PRECISIONS)}.")
+    check_precision("half_topk", precision)
     check_limits("half_topk", backend, q_XTF, k, EXACT)
     default = default_backend(q_XTF, k, EXACT)
     implementation = choose_backend("half_topk", backend, default, _BACKENDS[precision], q_XTF)
@@ -92,3 +91,13 @@ def half_topk(
     )
     shape = (*q_XTF.shape[:-1], k)
     return values_XTK.reshape(shape), indices_XTK.reshape(shape)
+
+
+def check_precision(op: str, precision: str) -> None:
+    """Checks that `precision` is one of `SCORE_PRECISIONS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if precision not in SCORE_PRECISIONS:
+        raise ValueError(f"{op}: precision={precision!r}; allowed: {', '.join(SCORE_PRECISIONS)}.")

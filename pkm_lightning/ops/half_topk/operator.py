@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pkm_lightning.ops.backends import load_kernels
+from pkm_lightning.ops.operators import operator
 
 
 def half_topk_kernels(
@@ -24,7 +25,7 @@ def half_topk_kernels(
     return values_XTK, indices_XTK
 
 
-@library.custom_op("pkm_lightning::half_topk", mutates_args=())
+@operator("pkm_lightning::half_topk")
 def _half_topk(q: Tensor, keys: Tensor, k: int, backend: str, precision: str) -> tuple[Tensor, Tensor]:
     values_XTK = q.new_empty(*q.shape[:2], k)
     indices_XTK = values_XTK.new_empty(values_XTK.shape, dtype=torch.int32)
@@ -32,7 +33,7 @@ def _half_topk(q: Tensor, keys: Tensor, k: int, backend: str, precision: str) ->
     return values_XTK, indices_XTK
 
 
-@library.custom_op("pkm_lightning::half_topk_backward", mutates_args=())
+@operator("pkm_lightning::half_topk_backward")
 def _half_topk_backward(grad: Tensor, indices: Tensor, q: Tensor, keys: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     # Zeros: the CPU kernel adds to them, and the GPU kernel does not write keys that no query chose.
     q_grad_XTF, keys_grad_XSF = q.new_zeros(q.shape), keys.new_zeros(keys.shape)

@@ -13,13 +13,17 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 
-def candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def candidate_pairs(k: int, per_half: int) -> list[tuple[int, int]]:
     """Lists the ranks (i, j), from 0 and in lexicographic order, with (i + 1) * (j + 1) <= k.
 
     At k = 32 they are 119 pairs of 1,024.
     """
-    pairs = [(i, j) for i in range(min(k, per_half)) for j in range(min(k // (i + 1), per_half))]
-    rank1_C, rank2_C = torch.tensor(pairs, dtype=torch.int32, device=device).unbind(-1)
+    return [(i, j) for i in range(min(k, per_half)) for j in range(min(k // (i + 1), per_half))]
+
+
+def candidate_ranks(k: int, per_half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the ranks of `candidate_pairs` as two tensors."""
+    rank1_C, rank2_C = torch.tensor(candidate_pairs(k, per_half), dtype=torch.int32, device=device).unbind(-1)
     return rank1_C.contiguous(), rank2_C.contiguous()
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, library
+from torch import Tensor
 
 from pkm_lightning.ops.backends import load_kernels
+from pkm_lightning.ops.operators import operator
 from pkm_lightning.ops.product_topk.candidates import cached_ranks
 
 
@@ -30,7 +31,7 @@ def product_combine_kernels(
     return sums_XK, ids_XK
 
 
-@library.custom_op("pkm_lightning::product_combine", mutates_args=())
+@operator("pkm_lightning::product_combine")
 def _combine(
     values1: Tensor, indices1: Tensor, values2: Tensor, indices2: Tensor, n_keys: int, k: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,12 +46,11 @@ def _combine(
     return sums_XK, ids_XK, chosen_XK
 
 
-@library.custom_op("pkm_lightning::product_combine_backward", mutates_args=())
+@operator("pkm_lightning::product_combine_backward")
 def _combine_backward(grad: Tensor, sums: Tensor, chosen: Tensor, per_half: int, backend: str) -> tuple[Tensor, Tensor]:
     (*shape_X, k), rows = grad.shape, grad.shape[:-1].numel()
     inputs_RK = [part.reshape(rows, k).contiguous() for part in (grad, sums, chosen)]
-    # Zeros, as the CPU kernel adds to them.
-    results_RJ = grad.new_zeros(rows, per_half), grad.new_zeros(rows, per_half)
+    results_RJ = grad.new_empty(rows, per_half), grad.new_empty(rows, per_half)
     if rows:
         kernels = load_kernels("product_topk", backend)
         kernels.add_to_halves(*inputs_RK, *cached_ranks(k, per_half, grad.device), *results_RJ)

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pkm_lightning.ops.backends import load_kernels
+from pkm_lightning.ops.operators import operator
 from pkm_lightning.ops.quantized_rows.format import QuantizedRows
 from pkm_lightning.ops.segments import check_indices
 
@@ -34,7 +35,7 @@ def dot(rows: QuantizedRows, x_TV: Tensor, ids_TK: Tensor, *, backend: str) -> T
     return result
 
 
-@library.custom_op("pkm_lightning::quantized_gather", mutates_args=())
+@operator("pkm_lightning::quantized_gather")
 def _gather(
     codes: Tensor,
     scales: Tensor,
@@ -58,7 +59,7 @@ def _gather(
     return y_XV.view(len(ids), n_groups, dim)
 
 
-@library.custom_op("pkm_lightning::quantized_dot", mutates_args=())
+@operator("pkm_lightning::quantized_dot")
 def _dot(codes: Tensor, scales: Tensor, bits: int, dim: int, x: Tensor, ids: Tensor, backend: str) -> Tensor:
     check_indices("quantized_dot", "ids", ids, len(codes))
     if ids.numel() == 0:

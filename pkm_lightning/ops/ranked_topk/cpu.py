@@ -1,12 +1,13 @@
-"""ranked_topk on the CPU (numba): bound the k-th best score from below, collect what reaches it, rank by counting.
+"""ranked_topk on the CPU (numba): bound the k-th score from below, collect what reaches it, rank by counting.
 
-Scores are compared as integers, their sort keys, which have the order of the scores (NaN first, -0.0 equal to 0.0). The
-only branch on a score is one per block of 16; the rest vectorises. Sums of pairs are ranked here as well, not in
-product_topk: numba invalidates a cached kernel only when its own file changes, so kernels that call each other must be
-in one file.
+Scores are compared as integers, their sort keys, which have the order of the scores (NaN first, -0.0 equal to 0.0). No
+branch depends on a single score, as half of them would be predicted wrongly. Sums of pairs are ranked here as well, not
+in product_topk: numba invalidates a cached kernel only when its own file changes, so kernels that call each other must
+be in one file.
 
-Letters: R rows, L scores per row, P = L padded to whole spans, G blocks of a row, M scores collected; K indices kept;
-J sub-keys kept per half, C candidate pairs; W workers.
+Letters: R rows, L scores per row, P = L padded to whole spans, M scores collected; K indices kept; X rows per token, of
+which Y are ranked; F dimension of a half key, S sub-keys of a set, J sub-keys kept per half, C candidate pairs; W
+workers.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from pkm_lightning.ops.numba_arrays import empty_array, numpy_view
 from pkm_lightning.ops.numba_threads import use_torch_threads
 
-#: Scores per block whose maximum is looked at first: a cache line of float32.
-_BLOCK = 16
-#: Loops run over whole spans of scores: they then have no scalar remainder, which would cost more than the loop itself.
+# Loops over sort keys run over whole spans: they then have no scalar remainder, which would cost more than the loop.
 _SPAN = 64
+# Few keys are compared with each other in shorter runs.
+_RUN = 16
 #: By bytes per score: the integer dtype of its bits, and the bits of infinity.
 FLOATS = {4: (torch.int32, numba.int32(0x7F800000)), 8: (torch.int64, numba.int64(0x7FF0000000000000))}
 
@@ -34,28 +36,49 @@ def rank_rows(scores_RL: Tensor, values_RK: Tensor, indices_RK: Tensor) -> None:
 
     All tensors are contiguous, and 1 <= K <= L.
     """
-    bits, infinity = FLOATS[scores_RL.element_size()]
-    buffers = workspace(scores_RL.shape[1], scores_RL.dtype)
-    _rank_rows(scores_RL.view(bits).numpy(), infinity, values_RK.view(bits).numpy(), indices_RK.numpy(), *buffers)
+    rank_scores(scores_RL.unsqueeze(0), values_RK.unsqueeze(1), indices_RK.unsqueeze(1), 0)
+
+
+def rank_scores(scores_YTL: Tensor, values_TXK: Tensor, indices_TXK: Tensor, first: int) -> None:
+    """Writes the K best of the float32 or float64 scores of (y, t), and their int32 indices, to (t, first + y).
+
+    All tensors are contiguous, and 1 <= K <= L.
+    """
+    bits, infinity = FLOATS[scores_YTL.element_size()]
+    arrays = (scores_YTL.view(bits).numpy(), values_TXK.view(bits).numpy(), indices_TXK.numpy())
+    best_rows(*arrays, first, infinity, *workspace(scores_YTL.shape[2], scores_YTL.dtype))
 
 
 def rank_sums(
-    values1_RJ: Tensor,
-    indices1_RJ: Tensor,
-    values2_RJ: Tensor,
-    indices2_RJ: Tensor,
-    rank1_C: Tensor,
-    rank2_C: Tensor,
-    n_keys: int,
-    *results_RK: Tensor,
+    values_R2J: Tensor, indices_R2J: Tensor, rank1_C: Any, rank2_C: Any, n_keys: int, *results_RK: Tensor
 ) -> None:
-    """Writes sums, slot ids and candidates of the K best of the pairs (rank1[c], rank2[c]) of two ranked halves."""
-    bits, infinity = FLOATS[values1_RJ.element_size()]
-    keys_W3P, places_W3P = workspace(len(rank1_C), values1_RJ.dtype)
-    sums_WP = values1_RJ.new_empty(len(keys_W3P), keys_W3P.shape[-1])
-    inputs = (values1_RJ, indices1_RJ, values2_RJ, indices2_RJ, rank1_C, rank2_C, sums_WP, sums_WP.view(bits))
-    arrays = (tensor.detach().numpy() for tensor in (*inputs, *results_RK))
-    _rank_sums(n_keys, infinity, keys_W3P, places_W3P, *arrays)
+    """Writes sums, slot ids and candidates of the K best of the pairs (rank1[c], rank2[c]) of two ranked halves.
+
+    All tensors are contiguous; the ranks are arrays.
+    """
+    _, infinity = FLOATS[values_R2J.element_size()]
+    arrays = (part.numpy() for part in (values_R2J, indices_R2J, *results_RK))
+    best_sums(n_keys, infinity, *score_workspace(len(rank1_C), values_R2J.dtype), rank1_C, rank2_C, *arrays)
+
+
+def search(q_TXF: Tensor, keys_YFS: Tensor, rank1_C: Any, rank2_C: Any, *results: Tensor) -> None:
+    """Scores, ranks and adds token by token, X = 2 * H half queries of each; the keys of x are those of x % Y.
+
+    Writes sums, slot ids and candidates (T, H, K), and the sub-keys kept per half query (T, X, J). All tensors are
+    contiguous; the ranks are arrays.
+    """
+    _, infinity = FLOATS[q_TXF.element_size()]
+    scores, sums = (score_workspace(n, q_TXF.dtype) for n in (keys_YFS.shape[2], len(rank1_C)))
+    best_W2J = q_TXF.new_empty(len(scores[0]), 2, results[3].shape[2]).numpy()
+    arrays = numpy_view(q_TXF), numpy_view(keys_YFS), *(result.numpy() for result in results)
+    best_slots(infinity, *scores, *sums, best_W2J, rank1_C, rank2_C, *arrays)
+
+
+def score_workspace(n_scores: int, dtype: torch.dtype) -> tuple[Any, Any, Any, Any]:
+    """Allocates a `workspace`, and the scores of every worker with their bits as integers, both (W, P)."""
+    keys_W3P, places_W3P = workspace(n_scores, dtype)
+    scores_WP = torch.empty(len(keys_W3P), keys_W3P.shape[-1], dtype=dtype)
+    return keys_W3P, places_W3P, scores_WP.numpy(), scores_WP.view(FLOATS[dtype.itemsize][0]).numpy()
 
 
 def workspace(n_scores: int, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -66,18 +89,21 @@ def workspace(n_scores: int, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     use_torch_threads()
     workers, padded = numba.get_num_threads(), -(-n_scores // _SPAN) * _SPAN
-    keys_W3P = torch.empty(workers, 3, padded, dtype=FLOATS[dtype.itemsize][0])
-    return keys_W3P.numpy(), torch.empty(workers, 3, padded, dtype=torch.int32).numpy()
+    size = dtype.itemsize
+    return empty_array((workers, 3, padded), f"i{size}"), empty_array((workers, 3, padded), "i4")
 
 
 @njit(nogil=True, cache=True)
 def order_keys(bits_L: Any, infinity: Any, keys_P: Any) -> None:
     """Converts the bits of floats to sort keys: integers of the same order, NaN above infinity, -0.0 equal to 0.0."""
+    # Casts, since numba computes with integers of 64 bits, which would halve the keys per register.
+    kind = type(infinity)
+    # The bits of a float without its sign grow with its magnitude; the mask is every bit but the sign.
+    mask, nan = kind(infinity | (infinity - 1)), kind(infinity + 1)
     for s in range(bits_L.shape[0]):
-        # The bits of a float without its sign grow with its magnitude; the mask is every bit but the sign.
-        magnitude = bits_L[s] & (infinity | (infinity - 1))
-        signed = -magnitude if bits_L[s] < 0 else magnitude
-        keys_P[s] = infinity + 1 if magnitude > infinity else signed
+        magnitude = kind(bits_L[s] & mask)
+        signed = kind(-magnitude) if bits_L[s] < 0 else magnitude
+        keys_P[s] = nan if magnitude > infinity else signed
 
 
 @njit(nogil=True, cache=True)
@@ -87,43 +113,57 @@ def best_of_keys(keys_3P: Any, places_3P: Any, n_scores: int, infinity: Any, bes
     The other rows of `keys_3P` and `places_3P` are buffers.
     """
     keys_P, tops_P, kept_P = keys_3P[0], keys_3P[1], keys_3P[2]
-    places_P, buffer_P, ranked_P = places_3P[0], places_3P[1], places_3P[2]
-    k, blocks = best_K.shape[0], keys_P.shape[0] // _BLOCK
+    places_P, ranked_P, ranks_P = places_3P[0], places_3P[1], places_3P[2]
+    k = best_K.shape[0]
     # The padding is lower than the key of -inf, so that it is never among the best.
     for i in range(n_scores, keys_P.shape[0]):
         keys_P[i] = -infinity - 1
-    for g in range(blocks):
-        top = keys_P[_BLOCK * g]
-        for i in range(_BLOCK):
-            top = max(top, keys_P[_BLOCK * g + i])
-        tops_P[g] = top
-    # If the maxima of K blocks reach a bound, so do K keys. With few blocks that bound would let too many keys pass.
-    if blocks >= 2 * k:
-        bound = _kth_bound(tops_P[:blocks], k, k // 4)
+    if n_scores <= _most_ranked(k):
+        n = n_scores
+        for i in range(n):
+            kept_P[i], places_P[i] = keys_P[i], i
     else:
-        bound = _kth_bound(keys_P, k, k // 4)
-    # Each place is written in any case and the counter moves only on a hit: about half of the tests succeed, so that a
-    # branch would often be predicted wrongly.
-    hits, n = 0, 0
-    for g in range(blocks):
-        buffer_P[hits] = g
-        hits += tops_P[g] >= bound
-    for h in range(hits):
-        first = _BLOCK * buffer_P[h]
-        for i in range(_BLOCK):
-            places_P[n] = first + i
-            n += keys_P[first + i] >= bound
-    for i in range(n):
-        kept_P[i] = keys_P[places_P[i]]
-    # Ranking is quadratic in n, so ties beyond twice k are cut first.
-    if n > 2 * k + _SPAN // 2:
-        n = _keep_first(kept_P[:n], places_P, k)
-    padded = -(-n // _SPAN) * _SPAN
-    for i in range(n, padded):
-        kept_P[i] = -infinity - 1
-    _rank(kept_P[:padded], places_P[:n], buffer_P, ranked_P)
+        n = _collect(keys_P, _bound(keys_P, tops_P, k), kept_P, places_P)
+        if n > _most_ranked(k):
+            n = _keep_first(kept_P[:n], places_P, k)
+    _rank(kept_P, places_P[:n], infinity, ranks_P, ranked_P)
     for i in range(k):
         best_K[i] = ranked_P[i]
+
+
+@njit(nogil=True, cache=True)
+def _most_ranked(k: int) -> int:
+    """Limits the keys that are ranked, which takes time quadratic in them."""
+    return 2 * k + _SPAN // 2
+
+
+@njit(nogil=True, cache=True)
+def _bound(keys_P: Any, tops_P: Any, k: int) -> Any:
+    """Finds a bound that at least K keys reach, and not many more."""
+    # Keys are dealt to lanes like cards: if the largest keys of K lanes reach a bound, so do K keys. With fewer than
+    # 2 K lanes, or few keys per lane, too many other keys would pass.
+    lanes = _RUN if 2 * k <= _RUN else -(-2 * k // _SPAN) * _SPAN
+    if keys_P.shape[0] < 2 * lanes:
+        return _kth_bound(keys_P, k, k // 4)
+    for i in range(lanes):
+        tops_P[i] = keys_P[i]
+    for first in range(lanes, keys_P.shape[0] // lanes * lanes, lanes):
+        for i in range(lanes):
+            tops_P[i] = max(tops_P[i], keys_P[first + i])
+    return _kth_bound(tops_P[:lanes], k, k // 4)
+
+
+@njit(nogil=True, cache=True)
+def _collect(keys_P: Any, bound: Any, kept_P: Any, places_P: Any) -> int:
+    """Writes the keys that reach `bound`, and their places in rising order; returns their number."""
+    n = 0
+    for i in range(keys_P.shape[0]):
+        # Without a branch: written in any case, counted on a hit.
+        places_P[n] = i
+        n += keys_P[i] >= bound
+    for i in range(n):
+        kept_P[i] = keys_P[places_P[i]]
+    return n
 
 
 @njit(nogil=True, cache=True)
@@ -166,65 +206,158 @@ def _keep_first(kept_M: Any, places_P: Any, k: int) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _rank(kept_P: Any, places_M: Any, equal_P: Any, ranked_P: Any) -> None:
+def _rank(kept_P: Any, places_M: Any, infinity: Any, equal_P: Any, ranked_P: Any) -> None:
     """Writes places in the order of their keys, by counting larger keys: no sort, and no branch on a key."""
+    n = places_M.shape[0]
+    padded = -(-n // _RUN) * _RUN
+    for i in range(n, padded):
+        kept_P[i] = -infinity - 1
     # equal_P[r] counts the keys of rank r so far: keys that tie have the same number of larger keys.
-    for i in range(places_M.shape[0]):
+    for i in range(n):
         equal_P[i] = 0
-    for i in range(places_M.shape[0]):
+    for i in range(n):
         key = kept_P[i]
         larger = numba.int32(0)
-        for j in range(kept_P.shape[0]):
+        for j in range(padded):
             larger += numba.int32(kept_P[j] > key)
         ranked_P[larger + equal_P[larger]] = places_M[i]
         equal_P[larger] += 1
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def _rank_rows(bits_RL: Any, infinity: Any, values_RK: Any, indices_RK: Any, keys_W3P: Any, places_W3P: Any) -> None:
-    rows, n_scores = bits_RL.shape
-    workers = keys_W3P.shape[0]
+def best_rows(
+    bits_YTL: Any, values_TXK: Any, indices_TXK: Any, first: int, infinity: Any, keys_W3P: Any, places_W3P: Any
+) -> None:
+    """Writes the bits and places of the K best scores of (y, t) to (t, first + y)."""
+    tokens, n_scores = bits_YTL.shape[1:]
+    rows, workers = bits_YTL.shape[0] * tokens, keys_W3P.shape[0]
     # Each worker takes one run of rows and has its own buffers.
     for w in prange(workers):
-        for r in range(rows * w // workers, rows * (w + 1) // workers):
-            order_keys(bits_RL[r], infinity, keys_W3P[w, 0])
-            best_of_keys(keys_W3P[w], places_W3P[w], n_scores, infinity, indices_RK[r])
+        start, stop = rows * w // workers, rows * (w + 1) // workers
+        # Counted, as a division per row takes a tenth of its time.
+        y, t = start // max(tokens, 1), start % max(tokens, 1)
+        for _ in range(start, stop):
+            bits_L, best_K = bits_YTL[y, t], indices_TXK[t, first + y]
+            order_keys(bits_L, infinity, keys_W3P[w, 0])
+            best_of_keys(keys_W3P[w], places_W3P[w], n_scores, infinity, best_K)
             # The bits of the scores themselves, as a sort key does not keep the sign of zero or the kind of NaN.
-            for i in range(indices_RK.shape[1]):
-                values_RK[r, i] = bits_RL[r, indices_RK[r, i]]
+            for i in range(best_K.shape[0]):
+                values_TXK[t, first + y, i] = bits_L[best_K[i]]
+            t += 1
+            if t == tokens:
+                y, t = y + 1, 0
+
+
+@njit(nogil=True, cache=True)
+def _best_pairs(
+    values_2J: Any,
+    indices_2J: Any,
+    rank1_C: Any,
+    rank2_C: Any,
+    n_keys: int,
+    infinity: Any,
+    keys_3P: Any,
+    places_3P: Any,
+    scores_P: Any,
+    bits_P: Any,
+    sums_K: Any,
+    ids_K: Any,
+    chosen_K: Any,
+) -> None:
+    candidates = rank1_C.shape[0]
+    for c in range(candidates):
+        first, second = values_2J[0, rank1_C[c]], values_2J[1, rank2_C[c]]
+        score = first + second
+        # NaN from two numbers: (+inf) + (-inf), which counts as -inf, so that no sum grows with a rank.
+        opposite = (score != score) & (first == first) & (second == second)
+        scores_P[c] = -math.inf if opposite else score
+    # `bits_P` is the same memory as `scores_P`: numba cannot reinterpret a float array as integers.
+    order_keys(bits_P[:candidates], infinity, keys_3P[0])
+    best_of_keys(keys_3P, places_3P, candidates, infinity, chosen_K)
+    for i in range(sums_K.shape[0]):
+        c = chosen_K[i]
+        sums_K[i] = scores_P[c]
+        ids_K[i] = indices_2J[0, rank1_C[c]] * n_keys + indices_2J[1, rank2_C[c]]
 
 
 @njit(nogil=True, parallel=True, cache=True)
-def _rank_sums(
+def best_sums(
     n_keys: int,
     infinity: Any,
     keys_W3P: Any,
     places_W3P: Any,
-    values1_RJ: Any,
-    indices1_RJ: Any,
-    values2_RJ: Any,
-    indices2_RJ: Any,
-    rank1_C: Any,
-    rank2_C: Any,
     scores_WP: Any,
     bits_WP: Any,
+    rank1_C: Any,
+    rank2_C: Any,
+    values_R2J: Any,
+    indices_R2J: Any,
     sums_RK: Any,
     ids_RK: Any,
     chosen_RK: Any,
 ) -> None:
-    rows, workers, candidates = sums_RK.shape[0], scores_WP.shape[0], rank1_C.shape[0]
+    rows, workers = sums_RK.shape[0], scores_WP.shape[0]
     for w in prange(workers):
         for r in range(rows * w // workers, rows * (w + 1) // workers):
-            for c in range(candidates):
-                first, second = values1_RJ[r, rank1_C[c]], values2_RJ[r, rank2_C[c]]
-                score = first + second
-                # NaN from two numbers: (+inf) + (-inf), which counts as -inf, so that no sum grows with a rank.
-                opposite = (score != score) & (first == first) & (second == second)
-                scores_WP[w, c] = -math.inf if opposite else score
-            # `bits_WP` is the same memory as `scores_WP`: numba cannot reinterpret a float array as integers.
-            order_keys(bits_WP[w, :candidates], infinity, keys_W3P[w, 0])
-            best_of_keys(keys_W3P[w], places_W3P[w], candidates, infinity, chosen_RK[r])
-            for i in range(sums_RK.shape[1]):
-                c = chosen_RK[r, i]
-                sums_RK[r, i] = scores_WP[w, c]
-                ids_RK[r, i] = indices1_RJ[r, rank1_C[c]] * n_keys + indices2_RJ[r, rank2_C[c]]
+            _best_pairs(
+                values_R2J[r], indices_R2J[r], rank1_C, rank2_C, n_keys, infinity, keys_W3P[w], places_W3P[w],
+                scores_WP[w], bits_WP[w], sums_RK[r], ids_RK[r], chosen_RK[r],
+            )  # fmt: skip
+
+
+# Fused multiply-adds in the order of the columns, as a matrix product has them.
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def _score(q_F: Any, keys_FS: Any, scores_P: Any) -> None:
+    """Writes the inner products of a query with all keys of a set."""
+    (dim, n_keys), whole = keys_FS.shape, keys_FS.shape[0] // 4 * 4
+    for s in range(n_keys):
+        scores_P[s] = 0
+    # Four columns at a time, as the scores are loaded and stored each time.
+    for f in range(0, whole, 4):
+        q0, q1, q2, q3 = q_F[f], q_F[f + 1], q_F[f + 2], q_F[f + 3]
+        k0_S, k1_S, k2_S, k3_S = keys_FS[f], keys_FS[f + 1], keys_FS[f + 2], keys_FS[f + 3]
+        for s in range(n_keys):
+            scores_P[s] = (((scores_P[s] + q0 * k0_S[s]) + q1 * k1_S[s]) + q2 * k2_S[s]) + q3 * k3_S[s]
+    for f in range(whole, dim):
+        for s in range(n_keys):
+            scores_P[s] += q_F[f] * keys_FS[f, s]
+
+
+@njit(nogil=True, parallel=True, cache=True)
+def best_slots(
+    infinity: Any,
+    keys_W3P: Any,
+    places_W3P: Any,
+    scores_WP: Any,
+    bits_WP: Any,
+    sum_keys_W3P: Any,
+    sum_places_W3P: Any,
+    sum_scores_WP: Any,
+    sum_bits_WP: Any,
+    best_W2J: Any,
+    rank1_C: Any,
+    rank2_C: Any,
+    q_TXF: Any,
+    keys_YFS: Any,
+    sums_THK: Any,
+    ids_THK: Any,
+    chosen_THK: Any,
+    indices_TXJ: Any,
+) -> None:
+    (tokens, heads, _), (sets, _, n_keys), workers = sums_THK.shape, keys_YFS.shape, scores_WP.shape[0]
+    for w in prange(workers):
+        best_2J = best_W2J[w]
+        for t in range(tokens * w // workers, tokens * (w + 1) // workers):
+            for h in range(heads):
+                for half in range(2):
+                    x = 2 * h + half
+                    _score(q_TXF[t, x], keys_YFS[x % sets], scores_WP[w])
+                    order_keys(bits_WP[w, :n_keys], infinity, keys_W3P[w, 0])
+                    best_of_keys(keys_W3P[w], places_W3P[w], n_keys, infinity, indices_TXJ[t, x])
+                    for j in range(best_2J.shape[1]):
+                        best_2J[half, j] = scores_WP[w, indices_TXJ[t, x, j]]
+                _best_pairs(
+                    best_2J, indices_TXJ[t, 2 * h : 2 * h + 2], rank1_C, rank2_C, n_keys, infinity, sum_keys_W3P[w],
+                    sum_places_W3P[w], sum_scores_WP[w], sum_bits_WP[w], sums_THK[t, h], ids_THK[t, h],
+                    chosen_THK[t, h],
+                )  # fmt: skip

@@ -8,9 +8,10 @@ Letters: X any leading shape, R rows, L scores per row; K indices kept.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from pkm_lightning.ops.backends import load_kernels
+from pkm_lightning.ops.operators import operator
 
 
 def ranked_topk_kernels(scores_XL: Tensor, k: int, *, backend: str) -> Tensor:
@@ -19,7 +20,7 @@ def ranked_topk_kernels(scores_XL: Tensor, k: int, *, backend: str) -> Tensor:
     return result
 
 
-@library.custom_op("pkm_lightning::ranked_topk", mutates_args=())
+@operator("pkm_lightning::ranked_topk")
 def _ranked_topk(scores: Tensor, k: int, backend: str) -> Tensor:
     scores_RL = scores.reshape(-1, scores.shape[-1])
     # float32 represents every bf16 and fp16 value exactly, so widening keeps the order.

@@ -34,7 +34,7 @@ def norm(x_TGC: Tensor, gain_GC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns the normalised parts in the dtype of x, and the inverse roots (T, G) in fp32; all tensors contiguous."""
     use_torch_threads()
     wide_TGC = x_TGC.float()
-    y_TGC, roots_TG = torch.empty_like(wide_TGC), wide_TGC.new_empty(x_TGC.shape[:2])
+    y_TGC, roots_TG = torch.empty_like(wide_TGC), torch.empty(x_TGC.shape[:2], dtype=torch.float32)
     _norm(*map(numpy_view, (wide_TGC, gain_GC.float(), y_TGC, roots_TG)), eps)
     return y_TGC.to(x_TGC.dtype), roots_TG
 

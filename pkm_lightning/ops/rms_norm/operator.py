@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from pkm_lightning.ops.backends import load_kernels
+from pkm_lightning.ops.operators import operator
 from pkm_lightning.ops.rms_norm import eager
 
 #: Most values of a part per backend, where there is a limit: a GPU program holds a part in registers, which run out.
@@ -26,16 +27,16 @@ def norm(x_TD: Tensor, gain_D: Tensor, groups: int, eps: float, *, backend: str)
     """Computes `pkm_lightning.ops.rms_norm` by the kernels of `backend`; what they do not take goes to `eager`."""
     if not _has_kernel(backend, x_TD, groups):
         return eager.norm(x_TD, gain_D, groups, eps)
-    y_TGC, _ = _norm(_parts(x_TD, groups), _parts(gain_D, groups)[0], eps, backend)
-    return y_TGC.view(x_TD.shape)
+    y_TD, _ = _norm(x_TD, gain_D, groups, eps, backend)
+    return y_TD
 
 
 def dot(x_TD: Tensor, y_TD: Tensor, gain_D: Tensor, groups: int, eps: float, *, backend: str) -> Tensor:
     """Computes `pkm_lightning.ops.rms_norm_dot` by the kernels of `backend`; what they do not take goes to `eager`."""
     if not _has_kernel(backend, x_TD, groups):
         return eager.dot(x_TD, y_TD, gain_D, groups, eps)
-    dots_TG, _ = _dot(_parts(x_TD, groups), _parts(y_TD, groups), _parts(gain_D, groups)[0], eps, backend)
-    return dots_TG.view(*x_TD.shape[:-1], groups)
+    dots_TG, _ = _dot(x_TD, y_TD, gain_D, groups, eps, backend)
+    return dots_TG
 
 
 def _has_kernel(backend: str, x_TD: Tensor, groups: int) -> bool:
@@ -44,35 +45,46 @@ def _has_kernel(backend: str, x_TD: Tensor, groups: int) -> bool:
     return fits and x_TD.dtype is not torch.float64
 
 
-def _parts(x_TD: Tensor, groups: int) -> Tensor:
-    """Returns the parts of all vectors, (T, G, C)."""
-    return x_TD.reshape(-1, groups, x_TD.shape[-1] // groups)
+def _parts(groups: int, *vectors: Tensor) -> list[Tensor]:
+    """Returns the parts of vectors of any leading shape, each (T, G, C) and contiguous."""
+    return [x_TD.contiguous().view(-1, groups, x_TD.shape[-1] // groups) for x_TD in vectors]
 
 
-@library.custom_op("pkm_lightning::rms_norm", mutates_args=())
-def _norm(x: Tensor, gain: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+@operator("pkm_lightning::rms_norm")
+def _norm(x: Tensor, gain: Tensor, groups: int, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """Returns the result in the dtype of x, and the inverse roots (T, G) in fp32."""
-    return _kernels(backend).norm(x.contiguous(), gain.contiguous(), eps)
+    x_TGC, gain_1GC = _parts(groups, x, gain)
+    y_TGC, roots_TG = _kernels(backend).norm(x_TGC, gain_1GC[0], eps)
+    return y_TGC.view(x.shape), roots_TG
 
 
-@library.custom_op("pkm_lightning::rms_norm_backward", mutates_args=())
-def _norm_backward(grad: Tensor, x: Tensor, gain: Tensor, roots: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _kernels(backend).norm_gradients(grad.contiguous(), x.contiguous(), gain.contiguous(), roots)
+@operator("pkm_lightning::rms_norm_backward")
+def _norm_backward(
+    grad: Tensor, x: Tensor, gain: Tensor, roots: Tensor, groups: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    grad_TGC, x_TGC, gain_1GC = _parts(groups, grad, x, gain)
+    x_grad_TGC, gain_grad_GC = _kernels(backend).norm_gradients(grad_TGC, x_TGC, gain_1GC[0], roots)
+    return x_grad_TGC.view(x.shape), gain_grad_GC.view(gain.shape)
 
 
-@library.custom_op("pkm_lightning::rms_norm_dot", mutates_args=())
-def _dot(x: Tensor, y: Tensor, gain: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+@operator("pkm_lightning::rms_norm_dot")
+def _dot(x: Tensor, y: Tensor, gain: Tensor, groups: int, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """Returns the result, and the inverse roots of x and y (2, T, G); both in fp32."""
-    return _kernels(backend).dot(x.contiguous(), y.contiguous(), gain.contiguous(), eps)
+    x_TGC, y_TGC, gain_1GC = _parts(groups, x, y, gain)
+    dots_TG, roots_2TG = _kernels(backend).dot(x_TGC, y_TGC, gain_1GC[0], eps)
+    return dots_TG.view(*x.shape[:-1], groups), roots_2TG
 
 
-@library.custom_op("pkm_lightning::rms_norm_dot_backward", mutates_args=())
+@operator("pkm_lightning::rms_norm_dot_backward")
 def _dot_backward(
-    grad: Tensor, x: Tensor, y: Tensor, gain: Tensor, dots: Tensor, roots: Tensor, backend: str
+    grad: Tensor, x: Tensor, y: Tensor, gain: Tensor, dots: Tensor, roots: Tensor, groups: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(backend).dot_gradients(
-        grad.contiguous(), x.contiguous(), y.contiguous(), gain.contiguous(), dots, roots
+    x_TGC, y_TGC, gain_1GC = _parts(groups, x, y, gain)
+    grad_TG, dots_TG = grad.contiguous().view(-1, groups), dots.view(-1, groups)
+    x_grad_TGC, y_grad_TGC, gain_grad_GC = _kernels(backend).dot_gradients(
+        grad_TG, x_TGC, y_TGC, gain_1GC[0], dots_TG, roots
     )
+    return x_grad_TGC.view(x.shape), y_grad_TGC.view(y.shape), gain_grad_GC.view(gain.shape)
 
 
 def _kernels(backend: str) -> Any:
@@ -80,49 +92,50 @@ def _kernels(backend: str) -> Any:
 
 
 @_norm.register_fake
-def _(x: Tensor, gain: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+def _(x: Tensor, gain: Tensor, groups: int, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), groups, dtype=torch.float32)
 
 
 @_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, gain: Tensor, roots: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, gain: Tensor, roots: Tensor, groups: int, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), gain.new_empty(gain.shape)
 
 
 @_dot.register_fake
-def _(x: Tensor, y: Tensor, gain: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[:2], dtype=torch.float32), x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+def _(x: Tensor, y: Tensor, gain: Tensor, groups: int, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    dots = x.new_empty(*x.shape[:-1], groups, dtype=torch.float32)
+    return dots, x.new_empty(2, x.shape[:-1].numel(), groups, dtype=torch.float32)
 
 
 @_dot_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, y: Tensor, gain: Tensor, dots: Tensor, roots: Tensor, backend: str
+    grad: Tensor, x: Tensor, y: Tensor, gain: Tensor, dots: Tensor, roots: Tensor, groups: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape), gain.new_empty(gain.shape)
 
 
-def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float, str], output: tuple[Tensor, Tensor]) -> None:
-    x, gain, _, ctx.backend = inputs
+def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor, int, float, str], output: tuple[Tensor, Tensor]) -> None:
+    x, gain, ctx.groups, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, gain, output[1])
 
 
-def _through_norm(ctx: Any, grad_TGC: Tensor, _roots: Any) -> tuple[Tensor, Tensor, None, None]:
+def _through_norm(ctx: Any, grad_TD: Tensor, _roots: Any) -> tuple[Tensor, Tensor, None, None, None]:
     # An operator of its own: AOTAutograd traces this function and cannot trace kernels.
-    x_grad_TGC, gain_grad_GC = _norm_backward(grad_TGC, *ctx.saved_tensors, ctx.backend)
-    return x_grad_TGC, gain_grad_GC, None, None
+    x_grad_TD, gain_grad_D = _norm_backward(grad_TD, *ctx.saved_tensors, ctx.groups, ctx.backend)
+    return x_grad_TD, gain_grad_D, None, None, None
 
 
-def _save_dot(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, str], output: tuple[Tensor, Tensor]) -> None:
-    *vectors_and_gain, _, ctx.backend = inputs
+def _save_dot(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, float, str], output: tuple[Tensor, Tensor]) -> None:
+    *vectors_and_gain, ctx.groups, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*vectors_and_gain, *output)
 
 
-def _through_dot(ctx: Any, grad_TG: Tensor, _roots: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
+def _through_dot(ctx: Any, grad_TG: Tensor, _roots: Any) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
     # As in `_through_norm`.
-    x_grad_TGC, y_grad_TGC, gain_grad_GC = _dot_backward(grad_TG, *ctx.saved_tensors, ctx.backend)
-    return x_grad_TGC, y_grad_TGC, gain_grad_GC, None, None
+    x_grad_TD, y_grad_TD, gain_grad_D = _dot_backward(grad_TG, *ctx.saved_tensors, ctx.groups, ctx.backend)
+    return x_grad_TD, y_grad_TD, gain_grad_D, None, None, None
 
 
 _norm.register_autograd(_through_norm, setup_context=_save_norm)

@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pkm_lightning.ops.backends import load_kernels
+from pkm_lightning.ops.operators import operator
 from pkm_lightning.ops.segments import check_indices, read_segments, read_sources
 
 
@@ -48,7 +49,7 @@ def table_gradient(
     return gradient_NV
 
 
-@library.custom_op("pkm_lightning::weighted_gather", mutates_args=())
+@operator("pkm_lightning::weighted_gather")
 def _gather(table: Tensor, ids: Tensor, weights: Tensor, groups: Tensor | None, n_groups: int, backend: str) -> Tensor:
     check_indices("weighted_gather", "ids", ids, len(table))
     if groups is not None:
@@ -62,7 +63,7 @@ def _gather(table: Tensor, ids: Tensor, weights: Tensor, groups: Tensor | None, 
     return y_XV.view(len(ids), n_groups, table.shape[1])
 
 
-@library.custom_op("pkm_lightning::weighted_gather_backward", mutates_args=())
+@operator("pkm_lightning::weighted_gather_backward")
 def _gather_backward(
     table: Tensor,
     ids: Tensor,

@@ -1,0 +1,39 @@
+"""RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) through the fastest kernel of the device.
+
+Letters: X any leading shape, C values that are normalised together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pkm_lightning.ops.backends import HAS_NUMBA
+from pkm_lightning.ops.rms_norm.operator import norm
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm of the last dimension, which on a CPU takes a kernel of this package in fp32."""
+
+    def forward(self, x_XC: Float[Tensor, "*X C"]) -> Float[Tensor, "*X C"]:
+        """Returns `x / sqrt(mean(x**2) + eps) * weight`."""
+        assert self.weight is not None
+        return normalised(x_XC, self.weight, self.eps)
+
+
+def normalised(x_XC: Float[Tensor, "*X C"], gain_C: Float[Tensor, " C"], eps: float | None) -> Float[Tensor, "*X C"]:
+    """Computes what `torch.nn.functional.rms_norm` does; an `eps` of None is that of the dtype."""
+    # On CPUs torch 2.13 composes the norm and its gradient of a dozen passes over the values; on GPUs it has a kernel.
+    # Compiled code is fused anyway.
+    has_kernel = HAS_NUMBA and x_XC.is_cpu and x_XC.dtype is gain_C.dtype is torch.float32
+    if not has_kernel or torch.compiler.is_compiling():
+        return functional.rms_norm(x_XC, gain_C.shape, gain_C, eps)
+    # Past the checks of `ops.rms_norm`, which small layers call several times.
+    return norm(x_XC, gain_C, 1, torch.finfo(x_XC.dtype).eps if eps is None else eps, backend="cpu")
