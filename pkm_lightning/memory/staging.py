@@ -1,18 +1,16 @@
 """Staged reads: in backward, each read of a table leaves its ids, weights and output gradients for the optimizer.
 
-Staging is the identity in forward, except for rows that are read one by one: there it is the read itself, which saves a
-copy of them. Its backward copies the factors of the table's gradient into buffers, which grow to the size of a step and
-are reused. The optimizer merges the reads of all layers and micro-batches of a step into one
-gradient per row. Forward and backward are custom operators, so that compiled blocks can call them.
+The backward of a read (`stage_operators.py`) copies the factors of the table's gradient into buffers, which grow to the
+size of a step and are reused. The optimizer merges the reads of all layers and micro-batches of a step into one
+gradient per row. The first read of a step is sorted in backward, which computes the gradients of its weights row by
+row; where it stays the only one, norm and update continue with what backward has computed.
 
 Letters: T tokens, or reads where a plugin reads several times per token, K lines per read, L = T * K, X source rows,
-U lines that learn, M = N + 1 flags of the N lines of this rank.
+G groups per read, U lines that learn, M = N + 1 flags of the N lines of this rank.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,19 +18,15 @@ from torch import Tensor
 
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.memory.replicas import StagedReads, mean_gradient, norm_over_members
+from pkm_lightning.memory.stage_operators import register_stage, stage_dot, stage_rows, stage_sum
+from pkm_lightning.ops.backends import best_backend
 from pkm_lightning.ops.gathered_rows import default_backend
-from pkm_lightning.ops.gathered_rows.operator import copy_rows
-from pkm_lightning.ops.operators import operator
+from pkm_lightning.ops.ranks import is_distributed
 from pkm_lightning.ops.row_update import RowGradient, row_gradient_norm
-from pkm_lightning.ops.segments import check_indices, read_sources
+from pkm_lightning.ops.segments import check_indices
 
 if TYPE_CHECKING:
     from pkm_lightning.memory.mesh import TableMesh
-
-# Arguments of an operator are numbers and tensors, so the stage of a table is passed as an integer handle and looked up
-# here. The table owns its stage: this dictionary must not keep it alive.
-_stages: weakref.WeakValueDictionary[int, RowStage] = weakref.WeakValueDictionary()
-_handles = itertools.count()
 
 # Backward passes whose reads nobody takes before the next one raises. Without an optimizer of the table nobody ever
 # will; with one, it is the number of micro-batches of a step, of which no sane loop has as many.
@@ -58,10 +52,7 @@ class RowStage:
         # A flag per line and one more, always False, for lines of other ranks; None: all lines learn.
         self._learns_M: Tensor | None = None
         self._learning_U: Tensor | None = None
-        handle = next(_handles)
-        _stages[handle] = self
-        # A tensor, because torch.compile specialises on numbers and would compile a block once per table.
-        self.handle = torch.tensor(handle, dtype=torch.int64, device="cpu")
+        self.handle = register_stage(self)
         # An input that requires a gradient, so that a read with constant weights has a backward too. Its gradient, a
         # zero, is the output of the staging operator, so that a compiler cannot remove that operator as unused.
         self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
@@ -91,25 +82,40 @@ class RowStage:
                 "unscale its reads: use torch.autocast(..., torch.bfloat16), or make the table with learning='dense'."
             )
 
-    def stage_sum(self, y_XV: Tensor, ids_TK: Tensor, weights_TK: Tensor, sources_TK: Tensor | None = None) -> Tensor:
-        """Returns `y_XV` and stages its gradient: row `sources[t, k]` of y (default t) has the term
-        weights[t, k] * row ids[t, k]."""
-        y: Tensor = _stage_sum(y_XV, ids_TK, weights_TK, sources_TK, self.anchor, self.handle)
+    def sum(
+        self,
+        table_NV: Tensor,
+        ids_TK: Tensor,
+        staged_TK: Tensor | None,
+        weights_TK: Tensor,
+        groups_TK: Tensor | None,
+        n_groups: int,
+    ) -> Tensor:
+        """Returns the weighted sums of the rows `ids`, (T, G, V), and stages their gradient under the ids `staged`.
+
+        `staged_TK` is None where these are the same ids.
+        """
+        anchors = self.anchor, self.handle, best_backend(table_NV)
+        y: Tensor = stage_sum(table_NV, ids_TK, staged_TK, weights_TK, groups_TK, n_groups, *anchors)
         return y
 
-    def stage_dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TV: Tensor) -> Tensor:
+    def dot(self, dots_TK: Tensor, ids_TK: Tensor, x_TV: Tensor) -> Tensor:
         """Returns `dots_TK`, computed as <row ids[t, k], x[t]>, and stages its gradient."""
-        dots: Tensor = _stage_dot(dots_TK, ids_TK, x_TV, self.anchor, self.handle)
+        dots: Tensor = stage_dot(dots_TK, ids_TK, x_TV, self.anchor, self.handle)
         return dots
 
     def gather(self, table_NV: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
         """Returns the rows `ids` of the table, (T, K, V), and stages their gradient under the ids `staged`."""
         backend = default_backend(table_NV)
-        rows: Tensor = _stage_rows(table_NV, ids_TK, staged_TK, self.anchor, self.handle, backend)
+        rows: Tensor = stage_rows(table_NV, ids_TK, staged_TK, self.anchor, self.handle, backend)
         return rows
 
     def add(
-        self, ids_L: Tensor, coefficients_L: Tensor | None, sources_L: Tensor | None, source_rows_XV: Tensor
+        self,
+        ids_L: Tensor,
+        coefficients_L: Tensor | None,
+        sources_L: Tensor | None,
+        source_rows_XV: Tensor,
     ) -> None:
         """Appends the factors of the gradient of one read to the buffers.
 
@@ -156,6 +162,9 @@ class RowStage:
             table_NV: the table, for width, dtype and device where this rank has read nothing.
         """
         self._passes = 0
+        return self._merged(table_NV)
+
+    def _merged(self, table_NV: Tensor) -> RowGradient | None:
         if self._gradient is None:
             ids_L, rows_XV = self._ids.filled(table_NV[:0, 0].int()), self._rows.filled(table_NV[:0])
             staged = StagedReads(ids_L, *self._factors(ids_L, _sum_dtype(table_NV)), rows_XV)
@@ -163,6 +172,15 @@ class RowStage:
                 staged = _only(staged, self._learns_M)
             self._gradient = mean_gradient(self.n_rows, staged, self.mesh, reads=self._reads)
         return self._gradient
+
+    def sole_gradient(self, ids_L: Tensor, table_NV: Tensor) -> RowGradient | None:
+        """Returns the gradient of the reads `ids`, if nothing else is staged and all lines and one rank learn.
+
+        Until something else is staged, `gradient` returns the same object, with all that was computed from it.
+        """
+        if len(ids_L) != self._ids.length or self.mesh is not None or self._learns_M is not None or is_distributed():
+            return None
+        return self._merged(table_NV)
 
     def restrict(self, lines_U: Tensor | None) -> None:
         """Cuts the gradient to some lines, in this and all later steps: others keep values and optimizer states.
@@ -274,107 +292,3 @@ def _only(staged: StagedReads, learns_M: Tensor) -> StagedReads:
         return StagedReads(ids_L[keep_L], coefficients_L[keep_L], sources_L[keep_L], source_rows_XV)
     # On an accelerator the host would wait for their number: the others count as lines of another rank.
     return staged._replace(ids_L=torch.where(keep_L, staged.ids_L, len(learns_M) - 1))
-
-
-def _stage(handle: Tensor) -> RowStage:
-    stage = _stages.get(int(handle))
-    if stage is None:
-        raise RuntimeError("the table of this read no longer exists: keep the model until its backward pass has ended.")
-    return stage
-
-
-@operator("pkm_lightning::stage_sum")
-def _stage_sum(
-    y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, handle: Tensor
-) -> Tensor:
-    _stage(handle).record_read(y.device)
-    # An operator's output must not alias its input.
-    return y.clone()
-
-
-@operator("pkm_lightning::stage_dot")
-def _stage_dot(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Tensor) -> Tensor:
-    _stage(handle).record_read(dots.device)
-    # As in `_stage_sum`: no alias of the input.
-    return dots.clone()
-
-
-@operator("pkm_lightning::stage_rows")
-def _stage_rows(table: Tensor, ids: Tensor, staged: Tensor, anchor: Tensor, handle: Tensor, backend: str) -> Tensor:
-    _stage(handle).record_read(table.device)
-    return copy_rows(table, ids, backend)
-
-
-@operator("pkm_lightning::stage_reads")
-def _stage_reads(
-    ids: Tensor, coefficients: Tensor | None, sources: Tensor | None, rows: Tensor, handle: Tensor
-) -> Tensor:
-    if coefficients is None:
-        _stage(handle).add(ids.flatten(), None, None, rows)
-    else:
-        sources = read_sources(ids) if sources is None else sources
-        _stage(handle).add(ids.flatten(), coefficients.flatten(), sources.flatten(), rows)
-    return torch.zeros((), dtype=torch.float32, device="cpu")
-
-
-@_stage_sum.register_fake
-def _(y: Tensor, ids: Tensor, weights: Tensor, sources: Tensor | None, anchor: Tensor, handle: Tensor) -> Tensor:
-    return torch.empty_like(y)
-
-
-@_stage_dot.register_fake
-def _(dots: Tensor, ids: Tensor, x: Tensor, anchor: Tensor, handle: Tensor) -> Tensor:
-    return torch.empty_like(dots)
-
-
-@_stage_rows.register_fake
-def _(table: Tensor, ids: Tensor, staged: Tensor, anchor: Tensor, handle: Tensor, backend: str) -> Tensor:
-    return table.new_empty(*ids.shape, table.shape[1])
-
-
-@_stage_reads.register_fake
-def _(ids: Tensor, coefficients: Tensor | None, sources: Tensor | None, rows: Tensor, handle: Tensor) -> Tensor:
-    return torch.empty((), dtype=torch.float32, device="cpu")
-
-
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids_TK, weights_TK, sources_TK, _, handle = inputs
-    ctx.save_for_backward(ids_TK, weights_TK, sources_TK, handle)
-
-
-def _backward_sum(ctx: Any, grad_XV: Tensor) -> tuple[Tensor, None, None, None, Tensor, None]:
-    ids_TK, weights_TK, sources_TK, handle = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, weights_TK, sources_TK, grad_XV, handle)
-    return grad_XV, None, None, None, zero, None
-
-
-def _save_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids_TK, x_TV, _, handle = inputs
-    ctx.save_for_backward(ids_TK, x_TV, handle)
-
-
-def _backward_dot(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
-    ids_TK, x_TV, handle = ctx.saved_tensors
-    zero = _stage_reads(ids_TK, grad_TK, None, x_TV, handle)
-    return grad_TK, None, None, zero, None
-
-
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, staged_TK, _, handle, _ = inputs
-    ctx.save_for_backward(staged_TK, handle)
-
-
-def _backward_rows(ctx: Any, grad_TKV: Tensor) -> tuple[None, None, None, Tensor, None, None]:
-    staged_TK, handle = ctx.saved_tensors
-    zero = _stage_reads(staged_TK, None, None, grad_TKV.flatten(0, 1), handle)
-    return None, None, None, zero, None, None
-
-
-# Two reads of a table by the same ids and weights stage twice: a compiler must not merge them as common subexpressions.
-if hasattr(_stage_reads.registered, "register_effect"):  # torch 2.13 has it, older versions do not
-    from torch._library.effects import EffectType
-
-    _stage_reads.registered.register_effect(EffectType.ORDERED)
-_stage_sum.register_autograd(_backward_sum, setup_context=_save_sum)
-_stage_dot.register_autograd(_backward_dot, setup_context=_save_dot)
-_stage_rows.register_autograd(_backward_rows, setup_context=_save_rows)

@@ -22,7 +22,9 @@ from pkm_lightning.memory.staging import RowStage
 from pkm_lightning.memory.stored_rows import StoredRows
 from pkm_lightning.memory.table_rows import copy_rows, draw_rows
 from pkm_lightning.ops import gathered_dot, gathered_rows, weighted_gather
-from pkm_lightning.ops.segments import check_indices, read_sources
+from pkm_lightning.ops.huge_pages import use_huge_pages
+from pkm_lightning.ops.segments import check_indices
+from pkm_lightning.ops.weighted_gather import check_read
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -116,7 +118,7 @@ class ValueTable(ReadTable):
         if mesh is not None:
             lines, width = mesh.local_shape(lines, width)
         self.stage = RowStage(lines, mesh) if by_rows else None
-        values = torch.empty(lines, width, device=self._initial_device())
+        values = use_huge_pages(torch.empty(lines, width, device=self._initial_device()))
         # torch.distributed.checkpoint allocates a gradient for every parameter that requires one when it loads an
         # optimizer's state: here that would be as large as the table.
         self.weight = nn.Parameter(values, requires_grad=trainable and not by_rows)
@@ -283,14 +285,13 @@ class ValueTable(ReadTable):
         ids_TK, staged_TK = self._ids_to_table(ids_TK, staged_TK)
         weights_TK = self._to_table(weights_TK)
         groups_TK = None if groups_TK is None else self._to_table(groups_TK)
-        y = weighted_gather(self.weight, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
-        if self.stage is not None and torch.is_grad_enabled():
-            if groups_TK is None or n_groups is None:
-                y = self.stage.stage_sum(y, staged_TK, weights_TK)
-            else:
-                sources_TK = read_sources(ids_TK, groups_TK, n_groups)
-                y = self.stage.stage_sum(y.flatten(0, 1), staged_TK, weights_TK, sources_TK).view_as(y)
-        return y.to(device)
+        if self.stage is None or not torch.is_grad_enabled():
+            y = weighted_gather(self.weight, ids_TK, weights_TK, groups_TK=groups_TK, n_groups=n_groups)
+            return y.to(device)
+        check_read(self.weight, ids_TK, weights_TK, groups_TK, n_groups)
+        weights_TK, apart_TK = weights_TK.to(self.weight.dtype), None if staged_TK is ids_TK else staged_TK
+        y_TGV = self.stage.sum(self.weight, ids_TK, apart_TK, weights_TK, groups_TK, n_groups or 1)
+        return (y_TGV.squeeze(1) if groups_TK is None else y_TGV).to(device)
 
     def _dot(self, x_TV: Tensor, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
         """Returns the inner products with the lines of this rank."""
@@ -302,7 +303,7 @@ class ValueTable(ReadTable):
         x_TV = self._to_table(x_TV).to(self.weight.dtype)
         dots_TK = gathered_dot(self.weight, x_TV, ids_TK)
         if self.stage is not None and torch.is_grad_enabled():
-            dots_TK = self.stage.stage_dot(dots_TK, staged_TK, x_TV)
+            dots_TK = self.stage.dot(dots_TK, staged_TK, x_TV)
         return dots_TK.to(device)
 
     def _gather(self, ids_TK: Tensor, staged_TK: Tensor) -> Tensor:
@@ -372,9 +373,13 @@ class ValueTable(ReadTable):
             def fn(value: Tensor) -> Tensor:
                 return value.to(move(value[:0]).dtype)
 
+        memory = self.weight.data_ptr()
         if not self.is_registered:
             self.weight.data = fn(self.weight.data)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.weight.data_ptr() != memory:
+            use_huge_pages(self.weight.data, is_written=True)
+        return self
 
     def extra_repr(self) -> str:
         """Returns rows, values per row and `learning`, for `print(model)`."""

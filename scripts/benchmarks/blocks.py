@@ -1,6 +1,10 @@
 """One training step of an FFN alone: forward, backward, update, for SwiGLU, a mixture of experts and Memory+.
 
 On the CPU all have equal forward FLOPs per token; on a GPU Memory+ has the paper's shape, values as wide as the model.
+
+"byte floor, RULE" is what a memory layer of these FLOPs cannot be faster than if it moves bytes as a copy does: a step
+of the SwiGLU, and then a copy of as many bytes as the table's part of the step reads and writes: the rows of all reads
+forward and once more for the gradients of the weights; rows and states of touched rows, read and written.
 """
 
 from __future__ import annotations
@@ -23,6 +27,10 @@ from pkm_lightning.ffn.moe import MoE
 from pkm_lightning.memory import RowOptimizer, TableOptimizer, ValueTable
 
 LR = 1e-4
+# Values of fp32 state per value of a row, by the rule of the row optimizer; states per row are left out.
+STATES = {"lazy_adam": 2, "row_adagrad": 0}
+#: Bytes that a copy reads: more than caches hold.
+COPIED_BYTES = 2**27
 CHECKED = 256
 # In bf16 queries are rounded, which changes the slots at the border of the top-k against float64.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -103,6 +111,25 @@ def value_dim(block: Block) -> int:
     return max(8, (6 * block.dim * block.hidden - costs[0]) // per_value // 8 * 8 + 8)
 
 
+class ByteFloor:
+    """Step of the dense layer, and a copy of the bytes that a memory layer moves."""
+
+    def __init__(self, dense: BlockStep, moved: int) -> None:
+        self.dense, self.moved = dense, moved
+        self.source, self.target = torch.ones(2, COPIED_BYTES, dtype=torch.uint8, device=dense.x_BTD.device)
+
+    def __call__(self) -> None:
+        self.dense()
+        # A copy moves its bytes twice.
+        for start in range(0, self.moved // 2, COPIED_BYTES):
+            length = min(COPIED_BYTES, self.moved // 2 - start)
+            self.target[:length].copy_(self.source[:length])
+
+    def error(self) -> float:
+        """Returns the error of the dense layer."""
+        return self.dense.error()
+
+
 class BlockStep:
     """Training step of a module, as a callable."""
 
@@ -130,28 +157,45 @@ def block_case(block: Block, device: torch.device, dtype: torch.dtype) -> Case:
     weight_NV = table(block.n_keys**2, value_dim(block), dtype, device)
     x_BTD, upstream_BTD = (torch.randn(8, block.tokens // 8, block.dim, device=device).to(dtype) for _ in range(2))
 
-    def way(name: str, make: Callable[[], nn.Module], rule: str | None = None) -> Way:
-        def build() -> BlockStep:
-            module = make().to(device, dtype)
-            return BlockStep(module, _optimizer(module, rule), x_BTD, upstream_BTD)
+    def step(make: Callable[[], nn.Module], rule: str | None = None) -> BlockStep:
+        module = make().to(device, dtype)
+        return BlockStep(module, _optimizer(module, rule), x_BTD, upstream_BTD)
 
-        return Way(name, build)
+    def way(name: str, make: Callable[[], nn.Module], rule: str | None = None) -> Way:
+        return Way(name, functools.partial(step, make, rule))
+
+    def floor(rule: str) -> Way:
+        def build() -> ByteFloor:
+            return ByteFloor(step(dense), moved_bytes(memory(), x_BTD, rule))
+
+        return Way(f"byte floor, {rule}", build)
 
     memory = functools.partial(memory_plus, block, weight_NV, "rows")
+    dense = functools.partial(Dense, dim=block.dim, n_layers=2, hidden_dim=block.hidden)
     return Case(
         sizes=f"{block} N={len(weight_NV)} V={weight_NV.shape[1]} {dtype}".replace("torch.", ""),
         ways=[
-            way("SwiGLU", functools.partial(Dense, dim=block.dim, n_layers=2, hidden_dim=block.hidden)),
+            way("SwiGLU", dense),
             way("MoE, 2 of 8 experts", functools.partial(mixture, block, n_layers=2, n_experts=8, top_k=2)),
             way("Memory+, lazy_adam", memory, "lazy_adam"),
             way("Memory+, row_adagrad", memory, "row_adagrad"),
+            *(floor(rule) for rule in STATES if block.matched),
         ],
         error=lambda step: step.error(),
         tolerance=TOLERANCE[dtype],
-        baselines=["SwiGLU"],
+        baselines=["SwiGLU", *(f"byte floor, {rule}" for rule in STATES if block.matched)],
         tokens=block.tokens,
         memory=False,
     )
+
+
+@torch.no_grad()
+def moved_bytes(layer: MemoryPlus, x_BTD: Tensor, rule: str) -> int:
+    """Returns the bytes of table and states that a step of these tokens reads and writes."""
+    layer = layer.to(x_BTD.device, x_BTD.dtype)
+    ids_TC = layer.addressing(x_BTD.flatten(0, 1), None).ids_TC
+    row_bytes, values = layer.values.table.weight.element_size() * layer.values.table.dim, layer.values.table.dim
+    return 2 * ids_TC.numel() * row_bytes + ids_TC.unique().numel() * 2 * (row_bytes + STATES[rule] * 4 * values)
 
 
 def _optimizer(module: nn.Module, rule: str | None) -> Optimizer:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pkm_lightning.memory import ValueTable
+from pkm_lightning.ops.huge_pages import use_huge_pages
 
 
 class Lookup(NamedTuple):
@@ -30,7 +31,8 @@ def table(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tens
     """Draws a table from N(0, 1/V) whose rows repeat after 4093."""
     # Drawing every row would take longer than the benchmark. The period is a prime, so that it meets no power of two.
     block_RV = torch.randn(min(rows, 4093), dim, device=device).mul_(dim**-0.5).to(dtype)
-    table_NV = torch.empty(rows, dim, dtype=dtype, device=device)
+    # As a `ValueTable` has its rows, for all contenders alike.
+    table_NV = use_huge_pages(torch.empty(rows, dim, dtype=dtype, device=device))
     for part_RV in table_NV.split(len(block_RV)):
         part_RV.copy_(block_RV[: len(part_RV)])
     return table_NV

@@ -21,6 +21,7 @@ from benchmarks.case import Case, Way, relative_error
 from benchmarks.inputs import Lookup, Reads, draw_ids, value_table
 from benchmarks.ways import bag, gather_einsum
 from pkm_lightning.memory import RowOptimizer, TableOptimizer, clip_tables
+from pkm_lightning.ops.huge_pages import use_huge_pages
 
 MAX_NORM, LR, EPS = 1.0, 1e-2, 1e-8
 BETAS = {"adam": (0.9, 0.95), "catch_up_adam": (0.0, 0.95)}
@@ -85,7 +86,10 @@ class Moments:
             return
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == self._weight_NV.shape:
-                state[name] = self._moments.setdefault(name, value).zero_()
+                if name not in self._moments:
+                    # In the pages in which the package keeps states, for all contenders alike.
+                    self._moments[name] = use_huge_pages(torch.empty_like(value))
+                state[name] = self._moments[name].zero_()
 
 
 class Step:

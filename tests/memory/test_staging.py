@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pkm_lightning.memory import RowStage, ValueTable, clip_tables
+from pkm_lightning.ops.backends import HAS_NUMBA
 
 N, V, T, K = 17, 6, 5, 4
 
@@ -122,6 +123,32 @@ def test_rows_read_one_by_one_are_staged_without_coefficients_and_sources() -> N
     table.gather(ids_TK[:2]).backward(upstream_TKV[:2])
     expected_NV = torch.zeros(N, V).index_add_(0, ids_TK[:2].flatten(), upstream_TKV[:2].flatten(0, 1))
     assert_close(dense(staged(table), table), expected_NV)
+
+
+def test_what_backward_has_computed_serves_the_step_until_more_is_staged() -> None:
+    table, ids_TK = ValueTable(rows=N, dim=V, learning="rows"), torch.randint(N, (T, K))
+    stage, weights_TK = staged(table), torch.rand(T, K, requires_grad=True)
+    table(ids_TK, weights_TK).square().sum().backward()
+    first = stage.gradient(table.weight)
+    assert first is not None
+    if HAS_NUMBA:
+        assert "cpu_squares_U" in first.shared
+    assert_close(stage.norm(table.weight), dense(stage, table).norm(), kind="grad")
+    assert weights_TK.grad is not None
+    alone_NV, alone_TK = dense(stage, table).clone(), weights_TK.grad.clone()
+    table(ids_TK, weights_TK).square().sum().backward()
+    assert stage.gradient(table.weight) is not first
+    assert_close(dense(stage, table), 2 * alone_NV, kind="grad")
+    assert_close(stage.norm(table.weight), 2 * alone_NV.norm(), kind="grad")
+    # The second read was not sorted in backward.
+    assert_close(weights_TK.grad, 2 * alone_TK, kind="grad")
+    # Only some lines learn: the reads of the others must not be in what is taken over, nor in the norm.
+    stage.clear()
+    stage.restrict(torch.tensor([int(ids_TK[0, 0])]))
+    table(ids_TK, weights_TK).square().sum().backward()
+    restricted_NV = dense(stage, table)
+    assert restricted_NV.count_nonzero(dim=1).count_nonzero() == 1
+    assert_close(stage.norm(table.weight), restricted_NV.norm(), kind="grad")
 
 
 def test_a_forward_that_is_recomputed_stages_once() -> None:

@@ -20,6 +20,7 @@ from pkm_lightning.ops.row_update import (
     find_rule,
     new_state,
     row_gradient,
+    row_gradient_dots,
     row_gradient_norm,
     row_gradient_squares,
     row_update,
@@ -78,6 +79,40 @@ def test_squares_norms_and_updates_by_given_means(backend: str, dtype: torch.dty
         assert_close(row_gradient_norm(gradient, backend=backend).cpu(), grad_NV.norm())
         # Other numbers than the rows' own means, so that a backend that uses those fails.
         check_update(gradient, torch.rand(len(rows_U)).to(gradient.coefficients_L), backend)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [case for case in CASES if case[0] != "triton"])
+def test_dots_are_the_gradients_of_the_coefficients(backend: str, dtype: torch.dtype) -> None:
+    for n, v, reads in SIZES:
+        gradient, table_NV = read(n, v, reads, dtype), torch.randn(n, v).to(dtype)
+        table_NV[torch.ones(n, dtype=torch.bool).index_fill(0, gradient.segments.rows_U.long(), False)] = torch.nan
+        ids_L = torch.empty(reads, dtype=torch.int64)
+        ids_L[gradient.segments.order_L] = gradient.segments.rows_U.long().repeat_interleave(
+            gradient.segments.starts_Z.diff()
+        )
+        expected_L = (table_NV[ids_L].double() * gradient.source_rows_XV[gradient.sources_L.long()].double()).sum(-1)
+        dots_L = row_gradient_dots(table_NV, gradient, backend=backend)
+        assert dots_L.dtype is gradient.coefficients_L.dtype
+        assert_close(dots_L, expected_L, kind="grad")
+        # The norm takes what that pass has left.
+        assert_close(row_gradient_norm(gradient, backend=backend), dense(gradient).norm(), kind="grad")
+
+
+def test_threads_change_no_bit() -> None:
+    results: list[list[Tensor]] = []
+    for threads in (1, 2):
+        torch.manual_seed(0)
+        torch.set_num_threads(threads)
+        try:
+            gradient, table_NV = read(200, 33, 900), torch.randn(200, 33)
+            results.append([row_gradient_dots(table_NV, gradient), row_gradient_squares(gradient)])
+            for rule in (find_rule("lazy_adam")(), find_rule("factored_adam")(betas=(0.0, 0.9))):
+                state = new_state(rule, table_NV)
+                row_update(table_NV, gradient, rule, UpdateStep(lr=0.1), state)
+                results[-1] += [table_NV.clone(), *state.values()]
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_reference_adds_the_given_mean_times_the_square_of_scale() -> None:
@@ -185,3 +220,8 @@ def test_refusals_name_the_argument() -> None:
         row_gradient_squares(wide, backend="cpu")
     with pytest.raises(ValueError, match=r"backend='cuda' is not available; allowed: auto, eager"):
         row_gradient_squares(gradient, backend="cuda")
+    message = (
+        r"the table is torch.float32 of shape \(4, 2\); the gradient needs a contiguous one of torch.float32, 4 rows"
+    )
+    with pytest.raises(ValueError, match=message):
+        row_gradient_dots(table_NV[:, :2], gradient)

@@ -39,6 +39,7 @@ __all__ = [
     "find_rule",
     "new_state",
     "row_gradient",
+    "row_gradient_dots",
     "row_gradient_norm",
     "row_gradient_squares",
     "row_update",
@@ -71,7 +72,7 @@ class RowGradient(_Factors):
 
     @functools.cached_property
     def shared(self) -> dict[str, Any]:
-        """What a backend keeps from the norm for the update, by name; the update empties it."""
+        """What a backend keeps from backward and norm for the update, by name; the update empties it."""
         return {}
 
 
@@ -139,6 +140,39 @@ def row_gradient_squares(
         ValueError: an unknown backend, or one that cannot sum in float64.
     """
     return cast("Tensor", _implementation("row_gradient_squares", gradient, backend)(gradient, weights_V))
+
+
+def row_gradient_dots(
+    table_NV: Float[Tensor, "N V"], gradient: RowGradient, *, backend: str = "auto"
+) -> Float[Tensor, " L"]:
+    """Returns `<table[n], source_rows[sources[l]]>` for each read l of a row n: the gradients of the coefficients.
+
+    For a weighted gather these are the gradients of its weights. The `cpu` backend reads each row once for all of its
+    reads, in ascending order, and keeps the squares of `row_gradient_squares` from the same pass.
+
+    Args:
+        table_NV: the table that was read, contiguous, in the dtype of the source rows.
+        gradient: the reads of a backward pass.
+        backend: `auto`, `eager`, `cpu` or `reference`.
+
+    Returns:
+        One number per read, in their order before the sort, in the dtype of the coefficients.
+
+    Raises:
+        ValueError: the table does not fit, or an unknown backend.
+    """
+    if table_NV.shape != (gradient.n_rows, gradient.source_rows_XV.shape[1]) or (
+        table_NV.dtype is not gradient.source_rows_XV.dtype or not table_NV.is_contiguous()
+    ):
+        raise ValueError(
+            f"row_gradient_dots: the table is {table_NV.dtype} of shape {tuple(table_NV.shape)}; the gradient needs a "
+            f"contiguous one of {gradient.source_rows_XV.dtype}, {gradient.n_rows} rows and "
+            f"{gradient.source_rows_XV.shape[1]} values."
+        )
+    if backend == "triton" or (backend == "auto" and _default_backend(gradient) == "triton"):
+        backend = "eager"
+    with torch.no_grad():
+        return cast("Tensor", _implementation("row_gradient_dots", gradient, backend)(table_NV, gradient))
 
 
 def row_update(

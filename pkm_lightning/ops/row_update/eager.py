@@ -39,6 +39,18 @@ def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Ten
     return torch.cat(squares) if squares else gradient.coefficients_L.new_zeros(0)
 
 
+def row_gradient_dots(table_NV: Tensor, gradient: RowGradient) -> Tensor:
+    """Computes `pkm_lightning.ops.row_update.row_gradient_dots`."""
+    _, (order_L, rows_U, starts_Z), coefficients_L, sources_L, source_rows_XV = gradient
+    dots_L = torch.zeros_like(coefficients_L)
+    rows_L = rows_U.long().repeat_interleave(starts_Z.diff())  # an empty segment (row -1) has no read
+    size = max(1, _CHUNK_VALUES // max(1, table_NV.shape[1]))
+    for rows_C, order_C in zip(rows_L.split(size), order_L[: len(rows_L)].split(size), strict=True):
+        source_rows_CV = source_rows_XV[sources_L[order_C].long()].to(dots_L.dtype)
+        dots_L[order_C] = (table_NV[rows_C].to(dots_L.dtype) * source_rows_CV).sum(-1)
+    return dots_L
+
+
 def row_update(
     table_NV: Tensor,
     gradient: RowGradient,

@@ -32,6 +32,17 @@ def row_gradient_squares(gradient: RowGradient, weights_V: Tensor | None) -> Ten
     return torch.where(rows_U >= 0, squares_U, 0.0)
 
 
+def row_gradient_dots(table_NV: Tensor, gradient: RowGradient) -> Tensor:
+    """Computes `pkm_lightning.ops.row_update.row_gradient_dots`."""
+    _, (order_L, rows_U, starts_Z), coefficients_L, sources_L, source_rows_XV = gradient
+    dots_L = torch.zeros_like(coefficients_L)
+    for row, start, end in zip(rows_U.tolist(), starts_Z[:-1].tolist(), starts_Z[1:].tolist(), strict=True):
+        for read in order_L[start:end].tolist():
+            source_V = source_rows_XV[sources_L[read]].to(dots_L.dtype)
+            dots_L[read] = (table_NV[row].to(dots_L.dtype) * source_V).sum()
+    return dots_L
+
+
 def row_update(
     table_NV: Tensor,
     gradient: RowGradient,

@@ -24,7 +24,7 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": weighted_gather_reference,
 }
 
-__all__ = ["weighted_gather"]
+__all__ = ["check_read", "weighted_gather"]
 
 
 def weighted_gather(
@@ -57,6 +57,20 @@ def weighted_gather(
         ValueError: shapes or dtypes do not fit, only one of `groups_TK` and `n_groups` is given, the backend is
             unknown, or an id or group is out of range (checked on the CPU only).
     """
+    check_read(table_NV, ids_TK, weights_TK, groups_TK, n_groups)
+    implementation = choose_backend("weighted_gather", backend, best_backend(table_NV), _BACKENDS, table_NV)
+    y_TGV = implementation(table_NV, ids_TK, weights_TK.to(table_NV.dtype), groups_TK, n_groups or 1)
+    return y_TGV.squeeze(1) if groups_TK is None else y_TGV
+
+
+def check_read(
+    table_NV: Tensor, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None, n_groups: int | None
+) -> None:
+    """Checks the arguments of `weighted_gather`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or only one of `groups_TK` and `n_groups` is given.
+    """
     if table_NV.ndim != 2 or ids_TK.ndim != 2 or ids_TK.shape != weights_TK.shape:
         raise ValueError(
             "weighted_gather: needs table (N, V) and ids, weights of one shape (T, K), got "
@@ -82,6 +96,3 @@ def weighted_gather(
             f"of 1 or more, got {None if groups_TK is None else (tuple(groups_TK.shape), groups_TK.dtype)} and "
             f"n_groups={n_groups}."
         )
-    implementation = choose_backend("weighted_gather", backend, best_backend(table_NV), _BACKENDS, table_NV)
-    y_TGV = implementation(table_NV, ids_TK, weights_TK.to(table_NV.dtype), groups_TK, n_groups or 1)
-    return y_TGV.squeeze(1) if groups_TK is None else y_TGV

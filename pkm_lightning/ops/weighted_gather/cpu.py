@@ -5,15 +5,12 @@ Letters: G groups per token, X = T * G upstream rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import torch
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import numpy_view
+from pkm_lightning.ops.numba_intrinsics import widened
 from pkm_lightning.ops.numba_threads import use_torch_threads
 from pkm_lightning.ops.segments import read_sources
 from pkm_lightning.ops.weighted_gather import eager
@@ -34,21 +31,6 @@ def gather_dot(table_NV: Tensor, rows_XV: Tensor, ids_TK: Tensor, groups_TK: Ten
     return dots_TK.to(table_NV.dtype)
 
 
-# numba has no bfloat16: the kernel reads its 16 bits, which are the upper half of the float32 of the same value.
-@intrinsic
-def _widened(typing_context, value):  # type: ignore[no-untyped-def]
-    """Compiles to the float32 of a float32, or of the bits of a bfloat16; exact."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if value == types.float32:
-            return arguments[0]
-        bits = builder.zext(arguments[0], context.get_value_type(types.uint32))
-        shifted = builder.shl(bits, context.get_constant(types.uint32, 16))
-        return builder.bitcast(shifted, context.get_value_type(types.float32))
-
-    return types.float32(value), code
-
-
 # The compiler vectorises a float sum only if it may regroup the terms (`reassoc`). It does so once, when it compiles
 # the kernel, so that results do not change from run to run. `contract` allows fused multiply-adds; the other fast-math
 # flags, which assume that no value is NaN or infinite, stay off.
@@ -59,5 +41,5 @@ def _dots(table_NV, rows_XV, ids_TK, sources_TK, dots_TK):  # type: ignore[no-un
             row_V, source_V = table_NV[ids_TK[t, k]], rows_XV[sources_TK[t, k]]
             total = numba.float32(0)
             for v in range(row_V.shape[0]):
-                total += _widened(row_V[v]) * source_V[v]
+                total += widened(row_V[v]) * source_V[v]
             dots_TK[t, k] = total

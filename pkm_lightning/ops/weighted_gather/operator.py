@@ -49,18 +49,26 @@ def table_gradient(
     return gradient_NV
 
 
+def sum_rows(
+    table_NV: Tensor, ids_TK: Tensor, weights_TK: Tensor, groups_TK: Tensor | None, n_groups: int, backend: str
+) -> Tensor:
+    """Returns the sums (T, G, V) without an autograd node; for operators that read as a part of what they do."""
+    check_indices("weighted_gather", "ids", ids_TK, len(table_NV))
+    if groups_TK is not None:
+        check_indices("weighted_gather", "groups", groups_TK, n_groups)
+        groups_TK = groups_TK.contiguous()
+    # ATen's embedding bag refuses K = 0 ("step must be nonzero", torch 2.13).
+    if ids_TK.numel() == 0:
+        return table_NV.new_zeros(len(ids_TK), n_groups, table_NV.shape[1])
+    kernels = load_kernels("weighted_gather", backend)
+    inputs = table_NV.contiguous(), ids_TK.contiguous(), weights_TK.contiguous(), groups_TK
+    y_XV: Tensor = kernels.gather_sum(*inputs, n_groups)
+    return y_XV.view(len(ids_TK), n_groups, table_NV.shape[1])
+
+
 @operator("pkm_lightning::weighted_gather")
 def _gather(table: Tensor, ids: Tensor, weights: Tensor, groups: Tensor | None, n_groups: int, backend: str) -> Tensor:
-    check_indices("weighted_gather", "ids", ids, len(table))
-    if groups is not None:
-        check_indices("weighted_gather", "groups", groups, n_groups)
-        groups = groups.contiguous()
-    # ATen's embedding bag refuses K = 0 ("step must be nonzero", torch 2.13).
-    if ids.numel() == 0:
-        return table.new_zeros(len(ids), n_groups, table.shape[1])
-    kernels = load_kernels("weighted_gather", backend)
-    y_XV: Tensor = kernels.gather_sum(table.contiguous(), ids.contiguous(), weights.contiguous(), groups, n_groups)
-    return y_XV.view(len(ids), n_groups, table.shape[1])
+    return sum_rows(table, ids, weights, groups, n_groups, backend)
 
 
 @operator("pkm_lightning::weighted_gather_backward")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pkm_lightning.ops.huge_pages import huge_zeros
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -188,7 +190,7 @@ def inverse(mean_squares_U: Tensor) -> Tensor:
 def new_state(rule: type[RowRule] | RowRule, table_NV: Tensor) -> dict[str, Tensor]:
     """Returns the state of `rule` before the first update: zeros, on the table's device."""
     return {
-        name: torch.zeros(part.shape(table_NV), dtype=part.dtype_for(table_NV), device=table_NV.device)
+        name: huge_zeros(*part.shape(table_NV), dtype=part.dtype_for(table_NV), device=table_NV.device)
         for name, part in rule.state.items()
     }
 
