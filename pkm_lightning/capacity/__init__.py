@@ -16,14 +16,14 @@ Bytes in the memory of one device when a backward starts. Temporaries of kernels
 |---|---|
 | `activations` | what autograd keeps of a forward, weights excluded |
 | | with activation checkpointing the inputs of the blocks, T D b each, and what the largest block keeps |
-| `logits` | 12 T Z: log-probabilities, their gradient and that of the logits in fp32, if every token is a target |
+| `logits` | 12 T Z: log-probabilities, their gradient and that of the logits in fp32, if every token is a target (CPUs: 8 T Z) |
 
 `activations` are counted rather than derived, so that every plugin is included: a forward runs on the meta device, with
 the attention kernel and the casts of mixed precision that a device uses. Per token, a block with a SwiGLU FFN keeps
-(9 D + 2 J + H + S + 4 F + 2) b bytes: input, normalised input and output of both norms (6 D), queries and, twice, the
-output of attention (3 D), keys and values (2 J), a sum per head (H), the mask of documents (S), gate, its activation,
-the other factor and the product (4 F), and the scales of the norms, which keep fp32 in every precision. Compiled blocks
-and fused norms keep less.
+(6 D + 2 J + H + S + 4 F + 2) b bytes: input and output of both norms (4 D), queries and the output of attention (2 D),
+keys and values (2 J), a sum per head (H), the mask of documents (S), gate, its activation, the other factor and the
+product (4 F), and the scales of the norms, which keep fp32 in every precision. Norms without a kernel of their own keep
+2 D more, compiled blocks less.
 
 | figure | table.learning=rows | table.learning=dense |
 |---|---|---|

@@ -146,8 +146,8 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, mask_B1TT: Tensor | None) -> Tensor:
-        # As on the CPU, where joining the heads copies the output; GPU kernels lay it out so that it need not be.
-        y_BHTC = torch.empty_like(q_BHTC, memory_format=torch.contiguous_format)
+        # Laid out as the queries, so that joining the heads copies nothing.
+        y_BHTC = torch.empty_like(q_BHTC)
         sums_BHT = q_BHTC.new_empty(q_BHTC.shape[:3], dtype=torch.float32)
         bias = [] if mask_B1TT is None else [torch.empty_like(mask_B1TT, dtype=q_BHTC.dtype)]
         ctx.save_for_backward(q_BHTC, k_BGTC, v_BGTC, y_BHTC, sums_BHT, *bias)

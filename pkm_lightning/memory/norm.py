@@ -31,8 +31,8 @@ class RMSNorm(nn.RMSNorm):
 def normalised(x_XC: Float[Tensor, "*X C"], gain_C: Float[Tensor, " C"], eps: float | None) -> Float[Tensor, "*X C"]:
     """Computes what `torch.nn.functional.rms_norm` does; an `eps` of None is that of the dtype."""
     # On CPUs torch 2.13 composes the norm and its gradient of a dozen passes over the values; on GPUs it has a kernel.
-    # Compiled code is fused anyway.
-    has_kernel = HAS_NUMBA and x_XC.is_cpu and x_XC.dtype is gain_C.dtype is torch.float32
+    # Compiled code is fused anyway. On the meta device the kernel stands for both: neither keeps more than its input.
+    has_kernel = HAS_NUMBA and (x_XC.is_cpu or x_XC.is_meta) and x_XC.dtype is gain_C.dtype is torch.float32
     if not has_kernel or torch.compiler.is_compiling():
         return functional.rms_norm(x_XC, gain_C.shape, gain_C, eps)
     # Past the checks of `ops.rms_norm`, which small layers call several times.

@@ -24,7 +24,7 @@ from pkm_lightning.ops.gathered_rows.operator import copy_rows
 from pkm_lightning.ops.operators import operator
 from pkm_lightning.ops.row_update import RowGradient, row_gradient_dots
 from pkm_lightning.ops.segments import read_sources
-from pkm_lightning.ops.weighted_gather.operator import sum_rows
+from pkm_lightning.ops.weighted_gather.operator import gather_backward, sum_rows
 
 
 class Stage(Protocol):
@@ -199,9 +199,14 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_sum(ctx: Any, grad_TGV: Tensor) -> tuple[Tensor | None, ...]:
     *read, handle = ctx.saved_tensors
-    needs_weights = ctx.needs_input_grad[3]
+    needs_table, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     weights_grad_TK, zero = _stage_sum_backward(*read, grad_TGV, handle, ctx.backend, needs_weights)
-    return None, None, None, weights_grad_TK if needs_weights else None, None, None, zero, None, None
+    # The weight of a table that learns by rows requires no gradient, unless somebody asks for it.
+    table_grad_NV = None
+    if needs_table:
+        table, ids_TK, _, weights_TK, groups_TK = read
+        table_grad_NV, _ = gather_backward(table, ids_TK, weights_TK, groups_TK, grad_TGV, ctx.backend, True, False)
+    return table_grad_NV, None, None, weights_grad_TK if needs_weights else None, None, None, zero, None, None
 
 
 def _save_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

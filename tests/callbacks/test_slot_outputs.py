@@ -85,7 +85,7 @@ def test_panels_reach_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     for name in ("layer0.slot", "table0"):
         assert [event.step for event in events.Images(f"usage/{name}/heat_map")] == [2, 4]
-        assert events.Images(f"usage/{name}/heat_map")[0].width == 600
+        assert events.Images(f"usage/{name}/heat_map")[0].width == 660
         assert events.Images(f"usage/{name}/rank_frequency")[0].width == 600
     text = events.Tensors("usage/layer0.slot/most_read/text_summary")[-1].tensor_proto.string_val[0].decode()
     slot = int(watching.counters.total("layer0.slot", "window").counts_N.argmax())

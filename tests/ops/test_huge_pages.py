@@ -29,7 +29,7 @@ def is_advised(values: Tensor) -> bool:
 @pytest.mark.skipif(
     not SMAPS.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux's huge pages"
 )
-def test_tables_and_states_are_advised_and_small_tensors_are_not() -> None:
+def test_tables_and_states_are_advised() -> None:
     table = ValueTable(rows=2**13, dim=300, learning="rows")
     optimizer = TableOptimizer(None, {"table": table}, lr=0.1)
     states = [value for value in optimizer.state[table.weight].values() if isinstance(value, Tensor)]
@@ -38,13 +38,24 @@ def test_tables_and_states_are_advised_and_small_tensors_are_not() -> None:
     assert not any(value.any() for value in states)
     table.double()
     assert is_advised(table.weight)
-    assert not is_advised(use_huge_pages(torch.zeros(2**20)))
     # Contents stay, and tensors without memory on the host are left alone.
     values = torch.arange(2**22)
     assert torch.equal(use_huge_pages(values, is_written=True), torch.arange(2**22))
     parameter = nn.Parameter(torch.ones(2**22))
     assert use_huge_pages(parameter) is parameter
     assert huge_zeros(2**30, 2**10, dtype=torch.float32, device=torch.device("meta")).is_meta
+
+
+def test_small_tensors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not by the flags of their pages: memory that was advised for a tensor before them may hold them.
+    advised: list[int] = []
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda start, length, advice: advised.append(length))
+    small, large = torch.zeros(2**20), torch.zeros(2**22)
+    assert use_huge_pages(small) is small
+    assert not advised
+    use_huge_pages(large)
+    assert len(advised) == 1
+    assert advised[0] <= large.nbytes
 
 
 @pytest.mark.parametrize("refusal", ["platform", "library", "kernel"])

@@ -72,7 +72,7 @@ def _gather(table: Tensor, ids: Tensor, weights: Tensor, groups: Tensor | None, 
 
 
 @operator("pkm_lightning::weighted_gather_backward")
-def _gather_backward(
+def gather_backward(
     table: Tensor,
     ids: Tensor,
     weights: Tensor,
@@ -82,7 +82,7 @@ def _gather_backward(
     needs_table: bool,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients that are needed, each of the others as an empty tensor."""
+    """Returns the gradients of table and weights that are needed, the other as an empty tensor."""
     grad_XV, ids_TK = grad.contiguous().flatten(0, 1), ids.contiguous()
     n_groups = grad.shape[1]
     groups_TK = None if groups is None else groups.contiguous()
@@ -102,7 +102,7 @@ def _(table: Tensor, ids: Tensor, weights: Tensor, groups: Tensor | None, n_grou
     return table.new_empty(ids.shape[0], n_groups, table.shape[1])
 
 
-@_gather_backward.register_fake
+@gather_backward.register_fake
 def _(
     table: Tensor,
     ids: Tensor,
@@ -125,7 +125,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_TGV: Tensor) -> tuple[Tensor | None, ...]:
     needs_table, _, needs_weights, *_ = ctx.needs_input_grad
     # An operator of its own: AOTAutograd traces this function and cannot trace kernels; the FLOP counter sees it too.
-    table_grad_NV, weights_grad_TK = _gather_backward(
+    table_grad_NV, weights_grad_TK = gather_backward(
         *ctx.saved_tensors, grad_TGV, ctx.backend, needs_table, needs_weights
     )
     table_grad, weights_grad = table_grad_NV if needs_table else None, weights_grad_TK if needs_weights else None
