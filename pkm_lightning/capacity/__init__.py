@@ -16,7 +16,7 @@ Bytes in the memory of one device when a backward starts. Temporaries of kernels
 |---|---|
 | `activations` | what autograd keeps of a forward, weights excluded |
 | | with activation checkpointing the inputs of the blocks, T D b each, and what the largest block keeps |
-| `logits` | 12 T Z: log-probabilities, their gradient and that of the logits in fp32, if every token is a target (CPUs: 8 T Z) |
+| `logits` | 12 T Z: log-probabilities, their gradient, that of the logits; fp32, every token a target (CPUs: 8 T Z) |
 
 `activations` are counted rather than derived, so that every plugin is included: a forward runs on the meta device, with
 the attention kernel and the casts of mixed precision that a device uses. Per token, a block with a SwiGLU FFN keeps
