@@ -69,6 +69,7 @@ def test_an_fp64_model_computes_in_fp64_throughout(case: Case) -> None:
     assert float((values[0] - values[1]) / 2e-6) == pytest.approx(float(slope), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_product_key_plugin_compiles() -> None:
     """Runs the slow test of all plugins for one."""
     check_compiled(Case("memory_plus"), lengths=(9, 8, 7))

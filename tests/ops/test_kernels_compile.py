@@ -75,6 +75,7 @@ def fields(text: str) -> dict[str, str]:
     return dict(re.split("[:=]", part, maxsplit=1) for part in text.split())  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_each_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     assert ops(kernels_compiled(tmp_path, "--once")) == FOLDERS
 

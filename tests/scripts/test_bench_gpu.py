@@ -90,6 +90,7 @@ def test_the_most_important_rows_come_first(module: Any) -> None:
     assert len({id(row) for row in rows}) == len(rows)
 
 
+@pytest.mark.slow
 def test_nothing_begins_after_the_time_and_what_is_left_out_is_named(
     module: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +117,7 @@ def test_nothing_begins_after_the_time_and_what_is_left_out_is_named(
     assert capsys.readouterr().out.endswith(f"{left_out}:\n  cut, 3, slow\n  never, large\n")
 
 
+@pytest.mark.slow
 def test_the_others_go_on_after_a_row_that_fails(module: Any, tmp_path: Path, capsys: Any) -> None:
     protocol, parts = module("benchmarks.protocol"), module("benchmarks.case")
 
