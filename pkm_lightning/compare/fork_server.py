@@ -191,7 +191,10 @@ def _signal(runs: Mapping[int, int], message: Mapping[str, Any]) -> None:
     for pid, run in runs.items():
         if run == message["run"]:
             with contextlib.suppress(ProcessLookupError):
-                (os.killpg if message["group"] else os.kill)(pid, message["signal"])
+                if message["group"] and os.getpgid(pid) == pid:
+                    os.killpg(pid, message["signal"])
+                else:  # also a run that has no session of its own yet
+                    os.kill(pid, message["signal"])
 
 
 def _become_run(server: int, message: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from pkm_lightning.ops.backends import HAS_NUMBA
+from pkm_lightning.ops.operators import is_transformed
 from pkm_lightning.ops.rms_norm.operator import norm
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x_XC: Float[Tensor, "*X C"]) -> Float[Tensor, "*X C"]:
         """Returns `x / sqrt(mean(x**2) + eps) * weight`."""
-        assert self.weight is not None
+        if not self.elementwise_affine:
+            return super().forward(x_XC)
         return normalised(x_XC, self.weight, self.eps)
 
 
@@ -33,7 +35,8 @@ def normalised(x_XC: Float[Tensor, "*X C"], gain_C: Float[Tensor, " C"], eps: fl
     # On CPUs torch 2.13 composes the norm and its gradient of a dozen passes over the values; on GPUs it has a kernel.
     # Compiled code is fused anyway. On the meta device the kernel stands for both: neither keeps more than its input.
     has_kernel = HAS_NUMBA and (x_XC.is_cpu or x_XC.is_meta) and x_XC.dtype is gain_C.dtype is torch.float32
-    if not has_kernel or torch.compiler.is_compiling():
+    # torch has the words for a width that does not fit.
+    if not has_kernel or x_XC.shape[-1:] != gain_C.shape or is_transformed():
         return functional.rms_norm(x_XC, gain_C.shape, gain_C, eps)
     # Past the checks of `ops.rms_norm`, which small layers call several times.
     return norm(x_XC, gain_C, 1, torch.finfo(x_XC.dtype).eps if eps is None else eps, backend="cpu")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pkm_lightning.data.base import NO_TARGET
 from pkm_lightning.memory.precision import score_dtype
+from pkm_lightning.ops.operators import differentiable_once, is_transformed
 
 if TYPE_CHECKING:
     from pkm_lightning.model.transformer import Transformer
@@ -29,8 +29,8 @@ def token_nll(model: Transformer, hidden_BTD: Tensor, labels_BT: Tensor) -> Tens
     logits_MW = model.unembed(hidden_BTD[target_BT])
     logits_MW = logits_MW.to(score_dtype(logits_MW))
     targets_M = labels_BT[target_BT]
-    if type(logits_MW) is Tensor and logits_MW.is_cpu and not torch.compiler.is_compiling():
-        nll_M: Tensor = _NegativeLogLikelihood.apply(logits_MW, targets_M)
+    if type(logits_MW) is Tensor and logits_MW.is_cpu and not is_transformed():
+        nll_M: Tensor = _NegativeLogLikelihood.apply(logits_MW, targets_M, logits_MW[:0])
         return nll_M
     return functional.cross_entropy(logits_MW, targets_M, reduction="none")
 
@@ -43,18 +43,19 @@ class _NegativeLogLikelihood(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_MW: Tensor, targets_M: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_MW: Tensor, targets_M: Tensor, logits_0W: Tensor) -> Tensor:
         log_p_MW = torch.log_softmax(logits_MW, -1)
-        ctx.save_for_backward(log_p_MW, targets_M)
+        # No logits, which only tell what the gradient depends on.
+        ctx.save_for_backward(log_p_MW, targets_M, logits_0W)
         return functional.nll_loss(log_p_MW, targets_M, reduction="none")
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None]:
-        log_p_MW, targets_M = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
+        log_p_MW, targets_M, _ = ctx.saved_tensors
         grad_MW = torch.empty_like(log_p_MW)
         grad_M1 = grad_M.unsqueeze(1)
         rows = max(1, _CACHED // log_p_MW.shape[1])
         for part in (slice(start, start + rows) for start in range(0, len(log_p_MW), rows)):
             torch.exp(log_p_MW[part], out=grad_MW[part]).mul_(grad_M1[part])
-        return grad_MW.scatter_add_(1, targets_M.unsqueeze(1), -grad_M1), None
+        return grad_MW.scatter_add_(1, targets_M.unsqueeze(1), -grad_M1), None, None

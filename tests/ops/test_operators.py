@@ -6,13 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pkm_lightning.memory import ValueTable
+from pkm_lightning.memory.norm import RMSNorm
+from pkm_lightning.model.loss import token_nll
 from pkm_lightning.ops.operators import Operator, operator
 
 calls: list[str] = []
+
+
+class Unembedding(torch.nn.Module):
+    """What `token_nll` needs of a model."""
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 @operator("pkm_lightning_tests::scaled")
@@ -86,11 +96,43 @@ def test_modes_compilers_and_tensors_without_memory_see_the_operator() -> None:
     assert torch.equal(compiled(x), x * 2 + 1)
 
 
-def test_a_gradient_is_not_differentiated_again() -> None:
-    x = torch.randn(3, requires_grad=True)
-    (grad,) = torch.autograd.grad((scaled(x, 2.0)[0] * x).sum(), x, create_graph=True)
+@pytest.mark.parametrize("function", [lambda y, x: (y[:, :5] * x).sum(), lambda y, _: y.sum()], ids=["product", "sum"])
+@pytest.mark.parametrize(
+    "layer", [RMSNorm(5), lambda x: token_nll(Unembedding(), x, torch.zeros(3, dtype=torch.int64))]
+)
+def test_a_gradient_is_not_differentiated_again(layer: Any, function: Any) -> None:
+    x = torch.randn(3, 5, requires_grad=True)
+    y = function(layer(x).view(3, -1), x)
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+        torch.autograd.grad(grad.sum(), x, allow_unused=True)
+
+
+def test_a_gradient_that_depends_on_nothing_is_a_constant() -> None:
+    x = torch.randn(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(scaled(x, 2.0)[0].sum(), x, create_graph=True)
+    assert torch.autograd.grad((grad * x).sum(), x)[0].tolist() == [2.0] * 3
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    y = RMSNorm(8)(x)
+    y += 1
+    y.sum().backward()
+    table = ValueTable(rows=16, dim=8, learning="rows")
+    read = table(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2, requires_grad=True))
+    read += 1
+    read.sum().backward()
+
+
+def test_transforms_take_what_torch_can_transform() -> None:
+    x, norm = torch.randn(2, 8), RMSNorm(8)
+    expected = nn.RMSNorm(8)
+    tangent = torch.func.jvp(norm, (x,), (x + 1,))[1]
+    assert torch.allclose(tangent, torch.func.jvp(expected, (x,), (x + 1,))[1], atol=1e-6)
+    gradient = torch.func.grad(lambda x: norm(x)[0, 0])(x)
+    assert torch.allclose(gradient, torch.func.grad(lambda x: expected(x)[0, 0])(x), atol=1e-6)
+    assert torch.equal(RMSNorm(8, elementwise_affine=False)(x), nn.RMSNorm(8, elementwise_affine=False)(x))
 
 
 def test_an_operator_without_a_gradient_says_so() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pkm_lightning.ops.backends import best_backend, choose_backend
+from pkm_lightning.ops.operators import is_transformed
 from pkm_lightning.ops.rotary.eager import rotary_eager
 from pkm_lightning.ops.rotary.operator import rotary_kernel
 from pkm_lightning.ops.rotary.reference import rotary_reference
@@ -63,7 +64,7 @@ def rotary(
         )
     # Compiled code fuses the operations itself.
     fits = x_BTHC.dtype is cos_ITF.dtype is sin_ITF.dtype is torch.float32
-    has_kernel = fits and best_backend(x_BTHC) == "cpu" and not torch.compiler.is_compiling()
+    has_kernel = fits and best_backend(x_BTHC) == "cpu" and not is_transformed()
     if backend == "cpu" and not fits:
         raise ValueError(f"rotary: backend='cpu' takes torch.float32, got {x_BTHC.dtype} and {cos_ITF.dtype}.")
     implementation = choose_backend("rotary", backend, "cpu" if has_kernel else "eager", _BACKENDS, x_BTHC)
