@@ -95,10 +95,8 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
         zeros = [source.flatten()[:0].sum() for source in sources]
         if not zeros:
             return results
-        zero, refuse = (
-            functools.reduce(torch.add, zeros),
-            cast(Any, torch._C._functions.DelayedError(_ONCE, len(results))),
-        )
+        zero = functools.reduce(torch.add, zeros)
+        refuse = cast(Any, torch._C._functions.DelayedError(_ONCE, len(results)))
         return refuse(*(grad if grad is None else grad + zero.to(grad) for grad in results))
 
     return once
