@@ -9,13 +9,12 @@ from typing import Any
 
 import numba
 import torch
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import numpy_view
+from pkm_lightning.ops.numba_intrinsics import prefetch, widened
 from pkm_lightning.ops.numba_threads import use_torch_threads
 from pkm_lightning.ops.quantized_rows.format import VALUES_PER_SCALE, QuantizedRows
 from pkm_lightning.ops.segments import read_sources
@@ -59,46 +58,14 @@ def _code(typing_context, byte, shift, mask):  # type: ignore[no-untyped-def]
     return types.float32(types.uint8, types.int64, types.int64), compiled
 
 
-# numba has no bfloat16: the kernels read its 16 bits, which are the upper half of the float32 of the same value.
-@intrinsic
-def _widened(typing_context, bits):  # type: ignore[no-untyped-def]
-    """Compiles to the float32 of the bits of a bfloat16; exact."""
-
-    def compiled(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = builder.zext(arguments[0], context.get_value_type(types.uint32))
-        shifted = builder.shl(word, context.get_constant(types.uint32, 16))
-        return builder.bitcast(shifted, context.get_value_type(types.float32))
-
-    return types.float32(types.uint16), compiled
-
-
 # A row lies anywhere in the table, and its few lines of the cache come one after another: without a request ahead the
 # sum over rows of int8 takes 2.5 times as long as over rows in the cache.
-@intrinsic
-def _prefetch(typing_context, array, row, column):  # type: ignore[no-untyped-def]
-    """Requests the cache line of an element of a two-dimensional array."""
-
-    def compiled(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0]
-        view = context.make_array(kind)(context, builder, arguments[0])
-        element = cgutils.get_item_pointer(context, builder, kind, view, arguments[1:], wraparound=False)
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [byte, word, word, word]), "llvm.prefetch.p0i8"
-        )
-        # To be read, to be kept in all caches, data.
-        builder.call(function, [builder.bitcast(element, byte), word(0), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.none(array, types.int64, types.int64), compiled
-
-
 @numba.njit(nogil=True, cache=True)
 def _request(codes_NC, scales_NQ, n):  # type: ignore[no-untyped-def]
     for c in range(0, codes_NC.shape[1], 64):
-        _prefetch(codes_NC, n, c)
+        prefetch(codes_NC, n, c)
     for q in range(0, scales_NQ.shape[1], 32):
-        _prefetch(scales_NQ, n, q)
+        prefetch(scales_NQ, n, q)
 
 
 # The flags are those of weighted_gather's kernels: sums may be regrouped, once, when the kernel is compiled.
@@ -117,7 +84,7 @@ def _sums(codes_NC, scales_NQ, ids_TK, weights_TK, sources_TK, y_XV, bits):  # t
                 while first < high:
                     q = first // VALUES_PER_SCALE
                     last = min(high, (q + 1) * VALUES_PER_SCALE)
-                    factor = weights_TK[t, k] * _widened(scales_NQ[n, q])
+                    factor = weights_TK[t, k] * widened(scales_NQ[n, q])
                     shift, codes_I, sum_I = bits * plane, codes_NC[n, first - low : last - low], sum_V[first:last]
                     for i in range(sum_I.shape[0]):
                         sum_I[i] += factor * (_code(codes_I[i], shift, mask) - middle)
@@ -143,6 +110,6 @@ def _dots(codes_NC, scales_NQ, x_TV, ids_TK, dots_TK, bits):  # type: ignore[no-
                     part = numba.float32(0)
                     for i in range(x_I.shape[0]):
                         part += x_I[i] * (_code(codes_I[i], shift, mask) - middle)
-                    dot += part * _widened(scales_NQ[n, q])
+                    dot += part * widened(scales_NQ[n, q])
                     first = last
             dots_TK[t, k] = dot
