@@ -30,7 +30,7 @@ def token_nll(model: Transformer, hidden_BTD: Tensor, labels_BT: Tensor) -> Tens
     logits_MW = logits_MW.to(score_dtype(logits_MW))
     targets_M = labels_BT[target_BT]
     if type(logits_MW) is Tensor and logits_MW.is_cpu and not is_transformed():
-        nll_M: Tensor = _NegativeLogLikelihood.apply(logits_MW, targets_M, logits_MW[:0])
+        nll_M: Tensor = _NegativeLogLikelihood.apply(logits_MW, targets_M, logits_MW[:0].clone())
         return nll_M
     return functional.cross_entropy(logits_MW, targets_M, reduction="none")
 
@@ -45,7 +45,7 @@ class _NegativeLogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_MW: Tensor, targets_M: Tensor, logits_0W: Tensor) -> Tensor:
         log_p_MW = torch.log_softmax(logits_MW, -1)
-        # No logits, which only tell what the gradient depends on.
+        # A copy of no logits: it shows what the gradient depends on, and keeps no memory.
         ctx.save_for_backward(log_p_MW, targets_M, logits_0W)
         return functional.nll_loss(log_p_MW, targets_M, reduction="none")
 
