@@ -212,7 +212,7 @@ class Director:
         return 0 if sweep is None else len(sweep.learning_rates) * len(sweep.seeds)
 
     def _plan(self) -> None:
-        """Tells the estimate of the time left which runs will be started: those of the sweep and the reported ones."""
+        """Plans the time left for all runs that will be started: those of the sweep and the reported ones."""
         # A run's folder does not depend on the learning rate that the sweep will choose.
         reported = schedule_runs(self._variants, self._settings, self._base, self._out, {})
         for runs in (self._swept_runs(), reported):

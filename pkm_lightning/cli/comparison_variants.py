@@ -25,7 +25,7 @@ from pkm_lightning.supervision.external_ranks import started_externally
 
 #: Imported by the process that forks runs: what every run imports that shows its figures in TensorBoard.
 PRELOADED = ("pkm_lightning.cli.fit", "torch.utils.tensorboard")
-#: Seconds per FLOP of a step with a sparse FFN over those of a dense model: 1.3 to 2.3 among the variants of
+#: Seconds per FLOP of a step with a sparse FFN over those of a dense model: 1.2 to 2.1 among the variants of
 #: scripts/results/2026-11-22-facts-ladder; counts until a run of a variant has shown its speed.
 _SPARSE = 1.75
 # Keys of a configuration on which no compiled kernel depends.

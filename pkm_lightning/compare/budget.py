@@ -111,9 +111,8 @@ def warm_up(
     processes: Processes,
     time_left: TimeLeft,
 ) -> None:
-    """Runs two steps of each variant that has not been run, to compile its kernels."""
-    new = [variant for variant in variants if not (out / "runs" / variant.name).exists()]
-    runs = [_short_run(variant, configs[variant.name], base, out, "warm-up", 2) for variant in new]
+    """Runs two steps of each variant, to compile its kernels."""
+    runs = [_short_run(variant, configs[variant.name], base, out, "warm-up", 2) for variant in variants]
     # How these runs end does not matter: a variant that fails here fails again in its reported run, with a reason.
     _shown(runs, 2, "warm-up, which compiles kernels", processes, time_left)
 

@@ -228,7 +228,7 @@ def main() -> None:
     gc.disable()  # as `pkm_lightning.__main__` does while it imports
     _show_as([sys.executable, "-m", "pkm_lightning.compare.fork_server"])
     for name in sys.argv[1:-1]:
-        with contextlib.suppress(ImportError):  # a run that needs it says what is missing
+        with contextlib.suppress(ImportError):  # a run that needs it ends with a message
             importlib.import_module(name)
     # What is there by now stays: a collection in a run that walked over it would copy its pages.
     gc.freeze()

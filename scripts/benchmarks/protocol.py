@@ -99,7 +99,7 @@ def stopwatch_of(options: Options) -> Stopwatch:
 
 
 def results_of(row: Row, options: Options, stopwatch: Stopwatch) -> list[Result]:
-    """Runs and prints a row; one that cannot run is one result, whose status says why."""
+    """Runs and prints a row; one that cannot run is one result, with the reason as its status."""
     if options.deadline.has_passed:
         return [Result(row=row.name, sizes=row.sizes, status=NOT_RUN)]
     torch.manual_seed(0)

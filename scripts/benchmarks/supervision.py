@@ -66,4 +66,4 @@ def supervise(command: Sequence[str], records: Path, seconds: float, grace: floa
             print(f"\n{titles[0][len(begun) - 1]}: {status}", flush=True)
             append(records, "end", [{**row, "status": status}])
         elif len(events(records, "end")) == ended:
-            return code or 1  # it measures nothing: the message of the process says why
+            return code or 1  # it measures nothing; the process printed the reason

@@ -16,6 +16,7 @@ import pytest
 from tree import ROOT
 
 from pkm_lightning.compare import processes as module
+from pkm_lightning.compare.fork_server import ForkServer
 from pkm_lightning.compare.processes import Processes, RunEnd, last_line, threads_per_process
 from pkm_lightning.compare.schedule import ScheduledRun
 
@@ -83,6 +84,15 @@ def test_cores_are_shared_unless_the_user_sets_a_number(tmp_path: Path, monkeypa
     assert [threads_per_process(n) for n in (1, 3, 20)] == [8, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert ends(fakes(tmp_path), scheduled(tmp_path, "threads"))["threads"].last_line == "5"
+
+
+@ON_LINUX
+def test_a_forked_run_is_killed_before_it_has_a_session(tmp_path: Path) -> None:
+    server = ForkServer(["stand_in_run"], os.environ, tmp_path / "server.log")
+    run = server.start("stand_in_run", ["slow"], tmp_path / "run.log")
+    run.kill_session()
+    assert run.wait(30) == -signal.SIGKILL
+    server.close()
 
 
 def test_output_of_an_earlier_start_does_not_explain_the_end(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Biographies: what they say of whom, how often, in how many ways, and that their entropy is what it is said to be."""
+"""Biographies: facts, exposures and wordings per person, and the entropy of names and values."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pkm_lightning.memory import ValueTable
-from pkm_lightning.memory.norm import RMSNorm
+from pkm_lightning.memory.norm import RMSNorm, normalised
 from pkm_lightning.model.loss import token_nll
 from pkm_lightning.ops.operators import Operator, operator
 
@@ -132,6 +133,9 @@ def test_transforms_take_what_torch_can_transform() -> None:
     assert torch.allclose(tangent, torch.func.jvp(expected, (x,), (x + 1,))[1], atol=1e-6)
     gradient = torch.func.grad(lambda x: norm(x)[0, 0])(x)
     assert torch.allclose(gradient, torch.func.grad(lambda x: expected(x)[0, 0])(x), atol=1e-6)
+    # Without the check of shapes that the tests add: the kernel would read beyond the gain.
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        inspect.unwrap(normalised)(torch.randn(2, 16), torch.ones(8), None)
     assert torch.equal(RMSNorm(8, elementwise_affine=False)(x), nn.RMSNorm(8, elementwise_affine=False)(x))
 
 

@@ -51,7 +51,7 @@ class ExposureOrder:
 
 
 class BiographySequences:
-    """Source of biographies; the key says whose, and which sentences and wordings it has.
+    """Source of biographies; a key decides the person, the sentences and their wordings.
 
     Args:
         folder: with names.npy (N, 3) and values.npy (N, K, V), numbers of words.
