@@ -16,7 +16,7 @@ import pytest
 from tree import ROOT
 
 from pkm_lightning.compare import processes as module
-from pkm_lightning.compare.fork_server import ForkServer
+from pkm_lightning.compare.fork_server import _signal
 from pkm_lightning.compare.processes import Processes, RunEnd, last_line, threads_per_process
 from pkm_lightning.compare.schedule import ScheduledRun
 
@@ -87,12 +87,10 @@ def test_cores_are_shared_unless_the_user_sets_a_number(tmp_path: Path, monkeypa
 
 
 @ON_LINUX
-def test_a_forked_run_is_killed_before_it_has_a_session(tmp_path: Path) -> None:
-    server = ForkServer(["stand_in_run"], os.environ, tmp_path / "server.log")
-    run = server.start("stand_in_run", ["slow"], tmp_path / "run.log")
-    run.kill_session()
-    assert run.wait(30) == -signal.SIGKILL
-    server.close()
+def test_a_forked_run_is_killed_before_it_has_a_session() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        _signal({process.pid: 3}, {"run": 3, "signal": signal.SIGKILL, "group": True})
+        assert process.wait(30) == -signal.SIGKILL
 
 
 def test_output_of_an_earlier_start_does_not_explain_the_end(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from pkm_lightning.memory import ValueTable
@@ -131,6 +132,9 @@ def test_transforms_take_what_torch_can_transform() -> None:
     expected = nn.RMSNorm(8)
     tangent = torch.func.jvp(norm, (x,), (x + 1,))[1]
     assert torch.allclose(tangent, torch.func.jvp(expected, (x,), (x + 1,))[1], atol=1e-6)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, x + 1)))
+    assert torch.allclose(dual.tangent, tangent)
     gradient = torch.func.grad(lambda x: norm(x)[0, 0])(x)
     assert torch.allclose(gradient, torch.func.grad(lambda x: expected(x)[0, 0])(x), atol=1e-6)
     # Without the check of shapes that the tests add: the kernel would read beyond the gain.
