@@ -1,7 +1,7 @@
 """Seconds that numba took to compile kernels in this process, which clocks of training leave out.
 
-A kernel is compiled once per machine: the first run after an installation takes up to a minute for it, which is no
-property of the model. The clock stands still where numba is not installed or has its kernels from its cache.
+A kernel is compiled once per machine: the first run after an installation takes ten seconds or more for it, which is
+no property of the model. The clock stands still where numba is not installed or has its kernels from its cache.
 """
 
 from __future__ import annotations

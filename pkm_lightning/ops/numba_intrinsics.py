@@ -64,9 +64,10 @@ def item_bytes(typing_context, array):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def float_bits(typing_context, value):  # type: ignore[no-untyped-def]
-    """Returns the bits of a float32 as uint32."""
+    """Returns the bits of a float32 or float64 as a signed integer of its size."""
+    bits = types.Integer.from_bitwidth(value.bitwidth, signed=True)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
+        return builder.bitcast(arguments[0], context.get_value_type(bits))
 
-    return types.uint32(types.float32), code
+    return bits(value), code

@@ -8,23 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import numpy_view
+from pkm_lightning.ops.numba_kernels import ALL, KERNEL, share
 from pkm_lightning.ops.numba_threads import use_torch_threads
 
 # A constant, so that the order of sums does not depend on the number of threads.
 _CHUNKS = 32
-# Arrays are indexed in place: with rows as variables of their own, and with Python's error model, the loops over
-# channels take six times as long.
-_KERNEL: dict[str, Any] = {
-    "cache": True,
-    "nogil": True,
-    "parallel": True,
-    "error_model": "numpy",
-    "fastmath": {"contract"},
-}
+# Arrays are indexed in place: with rows as variables of their own the loops over channels take six times as long.
+_KERNEL: dict[str, Any] = {**KERNEL, "fastmath": {"contract"}}
 
 
 def convolve(x_BPD: Tensor, weight_DL: Tensor, doc_ids_BP: Tensor | None, length: int, dilation: int) -> Tensor:
@@ -33,7 +27,7 @@ def convolve(x_BPD: Tensor, weight_DL: Tensor, doc_ids_BP: Tensor | None, length
     weight_LD = weight_DL.float().mT.contiguous()
     y_BTD = x_BPD.new_empty(len(x_BPD), length, x_BPD.shape[2], dtype=torch.float32)
     inputs = x_BPD.float(), weight_LD, _documents(doc_ids_BP), y_BTD
-    _convolve(*map(numpy_view, inputs), dilation)
+    _convolve(*map(numpy_view, inputs), dilation, ALL)
     return y_BTD.to(x_BPD.dtype)
 
 
@@ -46,7 +40,7 @@ def gradients(
     x_grad_BPD = torch.zeros_like(x_BPD, dtype=torch.float32)
     parts_CLD = weight_LD.new_zeros(_CHUNKS, *weight_LD.shape)
     inputs = grad_BTD.float(), x_BPD.float(), weight_LD, _documents(doc_ids_BP), x_grad_BPD, parts_CLD
-    _gradients(*map(numpy_view, inputs), dilation)
+    _gradients(*map(numpy_view, inputs), dilation, ALL)
     return x_grad_BPD.to(x_BPD.dtype), parts_CLD.sum(0).mT.to(weight_DL.dtype).contiguous()
 
 
@@ -56,9 +50,10 @@ def _documents(doc_ids_BP: Tensor | None) -> Tensor:
 
 
 @njit(**_KERNEL)
-def _convolve(x_BPD, weight_LD, doc_ids_BP, y_BTD, dilation):  # type: ignore[no-untyped-def]
+def _convolve(x_BPD, weight_LD, doc_ids_BP, y_BTD, dilation, worker):  # type: ignore[no-untyped-def]
     taps, (length, dim), front = weight_LD.shape[0], y_BTD.shape[1:], x_BPD.shape[1] - y_BTD.shape[1]
-    for token in prange(y_BTD.shape[0] * length):
+    first, last = share(y_BTD.shape[0] * length, worker)
+    for token in range(first, last):
         b, t = token // length, token % length
         y_BTD[b, t] = 0
         for tap in range(taps):
@@ -70,11 +65,12 @@ def _convolve(x_BPD, weight_LD, doc_ids_BP, y_BTD, dilation):  # type: ignore[no
 
 
 @njit(**_KERNEL)
-def _gradients(grad_BTD, x_BPD, weight_LD, doc_ids_BP, x_grad_BPD, parts_CLD, dilation):  # type: ignore[no-untyped-def]
+def _gradients(grad_BTD, x_BPD, weight_LD, doc_ids_BP, x_grad_BPD, parts_CLD, dilation, worker):  # type: ignore[no-untyped-def]
     """Adds to the gradients. By source token: each chunk alone writes the gradients of its tokens."""
     taps, (sequences, tokens, dim), length = weight_LD.shape[0], x_BPD.shape, grad_BTD.shape[1]
     front, chunks = tokens - length, parts_CLD.shape[0]
-    for chunk in prange(chunks):
+    first, last = share(chunks, worker)
+    for chunk in range(first, last):
         for token in range(chunk * sequences * tokens // chunks, (chunk + 1) * sequences * tokens // chunks):
             b, source = token // tokens, token % tokens
             for tap in range(taps):

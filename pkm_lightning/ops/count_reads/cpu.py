@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pkm_lightning.ops.count_reads.reference import WEIGHT_LIMIT, WEIGHT_UNIT
 from pkm_lightning.ops.numba_arrays import numpy_view
+from pkm_lightning.ops.numba_kernels import KERNEL
 
 _UNITS = 1 / WEIGHT_UNIT
 
@@ -37,7 +38,7 @@ def count_reads_cpu(
 
 
 # Not parallel: two threads could meet in one slot, and the pass is bound by memory.
-@njit(nogil=True, cache=True)
+@njit(**KERNEL)
 def _count(
     counts_M: Any,
     weights_M: Any,

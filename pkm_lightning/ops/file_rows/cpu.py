@@ -12,6 +12,7 @@ from numba.core import types
 
 from pkm_lightning.ops.file_rows.reference import read_rows_reference
 from pkm_lightning.ops.numba_arrays import numpy_view
+from pkm_lightning.ops.numba_kernels import KERNEL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ def read_rows_cpu(descriptor: int, start: int, ids_U: Tensor, out_UZ: Tensor) ->
         read_rows_reference(descriptor, start, ids_U[done:], out_UZ[done:])
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(**KERNEL)
 def _read(descriptor, start, ids_U, out_UZ):  # type: ignore[no-untyped-def]
     """Returns the number of rows that were read whole."""
     length = out_UZ.shape[1]

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import numpy_view
+from pkm_lightning.ops.numba_kernels import ALL, KERNEL, share
 from pkm_lightning.ops.numba_threads import use_torch_threads
 from pkm_lightning.ops.ranked_topk.cpu import rank_scores
 
@@ -68,18 +69,19 @@ def add_gradients(
 def add_gradients_by_token(*tensors: Tensor) -> None:
     """Does the same for (grad, indices, q, keys, grad of q, grad of keys) in the order of `best_keys_by_token`."""
     use_torch_threads()
-    _add_gradients(*map(numpy_view, tensors))
+    _add_gradients(*map(numpy_view, tensors), ALL)
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@njit(**KERNEL)
 def _add_gradients(
-    grad_TXK: Any, indices_TXK: Any, q_TXF: Any, keys_YSF: Any, q_grad_TXF: Any, keys_grad_YSF: Any
+    grad_TXK: Any, indices_TXK: Any, q_TXF: Any, keys_YSF: Any, q_grad_TXF: Any, keys_grad_YSF: Any, worker: int
 ) -> None:
     (tokens, entries, k), (sets, _, dim) = grad_TXK.shape, keys_YSF.shape
     pieces = -(-dim // _COLUMNS)
+    first, last = share(sets * pieces, worker)
     # A task covers some columns of all rows of one set of keys. No two tasks write the same number, and each number is
     # summed in the order of entries and tokens, so that the result does not depend on the number of threads.
-    for piece in prange(sets * pieces):
+    for piece in range(first, last):
         y, start = piece // pieces, piece % pieces * _COLUMNS
         stop = min(start + _COLUMNS, dim)
         for x in range(y, entries, sets):

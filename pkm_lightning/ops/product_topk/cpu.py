@@ -10,10 +10,11 @@ import math
 from typing import Any
 
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import empty_array, numpy_view
+from pkm_lightning.ops.numba_kernels import ALL, KERNEL, share
 from pkm_lightning.ops.numba_threads import use_torch_threads
 from pkm_lightning.ops.product_topk.candidates import candidate_pairs
 from pkm_lightning.ops.ranked_topk.cpu import rank_sums
@@ -60,7 +61,7 @@ def split_gradient(grad_RK: Tensor, sums_RK: Tensor, chosen_RK: Tensor, grad_R2J
     """Does the same for halves that lie side by side."""
     use_torch_threads()
     ranks = candidate_arrays(grad_RK.shape[1], grad_R2J.shape[2])
-    _split_gradient(*map(numpy_view, (grad_RK, sums_RK, chosen_RK)), *ranks, numpy_view(grad_R2J))
+    _split_gradient(*map(numpy_view, (grad_RK, sums_RK, chosen_RK)), *ranks, numpy_view(grad_R2J), ALL)
 
 
 @functools.lru_cache(maxsize=64)
@@ -73,10 +74,13 @@ def candidate_arrays(k: int, per_half: int) -> tuple[Any, Any]:
     return arrays
 
 
-@njit(nogil=True, parallel=True, cache=True)
-def _split_gradient(grad_RK: Any, sums_RK: Any, chosen_RK: Any, rank1_C: Any, rank2_C: Any, grad_R2J: Any) -> None:
+@njit(**KERNEL)
+def _split_gradient(
+    grad_RK: Any, sums_RK: Any, chosen_RK: Any, rank1_C: Any, rank2_C: Any, grad_R2J: Any, worker: int
+) -> None:
+    first, last = share(grad_RK.shape[0], worker)
     # A thread owns whole rows, so that the slots of a row are added in one order.
-    for r in prange(grad_RK.shape[0]):
+    for r in range(first, last):
         for j in range(grad_R2J.shape[2]):
             grad_R2J[r, 0, j], grad_R2J[r, 1, j] = 0, 0
         for i in range(grad_RK.shape[1]):

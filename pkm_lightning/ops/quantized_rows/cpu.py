@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import numpy_view
 from pkm_lightning.ops.numba_intrinsics import prefetch, widened
+from pkm_lightning.ops.numba_kernels import ALL, CALLED, KERNEL, share
 from pkm_lightning.ops.numba_threads import use_torch_threads
 from pkm_lightning.ops.quantized_rows.format import VALUES_PER_SCALE, QuantizedRows
 from pkm_lightning.ops.segments import read_sources
@@ -30,7 +31,7 @@ def gather_sum(
     y_XV = torch.zeros(len(ids_TK) * n_groups, rows.dim)
     inputs = rows.codes_NC, rows.scales_NQ, ids_TK.int(), weights_TK, read_sources(ids_TK, groups_TK, n_groups), y_XV
     use_torch_threads()
-    _sums(*map(numpy_view, inputs), rows.bits)
+    _sums(*map(numpy_view, inputs), rows.bits, ALL)
     return y_XV
 
 
@@ -38,7 +39,7 @@ def gather_dot(rows: QuantizedRows, x_TV: Tensor, ids_TK: Tensor) -> Tensor:
     """Computes `eager.gather_dot`."""
     dots_TK = torch.empty(ids_TK.shape, dtype=torch.float32)
     use_torch_threads()
-    _dots(*map(numpy_view, (rows.codes_NC, rows.scales_NQ, x_TV, ids_TK.int(), dots_TK)), rows.bits)
+    _dots(*map(numpy_view, (rows.codes_NC, rows.scales_NQ, x_TV, ids_TK.int(), dots_TK)), rows.bits, ALL)
     return dots_TK
 
 
@@ -60,7 +61,7 @@ def _code(typing_context, byte, shift, mask):  # type: ignore[no-untyped-def]
 
 # A row lies anywhere in the table, and its few lines of the cache come one after another: without a request ahead the
 # sum over rows of int8 takes 2.5 times as long as over rows in the cache.
-@numba.njit(nogil=True, cache=True)
+@numba.njit(**CALLED)
 def _request(codes_NC, scales_NQ, n):  # type: ignore[no-untyped-def]
     for c in range(0, codes_NC.shape[1], 64):
         prefetch(codes_NC, n, c)
@@ -69,11 +70,12 @@ def _request(codes_NC, scales_NQ, n):  # type: ignore[no-untyped-def]
 
 
 # The flags are those of weighted_gather's kernels: sums may be regrouped, once, when the kernel is compiled.
-@numba.njit(nogil=True, cache=True, parallel=True, fastmath={"reassoc", "contract"})
-def _sums(codes_NC, scales_NQ, ids_TK, weights_TK, sources_TK, y_XV, bits):  # type: ignore[no-untyped-def]
+@numba.njit(**KERNEL, fastmath={"reassoc", "contract"})
+def _sums(codes_NC, scales_NQ, ids_TK, weights_TK, sources_TK, y_XV, bits, worker):  # type: ignore[no-untyped-def]
     mask, per_plane, dim = (1 << bits) - 1, codes_NC.shape[1], y_XV.shape[1]
     middle = numba.float32(mask) / numba.float32(2)
-    for t in numba.prange(ids_TK.shape[0]):
+    first_token, last_token = share(ids_TK.shape[0], worker)
+    for t in range(first_token, last_token):
         for k in range(ids_TK.shape[1]):
             if k + _AHEAD < ids_TK.shape[1]:
                 _request(codes_NC, scales_NQ, ids_TK[t, k + _AHEAD])
@@ -91,11 +93,12 @@ def _sums(codes_NC, scales_NQ, ids_TK, weights_TK, sources_TK, y_XV, bits):  # t
                     first = last
 
 
-@numba.njit(nogil=True, cache=True, parallel=True, fastmath={"reassoc", "contract"})
-def _dots(codes_NC, scales_NQ, x_TV, ids_TK, dots_TK, bits):  # type: ignore[no-untyped-def]
+@numba.njit(**KERNEL, fastmath={"reassoc", "contract"})
+def _dots(codes_NC, scales_NQ, x_TV, ids_TK, dots_TK, bits, worker):  # type: ignore[no-untyped-def]
     mask, per_plane, dim = (1 << bits) - 1, codes_NC.shape[1], x_TV.shape[1]
     middle = numba.float32(mask) / numba.float32(2)
-    for t in numba.prange(ids_TK.shape[0]):
+    first_token, last_token = share(ids_TK.shape[0], worker)
+    for t in range(first_token, last_token):
         for k in range(ids_TK.shape[1]):
             if k + _AHEAD < ids_TK.shape[1]:
                 _request(codes_NC, scales_NQ, ids_TK[t, k + _AHEAD])

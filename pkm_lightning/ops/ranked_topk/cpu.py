@@ -17,18 +17,20 @@ from typing import Any
 
 import numba
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import empty_array, numpy_view
+from pkm_lightning.ops.numba_intrinsics import float_bits
+from pkm_lightning.ops.numba_kernels import ALL, CALLED, KERNEL, share
 from pkm_lightning.ops.numba_threads import use_torch_threads
 
 # Loops over sort keys run over whole spans: they then have no scalar remainder, which would cost more than the loop.
 _SPAN = 64
 # Few keys are compared with each other in shorter runs.
 _RUN = 16
-#: By bytes per score: the integer dtype of its bits, and the bits of infinity.
-FLOATS = {4: (torch.int32, numba.int32(0x7F800000)), 8: (torch.int64, numba.int64(0x7FF0000000000000))}
+# The bits of infinity by bytes per score.
+_INFINITY = {4: numba.int32(0x7F800000), 8: numba.int64(0x7FF0000000000000)}
 
 
 def rank_rows(scores_RL: Tensor, values_RK: Tensor, indices_RK: Tensor) -> None:
@@ -44,9 +46,9 @@ def rank_scores(scores_YTL: Tensor, values_TXK: Tensor, indices_TXK: Tensor, fir
 
     All tensors are contiguous, and 1 <= K <= L.
     """
-    bits, infinity = FLOATS[scores_YTL.element_size()]
-    arrays = (scores_YTL.view(bits).numpy(), values_TXK.view(bits).numpy(), indices_TXK.numpy())
-    best_rows(*arrays, first, infinity, *workspace(scores_YTL.shape[2], scores_YTL.dtype))
+    arrays = map(numpy_view, (scores_YTL, values_TXK, indices_TXK))
+    infinity = _INFINITY[scores_YTL.element_size()]
+    best_rows(*arrays, first, infinity, *workspace(scores_YTL.shape[2], scores_YTL.dtype), ALL)
 
 
 def rank_sums(
@@ -56,9 +58,9 @@ def rank_sums(
 
     All tensors are contiguous; the ranks are arrays.
     """
-    _, infinity = FLOATS[values_R2J.element_size()]
+    infinity = _INFINITY[values_R2J.element_size()]
     arrays = (part.numpy() for part in (values_R2J, indices_R2J, *results_RK))
-    best_sums(n_keys, infinity, *score_workspace(len(rank1_C), values_R2J.dtype), rank1_C, rank2_C, *arrays)
+    best_sums(n_keys, infinity, *score_workspace(len(rank1_C), values_R2J.dtype), rank1_C, rank2_C, *arrays, ALL)
 
 
 def search(q_TXF: Tensor, keys_YFS: Tensor, rank1_C: Any, rank2_C: Any, *results: Tensor) -> None:
@@ -67,18 +69,17 @@ def search(q_TXF: Tensor, keys_YFS: Tensor, rank1_C: Any, rank2_C: Any, *results
     Writes sums, slot ids and candidates (T, H, K), and the sub-keys kept per half query (T, X, J). All tensors are
     contiguous; the ranks are arrays.
     """
-    _, infinity = FLOATS[q_TXF.element_size()]
+    infinity = _INFINITY[q_TXF.element_size()]
     scores, sums = (score_workspace(n, q_TXF.dtype) for n in (keys_YFS.shape[2], len(rank1_C)))
     best_W2J = q_TXF.new_empty(len(scores[0]), 2, results[3].shape[2]).numpy()
     arrays = numpy_view(q_TXF), numpy_view(keys_YFS), *(result.numpy() for result in results)
-    best_slots(infinity, *scores, *sums, best_W2J, rank1_C, rank2_C, *arrays)
+    best_slots(infinity, *scores, *sums, best_W2J, rank1_C, rank2_C, *arrays, ALL)
 
 
-def score_workspace(n_scores: int, dtype: torch.dtype) -> tuple[Any, Any, Any, Any]:
-    """Allocates a `workspace`, and the scores of every worker with their bits as integers, both (W, P)."""
+def score_workspace(n_scores: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Allocates a `workspace`, and the scores of every worker (W, P)."""
     keys_W3P, places_W3P = workspace(n_scores, dtype)
-    scores_WP = torch.empty(len(keys_W3P), keys_W3P.shape[-1], dtype=dtype)
-    return keys_W3P, places_W3P, scores_WP.numpy(), scores_WP.view(FLOATS[dtype.itemsize][0]).numpy()
+    return keys_W3P, places_W3P, empty_array(keys_W3P.shape[::2], f"f{dtype.itemsize}")
 
 
 def workspace(n_scores: int, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -93,20 +94,21 @@ def workspace(n_scores: int, dtype: torch.dtype) -> tuple[Any, Any]:
     return empty_array((workers, 3, padded), f"i{size}"), empty_array((workers, 3, padded), "i4")
 
 
-@njit(nogil=True, cache=True)
-def order_keys(bits_L: Any, infinity: Any, keys_P: Any) -> None:
-    """Converts the bits of floats to sort keys: integers of the same order, NaN above infinity, -0.0 equal to 0.0."""
+@njit(**CALLED)
+def order_keys(scores_L: Any, infinity: Any, keys_P: Any) -> None:
+    """Converts floats to sort keys: integers of the same order, NaN above infinity, -0.0 equal to 0.0."""
     # Casts, since numba computes with integers of 64 bits, which would halve the keys per register.
     kind = type(infinity)
     # The bits of a float without its sign grow with its magnitude; the mask is every bit but the sign.
     mask, nan = kind(infinity | (infinity - 1)), kind(infinity + 1)
-    for s in range(bits_L.shape[0]):
-        magnitude = kind(bits_L[s] & mask)
-        signed = kind(-magnitude) if bits_L[s] < 0 else magnitude
+    for s in range(scores_L.shape[0]):
+        bits = float_bits(scores_L[s])
+        magnitude = kind(bits & mask)
+        signed = kind(-magnitude) if bits < 0 else magnitude
         keys_P[s] = nan if magnitude > infinity else signed
 
 
-@njit(nogil=True, cache=True)
+@njit(**CALLED)
 def best_of_keys(keys_3P: Any, places_3P: Any, n_scores: int, infinity: Any, best_K: Any) -> None:
     """Writes the places of the K largest of `keys_3P[0, :n_scores]`, best first, equal keys by lower place.
 
@@ -131,29 +133,29 @@ def best_of_keys(keys_3P: Any, places_3P: Any, n_scores: int, infinity: Any, bes
         best_K[i] = ranked_P[i]
 
 
-@njit(nogil=True, cache=True)
+@njit(**CALLED)
 def _most_ranked(k: int) -> int:
     """Limits the keys that are ranked, which takes time quadratic in them."""
     return 2 * k + _SPAN // 2
 
 
-@njit(nogil=True, cache=True)
+@njit(**CALLED)
 def _bound(keys_P: Any, tops_P: Any, k: int) -> Any:
     """Finds a bound that at least K keys reach, and not many more."""
     # Keys are dealt to lanes like cards: if the largest keys of K lanes reach a bound, so do K keys. With fewer than
     # 2 K lanes, or few keys per lane, too many other keys would pass.
     lanes = _RUN if 2 * k <= _RUN else -(-2 * k // _SPAN) * _SPAN
     if keys_P.shape[0] < 2 * lanes:
-        return _kth_bound(keys_P, k, k // 4)
+        return _kth_bound(keys_P, k, k + k // 4)
     for i in range(lanes):
         tops_P[i] = keys_P[i]
     for first in range(lanes, keys_P.shape[0] // lanes * lanes, lanes):
         for i in range(lanes):
             tops_P[i] = max(tops_P[i], keys_P[first + i])
-    return _kth_bound(tops_P[:lanes], k, k // 4)
+    return _kth_bound(tops_P[:lanes], k, k + k // 4)
 
 
-@njit(nogil=True, cache=True)
+@njit(**CALLED)
 def _collect(keys_P: Any, bound: Any, kept_P: Any, places_P: Any) -> int:
     """Writes the keys that reach `bound`, and their places in rising order; returns their number."""
     n = 0
@@ -166,9 +168,9 @@ def _collect(keys_P: Any, bound: Any, kept_P: Any, places_P: Any) -> int:
     return n
 
 
-@njit(nogil=True, cache=True)
-def _kth_bound(keys_M: Any, k: int, slack: int) -> Any:
-    """Finds by bisection a key that at least `k` of the keys reach, and at most `k + slack` unless keys tie."""
+@njit(**CALLED)
+def _kth_bound(keys_M: Any, k: int, most: int) -> Any:
+    """Finds by bisection a key that at least `k` of the keys reach, and no more than `most` unless keys tie."""
     low, high = keys_M[0], keys_M[0]
     for i in range(keys_M.shape[0]):
         low, high = min(low, keys_M[i]), max(high, keys_M[i])
@@ -183,15 +185,15 @@ def _kth_bound(keys_M: Any, k: int, slack: int) -> Any:
             high = type(low)(middle - 1)
         else:
             low = middle
-            if count <= k + slack:
+            if count <= most:
                 break
     return low
 
 
-@njit(nogil=True, cache=True)
+@njit(**CALLED)
 def _keep_first(kept_M: Any, places_P: Any, k: int) -> int:
     """Keeps the K best in place, and of those that tie at the K-th place the first ones; returns K."""
-    bound = _kth_bound(kept_M, k, 0)
+    bound = _kth_bound(kept_M, k, k)
     ties = k
     for i in range(kept_M.shape[0]):
         ties -= kept_M[i] > bound
@@ -205,7 +207,7 @@ def _keep_first(kept_M: Any, places_P: Any, k: int) -> int:
     return n
 
 
-@njit(nogil=True, cache=True)
+@njit(**CALLED)
 def _rank(kept_P: Any, places_M: Any, infinity: Any, equal_P: Any, ranked_P: Any) -> None:
     """Writes places in the order of their keys, by counting larger keys: no sort, and no branch on a key."""
     n = places_M.shape[0]
@@ -224,31 +226,39 @@ def _rank(kept_P: Any, places_M: Any, infinity: Any, equal_P: Any, ranked_P: Any
         equal_P[larger] += 1
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@njit(**KERNEL)
 def best_rows(
-    bits_YTL: Any, values_TXK: Any, indices_TXK: Any, first: int, infinity: Any, keys_W3P: Any, places_W3P: Any
+    scores_YTL: Any,
+    values_TXK: Any,
+    indices_TXK: Any,
+    first: int,
+    infinity: Any,
+    keys_W3P: Any,
+    places_W3P: Any,
+    worker: int,
 ) -> None:
-    """Writes the bits and places of the K best scores of (y, t) to (t, first + y)."""
-    tokens, n_scores = bits_YTL.shape[1:]
-    rows, workers = bits_YTL.shape[0] * tokens, keys_W3P.shape[0]
+    """Writes the K best scores of (y, t) and their places to (t, first + y)."""
+    tokens, n_scores = scores_YTL.shape[1:]
+    rows, workers = scores_YTL.shape[0] * tokens, keys_W3P.shape[0]
     # Each worker takes one run of rows and has its own buffers.
-    for w in prange(workers):
+    first_worker, last_worker = share(workers, worker)
+    for w in range(first_worker, last_worker):
         start, stop = rows * w // workers, rows * (w + 1) // workers
         # Counted, as a division per row takes a tenth of its time.
         y, t = start // max(tokens, 1), start % max(tokens, 1)
         for _ in range(start, stop):
-            bits_L, best_K = bits_YTL[y, t], indices_TXK[t, first + y]
-            order_keys(bits_L, infinity, keys_W3P[w, 0])
+            scores_L, best_K = scores_YTL[y, t], indices_TXK[t, first + y]
+            order_keys(scores_L, infinity, keys_W3P[w, 0])
             best_of_keys(keys_W3P[w], places_W3P[w], n_scores, infinity, best_K)
-            # The bits of the scores themselves, as a sort key does not keep the sign of zero or the kind of NaN.
+            # From the scores themselves, as a sort key does not keep the sign of zero or the kind of NaN.
             for i in range(best_K.shape[0]):
-                values_TXK[t, first + y, i] = bits_L[best_K[i]]
+                values_TXK[t, first + y, i] = scores_L[best_K[i]]
             t += 1
             if t == tokens:
                 y, t = y + 1, 0
 
 
-@njit(nogil=True, cache=True)
+@njit(**CALLED)
 def _best_pairs(
     values_2J: Any,
     indices_2J: Any,
@@ -259,7 +269,6 @@ def _best_pairs(
     keys_3P: Any,
     places_3P: Any,
     scores_P: Any,
-    bits_P: Any,
     sums_K: Any,
     ids_K: Any,
     chosen_K: Any,
@@ -271,8 +280,7 @@ def _best_pairs(
         # NaN from two numbers: (+inf) + (-inf), which counts as -inf, so that no sum grows with a rank.
         opposite = (score != score) & (first == first) & (second == second)
         scores_P[c] = -math.inf if opposite else score
-    # `bits_P` is the same memory as `scores_P`: numba cannot reinterpret a float array as integers.
-    order_keys(bits_P[:candidates], infinity, keys_3P[0])
+    order_keys(scores_P[:candidates], infinity, keys_3P[0])
     best_of_keys(keys_3P, places_3P, candidates, infinity, chosen_K)
     for i in range(sums_K.shape[0]):
         c = chosen_K[i]
@@ -280,14 +288,13 @@ def _best_pairs(
         ids_K[i] = indices_2J[0, rank1_C[c]] * n_keys + indices_2J[1, rank2_C[c]]
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@njit(**KERNEL)
 def best_sums(
     n_keys: int,
     infinity: Any,
     keys_W3P: Any,
     places_W3P: Any,
     scores_WP: Any,
-    bits_WP: Any,
     rank1_C: Any,
     rank2_C: Any,
     values_R2J: Any,
@@ -295,18 +302,20 @@ def best_sums(
     sums_RK: Any,
     ids_RK: Any,
     chosen_RK: Any,
+    worker: int,
 ) -> None:
     rows, workers = sums_RK.shape[0], scores_WP.shape[0]
-    for w in prange(workers):
+    first_worker, last_worker = share(workers, worker)
+    for w in range(first_worker, last_worker):
         for r in range(rows * w // workers, rows * (w + 1) // workers):
             _best_pairs(
                 values_R2J[r], indices_R2J[r], rank1_C, rank2_C, n_keys, infinity, keys_W3P[w], places_W3P[w],
-                scores_WP[w], bits_WP[w], sums_RK[r], ids_RK[r], chosen_RK[r],
+                scores_WP[w], sums_RK[r], ids_RK[r], chosen_RK[r],
             )  # fmt: skip
 
 
 # Fused multiply-adds in the order of the columns, as a matrix product has them.
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@njit(**CALLED, fastmath={"contract"})
 def _score(q_F: Any, keys_FS: Any, scores_P: Any) -> None:
     """Writes the inner products of a query with all keys of a set."""
     (dim, n_keys), whole = keys_FS.shape, keys_FS.shape[0] // 4 * 4
@@ -323,17 +332,15 @@ def _score(q_F: Any, keys_FS: Any, scores_P: Any) -> None:
             scores_P[s] += q_F[f] * keys_FS[f, s]
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@njit(**KERNEL)
 def best_slots(
     infinity: Any,
     keys_W3P: Any,
     places_W3P: Any,
     scores_WP: Any,
-    bits_WP: Any,
     sum_keys_W3P: Any,
     sum_places_W3P: Any,
     sum_scores_WP: Any,
-    sum_bits_WP: Any,
     best_W2J: Any,
     rank1_C: Any,
     rank2_C: Any,
@@ -343,21 +350,23 @@ def best_slots(
     ids_THK: Any,
     chosen_THK: Any,
     indices_TXJ: Any,
+    worker: int,
 ) -> None:
     (tokens, heads, _), (sets, _, n_keys), workers = sums_THK.shape, keys_YFS.shape, scores_WP.shape[0]
-    for w in prange(workers):
+    first_worker, last_worker = share(workers, worker)
+    for w in range(first_worker, last_worker):
         best_2J = best_W2J[w]
         for t in range(tokens * w // workers, tokens * (w + 1) // workers):
             for h in range(heads):
                 for half in range(2):
                     x = 2 * h + half
                     _score(q_TXF[t, x], keys_YFS[x % sets], scores_WP[w])
-                    order_keys(bits_WP[w, :n_keys], infinity, keys_W3P[w, 0])
+                    order_keys(scores_WP[w, :n_keys], infinity, keys_W3P[w, 0])
                     best_of_keys(keys_W3P[w], places_W3P[w], n_keys, infinity, indices_TXJ[t, x])
                     for j in range(best_2J.shape[1]):
                         best_2J[half, j] = scores_WP[w, indices_TXJ[t, x, j]]
                 _best_pairs(
                     best_2J, indices_TXJ[t, 2 * h : 2 * h + 2], rank1_C, rank2_C, n_keys, infinity, sum_keys_W3P[w],
-                    sum_places_W3P[w], sum_scores_WP[w], sum_bits_WP[w], sums_THK[t, h], ids_THK[t, h],
+                    sum_places_W3P[w], sum_scores_WP[w], sums_THK[t, h], ids_THK[t, h],
                     chosen_THK[t, h],
                 )  # fmt: skip

@@ -11,23 +11,17 @@ from math import sqrt
 from typing import Any
 
 import torch
-from numba import float32, njit, prange
+from numba import float32, njit
 from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import numpy_view
+from pkm_lightning.ops.numba_kernels import ALL, KERNEL, share
 from pkm_lightning.ops.numba_threads import use_torch_threads
 
 # A constant, so that the order of sums does not depend on the number of threads.
 _CHUNKS = 32
-# Sums over a part may be regrouped, or they could not be vectorised: the compiler fixes their order. Python's error
-# model tests every division for zero, which prevents vectorisation too.
-_KERNEL: dict[str, Any] = {
-    "cache": True,
-    "nogil": True,
-    "parallel": True,
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract"},
-}
+# Sums over a part may be regrouped, or they could not be vectorised: the compiler fixes their order.
+_KERNEL: dict[str, Any] = {**KERNEL, "fastmath": {"reassoc", "contract"}}
 
 
 def norm(x_TGC: Tensor, gain_GC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -35,7 +29,7 @@ def norm(x_TGC: Tensor, gain_GC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     use_torch_threads()
     wide_TGC = x_TGC.float()
     y_TGC, roots_TG = torch.empty_like(wide_TGC), torch.empty(x_TGC.shape[:2], dtype=torch.float32)
-    _norm(*map(numpy_view, (wide_TGC, gain_GC.float(), y_TGC, roots_TG)), eps)
+    _norm(*map(numpy_view, (wide_TGC, gain_GC.float(), y_TGC, roots_TG)), eps, ALL)
     return y_TGC.to(x_TGC.dtype), roots_TG
 
 
@@ -44,7 +38,7 @@ def norm_gradients(grad_TGC: Tensor, x_TGC: Tensor, gain_GC: Tensor, roots_TG: T
     use_torch_threads()
     inputs = grad_TGC.float(), x_TGC.float(), gain_GC.float()
     x_grad_TGC, parts_XGC = torch.empty_like(inputs[1]), inputs[2].new_zeros(_CHUNKS, *gain_GC.shape)
-    _norm_gradients(*map(numpy_view, (*inputs, roots_TG, x_grad_TGC, parts_XGC)))
+    _norm_gradients(*map(numpy_view, (*inputs, roots_TG, x_grad_TGC, parts_XGC)), ALL)
     return x_grad_TGC.to(x_TGC.dtype), parts_XGC.sum(0).to(gain_GC.dtype)
 
 
@@ -53,7 +47,7 @@ def dot(x_TGC: Tensor, y_TGC: Tensor, gain_GC: Tensor, eps: float) -> tuple[Tens
     use_torch_threads()
     inputs = x_TGC.float(), y_TGC.float(), gain_GC.float()
     dots_TG, roots_2TG = inputs[0].new_empty(x_TGC.shape[:2]), inputs[0].new_empty(2, *x_TGC.shape[:2])
-    _dot(*map(numpy_view, (*inputs, dots_TG, roots_2TG)), eps)
+    _dot(*map(numpy_view, (*inputs, dots_TG, roots_2TG)), eps, ALL)
     return dots_TG, roots_2TG
 
 
@@ -64,14 +58,15 @@ def dot_gradients(
     use_torch_threads()
     inputs = x_TGC.float(), y_TGC.float(), gain_GC.float()
     grads = torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), inputs[2].new_zeros(_CHUNKS, *gain_GC.shape)
-    _dot_gradients(*map(numpy_view, (grad_TG, *inputs, dots_TG, roots_2TG, *grads)))
+    _dot_gradients(*map(numpy_view, (grad_TG, *inputs, dots_TG, roots_2TG, *grads)), ALL)
     return grads[0].to(x_TGC.dtype), grads[1].to(y_TGC.dtype), grads[2].sum(0).to(gain_GC.dtype)
 
 
 @njit(**_KERNEL)
-def _norm(x_TGC, gain_GC, y_TGC, roots_TG, eps):  # type: ignore[no-untyped-def]
+def _norm(x_TGC, gain_GC, y_TGC, roots_TG, eps, worker):  # type: ignore[no-untyped-def]
     tokens, groups, values = x_TGC.shape
-    for t in prange(tokens):
+    first, last = share(tokens, worker)
+    for t in range(first, last):
         for g in range(groups):
             squares = float32(0)
             for c in range(values):
@@ -83,10 +78,11 @@ def _norm(x_TGC, gain_GC, y_TGC, roots_TG, eps):  # type: ignore[no-untyped-def]
 
 
 @njit(**_KERNEL)
-def _norm_gradients(grad_TGC, x_TGC, gain_GC, roots_TG, x_grad_TGC, parts_XGC):  # type: ignore[no-untyped-def]
+def _norm_gradients(grad_TGC, x_TGC, gain_GC, roots_TG, x_grad_TGC, parts_XGC, worker):  # type: ignore[no-untyped-def]
     """Computes r (w g - x r^2 mean(x w g)) for a part x with the inverse root r, gains w and upstream gradient g."""
     (tokens, groups, values), chunks = x_TGC.shape, parts_XGC.shape[0]
-    for chunk in prange(chunks):
+    first, last = share(chunks, worker)
+    for chunk in range(first, last):
         for t in range(chunk * tokens // chunks, (chunk + 1) * tokens // chunks):
             for g in range(groups):
                 root, along = roots_TG[t, g], float32(0)
@@ -100,9 +96,10 @@ def _norm_gradients(grad_TGC, x_TGC, gain_GC, roots_TG, x_grad_TGC, parts_XGC): 
 
 
 @njit(**_KERNEL)
-def _dot(x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, eps):  # type: ignore[no-untyped-def]
+def _dot(x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, eps, worker):  # type: ignore[no-untyped-def]
     tokens, groups, values = x_TGC.shape
-    for t in prange(tokens):
+    first, last = share(tokens, worker)
+    for t in range(first, last):
         for g in range(groups):
             dot, x_squares, y_squares = float32(0), float32(0), float32(0)
             for c in range(values):
@@ -114,10 +111,11 @@ def _dot(x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, eps):  # type: ignore[no-unt
 
 
 @njit(**_KERNEL)
-def _dot_gradients(grad_TG, x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, x_grad_TGC, y_grad_TGC, parts_XGC):  # type: ignore[no-untyped-def]
+def _dot_gradients(grad_TG, x_TGC, y_TGC, gain_GC, dots_TG, roots_2TG, x_grad_TGC, y_grad_TGC, parts_XGC, worker):  # type: ignore[no-untyped-def]
     """Computes g (r q w y - x r^2 s / C) for x, with the dot s, inverse roots r of x and q of y, gains w; y alike."""
     (tokens, groups, values), chunks = x_TGC.shape, parts_XGC.shape[0]
-    for chunk in prange(chunks):
+    first, last = share(chunks, worker)
+    for chunk in range(first, last):
         for t in range(chunk * tokens // chunks, (chunk + 1) * tokens // chunks):
             for g in range(groups):
                 x_root, y_root, grad = roots_2TG[0, t, g], roots_2TG[1, t, g], grad_TG[t, g]

@@ -17,11 +17,12 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
-from numba import float32, njit, prange, uint16, uint32
+from numba import float32, njit, uint16, uint32
 from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import numpy_view
 from pkm_lightning.ops.numba_intrinsics import float_bits, item_bytes, prefetch, widened
+from pkm_lightning.ops.numba_kernels import ALL, CALLED, KERNEL, share
 from pkm_lightning.ops.numba_threads import use_torch_threads
 from pkm_lightning.ops.row_update.factors import no_factors, row_factors
 from pkm_lightning.ops.row_update.rules import RowRule, UpdateStep
@@ -38,8 +39,6 @@ _CACHE_LINE = 64  # bytes
 _FETCHED_BYTES = 256
 # Rules that compute their factors in the pass over the rows, since one thread has a whole row.
 _IN_ONE_PASS = ("row_adagrad", "catch_up_adam")
-# Python's error model tests every division for zero, which prevents the vectorisation of a loop.
-_KERNEL = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
 def row_gradient_norm(gradient: RowGradient) -> Tensor:
@@ -66,7 +65,7 @@ def _weighted_squares(gradient: RowGradient, weights_V: Tensor | None) -> Tensor
     use_torch_threads()
     roots_V = torch.empty(0, dtype=torch.float32) if weights_V is None else weights_V.sqrt()
     squares_U = torch.empty(len(gradient.segments.rows_U), dtype=torch.float32)
-    _squares(*_reads(gradient), numpy_view(squares_U), numpy_view(roots_V), _scratch(gradient))
+    _squares(*_reads(gradient), numpy_view(squares_U), numpy_view(roots_V), _scratch(gradient), ALL)
     return squares_U
 
 
@@ -83,6 +82,7 @@ def row_gradient_dots(table_NV: Tensor, gradient: RowGradient) -> Tensor:
         numpy_view(dots_L),
         numpy_view(squares_U),
         _scratch(gradient),
+        ALL,
     )
     gradient.shared["cpu_squares_U"] = squares_U
     return dots_L
@@ -116,6 +116,7 @@ def row_update(
         _scratch(gradient),
         step.seed,
         _numbers(rule, step, float(scale)),
+        ALL,
     )
     # The state and the table have changed: nothing of this step may serve another.
     gradient.shared.clear()
@@ -148,14 +149,14 @@ def _scratch(gradient: RowGradient) -> Any:
     return numpy_view(torch.empty(_CHUNKS, gradient.source_rows_XV.shape[1], dtype=torch.float32))
 
 
-@njit(**_KERNEL)
+@njit(**KERNEL)
 def _take(order, coefficients, sources, sorted_coefficients, sorted_sources):  # type: ignore[no-untyped-def]
     for place in range(order.shape[0]):
         read = order[place]
         sorted_coefficients[place], sorted_sources[place] = coefficients[read], sources[read]
 
 
-@njit(**_KERNEL)
+@njit(**CALLED)
 def _request(values, rows, place):  # type: ignore[no-untyped-def]
     """Requests the first lines of the row rows[place], of which there is none after the last place."""
     if place < rows.shape[0]:
@@ -165,7 +166,7 @@ def _request(values, rows, place):  # type: ignore[no-untyped-def]
             prefetch(values, rows[place], v)
 
 
-@njit(**_KERNEL)
+@njit(**CALLED)
 def _add_reads(segment, starts, coefficients, sources, source_rows, total):  # type: ignore[no-untyped-def]
     """Computes total <- the sum of the reads of one segment, in their order."""
     first = starts[segment]
@@ -184,7 +185,7 @@ def _add_reads(segment, starts, coefficients, sources, source_rows, total):  # t
 
 # Unless additions may be reordered, the sum over a row is one chain of dependent additions and cannot be vectorised.
 # The compiler fixes the new order, so two runs still give the same bits.
-@njit(**_KERNEL, fastmath={"reassoc"})
+@njit(**CALLED, fastmath={"reassoc"})
 def _square_sum(values):  # type: ignore[no-untyped-def]
     total = float32(0)
     for v in range(values.shape[0]):
@@ -192,11 +193,11 @@ def _square_sum(values):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(**_KERNEL)
+@njit(**CALLED)
 def _store(row_values, v, value, place, seed):  # type: ignore[no-untyped-def]
     """Writes one value; the bits of bf16 are rounded stochastically by the hash of `rounding.py`."""
     if item_bytes(row_values) == 2:
-        word = float_bits(value)
+        word = uint32(float_bits(value))
         # Infinities and NaNs are cut off instead: the noise could carry into the sign of a NaN.
         if (word & uint32(0x7F800000)) != uint32(0x7F800000):
             noise = uint32(place) ^ uint32(seed)
@@ -208,10 +209,11 @@ def _store(row_values, v, value, place, seed):  # type: ignore[no-untyped-def]
         row_values[v] = value
 
 
-@njit(**_KERNEL, parallel=True)
-def _squares(starts, coefficients, sources, source_rows, squares, roots, scratch):  # type: ignore[no-untyped-def]
+@njit(**KERNEL)
+def _squares(starts, coefficients, sources, source_rows, squares, roots, scratch, worker):  # type: ignore[no-untyped-def]
     """Computes squares[u] = the sum of the squares of roots * the sum of segment u; empty roots stand for ones."""
-    for chunk in prange(_CHUNKS):
+    first_chunk, last_chunk = share(_CHUNKS, worker)
+    for chunk in range(first_chunk, last_chunk):
         total = scratch[chunk]
         for segment in range(chunk * squares.shape[0] // _CHUNKS, (chunk + 1) * squares.shape[0] // _CHUNKS):
             _add_reads(segment, starts, coefficients, sources, source_rows, total)
@@ -220,12 +222,13 @@ def _squares(starts, coefficients, sources, source_rows, squares, roots, scratch
             squares[segment] = _square_sum(total)
 
 
-@njit(**_KERNEL, parallel=True, fastmath={"reassoc", "contract"})
+@njit(**KERNEL, fastmath={"reassoc", "contract"})
 def _dots_and_squares(  # type: ignore[no-untyped-def]
-    table, rows, order, starts, coefficients, sources, source_rows, dots, squares, scratch
+    table, rows, order, starts, coefficients, sources, source_rows, dots, squares, scratch, worker
 ):
     """Computes dots[l] = <row, source row> of read l, and squares[u] of segment u; each row is read once."""
-    for chunk in prange(_CHUNKS):
+    first_chunk, last_chunk = share(_CHUNKS, worker)
+    for chunk in range(first_chunk, last_chunk):
         total = scratch[chunk]
         for segment in range(chunk * rows.shape[0] // _CHUNKS, (chunk + 1) * rows.shape[0] // _CHUNKS):
             _request(table, rows, segment + _ROWS_AHEAD)
@@ -244,12 +247,13 @@ def _dots_and_squares(  # type: ignore[no-untyped-def]
 
 
 # One kernel per rule, so that a run compiles those of its own; the equations stand in `rules/`.
-@njit(**_KERNEL, parallel=True)
+@njit(**KERNEL)
 def _sgd(  # type: ignore[no-untyped-def]
-    table, rows, starts, coefficients, sources, source_rows, factors, scratch, seed, numbers
+    table, rows, starts, coefficients, sources, source_rows, factors, scratch, seed, numbers, worker
 ):
     factor, rate, remaining = float32(numbers[0]), float32(numbers[1]), float32(numbers[2])
-    for chunk in prange(_CHUNKS):
+    first_chunk, last_chunk = share(_CHUNKS, worker)
+    for chunk in range(first_chunk, last_chunk):
         total = scratch[chunk]
         for segment in range(chunk * rows.shape[0] // _CHUNKS, (chunk + 1) * rows.shape[0] // _CHUNKS):
             _request(table, rows, segment + _ROWS_AHEAD)
@@ -257,21 +261,22 @@ def _sgd(  # type: ignore[no-untyped-def]
             _descend(table[rows[segment]], total, factor, rate, remaining, rows[segment], seed)
 
 
-@njit(**_KERNEL)
+@njit(**CALLED)
 def _descend(values, grad, factor, rate, remaining, row, seed):  # type: ignore[no-untyped-def]
     dim = values.shape[0]
     for v in range(dim):
         _store(values, v, remaining * widened(values[v]) - rate * (factor * grad[v]), row * dim + v, seed)
 
 
-@njit(**_KERNEL, parallel=True)
+@njit(**KERNEL)
 def _row_adagrad(  # type: ignore[no-untyped-def]
-    table, rows, starts, coefficients, sources, source_rows, row_sums, factors, scratch, seed, numbers
+    table, rows, starts, coefficients, sources, source_rows, row_sums, factors, scratch, seed, numbers, worker
 ):
     """Takes the mean squares of whole rows as `factors`, where these are parts of them."""
     factor, lr, remaining, eps = float32(numbers[0]), float32(numbers[1]), float32(numbers[2]), float32(numbers[5])
     dim = table.shape[1]
-    for chunk in prange(_CHUNKS):
+    first_chunk, last_chunk = share(_CHUNKS, worker)
+    for chunk in range(first_chunk, last_chunk):
         total = scratch[chunk]
         for segment in range(chunk * rows.shape[0] // _CHUNKS, (chunk + 1) * rows.shape[0] // _CHUNKS):
             row = rows[segment]
@@ -287,15 +292,28 @@ def _row_adagrad(  # type: ignore[no-untyped-def]
             _descend(table[row], total, factor, lr / (sqrt(row_sum) + eps), remaining, row, seed)
 
 
-@njit(**_KERNEL, parallel=True)
+@njit(**KERNEL)
 def _lazy_adam(  # type: ignore[no-untyped-def]
-    table, rows, starts, coefficients, sources, source_rows, exp_avg, exp_avg_sq, factors, scratch, seed, numbers
+    table,
+    rows,
+    starts,
+    coefficients,
+    sources,
+    source_rows,
+    exp_avg,
+    exp_avg_sq,
+    factors,
+    scratch,
+    seed,
+    numbers,
+    worker,
 ):
     """Takes the bias corrections of each row as `factors`, where they are counted by row."""
     scale, lr, decayed, beta1, beta2, eps_, correction1, root_correction2, _ = numbers
     factor, remaining, eps = float32(scale), float32(decayed), float32(eps_)
     old1, new1, old2, new2 = float32(beta1), float32(1 - beta1), float32(beta2), float32(1 - beta2)
-    for chunk in prange(_CHUNKS):
+    first_chunk, last_chunk = share(_CHUNKS, worker)
+    for chunk in range(first_chunk, last_chunk):
         total = scratch[chunk]
         for segment in range(chunk * rows.shape[0] // _CHUNKS, (chunk + 1) * rows.shape[0] // _CHUNKS):
             row = rows[segment]
@@ -315,15 +333,16 @@ def _lazy_adam(  # type: ignore[no-untyped-def]
                 _store(values, v, value, place + v, seed)
 
 
-@njit(**_KERNEL, parallel=True)
+@njit(**KERNEL)
 def _catch_up_adam(  # type: ignore[no-untyped-def]
     table, rows, starts, coefficients, sources, source_rows, exp_avg_sq, last_step, factors, scratch, seed,
-    numbers,
+    numbers, worker,
 ):  # fmt: skip
     scale, lr, decayed, _, beta2, eps_, _, root_correction2, number = numbers
     factor, rate, remaining, eps = float32(scale), float32(lr), float32(decayed), float32(eps_)
     root, new2 = float32(1 / root_correction2), float32(1 - beta2)
-    for chunk in prange(_CHUNKS):
+    first_chunk, last_chunk = share(_CHUNKS, worker)
+    for chunk in range(first_chunk, last_chunk):
         total = scratch[chunk]
         for segment in range(chunk * rows.shape[0] // _CHUNKS, (chunk + 1) * rows.shape[0] // _CHUNKS):
             row = rows[segment]
@@ -343,13 +362,14 @@ def _catch_up_adam(  # type: ignore[no-untyped-def]
                 _store(values, v, value, place + v, seed)
 
 
-@njit(**_KERNEL, parallel=True)
+@njit(**KERNEL)
 def _factored_adam(  # type: ignore[no-untyped-def]
-    table, rows, starts, coefficients, sources, source_rows, factors, roots, sums, scratch, seed, numbers
+    table, rows, starts, coefficients, sources, source_rows, factors, roots, sums, scratch, seed, numbers, worker
 ):
     """Takes the root of each row's factor and 1 / q as `factors`; adds g**2 / q to the sums of the chunk."""
     factor, rate, remaining, eps = float32(numbers[0]), float32(numbers[1]), float32(numbers[2]), float32(numbers[5])
-    for chunk in prange(_CHUNKS):
+    first_chunk, last_chunk = share(_CHUNKS, worker)
+    for chunk in range(first_chunk, last_chunk):
         total, sum_of_chunk = scratch[chunk], sums[chunk]
         for segment in range(chunk * rows.shape[0] // _CHUNKS, (chunk + 1) * rows.shape[0] // _CHUNKS):
             row = rows[segment]

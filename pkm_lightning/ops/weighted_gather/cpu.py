@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pkm_lightning.ops.numba_arrays import numpy_view
 from pkm_lightning.ops.numba_intrinsics import widened
+from pkm_lightning.ops.numba_kernels import ALL, KERNEL, share
 from pkm_lightning.ops.numba_threads import use_torch_threads
 from pkm_lightning.ops.segments import read_sources
 from pkm_lightning.ops.weighted_gather import eager
@@ -27,16 +28,17 @@ def gather_dot(table_NV: Tensor, rows_XV: Tensor, ids_TK: Tensor, groups_TK: Ten
     # There are far fewer upstream rows than the T * K table rows to read, so widening a copy of them costs little.
     inputs = table_NV, rows_XV.float(), ids_TK.int(), read_sources(ids_TK, groups_TK, n_groups), dots_TK
     use_torch_threads()
-    _dots(*map(numpy_view, inputs))
+    _dots(*map(numpy_view, inputs), ALL)
     return dots_TK.to(table_NV.dtype)
 
 
 # The compiler vectorises a float sum only if it may regroup the terms (`reassoc`). It does so once, when it compiles
 # the kernel, so that results do not change from run to run. `contract` allows fused multiply-adds; the other fast-math
 # flags, which assume that no value is NaN or infinite, stay off.
-@numba.njit(nogil=True, cache=True, parallel=True, fastmath={"reassoc", "contract"})
-def _dots(table_NV, rows_XV, ids_TK, sources_TK, dots_TK):  # type: ignore[no-untyped-def]
-    for t in numba.prange(ids_TK.shape[0]):
+@numba.njit(**KERNEL, fastmath={"reassoc", "contract"})
+def _dots(table_NV, rows_XV, ids_TK, sources_TK, dots_TK, worker):  # type: ignore[no-untyped-def]
+    first, last = share(ids_TK.shape[0], worker)
+    for t in range(first, last):
         for k in range(ids_TK.shape[1]):
             row_V, source_V = table_NV[ids_TK[t, k]], rows_XV[sources_TK[t, k]]
             total = numba.float32(0)
