@@ -165,7 +165,7 @@ def _closest(measure: Callable[[int], float], budget: float, what: str, multiple
 
 
 def _smallest_valid(measure: Callable[[int], float], what: str, multiple: int) -> tuple[int, float]:
-    """Returns the least value that the plugin accepts (n_keys must not be below knn, for example) and its measure."""
+    """Returns the least value that the plugin accepts (for example n_keys**2 must be knn or more) and its measure."""
     value = 1
     while not _is_valid(measure, value):
         value *= 2

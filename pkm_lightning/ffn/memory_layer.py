@@ -52,7 +52,7 @@ class MemoryLayer(ProductKeyFFN):
             densely. A given one is registered in the layer too, until a model takes it over.
         n_keys: sub-keys per half S; the table has n_keys**2 slots.
         heads: queries per token H.
-        knn: slots read per head K, 1 to n_keys.
+        knn: slots read per head K, 1 to n_keys**2.
         key_dim: dimension of both half keys together, even.
         query_norm: normalisation of the queries; see `pkm_lightning.memory.QueryNetwork`.
         key_norm: RMSNorm on the sub-keys.

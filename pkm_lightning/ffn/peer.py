@@ -48,7 +48,7 @@ class PEER(ProductKeyFFN):
         table: two value tables, or three with `glu`; None makes them, and the layer owns them.
         n_keys: sub-keys per half S; there are n_keys**2 experts.
         heads: queries per token H.
-        knn: experts per head K, 1 to n_keys.
+        knn: experts per head K, 1 to n_keys**2.
         key_dim: dimension of both half keys together, even.
         query_norm: `batch`, `rms`, `layer` or `none`.
         router: `softmax` over a head's experts, or `sigmoid` of each score.

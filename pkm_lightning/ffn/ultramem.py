@@ -61,7 +61,7 @@ class UltraMem(nn.Module):
         table: the value table, which all heads read; None makes one, and the layer owns it.
         n_keys: row keys, and column keys; n_keys**2 virtual slots.
         heads: queries per token H.
-        knn: slots read per head K, 1 to n_keys.
+        knn: slots read per head K, 1 to n_keys**2.
         key_dim: dimension of a row and a column key together, even.
         value_dim: values per row V, divisible by `cores`; None takes dim // 2.
         rank: Tucker rank R, 1 to n_keys.

@@ -62,7 +62,7 @@ class UltraMemV2(nn.Module):
         table: pre-values and values; None makes both, and the layer owns them.
         n_keys: row keys, and column keys; n_keys**2 slots.
         heads: queries per token H; their outputs are added.
-        knn: slots read per head K, 1 to n_keys.
+        knn: slots read per head K, 1 to n_keys**2.
         key_dim: dimension of a row and a column key together, even.
         value_dim: values per row V of both tables; None takes dim // 4.
         rank: Tucker rank, 1 to n_keys.
@@ -149,7 +149,7 @@ class UltraMemV2(nn.Module):
         # Called before the constructor, which would check these sizes too late for the formulas below.
         slots = product_slots(n_keys)
         check_integer("ffn.heads", heads, low=1)
-        check_integer("ffn.knn", knn, low=1, high=n_keys)
+        check_integer("ffn.knn", knn, low=1, high=n_keys**2)
         if value_dim is not None:
             check_integer("ffn.value_dim", value_dim, low=1)
         values = check_slices(max(1, dim // 4) if value_dim is None else value_dim, cores, value_dim)

@@ -56,7 +56,7 @@ class Addressing(nn.Module):
         dim: model dimension D.
         heads: queries per token H.
         n_keys: sub-keys per half S.
-        knn: slots read per head K, 1 to n_keys.
+        knn: slots read per head K, 1 to n_keys**2.
         key_dim: dimension of both half keys together, even.
         query_norm: `none`, `rms`, `batch` or `layer`; see `QueryNetwork`.
         key_norm: RMSNorm on the sub-keys; see `ProductKeys`.
@@ -92,7 +92,7 @@ class Addressing(nn.Module):
         super().__init__()
         check_integer("ffn.heads", heads, low=1)
         check_integer("ffn.n_keys", n_keys, low=1, high=MAX_SUB_KEYS)
-        check_integer("ffn.knn", knn, low=1, high=n_keys)
+        check_integer("ffn.knn", knn, low=1, high=n_keys**2)
         half_key_dim(key_dim)
         check_choice("ffn.activation", activation, ACTIVATIONS)
         check_choice("ffn.score_precision", score_precision, SCORE_PRECISIONS)
@@ -240,7 +240,7 @@ class Addressing(nn.Module):
     @property
     def training_reads(self) -> int:
         """Rows that each token reads in training: all candidates with the straight-through gradient."""
-        per_head = self.knn**2 if self.cures.straight_through else self.knn
+        per_head = min(self.knn, self.n_keys) ** 2 if self.cures.straight_through else self.knn
         return self.query.heads * per_head
 
     def flops(self) -> int:

@@ -121,24 +121,24 @@ def balance_loss(
 def candidate_grid(
     halves_2HTS: tuple[Tensor, Tensor], selection_2HTS: tuple[Tensor, Tensor], k: int
 ) -> tuple[Float[Tensor, "H T J"], Int[Tensor, "H T J"], Int[Tensor, "H T K"]]:
-    """Returns all pairs of the `k` best sub-keys of each half, which contain the `k` best slots.
+    """Returns all pairs of the `k` best sub-keys of each half, or of all, which contain the `k` best slots.
 
     Args:
         halves_2HTS: the scores of both halves.
         selection_2HTS: the scores for the selection: the same, or with noise.
-        k: slots to select, at most the sub-keys per half.
+        k: slots to select, at most the square of the sub-keys per half.
 
     Returns:
         Scores and slot ids of the candidates, ordered by rank in half 1, then in half 2, and the positions of the `k`
         best among them, best first.
     """
     n_keys = halves_2HTS[0].shape[-1]
-    key1_HTK, key2_HTK = (ranked_topk(scores_HTS.detach(), k) for scores_HTS in selection_2HTS)
+    key1_HTM, key2_HTM = (ranked_topk(scores_HTS.detach(), min(k, n_keys)) for scores_HTS in selection_2HTS)
 
     def sums(scores1_HTS: Tensor, scores2_HTS: Tensor) -> Tensor:
         return (
-            scores1_HTS.gather(-1, key1_HTK).unsqueeze(-1) + scores2_HTS.gather(-1, key2_HTK).unsqueeze(-2)
+            scores1_HTS.gather(-1, key1_HTM).unsqueeze(-1) + scores2_HTS.gather(-1, key2_HTM).unsqueeze(-2)
         ).flatten(-2)
 
-    ids_HTJ = (key1_HTK.unsqueeze(-1) * n_keys + key2_HTK.unsqueeze(-2)).flatten(-2).int()
+    ids_HTJ = (key1_HTM.unsqueeze(-1) * n_keys + key2_HTM.unsqueeze(-2)).flatten(-2).int()
     return sums(*halves_2HTS), ids_HTJ, ranked_topk(sums(*selection_2HTS).detach(), k)

@@ -1,7 +1,7 @@
 """Tucker-decomposed query-key retrieval: the score of slot (i, j) is bilinear in the scores of row i and of column j.
 
-Letters: Q queries per half, R Tucker rank, P values of a sub-key, C cores, M = K rows and columns preselected, F values
-of all queries, X and Y merged dimensions; 2 is the two halves (rows, columns), and S * S slots are addressed.
+Letters: Q queries per half, R Tucker rank, P values of a sub-key, C cores, M = min(K, S) rows and columns preselected,
+F values of all queries, X and Y merged dimensions; 2 is the two halves (rows, columns), and S * S slots are addressed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TuckerKeys(nn.Module):
     - for a C of rank 1 it selects the best slots among those with u^T S_row > 0 and t^T S_col > 0, as product top-k
       does; the product of two negative factors is positive as well, but such slots are not considered;
     - for any other C, a slot may have a high score from singular pairs that the preselection ignores;
-    - with knn = n_keys every slot is in the grid, and the selection is exact for every C.
+    - with knn = n_keys or above every slot is in the grid, and the selection is exact for every C.
 
     The sign of a singular pair is not determined, (u, t) or (-u, -t), but decides which sign of the factors is
     considered. The first pair has sum(u) + sum(t) >= 0, and sum(u) >= 0 where that sum is 0; a later one has the sign
@@ -82,7 +82,7 @@ class TuckerKeys(nn.Module):
         heads: number of heads H, each with its own queries, keys and cores.
         n_keys: sub-keys per half S.
         key_dim: dimension P of one query and of one sub-key.
-        knn: slots read per head K, and rows and columns preselected, 1 to n_keys.
+        knn: slots read per head K, 1 to n_keys**2, of the grid of M rows and columns.
         rank: Tucker rank R, 1 to n_keys.
         cores: number of cores C; the selection uses their sum.
         query_per_rank: one query per rank (UltraMemV2) instead of one for all of them (UltraMem).
@@ -114,6 +114,7 @@ class TuckerKeys(nn.Module):
         super().__init__()
         _check_sizes(heads=heads, n_keys=n_keys, key_dim=key_dim, knn=knn, rank=rank, cores=cores)
         self.heads, self.n_keys, self.key_dim, self.knn = heads, n_keys, key_dim, knn
+        self.preselected = min(knn, n_keys)
         self.rank, self.n_cores, self.queries = rank, cores, rank if query_per_rank else 1
         self.query = nn.Linear(dim, 2 * heads * self.queries * key_dim, bias=False)
         self.query_norm, self.key_norm = nn.RMSNorm(key_dim), nn.RMSNorm(key_dim)
@@ -157,7 +158,9 @@ class TuckerKeys(nn.Module):
             column_HTS = (t_HR[:, None, None] @ columns_HTRS).squeeze(-2)
             with torch.no_grad():
                 # `ranked_topk` instead of torch.topk, whose order of equal scores differs between devices.
-                row_HTM, column_HTM = ranked_topk(row_HTS, self.knn), ranked_topk(column_HTS, self.knn)
+                row_HTM, column_HTM = (
+                    ranked_topk(scores_HTS, self.preselected) for scores_HTS in (row_HTS, column_HTS)
+                )
                 row_HTK, column_HTK = self._select(rows_HTRS, columns_HTRS, cores_HCRR.sum(1), row_HTM, column_HTM)
             scores_HTCK = _bilinear(
                 _gather_keys(rows_HTRS, row_HTK), cores_HCRR, _gather_keys(columns_HTRS, column_HTK)
@@ -206,7 +209,7 @@ class TuckerKeys(nn.Module):
         """
         per_head = (
             2 * self.rank * self.n_keys * (self.key_dim + 1)  # half scores, preselection
-            + self.rank * self.knn * (self.rank + self.knn)  # grid
+            + self.rank * self.preselected * (self.rank + self.preselected)  # grid
             + self.n_cores * self.rank**2 * self.knn
         )
         return 2 * (self.query.weight.numel() + self.heads * per_head)
@@ -229,7 +232,8 @@ class TuckerKeys(nn.Module):
         mixed_HTRM = core_HRR.unsqueeze(1) @ _gather_keys(columns_HTRS, column_HTM)
         grid_HTMM = _gather_keys(rows_HTRS, row_HTM).transpose(-1, -2) @ mixed_HTRM
         best_HTK = ranked_topk(grid_HTMM.flatten(-2), self.knn)
-        return row_HTM.gather(-1, best_HTK // self.knn), column_HTM.gather(-1, best_HTK % self.knn)
+        row_HTK, column_HTK = best_HTK // self.preselected, best_HTK % self.preselected
+        return row_HTM.gather(-1, row_HTK), column_HTM.gather(-1, column_HTK)
 
 
 def leading_pair(
@@ -279,11 +283,11 @@ def selected_moments(n_keys: int, knn: int) -> tuple[float, float]:
 
     The row and column factors are then n_keys independent standard normals each. The i-th largest of n has the
     expectation Phi^-1((n - i + 1 - 0.375) / (n + 0.25)) (Blom 1958); the score Y is one of the `knn` largest products
-    of the first `knn` of both. The relative variance is that of these products over the square of their mean: the
-    spread within a read, not between tokens. Both are 0 for one key.
+    of the first `knn` of both, or of all. The relative variance is that of these products over the square of their
+    mean: the spread within a read, not between tokens. Both are 0 for one key.
     """
     # On the CPU, because a model may be built on the meta device.
-    rank_M = torch.arange(1, knn + 1, dtype=torch.float64, device="cpu")
+    rank_M = torch.arange(1, min(knn, n_keys) + 1, dtype=torch.float64, device="cpu")
     normal_M = torch.special.ndtri((n_keys - rank_M + 0.625) / (n_keys + 0.25))
     best_K = torch.outer(normal_M, normal_M).flatten().topk(knn).values
     mean = best_K.mean().item()
@@ -310,7 +314,7 @@ def _check_sizes(*, heads: int, n_keys: int, key_dim: int, knn: int, rank: int, 
     check_integer("ffn.heads", heads, low=1)
     check_integer("ffn.n_keys", n_keys, low=1, high=MAX_SUB_KEYS)
     check_integer("ffn.key_dim", key_dim, low=1)
-    check_integer("ffn.knn", knn, low=1, high=n_keys)
+    check_integer("ffn.knn", knn, low=1, high=n_keys**2)
     check_integer("ffn.cores", cores, low=1)
     check_integer("ffn.rank", rank, low=1)
     if rank > n_keys:

@@ -135,7 +135,7 @@ def test_a_class_of_the_user_without_tables() -> None:
         ({"n_key": 7}, r"^MemoryPlus has no argument 'n_key'\. Did you mean 'n_keys'\?$"),
         ({"ffn": MemoryPlus(dim=DIM, n_keys=4, knn=2)}, r"^ffn=an instance of MemoryPlus is no class of FFNs; give"),
         ({"ffn": "memory_plus"}, r"^ffn='memory_plus' is no class of FFNs"),
-        ({"knn": 9}, r"^ffn.knn=9 is out of range; allowed: 1 to 7\.$"),
+        ({"knn": 50}, r"^ffn.knn=50 is out of range; allowed: 1 to 49\.$"),
         ({"mode": "beside"}, r"^mode='beside' is not known; allowed: replace, parallel, before, after"),
         ({"zero_start": True}, r"^zero_start=True under mode='replace' leaves the layers without an FFN"),
         ({"learning": "row"}, r"^table.learning='row' is not known; allowed: dense, rows"),

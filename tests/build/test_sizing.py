@@ -85,7 +85,7 @@ def test_match_none_changes_nothing() -> None:
     ("overrides", "message"),
     [
         (("match=flop",), r"match='flop' is not known; allowed: none, flops, params\. Did you mean 'flops'\?"),
-        (("match=params", "match_budget=1000"), r"match=params through ffn.n_keys: even its least value 8 gives "),
+        (("match=params", "match_budget=1000"), r"match=params through ffn.n_keys: even its least value 6 gives "),
         (("match=flops", "match_budget=10"), r"match=flops through ffn.value_dim: even its least value 1 gives "),
         (("match=params", "match_budget=1e15"), r"ffn.n_keys: the nearest value 46340 gives .* set match_budget"),
         (("ffn=custom", "ffn._target_=toys.Constant", "match=flops"), r"toys.Constant names no knob .* _size_by_"),

@@ -65,7 +65,7 @@ WRONG: dict[tuple[str, ...], list[str]] = {
         *("+model.base_ffn.foo=1", "+model.base_ffn.activation=3", "model.base_ffn._target_=null"),
         *("model.memory=3", "model.memory.n_keys=1.5", "model.memory.heads=null", "model.memory.knn=0"),
         *("ffn.n_keys=1.5", "ffn.n_keys=46341", "ffn.n_keys=9999999999999999999999", "ffn.n_keys=null", "~ffn.n_keys"),
-        *("ffn.heads=0", "ffn.knn=17", "ffn.knn=null", "ffn.key_dim=31", "ffn.value_dim=0", "ffn.value_dim=x", "~ffn"),
+        *("ffn.heads=0", "ffn.knn=257", "ffn.knn=null", "ffn.key_dim=31", "ffn.value_dim=0", "ffn.value_dim=x", "~ffn"),
         *("ffn.gate=3", "ffn.gate=siwlu", "ffn.activation=null", "ffn.temperature=3", "ffn.qk_norm=null"),
         *("ffn.cures=3", "ffn.cures=[1]", "ffn.cures.simvq=3", "ffn.cures.gumbel_noise=x", "ffn.cures.balance_loss=-1"),
         *("+ffn.cures.foo=1", "+ffn.foo=1", "ffn._target_=3", "ffn._target_=nowhere.X", "ffn._target_=null", "ffn=3"),
@@ -138,7 +138,7 @@ WRONG: dict[tuple[str, ...], list[str]] = {
         *("ffn.norm_eps=x", "+ffn.vocab_size=9", "+ffn.table_reader=0"),
     ],
     ("ffn=stem",): ["ffn.hidden_dim=0", "ffn.hidden_dim=172.0", "ffn.hidden_dim=null", "+ffn.activation=gelu"],
-    ("ffn=ultramem_v2",): ["ffn.rank=0", "ffn.balance_loss=-1", "ffn.value_dim=0", "ffn.knn=17"],
+    ("ffn=ultramem_v2",): ["ffn.rank=0", "ffn.balance_loss=-1", "ffn.value_dim=0", "ffn.knn=257"],
     DDP: [
         *("strategy.broadcast_buffers=3", "strategy.gradient_as_bucket_view=null", "+strategy.timeout=5"),
         *("+strategy.find_unused_parameters=x", "+strategy.process_group_backend=3", "table.group=3"),

@@ -123,7 +123,7 @@ WHEN_RESOLVED = {
     "one prompt": (["data.prompts=hello"], ["data.prompts='hello'", "list"]),
     "negative rate": (["optim.lr=-1"], ["optim.lr=-1"]),
     "seed": (["seed=abc"], ["seed='abc'", "not a whole number"]),
-    "knn": (["ffn.knn=257"], ["ffn.knn=257", "1 to 256"]),
+    "knn": (["ffn.knn=65537"], ["ffn.knn=65537", "1 to 65536"]),
     "odd key dimension": (["ffn.key_dim=31"], ["ffn.key_dim=31", "odd", "32"]),
     "heads": (["model.n_heads=5"], ["model.dim=64", "model.n_heads=5", "4, 8, 16, 32"]),
     "kv heads": (["model.n_kv_heads=3"], ["model.n_heads=4", "model.n_kv_heads=3", "1, 2, 4"]),

@@ -137,7 +137,7 @@ def balance_loss(keys: TuckerKeys, x_TD: Tensor, valid_T: Tensor, beta: float, c
             ids = ids_THK[valid_T, h].flatten().tolist()
             picks = [n // keys.n_keys if half == 0 else n % keys.n_keys for n in ids]
             if counts == "preselected":
-                picks = router_THS[valid_T, h].topk(keys.knn, dim=-1).indices.flatten().tolist()
+                picks = router_THS[valid_T, h].topk(min(keys.knn, keys.n_keys), dim=-1).indices.flatten().tolist()
             p_S = router_THS[valid_T, h].softmax(-1).mean(0)
             losses += [sum(picks.count(n) / len(picks) * p_S[n] for n in range(keys.n_keys)) * keys.n_keys]
     return beta * torch.stack(losses).mean()  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from pkm_lightning.ffn import FFNContext, Memory
 from pkm_lightning.memory import ValueTable
 
 SIZES: list[dict[str, Any]] = [
-    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 5, "key_dim": 6},
+    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 8, "key_dim": 6},
     {"dim": 10, "n_keys": 9, "heads": 8, "knn": 4, "key_dim": 4},
     {"dim": 4, "n_keys": 6, "heads": 1, "knn": 2, "key_dim": 4},
 ]
@@ -45,7 +45,7 @@ def test_the_default_is_one_layer_with_nothing_after_the_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"knn": 6}, r"ffn.knn=6 is out of range; allowed: 1 to 5\."),
+        ({"knn": 26}, r"ffn.knn=26 is out of range; allowed: 1 to 25\."),
         ({"key_dim": 3}, r"ffn.key_dim=3 is odd; it is split into two half keys: use 4\."),
         ({"dim": 8}, r"table has shape \(25, 7\), but ffn.n_keys=5 and model.dim=8 need \(25, 8\)"),
     ],

@@ -17,7 +17,7 @@ from pkm_lightning.memory import ValueTable
 # Odd sizes; k = 1 and k = n_keys; 1 to 8 heads; one slot only; values narrower and wider than the model.
 SIZES: list[dict[str, Any]] = [
     {"dim": 6, "n_keys": 5, "heads": 1, "knn": 1, "key_dim": 4, "value_dim": None},
-    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 5, "key_dim": 6, "value_dim": 9},
+    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 8, "key_dim": 6, "value_dim": 9},
     {"dim": 10, "n_keys": 9, "heads": 8, "knn": 4, "key_dim": 4, "value_dim": 3},
     {"dim": 5, "n_keys": 11, "heads": 2, "knn": 7, "key_dim": 10, "value_dim": 1},
     {"dim": 3, "n_keys": 1, "heads": 4, "knn": 1, "key_dim": 6, "value_dim": 2},
@@ -165,10 +165,10 @@ def test_the_trace_holds_slots_and_weights_only_when_observed() -> None:
     x_BTD = torch.randn(2, 5, 7, dtype=torch.float64)
     assert layer(x_BTD, context(x_BTD)).trace == {}
     trace = layer(x_BTD, context(x_BTD, observe=True)).trace
-    chosen = brute_force.read(brute_force.parameters(layer), x_BTD.flatten(0, 1), heads=3, knn=5, norm="rms")
+    chosen = brute_force.read(brute_force.parameters(layer), x_BTD.flatten(0, 1), heads=3, knn=8, norm="rms")
     assert trace["slot_ids"].dtype is torch.int32
-    assert torch.equal(trace["slot_ids"], chosen.ids_THK.view(2, 5, 3, 5).int())
-    assert_close(trace["slot_weights"], chosen.weights_THK.view(2, 5, 3, 5).detach())
+    assert torch.equal(trace["slot_ids"], chosen.ids_THK.view(2, 5, 3, 8).int())
+    assert_close(trace["slot_weights"], chosen.weights_THK.view(2, 5, 3, 8).detach())
     assert not trace["slot_weights"].requires_grad
 
 

@@ -102,8 +102,8 @@ def test_initial_output_variance_is_that_of_its_factors() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"knn": 8}, r"ffn.knn=8 is out of range; allowed: 1 to 7\."),
-        ({"knn": 0}, r"ffn.knn=0 is out of range; allowed: 1 to 7\."),
+        ({"knn": 50}, r"ffn.knn=50 is out of range; allowed: 1 to 49\."),
+        ({"knn": 0}, r"ffn.knn=0 is out of range; allowed: 1 to 49\."),
         ({"heads": 0}, r"ffn.heads=0 is out of range"),
         ({"n_keys": 0}, r"ffn.n_keys=0 is out of range; allowed: 1 to 46340\."),
         ({"n_keys": 50_000}, r"ffn.n_keys=50000 is out of range"),

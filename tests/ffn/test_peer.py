@@ -22,7 +22,7 @@ from pkm_lightning.ffn import PEER, FFNContext
 from pkm_lightning.memory import ValueTable
 
 SIZES: list[dict[str, Any]] = [
-    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 5, "key_dim": 6},
+    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 8, "key_dim": 6},
     {"dim": 10, "n_keys": 9, "heads": 8, "knn": 4, "key_dim": 4},
     {"dim": 4, "n_keys": 6, "heads": 1, "knn": 2, "key_dim": 4},
 ]
@@ -151,7 +151,7 @@ def test_peak_memory_is_at_most_half_of_gather_and_einsum() -> None:
     [
         ({"router": "relu"}, r"ffn.router='relu' is not known; allowed: softmax, sigmoid\."),
         ({"query_norm": "bn"}, r"ffn.query_norm='bn' is not known; allowed: none, rms, batch, layer"),
-        ({"knn": 6}, r"ffn.knn=6 is out of range; allowed: 1 to 5\."),
+        ({"knn": 26}, r"ffn.knn=26 is out of range; allowed: 1 to 25\."),
         ({"glu": True}, r"^PEER needs a list of 3 tables \(ffn.glu=True, "),
         ({"shared_keys": "no"}, r"ffn.shared_keys='no' is neither true nor false; set ffn.shared_keys=true"),
         ({"glu": "yes"}, r"ffn.glu='yes' is neither true nor false; set ffn.glu=true or ffn.glu=false\."),

@@ -15,7 +15,7 @@ from pkm_lightning.ffn import PKM, FFNContext
 from pkm_lightning.memory import ValueTable
 
 SIZES: list[dict[str, Any]] = [
-    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 5, "key_dim": 6},
+    {"dim": 7, "n_keys": 5, "heads": 3, "knn": 8, "key_dim": 6},
     {"dim": 10, "n_keys": 9, "heads": 8, "knn": 4, "key_dim": 4},
     {"dim": 4, "n_keys": 6, "heads": 1, "knn": 2, "key_dim": 2},
 ]
@@ -114,7 +114,7 @@ def test_initial_output_variance_is_that_of_the_weights_times_the_values() -> No
         ({"query_norm": "rms"}, r"ffn.query_norm='rms' is not known; allowed: batch, layer, none\."),
         ({"key_dim": 5}, r"ffn.key_dim=5 is odd"),
         ({"key_dim": "x"}, r"ffn.key_dim='x' is not a number"),
-        ({"knn": 6}, r"ffn.knn=6 is out of range; allowed: 1 to 5\."),
+        ({"knn": 26}, r"ffn.knn=26 is out of range; allowed: 1 to 25\."),
         ({"n_keys": 6}, r"table has shape \(25, 7\), but ffn.n_keys=6 and model.dim=7 need \(36, 7\)"),
         ({"cures": {"gumble_noise": 1}}, r"ffn.cures.gumble_noise is not known; .* Did you mean 'gumbel_noise'\?"),
         ({"cures": {"balance_loss": -1}}, r"ffn.cures.balance_loss=-1 is out of range; allowed: 0 or more"),

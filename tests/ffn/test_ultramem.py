@@ -29,7 +29,7 @@ SIZES: list[dict[str, Any]] = [
         "expansion": 1,
     },
     {"dim": 6, "n_keys": 6, "heads": 3, "knn": 4, "key_dim": 10, "value_dim": 8, "rank": 2, "cores": 2, "expansion": 4},
-    {"dim": 5, "n_keys": 4, "heads": 2, "knn": 4, "key_dim": 8, "value_dim": 9, "rank": 3, "cores": 3, "expansion": 2},
+    {"dim": 5, "n_keys": 4, "heads": 2, "knn": 6, "key_dim": 8, "value_dim": 9, "rank": 3, "cores": 3, "expansion": 2},
     {"dim": 8, "n_keys": 9, "heads": 1, "knn": 1, "key_dim": 4, "value_dim": 2, "rank": 2, "cores": 1, "expansion": 3},
 ]
 
@@ -170,7 +170,7 @@ def test_cost_is_counted_exactly(sizes: dict[str, Any]) -> None:
     [
         ({"rank": 7}, r"ffn.rank=7 is above the number of keys, ffn.n_keys=6, .*; set ffn.rank to 1 to n_keys\."),
         ({"rank": 0}, r"ffn.rank=0 is out of range"),
-        ({"knn": 7}, r"ffn.knn=7 is out of range; allowed: 1 to 6\."),
+        ({"knn": 37}, r"ffn.knn=37 is out of range; allowed: 1 to 36\."),
         ({"heads": 0}, r"ffn.heads=0 is out of range"),
         ({"n_keys": 50_000}, r"ffn.n_keys=50000 is out of range; allowed: 1 to 46340\."),
         ({"key_dim": 0}, r"ffn.key_dim=0 is out of range"),

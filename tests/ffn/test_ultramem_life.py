@@ -123,7 +123,7 @@ def test_the_configuration_composes_with_its_placement_and_steps() -> None:
     assert (model.write_after, len(model.tables)) == (4, 1)
     assert (model.tables[0].rows, model.tables[0].dim) == (256**2 // 16, 32)
     # The spread of the rows is that of the whole model's depth.
-    assert model.tables[0].weight.std().item() == pytest.approx((16 / (2 * 8 * 2 * 5)) ** 0.5, rel=0.02)
+    assert model.tables[0].weight.std().item() == pytest.approx((16 / (2 * 32 * 1 * 5)) ** 0.5, rel=0.02)
     assert build_meta_model(composed).blocks[0].ffn.variant.cost().table_params == 256**2 // 16 * 32
 
 

@@ -23,7 +23,7 @@ from pkm_lightning.model.plugin_outputs import ParallelFFN
 SIZES: list[dict[str, Any]] = [
     {"dim": 9, "n_keys": 5, "heads": 1, "knn": 3, "key_dim": 6, "value_dim": None, "rank": 2},
     {"dim": 6, "n_keys": 6, "heads": 3, "knn": 4, "key_dim": 10, "value_dim": 6, "rank": 3, "cores": 3},
-    {"dim": 5, "n_keys": 4, "heads": 2, "knn": 4, "key_dim": 8, "value_dim": 1, "rank": 1},
+    {"dim": 5, "n_keys": 4, "heads": 2, "knn": 6, "key_dim": 8, "value_dim": 1, "rank": 1},
     {"dim": 8, "n_keys": 9, "heads": 1, "knn": 1, "key_dim": 4, "value_dim": 11, "rank": 2},
 ]
 
@@ -192,7 +192,7 @@ def test_the_configuration_puts_it_beside_every_ffn() -> None:
     ("changes", "message"),
     [
         ({"rank": 7}, r"ffn.rank=7 is above the number of keys, ffn.n_keys=6, .*; set ffn.rank to 1 to n_keys\."),
-        ({"knn": 7}, r"ffn.knn=7 is out of range; allowed: 1 to 6\."),
+        ({"knn": 37}, r"ffn.knn=37 is out of range; allowed: 1 to 36\."),
         ({"heads": 0}, r"ffn.heads=0 is out of range"),
         ({"n_keys": 0}, r"ffn.n_keys=0 is out of range; allowed: 1 to 46340\."),
         ({"key_dim": 0}, r"ffn.key_dim=0 is out of range"),

@@ -20,12 +20,12 @@ from pkm_lightning.memory.cures import balance_loss, entropy_loss, gumbel, mean_
 H, S, K, D = 2, 5, 3, 6
 
 
-def addressing(activation: str = "softmax", norm: str = "rms", **cures: Any) -> Addressing:
+def addressing(activation: str = "softmax", norm: str = "rms", *, knn: int = K, **cures: Any) -> Addressing:
     return Addressing(
         dim=D,
         heads=H,
         n_keys=S,
-        knn=K,
+        knn=knn,
         key_dim=8,
         query_norm=norm,
         key_norm=norm == "rms",
@@ -88,21 +88,22 @@ def test_losses_are_least_where_use_is_uniform() -> None:
     assert bool(certain_HTS.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("activation", ["softmax", "relu", "sigmoid"])
-def test_straight_through_reads_the_same_and_learns_from_all_candidates(activation: str) -> None:
-    plain, through = addressing(activation), addressing(activation, straight_through=True)
+# 9 slots are more than the 5 sub-keys of a half, so that all 25 are candidates.
+@pytest.mark.parametrize(("activation", "knn"), [("softmax", K), ("relu", 9), ("sigmoid", K)])
+def test_straight_through_reads_the_same_and_learns_from_all_candidates(activation: str, knn: int) -> None:
+    plain, through = addressing(activation, knn=knn), addressing(activation, knn=knn, straight_through=True)
     through.load_state_dict(plain.state_dict())
     table = ValueTable(rows=S * S, dim=4).double()
     x_TD = torch.randn(7, D, dtype=torch.float64, requires_grad=True)
     expected, read = plain(x_TD), through(x_TD)
-    assert read.ids_TC.shape == (7, H * K * K)
+    assert read.ids_TC.shape == (7, H * min(knn, S) ** 2)
     assert torch.equal(read.ids_THK, expected.ids_THK)
     assert_close(read.weights_THK, expected.weights_THK.detach())
     y_TV = table(read.ids_TC, read.weights_TC)
     assert_close(y_TV, table(expected.ids_TC, expected.weights_TC))
-    # The gradient is that of a read of all K * K candidates.
+    # The gradient is that of a read of all candidates.
     scores1_THS, scores2_THS = halves(through, x_TD)
-    key1_THK, key2_THK = (s.detach().topk(K, dim=-1).indices for s in (scores1_THS, scores2_THS))
+    key1_THK, key2_THK = (s.detach().topk(min(knn, S), dim=-1).indices for s in (scores1_THS, scores2_THS))
     sums_THKK = scores1_THS.gather(-1, key1_THK).unsqueeze(-1) + scores2_THS.gather(-1, key2_THK).unsqueeze(-2)
     sums_THC = sums_THKK.flatten(-2)
     weights = {"softmax": sums_THC.softmax(-1), "relu": sums_THC.relu(), "sigmoid": sums_THC.sigmoid()}[activation]
@@ -114,7 +115,7 @@ def test_straight_through_reads_the_same_and_learns_from_all_candidates(activati
     )
     assert_close(table_grad_NV, read_N.unsqueeze(-1).expand(-1, 4), kind="grad")
     assert_same_gradients(y_TV, soft_TV, {"x": x_TD, **dict(through.named_parameters())})
-    assert through.eval()(x_TD).ids_TC.shape == (7, H * K)
+    assert through.eval()(x_TD).ids_TC.shape == (7, H * knn)
 
 
 def test_gumbel_draws_have_the_moments_of_the_distribution() -> None:

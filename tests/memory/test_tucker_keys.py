@@ -22,7 +22,7 @@ from pkm_lightning.memory.tucker_keys import leading_pair, selected_moments
 SIZES: list[dict[str, Any]] = [
     {"dim": 6, "heads": 1, "n_keys": 5, "key_dim": 3, "knn": 1, "rank": 1, "cores": 1},
     {"dim": 7, "heads": 3, "n_keys": 9, "key_dim": 5, "knn": 4, "rank": 2, "cores": 1},
-    {"dim": 5, "heads": 2, "n_keys": 7, "key_dim": 4, "knn": 3, "rank": 3, "cores": 3},
+    {"dim": 5, "heads": 2, "n_keys": 7, "key_dim": 4, "knn": 10, "rank": 3, "cores": 3},
     {"dim": 4, "heads": 1, "n_keys": 1, "key_dim": 1, "knn": 1, "rank": 1, "cores": 2},
 ]
 
