@@ -14,6 +14,7 @@ IMPORTED_IN = os.getpid()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    time.sleep(0.3)  # a checkpoint is written
     print("stopped in order", flush=True)
     sys.exit(143)
 

@@ -11,9 +11,11 @@ The comparison and the server talk in lines of JSON over a pair of sockets, whic
 |---|---|---|
 | comparison | {"run": 3, "module": "pkm_lightning", "arguments": [...], "log": PATH} | fork run 3 |
 | comparison | {"run": 3, "signal": 15, "group": false} | send a signal to it, or to its session |
+| server | {"run": 3, "pid": 4242} | it has been forked |
 | server | {"run": 3, "exit": 0} | it has ended; below 0: the negated number of the signal that ended it |
 
-The server ends with the comparison, even one that was killed, and the kernel then sends SIGTERM to the runs.
+The server ends with the comparison, even one that was killed, and the kernel then sends SIGTERM to the runs. Where the
+server alone has ended, a run counts as ended when its process has, which may write its checkpoint first.
 """
 
 from __future__ import annotations
@@ -57,12 +59,33 @@ class ForkedRun:
     def __init__(self, server: ForkServer, number: int) -> None:
         self._server, self.number = server, number
         self.returncode: int | None = None
+        self._pid = 0
+        # A file descriptor that stands for the process, whoever its parent is, and is readable when it has ended.
+        self._process: int | None = None
 
     def poll(self) -> int | None:
-        """Returns the exit code, None while it runs."""
+        """Returns the exit code, None while it runs; where the server has ended alone, that of the server."""
         if self.returncode is None:
             self._server.receive()
         return self.returncode
+
+    def begin(self, pid: int) -> None:
+        """Takes the number of its process."""
+        self._pid = pid
+        with contextlib.suppress(ProcessLookupError):
+            self._process = os.pidfd_open(pid)
+
+    def end(self, code: int) -> None:
+        """Takes its exit code."""
+        self.returncode = code
+        if self._process is not None:
+            os.close(self._process)
+            self._process = None
+
+    @property
+    def has_process(self) -> bool:
+        """Whether its process has begun and not ended."""
+        return self._process is not None and not select.select([self._process], [], [], 0)[0]
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for its end.
@@ -80,11 +103,17 @@ class ForkedRun:
 
     def terminate(self) -> None:
         """Sends it SIGTERM."""
-        self._server.send({"run": self.number, "signal": int(signal.SIGTERM), "group": False})
+        self._signal(signal.SIGTERM, group=False)
 
     def kill_session(self) -> None:
         """Sends SIGKILL to it and all that it has started."""
-        self._server.send({"run": self.number, "signal": int(signal.SIGKILL), "group": True})
+        self._signal(signal.SIGKILL, group=True)
+
+    def _signal(self, number: signal.Signals, group: bool) -> None:
+        if self._server.is_alive:
+            self._server.send({"run": self.number, "signal": int(number), "group": group})
+        elif self.has_process:
+            _signal({self._pid: self.number}, {"run": self.number, "signal": int(number), "group": group})
 
 
 class ForkServer:
@@ -110,6 +139,7 @@ class ForkServer:
         self._socket, self._unread = ours, b""
         self._runs: dict[int, ForkedRun] = {}
         self._number = 0
+        self._exit_code: int | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -130,21 +160,23 @@ class ForkServer:
 
     def receive(self) -> None:
         """Takes in what the server has sent; the runs of a server that was killed end with its exit code."""
-        while self._runs and select.select([self._socket], [], [], 0)[0]:
+        while self._runs and self._exit_code is None and select.select([self._socket], [], [], 0)[0]:
             try:
                 data = self._socket.recv(65536)
             except OSError:
                 data = b""
             if not data:
-                code = self._process.wait()
-                for run in self._runs.values():
-                    run.returncode = code or 1
-                self._runs.clear()
+                self._exit_code = self._process.wait() or 1
                 self._socket.close()
-                return
             *lines, self._unread = (self._unread + data).split(b"\n")
             for message in map(json.loads, lines):
-                self._runs.pop(message["run"]).returncode = message["exit"]
+                if "pid" in message:
+                    self._runs[message["run"]].begin(message["pid"])
+                else:
+                    self._runs.pop(message["run"]).end(message["exit"])
+        if self._exit_code is not None:
+            for run in [run for run in self._runs.values() if not run.has_process]:
+                self._runs.pop(run.number).end(self._exit_code)
 
     def close(self) -> None:
         """Ends the server, whose runs have ended."""
@@ -179,11 +211,15 @@ def _serve() -> dict[str, Any] | None:
                     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                     return dict(message)
                 runs[pid] = message["run"]
+                _answer({"run": message["run"], "pid": pid})
         while runs and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            end = {"run": runs.pop(ended[0]), "exit": os.waitstatus_to_exitcode(ended[1])}
-            # The comparison may be gone: the next look at the socket sees that.
-            with contextlib.suppress(OSError):
-                os.write(0, json.dumps(end).encode() + b"\n")
+            _answer({"run": runs.pop(ended[0]), "exit": os.waitstatus_to_exitcode(ended[1])})
+
+
+def _answer(message: Mapping[str, int]) -> None:
+    # The comparison may be gone: the next look at the socket sees that.
+    with contextlib.suppress(OSError):
+        os.write(0, json.dumps(message).encode() + b"\n")
 
 
 def _signal(runs: Mapping[int, int], message: Mapping[str, Any]) -> None:
