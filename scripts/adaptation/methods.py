@@ -65,6 +65,8 @@ _LORA = tuple(
     for rank, rate in ((16, 1e-3), (16, 3e-3), (64, 1e-3), (64, 3e-3), (4, 3e-3), (16, 1e-2))
 )
 _SPARSE = ("finetune=sparse",)
+# Of the rates below.
+_FACTOR = ("optim.table_lr_factor=4",)
 # The memory that a pretrained model gets beside an FFN.
 _MEMORY = ("extra_ffns=memory_plus", "extra_ffns.memory_plus.placement.layers={layers}")
 _MEMORY_SIZE = ("extra_ffns.memory_plus.placement.mode=parallel", "extra_ffns.memory_plus.ffn.n_keys={n_keys}")
@@ -79,7 +81,7 @@ _ADDED = (*_MEMORY, *_MEMORY_SIZE)
 def _sparse(score: str, name: str, label: str) -> Method:
     chosen = (f"finetune.score={score}",)
     overrides = {
-        "facts": (*_SPARSE, *chosen),
+        "facts": (*_SPARSE, *chosen, *_FACTOR),
         "smollm2": (*_ADDED, *_SPARSE, *chosen, *_BACKGROUND),
     }
     return Method(name, label, f"rows that the facts read, chosen by {score}", overrides, _sparse_settings())
@@ -111,7 +113,7 @@ METHODS: tuple[Method, ...] = (
         "memory",
         "memory",
         "all of a new memory, of a trained one every row that is read",
-        {"facts": (*_SPARSE, "finetune.rows=null"), "smollm2": (*_ADDED, "finetune=adapter")},
+        {"facts": (*_SPARSE, *_FACTOR, "finetune.rows=null"), "smollm2": (*_ADDED, "finetune=adapter")},
         _rates(1e-3, 3e-3, 3e-4, 1e-2, 1e-4, 3e-2),
     ),
     _sparse("tfidf", "sparse-tfidf", "sparse rows, TF-IDF"),

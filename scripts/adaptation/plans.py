@@ -55,12 +55,16 @@ class Plan:
 
 
 _ROWS = ("sparse-tfidf", "sparse-kl", "sparse-random")
-#: People of the default data with their controls, which the starting model of facts has seen.
+#: People of the starting model of facts with its controls.
 SEEN_PEOPLE = 3600 + 250
 FACTS = Plan(
     name="facts",
     pretrained=None,
-    start=(),
+    # The run that was the default when the comparison was made.
+    start=(
+        *("data.people=3600", "data.cities=1000", "data.global_batch_size=48", "trainer.max_steps=2100"),
+        *("model.memory.heads=2", "model.memory.knn=8", "optim.table_lr_factor=4"),
+    ),
     task="ballplayers",
     dim=64,
     n_layers=2,
