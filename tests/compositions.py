@@ -11,9 +11,12 @@ import dataclasses
 import functools
 import pickle
 from typing import Any
+from unittest import mock
 
 from hydra._internal import config_loader_impl as loader
+from hydra._internal import defaults_list
 from hydra._internal.config_repository import ConfigRepository, IConfigRepository
+from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
@@ -48,7 +51,9 @@ def _keep_lists() -> None:
         # No list of the package has a missing group, so that `skip_missing` makes no difference.
         key = (config_name, *groups, options.get("prepend_hydra"))
         if key not in _lists:
-            _lists[key] = list_files(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
+            # Of no list of the package does an entry depend on other choices, which Hydra would collect for each file.
+            with mock.patch.object(defaults_list, "_create_interpolation_map", return_value=None):
+                _lists[key] = list_files(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
         return dataclasses.replace(_lists[key], config_overrides=values)
 
     @functools.wraps(merge_files)
@@ -79,6 +84,20 @@ def _keep_files() -> None:
         return result
 
     ConfigRepository.load_config = read
+    parse = ImportlibResourcesConfigSource.load_config
+
+    @functools.wraps(parse)
+    def parsed(self: ImportlibResourcesConfigSource, config_path: str) -> ConfigResult:
+        if not self.path.startswith(("hydra.", "pkm_lightning.")):
+            return parse(self, config_path)
+        key = config_path, self.path, self.provider
+        if key not in _read:
+            _read[key] = pickle.dumps(parse(self, config_path))
+        result: ConfigResult = pickle.loads(_read[key])
+        return result
+
+    # For compositions with files of a test, which the function above leaves alone.
+    ImportlibResourcesConfigSource.load_config = parsed
     # Hydra copies its sources for each composition, and with them all structured configurations, which do not change.
     ConfigStore.__deepcopy__ = lambda self, memo: self
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import os
 import signal
@@ -12,6 +14,7 @@ from pathlib import Path
 import compositions
 import shape_checks
 
+gc.disable()  # until all is imported and collected, which takes a million objects that stay
 shape_checks.install()
 compositions.keep_compositions()
 
@@ -29,6 +32,7 @@ from rank_group import Groups, groups  # noqa: E402
 from small import Outcome, Run  # noqa: E402
 
 from pkm_lightning.cli.main import main  # noqa: E402
+from pkm_lightning.data.facts import subjects  # noqa: E402
 
 # With several workers on few cores, more threads per process are slower. Processes that tests start inherit the limit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +40,8 @@ compile_in_turn()
 torch.set_num_threads(1)
 # What tests write need not survive a power cut.
 os.fsync = lambda descriptor: None
+# A second per data set with facts, of which tests build some dozens.
+subjects.LOADERS.update({domain: functools.cache(load) for domain, load in subjects.LOADERS.items()})
 # How long an example takes depends on what else runs on the machine.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -85,11 +91,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what imports and collection have made stays, and need not be searched again and again
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
+    gc.freeze()  # what is there by now need not be searched again and again, nor by pytest at the end
+    atexit.register(gc.unfreeze)
+    gc.enable()
 
 
 @pytest.fixture

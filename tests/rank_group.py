@@ -6,6 +6,7 @@ result.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -103,11 +104,15 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     )  # fmt: skip
     # Imported here, in the spawned process, after the variables above are set.
     import compile_once
+    import compositions
     import torch
     import torch.distributed as dist
 
     compile_once.compile_in_turn()
+    compositions.keep_compositions()
+    gc.freeze()  # a collection that walked over what the server has imported would copy its pages
     torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # as in conftest.py
     dist.init_process_group("gloo", rank=rank, world_size=size)
     while True:
         try:

@@ -62,7 +62,7 @@ def instantiate(config: Mapping[str, Any] | DictConfig, key: str, **keywords: An
     plain = {name: value for name, value in config.items() if not str(name).startswith("_") or name in _HYDRA_KEYS}
     try:
         # Partial first: Hydra deep-copies the arguments that it is given, and a value table must stay one object.
-        make = hydra_instantiate({"_convert_": "all", **plain}, _partial_=True)
+        make = hydra_instantiate({"_convert_": "all", "_partial_": True, **plain})
     except InstantiationException as error:
         if isinstance(error.__cause__, PkmError):
             raise error.__cause__ from None

@@ -167,8 +167,9 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 def _start_collections() -> None:
     """Enables the collections that `__main__` has disabled, which then pass over all that was imported."""
-    if not gc.get_freeze_count():  # else what an earlier job of a sweep has left would stay, too
-        gc.freeze()  # half a second less per collection
+    if gc.isenabled():  # by an earlier job of a sweep, whose leftovers must not stay, or in a program
+        return
+    gc.freeze()  # half a second less per collection
     # Libraries that count what they leave at the end of the process would miss what is frozen.
     atexit.register(gc.unfreeze)
     gc.enable()

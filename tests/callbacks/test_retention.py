@@ -50,7 +50,15 @@ def fit(cli: Run, *overrides: str) -> str:
 
 def start(cli: Run, folder: Path) -> list[str]:
     """Trains a starting run, and returns the overrides of a run that is asked what it learns."""
-    fit(cli, *SMALL_RUN, "run_dir=start", "data.seq_len=96", "trainer.max_steps=4", "~callbacks.samples")
+    fit(
+        cli,
+        *SMALL_RUN,
+        "run_dir=start",
+        "data.seq_len=96",
+        "trainer.max_steps=4",
+        "~callbacks.samples",
+        "~callbacks.recall",
+    )
     write_invented(InventedChoice(12, 4, 4, 0, 0), folder / "facts")
     facts = "callbacks.retention.facts=facts/facts.jsonl"
     return [*STEPS, facts, "callbacks.retention.questions=[facts/controls.jsonl]"]

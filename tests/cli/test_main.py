@@ -43,11 +43,14 @@ def test_help_imports_neither_hydra_nor_torch() -> None:
 
 
 def test_info_ends_its_process_with_all_it_printed_and_imports_what_it_uses() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "pkm_lightning", "info", "format=json"]
+    code = (
+        "import atexit, runpy, sys\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        "sys.argv[1:] = ['info', 'format=json']\nrunpy.run_module('pkm_lightning', run_name='__main__', alter_sys=True)"
+    )
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=buffered)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=buffered)
     assert json.loads(done.stdout)["ffn"] == "MemoryPlus"
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    imported = {name.partition(".")[0] for name in done.stderr.split()}
     assert {"torch", "lightning"} <= imported
     # Where transformers is installed torchmetrics imports it, and with it much else.
     assert not imported & {"deepspeed", "tensorboard", "accelerate", "datasets", "lm_eval"}

@@ -69,7 +69,10 @@ def in_parts(model: Transformer, ids_BT: Tensor, sizes: Sequence[int]) -> Tensor
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*((n, "32-true") for n in pretrained_models.NAMES), ("llama", "bf16-true"), ("gpt2", "bf16-true")],
+    [
+        *((n, "32-true") for n in pretrained_models.NAMES),
+        *(pytest.param(n, "bf16-true", marks=pytest.mark.slow) for n in ("llama", "gpt2")),
+    ],
 )
 def test_logits_are_at_first_those_of_the_pretrained_model(name: str, precision: str, folders: dict[str, Path]) -> None:
     run = retrofit(folders[name], *MIXTURE, f"trainer.precision={precision}")

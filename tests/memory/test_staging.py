@@ -159,7 +159,7 @@ def test_a_forward_that_is_recomputed_stages_once() -> None:
     assert_close(dense(staged(table), table), dense_table.weight.grad, kind="grad")
 
 
-@pytest.mark.parametrize("kind", ["sum", "dot", "rows"])
+@pytest.mark.parametrize("kind", ["sum", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dot", "rows"))])
 def test_compiled_layers_stage_the_same(kind: str) -> None:
     dense_table, dense_layers, table, layers = pair(kind)
     run(dense_layers)

@@ -11,7 +11,7 @@ from tolerances import RANKS
 @pytest.mark.parametrize(
     "overrides",
     [
-        "strategy=ddp ffn=memory_plus table.shard=dim",
+        pytest.param("strategy=ddp ffn=memory_plus table.shard=dim", marks=pytest.mark.slow),
         "strategy=fsdp ffn=peer table.shard=row",
         pytest.param("strategy=ddp ffn=moe", marks=pytest.mark.slow),
     ],

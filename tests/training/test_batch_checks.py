@@ -34,10 +34,11 @@ def test_a_later_batch_is_refused(name: str) -> None:
     given, where = settings("ffn=dense"), r"^batch 2 of {}_dataloader.*{}"
     with pytest.raises(DataError, match=where.format("train", message)):
         trainer().fit(LanguageModule(given), loader(batches(spoil, 2)))
-    with pytest.raises(DataError, match=where.format("val", message)):
-        trainer().validate(LanguageModule(given), loader(batches(spoil, 2)), verbose=False)
-    with pytest.raises(DataError, match=where.format("test", message)):
-        trainer().test(LanguageModule(given), loader(batches(spoil, 2)), verbose=False)
+    if name == "id":  # whatever is wrong, the other loops look in the same way
+        with pytest.raises(DataError, match=where.format("val", message)):
+            trainer().validate(LanguageModule(given), loader(batches(spoil, 2)), verbose=False)
+        with pytest.raises(DataError, match=where.format("test", message)):
+            trainer().test(LanguageModule(given), loader(batches(spoil, 2)), verbose=False)
 
 
 def without_targets(batch: Batch) -> Batch:

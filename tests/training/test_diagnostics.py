@@ -127,7 +127,7 @@ def test_update_ratios_are_those_of_the_step() -> None:
 @pytest.mark.parametrize(
     ("strategy", "shard"),
     [
-        ("ddp", "dim"),
+        pytest.param("ddp", "dim", marks=pytest.mark.slow),
         ("fsdp", "row"),
         pytest.param("deepspeed_1", "dim", marks=pytest.mark.slow),
         pytest.param("deepspeed_3", "row", marks=pytest.mark.slow),

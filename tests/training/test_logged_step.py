@@ -18,9 +18,7 @@ def logged(path: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
-@pytest.mark.parametrize(
-    ("interval", "steps"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (50, [5])], ids=str
-)
+@pytest.mark.parametrize(("interval", "steps"), [(0, []), (2, [2, 4, 5]), (50, [5])], ids=str)
 def test_checkpoints_are_named_by_their_step_whatever_was_logged_last(
     tmp_path: Path, interval: int, steps: list[int]
 ) -> None:

@@ -21,7 +21,7 @@ def test_training_repeats_itself_from_a_restored_state(overrides: str, kept_at: 
     assert jobs.repeat([*overrides.split(), "strategy=single"], kept_at) == []
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_on_ranks_too(ranks: Groups, strategy: str) -> None:
     overrides = ["ffn=memory_plus", f"strategy={strategy}", "table.shard=row"]
     assert ranks(2).run(jobs.repeat, overrides, 2) == [[], []]

@@ -95,7 +95,7 @@ def test_a_refused_step_moves_no_running_statistics_and_no_bias() -> None:
 @pytest.mark.parametrize(
     ("strategy", "more"),
     [
-        ("ddp", "table.shard=dim"),
+        pytest.param("ddp", "table.shard=dim", marks=pytest.mark.slow),
         ("fsdp", "table.shard=row"),
         pytest.param("deepspeed_1", "table.shard=dim", marks=pytest.mark.slow),
         pytest.param("deepspeed_2", "table.learning=dense trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
