@@ -23,7 +23,7 @@ class Facts(nn.Module):
         self.subject, self.relation = nn.Embedding(SUBJECTS, DIM), nn.Embedding(RELATIONS, DIM)
         # Given, and not made by the layer, since a layer's own table learns densely.
         table = ValueTable(rows=KEYS**2, dim=DIM, learning="rows")
-        self.memory = MemoryPlus(dim=DIM, n_keys=KEYS, table=table)
+        self.memory = MemoryPlus(dim=DIM, n_keys=KEYS, heads=2, knn=8, table=table)
         self.out = nn.Linear(DIM, ANSWERS)
 
     def forward(self, facts_N: Tensor) -> Tensor:

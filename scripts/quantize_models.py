@@ -39,10 +39,12 @@ FIELDS = (
 
 def settings(text: Path) -> dict[str, list[str]]:
     """Returns the overrides of `fit` by the name of the model."""
+    reads = ["model.memory.heads=2", "model.memory.knn=8", "optim.table_lr_factor=4"]
+    facts = ["data.people=3600", "data.cities=1000", "data.global_batch_size=48", "trainer.max_steps=2100"]
     text_model = ["model.n_layers=3", "model.memory.n_keys=128", "placement.layers=all", "optim.lr=6e-3"]
     steps = ["trainer.max_steps=600", "trainer.val_check_interval=200"]
     data = ["data=text", f"data.path={text.absolute()}", "data.document_separator=1", "data.vocab_size=2048"]
-    return {"facts": [], "text": [*data, *text_model, *steps]}
+    return {"facts": [*facts, *reads], "text": [*data, *text_model, *reads, *steps]}
 
 
 def command(*arguments: object) -> str:

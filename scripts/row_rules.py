@@ -27,9 +27,10 @@ WAYS: dict[str, tuple[list[str], float]] = {
     "lazy_adam_by_row": (["table/optimizer=lazy_adam", "table.optimizer.bias_correction=row"], 16),
     "row_adagrad": (["table/optimizer=row_adagrad"], 16),
 }
-#: About 1,400 facts, each shown 36 times as in the default, in a table of 16,384 rows of 64 values.
+#: About 1,400 facts, each shown 36 times, in a table of 16,384 rows of 64 values.
 SETTING = [
-    "ffn=memory_plus", "model.memory.n_keys=128", "data.people=400", "data.countries=30", "data.cities=120",
+    "ffn=memory_plus", "model.memory={n_keys: 128, heads: 2, knn: 8, key_dim: 32}", "data.global_batch_size=48",
+    "data.people=400", "data.countries=30", "data.cities=120",
     "data.control_subjects=50", "trainer.max_steps=240", "trainer.val_check_interval=240",
     "logger=none", "~callbacks.progress_bar", "~callbacks.samples",
 ]  # fmt: skip

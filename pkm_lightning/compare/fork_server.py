@@ -72,7 +72,8 @@ class ForkedRun:
     def begin(self, pid: int) -> None:
         """Takes the number of its process."""
         self._pid = pid
-        with contextlib.suppress(ProcessLookupError):
+        # Old kernels, sandboxes and some builds of Python have none: the run then counts as ended with its server.
+        with contextlib.suppress(OSError, AttributeError):
             self._process = os.pidfd_open(pid)
 
     def end(self, code: int) -> None:
@@ -154,12 +155,12 @@ class ForkServer:
         return run
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Sends a line; a server that has ended gets none, and its runs have ended with it."""
+        """Sends a line; a server that has ended gets none."""
         with contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> None:
-        """Takes in what the server has sent; the runs of a server that was killed end with its exit code."""
+        """Takes in what the server has sent; runs that outlive a killed server end with its exit code."""
         while self._runs and self._exit_code is None and select.select([self._socket], [], [], 0)[0]:
             try:
                 data = self._socket.recv(65536)

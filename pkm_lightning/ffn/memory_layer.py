@@ -183,7 +183,7 @@ class MemoryLayer(ProductKeyFFN):
         """Counts the query, all 2 S sub-key scores per head, H * K table rows and the matrices.
 
         Top-k and norms count no FLOPs. The bytes are those of a read at evaluation: the straight-through gradient reads
-        K times as many in training.
+        min(K, S)**2 / K times as many in training.
         """
         # Addressing and values count their FLOPs themselves; the remaining parameters are matrices of subclasses.
         params = count_parameters(self)

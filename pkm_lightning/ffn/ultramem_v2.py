@@ -92,7 +92,7 @@ class UltraMemV2(nn.Module):
         table: list[ValueTable] | None = None,
         n_keys: int = 256,
         heads: int = 1,
-        knn: int = 8,
+        knn: int = 32,
         key_dim: int = 32,
         value_dim: int | None = None,
         rank: int = 2,

@@ -3,7 +3,7 @@
 A slot that is never read gets no gradient. The losses here use the scores of the halves, which every sub-key has for
 every token. They cost two softmaxes over S sub-keys; the same losses over all S * S slots would be too expensive.
 
-Letters: J = K * K candidate pairs per head.
+Letters: M = min(K, S) sub-keys of each half, J = M * M candidate pairs per head.
 """
 
 from __future__ import annotations

@@ -284,13 +284,14 @@ def selected_moments(n_keys: int, knn: int) -> tuple[float, float]:
     The row and column factors are then n_keys independent standard normals each. The i-th largest of n has the
     expectation Phi^-1((n - i + 1 - 0.375) / (n + 0.25)) (Blom 1958); the score Y is one of the `knn` largest products
     of the first `knn` of both, or of all. The relative variance is that of these products over the square of their
-    mean: the spread within a read, not between tokens. Both are 0 for one key.
+    mean: the spread within a read, not between tokens. Both are 0 for one key. Where nearly all slots are read,
+    products of both signs cancel: the mean counts as half of their root mean square at least.
     """
     # On the CPU, because a model may be built on the meta device.
     rank_M = torch.arange(1, min(knn, n_keys) + 1, dtype=torch.float64, device="cpu")
     normal_M = torch.special.ndtri((n_keys - rank_M + 0.625) / (n_keys + 0.25))
     best_K = torch.outer(normal_M, normal_M).flatten().topk(knn).values
-    mean = best_K.mean().item()
+    mean = max(best_K.mean().item(), best_K.square().mean().sqrt().item() / 2)
     return mean, best_K.var(correction=0).item() / mean**2 if mean > 0 else 0.0
 
 

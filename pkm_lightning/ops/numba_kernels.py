@@ -2,7 +2,8 @@
 
 `parallel=True` doubles the time to compile a kernel: numba compiles each `prange` as a kernel more, with two wrappers.
 Here the kernel itself runs once per thread, and each run takes its share of the tasks. Only modules of numba kernels
-import this one. numba's cache of a kernel does not notice changes of this file: clear it (`make clean`) after one.
+import this one. An error in a kernel, as NUMBA_BOUNDSCHECK=1 raises, is seen with one thread only. numba's cache of a
+kernel does not notice changes of this file: clear it (`make clean`) after one.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def test_counts_of_a_transformer_are_those_of_its_traces(by: Any) -> None:
     in_batches, reads = recount(model, given, by)
     assert background.batches["table0"].tolist() == in_batches
     assert background.reads["table0"].tolist() == reads
-    assert 0 < sum(reads) == int(sum(b["valid"].sum() for b in given)) * 3 * 2 * 8  # layers, heads, reads per head
+    assert 0 < sum(reads) == int(sum(b["valid"].sum() for b in given)) * 3 * 32  # layers, heads, reads per head
 
 
 class Pair(nn.Module):

@@ -37,9 +37,9 @@ def test_flops_are_those_of_the_context_that_stands_beside_them(tokens: int, flo
 
 def test_a_batch_that_does_not_suit_the_model_or_the_ranks_is_remarked() -> None:
     few, uneven = describe(resolved("ffn=dense", "model=1.3b", "strategy=ddp", "devices=5"))["remarks"][::-1]
-    assert few.startswith("3,072 tokens per step (data.global_batch_size=48 x data.seq_len=64) are few for this model")
-    assert "would take 7,786,426 steps" in few
-    assert uneven.startswith("fit would refuse this batch: data.global_batch_size=48 does not divide over 5 ranks")
+    assert few.startswith("2,048 tokens per step (data.global_batch_size=32 x data.seq_len=64) are few for this model")
+    assert "would take 11,679,640 steps" in few
+    assert uneven.startswith("fit would refuse this batch: data.global_batch_size=32 does not divide over 5 ranks")
     large = describe(resolved("ffn=dense", "model=1.3b", "data.seq_len=4096", "data.global_batch_size=256"))
     assert large["remarks"] == []
 

@@ -223,8 +223,8 @@ def test_a_store_that_cannot_be_opened_is_named_and_nothing_stays(cli: Run, text
     ("overrides", "expected"),
     [
         (["ffn=dense"], {"ffn": "Dense", "slots": 0, "heads": 0, "knn": 0, "lr": 0.006, "dim": 64}),
-        (["ffn=memory_plus", "seed=3"], {"ffn": "MemoryPlus", "slots": 65536, "heads": 2, "knn": 8, "seed": 3}),
-        (["ffn=moe", "optim.lr=0.1"], {"ffn": "MoE", "lr": 0.1, "global_batch_size": 48, "data": "Facts"}),
+        (["ffn=memory_plus", "seed=3"], {"ffn": "MemoryPlus", "slots": 65536, "heads": 1, "knn": 32, "seed": 3}),
+        (["ffn=moe", "optim.lr=0.1"], {"ffn": "MoE", "lr": 0.1, "global_batch_size": 32, "data": "Facts"}),
     ],
 )
 def test_hyperparameters_have_the_same_names_for_every_ffn(overrides: list[str], expected: dict[str, Any]) -> None:

@@ -161,6 +161,12 @@ def test_runs_go_on_as_commands_where_the_server_was_killed(tmp_path: Path) -> N
     assert set(stopped) == {"stopped in order"}
 
 
+@ON_LINUX
+def test_a_system_without_descriptors_of_processes_forks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    assert ends(fakes(tmp_path, preload=("stand_in_run",)), scheduled(tmp_path, "fine"))["fine"].exit_code == 0
+
+
 def _wait_for(log: Path, line: str) -> None:
     deadline = time.monotonic() + 60
     while last_line(log) != line:

@@ -170,6 +170,8 @@ def test_moments_of_the_selected_scores(n_keys: int, knn: int) -> None:
     assert mean == pytest.approx(best_TK.mean().item(), rel=0.05)
     assert spread == pytest.approx((best_TK.var(dim=1, correction=0).mean() / best_TK.mean() ** 2).item(), abs=0.02)
     assert selected_moments(1, 1) == (0.0, 0.0)
+    # All slots are read: the mean would be 0 but for rounding, and counts as half of the root mean square.
+    assert selected_moments(8, 64)[1] == pytest.approx(4)
 
 
 @pytest.mark.parametrize("query_per_rank", [False, True])
