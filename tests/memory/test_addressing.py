@@ -142,4 +142,5 @@ def test_costs() -> None:
     layer = addressing()
     assert layer.reads == layer.training_reads == H * K
     assert addressing(straight_through=True).training_reads == H * K * K
+    assert addressing(straight_through=True, knn=9).training_reads == H * S * S
     assert layer.flops() == 2 * (D * H * 8 + 2 * H * S * 4)
