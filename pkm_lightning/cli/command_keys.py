@@ -29,7 +29,7 @@ INSPECTION_KEYS = (
 #: Keys of `edit` alone.
 EDIT_KEYS = (
     "action",
-    *(key for key in ACTIONS["write"] if key not in ("batch_size", "sample_seed", "overwrite")),
+    *(key for key in ACTIONS["write"] if key not in ("batch_size", "sample_seed", "overwrite", "data")),
 )
 _ON_SAVED = ("validate", "test", "predict", "generate", "chat", "evaluate", "inspect")
 #: Keys of a command and the verbs that read them; every verb reads the others.

@@ -30,6 +30,7 @@ from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.loading import load_of_job
 from pkm_lightning.cli.paths import expanded
+from pkm_lightning.cli.places import cache_of
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.files import find_files
 from pkm_lightning.errors import ConfigError, RunDirectoryError, check_choice, check_flag, counted, nearest
@@ -49,10 +50,14 @@ def run(job: Job) -> None:
     action = str(job.config.action)
     check_choice("action", action, ACTIONS)
     for override in job.overrides:
-        top = key_of(override).partition(".")[0]
+        top, _, rest = key_of(override).partition(".")
         if top not in (*_OF_MODEL, *ACTIONS[action]):
             others = ", ".join(verb for verb, keys in ACTIONS.items() if top in keys)
             raise ConfigError(f"{override}: edit {action} does not read {top}, only edit {others}; leave it out.")
+        if top == "data" and rest != "cache_dir":
+            raise ConfigError(
+                f"{override}: edit reads of data only data.cache_dir; for other text give drift_path=FILE."
+            )
     _, path = locate(job)
     if is_pretrained(path):
         raise ConfigError(
@@ -101,7 +106,9 @@ def _write(job: Job, weights: Path) -> None:
             loaded.edits.remove(name)
         for line in repeats(facts, loaded.edits.applied.values()):
             _log.warning("%s", line)
-        text = other_text(drift, run_folder(loaded.path), loaded, settings, trust=bool(job.config.trust_config))
+        cache = cache_of({"data": {"cache_dir": job.config.data.cache_dir if job.sets("data.cache_dir") else None}})
+        run = run_folder(loaded.path)
+        text = other_text(drift, run, loaded, settings, cache=cache, trust=bool(job.config.trust_config))
         edit = write_facts(
             loaded.model,
             loaded.codec(),

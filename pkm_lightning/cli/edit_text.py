@@ -11,7 +11,6 @@ from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.loading import LoadedModel
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER, companion_place
-from pkm_lightning.cli.places import cache_of
 from pkm_lightning.cli.resume import saved_config
 from pkm_lightning.cli.run_contents import HELD_OUT
 from pkm_lightning.data.base import Batch
@@ -24,7 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 def other_text(
-    drift_path: str | None, folder: Path | None, loaded: LoadedModel, settings: WritingSettings, *, trust: bool
+    drift_path: str | None,
+    folder: Path | None,
+    loaded: LoadedModel,
+    settings: WritingSettings,
+    *,
+    cache: str,
+    trust: bool,
 ) -> TextParts:
     """Returns the text that the learning sees, and the text that bounds what it may change.
 
@@ -34,6 +39,7 @@ def other_text(
         folder: the run's directory; None for a bare checkpoint.
         loaded: the model.
         settings: how much is read.
+        cache: where a run that is not trusted has its data prepared.
         trust: whether the run's configuration may name classes of other packages.
 
     Raises:
@@ -53,14 +59,14 @@ def other_text(
             "other text."
         )
     parts = held_out_parts(held_out, companion_place(loaded.path, TOKENIZER), most_tokens=most, seed=settings.seed)
-    training = [] if folder is None else _training(folder, loaded, most, trust=trust)
+    training = [] if folder is None else _training(folder, loaded, most, cache, trust=trust)
     return parts._replace(penalised=[*training, *parts.penalised])
 
 
-def _training(folder: Path, loaded: LoadedModel, most_tokens: int, *, trust: bool) -> list[Batch]:
+def _training(folder: Path, loaded: LoadedModel, most_tokens: int, cache: str, *, trust: bool) -> list[Batch]:
     """Returns training sequences of a run, none where its data are not prepared here: nothing is built for them."""
     try:
-        config = saved_config(folder, trust=trust, cache=cache_of({"data": {"cache_dir": None}}))
+        config = saved_config(folder, trust=trust, cache=cache)
         data = instantiate(config["data"], "data")
         if not isinstance(data, TokenDataModule):
             return []

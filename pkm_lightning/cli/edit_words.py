@@ -12,7 +12,7 @@ from pkm_lightning.errors import ConfigError, nearest
 ACTIONS: dict[str, tuple[str, ...]] = {
     "write": (
         *("facts", "name", "note", "drift_path", "drift_tokens", "kl_bound", "rows_per_fact", "margin", "max_steps"),
-        *("max_seconds", "lr", "batch_size", "contexts", "ends", "sample_seed", "overwrite"),
+        *("max_seconds", "lr", "batch_size", "contexts", "ends", "sample_seed", "overwrite", "data"),
     ),
     "list": ("format",),
     "show": ("name",),

@@ -15,7 +15,7 @@ from pkm_lightning.compare.settings import SET_BY_COMPARE, Settings, check_name
 from pkm_lightning.errors import ConfigError
 
 #: Multiples of the dense model's forward FLOPs per token of the trunk.
-LADDER = (0.5, 1.0, 2.0, 4.0)
+LADDER = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def test_every_variant_is_swept_alike_and_trained_with_its_best_rate(tmp_path: P
     )  # fmt: skip
     assert code == 0, output
     sweep = content(tmp_path / "out")["sweep"]
-    variants = ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x", "pkm"]
+    variants = ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x", "dense_8x", "pkm"]
     assert list(sweep["results"]) == variants
     for variant in variants:
         losses = {
@@ -99,7 +99,7 @@ def test_every_variant_is_swept_alike_and_trained_with_its_best_rate(tmp_path: P
     data = {record(folder.parent)["data"] for folder in (tmp_path / "out").rglob("run.json")}
     assert len(data) == 2
     flops = {row["arm"]: float(row["trunk_flops_forward"]) for row in rows(tmp_path / "out")}
-    for variant, factor in (("dense_0.5x", 0.5), ("dense_2x", 2), ("dense_4x", 4), ("pkm", 1)):
+    for variant, factor in (("dense_0.5x", 0.5), ("dense_2x", 2), ("dense_8x", 8), ("pkm", 1)):
         assert abs(flops[variant] / flops["dense_1x"] / factor - 1) < 0.02
     assert "multiplier" in (tmp_path / "out" / "report.md").read_text()
 

@@ -117,6 +117,14 @@ def test_facts_that_are_known_are_not_written_again(cli: Run, run: Path) -> None
     assert list(edit_files(run / "edits")) == ["once"]
 
 
+def test_training_data_are_looked_for_in_the_cache_of_the_command(cli: Run, run: Path) -> None:
+    for own, missing in ([], False), (["data.cache_dir=elsewhere"], True):
+        shown = cli(*WRITE, "name=a", "overwrite=true", *own)
+        assert shown.code == 0, shown.err
+        assert ("training data are not at hand" in shown.out + shown.err) == missing
+    assert not Path("elsewhere").exists()  # nothing is built for them
+
+
 def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
     base = weights()
     for name in ("b", "a"):
@@ -189,6 +197,8 @@ def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
         ([*WRITE, "ends=maybe"], "ends='maybe' is neither true nor false"),
         ([*WRITE, "drift_path=none.txt"], "drift_path=none.txt does not exist"),
         ([*WRITE, "ffn=dense"], "edit does not read ffn"),
+        ([*WRITE, "data.seq_len=8"], "edit reads of data only data.cache_dir; for other text give drift_path=FILE"),
+        (["edit", "list", "run_dir=run", "data.cache_dir=x"], "edit list does not read data, only edit write"),
         ([*WRITE, "file=x.safetensors"], "edit write does not read file, only edit merge"),
         (["edit", "list", "run_dir=run", "facts=facts.jsonl"], "edit list does not read facts, only edit write"),
         (["edit", "remove", "run_dir=run"], "name is not set; give edit remove name=NAME"),

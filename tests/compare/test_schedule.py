@@ -54,9 +54,9 @@ def test_a_variant_with_its_own_learning_rate_and_a_sweep_exclude_each_other() -
 
 def test_the_ladder_takes_the_place_of_dense_with_its_overrides() -> None:
     rungs = with_ladder([Variant("moe", ("ffn=moe",)), Variant("dense", ("ffn=dense", "ffn.activation=gelu"))], 1000)
-    assert [rung.name for rung in rungs] == ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x", "moe"]
+    assert [rung.name for rung in rungs] == ["dense_0.5x", "dense_1x", "dense_2x", "dense_4x", "dense_8x", "moe"]
     assert rungs[0].overrides == ("ffn=dense", "ffn.activation=gelu", "match=flops", "match_budget=500")
-    assert rungs[3].overrides[-1] == "match_budget=4000"
+    assert rungs[4].overrides[-1] == "match_budget=8000"
 
 
 def test_the_ladder_refuses_a_variant_of_its_name() -> None:
