@@ -15,7 +15,7 @@ import lightning as L
 
 from pkm_lightning.callbacks.base import find_callback, in_training
 from pkm_lightning.callbacks.recall import Recall
-from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
+from pkm_lightning.callbacks.stopwatch import ProcessorStopwatch, Stopwatch, TimedCallback
 from pkm_lightning.callbacks.throughput import Throughput
 from pkm_lightning.data.base import data_of, fingerprint_of, n_facts_of, own_test_of
 from pkm_lightning.training import LanguageModule
@@ -45,16 +45,19 @@ class RunRecord(TimedCallback):
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best validation so far, the last throughput, and the seconds trained."""
+        """Returns the best validation so far, the last throughput, and the seconds trained, of clock and processors."""
         return {
             "best_validation": self._best,
             "throughput": self._throughput,
             "seconds": self.stopwatch.seconds,
+            "processor_seconds": self.processor_stopwatch.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores them."""
         self._best, self.stopwatch = state["best_validation"], Stopwatch(state["seconds"])
+        # Checkpoints of earlier versions have none: what was not counted stays unknown.
+        self.processor_stopwatch = ProcessorStopwatch(state.get("processor_seconds", math.nan))
         self._throughput = state["throughput"]
 
     def fields(self, trainer: L.Trainer) -> dict[str, Any]:
@@ -132,3 +135,7 @@ class RunRecord(TimedCallback):
         }
         if self._throughput:
             self._counts["throughput"] = self._throughput
+        processor = self.processor_stopwatch.seconds
+        # Of this process alone: those of other ranks are not known here.
+        if trainer.world_size == 1 and math.isfinite(processor):
+            self._counts["seconds"]["processor"] = round(processor, 3)

@@ -1,4 +1,4 @@
-"""A stopwatch that adds up over stops and resumes, and the base of callbacks that measure the time of training."""
+"""Stopwatches that add up over stops and resumes, and the base of callbacks that measure the time of training."""
 
 from __future__ import annotations
 
@@ -41,8 +41,20 @@ class Stopwatch:
         return time.perf_counter() - compile_seconds()
 
 
+class ProcessorStopwatch(Stopwatch):
+    """A stopwatch of the seconds that the processors work for this process, in all its threads."""
+
+    @staticmethod
+    def _now() -> float:
+        return time.process_time() - compile_seconds()
+
+
 class TimedCallback(L.Callback):
-    """A callback whose `stopwatch` runs while the model trains and is stopped during validations.
+    """A callback whose stopwatches run while the model trains and are stopped during validations.
+
+    Attributes:
+        stopwatch: of the clock.
+        processor_stopwatch: of the processors, which hardly depends on what else the machine does.
 
     Args:
         arguments: those of the next class in the order of inheritance.
@@ -52,25 +64,34 @@ class TimedCallback(L.Callback):
         # For subclasses that also inherit from a callback of Lightning.
         super().__init__(**arguments)
         self.stopwatch = Stopwatch()
+        self.processor_stopwatch: Stopwatch = ProcessorStopwatch()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock, which in a resumed run continues from the time before."""
-        self.stopwatch.start()
+        """Starts the stopwatches, which in a resumed run continue from the time before."""
+        self._start_stopwatches()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops the clock."""
-        self.stopwatch.stop()
+        """Stops the stopwatches."""
+        self._stop_stopwatches()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock again, if the validation was part of training."""
-        # The validation that precedes training ends before the clock is first started.
+        """Starts the stopwatches again, if the validation was part of training."""
+        # The validation that precedes training ends before they are first started.
         if in_training(trainer):
-            self.stopwatch.start()
+            self._start_stopwatches()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops the clock."""
-        self.stopwatch.stop()
+        """Stops the stopwatches."""
+        self._stop_stopwatches()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Stops the clock."""
+        """Stops the stopwatches."""
+        self._stop_stopwatches()
+
+    def _start_stopwatches(self) -> None:
+        self.stopwatch.start()
+        self.processor_stopwatch.start()
+
+    def _stop_stopwatches(self) -> None:
         self.stopwatch.stop()
+        self.processor_stopwatch.stop()

@@ -134,7 +134,7 @@ class FakeRun:
             "bytes_per_token": {"train": 512, "decode": 16 * self.flops},
             "unknown_cost": [],
             "tokens": 1_000_000,
-            "seconds": {"train": self.seconds, "total": self.seconds + 5},
+            "seconds": {"train": self.seconds, "processor": 2 * self.seconds, "total": self.seconds + 5},
             "tokens_per_second": 1_000_000 / self.seconds,
             "peak_memory_bytes": 900_000_000,
             "precision": "32-true",

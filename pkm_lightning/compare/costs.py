@@ -24,12 +24,14 @@ FIGURES: dict[str, Getter] = {
     "bytes_decode": lambda r: r["bytes_per_token"]["decode"],
     "tokens": lambda r: r["tokens"],
     "seconds_train": lambda r: r["seconds"]["train"],
+    "processor_seconds": lambda r: r["seconds"]["processor"],
     "tokens_per_second": lambda r: r["tokens_per_second"],
     "peak_memory_bytes": lambda r: r["peak_memory_bytes"],
     "facts": lambda r: r["facts"],
 }
-#: Units of a training's total cost: FLOPs of the trunk or of the model, or seconds; see `training_cost`.
-BASES = ("trunk", "model", "time")
+#: Units of a training's total cost: FLOPs of the trunk, of the model, seconds, processor seconds; see `training_cost`.
+BASES = ("trunk", "model", "time", "processor")
+_SECONDS = {"time": "seconds_train", "processor": "processor_seconds"}
 # Where a plugin states no cost, the record's sums leave it out: they would be too low.
 _STATED_BY_PLUGINS = frozenset(name for name in FIGURES if "flops" in name or name.startswith("bytes_"))
 
@@ -50,8 +52,9 @@ def training_cost(run: Run, basis: str) -> float:
 
     Args:
         run: a finished run.
-        basis: `trunk`: FLOPs of all layers; `model`: with the unembedding at every position; `time`: seconds.
+        basis: `trunk`: FLOPs of all layers; `model`: with the unembedding at every position; `time`: seconds;
+            `processor`: seconds of the processors, where it was one process.
     """
-    if basis == "time":
-        return cost(run, "seconds_train")
+    if basis in _SECONDS:
+        return cost(run, _SECONDS[basis])
     return cost(run, f"{basis}_flops_train") * cost(run, "tokens")

@@ -147,15 +147,23 @@ def _span(values: Iterable[float], form: str) -> str:
     return " to ".join(dict.fromkeys((form.format(min(finite)), form.format(max(finite)))))
 
 
+#: What a dense model needs, by `costs.BASES`.
+_IN_WORDS = {
+    "trunk": "{} the FLOPs in the trunk",
+    "model": "{} in the whole model",
+    "time": "{} the training seconds",
+    "processor": "{} the processor seconds",
+}
+
+
 def _multiplier(study: Study) -> str:
     """Returns what a dense model needs for the quality of the best variant."""
     variants = [variant for variant in ordered_candidates(study) if variant in study.multipliers.get("trunk", {})]
     if not variants:
         return ""
-    words = {"trunk": "{} the FLOPs in the trunk", "model": "{} in the whole model", "time": "{} the training seconds"}
     parts = []
-    for basis, text in words.items():
-        one = study.multipliers[basis].get(variants[0])
+    for basis, text in _IN_WORDS.items():
+        one = study.multipliers.get(basis, {}).get(variants[0])
         if one is not None and not math.isnan(one.value.value):
             parts.append(text.format(f"{one.value}{f' ({one.low} to {one.high})' if one.has_interval else ''}"))
     return f"For the quality of {variants[0]} a dense model needs {in_a_row(parts)}." if parts else ""

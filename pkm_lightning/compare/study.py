@@ -152,6 +152,8 @@ def make_study(folders: Sequence[Path], settings: ReportSettings) -> Study:
     for basis in BASES if ladder else ():
         costs = {variant: _mean_training_cost(of_variant, basis) for variant, of_variant in variants.items()}
         known = {variant: value for variant, value in costs.items() if math.isfinite(value)}
+        if not known.keys() >= set(ladder):  # only processor seconds may be missing, of runs of several processes
+            continue
         assert resampled is not None
         by_basis[basis] = multipliers(resampled, ladder, known, higher_is_better=quality.higher_is_better)
     return Study(

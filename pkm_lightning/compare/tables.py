@@ -102,6 +102,15 @@ def _interval_note(study: Study) -> str:
     )
 
 
+#: Headings of multipliers by `costs.BASES`.
+_GROUPS = {
+    "trunk": "FLOPs of the trunk",
+    "model": "FLOPs of the model",
+    "time": "training seconds",
+    "processor": "processor seconds",
+}
+
+
 def multiplier_table(study: Study) -> Table | None:
     """Returns how much more compute, and time, a dense model needs for the same quality; None without a ladder."""
     if not study.multipliers:
@@ -120,7 +129,6 @@ def multiplier_table(study: Study) -> Table | None:
             cells += [f"{share:.2f}x", f"{one.value} ({one.low} to {one.high})" if one.has_interval else str(one.value)]
         rows.append([variant, study.quality.format(study.resampled.mean[variant]), *cells])
     rungs = ", ".join(f"{variant} {study.quality.format(study.resampled.mean[variant])}" for variant in study.ladder)
-    groups = {"trunk": "FLOPs of the trunk", "model": "FLOPs of the model", "time": "training seconds"}
     cost = f"cost over {study.reference}"
     return Table(
         "Compute and time multipliers",
@@ -129,15 +137,17 @@ def multiplier_table(study: Study) -> Table | None:
         "than the largest of them; '<=': no better than the smallest. Trunk: all layers without embedding and "
         "unembedding. "
         "Model: with the unembedding at every position, though training computes it only where there is a target. "
-        "Seconds are those of this machine. The interval resamples quality; costs count as exact.",
+        "Seconds are those of this machine; processor seconds hardly depend on what else it does. The interval "
+        "resamples quality; costs count as exact.",
         [Column("variant"), Column(study.quality.label),
-         *(column for basis in study.multipliers for column in columns(cost, "multiplier", group=groups[basis]))],
+         *(column for basis in study.multipliers for column in columns(cost, "multiplier", group=_GROUPS[basis]))],
         rows,
     )  # fmt: skip
 
 
 def cost_table(study: Study) -> Table:
     """Returns parameters, FLOPs, bytes, speed and memory."""
+    has_processor = any(math.isfinite(study.mean_cost(variant, "processor_seconds")) for variant in study.variants)
     shown = (
         (Column("total", "parameters"), "params_total", compact),
         (Column("active", "parameters"), "params_active", compact),
@@ -149,6 +159,7 @@ def cost_table(study: Study) -> Table:
         (Column("decoding", "bytes per token"), "bytes_decode", compact),
         (Column("tokens", "training"), "tokens", compact),
         (Column("seconds", "training"), "seconds_train", seconds),
+        *([(Column("processor seconds", "training"), "processor_seconds", seconds)] if has_processor else []),
         (Column("tokens per second", "training"), "tokens_per_second", compact),
         (Column("peak memory, MB", "training"), "peak_memory_bytes", lambda value: compact(value / 1e6)),
     )

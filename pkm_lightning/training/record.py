@@ -10,7 +10,7 @@
 | flops_per_token | train and decode, of the model and of its trunk, at `context` tokens in attention [1] |
 | bytes_per_token | train (the rows that each token moves) and decode (parameters read at batch 1) |
 | unknown_cost | plugins that state no cost; the figures above exclude them |
-| tokens, seconds, tokens_per_second | real input tokens, {train, total} over all sittings |
+| tokens, seconds, tokens_per_second | real input tokens, {train, processor [2], total} over all sittings |
 | throughput | the last figures of `pkm_lightning.callbacks.Throughput`, without checkpoints' time; None without it |
 | peak_memory_bytes | of the process, or of the device where it is a GPU |
 | versions, commit | of the libraries; of the working directory, if it is this package's checkout |
@@ -26,6 +26,7 @@
 | evaluation | by task of lm-evaluation-harness: step, n, num_fewshot, figures; only after `evaluate` |
 
 [1] The unembedding counts at every position; training computes it only where there is a target.
+[2] Those that the processors worked for training, in all threads; absent for runs of several processes.
 
 `start_record` has what is known before training, `pkm_lightning.callbacks.RunRecord` collects the rest, and `fit` adds
 how the run ended.

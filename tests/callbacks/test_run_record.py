@@ -70,10 +70,11 @@ def test_the_best_validation_is_the_lowest_finite_one_in_training() -> None:
 def test_a_resumed_run_keeps_the_best_and_the_seconds() -> None:
     first, resumed = RunRecord(), RunRecord()
     validated(first, 2, 1.5)
-    resumed.load_state_dict({**first.state_dict(), "seconds": 7.0})
+    resumed.load_state_dict({**first.state_dict(), "seconds": 7.0, "processor_seconds": 9.0})
     validated(resumed, 4, 1.75)
     assert resumed.state_dict()["best_validation"] == {"loss": 1.5, "step": 2}
     assert resumed.stopwatch.seconds >= 7.0
+    assert resumed.processor_stopwatch.seconds >= 9.0
 
 
 def test_an_interrupted_and_resumed_run_agrees_with_its_metrics_csv(cli: Run, tmp_path: Path) -> None:
@@ -91,6 +92,7 @@ def test_an_interrupted_and_resumed_run_agrees_with_its_metrics_csv(cli: Run, tm
     assert whole["tokens"] > half["tokens"]
     assert whole["tokens"] == int(written[-1]["tokens"])
     assert whole["seconds"]["train"] > half["seconds"]["train"] > 0
+    assert whole["seconds"]["processor"] > half["seconds"]["processor"] > 0
     assert whole["seconds"]["train"] >= float(written[-1]["seconds"])
     assert whole["tokens_per_second"] == pytest.approx(whole["tokens"] / whole["seconds"]["train"], rel=0.01)
     losses = {float(row["val/loss"]): int(row["step"]) for row in written if row["val/loss"]}

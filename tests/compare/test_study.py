@@ -53,7 +53,7 @@ def test_the_reference_is_the_dense_model_of_equal_compute(tmp_path: Path) -> No
     assert table(study, "Recall")["dense_1x"]["difference from dense_1x, points"] == ""
 
 
-def test_multipliers_of_trunk_model_and_time(tmp_path: Path) -> None:
+def test_multipliers_of_trunk_model_and_seconds(tmp_path: Path) -> None:
     study = study_of(tmp_path, *ladder(n_facts=400))
     mean = {
         variant: statistics.fmean(study.quality.value(run) for run in runs) for variant, runs in study.variants.items()
@@ -67,10 +67,22 @@ def test_multipliers_of_trunk_model_and_time(tmp_path: Path) -> None:
     assert multiplier.value == pytest.approx(1500 * (2500 / 1500) ** share / 1510, rel=EXACT_FLOAT)
     multiplier = study.multipliers["time"]["moe"].value
     assert multiplier.value == pytest.approx(100 * math.sqrt(2) ** share / 150, rel=EXACT_FLOAT)
+    of_processors = study.multipliers["processor"]["moe"].value
+    assert of_processors.value == pytest.approx(multiplier.value, rel=EXACT_FLOAT)
     assert study.multipliers["trunk"]["memory_plus"].value.sign == ">="
     shown = table(study, "Compute")
     assert shown["moe"]["training seconds: cost over dense_1x"] == "1.50x"
     assert shown["memory_plus"]["FLOPs of the trunk: multiplier"].startswith(">= 4.04x (")
+
+
+def test_runs_of_several_processes_have_no_multiplier_of_processor_seconds(tmp_path: Path) -> None:
+    for run in ladder((1,)):
+        run.record["seconds"] = {"processor": None}
+        run.write(tmp_path)
+    study = study_of(tmp_path)
+    assert list(study.multipliers) == ["trunk", "model", "time"]
+    assert not any("processor" in column for column in table(study, "Compute")["moe"])
+    assert "training: processor seconds" not in table(study, "Cost")["moe"]
 
 
 @pytest.mark.parametrize(
