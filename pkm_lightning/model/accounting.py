@@ -83,6 +83,8 @@ def model_cost(model: Trunk, context: int) -> ModelCost:
     active = own.active_params + sum(c.active_params for c in costs)
     # Without tying, a token reads one row of the embedding and the whole unembedding, a matrix of the same size.
     active += embedding.numel() + (0 if model.is_tied else model.embedding.embedding_dim)
+    # Heads and layers of one table may read the same rows: a small table has fewer than their reads.
+    active = min(active, dense_params + table_params)
     trunk = own.flops + sum(c.flops for c in costs)
     trunk_train = own.flops + sum(c.flops if c.train_flops is None else c.train_flops for c in costs)
     lookup_bytes = sum(c.lookup_bytes for c in costs)

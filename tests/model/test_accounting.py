@@ -88,6 +88,13 @@ def test_a_shared_table_counts_once_and_several_add_up() -> None:
     assert unshared.params_active == shared.params_active
 
 
+def test_no_more_parameters_are_active_than_there_are() -> None:
+    table = ValueTable(rows=16, dim=10)
+    small = transformer([memory_plus(table, n_keys=4, heads=2, knn=16) for _ in range(3)], [table], tied=True)
+    cost = model_cost(small, context=1)
+    assert cost.params_active == cost.params_total
+
+
 def test_meta_weights_cost_the_same() -> None:
     with torch.device("meta"):
         meta, _ = memory_model()
