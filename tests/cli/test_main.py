@@ -282,7 +282,19 @@ def test_streams_that_were_closed_and_an_interruption_at_the_start(
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_a_verb_that_works_collects_garbage_again(cli: Run) -> None:
+    gc.disable()  # as `python -m pkm_lightning` does
+    frozen = [gc.get_freeze_count()]
+    try:
+        for _ in range(2):
+            cli("report", "runs=[none]", "out=out")
+            frozen.append(gc.get_freeze_count())
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+    assert frozen[0] < frozen[1] >= frozen[2]  # what the first job left is not kept
+
+
 def test_a_reader_that_leaves_is_named() -> None:
-    assert explain(BrokenPipeError(32, "Broken pipe")).startswith(
-        "what read the output closed it before all was written"
-    )
+    shown = explain(BrokenPipeError(32, "Broken pipe"))
+    assert shown.startswith("what read the output closed it before all was written")
