@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from pkm_lightning.callbacks.base import in_training
-from pkm_lightning.ops.compile_clock import compile_seconds
+from pkm_lightning.ops.compile_clock import compile_processor_seconds, compile_seconds
 
 
 class Stopwatch:
@@ -46,7 +46,7 @@ class ProcessorStopwatch(Stopwatch):
 
     @staticmethod
     def _now() -> float:
-        return time.process_time() - compile_seconds()
+        return time.process_time() - compile_processor_seconds()
 
 
 class TimedCallback(L.Callback):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-_total = _began = 0.0
+# Of the clock and of the processors: beside other work the first are more.
+_total = _began = (0.0, 0.0)
 # Compiling a kernel compiles those that it calls, within it. numba compiles in one thread at a time.
 _depth = 0
 
@@ -17,7 +18,7 @@ def begin() -> None:
     """Records that a kernel starts to be compiled."""
     global _began, _depth
     if _depth == 0:
-        _began = time.perf_counter()
+        _began = _now()
     _depth += 1
 
 
@@ -26,9 +27,23 @@ def end() -> None:
     global _total, _depth
     _depth -= 1
     if _depth == 0:
-        _total += time.perf_counter() - _began
+        _total = _with_passed()
 
 
 def compile_seconds() -> float:
-    """Returns the seconds so far."""
-    return _total + (time.perf_counter() - _began if _depth else 0.0)
+    """Returns the seconds of the clock so far."""
+    return (_with_passed() if _depth else _total)[0]
+
+
+def compile_processor_seconds() -> float:
+    """Returns the seconds of the processors so far, of all threads of this process."""
+    return (_with_passed() if _depth else _total)[1]
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _with_passed() -> tuple[float, float]:
+    (seconds, processor), (began, processor_began) = _now(), _began
+    return _total[0] + seconds - began, _total[1] + processor - processor_began

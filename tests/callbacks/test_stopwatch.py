@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tolerances import EXACT_FLOAT
 
-from pkm_lightning.callbacks.stopwatch import Stopwatch, TimedCallback
+from pkm_lightning.callbacks.stopwatch import ProcessorStopwatch, Stopwatch, TimedCallback
 from pkm_lightning.ops import compile_clock
 
 
@@ -58,6 +59,21 @@ def test_the_compilation_of_kernels_is_left_out(clock: list[float]) -> None:
     compile_clock.end()
     clock[0] += 1
     assert watch.seconds == 3.0
+
+
+def test_processors_that_did_other_work_meanwhile_compiled_for_less_time(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "process_time", lambda: clock[0] / 2)
+    watch, processors = Stopwatch(), ProcessorStopwatch()
+    watch.start()
+    processors.start()
+    clock[0] += 2
+    compile_clock.begin()
+    clock[0] += 30
+    compile_clock.end()
+    clock[0] += 2
+    assert (watch.seconds, processors.seconds) == (4.0, pytest.approx(2.0, rel=EXACT_FLOAT))
 
 
 def test_numba_reports_its_compilations() -> None:
