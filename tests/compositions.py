@@ -3,7 +3,9 @@
 Hydra takes 0.1 s of CPU per composition, most of it for finding, parsing and merging the files of the chosen groups,
 and composes twice per command: once to learn the mode, which none of the package's files sets, once to run. The tests
 choose the same groups again and again, and only values differ. Files that tests write are read anew each time.
-Of the copies that Hydra makes for a job, a third of the time of a refused command, those that nobody needs are left out.
+
+Of the copies that Hydra makes for a job, a quarter of the time of a refused command, those are left out that nobody
+needs.
 """
 
 from __future__ import annotations
