@@ -56,6 +56,7 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
         (["prepare", "data=facts", "out=x"], "data=facts is prepared into data.cache_dir alone; leave out=... away"),
         (["prepare", "data=tokens", "data.path=t", "out=x"], "TokensDataModule reads its data as they are, and no"),
         (["fit", "+overwrite=true"], "fit does not read overwrite, only export, prepare, edit; leave it out."),
+        (["prepare", "packages=.", "out=x", "data=nope"], "data=nope is not known; allowed: benchmarks, biographies"),
         (["prepare", "packages=.", "out=x", "seed=3"], "seed=3: prepare does not read seed; leave it out."),
         (["fit", "+packages=."], "fit does not read packages, only prepare; leave it out."),
     ],
