@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 from compile_once import compile_in_turn  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+from logged_figures import leave_on_the_cpu  # noqa: E402
 from rank_group import Groups, groups  # noqa: E402
 from small import Outcome, Run  # noqa: E402
 
@@ -37,13 +38,19 @@ from pkm_lightning.data.facts import subjects  # noqa: E402
 # With several workers on few cores, more threads per process are slower. Processes that tests start inherit the limit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 compile_in_turn()
+leave_on_the_cpu()
 torch.set_num_threads(1)
+# Without a device torch keeps each seed for it, with the stack of the call: a millisecond per test.
+if not torch.accelerator.is_available():
+    for module in (torch.cuda.random, torch.xpu.random, torch.mtia):
+        module._lazy_call = lambda *_, **__: None
 # What tests write need not survive a power cut.
 os.fsync = lambda descriptor: None
 # A second per data set with facts, of which tests build some dozens.
 subjects.LOADERS.update({domain: functools.cache(load) for domain, load in subjects.LOADERS.items()})
 # How long an example takes depends on what else runs on the machine.
-hypothesis.settings.register_profile("untimed", deadline=None)
+# Each suite draws others, so that few per suite are many in the end.
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("untimed")
 
 
@@ -93,6 +100,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is there by now need not be searched again and again, nor by pytest at the end
     atexit.register(gc.unfreeze)
+    gc.set_threshold(700, 10, 40)  # the last is 10: full collections took a twentieth of the time
     gc.enable()
 
 

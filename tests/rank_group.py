@@ -105,11 +105,13 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     # Imported here, in the spawned process, after the variables above are set.
     import compile_once
     import compositions
+    import logged_figures
     import torch
     import torch.distributed as dist
 
     compile_once.compile_in_turn()
     compositions.keep_compositions()
+    logged_figures.leave_on_the_cpu()
     gc.freeze()  # a collection that walked over what the server has imported would copy its pages
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # as in conftest.py

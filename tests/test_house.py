@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import ast
+import functools
+import gc
 import importlib
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import prose
 import pytest
 from tree import ROOT, listed_files
+
+# On one worker, so that each file is parsed once.
+pytestmark = pytest.mark.xdist_group("house")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_collections() -> Iterator[None]:
+    """Spares the search of a million nodes of syntax trees, which hold no cycles."""
+    gc.disable()
+    yield
+    gc.enable()
+
 
 AGREED_ROOT = {
     *("pkm_lightning", "configs", "callbacks", "tests", "scripts", "docs", "examples"),
@@ -52,14 +67,61 @@ def largest_allowed(path: Path) -> int:
     return 500 if path.name == "triton.py" else 400
 
 
-def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+class Function(NamedTuple):
+    """What is measured of a function; of its arguments the names and lines, by whether they are annotated."""
+
+    name: str
+    line: int
+    length: int
+    is_kernel: bool
+    typed: list[tuple[str, int]]
+    untyped: list[tuple[str, int]]
+
+
+class Source(NamedTuple):
+    """What is measured of a file: names in it as often as it binds them, modules as they may be imported from."""
+
+    has_docstring: bool
+    functions: list[Function]
+    bound: list[str]
+    imports: list[tuple[str, list[str]]]
+
+
+@functools.cache
+def source(path: Path) -> Source:
+    """Parses a file once for all tests."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    of_file = Source(bool(ast.get_docstring(tree)), [], [], [])
+    for node in ast.walk(tree):
+        of_file.bound.extend(bound(node))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
+            of_file.functions.append(function(node))
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            of_file.imports.append((node.module, [alias.name for alias in node.names]))
+        elif isinstance(node, ast.Import):
+            of_file.imports.extend((alias.name, []) for alias in node.names)
+    return of_file
 
 
-def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(word in ast.unparse(decorator) for word in ("triton.", "njit") for decorator in function.decorator_list)
+def function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Function:
+    length = (node.end_lineno or node.lineno) - node.lineno + 1
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    is_kernel = any(word in decorator for word in ("triton.", "njit") for decorator in decorators)
+    of_function = Function(node.name, node.lineno, length, is_kernel, [], [])
+    for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+        kind = of_function.typed if argument.annotation else of_function.untyped
+        kind.append((argument.arg, argument.lineno))
+    return of_function
+
+
+def bound(node: ast.AST) -> Iterator[str]:
+    """Yields the name that a node binds: of a variable, an argument, a function or a class."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
 
 
 def test_the_root_holds_agreed_entries_only() -> None:
@@ -74,10 +136,9 @@ def test_files_keep_their_size() -> None:
 def test_functions_keep_their_length() -> None:
     long = {}
     for path in sources(".py"):
-        for function in functions(path):
-            length = (function.end_lineno or function.lineno) - function.lineno + 1
-            if length > (110 if is_kernel(function) else 70):
-                long[f"{path}:{function.lineno} {function.name}"] = length
+        for one in source(path).functions:
+            if one.length > (110 if one.is_kernel else 70):
+                long[f"{path}:{one.line} {one.name}"] = one.length
     assert not long
 
 
@@ -90,24 +151,20 @@ def test_forbidden_words(what: str) -> None:
     word = re.compile(FORBIDDEN_WORDS[what])
     found = []
     for path in sources(*SOURCE):
-        for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1):
-            if word.search(line):
-                found.append(f"{path}:{number}: {line.strip()}")
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if word.search(text):
+            found += [f"{path}:{n}: {line.strip()}" for n, line in enumerate(text.splitlines(), 1) if word.search(line)]
     assert not found, what
 
 
 def test_arguments_are_typed() -> None:
     typed, untyped = 0, []
     for path in sources(".py", under=("pkm_lightning", "callbacks")):
-        for function in functions(path):
-            if is_kernel(function):
-                continue
-            arguments = function.args
-            for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
-                if argument.annotation:
-                    typed += 1
-                elif argument.arg not in ("self", "cls"):
-                    untyped.append(f"{path}:{argument.lineno} {function.name}({argument.arg})")
+        for one in source(path).functions:
+            if not one.is_kernel:
+                typed += len(one.typed)
+                bare = [argument for argument in one.untyped if argument[0] not in ("self", "cls")]
+                untyped += [f"{path}:{line} {one.name}({name})" for name, line in bare]
     assert typed >= 0.95 * (typed + len(untyped)), untyped
 
 
@@ -115,7 +172,7 @@ def test_every_module_says_its_idea() -> None:
     silent = [
         str(path)
         for path in sources(".py", under=("pkm_lightning", "callbacks", "configs", "scripts"))
-        if not ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        if not source(path).has_docstring
     ]
     assert not silent
 
@@ -137,21 +194,10 @@ def test_the_prose_is_field_english() -> None:
 def test_names_are_nouns_and_verbs() -> None:
     """Pronouns and participles name nothing: `found` rows are `rows`."""
     names = Counter(
-        name for path in sources(".py", under=("pkm_lightning", "callbacks", "scripts")) for name in bound(path)
+        name for path in sources(".py", under=("pkm_lightning", "callbacks", "scripts")) for name in source(path).bound
     )
     vague = {name: n for name, n in names.items() if name.strip("_") in VAGUE}
     assert sum(vague.values()) <= 0.003 * names.total(), vague
-
-
-def bound(path: Path) -> Iterator[str]:
-    """Yields every name that a file binds: variables, arguments, functions and classes."""
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        elif isinstance(node, ast.arg):
-            yield node.arg
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield node.name
 
 
 @pytest.mark.parametrize(
@@ -185,12 +231,8 @@ def imports() -> dict[str, set[str]]:
     graph = {}
     for module, path in files.items():
         named = set()
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                longer = {f"{node.module}.{alias.name}" for alias in node.names}
-                named |= (longer & files.keys()) or {node.module}
-            elif isinstance(node, ast.Import):
-                named |= {alias.name for alias in node.names}
+        for name, parts in source(path).imports:
+            named |= ({f"{name}.{part}" for part in parts} & files.keys()) or {name}
         graph[module] = (named & files.keys()) - {module}
     return graph
 

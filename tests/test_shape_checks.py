@@ -31,6 +31,9 @@ class Layer:
     def forward(self, x_TK: Float[Tensor, "T K"]) -> Float[Tensor, " K"]:
         return x_TK
 
+def first(x_N: Float[Tensor, " N"], rows: int) -> Float[Tensor, " N"]:
+    return x_N[:rows]
+
 @triton.jit
 def kernel(x_ptr: Float[Tensor, "never looked at"]):
     pass
@@ -63,6 +66,15 @@ def test_wrong_shape_or_dtype_is_refused(module, y_KD: torch.Tensor) -> None:
 def test_wrong_result_is_refused(module) -> None:
     with pytest.raises(TypeCheckError, match="return"):
         module.Layer().forward(torch.ones(2, 3))
+
+
+def test_a_call_like_earlier_ones_is_checked_for_its_own_result(module) -> None:
+    for _ in range(2):
+        assert module.first(torch.ones(3), 3).shape == (3,)
+        with pytest.raises(TypeCheckError, match="return"):
+            module.first(torch.ones(3), 2)
+        with pytest.raises(TypeCheckError, match="x_N"):
+            module.first(torch.ones(3, dtype=torch.int64), 3)
 
 
 def test_the_error_of_the_function_itself_is_raised(module) -> None:

@@ -121,9 +121,6 @@ def test_an_interrupted_run_ends_like_an_untouched_one(run: Run, tmp_path: Path,
         (["init_from=source", "finetune=adapter"], "the model has no plugin beside an FFN"),
         (["init_from=source", "finetune=adapter", "finetune.learn=[nothing]"], "finetune.learn: 'nothing' matches no"),
         (["init_from=source", "finetune=full", "finetune.replay_share=1"], "finetune.replay_share=1 is out of range"),
-        (["init_from=source", "finetune=full", "finetune.replay_share=0.1"], "needs old data"),
-        (["init_from=source", "finetune=lor"], "allowed: adapter, full, lora, none"),
-        (["init_from=source", "finetune=full", "ffn=dense"], "does not fit the model of this command"),
     ],
 )
 def test_a_wrong_command_gets_one_line(overrides: list[str], message: str, run: Run) -> None:

@@ -164,7 +164,7 @@ def test_a_run_whose_cache_has_moved_is_read_with_the_cache_of_the_command(
     before = (trained / "config.yaml").read_bytes()
     monkeypatch.setattr(SavedRun, "trainer", _refuse)
     monkeypatch.setattr(fit, "_check_checkpoint", _refuse)
-    for verb in ("fit", "test", "validate"):
+    for verb in ("fit", "test"):
         shown = cli(verb, *VERBS[verb])
         assert "reached" in shown.err, (verb, shown.err)
         assert (verb == "fit") or any(cache.iterdir())

@@ -104,7 +104,6 @@ def test_variants_are_found_on_the_search_path(cli: Run, tmp_path: Path) -> None
     [
         (["ffn=dense,moo"], r"ffn=moo is not known; allowed: .*dense, .*memory_plus.* Did you mean 'moe'\?"),
         (["ffn=dense,dense"], r"ffn=dense,dense repeats a variant or leaves a name empty"),
-        (["ffn=dense,"], r"ffn=dense, repeats a variant or leaves a name empty"),
         (
             ["ffn=dense,pkm", "match=params", "match_budget=1000"],
             r"ffn=dense: match=params through ffn.hidden_dim: even",

@@ -58,8 +58,6 @@ def test_sets_are_written_once_and_a_missing_package_is_named_with_its_command(c
         (["fit", "+overwrite=true"], "fit does not read overwrite, only export, prepare, edit; leave it out."),
         (["prepare", "packages=.", "out=x", "data=nope"], "data=nope is not known; allowed: benchmarks, biographies"),
         (["prepare", "packages=.", "out=x", "seed=3"], "seed=3: prepare does not read seed; leave it out."),
-        (["fit", "data=benchmarks"], "data=benchmarks is for prepare: `prepare data=benchmarks out=FOLDER` writes it"),
-        (["fit", "packages=."], "packages is a key of prepare only; leave it out."),
         (["fit", "+packages=."], "fit does not read packages, only prepare; leave it out."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -111,7 +111,6 @@ REFUSED = {
     "rows": (["finetune.rows=0"], "error: finetune.rows=0 is out of range; allowed: 1 or more"),
     "score": (["finetune.score=idf"], "error: finetune.score='idf' is not known"),
     "per": (["finetune.per=epoch"], "error: finetune.per='epoch' is not known"),
-    "dense": (["table.learning=dense"], "set table.learning=rows"),
     "DeepSpeed": (["strategy=deepspeed_1"], "finetune=sparse leaves none of them; set strategy=ddp"),
     "revival": (
         ["callbacks=[slot_usage,slot_revival]", "~callbacks.step_checkpoint"],

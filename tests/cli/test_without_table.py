@@ -15,7 +15,7 @@ from pkm_lightning.model import Transformer
 TEXT = [
     *(option for option in SMALL_RUN if not option.startswith(("data.", "callbacks.recall", "callbacks.samples"))),
     *("data=text", "data.path=prose.txt", "data.vocab_size=270", "data.seq_len=16", "data.global_batch_size=2"),
-    "~callbacks.samples",
+    *("~callbacks.samples", "trainer.max_steps=4"),
 ]
 
 

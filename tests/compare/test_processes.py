@@ -110,7 +110,7 @@ def test_a_caller_that_leaves_early_has_running_runs_stopped_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: Sequence[str]
 ) -> None:
     """Stops two that stop when asked, one that has to be killed after a while, and none that waits."""
-    monkeypatch.setattr(module, "GRACE", 2.0)
+    monkeypatch.setattr(module, "GRACE", 1.2)
     processes = fakes(tmp_path, jobs=3, preload=preload)
     runs = scheduled(tmp_path, "slow", "slow", "stubborn", "fine")
 

@@ -14,7 +14,7 @@ from pkm_lightning.data.documents import Segment
 from pkm_lightning.data.readers.fields import Fields
 from pkm_lightning.data.readers.jsonl import JsonlReader
 from pkm_lightning.data.template_renderer import TemplateRenderer
-from pkm_lightning.errors import ConfigError, DataError
+from pkm_lightning.errors import DataError
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 #: CHATML without marks.
@@ -107,13 +107,6 @@ def test_a_refused_conversation_does_not_take_the_others_with_it() -> None:
     with pytest.raises(DataError, match=r"a:2: the chat template .*the role robot is none of system, user, assistant"):
         next(made)
     renderer.close()
-
-
-def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkm_lightning.data.template_renderer.SECONDS", 1)
-    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ConfigError, match=r"a template: .*it has not ended after 1 s of computing"):
-        segments(endless, TURNS)
 
 
 BAD: dict[str, tuple[Any, str]] = {

@@ -46,17 +46,20 @@ def trained(name: str, placement: str) -> tuple[Transformer, dict[str, Any]]:
     return model.eval(), settings
 
 
-@pytest.mark.parametrize("steps", [25, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [16, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_plugin_writes_as_in_a_full_forward(name: str, steps: int) -> None:
     check_cached_decoding(trained(name, "replace")[0], steps=steps)
 
 
-# Blocks place plugins alike: a memory, a plugin with a cache and one without a table stand for the others.
+# Blocks place plugins alike: a memory, a plugin with a cache and one without a table stand for the others, and where
+# the output is written later one with a table of several parts.
 ELSEWHERE = [
     pytest.param(
         *(name, placement),
-        marks=() if placement == "deferred" or name in ("memory_plus", "engram", "moe") else pytest.mark.slow,
+        marks=()
+        if name in ("memory_plus", "engram", "moe") or (name, placement) == ("ultramem", "deferred")
+        else pytest.mark.slow,
     )
     for name in NAMES
     for placement in PLACEMENTS

@@ -38,7 +38,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_three_products_of_tf32_are_about_as_exact_as_float32(emulated: ModuleType) -> None:
-    q_TF, keys_SF = torch.randn(17, 70), torch.randn(66, 70)
+    q_TF, keys_SF = torch.randn(9, 70), torch.randn(66, 70)
     exact_TS = q_TF.double() @ keys_SF.double().T
     size_TS = q_TF.double().abs() @ keys_SF.double().abs().T
     chosen = {}
