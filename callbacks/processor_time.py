@@ -4,7 +4,7 @@
 |---|---|
 | `val/cpu_seconds` | of training so far without validations, of all threads of this process; other ranks not included |
 
-They hardly depend on what else the machine does, other than the seconds of a clock, a column of metrics.csv.
+They depend less on what else the machine does than the seconds of the clock, a column of metrics.csv.
 """
 
 from __future__ import annotations

@@ -76,7 +76,10 @@ class RunRecord(TimedCallback):
         }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Calls `on_start`."""
+        """Forgets processor seconds that would not be all; calls `on_start`."""
+        if trainer.world_size > 1 or trainer.strategy.root_device.type != "cpu":
+            # Those of other ranks and of devices are not known here, nor ever after in a run that goes on elsewhere.
+            self.processor_stopwatch = ProcessorStopwatch(math.nan)
         super().on_train_start(trainer, pl_module)
         if self.on_start is not None and trainer.is_global_zero:
             self.on_start()
@@ -136,6 +139,4 @@ class RunRecord(TimedCallback):
         if self._throughput:
             self._counts["throughput"] = self._throughput
         processor = self.processor_stopwatch.seconds
-        # Of this process alone: those of other ranks are not known here.
-        if trainer.world_size == 1 and math.isfinite(processor):
-            self._counts["seconds"]["processor"] = round(processor, 3)
+        self._counts["seconds"]["processor"] = round(processor, 3) if math.isfinite(processor) else None

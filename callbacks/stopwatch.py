@@ -54,7 +54,7 @@ class TimedCallback(L.Callback):
 
     Attributes:
         stopwatch: of the clock.
-        processor_stopwatch: of the processors, which hardly depends on what else the machine does.
+        processor_stopwatch: of the processors, which depends less on what else the machine does.
 
     Args:
         arguments: those of the next class in the order of inheritance.

@@ -97,7 +97,7 @@ class Throughput(TimedCallback, ThroughputMonitor):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Starts the clock again after a checkpoint; the time of loading this batch is lost then."""
-        self.stopwatch.start()
+        self._start_stopwatches()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -124,7 +124,7 @@ class Throughput(TimedCallback, ThroughputMonitor):
         assert isinstance(pl_module, LanguageModule)
         # The device may be behind the host; reading a value waits until its share of the training is done.
         int(pl_module.tokens_seen)
-        self.stopwatch.stop()
+        self._stop_stopwatches()
 
     def _update_rates(self, pl_module: LanguageModule) -> None:
         # Before the clock is read, because this waits for the device.

@@ -49,8 +49,7 @@ os.fsync = lambda descriptor: None
 # A second per data set with facts, of which tests build some dozens.
 subjects.LOADERS.update({domain: functools.cache(load) for domain, load in subjects.LOADERS.items()})
 # How long an example takes depends on what else runs on the machine.
-# Each suite draws others, so that few per suite are many in the end.
-hypothesis.settings.register_profile("untimed", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 

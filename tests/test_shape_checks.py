@@ -27,6 +27,9 @@ def positive(x_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         raise ValueError("positive: needs one dimension")
     return x_N.abs()
 
+def firsts(x_N: Float[Tensor, " N"], k: int) -> Float[Tensor, " {k}"]:
+    return x_N[: min(k, 3)]
+
 class Layer:
     def forward(self, x_TK: Float[Tensor, "T K"]) -> Float[Tensor, " K"]:
         return x_TK
@@ -75,6 +78,13 @@ def test_a_call_like_earlier_ones_is_checked_for_its_own_result(module) -> None:
             module.first(torch.ones(3), 2)
         with pytest.raises(TypeCheckError, match="x_N"):
             module.first(torch.ones(3, dtype=torch.int64), 3)
+
+
+def test_a_number_that_is_a_dimension_counts(module) -> None:
+    for k in (2, 3):
+        assert len(module.firsts(torch.ones(5), k)) == k
+    with pytest.raises(TypeCheckError):
+        module.firsts(torch.ones(5), 4)
 
 
 def test_the_error_of_the_function_itself_is_raised(module) -> None:

@@ -68,7 +68,8 @@ def _figures(variant: Variant, layers: list[int], plugins: list[nn.Module], tabl
         "tables": [number for number, table in enumerate(tables) if id(table) in read],
         "params": {
             "total": dense + table_params,
-            "active": sum(c.active_params for c in costs) if known else None,
+            # Heads and layers may read the same rows of a small table.
+            "active": min(sum(c.active_params for c in costs), dense + table_params) if known else None,
             "table": table_params,
         },
         "flops_per_token": {

@@ -54,7 +54,7 @@ def run(job: Job) -> None:
         if top not in (*_OF_MODEL, *ACTIONS[action]):
             others = ", ".join(verb for verb, keys in ACTIONS.items() if top in keys)
             raise ConfigError(f"{override}: edit {action} does not read {top}, only edit {others}; leave it out.")
-        if top == "data" and rest != "cache_dir":
+        if top == "data" and (rest != "cache_dir" or override.startswith("~")):
             raise ConfigError(
                 f"{override}: edit reads of data only data.cache_dir; for other text give drift_path=FILE."
             )
@@ -106,7 +106,7 @@ def _write(job: Job, weights: Path) -> None:
             loaded.edits.remove(name)
         for line in repeats(facts, loaded.edits.applied.values()):
             _log.warning("%s", line)
-        cache = cache_of({"data": {"cache_dir": job.config.data.cache_dir if job.sets("data.cache_dir") else None}})
+        cache = cache_of({"data": job.config.data}) if job.sets("data.cache_dir") else None
         run = run_folder(loaded.path)
         text = other_text(drift, run, loaded, settings, cache=cache, trust=bool(job.config.trust_config))
         edit = write_facts(

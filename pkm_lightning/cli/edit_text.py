@@ -11,6 +11,7 @@ from pkm_lightning.build.instantiate import instantiate
 from pkm_lightning.build.loading import LoadedModel
 from pkm_lightning.checkpoints import open_checkpoint
 from pkm_lightning.checkpoints.companions import TOKENIZER, companion_place
+from pkm_lightning.cli.places import cache_of
 from pkm_lightning.cli.resume import saved_config
 from pkm_lightning.cli.run_contents import HELD_OUT
 from pkm_lightning.data.base import Batch
@@ -28,7 +29,7 @@ def other_text(
     loaded: LoadedModel,
     settings: WritingSettings,
     *,
-    cache: str,
+    cache: str | None,
     trust: bool,
 ) -> TextParts:
     """Returns the text that the learning sees, and the text that bounds what it may change.
@@ -39,7 +40,7 @@ def other_text(
         folder: the run's directory; None for a bare checkpoint.
         loaded: the model.
         settings: how much is read.
-        cache: where a run that is not trusted has its data prepared.
+        cache: where the data of the run are prepared; None: in the default cache, or that of a run that is trusted.
         trust: whether the run's configuration may name classes of other packages.
 
     Raises:
@@ -63,10 +64,12 @@ def other_text(
     return parts._replace(penalised=[*training, *parts.penalised])
 
 
-def _training(folder: Path, loaded: LoadedModel, most_tokens: int, cache: str, *, trust: bool) -> list[Batch]:
+def _training(folder: Path, loaded: LoadedModel, most_tokens: int, cache: str | None, *, trust: bool) -> list[Batch]:
     """Returns training sequences of a run, none where its data are not prepared here: nothing is built for them."""
     try:
-        config = saved_config(folder, trust=trust, cache=cache)
+        config = saved_config(folder, trust=trust, cache=cache_of({"data": {"cache_dir": cache}}))
+        if cache is not None and "cache_dir" in config["data"]:
+            config["data"]["cache_dir"] = cache
         data = instantiate(config["data"], "data")
         if not isinstance(data, TokenDataModule):
             return []

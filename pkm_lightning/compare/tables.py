@@ -137,8 +137,8 @@ def multiplier_table(study: Study) -> Table | None:
         "than the largest of them; '<=': no better than the smallest. Trunk: all layers without embedding and "
         "unembedding. "
         "Model: with the unembedding at every position, though training computes it only where there is a target. "
-        "Seconds are those of this machine; processor seconds hardly depend on what else it does. The interval "
-        "resamples quality; costs count as exact.",
+        "Seconds are those of this machine; processor seconds depend less on what else it does. The interval resamples "
+        "quality: costs count as exact, though those of runs.csv differ between seeds.",
         [Column("variant"), Column(study.quality.label),
          *(column for basis in study.multipliers for column in columns(cost, "multiplier", group=_GROUPS[basis]))],
         rows,

@@ -30,7 +30,8 @@ class ModelCost:
     Args:
         params_total: all parameters; a shared table counts once.
         params_active: parameters that enter the arithmetic of one token's output: one row of the embedding, the rows
-            read of a table. A tied embedding counts in full, since unembedding uses all of it.
+            read of a table, also if heads or layers read the same, but at most all parameters. A tied embedding counts
+            in full, since unembedding uses all of it.
         table_rows, table_dim, table_params: sizes of the value tables: rows and parameters are sums over tables, the
             dim is the largest.
         context: tokens in attention, which the FLOPs grow with.

@@ -26,7 +26,8 @@
 | evaluation | by task of lm-evaluation-harness: step, n, num_fewshot, figures; only after `evaluate` |
 
 [1] The unembedding counts at every position; training computes it only where there is a target.
-[2] Those that the processors worked for training, in all threads; absent for runs of several processes.
+[2] Those that the processors worked for training, in all threads, but not in processes that load data; None where a
+part of the run had several processes or a GPU.
 
 `start_record` has what is known before training, `pkm_lightning.callbacks.RunRecord` collects the rest, and `fit` adds
 how the run ended.

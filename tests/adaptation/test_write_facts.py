@@ -15,7 +15,7 @@ from pkm_lightning.adaptation.text_batches import TextParts, check_bounding
 from pkm_lightning.adaptation.write_facts import write_facts
 from pkm_lightning.build.edits import EditedTables
 from pkm_lightning.errors import ConfigError, DataError
-from pkm_lightning.ffn import PEER, Engram, MemoryPlus, UltraMem
+from pkm_lightning.ffn import PEER, PKM, Engram, MemoryPlus, UltraMem
 from pkm_lightning.memory import QuantizedTable, ValueTable
 from pkm_lightning.model import Transformer
 
@@ -52,13 +52,14 @@ def answered(model: Transformer, facts: list[Fact]) -> list[bool]:
 
 def plugin(name: str) -> torch.nn.Module:
     return {
+        "pkm": lambda: PKM(dim=DIM, n_keys=7, heads=2, knn=3, key_dim=6),
         "peer": lambda: PEER(dim=DIM, n_keys=7, heads=2, knn=3, key_dim=6),
         "ultramem": lambda: UltraMem(dim=DIM, n_keys=8),
         "engram": lambda: Engram(dim=DIM, vocab_size=VOCAB, rows=64),
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["peer", "ultramem", "engram"])  # Memory+ in the other tests
+@pytest.mark.parametrize("name", ["pkm", "peer", "ultramem", "engram"])
 def test_every_kind_of_table_learns_facts(name: str) -> None:
     model = transformer([plugin(name), dense(2)]).eval()
     tables = EditedTables(model)

@@ -202,6 +202,12 @@ def test_a_loaded_model_has_all_tables_where_they_are_wanted() -> None:
     assert settings["extra_ffns"]["pkm"]["table"]["device"] == "cpu"
 
 
+def test_no_more_parameters_are_active_than_a_variant_has() -> None:
+    settings = config("ffn=memory_plus", "model.memory.n_keys=4", "model.memory.knn=16", "placement=all")
+    params = variant_figures(build_meta_model(settings), settings)["ffn"]["params"]
+    assert params["active"] == params["total"]
+
+
 def test_costs_add_up_to_those_of_the_model() -> None:
     settings = config(*MIXTURE)
     model = build_meta_model(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,20 @@ def test_a_resumed_run_keeps_the_best_and_the_seconds() -> None:
     assert resumed.state_dict()["best_validation"] == {"loss": 1.5, "step": 2}
     assert resumed.stopwatch.seconds >= 7.0
     assert resumed.processor_stopwatch.seconds >= 9.0
+
+
+@pytest.mark.parametrize(("ranks", "device"), [(2, "cpu"), (1, "meta")])
+def test_processor_seconds_are_of_a_run_that_was_one_process_on_cpus_all_the_time(ranks: int, device: str) -> None:
+    callback, trainer = RunRecord(), SimpleNamespace(world_size=ranks, is_global_zero=True)
+    trainer.strategy = SimpleNamespace(root_device=torch.device(device))
+    module: Any = None
+    callback.load_state_dict({**callback.state_dict(), "processor_seconds": 9.0})
+    callback.on_train_start(trainer, module)  # type: ignore[arg-type]
+    callback.on_train_end(trainer, module)  # type: ignore[arg-type]
+    resumed = RunRecord()
+    resumed.load_state_dict(callback.state_dict())
+    assert math.isnan(resumed.processor_stopwatch.seconds)
+    assert resumed.stopwatch.seconds > 0
 
 
 def test_an_interrupted_and_resumed_run_agrees_with_its_metrics_csv(cli: Run, tmp_path: Path) -> None:

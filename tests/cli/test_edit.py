@@ -118,7 +118,8 @@ def test_facts_that_are_known_are_not_written_again(cli: Run, run: Path) -> None
 
 
 def test_training_data_are_looked_for_in_the_cache_of_the_command(cli: Run, run: Path) -> None:
-    for own, missing in ([], False), (["data.cache_dir=elsewhere"], True):
+    elsewhere = "data.cache_dir=elsewhere"
+    for own, missing in ([], False), ([elsewhere], True), ([elsewhere, "trust_config=true"], True):
         shown = cli(*WRITE, "name=a", "overwrite=true", *own)
         assert shown.code == 0, shown.err
         assert ("training data are not at hand" in shown.out + shown.err) == missing
@@ -197,6 +198,7 @@ def test_two_edits_and_one_of_another_model(cli: Run, run: Path) -> None:
         ([*WRITE, "ends=maybe"], "ends='maybe' is neither true nor false"),
         ([*WRITE, "drift_path=none.txt"], "drift_path=none.txt does not exist"),
         ([*WRITE, "ffn=dense"], "edit does not read ffn"),
+        ([*WRITE, "~data.cache_dir"], "edit reads of data only data.cache_dir"),
         ([*WRITE, "data.seq_len=8"], "edit reads of data only data.cache_dir; for other text give drift_path=FILE"),
         (["edit", "list", "run_dir=run", "data.cache_dir=x"], "edit list does not read data, only edit write"),
         ([*WRITE, "file=x.safetensors"], "edit write does not read file, only edit merge"),
