@@ -34,8 +34,8 @@ class Layer:
     def forward(self, x_TK: Float[Tensor, "T K"]) -> Float[Tensor, " K"]:
         return x_TK
 
-def first(x_N: Float[Tensor, " N"], rows: int) -> Float[Tensor, " N"]:
-    return x_N[:rows]
+def positives(x_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    return x_N[x_N > 0]
 
 @triton.jit
 def kernel(x_ptr: Float[Tensor, "never looked at"]):
@@ -73,11 +73,11 @@ def test_wrong_result_is_refused(module) -> None:
 
 def test_a_call_like_earlier_ones_is_checked_for_its_own_result(module) -> None:
     for _ in range(2):
-        assert module.first(torch.ones(3), 3).shape == (3,)
+        assert module.positives(torch.ones(3)).shape == (3,)
         with pytest.raises(TypeCheckError, match="return"):
-            module.first(torch.ones(3), 2)
+            module.positives(torch.eye(3)[0])
         with pytest.raises(TypeCheckError, match="x_N"):
-            module.first(torch.ones(3, dtype=torch.int64), 3)
+            module.positives(torch.ones(3, dtype=torch.int64))
 
 
 def test_a_number_that_is_a_dimension_counts(module) -> None:

@@ -30,7 +30,6 @@ from pkm_lightning.cli.evaluation import locate
 from pkm_lightning.cli.job import Job
 from pkm_lightning.cli.loading import load_of_job
 from pkm_lightning.cli.paths import expanded
-from pkm_lightning.cli.places import cache_of
 from pkm_lightning.compare.overrides import key_of
 from pkm_lightning.data.files import find_files
 from pkm_lightning.errors import ConfigError, RunDirectoryError, check_choice, check_flag, counted, nearest
@@ -106,7 +105,7 @@ def _write(job: Job, weights: Path) -> None:
             loaded.edits.remove(name)
         for line in repeats(facts, loaded.edits.applied.values()):
             _log.warning("%s", line)
-        cache = cache_of({"data": job.config.data}) if job.sets("data.cache_dir") else None
+        cache = str(job.config.data.cache_dir) if job.sets("data.cache_dir") else None
         run = run_folder(loaded.path)
         text = other_text(drift, run, loaded, settings, cache=cache, trust=bool(job.config.trust_config))
         edit = write_facts(

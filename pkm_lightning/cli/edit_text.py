@@ -67,9 +67,10 @@ def other_text(
 def _training(folder: Path, loaded: LoadedModel, most_tokens: int, cache: str | None, *, trust: bool) -> list[Batch]:
     """Returns training sequences of a run, none where its data are not prepared here: nothing is built for them."""
     try:
-        config = saved_config(folder, trust=trust, cache=cache_of({"data": {"cache_dir": cache}}))
-        if cache is not None and "cache_dir" in config["data"]:
-            config["data"]["cache_dir"] = cache
+        command = cache_of({"data": {"cache_dir": cache}})
+        config = saved_config(folder, trust=trust, cache=command)
+        if cache is not None and "cache_dir" in config["data"]:  # of a run that is trusted, too
+            config["data"]["cache_dir"] = command
         data = instantiate(config["data"], "data")
         if not isinstance(data, TokenDataModule):
             return []

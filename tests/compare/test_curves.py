@@ -52,6 +52,7 @@ def test_compute_counts_the_trunk_or_the_model_over_all_tokens(tmp_path: Path) -
     assert training_cost(run, "trunk") == 3000 * 1_000_000
     assert training_cost(run, "model") == 4500 * 1_000_000
     assert training_cost(run, "time") == 100
+    assert training_cost(run, "processor") == 200
     assert list(curve(run, "val/loss", "active_flops")[0][:2]) == [3000 * 100_000, 3000 * 200_000]
 
 

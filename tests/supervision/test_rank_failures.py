@@ -131,6 +131,7 @@ def test_a_killed_rank_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
     assert seconds < 60  # usually 2; the grace of a hanging main thread is 10, and the machine may be busy
     assert record(run)["status"] == "interrupted"
     assert record(run)["tokens"] > 0
+    assert record(run)["seconds"]["processor"] is None  # that of one rank alone would be too little
     assert last_checkpoint(run)["global_step"] >= 4
 
 
