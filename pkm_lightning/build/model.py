@@ -14,6 +14,7 @@ from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import instantiate, target_class
 from pkm_lightning.build.plugins import build_plugins, place_plugins
 from pkm_lightning.build.stored_tables import fill_first_rows
+from pkm_lightning.build.stream_scale import match_streams
 from pkm_lightning.build.variants import MAIN, by_place, names_by_place, naming
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_integer, nearest
@@ -127,8 +128,12 @@ def bind_tokenizer(model: Transformer, tokenizer: Any, config: Config) -> None:
             called(f"layer {layer}, {name}: bind_tokenizer", plugin.bind_tokenizer, tokenizer=tokenizer)
 
 
-def load_pretrained(model: Transformer, config: Config, gained: Collection[str] = ()) -> None:
+def load_pretrained(
+    model: Transformer, config: Config, gained: Collection[str] = (), *, weights_follow: bool = False
+) -> None:
     """Gives the plugins and the tables of a new model what they take from files, and then a start at zero.
+
+    Those that start at zero in a pretrained trunk are initialised for its stream, unless its `weights_follow` later.
 
     Raises:
         PkmError: files that are missing, damaged or of another model; or as `start_at_zero`.
@@ -137,19 +142,22 @@ def load_pretrained(model: Transformer, config: Config, gained: Collection[str] 
     for _, _, plugin in model.plugins():
         if isinstance(plugin, HasPretrained):
             plugin.load_pretrained()
-    start_at_zero(model, config, gained)
+    started = start_at_zero(model, config, gained)
+    if "_target_" in config["model"] and not weights_follow:
+        match_streams(model, model.blocks, model.embedding, started)
 
 
-def start_at_zero(model: Transformer, config: Config, gained: Collection[str] = ()) -> None:
+def start_at_zero(model: Transformer, config: Config, gained: Collection[str] = ()) -> dict[int, list[torch.nn.Module]]:
     """Sets the output of those plugins to zero for which `placement.zero_start` asks; the model may be on meta.
 
     Where it asks for nothing these are the plugins that stand beside a trained FFN: in a pretrained trunk all of them,
-    else those of the variants `gained` since the training.
+    else those of the variants `gained` since the training. Returned are these plugins, by the number of their layer.
 
     Raises:
         ConfigError: a plugin cannot start so.
     """
     places = by_place(config)
+    started: dict[int, list[torch.nn.Module]] = {}
     for layer, name, plugin in model.plugins():
         variant = places.get((layer, name))
         if variant is None:
@@ -166,6 +174,9 @@ def start_at_zero(model: Transformer, config: Config, gained: Collection[str] = 
                     f"({CONTRACT}); add the method, or set placement.zero_start=false."
                 )
             called(f"layer {layer}, {name}: zero_output", plugin.zero_output)
+        if stands_beside:
+            started.setdefault(layer, []).append(plugin)
+    return started
 
 
 @contextlib.contextmanager

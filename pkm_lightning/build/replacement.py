@@ -15,6 +15,7 @@ from torch import nn
 
 from pkm_lightning.build.hosts import Host, PretrainedHost
 from pkm_lightning.build.instantiate import accepted_keywords
+from pkm_lightning.build.stream_scale import match_streams
 from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_integer, nearest
 from pkm_lightning.ffn import HasZeroOutput, UsesTokenizer
 from pkm_lightning.memory import QuantizedTable, ValueTable
@@ -93,6 +94,8 @@ def replace_ffn(
     if isinstance(host, PretrainedHost):
         # A room above this one, which imports transformers.
         importlib.import_module("pkm_lightning.huggingface.plugged").record(model, request)
+        if mode != "replace" and zero_start is not False:
+            _match(host, dict(zip(request.layers, plugins, strict=True)))
     return plugins
 
 
@@ -218,6 +221,22 @@ def _zero(plugin: nn.Module) -> None:
             "the class one, or set zero_start=False."
         )
     plugin.zero_output()
+
+
+def _match(host: PretrainedHost, plugins: Mapping[int, nn.Module]) -> None:
+    """Initialises plugins for the stream of the model.
+
+    Raises:
+        ConfigError: the model cannot run where it is.
+    """
+    embedding: Any = host.model.get_input_embeddings()  # type: ignore[operator]
+    try:
+        match_streams(host.model, host.blocks, embedding, {n: [plugin] for n, plugin in plugins.items()})
+    except Exception as error:  # whatever the model raises
+        raise ConfigError(
+            f"replace_ffn runs a few tokens through the model, to find the scale of its residual stream, and got a "
+            f"{type(error).__name__}: {error}; move the model to where it can run first."
+        ) from error
 
 
 def _checked_layers(layers: object, count: int) -> list[int]:

@@ -35,6 +35,11 @@ class Router(nn.Module):
         """Draws the weight from N(0, 1/dim), for logits of about unit variance on normalised inputs."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
+    def match_input(self, input_rms: float) -> None:
+        """Divides the weight by the RMS of the input, for logits of about unit variance."""
+        with torch.no_grad():
+            self.weight.div_(input_rms)
+
     def diagnostics(self, logits_TE: Tensor, x_TD: Tensor) -> dict[str, Tensor]:
         """Returns the largest absolute logit, `router_logit_max`, and the mean largest probability, `router_top`."""
         return {

@@ -17,6 +17,9 @@ Optional members:
   that are frozen, mapped or begin with those of a file, and plugins without a table) the last matrix is. A plugin that
   stands beside a pretrained FFN starts so. It is called after weights and initial rows are loaded, and each rank
   changes its part of a table.
+- `match_stream(input_rms, stream_length)` multiplies initial matrices, where those were drawn for inputs of RMS 1 and a
+  residual stream of length 1, as the package's own models begin with. A plugin that starts at zero beside a pretrained
+  FFN gets what was measured there, in powers of two.
 - `reads() -> list[TableRead]`, for figures of traffic and for the staging of reads.
 - `slots() -> list[Slots]`, for figures of usage.
 - `after_step(stats)` acts once per optimizer step.
@@ -297,6 +300,19 @@ class HasZeroOutput(Protocol):
 
         Raises:
             ConfigError: this plugin, with these options, cannot learn from there.
+        """
+
+
+@runtime_checkable
+class HasStreamScale(Protocol):
+    """A plugin that can be initialised for the stream of another model."""
+
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Multiplies matrices that were drawn for inputs of RMS 1 and a stream of length 1.
+
+        Args:
+            input_rms: of the plugin's input, per token.
+            stream_length: Euclidean length of the residual stream that enters the layer, per token.
         """
 
 

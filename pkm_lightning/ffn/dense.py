@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.nn import functional
 
@@ -71,6 +72,14 @@ class Dense(nn.Module):
     def zero_output(self) -> None:
         """Sets W_out to zero."""
         nn.init.zeros_(self.out.weight)
+
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Divides what reads the input by its RMS; with SwiGLU W_up is multiplied by the stream's length."""
+        with torch.no_grad():
+            self.up.weight /= input_rms
+            if self.gate is not None:
+                self.gate.weight /= input_rms
+                self.up.weight *= stream_length  # the output is linear in it, and W_out may be zero
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns the network's output for every token; `context` is unused."""

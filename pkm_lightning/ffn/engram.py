@@ -240,6 +240,11 @@ class Engram(nn.Module):
             folded = torch.tensor(canonical_ids(tokenizer.decode([token]) for token in range(known)))
             self.addressing.canonical_ids[:known].copy_(folded)
 
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Multiplies W_V by the stream's length; keys and gate read a normalised input."""
+        with torch.no_grad():
+            self.value.weight *= stream_length
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token's n-grams; the trace holds the rows, weighted by the mean gate of the streams."""
         check_tokens(self, x_BTD, self.dim, context)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from pkm_lightning.errors import check_integer
@@ -135,6 +136,16 @@ class MemoryLayer(ProductKeyFFN):
         """Sets the rows to zero, or where they must stay the map of the values."""
         projection = self.values.projection
         zero_rows(self, self.values.table, None if projection is None else projection.weight)
+
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Divides queries without a norm by the input's RMS, and multiplies a map of the values by the stream's length.
+
+        Without that map the rows are the output, and have to grow to the length of the stream themselves.
+        """
+        self.addressing.query.match_input(input_rms)
+        if self.values.projection is not None:
+            with torch.no_grad():
+                self.values.projection.weight *= stream_length
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds the slots read and their weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.nn import functional
 
@@ -112,6 +113,14 @@ class MemoryPlus(MemoryLayer):
     def zero_output(self) -> None:
         """Sets the rows to zero, or where they must stay W2."""
         zero_rows(self, self.values.table, self.out.weight)
+
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Divides the gate and an unnormalised query by the input's RMS, and multiplies W2 by the stream's length."""
+        self.addressing.query.match_input(input_rms)
+        with torch.no_grad():
+            if self.gate is not None:
+                self.gate.weight /= input_rms
+            self.out.weight *= stream_length
 
     def during_read(self, x_TD: Tensor) -> Tensor | None:
         """Computes the gate, (T, V) or (T, 1), or None without one."""

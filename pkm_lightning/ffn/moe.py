@@ -145,6 +145,13 @@ class MoE(nn.Module):
         if self.shared is not None:
             self.shared.zero_output()
 
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Matches all experts; the router is divided by the input's RMS."""
+        self.experts.match_stream(input_rms=input_rms, stream_length=stream_length)
+        if self.shared is not None:
+            self.shared.match_stream(input_rms=input_rms, stream_length=stream_length)
+        self.router.match_input(input_rms)
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Routes every token of `x_BTD`; the trace holds the experts chosen and their weights."""
         check_input(self, x_BTD, self.router.weight.shape[-1], context)

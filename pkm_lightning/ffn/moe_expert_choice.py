@@ -104,6 +104,11 @@ class ExpertChoiceMoE(nn.Module):
         """Sets the output matrices of all experts to zero."""
         self.experts.zero_output()
 
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Matches all experts; the router is divided by the input's RMS."""
+        self.experts.match_stream(input_rms=input_rms, stream_length=stream_length)
+        self.router.match_input(input_rms)
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Routes by expert choice in training mode, else by token choice.
 

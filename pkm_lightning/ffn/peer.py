@@ -120,6 +120,10 @@ class PEER(ProductKeyFFN):
         """Sets the output vectors of the experts to zero."""
         zero_rows(self, self.tables[-1], None)
 
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Divides queries without a norm by the input's RMS; the tables, which layers may share, stay."""
+        self.addressing.query.match_input(input_rms)
+
     @property
     def tables(self) -> list[ValueTable]:
         """The input vectors of the experts, with GLU their gates, and the output vectors."""

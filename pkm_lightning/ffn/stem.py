@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.nn import functional
 
@@ -85,6 +86,12 @@ class STEM(TokenTableFFN):
     def zero_output(self) -> None:
         """Sets the rows to zero, or where they must stay W_d."""
         zero_rows(self, self.table, self.out.weight)
+
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Divides W_g by the input's RMS, and multiplies W_d by the stream's length."""
+        with torch.no_grad():
+            self.gate.weight /= input_rms
+            self.out.weight *= stream_length
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns the output for every token; the trace holds the rows read."""

@@ -177,6 +177,11 @@ class UltraMem(nn.Module):
         """Sets the rows to zero, or where they must stay every W_p."""
         zero_rows(self, self.reference.table, self.out.weight)
 
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Multiplies every W_p by the stream's length; queries are normalised."""
+        with torch.no_grad():
+            self.out.weight *= stream_length
+
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds physical rows, virtual slots and summed scores."""
         check_input(self, x_BTD, self.dim, context)

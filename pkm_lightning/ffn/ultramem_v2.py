@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from pkm_lightning.errors import check_choice, check_integer, check_range
@@ -170,6 +171,12 @@ class UltraMemV2(nn.Module):
     def zero_output(self) -> None:
         """Sets the values to zero, or where they must stay W; pre-values keep theirs."""
         zero_rows(self, self.values.table, self.out.weight)
+
+    def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+        """Divides W_pre by the input's RMS, and multiplies W by the stream's length; queries are normalised."""
+        with torch.no_grad():
+            self.pre.weight /= input_rms
+            self.out.weight *= stream_length
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Looks up every token of `x_BTD`; the trace holds the slots and their scores."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.nn import functional
 
@@ -58,6 +59,12 @@ class QueryNetwork(nn.Module):
         nn.init.zeros_(self.projection.bias)
         if self.norm is not None:
             self.norm.reset_parameters()
+
+    def match_input(self, input_rms: float) -> None:
+        """Divides the projection by the RMS of the input, unless a norm follows that makes up for it."""
+        if self.norm is None:
+            with torch.no_grad():
+                self.projection.weight /= input_rms
 
     def forward(
         self, x_TD: Float[Tensor, "T D"], valid_T: Bool[Tensor, " T"] | None = None

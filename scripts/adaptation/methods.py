@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from plans import Plan
 
@@ -29,6 +30,7 @@ class Method:
         learns: what learns, in words.
         overrides: of `fit`, by the name of the plan; without an entry the method is none for that plan.
         settings: in the order in which they are tried.
+        own_settings: in their place, by the name of the plan.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Method:
     learns: str
     overrides: Mapping[str, Sequence[str]]
     settings: Sequence[Setting]
+    own_settings: Mapping[str, Sequence[Setting]] = MappingProxyType({})
 
 
 def _rates(*rates: float) -> tuple[Setting, ...]:
@@ -72,6 +75,8 @@ _MEMORY = ("extra_ffns=memory_plus", "extra_ffns.memory_plus.placement.layers={l
 _MEMORY_SIZE = ("extra_ffns.memory_plus.placement.mode=parallel", "extra_ffns.memory_plus.ffn.n_keys={n_keys}")
 _DENSE = ("extra_ffns=dense", "finetune=adapter", "extra_ffns.dense.ffn.hidden_dim={hidden}")
 _ENGRAM = ("extra_ffns=engram", "extra_ffns.engram.placement.layers={layers}", "extra_ffns.engram.ffn.rows={rows}")
+# Rows in a low layer of a pretrained model can be read by attention above it, in whatever words stand between.
+_LOW_ENGRAM = (_ENGRAM[0], "extra_ffns.engram.placement.layers=[4]", _ENGRAM[2])
 _ENGRAM_ROWS = ("finetune=adapter", "finetune.learn=[{engram_table}]")
 # Counted anew in every run, at the price of a forward of a pretrained model.
 _BACKGROUND = ("finetune.background_path={background}", "finetune.background_batches=100")
@@ -79,12 +84,19 @@ _ADDED = (*_MEMORY, *_MEMORY_SIZE)
 
 
 def _sparse(score: str, name: str, label: str) -> Method:
+    """Returns sparse finetuning of the model's memory; of a pretrained model, of the rows of a new Engram."""
     chosen = (f"finetune.score={score}",)
     overrides = {
         "facts": (*_SPARSE, *chosen, *_FACTOR),
-        "smollm2": (*_ADDED, *_SPARSE, *chosen, *_BACKGROUND),
+        "smollm2": (*_LOW_ENGRAM, *_SPARSE, *chosen, *_FACTOR, *_BACKGROUND),
     }
-    return Method(name, label, f"rows that the facts read, chosen by {score}", overrides, _sparse_settings())
+    own = {
+        "smollm2": [
+            (f"finetune.rows={rows}", "table/optimizer=lazy_adam", f"optim.lr={rate:g}")
+            for rows, rate in ((500, 3e-2), (500, 1e-1), (1000, 3e-2))
+        ]
+    }
+    return Method(name, label, f"rows that the facts read, chosen by {score}", overrides, _sparse_settings(), own)
 
 
 METHODS: tuple[Method, ...] = (
@@ -123,8 +135,9 @@ METHODS: tuple[Method, ...] = (
         "engram",
         "Engram rows",
         "rows of new n-gram tables alone",
-        {"facts": (*_ENGRAM, *_ENGRAM_ROWS), "smollm2": (*_ENGRAM, *_ENGRAM_ROWS)},
+        {"facts": (*_ENGRAM, *_ENGRAM_ROWS), "smollm2": (*_LOW_ENGRAM, *_ENGRAM_ROWS)},
         _row_rates(),
+        {"smollm2": [("table/optimizer=lazy_adam", f"optim.lr={rate:g}") for rate in (1e-2, 3e-2, 1e-1)]},
     ),
 )
 
@@ -132,7 +145,8 @@ METHODS: tuple[Method, ...] = (
 def settings(method: Method, plan: Plan) -> list[Setting]:
     """Returns the settings of a method that are tried on a model, with the rates and rows of the model."""
     rows = {f"finetune.rows={name}": f"finetune.rows={n}" for name, n in zip(("many", "few"), plan.rows, strict=True)}
-    named = (tuple(rows.get(text, text) for text in setting) for setting in method.settings[: plan.tries])
+    tried = method.own_settings.get(plan.name, method.settings)
+    named = (tuple(rows.get(text, text) for text in setting) for setting in tried[: plan.tries])
     return [_scaled(setting, plan.rate_factor) for setting in named]
 
 
