@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from plans import Plan
 
@@ -38,7 +37,7 @@ class Method:
     learns: str
     overrides: Mapping[str, Sequence[str]]
     settings: Sequence[Setting]
-    own_settings: Mapping[str, Sequence[Setting]] = MappingProxyType({})
+    own_settings: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
 
 
 def _rates(*rates: float) -> tuple[Setting, ...]:
