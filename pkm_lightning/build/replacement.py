@@ -42,7 +42,8 @@ def replace_ffn(
     """Puts new plugins of one class into some layers of a model, and returns the plugins, by ascending layer.
 
     A plugin in the place of an FFN starts from random weights: the model has to be trained. In other modes it starts
-    with an output of zero: the model computes what it computed before.
+    with an output of zero: the model computes what it computed before. A model of transformers makes one forward of
+    random tokens for the scale of the plugin's matrices (`match_stream`).
 
     The model owns the value tables (`value_tables` of a model of transformers, `tables` of a `Transformer`), so that
     `state_dict` holds everything; those that only replaced plugins have read are dropped. The config.json that
@@ -63,8 +64,8 @@ def replace_ffn(
         options: further arguments of the class; missing ones have its defaults.
 
     Raises:
-        ConfigError: a model of another kind, a layer that it lacks or where another plugin stands, an option that the
-            class lacks or the model decides, or a class that cannot start at zero.
+        ConfigError: a model of another kind or one that cannot run where it is, a layer that it lacks or where another
+            plugin stands, an option that the class lacks or the model decides, or a class that cannot start at zero.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,24 +79,20 @@ def replace_ffn(
     host = Host.of(model)
     check_flag("shared", shared)
     check_flag("freeze_trunk", freeze_trunk)
-    check_flag("zero_start", zero_start is None or zero_start)
-    if zero_start and mode == "replace":
-        raise ConfigError(
-            "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', "
-            "which keeps theirs, or zero_start=False."
-        )
+    starts_at_zero = _starts_at_zero(mode, zero_start)
     request = PluginRequest.of(host, ffn, layers, mode, options, shared=shared, learning=learning)
     plugins, tables = request.make(host)
     for plugin in plugins:
         _bind(plugin, host, tokenizer)
-        if mode != "replace" and zero_start is not False:
+        if starts_at_zero:
             _zero(plugin)
-    host.replace(dict(zip(request.layers, plugins, strict=True)), mode, tables, freeze=freeze_trunk)
+    placed = dict(zip(request.layers, plugins, strict=True))
+    host.replace(placed, mode, tables, freeze=freeze_trunk)
     if isinstance(host, PretrainedHost):
         # A room above this one, which imports transformers.
         importlib.import_module("pkm_lightning.huggingface.plugged").record(model, request)
-        if mode != "replace" and zero_start is not False:
-            _match(host, dict(zip(request.layers, plugins, strict=True)))
+        if starts_at_zero:
+            _match(host, placed)
     return plugins
 
 
@@ -221,6 +218,16 @@ def _zero(plugin: nn.Module) -> None:
             "the class one, or set zero_start=False."
         )
     plugin.zero_output()
+
+
+def _starts_at_zero(mode: str, zero_start: bool | None) -> bool:
+    check_flag("zero_start", zero_start is None or zero_start)
+    if zero_start and mode == "replace":
+        raise ConfigError(
+            "zero_start=True under mode='replace' leaves the layers without an FFN at first; use mode='parallel', "
+            "which keeps theirs, or zero_start=False."
+        )
+    return mode != "replace" and zero_start is not False
 
 
 def _match(host: PretrainedHost, plugins: Mapping[int, nn.Module]) -> None:
