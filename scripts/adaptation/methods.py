@@ -76,6 +76,8 @@ _DENSE = ("extra_ffns=dense", "finetune=adapter", "extra_ffns.dense.ffn.hidden_d
 _ENGRAM = ("extra_ffns=engram", "extra_ffns.engram.placement.layers={layers}", "extra_ffns.engram.ffn.rows={rows}")
 # Rows in a low layer of a pretrained model can be read by attention above it, in whatever words stand between.
 _LOW_ENGRAM = (_ENGRAM[0], "extra_ffns.engram.placement.layers=[4]", _ENGRAM[2])
+# Rows that no other text reads exist only where few n-grams share one.
+_FEW_COLLISIONS = ("extra_ffns.engram.ffn.rows=65536",)
 _ENGRAM_ROWS = ("finetune=adapter", "finetune.learn=[{engram_table}]")
 # Counted anew in every run, at the price of a forward of a pretrained model.
 _BACKGROUND = ("finetune.background_path={background}", "finetune.background_batches=100")
@@ -87,12 +89,12 @@ def _sparse(score: str, name: str, label: str) -> Method:
     chosen = (f"finetune.score={score}",)
     overrides = {
         "facts": (*_SPARSE, *chosen, *_FACTOR),
-        "smollm2": (*_LOW_ENGRAM, *_SPARSE, *chosen, *_FACTOR, *_BACKGROUND),
+        "smollm2": (*_LOW_ENGRAM[:2], *_FEW_COLLISIONS, *_SPARSE, *chosen, *_FACTOR, *_BACKGROUND),
     }
     own = {
         "smollm2": [
             (f"finetune.rows={rows}", "table/optimizer=lazy_adam", f"optim.lr={rate:g}")
-            for rows, rate in ((500, 3e-2), (500, 1e-1), (1000, 3e-2))
+            for rows, rate in ((500, 1e-1), (1000, 1e-1), (1000, 3e-2))
         ]
     }
     return Method(name, label, f"rows that the facts read, chosen by {score}", overrides, _sparse_settings(), own)
