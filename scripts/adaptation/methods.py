@@ -66,6 +66,10 @@ _LORA = tuple(
     (f"finetune.rank={rank}", f"optim.lr={rate:g}")
     for rank, rate in ((16, 1e-3), (16, 3e-3), (64, 1e-3), (64, 3e-3), (4, 3e-3), (16, 1e-2))
 )
+# Above these rates it forgets more than full finetuning.
+_LORA_LOW = tuple(
+    (f"finetune.rank={rank}", f"optim.lr={rate:g}") for rank, rate in ((16, 1e-3), (16, 3e-4), (64, 3e-4))
+)
 _SPARSE = ("finetune=sparse",)
 # Of the rates below.
 _FACTOR = ("optim.table_lr_factor=4",)
@@ -107,6 +111,7 @@ METHODS: tuple[Method, ...] = (
         "matrices of low rank beside attention and FFNs",
         {"facts": ("finetune=lora",), "smollm2": ("finetune=lora",)},
         _LORA,
+        {"smollm2": _LORA_LOW},
     ),
     Method(
         "full",
