@@ -53,10 +53,10 @@ class SwiGLUExperts(MaskableReads):
         nn.init.zeros_(self.out)
 
     def match_stream(self, *, input_rms: float, stream_length: float) -> None:
-        """Divides G and U by the input's RMS, and multiplies U by the stream's length."""
+        """Divides G and U by the input's RMS; an O of zero grows at its own rate."""
         with torch.no_grad():
             self.gate.div_(input_rms)
-            self.up.mul_(stream_length / input_rms)  # the output is linear in it, and O may be zero
+            self.up.div_(input_rms)
 
     def forward(self, x_MD: Float[Tensor, "M D"], counts_E: Int[Tensor, " E"]) -> Float[Tensor, "M D"]:
         """Runs the first `counts[0]` rows through expert 0, the next `counts[1]` through expert 1, and so on."""

@@ -74,12 +74,11 @@ class Dense(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def match_stream(self, *, input_rms: float, stream_length: float) -> None:
-        """Divides what reads the input by its RMS; with SwiGLU W_up is multiplied by the stream's length."""
+        """Divides W_gate and W_up by the input's RMS; a W_out of zero grows at its own rate, as all of it learns."""
         with torch.no_grad():
             self.up.weight /= input_rms
             if self.gate is not None:
                 self.gate.weight /= input_rms
-                self.up.weight *= stream_length  # the output is linear in it, and W_out may be zero
 
     def forward(self, x_BTD: Tensor, context: FFNContext = NO_CONTEXT) -> FFNOutput:
         """Returns the network's output for every token; `context` is unused."""

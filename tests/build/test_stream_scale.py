@@ -24,16 +24,16 @@ TOKENS = {"vocab_size": 50}
 RMS, LENGTH = 0.25, 64.0
 #: Class, options, the factor of the input that it undoes, and that of the output.
 MATCHED: list[tuple[str, dict[str, Any], float, float]] = [
-    ("Dense", {"hidden_dim": 23}, RMS, LENGTH),
+    ("Dense", {"hidden_dim": 23}, RMS, 1),
     ("Dense", {"hidden_dim": 23, "activation": "gelu"}, RMS, 1),
     ("Engram", {**TOKENS, "rows": 30}, RMS, LENGTH),
-    ("ExpertChoiceMoE", {"n_experts": 4, "dense_hidden_dim": 23}, RMS, LENGTH),
+    ("ExpertChoiceMoE", {"n_experts": 4, "dense_hidden_dim": 23}, RMS, 1),
     ("Memory", KEYS, RMS, 1),
     ("Memory", {**KEYS, "cures": {"simvq": True}}, RMS, LENGTH),
     ("MemoryPlus", KEYS, RMS, LENGTH),
     ("MemoryPlus", {**KEYS, "gate": "sigmoid", "qk_norm": False}, RMS, LENGTH),
     ("MemoryPlus", {**KEYS, "gate": "none", "value_projection": True}, RMS, LENGTH),
-    ("MoE", {"n_experts": 4, "dense_hidden_dim": 23, "top_k": 2, "shared_experts": 1}, RMS, LENGTH),
+    ("MoE", {"n_experts": 4, "dense_hidden_dim": 23, "top_k": 2, "shared_experts": 1}, RMS, 1),
     ("PKM", {**KEYS, "query_norm": "none"}, RMS, 1),
     ("STEM", {**TOKENS, "hidden_dim": 23}, RMS, LENGTH),
     ("UltraMem", {**KEYS, "value_dim": 6, "spectrum_margin": 0}, RMS, LENGTH),
