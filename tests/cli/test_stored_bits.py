@@ -69,8 +69,8 @@ def test_the_bits_of_a_run_and_of_its_exports(cli: Run) -> None:
     assert metrics["test/bits_per_parameter"] == pytest.approx(stored / cost["total"], rel=REL)
     assert metrics["test/bits_per_active_parameter"] == pytest.approx(stored / cost["active"], rel=REL)
     assert metrics["test/bits_per_byte"] == pytest.approx(stored / cost["total"] / 4, rel=REL)
-    # 64 rows of 64 values: codes and two scales per row in the place of 256 bytes.
-    assert metrics["test/weight_bytes_int8"] == 4 * cost["total"] - 64 * (256 - 64 - 4)
+    # 64 rows of 32 values: codes and one scale per row in the place of 128 bytes.
+    assert metrics["test/weight_bytes_int8"] == 4 * cost["total"] - 64 * (128 - 32 - 2)
     assert metrics["test/weight_bytes_int4_all"] < metrics["test/weight_bytes_int8_all"] < cost["total"] * 1.2
 
     assert cli("export", "run_dir=run", "file=int4.safetensors", "quantize=int4").code == 0
