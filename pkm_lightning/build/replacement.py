@@ -16,7 +16,7 @@ from torch import nn
 from pkm_lightning.build.hosts import Host, PretrainedHost
 from pkm_lightning.build.instantiate import accepted_keywords
 from pkm_lightning.build.stream_scale import match_streams
-from pkm_lightning.errors import ConfigError, check_choice, check_flag, check_integer, nearest
+from pkm_lightning.errors import ConfigError, PkmError, check_choice, check_flag, check_integer, nearest
 from pkm_lightning.ffn import HasZeroOutput, UsesTokenizer
 from pkm_lightning.memory import QuantizedTable, ValueTable
 from pkm_lightning.model.placement import MODES
@@ -239,6 +239,8 @@ def _match(host: PretrainedHost, plugins: Mapping[int, nn.Module]) -> None:
     embedding: Any = host.model.get_input_embeddings()  # type: ignore[operator]
     try:
         match_streams(host.model, host.blocks, embedding, {n: [plugin] for n, plugin in plugins.items()})
+    except PkmError:
+        raise
     except Exception as error:  # whatever the model raises
         raise ConfigError(
             f"replace_ffn runs a few tokens through the model, to find the scale of its residual stream, and got a "

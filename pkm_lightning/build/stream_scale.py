@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pkm_lightning.ffn import HasStreamScale
+from pkm_lightning.model.plugin_checks import called
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,21 +48,22 @@ def match_streams(
     ]
     if not matched or any(weight.is_meta for weight in blocks.parameters()):
         return
-    ids_BT = torch.randint(embedding.num_embeddings, _SHAPE, generator=torch.Generator().manual_seed(0))
+    ids_BT = torch.randint(embedding.num_embeddings, _SHAPE, generator=torch.Generator().manual_seed(0), device="cpu")
     seen: dict[nn.Module, Tensor] = {}
     with contextlib.ExitStack() as stack, torch.no_grad():
         for module in {module for pair in matched for module in pair}:
-            stack.callback(module.register_forward_pre_hook(partial(_keep, seen)).remove)
+            stack.callback(module.register_forward_pre_hook(partial(_keep, seen), with_kwargs=True).remove)
         stack.enter_context(_evaluating(model))
         model(ids_BT.to(embedding.weight.device))
     for block, plugin in matched:
         stream, rms = _median_length(seen[block]), _median_length(seen[plugin]) / seen[plugin].shape[-1] ** 0.5
         if 0 < stream < math.inf and 0 < rms < math.inf:
-            plugin.match_stream(input_rms=_power_of_two(rms), stream_length=_power_of_two(stream))
+            scales = {"input_rms": _power_of_two(rms), "stream_length": _power_of_two(stream)}
+            called(f"{type(plugin).__name__}.match_stream", plugin.match_stream, **scales)
 
 
-def _keep(seen: dict[nn.Module, Tensor], module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    seen[module] = inputs[0]
+def _keep(seen: dict[nn.Module, Tensor], module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    seen[module] = inputs[0] if inputs else next(iter(named.values()))
 
 
 def _median_length(x_BTD: Tensor) -> float:

@@ -123,6 +123,15 @@ def test_a_model_that_cannot_run_is_an_error_of_replace_ffn() -> None:
         replace_ffn(meta, layers=[0], ffn=MemoryPlus, mode="parallel", n_keys=6)
 
 
+def test_a_faulty_match_stream_is_named() -> None:
+    class Faulty(MemoryPlus):
+        def match_stream(self, *, input_rms: float, stream_length: float) -> None:
+            raise RuntimeError(f"{input_rms} {stream_length}")
+
+    with pytest.raises(ConfigError, match=r"^Faulty\.match_stream raised RuntimeError: 0\."):
+        replace_ffn(_stretched(), layers=[0], ffn=Faulty, mode="parallel", n_keys=6)
+
+
 def test_a_fit_matches_once_and_not_where_weights_of_a_checkpoint_follow(tmp_path: Path) -> None:
     stream, rms = _measured(_stretched(tmp_path), 1)
     config = resolved(
