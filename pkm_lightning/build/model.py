@@ -14,7 +14,7 @@ from pkm_lightning.build.freezing import freeze_parameters
 from pkm_lightning.build.instantiate import instantiate, target_class
 from pkm_lightning.build.plugins import build_plugins, place_plugins
 from pkm_lightning.build.stored_tables import fill_first_rows
-from pkm_lightning.build.stream_scale import match_streams
+from pkm_lightning.build.stream_scale import Place, match_streams
 from pkm_lightning.build.variants import MAIN, by_place, names_by_place, naming
 from pkm_lightning.capacity.setting import PRECISIONS, precision_name
 from pkm_lightning.errors import ConfigError, check_integer, nearest
@@ -144,20 +144,23 @@ def load_pretrained(
             plugin.load_pretrained()
     started = start_at_zero(model, config, gained)
     if "_target_" in config["model"] and not weights_follow:
-        match_streams(model, model.blocks, model.embedding, started)
+        places = (Place(plugin, model.blocks[layer], plugin) for layer, plugin in started)
+        match_streams(model, model.embedding, places)
 
 
-def start_at_zero(model: Transformer, config: Config, gained: Collection[str] = ()) -> dict[int, list[torch.nn.Module]]:
+def start_at_zero(
+    model: Transformer, config: Config, gained: Collection[str] = ()
+) -> list[tuple[int, torch.nn.Module]]:
     """Sets the output of those plugins to zero for which `placement.zero_start` asks; the model may be on meta.
 
     Where it asks for nothing these are the plugins that stand beside a trained FFN: in a pretrained trunk all of them,
-    else those of the variants `gained` since the training. Returned are these plugins, by the number of their layer.
+    else those of the variants `gained` since the training. Returned are these plugins, with the numbers of their layers.
 
     Raises:
         ConfigError: a plugin cannot start so.
     """
     places = by_place(config)
-    started: dict[int, list[torch.nn.Module]] = {}
+    started: list[tuple[int, torch.nn.Module]] = []
     for layer, name, plugin in model.plugins():
         variant = places.get((layer, name))
         if variant is None:
@@ -175,7 +178,7 @@ def start_at_zero(model: Transformer, config: Config, gained: Collection[str] = 
                 )
             called(f"layer {layer}, {name}: zero_output", plugin.zero_output)
         if stands_beside:
-            started.setdefault(layer, []).append(plugin)
+            started.append((layer, plugin))
     return started
 
 

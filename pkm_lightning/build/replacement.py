@@ -15,7 +15,7 @@ from torch import nn
 
 from pkm_lightning.build.hosts import Host, PretrainedHost
 from pkm_lightning.build.instantiate import accepted_keywords
-from pkm_lightning.build.stream_scale import match_streams
+from pkm_lightning.build.stream_scale import Place, match_streams
 from pkm_lightning.errors import ConfigError, PkmError, check_choice, check_flag, check_integer, nearest
 from pkm_lightning.ffn import HasZeroOutput, UsesTokenizer
 from pkm_lightning.memory import QuantizedTable, ValueTable
@@ -87,12 +87,12 @@ def replace_ffn(
         if starts_at_zero:
             _zero(plugin)
     placed = dict(zip(request.layers, plugins, strict=True))
+    if starts_at_zero and isinstance(host, PretrainedHost):
+        _match(host, placed, mode)
     host.replace(placed, mode, tables, freeze=freeze_trunk)
     if isinstance(host, PretrainedHost):
         # A room above this one, which imports transformers.
         importlib.import_module("pkm_lightning.huggingface.plugged").record(model, request)
-        if starts_at_zero:
-            _match(host, placed)
     return plugins
 
 
@@ -230,15 +230,20 @@ def _starts_at_zero(mode: str, zero_start: bool | None) -> bool:
     return mode != "replace" and zero_start is not False
 
 
-def _match(host: PretrainedHost, plugins: Mapping[int, nn.Module]) -> None:
-    """Initialises plugins for the stream of the model.
+def _match(host: PretrainedHost, plugins: Mapping[int, nn.Module], mode: str) -> None:
+    """Initialises plugins for the stream of the model in which they will stand.
 
     Raises:
         ConfigError: the model cannot run where it is.
     """
+    places = []
+    for layer, plugin in plugins.items():
+        block = host.blocks[layer]
+        beside = getattr(block, host.ffn) if mode == "parallel" else None
+        places.append(Place(plugin, block, block if getattr(plugin, "normalises_input", False) else beside))
     embedding: Any = host.model.get_input_embeddings()  # type: ignore[operator]
     try:
-        match_streams(host.model, host.blocks, embedding, {n: [plugin] for n, plugin in plugins.items()})
+        match_streams(host.model, embedding, places)
     except PkmError:
         raise
     except Exception as error:  # whatever the model raises

@@ -118,6 +118,8 @@ def test_a_model_that_cannot_run_is_an_error_of_replace_ffn() -> None:
     model.model.norm.forward = lambda *_: 1 / 0
     with pytest.raises(ConfigError, match=r"^replace_ffn runs a few tokens .*ZeroDivisionError.*can run first\.$"):
         replace_ffn(model, layers=[0], ffn=MemoryPlus, mode="parallel", n_keys=6)
+    del model.model.norm.forward
+    replace_ffn(model, layers=[0], ffn=MemoryPlus, mode="parallel", n_keys=6)  # nothing was placed
     with torch.device("meta"):
         meta = type(model)(model.config)
         replace_ffn(meta, layers=[0], ffn=MemoryPlus, mode="parallel", n_keys=6)
