@@ -154,7 +154,7 @@ def start_at_zero(
     """Sets the output of those plugins to zero for which `placement.zero_start` asks; the model may be on meta.
 
     Where it asks for nothing these are the plugins that stand beside a trained FFN: in a pretrained trunk all of them,
-    else those of the variants `gained` since the training. Returned are these plugins, with the numbers of their layers.
+    else those of the variants `gained` since the training. These plugins are returned with the numbers of their layers.
 
     Raises:
         ConfigError: a plugin cannot start so.
