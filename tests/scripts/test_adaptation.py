@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -209,6 +210,17 @@ def test_only_runs_without_a_record_are_done_with_what_they_start_from(script: A
     schedule.run_all(study, again := Inline())
     assert again.names == ["start-1", "full-try1", "lora-1"]
     assert study.curve(study.chosen_methods()[0], 1, False) == []
+
+
+def test_the_committed_records_are_those_of_the_commands(script: Any, tmp_path: Path) -> None:
+    """Else the next report leaves out what has run."""
+    study, plans = script("study"), script("plans")
+    for plan in (plans.FACTS, replace(plans.SMOLLM2, pretrained="SmolLM2-135M-Instruct.Q4_1.gguf")):
+        records = ROOT / "scripts/results/2026-11-30-adaptation" / plan.name
+        whole = study.Study(plan, tmp_path, records, range(1, 4), None)
+        for (method, replayed), seed in itertools.product(whole.variants(), whole.seeds):
+            record = whole.record(whole.run_name(method, seed, replayed))
+            assert record is None or whole.run_record(method, seed, replayed) == record
 
 
 def test_a_failure_is_noted_until_the_run_succeeds(script: Any, study: Any) -> None:
