@@ -115,8 +115,12 @@ def small_version(command: str, *, silent: bool) -> list[str]:
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES]
     if {"data=tokens", "data=mix"} & set(arguments):
         sizes = [*(size for size in sizes if not size.startswith("data.")), *_TEXT_SIZES[1:]]
+    if any("=invented/" in argument for argument in arguments):  # whose records are longer
+        sizes = [size for size in sizes if not size.startswith("data.seq_len=")] + ["data.seq_len=96"]
     if {"experiment=capacity", "data=biographies"} & set(arguments):
         sizes = [*(size for size in sizes if not size.startswith("data.")), "data.exposures=2"]
+    if any(argument.startswith("data.skip=") for argument in arguments):  # of people alone
+        sizes = [size for size in sizes if not size.startswith(("data.countries=", "data.cities=", "data.control"))]
     if "model=hf" in arguments:  # whose memories read more slots than the small one has keys
         sizes = [size for size in sizes if not size.startswith("model.")]
     # Callbacks that the command leaves out have no sizes.

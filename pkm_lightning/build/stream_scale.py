@@ -1,8 +1,8 @@
 """The scale of plugins beside the FFNs of a pretrained model: that of the residual stream to which they add.
 
 Plugins are drawn for a stream of length 1, as the embeddings of this package's own models have at first, and for inputs
-of RMS 1. In SmolLM2-135M the stream is 80 to 700 long, and its FFNs read inputs of RMS 0.1 to 0.4: rows that learn from
-zero at the rates of a training would be a thousandth of what is there.
+of RMS 1. In SmolLM2-135M the stream is 83 long at the fifth layer and 739 at the last, and FFNs read inputs of RMS 0.09
+to 0.39: rows that learn from zero at the rates of a training would be a thousandth of what is there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def match_streams(model: nn.Module, embedding: nn.Embedding, places: Iterable[Pl
     """Initialises plugins for the stream of their layers, by one forward of random tokens.
 
     Medians over tokens decide, since a few tokens have streams that are many times longer; they are rounded to powers
-    of two, so that rounding errors of another machine draw the same weights. On the meta device nothing is done.
+    of two, so that rounding errors of another machine hardly ever draw other weights. On the meta device, and where a
+    median is zero or not finite, nothing is done.
 
     Args:
         model: takes token ids, (B, T), as its first input; plugins may stand in it already.

@@ -308,7 +308,7 @@ class HasStreamScale(Protocol):
     """A plugin that can be initialised for the stream of another model."""
 
     def match_stream(self, *, input_rms: float, stream_length: float) -> None:
-        """Multiplies matrices that were drawn for inputs of RMS 1 and a stream of length 1.
+        """Multiplies matrices that were drawn for inputs of RMS 1 and a stream of length 1; a zero output stays zero.
 
         Args:
             input_rms: of the plugin's input, per token.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import pkm_lightning
 from pkm_lightning import Engram, MemoryPlus, replace_ffn
 from pkm_lightning.build.model import build_model, load_pretrained
+from pkm_lightning.build.stream_scale import Place, match_streams
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import FFNContext, HasStreamScale
 
@@ -100,7 +101,6 @@ def test_replace_ffn_matches_plugins_that_start_at_zero() -> None:
     before = model(torch.arange(12)[None]).logits
     torch.manual_seed(3)
     (memory,) = replace_ffn(model, layers=[1], ffn=MemoryPlus, mode="parallel", n_keys=6)
-    state = torch.get_rng_state()
     (engram,) = replace_ffn(model, layers=[1], ffn=Engram, mode="before", rows=30)
     assert all(module.training for module in model.modules())
     assert torch.equal(model(torch.arange(12)[None]).logits, before)
@@ -108,7 +108,9 @@ def test_replace_ffn_matches_plugins_that_start_at_zero() -> None:
     assert _factor(memory.gate, drawn[0].gate) == 1 / rms
     assert _factor(engram.value, drawn[1].value) == stream
     assert _factor(engram.key, drawn[1].key) == 1
-    assert not torch.equal(torch.get_rng_state(), state)  # the plugin was drawn, and nothing behind it
+    state = torch.get_rng_state()
+    match_streams(model, model.get_input_embeddings(), [Place(drawn[1], model.model.layers[1], None)])
+    assert torch.equal(torch.get_rng_state(), state)
     (unmatched,) = replace_ffn(_stretched(), layers=[1], ffn=MemoryPlus, mode="replace", n_keys=6)
     assert _factor(unmatched.out, drawn[0].out) == 1
 
