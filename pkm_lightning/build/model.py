@@ -128,12 +128,11 @@ def bind_tokenizer(model: Transformer, tokenizer: Any, config: Config) -> None:
             called(f"layer {layer}, {name}: bind_tokenizer", plugin.bind_tokenizer, tokenizer=tokenizer)
 
 
-def load_pretrained(
-    model: Transformer, config: Config, gained: Collection[str] = (), *, weights_follow: bool = False
-) -> None:
+def load_pretrained(model: Transformer, config: Config, gained: Collection[str] = ()) -> None:
     """Gives the plugins and the tables of a new model what they take from files, and then a start at zero.
 
-    Those that start at zero in a pretrained trunk are initialised for its stream, unless its `weights_follow` later.
+    Those that start at zero in a pretrained trunk are initialised for its stream. Where there are `gained` variants,
+    the weights of the trunk follow later, and nothing can be measured.
 
     Raises:
         PkmError: files that are missing, damaged or of another model; or as `start_at_zero`.
@@ -143,7 +142,7 @@ def load_pretrained(
         if isinstance(plugin, HasPretrained):
             plugin.load_pretrained()
     started = start_at_zero(model, config, gained)
-    if "_target_" in config["model"] and not weights_follow:
+    if not gained:
         places = (Place(plugin, model.blocks[layer], plugin) for layer, plugin in started)
         match_streams(model, model.embedding, places)
 

@@ -92,7 +92,7 @@ class LanguageModule(L.LightningModule):
         self.model = build_model(self.config, self._table_mesh())
         self.model.init_weights(int(self.config["seed"]), replaced=self._weights_follow)
         if not self._weights_follow or self._gained:
-            load_pretrained(self.model, self.config, self._gained, weights_follow=self._weights_follow)
+            load_pretrained(self.model, self.config, self._gained)
             # Without a Trainer there are no data that could have a tokenizer.
             if self._trainer is not None:
                 bind_tokenizer(self.model, tokenizer_of(data_of(self._trainer)), self.config)

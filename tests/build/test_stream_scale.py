@@ -11,14 +11,14 @@ import pytest
 import torch
 from small import resolved
 from tolerances import assert_close
-from torch import Tensor, nn
+from torch import Tensor
 
 import pkm_lightning
 from pkm_lightning import Engram, MemoryPlus, replace_ffn
-from pkm_lightning.build.model import build_model, load_pretrained
 from pkm_lightning.build.stream_scale import Place, match_streams
 from pkm_lightning.errors import ConfigError
 from pkm_lightning.ffn import FFNContext, HasStreamScale
+from pkm_lightning.training.module import LanguageModule
 
 KEYS = {"n_keys": 6, "heads": 3, "knn": 5, "key_dim": 10}
 TOKENS = {"vocab_size": 50}
@@ -64,6 +64,7 @@ def _stretched(folder: Path | None = None) -> Any:
     model = pretrained_models.tiny("llama_tied")
     with torch.no_grad():
         model.get_input_embeddings().weight *= 300
+        model.get_input_embeddings().weight[::10] *= 1000  # few tokens, with far longer streams
         for layer in model.model.layers:
             layer.post_attention_layernorm.weight.fill_(0.1)
     if folder is not None:
@@ -99,8 +100,12 @@ def test_replace_ffn_matches_plugins_that_start_at_zero() -> None:
     torch.manual_seed(3)
     drawn: list[Any] = [MemoryPlus(dim=24, n_keys=6), Engram(dim=24, n_layers=2, vocab_size=260, rows=30, end_id=1)]
     before = model(torch.arange(12)[None]).logits
+    modes: list[bool] = []
+    hook = model.model.norm.register_forward_pre_hook(lambda norm, _: modes.append(norm.training))
     torch.manual_seed(3)
     (memory,) = replace_ffn(model, layers=[1], ffn=MemoryPlus, mode="parallel", n_keys=6)
+    hook.remove()
+    assert modes == [False]
     (engram,) = replace_ffn(model, layers=[1], ffn=Engram, mode="before", rows=30)
     assert all(module.training for module in model.modules())
     assert torch.equal(model(torch.arange(12)[None]).logits, before)
@@ -144,11 +149,10 @@ def test_a_fit_matches_once_and_not_where_weights_of_a_checkpoint_follow(tmp_pat
     ).config
     weights = []
     for follow in (True, False):
-        model: Any = build_model(config)
-        model.init_weights(5)
-        load_pretrained(model, config, weights_follow=follow)
-        ((_, _, plugin),) = model.plugins()
-        assert isinstance(plugin, nn.Module)
+        module = LanguageModule(config, weights_follow=follow, gained=["memory_plus"] if follow else [])
+        module.configure_model()
+        plugin: Any
+        ((_, _, plugin),) = module.model.plugins()
         weights.append((plugin.out.weight, plugin.gate.weight))
     (out, gate), (matched_out, matched_gate) = weights
     assert torch.equal(matched_out, out * stream)
